@@ -25,9 +25,9 @@ from torch import Tensor
 
 from regrow.data import text, windows
 from regrow.data.batch_streams import join_batches
+from regrow.methods.pruning.layer_orders import eliminate
 from regrow.nets import load
 from regrow.scoring.grams import Gram, sum_products
-from regrow.scoring.layer_orders import eliminate
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "obs_ridge.jsonl"

@@ -49,11 +49,11 @@ from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.jobs.recovering import reconstruct
-from regrow.methods.pruning.gprune import Settings
-from regrow.methods.pruning.gprune.modules import form_modules, measure, order_modules
+from regrow.methods.pruning.gprune import Settings, form_modules, measure, order_modules
+from regrow.methods.pruning.gprune.modules import reliability
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
-from regrow.scoring.modules import reliability
 from regrow.scoring.spaces import spaces
+from regrow.scoring.weights import scorable
 from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "planted_networks.jsonl"
@@ -177,12 +177,12 @@ ARMS = (
 
 def same_ratio(task: PruningTask, settings: Settings) -> Ranking:
     """Score units by their rank relative to their module, so that every module gives the same fraction."""
-    measured = measure(settings, task)
-    among, first = spaces(measured.units, parts=4), measured.views[0]
-    groups = form_modules(settings, first, among)
-    values, spread = first.scores.values, first.spread
-    trusted = reliability(settings.switch, among, groups, values, spread, most=settings.switch_most)
-    places = order_modules(settings, task, measured, groups, trusted.trust, among).places
+    units = scorable(task.axes, task.units)
+    seen, among = measure(task, settings, units), spaces(units, parts=4)
+    groups = form_modules(settings, seen[0], among)
+    values, sigma = seen[0].scores.values, seen[0].sigma
+    trusted = reliability(settings.switch, among, groups, values, sigma, most=settings.switch_most)
+    places = order_modules(task, settings, seen, groups, trusted.trust, among).places
     scores = Scores({key: row[0] for key, row in places.items()}, "rank in module", task.evidence.sources)
     return Ranking(scores)
 

@@ -46,7 +46,7 @@ from regrow.core.scores import Evidence
 from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.methods.pruning.pruner import plan_cut
+from regrow.methods.pruning.pruner import PruningRun, plan_cut
 from regrow.scoring.compensate import means
 from regrow.scoring.metrics import wifv
 from regrow.scoring.spaces import OUTER_BLOCKS, inner
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace) -> None:
             try:
                 if method:
                     pruner = build_pruner(method, {**settings, **(SEARCH if method == "depth" else {})})
-                    cut = plan_cut(pruner, loaded.model, axes, budget, evidence, checkpoint=path)
+                    cut = plan_cut(pruner, loaded.model, axes, budget, evidence, run=PruningRun(checkpoint=path))
                     plan, found = cut.plan, cut.findings
                 else:
                     plan, found = cut_head_size(loaded.model, axes, evidence, keep), {}
@@ -183,7 +183,7 @@ def cut_head_size(model: Any, axes: AxisGraph, evidence: Evidence, keep: float, 
     kept |= {axis.key: sorted(scores[axis.key].topk(2 * many).indices.tolist()) for axis in values}
     cost = Cost(axes)
     saved = cost.total - cost({key: len(units) for key, units in kept.items()})
-    neurons = list(inner(axes.units(("mlp",)), *OUTER_BLOCKS))
+    neurons = list(inner(axes.units(("mlp",)), OUTER_BLOCKS))
     limit = Target(Measure.WEIGHTS, float(Budget(keep).limit(cost.total) + saved))
     kept |= uniform(axes, wifv(weights, axes, pooled, units=neurons), Budget(target=limit))
     return Plan.keeping(axes, kept, means=means(model, axes, kept, pooled))

@@ -25,12 +25,12 @@ from regrow.reports import figures
 from regrow.reports.drawing import Drawing
 from regrow.reports.runs import RunFindings
 from regrow.scoring.collect import collect
-from regrow.scoring.metrics import METRICS
+from regrow.scoring.metrics import wanda_sp, wifv
 from regrow.scoring.spaces import ranks, spaces, spectrum
 from regrow.scoring.weights import weights_of
 
 OUT = Path(__file__).parent / "results" / "rank_variation.json"
-METRIC_NAMES, SHARDS = ("wifv", "wanda_sp"), 4
+METRICS, SHARDS = {"wifv": wifv, "wanda_sp": wanda_sp}, 4
 COLUMNS = (
     *("scores", "units", "F > 1", "beyond noise", "share", "Spearman, domains"),
     *("shards: different / same domain", "sd: all / between / within"),
@@ -58,8 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
     weights, units = weights_of(bench.model), bench.axes.units()
     among, rows = spaces(units), {}
-    for name in METRIC_NAMES:
-        score = METRICS[name][0]
+    for name, score in METRICS.items():
         by = {
             domain: (
                 score(weights, bench.axes, sum(shards[1:], shards[0]), units=units, pool="standardised"),

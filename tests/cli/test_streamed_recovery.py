@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from regrow.jobs import streamed_recovery
-from regrow.methods.recovery import refit
+from regrow.methods.recovery import CHANGED_FORMAT as FORMAT
+from regrow.methods.recovery import REFIT_FIELDS, ChangedTensors, refit
 from regrow.methods.recovery.refit_work import RefitWork
-from regrow.methods.recovery.task import CHANGED_FORMAT as FORMAT
-from regrow.methods.recovery.task import REFIT_FIELDS, ChangedTensors
 from regrow.store.tensors import write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import MemoryPlan

@@ -108,7 +108,7 @@ def test_a_checkpoint_that_some_ranks_cannot_read_is_refused(monkeypatch):
     from types import SimpleNamespace
 
     from regrow.distributed.parallel import ALONE
-    from regrow.methods.recovery import task as fitting
+    from regrow.methods import recovery as fitting
     from regrow.store import StoreError
 
     task = SimpleNamespace(checkpoint=None, parallel=ALONE)

@@ -14,8 +14,7 @@ from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, run
 from regrow.jobs.recording import Invocation
 from regrow.methods import MethodKind, find_method
-from regrow.methods.recovery import RecoveryTask
-from regrow.methods.recovery.task import FORMAT
+from regrow.methods.recovery import FORMAT, RecoveryTask
 from regrow.reports.summary import summarise
 from regrow.settings import recover
 from regrow.store import StoreError

@@ -6,12 +6,20 @@ import torch
 from hand import lm, texts
 from regrow.core.axes import Axis
 from regrow.core.scores import Need, Scores, merged
+from regrow.methods.pruning.gprune.modules import (
+    LEAST,
+    Modules,
+    partition,
+    rank_in_modules,
+    reliability,
+)
 from regrow.scoring.collect import collect
-from regrow.scoring.metrics import METRICS, peak_to_peak
-from regrow.scoring.modules import LEAST, PARTITIONS, SWITCHES, Modules, partition, rank_in_modules, reliability
+from regrow.scoring.metrics import peak_to_peak, wifv
 from regrow.scoring.spaces import percentile, ranks, sensitivity, spaces, spectrum
 from regrow.scoring.weights import weights_of
 
+PARTITIONS = ("thresholds", "random", "layer")
+SWITCHES = ("unreliable", "blend", "even", "never", "always", "reversed")
 N, M, S = 400, 4, 4
 AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]
 AMONG = spaces(AXES)
@@ -40,23 +48,21 @@ def test_equal_values_share_a_rank_and_monotone_maps_change_none() -> None:
 def test_identical_sources_are_not_sensitive() -> None:
     one = next(iter(drawn(0.3, 0.0).values()))
     found = ranks({"x": one, "y": one, "z": one}, AMONG)
-    assert all(bool((value == 0).all()) for value in sensitivity(found).sigma.values())
+    assert all(bool((value == 0).all()) for value in sensitivity(found).values())
 
 
 def test_sensitivity_ignores_a_monotone_map_of_one_source_and_follows_a_permutation() -> None:
     scores = drawn(0.3, 0.5)
-    before = sensitivity(ranks(scores, AMONG)).sigma
+    before = sensitivity(ranks(scores, AMONG))
     whole, shards = scores["s1"]
     up = lambda s: Scores({key: (2 * value).exp() for key, value in s.values.items()}, "toy")  # noqa: E731
     assert all(
         torch.equal(before[key], value)
-        for key, value in sensitivity(
-            ranks({**scores, "s1": (up(whole), [up(s) for s in shards])}, AMONG)
-        ).sigma.items()
+        for key, value in sensitivity(ranks({**scores, "s1": (up(whole), [up(s) for s in shards])}, AMONG)).items()
     )
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     moved = lambda s: Scores({**s.values, "a": s.values["a"][order]}, "toy")  # noqa: E731
-    after = sensitivity(ranks({k: (moved(w), [moved(s) for s in p]) for k, (w, p) in scores.items()}, AMONG)).sigma
+    after = sensitivity(ranks({k: (moved(w), [moved(s) for s in p]) for k, (w, p) in scores.items()}, AMONG))
     assert torch.equal(after["a"], before["a"][order]) and torch.equal(after["b"], before["b"])
 
 
@@ -97,7 +103,7 @@ def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_sam
     spread, among = sensitivity(found), spaces(AXES, parts=4)
     alike = partition("thresholds", among, base, spread)
     a = alike.labels["a"]
-    robust, sensitive = ((spread.sigma["a"][a == i]) for i in (0, 2))
+    robust, sensitive = ((spread["a"][a == i]) for i in (0, 2))
     assert float(robust.max()) <= float(sensitive.min())
     assert float(base["a"][a == 0].max()) <= float(base["a"][a == 1].min())
     assert alike.names[:4] == ("a robust weak", "a robust strong", "a sensitive weak", "a sensitive strong")
@@ -155,7 +161,7 @@ def test_the_peak_to_peak_is_that_of_the_rows_of_a_unit() -> None:
 def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
     model, axes = lm()
     found = collect(model, axes, [texts("x"), texts("y", seed=3)], {Need.ACTIVATIONS}, shards=2)
-    score = lambda s: METRICS["wifv"][0](weights_of(model), axes, s, units=axes.units())  # noqa: E731
+    score = lambda s: wifv(weights_of(model), axes, s, units=axes.units())  # noqa: E731
     by = {name: (score(merged(shards[:2])), [score(one) for one in shards]) for name, shards in found.items()}
     got = ranks(by, spaces(axes.units()))
     for axis in axes.units():

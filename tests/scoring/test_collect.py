@@ -11,7 +11,7 @@ from regrow.core.scores import Moments, Need, Statistics, merged
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import Live
 from regrow.scoring import watch
-from regrow.scoring.collect import collect
+from regrow.scoring.collect import CollectionRun, collect
 from regrow.scoring.gradients import add_gradients
 
 ACTIVATIONS = {Need.ACTIVATIONS}
@@ -206,10 +206,11 @@ def test_a_killed_pass_goes_on_where_it_stopped() -> None:
 
     model.train()
     with pytest.raises(KeyboardInterrupt):
-        collect(model, axes, sources, ACTIVATIONS, shards=2, on_done=keep, progress=kill)
+        collect(model, axes, sources, ACTIVATIONS, shards=2, run=CollectionRun(on_done=keep, progress=kill))
     assert model.training and set(done) == {("a", 0), ("a", 1), ("b", 0)}
     finished: list[int] = []
-    again = collect(model, axes, sources, ACTIVATIONS, shards=2, done=done, progress=lambda n, i, t: finished.append(i))
+    run = CollectionRun(done=done, progress=lambda n, i, t: finished.append(i))
+    again = collect(model, axes, sources, ACTIVATIONS, shards=2, run=run)
     assert finished[-1] == 8 and len(finished) < 8
     for name in whole:
         for a, b in zip(whole[name], again[name], strict=True):

@@ -15,7 +15,7 @@ from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, REGR
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source, logits_in
 from regrow.scoring.collect import collect
-from regrow.scoring.fisher import draw_labels
+from regrow.scoring.gradients import draw_labels
 from regrow.scoring.metrics import fisher
 from regrow.scoring.weights import weights_of
 from regrow.surgery.gate import gate_inputs

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from hand import lm
 from regrow.core.sources import Batch
+from regrow.methods.pruning.layer_orders import eliminate
 from regrow.methods.pruning.obs import Settings
 from regrow.scoring.grams import Gram, sum_products
-from regrow.scoring.layer_orders import eliminate
 
 
 def refit_each(

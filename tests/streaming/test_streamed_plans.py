@@ -5,7 +5,7 @@ import pytest
 from regrow import nets
 from regrow.core.budget import Budget
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.methods.pruning.pruner import plan_cut
+from regrow.methods.pruning.pruner import PruningRun, plan_cut
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
 
@@ -26,8 +26,8 @@ def test_streamed_plans_are_those_of_the_whole_network(folder, sources, method, 
     evidence = collect_evidence(loaded.model, axes, pruner, sources)
     streamed = collect_evidence(opened.loaded.model, opened.axes, pruner, sources, visits=opened.network())
     whole = plan_cut(pruner, loaded.model, axes, budget, evidence)
-    more = {"weights": opened.weights.parameters(), "visits": opened.network()}
-    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, **more)
+    run = PruningRun(weights=opened.weights.parameters(), visits=opened.network())
+    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, run=run)
     assert whole.plan.changes
     assert other.plan.to_json() == whole.plan.to_json()
     assert other.scores.values.keys() == whole.scores.values.keys()

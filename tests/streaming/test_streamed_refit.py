@@ -13,11 +13,10 @@ from regrow.core.errors import InputError, ResourceError
 from regrow.core.progress import silent
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.methods.recovery import RecoveryTask
+from regrow.methods.recovery import REFIT_FIELDS, ChangedTensors, RecoveryTask, StreamedPair
 from regrow.methods.recovery import refit as refitting
 from regrow.methods.recovery.refit import Settings, refit
 from regrow.methods.recovery.refit_work import RefitWork, regroup
-from regrow.methods.recovery.task import REFIT_FIELDS, ChangedTensors, StreamedPair
 from regrow.streaming.opening import open_network
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery import apply

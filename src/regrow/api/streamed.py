@@ -14,8 +14,8 @@ from regrow.jobs.evaluate import count_positions
 from regrow.jobs.models import with_origin
 from regrow.jobs.recording import Invocation
 from regrow.jobs.streamed import plan_streaming
+from regrow.methods.pruning.layer_orders import BATCH
 from regrow.methods.pruning.pruner import Pruner
-from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings
 from regrow.streaming.opening import OpenedNetwork, open_network
 from regrow.streaming.requirements import MemoryPlan

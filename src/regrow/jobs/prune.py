@@ -40,7 +40,7 @@ from regrow.jobs.recovering import (
 from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed_run import PrunedNetwork, open_streamed
-from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Pruner, PruningRun, check_objective, plan_cut, with_modules
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
@@ -265,12 +265,14 @@ class PruneJob:
                     axes,
                     self.budget,
                     evidence,
-                    weights=weights,
-                    checkpoint=open_journal(run.record, key),
-                    header=lambda: {"key": key},
-                    progress=run.progress,
-                    visits=network.visits,
                     objective=self.inputs.objective,
+                    run=PruningRun(
+                        checkpoint=open_journal(run.record, key),
+                        header=lambda: {"key": key},
+                        progress=run.progress,
+                        visits=network.visits,
+                        weights=weights,
+                    ),
                 )
             if cut.plan.notes:
                 run.record.update(notes=[*network.loaded.notes, *cut.plan.notes])

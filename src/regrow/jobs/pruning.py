@@ -19,7 +19,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.measuring import timed_input
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
-from regrow.scoring.collect import BlockVisits, check_sources, collect
+from regrow.scoring.collect import BlockVisits, CollectionRun, check_sources, collect
 
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
@@ -81,11 +81,13 @@ def collect_evidence(
         shards=pruner.shards,
         units=units,
         objective=objective,
-        visits=visits,
-        done=done,
-        on_done=on_done,
-        progress=lambda name, count, total: progress(count, total, f"measuring {name}"),
-        ranks=ranks,
+        run=CollectionRun(
+            visits=visits,
+            ranks=ranks,
+            done=done or {},
+            on_done=on_done or (lambda source, shard, sums: None),
+            progress=lambda name, count, total: progress(count, total, f"measuring {name}"),
+        ),
     )
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 

@@ -23,10 +23,8 @@ from regrow.jobs.inputs import SourceHalves, count_windows
 from regrow.jobs.parents import BEFORE, describe_plans
 from regrow.jobs.prune_settings import read_pruning_settings, source_specs
 from regrow.jobs.recording import Record
-from regrow.methods import MethodKind, find_method
-from regrow.methods.recovery import Recovery, RecoveryTask
-from regrow.methods.recovery import task as recovery
-from regrow.methods.recovery.task import REFIT_FIELDS, StreamedPair, set_bias
+from regrow.methods import MethodKind, find_method, recovery
+from regrow.methods.recovery import REFIT_FIELDS, Recovery, RecoveryTask, StreamedPair, set_bias
 from regrow.nets import ModelError
 from regrow.nets.devices import autocasting
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction

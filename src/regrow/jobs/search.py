@@ -37,11 +37,10 @@ from regrow.jobs.search_inputs import (
 )
 from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
-from regrow.methods.search.assembly import Search
+from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
 from regrow.methods.search.retrain import Settings as RetrainSettings
-from regrow.methods.search.space import copy_state, measure_whole
-from regrow.methods.search.state import SearchState
+from regrow.methods.search.space import SearchState, copy_state, measure_whole
 from regrow.nets import Loaded
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin

@@ -23,7 +23,7 @@ from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import Latency, latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
 from regrow.methods import MethodKind, find_method
-from regrow.methods.search.assembly import Search
+from regrow.methods.search import Search
 from regrow.methods.search.space import GRANULARITIES
 from regrow.nets import Loaded
 from regrow.nets.bench201 import Bench201

@@ -21,8 +21,8 @@ from regrow.evaluation import Live, predict_memory, prefix_peaks, training
 from regrow.evaluation.memory import peak_meter
 from regrow.jobs.search_inputs import make_search
 from regrow.jobs.starting import check_outputs
-from regrow.methods.search.assembly import Search
-from regrow.methods.search.state import SearchState, StageMemory
+from regrow.methods.search import Search
+from regrow.methods.search.space import SearchState, StageMemory
 from regrow.nets import Loaded, bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells

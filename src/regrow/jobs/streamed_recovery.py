@@ -24,9 +24,9 @@ from regrow.jobs.models import DTYPES
 from regrow.jobs.parents import count_parameters
 from regrow.jobs.prune_settings import source_specs
 from regrow.jobs.recovering import LastCut, count_generated
+from regrow.methods.recovery import ChangedTensors, StreamedPair
 from regrow.methods.recovery.distil import divergence
 from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS
-from regrow.methods.recovery.task import ChangedTensors, StreamedPair
 from regrow.nets import Loaded
 from regrow.settings.recover import Settings
 from regrow.store import statistics

@@ -27,8 +27,8 @@ from regrow.jobs.recovering import reconstruct
 from regrow.jobs.shared_work import SharedWork
 from regrow.jobs.streamed import needs_of_model, plan_streaming
 from regrow.jobs.streamed_recovery import PAIRED, RESULTS, StreamedRecovery, explain_lacking, predict_pairing
+from regrow.methods.pruning.layer_orders import BATCH
 from regrow.nets import Loaded
-from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.shapes import Shapes

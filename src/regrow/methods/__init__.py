@@ -7,7 +7,7 @@ that builds it from them, and the paper to cite. Packages add methods by entry p
 
 import ast
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -18,8 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from regrow.core.names import names_code
 
-GROUP = "regrow.methods"
-"""The group of entry points by which packages add methods."""
+GROUP = "regrow.methods"  # the group of entry points by which packages add methods
 
 
 class MethodKind(StrEnum):
@@ -49,24 +48,18 @@ class MethodEntry:
     citation: str
     about: str
 
-    def defaults(self, given: Collection[str]) -> dict[str, Any]:
-        """Return the default of every setting not in ``given``; a run records them, since another version may differ.
+    def defaults(self, chosen: Collection[str]) -> dict[str, Any]:
+        """Return the default of every setting not in ``chosen``; a run records them, since another version may differ.
 
-        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
+        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(chosen={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        return {field.name: field.default for field in fields(self.settings) if field.name not in given}
+        return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
     def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
-        """Build the method with the given settings, after checking their names and types.
+        """Build the method ``name`` with settings, after checking their names and types; others have their defaults.
 
-        Args:
-            name: The method's name, for error messages.
-            settings: Setting name → value; all others have their defaults.
-            **inputs: Further keyword arguments of ``build``, such as ``prices``, the time that operations take.
-
-        Raises:
-            ValueError: If a setting is unknown, or is of another type than its default.
+        ``inputs`` are further keyword arguments of ``build``, such as ``prices``, the time that operations take.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
@@ -75,13 +68,13 @@ class MethodEntry:
         for key, value in settings.items():
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
-            kind = type(defaults[key])
-            if type(value) is int and kind is float:
+            wanted = type(defaults[key])
+            if type(value) is int and wanted is float:
                 value = float(value)
-            if isinstance(value, str | list) and kind is tuple:
+            if isinstance(value, str | list) and wanted is tuple:
                 value = self._parse_tuple(name, key, value)
-            if type(value) is not kind:
-                default = f"{kind.__name__}, like its default {defaults[key]!r}"
+            if type(value) is not wanted:
+                default = f"{wanted.__name__}, like its default {defaults[key]!r}"
                 raise ValueError(f"{name}: {key} is of type {default}; got {value!r}")
             checked[key] = value
         return self.build(self.settings(**checked), **inputs)
@@ -97,14 +90,9 @@ class MethodEntry:
 
 
 class MethodTable(Mapping[str, MethodEntry]):
-    """The methods of one kind by name; the module of a method is imported when its entry is read.
+    """The methods of one kind, by the name of a module or folder; it is imported when its entry is read."""
 
-    Args:
-        kind: The kind, and the folder of its methods in ``regrow.methods``.
-        *names: Names of methods, and of their modules or folders, which have ``Settings``, ``build`` and ``CITATION``.
-    """
-
-    def __init__(self, kind: MethodKind, *names: str) -> None:
+    def __init__(self, kind: MethodKind, names: Sequence[str]) -> None:
         self._kind, self._names = kind, names
 
     def __getitem__(self, name: str) -> MethodEntry:
@@ -133,41 +121,21 @@ class MethodTable(Mapping[str, MethodEntry]):
         return len(self._names)
 
 
-TABLES: Mapping[MethodKind, MethodTable] = {
-    MethodKind.PRUNING: MethodTable(
-        MethodKind.PRUNING,
-        "random",
-        "magnitude",
-        "wanda_sp",
-        "flap",
-        "gprune",
-        "llm_pruner",
-        "obs",
-        "depth",
-        "fisher",
-        "fisher_obs",
-    ),
-    MethodKind.CONTINUAL: MethodTable(
-        MethodKind.CONTINUAL, "naive", "ewc", "si", "lwf", "replay", "packnet", "wsn", "sparsegrow"
-    ),
-    MethodKind.SEARCH: MethodTable(MethodKind.SEARCH, "mgas", "blind", "darts", "gold_nas"),
-    MethodKind.RECOVERY: MethodTable(MethodKind.RECOVERY, "bias", "refit", "lora", "distil"),
+_NAMES = {
+    MethodKind.PRUNING: "random magnitude wanda_sp flap gprune llm_pruner obs depth fisher fisher_obs",
+    MethodKind.CONTINUAL: "naive ewc si lwf replay packnet wsn sparsegrow",
+    MethodKind.SEARCH: "mgas blind darts gold_nas",
+    MethodKind.RECOVERY: "bias refit lora distil",
 }
-"""All methods of this package, by kind and name."""
+TABLES: Mapping[MethodKind, MethodTable] = {kind: MethodTable(kind, names.split()) for kind, names in _NAMES.items()}
 METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
-"""The methods of pruning, continual learning, architecture search, and recovery."""
 
 
 def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
-    """Look up a method by name: built in, from an installed package, or from the user's own code.
+    """Look up a method by name: built in, from an installed package, or ``pkg.mod:NAME`` of the user's own code.
 
-    Args:
-        kind: The kind that the method must have; ``None``: any.
-        name: A name in :data:`TABLES`, that of an entry point of an installed package, or ``pkg.mod:NAME``, where NAME
-            is a :class:`MethodEntry` of your own code. Never pass a name of code that comes from a file.
-
-    Raises:
-        ValueError: If there is no such method (suggests the nearest name), or it has another kind.
+    NAME is then a :class:`MethodEntry`. Never pass a name of code that comes from a file. Raise ValueError if there is
+    no such method (suggests the nearest name), or it is not of the wanted kind.
     """
     check_name(kind, name)
     for table in _tables(kind):
@@ -186,13 +154,7 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
 def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = ()) -> None:
     """Raise ValueError unless a name is that of a method, or may be that of user code; imports no method.
 
-    Args:
-        kind: The kind that the method must have; ``None``: any.
-        name: The name, as for :func:`find_method`.
-        settings: The names of settings; a method of this package must have them.
-
-    Raises:
-        ValueError: If there is no such method (suggests the nearest name), or no such setting (lists those there are).
+    A method of this package must also have the named ``settings``.
     """
     tables = _tables(kind)
     if table := next((table for table in tables if name in table), None):
@@ -220,10 +182,7 @@ def _added() -> dict[str, EntryPoint]:
 
 
 def refuse_recorded_code(name: str, command: str) -> None:
-    """Raise ValueError if the method named in a run folder is user code: names in files are never imported.
-
-    The message names ``command``, the command line that started the run.
-    """
+    """Raise ValueError if the method that a run folder names is user code; ``command`` started the run."""
     if names_code(name):
         raise ValueError(
             f"the run's method is your own code ({name!r:.80}), and a name in a file is never imported; install it as "

@@ -2,11 +2,13 @@
 
 The sums are taken where a weight is contracted (a linear map, a convolution, a matrix product), not in module hooks:
 the weight is recognised by identity in a torch-function mode, so modules that never call their submodules are covered.
-Nothing but sums is kept. One (source, shard) is the unit that can be merged, saved and resumed.
+Nothing but sums is kept. One (source, shard) is the unit that can be merged, saved and resumed. Of several ranks each
+measures its share of the batches; rank 0 adds the sums in the order of the batches, and so gets the same bits.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,16 +19,12 @@ from regrow.core.objectives import Objective, choose_objective
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.scoring.fisher import MaskGradients, add_fisher
-from regrow.scoring.gradients import add_gradients, evaluation_mode, trunk_of
-from regrow.scoring.shares import add_batches, gather_sums
+from regrow.distributed.parallel import Outbox, receive
+from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
 
-Key = tuple[str, int]
-"""The name of a source, and the number of a shard."""
-Settle = Callable[[Key, Statistics], None]
-Progress = Callable[[str, int, int], None]
+Key = tuple[str, int]  # the name of a source, and the number of a shard
 
 
 class BlockVisits(Protocol):
@@ -38,20 +36,24 @@ class BlockVisits(Protocol):
         names: Collection[str],
         around: Callable[[int, Mapping[int, str]], AbstractContextManager[object]],
     ) -> None:
-        """Run batches block by block, each in the context ``around(number, {id of a loaded weight: its name})``.
+        """Run batches up to the last reader of the weights ``names``, in order, each block in ``around``.
 
-        Args:
-            batches: The batches; in each part of the network they run in this order, from number 0.
-            names: The weights up to whose last reader they run.
-            around: The context in which a batch runs through a block.
+        ``around`` is called with the number of the batch and ``id`` of a loaded weight → its name.
         """
 
     def passes(self, names: Collection[str]) -> int:
-        """Return how often each batch runs through a part of the network.
+        """Return through how many parts of the network each batch runs, up to the last reader of ``names``."""
 
-        Args:
-            names: As for :meth:`visit`.
-        """
+
+@dataclass(frozen=True)
+class CollectionRun:
+    """How the data run: as a whole or block by block, by which processes, and on from what."""
+
+    visits: BlockVisits | None = None  # runs a network that does not fit into memory; the sums are the same
+    ranks: ProcessRank = SINGLE  # the processes that share the batches and all call `collect`; rank 0 gets the sums
+    done: Mapping[Key, Statistics] = field(default_factory=dict)  # finished by an interrupted call, not measured again
+    on_done: Callable[[str, int, Statistics], None] = lambda source, shard, sums: None  # called as soon as one is
+    progress: Callable[[str, int, int], None] = lambda source, done, total: None  # called after every batch
 
 
 def collect(
@@ -63,11 +65,7 @@ def collect(
     shards: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
-    visits: BlockVisits | None = None,
-    done: Mapping[Key, Statistics] | None = None,
-    on_done: Callable[[str, int, Statistics], None] | None = None,
-    progress: Progress | None = None,
-    ranks: ProcessRank = SINGLE,
+    run: CollectionRun | None = None,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
@@ -80,13 +78,7 @@ def collect(
         shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
         units: The axes whose weights are measured; ``axes.units()`` if none are named.
         objective: The loss whose gradients are summed; ``None``: what fits the labels.
-        visits: Runs the network block by block, where it does not fit into memory; the sums are the same bit for bit.
-            ``None``: the whole network runs on each batch.
-        done: What an earlier, interrupted call finished: (source, shard) → its statistics. These are returned as they
-            are, not measured again.
-        on_done: Called with (source, shard, statistics) as soon as one is finished.
-        progress: Called with (source, batches finished, batches in all) after every batch.
-        ranks: The processes that share the batches; all of them call this function, and rank 0 gets the sums.
+        run: How the data run; ``None``: here, as a whole.
 
     Returns:
         Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
@@ -98,23 +90,16 @@ def collect(
     check_sources(sources, shards)
     if set(needs) <= {Need.WEIGHTS}:
         return {}
-    known = dict(done or {})
+    run = run or CollectionRun()
+    known = dict(run.done)
     left = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in known]
     if left:
         objective = objective or choose_objective(None, sources[0].batches[0])
-        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
-
-        def settle(key: Key, sums: Statistics) -> None:
-            known[key] = walk.settle(sums)
-            if on_done:
-                on_done(*key, known[key])
-
-        if visits is None:
-            _walk_whole(walk, left, shards, settle, sum(map(len, sources)), progress, ranks)
-        elif walk.backward:
-            raise ValueError("gradients need the whole network in memory; leave out --memory")
+        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective, run)
+        if run.visits is None:
+            known |= walk.run_whole(left, shards, sum(map(len, sources)))
         else:
-            _walk_blocks(walk, visits, left, shards, settle, progress, ranks)
+            known |= walk.run_blocks(left, shards, run.visits)
     return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
 
 
@@ -122,11 +107,17 @@ class _Walk:
     """Runs batches through the network and adds their input moments and gradients to given statistics."""
 
     def __init__(
-        self, model: nn.Module, axes: AxisGraph, units: Sequence[Axis], needs: frozenset[Need], objective: Objective
+        self,
+        model: nn.Module,
+        axes: AxisGraph,
+        units: Sequence[Axis],
+        needs: frozenset[Need],
+        objective: Objective,
+        run: CollectionRun,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         reads = readers(axes, units)
-        self.model, self.run, self.objective = model, model, objective
+        self.model, self.trunk, self.objective, self.run = model, model, objective, run
         self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
         self.names = [reader.slot.name for reader in reads]
         self.differentiated = differentiated(model, axes, units) if Need.GRADIENTS in needs else []
@@ -137,19 +128,91 @@ class _Walk:
         self.first = not self.backward
         self.losses: list[Tensor] = []
 
-    def step(self, batch: Batch, statistics: Statistics) -> None:
+    def run_whole(self, left: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
+        """Run all batches of each unfinished shard through the whole network."""
+        finished = total - sum(len(range(shard, len(source), shards)) for source, shard in left)
+        result = {}
+        with evaluation_mode(self.model, self.differentiated if self.backward else None):
+            for source, shard in left:
+                sums = Statistics(source.name)
+                # A whole source is read batch by batch: a user's loader may not fit in memory.
+                batches = source if shards == 1 else source.batches[shard::shards]
+                for _ in self._add_batches(batches, sums):
+                    finished += 1
+                    self.run.progress(source.name, finished, total)
+                result[source.name, shard] = self._settle(sums, shard)
+        return result
+
+    def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
+        """Measure this rank's share of the batches; rank 0 adds the sums of all; yields after each batch."""
+        ranks, outbox = self.run.ranks, Outbox()
+        for number, batch in enumerate(batches):
+            owner = number % ranks.size
+            if owner == ranks.rank and ranks.leads:
+                self._step(batch, sums)
+            elif owner == ranks.rank:
+                part = Statistics(sums.source)
+                self._step(batch, part)
+                _send(outbox, part)
+            elif ranks.leads:
+                sums.accumulate(_receive(owner))
+            yield
+        outbox.flush()
+
+    def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
+        """Run all batches of all unfinished shards through one block after another."""
+        if self.backward:
+            raise ValueError("gradients need the whole network in memory; leave out --memory")
+        result = {(source.name, shard): Statistics(source.name) for source, shard in left}
+        rows = [((source.name, shard), batch) for source, shard in left for batch in source.batches[shard::shards]]
+        names, counted, ranks = {*self.watched.values()}, set[tuple[int, str]](), self.run.ranks
+        mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
+        total, finished = visits.passes(names) * len(mine), 0
+        for key, batch in rows:
+            result[key].tokens += _positions(batch)
+
+        def add_parts() -> None:
+            for (key, _), part in zip(rows, _gather(parts, len(rows), ranks), strict=False):
+                result[key].accumulate(part)
+            parts.clear()
+
+        @contextmanager
+        def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
+            nonlocal finished
+            key, batch = mine[number]
+            if len(parts) == len(mine):
+                add_parts()
+            with _input_sums(watched, batch) as watch:
+                yield
+            if twice := next((name for name in watch.sums if (number, name) in counted), None):
+                raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
+            counted.update((number, name) for name in watch.sums)
+            part = Statistics(key[0], moments=watch.sums)
+            if ranks.several:
+                parts.append(part)
+            else:
+                result[key].accumulate(part)
+            finished += 1
+            self.run.progress(key[0], finished, total)
+
+        visits.visit([batch for _, batch in mine], names, around)
+        if ranks.several:
+            add_parts()
+        return {key: self._settle(sums, key[1]) for key, sums in result.items()}
+
+    def _step(self, batch: Batch, statistics: Statistics) -> None:
         """Run one batch and add its sums to ``statistics``."""
         if self.first:
-            self.first, self.run = False, trunk_of(self.model, batch, self.names)
-        moments = self._run(batch, self.run, statistics)
-        if self.run is not self.model and len(moments) < len(self.watched):
+            self.first, self.trunk = False, trunk_of(self.model, batch, self.names)
+        moments = self._measure(batch, self.trunk, statistics)
+        if self.trunk is not self.model and len(moments) < len(self.watched):
             # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
-            whole = self._run(batch, self.model, statistics)
+            whole = self._measure(batch, self.model, statistics)
             if len(whole) > len(moments):
-                self.run, moments = self.model, whole
+                self.trunk, moments = self.model, whole
         statistics.accumulate(Statistics(statistics.source, _positions(batch), moments))
 
-    def settle(self, sums: Statistics) -> Statistics:
+    def _settle(self, sums: Statistics, shard: int) -> Statistics:
         """Return the sums of a finished shard on the CPU, moved in one transfer, and check that they are finite."""
         moved = iter(to_host([*sums.tensors(), *self.losses]))
         self.losses = []
@@ -169,9 +232,10 @@ class _Walk:
                 f"the {what} holds NaN or infinity on source {sums.source!r}; the weights before it are damaged, or "
                 "overflow in this dtype (try float32 or bfloat16)"
             )
+        self.run.on_done(sums.source, shard, statistics)
         return statistics
 
-    def _run(self, batch: Batch, run: nn.Module, statistics: Statistics) -> dict[str, Moments]:
+    def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:
         here, watch = batch.to(self.device), _input_sums(self.watched, batch)
         if self.masked:
             masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
@@ -186,7 +250,7 @@ class _Walk:
                     add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
                 )
             else:
-                here.run(run)
+                here.run(network)
         return watch.sums
 
 
@@ -196,77 +260,26 @@ def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> 
     return list(dict.fromkeys(name for axis in scorable(axes, units) for name, _, _ in tensors(axes, axis, parameters)))
 
 
-def _walk_whole(
-    walk: _Walk,
-    left: Sequence[tuple[Source, int]],
-    shards: int,
-    settle: Settle,
-    total: int,
-    progress: Progress | None,
-    ranks: ProcessRank,
-) -> None:
-    """Run all batches of each unfinished shard through the whole network."""
-    finished = total - sum(len(range(shard, len(source), shards)) for source, shard in left)
-    with evaluation_mode(walk.model, walk.differentiated if walk.backward else None):
-        for source, shard in left:
-            sums = Statistics(source.name)
-            # A whole source is read batch by batch: a user's loader may not fit in memory.
-            batches = source if shards == 1 else source.batches[shard::shards]
-            for _ in add_batches(walk.step, batches, sums, ranks):
-                finished += 1
-                if progress:
-                    progress(source.name, finished, total)
-            settle((source.name, shard), sums)
+def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iterator[Statistics]:
+    """Yield the sums of all ``count`` batches on rank 0, in their order; the other ranks send theirs."""
+    if ranks.leads:
+        for number in range(count):
+            owner = number % ranks.size
+            yield _receive(owner) if owner else parts[number // ranks.size]
+        return
+    outbox = Outbox()
+    for part in parts:
+        _send(outbox, part)
+    outbox.flush()
 
 
-def _walk_blocks(
-    walk: _Walk,
-    visits: BlockVisits,
-    left: Sequence[tuple[Source, int]],
-    shards: int,
-    settle: Settle,
-    progress: Progress | None,
-    ranks: ProcessRank,
-) -> None:
-    """Run all batches of all unfinished shards through one block after another."""
-    result = {(source.name, shard): Statistics(source.name) for source, shard in left}
-    rows = [((source.name, shard), batch) for source, shard in left for batch in source.batches[shard::shards]]
-    names, counted = {*walk.watched.values()}, set[tuple[int, str]]()
-    mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
-    total, finished = visits.passes(names) * len(mine), 0
-    for key, batch in rows:
-        result[key].tokens += _positions(batch)
+def _send(outbox: Outbox, sums: Statistics) -> None:
+    outbox.send(sums.header(), to_host(sums.tensors()))
 
-    def add_parts() -> None:
-        for (key, _), part in zip(rows, gather_sums(parts, len(rows), ranks), strict=False):
-            result[key].accumulate(part)
-        parts.clear()
 
-    @contextmanager
-    def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        nonlocal finished
-        key, batch = mine[number]
-        if len(parts) == len(mine):
-            add_parts()
-        with _input_sums(watched, batch) as watch:
-            yield
-        if twice := next((name for name in watch.sums if (number, name) in counted), None):
-            raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
-        counted.update((number, name) for name in watch.sums)
-        part = Statistics(key[0], moments=watch.sums)
-        if ranks.several:
-            parts.append(part)
-        else:
-            result[key].accumulate(part)
-        finished += 1
-        if progress:
-            progress(key[0], finished, total)
-
-    visits.visit([batch for _, batch in mine], names, around)
-    if ranks.several:
-        add_parts()
-    for key, sums in result.items():
-        settle(key, sums)
+def _receive(rank: int) -> Statistics:
+    header, values = receive(rank)
+    return Statistics.assemble("", header, values)
 
 
 def _input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:

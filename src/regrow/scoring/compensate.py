@@ -11,25 +11,12 @@ from regrow.scoring.weights import readers
 
 
 def means(
-    model: nn.Module,
-    axes: AxisGraph,
-    kept: Mapping[str, Iterable[int]],
-    statistics: Statistics,
+    model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]], statistics: Statistics
 ) -> dict[str, dict[int, float]]:
-    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly.
+    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
 
-    b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
-    padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
-    modules share: their inputs may have different means, and each has its own bias. :func:`uncompensated` lists them.
-
-    Args:
-        model: The network, to see which convolutions are padded.
-        axes: Its axes.
-        kept: Axis key → the units kept (positions); other axes are not compensated.
-        statistics: Input moments, usually pooled over all sources. Weights without moments are left out.
-
-    Returns:
-        Consuming weight → position in its contracted dimension → E[x], as ``Plan.means`` wants it.
+    b′ = b + Σ over dropped j of W_j · E[x_j], exact for a linear map and for an ungrouped convolution without padding
+    whose weight no other module shares; :func:`uncompensated` lists the others. ``kept``: axis key → the units kept.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
@@ -61,8 +48,8 @@ def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
     return tuple(name for name in bare if takes_constant(model, name, held))
 
 
+# ``id`` of a parameter → path and module of each that holds it.
 Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
-"""``id`` of a parameter → path and module of each that holds it."""
 
 
 def holders(model: nn.Module) -> Holders:
@@ -91,8 +78,6 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
 def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
     """Whether a constant input to a weight can be moved exactly into the bias of its layer.
 
-    That holds for a linear layer and an ungrouped, unpadded convolution whose weight no other module shares.
-
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
     (True, False)
@@ -107,10 +92,7 @@ def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[st
 
 
 def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
-    """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means exactly.
-
-    One note per reason, with the first weight and the number of the others; empty if every weight is compensated.
-    """
+    """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means, one per reason."""
     reasons: dict[str, list[str]] = {}
     held = holders(model)
     for name in dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept])):

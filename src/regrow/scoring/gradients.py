@@ -1,15 +1,22 @@
-"""Run a part of a network in evaluation mode, and sum the gradients of its loss."""
+"""Gradients of a network's loss, in its parameters and in masks of its units, summed over batches."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from regrow.core.objectives import CLASSIFICATION, Objective
-from regrow.core.sources import Batch
+from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
+from regrow.core.sources import Batch, logits_in
+from regrow.scoring.watch import Feed, rows_of
+from regrow.scoring.weights import Reader
+
+ENTRIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
 
 
 def add_gradients(
@@ -21,28 +28,16 @@ def add_gradients(
     *,
     count: int | None = None,
 ) -> Tensor:
-    """Run the network on a batch and add the gradient of its *summed* loss to ``sums`` (float32).
+    """Run the network on a batch, add the gradient of its *summed* loss to ``sums`` (float32); return the mean loss.
 
-    Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
-    precision can hold. Each gradient is added as soon as it is there, and then given back: one parameter's is in memory
-    at a time, beside the sums.
-
-    Args:
-        model: The network.
-        batch: Inputs with labels.
-        names: The parameters whose gradients are wanted.
-        sums: Parameter name → sum so far; changed in place.
-        objective: What the network is trained for.
-        count: The number of labelled positions; ``None``: it is counted, for which the host waits for the device.
-
-    Returns:
-        The mean loss, ``[]``, which may not be finite.
+    The backward pass runs on the mean, which half precision can hold. Each gradient is added as soon as it is there,
+    and then given back: one parameter's is in memory at a time, beside the sums.
     """
     parameters = dict(model.named_parameters())
     chosen, many = {name: parameters[name] for name in names}, batch.size if count is None else count
     earlier = {name: parameter.grad for name, parameter in chosen.items()}
     # Before the activations are there, so that no gap is left between the sums.
-    fresh = {name: torch.empty_like(one, dtype=torch.float32) for name, one in chosen.items() if name not in sums}
+    fresh = {name: torch.empty_like(p, dtype=torch.float32) for name, p in chosen.items() if name not in sums}
     unread = {*fresh}
 
     def add(name: str, parameter: Tensor) -> None:
@@ -56,7 +51,7 @@ def add_gradients(
             sums[name].add_(gradient * many)
 
     loss = objective.compute_loss(batch.run(model), batch)
-    hooks = [one.register_post_accumulate_grad_hook(partial(add, name)) for name, one in chosen.items()]
+    hooks = [p.register_post_accumulate_grad_hook(partial(add, name)) for name, p in chosen.items()]
     try:
         for parameter in chosen.values():
             parameter.grad = None
@@ -92,10 +87,9 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
 
 
 def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
-    """Return the smallest part of a network to run: without the head, if none of the named weights lies in it.
+    """Return the part of a network to run: without the head, if none of the named weights lies in it.
 
-    That part is transformers' ``base_model``: a submodule that takes the same inputs. It may leave out weights that the
-    whole network uses (an encoder, a head).
+    That is transformers' ``base_model``, which takes the same inputs, but may leave out weights (an encoder, a head).
     """
     base = getattr(model, "base_model", None)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
@@ -106,3 +100,185 @@ def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
     except TypeError:
         return model
     return base
+
+
+class MaskGradients(Feed):
+    """A torch-function mode that sums the squared gradients of unit masks, as the loss is differentiated.
+
+    A mask multiplies a unit wherever a weight reads it. The gradient of the loss with respect to it is Σ x · ∂L/∂x over
+    the unit's channels x, and is taken per token (per example where convolutions read the unit, summed over positions).
+    With labels that are drawn from the network's own predictions, the mean of its square is the Fisher information. It
+    takes one forward and one backward pass, and no gradients of weights.
+
+    Only what depends on the first watched input is differentiated. Inside a recurrent layer the gradient is that of the
+    whole batch, whose square has the same mean where labels are drawn.
+    """
+
+    def __init__(self, watched: Mapping[int, str], reads: Mapping[str, Sequence[Reader]], sequences: int) -> None:
+        super().__init__(watched)
+        self.reads, self.sequences = reads, sequences
+        self.squares: dict[str, Tensor] = {}
+        self.partial: dict[str, Tensor] = {}
+        self.waiting: Counter[str] = Counter()
+
+    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """Return the same input, as a tensor whose gradient is that of this use alone."""
+        if not torch.is_grad_enabled() or not value.is_floating_point():
+            return value
+        use = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        self._expect(name, use)
+        use.register_hook(partial(self._add, name, value.detach(), dim))
+        return use
+
+    def weighed(self, name: str, weight: Tensor) -> Tensor:
+        """Return the weight times a mask of its inputs, whose gradient is that of the whole batch."""
+        if not torch.is_grad_enabled():
+            return weight
+        mask = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        self._expect(name, mask)
+        mask.register_hook(partial(self._add, name, mask.detach(), -1))
+        return weight * mask
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return axis key → Σ of squared gradients, ``[size]`` float64, once the loss is differentiated."""
+        for axis in list(self.partial):
+            self._square(axis)
+        return self.squares
+
+    def _expect(self, name: str, value: Tensor) -> None:
+        for reader in self.reads[name]:
+            self.waiting[reader.axis] += 1
+            home = "cpu" if value.device.type == "mps" else value.device
+            self.squares.setdefault(reader.axis, torch.zeros(reader.size, dtype=torch.float64, device=home))
+
+    @torch.no_grad()
+    def _add(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
+        sequences = 1 if value.dim() == 1 else self.sequences
+        (rows, channels), (slopes, _) = (rows_of(tensor, dim, sequences) for tensor in (value, gradient))
+        wide = torch.promote_types(value.dtype, torch.float32)
+        products = rows.to(wide) * slopes.to(wide)
+        if channels == 1:
+            products = products.sum(2)[:, None]
+        for reader in self.reads[name]:
+            gradients = _to_units(products, reader.positions(products.shape[-1]))
+            if reader.axis in self.partial:
+                gradients = _added(self.partial[reader.axis], gradients)
+            self.partial[reader.axis] = gradients
+            self.waiting[reader.axis] -= 1
+            if not self.waiting[reader.axis]:
+                self._square(reader.axis)
+
+    def _square(self, axis: str) -> None:
+        total = self.partial.pop(axis).square().sum((0, 1))
+        self.squares[axis] += total.to(self.squares[axis].device, torch.float64)
+
+
+def _to_units(values: Tensor, where: Tensor) -> Tensor:
+    """Return the sums of values ``[..., channels]`` over each unit's channels ``[size, k]``, ``[..., size]``."""
+    in_order = where.numel() == values.shape[-1] and torch.equal(where.flatten(), torch.arange(where.numel()))
+    parts = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
+    return parts[..., 0] if where.shape[1] == 1 else parts.sum(-1)
+
+
+def _added(first: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the gradients of two uses of a unit, summed over positions where these differ, then all."""
+    for dim in (1, 0):
+        if first.shape != other.shape:
+            first, other = first.sum(dim, keepdim=True), other.sum(dim, keepdim=True)
+    return first + other
+
+
+def add_fisher(
+    model: nn.Module,
+    batch: Batch,
+    masks: MaskGradients,
+    sums: dict[str, Tensor],
+    objective: Objective,
+    around: AbstractContextManager[object],
+    origin: Batch,
+) -> None:
+    """Run the network on a batch, in ``around``, and add the squared gradients of the masks to ``sums``.
+
+    ``origin`` is the batch before it was moved to the network's device, so that labels are drawn without waiting for
+    it.
+    """
+    with torch.enable_grad():
+        with masks, around:
+            output = batch.run(model)
+        end, gradient = draw_labels(output, batch, objective, origin) or (None, None)
+        if end is None:
+            end = objective.compute_loss(output, batch) * batch.size
+    if end.requires_grad:
+        end.backward(gradient)
+    elif masks.waiting:
+        raise ValueError(
+            "what the network returns has no gradient, since its forward pass detaches it; return it attached, or "
+            "choose a method without gradients, such as flap"
+        )
+    for key, squares in masks.finish().items():
+        sums[key] = sums[key] + squares if key in sums else squares
+
+
+def draw_labels(
+    output: object, batch: Batch, objective: Objective, origin: Batch | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
+
+    The random numbers of an example depend on its inputs alone; where the first dimension of no input is that of the
+    labels, on all inputs and its index. Nothing is drawn for positions labelled −100, and for losses of one's own.
+    ``origin`` is the batch on the device where it came from.
+    """
+    origin = batch if origin is None else origin
+    if objective.name in (CLASSIFICATION.name, NEXT_TOKEN.name):
+        logits, labels = logits_in(output), batch.labels
+        if isinstance(labels, Tensor) and logits.dim() > 1 and logits.shape[:-1] != labels.shape:
+            logits = logits.movedim(1, -1)
+        if not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
+            return None
+        return logits, _draw_classes(logits.detach(), labels != IGNORED, origin)
+    if objective.name == MULTI_LABEL.name:
+        logits = logits_in(output)
+        chances = logits.detach().float().sigmoid()
+        ones = _uniform(origin, chances) < chances
+        return logits, (chances - ones.float()).to(logits)
+    if objective.name == REGRESSION.name:
+        values = logits_in(output)
+        return values, torch.special.ndtri(_uniform(origin, values).clamp(1e-6, 1 - 1e-6)).to(values)
+    return None
+
+
+def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
+    """Return probabilities minus one-hot labels, in the dtype of the logits ``[..., classes]``."""
+    random = _uniform(batch, counted).flatten()
+    rows, valid = logits.reshape(-1, logits.shape[-1]), counted.flatten().to(logits.device)
+    gradient = torch.empty_like(rows)
+    step = max(1, ENTRIES // rows.shape[1])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for part, into, u, seen in zip(*(all_.split(step) for all_ in (rows, gradient, random, valid)), strict=True):
+        chances = part.to(wide).softmax(-1)
+        edges = chances.cumsum(-1)
+        classes = torch.searchsorted(edges, u[:, None].to(edges) * edges[:, -1:], right=True)
+        classes.clamp_max_(rows.shape[1] - 1)
+        into.copy_(chances.scatter_add_(1, classes, chances.new_full((), -1).expand_as(classes)) * seen[:, None])
+    return gradient.view(logits.shape)
+
+
+def _uniform(batch: Batch, like: Tensor) -> Tensor:
+    """Return uniform random numbers in [0, 1) of the shape of ``like``, seeded by the inputs of each example."""
+    leaves = tree_leaves((batch.args, dict(batch.kwargs)))
+    tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+    if not like.dim():
+        return torch.rand((), generator=_generator(tensors)).to(like.device)
+    inputs = [tensor for tensor in tensors if tensor.dim() and len(tensor) == len(like)]
+    rows = []
+    for i in range(len(like)):
+        seeds = [tensor[i] for tensor in inputs] if inputs else [*tensors, torch.tensor(i)]
+        rows.append(torch.rand(like.shape[1:], generator=_generator(seeds)))
+    return torch.stack(rows).to(like.device)
+
+
+def _generator(inputs: Sequence[Tensor]) -> torch.Generator:
+    digest = sha256()
+    for tensor in inputs:
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7]))

@@ -15,14 +15,11 @@ from regrow.scoring.gradients import evaluation_mode, trunk_of
 from regrow.scoring.watch import Feed, rows_of
 from regrow.scoring.weights import Reader, readers
 
-ROWS = 4096
-"""The number of rows summed at a time in float32."""
+ROWS = 4096  # the number of rows summed at a time in float32
+# The most bytes of sums that are kept at a time; layers beyond it are measured in another pass over the data.
 LIMIT = 2 * 2**30
-"""The most bytes of sums that are kept at a time; layers beyond it are measured in another pass over the data."""
-WIDEST = 16384
-"""The most inputs of a layer whose products are summed: those of more take over 2 GiB."""
-ORDERING = 4
-"""How many matrices of the size of a layer's sums ordering its units takes, beside the sums."""
+WIDEST = 16384  # the most inputs of a layer whose products are summed: those of more take over 2 GiB
+ORDERING = 4  # how many matrices of the size of a layer's sums ordering its units takes, beside the sums
 
 
 @dataclass
@@ -30,18 +27,12 @@ class Gram:
     """Sums over the inputs x of a layer, from which a constant c near their mean is subtracted.
 
     Without it, float32 would lose the variance of inputs that hardly vary beside their mean.
-
-    Args:
-        products: Σ (x − c) (x − c)ᵀ, ``[k, k]`` float64.
-        total: Σ (x − c), ``[k]`` float64.
-        constant: c, the mean of the first inputs, ``[k]`` float64.
-        rows: The number of inputs.
     """
 
-    products: Tensor
-    total: Tensor
-    constant: Tensor
-    rows: int = 0
+    products: Tensor  # Σ (x − c) (x − c)ᵀ, `[k, k]` float64
+    total: Tensor  # Σ (x − c), `[k]` float64
+    constant: Tensor  # c, the mean of the first inputs, `[k]` float64
+    rows: int = 0  # the number of inputs
 
     @classmethod
     def empty(cls, width: int, device: torch.device) -> "Gram":
@@ -95,18 +86,11 @@ def sum_products(
     use: Callable[[str, Gram], None],
     visits: BlockVisits | None = None,
 ) -> None:
-    """Sum the products of the inputs of linear layers, and pass on the sums of each layer once they are complete.
+    """Sum the products of the inputs of linear layers, and pass each layer's name and sums on once they are complete.
 
-    Args:
-        model: The network.
-        widths: Name of the weight of each layer → its number of inputs.
-        batches: The data, without positions that an ``attention_mask`` hides: in memory, they run in as few passes as
-            the memory for sums allows, without the head if no layer lies in it; block by block, in one.
-        use: Called with the name of each layer and its sums, which it may use up.
-        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
-
-    Raises:
-        ValueError: If no batch reaches a layer, or a layer runs in several parts of a network that runs in blocks.
+    ``widths``: name of a layer's weight → its number of inputs. Positions that an ``attention_mask`` hides are left
+    out. In memory the batches run in as few passes as the memory for sums allows, without the head if no layer lies in
+    it; by ``visits``, for a network that does not fit into memory, in one. ``use`` may use up the sums.
     """
     if not widths:
         return
@@ -153,11 +137,9 @@ def sum_products(
 
 
 def predict_products(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
-    """Return the bytes for the sums of layers, and for ordering the units of the largest.
+    """Return the bytes for the sums of layers, of (inputs, outputs) each, and for ordering the units of the largest.
 
-    Args:
-        layers: The numbers of inputs and outputs of each layer.
-        together: Whether all are summed in one pass, as block by block; else in as many as :data:`LIMIT` asks for.
+    ``together``: whether all are summed in one pass, as block by block; else in as many as :data:`LIMIT` asks for.
 
     >>> predict_products([(1000, 100), (500, 100)], together=True)
     43600000

@@ -5,7 +5,7 @@ Every metric is called with (weights, axes, statistics, *, units), units being `
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
@@ -17,10 +17,8 @@ from regrow.scoring.spaces import OUTER_BLOCKS, normalise, standardise
 from regrow.scoring.weights import CachedColumns, Reader, columns, readers, scorable, tensors
 
 Units = Sequence[Axis] | None
-SHARE = 0.1
-"""The least fraction of its axis's total energy from which a unit is called massive."""
-FEWEST = 16
-"""Axes with fewer units are not searched for massive ones: a large fraction is nothing special there."""
+SHARE = 0.1  # the least fraction of its axis's total energy from which a unit is called massive
+FEWEST = 16  # axes with fewer units are not searched for massive ones: a large fraction is nothing special there
 
 
 def wanda_sp(
@@ -28,16 +26,11 @@ def wanda_sp(
 ) -> Scores:
     """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
 
-    The original multiplies by the root of the mean over sequences of Σ_t x²; ours by the root mean square over
-    positions: the same up to one constant for equally long sequences, and comparable between sources. ``pool`` says
-    how channel scores become unit scores: ``"sum"`` (as the original does for heads), or ``"standardised"``: channels
-    z-scored per weight, then averaged.
-
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
-    return _score_channels(
-        "wanda_sp", weights, axes, statistics, units, "mean", lambda m: (m.square / m.count).sqrt(), pool
-    )
+    reads = readers(axes, scorable(axes, units))
+    channels = _score_channels(weights, reads, statistics, "mean", lambda m: (m.square / m.count).sqrt())
+    return _finish("wanda_sp", to_units(channels, reads, pool), statistics)
 
 
 def wifv(
@@ -53,10 +46,7 @@ def wifv(
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
     It estimates the output energy that is lost if channel j is replaced by its mean. The paper's variance is over
-    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``, up to the constant
-    sequence length). Two quirks of that code are not reproduced: it drops its first sequence, and updates its running
-    mean before using it. ``square_blocks`` squares the channel scores of units with several channels before they are
-    z-scored: FLAP's code does this for attention heads, this for every unit with several channels.
+    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``).
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), paper and code.
     """
@@ -64,28 +54,29 @@ def wifv(
     def factor(moments: Moments) -> Tensor:
         return moments.variance if form == "token" else moments.sequence_variance
 
-    return _score_channels(f"wifv/{form}", weights, axes, statistics, units, "square", factor, pool, square_blocks)
+    reads = readers(axes, scorable(axes, units))
+    channels = _score_channels(weights, reads, statistics, "square", factor)
+    return _finish(f"wifv/{form}", to_units(channels, reads, pool, square_blocks=square_blocks), statistics)
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j.
-
-    Source: ours; it shows which units carry massive activations (Sun et al. 2024, arXiv 2402.17762).
-    """
-    return _score_channels("energy", weights, axes, statistics, units, "square", lambda m: m.square / m.count)
+    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j."""
+    reads = readers(axes, scorable(axes, units))
+    channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
+    return _finish("energy", to_units(channels, reads), statistics)
 
 
 def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by the Fisher information of their masks, ½ · mean over tokens of (Σ x · ∂L/∂x)².
 
-    That is the increase of the loss per token, to second order, if the unit's output were 0. Without statistics:
-    ‖W_j‖₂².
+    That is the increase of the loss per token, to second order, if the unit's output were 0. Without data: ‖W_j‖₂².
 
     Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
     """
-    if statistics is None:
-        return _score_channels("fisher", weights, axes, None, units, "square")
     chosen = scorable(axes, units)
+    if statistics is None:
+        reads = readers(axes, chosen)
+        return _finish("fisher", to_units(_score_channels(weights, reads, None, "square"), reads), None)
     if missing := next((axis.key for axis in chosen if axis.key not in statistics.fisher), ""):
         raise ValueError(
             f"source {statistics.source!r} never reached the units of {missing!r}; give more batches, or leave them "
@@ -100,10 +91,8 @@ def taylor(
 ) -> Scores:
     """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
 
-    ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
-    over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss. Without statistics: Σ w².
-
-    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code (``param_first`` and ``vectorize``).
+    ``element1``: Σ abs(w · g) over the unit's parameters; ``vector``: Σ over its channels of abs(Σ w · g), with g the
+    gradient of the mean loss. Without statistics: Σ w². Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code.
     """
     values: dict[str, Tensor] = {}
     for axis in scorable(axes, units):
@@ -134,10 +123,8 @@ def magnitude(
 ) -> Scores:
     """Score units by the norm of their weights; needs no data.
 
-    ``columns`` (FLAP's repository, "mag-sp"): Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read
-    it. ``group`` (DepGraph): the root of Σ w² over every parameter entry the unit owns.
-
-    Source: An et al., FLAP (arXiv 2312.11983), code; Fang et al., DepGraph (arXiv 2301.12900).
+    ``columns``: Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read it (FLAP's code, "mag-sp").
+    ``group``: the root of Σ w² over every parameter entry the unit owns (Fang et al., DepGraph, arXiv 2301.12900).
     """
     values: dict[str, Tensor] = {}
     chosen = scorable(axes, units)
@@ -154,10 +141,7 @@ def magnitude(
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
-    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows.
-
-    Source: ours; large row extremes were reported to hold up best as the sole criterion for gated units (peremartra).
-    """
+    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows."""
     values = {}
     for axis in scorable(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
@@ -179,46 +163,31 @@ def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
     return Scores(values, "random")
 
 
-METRICS: Mapping[str, tuple[Callable[..., Scores], Need]] = {
-    "wifv": (wifv, Need.ACTIVATIONS),
-    "wanda_sp": (wanda_sp, Need.ACTIVATIONS),
-    "taylor": (taylor, Need.GRADIENTS),
-    "fisher": (fisher, Need.FISHER),
-    "magnitude": (magnitude, Need.WEIGHTS),
-}
-"""Name → (metric, the statistics that it needs)."""
-
-
 @dataclass(frozen=True)
 class Base:
-    """Settings of a pruning baseline that another method can wrap: its metric, allocation and protected blocks.
+    """A pruning baseline that another method can wrap: its metric, allocation and protected blocks."""
 
-    Args:
-        metric: Its name in :data:`METRICS`.
-        allocation: The name of its allocation in :data:`regrow.allocation.ALLOCATIONS`.
-        options: Keyword arguments of the metric; without any, its scores are z-scored per axis.
-        spare: The fractions of blocks at the beginning and at the end of the network that are not pruned.
-    """
-
-    metric: str
-    allocation: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    spare: tuple[float, float] = (0.0, 0.0)
+    metric: Callable[..., Scores]
+    need: Need  # what the metric has to be measured from, besides weights
+    allocation: str  # its name in :data:`regrow.allocation.ranked.ALLOCATIONS`
+    standardised: bool = False  # whether the metric pools channels to comparable scores; others are z-scored per axis
+    spare: tuple[float, float] = (0.0, 0.0)  # the fractions of blocks, first and last, that are not pruned
 
     def score(self, weights: Tensors, axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]) -> Scores:
         """Return scores that are comparable between axes; without statistics, scores by the weights alone."""
-        scores = METRICS[self.metric][0](weights, axes, statistics, units=units, **self.options)
-        return scores if self.options else normalise(scores, "zscore")
+        if self.standardised:
+            return self.metric(weights, axes, statistics, units=units, pool="standardised")
+        return normalise(self.metric(weights, axes, statistics, units=units), "zscore")
 
 
+# Name of a pruning method → the baseline that it is.
 BASES: Mapping[str, Base] = {
-    "flap": Base("wifv", "ranked", {"pool": "standardised"}),
-    "wanda_sp": Base("wanda_sp", "uniform", {"pool": "standardised"}),
-    "llm_pruner": Base("taylor", "uniform", spare=OUTER_BLOCKS),
-    "magnitude": Base("magnitude", "uniform"),
-    "fisher": Base("fisher", "uniform", spare=OUTER_BLOCKS),
+    "flap": Base(wifv, Need.ACTIVATIONS, "ranked", standardised=True),
+    "wanda_sp": Base(wanda_sp, Need.ACTIVATIONS, "uniform", standardised=True),
+    "llm_pruner": Base(taylor, Need.GRADIENTS, "uniform", spare=OUTER_BLOCKS),
+    "magnitude": Base(magnitude, Need.WEIGHTS, "uniform"),
+    "fisher": Base(fisher, Need.FISHER, "uniform", spare=OUTER_BLOCKS),
 }
-"""Name of a pruning method → its settings as a baseline that can be wrapped."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +201,7 @@ class Massive:
 
 
 def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
-    """Return the units that contribute more than a tenth of their axis's :func:`energy`, largest first.
-
-    Source: the observation is Sun et al. 2024 (arXiv 2402.17762); the share as a measure is ours.
-    """
+    """Return the units with over a tenth of their axis's ``energy``, largest first (Sun et al., arXiv 2402.17762)."""
     result = []
     for key, values in energy.values.items():
         axis, total, middle = axes[key], float(values.sum()), float(values.median())
@@ -262,10 +228,9 @@ def to_units(
 ) -> dict[str, Tensor]:
     """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
 
-    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardised`` (FLAP's AL-AM): each
-    weight's channels are first z-scored among themselves, then averaged over the unit's channels and its weights, so
-    that units of different layers and kinds can be ranked together; ``square_blocks`` squares those of units with
-    several channels before.
+    ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's AL-AM): each weight's
+    channels are z-scored among themselves, then averaged, so that units of different layers can be ranked together;
+    ``square_blocks`` squares those of units with several channels before.
     """
     parts: dict[str, list[Tensor]] = {}
     for reader in reads:
@@ -280,19 +245,14 @@ def to_units(
 
 
 def _score_channels(
-    name: str,
     weights: Tensors,
-    axes: AxisGraph,
+    reads: Sequence[Reader],
     statistics: Statistics | None,
-    units: Units,
     form: str,
     factor: Callable[[Moments], Tensor] | None = None,
-    pool: str = "sum",
-    square_blocks: bool = False,
-) -> Scores:
-    """Score units by a norm of each input channel of the weights that read them, times a factor from its moments."""
+) -> dict[str, Tensor]:
+    """Return a norm of each input channel of the weights, times a factor from its moments, weight → ``[C]`` float64."""
     cached = weights if isinstance(weights, CachedColumns) else CachedColumns(weights)
-    reads = readers(axes, scorable(axes, units))
     channels: dict[str, Tensor] = {}
     for reader in reads:
         weight, dim = reader.weight, reader.slot.dim
@@ -301,7 +261,7 @@ def _score_channels(
         elif weight not in channels:
             activations = factor(moments_of(statistics, weight)).cpu()
             channels[weight] = activations * cached.columns(weight, dim, len(activations) // reader.width, form=form)
-    return _finish(name, to_units(channels, reads, pool, square_blocks=square_blocks), statistics)
+    return channels
 
 
 def _finish(name: str, values: Tensors, statistics: Statistics | None) -> Scores:

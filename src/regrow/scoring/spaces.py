@@ -1,24 +1,21 @@
 """Make scores comparable: z-scores, ranks within spaces of units, and how much these vary between text domains."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis
-from regrow.core.scores import Scores, Statistics, Tensors, merged
+from regrow.core.scores import Scores, Tensors
 
-Row = dict[str, str | int | float]
-"""A row of a table in a report: column → value."""
+Row = dict[str, str | int | float]  # a row of a table in a report: column → value
 
-FEW = 16
-"""Axes with fewer units than this are ranked together with others of their kind: three ranks say little."""
-SHUFFLES = 20
-"""How often shards are shuffled for the null distribution of :func:`spectrum`."""
+FEW = 16  # axes with fewer units than this are ranked together with others of their kind: three ranks say little
+SHUFFLES = 20  # how often shards are shuffled for the null distribution of :func:`spectrum`
+# The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default.
 OUTER_BLOCKS = (0.125, 0.0625)
-"""The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default."""
 
 
 def standardise(values: Tensor) -> Tensor:
@@ -54,16 +51,10 @@ def normalise(scores: Scores, how: str) -> Scores:
 
 @dataclass(frozen=True)
 class Space:
-    """A ranking space: units ranked against each other, of one axis or of several small axes of one kind.
+    """A ranking space: units ranked against each other, of one axis or of several small axes of one kind."""
 
-    Args:
-        label: The kind of units (``Axis.label``).
-        keys: The axes, in the order of the network.
-        sizes: How many units each has.
-    """
-
-    label: str
-    keys: tuple[str, ...]
+    label: str  # the kind of units, `Axis.label`
+    keys: tuple[str, ...]  # the axes, in the order of the network
     sizes: tuple[int, ...]
 
     @property
@@ -106,16 +97,17 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     )
 
 
-def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
+def inner(units: Sequence[Axis], spare: tuple[float, float]) -> list[Axis]:
     """Return the axes that lie neither in the first nor in the last blocks of the network.
 
-    ``first`` and ``last`` are fractions of the blocks; a block is the first number in a tensor's dotted name. Axes that
-    lie in no block are always returned.
+    ``spare`` are their fractions of the blocks; a block is the first number in a tensor's dotted name. Axes that lie in
+    no block are always returned.
 
     >>> from regrow.core.axes import Axis
-    >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
+    >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], (0.4, 0.0))]
     ['h.1.w', 'h.2.w', 'head']
     """
+    first, last = spare
     matches = [re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units]
     blocks = sorted({int(match[1]) for match in matches if match})
     chosen = blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))]
@@ -129,17 +121,11 @@ def within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Ten
 
 @dataclass(frozen=True)
 class Ranks:
-    """The importance rank of every unit on every source, and on every shard of each source.
+    """The importance rank of every unit on every source, and on every shard of each source."""
 
-    Args:
-        sources: The names of the M sources.
-        whole: Axis key → ``[M, size]``: ranks by the scores on whole sources.
-        shards: Axis key → ``[M, S, size]``: ranks by the scores on each of the S shards of a source.
-    """
-
-    sources: tuple[str, ...]
-    whole: Tensors
-    shards: Tensors
+    sources: tuple[str, ...]  # M names
+    whole: Tensors  # axis key → ranks by the scores on whole sources, [M, size]
+    shards: Tensors  # axis key → ranks by the scores on each of the S shards of a source, [M, S, size]
 
 
 def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> Ranks:
@@ -150,30 +136,19 @@ def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence
     if len({len(shards) for _, shards in scores.values()}) != 1:
         raise ValueError("every source needs equally many shards")
     keys = [key for space in among for key in space.keys]
-    whole = {key: torch.stack([one[key] for one, _ in scores.values()]) for key in keys}
+    whole = {key: torch.stack([pooled[key] for pooled, _ in scores.values()]) for key in keys}
     parts = {key: torch.stack([torch.stack([s[key] for s in shards]) for _, shards in scores.values()]) for key in keys}
     return Ranks(tuple(scores), within(whole, among, percentile), within(parts, among, percentile))
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """How much each unit's rank varies between sources.
-
-    Args:
-        sigma: Axis key → the standard deviation of the rank over sources, ``[size]`` float64.
-    """
-
-    sigma: Tensors
-
-
-def sensitivity(ranking: Ranks) -> Sensitivity:
-    """Compute how much each unit's rank varies between sources: the standard deviation (ddof = 1) of its ranks.
+def sensitivity(ranking: Ranks) -> dict[str, Tensor]:
+    """Return how much each unit's rank varies: axis key → its standard deviation over sources, ``[size]`` float64.
 
     Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets.
     """
     if len(ranking.sources) < 2:
         raise ValueError(f"sensitivity compares sources; there is only {ranking.sources}")
-    return Sensitivity({key: value.std(0) for key, value in ranking.whole.items()})
+    return {key: value.std(0) for key, value in ranking.whole.items()}
 
 
 def share_of(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
@@ -189,11 +164,10 @@ def share_of(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
 def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
-    The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
-    1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), the fraction of
-    the variance of a shard's rank that is due to the source. ``spearman``: mean rank correlation between sources;
-    ``kendall_w``: ((M − 1) ρ + 1) / M; ``spearman_shards`` and ``spearman_within``: between shards of different sources
-    and of the same source, which are equally noisy. It takes at least 2 sources of at least 2 shards.
+    ``exceeds``: fraction of units with F > 1; ``significant``: with F above the 95 % point of the null, which shuffles
+    shards over sources; ``share``: the fraction of the variance of a shard's rank that is due to the source;
+    ``spearman``: mean rank correlation between sources, ``spearman_shards`` and ``spearman_within`` between shards of
+    different sources and of the same. It takes at least 2 sources of at least 2 shards.
     """
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
@@ -203,7 +177,7 @@ def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
         between, noise, ratio = _effects(shards)
         flat = shards.reshape(m * s, n)
         shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(SHUFFLES)]
-        null = torch.stack([_effects(one)[2] for one in shuffled])
+        null = torch.stack([_effects(draw)[2] for draw in shuffled])
         corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
         rho = _off_diagonal(torch.corrcoef(whole))
         mixed = torch.corrcoef(flat).reshape(m, s, m, s)
@@ -241,40 +215,3 @@ def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _off_diagonal(square: Tensor) -> Tensor:
     n = len(square)
     return (square.sum() - square.diagonal().sum()) / (n * (n - 1))
-
-
-@dataclass(frozen=True)
-class View:
-    """Scores, ranks and sensitivity of units, computed from a given set of sources.
-
-    Args:
-        pooled: The statistics of the sources, summed.
-        scores: The scores by the pooled statistics.
-        ranks: The ranks on each source and shard.
-        spread: How much the ranks differ between the sources.
-    """
-
-    pooled: Statistics
-    scores: Scores
-    ranks: Ranks
-    spread: Sensitivity
-
-
-def views(
-    statistics: Mapping[str, Sequence[Statistics]],
-    score: Callable[[Statistics], Scores],
-    among: Sequence[Space],
-    *,
-    without_each: bool,
-) -> Iterator[View]:
-    """Yield the view of all sources, then (with ``without_each``) one view with each source left out.
-
-    A decision made without a source can be evaluated on that source as an unseen text domain. ``statistics``: source →
-    those of its shards; at least 2 sources, 3 to leave one out.
-    """
-    rows = {name: (score(merged(shards)), list(map(score, shards))) for name, shards in statistics.items()}
-    for left_out in (None, *(rows if without_each else ())):
-        names = [name for name in rows if name != left_out]
-        pooled = merged([shard for name in names for shard in statistics[name]])
-        ranking = ranks({name: rows[name] for name in names}, among)
-        yield View(pooled, score(pooled), ranking, sensitivity(ranking))

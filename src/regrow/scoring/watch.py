@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_map_only
 from regrow.core.scores import Moments
 from regrow.core.sources import Batch, visible_positions
 
-Operands = tuple[Any, Any, int]
-"""A weight, the input it is contracted with, and which dimension of the input that is."""
+Operands = tuple[Any, Any, int]  # a weight, the input it is contracted with, and which dimension of the input that is
 
 
 def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any) -> Iterator[Operands]:
@@ -47,10 +46,9 @@ def _cell(x: Tensor, state: Any, inner: Tensor, back: Tensor, *_: Any) -> Iterat
     yield back, state[0] if isinstance(state, list | tuple) else state, -1
 
 
+# Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory.
 CHUNK = 1 << 18
-"""Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory."""
-GROUP = 64
-"""How many columns a kernel sums side by side."""
+GROUP = 64  # how many columns a kernel sums side by side
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Operands]:
@@ -80,6 +78,7 @@ _CONVOLUTIONS = (
     torch.conv_transpose3d,
 )
 Table = dict[Callable[..., Any], Callable[..., Iterator[Operands]]]
+# Function → the (weight, input, dimension) triples that a call of it contracts.
 CONTRACTIONS: Table = {
     F.linear: _linear,
     **dict.fromkeys(_MATMULS, _matmul),
@@ -87,12 +86,11 @@ CONTRACTIONS: Table = {
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
     **dict.fromkeys(_CONVOLUTIONS, _conv),
 }
-"""Function → the (weight, input, dimension) triples that a call of it contracts."""
+# The same inside recurrent layers. The projection of ``proj_size`` is not covered.
 RECURRENT: Table = {
     **{func: partial(_layers, func) for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
 }
-"""The same inside recurrent layers. The projection of ``proj_size`` is not covered."""
 _EVERYWHERE = CONTRACTIONS | RECURRENT
 
 
@@ -144,19 +142,18 @@ class Feed(TorchFunctionMode, ABC):
         if func in RECURRENT:
             args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
         if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
-            value, fed = read[1], self.fed(*read)
+            name, value, dim = read
+            fed = self.fed(name, value, dim)
             args = tuple(fed if arg is value else arg for arg in args)
             kwargs = {key: fed if arg is value else arg for key, arg in kwargs.items()}
         return func(*args, **kwargs)
 
 
 class InputSums(TorchFunctionMode):
-    """A torch-function mode that sums the inputs of watched weights into :class:`~regrow.core.scores.Moments`.
+    """A torch-function mode that sums the inputs of watched weights (``id`` → name) into ``Moments``.
 
-    Args:
-        watched: ``id`` of a weight → its name.
-        sequences: How many sequences the batch has; the rows of an input belong to them in equal, consecutive parts.
-        mask: ``[sequences, tokens]``, false at positions that do not count (padding); ``None``: all count.
+    The rows of an input belong to the sequences in equal, consecutive parts; ``mask`` ``[sequences, tokens]`` is false
+    at positions that do not count (padding).
     """
 
     def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None) -> None:
@@ -225,7 +222,7 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     reuse = rows.is_contiguous()
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
     sums = [_sums(strip, channels, step, hidden, reuse) for strip in rows.split(_strip(rows, channels), channels)]
-    total, square = torch.cat([one for one, _ in sums], 1), torch.cat([one for _, one in sums])
+    total, square = torch.cat([totals for totals, _ in sums], 1), torch.cat([squares for _, squares in sums])
     if mask is None:
         means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
     else:
@@ -238,8 +235,7 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
 def _strip(rows: Tensor, channels: int) -> int:
     """Return how many channels are summed at a time: so many that a sequence fits the cache, or all.
 
-    A thread sums columns in groups of GROUP, and those that are left over in another order. So channels are split only
-    where nothing is left over in any thread, neither in the whole nor in a strip.
+    A thread sums columns in groups of GROUP, and what is left over in another order: so nothing may be left over.
     """
     width, group = rows.shape[channels], GROUP * torch.get_num_threads()
     splits = rows.device.type == "cpu" and channels == 2 and rows.is_contiguous() and width % group == 0
@@ -256,12 +252,12 @@ def _sums(rows: Tensor, channels: int, step: int, hidden: Tensor | None, reuse: 
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     room = torch.empty((min(step, len(rows)), *rows.shape[1:]), dtype=wide, device=rows.device) if reuse else None
     for index, part in enumerate(rows.split(step)):
-        own = None if room is None else room[: len(part)]
+        buffer = None if room is None else room[: len(part)]
         if part.dtype != wide:
-            part = part.to(wide) if own is None else own.copy_(part)
+            part = part.to(wide) if buffer is None else buffer.copy_(part)
         if hidden is not None:
             part = part.masked_fill(hidden[index * step : index * step + len(part), :, None], 0)
         totals.append(part.sum(positions).to(home, torch.float64))
-        squares = part * part if own is None else torch.mul(part, part, out=own)
+        squares = part * part if buffer is None else torch.mul(part, part, out=buffer)
         square += squares.sum((0, positions)).to(home, torch.float64)
     return torch.cat(totals), square

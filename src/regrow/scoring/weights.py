@@ -9,28 +9,20 @@ from torch import Tensor, nn
 from regrow.core.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.core.scores import Tensors
 
+# About how many entries of a matrix are in float64 at a time, in columns of a multiple of STRIP: they fit the cache.
+# Each column is summed in the same order as in the whole matrix.
 PART, STRIP = 2**18, 64
-"""About how many entries of a matrix are in float64 at a time, in columns of a multiple of STRIP: they fit the cache.
-Each column is summed in the same order as in the whole matrix."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight that contracts an axis (sums over its units), and where the units lie in it.
+    """A weight that contracts an axis (sums over its units), and where the units lie in it."""
 
-    Args:
-        axis: The axis's key.
-        size: How many units it has.
-        weight: The first name of the weight (the one in the statistics), even where the slot names a tied alias.
-        slot: Where the units lie in the contracted dimension.
-        width: The weight's size in that dimension; a grouped convolution sees ``groups × width`` channels.
-    """
-
-    axis: str
-    size: int
-    weight: str
-    slot: Slot
-    width: int
+    axis: str  # the axis's key
+    size: int  # how many units it has
+    weight: str  # the first name of the weight (the one in the statistics), even where the slot names a tied alias
+    slot: Slot  # where the units lie in the contracted dimension
+    width: int  # the weight's size in that dimension; a grouped convolution sees `groups × width` channels
 
     def positions(self, channels: int) -> Tensor:
         """Return the input channels of each unit, ``[size, k]`` int64, of an operation that sees so many."""
@@ -117,13 +109,9 @@ class CachedColumns(Tensors):
 
 
 def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
-    """Return one norm per input channel of a weight, ``[groups * weight.shape[dim]]`` float64.
+    """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 
-    Args:
-        weight: The weight.
-        dim: The dimension that is contracted with the input.
-        groups: The number of groups of a grouped convolution.
-        form: ``square``: ‖W_j‖². ``norm``: ‖W_j‖. ``mean``: mean over i of abs(W_ij).
+    ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij).
 
     >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]

@@ -73,6 +73,14 @@ class OneOf:
         return f"one of {', '.join(self.choices)}"
 
 
+Count = Annotated[int, Range(1)]
+Fraction = Annotated[float, Range(0, 1)]
+FractionBelowOne = Annotated[float, Range(0, 1, below=True)]
+OpenFraction = Annotated[float, Range(0, 1, above=True, below=True)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+
+
 def check_constraints(settings: "DataclassInstance") -> None:
     """Raise ValueError unless every value meets the constraint that the annotation of its field declares."""
     for name, constraint in _constraints(type(settings)).items():

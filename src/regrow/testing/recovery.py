@@ -13,7 +13,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.methods import MethodEntry
-from regrow.methods.recovery.task import RecoveryTask
+from regrow.methods.recovery import RecoveryTask
 from regrow.surgery import apply
 from regrow.testing.continual import Law, StoppedError, assert_equal_tensors
 from regrow.testing.pruning import make_network, make_sources

@@ -17,8 +17,8 @@ from regrow.core.tasks import Task, first_examples
 from regrow.evaluation import dense
 from regrow.jobs.spaces import extract_network
 from regrow.methods import MethodEntry
-from regrow.methods.search.assembly import Search
-from regrow.methods.search.state import SearchState
+from regrow.methods.search import Search
+from regrow.methods.search.space import SearchState
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore

@@ -20,9 +20,8 @@ from regrow.core.scores import Evidence
 from regrow.core.sources import Batch, Source, labelled_logits
 from regrow.jobs.pruning import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth
-from regrow.methods.pruning.depth import replay
-from regrow.methods.pruning.depth.modules import modules_of
-from regrow.methods.pruning.pruner import Cut, plan_cut, with_modules
+from regrow.methods.pruning.depth import modules_of, replay
+from regrow.methods.pruning.pruner import Cut, PruningRun, plan_cut, with_modules
 from regrow.store import save
 from regrow.surgery import verify
 from regrow.tracing.branches import PlaceholderModule
@@ -140,9 +139,9 @@ def test_an_interrupted_search_goes_on_from_what_it_measured(
             if next(steps, None) is None:
                 raise KeyboardInterrupt
 
-        return plan_cut(pruner, known[0], axes, Budget(0.6), evidence, progress=progress, **place)
+        return plan_cut(pruner, known[0], axes, Budget(0.6), evidence, run=PruningRun(progress=progress, **place))
 
-    monkeypatch.setattr(depth.search, "SECONDS", 0.0)
+    monkeypatch.setattr(replay, "SECONDS", 0.0)
     whole = plan_cut(pruner, known[0], axes, Budget(0.6), evidence)
     with pytest.raises(KeyboardInterrupt):
         run(stop=9)
@@ -164,7 +163,7 @@ def test_logits_of_one_batch_at_a_time_are_in_memory(
         return logits
 
     monkeypatch.setattr(replay, "labelled_logits", counted)
-    monkeypatch.setattr(depth.search, "POSITIONS", 16)
+    monkeypatch.setattr(depth, "POSITIONS", 16)
     pruner, axes, evidence = prepared(*known)
     plan_cut(pruner, known[0], axes, Budget(0.6), evidence)
     assert len(counts) > 4 * BLOCKS and max(counts) <= 2
@@ -172,7 +171,7 @@ def test_logits_of_one_batch_at_a_time_are_in_memory(
 
 def test_a_source_is_read_no_further_than_needed_and_named_if_it_is_short(known: tuple[Any, AxisGraph]) -> None:
     endless: Any = (Batch(labels=torch.ones(1, 16, dtype=torch.int64)) for _ in count())
-    assert [*map(len, depth.search.first_batches(Source("a", endless), 40))] == [2, 5]
+    assert [*map(len, replay.first_batches(Source("a", endless), 40))] == [2, 5]
     for tokens, short in ((32, False), (48, True)):
         pruner, axes, evidence = prepared(*known, tokens=tokens)
         notes = plan_cut(pruner, known[0], axes, Budget(0.6), evidence).plan.origin["notes"]

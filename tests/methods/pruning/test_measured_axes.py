@@ -1,5 +1,6 @@
 """Calibration measures the axes that the budget lets a method cut: those, and no others."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
 from regrow.jobs.pruning import build_pruner, collect_evidence, divide_sources, split_sources
-from regrow.methods.pruning.pruner import plan_cut
+from regrow.methods.pruning.layer_orders import order_layers
+from regrow.methods.pruning.pruner import PruningTask, plan_cut
 from regrow.scoring.collect import collect
-from regrow.scoring.layer_orders import order_layers
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -104,13 +105,13 @@ def test_units_that_a_recurrent_layer_reads_are_scored_alone(name: str) -> None:
 
 def test_a_weight_that_no_batch_reaches_is_named(llama: tuple[nn.Module, AxisGraph, Source]) -> None:
     model, axes, source = llama
-    units, weights = axes.units(("mlp",)), dict(model.named_parameters())
-    given: Any = {"ridge": 0.01, "centre": True}
+    evidence = Evidence(data={"a": source})
+    task = PruningTask(model, axes, dict(model.named_parameters()), axes.units(("mlp",)), Budget(0.5), evidence)
     with pytest.raises(ValueError, match=r"never reached the weight 'model.layers.0.mlp.down_proj.weight'; give more"):
-        order_layers(model, axes, weights, units, Statistics("a"), list(source), **given)
+        order_layers(task, Statistics("a"), ridge=0.01, centre=True)
     known = collect(model, axes, [source], {Need.ACTIVATIONS})["a"][0]
     with pytest.raises(ValueError, match="reads the data itself, got none; give Evidence with data="):
-        order_layers(model, axes, weights, units, known, [], **given)
+        order_layers(replace(task, evidence=Evidence()), known, ridge=0.01, centre=True)
 
 
 def test_parts_of_a_loader_that_shuffles_do_not_overlap() -> None:

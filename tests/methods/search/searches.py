@@ -2,7 +2,6 @@
 
 import torch
 
-from regrow.methods.search.space import measure_size
 from regrow.training.continual import learn
 from regrow.training.learner import Boundary, Context, Event, Step, write_replacements
 from regrow.training.step import apply_plan
@@ -42,7 +41,7 @@ def change(search, state, context, plan):
 
 def size(search, state, context):
     """The size of the trained part."""
-    return measure_size(search, state, context)
+    return search.size(state, context)
 
 
 def replace_parameters(search, state, context):

@@ -29,16 +29,9 @@ from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
-from regrow.methods.search.commit import cut_masked, restore_filters
+from regrow.methods.search.commit import cut_masked, restore_filters, score_cut_filters
 from regrow.methods.search.mgas import Settings, build, lift_cheap_operations
-from regrow.methods.search.space import (
-    GRANULARITIES,
-    build_layout,
-    iterate_spans,
-    score_cut_filters,
-    set_zeros,
-    update_layout,
-)
+from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
 from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
@@ -89,7 +82,7 @@ def test_at_first_nothing_stands_otherwise(task, axes):
     state = start(search, context)
     x = task.test.inputs[:8]
     for stage, last in enumerate((0, 1)):
-        state = update_layout(search, replace(state, stage=stage), context)
+        state = search.update_layout(replace(state, stage=stage), context)
         plain = context.model.upto(x, last)
         with parametrize(context.model, replace_parameters(search, state, context)):
             assert torch.equal(context.logits(x), plain)
@@ -193,7 +186,7 @@ def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
     units = torch.tensor([found.axes[key] + i for key, ids in lost.items() for i in ids])
     theirs = torch.isin(found.reads, units) | torch.isin(found.makes[: len(found.reads)], units)
     gone = (torch.rand(len(theirs), generator=torch.Generator().manual_seed(0)) < 0.3) & ~theirs
-    state, other = set_zeros(state, gone), set_zeros(other, gone)
+    state, other = state.with_zeros(gone), other.with_zeros(gone)
     context, state = change(search, state, context, Plan.keeping(axes, keep))
     answers = context.model(inputs)
     scores = score_cut_filters(search, state, context, lost, Examples(inputs, labels))

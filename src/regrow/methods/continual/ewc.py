@@ -7,13 +7,12 @@ the network's own predictions (the true Fisher information, not the squared grad
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
 from regrow.training.hooks import copy_parameters, quadratic_loss
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
 
@@ -30,22 +29,18 @@ class Settings(CheckedSettings):
         samples: The number of examples, taken one by one, on which a task's Fisher information is estimated.
     """
 
-    strength: Annotated[float, Range(0)] = 10.0
-    decay: Annotated[float, Range(0, 1)] = 1.0
-    samples: Annotated[int, Range(1)] = 200
+    strength: NonNegative = 10.0
+    decay: Fraction = 1.0
+    samples: Count = 200
 
 
 @dataclass(frozen=True)
 class EwcState:
-    """The state of EWC between tasks, by parameter name.
+    """The state of EWC between tasks, by parameter name."""
 
-    Args:
-        fisher: The diagonal of the Fisher information, summed over tasks (with ``decay``).
-        anchor: The parameters at the end of the last task.
-    """
-
+    # The diagonal of the Fisher information, summed over tasks (with `decay`).
     fisher: Mapping[str, AxisTensor] = field(default_factory=dict)
-    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
+    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # the parameters at the end of the last task
 
 
 def build(settings: Settings) -> Learner[EwcState]:

@@ -6,7 +6,6 @@ is the one before the task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import logits_in
 from regrow.core.tasks import among, run_network
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
 
@@ -31,23 +30,17 @@ class Settings(CheckedSettings):
         temperature: T; a higher one gives classes of low probability more influence.
     """
 
-    strength: Annotated[float, Range(0)] = 1.0
-    temperature: Annotated[float, Range(0, above=True)] = 2.0
+    strength: NonNegative = 1.0
+    temperature: Positive = 2.0
 
 
 @dataclass(frozen=True)
 class LwfState:
-    """The state of LwF: the teacher, that is the network before the current task, and the classes seen.
+    """The state of LwF: the teacher, that is the network before the current task, and the classes seen."""
 
-    Args:
-        old: The teacher's parameters and buffers, by name.
-        known: The classes of earlier tasks.
-        seen: The classes of all tasks up to the current one.
-    """
-
-    old: Mapping[str, AxisTensor] = field(default_factory=dict)
-    known: list[int] = field(default_factory=list)
-    seen: list[int] = field(default_factory=list)
+    old: Mapping[str, AxisTensor] = field(default_factory=dict)  # the teacher's parameters and buffers, by name
+    known: list[int] = field(default_factory=list)  # the classes of earlier tasks
+    seen: list[int] = field(default_factory=list)  # the classes of all tasks up to the current one
 
 
 def build(settings: Settings) -> Learner[LwfState]:
@@ -77,7 +70,7 @@ def build(settings: Settings) -> Learner[LwfState]:
 
 def _old_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
     """Return the logits of the network as it was before the current task."""
-    old = {name: one.values for name, one in state.old.items()}
+    old = {name: tensor.values for name, tensor in state.old.items()}
     context.model.eval()
     with torch.no_grad():
         logits = logits_in(torch.func.functional_call(context.model, old, (inputs,)))

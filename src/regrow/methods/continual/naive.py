@@ -28,13 +28,9 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class NaiveState:
-    """The state of the controls.
+    """The state of the controls."""
 
-    Args:
-        step: The number of steps in which examples of earlier tasks were drawn; it seeds the next draw.
-    """
-
-    step: int = 0
+    step: int = 0  # the number of steps in which examples of earlier tasks were drawn; it seeds the next draw
 
 
 def build(settings: Settings) -> Learner[NaiveState]:

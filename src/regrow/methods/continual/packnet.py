@@ -8,14 +8,13 @@ weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, FractionBelowOne
 from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
 from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, tensor_along
 from regrow.training.state import derived
@@ -32,23 +31,18 @@ class Settings(CheckedSettings):
         use_task_id: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
     """
 
-    prune: Annotated[float, Range(0, 1, below=True)] = 0.5
+    prune: FractionBelowOne = 0.5
     use_task_id: bool = False
 
 
 @dataclass(frozen=True)
 class PackNetState:
-    """The state of PackNet, by name of a weight.
+    """The state of PackNet, by name of a weight."""
 
-    Args:
-        owner: The number of the task that owns each entry, from 1; 0 for free entries.
-        pruned: Whether the current task has pruned already.
-        before: The weights before the step.
-    """
-
+    # The number of the task that owns each entry, from 1; 0 for free entries.
     owner: Mapping[str, AxisTensor] = field(default_factory=dict)
-    pruned: bool = False
-    before: Mapping[str, Tensor] = derived(dict)
+    pruned: bool = False  # whether the current task has pruned already
+    before: Mapping[str, Tensor] = derived(dict)  # the weights before the step
 
 
 def build(settings: Settings) -> Learner[PackNetState]:
@@ -59,7 +53,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
         if number is None or not settings.use_task_id or number > context.number:
             return Replacements()
         parameters = context.parameters()
-        owners = {name: one.values for name, one in state.owner.items()}
+        owners = {name: owner.values for name, owner in state.owner.items()}
         return Replacements(
             {name: parameters[name].detach() * ((o > 0) & (o <= number + 1)) for name, o in owners.items()}
         )

@@ -9,14 +9,13 @@ learned.
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.tasks import among
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, Count, NonNegative
 from regrow.training.hooks import draw_rows, offer_rows
 from regrow.training.learner import Context, Learner, Loss, Step
 
@@ -34,29 +33,21 @@ class Settings(CheckedSettings):
         asymmetric_loss: Whether the loss on the current batch is computed over the classes of its task only (ER-ACE).
     """
 
-    memory: Annotated[int, Range(1)] = 500
-    logit_weight: Annotated[float, Range(0)] = 0.0
-    label_weight: Annotated[float, Range(0)] = 1.0
+    memory: Count = 500
+    logit_weight: NonNegative = 0.0
+    label_weight: NonNegative = 1.0
     asymmetric_loss: bool = False
 
 
 @dataclass(frozen=True)
 class ReplayState:
-    """The replay memory, and counters for its sampling.
+    """The replay memory, and counters for its sampling."""
 
-    Args:
-        inputs: The stored inputs, ``[examples, ...]``; ``None`` while the memory is empty.
-        labels: Their labels, ``[examples]``.
-        logits: The network's logits when they were stored, ``[examples, classes]``.
-        seen: The number of examples offered to the memory.
-        recalled: The number of times that examples were drawn from it.
-    """
-
-    inputs: AxisTensor | None = None
-    labels: AxisTensor | None = None
-    logits: AxisTensor | None = None
-    seen: int = 0
-    recalled: int = 0
+    inputs: AxisTensor | None = None  # the stored inputs, `[examples, ...]`; `None` while the memory is empty
+    labels: AxisTensor | None = None  # their labels, `[examples]`
+    logits: AxisTensor | None = None  # the network's logits when they were stored, `[examples, classes]`
+    seen: int = 0  # the number of examples offered to the memory
+    recalled: int = 0  # the number of times that examples were drawn from it
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:
@@ -89,6 +80,12 @@ def build(settings: Settings) -> Learner[ReplayState]:
             return state
         rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
         stored = offer_rows(state.rows, state.seen, context, settings.memory, rows)
-        return ReplayState(**stored, seen=state.seen + len(batch), recalled=state.recalled)
+        return replace(
+            state,
+            inputs=stored["inputs"],
+            labels=stored["labels"],
+            logits=stored["logits"],
+            seen=state.seen + len(batch),
+        )
 
     return Learner(ReplayState(), loss=compute_loss, after_step=remember, classes_only=True)

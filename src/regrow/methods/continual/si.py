@@ -7,12 +7,11 @@ is that of the task's loss alone), and negative contributions to Ω are set to 0
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters, quadratic_loss
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
 
@@ -29,25 +28,19 @@ class Settings(CheckedSettings):
             importance.
     """
 
-    strength: Annotated[float, Range(0)] = 0.1
-    damping: Annotated[float, Range(0, above=True)] = 0.1
+    strength: NonNegative = 0.1
+    damping: Positive = 0.1
 
 
 @dataclass(frozen=True)
 class SiState:
-    """The state of synaptic intelligence, by parameter name.
+    """The state of synaptic intelligence, by parameter name."""
 
-    Args:
-        weight: Ω, the importance to earlier tasks.
-        path: w, the path integral in the current task: how much the parameter has reduced the loss.
-        anchor: θ*, the values at the start of the current task.
-        last: The values after the last step.
-    """
-
-    weight: Mapping[str, AxisTensor] = field(default_factory=dict)
+    weight: Mapping[str, AxisTensor] = field(default_factory=dict)  # Ω, the importance to earlier tasks
+    # w, the path integral in the current task: how much the parameter has reduced the loss.
     path: Mapping[str, AxisTensor] = field(default_factory=dict)
-    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
-    last: Mapping[str, AxisTensor] = field(default_factory=dict)
+    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # θ*, the values at the start of the current task
+    last: Mapping[str, AxisTensor] = field(default_factory=dict)  # the values after the last step
 
 
 def build(settings: Settings) -> Learner[SiState]:

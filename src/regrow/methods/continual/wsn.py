@@ -40,19 +40,13 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class WsnState:
-    """The state of winning subnetworks, by name of a weight.
+    """The state of winning subnetworks, by name of a weight."""
 
-    Args:
-        score: The learned scores, of the weight's shape.
-        used: Which entries any finished task uses.
-        mask: Which entries one task uses; the key is ``"NUMBER NAME"``, with the task's number from 0.
-        before: The weights when the task started, or the run was resumed.
-    """
-
-    score: Mapping[str, AxisTensor] = field(default_factory=dict)
-    used: Mapping[str, AxisTensor] = field(default_factory=dict)
+    score: Mapping[str, AxisTensor] = field(default_factory=dict)  # the learned scores, of the weight's shape
+    used: Mapping[str, AxisTensor] = field(default_factory=dict)  # which entries any finished task uses
+    # Which entries one task uses; the key is `"NUMBER NAME"`, with the task's number from 0.
     mask: Mapping[str, AxisTensor] = field(default_factory=dict)
-    before: Mapping[str, Tensor] = derived(dict)
+    before: Mapping[str, Tensor] = derived(dict)  # the weights when the task started, or the run was resumed
 
 
 def build(settings: Settings) -> Learner[WsnState]:
@@ -61,10 +55,8 @@ def build(settings: Settings) -> Learner[WsnState]:
     def select_weights(state: WsnState, context: Context) -> Replacements:
         parameters, number = context.parameters(), context.answered
         if number is None:
-            scores = {name: state.score[name].values for name in context.weights}
-            return Replacements(
-                {name: parameters[name] * _SelectLargest.apply(score, settings.share) for name, score in scores.items()}
-            )
+            masks = {name: _SelectLargest.apply(state.score[name].values, settings.share) for name in context.weights}
+            return Replacements({name: parameters[name] * mask for name, mask in masks.items()})
         masks = _values(state.used)
         if settings.use_task_id and number <= context.number:
             word = f"{number} "
@@ -87,9 +79,19 @@ def build(settings: Settings) -> Learner[WsnState]:
             case Event.TASK_START if context.number:
                 return replace(state, before={})
             case Event.TASK_START:
-                return _draw_scores(context, settings)
+                generator, scores = torch.Generator().manual_seed(settings.seed), {}
+                for name in context.weights:
+                    weight = context.model.get_parameter(name).detach()
+                    values = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.std()
+                    scores[name] = tensor_along(context, name, values, settings.lr)
+                return WsnState(scores, {name: flags_along(context, name) for name in context.weights})
             case Event.TASK_END:
-                return _keep_masks(state, context, settings.share)
+                masks = dict(state.mask)
+                for name in context.weights:
+                    mask = _select_largest(state.score[name].values.detach(), settings.share)
+                    masks[f"{context.number} {name}"] = tensor_along(context, name, mask)
+                    state.used[name].values.logical_or_(mask)
+                return replace(state, mask=masks)
         return state
 
     return Learner(
@@ -99,24 +101,6 @@ def build(settings: Settings) -> Learner[WsnState]:
 
 def _values(tensors: Mapping[str, AxisTensor]) -> dict[str, Tensor]:
     return {name: tensor.values for name, tensor in tensors.items()}
-
-
-def _draw_scores(context: Context, settings: Settings) -> WsnState:
-    generator, scores = torch.Generator().manual_seed(settings.seed), {}
-    for name in context.weights:
-        weight = context.parameters()[name].detach()
-        values = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.std()
-        scores[name] = tensor_along(context, name, values, settings.lr)
-    return WsnState(scores, {name: flags_along(context, name) for name in context.weights})
-
-
-def _keep_masks(state: WsnState, context: Context, share: float) -> WsnState:
-    masks = dict(state.mask)
-    for name in context.weights:
-        mask = _select_largest(state.score[name].values.detach(), share)
-        masks[f"{context.number} {name}"] = tensor_along(context, name, mask)
-        state.used[name].values.logical_or_(mask)
-    return replace(state, mask=masks)
 
 
 def _select_largest(scores: Tensor, share: float) -> Tensor:

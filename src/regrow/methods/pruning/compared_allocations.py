@@ -17,13 +17,13 @@ from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.spaces import inner
 from regrow.surgery.gate import gate_inputs, gates_of
 
+# How many labels of each source (without labels: examples) the losses are measured on, in whole batches.
 LABELS = 2000
-"""How many labels of each source (without labels: examples) the losses are measured on, in whole batches."""
 ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
+# Name of an allocation → the scores that it follows from, and a function that makes it.
 Candidates = dict[str, tuple[Scores, Callable[[], Kept]]]
-"""Name of an allocation → the scores that it follows from, and a function that makes it."""
 
 
 def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, float], minimum: int) -> Candidates:
@@ -31,10 +31,9 @@ def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, fl
 
     Source: ours; leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
-    some = inner(task.units, *spare)
-    sets = {ALL: task.units}
-    if not task.budget.regular and len(some) < len(task.units):
-        sets = {INNER: some, **sets}
+    inside, sets = inner(task.units, spare), {ALL: task.units}
+    if not task.budget.regular and len(inside) < len(task.units):
+        sets = {INNER: inside, **sets}
     result: Candidates = {}
     for name, units in sets.items():
         values = {axis.key: scores.values[axis.key] for axis in units if axis.key in scores.values}
@@ -45,10 +44,8 @@ def uniform_candidates(task: PruningTask, scores: Scores, spare: tuple[float, fl
 def choose_allocation(task: PruningTask, candidates: Candidates, *, compensate: bool) -> Ranking:
     """Return the scores and units of the allocation under which the masked network has the lowest loss.
 
-    Allocations that cannot meet the budget are left out. Where the losses cannot be compared (units at whose mark
-    masking is not cutting, no labelled batch), the first one is taken. A note says either.
-
-    Source: ours.
+    Allocations that cannot meet the budget are left out. Where the losses cannot be compared, the first is taken. A
+    note says either. Source: ours.
     """
     kept: dict[str, Kept] = {}
     notes: list[str] = []
@@ -68,22 +65,18 @@ def choose_allocation(task: PruningTask, candidates: Candidates, *, compensate: 
             distinct[name] = units
     losses: dict[str, float] = {}
     if len(distinct) > 1:
-        exact = all(axis.mark is Mark.NEUTRAL for axis in task.units)
-        losses = _compare(task, distinct, compensate) if exact else {}
+        note = "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
+        if all(axis.mark is Mark.NEUTRAL for axis in task.units):
+            losses = _compare(task, distinct, compensate)
+            note = "allocations were not compared: no batch has labels and a finite loss"
         if losses:
             listed = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
-            notes.append(f"the allocation with the lowest loss before any refit was taken: {listed}")
-        elif exact:
-            notes.append("allocations were not compared: no batch has labels and a finite loss")
-        else:
-            notes.append(
-                "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
-            )
+            note = f"the allocation with the lowest loss before any refit was taken: {listed}"
+        notes.append(note)
     best = min(losses, key=lambda name: losses[name]) if losses else next(iter(kept))
     scores, units = candidates[best][0], kept[best]
-    values = {key: scores.values[key] for key in units}
-    findings = {"starts": losses} if losses else {}
-    return Ranking(replace(scores, values=values, notes=(*scores.notes, *notes)), lambda _: findings, units)
+    scores = replace(scores, values={key: scores.values[key] for key in units}, notes=(*scores.notes, *notes))
+    return Ranking(scores, lambda _: {"starts": losses} if losses else {}, units)
 
 
 def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
@@ -104,7 +97,7 @@ def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> d
         if min(row.values()) < math.inf:
             measured += batch.size
             sums = {name: sums[name] + row[name] * batch.size for name in masks}
-    return {name: one / measured for name, one in sums.items()} if measured else {}
+    return {name: total / measured for name, total in sums.items()} if measured else {}
 
 
 def _first(source: Iterable[Batch]) -> Iterator[Batch]:

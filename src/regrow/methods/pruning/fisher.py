@@ -18,7 +18,7 @@ from regrow.methods.pruning.compared_allocations import RANKED, choose_allocatio
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
 from regrow.scoring.metrics import fisher
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf
 
 CITATION = (
     "Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; for masks as "
@@ -44,9 +44,9 @@ class Settings(CheckedSettings):
 
     allocation: Annotated[str, OneOf("uniform", "ranked", "measured")] = "uniform"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
-    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
+    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:
@@ -69,10 +69,10 @@ def _score(task: PruningTask, per_weight: bool) -> Scores:
 def _per_weight(task: PruningTask, scores: Scores) -> Scores:
     """Return the estimated loss per weight that a unit of the axis removes."""
     cost, values = cost_of(task.axes, task.budget), {}
-    for key, own in scores.values.items():
+    for key, losses in scores.values.items():
         axis = task.axes[key]
         least = min(axis.least, axis.size - 1)
-        values[key] = own * (axis.size - least) / max(1, cost.total - cost({key: least}))
+        values[key] = losses * (axis.size - least) / max(1, cost.total - cost({key: least}))
     return replace(scores, values=values, metric=f"{scores.metric}/cost")
 
 

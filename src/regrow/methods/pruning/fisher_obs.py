@@ -10,7 +10,7 @@ linear layer reads are ordered so; others by their Fisher information. The weigh
 Whether the first and last blocks are pruned, too, is decided by the loss on calibration data before any refit.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated
 
@@ -18,13 +18,12 @@ import torch
 
 from regrow.allocation.ranked import uniform
 from regrow.core.scores import Need, Scores
-from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.compared_allocations import choose_allocation, uniform_candidates
+from regrow.methods.pruning.layer_orders import order_layers
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, pooled_means
-from regrow.scoring.layer_orders import BATCH, order_layers
 from regrow.scoring.metrics import energy, fisher
 from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import Count, FractionBelowOne, OneOf, Positive, check_constraints
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; Theis et al., "
@@ -47,20 +46,19 @@ class Settings:
         minimum: The smallest number of units that stay in an axis.
     """
 
-    ridge: Annotated[float, Range(0, above=True)] = 0.001
+    ridge: Positive = 0.001
     spare: Annotated[str, OneOf("measured", "always", "never")] = "measured"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
-    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
+    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
+    minimum: Count = 1
 
     def __post_init__(self) -> None:
         check_constraints(self)
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if self.spare == "never" and one.name.startswith("spare_") and value != one.default:
+        for name, default in (("spare_first", OUTER_BLOCKS[0]), ("spare_last", OUTER_BLOCKS[1])):
+            if self.spare == "never" and getattr(self, name) != default:
                 raise ValueError(
-                    f"spare=never prunes all blocks, got {one.name}={value:g}; leave {one.name} out, or give "
+                    f"spare=never prunes all blocks, got {name}={getattr(self, name):g}; leave {name} out, or give "
                     "spare=measured"
                 )
 
@@ -84,21 +82,9 @@ def _score(task: PruningTask, settings: Settings) -> Ranking:
     pooled = task.evidence.pooled()
     alone = fisher(task.weights, task.axes, pooled, units=task.units)
     errors = energy(task.weights, task.axes, pooled, units=task.units).values
-    rates = {key: torch.where(errors[key] > 0, own / errors[key], 0.0) for key, own in alone.values.items()}
-    batches = join_sources(task.evidence.data.values(), BATCH)
-    orders = order_layers(
-        task.model,
-        task.axes,
-        task.weights,
-        task.units,
-        pooled,
-        batches,
-        ridge=settings.ridge,
-        centre=settings.compensate,
-        rates=rates,
-        progress=task.progress,
-    )
-    values = {key: orders[key].scores() if key in orders else own for key, own in alone.values.items()}
+    rates = {key: torch.where(errors[key] > 0, loss / errors[key], 0.0) for key, loss in alone.values.items()}
+    orders = order_layers(task, pooled, ridge=settings.ridge, centre=settings.compensate, rates=rates)
+    values = {key: orders[key].scores() if key in orders else loss for key, loss in alone.values.items()}
     scores = Scores(values, "fisher_obs", alone.sources, alone.tokens)
     if settings.spare != "measured":
         return Ranking(scores)

@@ -12,7 +12,7 @@ from typing import Annotated
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.metrics import wifv
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, OneOf
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -38,7 +38,7 @@ class Settings(CheckedSettings):
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "ranked"
     compensate: bool = True
     square_blocks: bool = False
-    minimum: Annotated[int, Range(1)] = 1
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

@@ -12,7 +12,7 @@ from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.metrics import taylor
 from regrow.scoring.spaces import OUTER_BLOCKS, normalise
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
@@ -34,9 +34,9 @@ class Settings(CheckedSettings):
     form: Annotated[str, OneOf("element1", "vector")] = "element1"
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[0]
-    spare_last: Annotated[float, Range(0, 1, below=True)] = OUTER_BLOCKS[1]
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
+    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

@@ -7,7 +7,7 @@ from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.metrics import magnitude
 from regrow.scoring.spaces import normalise
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, OneOf
 
 CITATION = (
     "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710; "
@@ -29,7 +29,7 @@ class Settings(CheckedSettings):
     form: Annotated[str, OneOf("columns", "group")] = "columns"
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = False
-    minimum: Annotated[int, Range(1)] = 1
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

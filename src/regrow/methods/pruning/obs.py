@@ -12,12 +12,11 @@ from functools import partial
 from typing import Annotated
 
 from regrow.core.scores import Need, Scores
-from regrow.data.batch_streams import join_sources
+from regrow.methods.pruning.layer_orders import order_layers
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scoring.layer_orders import BATCH, order_layers
 from regrow.scoring.metrics import energy, wifv
 from regrow.scoring.spaces import normalise
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf, Positive
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; for units as "
@@ -39,40 +38,26 @@ class Settings(CheckedSettings):
         minimum: The smallest number of units that stay in an axis.
     """
 
-    ridge: Annotated[float, Range(0, above=True)] = 0.001
+    ridge: Positive = 0.001
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: Annotated[float, Range(0, 1, below=True)] = 0.0
-    spare_last: Annotated[float, Range(0, 1, below=True)] = 0.0
-    minimum: Annotated[int, Range(1)] = 1
+    spare_first: FractionBelowOne = 0.0
+    spare_last: FractionBelowOne = 0.0
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:
     """Return the pruner that removes units in the order of their second-order cost."""
-    spare = settings.spare_first, settings.spare_last
-    needs = {Need.WEIGHTS, Need.ACTIVATIONS}
-    pruner = one_score("obs", settings, needs, partial(_score, settings=settings), spare)
-    return replace(pruner, products=True)
+    needs, spare = {Need.WEIGHTS, Need.ACTIVATIONS}, (settings.spare_first, settings.spare_last)
+    return replace(one_score("obs", settings, needs, partial(_score, settings=settings), spare), products=True)
 
 
 def _score(task: PruningTask, settings: Settings) -> Scores:
-    pooled, compensate = task.evidence.pooled(), settings.compensate
-    batches = join_sources(task.evidence.data.values(), BATCH)
-    orders = order_layers(
-        task.model,
-        task.axes,
-        task.weights,
-        task.units,
-        pooled,
-        batches,
-        ridge=settings.ridge,
-        centre=compensate,
-        visits=task.visits,
-        progress=task.progress,
-    )
-    rest = [axis for axis in task.units if axis.key not in orders]
-    alone = wifv if compensate else energy
-    values = dict(alone(task.weights, task.axes, pooled, units=rest).values) if rest else {}
+    pooled = task.evidence.pooled()
+    orders = order_layers(task, pooled, ridge=settings.ridge, centre=settings.compensate)
+    others = [axis for axis in task.units if axis.key not in orders]
+    alone = wifv if settings.compensate else energy
+    values = dict(alone(task.weights, task.axes, pooled, units=others).values) if others else {}
     values |= {key: order.scores() for key, order in orders.items()}
     values = {axis.key: values[axis.key] for axis in task.units if axis.key in values}
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)

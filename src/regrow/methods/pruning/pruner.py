@@ -31,8 +31,7 @@ from regrow.tracing import with_branches
 from regrow.training.hooks import freeze
 
 NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"
-Kept = Mapping[str, tuple[int, ...]]
-"""Axis key → the units that are kept."""
+Kept = Mapping[str, tuple[int, ...]]  # axis key → the units that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +67,11 @@ class PruningTask:
 
 @dataclass(frozen=True)
 class Removal:
-    """Whole modules that are dropped before units are ranked, and tables about the choice for a report.
+    """Whole modules that are dropped before units are ranked, and tables about the choice for a report."""
 
-    Args:
-        modules: Their paths.
-        findings: Tables for a report, as JSON data.
-        notes: What a reader of the plan should know.
-    """
-
-    modules: tuple[str, ...] = ()
-    findings: Mapping[str, object] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()  # their paths
+    findings: Mapping[str, object] = field(default_factory=dict)  # tables for a report, as JSON data
+    notes: tuple[str, ...] = ()  # what a reader of the plan should know
 
 
 @dataclass(frozen=True)
@@ -138,13 +131,7 @@ class Pruner:
 
 @dataclass(frozen=True)
 class Cut:
-    """The plan of a cut, with the scores that it follows from.
-
-    Args:
-        plan: The units that stay.
-        scores: The importance of the units.
-        findings: Tables for a report, as JSON data.
-    """
+    """The plan of a cut, with the scores that it follows from, and tables for a report."""
 
     plan: Plan
     scores: Scores
@@ -158,15 +145,7 @@ def one_score(
     score: Callable[[PruningTask], Scores],
     spare: tuple[float, float] = (0.0, 0.0),
 ) -> Pruner:
-    """Return the pruner that ranks units by one score, and allocates and compensates as its settings say.
-
-    Args:
-        name: The name of the method.
-        settings: Its settings.
-        needs: What the score has to be measured from; compensation needs activations too.
-        score: Returns the importance of each unit.
-        spare: As in :class:`Pruner`.
-    """
+    """Return the pruner that ranks units by one score, and allocates and compensates as its settings say."""
     return Pruner(
         needs=frozenset({*needs, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda task: Ranking(score(task)),
@@ -193,19 +172,29 @@ def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
 
 
 def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Objective | None) -> None:
-    """Raise ValueError if a method compares probabilities of classes, and the network predicts something else.
-
-    A loss of the user's own says nothing about that, and is taken.
-    """
+    """Raise ValueError if a method compares probabilities of classes, and the network predicts something else."""
     if not pruner.compares_classes:
         return
-    batches = [] if objective else [batch for source in sources for batch in islice(source, 1)]
-    for kind in [objective] if objective else [choose_objective(None, batch) for batch in batches]:
-        if kind in (MULTI_LABEL, REGRESSION):
+    # A loss of the user's own says nothing about that, and is taken.
+    firsts = [] if objective else [batch for source in sources for batch in islice(source, 1)]
+    for predicted in [objective] if objective else [choose_objective(None, batch) for batch in firsts]:
+        if predicted in (MULTI_LABEL, REGRESSION):
             raise ValueError(
-                f"{pruner.origin.get('method', 'this method')} compares probabilities of classes, got {kind.name}; "
-                "use another method, for example fisher or obs, or loss='classification' if these are classes"
+                f"{pruner.origin.get('method', 'this method')} compares probabilities of classes, got "
+                f"{predicted.name}; use another method, for example fisher or obs, or loss='classification' if these "
+                "are classes"
             )
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """Where an interrupted run resumes from, how a network larger than memory runs, and whom to tell."""
+
+    checkpoint: Path | None = None
+    header: Callable[[], Mapping[str, object]] = dict
+    progress: Progress = silent
+    visits: BlockVisits | None = None
+    weights: Mapping[str, Tensor] | None = None  # ``None``: those of the model
 
 
 def plan_cut(
@@ -215,21 +204,28 @@ def plan_cut(
     budget: Budget,
     evidence: Evidence | None = None,
     *,
-    weights: Mapping[str, Tensor] | None = None,
-    checkpoint: Path | None = None,
-    header: Callable[[], Mapping[str, object]] = dict,
-    progress: Progress = silent,
-    visits: BlockVisits | None = None,
     objective: Objective | None = None,
+    run: PruningRun | None = None,
 ) -> Cut:
     """Score units, choose which stay within the budget, and return the plan; the model is unchanged."""
-    evidence, removal = evidence or Evidence(), Removal()
+    evidence, run, removal = evidence or Evidence(), run or PruningRun(), Removal()
     axes = with_modules(pruner, model, axes)
-    units, whole, given = _units(pruner, axes, budget), axes, budget
+    units, whole, limit = _units(pruner, axes, budget), axes, budget
     check_objective(pruner, evidence.data.values(), objective)
     with freeze(model):
-        own = weights_of(model) if weights is None else weights
-        task = PruningTask(model, axes, own, units, budget, evidence, checkpoint, header, progress, visits, objective)
+        task = PruningTask(
+            model,
+            axes,
+            weights_of(model) if run.weights is None else run.weights,
+            units,
+            budget,
+            evidence,
+            run.checkpoint,
+            run.header,
+            run.progress,
+            run.visits,
+            objective,
+        )
         if pruner.drop is not None:
             removal = pruner.drop(task)
             axes, budget = without_modules(axes, budget, removal.modules)
@@ -237,17 +233,17 @@ def plan_cut(
         if pruner.compensate:  # biases that this makes count too
             budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
         ranking = pruner.score(replace(task, axes=axes, units=units, budget=budget))
-        scores, every = ranking.scores, ranking.kept
-        every = pruner.allocate(axes, scores, budget) if every is None else every
-        kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
+        scores = ranking.scores
+        chosen = pruner.allocate(axes, scores, budget) if ranking.kept is None else ranking.kept
+        kept = {key: keep for key, keep in chosen.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
         notes = [*evidence.notes, *removal.notes, *scores.notes]
         notes += uncompensated(model, axes, kept) if pruner.compensate else ()
-    origin = {**pruner.origin, **given.record()}
+    origin = {**pruner.origin, **limit.record()}
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
     origin |= {"notes": notes} if notes else {}
     plan = Plan.dropping(whole, removal.modules, kept, means=means, origin=origin)
-    return Cut(plan, scores, {**removal.findings, **ranking.findings(every)})
+    return Cut(plan, scores, {**removal.findings, **ranking.findings(chosen)})
 
 
 def with_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -269,4 +265,4 @@ def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -
 
 def _units(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
     units = payers(axes, budget)
-    return units if budget.regular else inner(units, *pruner.spare)
+    return units if budget.regular else inner(units, pruner.spare)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from regrow.methods.pruning.pruner import Pruner, one_score
 from regrow.scoring.metrics import random
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, OneOf
 
 CITATION = "No paper: uniform random scores, a control."
 
@@ -24,7 +24,7 @@ class Settings(CheckedSettings):
     seed: int = 0
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = False
-    minimum: Annotated[int, Range(1)] = 1
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

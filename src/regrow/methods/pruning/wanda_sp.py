@@ -11,7 +11,7 @@ from typing import Annotated
 from regrow.core.scores import Need, Scores
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scoring.metrics import wanda_sp
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, OneOf
 
 CITATION = (
     "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv:2306.11695; "
@@ -32,7 +32,7 @@ class Settings(CheckedSettings):
 
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    minimum: Annotated[int, Range(1)] = 1
+    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

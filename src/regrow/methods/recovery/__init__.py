@@ -1,5 +1,267 @@
-"""Recovery of what pruning lost: bias compensation, least squares, LoRA, distillation; each has a budget of tokens."""
+"""Recovery of what pruning lost: its input (the networks before and after a cut, text, a file), and its training."""
 
-from regrow.methods.recovery.task import Recovery, RecoveryTask
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from math import fsum
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Recovery", "RecoveryTask"]
+import torch
+from torch import Tensor, nn
+
+from regrow.core.axes import AxisGraph
+from regrow.core.objectives import Objective, choose_objective
+from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Batch, Source, device_of, drawn
+from regrow.distributed.parallel import ALONE, Parallel, everywhere
+from regrow.store import schemas
+from regrow.store.convert import convert
+from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.tensors import read_header, read_tensors, write_tensors
+from regrow.streaming.network import StreamedNetwork
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.fit import fit
+from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
+from regrow.training.learner import Context, Learner, Loss
+from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
+from regrow.training.state import TrainState
+
+FORMAT, CHANGED_FORMAT = "regrow-recovery/1", "regrow-changed/1"
+# What the record of a layer that refit has solved has, as far as a resumed refit reads it.
+REFIT_FIELDS = ("weight", "ridge")
+
+
+class ChangedTensors:
+    """Tensors of a network that a recovery has changed, in files, one per step; each access reads one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key = folder, ""  # the folder is made when the first file is written
+        self.records: list[dict[str, Any]] = []
+        self.places: dict[str, Path] = {}
+
+    def open(self, key: str, fields: Collection[str] = ()) -> None:
+        """Find the steps of an interrupted recovery; files of another one, and damaged ones, are deleted."""
+        self.key, self.records, self.places = key, [], {}
+        for i, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
+            try:
+                header = read_header(path, CHANGED_FORMAT)
+            except StoreError:
+                header = {}
+            names, record = header.get("names"), header.get("record")
+            expected = header.get("key") == key and path == self._path(i) and len(self.records) == i
+            if expected and isinstance(names, list) and isinstance(record, dict) and record.keys() >= set(fields):
+                self._add(path, names, record)
+            else:
+                path.unlink()
+
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
+        """Write the tensors that a step has changed."""
+        path = self._path(len(self.records))
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors, {"key": self.key, "record": dict(record)}, CHANGED_FORMAT)
+        self._add(path, [*tensors], dict(record))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the new value of a tensor."""
+        return read_tensors(self.places[name], CHANGED_FORMAT)[1][name]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.safetensors"
+
+    def _add(self, path: Path, names: list[str], record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.places |= dict.fromkeys(names, path)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPair:
+    """The two networks of a recovery, each with one block in memory at a time."""
+
+    dense: StreamedNetwork  # the network before the cut
+    model: StreamedNetwork  # the network after the cut, as it was before the recovery
+    changed: ChangedTensors  # what the recovery has made of its tensors
+    lacking: str = ""  # why memory has no room for a block of both at a time, and what to do; empty: it has
+
+
+@dataclass(frozen=True)
+class RecoveryTask:
+    """A cut network to recover, with the dense network, the cut, and the data to learn from.
+
+    Args:
+        model: The network after the cut; it is changed in place.
+        dense: The network before the cut.
+        axes: The axes of the network before the cut.
+        plan: The plan of the cut.
+        sources: Text or images; the last part of each source is held out for evaluation.
+        seed: Seed of all random choices.
+        checkpoint: The file from which an interrupted call resumes; ``None``: it starts again.
+        header: Returns JSON data for the header of that file.
+        progress: Called with (steps done, steps in all, what is being done).
+        objective: What the network is trained for; ``None``: what fits the labels.
+        parallel: The processes that train together; all of them have the same task, and rank 0 writes the file.
+        streamed: The two networks one block at a time, where they are larger than memory: ``model`` and ``dense`` have
+            no numbers then, and ``model`` is not changed, but for biases that it gets.
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    axes: AxisGraph
+    plan: Plan
+    sources: Sequence[Source]
+    seed: int = 0
+    checkpoint: Path | None = None
+    header: Callable[[], Mapping[str, object]] = dict
+    progress: Progress = silent
+    objective: Objective | None = None
+    parallel: Parallel = ALONE
+    streamed: StreamedPair | None = None
+
+    def loss_of(self, output: object, batch: Batch) -> Tensor:
+        """Return the loss of a batch by its labels, a scalar."""
+        objective = self.objective or choose_objective(None, batch)
+        return objective.compute_loss(output, batch)
+
+    def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
+        """Return the training batches of each source, and the held-out batches of all sources; no batch is both."""
+        if not self.sources:
+            raise ValueError("recovery learns from text or images; give at least one source, like --source news")
+        if few := next((source for source in self.sources if len(source) < 2), None):
+            raise ValueError(
+                f"source {few.name!r} has {len(few)} batches; one is held out, so give at least two (more tokens)"
+            )
+        halves = [source.held_out(share) for source in self.sources]
+        return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
+        """Write the progress of a closed-form recovery to the checkpoint, if the task has one."""
+        if self.checkpoint is not None:
+            write_tensors(self.checkpoint, tensors, {**self.header(), "step": step, "values": dict(values)}, FORMAT)
+
+    def read(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """Return the step, tensors and values of the checkpoint; ``None`` if there is none, or it cannot be used."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        try:
+            header, tensors = read_tensors(self.checkpoint, FORMAT)
+            record = convert(header, schemas.RecoveryHeader)
+        except (StoreError, ValueError):
+            return None
+        return record.step, tensors, record.values
+
+
+# Changes a task's network in place, and returns a summary as JSON data.
+Recovery = Callable[[RecoveryTask], dict[str, object]]
+
+
+def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
+    """Set the bias of a layer, in place; a layer that has none gets one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(leaf)
+    if old is None:
+        trains = next(model.parameters()).requires_grad
+        setattr(module, leaf, nn.Parameter(value.clone(), requires_grad=trains))
+    else:
+        with torch.no_grad():
+            old.copy_(value)
+
+
+SECONDS = 120.0  # the longest time between two checkpoints, in seconds; one is also written after every evaluation
+
+
+def fit_recovery(
+    task: RecoveryTask, parameters: Mapping[str, nn.Parameter], loss: Callable[[RecoveryTask, Batch], Tensor], s: Any
+) -> dict[str, Any]:
+    """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
+
+    ``s.lr`` is the peak learning rate: it rises over the first tenth of the steps, then falls as a half cosine.
+    """
+    train, held = task.parts(s.held_out)
+    held = [batch.to(device_of(task.model)) for batch in held]
+    steps = max(1, round(s.passes * sum(map(len, train)) / s.windows))
+    ends = sorted({round(steps * (i + 1) / s.checks) for i in range(s.checks)} | {0, steps})
+    epochs = [end - start for start, end in pairwise(ends)]
+    phase = source_phase(
+        "training", epochs, lambda step: [batch for _, batch in drawn(train, s.windows, step, task.seed)]
+    )
+    schedule = Schedule(OptimizerSettings("adamw", s.lr), "cosine", warm_up=0.1, clip=1.0, seed=task.seed)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with _shard(task, _read(task)) as (task, state):
+        learner = with_early_stopping(
+            Learner[Tensors](
+                {},
+                loss=lambda state, context, step: Loss(loss(task, step.batch)),
+                boundary=lambda state, context, boundary: state,
+            ),
+            lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
+        )
+
+        def write(state: TrainState[EarlyStopping], context: Context) -> None:
+            leads = task.parallel.ranks.leads
+            if task.checkpoint is not None and (leads or task.parallel.fsdp):
+                write_checkpoint(
+                    task.checkpoint, task.model, state, trained_only=True, header=task.header(), writes=leads
+                )
+
+        fitted = fit(
+            task.model,
+            NO_AXES,
+            [phase],
+            learner,
+            schedule,
+            state=state,
+            checkpoint=write,
+            seconds=SECONDS,
+            progress=task.progress,
+            parallel=task.parallel,
+        )
+        stopped = fitted.state.learner
+        restore_best(task.model, stopped)
+    return {"steps": steps, "best": stopped.best_check.step, "history": [asdict(check) for check in stopped.history]}
+
+
+@contextmanager
+def _shard(
+    task: RecoveryTask, state: TrainState[EarlyStopping] | None
+) -> Iterator[tuple[RecoveryTask, TrainState[EarlyStopping] | None]]:
+    """Shard the networks and the training state among all ranks inside the ``with`` block, if the task asks for it."""
+    if not task.parallel.fsdp:
+        yield task, state
+        return
+    from regrow.distributed.fsdp import shard_like, sharded
+
+    recording = task.axes.recording
+    blocks = [block.path for block in recording.blocks if block.path] if recording else []
+    with sharded([task.model, task.dense], blocks) as (model, dense):
+        if state:
+            parameters = dict(model.named_parameters())
+            best, moments = dict(state.learner.best), {name: dict(memory) for name, memory in state.moments.items()}
+            for name, tensor in best.items():
+                best[name] = replace(tensor, values=shard_like(tensor.values, parameters[name]))
+            for name, memory in moments.items():
+                whole = {key: value for key, value in memory.items() if isinstance(value, Tensor)}
+                memory |= {key: shard_like(value, parameters[name]) for key, value in whole.items()}
+            state = replace(state, learner=replace(state.learner, best=best), moments=moments)
+        yield replace(task, model=model, dense=dense), state
+
+
+def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
+    """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used."""
+    state, ranks = None, task.parallel.ranks
+    if task.checkpoint is not None and task.checkpoint.is_file():
+        with suppress(StoreError):
+            state = read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)[2]
+    if not (everywhere(ranks, state is not None) or everywhere(ranks, state is None)):
+        raise StoreError(
+            f"{task.checkpoint} cannot be read by all processes; make room in their folders for temporary files "
+            "(TMPDIR), and give the same command again"
+        )
+    return state

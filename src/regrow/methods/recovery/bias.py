@@ -5,15 +5,14 @@ part of its plan. A plan that carries means has done it already.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from regrow.core.plan import Plan
 from regrow.core.scores import Moments, Need, Statistics
-from regrow.methods.recovery.task import Recovery, RecoveryTask, StreamedPair, set_bias
-from regrow.scoring.collect import collect
+from regrow.methods.recovery import Recovery, RecoveryTask, StreamedPair, set_bias
+from regrow.scoring.collect import CollectionRun, collect
 from regrow.scoring.compensate import means, uncompensated
 from regrow.surgery.compensate import bias_of, offsets
 from regrow.surgery.layout import plan_layouts
@@ -30,10 +29,10 @@ class Settings:
 
 def build(settings: Settings) -> Recovery:
     """Return the recovery that compensates biases."""
-    return partial(bias, settings=settings)
+    return bias
 
 
-def bias(task: RecoveryTask, settings: Settings) -> dict[str, object]:
+def bias(task: RecoveryTask) -> dict[str, object]:
     """Add the mean contribution of dropped inputs to biases, where that is exact; layers without a bias get one."""
     if task.plan.means:
         return {"biases": 0, "note": "the plan carries the means of what it dropped; they are in the biases already"}
@@ -74,10 +73,12 @@ def _measured(task: RecoveryTask) -> Statistics:
         for name, total in totals.items():
             blank = torch.zeros_like(total)
             sums[name] = Moments(stored["counts"][name], total, blank, 0, blank, blank)
-    visits = task.streamed.dense if task.streamed else None
-    report = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
+    run = CollectionRun(
+        visits=task.streamed.dense if task.streamed else None,
+        progress=lambda name, done, total: task.progress(done, total, f"measuring {name}"),
+    )
     for number, source in enumerate(task.sources[first:], first + 1):
-        measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, visits=visits, progress=report)
+        measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, run=run)
         (shard,) = measured[source.name]
         sums = {name: sums[name] + moments if name in sums else moments for name, moments in shard.moments.items()}
         counts = {name: moments.count for name, moments in sums.items()}

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.core.axes import AxisGraph
-from regrow.core.plan import Plan
 from regrow.core.sources import Batch, labelled_logits, logits_in
-from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
-from regrow.settings.constraints import CheckedSettings, OneOf, Range
+from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, OneOf, OpenFraction, Positive
 from regrow.training.hooks import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
@@ -42,13 +40,13 @@ class Settings(CheckedSettings):
     """
 
     lr: float = 1e-4
-    temperature: Annotated[float, Range(0, above=True)] = 1.0
-    mix: Annotated[float, Range(0, 1)] = 0.1
+    temperature: Positive = 1.0
+    mix: Fraction = 0.1
     train: Annotated[str, OneOf("all", "cut")] = "all"
-    passes: Annotated[int, Range(1)] = 2
-    windows: Annotated[int, Range(1)] = 4
-    checks: Annotated[int, Range(1)] = 4
-    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
+    passes: Count = 2
+    windows: Count = 4
+    checks: Count = 4
+    held_out: OpenFraction = 0.125
 
 
 def build(settings: Settings) -> Recovery:
@@ -58,8 +56,11 @@ def build(settings: Settings) -> Recovery:
 
 def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Train the cut network to predict what the dense one predicts, in place."""
-    names = set(cut_tensors(task.model, task.axes, task.plan)) if settings.train == "cut" else None
-    parameters = {name: p for name, p in task.model.named_parameters() if names is None or name in names}
+    parameters = dict(task.model.named_parameters())
+    if settings.train == "cut":
+        changed = [task.axes[key] for key, change in task.plan.changes.items() if not change.idle]
+        cut = {task.axes.ties.get(slot.name, slot.name) for axis in changed for slot in axis.slots}
+        parameters = {name: p for name, p in parameters.items() if name in cut or p.dim() < 2}
     with freeze(task.model, task.dense), precise(task.model):
         summary = fit_recovery(task, parameters, partial(_loss, settings=settings), settings)
     return {**summary, "trained": sum(p.numel() for p in parameters.values())}
@@ -75,26 +76,14 @@ def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tenso
     return F.kl_div(said, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
-def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
-    """Return the names of the parameters that a plan cut, and of all vectors: gains of norms, biases."""
-    cut = {
-        axes.ties.get(slot.name, slot.name)
-        for key, change in plan.changes.items()
-        if not change.idle
-        for slot in axes[key].slots
-    }
-    return [name for name, parameter in model.named_parameters() if name in cut or parameter.dim() < 2]
-
-
 def _loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
     with torch.no_grad():
         wanted = labelled_logits(logits_in(batch.run(task.dense)), batch.labels)
-    answer = batch.run(task.model)
-    loss = (1 - settings.mix) * divergence(
-        labelled_logits(logits_in(answer), batch.labels), wanted, settings.temperature
-    )
+    output = batch.run(task.model)
+    logits = labelled_logits(logits_in(output), batch.labels)
+    loss = (1 - settings.mix) * divergence(logits, wanted, settings.temperature)
     if settings.mix:
-        loss = loss + settings.mix * task.loss_of(answer, batch)
+        loss = loss + settings.mix * task.loss_of(output, batch)
     return loss
 
 

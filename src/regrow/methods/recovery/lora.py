@@ -8,16 +8,16 @@ Hu et al., LoRA (arXiv 2106.09685), through the package peft. LLM-Pruner (arXiv 
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from regrow.core.axes import AxisGraph
 from regrow.core.sources import Batch
-from regrow.methods.recovery.task import Recovery, RecoveryTask, fit_recovery
+from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
 from regrow.nets.loaded import needs
-from regrow.settings.constraints import CheckedSettings, Range
+from regrow.settings.constraints import CheckedSettings, Count, OpenFraction
 from regrow.tracing.branches import set_modules
 from regrow.training.hooks import freeze
 
@@ -41,10 +41,10 @@ class Settings(CheckedSettings):
     lr: float = 1e-3
     rank: int = 16
     alpha: float = 32.0
-    passes: Annotated[int, Range(1)] = 1
-    windows: Annotated[int, Range(1)] = 4
-    checks: Annotated[int, Range(1)] = 4
-    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
+    passes: Count = 1
+    windows: Count = 4
+    checks: Count = 4
+    held_out: OpenFraction = 0.125
 
 
 def build(settings: Settings) -> Recovery:
@@ -55,11 +55,7 @@ def build(settings: Settings) -> Recovery:
 
 
 def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Train adapters on the linear layers of the cut network, and merge them into its weights, in place.
-
-    The weights are frozen and keep their precision; adapters are in float32, with their gradients, Adam's two moments
-    and the best values so far.
-    """
+    """Train float32 adapters on the linear layers of the cut network, and merge them into its weights, in place."""
 
     def loss(task: RecoveryTask, batch: Batch) -> torch.Tensor:
         return task.loss_of(batch.run(task.model), batch)

@@ -25,49 +25,35 @@ from regrow.streaming.network import Around
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
 )
+# Names of tensor methods that read the shape or layout of a tensor and not its numbers.
 _SHAPE_METHODS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
 )
-"""Names of tensor methods that read the shape or layout of a tensor and not its numbers."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A watched layer that has run, and whose output is about to be used for the first time.
+    """A watched layer that has run, and whose output is about to be used for the first time."""
 
-    Args:
-        name: The name of its weight.
-        value: The input of the layer.
-        dim: The dimension of the input that is contracted with the weight, negative: from the end.
-        output: The output of the layer; writing into it changes what the network goes on with.
-        again: Computes the output again, with the current weight.
-        other: The tensor that is added to the output, if that is its first use; else ``None``.
-    """
-
-    name: str
-    value: Tensor
-    dim: int
-    output: Tensor
-    again: Callable[[], Tensor]
-    other: Tensor | None = None
+    name: str  # of its weight
+    value: Tensor  # the input of the layer
+    dim: int  # the dimension of the input that is contracted with the weight, negative: from the end
+    output: Tensor  # the output of the layer, or a view of it; writing into it changes what the network goes on with
+    again: Callable[[], Tensor]  # computes the output again, with the current weight
+    first: int  # `id` of the output itself
+    other: Tensor | None = None  # the tensor that is added to the output, if that is its first use
 
 
 class LayerCalls(TorchFunctionMode):
-    """Calls a function for each watched layer, as soon as its output is first used.
+    """Calls ``handle`` for each watched layer (``id`` of a weight → its name), as soon as its output is first used.
 
     A view of the output with the same channels, and dropout in evaluation mode, do not count as a use.
-
-    Args:
-        watched: ``id`` of a weight → its name.
-        handle: The function.
     """
 
     def __init__(self, watched: Mapping[int, str], handle: Callable[[LayerCall], None]) -> None:
         super().__init__()
         self.watched, self.handle = watched, handle
-        self.waiting: dict[int, LayerCall] = {}
-        self.views: dict[int, tuple[int, Tensor]] = {}
-        """``id`` of a view → ``id`` of the output that it is a view of, and the view."""
+        self.waiting: dict[int, LayerCall] = {}  # `id` of an unused output, or of a view of one → the call
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -75,7 +61,9 @@ class LayerCalls(TorchFunctionMode):
         """Call :meth:`handle` for the watched layers whose outputs are operands, then run the operation."""
         kwargs = kwargs or {}
         if self.waiting and getattr(func, "__name__", "") not in _SHAPE_METHODS:
-            used = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and self.call_of(one)]
+            used = [
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) in self.waiting
+            ]
             if used and getattr(func, "__name__", "") == "__get__":
                 answer = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
                 if not isinstance(answer, Tensor):
@@ -84,67 +72,51 @@ class LayerCalls(TorchFunctionMode):
             if used and keeps and self._follow(used[0], result := func(*args, **kwargs)):
                 return result
             for tensor in reversed(used):
-                if call := self._pop(tensor):
-                    self._settle(call, func, args, kwargs)
+                if call := self._pop(id(tensor)):
+                    self.handle(replace(call, other=_added(call.output, func, args, kwargs)))
         result = func(*args, **kwargs)
         if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
-            self.waiting[id(result)] = LayerCall(*read, result, lambda: func(*args, **kwargs))
+            name, value, dim = read
+            again = partial(func, *args, **kwargs)
+            self.waiting[id(result)] = LayerCall(name, value, dim, result, again, id(result))
         return result
-
-    def call_of(self, tensor: Tensor) -> LayerCall | None:
-        """Return the layer whose output a tensor is, in the shape of the tensor; ``None`` if it is no unused output."""
-        first, view = self.views.get(id(tensor), (id(tensor), None))
-        call = self.waiting.get(first)
-        if call is None or view is None:
-            return call
-        return replace(call, output=view, again=partial(_compute_in_shape, call.again, view.shape))
 
     def _follow(self, output: Tensor, result: Tensor) -> bool:
         """Note that a tensor is a view of an output; returns False if its channels are not the same."""
         if result is output:
             return True
-        same = result.dtype == output.dtype and result.shape[-1:] == output.shape[-1:]
-        first = self.views.get(id(output), (id(output), None))[0]
-        if not same or self.waiting[first].dim != -1:
+        call = self.waiting[id(output)]
+        if result.dtype != output.dtype or result.shape[-1:] != output.shape[-1:] or call.dim != -1:
             return False
-        self.views[id(result)] = first, result
+        self.waiting[id(result)] = replace(call, output=result, again=lambda: call.again().view(result.shape))
         return True
 
-    def _pop(self, tensor: Tensor) -> LayerCall | None:
-        """Remove and return the layer whose output a tensor is, with all views of the output."""
-        call, first = self.call_of(tensor), self.views.get(id(tensor), (id(tensor), None))[0]
-        self.waiting.pop(first, None)
-        self.views = {at: one for at, one in self.views.items() if one[0] != first}
+    def _pop(self, tensor: int) -> LayerCall | None:
+        """Remove the call with all views of its output."""
+        call = self.waiting.get(tensor)
+        self.waiting = {key: other for key, other in self.waiting.items() if call is None or other.first != call.first}
         return call
 
-    def _settle(
-        self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        if func in ADDITIONS and len(args) == 2 and not kwargs:
-            other = args[1] if args[0] is call.output else args[0]
-            if isinstance(other, Tensor) and other is not call.output and other.shape == call.output.shape:
-                call = replace(call, other=other)
-        self.handle(call)
-
-    def finish(self) -> None:
-        """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
-        while self.waiting:
-            first = next(iter(self.waiting))
-            self.views = {at: one for at, one in self.views.items() if one[0] != first}
-            self.handle(self.waiting.pop(first))
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        """Call :meth:`handle` for the watched layers whose outputs were never used, unless the pass has failed."""
+        super().__exit__(kind, value, trace)
+        while kind is None and self.waiting and (call := self._pop(next(iter(self.waiting)))):
+            self.handle(call)
 
 
-def _compute_in_shape(compute: Callable[[], Tensor], shape: torch.Size) -> Tensor:
-    return compute().view(shape)
+def _added(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the tensor of the same shape that an operation adds to an output, if that is what it does."""
+    if func not in ADDITIONS or len(args) != 2 or kwargs:
+        return None
+    other = args[1] if args[0] is output else args[0]
+    same = isinstance(other, Tensor) and other is not output and other.shape == output.shape
+    return other if same else None
 
 
 class LayerOutputs:
     """The outputs of a network's layers, produced one by one on request by forward passes in threads of their own.
 
-    Args:
-        run: Runs the network, in parts or as a whole, each batch and part in the context that it is given, and the
-            batches in the turns that it is given.
-        count: The number of batches.
+    ``run`` runs the network on ``count`` batches, each batch and part in the context and the turns that it is given.
     """
 
     def __init__(self, run: Callable[[Around, Turns], object], count: int) -> None:
@@ -171,9 +143,9 @@ class LayerOutputs:
             self._early[key] = output, other
         return self._early.pop((number, name))
 
-    def offer(self, number: int, name: str, output: Tensor, other: Tensor | None) -> None:
+    def _offer(self, number: int, call: LayerCall) -> None:
         """Hand over a layer's output, from a thread, wait for the next request, and let the others go first."""
-        self._queue.put(((number, name), output, other))
+        self._queue.put(((number, call.name), call.output, call.other))
         self._wait()
         self._turns.wait(number)
 
@@ -184,10 +156,8 @@ class LayerOutputs:
 
     @contextmanager
     def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        mode = LayerCalls(watched, lambda call: self.offer(number, call.name, call.output, call.other))
-        with mode, torch.no_grad():
+        with torch.no_grad(), LayerCalls(watched, lambda call: self._offer(number, call)):
             yield
-        mode.finish()
 
     def _run(self, run: Callable[[Around, Turns], object]) -> None:
         try:

@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.errors import ResourceError
 from regrow.core.sources import Batch, device_of
+from regrow.methods.recovery import Recovery, RecoveryTask, set_bias
 from regrow.methods.recovery.refit_work import (
     Layer,
     LayerOrderError,
@@ -50,8 +51,7 @@ from regrow.methods.recovery.refit_work import (
 )
 from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streams import check_places, compare_outputs, count_calls, refit_layers
-from regrow.methods.recovery.task import Recovery, RecoveryTask, set_bias
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.settings.constraints import OneOf, OpenFraction, check_constraints
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
 from regrow.training.hooks import freeze
@@ -59,9 +59,8 @@ from regrow.training.hooks import freeze
 CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
 )
-TARGETS = ("auto", "own", "dense", "residual")
+# The largest relative root mean square error at which the dense network with the cut layers counts as the cut one.
 CLOSE = 0.01
-"""The largest relative root mean square error at which the dense network with the cut layers counts as the cut one."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Settings:
             alike, and biases are not; otherwise in proportion to the mean, which few strong inputs dominate.
     """
 
-    target: Annotated[str, OneOf(*TARGETS)] = "auto"
+    target: Annotated[str, OneOf("auto", "own", "dense", "residual")] = "auto"
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.125
+    held_out: OpenFraction = 0.125
     choose_on: Annotated[str, OneOf("held_out", "left_out_source")] = "held_out"
     shrinkages: tuple[float, ...] = (1.0,)
     standardize: bool = False
@@ -104,7 +103,13 @@ def build(settings: Settings) -> Recovery:
 
 def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Refit the layers of the cut network that read cut units, by least squares and in place."""
-    parts, candidates = _arrange(task, settings)
+    left_out_source = settings.choose_on == "left_out_source" and len(task.sources) > 1
+    candidates = RidgeCandidates(settings.ridges, settings.shrinkages, left_out_source, settings.standardize)
+    if left_out_source:
+        parts = [list(source) for source in task.sources]
+    else:
+        fit, held = task.parts(settings.held_out)
+        parts = [[batch for part in fit for batch in part], held]
     first = parts[0][0].to(device_of(task.model))
     trains = next(task.model.parameters()).requires_grad
     with freeze(task.model, task.dense), torch.no_grad():
@@ -115,9 +120,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed:
             check_places(task.streamed, layers)
         batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
-        named = {layer.name: layer for layer in layers}
-        work = RefitWork(task, named, candidates, batches, dict(task.model.named_parameters()))
-        work.changed = task.streamed.changed if task.streamed else None
+        parameters = dict(task.model.named_parameters())
+        work = RefitWork(task, {layer.name: layer for layer in layers}, candidates, batches, parameters)
         no_stream = settings.target == "residual" and bool(layers) and not added
         wanted = "auto" if no_stream else settings.target.replace("residual", "dense")
         problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, first)
@@ -127,7 +131,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed and target == "dense" and task.streamed.lacking:
             raise ResourceError(f"{problem or 'target=dense'}: {task.streamed.lacking}")
         biased = _with_biases(task.model, layers)
-        work.own = dict(task.model.named_parameters())
+        work.parameters = dict(task.model.named_parameters())
         work.resume()
         joined = not work.done and _refit(work, parts, target, biased)
     for name in biased:
@@ -140,32 +144,20 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     notes += [f"{problem}; fitted to what the dense network has there"] if problem else []
     if no_stream and not problem:
         notes.append("no fitted layer's output is added to a residual stream directly, so target=own")
-    if settings.choose_on == "left_out_source" and not candidates.left_out:
+    if settings.choose_on == "left_out_source" and not left_out_source:
         notes.append("there is one source alone, so the ridge was chosen on its held-out part")
     summary: dict[str, object] = {"layers": work.records, "left_out": left_out, "target": target}
     if notes:
         summary["note"] = "; ".join(notes)
-    if candidates.left_out:
+    if left_out_source:
         summary["choose_on"] = settings.choose_on
     return summary
 
 
-def _arrange(task: RecoveryTask, settings: Settings) -> tuple[list[list[Batch]], RidgeCandidates]:
-    """Return the batches of each part of the data, and what is tried for each layer."""
-    left_out = settings.choose_on == "left_out_source" and len(task.sources) > 1
-    if left_out:
-        parts = [list(source) for source in task.sources]
-    else:
-        fit, held = task.parts(settings.held_out)
-        parts = [[batch for part in fit for batch in part], held]
-    return parts, RidgeCandidates(settings.ridges, settings.shrinkages, left_out, settings.standardize)
-
-
 def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
-    """Find the layers that read cut units, sorted by name.
+    """Return the layers that read cut units and can be refitted, sorted by name; of each other, why it cannot.
 
-    It returns those that can be refitted, the name of each other and why it cannot, and whether the output of at least
-    one of the first is added to another tensor as it is, as where a layer writes to a residual stream directly.
+    The last result is whether the output of at least one of the first is added to another tensor as it is.
     """
     axes, lays = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}

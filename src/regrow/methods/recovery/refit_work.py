@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,29 +13,23 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.sources import Batch
 from regrow.core.turns import StopRunError
 from regrow.data.batch_streams import concatenate, form_of, is_joinable
+from regrow.methods.recovery import ChangedTensors, RecoveryTask
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
-from regrow.methods.recovery.task import ChangedTensors, RecoveryTask
 from regrow.surgery.compensate import bias_of
 
-SECONDS = 60.0
-"""The longest time between two checkpoints, in seconds, as long as layers are handled."""
+SECONDS = 60.0  # the longest time between two checkpoints, in seconds, as long as layers are handled
+# The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
+# batches the data are divided at most.
 ELEMENTS, BATCHES = 2048, 16
-"""The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
-batches the data are divided at most."""
-_OWN = ("_parameters", "_buffers", "_modules")
-"""The attributes of a module that hold its parts."""
+_OWN = ("_parameters", "_buffers", "_modules")  # the attributes of a module that hold its parts
 
 
 @dataclass(frozen=True)
 class FitBatch:
-    """Text or images that run through the networks together, and the parts of the data that they belong to.
+    """Text or images that run through the networks together, and the parts of the data that they belong to."""
 
-    Args:
-        batch: The inputs.
-        parts: Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
-    """
-
-    batch: Batch
+    batch: Batch  # the inputs
+    # Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
     parts: tuple[tuple[int, int], ...]
 
 
@@ -46,24 +40,25 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
     >>> [one.parts for one in regroup([text, text[:1]], elements=8)]
     [((0, 2),), ((0, 1), (1, 2))]
     """
-    plain = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
-    every = [(part, batch, *_size(batch)) for part, batch in plain]
-    check_lengths([batch for _, batch, _, _ in every])
-    least = max(elements, -(-sum(count for *_, count in every) // most))
-    groups: list[list[tuple[int, Batch, int, int]]] = []
+    pieces = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
+    check_lengths([batch for _, batch in pieces])
+    least = max(elements, -(-sum(_size(batch)[1] for _, batch in pieces) // most))
+    groups: list[list[tuple[int, Batch]]] = []
     size, last, joined = 0, list[Any](), False
-    for one in every:
-        form, joins = form_of(one[1]), is_joinable(one[1])
+    for part, batch in pieces:
+        form, joins = form_of(batch), is_joinable(batch)
         if size >= least or not joins or not joined or form != last:
             groups.append([])
             size, last, joined = 0, form, joins
-        groups[-1].append(one)
-        size += one[3]
+        groups[-1].append((part, batch))
+        size += _size(batch)[1]
     result = []
     for group in groups:
-        counts = {part: sum(count for _, _, count, _ in own) for part, own in groupby(group, lambda one: one[0])}
-        ends = tuple(zip(counts, accumulate(counts.values()), strict=True))
-        result.append(FitBatch(concatenate([batch for _, batch, _, _ in group]), ends))
+        examples, ends = 0, dict[int, int]()
+        for part, batch in group:
+            examples += _size(batch)[0]
+            ends[part] = examples
+        result.append(FitBatch(concatenate([batch for _, batch in group]), tuple(ends.items())))
     return result
 
 
@@ -81,7 +76,7 @@ def join_all(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
 def _size(batch: Batch) -> tuple[int, int]:
     """Return how many examples and elements the first tensor of a batch has; 1 without a tensor."""
     inputs = [*batch.args, *batch.kwargs.values()]
-    first = next((one for one in inputs if isinstance(one, Tensor) and one.dim()), torch.zeros(1))
+    first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
     return len(first), first.numel()
 
 
@@ -105,7 +100,7 @@ def check_lengths(batches: Iterable[Batch]) -> None:
     """Raise ValueError if inputs of batches differ in a dimension other than the first."""
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for batch in batches:
-        for name, value in {**{str(i): one for i, one in enumerate(batch.args)}, **batch.kwargs}.items():
+        for name, value in {**{str(i): value for i, value in enumerate(batch.args)}, **batch.kwargs}.items():
             if isinstance(value, Tensor):
                 shapes.setdefault(name, set()).add(tuple(value.shape[1:]))
     for several in shapes.values():
@@ -115,54 +110,37 @@ def check_lengths(batches: Iterable[Batch]) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to refit, and which of the dense layer's inputs and outputs it still has.
+    """A layer to refit, and which of the dense layer's inputs and outputs it still has."""
 
-    Args:
-        name: The name of its weight.
-        dim: The dimension of the weight along which its inputs lie.
-        kept: The indices of the dense layer's inputs that the cut layer has.
-        rows: The indices of the dense layer's outputs that the cut layer has; ``None``: all.
-    """
-
-    name: str
-    dim: int
-    kept: Tensor
-    rows: Tensor | None
+    name: str  # the name of its weight
+    dim: int  # the dimension of the weight along which its inputs lie
+    kept: Tensor  # the indices of the dense layer's inputs that the cut layer has
+    rows: Tensor | None  # the indices of the dense layer's outputs that the cut layer has; `None`: all
 
 
 class LayerOrderError(BaseException):
-    """Raised if layers run in different orders, or not at all, for different batches.
-
-    No ``except Exception`` of a network's code catches it.
-    """
+    """Raised if layers run in other orders on some data; no ``except Exception`` of a network's code catches it."""
 
 
 @dataclass
 class RefitWork:
-    """The progress of a refit over all layers.
-
-    Args:
-        task: The two networks.
-        layers: Weight name → the layer.
-        candidates: What is tried for each layer.
-        batches: All the text or images.
-        own: The parameters of the cut network.
-        records: Per finished layer, in the order in which they run, :meth:`RidgeCandidates.record`.
-        changed: Where each layer is kept once it is solved, if the networks are larger than memory: ``own`` holds the
-            parameters of the present block alone. ``None``: all are in memory, and kept in the task's checkpoint.
-    """
+    """The progress of a refit over all layers."""
 
     task: RecoveryTask
     layers: Mapping[str, Layer]
     candidates: RidgeCandidates
     batches: Sequence[FitBatch]
-    own: Mapping[str, nn.Parameter]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    changed: ChangedTensors | None = None
+    parameters: Mapping[str, nn.Parameter]  # of the cut network; if it is streamed, of the present block alone
+    records: list[dict[str, Any]] = field(default_factory=list)  # per finished layer, in the order in which they run
     _sums: dict[int, Sums] = field(default_factory=dict)
     _reached: list[str] = field(default_factory=list)
     _added: int = 0
     _written: float = field(default_factory=time.monotonic)
+
+    @property
+    def changed(self) -> ChangedTensors | None:
+        """Where each layer is kept once it is solved, if the networks are larger than memory; else the checkpoint."""
+        return self.task.streamed.changed if self.task.streamed else None
 
     @property
     def refitted(self) -> set[str]:
@@ -188,14 +166,14 @@ class RefitWork:
             self.records = [dict(row) for row in stored["layers"]]
             with torch.no_grad():
                 for name, tensor in tensors.items():
-                    self.own[name].copy_(tensor)
+                    self.parameters[name].copy_(tensor)
 
     def write(self) -> None:
         """Write a checkpoint of the layers that are done, unless each is kept on its own."""
         if self.changed is not None:
             return
-        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.own]
-        tensors = {name: self.own[name].detach() for name in names}
+        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.parameters]
+        tensors = {name: self.parameters[name].detach() for name in names}
         self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
 
     def start_again(self, batches: Sequence[FitBatch]) -> None:
@@ -212,7 +190,7 @@ class RefitWork:
         self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor, shown: Tensor | None
     ) -> None:
         """Add the rows of a batch to the sums of a layer."""
-        if bias_of(layer.name) in self.own:
+        if bias_of(layer.name) in self.parameters:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         parts = self.batches[number].parts
         ends = [0, *(len(inputs) * end // parts[-1][1] for _, end in parts)]
@@ -244,16 +222,15 @@ class RefitWork:
 
     def solve(self, layer: Layer, sums: Sequence[Sums]) -> None:
         """Fit a layer by ridge regression, in place, and record its error before and after."""
-        weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
+        weight, bias = self.parameters[layer.name], self.parameters.get(bias_of(layer.name))
         choice = self.candidates.choose(sums, bias=bias is not None)
         if (change := choice.change) is not None:
-            own = change if bias is None else change[:-1]
-            weight.copy_(weight.double() + (own.T if layer.dim else own).reshape(weight.shape))
+            columns = change if bias is None else change[:-1]
+            weight.copy_(weight.double() + (columns.T if layer.dim else columns).reshape(weight.shape))
             if bias is not None:
                 bias.copy_(bias.double() + change[-1])
         record = self.candidates.record(layer.name, choice)
         self.records.append(record)
         if self.changed is not None:
-            named = {layer.name: weight, bias_of(layer.name): bias}
-            made = {name: one.detach() for name, one in named.items() if one is not None}
-            self.changed.write(made if record["ridge"] else {}, record)
+            names = [name for name in (layer.name, bias_of(layer.name)) if name in self.parameters and record["ridge"]]
+            self.changed.write({name: self.parameters[name].detach() for name in names}, record)

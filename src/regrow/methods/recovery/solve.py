@@ -10,29 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 8192
-"""The number of rows summed at a time."""
-EXACT = 1e-2
-"""Below this ridge, sums are exact to float64."""
+CHUNK = 8192  # the number of rows summed at a time
+EXACT = 1e-2  # below this ridge, sums are exact to float64
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sufficient statistics of a least squares problem with inputs x and residuals r (target − output).
+    """Sufficient statistics of a least squares problem with inputs x and residuals r (target − output)."""
 
-    Args:
-        gram: Σ x xᵀ, ``[k, k]``.
-        cross: Σ x rᵀ, ``[k, out]``.
-        missing: Σ |r|², the energy of the residuals.
-        wanted: Σ |target|², the energy of the target.
-        rows: The number of rows.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    missing: float
-    wanted: float
-    rows: int
+    gram: Tensor  # Σ x xᵀ, `[k, k]`
+    cross: Tensor  # Σ x rᵀ, `[k, out]`
+    missing: float  # Σ |r|², the energy of the residuals
+    wanted: float  # Σ |target|², the energy of the target
+    rows: int  # the number of rows
 
     @classmethod
     def of(
@@ -92,8 +82,9 @@ def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = 
     """
     gram = sums.gram.clone()
     if standardize:
-        own = gram.diagonal()[: len(gram) - bias]
-        own.copy_(torch.where(own > 0, own * (1 + ridge), 1.0))  # the change of an input that is always 0 is 0
+        squares = gram.diagonal()[: len(gram) - bias]
+        # The change of an input that is always 0 is 0.
+        squares.copy_(torch.where(squares > 0, squares * (1 + ridge), 1.0))
     else:
         gram.diagonal().add_(ridge * gram.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -104,23 +95,15 @@ def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = 
 
 @dataclass(frozen=True)
 class Choice:
-    """The change of a layer, and how it was chosen.
+    """The change of a layer, and how it was chosen."""
 
-    Args:
-        change: The change of the weight, ``[k, out]``, fitted to all rows; ``None`` if no candidate lowers the error.
-        ridge: Its ridge; 0 without a change.
-        shrinkage: The factor of the least squares solution in it; 0 without a change.
-        before: The error before, relative to the energy of the target, on rows that are not fitted.
-        after: That error with the change fitted to the other rows.
-        seen: The mean error on left-out sources with the change fitted to all of them.
-    """
-
+    # The change of the weight, `[k, out]`, fitted to all rows; `None` if no candidate lowers the error.
     change: Tensor | None
-    ridge: float
-    shrinkage: float
-    before: float
-    after: float
-    seen: float
+    ridge: float  # its ridge; 0 without a change
+    shrinkage: float  # the factor of the least squares solution in it; 0 without a change
+    before: float  # the error before, relative to the energy of the target, on rows that are not fitted
+    after: float  # that error with the change fitted to the other rows
+    seen: float  # the mean error on left-out sources with the change fitted to all of them
 
 
 def _bias_alone(sums: Sums, bias: bool) -> Tensor:
@@ -139,25 +122,19 @@ def _left(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]
     shifted = held.cross - torch.outer(held.gram[:, -1], start[-1])
     origin = held.missing - float((start[-1] * (held.cross[-1] + shifted[-1])).sum())
     slope, curve = float((step * shifted).sum()), float((step * (held.gram @ step)).sum())
-    return {one: origin - 2 * one * slope + one * one * curve for one in shrinkages}
+    return {factor: origin - 2 * factor * slope + factor * factor * curve for factor in shrinkages}
 
 
 @dataclass(frozen=True)
 class RidgeCandidates:
-    """The solutions that are tried for each layer, and the positions on which they are judged.
+    """The solutions that are tried for each layer, and the positions on which they are judged."""
 
-    Args:
-        ridges: The candidate ridges.
-        shrinkages: The candidate factors of the least squares solution.
-        left_out: Whether the parts of the text are sources, of which one is left out at a time; else there are two, and
-            the second is held out.
-        standardize: As for :func:`ridged`.
-    """
-
-    ridges: tuple[float, ...]
-    shrinkages: tuple[float, ...] = (1.0,)
+    ridges: tuple[float, ...]  # the candidate ridges
+    shrinkages: tuple[float, ...] = (1.0,)  # the candidate factors of the least squares solution
+    # Whether the parts of the text are sources, of which one is left out at a time; else there are two, and the second
+    # is held out.
     left_out: bool = False
-    standardize: bool = False
+    standardize: bool = False  # as for :func:`ridged`
 
     def sum_rows(self, inputs: Tensor, target: Tensor, missing: Tensor, onto: Sums | None) -> Sums:
         """Return the sums over rows, as precise as the candidates need."""

@@ -1,1 +1,289 @@
-"""Architecture search: one file per paper, and the parts that they share."""
+"""Architecture search: one file per paper, and here what all share: masks, hooks of the training loop, log rows."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from regrow.allocation.gates import GateMasks
+from regrow.core.amounts import short
+from regrow.core.axes.axis import AxisTensor
+from regrow.core.candidates import Staged, candidates_in
+from regrow.core.plan import Plan
+from regrow.core.sources import device_of
+from regrow.core.tasks import Examples
+from regrow.data.augment import is_images, shift_and_flip
+from regrow.evaluation.continual import mean_score
+from regrow.methods.search.space import (
+    GRANULARITIES,
+    Savings,
+    SearchSpace,
+    SearchState,
+    build_layout,
+    iterate_spans,
+    measure_masked,
+    measure_whole,
+    scale_candidates,
+)
+from regrow.surgery.gate import parametrize
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, flags_along, task_loss
+
+Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and the state after it was made
+
+
+class Search(ABC):
+    """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need."""
+
+    needs_epochs = True  # whether the search has to be trained
+    shrinks = False  # whether masks remove more and more in training, so that the size differs after each epoch
+    stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
+    masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
+    fills_with_bare = True  # whether a commit that would remove too much may also take back operations without weights
+    trains_thresholds = False
+    second_share = 0.0
+    restores = False
+
+    def __init__(self, s: Any, space: SearchSpace) -> None:
+        self.space = space
+        self.settings: Mapping[str, Any] = asdict(s)
+
+    def check(self, context: Context) -> None:
+        """Raise ValueError for a search that cannot succeed."""
+        self.space.check(context)
+
+    @abstractmethod
+    def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
+        """Return the next plan after the last epoch, and the new state."""
+
+    @cached_property
+    def learner(self) -> Learner[SearchState]:
+        """The method's hooks of the training loop."""
+        return Learner(
+            SearchState(),
+            parametrize=self.parametrize,
+            loss=self.loss,
+            project=self.project,
+            after_step=self.after_step,
+            plan=self.plan,
+            boundary=self.boundary,
+            optimizer="adam",
+            second_share=self.second_share,
+            restores=self.restores,
+        )
+
+    def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
+        """Return the granularities whose masks are computed; the others are complete."""
+        return self.space.granularities
+
+    def masks(
+        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
+    ) -> GateMasks:
+        """Return masks that keep what is at least as important as its threshold: σ(α), σ(κ), and |w| over its mean.
+
+        ``flat`` has all weights, ``[weights]``; ``learning``: whether masks have gradients.
+        """
+        layout, searched = state.layout, self.granularities(state, context)
+        if flat is None and "weights" in searched:
+            flat = layout.levels.flat(context.parameters())
+
+        def values(tensor: AxisTensor, trained: bool = True) -> Tensor:
+            return tensor.values if learning and trained else tensor.values.detach()
+
+        ops, filters, weights = (values(thresholds, self.trains_thresholds) for thresholds in state.thresholds)
+        kappa = [values(state.kappa[key]) for key in layout.levels.axes]
+        return layout.masks(
+            (values(state.alpha), ops) if "operations" in searched else None,
+            (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
+            None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
+        )
+
+    def rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of importances and of thresholds."""
+        return 0.0, 0.0
+
+    def trains(self, state: SearchState, context: Context) -> bool:
+        """Whether importances are trained in this epoch."""
+        return True
+
+    def allowed(self, state: SearchState, context: Context, target: float) -> float:
+        """Return the allowed size of the trained part now; a commit removes no more than that needs."""
+        return target
+
+    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
+        """Return the fraction of each granularity that masks keep in the trained part, to log each epoch."""
+        runs, weights = state.layout.runs, masks.weights
+        return {
+            "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
+            "filters": float(masks.filters.mean()) if state.layout.levels.filters else 1.0,
+            "weights": 1.0 if weights is None else float(weights.mean()),
+        }
+
+    def parametrize(self, state: SearchState, context: Context) -> Replacements:
+        """Return the parameters under their masks, the masks as ``aux``, and gradients in epochs that train masks."""
+        parameters, levels = context.parameters(), state.layout.levels
+        with nullcontext() if context.training else torch.no_grad():
+            entrywise = levels.entrywise or "weights" in self.space.granularities
+            flat = levels.flat(parameters) if entrywise else None
+            masks = self.masks(state, context, flat, context.training and self.trains(state, context))
+            values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
+            return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
+
+    def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
+        """Return the loss of a batch, of randomly shifted and mirrored images with the setting ``augment``."""
+        return Loss(self.compute_loss(context, step.batch))
+
+    def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
+        """Clip the gradients of the network, with the setting ``clip``."""
+        if (clip := self.settings.get("clip")) is not None:
+            torch.nn.utils.clip_grad_norm_(context.parameters().values(), clip)
+        return state
+
+    def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
+        """Return the state after a step."""
+        return state
+
+    def plan(self, state: SearchState, context: Context) -> Commit:
+        """Return the next plan: those of ``finalize`` after the last epoch."""
+        at_end = context.epoch == context.epochs
+        return self.finalize(state, context, self.space.target) if at_end else (None, state)
+
+    def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+        """Start the state, let it follow plans, and log epochs and the result."""
+        match boundary.event:
+            case Event.TASK_START:
+                state = self._start(context)
+                self.log_status(state, context)
+            case Event.RESUME:
+                state = self.update_layout(state, context)
+                self.log_status(state, context)
+            case Event.EPOCH_START:
+                context.model.train()
+            case Event.EPOCH_END:
+                state = self._log_epoch(state, context)
+            case Event.FINISH:
+                self._log_result(state, context)
+        return self._account_plan(state, context, boundary.plan) if boundary.plan else state
+
+    def _start(self, context: Context) -> SearchState:
+        """Return the initial state, in which everything is kept."""
+        operations = sum(map(len, candidates_in(context.model).values()))
+        axes = tuple(axis.key for axis in context.axes.units())
+        importance, threshold = self.rates(context)
+
+        def zeros(size: int, lr: float) -> AxisTensor:
+            return AxisTensor(torch.zeros(size, device=device_of(context.model)), (size,), lr)
+
+        state = SearchState(
+            alpha=zeros(operations, importance),
+            operation_thresholds=zeros(operations, threshold),
+            filter_thresholds=zeros(len(axes), threshold),
+            weight_thresholds=zeros(operations + 1, threshold),
+            axes=axes,
+            whole=measure_whole(self.space, axes, context),
+        )
+        return self.update_layout(state, context)
+
+    def update_layout(self, state: SearchState, context: Context) -> SearchState:
+        """Return the state for the network as it is now, and let the network run up to the current stage's last part.
+
+        κ and flags of what was removed with an operation are discarded; restored filters and weights get new ones.
+        """
+        part = self.space.part(state.stage)
+        if self.space.ends:
+            cast(Staged, context.model).active = part
+        layout = build_layout(self.space, state.axes, context, part)
+        kappa = {key: tensor for key, tensor in state.kappa.items() if key in context.axes.axes}
+        for key, (_, size, _) in iterate_spans(layout):
+            if key not in kappa:
+                values = layout.alive.new_zeros(size, dtype=torch.float32)
+                kappa[key] = AxisTensor(values, (key,), self.rates(context)[0])
+        zeros = {name: flags for name, flags in state.zeros.items() if name in context.axes.shapes}
+        for name in layout.levels.weights:
+            if name not in zeros:
+                zeros[name] = flags_along(context, name)
+        mask = torch.cat([zeros[name].values.reshape(-1) for name in layout.levels.weights])
+        return replace(state, kappa=kappa, zeros=zeros, layout=layout, zero_mask=mask)
+
+    def _account_plan(self, state: SearchState, context: Context, plan: Plan) -> SearchState:
+        """Return the state after a plan: its new layout, and the savings of operations and filters so far."""
+        before, now = state.whole, measure_whole(self.space, state.axes, context)
+        if plan.back:
+            operations = before - now
+        else:
+            operations, state = state.pending, replace(state, pending=0.0)
+        filters = before - now - operations
+        saved = Savings(state.saved.operations + operations, state.saved.filters + filters, state.saved.weights)
+        return self.update_layout(replace(state, whole=now, saved=saved), context)
+
+    def size(self, state: SearchState, context: Context) -> float:
+        """Return the size of the trained part under its current masks."""
+        with torch.no_grad():
+            return float(measure_masked(state, self.masks(state, context)))
+
+    def compute_loss(self, context: Context, batch: Examples) -> Tensor:
+        """Return the loss of the context's objective on a batch."""
+        if self.settings.get("augment") and is_images(batch.inputs):
+            batch = Examples(shift_and_flip(batch.inputs), batch.labels)
+        return task_loss(None, context, Step(0, batch)).value
+
+    def summary(self, state: SearchState) -> dict[str, float]:
+        """Return values to log at the end, besides sizes and fractions."""
+        return {}
+
+    def log_status(self, state: SearchState, context: Context) -> None:
+        """Log the text beside the progress: stage, size, validation accuracy and kept fractions of the last epoch."""
+        words = [context.task.name] + [f"stage {state.stage + 1}"] * (len(self.space.ends) > 1)
+        for row in state.history[-1:]:
+            if row["stage"] == state.stage:
+                most = f" of {short(row['allowed'])}" if row["allowed"] else ""
+                words += [f"{short(row['size'])}{most} {self.space.measure}", f"validation {row['accuracy']:.2f}"]
+                words += [f"{name} {row[name]:.0%}" for name in GRANULARITIES if name in self.space.granularities]
+        context.log("status", text=", ".join(words))
+
+    def _log_epoch(self, state: SearchState, context: Context) -> SearchState:
+        """Log the validation score, current and allowed size, and the kept fraction of each granularity."""
+        masks = self.masks(state, context)
+        with parametrize(context.model, self.parametrize(state, replace(context, answered=context.number)).values):
+            accuracy = mean_score(context.model, context.task.test, context.objective)
+        row: dict[str, int | float] = {"epoch": context.epoch + 1, "stage": state.stage, "accuracy": accuracy}
+        with torch.no_grad():
+            row["size"] = float(measure_masked(state, masks))
+        row |= {"allowed": self.allowed(state, context, self.space.target), "mu": state.multiplier}
+        row |= self.shares(state, masks)
+        context.log("epoch", **row)
+        state = replace(state, history=(row,))
+        self.log_status(state, context)
+        return state
+
+    def _log_result(self, state: SearchState, context: Context) -> None:
+        """Log what each granularity saved and the size that remains, as a row ``levels``."""
+        context.log(
+            "levels",
+            saved=asdict(state.saved),
+            kept=self.shares(state, self.masks(state, context)),
+            measure=str(self.space.measure),
+            asked=self.space.target,
+            size=self.size(state, context),
+            **self.summary(state),
+        )
+
+
+def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int = 48, factor: int = 4) -> SearchState:
+    """Return the state with λ changed after a commit, as in MG-DARTS and, with other numbers, GOLD-NAS.
+
+    After ``many`` dropped operations or more, λ is halved and its step is reset. After fewer than ``few``, it rises by
+    ``factor`` times its last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
+    """
+    plain, regularizer = state.losses
+    state = replace(state, penalty_cap=state.penalty if plain < regularizer else state.penalty_cap)
+    if dropped >= many:
+        return replace(state, penalty_step=1e-5, penalty=state.penalty / 2)
+    if dropped < few and state.penalty < state.penalty_cap:
+        step = factor * state.penalty_step
+        return replace(state, penalty_step=step, penalty=state.penalty + step)
+    return state

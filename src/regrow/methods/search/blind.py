@@ -14,10 +14,9 @@ import torch
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
-from regrow.methods.search.assembly import Search
-from regrow.methods.search.commit import Commit, fit_to_budget
-from regrow.methods.search.space import GRANULARITIES, SearchSpace, rank_evenly
-from regrow.methods.search.state import SearchState
+from regrow.methods.search import Commit, Search
+from regrow.methods.search.commit import fit_to_budget
+from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, rank_evenly
 from regrow.training.learner import Boundary, Context, Event
 
 CITATION = "controls; Li, Talwalkar, Random Search and Reproducibility for NAS (arXiv 1902.07638)"

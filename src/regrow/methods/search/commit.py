@@ -1,53 +1,46 @@
 """Commits of a search: plans that remove what is masked, fit the network to its budget, or restore units."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation import commits
 from regrow.allocation.commits import least, limit_removal, protect_cheapest, sample_operations, savings, select_removed
 from regrow.allocation.gates import GateMasks
-from regrow.core.candidates import single_in
+from regrow.core.candidates import run_whole, single_in
+from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
-from regrow.methods.search.space import (
-    Rules,
-    build_layout,
-    clear_thresholds,
-    differentiate_weights,
-    measure_relative,
-    measure_size,
-    measure_whole,
-    score_cut_filters,
-    set_zeros,
-    update_layout,
-)
-from regrow.methods.search.state import Savings, SearchState
-from regrow.training.learner import Context
-
-Commit = tuple[Plan | None, SearchState]
-"""A plan (``None``: no change), and the state of the search after it was made."""
+from regrow.methods.search import Commit, Search
+from regrow.methods.search.space import SearchState, build_layout, copy_state, iterate_spans
+from regrow.surgery import apply
+from regrow.surgery.gate import parametrize
+from regrow.tracing.meta_copy import clone_model
+from regrow.training.learner import Context, Step, task_loss
+from regrow.training.state import follow_plan
 
 
 @torch.no_grad()
-def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
+def cut_masked(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
     """Plan the removal of what is masked, limited by the controller's allowed size and by what the target needs."""
-    layout, space = state.layout, rules.space
-    masks = limit_removal(layout, masks, rules.allowed(state, context, target), rules.fills_with_bare)
+    layout, space = state.layout, search.space
+    masks = limit_removal(layout, masks, search.allowed(state, context, target), search.fills_with_bare)
     masks = protect_cheapest(build_layout(space, state.axes, context, space.part(-1)), masks, target, space.cuts)
     drop, keep = select_removed(layout, masks, context.axes)
     saved = savings(layout, masks)
     if masks.over is not None:
-        state = set_zeros(state, state.zero_mask | (masks.over < 0))
-    lost = {
-        key: tuple(int(one) for i, one in enumerate(context.axes[key].ids) if i not in units)
-        for key, units in keep.items()
-    }
+        state = state.with_zeros(state.zero_mask | (masks.over < 0))
+    cut = dict(state.cut)
+    for key, units in keep.items():
+        lost = (int(unit) for i, unit in enumerate(context.axes[key].ids) if i not in units)
+        cut[key] = (*cut.get(key, ()), *lost)
     state = replace(
         state,
-        cut={**state.cut, **{key: (*state.cut.get(key, ()), *ids) for key, ids in lost.items()}},
+        cut=cut,
         saved=replace(state.saved, weights=saved["weights"]),
         pending=saved["operations"],
         dropped=(*state.dropped, *drop),
@@ -55,60 +48,61 @@ def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMa
     origin = {"method": "search", "epoch": context.epoch}
     if drop:
         return Plan.dropping(context.axes, drop, keep, origin=origin), state
-    state = update_layout(rules, state, context)
+    state = search.update_layout(state, context)
     return Plan.keeping(context.axes, keep, origin=origin) if keep else None, state
 
 
-def drop_operations(rules: Rules, state: SearchState, context: Context, ops: Tensor) -> Commit:
+def drop_operations(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
     """Plan to drop operations that the masks still keep, which changes the network's outputs."""
-    masks = replace(rules.masks(state, context), ops=ops)
+    masks = replace(search.masks(state, context), ops=ops)
     drop, _ = select_removed(state.layout, masks, context.axes)
     if not drop:
         return None, state
     state = replace(state, pending=savings(state.layout, masks)["operations"], dropped=(*state.dropped, *drop))
-    return Plan.dropping(
-        context.axes, drop, {}, origin={"method": "search", "epoch": context.epoch, "stood": True}
-    ), state
+    origin = {"method": "search", "epoch": context.epoch, "stood": True}
+    return Plan.dropping(context.axes, drop, {}, origin=origin), state
 
 
-def fit_to_budget(rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
+def fit_to_budget(search: Search, state: SearchState, context: Context, target: float) -> Commit:
     """Plan the removal of what is masked and, least important first, of as much more as the target requires.
 
     Of candidates marked as exclusive, all but one are dropped afterwards.
     """
     with torch.no_grad():
-        masks = rules.masks(state, context)
-        relative = None if masks.over is None else measure_relative(state, context, masks)
+        masks = search.masks(state, context)
+        relative, levels = None, state.layout.levels
+        if masks.over is not None:
+            relative = levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
-        masks = replace(rules.masks(state, context), ops=ops, filters=filters)
-    plan, state = cut_masked(rules, state, context, masks, target)
-    clear_thresholds(state)
-    return (plan, state) if plan else keep_single(rules, state, context)
+        masks = replace(search.masks(state, context), ops=ops, filters=filters)
+    plan, state = cut_masked(search, state, context, masks, target)
+    state.clear_thresholds()
+    return (plan, state) if plan else keep_single(search, state, context)
 
 
-def keep_single(rules: Rules, state: SearchState, context: Context) -> Commit:
+def keep_single(search: Search, state: SearchState, context: Context) -> Commit:
     """Plan to drop all but the most important of candidates of which only one may remain."""
     sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
-    ops = rules.masks(state, context).ops.detach().clone()
+    ops = search.masks(state, context).ops.detach().clone()
     number = {path: i for i, path in enumerate(layout.ops)}
     for paths in sets:
-        own = [number[path] for path in paths if layout.alive[number[path]]]
-        best = max(own, key=lambda i: float(alpha[layout.tied[i]]))
-        ops[[i for i in own if i != best]] = 0.0
-    return drop_operations(rules, state, context, ops)
+        alive = [number[path] for path in paths if layout.alive[number[path]]]
+        best = max(alive, key=lambda i: float(alpha[layout.tied[i]]))
+        ops[[i for i in alive if i != best]] = 0.0
+    return drop_operations(search, state, context, ops)
 
 
 @torch.no_grad()
 def select_lowest(
-    rules: Rules, state: SearchState, context: Context, low: float, high: float, each: int
+    search: Search, state: SearchState, context: Context, low: float, high: float, each: int
 ) -> tuple[Tensor, int]:
     """Select the operations that remain after those of the smallest share of their node's importance are dropped."""
-    layout, space, target = state.layout, rules.space, rules.space.target
-    masks = rules.masks(state, context)
-    left, size = masks.ops.clone(), measure_size(rules, state, context)
+    layout, space, target = state.layout, search.space, search.space.target
+    masks = search.masks(state, context)
+    left, size = masks.ops.clone(), search.size(state, context)
     kept, shares, _ = layout.shares(masks, state.alpha.values)
     prices, many, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
     for share, i in sorted(zip(shares[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
@@ -128,43 +122,44 @@ def select_lowest(
 
 def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
     """Plan to restore a fraction of the operations dropped in this stage, sampled as MG-DARTS samples them."""
-    layout, many = state.layout, int(share * len(state.dropped))
-    dead = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and not a]
-    alive = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and a]
+    layout, count = state.layout, int(share * len(state.dropped))
+    there = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
+    dead, alive = [path for path, alive in there if not alive], [path for path, alive in there if alive]
     moved = [] if state.drift is None else state.drift.values.abs().tolist()
     drift = dict(zip(layout.ops, moved, strict=True))
     weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
-    back = sample_operations(dead, alive, drift, weight, many, context.generator(context.epoch, 7)) if dead else []
+    back = sample_operations(dead, alive, drift, weight, count, context.generator(context.epoch, 7)) if dead else []
     return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
 
 
-def restore_filters(rules: Rules, share: float, state: SearchState, context: Context) -> Commit:
+def restore_filters(search: Search, share: float, state: SearchState, context: Context) -> Commit:
     """Plan to restore a fraction of the filters cut in this stage: those whose scale has the largest gradient."""
-    stored = context.undo.restorable if context.undo else {}
-    there = {key: stored.get(key, ()) for key in state.layout.levels.axes}
-    cut_here = {key: [one for one in ids if one in there.get(key, ())] for key, ids in state.cut.items()}
-    lost = {key: ids for key, ids in cut_here.items() if ids}
+    stored, lost = context.undo.restorable if context.undo else {}, dict[str, list[int]]()
+    for key, ids in state.cut.items():
+        there = [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
+        if there:
+            lost[key] = there
     if not (many := int(share * sum(map(len, lost.values())))):
         return None, state
     back: dict[str, list[int]] = {}
-    scores = score_cut_filters(rules, state, context, lost, take_examples(context))
-    for _, key, one in sorted(scores, reverse=True)[:many]:
-        back.setdefault(key, []).append(one)
+    scores = score_cut_filters(search, state, context, lost, take_examples(context))
+    for _, key, unit in sorted(scores, reverse=True)[:many]:
+        back.setdefault(key, []).append(unit)
     return Plan.restoring(context.axes, back, origin={"method": "mgas", "epoch": context.epoch}), state
 
 
-def release_weights(rules: Rules, share: float, state: SearchState, context: Context) -> SearchState:
+def release_weights(search: Search, share: float, state: SearchState, context: Context) -> SearchState:
     """Return the state in which a fraction of the zeroed weights may train again: those with the largest gradient."""
     zero = state.zero_mask
     if not (many := int(share * int(zero.sum()))):
         return state
-    slopes = differentiate_weights(rules, state, context, take_examples(context))
-    own = rules.masks(state, context).filter_scale
-    scale = torch.cat([own, own.new_ones(1)])
+    slopes = differentiate_weights(search, state, context, take_examples(context))
+    scale = search.masks(state, context).filter_scale
+    scale = torch.cat([scale, scale.new_ones(1)])
     gradient = torch.where(zero, (slopes * scale[state.layout.levels.reads]).abs(), -1.0)
     released = zero.clone()
     released[gradient.topk(many).indices] = False
-    return set_zeros(state, released)
+    return state.with_zeros(released)
 
 
 def reset_modules(context: Context, paths: Sequence[str]) -> None:
@@ -183,16 +178,48 @@ def take_examples(context: Context) -> Examples:
     return next(context.task.train.batches(many, seed=context.generator(context.epoch, 8).initial_seed()))
 
 
-def account_plan(rules: Rules, state: SearchState, context: Context, plan: Plan) -> SearchState:
-    """Return the state after a plan: its new layout, and the savings of operations and filters so far."""
-    before, now = state.whole, measure_whole(rules.space, state.axes, context)
-    if plan.back:
-        operations = before - now
-    else:
-        operations, state = state.pending, replace(state, pending=0.0)
-    saved = Savings(
-        state.saved.operations + operations,
-        state.saved.filters + (before - now - operations),
-        state.saved.weights,
-    )
-    return update_layout(rules, replace(state, whole=now, saved=saved), context)
+def differentiate_weights(search: Search, state: SearchState, context: Context, batch: Examples) -> Tensor:
+    """Return ∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
+
+    In that mode nothing is recomputed, so an eighth of the examples is used at a time.
+    """
+    values = search.parametrize(state, replace(context, answered=context.number)).values
+    levels = state.layout.levels
+    learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
+    total = torch.zeros(len(levels.reads), device=levels.reads.device)
+    context.model.eval()
+    for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
+        with parametrize(context.model, {**values, **learned}):
+            examples = batch.take(piece)
+            if context.objective is CLASSIFICATION:
+                logits = context.logits(examples.inputs)
+                loss = F.cross_entropy(logits, examples.labels, reduction="sum") / len(batch)
+            else:
+                loss = task_loss(None, context, Step(0, examples)).value * (len(examples) / len(batch))
+            gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
+        total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
+    return total
+
+
+def score_cut_filters(
+    search: Search, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
+) -> list[tuple[float, str, int]]:
+    """Score cut filters by how much the loss would change if they came back: |∂ loss / ∂ g| at g = 0.
+
+    g scales what reads the filter. All are restored at this scale in a copy of the network, with thresholds at 0.
+    """
+    plan = Plan.restoring(context.axes, cut)
+    with run_whole(context.model):
+        copied = clone_model(context.model)
+    model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
+    there = replace(context, model=model, axes=axes)
+    probe = copy_state(follow_plan(state, context.axes, plan))
+    probe.clear_thresholds()
+    probe = search.update_layout(probe, there)
+    for key, ids in cut.items():
+        probe.kappa[key].values[[axes[key].ids.index(unit) for unit in ids]] = -50.0
+    levels = probe.layout.levels
+    each = differentiate_weights(search, probe, there, batch) * levels.flat(there.parameters()).detach()
+    score = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
+    first = {key: base for key, (base, _, _) in iterate_spans(probe.layout)}
+    return [(score[first[key] + axes[key].ids.index(unit)], key, unit) for key, ids in cut.items() for unit in ids]

@@ -20,7 +20,6 @@ are affine; and the learning rate of α is divided by the number of steps; it eq
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -32,12 +31,11 @@ from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import move_tensors
 from regrow.core.tasks import Examples
-from regrow.methods.search.assembly import Search
-from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
-from regrow.methods.search.space import SearchSpace, measure_size, rank_evenly, scale_candidates
-from regrow.methods.search.state import SearchState
+from regrow.methods.search import Commit, Search
+from regrow.methods.search.commit import cut_masked, fit_to_budget
+from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.nets.cells import Cells
-from regrow.settings.constraints import Range, check_constraints
+from regrow.settings.constraints import Count, FractionBelowOne, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Replacements, Step
 
@@ -72,8 +70,8 @@ class Settings:
     shared: bool = False
     lr: float = 5.9
     edges: bool = False
-    warm: Annotated[float, Range(0, 1, below=True)] = 0.0
-    partial: Annotated[int, Range(1)] = 1
+    warm: FractionBelowOne = 0.0
+    partial: Count = 1
     decay: float = 1e-3
     clip: float = 5.0
     augment: bool = True
@@ -130,7 +128,10 @@ class Darts(Search):
         """Find edges, draw α and β at the start, and let channels bypass operations."""
         begins, s = boundary.event == Event.TASK_START, self.s
         if begins or boundary.event == Event.RESUME:
-            state = replace(state, edges=_find_edges(context, s.shared, s.shared or s.partial > 1))
+            if (s.shared or s.partial > 1) and not isinstance(context.model, Cells):
+                raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
+            alike = context.model.alike() if s.shared and isinstance(context.model, Cells) else {}
+            state = replace(state, edges=move_tensors(Edges.of(context.model, alike), context.device))
         edges = state.edges
         state = super().boundary(state, context, boundary)
         if begins:
@@ -168,7 +169,7 @@ class Darts(Search):
                 handle.remove()
             state = replace(state, chosen=0.0)
             plan, state = cut_masked(self, state, context, self.masks(state, context), target)
-            state = replace(state, chosen=measure_size(self, state, context))
+            state = replace(state, chosen=self.size(state, context))
             if plan:
                 return plan, state
         return fit_to_budget(self, rank_evenly(state), context, target)
@@ -185,14 +186,6 @@ def weigh_operations(state: SearchState) -> Tensor:
 def choose_operations(state: SearchState) -> Tensor:
     """Return the final choice as a mask: per node the best operation of its two best edges, ``[operations]`` bool."""
     return select_operations(weigh_operations(state).detach(), state.edges.edge, state.layout.node)
-
-
-def _find_edges(context: Context, shared: bool, cells: bool) -> Edges:
-    """Return which edge of a cell each operation lies on, and which operations share α."""
-    if cells and not isinstance(context.model, Cells):
-        raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
-    edges = Edges.of(context.model, context.model.alike() if shared and isinstance(context.model, Cells) else {})
-    return move_tensors(edges, context.device)
 
 
 def _draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTensor:

@@ -27,11 +27,10 @@ from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.candidates import candidates_in
 from regrow.core.sources import to_host
-from regrow.methods.search.assembly import Search, add_losses, raise_penalty
-from regrow.methods.search.commit import Commit, drop_operations, fit_to_budget, select_lowest
-from regrow.methods.search.space import SearchSpace, measure_size
-from regrow.methods.search.state import SearchState
-from regrow.settings.constraints import Range, check_constraints
+from regrow.methods.search import Commit, Search, raise_penalty
+from regrow.methods.search.commit import drop_operations, fit_to_budget, select_lowest
+from regrow.methods.search.space import SearchSpace, SearchState
+from regrow.settings.constraints import NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"
@@ -63,9 +62,9 @@ class Settings:
     drop_below: float = 0.01
     keep_above: float = 0.05
     drops_per_epoch: Annotated[int, Range(0)] = 0
-    cost_weight: Annotated[float, Range(0)] = 1.0
-    lr: Annotated[float, Range(0)] = 8.0
-    clip: Annotated[float, Range(0, above=True)] = 5.0
+    cost_weight: NonNegative = 1.0
+    lr: NonNegative = 8.0
+    clip: Positive = 5.0
     augment: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +127,7 @@ class GoldNas(Search):
 
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
         """Add up the losses of the epoch."""
-        return add_losses(state, [float(loss) for loss in to_host(step.aux)])
+        return state.with_losses([float(loss) for loss in to_host(step.aux)])
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
         """Start the sums of losses again in each epoch."""
@@ -142,7 +141,7 @@ class GoldNas(Search):
             return self.finalize(state, context, s.target)
         if context.epoch <= s.warm or context.applied:
             return None, state
-        if measure_size(self, state, context) <= s.target:
+        if self.size(state, context) <= s.target:
             return None, replace(state, penalty=0.0)
         each = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
         left, many = select_lowest(self, state, context, s.drop_below, s.keep_above, each)

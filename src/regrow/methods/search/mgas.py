@@ -38,20 +38,9 @@ from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import to_host
-from regrow.methods.search import commit
-from regrow.methods.search.assembly import Search, add_losses, raise_penalty
-from regrow.methods.search.commit import Commit
-from regrow.methods.search.space import (
-    GRANULARITIES,
-    SearchSpace,
-    build_layout,
-    clear_thresholds,
-    measure_masked,
-    measure_size,
-    update_layout,
-)
-from regrow.methods.search.state import SearchState
-from regrow.settings.constraints import OneOf, Range, check_constraints
+from regrow.methods.search import Commit, Search, commit, raise_penalty
+from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout, measure_masked
+from regrow.settings.constraints import Count, Fraction, NonNegative, OneOf, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
@@ -98,22 +87,22 @@ class Settings:
     measure: str = "nonzero"
     levels: tuple[str, ...] = GRANULARITIES
     stages: tuple[int, ...] = ()
-    share: Annotated[float, Range(0, 1)] = 0.5
+    share: Fraction = 0.5
     warm: Annotated[int, Range(0)] = 2
-    every: Annotated[int, Range(1)] = 2
+    every: Count = 2
     controller: Annotated[str, OneOf("dual", "feedback")] = "dual"
-    gain: Annotated[float, Range(0)] = 40.0
-    sparsity_penalty: Annotated[float, Range(0)] = 0.05
-    min_cost: Annotated[float, Range(0)] = 1.0
+    gain: NonNegative = 40.0
+    sparsity_penalty: NonNegative = 0.05
+    min_cost: NonNegative = 1.0
     reprune: bool = True
-    regrow: Annotated[float, Range(0, 1)] = 0.2
-    regrow_filters: Annotated[float, Range(0, 1)] = 0.0
-    regrow_weights: Annotated[float, Range(0, 1)] = 0.0
+    regrow: Fraction = 0.2
+    regrow_filters: Fraction = 0.0
+    regrow_weights: Fraction = 0.0
     revive: Annotated[str, OneOf("old", "fresh")] = "fresh"
-    lr: Annotated[float, Range(0)] = 8.0
-    lr_threshold: Annotated[float, Range(0)] = 2.0
-    filter_lr_ratio: Annotated[float, Range(0)] = 0.25
-    clip: Annotated[float, Range(0, above=True)] = 5.0
+    lr: NonNegative = 8.0
+    lr_threshold: NonNegative = 2.0
+    filter_lr_ratio: NonNegative = 0.25
+    clip: Positive = 5.0
     augment: bool = True
     seed: int = 0
 
@@ -140,8 +129,8 @@ class Mgas(Search):
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
         self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
         self.dual = s.controller == "dual"
+        # Whether the regulariser favours few operations per node, and not high thresholds.
         self.thins = self.dual and "operations" in s.levels
-        """Whether the regulariser favours few operations per node, and not high thresholds."""
         self.min_cost = s.min_cost if self.thins else 0.0
         self.fills_with_bare = not self.min_cost
         if "operations" in s.levels:
@@ -210,7 +199,7 @@ class Mgas(Search):
             among = ~layout.single if self.thins else torch.ones_like(layout.single)
             regularizer = layout.operation_regularizer(masks, state.alpha.values, among)
             if not self.thins:  # otherwise μ raises thresholds
-                ops, filters, weights = (one.values for one in state.thresholds)
+                ops, filters, weights = (thresholds.values for thresholds in state.thresholds)
                 regularizer = regularizer + layout.threshold_regularizer(masks, (ops, filters, weights))
             regularizer = state.penalty * regularizer
             loss = loss + regularizer
@@ -238,7 +227,7 @@ class Mgas(Search):
         if self.dual and self.trains(state, context):
             multiplier = max(0.0, multiplier + self.s.gain / self._steps(context) * losses.pop(0))
         state = replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
-        return add_losses(state, losses)
+        return state.with_losses(losses)
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
         """Start stages, re-initialise what is restored, and start sums of an epoch again."""
@@ -265,9 +254,9 @@ class Mgas(Search):
         penalty = self.s.sparsity_penalty if self.thins else 0.0
         state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0)
         state = replace(state, penalty=penalty, penalty_step=1e-5, penalty_cap=100.0)
-        clear_thresholds(state)
-        state = self._protect_earlier(update_layout(self, state, context), context)
-        size = measure_size(self, state, context)
+        state.clear_thresholds()
+        state = self._protect_earlier(self.update_layout(state, context), context)
+        size = self.size(state, context)
         return replace(state, start=size, goal=self.s.target if stage == self.stages - 1 else self.s.share * size)
 
     def _protect_earlier(self, state: SearchState, context: Context) -> SearchState:

@@ -35,27 +35,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class RetrainState:
-    """The state of the retraining: the fixed weight masks.
+    """The state of the retraining: the fixed weight masks."""
 
-    Args:
-        masks: Weight name → which entries may differ from 0; weights without zeros have no mask.
-    """
-
+    # Weight name → which entries may differ from 0; weights without zeros have no mask.
     masks: Mapping[str, AxisTensor] = field(default_factory=dict)
 
 
-def build(settings: Settings, context: Context, found: Mapping[str, Tensor]) -> Learner[RetrainState]:
+def build(settings: Settings, context: Context, weights: Mapping[str, Tensor]) -> Learner[RetrainState]:
     """Return the learner that retrains a found network."""
     masks = {
-        name: AxisTensor(found[name].detach() != 0, context.axes.shapes[name])
+        name: AxisTensor(weights[name].detach() != 0, context.axes.shapes[name])
         for name in context.weights
-        if not bool(found[name].all())
+        if not bool(weights[name].all())
     }
     return Learner(
-        RetrainState(masks),
-        parametrize=_mask,
-        loss=partial(_compute_loss, settings),
-        project=partial(_clip, settings),
+        RetrainState(masks), parametrize=_mask, loss=partial(_compute_loss, settings), project=partial(_clip, settings)
     )
 
 

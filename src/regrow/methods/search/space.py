@@ -1,55 +1,38 @@
-"""The space of a search: what may be removed, what it costs, the importance of its parts, and masks that follow."""
+"""The space of a search: what may be removed, what it costs, the importance of its parts, and the search's state."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from regrow.allocation.commits import least
+from regrow.allocation.darts import Edges
 from regrow.allocation.gates import GateMasks, Gates, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.candidates import Staged, candidates_in, run_whole
-from regrow.core.objectives import CLASSIFICATION
-from regrow.core.plan import Plan
+from regrow.core.candidates import Staged, candidates_in
 from regrow.core.sources import device_of, move_tensors
-from regrow.core.tasks import Examples
-from regrow.methods.search.state import SearchState
-from regrow.surgery import apply
-from regrow.surgery.gate import parametrize
-from regrow.tracing.meta_copy import clone_model
-from regrow.training.learner import Context, Replacements, Step, flags_along, task_loss
-from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors
+from regrow.training.learner import Context
+from regrow.training.state import axis_tensors, derived, with_axis_tensors
 
 GRANULARITIES = ("operations", "filters", "weights")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search may remove, and how the network's size is measured.
+    """What a search may remove, and how the network's size is measured."""
 
-    Args:
-        target: The largest allowed size of the found network.
-        measure: The unit of size: parameters, non-zero parameters, MACs, bytes or milliseconds.
-        granularities: Those of ``operations``, ``filters`` and ``weights`` that have masks.
-        ends: The last part of the network that each stage trains, ascending; empty: the whole network, in one stage.
-        prices: The time that weights and operations take, if the measure is time.
-        removable: The granularities of which the method may remove something; empty: those that have masks.
-    """
-
-    target: float
+    target: float  # the largest allowed size of the found network
     measure: Measure
-    granularities: tuple[str, ...] = GRANULARITIES
-    ends: tuple[int, ...] = ()
-    prices: Prices | None = None
-    removable: tuple[str, ...] = ()
+    granularities: tuple[str, ...] = GRANULARITIES  # those that have masks
+    ends: tuple[int, ...] = ()  # the last part of the network that each stage trains; empty: all, in one stage
+    prices: Prices | None = None  # the time that weights and operations take, if the measure is time
+    removable: tuple[str, ...] = ()  # granularities of which something may be removed; empty: those that have masks
 
     def part(self, stage: int) -> int:
         """Return the last part of the network that a stage trains; −1 for the whole network."""
@@ -60,80 +43,112 @@ class SearchSpace:
         """The granularities of which the method may remove something."""
         return self.removable or self.granularities
 
-
-class Rules:
-    """A method's choices that the shared parts of a search call.
-
-    Args:
-        space: What the search may remove.
-    """
-
-    fills_with_bare = True
-    """Whether a commit that would remove too much may also take back operations without weights."""
-
-    trains_thresholds = False
-
-    def __init__(self, space: SearchSpace) -> None:
-        self.space = space
-
-    def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
-        """Return the granularities whose masks are computed; the others are complete."""
-        return self.space.granularities
-
-    def masks(
-        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
-    ) -> GateMasks:
-        """Return masks that keep what is at least as important as its threshold: σ(α), σ(κ), and |w| over its mean.
-
-        ``flat`` has all weights, ``[weights]``; ``learning``: whether masks have gradients.
-        """
-        layout, searched = state.layout, self.granularities(state, context)
-        if flat is None and "weights" in searched:
-            flat = layout.levels.flat(context.parameters())
-
-        def values(tensor: AxisTensor, trained: bool = True) -> Tensor:
-            return tensor.values if learning and trained else tensor.values.detach()
-
-        ops, filters, weights = (values(thresholds, self.trains_thresholds) for thresholds in state.thresholds)
-        kappa = [values(state.kappa[key]) for key in layout.levels.axes]
-        return layout.masks(
-            (values(state.alpha), ops) if "operations" in searched else None,
-            (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
-            None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
-        )
-
-    def rates(self, context: Context) -> tuple[float, float]:
-        """Return the learning rates of importances and of thresholds."""
-        return 0.0, 0.0
-
-    def trains(self, state: SearchState, context: Context) -> bool:
-        """Whether importances are trained in this epoch."""
-        return True
-
-    def allowed(self, state: SearchState, context: Context, target: float) -> float:
-        """Return the allowed size of the trained part now; a commit removes no more than that needs."""
-        return target
-
-    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
-        """Return the fraction of each granularity that masks keep in the trained part, to log each epoch."""
-        runs, weights = state.layout.runs, masks.weights
-        return {
-            "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
-            "filters": float(masks.filters.mean()) if state.layout.levels.filters else 1.0,
-            "weights": 1.0 if weights is None else float(weights.mean()),
-        }
+    def check(self, context: Context) -> None:
+        """Raise ValueError if the target cannot be reached, or candidates contain other candidates."""
+        ops = [path for paths in candidates_in(context.model).values() for path in paths]
+        for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
+            raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
+        if (smallest := least(build_layout(self, (), context, self.part(-1)), self.cuts)) > self.target:
+            raise ValueError(
+                f"a target of {self.target:g} {self.measure} is below what is left whatever goes, {smallest:g}: take a "
+                "higher one, a smaller space, or more levels"
+            )
 
 
-def check_space(space: SearchSpace, context: Context) -> None:
-    """Raise ValueError for a search whose target cannot be reached, or whose candidates contain other candidates."""
-    ops = [path for paths in candidates_in(context.model).values() for path in paths]
-    for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
-        raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
-    if (smallest := least(build_layout(space, (), context, space.part(-1)), space.cuts)) > space.target:
-        raise ValueError(
-            f"a target of {space.target:g} {space.measure} is below what is left whatever goes, {smallest:g}: take a "
-            "higher one, a smaller space, or more levels"
-        )
+@dataclass(frozen=True)
+class Savings:
+    """The reduction of the network's size by each granularity, in units of the search's measure."""
+
+    operations: float = 0.0
+    filters: float = 0.0
+    weights: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The memory of one stage of a search, measured in one step, in bytes."""
+
+    stage: int  # from 0
+    epoch: int  # of the step, from 1
+    joint: bool  # whether masks were trained in that step
+    held: int  # of tensors that existed before the step
+    peak: int  # the most of live tensors in the step
+    resident: int | None  # growth of the process's memory plus ``held``; ``None`` where this cannot be measured
+    predicted: int | None  # when the stage began; ``None`` for the first stage
+    recomputed: bool  # whether parts of the network were recomputed in the backward pass
+
+
+def _empty() -> AxisTensor:
+    return AxisTensor(torch.zeros(0), (0,))
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """The state of a search: importances, thresholds, stage, and what was removed."""
+
+    alpha: AxisTensor = field(default_factory=_empty)  # α, the importance of operations
+    kappa: Mapping[str, AxisTensor] = field(default_factory=dict)  # axis → κ, the importance of its filters
+    operation_thresholds: AxisTensor = field(default_factory=_empty)
+    filter_thresholds: AxisTensor = field(default_factory=_empty)  # one per axis of ``axes``
+    weight_thresholds: AxisTensor = field(default_factory=_empty)  # one per operation; the last for other weights
+    zeros: Mapping[str, AxisTensor] = field(default_factory=dict)  # weight → which entries are fixed at 0
+    drift: AxisTensor | None = None  # the smoothed gradient of α (MGAS)
+    beta: AxisTensor | None = None  # β, the importance of edges (PC-DARTS)
+    axes: tuple[str, ...] = ()  # the keys of the axes when the search began
+    stage: int = 0
+    whole: float = 0.0  # the size of the network as it is, without classifiers of earlier stages
+    saved: Savings = Savings()
+    pending: float = 0.0  # the reduction of the size by operations in the plan that is about to be applied
+    dropped: tuple[str, ...] = ()  # operations dropped in this stage
+    cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # axis → ids of the filters cut in this stage
+    history: tuple[Mapping[str, int | float], ...] = ()  # the measurements of the last epoch
+    multiplier: float = 0.0  # μ, the weight of the size in the loss
+    penalty: float = 0.0  # λ, the weight of the regulariser of α in the loss
+    penalty_step: float = 1e-5  # its last increase
+    penalty_cap: float = 100.0  # its largest value
+    losses: tuple[float, float] = (0.0, 0.0)  # cross-entropy and regulariser, summed over an epoch's steps
+    start: float = 0.0  # the size when the stage began
+    goal: float = 0.0  # the size that the stage has to reach
+    removal: float = 0.0  # the reduction of the size that is needed (random baselines)
+    memory: Mapping[str, StageMemory] = field(default_factory=dict)  # stage → memory, under a memory budget
+    recomputed: bool = False  # whether parts of the network are recomputed in the backward pass
+    layout: Gates = derived(lambda: None)  # where operations, filters and weights lie in the network now
+    zero_mask: Tensor = derived(lambda: torch.zeros(0, dtype=torch.bool))  # ``zeros`` in one vector, [weights]
+    earlier: tuple[Tensor, ...] = derived(tuple)  # operations and axes of earlier stages that are no longer pruned
+    examples: int = derived(int)  # training examples seen in this epoch
+    turn: int = derived(int)  # commit steps taken at this boundary
+    edges: Edges = derived(lambda: None)  # where operations lie on the edges of cells (DARTS)
+    edge_weights: list[Tensor] = derived(list)  # of the edges into each node in this pass; changed in place (PC-DARTS)
+    handles: tuple[RemovableHandle, ...] = derived(tuple)  # hooks that let channels bypass operations (PC-DARTS)
+    chosen: float | None = derived(lambda: None)  # the size right after operations were chosen (DARTS)
+
+    @property
+    def thresholds(self) -> tuple[AxisTensor, AxisTensor, AxisTensor]:
+        """The thresholds of operations, filters and weights."""
+        return self.operation_thresholds, self.filter_thresholds, self.weight_thresholds
+
+    def with_losses(self, losses: Sequence[float]) -> "SearchState":
+        """Return the state with the cross-entropy and the regulariser of one more step, if any, added to its sums."""
+        if not losses:
+            return self
+        return replace(self, losses=(self.losses[0] + losses[0], self.losses[1] + losses[1]))
+
+    def with_zeros(self, mask: Tensor) -> "SearchState":
+        """Return the state with another set of weights fixed at 0."""
+        named = self.layout.levels.apart(mask)
+        zeros = {name: replace(self.zeros[name], values=values.clone()) for name, values in named.items()}
+        return replace(self, zeros={**self.zeros, **zeros}, zero_mask=mask)
+
+    def clear_thresholds(self) -> None:
+        """Set all thresholds to 0, in place, so that everything present is kept."""
+        for thresholds in self.thresholds:
+            thresholds.values.data.zero_()
+
+
+def copy_state(state: SearchState) -> SearchState:
+    """Return the state with copies of its tensors, which can be changed in place."""
+    tensors = axis_tensors(state).items()
+    return with_axis_tensors(state, {name: replace(t, values=t.values.detach().clone()) for name, t in tensors})
 
 
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
@@ -146,7 +161,7 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
     layout = gates(
         context.model,
         context.axes,
-        {name: one for name, one in counted_tensors(context.model, space.measure).items() if runs(name)},
+        {name: tensor for name, tensor in counted_tensors(context.model, space.measure).items() if runs(name)},
         axes or [axis.key for axis in context.axes.units()],
         cast(Staged, context.model).needed() if staged else [*candidates_in(context.model).values()],
         runs,
@@ -158,63 +173,9 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
     return layout
 
 
-def start_search(rules: Rules, context: Context) -> SearchState:
-    """Return the initial state of a search, in which everything is kept."""
-    n = sum(map(len, candidates_in(context.model).values()))
-    axes = tuple(axis.key for axis in context.axes.units())
-    importance, threshold = rules.rates(context)
-
-    def zeros(size: int, lr: float) -> AxisTensor:
-        return AxisTensor(torch.zeros(size, device=device_of(context.model)), (size,), lr)
-
-    state = SearchState(
-        alpha=zeros(n, importance),
-        operation_thresholds=zeros(n, threshold),
-        filter_thresholds=zeros(len(axes), threshold),
-        weight_thresholds=zeros(n + 1, threshold),
-        axes=axes,
-        whole=measure_whole(rules.space, axes, context),
-    )
-    return update_layout(rules, state, context)
-
-
-def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchState:
-    """Return the state for the network as it is now, and let the network run up to the current stage's last part.
-
-    κ and flags of what was removed with an operation are discarded; restored filters and weights get new ones.
-    """
-    part = rules.space.part(state.stage)
-    if rules.space.ends:
-        cast(Staged, context.model).active = part
-    layout = build_layout(rules.space, state.axes, context, part)
-    kappa = {key: one for key, one in state.kappa.items() if key in context.axes.axes}
-    for key, (_, size, _) in iterate_spans(layout):
-        if key not in kappa:
-            kappa[key] = AxisTensor(layout.alive.new_zeros(size, dtype=torch.float32), (key,), rules.rates(context)[0])
-    zeros = {name: one for name, one in state.zeros.items() if name in context.axes.shapes}
-    for name in layout.levels.weights:
-        if name not in zeros:
-            zeros[name] = flags_along(context, name)
-    mask = torch.cat([zeros[name].values.reshape(-1) for name in layout.levels.weights])
-    return replace(state, kappa=kappa, zeros=zeros, layout=layout, zero_mask=mask)
-
-
 def iterate_spans(layout: Gates) -> Iterator[tuple[str, tuple[int, int, int]]]:
     """Yield each axis key with the place of its first filter, its number of filters, and the least number it keeps."""
     return zip(layout.levels.axes, layout.spans, strict=True)
-
-
-def set_zeros(state: SearchState, mask: Tensor) -> SearchState:
-    """Return the state with another set of weights fixed at 0."""
-    named = state.layout.levels.apart(mask)
-    zeros = {name: replace(state.zeros[name], values=values.clone()) for name, values in named.items()}
-    return replace(state, zeros={**state.zeros, **zeros}, zero_mask=mask)
-
-
-def clear_thresholds(state: SearchState) -> None:
-    """Set all thresholds to 0, in place, so that everything present is kept."""
-    for one in state.thresholds:
-        one.values.data.zero_()
 
 
 def measure_whole(space: SearchSpace, axes: tuple[str, ...], context: Context) -> float:
@@ -229,35 +190,12 @@ def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
     return state.layout.levels.size(masks.ops, masks.filters, masks.weights)
 
 
-def measure_size(rules: Rules, state: SearchState, context: Context) -> float:
-    """Return the size of the trained part under its current masks."""
-    with torch.no_grad():
-        return float(measure_masked(state, rules.masks(state, context)))
-
-
-def mask_parameters(rules: Rules, state: SearchState, context: Context) -> Replacements:
-    """Return the parameters under their masks, with the masks as ``aux``, and gradients in epochs that train masks."""
-    parameters, levels = context.parameters(), state.layout.levels
-    with nullcontext() if context.training else torch.no_grad():
-        entrywise = levels.entrywise or "weights" in rules.space.granularities
-        flat = levels.flat(parameters) if entrywise else None
-        masks = rules.masks(state, context, flat, context.training and rules.trains(state, context))
-        values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
-        return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
-
-
 def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str, Tensor]:
     """Return the scales of candidate operations, by name of the parameter that holds them."""
     sums = candidates_in(context.model)
     parts, parameters = scale.split([*map(len, sums.values())]), context.parameters()
     names = [f"{path}.scale".lstrip(".") for path in sums]
     return {name: parameters[name] * part if keep else part for name, part in zip(names, parts, strict=True)}
-
-
-def measure_relative(state: SearchState, context: Context, masks: GateMasks) -> Tensor:
-    """Return |w| divided by the mean |w| of what is kept of its tensor, ``[weights]``."""
-    levels = state.layout.levels
-    return levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
 
 
 def rank_evenly(state: SearchState) -> SearchState:
@@ -267,63 +205,4 @@ def rank_evenly(state: SearchState) -> SearchState:
         n = len(like)
         return torch.logit((torch.arange(n, 0, -1, device=like.device) - 0.5) / n)
 
-    return replace(state, kappa={key: replace(one, values=rank(one.values)) for key, one in state.kappa.items()})
-
-
-def differentiate_weights(rules: Rules, state: SearchState, context: Context, batch: Examples) -> Tensor:
-    """Return ∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
-
-    In that mode nothing is recomputed, so an eighth of the examples is used at a time.
-    """
-    values = mask_parameters(rules, state, replace(context, answered=context.number)).values
-    levels = state.layout.levels
-    learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
-    total = torch.zeros(len(levels.reads), device=levels.reads.device)
-    context.model.eval()
-    for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
-        with parametrize(context.model, {**values, **learned}):
-            loss = _share_of_loss(context, batch.take(piece), len(batch))
-            gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
-        total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
-    return total
-
-
-def _share_of_loss(context: Context, piece: Examples, n: int) -> Tensor:
-    """Return what some of ``n`` examples contribute to the mean loss, a scalar."""
-    if context.objective is CLASSIFICATION:
-        return F.cross_entropy(context.logits(piece.inputs), piece.labels, reduction="sum") / n
-    return task_loss(None, context, Step(0, piece)).value * (len(piece) / n)
-
-
-def score_cut_filters(
-    rules: Rules, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
-) -> list[tuple[float, str, int]]:
-    """Score cut filters by how much the loss would change if they came back: |∂ loss / ∂ g| at g = 0.
-
-    g scales what reads the filter. All of them are restored at this scale in a copy of the network, so that its outputs
-    are those of the network at the start of a stage, with thresholds at 0.
-    """
-    plan = Plan.restoring(context.axes, cut)
-    with run_whole(context.model):
-        copied = clone_model(context.model)
-    model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
-    there = replace(context, model=model, axes=axes)
-    probe = copy_state(follow_plan(state, context.axes, plan))
-    clear_thresholds(probe)
-    probe = update_layout(rules, probe, there)
-    places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in cut.items()}
-    for key, own in places.items():
-        probe.kappa[key].values[own] = -50.0
-    levels = probe.layout.levels
-    each = differentiate_weights(rules, probe, there, batch) * levels.flat(there.parameters()).detach()
-    score = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
-    first = {key: base for key, (base, _, _) in iterate_spans(probe.layout)}
-    return [
-        (score[first[key] + i], key, one) for key, ids in cut.items() for i, one in zip(places[key], ids, strict=True)
-    ]
-
-
-def copy_state(state: SearchState) -> SearchState:
-    """Return the state with copies of its tensors, which can be changed in place."""
-    tensors = axis_tensors(state).items()
-    return with_axis_tensors(state, {name: replace(one, values=one.values.detach().clone()) for name, one in tensors})
+    return replace(state, kappa={key: replace(t, values=rank(t.values)) for key, t in state.kappa.items()})

@@ -16,16 +16,333 @@ A task, for weights W with thresholds t and the entries M that earlier tasks own
 3. at its end set entries below their threshold to 0, own the remaining ones, and reset t to 0.
 
 The default gate ``kronecker`` multiplies a layer's step Δ by  (1 + s A ⊗ (B + d))⁻¹,  with A the second moments of its
-inputs in earlier tasks and B those of the gradients of its outputs. It is the preconditioner of Natural Continual
-Learning (Kao et al., NeurIPS 2021) with the Kronecker factors of Ritter et al., but without their penalty on the
-distance to earlier parameters; the damping d is ours. No examples are stored, directions that earlier tasks did not use
-stay free, and widening adds such directions. The gate ``hard`` restores protected entries after each step. Parameters
-that no gate covers, such as scales and shifts of norms, are frozen.
+inputs in earlier tasks and B those of the gradients of its outputs (:class:`~.gate.Gate`); the damping d is ours. No
+examples are stored, directions that earlier tasks did not use stay free, and widening adds such directions. The gate
+``hard`` restores protected entries after each step. Parameters that no gate covers, such as those of norms, are frozen.
 """
 
-from regrow.methods.continual.sparsegrow.learner import build
-from regrow.methods.continual.sparsegrow.settings import Settings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
 
-__all__ = ["CITATION", "Settings", "build"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regrow.allocation.levels import apply_threshold, margin
+from regrow.allocation.widening import growable_axes, growth, makers
+from regrow.core.axes import Axis
+from regrow.core.axes.axis import AxisTensor
+from regrow.core.plan import Fill, Plan
+from regrow.core.sources import Batch
+from regrow.core.tasks import among
+from regrow.methods.continual.sparsegrow import gate
+from regrow.methods.continual.sparsegrow.gate import SparseGrowState
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
+from regrow.surgery import fit_new_units
+from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
+from regrow.training.hooks import draw_rows, freeze_norms, offer_rows
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Loss,
+    Replacements,
+    Step,
+    flags_along,
+    set_train_mode,
+)
 
 CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed; gate: Kao et al. (2021), Ritter et al. (2018)"
+
+
+@dataclass(frozen=True)
+class Settings(CheckedSettings):
+    """Settings of SparseGrow: growth, thresholds, the gate that protects earlier tasks, and an optional memory.
+
+    Args:
+        grow: When axes are widened: ``always``: once in every task, wherever some capacity is used; ``short``: where
+            free capacity runs short; ``never``.
+        late_phase: The fraction of a task's epochs, at its end, that forms the late phase; growth comes at its start.
+        min_free: Under ``grow=short``, an axis grows if less than this fraction of the weights that compute it
+            (``kronecker``: and read it) is free.
+        width: The number of new units of an axis, as a fraction of its initial size.
+        multiple: Numbers of new units are multiples of this.
+        cap: The largest allowed size of the network, as a multiple of its initial parameters, at least 1.
+        density: The fraction of their inputs that new units read at first.
+        fit: Whether new units are scaled to the output spread of the old ones, on data.
+        threshold: ``dst``: one per unit, trained by the loss; ``adaptcl``: one per layer, trained by the penalty alone;
+            ``none``: no weight is masked.
+        alpha: α, the strength of the penalty Σ exp(−t), which raises thresholds.
+        new_unit_penalty: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
+        gate: How earlier tasks are protected: ``kronecker``: layers move little in directions that earlier tasks used;
+            ``hard``: owned entries are frozen; ``none``.
+        strength: The strength of the gate ``kronecker``.
+        damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
+            mean: trained freely, it could become active on their inputs.
+        group_norm_damping: Behind a norm that rescales each group of units (GroupNorm), new units are active on earlier
+            inputs; the gate assumes this fraction of the mean second moment for them.
+        samples: The number of examples of each task on which the gate is estimated.
+        every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
+        project_new_units: Whether, under that gate, new units are projected away from the inputs that earlier tasks fed
+            their layer.
+        norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
+        memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
+        strength_factor: With a memory, in class-incremental learning, the factor on the gate's strength, which then
+            leaves the output layer alone: old classes must give way to new ones, and the memory limits how far. 1: the
+            gate is as strong as without a memory.
+        asymmetric_loss: With a memory, in class-incremental learning, whether the loss on the current batch is computed
+            over the classes of its task only (ER-ACE, arXiv 2104.05025).
+        lr: Learning rate of the thresholds.
+        seed: Seed of the new units' weights.
+    """
+
+    grow: Annotated[str, OneOf("short", "always", "never")] = "always"
+    late_phase: Fraction = 0.3
+    min_free: Fraction = 0.3
+    width: Fraction = 0.125
+    multiple: Count = 8
+    cap: Annotated[float, Range(1)] = 1.5
+    density: Fraction = 0.5
+    fit: bool = True
+    threshold: Annotated[str, OneOf("dst", "adaptcl", "none")] = "dst"
+    alpha: float = 1e-4
+    new_unit_penalty: float = 10.0
+    gate: Annotated[str, OneOf("kronecker", "hard", "none")] = "kronecker"
+    strength: NonNegative = 15.0
+    damping: NonNegative = 0.1
+    group_norm_damping: NonNegative = 0.1
+    samples: Count = 2000
+    every: Count = 4
+    project_new_units: bool = True
+    norms: Annotated[str, OneOf("update", "freeze")] = "update"
+    memory: Annotated[int, Range(0)] = 0
+    strength_factor: Fraction = 0.01
+    asymmetric_loss: bool = True
+    lr: float = 0.01
+    seed: int = 0
+
+
+def build(settings: Settings) -> Learner[SparseGrowState]:
+    """Return the learner that trains with SparseGrow."""
+    return Learner(
+        SparseGrowState(),
+        parametrize=partial(_mask, settings),
+        loss=partial(_compute_loss, settings),
+        project=_protect_gradients,
+        after_step=partial(_restrict_step, settings),
+        plan=partial(_plan_growth, settings),
+        boundary=partial(_react, settings),
+        classes_only=True,
+    )
+
+
+def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boundary) -> SparseGrowState:
+    set_train_mode(state, context, boundary)
+    match boundary.event:
+        case Event.TASK_START:
+            return _freeze(s, state if context.number else _start(s, state, context), context)
+        case Event.EPOCH_START if s.norms == "freeze" and context.number:
+            freeze_norms(context.model)
+        case Event.PLAN_APPLIED if boundary.plan and boundary.plan.origin.get("method") == "sparsegrow":
+            return _initialise_new_units(s, state, context, boundary.plan)
+        case Event.RESUME | Event.PLAN_APPLIED:  # a plan from elsewhere
+            return _freeze(s, state, context)
+        case Event.EPOCH_END:
+            gate.apply_gates(state, context)
+            kept = {
+                name: {"threshold": round(float(threshold.mean()), 6), "density": round(float(mask.double().mean()), 6)}
+                for name, _, threshold, mask in state.thresholded(context)
+            }
+            return replace(state, kept={**state.kept, **kept})
+        case Event.TASK_END:
+            return _end_task(s, state, context)
+    return state
+
+
+def _start(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
+    """Initialise thresholds and ownership at the start of the first task, when nothing is owned."""
+    units, threshold = 1 if s.threshold == "dst" else 0, {}
+    for name in context.weights if s.threshold != "none" else ():
+        zeros = torch.zeros(context.parameters()[name].shape[:units], device=context.device)
+        threshold[name] = AxisTensor(zeros, context.axes.shapes[name][:units], s.lr)
+    owned = {name: flags_along(context, name) for name in context.parameters()}
+    return replace(state, base=context.axes.sizes(), owned=owned, threshold=threshold)
+
+
+def _mask(s: Settings, state: SparseGrowState, context: Context) -> Replacements:
+    """W ∘ [|W| ≥ t or owned] in the place of W."""
+    if not context.training:
+        return Replacements()
+    if s.threshold == "dst":
+        masked = {}
+        for name, parameter in context.parameters().items():
+            if name in state.threshold:
+                masked[name] = apply_threshold(parameter, state.threshold[name].values, state.owned[name].values)
+        return Replacements(masked)
+    with torch.no_grad():  # as in AdaptCL's code: what is pruned is 0 at once, and the loss trains no threshold
+        for _, weight, _, kept in state.thresholded(context):
+            weight.mul_(kept)
+    return Replacements()
+
+
+def _replays_classes(s: Settings, context: Context) -> bool:
+    """Whether a memory holds examples of classes that came before."""
+    return bool(s.memory) and context.classes is not None
+
+
+def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: Step) -> Loss:
+    """Return the cross-entropy + α Σ exp(−t), with a larger α for new units, plus the loss on replayed examples."""
+    batch = step.batch
+    classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
+    loss = F.cross_entropy(among(context.logits(batch.inputs), classes), batch.labels)
+    rows = draw_rows(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
+    if rows:
+        loss = loss + F.cross_entropy(context.replay_logits(rows["inputs"], rows["labels"]), rows["labels"])
+    for name in context.weights:
+        if name in state.threshold:
+            penalty = torch.exp(-state.threshold[name].values)
+            if penalty.dim() and (old := state.old.get(name)) is not None:
+                penalty = penalty * torch.where(old.values, 1.0, s.new_unit_penalty)
+            loss = loss + s.alpha * penalty.sum()
+    return Loss(loss, bool(rows))
+
+
+def _protect_gradients(state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
+    for name, (held, _) in state.frozen.items():
+        if (gradient := context.model.get_parameter(name).grad) is not None:
+            gradient.masked_fill_(held, 0.0)
+    return state
+
+
+def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
+    """Apply the gates, and restore what momentum and weight decay changed of frozen entries; fill the memory."""
+    state = replace(state, steps=state.steps + 1)
+    if state.gates and state.steps % s.every == 0:
+        gate.apply_gates(state, context)
+    with torch.no_grad():
+        for name, (held, value) in state.frozen.items():
+            parameter = context.model.get_parameter(name)
+            torch.where(held, value, parameter, out=parameter)
+    if not s.memory:
+        return state
+    state = replace(state, recalled=state.recalled + step.aux)
+    if context.epoch:
+        return state
+    rows = {"inputs": step.batch.inputs, "labels": step.batch.labels}
+    stored = offer_rows(state.rows, state.seen, context, s.memory, rows)
+    return replace(state, inputs=stored["inputs"], labels=stored["labels"], seen=state.seen + len(step.batch))
+
+
+def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
+    """Plan to widen the axes that are short of free weights, at the start of the late phase."""
+    if context.applied:
+        return None, state
+    with torch.no_grad():
+        for _, _, threshold, kept in state.thresholded(context):
+            if float(kept.double().mean()) <= 0.01:  # next to nothing is left of the weight
+                threshold.zero_()
+    first = context.epochs - max(1, round(s.late_phase * context.epochs))
+    if s.grow == "never" or context.epoch != first:
+        return None, state
+    free = {axis: _free_share(s, state, axis, context) for axis in growable_axes(context.axes)}
+    limit = 1.0 if s.grow == "always" else s.min_free
+    short = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
+    wanted = growth(context.axes, short, state.base, share=s.width, multiple=s.multiple, cap=s.cap)
+    if not wanted:
+        return None, state
+    old = {}
+    for name in context.weights:
+        parameter = context.model.get_parameter(name)
+        flags = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+        old[name] = AxisTensor(flags, context.axes.shapes[name][:1])
+    fill = Fill("zero_out", seed=s.seed)
+    return Plan.growing(context.axes, wanted, fill, origin={"method": "sparsegrow"}), replace(state, old=old)
+
+
+def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
+    """Make new units sparse, turn them away from earlier tasks, and give them the spread of the old ones."""
+    unread = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))[1]
+    sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(2))
+    gate.weigh_new_units(state, context, s.group_norm_damping)
+    state = _freeze(s, state, context)
+    if s.project_new_units:
+        gate.silence_new_units(state, context)
+        for entries in unread:
+            parameter = context.model.get_parameter(entries.name).detach()
+            entries.set(context.model, torch.zeros_like(entries.of(parameter)))
+    if s.fit:
+        examples = context.task.train.batches(256, seed=context.generator(3).initial_seed())
+        batches = [Batch((batch.inputs,)) for batch in examples][:4]
+        with _masked(state, context):
+            fit_new_units(context.model, context.axes, plan, batches)
+    return _freeze(s, state, context)
+
+
+def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
+    """Set what is below its threshold to 0, own the rest, start thresholds again."""
+    with torch.no_grad():
+        for _, weight, threshold, kept in state.thresholded(context):
+            weight.mul_(kept)
+            threshold.zero_()
+    for name, parameter in context.parameters().items():
+        owned = state.owned[name].values
+        used = parameter.detach() != 0 if name in context.weights else torch.ones_like(owned)
+        if context.classes is not None and name in context.head:
+            used[len(context.classes) :] = False  # rows of classes to come stay free
+            used[: len(context.classes)] &= context.classes.to(used.device).view(-1, *[1] * (used.dim() - 1))
+        owned |= used
+    if s.gate == "kronecker":
+        state = gate.add_factors(state, context, s.samples)
+    shares = {name: round(float(state.owned[name].values.double().mean()), 4) for name in context.weights}
+    context.log("task", owned=shares, free=dict(state.free), kept=dict(state.kept))
+    return replace(state, old={}, frozen={}, gates={}, last={})
+
+
+def _freeze(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
+    """Decide what is not trained in this task, and through which gates the rest is."""
+    if not context.number or s.gate == "none":
+        return replace(state, frozen={}, gates={})
+    relief = s.strength_factor if _replays_classes(s, context) else 1.0
+    open_ = context.head if relief < 1 else ()
+    gates, last, free = {}, dict(state.last), state.free
+    if s.gate == "kronecker":
+        gates = gate.build_gates(state, context, s.strength * relief, s.damping)
+        gates = {name: layer for name, layer in gates.items() if name not in open_}
+        last = {name: gate.join_bias(context.model, name) for name in gates}
+        free = {name: round(layer.free, 4) for name, layer in gates.items()}
+    trained = {*open_, *(name for weight in gates for name in gate.parameters_of(context.model, weight))}
+    frozen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, parameter in context.parameters().items():
+        held = state.owned[name].values
+        if name not in trained and bool(held.any()):
+            frozen[name] = held, parameter.detach().clone()
+    return replace(state, frozen=frozen, gates=gates, last=last, free=free)
+
+
+def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Context) -> float:
+    """Return the fraction of an axis's weights that is free: that may be trained, or that may still be owned."""
+    if s.gate == "kronecker":
+        return min((state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates), default=1.0)
+    shares = []
+    for name in makers(axis, context.axes):
+        weight = context.model.get_parameter(name).detach()
+        above = weight != 0
+        if s.threshold != "none":
+            above &= margin(weight, state.threshold[name].values) >= 0
+        shares.append((above | state.owned[name].values).double().mean())
+    return 1 - float(torch.stack(shares).mean())
+
+
+@contextmanager
+def _masked(state: SparseGrowState, context: Context) -> Iterator[None]:
+    """Inside, weights below their thresholds are 0."""
+    before = [(weight.detach(), kept, weight.detach().clone()) for _, weight, _, kept in state.thresholded(context)]
+    for weight, kept, _ in before:
+        weight.mul_(kept)
+    yield
+    for weight, kept, value in before:
+        torch.where(kept, weight, value, out=weight)

@@ -1,32 +1,229 @@
 """The Kronecker gate: preconditions each layer's steps with Kronecker factors (K-FAC) of the earlier tasks."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from regrow.allocation.levels import margin
 from regrow.core.axes import axes_in
 from regrow.core.axes.axis import AxisTensor
-from regrow.methods.continual.sparsegrow.settings import SparseGrowState
-from regrow.scoring.factors import Factors, Gate, factors, join_bias, layers, part
+from regrow.core.sources import logits_in
+from regrow.core.tasks import Examples, among, run_network
+from regrow.scoring.gradients import evaluation_mode
+from regrow.surgery.compensate import bias_of
 from regrow.training.learner import Context
+from regrow.training.state import derived
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A layer's preconditioner (1 + s A ⊗ B)⁻¹: it shrinks weight changes in directions that earlier tasks used.
+
+    The change Δ ``[m, n + 1]`` becomes  Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and
+    eigenvalues λ of both factors. Source: Kao et al., Natural Continual Learning (NeurIPS 2021), without its pull to
+    earlier parameters; factors as in Ritter et al., Online Structured Laplace Approximations (NeurIPS 2018).
+    """
+
+    inputs: Tensor  # Q_A, [n + 1, n + 1]
+    outputs: Tensor  # Q_B, [m, m]
+    open: Tensor  # what each pair of directions is multiplied by, from 0 (blocked) to 1 (free), [m, n + 1]
+    kept: Tensor  # 1 / (1 + s λ_A): the same for input directions alone, [n + 1]
+
+    @classmethod
+    def of(cls, inputs: Tensor, outputs: Tensor, strength: float) -> "Gate":
+        """Make the preconditioner from the factors A and B, summed over tasks, and s; 0 leaves all directions free.
+
+        >>> gate = Gate.of(torch.diag(torch.tensor([9.0, 0.0])), torch.eye(1), strength=1.0)
+        >>> gate.through(torch.ones(1, 2)).tolist()
+        [[0.10000000149011612, 1.0]]
+        """
+        (read, q_a), (used, q_b) = (torch.linalg.eigh(factor.double()) for factor in (inputs, outputs))
+        read, used = read.clamp_min(0), used.clamp_min(0)
+        open_, kept = 1 / (1 + strength * used[:, None] * read), 1 / (1 + strength * read)
+        return cls(q_a.to(inputs), q_b.to(inputs), open_.to(inputs), kept.to(inputs))
+
+    @property
+    def free(self) -> float:
+        """The mean multiplier over all directions: 1 if the layer may change freely, 0 if it may not change."""
+        return float(self.open.mean())
+
+    def through(self, change: Tensor) -> Tensor:
+        """Return a change of weights and bias, shrunk in the directions that earlier tasks used, ``[m, n + 1]``."""
+        inside = (self.outputs.T @ change @ self.inputs).mul_(self.open)
+        return self.outputs @ inside @ self.inputs.T
+
+    def away(self, rows: Tensor) -> Tensor:
+        """Return rows of weights turned away from inputs that earlier tasks used: (1 + s A)⁻¹ · row, each.
+
+        The inverse is over the inputs that a row reads (its non-zero entries) and the bias; other entries stay 0.
+
+        >>> gate = Gate.of(torch.diag(torch.tensor([9.0, 1.0, 0.0])), torch.eye(1), strength=1.0)
+        >>> gate.away(torch.tensor([[1.0, 0.0, 2.0]])).round(decimals=3).tolist()
+        [[0.10000000149011612, 0.0, 2.0]]
+        """
+        turned, read = torch.zeros_like(rows), (self.inputs * (1 / self.kept - 1)) @ self.inputs.T
+        for row, into in zip(rows, turned, strict=True):
+            reads = row != 0
+            reads[-1] = True
+            within = read[reads][:, reads].double()
+            within.diagonal().add_(1)
+            into[reads] = torch.linalg.solve(within, row[reads].double()).to(row)
+        return turned
+
+
+@dataclass(frozen=True)
+class SparseGrowState:
+    """The state of SparseGrow; tensors are by name of a parameter or a weight."""
+
+    owned: Mapping[str, AxisTensor] = field(default_factory=dict)  # which entries earlier tasks own
+    threshold: Mapping[str, AxisTensor] = field(default_factory=dict)  # t, below which entries of a weight are masked
+    old: Mapping[str, AxisTensor] = field(default_factory=dict)  # units that existed before the growth in this task
+    # Factors of earlier tasks, summed: inputs × inputs, inputs × the constant input of the bias, outputs' gradients.
+    read: Mapping[str, AxisTensor] = field(default_factory=dict)
+    bias: Mapping[str, AxisTensor] = field(default_factory=dict)
+    used: Mapping[str, AxisTensor] = field(default_factory=dict)
+    inputs: AxisTensor | None = None  # the replay memory
+    labels: AxisTensor | None = None
+    base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
+    steps: int = 0
+    kept: dict[str, dict[str, float]] = field(default_factory=dict)  # after the last epoch: threshold and density
+    free: dict[str, float] = field(default_factory=dict)  # the fraction of directions that a layer's gate lets through
+    seen: int = 0  # examples offered to the memory
+    recalled: int = 0  # draws from the memory
+    frozen: Mapping[str, tuple[Tensor, Tensor]] = derived(dict)  # entries not trained in this task, and their values
+    gates: Mapping[str, Gate] = derived(dict)
+    last: dict[str, Tensor] = derived(dict)  # a layer's parameters after the gate was last applied
+
+    @property
+    def rows(self) -> dict[str, AxisTensor | None]:
+        """The tensors of the replay memory by name."""
+        return {"inputs": self.inputs, "labels": self.labels}
+
+    def thresholded(self, context: Context) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Yield the name of each weight with a threshold, the weight, its threshold, and which entries of it stay."""
+        parameters = context.parameters()
+        for name in context.weights:
+            if name in self.threshold:
+                weight, threshold = parameters[name], self.threshold[name].values.detach()
+                yield name, weight, threshold, (margin(weight.detach(), threshold) >= 0) | self.owned[name].values
+
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """Return weight name → layer, for the layers that K-FAC covers: linear and ungrouped 2-d convolutions."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+
+
+def _layer(model: nn.Module, weight: str) -> Layer:
+    return cast(Layer, model.get_submodule(weight.rpartition(".")[0]))
+
+
+def parameters_of(model: nn.Module, weight: str) -> list[str]:
+    """Return the names of the parameters of a layer: its weight, and its bias if it has one."""
+    return [weight] if _layer(model, weight).bias is None else [weight, bias_of(weight)]
+
+
+def join_bias(model: nn.Module, weight: str) -> Tensor:
+    """Return a layer's weight and bias side by side, ``[m, n + 1]``; the last column is 0 without a bias."""
+    layer = _layer(model, weight)
+    rows = layer.weight.detach().flatten(1)
+    bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.detach()
+    return torch.cat([rows, bias[:, None]], 1)
+
+
+@torch.no_grad()
+def _write(model: nn.Module, weight: str, rows: Tensor) -> None:
+    """Set the weight and bias of a layer, in place, to rows as :func:`join_bias` returns them."""
+    layer = _layer(model, weight)
+    layer.weight.copy_(rows[:, :-1].reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(rows[:, -1])
+
+
+def measure_factors(
+    model: nn.Module, batches: Iterable[Examples], generator: torch.Generator, classes: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the Kronecker factors (A, B) of the Fisher matrix of every layer that the batches reach, by weight.
+
+    A = E[a aᵀ] over the layer's inputs a (of a convolution: patches), with a 1 appended for the bias, ``[n + 1, n +
+    1]``. B = E[g gᵀ] over the gradients g of log p(y) in its outputs, divided by the mean of its diagonal, ``[m, m]``.
+    Labels y are drawn from the network's own predictions, among ``classes``. Source: Martens and Grosse, K-FAC (arXiv
+    1503.05671); convolutions after Grosse and Martens (arXiv 1602.01407), with means in the place of sums.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3))
+    >>> examples = Examples(torch.eye(2), torch.zeros(2))
+    >>> inputs, outputs = measure_factors(net, [examples], torch.Generator().manual_seed(0))["0.weight"]
+    >>> inputs.tolist(), round(outputs.diag().mean().item(), 3)
+    ([[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 1.0]], 1.0)
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def add(sums: dict[str, Tensor], name: str, rows: Tensor, scale: float = 1) -> None:
+        products = rows.T @ rows / scale
+        sums[name] = sums[name] + products if name in sums else products
+
+    def add_outputs(name: str, gradient: Tensor) -> None:
+        add(outputs, name, (gradient.movedim(1, -1) if gradient.dim() == 4 else gradient).flatten(0, -2))
+
+    def add_inputs(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        with torch.no_grad():
+            rows = _read(layer, args[0])
+            add(inputs, name, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), len(rows) / len(output))
+        output.register_hook(partial(add_outputs, name))
+
+    hooks = [layer.register_forward_hook(partial(add_inputs, name)) for name, layer in _layers(model).items()]
+    examples = 0
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                model.zero_grad(set_to_none=True)
+                logs = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)
+                labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                logs.gather(1, labels).sum().backward()
+                examples += len(batch)
+    finally:
+        model.zero_grad(set_to_none=True)
+        for hook in hooks:
+            hook.remove()
+    scaled = {name: total / total.diag().mean().clamp_min(1e-30) for name, total in outputs.items()}
+    return {name: (total / examples, scaled[name]) for name, total in inputs.items()}
+
+
+def _read(layer: nn.Module, value: Tensor) -> Tensor:
+    """Return what each output position of a layer reads (for a convolution its patch), one row per position."""
+    if isinstance(layer, nn.Conv2d):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        value = F.pad(value, [int(p) for p in layer._reversed_padding_repeated_twice], mode=mode)
+        patches = F.unfold(value, layer.kernel_size, layer.dilation, 0, layer.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+    return value.flatten(0, -2)
 
 
 def add_factors(state: SparseGrowState, context: Context, samples: int) -> SparseGrowState:
     """Add the current task's Kronecker factors of every layer to the sums over earlier tasks; return the new state."""
     read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
     train = context.task.train
-    order = torch.randperm(len(train), generator=context.generator(4))[:samples]
-    some = train.take(order)
-    for name, one in factors(context.model, some.batches(250), context.generator(5), context.classes).items():
+    examples = train.take(torch.randperm(len(train), generator=context.generator(4))[:samples])
+    measured = measure_factors(context.model, examples.batches(250), context.generator(5), context.classes)
+    for name, (read_now, used_now) in measured.items():
         made, *inputs = context.axes.shapes[name]
         shape = context.parameters()[name].shape[1:]
-        square = one.inputs[:-1, :-1].reshape(*shape, *shape)
-        _add(read, name, square, (*inputs, *inputs))
-        _add(bias, name, one.inputs[:-1, -1].reshape(shape), tuple(inputs))
-        _add(used, name, one.outputs, (made, made))
+        _add(read, name, read_now[:-1, :-1].reshape(*shape, *shape), (*inputs, *inputs))
+        _add(bias, name, read_now[:-1, -1].reshape(shape), tuple(inputs))
+        _add(used, name, used_now, (made, made))
     return replace(state, read=read, bias=bias, used=used)
 
 
@@ -38,70 +235,59 @@ def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) ->
 def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> None:
     """Give new units the mean output importance of the others, so that the gate also protects their weights.
 
-    Hidden units that were inactive in all earlier tasks get it too: trained freely, they would become active on earlier
-    inputs. Network outputs do not: a class that no task has had is free. Behind a norm that rescales groups of units
-    (GroupNorm), new units are active on earlier inputs, however small their outputs: inputs from them count there.
+    Hidden units that were inactive in all earlier tasks get it too; network outputs do not: a class that no task has
+    had is free. Behind a norm that rescales groups of units (GroupNorm), inputs from new units count: they are active
+    there.
     """
-    rescaled = _rescaled_axes(context)
-    for name in gated_weights(state, context):
+    modules = dict(context.model.named_modules())
+    norms = {path for path, module in modules.items() if isinstance(module, nn.GroupNorm | _InstanceNorm)}
+    rescaled = {
+        axis.key for axis in context.axes.units() if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)
+    }
+    for name in _gated_weights(state, context):
         diagonal = state.used[name].values.diagonal()
         new = diagonal == 0
         if name not in context.head:
             diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
         if rescaled & set(axes_in(context.axes.shapes[name][1])):
-            many = state.bias[name].values.numel()
-            read = state.read[name].values.view(many, many).diagonal()
+            inputs = state.bias[name].values.numel()
+            read = state.read[name].values.view(inputs, inputs).diagonal()
             if bool(read.any()):
                 read[read == 0] = share * read[read != 0].mean()
-
-
-def _rescaled_axes(context: Context) -> set[str]:
-    """Return the keys of the axes whose units a norm rescales on each input, alone or in small groups."""
-    modules = dict(context.model.named_modules())
-    norms = {path for path, one in modules.items() if isinstance(one, nn.GroupNorm | _InstanceNorm)}
-    axes = context.axes.units()
-    return {axis.key for axis in axes if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)}
 
 
 def build_gates(state: SparseGrowState, context: Context, strength: float, damping: float) -> dict[str, Gate]:
     """Return the gate of every layer that has Kronecker factors, by name of its weight."""
     gates = {}
-    for name in gated_weights(state, context):
-        read, bias, used = (sums[name].values for sums in (state.read, state.bias, state.used))
-        n = bias.numel()
-        inputs = read.new_empty(n + 1, n + 1)
-        inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = read.reshape(n, n), bias.flatten(), bias.flatten()
+    for name in _gated_weights(state, context):
+        bias, used = state.bias[name].values.flatten(), state.used[name].values
+        n = len(bias)
+        inputs = bias.new_empty(n + 1, n + 1)
+        inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = state.read[name].values.reshape(n, n), bias, bias
         inputs[-1, -1] = context.number
-        if layers(context.model)[name].bias is None:  # no step changes it: it must not count for the weights
+        if _layer(context.model, name).bias is None:  # no step changes it: it must not count for the weights
             inputs[-1], inputs[:, -1] = 0.0, 0.0
         least = 0.0 if name in context.head else damping
-        gates[name] = Gate.of(Factors(inputs, used / context.number + least * torch.eye(len(used)).to(used)), strength)
+        gates[name] = Gate.of(inputs, used / context.number + least * torch.eye(len(used)).to(used), strength)
     return gates
 
 
-def gated_weights(state: SparseGrowState, context: Context) -> tuple[str, ...]:
+def _gated_weights(state: SparseGrowState, context: Context) -> list[str]:
     """Return the names of the weights whose layers have Kronecker factors."""
-    return tuple(name for name in layers(context.model) if name in state.read)
+    return [name for name in _layers(context.model) if name in state.read]
 
 
 def apply_gates(state: SparseGrowState, context: Context) -> None:
     """Precondition the change of each gated layer's parameters since the gates were last applied; in place."""
     for name, gate in state.gates.items():
         before = state.last[name]
-        _write(context, name, before + gate.through(join_bias(context.model, name) - before))
+        _write(context.model, name, before + gate.through(join_bias(context.model, name) - before))
         state.last[name] = join_bias(context.model, name)
 
 
-def silence_new_units(context: Context, gates: Mapping[str, Gate], old: Mapping[str, Tensor]) -> None:
+def silence_new_units(state: SparseGrowState, context: Context) -> None:
     """Project the input weights of new units away from the inputs that earlier tasks fed their layers; in place."""
-    for name in gates.keys() & old.keys():
-        whole, new = join_bias(context.model, name), ~old[name]
-        whole[new] = gates[name].away(whole[new])
-        _write(context, name, whole)
-
-
-@torch.no_grad()
-def _write(context: Context, name: str, rows: Tensor) -> None:
-    """Set the parameters of a layer, in place."""
-    for which, value in part(context.model, name, rows).items():
-        context.model.get_parameter(which).copy_(value)
+    for name in state.gates.keys() & state.old.keys():
+        rows, new = join_bias(context.model, name), ~state.old[name].values
+        rows[new] = state.gates[name].away(rows[new])
+        _write(context.model, name, rows)

@@ -1,33 +1,37 @@
-"""Forward passes that begin at a block, the outputs of the blocks before it being cached, and divergences of logits."""
+"""Forward passes without some modules, which begin where the network differs, and divergences of their predictions."""
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from regrow.core.sources import Batch, device_of, labelled_logits, logits_in
+from regrow.core.axes.operations import Branch, lies_in
+from regrow.core.sources import Batch, Source, device_of, labelled_logits, logits_in
+from regrow.methods.pruning.pruner import PruningTask
+from regrow.store.errors import StoreError
+from regrow.store.tensors import read_header, write_tensors
+from regrow.tracing.branches import insert_placeholders, set_modules
+from regrow.training.checkpoint import FORMAT
 
+# The number of most probable classes of which the dense network's predictions are kept; the others are one class.
 CLASSES = 128
-"""The number of most probable classes of which the dense network's predictions are kept; the others are one class."""
+SECONDS = 30.0  # the longest time between two checkpoints, in seconds
 
-Outputs = tuple[Any, ...]
-"""The output of every block of a stack, in one forward pass."""
+Outputs = tuple[Any, ...]  # the output of every block of a stack, in one forward pass
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The most probable classes of the dense network at every position; the others together are one more class.
+    """The most probable classes of the dense network at every position; the others together are one more class."""
 
-    Args:
-        classes: ``[positions, k]`` int64.
-        chances: Their probabilities, ``[positions, k]``.
-    """
-
-    classes: Tensor
-    chances: Tensor
+    classes: Tensor  # [positions, k] int64
+    chances: Tensor  # their probabilities, [positions, k]
 
     @classmethod
     def of(cls, logits: Tensor) -> "Predictions":
@@ -44,6 +48,9 @@ class Predictions:
             mine, theirs = ((1 - chances.sum(-1)).clamp_min(1e-6) for chances in (self.chances, log.exp()))
             loss = loss + mine * (mine / theirs).log()
         return float(loss.mean())
+
+
+Window = tuple[Batch, Predictions]  # a batch, and what the dense network predicts on it
 
 
 class Replay:
@@ -77,6 +84,27 @@ class Replay:
             for hook in hooks:
                 hook.remove()
 
+    def record_all(self, windows: Sequence[Window], memory: int) -> list[Outputs]:
+        """Return the outputs of the blocks on each window, as far as ``memory`` (bytes) allows; empty beyond that."""
+        result: list[Outputs] = []
+        for batch, _ in windows:
+            outputs = self.record(batch)[1] if memory > 0 and self.blocks else ()
+            memory -= sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            result.append(outputs if memory > 0 else ())
+        return result
+
+    def divergence(self, windows: Sequence[Window], cached: Sequence[Outputs] = (), first: int = 0) -> float:
+        """Return the divergence per label from the dense predictions; blocks before ``first`` return what is cached."""
+        total = 0.0
+        for i, (batch, dense) in enumerate(windows):
+            total += batch.size * dense.divergence(self.run(batch, cached[i] if cached else (), first))
+        return total / sum(batch.size for batch, _ in windows)
+
+    def block_of(self, module: str) -> int:
+        """Return the number of the block of the stack in which a module lies; 0 if it lies in none."""
+        inside = self.stack and lies_in(module, self.stack)
+        return int(module.removeprefix(f"{self.stack}.").split(".")[0]) if inside else 0
+
     def _is_exact(self, batch: Batch) -> bool:
         if not self.blocks:
             return False
@@ -96,12 +124,12 @@ def largest_stack(model: nn.Module) -> str | None:
     >>> largest_stack(nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))}))
     'blocks'
     """
-    best, most = None, 0
+    best, largest = None, 0
     for path, module in model.named_modules():
         if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1:
             size = sum(parameter.numel() for parameter in module.parameters())
-            if size > most:
-                best, most = path, size
+            if size > largest:
+                best, largest = path, size
     return best
 
 
@@ -122,3 +150,73 @@ def _replaced(blocks: Sequence[nn.Module], outputs: Outputs) -> Iterator[None]:
             vars(block).pop("forward", None)
             if forward is not None:
                 block.forward = forward
+
+
+@contextmanager
+def without(model: nn.Module, dropped: Iterable[Branch]) -> Iterator[None]:
+    """Context manager in which placeholders are in the place of modules."""
+    placeholders = {path: module for branch in dropped for path, module in branch.placeholders.items()}
+    modules = insert_placeholders(model, placeholders)
+    try:
+        yield
+    finally:
+        set_modules(model, modules)
+
+
+@dataclass(eq=False)
+class DivergenceJournal:
+    """Divergences by what was dropped, in the checkpoint: an interrupted search reads them again."""
+
+    task: PruningTask
+    values: dict[str, float] = field(default_factory=dict)
+    written: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        path = self.task.checkpoint
+        if path is not None and path.is_file():
+            try:
+                divergences = read_header(path, FORMAT)["divergences"]
+                self.values = {str(key): float(value) for key, value in divergences.items()}
+            except (StoreError, KeyError, TypeError, ValueError, AttributeError):
+                self.values = {}
+
+    def take(self, key: str, measure: Callable[[], float]) -> float:
+        """Return the recorded divergence, or else a new one; infinite if it is NaN."""
+        if key not in self.values:
+            try:
+                value = measure()
+            except KeyboardInterrupt:
+                self.write()
+                raise
+            self.values[key] = value if isfinite(value) else inf
+            if time.monotonic() - self.written > SECONDS:
+                self.write()
+        return self.values[key]
+
+    def write(self) -> None:
+        """Write the divergences to the checkpoint."""
+        if self.task.checkpoint is not None:
+            write_tensors(self.task.checkpoint, {}, {**self.task.header(), "divergences": self.values}, FORMAT)
+        self.written = time.monotonic()
+
+
+def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]]:
+    """Return the first batches of a source, with at most some tokens, and the next ones, with at most twice as many.
+
+    Each part has at least one batch, as far as there are any; the source is not read further than that.
+
+    >>> first, others = first_batches(Source("news", [Batch((torch.zeros(3, 1),)) for _ in range(9)]), 7)
+    >>> len(first), len(others)
+    (2, 4)
+    """
+    first: list[Batch] = []
+    others: list[Batch] = []
+    part, left = first, tokens
+    for batch in source:
+        if part and batch.size > left:
+            if part is others:
+                break
+            part, left = others, 2 * tokens
+        part.append(batch)
+        left -= batch.size
+    return first, others

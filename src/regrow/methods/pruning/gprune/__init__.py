@@ -9,32 +9,122 @@ kept, the base method's own and that of unpruned first and last blocks among the
 learning gain nothing over that last allocation, the switch a little: see docs/reproductions/gprune.md.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
-from regrow.allocation.ranked import module_costs, rank, ratios
+from regrow.allocation.ranked import BudgetError, allocation, module_costs, rank, ratios, uniform
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
-from regrow.core.scores import Need
-from regrow.methods.pruning.gprune.modules import Settings
-from regrow.methods.pruning.gprune.shares import score_units
-from regrow.methods.pruning.pruner import Pruner, pooled_means
-from regrow.scoring.metrics import BASES, METRICS
+from regrow.core.errors import RefusedError
+from regrow.core.scores import Need, Scores, Statistics, Tensors, merged
+from regrow.methods.pruning.gprune.modules import Masks, Modules, partition, rank_in_modules, reliability
+from regrow.methods.pruning.gprune.shares import ModuleShares, as_tensor, read_learning
+from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, pooled_means
+from regrow.scoring.compensate import constant_inputs
+from regrow.scoring.metrics import BASES, peak_to_peak
+from regrow.scoring.spaces import (
+    FEW,
+    OUTER_BLOCKS,
+    Ranks,
+    Space,
+    inner,
+    percentile,
+    ranks,
+    sensitivity,
+    share_of,
+    spaces,
+    spectrum,
+    within,
+)
 from regrow.scoring.weights import scorable
-
-__all__ = ["CITATION", "Settings", "build"]
+from regrow.settings.constraints import (
+    CheckedSettings,
+    Count,
+    Fraction,
+    NonNegative,
+    OneOf,
+    OpenFraction,
+    Positive,
+    Range,
+)
+from regrow.training.hooks import Check, EarlyStopping
+from regrow.training.state import TrainState
 
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
+STARTS = ("base", "inner", "uniform")  # the allocations from which learning may start
+
+
+@dataclass(frozen=True)
+class Settings(CheckedSettings):
+    """Settings of ``gprune``: base metric, partition into modules, learning of the pruning ratios, compensation.
+
+    Args:
+        base: The base method, whose metric and allocation are used: ``flap`` (WIFV), ``wanda_sp``, ``llm_pruner``
+            (Taylor), ``magnitude`` or ``fisher``.
+        shards: The number of parts into which each source is split, so that the report can tell how far ranks vary
+            between sources from sampling noise.
+        partition: How units are grouped into modules: ``thresholds``, ``random`` or ``layer``; see
+            :func:`~.modules.partition`.
+        switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``never``,
+            ``always`` or ``reversed``; see :func:`~.modules.reliability`.
+        switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
+        instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
+            weight-only part of the base metric).
+        scores_from: ``pooled``: units are scored on all sources together; the name of a source: on that one alone (on
+            the next one, where that one is left out), while sensitivity and the means of dropped inputs are of all.
+        cross: Whether each source is trained and judged with the order and the means of the other sources alone, as if
+            it were a text domain that calibration never saw.
+        start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
+            axis outside the first and last blocks; axes of few units are not pruned), ``uniform`` (the same fraction of
+            every axis), or the ``best`` of these three on held-out text.
+        steps: Steps of learning; 0 keeps the start.
+        windows: Calibration windows per step.
+        every: The number of steps between two evaluations of the allocation on held-out text.
+        held_out: The fraction of each source's windows that is used for evaluation only.
+        lr: Learning rate of the modules' logits.
+        width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
+        width_few: As ``width``, for modules of several small axes that are pooled.
+        most: The largest fraction of a module that may be cut while learning.
+        memory: GiB of the dense network's predictions that may be cached instead of computed again.
+        compensate: Whether the mean of dropped inputs is added to biases; the masked network in learning does the same.
+        minimum: The smallest number of units that stay in an axis.
+        seed: Seed of random partitions and of the order of windows.
+    """
+
+    base: Annotated[str, OneOf("flap", "wanda_sp", "llm_pruner", "magnitude", "fisher")] = "flap"
+    shards: Count = 4
+    partition: Annotated[str, OneOf("thresholds", "random", "layer")] = "thresholds"
+    switch: Annotated[str, OneOf("unreliable", "blend", "even", "never", "always", "reversed")] = "blend"
+    switch_most: Fraction = 0.25
+    instead: Annotated[str, OneOf("peaks", "weights")] = "peaks"
+    scores_from: str = "pooled"
+    cross: bool = True
+    start: Annotated[str, OneOf("base", "inner", "uniform", "best")] = "best"
+    steps: Annotated[int, Range(0)] = 40
+    windows: Count = 2
+    every: Count = 10
+    held_out: OpenFraction = 0.25
+    lr: Positive = 0.1
+    width: Positive = 0.05
+    width_few: Positive = 0.1
+    most: OpenFraction = 0.95
+    memory: NonNegative = 3.0
+    compensate: bool = True
+    minimum: Count = 1
+    seed: int = 0
 
 
 def build(settings: Settings) -> Pruner:
     """Return the GPrune-LLM pruner."""
     runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
-        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, METRICS[BASES[settings.base].metric][1]}),
+        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, BASES[settings.base].need}),
         score=partial(score_units, s=settings),
         allocate=partial(rank, minimum=settings.minimum),
         compensate=pooled_means if settings.compensate else None,
@@ -51,6 +141,160 @@ def _check(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: B
     units = scorable(axes, units)
     if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
         raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
-    one = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}
-    costs, removed = module_costs(axes, one, 1, budget)
+    single = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}
+    costs, removed = module_costs(axes, single, 1, budget)
     ratios(torch.zeros(1, dtype=torch.float64), costs, removed, most=settings.most)
+
+
+def score_units(task: PruningTask, s: Settings) -> Ranking:
+    """Learn the pruning ratio of each module, and score units by how far their relative rank lies above it."""
+    task.progress(0, 1, "forming modules")
+    units = scorable(task.axes, task.units)
+    seen, among = measure(task, s, units), spaces(units, parts=4)
+    first = seen[0]
+    modules = form_modules(s, first, among)
+    trusted = reliability(s.switch, among, modules, first.scores.values, first.sigma, most=s.switch_most)
+    masks = order_modules(task, s, seen, modules, trusted.trust, among)
+    priced = [
+        module_costs(task.axes, {key: row[view] for key, row in masks.modules.items()}, len(modules), task.budget)
+        for view in range(len(seen))
+    ]
+    costs, removed = torch.stack([each for each, _ in priced]), priced[0][1]
+    shares = ModuleShares(s, task, masks, costs, removed, torch.tensor(modules.spaces))
+
+    kept = {name: _allocate_start(name, task, s, first) for name in (STARTS if s.start == "best" else (s.start,))}
+    base = kept.get("base") or _allocate_start("base", task, s, first)
+    starts = {
+        name: masks.cut_shares(units) for name, units in kept.items() if name == next(iter(kept)) or units != base
+    }
+    losses, state = read_learning(task) if s.steps else ({}, None)
+    if state is None and (s.steps or s.start == "best"):
+        for i, (name, share) in enumerate(starts.items()):
+            task.progress(i, len(starts), f"evaluating the start {name}")
+            losses[name] = shares.held_out_loss(share)
+    start = s.start
+    if losses:
+        finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        if not finite:
+            raise RefusedError(NOT_FINITE)
+        start = min(finite, key=lambda name: finite[name])
+    if state is None:
+        history = (Check(0, losses[start]),) if losses else ()
+        trained = shares.tensors(starts[start])
+        state = TrainState(EarlyStopping(trained, {"share": as_tensor(starts[start])}, history))
+    if s.steps:
+        state = shares.learn(state, losses)
+    learned = state.learner
+    share, checks = learned.best["share"].values, [asdict(check) for check in learned.history]
+    columns = {
+        "sensitivity": modules.mean(first.sigma),
+        "activity": modules.mean(within(first.scores.values, among, percentile)),
+        "unreliability": trusted.unreliability,
+        "trust": trusted.trust,
+        "cost": costs[0],
+        "start": starts[start],
+        "learned": share,
+    }
+    groups = spaces(units)
+    robust = within(first.sigma, groups, lambda sigma: (sigma <= sigma.median()).double())
+    several_shards = next(iter(first.ranks.shards.values())).shape[1] > 1
+
+    def findings(every: Kept) -> dict[str, Any]:
+        cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
+        return {
+            "sources": list(first.ranks.sources),
+            "spectrum": spectrum(first.ranks, groups) if several_shards else [],
+            "modules": modules.table(among, {**columns, "given": masks.cut_shares(every)}),
+            "robust_among_cut": cut,
+            "notes": list(task.evidence.notes),
+            "starts": losses,
+            "history": checks,
+            "best_step": learned.best_check.step if checks else 0,
+        }
+
+    metric, tokens = f"gprune/{first.scores.metric}", task.evidence.pooled().tokens
+    return Ranking(Scores(masks.margins(share), metric, task.evidence.sources, tokens), findings)
+
+
+@dataclass(frozen=True)
+class View:
+    """Scores, ranks and sensitivity of units, computed from a choice of sources."""
+
+    pooled: Statistics  # summed over the sources
+    scores: Scores
+    ranks: Ranks
+    sigma: Tensors  # how much the ranks vary between the sources
+
+
+def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
+    """Score and rank the units with all sources and, under ``cross``, without each source in turn.
+
+    A decision made without a source can be evaluated on that source as an unseen text domain.
+    """
+    sums, groups = task.evidence.statistics, spaces(units)
+
+    def score(shards: Sequence[Statistics]) -> Scores:
+        return BASES[s.base].score(task.weights, task.axes, merged(shards), units)
+
+    sources = tuple(sums)
+    if s.scores_from not in ("pooled", *sources):
+        raise ValueError(
+            f"scores_from must be pooled or a source, one of {', '.join(sources)}; got {s.scores_from!r}: name one of "
+            "these"
+        )
+    by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
+    result = []
+    for left_out in (None, *(sources if s.cross else ())):
+        names = [name for name in sources if name != left_out]
+        pooled = [shard for name in names for shard in sums[name]]
+        ranking = ranks({name: by_source[name] for name in names}, groups)
+        if s.scores_from == "pooled":
+            scores = score(pooled)
+        else:  # of a source, or the next one where it is left out
+            after = sources[(sources.index(s.scores_from) + 1) % len(sources)]
+            scores = by_source[after if left_out == s.scores_from else s.scores_from][0]
+        result.append(View(merged(pooled), scores, ranking, sensitivity(ranking)))
+    return result
+
+
+def form_modules(s: Settings, view: View, among: Sequence[Space]) -> Modules:
+    """Partition the units into modules of similar sensitivity and score."""
+    return partition(s.partition, among, view.scores.values, view.sigma, seed=s.seed)
+
+
+def order_modules(
+    task: PruningTask, s: Settings, seen: Sequence[View], modules: Modules, trust: Tensor, among: Sequence[Space]
+) -> Masks:
+    """Form the modules and order the units in each, with all sources and without each source in turn."""
+    # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
+    formed = [modules, *(form_modules(s, view, among).numbered_as(modules, among) for view in seen[1:])]
+    units = [task.axes[key] for key in modules.labels]
+    if s.instead == "peaks":
+        instead = peak_to_peak(task.weights, task.axes, units=units)
+    else:
+        instead = BASES[s.base].score(task.weights, task.axes, None, units)
+    places = [
+        rank_in_modules(m, trust, view.scores.values, instead.values) for m, view in zip(formed, seen, strict=True)
+    ]
+    filled = constant_inputs(task.model, seen[0].pooled.moments) if s.compensate else ()
+    return Masks(
+        {key: torch.stack([m.labels[key] for m in formed]) for key in modules.labels},
+        {key: torch.stack([ranks[key] for ranks in places]) for key in modules.labels},
+        {name: torch.stack([view.pooled.moments[name].mean for view in seen]) for name in filled},
+        torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
+    )
+
+
+def _allocate_start(how: str, task: PruningTask, s: Settings, view: View) -> Kept:
+    """Return the units of every axis that stay at the start of learning."""
+    base, scores = BASES[s.base], view.scores.values
+    allocate = allocation(base.allocation) if how == "base" else uniform
+    outer = {"base": base.spare, "inner": OUTER_BLOCKS}.get(how, (0.0, 0.0))
+    outer = (0.0, 0.0) if task.budget.regular else outer  # every block gives alike
+    inside = inner([task.axes[key] for key in scores], outer)
+    chosen = {axis.key: scores[axis.key] for axis in inside if how != "inner" or axis.size >= FEW}
+    try:
+        kept = allocate(task.axes, chosen, task.budget, minimum=s.minimum)
+    except BudgetError:  # blocks that stay whole otherwise are cut, too
+        kept = allocate(task.axes, scores, task.budget, minimum=s.minimum)
+    return {key: kept.get(key, tuple(range(len(row)))) for key, row in scores.items()}

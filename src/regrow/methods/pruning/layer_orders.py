@@ -1,40 +1,31 @@
 """The order in which the units of each linear layer are removed, by second-order costs on calibration data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from regrow.core.axes import Axis, AxisGraph
-from regrow.core.progress import Progress, silent
 from regrow.core.scores import Statistics, Tensors
-from regrow.core.sources import Batch
-from regrow.scoring.collect import BlockVisits
+from regrow.data.batch_streams import join_sources
+from regrow.methods.pruning.pruner import PruningTask
 from regrow.scoring.grams import Gram, linear_readers, sum_products
 from regrow.scoring.metrics import moments_of
 
+# The part of the units that are left, 1 / PART, that is eliminated in a step, where a unit is a single channel.
 PART = 128
-"""The part of the units that are left, 1 / PART, that is eliminated in a step, where a unit is a single channel."""
-TIE = 1e-12
-"""By which fraction a unit scores higher than the one removed before it, if both add the same."""
+TIE = 1e-12  # by which fraction a unit scores higher than the one removed before it, if both add the same
+# What is added to the diagonal, as a fraction of its mean, so that inputs that are always 0 can be solved for.
 NEVER = 1e-9
-"""What is added to the diagonal, as a fraction of its mean, so that inputs that are always 0 can be solved for."""
-WIDE = 4
-"""How many times as many candidates as eliminated units are updated exactly in a step."""
+BATCH = 8  # the most windows that should be in a batch of the data
+WIDE = 4  # how many times as many candidates as eliminated units are updated exactly in a step
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """The order in which the units of a layer are removed, and the error that each removal adds.
+    """The order in which the units of a layer are removed, and the error that each removal adds."""
 
-    Args:
-        order: The units, first removed first, ``[size]`` int64.
-        losses: What each removal costs, ``[size]`` float64: what it adds to the squared change of the layer's output
-            (summed, or its mean, as the given products are), times the unit's rate.
-    """
-
-    order: Tensor
+    order: Tensor  # the units, first removed first, [size] int64
+    # What each removal adds to the squared change of the layer's output, times the unit's rate, [size] float64.
     losses: Tensor
 
     def scores(self) -> Tensor:
@@ -58,15 +49,9 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float, rate
     other columns of W have been changed by −W_u ((H⁻¹)_uu)⁻¹ (H⁻¹)_u: units that others can stand in for cost little.
     Single channels are removed in small groups, within which the order is exact among the candidates.
 
-    Args:
-        gram: Σ x xᵀ of the layer's inputs, with their means subtracted where a bias makes up for these, ``[k, k]``.
-        weight: The layer's weight, ``[out, k]``.
-        channels: The input channels of each unit, ``[size, c]`` int64.
-        ridge: The ridge, as a fraction of each input's own Σ x², above 0: a unit that is never active costs nothing.
-        rates: What the cost of each unit is multiplied by, at least 0, ``[size]``; ``None``: nothing.
-
-    Raises:
-        ValueError: If the sums are not finite, no input varies, or the ridge is too small for these inputs.
+    ``gram`` is Σ x xᵀ ``[k, k]``, with means subtracted where a bias makes up for these; ``weight`` is ``[out, k]``;
+    ``channels`` are the inputs of each unit ``[size, c]``; ``ridge``, above 0, is a fraction of each input's Σ x²; and
+    ``rates`` multiply the cost of each unit ``[size]``.
 
     Source: Hassibi and Stork, Optimal Brain Surgeon (NIPS 1992); groups of weights as in ZipLM (arXiv 2302.04089).
 
@@ -165,71 +150,40 @@ def _order_among(inverse: Tensor, columns: Tensor, rates: Tensor, count: int) ->
     return torch.tensor(order), torch.stack(costs)
 
 
-BATCH = 8
-"""The most windows that should be in a batch of the data."""
-
-
 def order_layers(
-    model: nn.Module,
-    axes: AxisGraph,
-    weights: Tensors,
-    units: Sequence[Axis],
-    statistics: Statistics,
-    batches: Sequence[Batch],
-    *,
-    ridge: float,
-    centre: bool,
-    rates: Tensors | None = None,
-    visits: BlockVisits | None = None,
-    progress: Progress = silent,
+    task: PruningTask, pooled: Statistics, *, ridge: float, centre: bool, rates: Tensors | None = None
 ) -> dict[str, Elimination]:
     """Remove the units of every axis that one linear layer reads, one after the other, as :func:`eliminate` does.
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        weights: Parameter name → tensor.
-        units: The axes to look at.
-        statistics: What was collected on the data, the moments of inputs among it.
-        batches: The data.
-        ridge: The ridge of the least squares, as a fraction of each input's Σ x².
-        centre: Whether a bias makes up for the means of dropped inputs.
-        rates: Axis key → what the cost of each unit is multiplied by, ``[size]``; ``None``: nothing.
-        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
-        progress: Called with (layers ordered, layers in all, what is being done).
-
-    Returns:
-        Axis key → the order and the costs of its units; without axes that several weights read, or other than linear
-        layers, or whose inputs do not vary.
-
-    Raises:
-        ValueError: If there is no data, the data never reach a layer, or a layer's inputs cannot be solved for; names
-            the layer.
+    ``pooled``: the sums over all sources; ``centre``: whether a bias makes up for the means of dropped inputs;
+    ``rates``: axis key → what the cost of each unit is multiplied by. Other axes, and inputs that do not vary, have no
+    entry.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
+    parameters = dict(task.model.named_parameters(remove_duplicate=False))
+    recurrent = [module for module in task.model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
     inside = {id(weight) for module in recurrent for weight in module.parameters(recurse=False)}  # cannot be watched
     layers = {
         name: reader
-        for name, reader in linear_readers(axes, units).items()
+        for name, reader in linear_readers(task.axes, task.units).items()
         if id(parameters[name]) not in inside
-        and len(moments_of(statistics, name).total) == reader.width
-        and float(statistics.moments[name].variance.sum()) > 0
+        and len(moments_of(pooled, name).total) == reader.width
+        and float(pooled.moments[name].variance.sum()) > 0
     }
     result: dict[str, Elimination] = {}
 
     def order(name: str, gram: Gram) -> None:
-        progress(len(result), len(layers), "ordering the units of layers")
-        reader, weight = layers[name], weights[name].detach()
+        task.progress(len(result), len(layers), "ordering the units of layers")
+        reader, weight = layers[name], task.weights[name].detach()
         rows = weight if reader.slot.dim else weight.T
-        each = None if rates is None else rates[reader.axis]
+        rate = None if rates is None else rates[reader.axis]
         products, channels = gram.mean_products(centre=centre), reader.positions(reader.width)
         try:
-            result[reader.axis] = eliminate(products, rows, channels, ridge, each)
+            result[reader.axis] = eliminate(products, rows, channels, ridge, rate)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
+    batches = join_sources(task.evidence.data.values(), BATCH)
     if layers and not len(batches):
         raise ValueError("this method reads the data itself, got none; give Evidence with data=")
-    sum_products(model, {name: reader.width for name, reader in layers.items()}, batches, order, visits)
+    sum_products(task.model, {name: reader.width for name, reader in layers.items()}, batches, order, task.visits)
     return result
