@@ -49,10 +49,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The law at full size, and what measuring and cutting cost; results go to benchmarks/results.
+# The law at full size; results go to benchmarks/results.
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/law.py
-	$(BIN)/python benchmarks/overhead.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

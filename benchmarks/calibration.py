@@ -17,7 +17,6 @@ and writing. A ratio is the median over rounds of the ratios within a round. Row
 benchmarks/results/calibration.jsonl.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -25,11 +24,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared import Row, add, arguments
 from torch import Tensor, nn
 
 from regrow import data
@@ -164,7 +163,7 @@ def first(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
-def measure(dtype: str, rounds: int) -> dict[str, Any]:
+def measure(dtype: str, rounds: int) -> Row:
     """Measure in one precision and return the row."""
     loaded = load_model(ModelSpec(MODEL, dtype, "cpu", "", ()), lambda done, total, what: None, "")
     windows = data.windows(data.text("news"), loaded.tokenizer, n=TOKENS[dtype] // SEQ, seq_len=SEQ)
@@ -219,17 +218,11 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="*", default=list(TOKENS), choices=list(TOKENS))
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given = arguments(__doc__, dtype=(*TOKENS,), rounds=3)
     torch.set_num_threads(1)
     for dtype in given.dtype:
-        row = measure(dtype, given.rounds)
-        row |= {"date": str(date.today()), "versions": versions(), "threads": 1, "processor": platform.machine()}
-        with OUT.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row, indent=1))
+        row = measure(dtype, given.rounds) | {"versions": versions(), "threads": 1, "processor": platform.machine()}
+        print(json.dumps(add(OUT, row), indent=1))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ Files are parsed, never imported. Each counting rule is the docstring of its fun
 commit, or replaces the row that the commit has.
 """
 
-import argparse
 import ast
-import datetime
 import io
 import json
 import re
@@ -24,6 +22,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shared
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -248,7 +249,7 @@ def prune_files(modules: list[Module]) -> list[str]:
     return [f"{module.path} {code_lines(module)}" for module in modules if module.path in PRUNE_FILES]
 
 
-def arguments(function: Function) -> list[ast.arg]:
+def parameters(function: Function) -> list[ast.arg]:
     """All parameters of a function, variadic ones too."""
     a = function.args
     variadic = [argument for argument in (a.vararg, a.kwarg) if argument]
@@ -258,10 +259,10 @@ def arguments(function: Function) -> list[ast.arg]:
 def many_arguments(modules: list[Module]) -> list[str]:
     """Functions with more than eight parameters, outside the Python interface (``api``)."""
     return [
-        f"{module.path}:{node.lineno} {node.name} {len(arguments(node))}"
+        f"{module.path}:{node.lineno} {node.name} {len(parameters(node))}"
         for module in modules
         for node in module.nodes
-        if isinstance(node, Function) and module.top != "api" and len(arguments(node)) > MANY_ARGUMENTS
+        if isinstance(node, Function) and module.top != "api" and len(parameters(node)) > MANY_ARGUMENTS
     ]
 
 
@@ -322,28 +323,18 @@ def git(root: Path, *words: str) -> str:
 
 def main() -> None:
     """Print the counts; with ``--json``, keep them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout to count")
-    parser.add_argument("--json", type=Path, help="the file of rows to add to")
-    parser.add_argument("--list", metavar="COUNT", help="print every place of one count, such as starred_calls")
-    options = parser.parse_args()
+    options = shared.arguments(__doc__, root=Path(__file__).parents[1], json=Path, list="")
     if options.list:
         places = globals()[options.list](read_modules(options.root))
         print(*(f"{k}: {v}" for k, v in places.items()) if isinstance(places, dict) else places, sep="\n")
         return
     commit, dated = git(options.root, "log", "-1", "--format=%h %cs").split()
-    clean = not git(options.root, "status", "--porcelain", "--", "src")
-    row = {
-        "commit": commit if clean else f"{commit} with changes",
-        "committed": dated,
-        "counted": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **count(options.root),
-    }
+    commit += " with changes" if git(options.root, "status", "--porcelain", "--", "src") else ""
+    row: dict[str, Any] = {"commit": commit, "committed": dated, "counted": shared.today(), **count(options.root)}
     print(json.dumps(row, indent=1))
     if options.json:
         rows = json.loads(options.json.read_text("utf-8")) if options.json.exists() else []
-        rows = [other for other in rows if other["commit"] != row["commit"]] + [row]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+        shared.write(options.json, [other for other in rows if other["commit"] != commit] + [row])
 
 
 if __name__ == "__main__":

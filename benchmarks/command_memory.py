@@ -10,7 +10,6 @@ What is recovered is SmolLM2-135M cut to 0.8 of its weights, in float32; windows
 benchmarks/results/command_memory.jsonl.
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import apart
+from shared import Row, arguments, collect
 
 from regrow.core.amounts import parse_bytes
 from regrow.store.versions import versions
@@ -55,7 +54,7 @@ def run(words: str, place: Path) -> str:
     return " ".join(process.stdout.split())
 
 
-def measure(name: str, place: Path) -> apart.Row:
+def measure(name: str, place: Path) -> Row:
     """Run a command, after pruning the model that it recovers, and return its row."""
     if name.startswith("recover") and not (place / "cut" / "run.json").exists():
         run(PRUNE, place)
@@ -71,14 +70,10 @@ def measure(name: str, place: Path) -> apart.Row:
 
 def main() -> None:
     """Measure the commands that have no row yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="WORD", help="commands whose name contains a word")
-    parser.add_argument("--again", action="store_true", help="measure commands again that have a row")
-    parser.add_argument("--out", type=Path, default=OUT, help="the file of the rows")
-    args = parser.parse_args()
+    args = arguments(__doc__, only="", again=False, out=OUT)
     with tempfile.TemporaryDirectory() as place:
         names = [name for name in COMMANDS if args.only in name]
-        apart.collect(names, lambda name: measure(name, Path(place)), args.out, again=args.again)
+        collect(names, lambda name: measure(name, Path(place)), args.out, anew=args.again)
 
 
 if __name__ == "__main__":

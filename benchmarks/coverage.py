@@ -8,10 +8,10 @@ Per network one row in JSON: seconds to trace; axes, free and frozen; the share 
 is cut to its minimum, with more and more marks; masked = shrunk in float64 for the smallest plan and for random plans
 over all free axes; widened = original in float64, evaluated and, where the network can be trained on the example, in
 training; saved and loaded = cut, bit for bit; and each reason why axes are frozen, with the share of the parameters
-that they lie in.
+that they lie in. After ``--seconds`` there are no more plans, and after twice that the process ends; it may hold
+``--gigabytes``. ``--jobs`` run at a time, and ``--again`` measures what has a row, too.
 """
 
-import argparse
 import copy
 import re
 import sys
@@ -22,9 +22,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import apart
 import coverage_table
 import torch
+from shared import Row, again, arguments, by_key, collect, peak, run, tell
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -40,15 +40,15 @@ from regrow.tracing import TraceError, trace
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import laws
 
-OUT = Path("benchmarks/results/coverage.jsonl")
+OUT = Path(__file__).parent / "results" / "coverage.jsonl"
 MARKS = (Mark.NEUTRAL, Mark.COMPETED, Mark.FOLDED, Mark.RESTATED)
 
 
-def measured(net: Net, plans: int, seconds: float) -> Iterator[apart.Row]:
+def measured(net: Net, plans: int, seconds: float) -> Iterator[Row]:
     """The row of a network as it becomes known."""
     start = time.perf_counter()
     torch.set_num_threads(1)
-    row: apart.Row = {"name": net.name, "kind": net.kind, "group": net.group}
+    row: Row = {"name": net.name, "kind": net.kind, "group": net.group}
     model, (args, kwargs) = replace_attention(net.build()) if net.kind != "transformers" else net.build(), net.example()
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "example": _shapes(args, kwargs)}
     begun = time.perf_counter()
@@ -71,7 +71,7 @@ def measured(net: Net, plans: int, seconds: float) -> Iterator[apart.Row]:
     drawn = (laws.random_plan(axes, generator) for _ in range(plans))
     for found in compared(model, axes, drawn):
         row["random"] = {"of": plans, **found}
-        yield row | {"seconds": round(time.perf_counter() - start, 1), "peak_mib": apart.peak()}
+        yield row | {"seconds": round(time.perf_counter() - start, 1), "peak_mib": peak()}
         if time.perf_counter() - start > seconds:
             break
 
@@ -109,14 +109,10 @@ def frozen(axes: AxisGraph) -> list[dict[str, Any]]:
             entry = reasons.setdefault(re.sub(r"\d+", "#", axis.reason), ([], set()))
             entry[0].append(axis.key)
             entry[1].update(axes.ties.get(slot.name, slot.name) for slot in axis.slots if slot.name in numbers)
+    shares = {why: round(sum(map(numbers.get, own)) / total, 4) for why, (_, own) in reasons.items()}
     found = [
-        {
-            "reason": why[:300],
-            "axes": len(keys),
-            "such_as": keys[0],
-            "share": round(sum(map(numbers.get, own)) / total, 4),
-        }
-        for why, (keys, own) in reasons.items()
+        {"reason": why[:300], "axes": len(keys), "such_as": keys[0], "share": shares[why]}
+        for why, (keys, _) in reasons.items()
     ]
     return sorted(found, key=lambda one: -one["share"])
 
@@ -235,32 +231,22 @@ def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what has no row yet, or show the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--only", choices=KINDS, default="")
-    parser.add_argument("--match", default="", help="part of a name")
-    parser.add_argument("--plans", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=600, help="no more plans after this; the end after twice that")
-    parser.add_argument("--gigabytes", type=float, default=14, help="of memory for one network")
-    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
-    parser.add_argument("--again", action="store_true", help="also those that have a row")
-    parser.add_argument("--show", action="store_true", help="print the tables in Markdown")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    limits = {"plans": 20, "seconds": 600.0, "gigabytes": 14.0, "jobs": 1, "again": False}
+    args = arguments(__doc__, OUT, only={*KINDS}, match="", **limits)
     if args.show:
-        print(coverage_table.page(apart.rows(args.out)))
+        print(coverage_table.page(by_key(args.out)))
         return
     chosen = {f"{net.kind}/{net.name}": net for net in nets(args.only, args.match)}
-    if args.one:
-        for row in measured(chosen[args.one], args.plans, args.seconds):
-            apart.tell(row)
+    if args.job:
+        for row in measured(chosen[args.job], args.plans, args.seconds):
+            tell(row)
         return
 
-    def job(key: str) -> apart.Row:
-        command = [sys.executable, __file__, "--one", key, "--plans", str(args.plans), "--seconds", str(args.seconds)]
-        return apart.run(command, 2 * args.seconds, args.gigabytes)
+    def job(key: str) -> Row:
+        command = again(key, "--plans", args.plans, "--seconds", args.seconds)
+        return run(command, 2 * args.seconds, args.gigabytes)
 
-    apart.collect(chosen, job, args.out, args.jobs, args.again)
+    collect(chosen, job, args.out, args.jobs, args.again)
 
 
 if __name__ == "__main__":

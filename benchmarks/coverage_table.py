@@ -1,12 +1,12 @@
 """The tables of coverage.py in Markdown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import median
-from typing import Any
+
+from shared import Row, table
 
 from nets import KINDS
 
-Row = Mapping[str, Any]
 GIVEN = ("it is a kernel's extent", "it is an output", "it is a dimension of the model's input", "it is a vocabulary")
 """Reasons that lie in the task and not in what can be cut."""
 MARKS = ("neutral", "competed", "folded", "restated")
@@ -14,29 +14,21 @@ MARKS = ("neutral", "competed", "folded", "restated")
 
 def page(rows: Mapping[str, Row]) -> str:
     """Totals, every network, and every miss with its reason."""
-    parts = [table("", rows.values(), totals), *misses(rows.values())]
+    parts = ["\n".join(table(TOTALS, totals([*rows.values()]))), *misses(rows.values())]
     for kind in KINDS:
         if own := [row for row in rows.values() if row.get("kind", row["key"].split("/")[0]) == kind]:
-            parts.append(table(kind, own, each))
+            parts.append("\n".join((f"### {kind}", "", *table(EACH, map(each, own)))))
     return "\n\n".join(parts)
 
 
-def table(title: str, rows: Iterable[Row], make: Any) -> str:
-    """A table with a heading."""
-    head, lines = make(list(rows))
-    text = [
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(map(str, line))} |" for line in lines),
-    ]
-    return "\n".join(([f"### {title}", ""] if title else []) + text)
+TOTALS = (
+    *("networks", "all", "traced", "least left, neutral", "every mark", "plans compared", "wrong", "refused"),
+    *("widened", "wrong", "saved and loaded equal", "seconds to trace, median (most)"),
+)
 
 
-def totals(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
+def totals(rows: list[Row]) -> Iterator[list[object]]:
     """One line per kind and one for all."""
-    head = ["networks", "all", "traced", "least left, neutral", "every mark", "plans compared", "wrong", "refused"]
-    head += ["widened", "wrong", "saved and loaded equal", "seconds to trace, median (most)"]
-    lines = []
     for kind in (*KINDS, ""):
         own = [row for row in rows if kind in ("", row["key"].split("/")[0])]
         done = [row for row in own if row.get("traced")]
@@ -44,58 +36,45 @@ def totals(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
             continue
         plans = [row[what] for row in done for what in ("smallest", "random") if row.get(what)]
         seconds = [row["trace_s"] for row in done]
-        lines.append(
-            [
-                kind or "**all**",
-                len(own),
-                len(done),
-                _middle([row["left"]["neutral"] for row in done]),
-                _middle([row["left"]["restated"] for row in done]),
-                sum(one.get("plans", 0) for one in plans),
-                sum(one.get("wrong", 0) for one in plans),
-                sum(one.get("refused", 0) for one in plans),
-                sum(bool(row.get("widened", {}).get("axes")) for row in done),
-                sum(row.get("widened", {}).get("wrong", 0) for row in done),
-                sum(row.get("saved") == "equal" for row in done),
-                f"{median(seconds):.1f} ({max(seconds):.1f})" if seconds else "",
-            ]
-        )
-    return head, lines
+        yield [
+            kind or "**all**",
+            len(own),
+            len(done),
+            *(_middle([row["left"][mark] for row in done]) for mark in ("neutral", "restated")),
+            *(sum(plan.get(count, 0) for plan in plans) for count in ("plans", "wrong", "refused")),
+            sum(bool(row.get("widened", {}).get("axes")) for row in done),
+            sum(row.get("widened", {}).get("wrong", 0) for row in done),
+            sum(row.get("saved") == "equal" for row in done),
+            f"{median(seconds):.1f} ({max(seconds):.1f})" if seconds else "",
+        ]
 
 
 def _middle(shares: list[float]) -> str:
     return f"{median(shares):.1%} (worst {max(shares):.1%})" if shares else ""
 
 
-def each(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
-    """One line per network."""
-    head = ["network", "traced", "s", "free / axes", "left: neutral", "+ competed", "+ folded", "+ restated"]
-    head += ["plans", "wrong", "worst", "widened", "saved", "held most by, beside inputs, outputs, kernels"]
-    lines = []
-    for row in rows:
-        name = row.get("name", row["key"].split("/")[-1])
-        if not row.get("traced"):
-            lines.append([name, "no", row.get("trace_s", ""), *[""] * (len(head) - 4), _short(row.get("error", ""))])
-            continue
-        plans = [row.get(what, {}) for what in ("smallest", "random")]
-        wide, held = row.get("widened", {}), next((x for x in row["frozen"] if not x["reason"].startswith(GIVEN)), {})
-        refused = sum(one.get("refused", 0) for one in plans)
-        lines.append(
-            [
-                name,
-                row["traced"],
-                row["trace_s"],
-                f"{row['free']} / {row['axes']}",
-                *(f"{row['left'][mark]:.1%}" for mark in MARKS),
-                f"{sum(one.get('plans', 0) for one in plans)}" + (f" ({refused} refused)" if refused else ""),
-                sum(one.get("wrong", 0) for one in plans),
-                f"{max((one.get('worst', 0.0) for one in plans), default=0.0):.0e}",
-                f"{wide['axes']} axes, {wide['worst']:.0e}" if wide.get("axes") else "no axis",
-                _short(row.get("saved", "")),
-                f"{held['share']:.0%}: {_short(held['reason'])}" if held else "",
-            ]
-        )
-    return head, lines
+EACH = (
+    *("network", "traced", "s", "free / axes", "left: neutral", "+ competed", "+ folded", "+ restated"),
+    *("plans", "wrong", "worst", "widened", "saved", "held most by, beside inputs, outputs, kernels"),
+)
+
+
+def each(row: Row) -> list[object]:
+    """The line of a network."""
+    name = row.get("name", row["key"].split("/")[-1])
+    if not row.get("traced"):
+        return [name, "no", row.get("trace_s", ""), *[""] * (len(EACH) - 4), _short(row.get("error", ""))]
+    plans = [row.get(what, {}) for what in ("smallest", "random")]
+    wide, held = row.get("widened", {}), next((x for x in row["frozen"] if not x["reason"].startswith(GIVEN)), {})
+    count, wrong, refused = (sum(plan.get(key, 0) for plan in plans) for key in ("plans", "wrong", "refused"))
+    return [
+        *(name, row["traced"], row["trace_s"], f"{row['free']} / {row['axes']}"),
+        *(f"{row['left'][mark]:.1%}" for mark in MARKS),
+        f"{count}" + (f" ({refused} refused)" if refused else ""),
+        *(wrong, f"{max((plan.get('worst', 0.0) for plan in plans), default=0.0):.0e}"),
+        f"{wide['axes']} axes, {wide['worst']:.0e}" if wide.get("axes") else "no axis",
+        *(_short(row.get("saved", "")), f"{held['share']:.0%}: {_short(held['reason'])}" if held else ""),
+    ]
 
 
 def misses(rows: Iterable[Row]) -> list[str]:

@@ -6,19 +6,17 @@
 One JSON line per finding; a function that fails is a finding too.
 """
 
-import argparse
 import copy
-import json
 import platform
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from typing import Any
 
 import torch
+from shared import arguments, tell, today
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,20 +34,12 @@ QUICK = {"gprune": {"steps": 2, "every": 2, "shards": 2}, "lora": {"passes": 1},
 
 def main() -> None:
     """Run all checks on the device that is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--small", action="store_true", help="small networks alone")
-    args = parser.parse_args()
+    args = arguments(__doc__, device="auto", small=False)
     device = choose_device(args.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    report(step="card", device=str(device), card=card, torch=torch.__version__, date=str(date.today()))
+    tell({"step": "card", "device": str(device), "card": card, "torch": torch.__version__, "date": today()})
     check_functions(device)
     measure_run(device, SMALL if args.small else LARGE)
-
-
-def report(**row: Any) -> None:
-    """Print a finding."""
-    print(json.dumps(row), flush=True)
 
 
 @contextmanager
@@ -69,7 +59,7 @@ def step(name: str, device: torch.device, **more: Any) -> Iterator[dict[str, Any
     if cuda:
         torch.cuda.synchronize(device)
         row["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    report(**row, seconds=round(time.perf_counter() - start, 2))
+    tell({**row, "seconds": round(time.perf_counter() - start, 2)})
 
 
 def check_functions(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Growth of networks of full size: how much their outputs change, how long it takes, and which tools load the result.
 
-    python benchmarks/growth.py --out benchmarks/results/growth.json [--net NAME …]
+    python benchmarks/growth.py [--net NAME …]
 
 SmolLM2-135M has its trained weights; networks of the shapes of Qwen2-0.5B and GPT-2 are built from their configurations
 with fewer layers and random weights, as are ResNet-50 (BatchNorm statistics drawn so that they matter) and ViT-B/16
@@ -9,16 +9,14 @@ the network itself in its own precision, and in float64 (`regrow.verify`). "Stoc
 loads the exported folder, or torchvision's builder with other arguments the weights, without code of regrow.
 """
 
-import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from shared import Row, arguments, tell, today, write
 from torch import nn
 
 from regrow import apply, trace, verify
@@ -31,6 +29,8 @@ from regrow.jobs.grow import plan_growth
 from regrow.nets import load
 from regrow.settings.grow import Settings
 from regrow.store.versions import versions
+
+OUT = Path(__file__).parent / "results" / "growth.json"
 
 
 def smollm2() -> tuple[nn.Module, Example]:
@@ -55,9 +55,8 @@ def gpt2() -> tuple[nn.Module, Example]:
 
     torch.manual_seed(0)
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_layer=6, **tokens)).eval(), Example(
-        (torch.randint(4096, (2, 16)),)
-    )
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_layer=6, **tokens)).eval()
+    return net, Example((torch.randint(4096, (2, 16)),))
 
 
 def image_net(name: str) -> tuple[nn.Module, Example]:
@@ -101,7 +100,7 @@ GROWTHS: dict[str, tuple[dict[str, str], ...]] = {
 }
 
 
-def settings_of(name: str, amounts: dict[str, Any]) -> Settings:
+def settings_of(name: str, amounts: Row) -> Settings:
     """Return the settings of one row."""
     return Settings(name, **{**amounts, "blocks": (amounts["blocks"],) if "blocks" in amounts else ()})
 
@@ -131,7 +130,7 @@ def stock(model: nn.Module, name: str) -> str:
         return f"no: {error}"
 
 
-def row(name: str, amounts: dict[str, str]) -> dict[str, Any]:
+def row(name: str, amounts: dict[str, str]) -> Row:
     """Grow one network in one way."""
     model, example = NETS[name]()
     parameters = sum(one.numel() for one in model.parameters())
@@ -165,18 +164,14 @@ def row(name: str, amounts: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run all rows, or those of some networks, and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--net", action="append", choices=NETS)
-    given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.net or NETS:
+    given = arguments(__doc__, net=(*NETS,), out=OUT)
+    rows = []
+    for name in given.net:
         for amounts in GROWTHS[name]:
             rows.append(row(name, amounts))
-            print(json.dumps(rows[-1]), flush=True)
+            tell(rows[-1])
             gc.collect()
-    data = {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "versions": versions(), "rows": rows}
-    given.out.write_text(json.dumps(data, indent=1) + "\n")
+    write(given.out, {"date": today(), "threads": torch.get_num_threads(), "versions": versions(), "rows": rows})
 
 
 if __name__ == "__main__":

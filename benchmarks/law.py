@@ -1,136 +1,78 @@
 """The law masked = shrunk on a real language model and on networks of full size.
 
-    python benchmarks/law.py --out benchmarks/results/law.json
+    python benchmarks/law.py
 
 SmolLM2-135M is cut by FLAP at keep 0.8 and 0.5 (four kinds of text) and by a random plan over every free axis, the
 residual width included; the torchvision networks (random weights, BatchNorm statistics drawn so that they matter) by a
-random plan over every free axis that keeps 30 to 100 % of each.
+random plan over every free axis.
 """
 
-import argparse
-import json
-import random
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
-from math import lcm
 from pathlib import Path
-from typing import Any
 
 import torch
+from shared import Row, arguments, tell, today, write
 from torch import nn
 
+from nets import lively
 from regrow import Plan, trace, verify
-from regrow.core.axes import Axis, AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
-from regrow.data import Half, text, windows
+from regrow.data import text, windows
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions
 
-NETS = (
-    "resnet18",
-    "mobilenet_v2",
-    "densenet121",
-    "efficientnet_b0",
-    "convnext_tiny",
-    "shufflenet_v2_x1_0",
-    "googlenet",
-    "vit_b_16",
-)
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import laws
+
+OUT = Path(__file__).parent / "results" / "law.json"
+
+NETS = ("resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0", "convnext_tiny", "shufflenet_v2_x1_0")
+NETS += ("googlenet", "vit_b_16")
 
 
-def random_plan(axes: AxisGraph, seed: int) -> Plan:
-    """Keep 30 to 100 % of every free axis; axes whose sizes hang together keep matching numbers of units."""
-    draw = random.Random(seed)
-    groups: dict[str, list[Axis]] = {}
-    for axis in axes.free():
-        groups.setdefault(axis.count or axis.key, []).append(axis)
-    keep = {}
-    for members in groups.values():
-        step = lcm(*(axis.times * axis.multiple for axis in members))
-        most = min(axis.size * axis.times for axis in members) // step
-        least = max(-(-axis.least * axis.times // step) for axis in members)
-        total = step * max(least, round(most * draw.uniform(0.3, 1)))
-        for axis in members:
-            keep[axis.key] = sorted(draw.sample(range(axis.size), total // axis.times))
-    return Plan.keeping(axes, keep)
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """Draw what initialisation leaves at 0 or 1, so that a fault there would show."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.dim() == 1 and tensor.is_floating_point():
-                low, high = (0.5, 1.5) if "var" in name or name.endswith("weight") else (-0.3, 0.3)
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-            elif tensor.dim() == 2 and not bool(tensor.any()):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
-    return model
-
-
-def row(name: str, plan_name: str, model: nn.Module, axes: AxisGraph, plan: Plan, seconds: float) -> dict[str, Any]:
+def row(name: str, plan_name: str, model: nn.Module, axes: AxisGraph, plan: Plan, seconds: float) -> Row:
     """Verify one plan."""
     start = time.perf_counter()
     result = verify(model, axes, plan)
-    made = {
-        "model": name,
-        "plan": plan_name,
-        "axes": len(axes),
-        "free": len(axes.free()),
-        "changed": sum(len(c.keep) < c.size for c in plan.changes.values()),
-        "trace_s": round(seconds, 1),
-        "verify_s": round(time.perf_counter() - start, 1),
-        **asdict(result),
-        "float32_within_3x_rounding": result.float32_diff <= 3 * result.rounding,
-    }
-    print(json.dumps(made), flush=True)
+    made = {"model": name, "plan": plan_name, "axes": len(axes), "free": len(axes.free())}
+    made |= {"changed": sum(len(c.keep) < c.size for c in plan.changes.values()), "trace_s": round(seconds, 1)}
+    made |= {"verify_s": round(time.perf_counter() - start, 1), **asdict(result)}
+    made |= {"float32_within_3x_rounding": result.float32_diff <= 3 * result.rounding}
+    tell(made)
     return made
 
 
-def language_model() -> list[dict[str, Any]]:
-    """SmolLM2-135M, cut for real."""
-    loaded = load("smollm2-135m")
+def rows_of(name: str) -> Iterator[Row]:
+    """The rows of a network, cut by a random plan; of the language model, by FLAP too."""
+    loaded = load(name)
+    model = loaded.model if loaded.tokenizer else lively(loaded.model)
     start = time.perf_counter()
-    axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    axes = trace(model, *loaded.example.args, **loaded.example.kwargs)
     seconds = time.perf_counter() - start
-    sources = [
-        windows(text(name), loaded.tokenizer, n=8, seq_len=256, half=Half.CALIBRATION)
-        for name in ("news", "code", "manual", "talk")
-    ]
-    method = build_pruner("flap", {})
-    evidence = collect_evidence(loaded.model, axes, method, sources)
-    rows = []
-    for keep in (0.8, 0.5):
-        plan = plan_cut(method, loaded.model, axes, Budget(keep), evidence).plan
-        rows.append(row("SmolLM2-135M", f"flap, keep {keep}", loaded.model, axes, plan, seconds))
-    rows.append(row("SmolLM2-135M", "random, every free axis", loaded.model, axes, random_plan(axes, 0), seconds))
-    return rows
-
-
-def image_models() -> list[dict[str, Any]]:
-    """Networks of torchvision at full size."""
-    rows = []
-    for name in NETS:
-        loaded = load(name)
-        model = lively(loaded.model)
-        start = time.perf_counter()
-        axes = trace(model, *loaded.example.args, **loaded.example.kwargs)
-        seconds = time.perf_counter() - start
-        rows.append(row(name, "random, every free axis", model, axes, random_plan(axes, 0), seconds))
-    return rows
+    if loaded.tokenizer:
+        method = build_pruner("flap", {})
+        domains = ("news", "code", "manual", "talk")
+        sources = [windows(text(domain), loaded.tokenizer, n=8, seq_len=256) for domain in domains]
+        evidence = collect_evidence(model, axes, method, sources)
+        for keep in (0.8, 0.5):
+            plan = plan_cut(method, model, axes, Budget(keep), evidence).plan
+            yield row("SmolLM2-135M", f"flap, keep {keep}", model, axes, plan, seconds)
+    plan = laws.random_plan(axes, torch.Generator().manual_seed(0))
+    yield row("SmolLM2-135M" if loaded.tokenizer else name, "random, every free axis", model, axes, plan, seconds)
 
 
 def main() -> None:
     """Run and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/law.json"))
-    args = parser.parse_args()
-    rows = [*image_models(), *language_model()]
-    result = {"date": time.strftime("%Y-%m-%d"), "versions": versions(), "rows": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    assert all(one["ok"] for one in rows), "the law does not hold somewhere; see the rows"
+    args = arguments(__doc__, nets=[*NETS, "smollm2-135m"], out=OUT)
+    rows = [row for name in args.nets for row in rows_of(name)]
+    write(args.out, {"date": today(), "versions": versions(), "rows": rows})
+    assert all(row["ok"] for row in rows), "the law does not hold somewhere; see the rows"
 
 
 if __name__ == "__main__":

@@ -12,20 +12,16 @@ minutes a run. Ratios depend on the processor and the dtype: products of bfloat1
 where there is none.
 """
 
-import argparse
-import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
+from shared import Row, add, arguments, last_line, rows, timed
 
 from regrow.store.versions import versions
 
@@ -47,61 +43,48 @@ GIVEN = ("processor", "dtype", "batch_size", "eval_tokens")
 """What rows that are compared have in common."""
 
 
-def measure(arm: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(arm: str, args: Namespace) -> Row:
     """Run the command; the peak is that of its process."""
     with tempfile.TemporaryDirectory() as folder:
-        words = f"{WORDS} --method {ARMS[arm]} --dtype {args.dtype} --batch-size {args.batch_size}".split()
-        words += ["--eval-tokens", str(args.eval_tokens), "--out", f"{folder}/run"]
-        command = [sys.executable, "-m", "regrow", "prune", *words]
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        _, code, used = os.wait4(process.pid, 0)
-        if code:
-            raise SystemExit(f"{arm} failed: {' '.join(command)}")
-    seconds = {"cpu_s": round(used.ru_utime + used.ru_stime, 1), "wall_s": round(time.perf_counter() - start, 1)}
-    return {**seconds, "peak_mib": round(used.ru_maxrss / 1024)}
+        words = f"{WORDS} --method {ARMS[arm]} --dtype {args.dtype} --batch-size {args.batch_size}"
+        words += f" --eval-tokens {args.eval_tokens} --out {folder}/run"
+        done = timed([sys.executable, "-m", "regrow", "prune", *words.split()], environment={"OMP_NUM_THREADS": "1"})
+    if done.code:
+        raise SystemExit(f"{arm} failed: {last_line(done.text)}")
+    return {"cpu_s": round(done.cpu, 1), "wall_s": round(done.seconds, 1), "peak_mib": round(done.peak)}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(every: list[Row]) -> None:
     """Print the means of each method, and their ratios to the first."""
-    for group in sorted({tuple(row[name] for name in GIVEN) for row in rows}):
-        own = [row for row in rows if tuple(row[name] for name in GIVEN) == group]
-        given = ", ".join(f"{name} {value}" for name, value in zip(GIVEN, group, strict=True))
-        arms = {
-            arm: [fmean(row[name] for row in own if row["arm"] == arm) for name in ("cpu_s", "peak_mib")]
-            for arm in ARMS
-            if any(row["arm"] == arm for row in own)
-        }
-        for arm, means in arms.items():
-            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, arms.get("flap", []), strict=False))
-            print(f"{given}, {arm}: {means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap")
+    for group in sorted({tuple(row[name] for name in GIVEN) for row in every}):
+        flap: list[float] = []
+        for arm in ARMS:
+            own = [row for row in every if row["arm"] == arm and tuple(row[name] for name in GIVEN) == group]
+            if own:
+                means = [fmean(row[name] for row in own) for name in ("cpu_s", "peak_mib")]
+                flap = means if arm == "flap" else flap
+                ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(means, flap, strict=False))
+                given = ", ".join(f"{name} {value}" for name, value in zip(GIVEN, group, strict=True))
+                print(f"{given}, {arm}: {means[0]:.1f} CPU s, {means[1]:.0f} MiB; {ratios} x flap")
 
 
 def main() -> None:
     """The arms in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--arms", nargs="+", default=[*ARMS])
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--eval-tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--show", action="store_true", help="only print what is there")
-    args = parser.parse_args()
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    sizes = {"dtype": "float32", "batch_size": 1, "eval_tokens": 2048, "repeats": 1}
+    args = arguments(__doc__, OUT, arms=(*ARMS,), **sizes)
     if args.show:
-        show(rows)
+        show(rows(args.out))
         return
     processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    there = {tuple(row[name] for name in (*GIVEN, "arm", "repeat")) for row in rows}
-    given = {"processor": processor, **{name: getattr(args, name) for name in GIVEN[1:]}}
-    for repeat in range(args.repeats):
-        for arm in args.arms:
-            if (*given.values(), arm, repeat) not in there:
-                row = {"arm": arm, **given, "repeat": repeat, **measure(arm, args), "date": time.strftime("%Y-%m-%d")}
-                print(json.dumps(row), flush=True)
-                with args.out.open("a") as out:
-                    out.write(json.dumps({**row, **versions()}) + "\n")
+    for repeat, arm in product(range(args.repeats), args.arms):
+        key = {
+            "arm": arm,
+            "processor": processor,
+            **{name: getattr(args, name) for name in GIVEN[1:]},
+            "repeat": repeat,
+        }
+        if not any(key.items() <= row.items() for row in rows(args.out)):
+            print(add(args.out, {**key, **measure(arm, args), **versions()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ run in a copy of the files that git knows: first the doctests of its file, then 
 failure. Random tests draw the same examples each time. ``--full`` leaves out the rules of style, which would kill a
 mutant for its form.
 
+``--limit`` are the seconds of one mutant, after which it counts as killed, and ``--jobs`` the processes of ``--full``.
 Rows are added to ``results/mutants.jsonl`` as they come; a later one replaces an earlier one of the same state.
 """
 
-import argparse
 import ast
-import datetime
 import json
 import os
 import random
@@ -37,7 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).parent))
+from shared import Row, add, arguments, last_line, rows, table
 
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_name("mutants.json")
@@ -91,8 +91,7 @@ def read_mutants() -> list[Mutant]:
 
 def read_rows(path: Path) -> dict[tuple[str, str], Row]:
     """The last row of each state and mutant."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return {(row["state"], row["name"]): row for row in map(json.loads, lines)}
+    return {(row["state"], row["name"]): row for row in rows(path)}
 
 
 def git(*words: str) -> str:
@@ -135,8 +134,7 @@ def run_tests(folder: Path, words: Sequence[str], seconds: float) -> Row:
     failed = first[1] if first else late
     row: Row = {"verdict": "killed" if failed else "survived", "failed": failed}
     if not failed and process.returncode:
-        last = (said.strip().splitlines() or [""])[-1]
-        row = {"verdict": "error", "failed": f"pytest ended with {process.returncode}: {last[:200]}"}
+        row = {"verdict": "error", "failed": f"pytest ended with {process.returncode}: {last_line(said)}"}
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -172,39 +170,30 @@ def commit() -> str:
 
 def left_to_run(mutants: Iterable[Mutant], known: dict[tuple[str, str], Row], options: Any) -> list[Mutant]:
     """The mutants without a row; with ``--full``, those that survived the tests of the list."""
-    left = []
-    for mutant in mutants:
-        row = known.get((options.state, mutant.name))
-        survived = row is not None and row["verdict"] == "survived"
-        if options.full:
-            wanted = survived and (options.again or not row["full"])
-        else:
-            wanted = options.again or row is None or row["verdict"] == "error"
-        if wanted:
-            left.append(mutant)
-    return left
+    never = {"verdict": "", "full": False}
+    found = {mutant: known.get((options.state, mutant.name), never) for mutant in mutants}
+    if options.full:
+        return [m for m, row in found.items() if row["verdict"] == "survived" and (options.again or not row["full"])]
+    return [m for m, row in found.items() if options.again or row["verdict"] in ("", "error")]
 
 
 def show(mutants: Sequence[Mutant], known: dict[tuple[str, str], Row]) -> None:
     """Print the table of all states, and what it comes to."""
     states = list(dict.fromkeys(state for state, _ in known))
-    head = ["mutant", "what goes wrong", *states, "first test that fails"]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for mutant in mutants:
+
+    def line(mutant: Mutant) -> list[str]:
         found = [known.get((state, mutant.name)) for state in states]
-        cells = [row["verdict"] + (" (whole suite)" if row["full"] else "") if row else "" for row in found]
+        cells = [row["verdict"] + " (whole suite)" * row["full"] if row else "" for row in found]
         failed = next((row["failed"] for row in reversed(found) if row and row["failed"]), "")
-        print(f"| {' | '.join([f'`{mutant.name}`', mutant.behaviour, *cells, failed and f'`{failed}`'])} |")
+        return [f"`{mutant.name}`", mutant.behaviour, *cells, failed and f"`{failed}`"]
+
+    print("\n".join(table(["mutant", "what goes wrong", *states, "first test that fails"], map(line, mutants))))
     killed: dict[str, set[str]] = {}
     for state in states:
-        verdicts = {
-            mutant.name: known[state, mutant.name]["verdict"] for mutant in mutants if (state, mutant.name) in known
-        }
+        verdicts = {m.name: known[state, m.name]["verdict"] for m in mutants if (state, m.name) in known}
         many = Counter(verdicts.values())
-        print(
-            f"\n{state}: {many['killed']} of {len(verdicts)} killed, {many['survived']} survived, "
-            f"{many['error']} could not be run"
-        )
+        counts = f"{many['killed']} of {len(verdicts)} killed, {many['survived']} survived"
+        print(f"\n{state}: {counts}, {many['error']} could not be run")
         killed[state] = {name for name, verdict in verdicts.items() if verdict == "killed"}
         for earlier in states[: states.index(state)]:
             if lost := sorted((killed[earlier] & verdicts.keys()) - killed[state]):
@@ -213,29 +202,16 @@ def show(mutants: Sequence[Mutant], known: dict[tuple[str, str], Row]) -> None:
 
 def main() -> None:
     """Run mutants and add their rows, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
-    parser.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
-    parser.add_argument("--state", default="before", help="the source that the rows are of: before, after")
-    parser.add_argument("--full", action="store_true", help="run the whole suite for mutants that survived")
-    parser.add_argument("--again", action="store_true", help="run mutants that have a row, too")
-    parser.add_argument("--jobs", type=int, default=1, help="test processes of --full")
-    parser.add_argument(
-        "--limit", type=float, default=10_800, metavar="SECONDS", help="for one mutant; then it is killed"
-    )
-    parser.add_argument("--clean", action="store_true", help="run the tests of the list without a slip")
-    parser.add_argument("--show", action="store_true", help="print the table")
-    options = parser.parse_args()
-    mutants = read_mutants()
+    which = {"only": [str], "sample": int, "seed": 0, "state": "before", "again": False}
+    how = {"full": False, "jobs": 1, "limit": 10_800.0, "clean": False, "show": False}
+    options, mutants, known = arguments(__doc__, **which, **how), read_mutants(), read_rows(ROWS)
     if options.only:
         if unknown := set(options.only) - {mutant.name for mutant in mutants}:
-            parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
+            raise SystemExit(f"no mutant is called {', '.join(sorted(unknown))}")
         mutants = [mutant for mutant in mutants if mutant.name in options.only]
     if options.sample is not None:
         chosen = set(random.Random(options.seed).sample(range(len(mutants)), min(options.sample, len(mutants))))
         mutants = [mutant for i, mutant in enumerate(mutants) if i in chosen]
-    known = read_rows(ROWS)
     if options.show:
         show(mutants, known)
         return
@@ -245,10 +221,8 @@ def main() -> None:
         sys.exit(row["verdict"] != "survived")
     for mutant in left_to_run(mutants, known, options):
         done = run_mutant(mutant, options.full, options.jobs, options.limit)
-        row = {"name": mutant.name, "state": options.state, **done, "full": options.full, "commit": commit()}
-        row["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        state = {"name": mutant.name, "state": options.state}
+        row = add(ROWS, state | done | {"full": options.full, "commit": commit()})
         print(f"{mutant.name}: {row['verdict']} {row['failed']} ({row['seconds']} s)", flush=True)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 KINDS = ("classification", "segmentation", "detection", "video", "transformers")
 
@@ -68,16 +68,10 @@ SIDES = {"inception": 96, "swin": 224, "maxvit": 224, "mvit": 224, "swin3d": 64}
 
 def torchvision() -> Iterator[Net]:
     """Every classification, segmentation, detection and video network of the installed torchvision."""
-    import torchvision.models as models
+    from torchvision import models
 
-    modules = {
-        "classification": models,
-        "segmentation": models.segmentation,
-        "detection": models.detection,
-        "video": models.video,
-    }
-    for kind, module in modules.items():
-        for name in models.list_models(module=module):
+    for kind in KINDS[:-1]:
+        for name in models.list_models(module=models if kind == "classification" else getattr(models, kind)):
             yield _torchvision(name, kind)
 
 
@@ -120,44 +114,22 @@ def _torchvision(name: str, kind: str) -> Net:
 
 WIDTH, HEADS, KV, HEAD, NEURONS, VOCABULARY, LENGTH, PICTURE = 120, 10, 5, 12, 176, 101, 7, 48
 
-PLAIN = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": NEURONS,
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TOKENS = {"vocab_size": VOCABULARY, "max_position_embeddings": 40}
+TOKENS |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TOWERS = {"hidden_size": WIDTH, "intermediate_size": NEURONS, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+PLAIN = TOWERS | TOKENS
 GROUPED = PLAIN | {"num_key_value_heads": KV, "head_dim": HEAD}
 EXPERTS = GROUPED | {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 28, "kv_lora_rank": 22, "qk_rope_head_dim": 8, "qk_nope_head_dim": 14, "v_head_dim": 12}
 IMAGES = PLAIN | {"image_size": PICTURE, "patch_size": 16, "num_channels": 3, "num_labels": 9}
 SOUNDS = {"conv_dim": (20, 24), "conv_kernel": (10, 8), "conv_stride": (8, 6), "num_feat_extract_layers": 2}
-SOUNDS = (
-    PLAIN | SOUNDS | {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False}
-)
-BART = {
-    "vocab_size": VOCABULARY,
-    "d_model": WIDTH,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": NEURONS,
-    "decoder_ffn_dim": NEURONS + 8,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
+SOUNDS |= PLAIN | {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False}
+BART = TOKENS | {"d_model": WIDTH, "decoder_start_token_id": 2, "encoder_ffn_dim": NEURONS}
+BART |= {"decoder_ffn_dim": NEURONS + 8, "encoder_layers": 2, "decoder_layers": 2}
+BART |= {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
 T5 = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": HEAD, "num_heads": HEADS - 1, "d_ff": NEURONS}
 T5 |= {"num_layers": 2, "num_decoder_layers": 2, "relative_attention_num_buckets": 8}
 STATES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 14, "conv_kernel": 4}
-TOWERS = {"hidden_size": WIDTH, "intermediate_size": NEURONS, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 CLIP = {
     "text_config": TOWERS | {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "projection_dim": 34},
     "vision_config": TOWERS | {"image_size": PICTURE, "patch_size": 16, "hidden_size": 130, "projection_dim": 34},
@@ -270,22 +242,20 @@ def small(kind: str, settings: dict[str, Any]) -> nn.Module:
 def inputs(takes: str, settings: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a network takes: text, a pair of texts, an image, sound, ..."""
     generator = torch.Generator().manual_seed(5)
-    words = lambda length: torch.randint(3, VOCABULARY, (2, length), generator=generator)  # noqa: E731
-    noise = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     side = settings.get("image_size", 64)
-    match takes:
-        case "text":
-            return (), {"input_ids": words(LENGTH)}
-        case "pair":
-            return (), {"input_ids": words(LENGTH), "decoder_input_ids": words(LENGTH - 2)}
-        case "speech":
-            return (), {"input_features": noise(2, 16, 30), "decoder_input_ids": words(LENGTH)}
-        case "image":
-            return (), {"pixel_values": noise(2, 3, side, side)}
-        case "both":
-            return (), {"input_ids": words(LENGTH), "pixel_values": noise(2, 3, PICTURE, PICTURE)}
-        case "sound":
-            return (), {"input_values": noise(2, 700)}
-        case "spectrum":
-            return (), {"input_values": noise(2, 48, 32)}
-    raise ValueError(f"unknown kind of input {takes!r}")
+
+    def words(length: int) -> Tensor:
+        return torch.randint(3, VOCABULARY, (2, length), generator=generator)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return (), {
+        "text": lambda: {"input_ids": words(LENGTH)},
+        "pair": lambda: {"input_ids": words(LENGTH), "decoder_input_ids": words(LENGTH - 2)},
+        "speech": lambda: {"input_features": noise(2, 16, 30), "decoder_input_ids": words(LENGTH)},
+        "image": lambda: {"pixel_values": noise(2, 3, side, side)},
+        "both": lambda: {"input_ids": words(LENGTH), "pixel_values": noise(2, 3, PICTURE, PICTURE)},
+        "sound": lambda: {"input_values": noise(2, 700)},
+        "spectrum": lambda: {"input_values": noise(2, 48, 32)},
+    }[takes]()

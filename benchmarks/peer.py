@@ -1,6 +1,6 @@
 """Torch-Pruning from its package, used as its own examples use it; runs in an environment of its own, without regrow.
 
-Used by peers.py, shapes.py and speed.py, which call it once per network, in a process with limits.
+Used by peers.py, which calls it once per network, in a process with limits.
 
 How it is asked: ``BasePruner`` with the L2 norm of groups, half of everything, the layer that makes the output ignored,
 heads named where a module has query, key and value layers (half of the heads, none of their sizes), and afterwards the
@@ -16,19 +16,19 @@ zeroed. Norms cannot be masked so: they get a second chance, in which the uncut 
 * ``other``: not even then: it computes something else.
 """
 
-import argparse
 import copy
 import os
 import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import apart
 import torch
+from shared import Row, peak, tell
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,7 +37,6 @@ import nets
 VERSIONS = ("1.6.1", "1.5.2")
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "regrow-peers"
 CLOSE = 1e-5
-HEAD = 16
 TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "qkv_proj", "query_key_value")
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -46,18 +45,10 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads")
 # --- the side that calls --------------------------------------------------------------------------------------------
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """Which versions are run, and with which interpreters."""
-    parser.add_argument("--peers", nargs="*", default=VERSIONS, help="versions of torch-pruning, or none")
-    parser.add_argument("--python", action="append", default=[], metavar="VERSION=PATH", help="an interpreter to use")
-    parser.add_argument("--environments", type=Path, default=HOME, help="where environments are made")
-
-
-def pythons(args: argparse.Namespace) -> dict[str, str]:
-    """Version → interpreter that has it; made where none is given. They see this interpreter's torch."""
-    given = dict(text.split("=", 1) for text in args.python)
-    at = args.environments
-    return {v: given.get(v) or environment(at / v, f"torch-pruning=={v}") for v in args.peers if v != "none"}
+def interpreters(versions: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Version → interpreter that has it (given as VERSION=PATH); made where none is given."""
+    known = dict(text.split("=", 1) for text in given)
+    return {v: known.get(v) or environment(HOME / v, f"torch-pruning=={v}") for v in versions if v != "none"}
 
 
 def environment(folder: Path, package: str) -> str:
@@ -74,70 +65,26 @@ def environment(folder: Path, package: str) -> str:
     return str(python)
 
 
-def run(python: str, what: str, name: str, seconds: float) -> apart.Row:
-    """What the peer does with one network."""
-    return apart.run([python, __file__, what, name], seconds, environment={"PYTHONPATH": ""})
-
-
-# --- networks that only the comparisons use -------------------------------------------------------------------------
-
-
-def llama(shape: str, **settings: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A small Llama with so many heads and key-value heads, and its input."""
-    import transformers
-
-    heads, kv = map(int, shape.split("/"))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": heads * HEAD, "intermediate_size": 3 * heads * HEAD - 8, "num_hidden_layers": 2}
-    sizes |= {"vocab_size": 211, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": HEAD}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings)).eval()
-    return nets.lively(model), {"input_ids": torch.randint(3, 211, (2, 9))}
-
-
-BILLION = {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-BILLION |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
-"""The sizes of Llama-3.2-1B: 1.24 billion parameters."""
-
-
-def network(what: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A network and its inputs: a shape of Llama, one of the big two, or any of nets.py."""
-    if what == "shape":
-        model, inputs = llama(name)
-        return model, (), inputs
-    if what == "speed" and name == "llama-1b":
-        import transformers
-        from transformers.initialization import no_init_weights
-
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(**BILLION)
-        with no_init_weights():
-            model = transformers.LlamaForCausalLM(config).eval()
-        model.tie_weights()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(0, 0.02)
-        return model, (), {"input_ids": torch.randint(3, 211, (1, 16))}
-    if what == "speed":
-        from torchvision.models import get_model
-
-        return get_model(name, weights=None).eval(), (torch.randn(1, 3, 224, 224),), {}
+def opened(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A network of nets.py and its inputs, in float64."""
     net = next(net for net in nets.nets() if f"{net.kind}/{net.name}" == name)
     model = net.build()
     if getattr(getattr(model, "config", None), "_experts_implementation", None):
         model.set_experts_implementation("eager")  # the grouped product knows no float64, in which exactness is judged
-    return model, *net.example()
+    double = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    args, kwargs = tree_map(double, net.example())
+    return model.double(), args, kwargs
 
 
 # --- the side that runs in the peer's environment -------------------------------------------------------------------
 
 
-def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], judge: bool) -> apart.Row:
+def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Prune half of everything; tell each step's outcome as soon as it is known."""
     import torch_pruning as tp
 
-    reference = copy.deepcopy(model) if judge else None
-    outputs = answers(model, args, kwargs)
-    row: apart.Row = {"version": version("torch-pruning"), "before": count(model)}
+    reference, outputs = copy.deepcopy(model), answers(model, args, kwargs)
+    row: Row = {"version": version("torch-pruning"), "before": count(model)}
     names = {module: name for name, module in model.named_modules()}
     heads, wanted = attention(model), ignored(model, outputs)
     sizes = {module: rows_of(module) // n for module, n in heads.items()}
@@ -158,7 +105,7 @@ def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], judg
         output_transform=lambda answer: sum(x.sum() for x in floats(answer)),
     )
     row["build_s"] = round(time.perf_counter() - start, 2)
-    apart.tell(row)
+    tell(row)
     record = Record(names, pruner.DG)
     for group in pruner.step(interactive=True):
         record.note(group)
@@ -169,8 +116,8 @@ def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], judg
     whole = [n for n, m in layers(model).items() if tuple(m.weight.shape) == shapes[n] and m not in wanted]
     row |= {"layers": len(shapes), "layers_left_whole": len(whole)}
     row["heads_left_whole"] = sum(rows_of(module) == shapes[names[module]][0] for module in heads)
-    row |= {"peak_mib": apart.peak(), "cpu_s": cpu}
-    apart.tell(row)
+    row |= {"peak_mib": peak(), "cpu_s": cpu}
+    tell(row)
     try:
         after = answers(model, args, kwargs)
         row["runs"] = [x.shape for x in after] == [x.shape for x in outputs]
@@ -178,11 +125,9 @@ def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], judg
             row["why"] = f"its output is {[tuple(x.shape) for x in after][:3]}"
     except Exception as error:
         row |= {"runs": False, "why": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
-    apart.tell(row)
-    if reference is not None and row["runs"]:
-        row |= record.judged(reference, args, kwargs, after)
-        apart.tell(row)
-    return row
+    tell(row)
+    if row["runs"]:
+        tell(row | record.judged(reference, args, kwargs, after))
 
 
 def count(model: nn.Module) -> int:
@@ -294,7 +239,7 @@ class Record:
             for name, old in made:
                 self.lone.setdefault(name, set()).update(old)
 
-    def judged(self, reference: nn.Module, args: Any, kwargs: Any, after: list[Tensor]) -> apart.Row:
+    def judged(self, reference: nn.Module, args: Any, kwargs: Any, after: list[Tensor]) -> Row:
         """Compare with the uncut network, masked; and again with its norms over kept channels."""
         modules = dict(reference.named_modules())
         for (name, side), gone in self.gone.items():
@@ -385,17 +330,11 @@ def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def main() -> None:
     """One network, in the peer's environment."""
-    what, name = sys.argv[1:3]
     torch.set_num_threads(1)
-    model, args, kwargs = network(what, name)
-    judge = what != "speed"
-    if judge:
-        model = model.double()
-        double = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-        args, kwargs = tree_map(double, args), tree_map(double, kwargs)
-    if getattr(model, "config", None) is not None:
-        kwargs = {**kwargs, "use_cache": False} if hasattr(model.config, "use_cache") else kwargs
-    pruned(model, args, kwargs, judge)
+    model, args, kwargs = opened(sys.argv[1])
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        kwargs = {**kwargs, "use_cache": False}
+    pruned(model, args, kwargs)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,22 @@
 Both cut half of everything they can cut: Torch-Pruning as ``peer.py`` says, regrow half of the units of every axis
 whose cut is exact (neutral, competed, folded), by the norms of the weights that read them. Per network and tool:
 seconds from the network to the cut one, parameters before and after, whether it runs, and whether it computes what
-masking computes.
+masking computes. ``--seconds`` is the limit of one network in one tool; ``--python 1.6.1=PATH`` names an interpreter
+that has the tool, which is otherwise installed into one of its own.
 Torch-Pruning 1.6.1 is run on all; 1.5.2 on transformers too, since 1.6.1 does not end on many of them.
 """
 
-import argparse
-import sys
+import copy
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import apart
 import peer
 import torch
-from torch.utils._pytree import tree_map
+from shared import Row, again, arguments, by_key, collect, peak, run, table, tell, today
 
 from nets import KINDS, nets
 from regrow.core.axes import AxisGraph, Mark
@@ -35,47 +35,34 @@ from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
 
-OUT = Path("benchmarks/results/peers.jsonl")
+OUT = Path(__file__).parent / "results" / "peers.jsonl"
 EXACT = frozenset({Mark.NEUTRAL, Mark.COMPETED, Mark.FOLDED})
 
 
-def ours(what: str, name: str, judge: bool = True) -> None:
+def ours(name: str) -> None:
     """Cut half of everything whose cut is exact; tell each step's outcome as soon as it is known."""
     torch.set_num_threads(1)
-    model, args, kwargs = peer.network(what, name)
+    model, args, kwargs = peer.opened(name)
     if not name.startswith("transformers/"):
         model = replace_attention(model)
-    if judge:
-        model = model.double()
-        double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
-        args, kwargs = tree_map(double, args), tree_map(double, kwargs)
-    row: apart.Row = {"before": peer.count(model)}
+    row: Row = {"before": peer.count(model)}
     heads, shapes = peer.attention(model), {layer: layer.weight.shape for layer in peer.layers(model).values()}
-    start, worked = time.perf_counter(), time.process_time()
+    whole, start, worked = copy.deepcopy(model), time.perf_counter(), time.process_time()
     axes = trace(model, *args, **kwargs)
     row["build_s"] = round(time.perf_counter() - start, 2)
-    apart.tell(row)
+    tell(row)
     plan = halved(model, axes)
-    planned = time.perf_counter()
-    whole = peer.copy.deepcopy(model) if judge else model
-    copied = time.perf_counter() - planned
     apply(model, axes, plan)
-    row |= {"seconds": round(time.perf_counter() - start - copied, 2), "after": peer.count(model)}
-    row |= {
-        "groups": len(plan.changes),
-        "peak_mib": apart.peak(),
-        "cpu_s": round(time.process_time() - worked - copied, 2),
-    }
-    apart.tell(row)
+    row |= {"seconds": round(time.perf_counter() - start, 2), "after": peer.count(model), "groups": len(plan.changes)}
+    row |= {"peak_mib": peak(), "cpu_s": round(time.process_time() - worked, 2)}
+    tell(row)
     peer.answers(model, args, kwargs)
     row |= {"runs": True, "heads_asked": len(heads), "layers": len(shapes)}
     row["heads_left_whole"] = sum(peer.rows_of(layer) == shapes[layer][0] for layer in heads)
     row["layers_left_whole"] = sum(layer.weight.shape == shape for layer, shape in shapes.items())
-    apart.tell(row)
-    if judge:
-        ((_, distance),) = distances(whole, axes, [plan])
-        row |= {"beyond_masking": distance, "verdict": "exact" if distance <= RELATIVE_BOUND else "other"}
-        apart.tell(row)
+    tell(row)
+    ((_, distance),) = distances(whole, axes, [plan])
+    tell(row | {"beyond_masking": distance, "verdict": "exact" if distance <= RELATIVE_BOUND else "other"})
 
 
 def halved(model: torch.nn.Module, axes: AxisGraph) -> Plan:
@@ -93,27 +80,24 @@ def halved(model: torch.nn.Module, axes: AxisGraph) -> Plan:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def page(rows: dict[str, apart.Row]) -> str:
+COLUMNS = (
+    *("networks", "tool", "of", "cut and run", "exact", "beyond masking: norms", "beyond masking: other"),
+    *("cut nothing", "heads left whole", "failed or did not run", "did not end", "parameters left", "s", "MiB"),
+)
+
+
+def page(rows: dict[str, Row]) -> str:
     """Per kind and tool, how it went; then every network that a tool did not cut exactly."""
-    head = ["networks", "tool", "of", "cut and run", "exact", "beyond masking: norms", "beyond masking: other"]
-    head += ["cut nothing", "heads left whole", "failed or did not run", "did not end", "parameters left", "s", "MiB"]
     lines, notes = [], []
-    for kind in KINDS:
-        own = {key: row for key, row in rows.items() if key.startswith(f"{kind}/")}
-        for tool in ("regrow", *peer.VERSIONS):
-            done = {key: row[tool] for key, row in own.items() if tool in row}
-            if done:
-                lines.append([kind, tool, *summary(list(done.values()))])
-                notes += [f"* {key}, {tool}: {why}" for key, row in done.items() if (why := problem(row))]
-    text = [
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(map(str, line))} |" for line in lines),
-    ]
-    return "\n".join([*text, "", *notes])
+    for kind, tool in product(KINDS, ("regrow", *peer.VERSIONS)):
+        own = {key: row[tool] for key, row in rows.items() if key.startswith(f"{kind}/") and tool in row}
+        if own:
+            lines.append([kind, tool, *summary(list(own.values()))])
+            notes += [f"* {key}, {tool}: {why}" for key, row in own.items() if (why := problem(row))]
+    return "\n".join([*table(COLUMNS, lines), "", *notes])
 
 
-def summary(done: list[apart.Row]) -> list[Any]:
+def summary(done: list[Row]) -> list[Any]:
     """The numbers of a line."""
     fine = [row for row in done if row.get("runs") and row.get("after", 0) < row["before"]]
     verdicts = Counter(row.get("verdict") for row in fine)
@@ -135,7 +119,7 @@ def summary(done: list[apart.Row]) -> list[Any]:
     ]
 
 
-def problem(row: apart.Row) -> str:
+def problem(row: Row) -> str:
     """What was not as it should be, in words."""
     if not row.get("runs"):
         return f"does not run: {row.get('why') or row.get('error')}"
@@ -151,40 +135,29 @@ def problem(row: apart.Row) -> str:
 
 def main() -> None:
     """Run what has no row yet, or show the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--only", choices=KINDS, default="")
-    parser.add_argument("--match", default="", help="part of a name")
-    parser.add_argument("--seconds", type=float, default=120, help="limit of one network in one tool")
-    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
-    parser.add_argument("--again", action="store_true", help="also those that have a row")
-    parser.add_argument("--ours", action="store_true", help="regrow alone again, beside what the peers have shown")
-    parser.add_argument("--show", action="store_true", help="print the tables in Markdown")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    peer.options(parser)
-    args = parser.parse_args()
+    limits = {"seconds": 120.0, "jobs": 1, "again": False, "ours": False}
+    args = arguments(__doc__, OUT, only={*KINDS}, match="", peers=[*peer.VERSIONS], python=[str], **limits)
     if args.show:
-        print(page(apart.rows(args.out)))
+        print(page(by_key(args.out)))
         return
-    if args.one:
-        ours(*args.one, judge=args.one[0] != "speed")
+    if args.job:
+        ours(args.job)
         return
-    before = apart.rows(args.out) if args.ours else {}
-    pythons = {} if args.ours else peer.pythons(args)
+    before = by_key(args.out) if args.ours else {}
+    pythons = {} if args.ours else peer.interpreters(args.peers, args.python)
 
-    def job(key: str) -> apart.Row:
+    def job(key: str) -> Row:
         start = time.perf_counter()
-        row: apart.Row = {"regrow": apart.run([sys.executable, __file__, "--one", "net", key], args.seconds)}
+        row: Row = before.get(key, {}) | {"regrow": run(again(key), args.seconds)}
         if args.ours:
-            row["regrow"]["date"] = time.strftime("%Y-%m-%d")
-            return before.get(key, {}) | row | {"wall_s": round(time.perf_counter() - start, 1)}
+            row["regrow"]["date"] = today()
         for version, python in pythons.items():
             if version != "1.5.2" or key.startswith("transformers/"):
-                row[version] = peer.run(python, "net", key, args.seconds)
+                row[version] = run([python, peer.__file__, key], args.seconds, environment={"PYTHONPATH": ""})
         return row | {"wall_s": round(time.perf_counter() - start, 1)}
 
     keys = [f"{net.kind}/{net.name}" for net in nets(args.only, args.match)]
-    apart.collect(keys, job, args.out, args.jobs, args.again or args.ours)
+    collect(keys, job, args.out, args.jobs, args.again or args.ours)
 
 
 if __name__ == "__main__":

@@ -30,20 +30,21 @@ measured on the evaluation halves. All methods may cut MLP neurons alone, and ke
 One row per arm and seed goes to benchmarks/results/planted_llm.jsonl.
 """
 
-import argparse
 import copy
 import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from planted_units import judge, plant
+from shared import Row, add, arguments, rows, table
 from torch import nn
 
 import regrow
@@ -107,7 +108,7 @@ class PlantedBench:
         loaded = load("smollm2-135m", dtype=torch.float32)
         self.dense: nn.Module = loaded.model
         texts = {name: text(name) for name in (*SEEN, *UNSEEN)}
-        more: dict[str, Any] = {"seq_len": SEQ, "seed": self.seed, "batch_size": 4}
+        more: Row = {"seq_len": SEQ, "seed": self.seed, "batch_size": 4}
         n = self.tokens // SEQ
         self.calibration = [windows(texts[name], loaded.tokenizer, n=n, **more) for name in SEEN]
         other = windows(texts["code"], loaded.tokenizer, n=n, **more)
@@ -128,7 +129,7 @@ class PlantedBench:
         wider = [m.weight.numel() for m in self.model.model.layers.modules() if isinstance(m, nn.Linear)]
         self.keep = sum(linear) / sum(wider)
 
-    def evaluate(self, model: nn.Module, dense: Mapping[str, Any] | None) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, dense: Mapping[str, Any] | None) -> Row:
         """Measure the perplexity on every domain, and the change of the loss from the dense network's.
 
         Args:
@@ -142,14 +143,11 @@ class PlantedBench:
             for name, one in (dense or stored).items()
         }
         pairs = {name: paired_difference(base[name], one) for name, one in results.items()}
-        return {
-            "perplexity": {name: round(one.ppl, 4) for name, one in results.items()},
-            "delta_nll": {name: [round(one.mean, 5), round(one.error, 5)] for name, one in pairs.items()},
-            "ratio": {
-                part: round(math.exp(sum(pairs[name].mean for name in names) / len(names)), 5)
-                for part, names in (("seen", SEEN), ("unseen", UNSEEN))
-            },
-        } | ({"windows_nll": stored} if dense is None else {})
+        row: Row = {"perplexity": {name: round(one.ppl, 4) for name, one in results.items()}, "ratio": {}}
+        row["delta_nll"] = {name: [round(one.mean, 5), round(one.error, 5)] for name, one in pairs.items()}
+        for part, names in (("seen", SEEN), ("unseen", UNSEEN)):
+            row["ratio"][part] = round(math.exp(fmean(pairs[name].mean for name in names)), 5)
+        return row | ({"windows_nll": stored} if dense is None else {})
 
     def cut(self, arm: Arm, path: Path | None) -> tuple[Plan, float]:
         """Plan the cut of the widened network back to its size; return the plan and the CPU seconds."""
@@ -167,7 +165,7 @@ class PlantedBench:
             path.write_text(json.dumps({"plan": plan.to_json(), "cpu_seconds": seconds}))
         return plan, seconds
 
-    def run(self, plan: Plan, name: str, dense: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, plan: Plan, name: str, dense: Mapping[str, Any]) -> Row:
         """Cut the widened network, reconstruct it as ``name`` says, and judge what went and what is left."""
         start, settings = time.process_time(), RECONSTRUCTIONS[name]
         kept = []
@@ -177,7 +175,7 @@ class PlantedBench:
                 mask = torch.zeros_like(mask).index_fill(0, torch.tensor(plan.changes[key].keep), True)
             kept.append(mask)
         model, _ = apply(copy.deepcopy(self.model), self.axes, plan)
-        row: dict[str, Any] = {"reconstruct": name, **judge(self.planted, kept)}
+        row: Row = {"reconstruct": name, **judge(self.planted, kept)}
         if settings is not None:
             layers = reconstruct(model, self.model, self.axes, plan, self.calibration, settings)["layers"]
             row["ridges"] = [layer["ridge"] for layer in layers]
@@ -185,90 +183,75 @@ class PlantedBench:
         return row | self.evaluate(model, dense)
 
 
-RATES = ("removed", "duplicates", "lost_duplicates", "pairs", "broken_pairs", "inactive", "old", "kept")
+RATES = {
+    "removed": "removed",
+    "duplicates": "duplicates",
+    "both removed": "lost_duplicates",
+    "cancelling pairs": "pairs",
+    "broken pairs": "broken_pairs",
+    "inactive": "inactive",
+    "old units kept": "old",
+    "of the unseen domain": "kept",
+}
+"""Column → field of a row."""
+PARTS = {"calibration domains": "seen", "unseen": "unseen"}
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table: one line per cut, with the perplexity of each reconstruction."""
-    after = [f", reconstructed with {way}" if way else "" for way in RECONSTRUCTIONS]
-    ways = [f"perplexity ÷ dense, {part}{way}" for way in after for part in ("calibration domains", "unseen")]
-    rates = ["removed", "duplicates", "both removed", "cancelling pairs", "broken pairs", "inactive"]
-    header = ["arm", "seed", *rates, "old units kept", "of the unseen domain", *ways, "CPU s"]
-    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
-    cuts: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
+def shown(every: Sequence[Row]) -> Iterator[list[str]]:
+    """One line per cut, with the perplexity of each reconstruction."""
+    cuts: dict[tuple[Any, ...], list[Row]] = {}
+    for row in every:
         cuts.setdefault((row["arm"], row["seed"], row["tokens"]), []).append(row)
     for (arm, seed, _), same in cuts.items():
-        rates = [f"{100 * same[0][name]:.1f} %" if name in same[0] else "" for name in RATES]
-        each = {row.get("reconstruct", ""): row for row in same}
-        ratios = [
-            f"{each[way]['ratio'][part]:.4f}" if way in each else ""
-            for way in RECONSTRUCTIONS
-            for part in ("seen", "unseen")
-        ]
+        rates = [f"{100 * same[0][name]:.1f} %" if name in same[0] else "" for name in RATES.values()]
+        each = {row.get("reconstruct", ""): row["ratio"] for row in same}
+        ratios = [f"{each[way][part]:.4f}" if way in each else "" for way in RECONSTRUCTIONS for part in PARTS.values()]
         seconds = " + ".join(str(same[0].get(name, "")) for name in ("cut_cpu_seconds", "cpu_seconds"))
-        print(f"| {' | '.join([arm, str(seed), *rates, *ratios, seconds])} |")
+        yield [arm, str(seed), *rates, *ratios, seconds]
+
+
+def run(args: Namespace, seed: int) -> None:
+    """Run the arms of a seed that have no row yet."""
+    base: Row = {"seed": seed, "tokens": args.tokens * len(SEEN), "windows": args.eval_windows}
+    there = {(row["arm"], row.get("reconstruct", "")): row for row in rows(args.out) if base.items() <= row.items()}
+    chosen = [arm for arm in ARMS if any(word.lower() in arm.name.lower() for word in args.only)]
+    if all((arm.name, way) in there for arm in chosen for way in args.reconstruct):
+        return
+    end, bench = time.monotonic() + args.seconds, PlantedBench(seed, args.tokens, args.eval_windows)
+    base |= {"machine": platform.machine(), **versions()}
+
+    def write(arm: str, row: Row) -> Row:
+        done = add(args.out, {"arm": arm, **base, **row})
+        names = ("arm", "reconstruct", *RATES.values(), "ratio", "cpu_seconds")
+        print({name: done[name] for name in names if name in done}, flush=True)
+        return done
+
+    dense = (there.get(("dense", "")) or write("dense", bench.evaluate(bench.dense, None)))["windows_nll"]
+    if ("widened", "") not in there:
+        write("widened", bench.evaluate(bench.model, dense))
+    for arm in chosen:
+        ways = [way for way in args.reconstruct if (arm.name, way) not in there]
+        path = args.plans / f"{arm.name}, {seed}, {args.tokens}.json" if args.plans else None
+        plan, seconds = bench.cut(arm, path) if ways else (None, 0.0)
+        for way in ways:
+            if time.monotonic() > end:
+                return
+            more = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
+            write(arm.name, more | bench.run(plan, way, dense))
 
 
 def main() -> None:
     """Run the arms that have no row yet, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens per domain")
-    parser.add_argument("--eval-windows", type=int, default=8, help="evaluation windows of 256 tokens per domain")
-    parser.add_argument("--only", nargs="*", default=[""], help="arms whose name contains one of these")
-    parser.add_argument("--reconstruct", nargs="*", default=list(RECONSTRUCTIONS), help="what follows each cut")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop before the first row after so long")
-    parser.add_argument("--plans", type=Path, help="a folder in which the plan of each cut is kept, to resume from")
-    parser.add_argument("--show", action="store_true", help="print the table and run nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+    sizes = {"seeds": 1, "tokens": 4096, "eval_windows": 8, "seconds": math.inf}
+    args = arguments(__doc__, OUT, only=[""], reconstruct=(*RECONSTRUCTIONS,), plans=Path, **sizes)
     torch.set_num_threads(1)
-    began = time.monotonic()
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
     if args.show:
-        show(done)
+        after = [f", reconstructed with {way}" if way else "" for way in RECONSTRUCTIONS]
+        ways = [f"perplexity ÷ dense, {part}{way}" for way in after for part in PARTS]
+        print("\n".join(table(["arm", "seed", *RATES, *ways, "CPU s"], shown(rows(args.out)))))
         return
     for seed in range(args.seeds):
-        base = {"seed": seed, "tokens": args.tokens * len(SEEN), "windows": args.eval_windows}
-        rows = [row for row in done if all(row[key] == value for key, value in base.items())]
-        there = {(row["arm"], row.get("reconstruct", "")) for row in rows}
-        missing = [(arm, [way for way in args.reconstruct if (arm.name, way) not in there]) for arm in ARMS]
-        todo = [
-            (arm, ways) for arm, ways in missing if ways and any(one.lower() in arm.name.lower() for one in args.only)
-        ]
-        if not todo:
-            continue
-        bench = PlantedBench(seed, args.tokens, args.eval_windows)
-        base |= place()
-        dense = next((row["windows_nll"] for row in rows if row["arm"] == "dense"), None)
-        if dense is None:
-            row = {"arm": "dense", **base, **bench.evaluate(bench.dense, None)}
-            dense = row["windows_nll"]
-            add(args.out, row)
-        if ("widened", "") not in there:
-            add(args.out, {"arm": "widened", **base, **bench.evaluate(bench.model, dense)})
-        for arm, ways in todo:
-            name = f"{arm.name}, {seed}, {args.tokens}.json"
-            plan, seconds = bench.cut(arm, args.plans / name if args.plans else None)
-            for way in ways:
-                if time.monotonic() - began > args.seconds:
-                    return
-                more = {"settings": dict(arm.settings), **base, "cut_cpu_seconds": round(seconds, 1)}
-                add(args.out, {"arm": arm.name, **more, **bench.run(plan, way, dense)})
-
-
-def place() -> dict[str, Any]:
-    """Return the date, the versions and the machine of a row."""
-    return {"date": date.today().isoformat(), "machine": platform.machine(), **versions()}
-
-
-def add(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row and print it."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    names = ("arm", "reconstruct", *RATES, "ratio", "cpu_seconds")
-    print(json.dumps({name: row[name] for name in names if name in row}), flush=True)
+        run(args, seed)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each measurement runs in a process of its own with one thread; the fastest of several counts. ResNet-50 (random weights,
 224 × 224) and Llama-3.2-1B's sizes (1.24 billion parameters, random weights, float32) lose half of each axis whose cut
-is exact, as in speed.py, and for the Llama also half of its MLP neurons alone; SmolLM2-135M keeps an irregular plan, a
+is exact, and for the Llama also half of its MLP neurons alone; SmolLM2-135M keeps an irregular plan, a
 random share of each MLP and of some groups of heads. The share is that of comparing numbers in float64. It holds no
 recording of the network at its planned size, which was made before too, and no forward pass: ``trace``, ``apply``
 compare the network's own (``forward_cpu_s`` before the cut) with its recording. ``--source FOLDER`` measures another
@@ -14,7 +14,6 @@ Memory is the most that a process held (``ru_maxrss``) while it verified a Llama
 bfloat16, above what it held once the model was built, and in all.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -25,8 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import apart
 import torch
+from shared import Row, again, arguments, peak, run, tell, today, write
+
+OUT = Path(__file__).parent / "results" / "proof.json"
 
 JOBS = ("resnet50", "smollm2-135m", "llama-1b", "llama-1b mlp")
 SHARES = {"resnet50": 0.5, "smollm2-135m": 0.25, "llama-1b": 0.25, "llama-1b mlp": 0.25}
@@ -37,18 +38,23 @@ HALF |= {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddin
 """The sizes of a Llama of half a billion parameters."""
 
 
+BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256}
+BILLION |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
+"""The sizes of Llama-3.2-1B."""
+
+
 def opened(job: str) -> tuple[torch.nn.Module, dict[str, Any], tuple[Any, ...], float]:
     """A network, its inputs, and the seconds that loading took, where it is loaded."""
-    import peer
-
     from regrow.nets import load
 
-    if job == "smollm2-135m":
-        start = time.perf_counter()
-        loaded = load(job)
-        return loaded.model, dict(loaded.example.kwargs), loaded.example.args, time.perf_counter() - start
-    model, args, kwargs = peer.network("speed", job.split()[0])
-    return model, kwargs, args, 0.0
+    if job.startswith("llama"):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**BILLION)).eval(), {"input_ids": torch.randint(3, 211, (1, 16))}, (), 0.0
+    start = time.perf_counter()
+    loaded = load(job)
+    return loaded.model, dict(loaded.example.kwargs), loaded.example.args, time.perf_counter() - start
 
 
 def plan_of(job: str, model: torch.nn.Module, axes: Any) -> Any:
@@ -70,7 +76,7 @@ def plan_of(job: str, model: torch.nn.Module, axes: Any) -> Any:
     return Plan.keeping(axes, keep)
 
 
-def applying(job: str, saved: Path) -> apart.Row:
+def applying(job: str, saved: Path) -> Row:
     """Seconds of ``apply``, of the proof in it, and of loading the saved result."""
     torch.set_num_threads(1)
     from regrow import apply, trace
@@ -79,7 +85,7 @@ def applying(job: str, saved: Path) -> apart.Row:
     model, kwargs, args, loading = opened(job)
     begun = time.process_time()
     axes = trace(model, *args, **kwargs)
-    tracing, traced = time.process_time() - begun, apart.peak()
+    tracing, traced = time.process_time() - begun, peak()
     begun = time.process_time()
     with torch.no_grad():
         model(*args, **kwargs)
@@ -100,12 +106,12 @@ def applying(job: str, saved: Path) -> apart.Row:
     gc.freeze()  # a full collection takes 0.2 s and would fall into this or that part by chance
     wall, cpu = time.perf_counter(), time.process_time()
     model, axes = apply(model, axes, plan)
-    row: apart.Row = {
+    row: Row = {
         "seconds": round(time.perf_counter() - wall, 2),
         "cpu_s": round(time.process_time() - cpu, 2),
         "proof_s": round(proof[0], 2),
         "proof_cpu_s": round(proof[1], 2),
-        "peak_mib": apart.peak(),
+        "peak_mib": peak(),
     }
     row |= {"trace_cpu_s": round(tracing, 2), "forward_cpu_s": round(forward, 2), "traced_mib": traced}
     row["share"] = round(proof[1] / row["cpu_s"], 3)
@@ -118,7 +124,7 @@ def applying(job: str, saved: Path) -> apart.Row:
     return row
 
 
-def verifying() -> apart.Row:
+def verifying() -> Row:
     """The memory that ``verify`` takes of a Llama of half a billion parameters in bfloat16, half of its MLPs cut."""
     torch.set_num_threads(1)
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -126,12 +132,12 @@ def verifying() -> apart.Row:
     from regrow import Plan, trace, verify
 
     torch.set_default_dtype(torch.bfloat16)
-    imported = apart.peak()
+    imported = peak()
     model = LlamaForCausalLM(LlamaConfig(**HALF)).eval()
     torch.set_default_dtype(torch.float32)
     axes = trace(model, input_ids=torch.arange(16)[None])
     keep = {axis.key: range(0, axis.size, 2) for axis in axes.units(only=("mlp",))}
-    plan, held = Plan.keeping(axes, keep), apart.peak()
+    plan, held = Plan.keeping(axes, keep), peak()
     size = sum(one.numel() * one.element_size() for one in model.parameters()) / 2**20
     wall, cpu = time.perf_counter(), time.process_time()
     found = verify(model, axes, plan)
@@ -140,9 +146,9 @@ def verifying() -> apart.Row:
         "model_mib": round(size, 1),
         "imported_mib": imported,
         "before_mib": held,
-        "peak_mib": apart.peak(),
-        "above_imports_mib": round(apart.peak() - imported, 1),
-        "above_model_mib": round(apart.peak() - held, 1),
+        "peak_mib": peak(),
+        "above_imports_mib": round(peak() - imported, 1),
+        "above_model_mib": round(peak() - held, 1),
         "allowed_mib": round(1.5 * size + 500e6 / 2**20, 1),
         "ok": found.ok,
         "max_abs_diff": found.max_abs_diff,
@@ -153,39 +159,28 @@ def verifying() -> apart.Row:
 
 def main() -> None:
     """Run and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/proof.json"))
-    parser.add_argument("--jobs", nargs="*", default=[*JOBS, "verify"])
-    parser.add_argument("--source", type=Path, help="another checkout, to measure in turns with this one")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=600, help="limit of one process")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
+    args = arguments(__doc__, jobs=(*JOBS, "verify"), source=Path, repeats=3, seconds=600.0, out=OUT)
+    if args.job:
         with tempfile.TemporaryDirectory() as folder:
-            apart.tell(verifying() if args.one == "verify" else applying(args.one, Path(folder) / "saved"))
+            tell(verifying() if args.job == "verify" else applying(args.job, Path(folder) / "saved"))
         return
     from regrow.store.versions import versions
 
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    result |= {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]},
-        "versions": versions(),
-        "allowed_share": SHARES,
-    }
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]}
+    result |= {"date": today(), "command": " ".join(["python", *sys.argv]), "machine": machine}
+    result |= {"versions": versions(), "allowed_share": SHARES}
     places = {"this": None} | ({"other": args.source} if args.source else {})
     for job in args.jobs:
-        rows: dict[str, list[apart.Row]] = {name: [] for name in places}
+        turns: dict[str, list[Row]] = {name: [] for name in places}
         for _ in range(args.repeats):
             for name, place in places.items():
                 more = {"PYTHONPATH": str(place.resolve() / "src")} if place else {}
-                rows[name].append(apart.run([sys.executable, __file__, "--one", job], args.seconds, environment=more))
-        best = {name: min(turns, key=lambda row: row.get("cpu_s", float("inf"))) for name, turns in rows.items()}
-        result[job] = {name: row | {"all_cpu_s": [r.get("cpu_s") for r in rows[name]]} for name, row in best.items()}
+                turns[name].append(run(again(job), args.seconds, environment=more))
+        best = {name: min(rows, key=lambda row: row.get("cpu_s", float("inf"))) for name, rows in turns.items()}
+        result[job] = {name: row | {"all_cpu_s": [r.get("cpu_s") for r in turns[name]]} for name, row in best.items()}
         print(job, json.dumps(result[job]), flush=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ the weights + 0.5 GB. Verification is the comparison of the cut network with the
 before the cut; its share is of the CPU seconds of the whole run. Rows go to benchmarks/results/pruning_memory.jsonl.
 """
 
-import argparse
 import json
 import platform
 import shutil
-import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
-from streamed_pruning import SIZES, configuration, make_model, measured
+from shared import Row, add, arguments
+from streamed_pruning import FOLDER, SIZES, made, measured
 
 from regrow.store.versions import versions
 
@@ -54,45 +52,25 @@ print(json.dumps({"peaks": peaks, "peak": max(peaks.values()), "cpu": cpu, "proo
 """
 
 
-def prune(size: str, layers: int, tokens: int, seq: int, place: Path) -> dict[str, object]:
+def prune(size: str, layers: int, tokens: int, seq: int, place: Path) -> Row:
     """Make a model unless it is there, prune it, and return the row of the result."""
-    config = configuration(size, layers)
-    folder, out = place / f"llama-{size}-{config['num_hidden_layers']}", place / "in-memory"
-    if not (folder / "config.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        make_model(folder, config)
+    folder, _ = made(size, layers, place)
+    out = place / "in-memory"
     shutil.rmtree(out, ignore_errors=True)
     row = measured(RUN, folder, out, tokens, seq)
     shutil.rmtree(out)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    cpu, peak, proof, total = row["cpu"], row["peak"], row["proof"], row["total_cpu"]
-    assert isinstance(cpu, dict) and isinstance(peak, int) and isinstance(proof, float) and isinstance(total, float)
-    return {
-        "model": f"llama-{size}-{config['num_hidden_layers']}",
-        "tokens": tokens,
-        "seq_len": seq,
-        "model_bytes": stored,
-        "bound": round(1.6 * stored + 0.5e9),
-        "peak_over_model": round(peak / stored, 3),
-        "verify_share": round((cpu["verify"] + proof) / total, 3),
-    } | row
+    first = {"model": folder.name, "tokens": tokens, "seq_len": seq, "model_bytes": stored}
+    first |= {"bound": round(1.6 * stored + 0.5e9), "peak_over_model": round(row["peak"] / stored, 3)}
+    return first | {"verify_share": round((row["cpu"]["verify"] + row["proof"]) / row["total_cpu"], 3)} | row
 
 
 def main() -> None:
     """Measure and append the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="0.5B", choices=SIZES)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "streamed-pruning")
-    given = parser.parse_args()
-    row = prune(given.size, given.layers, given.tokens, given.seq_len, given.folder)
-    row |= {"date": str(date.today()), "versions": versions(), "threads": torch.get_num_threads()}
-    row |= {"processor": platform.processor() or platform.machine()}
-    with OUT.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row, indent=1))
+    args = arguments(__doc__, size={*SIZES}, layers=28, tokens=4096, seq_len=512, folder=FOLDER)
+    row = prune(args.size or "0.5B", args.layers, args.tokens, args.seq_len, args.folder)
+    row |= {"versions": versions(), "threads": torch.get_num_threads()}
+    print(json.dumps(add(OUT, row | {"processor": platform.processor() or platform.machine()}), indent=1))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ own memory as it is. Times are computed: 2 · parameters · tokens operations at
 disk's bandwidth, and cutting and checking at the measured seconds per GB (results/streamed_pruning.jsonl, two cores).
 """
 
-import argparse
 import json
 import platform
-import sys
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import apart
 import torch
+from shared import Row, again, arguments, peak, rows, run, table, tell, today, write
 
 from regrow.core.amounts import format_bytes
 from regrow.store.versions import versions
@@ -45,7 +45,7 @@ MACHINES = {
 WINDOWS, TOKENS, KEEP = 128, 2048, 0.7
 
 
-def one(name: str) -> apart.Row:
+def one(name: str) -> Row:
     """Trace a configuration on meta, and predict what pruning it needs."""
     import transformers
 
@@ -57,7 +57,7 @@ def one(name: str) -> apart.Row:
     start, wall = time.process_time(), time.perf_counter()
     axes = trace(model, **inputs)
     seconds, wall = time.process_time() - start, time.perf_counter() - wall
-    peak = apart.peak()
+    held = peak()
     like = dict(model.state_dict(keep_vars=True))
     bytes_of = {key: tensor.numel() * tensor.element_size() for key, tensor in like.items()}
     blocks = [
@@ -85,7 +85,7 @@ def one(name: str) -> apart.Row:
         "trace_cpu_s": round(seconds, 2),
         "trace_s": round(wall, 2),
         "trace_ms_per_layer": round(1000 * seconds / config.num_hidden_layers, 1),
-        "trace_peak_mib": peak,
+        "trace_peak_mib": held,
         "block_bytes": network.largest_block,
         "least": plan.least,
         "results": plan.results,
@@ -95,12 +95,13 @@ def one(name: str) -> apart.Row:
 
 def cutting() -> float:
     """Measured seconds (wall time) of cutting, checking and writing per GB of a model: the row of the largest model."""
-    rows = [json.loads(line) for line in STREAMED.read_text("utf-8").splitlines()]
-    largest = max((row for row in rows if "apply" in row.get("seconds", {})), key=lambda row: row["model_bytes"])
+    largest = max(
+        (row for row in rows(STREAMED) if "apply" in row.get("seconds", {})), key=lambda row: row["model_bytes"]
+    )
     return float(largest["seconds"]["apply"] / largest["model_bytes"] * 1e9)
 
 
-def times(row: apart.Row, machine: str, per_gb: float) -> dict[str, Any]:
+def times(row: Row, machine: str, per_gb: float) -> dict[str, Any]:
     """Seconds of measuring, reading and writing, and cutting, and whether the model is streamed."""
     rate, read, write, memory = MACHINES[machine]
     streams = row["whole"] > memory
@@ -124,56 +125,45 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def page(result: dict[str, Any]) -> str:
-    """The tables in Markdown."""
-    rows, per_gb = result["models"], result["cut_seconds_per_gb"]
-    columns = (
-        "parameters | in bfloat16 | one block | needs, one block at a time | hidden states | needs, whole | traced in"
-    )
-    lines = [f"| | {columns} |", "|---" * 8 + "|"]
-    for name, row in rows.items():
-        cells = [name, f"{row['parameters'] / 1e9:.1f} billion"]
-        cells += [format_bytes(row[key]) for key in ("bytes", "block_bytes", "least", "results", "whole")]
-        lines.append(f"| {' | '.join(cells)} | {row['trace_cpu_s']:.1f} s, {row['trace_peak_mib']:.0f} MiB |")
-    lines += ["", "| | machine | blocks | measuring | disk | cut and check | in all |", "|---" * 7 + "|"]
-    for name, row in rows.items():
-        for machine in MACHINES:
-            cost = times(row, machine, per_gb)
-            if "refused" in cost:
-                lines.append(f"| {name} | {machine} | {cost['refused']} | | | | |")
-                continue
-            way = "one at a time" if cost["streams"] else "all in memory"
-            parts = [cost["measure"], cost["disk"], cost["cut"]]
-            lines.append(f"| {name} | {machine} | {way} | {' | '.join(map(duration, [*parts, sum(parts)]))} |")
-    return "\n".join(lines)
+SIZES = {"in bfloat16": "bytes", "one block": "block_bytes", "needs, one block at a time": "least"}
+SIZES |= {"hidden states": "results", "needs, whole": "whole"}
+
+
+def memory(models: dict[str, Row]) -> Iterator[list[str]]:
+    """The table of memory, line by line."""
+    for name, row in models.items():
+        traced = f"{row['trace_cpu_s']:.1f} s, {row['trace_peak_mib']:.0f} MiB"
+        sizes = [format_bytes(row[key]) for key in SIZES.values()]
+        yield [name, f"{row['parameters'] / 1e9:.1f} billion", *sizes, traced]
+
+
+def time_taken(models: dict[str, Row], per_gb: float) -> Iterator[list[str]]:
+    """The table of times, line by line."""
+    for name, machine in product(models, MACHINES):
+        cost = times(models[name], machine, per_gb)
+        if "refused" in cost:
+            yield [name, machine, f"{cost['refused']} | | | |"]
+            continue
+        parts = [cost["measure"], cost["disk"], cost["cut"]]
+        blocks = "one at a time" if cost["streams"] else "all in memory"
+        yield [name, machine, blocks, *map(duration, [*parts, sum(parts)])]
 
 
 def main() -> None:
     """Trace and compute, then print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--models", nargs="*", choices=[*MODELS], default=[*MODELS])
-    parser.add_argument("--show", action="store_true", help="print the tables of the last run")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        apart.tell(one(args.one))
+    args = arguments(__doc__, OUT, models=(*MODELS,))
+    if args.job:
+        tell(one(args.job))
         return
-    if args.show:
-        print(page(json.loads(args.out.read_text("utf-8"))))
-        return
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "versions": versions(),
-        "windows": WINDOWS,
-        "tokens": TOKENS,
-        "keep": KEEP,
-        "cut_seconds_per_gb": round(cutting(), 2),
-        "models": {name: apart.run([sys.executable, __file__, "--one", name], 300) for name in args.models},
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(page(result))
+    if not args.show:
+        result = {"date": today(), "machine": platform.machine(), "versions": versions(), "windows": WINDOWS}
+        result |= {"tokens": TOKENS, "keep": KEEP, "cut_seconds_per_gb": round(cutting(), 2)}
+        write(args.out, result | {"models": {name: run(again(name), 300) for name in args.models}})
+    result = json.loads(args.out.read_text("utf-8"))
+    models, per_gb = result["models"], result["cut_seconds_per_gb"]
+    print("\n".join(table(["", "parameters", *SIZES, "traced in"], memory(models))), end="\n\n")
+    columns = ("", "machine", "blocks", "measuring", "disk", "cut and check", "in all")
+    print("\n".join(table(columns, time_taken(models, per_gb))))
 
 
 if __name__ == "__main__":

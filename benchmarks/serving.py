@@ -8,21 +8,21 @@ Dense beside 80, 70 and 50 % kept, each cut three ways: irregular, irregular wit
 depends on widths alone. Networks take turns, so that what disturbs the machine disturbs all; the least and the median
 of the repeats are told. Ideal is the ratio of the multiply–accumulates of a whole prefill (the layer of logits for the
 last token; in onnxruntime, whose graph gives them all, for all); the share is the measured speed-up times that ratio.
-Run it on a machine that does nothing else.
+Run it on a machine that does nothing else. ``--onnx`` are the forms for onnxruntime, whose export takes minutes each.
 """
 
-import argparse
 import json
 import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from shared import Row, arguments, run, table, today, write
 
 import regrow
 from regrow import evaluation, export, store
@@ -30,6 +30,8 @@ from regrow.evaluation.generation import empty_cache
 from regrow.nets import load
 from regrow.store.versions import versions
 from regrow.tracing import trace
+
+OUT = Path(__file__).parent / "results" / "serving.json"
 
 FORMS: Mapping[str, dict[str, Any]] = {
     "irregular": {},
@@ -41,9 +43,9 @@ Turn = Callable[[], float]
 """Does one thing once; gives back its seconds."""
 
 
-def made(work: Path, keeps: list[float], tokens: int) -> dict[str, dict[str, Any]]:
+def made(work: Path, keeps: list[float], tokens: int) -> dict[str, Row]:
     """Name → folder, multiply–accumulates of a prefill, bytes of the cache per token; cut what is not there yet."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
     cases = [("dense", 1.0, {}), *((f"{keep:g}, {form}", keep, more) for keep in keeps for form, more in FORMS.items())]
     for name, keep, more in cases:
         folder = work / name.replace(", ", "-").replace(" ", "-")
@@ -60,6 +62,7 @@ def made(work: Path, keeps: list[float], tokens: int) -> dict[str, dict[str, Any
             "macs_last": macs - (tokens - 1) * net.lm_head.weight.numel(),
             "cache_bytes_per_token": _cached(net),
             "parameters": sum(p.numel() for p in net.parameters()),
+            "bytes": (folder / "model.safetensors").stat().st_size,
         }
     return found
 
@@ -96,17 +99,11 @@ def transformers_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]
     return {"prefill": prefill, "decode": decode}
 
 
-def _onnx(folder: Path) -> Path:
-    path = folder / "model.onnx"
+def exported(folder: Path, name: str, **options: Any) -> Path:
+    """A file of a network for another runtime, by its suffix; made unless it is there."""
+    path = folder / name
     if not path.is_file():
-        export(folder, path, format="onnx", cache=True)
-    return path
-
-
-def _gguf(folder: Path, dtype: str) -> Path:
-    path = folder / f"model-{dtype}.gguf"
-    if not path.is_file():
-        export(folder, path, format="gguf", dtype=dtype)
+        export(folder, path, format=path.suffix[1:], **options)
     return path
 
 
@@ -115,7 +112,7 @@ def onnx_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]:
     import numpy
     import onnxruntime
 
-    path = _onnx(folder)
+    path = exported(folder, "model.onnx", cache=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -147,7 +144,12 @@ def onnx_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]:
     return {"prefill": prefill, "decode": decode}
 
 
-def in_turns(turns: Mapping[str, Mapping[str, Turn]], repeats: int) -> dict[str, dict[str, Any]]:
+def summary(took: Sequence[float]) -> Row:
+    """The least and the median of some seconds."""
+    return {"min_s": min(took), "median_s": median(took), "all_s": [round(s, 4) for s in took]}
+
+
+def in_turns(turns: Mapping[str, Mapping[str, Turn]], repeats: int) -> Row:
     """Every network's every act, one after the other, over and over; the first round is not counted."""
     seconds: dict[str, dict[str, list[float]]] = {name: {act: [] for act in acts} for name, acts in turns.items()}
     for repeat in range(repeats + 1):
@@ -157,13 +159,7 @@ def in_turns(turns: Mapping[str, Mapping[str, Turn]], repeats: int) -> dict[str,
                 if repeat:
                     seconds[name][act].append(took)
         print(f"round {repeat} of {repeats}", file=sys.stderr, flush=True)
-    return {
-        name: {
-            act: {"min_s": min(took), "median_s": statistics.median(took), "all_s": [round(s, 4) for s in took]}
-            for act, took in acts.items()
-        }
-        for name, acts in seconds.items()
-    }
+    return {name: {act: summary(took) for act, took in acts.items()} for name, acts in seconds.items()}
 
 
 LLAMA_CPP = """
@@ -186,107 +182,57 @@ print(json.dumps(took))
 """
 
 
-def llama_cpp(python: str, nets: Mapping[str, dict[str, Any]], dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+def llama_cpp(nets: Mapping[str, Row], dtype: str, args: Namespace) -> Row:
     """Prefill and decode in llama.cpp, in an interpreter that has it."""
-    paths = {name: str(_gguf(net["folder"], dtype)) for name, net in nets.items()}
-    job = json.dumps([paths, args.tokens, args.steps, args.repeats, args.threads])
-    done = subprocess.run([python, "-c", LLAMA_CPP, job], check=True, capture_output=True, text=True)
-    return {
-        name: {
-            act: {"min_s": min(took), "median_s": statistics.median(took), "all_s": [round(s, 4) for s in took]}
-            for act, took in acts.items()
-        }
-        | {"bytes": Path(paths[name]).stat().st_size}
-        for name, acts in json.loads(done.stdout.splitlines()[-1]).items()
-    }
+    paths = {name: exported(net["folder"], f"model-{dtype}.gguf", dtype=dtype) for name, net in nets.items()}
+    job = [{name: str(path) for name, path in paths.items()}, args.tokens, args.steps, args.repeats, args.threads]
+    done = run([args.llama_cpp, "-c", LLAMA_CPP, json.dumps(job)])
+    acts = {name: {act: summary(took) for act, took in done[name].items()} for name in nets}
+    return {name: each | {"bytes": paths[name].stat().st_size} for name, each in acts.items()}
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
-    parser.add_argument("--work", type=Path, required=True, help="where the networks are kept")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.7, 0.5])
-    parser.add_argument("--tokens", type=int, default=256, help="of a prefill")
-    parser.add_argument("--steps", type=int, default=24, help="of a decode")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--llama-cpp", default="", metavar="PYTHON")
-    parser.add_argument(
-        "--onnx", nargs="*", choices=FORMS, default=list(FORMS), help="forms for onnxruntime; each export takes minutes"
-    )
-    parser.add_argument("--prepare", action="store_true", help="only make the files; measure another time")
-    parser.add_argument("--show", action="store_true", help="print the table")
-    args = parser.parse_args()
-    if args.show:
-        print(shown(json.loads(args.out.read_text(encoding="utf-8"))))
-        return
-    torch.set_num_threads(args.threads)
-    nets = made(args.work, args.keep, args.tokens)
-    graphs = {name: net for name, net in nets.items() if name.partition(", ")[2] in ("", *args.onnx)}
-    if args.prepare:
-        for net in graphs.values():
-            _onnx(net["folder"])
-        for net in nets.values() if args.llama_cpp else ():
-            for dtype in GGUF:
-                _gguf(net["folder"], dtype)
-        return
-    told = ("macs", "macs_last", "cache_bytes_per_token", "parameters")
-    size = lambda path: path.stat().st_size if path.is_file() else None  # noqa: E731
-    result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "versions": versions(),
-        "settings": {"tokens": args.tokens, "steps": args.steps, "repeats": args.repeats},
-    }
-    runtimes: dict[str, Any] = {}
-    for runtime, turns, those in (
-        ("transformers", transformers_turns, nets),
-        ("onnxruntime", onnx_turns, graphs),
-    ):
-        ready = {name: turns(net["folder"], args.tokens, args.steps) for name, net in those.items()}
-        runtimes[runtime] = in_turns(ready, args.repeats)
-        del ready
-    for dtype in GGUF if args.llama_cpp else ():
-        runtimes[f"llama.cpp {dtype}"] = llama_cpp(args.llama_cpp, nets, dtype, args)
-    result["nets"] = {
-        name: {key: net[key] for key in told} | {"bytes": size(net["folder"] / "model.safetensors")}
-        for name, net in nets.items()
-    }
-    result["runtimes"] = runtimes
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(shown(result))
+    sizes = {"tokens": 256, "steps": 24, "repeats": 7, "threads": torch.get_num_threads(), "keep": [0.8, 0.7, 0.5]}
+    args = arguments(__doc__, OUT, work=Path, llama_cpp="", onnx=(*FORMS,), **sizes)
+    if not args.show:
+        torch.set_num_threads(args.threads)
+        nets = made(args.work, args.keep, args.tokens)
+        graphs = {name: net for name, net in nets.items() if name.partition(", ")[2] in ("", *args.onnx)}
+        runtimes = {}
+        for runtime, turns, own in (("transformers", transformers_turns, nets), ("onnxruntime", onnx_turns, graphs)):
+            ready = {name: turns(net["folder"], args.tokens, args.steps) for name, net in own.items()}
+            runtimes[runtime] = in_turns(ready, args.repeats)
+            del ready
+        for dtype in GGUF if args.llama_cpp else ():
+            runtimes[f"llama.cpp {dtype}"] = llama_cpp(nets, dtype, args)
+        result = {"date": today(), "machine": platform.processor() or platform.machine(), "threads": args.threads}
+        settings = {"tokens": args.tokens, "steps": args.steps, "repeats": args.repeats}
+        sizes = {name: {key: value for key, value in net.items() if key != "folder"} for name, net in nets.items()}
+        write(args.out, result | {"versions": versions(), "settings": settings, "nets": sizes, "runtimes": runtimes})
+    print("\n".join(table(COLUMNS, shown(json.loads(args.out.read_text("utf-8"))))))
 
 
-def shown(result: dict[str, Any]) -> str:
-    """The table in Markdown: per runtime and network, tokens a second and the share of the ideal speed-up."""
-    lines = [
-        "| runtime | network | MACs of dense | prefill tokens/s: best, median | speed-up | share of ideal "
-        "| decode tokens/s: best, median | speed-up |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+COLUMNS = (
+    *("runtime", "network", "MACs of dense", "prefill tokens/s: best, median", "speed-up", "share of ideal"),
+    *("decode tokens/s: best, median", "speed-up"),
+)
+
+
+def shown(result: Row) -> Iterator[list[str]]:
+    """Per runtime and network, tokens a second and the share of the ideal speed-up."""
     tokens, sizes = result["settings"]["tokens"], result["nets"]
     for runtime, nets in result["runtimes"].items():
-        dense, macs = nets["dense"], "macs" if runtime == "onnxruntime" else "macs_last"
+        macs = "macs" if runtime == "onnxruntime" else "macs_last"
         for name, acts in nets.items():
             ratio = sizes[name][macs] / sizes["dense"][macs]
-            prefill, decode = acts["prefill"], acts.get("decode")
-            faster = dense["prefill"]["min_s"] / prefill["min_s"]
-            row = [
-                runtime,
-                name,
-                f"{ratio:.3f}",
-                f"{tokens / prefill['min_s']:.0f}, {tokens / prefill['median_s']:.0f}",
-            ]
-            row += [f"{faster:.2f}", f"{faster * ratio:.2f}"]
-            if decode:
-                row += [f"{1 / decode['min_s']:.1f}, {1 / decode['median_s']:.1f}"]
-                row += [f"{dense['decode']['min_s'] / decode['min_s']:.2f}"]
-            else:
-                row += ["", ""]
-            lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+            faster = nets["dense"]["prefill"]["min_s"] / acts["prefill"]["min_s"]
+            prefill = ", ".join(f"{tokens / acts['prefill'][key]:.0f}" for key in ("min_s", "median_s"))
+            row = [runtime, name, f"{ratio:.3f}", prefill, f"{faster:.2f}", f"{faster * ratio:.2f}", "", ""]
+            if decode := acts.get("decode"):
+                row[-2] = ", ".join(f"{1 / decode[key]:.1f}" for key in ("min_s", "median_s"))
+                row[-1] = f"{nets['dense']['decode']['min_s'] / decode['min_s']:.2f}"
+            yield row
 
 
 if __name__ == "__main__":

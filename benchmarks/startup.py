@@ -8,16 +8,14 @@ Every command line is run in a folder of its own with a finished run, a folder t
 more. The fastest of at most three runs counts; slow ones are run once. Memory is the peak resident set of the process.
 """
 
-import argparse
-import datetime
-import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from shared import Timed, add, arguments, last_line, rows, timed
 
 HERE = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "startup.jsonl"
@@ -52,84 +50,62 @@ SOURCES = ("prune", "grow", "evaluate")
 DEVICES = ("prune", "learn", "search", "evaluate", "chat")
 
 
-def cases() -> list[tuple[str, str, str]]:
+def cases() -> Iterator[tuple[str, str, str]]:
     """Every command line: command, what is wrong with it, words."""
-    lines = [("", "help", "--help"), ("", "mistyped command", "prun"), ("", "mistyped option", "--halp")]
+    yield from (("", "help", "--help"), ("", "mistyped command", "prun"), ("", "mistyped option", "--halp"))
     for command, good in GOOD.items():
-        lines.append((command, "help", f"{command} --help"))
-        lines.append((command, "mistyped option", f"{command} {good} --oot new"))
+        yield command, "help", f"{command} --help"
         out = " --out new" if command in FOLDERS else ""
-        name = good.partition(" ")[0]
-        if command in MODELS:
-            former, missing = ("resnet18" if "resnet18" in good else name), "no-such-model"
-            lines.append((command, "missing model", f"{command} {good.replace(former, missing)}{out}"))
-        if command in METHODS:
-            lines.append((command, "unknown method", f"{command} {good} {METHODS[command]} no_such{out}"))
-        if command in METHODS and command != "methods":
-            lines.append((command, "unknown setting", f"{command} {good} --set no_such=1{out}"))
-        if command in SOURCES:
-            lines.append((command, "missing source", f"{command} {good} --source mine=nowhere.txt{out}"))
-            lines.append((command, "unknown text domain", f"{command} {good} --source nws{out}"))
-        if command in DEVICES:
-            lines.append((command, "mistyped device", f"{command} {good} --device cudda{out}"))
-            lines.append((command, "unavailable device", f"{command} {good} --device cuda:99{out}"))
-        if command in FOLDERS:
-            lines.append((command, "--out holds something else", f"{command} {good} --out full"))
-            lines.append((command, "unwritable --out", f"{command} {good} --out /proc/new"))
-        if command in FILES:
-            option = FILES[command]
-            lines.append((command, f"{option} holds something else", f"{command} {good} {option} full/file"))
-            lines.append((command, f"unwritable {option}", f"{command} {good} {option} /proc/new/file.json"))
-    lines.append(("prune", "bad target", "prune resnet18 --target watts=3 --out new"))
-    lines.append(("search", "bad target", "search cells:4-2-1 --data digits --target half --out new"))
-    lines.append(("search", "missing data", "search cells:4-2-1 --data nowhere/ --target 0.2 --out new"))
-    lines.append(("search", "unknown space", "search cels:4-2-1 --data digits --target 0.2 --out new"))
-    lines.append(("learn", "missing data", "learn split:nowhere/:5 --out new"))
-    return lines
+        yield from ((command, case, f"{command} {words}") for case, words in mistakes(command, good, out))
+    yield "prune", "bad target", "prune resnet18 --target watts=3 --out new"
+    yield "search", "bad target", "search cells:4-2-1 --data digits --target half --out new"
+    yield "search", "missing data", "search cells:4-2-1 --data nowhere/ --target 0.2 --out new"
+    yield "search", "unknown space", "search cels:4-2-1 --data digits --target 0.2 --out new"
+    yield "learn", "missing data", "learn split:nowhere/:5 --out new"
 
 
-def timed(words: list[str], folder: Path, env: dict[str, str]) -> tuple[float, float, float, int, str]:
-    """Wall and CPU seconds, peak memory in MB, exit code and the last line of one process."""
-    with tempfile.TemporaryFile() as output:
-        start = time.perf_counter()
-        process = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        lines = output.read().decode(errors="replace").strip().splitlines()
-    peak = usage.ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
-    return seconds, usage.ru_utime + usage.ru_stime, peak, process.returncode, lines[-1] if lines else ""
+def mistakes(command: str, good: str, out: str) -> Iterator[tuple[str, str]]:
+    """What is wrong, and the words of a command."""
+    yield "mistyped option", f"{good} --oot new"
+    if command in MODELS:
+        model = "resnet18" if "resnet18" in good else good.partition(" ")[0]
+        yield "missing model", f"{good.replace(model, 'no-such-model')}{out}"
+    if command in METHODS:
+        yield "unknown method", f"{good} {METHODS[command]} no_such{out}"
+    if command in METHODS and command != "methods":
+        yield "unknown setting", f"{good} --set no_such=1{out}"
+    if command in SOURCES:
+        yield "missing source", f"{good} --source mine=nowhere.txt{out}"
+        yield "unknown text domain", f"{good} --source nws{out}"
+    if command in DEVICES:
+        yield "mistyped device", f"{good} --device cudda{out}"
+        yield "unavailable device", f"{good} --device cuda:99{out}"
+    if command in FOLDERS:
+        yield "--out holds something else", f"{good} --out full"
+        yield "unwritable --out", f"{good} --out /proc/new"
+    if command in FILES:
+        yield f"{FILES[command]} holds something else", f"{good} {FILES[command]} full/file"
+        yield f"unwritable {FILES[command]}", f"{good} {FILES[command]} /proc/new/file.json"
 
 
-def fastest(words: list[str], folder: Path, env: dict[str, str]) -> tuple[float, float, float, int, str]:
+def fastest(words: list[str], folder: Path, env: dict[str, str]) -> Timed:
     """The fastest of three runs; of one run if it takes two seconds."""
     runs = [timed(words, folder, env)]
-    while len(runs) < 3 and runs[0][0] < 2:
+    while len(runs) < 3 and runs[0].seconds < 2:
         runs.append(timed(words, folder, env))
-    return min(runs)
+    return min(runs, key=lambda run: run.seconds)
 
 
 def imports_torch(words: list[str], folder: Path, env: dict[str, str]) -> bool:
     """Whether a command line imports torch."""
-    told = subprocess.run(
-        [words[0], "-X", "importtime", *words[1:]],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    return any(line.endswith("| torch") or line.split("|")[-1].strip() == "torch" for line in told.stderr.splitlines())
+    told = timed([words[0], "-X", "importtime", *words[1:]], folder, env).text
+    return any(line.split("|")[-1].strip() == "torch" for line in told.splitlines())
 
 
 def measure(checkout: Path, only: str) -> None:
     """Run every command line of a checkout, and append a row for each to the result file."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    env = os.environ | {"PYTHONPATH": str(checkout / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, text=True).strip()
+    env = {"PYTHONPATH": str(checkout / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(HERE / "tests" / "fixtures" / "runs" / "prune", folder / "run")
@@ -137,36 +113,29 @@ def measure(checkout: Path, only: str) -> None:
         (folder / "full" / "file").write_text("something else\n")
         (folder / "plan.json").write_text((folder / "run" / "ledger.json").read_text())
         for command, case, line in cases():
-            if only and only not in line:
+            if only not in line:
                 continue
             bare = fastest([sys.executable, "-c", "pass"], folder, env)
             words = [sys.executable, "-m", "regrow", *line.split()]
-            seconds, cpu, peak, code, message = fastest(words, folder, env)
-            row = {
-                "commit": commit,
-                "command": command,
-                "case": case,
-                "line": f"regrow {line}",
-                "code": code,
-                "message": "" if case == "help" else message,
-                "seconds": round(seconds, 3),
-                "cpu_seconds": round(cpu, 3),
-                "peak_mb": round(peak, 1),
-                "python_seconds": round(bare[0], 3),
-                "python_mb": round(bare[2], 1),
-                "torch": imports_torch(words, folder, env) if seconds < 2 else True,
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            }
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            print(f"{seconds - bare[0]:6.2f} s  {peak:6.0f} MB  torch {row['torch']!s:5}  {code}  {line}", flush=True)
+            done = fastest(words, folder, env)
+            row = {"commit": commit, "command": command, "case": case, "line": f"regrow {line}", "code": done.code}
+            row |= {"message": "" if case == "help" else last_line(done.text)}
+            row |= {"seconds": round(done.seconds, 3), "cpu_seconds": round(done.cpu, 3)}
+            row |= {"peak_mb": round(done.peak, 1), "python_seconds": round(bare.seconds, 3)}
+            row |= {"python_mb": round(bare.peak, 1)}
+            row |= {"torch": imports_torch(words, folder, env) if done.seconds < 2 else True}
+            add(RESULTS, row)
+            print(
+                f"{done.seconds - bare.seconds:6.2f} s  {done.peak:6.0f} MB  torch {row['torch']!s:5}  {line}",
+                flush=True,
+            )
 
 
 def table() -> None:
     """Print the rows of the first and the last commit in the result file side by side."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    commits = list(dict.fromkeys(row["commit"] for row in rows))
-    by = {(row["commit"], row["line"]): row for row in rows}
+    every = rows(RESULTS)
+    commits = list(dict.fromkeys(row["commit"] for row in every))
+    by = {(row["commit"], row["line"]): row for row in every}
     print(f"seconds above python -c pass, and peak MB: {commits[0]} → {commits[-1]}")
     for command, case, line in cases():
         cells = []
@@ -178,11 +147,7 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=HERE, help="the root of the checkout that is measured")
-    parser.add_argument("--only", default="", help="only command lines that contain this")
-    parser.add_argument("--table", action="store_true", help="only print the committed rows")
-    given = parser.parse_args()
+    given = arguments(__doc__, checkout=HERE, only="", table=False)
     if given.table:
         table()
     else:

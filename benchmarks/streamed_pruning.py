@@ -4,7 +4,6 @@
     python benchmarks/streamed_pruning.py --size 3.2B --limit 4GB        # 6.4 GB, in a control group of 4 GB
     python benchmarks/streamed_pruning.py --size 0.25B --layers 8 16 32  # the peak over depth, at one width
     python benchmarks/streamed_pruning.py --size 8B --memory 16GiB --dtype float32 --tokens 1024
-    python benchmarks/streamed_pruning.py --equal gemma3-270m            # files of a run in memory and a streamed one
 
 Weights are random, in bfloat16, in shards of 1 GB. What counts is the peak resident memory of the process (VmHWM, reset
 once everything is imported), beside the prediction and what the model's size allows: embeddings + 2.5 blocks + 1.7
@@ -14,7 +13,6 @@ reading, of the forward passes of the same windows and of writing, each alone. I
 minutes on two idle cores, the others one to two.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import date
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from shared import Row, add, arguments
 
 from regrow.core.amounts import parse_bytes
 from regrow.nets.packaged import packaged_folder
@@ -46,30 +45,17 @@ SIZES = {
 SHARD = 10**9
 
 
-def configuration(size: str, layers: int) -> dict[str, object]:
+def configuration(size: str, layers: int) -> Row:
     """The configuration of a Llama of a size."""
     hidden, inner, usual, heads, groups, vocabulary, tied = SIZES[size]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers or usual,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "head_dim": hidden // heads,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-        "dtype": "bfloat16",
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu"}
+    config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers or usual}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": hidden // heads}
+    config |= {"vocab_size": vocabulary, "tie_word_embeddings": tied, "max_position_embeddings": 8192}
+    return config | {"rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0}
 
 
-def make_model(folder: Path, config: dict[str, object]) -> None:
+def make_model(folder: Path, config: Row) -> None:
     """Write a random model of a configuration in shards, one tensor in memory at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -155,79 +141,42 @@ print(json.dumps({"read": read, "forward": forward}))
 """
 
 
-EQUAL = """
-import json, sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from regrow.jobs.prune import run
-from regrow.jobs.recording import Invocation
-from regrow.settings.prune import Settings
-from regrow.streaming import requirements
-model, tokens = sys.argv[1], int(sys.argv[2])
-same = {}
-methods = {"flap": {}, "wanda_sp": {}, "obs": {}, "gprune": {"steps": 0, "start": "base", "shards": 1}}
-for method, given in methods.items():
-    settings = Settings(model, method, given, 0.7, sources=("news", "code", "talk"), tokens=tokens, eval_tokens=256,
-                        seq_len=256, undo=False)
-    with TemporaryDirectory() as place:
-        run(settings, Invocation(f"{place}/whole"))
-        true, requirements.WHOLE = requirements.WHOLE, 1e9  # every network is too large to be loaded whole
-        lines = []
-        run(settings, Invocation(f"{place}/streamed", memory="64GiB", announce=lines.append))
-        requirements.WHOLE = true
-        assert "blocks at a time" in lines[0]
-        files = ["ledger.json", "model.safetensors", "shapes.json", "probe.st", "scores.json", "axes.json"]
-        pairs = [[(Path(place) / kind / one).read_bytes() for kind in ("whole", "streamed")] for one in files]
-        same[method] = {one: left == right for one, (left, right) in zip(files, pairs)}
-print(json.dumps({"same": same}))
-"""
-
-
 @contextmanager
-def limited(limit: int) -> Iterator[tuple[Callable[[], None] | None, Callable[[], dict[str, object]]]]:
-    """Yield what a child process calls to enter a control group with a limit of memory, and what reads its counters.
-
-    Without a limit, or where no group can be made, the first is ``None``; why is printed.
-    """
-    none: dict[str, object] = {"limit": None}
+def limited(limit: int) -> Iterator[Path | None]:
+    """Make a control group with a limit of memory, which a process enters; without a limit there is none."""
     if not limit:
-        yield None, lambda: none
+        yield None
         return
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    first = next((path for _, names, path in lines if names == "memory"), None)
+    first = next((path for _, names, path in lines if names == "memory"), None)  # of the first version, if not None
     unified = next((path for number, _, path in lines if number == "0"), "/")
     base = Path("/sys/fs/cgroup", "memory" if first is not None else "", (first or unified).lstrip("/"))
     group = base / f"streamed-pruning-{os.getpid()}"
-    most = "memory.limit_in_bytes" if first is not None else "memory.max"
-    counter = "memory.failcnt" if first is not None else "memory.events"
+    group.mkdir()
     try:
-        group.mkdir()
-        (group / most).write_text(str(limit))
-    except OSError as error:
-        print(f"no control group with a limit of memory can be made here ({error}); it runs without")
-        with suppress(OSError):
-            group.rmdir()
-        yield None, lambda: none
-        return
-    try:
-        yield (
-            lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
-            lambda: {"limit": limit, "reclaims": (group / counter).read_text().split()},
-        )
+        (group / ("memory.max" if first is None else "memory.limit_in_bytes")).write_text(str(limit))
+        yield group
     finally:
         group.rmdir()
 
 
-def measured(script: str, *words: object, limit: int = 0) -> dict[str, object]:
+def measured(script: str, *words: object, limit: int = 0) -> Row:
     """Run a script in a process of its own and return what it printed, as one record."""
-    command = [sys.executable, "-c", script, *map(str, words)]
-    with limited(limit) as (enter, counters):
+    row: Row = {}
+    with limited(limit) as group:
+
+        def enter() -> None:
+            if group:
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        command = [sys.executable, "-c", script, *map(str, words)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter)
-        more = counters() if limit else {}
-    row: dict[str, object] = {}
-    for line in done.stdout.splitlines():
-        row |= json.loads(line)
-    return row | more
+        for line in done.stdout.splitlines():
+            row |= json.loads(line)
+        if group:
+            counter = next(group / name for name in ("memory.events", "memory.failcnt") if (group / name).exists())
+            row |= {"limit": limit, "reclaims": counter.read_text().split()}
+    return row
 
 
 def write_alone(folder: Path) -> float:
@@ -241,58 +190,47 @@ def write_alone(folder: Path) -> float:
     return time.time() - start
 
 
-def prune(
-    size: str, layers: int, place: Path, tokens: int, seq: int, limit: int, memory: str, dtype: str
-) -> dict[str, object]:
-    """Make a model, prune it from the command line, and return the row of the result."""
+def made(size: str, layers: int, place: Path) -> tuple[Path, int]:
+    """The folder of a model, made unless it is there, and its number of layers."""
     config = configuration(size, layers)
-    layers = int(str(config["num_hidden_layers"]))
-    folder, out = place / f"llama-{size}-{layers}", place / f"run-{size}-{layers}"
+    folder = place / f"llama-{size}-{config['num_hidden_layers']}"
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         make_model(folder, config)
-    if (out / "model.safetensors").exists() or (out / "run.json").exists():
-        shutil.rmtree(out)
-    hidden, inner, _, heads, groups, vocabulary, tied = SIZES[size]
+    return folder, config["num_hidden_layers"]
+
+
+def prune(args: Namespace, layers: int) -> Row:
+    """Make a model, prune it from the command line, and return the row of the result."""
+    folder, layers = made(args.size, layers, args.folder)
+    out = args.folder / f"run-{args.size}-{layers}"
+    shutil.rmtree(out, ignore_errors=True)
+    hidden, inner, _, heads, groups, vocabulary, tied = SIZES[args.size]
     block = hidden * (3 * inner + 2 * hidden + 2 * hidden // heads * groups) + 2 * hidden
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    item = getattr(torch, dtype or "bfloat16").itemsize
+    item = getattr(torch, args.dtype or "bfloat16").itemsize
     bound = item * vocabulary * hidden * (2 - tied) + int(2.5 * item * block + 1.7 * 8 * block) + 2**30
-    memory = memory or f"{bound >> 20}MiB"
-    row = measured(RUN, folder, out, tokens, seq, 0.7, memory, dtype, limit=limit)
-    row |= measured(PLAIN, folder, tokens, seq, dtype) | {"write": write_alone(out)}
-    seconds = row["seconds"]
-    assert isinstance(seconds, dict)
-    work = sum(seconds.get(name, 0) for name in ("calibrate", "plan", "apply"))
-    plain = sum(float(str(row[name])) for name in ("read", "forward", "write"))
+    memory = args.memory or f"{bound >> 20}MiB"
+    limit = parse_bytes(args.limit) if args.limit else 0
+    row = {"size": args.size, "layers": layers, "tokens": args.tokens, "seq_len": args.seq_len, "memory": memory}
+    row |= {"dtype": args.dtype}
+    row |= measured(RUN, folder, out, args.tokens, args.seq_len, 0.7, memory, args.dtype, limit=limit)
+    row |= measured(PLAIN, folder, args.tokens, args.seq_len, args.dtype) | {"write": write_alone(out)}
+    work = sum(row["seconds"].get(name, 0) for name in ("calibrate", "plan", "apply"))
+    plain = sum(row[name] for name in ("read", "forward", "write"))
     row |= {"model_bytes": stored, "block_bytes": item * block, "bound": bound, "work": work, "ratio": work / plain}
-    return {"size": size, "layers": layers, "tokens": tokens, "seq_len": seq, "memory": memory, "dtype": dtype} | row
+    return row | {"versions": versions(), "threads": torch.get_num_threads()}
+
+
+FOLDER = Path(tempfile.gettempdir()) / "streamed-pruning"
 
 
 def main() -> None:
     """Measure and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="0.5B", choices=SIZES)
-    parser.add_argument("--layers", type=int, nargs="*", default=[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--limit", default="", help="the limit of a control group for the pruning process, like 4GB")
-    parser.add_argument("--memory", default="", help="what the run may use; default: the bound above")
-    parser.add_argument("--dtype", default="", help="float32, for example; default: that of the weights")
-    parser.add_argument("--equal", metavar="MODEL", help="compare the files of a run in memory and a streamed one")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "streamed-pruning")
-    given = parser.parse_args()
-    for layers in given.layers:
-        if given.equal:
-            row: dict[str, object] = {"equal": given.equal, "tokens": 512} | measured(EQUAL, given.equal, 512)
-        else:
-            limit = parse_bytes(given.limit) if given.limit else 0
-            size = given.size, layers, given.folder, given.tokens, given.seq_len
-            row = prune(*size, limit, given.memory, given.dtype)
-        row |= {"date": str(date.today()), "versions": versions(), "threads": torch.get_num_threads()}
-        with OUT.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row, indent=1))
+    words = {"limit": "", "memory": "", "dtype": "", "folder": FOLDER}
+    args = arguments(__doc__, size="0.5B", layers=[0], tokens=8192, seq_len=512, **words)
+    for layers in args.layers:
+        print(json.dumps(add(OUT, prune(args, layers)), indent=1))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,23 @@ Files of ``bigbench`` ask never to be trained on: calibrate and measure with the
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded, read_json, read_text
 from regrow.data.halves import SourceError
-from regrow.data.text import Text
+from regrow.data.text import Text, text
+
+
+def texts(folder: Path) -> dict[str, Callable[[], Text]]:
+    """How each of eight domains is read: four of Python packages, and four of files in a folder."""
+    files = {prose: "moby-dick.txt", legal: "spdx-full.json"}
+    files |= {wiki: "new_wiki_v1.0.json", dialogue: "topical_chat/task.json"}
+    domains = {name: partial(text, name) for name in ("news", "code", "manual", "talk")}
+    return domains | {read.__name__: partial(read, folder / name) for read, name in files.items()}
 
 
 def wiki(path: Path) -> Text:

@@ -19,36 +19,29 @@ result must be readable in between, and be the old or the new one; at the end ev
 happened, and no other file may be there (``crashes/places.py``). A failure is one line, and no traceback.
 """
 
-import argparse
 import errno
-import json
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-sys.dont_write_bytecode = True
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "cli")]
+from crashes.cases import CASES
+from crashes.places import Place, contents, differences, place_of, workplace
+from crashes.supervised import BEFORE, Outcome
+from harness import Row, add, arguments, rows, table, today
 
-from crashes.cases import CASES  # noqa: E402
-from crashes.places import Place, contents, differences  # noqa: E402
-from crashes.supervised import BEFORE, Outcome, usable  # noqa: E402
-
-OUT = HERE / "results" / "faults.jsonl"
+OUT = Path(__file__).parent / "results" / "faults.jsonl"
 NOBODY, DISK = 65534, 64
 DATE = re.compile(rb"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d")
-Row = dict[str, Any]
 
 
 def two_processes(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
@@ -246,67 +239,45 @@ def _row(at: str, outcome: Outcome, faults: list[str], again: Outcome | None = N
     return {"at": at, "code": outcome.code, "said": said, "again": again and again.code, "faults": faults}
 
 
-def main() -> None:
-    """Run the chosen faults, or print the table of earlier ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=list(FAULTS))
-    parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--sample", type=int, default=6, help="moments per fault and command")
-    parser.add_argument("--interrupts", type=int, default=20, help="moments of Ctrl-C per command")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--show", action="store_true")
-    asked = parser.parse_args()
-    if not asked.show:
-        if why := usable():
-            sys.exit(why)
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
-            Path(work).chmod(0o755)
-            os.environ |= {"HF_HOME": f"{work}/hf", "TMPDIR": work}
-            Path(work, "hf").mkdir(mode=0o777)
-            Path(work, "hf").chmod(0o777)
-            trials(asked, Path(work))
-    sys.exit(show(asked.out))
-
-
-def trials(asked: argparse.Namespace, work: Path) -> None:
+def trials(asked: Namespace, work: Path) -> None:
     """Run the trials and add a row for each; what is in the output is not done again."""
-    done = Counter((row["fault"], row["case"]) for row in read(asked.out))
-    for name in asked.case or CASES:
+    done = Counter((row["fault"], row["case"]) for row in rows(asked.out))
+    for name in asked.case:
         place = first = None
-        for fault in asked.only or FAULTS:
+        for fault in asked.only:
             if done[fault, name]:
                 continue
             if place is None:
-                place = Place(CASES[name], work / re.sub(r"\W+", "-", name))
+                place = place_of(name, work)
                 first = place.prepare()
-            rows, draw = [], random.Random(f"{asked.seed} {name} {fault}")
-            for row in FAULTS[fault](place, first, draw, asked.interrupts if fault == "Ctrl-C" else asked.sample):
-                rows.append({"fault": fault, "case": name, **row, "day": time.strftime("%Y-%m-%d")})
+            draw = random.Random(f"{asked.seed} {name} {fault}")
+            found = list(FAULTS[fault](place, first, draw, asked.interrupts if fault == "Ctrl-C" else asked.sample))
+            for row in found:
+                add(asked.out, {"fault": fault, "case": name, **row}, day=today())
                 if row["faults"]:
-                    print(
-                        f"  {fault}, {name}, {row['at']}: {row['code']} {row['said']}: {row['faults'][:4]}", flush=True
-                    )
-            print(f"{fault}, {name}: {len(rows)} trials, {sum(bool(row['faults']) for row in rows)} faults", flush=True)
-            with asked.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                    print(f"  {fault}, {name}, {row['at']}: {row['code']} {row['said']}: {row['faults'][:4]}")
+            print(
+                f"{fault}, {name}: {len(found)} trials, {sum(bool(row['faults']) for row in found)} faults", flush=True
+            )
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of earlier calls."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def show(path: Path) -> int:
-    """Print what was found, fault by fault; returns 1 if anything was wrong."""
-    rows = read(path)
-    print("| fault | commands | trials | exit codes | wrong |\n|" + "---|" * 5)
+def show(found: list[Row]) -> Iterator[list[object]]:
+    """What was found, fault by fault."""
     for fault in FAULTS:
-        mine = [row for row in rows if row["fault"] == fault]
+        mine = [row for row in found if row["fault"] == fault]
         codes = ", ".join(f"{code}: {many}" for code, many in sorted(Counter(row["code"] for row in mine).items()))
-        cells = [fault, len({row["case"] for row in mine}), len(mine), codes, sum(bool(row["faults"]) for row in mine)]
-        print("| " + " | ".join(map(str, cells)) + " |")
-    return int(any(row["faults"] for row in rows))
+        yield [fault, len({row["case"] for row in mine}), len(mine), codes, sum(bool(row["faults"]) for row in mine)]
+
+
+def main() -> None:
+    """Run the chosen faults, or print the table of earlier ones."""
+    asked = arguments(__doc__, OUT, only=(*FAULTS,), case=(*CASES,), sample=6, interrupts=20, seed=0)
+    if not asked.show:
+        with workplace() as work:
+            trials(asked, work)
+    found = rows(asked.out)
+    print("\n".join(table(("fault", "commands", "trials", "exit codes", "wrong"), show(found))))
+    sys.exit(any(row["faults"] for row in found))
 
 
 if __name__ == "__main__":

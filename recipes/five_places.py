@@ -9,22 +9,23 @@ Told per place: of how many prompts the next token is another one and by how muc
 difference of a logit, and how many of the first prompts go on with the same words.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_check import asked, prompts_of
+import torch
+from harness import Row, arguments, today, write
 
 import regrow
+from regrow.data import Half, text, windows
 from regrow.store.pretrained import read_tokenizer
 from regrow.store.versions import versions
 
+OUT = Path(__file__).parent / "results" / "five_places.json"
 GREEDY = 4
 """Prompts that are carried on."""
 
@@ -54,14 +55,12 @@ def asking(model):
     return ask
 """
 PLACES = {
-    "regrow": SPEAK
-    + TORCH
+    "regrow": TORCH
     + """
 import regrow
 speak(asking(regrow.load(job["run"], dtype=torch.float32)), "regrow")
 """,
-    "transformers": SPEAK
-    + TORCH
+    "transformers": TORCH
     + """
 import importlib.util
 assert importlib.util.find_spec("regrow") is None, "regrow is installed here; it must not be"
@@ -69,8 +68,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(job["run"], trust_remote_code=True, dtype=torch.float32)
 speak(asking(model), "transformers")
 """,
-    "onnxruntime": SPEAK
-    + """
+    "onnxruntime": """
 import onnxruntime
 session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
 def ask(ids):
@@ -78,14 +76,22 @@ def ask(ids):
     return session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})[0][0, -1]
 speak(ask, "onnxruntime")
 """,
-    "lm-eval": SPEAK
-    + TORCH
+    "lm-eval": TORCH
     + """
 from lm_eval.models.huggingface import HFLM
 harness = HFLM(pretrained=job["run"], trust_remote_code=True, device="cpu", dtype="float32")
 def ask(ids):
     return harness._model_call(torch.tensor([ids]))[0, -1].float().numpy()
 speak(ask, "lm-eval")
+""",
+    "llama.cpp": """
+import llama_cpp
+net = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=256, type_k=0, type_v=0, logits_all=True, verbose=False)
+def ask(ids):
+    net.reset()
+    net.eval(ids)
+    return numpy.array(net.scores[len(ids) - 1])
+speak(ask, "llama.cpp")
 """,
 }
 
@@ -96,23 +102,22 @@ def ran(python: str, code: str, folder: Path) -> None:
     Raises:
         SystemExit: If it fails.
     """
-    done = subprocess.run([python, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", SPEAK + code, str(folder)], capture_output=True, text=True, cwd="/"
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-1500:])
 
 
-def llama_cpp(run: Path, folder: Path, job: dict[str, Any], python: str) -> None:
-    """Stock llama.cpp with a file in float32."""
-    regrow.export(run, folder / "model.gguf", format="gguf", dtype="f32")
-    one = {"file": str(folder / "model.gguf"), "name": "llama", "exact": True, "prompts": job["prompts"], "whole": 1}
-    scratch = folder / "llama"
-    scratch.mkdir()
-    said = asked(python, [one | {"greedy": [job["greedy"], job["steps"]], "texts": []}], scratch)
-    (scratch / "llama.last.npy").replace(folder / "llama.cpp.npy")
-    (folder / "llama.cpp.json").write_text(json.dumps(said["said"]["llama"]["greedy"]))
+def prompts_of(tokenizer: Any, n: int, length: int) -> torch.Tensor:
+    """Windows of all kinds of text, one kind after the other, ``[n, length]``."""
+    kinds = ("news", "code", "manual", "talk")
+    sources = [windows(text(kind), tokenizer, n=-(-n // 4), seq_len=length, half=Half.EVALUATION) for kind in kinds]
+    ids = [torch.cat([batch.args[0] for batch in source]) for source in sources]
+    return torch.stack(ids, 1).flatten(0, 1)[:n]
 
 
-def compared(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
+def compared(name: str, folder: Path, tokenizer: Any) -> Row:
     """A place beside the reference."""
     ours, theirs = np.load(folder / "regrow.npy"), np.load(folder / f"{name}.npy")
     other = np.flatnonzero(ours.argmax(-1) != theirs.argmax(-1))
@@ -129,47 +134,33 @@ def compared(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Ask everywhere, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--plain", metavar="PYTHON", help="an interpreter with transformers and without regrow")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
-    parser.add_argument("--steps", type=int, default=24, help="tokens that a prompt is carried on by")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "five_places.json")
-    args = parser.parse_args()
-    run = args.run.resolve()
+    sizes = {"prompts": 200, "tokens": 32, "steps": 24}
+    args = arguments(__doc__, OUT, {"run": ()}, plain="", llama_cpp="", **sizes)
+    run = Path(args.run).resolve()
     tokenizer = read_tokenizer(run)
     prompts = prompts_of(tokenizer, args.prompts, args.tokens)
     settings = json.loads((run / "run.json").read_text())["settings"]
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "versions": versions(),
-        "run": {name: settings[name] for name in ("model", "method", "method_settings", "keep", "seed")},
-        "prompts": len(prompts),
-        "tokens_of_a_prompt": args.tokens,
-        "carried_on": {"prompts": GREEDY, "tokens": args.steps},
-        "places": {},
-    }
+    result: Row = {"date": today(), "versions": versions(), "places": {}}
+    result["run"] = {name: settings[name] for name in ("model", "method", "method_settings", "keep", "seed")}
+    result |= {"prompts": len(prompts), "tokens_of_a_prompt": args.tokens}
+    result |= {"carried_on": {"prompts": GREEDY, "tokens": args.steps}}
+    pythons = {"transformers": args.plain, "onnxruntime": sys.executable, "lm-eval": sys.executable}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         job = {"run": str(run), "prompts": prompts.tolist(), "greedy": GREEDY, "steps": args.steps}
         (folder / "job.json").write_text(json.dumps(job))
         ran(sys.executable, PLACES["regrow"], folder)
         result["largest_logit"] = float(np.abs(np.load(folder / "regrow.npy")).max())
-        result["texts"] = [tokenizer.decode(one) for one in json.loads((folder / "regrow.json").read_text())[:2]]
+        result["texts"] = [tokenizer.decode(ids) for ids in json.loads((folder / "regrow.json").read_text())[:2]]
         regrow.export(run, folder / "model.onnx", format="onnx")
-        for name in ("transformers", "onnxruntime", "lm-eval"):
-            python = args.plain if name == "transformers" else sys.executable
+        if args.llama_cpp:
+            regrow.export(run, folder / "model.gguf", format="gguf", dtype="f32")
+        for name, python in {**pythons, "llama.cpp": args.llama_cpp}.items():
             if python:
                 ran(python, PLACES[name], folder)
                 result["places"][name] = compared(name, folder, tokenizer)
                 print(name, result["places"][name], flush=True)
-        if args.llama_cpp:
-            llama_cpp(run, folder, job, args.llama_cpp)
-            result["places"]["llama.cpp"] = compared("llama.cpp", folder, tokenizer)
-            print("llama.cpp", result["places"]["llama.cpp"], flush=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ that fails, or whose worker is lost, leaves the others alone; the exit code is t
 run: its command, exit code, seconds and the last line of its log. Every machine needs regrow and the same folders.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -28,7 +27,8 @@ import tomllib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+
+from harness import Row, add, arguments, finished, last_line
 
 
 def read_rows(file: Path) -> list[list[str]]:
@@ -43,29 +43,27 @@ def read_rows(file: Path) -> list[list[str]]:
             if isinstance(value, bool):
                 words += [option] * value
             else:
-                words += [
-                    word for part in (value if isinstance(value, list) else [value]) for word in (option, f"{part}")
-                ]
+                for part in value if isinstance(value, list) else [value]:
+                    words += [option, str(part)]
         rows.append(words)
     return rows
 
 
-def run_row(words: Sequence[str], out: Path, threads: int, cwd: str) -> dict[str, Any]:
+def run_row(words: Sequence[str], out: Path, threads: int, cwd: str) -> Row:
     """Run one command line unless its folder is finished; return its row."""
     text = " ".join(words)
     name = re.sub(r"[^\w.=]+", "-", text)[-60:].strip("-.") + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
     folder, log, began, code = out / name, out / f"{name}.log", time.monotonic(), 0
-    record = folder / "run.json"
-    if not (record.is_file() and json.loads(record.read_text("utf-8")).get("finished")):
+    if not finished(folder):
         command = [sys.executable, "-m", "regrow", *words, "--out", str(folder)]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log.open("wb") as file:
             code = subprocess.run(command, cwd=cwd, env=env, stdout=file, stderr=file, check=False).returncode
-    last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2] if code else ""
+    last = last_line(log.read_text("utf-8", "replace")) if code else ""
     return {"folder": str(folder), "exit_code": code, "error": last, "seconds": round(time.monotonic() - began, 1)}
 
 
-def submit_to_ray(rows: Sequence[Sequence[str]], out: Path, threads: int, cwd: str) -> list[Future[dict[str, Any]]]:
+def submit_to_ray(rows: Sequence[Sequence[str]], out: Path, threads: int, cwd: str) -> list[Future[Row]]:
     """Submit the rows as tasks of a Ray cluster; a row with ``--device cuda`` takes a GPU."""
     import ray
 
@@ -78,13 +76,9 @@ def submit_to_ray(rows: Sequence[Sequence[str]], out: Path, threads: int, cwd: s
 
 def main() -> int:
     """Run a grid and print a table; return 1 if a run failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--local", type=int, metavar="N", help="run N at a time on this machine, without Ray")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (1)")
-    args = parser.parse_args()
-    rows, out, cwd, failed = read_rows(args.file), args.out.absolute(), str(Path.cwd()), 0
+    args = arguments(__doc__, choice={"file": ()}, out=Path, local=int, threads=1)
+    rows, out, cwd, failed = read_rows(Path(args.file)), args.out.absolute(), str(Path.cwd()), 0
+    (out / "rows.jsonl").unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     pool = ThreadPoolExecutor(args.local or 1)
     if args.local:
@@ -93,13 +87,12 @@ def main() -> int:
         futures = submit_to_ray(rows, out, args.threads, cwd)
     commands = dict(zip(futures, rows, strict=True))
     try:
-        with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
-            for future in as_completed(futures):
-                lost = future.exception()
-                row = {"exit_code": None, "error": f"lost: {type(lost).__name__}"} if lost else future.result()
-                failed += row["exit_code"] != 0
-                print(json.dumps({"words": commands[future], **row}), file=file, flush=True)
-                print(f"exit code {row['exit_code']}: {' '.join(commands[future])}  {row['error']}", flush=True)
+        for future in as_completed(futures):
+            lost = future.exception()
+            row = {"exit_code": None, "error": f"lost: {type(lost).__name__}"} if lost else future.result()
+            failed += row["exit_code"] != 0
+            add(out / "rows.jsonl", {"words": commands[future], **row})
+            print(f"exit code {row['exit_code']}: {' '.join(commands[future])}  {row['error']}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     print(f"{len(rows)} runs, {failed} failed")

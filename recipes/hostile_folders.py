@@ -1,8 +1,7 @@
 """Every command on folders whose files name code: nothing that a file names may be imported or called.
 
     python recipes/hostile_folders.py                                every command on every folder, one row each
-    python recipes/hostile_folders.py --sample 40 --seed 1           so many of all, drawn
-    python recipes/hostile_folders.py --out results/hostile_folders.jsonl
+    python recipes/hostile_folders.py --sample 40 --seed 1 --out F   so many of all, drawn
     python recipes/hostile_folders.py --show                         what is committed
 
 The folders: ``hostile/folders.py``. The working directory holds modules with the names that the files give; they are
@@ -11,9 +10,7 @@ found by Python like any other. A process watches its own imports, code, program
 the honest folder as well is told apart (``honest``).
 """
 
-import argparse
 import contextlib
-import datetime
 import importlib
 import io
 import json
@@ -28,13 +25,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
-sys.dont_write_bytecode = True
+from harness import Row, add, arguments, last_line, rows
+from hostile import watch
+from hostile.folders import HOSTILE, make_honest, tamper
 
-from hostile import watch  # noqa: E402
-from hostile.folders import HOSTILE, make_honest, tamper  # noqa: E402
+HERE = Path(__file__).resolve().parent
+OUT = HERE / "results" / "hostile_folders.jsonl"
 
 SMALL = "--source digits --tokens 64 --eval-tokens 64"
 COMMANDS: dict[str, str] = {
@@ -89,13 +85,13 @@ def _in_python(command: str, folder: Path) -> int:
         return nn.Sequential(nn.Linear(2, 2))
 
     try:
-        if command == "regrow.nets.load":
-            load(str(folder))
-        elif command == "regrow.load":
-            regrow.load(folder)
-        else:
-            net = regrow.load(folder, model=_classifier if folder.name.startswith("prune") else mine)
-            save(net, "copy")
+        match command:
+            case "regrow.nets.load":
+                load(str(folder))
+            case "regrow.load":
+                regrow.load(folder)
+            case _:
+                save(regrow.load(folder, model=_classifier if folder.name.startswith("prune") else mine), "copy")
     except _QUIET as error:
         print(error)
         return 2
@@ -113,19 +109,18 @@ def _classifier() -> Any:
     return module.classifier()[0]
 
 
-def tried(name: str, commands: list[str], honest: Path, seed: int) -> list[dict[str, Any]]:
+def tried(name: str, commands: list[str], honest: Path, seed: int) -> list[Row]:
     """Run commands on copies of one folder in a process of its own; a row for each."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
         os.close(writing)
         with os.fdopen(reading) as lines:
-            rows = [json.loads(line) for line in lines]
+            found = [json.loads(line) for line in lines]
         os.waitpid(child, 0)
-        for command in commands[len(rows) :]:  # what ended the process is a finding, too
-            rows.append({"folder": name, "command": command, "code": -1, "foreign": ["the process ended"]})
-            break
-        return rows
+        for command in commands[len(found) :][:1]:  # what ended the process is a finding, too
+            found.append({"folder": name, "command": command, "code": -1, "foreign": ["the process ended"]})
+        return found
     os.close(reading)
     with os.fdopen(writing, "w") as out, tempfile.TemporaryDirectory() as place:
         here = Path(place).resolve()
@@ -147,7 +142,7 @@ def _once(cell: Path, name: str, command: str, honest: Path, seed: int | None) -
     os.chdir(cell)
     watch.lay_canaries(cell)
     sys.path.append(str(cell))
-    folder, noise, codes = cell / HOSTILE[name].base, io.StringIO(), [99]
+    folder, noise, codes = cell / HOSTILE[name][0], io.StringIO(), [99]
     if seed is None:
         shutil.copytree(honest / folder.name, folder)
     else:
@@ -155,55 +150,38 @@ def _once(cell: Path, name: str, command: str, honest: Path, seed: int | None) -
     with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
         found = watch.watched(lambda: codes.append(work(command, folder)))
     sys.path.remove(str(cell))
-    lines = [line for line in noise.getvalue().splitlines() if line.strip()] or [""]
     found = [re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", event.replace(str(cell), "HERE")) for event in found]
-    return codes[-1], found, lines[-1].replace(str(cell), "HERE")[:300]
+    return codes[-1], found, last_line(noise.getvalue().replace(str(cell), "HERE"))
 
 
 def main() -> None:
     """Run what was asked for, or show what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=0, help="so many of all pairs of folder and command; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="which are drawn, and which names the files give")
-    parser.add_argument("--folder", action="append", choices=HOSTILE, help="this one only; several may be given")
-    parser.add_argument("--command", action="append", choices=COMMANDS, help="this one only; several may be given")
-    parser.add_argument("--out", type=Path, help="a file of rows; what is there is not done again")
-    parser.add_argument("--show", action="store_true", help="tell what is in the file")
-    given = parser.parse_args()
-    place = given.out or HERE / "results" / "hostile_folders.jsonl"
-    rows = (
-        [json.loads(line) for line in place.read_text().splitlines()]
-        if (place.exists() and given.out) or given.show
-        else []
-    )
+    given = arguments(__doc__, OUT, sample=0, seed=0, folder=(*HOSTILE,), command=(*COMMANDS,))
     if not given.show:
-        pairs = [(name, command) for name in given.folder or HOSTILE for command in given.command or COMMANDS]
+        pairs = [(name, command) for name in given.folder for command in given.command]
         if given.sample:
             pairs = random.Random(given.seed).sample(pairs, given.sample)
-        there = {(row["folder"], row["command"]) for row in rows}
+        there = {(row["folder"], row["command"]) for row in rows(given.out)}
         with tempfile.TemporaryDirectory() as honest, contextlib.redirect_stderr(io.StringIO()):
             make_honest(Path(honest))
             for package in PACKAGES:  # once, not in every process
                 importlib.import_module(package)
             for name in HOSTILE:
-                wanted = [command for one, command in pairs if one == name and (one, command) not in there]
+                wanted = [command for other, command in pairs if other == name and (name, command) not in there]
                 for row in tried(name, wanted, Path(honest), given.seed) if wanted else ():
-                    row["date"] = datetime.date.today().isoformat()
-                    rows.append(row)
-                    if given.out:
-                        with place.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
-    tell(rows)
-    sys.exit(any(row["foreign"] for row in rows))
+                    add(given.out, row)
+    found = rows(given.out)
+    tell(found)
+    sys.exit(any(row["foreign"] for row in found))
 
 
-def tell(rows: list[dict[str, Any]]) -> None:
+def tell(found: list[Row]) -> None:
     """How many pairs there are, and what happened in them."""
-    folders, commands = ({row[key] for row in rows} for key in ("folder", "command"))
-    print(f"{len(rows)} runs: {len(commands)} commands on {len(folders)} hostile folders")
-    print(f"exit codes: {dict(sorted(Counter(row['code'] for row in rows).items()))}")
-    print(f"foreign imports or calls: {sum(len(row['foreign']) for row in rows)}")
-    for row in rows:
+    folders, commands = ({row[key] for row in found} for key in ("folder", "command"))
+    print(f"{len(found)} runs: {len(commands)} commands on {len(folders)} hostile folders")
+    print(f"exit codes: {dict(sorted(Counter(row['code'] for row in found).items()))}")
+    print(f"foreign imports or calls: {sum(len(row['foreign']) for row in found)}")
+    for row in found:
         if row["foreign"] or row["code"] not in (0, 2):
             print(f"  {row['folder']} · {row['command']}: exit {row['code']}, {row['foreign']}")
 

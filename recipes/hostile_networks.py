@@ -16,13 +16,10 @@ by tracing or by ``apply``), ``raw error`` (anything else that is raised, or a t
 network), ``wrong`` (no error and another answer).
 """
 
-import argparse
-import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from datetime import date
+from collections.abc import Callable, Iterator
 from functools import cache
 from math import inf, lcm
 from pathlib import Path
@@ -30,16 +27,13 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-
+from harness import Row, add, arguments, rows, today
 from hostile_nets import algebra, control, memory, shapes, state
-from hostile_nets.build import Built, Front, Net, idle_parts, randomise
+from hostile_nets.build import Built, Front, Net, families, idle_parts, randomise
 from hostile_nets.masking import Double, Masks, answers, kept_entries, masked
 from hostile_nets.zeros import NOT_BY_ZEROS, zero
-from rows import add, rows
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan, PlanError
@@ -51,7 +45,7 @@ OUT = Path(__file__).parent / "results" / "hostile_networks.jsonl"
 FAMILIES = {
     f"{kind.__name__.rpartition('.')[2]}/{name}": family
     for kind in (control, memory, state, algebra, shapes)
-    for name, family in kind.FAMILIES.items()
+    for name, family in families(kind).items()
 }
 VARIANTS = 4
 PLANS = 5
@@ -142,51 +136,39 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return max((float(gap.nan_to_num(inf, inf, inf).max()) for gap in gaps), default=0.0) / scale
 
 
-def by_hand(make: Make, kept: Mapping[str, Tensor], warm: bool) -> tuple[list[Tensor], set[str]]:
-    """What the whole network answers, whose own code says where units are read, and what it read."""
+def made(make: Make, warm: bool) -> Built:
+    """A network, new or after a run."""
     built = make()
     if warm:
         run(built, 1)
-    masks = Masks(kept)
+    return built
+
+
+def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tensor]:
+    """What the whole network answers when the units that a plan drops count for nothing.
+
+    Its own code says where units are read; if it does not, there are zeros in place of all that the cut one has lost.
+
+    Raises:
+        NotImplementedError: If neither way can tell.
+    """
+    # carry_out is what apply does once it has tried
+    kept = kept_entries(lambda: made(make, warm).model, lambda model: carry_out(model, axes, plan)[0])
+    masks, built = Masks(kept), made(make, warm)
     with masked(masks):
-        return run(built), masks.read
-
-
-def by_zeros(make: Make, kept: Mapping[str, Tensor], warm: bool) -> list[Tensor]:
-    """What the whole network answers with zeros in place of all that the cut one has lost."""
-    built = make()
-    if warm:
-        run(built, 1)
-    fast = torch.backends.mha.get_fastpath_enabled()
+        found = run(built)
+    cut = [axes[key] for key, change in plan.changes.items() if len(change.keep) < change.size]
+    if all({f"{slot.name}:{slot.dim}" for slot in axis.slots} & masks.read for axis in cut):
+        return found
+    if axis := next((axis for axis in cut if axis.mark in NOT_BY_ZEROS), None):
+        raise NotImplementedError(f"neither zeros nor the network itself mask {axis.key}, which is {axis.mark}")
+    built, fast = made(make, warm), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with zero(built.model, kept):
             return run(built)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tensor]:
-    """What the whole network answers when the units that a plan drops count for nothing.
-
-    Raises:
-        NotImplementedError: If neither way can tell.
-    """
-
-    def whole() -> nn.Module:
-        built = make()
-        if warm:
-            run(built, 1)
-        return built.model
-
-    kept = kept_entries(whole, lambda model: carry_out(model, axes, plan)[0])  # what apply does once it has tried
-    found, read = by_hand(make, kept, warm)
-    cut = [axes[key] for key, change in plan.changes.items() if len(change.keep) < change.size]
-    if all({f"{slot.name}:{slot.dim}" for slot in axis.slots} & read for axis in cut):
-        return found
-    if axis := next((axis for axis in cut if axis.mark in NOT_BY_ZEROS), None):
-        raise NotImplementedError(f"neither zeros nor the network itself mask {axis.key}, which is {axis.mark}")
-    return by_zeros(make, kept, warm)
 
 
 def left_behind(model: nn.Module) -> str:
@@ -216,7 +198,7 @@ def left_behind(model: nn.Module) -> str:
     return ""
 
 
-def examine(name: str, make: Make, marks: tuple[str, ...] = ()) -> dict[str, Any]:
+def examine(name: str, make: Make, marks: tuple[str, ...] = ()) -> Row:
     """Trace a network, cut it by random plans, and compare.
 
     Args:
@@ -224,7 +206,7 @@ def examine(name: str, make: Make, marks: tuple[str, ...] = ()) -> dict[str, Any
         make: Builds it, always the same one.
         marks: Axes with these marks are left whole.
     """
-    row: dict[str, Any] = {"network": name, "axes": 0, "plans": 0, "outcome": "ok", "largest": 0.0, "refusal": ""}
+    row: Row = {"network": name, "axes": 0, "plans": 0, "outcome": "ok", "largest": 0.0, "refusal": ""}
     started = time.process_time()
     try:
         _examine(name, make, marks, row)
@@ -235,10 +217,10 @@ def examine(name: str, make: Make, marks: tuple[str, ...] = ()) -> dict[str, Any
         row |= {"outcome": "not covered", "refusal": str(error)}
     except Exception as error:
         row |= {"outcome": "raw error", "refusal": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-    return row | {"seconds": round(time.process_time() - started, 2), "date": str(date.today())}
+    return row | {"seconds": round(time.process_time() - started, 2), "date": today()}
 
 
-def _examine(name: str, make: Make, marks: tuple[str, ...], row: dict[str, Any]) -> None:
+def _examine(name: str, make: Make, marks: tuple[str, ...], row: Row) -> None:
     expected = run(make())
     built = make()
     try:
@@ -256,9 +238,7 @@ def _examine(name: str, make: Make, marks: tuple[str, ...], row: dict[str, Any])
     random = Random(name)
     for i in range(PLANS):
         plan, warm = random_plan(axes, random, marks), i % 2 == 1
-        built = make()
-        if warm:
-            run(built, 1)
+        built = made(make, warm)
         try:
             apply(built.model, axes, plan)
         except PlanError as error:
@@ -277,7 +257,7 @@ def _examine(name: str, make: Make, marks: tuple[str, ...], row: dict[str, Any])
         row["outcome"] = "refused"
 
 
-def networks(kinds: list[str]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def networks(kinds: list[str]) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Name and examination of every network of some kinds."""
     if "own" in kinds:
         for i in range(VARIANTS):
@@ -290,7 +270,7 @@ def networks(kinds: list[str]) -> Iterator[tuple[str, Callable[[], dict[str, Any
         yield from packages.networks(kinds, examine)
 
 
-def show(found: list[dict[str, Any]]) -> None:
+def show(found: list[Row]) -> None:
     """The outcomes by kind, and every refusal."""
     first = [row["network"].partition("/")[0] for row in found]
     kinds = [kind if kind in ("timm", "peft") else "own" for kind in first]
@@ -306,20 +286,15 @@ def show(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Examine what is not in the file yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", default=["own", "timm", "peft"])
-    parser.add_argument("--only", default="", help="names that contain this")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--show", action="store_true", help="print what is in the file")
-    given = parser.parse_args()
+    given = arguments(__doc__, OUT, {"kinds*": ()}, only="")
     warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float64)
+    every = [] if given.show else networks(given.kinds or ["own", "timm", "peft"])
     done = {row["network"] for row in rows(given.out)}
-    left = [] if given.show else [(n, e) for n, e in networks(given.kinds) if given.only in n and n not in done]
+    left = [(name, examination) for name, examination in every if given.only in name and name not in done]
     started = time.monotonic()
     for i, (name, examination) in enumerate(left, 1):
-        row = examination()
-        add(given.out, row)
+        row = add(given.out, examination())
         eta = (time.monotonic() - started) / i * (len(left) - i) / 60
         told = f"{row['outcome']} {row['largest']:.1e} {row['refusal'][:140]}"
         print(f"{i}/{len(left)} {name}: {told} ({eta:.0f} min left)", flush=True)

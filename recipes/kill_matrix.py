@@ -15,33 +15,28 @@ SIGKILL before or after it. Then
   file may lie in the folder or beside it.
 
 Where two kills leave the same files, the second is not followed by another run (``as`` names the first). Rows are
-added to the output as they come; what is there is not done again.
+added to the output as they come; what is there is not done again. Cases run in memory, or in ``--work FOLDER``.
 """
 
-import argparse
-import json
-import os
 import random
-import re
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-sys.dont_write_bytecode = True
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "cli")]
+from crashes.cases import CASES
+from crashes.places import Place, contents, place_of, state, workplace
+from crashes.supervised import AFTER, BEFORE, Operation
+from harness import Row, add, arguments, rows, table, today
 
-from crashes.cases import CASES  # noqa: E402
-from crashes.places import Place, contents, state  # noqa: E402
-from crashes.supervised import AFTER, BEFORE, Operation, usable  # noqa: E402
+OUT = Path(__file__).parent / "results" / "kill_matrix.jsonl"
 
-OUT = HERE / "results" / "kill_matrix.jsonl"
-Row = dict[str, Any]
+
+def every_kill(operations: list[Operation]) -> list[tuple[int, str]]:
+    """Before and after each operation."""
+    return [(index, when) for index in range(len(operations)) for when in (BEFORE, AFTER)]
 
 
 def kills(place: Place, operations: list[Operation], chosen: list[tuple[int, str]]) -> Iterator[Row]:
@@ -63,74 +58,54 @@ def kills(place: Place, operations: list[Operation], chosen: list[tuple[int, str
         yield row
 
 
-def main() -> None:
-    """Run the chosen part of the matrix, or print the table of an earlier one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--sample", type=int, help="so many kills of all, drawn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-exchange", action="store_true", help="as on file systems that cannot exchange names")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--work", type=Path, help="where cases run; a temporary folder in memory, unless given")
-    parser.add_argument("--show", action="store_true")
-    asked = parser.parse_args()
-    if not asked.show:
-        if why := usable():
-            sys.exit(why)
-        memory = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(dir=asked.work or (memory if memory.is_dir() else None)) as work:
-            os.environ |= {"HF_HOME": f"{work}/hf", "TMPDIR": work}
-            matrix(asked, Path(work))
-    sys.exit(show(asked.out))
-
-
-def matrix(asked: argparse.Namespace, work: Path) -> None:
+def matrix(asked: Namespace, work: Path) -> None:
     """Run the cases and add a row for every kill."""
-    done = {(row["case"], row["index"], row["when"]) for row in read(asked.out)}
-    draw, names = random.Random(asked.seed), asked.case or list(CASES)
+    done = {(row["case"], row["index"], row["when"]) for row in rows(asked.out)}
+    draw, names = random.Random(asked.seed), asked.case
     for number, name in enumerate(names):
-        place = Place(CASES[name], work / re.sub(r"\W+", "-", name), not asked.no_exchange)
+        place = place_of(name, work, exchange=not asked.no_exchange)
         first = place.prepare()
-        every = [(index, when) for index in range(len(first.operations)) for when in (BEFORE, AFTER)]
+        every = every_kill(first.operations)
         if asked.sample is not None:
             share = asked.sample * (number + 1) // len(names) - asked.sample * number // len(names)
             every = sorted(draw.sample(every, min(share, len(every))))
-        chosen = [one for one in every if (name, *one) not in done]
+        chosen = [kill for kill in every if (name, *kill) not in done]
         print(f"{name}: {len(first.operations)} operations, {len(chosen)} kills, {first.seconds:.1f} s a run")
         began = time.monotonic()
         for count, row in enumerate(kills(place, first.operations, chosen), 1):
-            with asked.out.open("a") as file:
-                file.write(json.dumps({"case": name, **row, "day": time.strftime("%Y-%m-%d")}) + "\n")
+            add(asked.out, {"case": name, **row}, day=today())
             left = (time.monotonic() - began) / count * (len(chosen) - count)
             if row["faults"] or count % 20 == 0:
-                print(
-                    f"  {count}/{len(chosen)}, {left:.0f} s left: {row['when']} {row['operation']}:", row["faults"][:4]
-                )
+                print(f"  {count}/{len(chosen)}, {left:.0f} s left:", row["when"], row["operation"], row["faults"][:4])
             sys.stdout.flush()
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of earlier calls."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def show(path: Path) -> int:
-    """Print what was found, case by case; returns how many kills had faults, at most 1."""
-    rows = read(path)
-    print("| case | kills | states | faults | with differences | with leftovers | unreadable or mixed |")
-    print("|" + "---|" * 7)
-    for name in [*dict.fromkeys(row["case"] for row in rows), ""]:
-        mine = [row for row in rows if name in ("", row["case"])]
+def show(found: list[Row]) -> Iterator[list[object]]:
+    """What was found, case by case."""
+    for name in [*dict.fromkeys(row["case"] for row in found), ""]:
+        mine = [row for row in found if name in ("", row["case"])]
         kinds = Counter(kind for row in mine for kind in {_kind(fault) for fault in row["faults"]})
-        cells = [name or "all", len(mine), sum("as" not in row for row in mine), sum(bool(r["faults"]) for r in mine)]
-        print("| " + " | ".join(map(str, [*cells, kinds["difference"], kinds["leftover"], kinds["moment"]])) + " |")
-    return int(any(row["faults"] for row in rows))
+        faulty = sum(bool(row["faults"]) for row in mine)
+        each = (kinds[kind] for kind in ("difference", "leftover", "moment"))
+        yield [name or "all", len(mine), sum("as" not in row for row in mine), faulty, *each]
 
 
 def _kind(fault: str) -> str:
     if fault.startswith("left over"):
         return "leftover"
     return "moment" if fault.startswith("at once") else "difference"
+
+
+def main() -> None:
+    """Run the chosen part of the matrix, or print the table of an earlier one."""
+    asked = arguments(__doc__, OUT, case=(*CASES,), sample=int, seed=0, no_exchange=False, work=Path)
+    if not asked.show:
+        with workplace(asked.work) as work:
+            matrix(asked, work)
+    found = rows(asked.out)
+    columns = ("case", "kills", "states", "faults", "with differences", "with leftovers", "unreadable or mixed")
+    print("\n".join(table(columns, show(found))))
+    sys.exit(any(row["faults"] for row in found))
 
 
 if __name__ == "__main__":

@@ -15,23 +15,16 @@ PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets
 to deer) and ``second`` (dog to truck), with all ten classes as folders, so that class numbers agree.
 """
 
-import argparse
 import json
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import head, line, rows
+from harness import Row, arguments, finished, last_line, rows, table, timed, today
 
 from regrow import nets, trace
 from regrow.evaluation.size import dense
@@ -94,18 +87,8 @@ CYCLES = {
         "an image",
         "accuracy",
         ("first=first/test", "second=second/test"),
-        {
-            "train": 8000,
-            "test": 1000,
-            "epochs": 5,
-            "calibration": 4000,
-            "finetune": 2,
-            "scored": 2500,
-            "search": 4,
-            "retrain": 3,
-            "new": 2,
-            "memory": 2000,
-        },
+        {"train": 8000, "test": 1000, "epochs": 5, "calibration": 4000, "finetune": 2, "scored": 2500}
+        | {"search": 4, "retrain": 3, "new": 2, "memory": 2000},
         {
             "1-learn": "learn first --model {model} --input 1x3x32x32 --method naive --lr 0.02 --epochs {epochs} "
             "--train {train} --test {test}",
@@ -125,23 +108,17 @@ CYCLES = {
 def run(words: list[str], work: Path, log: str) -> dict[str, float]:
     """Run a command of ``regrow``, with its output in a file; return its seconds, all attempts together."""
     print("regrow", *words, flush=True)
-    spent, start = _children(), time.perf_counter()
+    done = timed([sys.executable, "-m", "regrow", *words], work)
     with (work / f"{log}.log").open("a") as file:
-        done = subprocess.run([sys.executable, "-m", "regrow", *words], cwd=work, stdout=file, stderr=file, check=False)
-    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": _children() - spent}
+        file.write(done.text)
     times = work / f"{log}.seconds.json"
     before = json.loads(times.read_text()) if times.is_file() else {}
-    seconds = {name: round(before.get(name, 0) + value, 1) for name, value in seconds.items()}
+    taken = {"seconds": done.seconds, "cpu_seconds": done.cpu}
+    seconds = {name: round(before.get(name, 0) + value, 1) for name, value in taken.items()}
     times.write_text(json.dumps(seconds))
-    if done.returncode:
-        last = (work / f"{log}.log").read_text().strip().splitlines()[-1:]
-        raise SystemExit(f"exit code {done.returncode}: {' '.join(last)}")
+    if done.code:
+        raise SystemExit(f"exit code {done.code}: {last_line(done.text)}")
     return seconds
-
-
-def _children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def link_halves(cifar: Path, work: Path) -> None:
@@ -158,7 +135,7 @@ def link_halves(cifar: Path, work: Path) -> None:
                     place.symlink_to(cifar.resolve() / half / one, target_is_directory=True)
 
 
-def measure(cycle: Cycle, model: str, work: Path, sizes: Mapping[str, float]) -> dict[str, Any]:
+def measure(cycle: Cycle, model: str, work: Path, sizes: Mapping[str, float]) -> Row:
     """Return the size and the scores of a network: a run folder in the work folder, or a name."""
     file = work / f"{model}.json"
     if not file.is_file():
@@ -186,12 +163,7 @@ def spec_of(cycle: Cycle, model: str, work: Path) -> ModelSpec:
     return ModelSpec(model, "float32", input=shape)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / "run.json").is_file() and bool(RunFolder.open(folder).run().get("finished"))
-
-
-def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> Iterator[Row]:
     """Run the stages that are not finished, and yield a row for each, after one for the first network."""
     shared = {"cycle": name, "unit": cycle.unit, "score": cycle.score, "sizes": dict(sizes)}
     first = measure(cycle, cycle.model, work, sizes)
@@ -201,7 +173,7 @@ def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> I
         shown = {key: f"{value:g}" for key, value in sizes.items()}
         command = template.format(model=cycle.model, last=last, parameters=reached, **shown)
         words = [*command.split(), "--out", stage]
-        if not is_finished(work / stage):
+        if not finished(work / stage):
             run(words, work, stage)
         times = json.loads((work / f"{stage}.seconds.json").read_text())
         row = measure(cycle, stage, work, sizes)
@@ -209,14 +181,14 @@ def stages(cycle: Cycle, name: str, work: Path, sizes: Mapping[str, float]) -> I
         yield {**shared, "stage": stage, "command": f"regrow {' '.join(words)}", **row, **times}
 
 
-def check(cycle: Cycle, name: str, work: Path) -> dict[str, Any]:
+def check(cycle: Cycle, name: str, work: Path) -> Row:
     """Return what history, replay, undo and export of the last run give."""
     last = [*cycle.stages][-1]
     for left in ("undone", "exported", "export.log", "history.log"):
         shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink(missing_ok=True)
     run(["history", last], work, "history")
     known = read_stages(work / last)
-    result: dict[str, Any] = {
+    result: Row = {
         "cycle": name,
         "stage": "checks",
         "history": [{key: one.record.get(key) for key in ("name", "verb", "changed")} for one in known],
@@ -237,7 +209,7 @@ def check(cycle: Cycle, name: str, work: Path) -> dict[str, Any]:
     return result
 
 
-def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> dict[str, Any]:
+def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> Row:
     """Replay a ledger on the first architecture without weights, and compare each tensor with the last network's."""
     ours = load_model(spec_of(cycle, last, work)).model.state_dict()
     start = load_model(spec_of(cycle, cycle.model, work))
@@ -252,7 +224,7 @@ def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> dict[str,
     return {"tensors": len(ours), "differ": differ + sorted(theirs.keys() - ours.keys())}
 
 
-def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> dict[str, Any]:
+def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> Row:
     """Undo the last run until the start, in a folder of its own, and compare each tensor with the first network's."""
     run(["undo", last, "--out", "undone"], work, "undo")
     for _ in range(many - 1):
@@ -267,32 +239,28 @@ def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> dict[str, 
 
 def show(path: Path) -> Iterator[str]:
     """Yield the tables in Markdown."""
-    known = rows(path)
     for name, cycle in CYCLES.items():
-        own = [row for row in known if row["cycle"] == name]
+        own = [row for row in rows(path) if row["cycle"] == name]
+        stages = [row for row in own if row["stage"] != "checks"]
         if not own:
             continue
-        sources = [*own[0]["scores"]]
-        columns = [f"{one}, bits per byte" if cycle.score == "bits_per_byte" else f"{one}, %" for one in sources]
-        yield head(["stage", "parameters", f"MACs of {cycle.unit}", *columns, "CPU seconds"])
-        for row in own:
-            if row["stage"] == "checks":
-                continue
-            percent = 1 if cycle.score == "bits_per_byte" else 100
-            scores = [f"{percent * row['scores'][one]:.{3 if percent == 1 else 1}f}" for one in sources]
-            macs = f"{row['macs'] / 1e9:.2f} G" if row["macs"] > 1e9 else f"{row['macs'] / 1e6:.2f} M"
-            size = [f"{row['parameters'] / 1e6:.2f} M", macs]
-            yield line([row["stage"], *size, *scores, f"{row.get('cpu_seconds', 0):.0f}"])
-        yield ""
-        yield "```"
-        yield from (row["command"] for row in own if row.get("command"))
-        yield "```"
-        yield ""
-        yield from (one for row in own if row["stage"] == "checks" for one in show_checks(row))
+        bits = cycle.score == "bits_per_byte"
+        sources = [f"{source}, {'bits per byte' if bits else '%'}" for source in own[0]["scores"]]
+        columns = ["stage", "parameters", f"MACs of {cycle.unit}", *sources, "CPU seconds"]
+        yield from table(columns, (show_stage(row, bits) for row in stages))
+        yield from ("", "```", *(row["command"] for row in stages if row["command"]), "```", "")
+        yield from (text for row in own if row["stage"] == "checks" for text in show_checks(row))
         yield ""
 
 
-def show_checks(row: Mapping[str, Any]) -> Iterator[str]:
+def show_stage(row: Row, bits: bool) -> list[str]:
+    """Return the line of a stage."""
+    scores = [f"{score:.3f}" if bits else f"{100 * score:.1f}" for score in row["scores"].values()]
+    macs = f"{row['macs'] / 1e9:.2f} G" if row["macs"] > 1e9 else f"{row['macs'] / 1e6:.2f} M"
+    return [row["stage"], f"{row['parameters'] / 1e6:.2f} M", macs, *scores, f"{row.get('cpu_seconds', 0):.0f}"]
+
+
+def show_checks(row: Row) -> Iterator[str]:
     """Yield what was checked after the last stage, as a list in Markdown."""
     runs = row["history"]
     names = ", ".join(f"{one['name']} ({one['changed']})" for one in runs)
@@ -315,34 +283,30 @@ def show_checks(row: Mapping[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Run a cycle, or show the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cycle", nargs="?", choices=[*CYCLES])
-    parser.add_argument("--work", type=Path, help="folder of the runs")
-    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as train/CLASS/… and test/CLASS/…")
-    parser.add_argument("--size", action="append", default=[], metavar="NAME=NUMBER", help="another size; repeatable")
-    parser.add_argument("--out", type=Path, default=OUT, help="file of the rows")
-    parser.add_argument("--show", action="store_true", help="print the tables")
-    args = parser.parse_args()
+    args = arguments(__doc__, OUT, {"cycle*": ()}, work=Path, cifar=Path, size=[])
     if args.show:
         print("\n".join(show(args.out)))
         return
-    if not (args.cycle and args.work) or (args.cycle == "resnet18" and not args.cifar):
-        parser.error("give a cycle, --work FOLDER, and for resnet18 --cifar PICTURES; or --show")
-    cycle = CYCLES[args.cycle]
-    sizes = dict(cycle.sizes)
-    for name, _, number in (one.partition("=") for one in args.size):
-        if name not in sizes:
-            parser.error(f"{args.cycle} has no size {name!r}; it has {', '.join(sizes)}")
-        sizes[name] = float(number)
-    work = args.work.resolve()
+    (name,) = args.cycle or [""]
+    if name not in CYCLES or not args.work or (name == "resnet18" and not args.cifar):
+        raise SystemExit("give a cycle, --work FOLDER, and for resnet18 --cifar PICTURES; or --show")
+    cycle, work = CYCLES[name], args.work.resolve()
+    other = {size: float(number) for size, _, number in (word.partition("=") for word in args.size)}
+    if unknown := other.keys() - cycle.sizes.keys():
+        raise SystemExit(f"{name} has no size {', '.join(unknown)}; it has {', '.join(cycle.sizes)}")
     work.mkdir(parents=True, exist_ok=True)
     if args.cifar:
         link_halves(args.cifar, work)
-    others, own = [row for row in rows(args.out) if row["cycle"] != args.cycle], []
-    for row in chain(stages(cycle, args.cycle, work, sizes), map(partial(check, cycle), [args.cycle], [work])):
-        own.append(row | {"date": str(date.today())})
-        print(json.dumps(own[-1]), flush=True)
-        args.out.write_text("".join(json.dumps(one) + "\n" for one in (*others, *own)))
+    known = [row for row in rows(args.out) if row["cycle"] != name]
+
+    def write(row: Row) -> None:
+        known.append(row | {"date": today()})
+        print(json.dumps(known[-1]), flush=True)
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in known))
+
+    for row in stages(cycle, name, work, {**cycle.sizes, **other}):
+        write(row)
+    write(check(cycle, name, work))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ imported. Faults are:
 * a file or folder that was not there before, after a command that was refused (exit codes 2 and 4).
 """
 
-import argparse
 import ctypes
 import importlib
-import json
 import os
 import random
 import re
@@ -29,22 +27,20 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-sys.dont_write_bytecode = True
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "cli")]
+from harness import Row, add, arguments
+from harness import rows as read
+from malformed.commands import COMMANDS, Command, prepare
+from malformed.mutations import DENIED, VALUES
 
-from malformed.commands import COMMANDS, Command, prepare  # noqa: E402
-from malformed.mutations import DENIED, VALUES  # noqa: E402
-
-OUT = HERE / "results" / "malformed_inputs.jsonl"
+OUT = Path(__file__).parent / "results" / "malformed_inputs.jsonl"
 SECONDS, BYTES = 10.0, 2**30
 WAITING = 900.0  # on a machine with other work
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -132,29 +128,12 @@ def _with_option(command: Command, name: str, value: str) -> Input:
     return Input(tuple(words), command, how=f"{name} {value}"[:80])
 
 
-def forked(work: Callable[[], int], said: Path) -> Outcome:
+def forked(work: Callable[[], int], said: Path, seconds: float = SECONDS) -> Outcome:
     """Do something in a child; a child that takes too long is ended."""
     began = time.monotonic()
     child = os.fork()
     if not child:
-        with said.open("wb", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        code = 99
-        try:
-            code = work()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:  # what the command line itself lets through
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        _child(work, said)
     asleep, longest, spent, looked = 0.0, 0.0, 0.0, time.monotonic()
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
@@ -166,12 +145,30 @@ def forked(work: Callable[[], int], said: Path) -> Outcome:
         asleep = asleep + now - looked if state in "SD" and busy == spent else 0.0
         longest = max(longest, asleep)
         spent, looked = busy, now
-        if busy > SECONDS + 2 or asleep > SECONDS + 2 or now - began > WAITING:
+        if busy > seconds + 2 or asleep > seconds + 2 or now - began > WAITING:
             os.kill(child, signal.SIGKILL)
-    text = said.read_bytes().decode("utf-8", errors="replace")
-    return Outcome(
-        os.waitstatus_to_exitcode(status), text, usage.ru_utime + usage.ru_stime, asleep, usage.ru_maxrss * 1024
-    )
+    code, text = os.waitstatus_to_exitcode(status), said.read_bytes().decode("utf-8", errors="replace")
+    return Outcome(code, text, usage.ru_utime + usage.ru_stime, asleep, usage.ru_maxrss * 1024)
+
+
+def _child(work: Callable[[], int], said: Path) -> None:
+    """The life of the child; does not return."""
+    with said.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    code = 99
+    try:
+        code = work()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:  # what the command line itself lets through
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def obey() -> None:
@@ -197,28 +194,22 @@ def _state(child: int) -> tuple[str, float]:
 
 def tried(one: Input, source: Path, said: Path) -> Outcome:
     """Run one input in a place of its own."""
-    with tempfile.TemporaryDirectory(prefix="malformed-") as name:
+    from regrow.cli import code_of
+
+    def work() -> int:
+        if one.denied:
+            obey()
+        return code_of(list(one.words))
+
+    with tempfile.TemporaryDirectory(prefix="malformed-") as name, chdir(name):
         place = Path(name)
         for need in one.command.needs:
             made = shutil.copytree if (source / need).is_dir() else shutil.copy
             made(source / need, place / need)  # type: ignore[operator]
-        here = Path.cwd()
-        os.chdir(place)
-        try:
-            one.damage()
-            before = _entries(place)
-
-            def work() -> int:
-                if one.denied:
-                    obey()
-                from regrow.cli import code_of
-
-                return code_of(list(one.words))
-
-            outcome = forked(work, said)
-            outcome.left = sorted(_entries(place) - before)
-        finally:
-            os.chdir(here)
+        one.damage()
+        before = _entries(place)
+        outcome = forked(work, said)
+        outcome.left = sorted(_entries(place) - before)
         return outcome
 
 
@@ -270,69 +261,35 @@ LOADED = (
 """What is imported once, before anything is forked."""
 
 
-def rows(found: list[Input], source: Path) -> Iterator[tuple[Input, Outcome, list[str]]]:
-    """Try all inputs, one after the other."""
-    from regrow.cli import code_of
-
-    said = source / f"said-{os.getpid()}.txt"
-    baseline = forked(lambda: code_of(["methods"]), said).peak
-    for one in found:
-        outcome = tried(one, source, said)
-        yield one, outcome, faults(outcome, baseline)
-
-
-def made(source: Path) -> None:
+def make(source: Path) -> None:
     """Make all inputs in a child, so that this process keeps as it is."""
     from regrow.cli import code_of
 
-    here = Path.cwd()
-    os.chdir(source)
-
-    def work() -> int:
-        prepare(source, code_of)
-        return 0
-
-    global SECONDS
-    was, SECONDS = SECONDS, 600.0
-    outcome = forked(work, source / "said.txt")
-    SECONDS = was
-    os.chdir(here)
+    with chdir(source):
+        outcome = forked(lambda: prepare(code_of), source / "said.txt", 600.0)
     if outcome.code:
         sys.exit(outcome.said)
 
 
-def worked(found: list[Input], numbers: list[int], source: Path, out: Path, loud: bool) -> None:
+def try_some(found: list[Input], numbers: list[int], source: Path, out: Path, loud: bool) -> None:
     """Try some of the inputs; a row for each is added to the output as it comes."""
-    chosen = [found[i] for i in numbers]
-    for number, (one, outcome, wrong) in zip(numbers, rows(chosen, source), strict=True):
-        row = {
-            "number": number,
-            "words": " ".join(one.words)[:200],
-            "file": one.file,
-            "how": one.how,
-            "draw": one.draw,
-            "code": outcome.code,
-            "message": message(outcome),
-            "cpu_seconds": round(outcome.seconds, 2),
-            "seconds_asleep": round(outcome.asleep, 2),
-            "resident_bytes": outcome.peak,
-            "faults": wrong,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        with out.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(row) + "\n")
-        if wrong or loud:
-            print(number, wrong, row["words"], "|", one.file, one.how)
+    from regrow.cli import code_of
+
+    said = source / f"said-{os.getpid()}.txt"
+    baseline = forked(lambda: code_of(["methods"]), said).peak
+    for number in numbers:
+        one = found[number]
+        outcome = tried(one, source, said)
+        row = {"number": number, "words": " ".join(one.words)[:200], "file": one.file, "how": one.how, "draw": one.draw}
+        row |= {"code": outcome.code, "message": message(outcome), "cpu_seconds": round(outcome.seconds, 2)}
+        row |= {"seconds_asleep": round(outcome.asleep, 2), "resident_bytes": outcome.peak}
+        add(out, row | {"faults": faults(outcome, baseline)})
+        if loud or faults(outcome, baseline):
+            print(number, faults(outcome, baseline), row["words"], "|", one.file, one.how)
             print("    ", outcome.said[-3000 if loud else -400 :].strip().replace("\n", "\n     "), flush=True)
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The rows of an output, by number."""
-    lines = out.read_text("utf-8").splitlines() if out.is_file() else []
-    return sorted(map(json.loads, lines), key=lambda row: row["number"])
-
-
-def show(found: list[dict[str, Any]], messages: bool) -> None:
+def show(found: list[Row], messages: bool) -> None:
     """Say what came of the inputs."""
     codes, kinds = Counter(row["code"] for row in found), Counter(f.split(" (")[0] for r in found for f in r["faults"])
     print(f"{len(found)} inputs, exit codes {dict(sorted(codes.items()))}, faults {dict(kinds)}")
@@ -344,43 +301,38 @@ def show(found: list[dict[str, Any]], messages: bool) -> None:
         print(f"{many:4}  {text}")
 
 
+def run(told: Namespace, source: Path) -> bool:
+    """Try what has no row yet, in so many processes; returns whether one of them failed."""
+    found = inputs(told.count, told.seed) + (forbidden() if told.permissions else [])
+    if not (source / "run2").is_dir():
+        source.mkdir(parents=True, exist_ok=True)
+        make(source)
+    if told.case:
+        told.out = source / "cases.jsonl"
+    done = {row["number"] for row in read(told.out)}
+    left = [number for number in told.case or range(len(found)) if number not in done]
+    for module in LOADED:
+        importlib.import_module(module)
+    workers = []
+    for i in range(told.jobs):
+        if not (child := os.fork()):
+            try_some(found, left[i :: told.jobs], source, told.out.resolve(), bool(told.case))
+            os._exit(0)
+        workers.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers]
+    return any(codes)
+
+
 def main() -> None:
     """Try them, and say what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--count", type=int, default=620)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--permissions", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--case", type=int, action="append", help="only the input of this number, with all it said")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--out", type=Path, default=OUT, help="rows are added here; what is there is not done again")
-    parser.add_argument("--inputs", type=Path, help="a folder to make inputs in, or with those of an earlier call")
-    parser.add_argument("--show", action="store_true", help="what is there")
-    parser.add_argument("--messages", action="store_true", help="the distinct messages, too")
-    told = parser.parse_args()
-    if told.show:
-        show(read(told.out), told.messages)
-        return
-    found = inputs(told.count, told.seed) + (forbidden() if told.permissions else [])
+    options = {"permissions": True, "case": [int], "jobs": 1, "inputs": Path, "messages": False}
+    told, failed = arguments(__doc__, OUT, count=620, seed=0, **options), False
     with tempfile.TemporaryDirectory(prefix="inputs-") as name:
-        source = (told.inputs or Path(name)).resolve()
-        if not (source / "run2").is_dir():
-            source.mkdir(parents=True, exist_ok=True)
-            made(source)
-        out = told.out.resolve() if told.case is None else source / "cases.jsonl"
-        done = {row["number"] for row in read(out)} if told.case is None else set()
-        left = [number for number in told.case or range(len(found)) if number not in done]
-        for module in LOADED:
-            importlib.import_module(module)
-        workers = []
-        for i in range(told.jobs):
-            if not (child := os.fork()):
-                worked(found, left[i :: told.jobs], source, out, told.case is not None)
-                os._exit(0)
-            workers.append(child)
-        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers]
-        rows_there = read(out)
-        show(rows_there, told.messages)
-    sys.exit(any(ended) or any(row["faults"] for row in rows_there))
+        if not told.show:
+            failed = run(told, (told.inputs or Path(name)).resolve())
+        rows = read(told.out)
+    show(rows, told.messages)
+    sys.exit(failed or any(row["faults"] for row in rows))
 
 
 if __name__ == "__main__":

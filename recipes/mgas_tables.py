@@ -17,21 +17,22 @@ operations count at their cost, so pools hardly count, no regulariser favours fe
 filters learn as fast as others. *Random units, MGAS's shares*: operations, filters and weights go in the shares of
 MGAS's own row, at random: the difference is what its choice of units is worth. Likewise with the shares of the search
 without the three additions.
+``--targets`` are shares of the space, ``--first`` and ``--seeds`` bound seeds, ``--match`` is part of an arm's name.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
 
-import argparse
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rows import add, difference, head, line, rows, spread
+from harness import Row, add, arguments, difference, finished, rows, spread, table
 
 import regrow
 from regrow.allocation.commits import kind_of
@@ -98,9 +99,7 @@ ARMS = (
 
 def once(settings: Settings, place: Path) -> RunFolder:
     """The run of a folder: gone on with, or as it is if it is over."""
-    if (place / "run.json").is_file() and (folder := RunFolder.open(place)).run().get("finished"):
-        return replace(folder, resumed=True)
-    return run(settings, Invocation(place))
+    return replace(RunFolder.open(place), resumed=True) if finished(place) else run(settings, Invocation(place))
 
 
 def best(settings: Settings, place: Path, draws: int) -> Settings:
@@ -110,18 +109,13 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
         # Others than the one draw of *random operations*, whose seed is the run's.
         drawn = replace(settings, method_settings={**settings.method_settings, "seed": 1000 + 100 * settings.seed + i})
         folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
-        trained = retrain(
-            folder,
-            drawn,
-            replace(parts, whole=parts.search),
-            regrow.load(folder.path / "found"),
-            silent,
-        )
+        whole = replace(parts, whole=parts.search)
+        trained = retrain(folder, drawn, whole, regrow.load(folder.path / "found"), silent)
         found[share_right(trained, parts.search.test)] = drawn
     return found[max(found)]
 
 
-def split(arm: str, target: float, seed: int, args: argparse.Namespace) -> list[float]:
+def split(arm: str, target: float, seed: int, args: Namespace) -> list[float]:
     """The share of what goes that each level bore in the row of an arm."""
     told = {"setting": setting(args), "target": target, "arm": arm, "seed": seed}
     row = next((row for row in rows(args.out) if told.items() <= row.items()), None)
@@ -130,19 +124,15 @@ def split(arm: str, target: float, seed: int, args: argparse.Namespace) -> list[
     return [saved / sum(row["saved"].values()) for saved in row["saved"].values()]
 
 
-def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def measured(arm: Arm, target: float, seed: int, args: Namespace) -> Row:
     """A row."""
-    start, data = time.perf_counter(), args.fashion or args.cifar
-    given: dict[str, Any] = {
-        "space": args.space,
-        "data": str(data),
-        "target": f"nonzero={100 * target:g}%",
-        "train": args.train,
-    }
-    given |= {"epochs": args.epochs, "retrain": args.retrain, "stride": args.stride, "stages": args.stages}
-    given |= {"cutout": args.cutout}
+    start = time.perf_counter()
     own = arm.settings | ({"split": split(arm.split, target, seed, args)} if arm.split else {})
-    settings = Settings(**{**given, **arm.more, "method_settings": own, "seed": seed})
+    asked = {
+        name: getattr(args, name) for name in ("space", "train", "epochs", "retrain", "stride", "stages", "cutout")
+    }
+    asked |= {"data": str(args.fashion or args.cifar), "target": f"nonzero={100 * target:g}%"}
+    settings = Settings(**{**asked, **arm.more, "method_settings": own, "seed": seed})
     place = args.work / setting(args) / f"{arm.name.replace(' ', '-')}-{target:g}-{seed}"
     if arm.draws > 1:
         settings = best(settings, place, arm.draws)
@@ -162,38 +152,39 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     }
 
 
-def shown(path: Path) -> Iterator[str]:
+def shown(every: list[Row]) -> Iterator[str]:
     """The table in Markdown, a block per space, size of the data and target."""
-    kinds = dict.fromkeys((row["setting"], row["target"]) for row in rows(path))
-    for setting, target in kinds:
-        own = [row for row in rows(path) if (row["setting"], row["target"]) == (setting, target)]
-        whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
+    for setting, target in dict.fromkeys((row["setting"], row["target"]) for row in every):
+        own = [row for row in every if (row["setting"], row["target"]) == (setting, target)]
         names = ("", "test accuracy, %", "difference, paired", "as the search left it", "nonzero", "stored")
         names += ("left out: operations, filters, weights", "s")
         counted = all("macs" in row for row in own)
         seeds = ", ".join(map(str, sorted({row["seed"] for row in own})))
         yield f"\n{setting}, target nonzero={100 * target:g}% of the space's parameters, seeds {seeds}\n"
-        yield head((*names, *["dense MACs of an image, M"] * counted))
-        for arm in ARMS:
-            done = [row for row in own if row["arm"] == arm.name]
-            if done:
-                both = [(row["accuracy"], whole[row["seed"]]) for row in done if row["seed"] in whole]
-                saved = [f"{fmean(row['saved'][level] for row in done):,.0f}" for level in done[0]["saved"]]
-                cells = [
-                    arm.name,
-                    spread([row["accuracy"] for row in done]),
-                    difference(both) if arm is not MGAS else "",
-                    spread([row["found"] for row in done]),
-                    *(f"{fmean(row[name] for row in done):,.0f}" for name in ("nonzero", "parameters")),
-                    ", ".join(saved),
-                    f"{fmean(row['seconds'] for row in done):.0f}",
-                ]
-                if counted:
-                    cells.append(f"{fmean(row['macs'] for row in done) / 1e6:.2f}")
-                yield line(cells)
+        yield from table((*names, *["dense MACs of an image, M"] * counted), lines(own, counted))
 
 
-def setting(args: argparse.Namespace) -> str:
+def lines(own: list[Row], counted: bool) -> Iterator[list[str]]:
+    """A line per arm that has rows."""
+    whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
+    for arm in ARMS:
+        done = [row for row in own if row["arm"] == arm.name]
+        if not done:
+            continue
+        both = [(row["accuracy"], whole[row["seed"]]) for row in done if row["seed"] in whole]
+        yield [
+            arm.name,
+            spread([row["accuracy"] for row in done]),
+            difference(both) if arm is not MGAS else "",
+            spread([row["found"] for row in done]),
+            *(f"{fmean(row[name] for row in done):,.0f}" for name in ("nonzero", "parameters")),
+            ", ".join(f"{fmean(row['saved'][level] for row in done):,.0f}" for level in done[0]["saved"]),
+            f"{fmean(row['seconds'] for row in done):.0f}",
+            *[f"{fmean(row['macs'] for row in done) / 1e6:.2f}" for _ in range(counted)],
+        ]
+
+
+def setting(args: Namespace) -> str:
     """What all arms have in common."""
     told = f"{args.space}, {args.train} images, {args.epochs} + {args.retrain} epochs"
     told += f", cutout {args.cutout}" if args.cutout else ""
@@ -202,37 +193,17 @@ def setting(args: argparse.Namespace) -> str:
 
 def main() -> None:
     """Run what is not there yet, or show the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as folders of pictures")
-    parser.add_argument("--fashion", type=Path, help="Fashion-MNIST's four files, instead of CIFAR-10")
-    parser.add_argument("--work", type=Path, default=Path("mgas-runs"), help="where runs are kept")
-    parser.add_argument("--space", default="cells:8-6-2")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.25])
-    parser.add_argument("--train", type=int, default=4000)
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--retrain", type=int, default=30)
-    parser.add_argument("--cutout", type=int, default=0)
-    parser.add_argument("--stages", type=int, default=3)
-    parser.add_argument("--stride", type=int, default=2)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=int, default=3, help="the one behind the last")
-    parser.add_argument("--match", default="", help="part of an arm's name")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--show", action="store_true", help="print the table")
-    args = parser.parse_args()
+    sizes = {"train": 4000, "epochs": 24, "retrain": 30, "cutout": 0, "stages": 3, "stride": 2, "first": 0, "seeds": 3}
+    more = {"work": Path("mgas-runs"), "space": "cells:8-6-2", "targets": [0.25], "match": ""}
+    args = arguments(__doc__, OUT, cifar=Path, fashion=Path, **more, **sizes)
     if args.show:
-        print("\n".join(shown(args.out)))
+        print("\n".join(shown(rows(args.out))))
         return
-    for seed in range(args.first, args.seeds):
-        for target in args.targets:
-            for arm in ARMS:
-                told = {"setting": setting(args), "target": target, "measure": "nonzero", "arm": arm.name, "seed": seed}
-                there = any(told.items() <= row.items() for row in rows(args.out))
-                if there or args.match not in arm.name:
-                    continue
-                row = told | measured(arm, target, seed, args) | {"date": str(date.today())}
-                add(args.out, row)
-                print(f"{setting(args)}, {target:g}, seed {seed}, {arm.name}: {row['accuracy']:.4f}", flush=True)
+    for seed, target, arm in product(range(args.first, args.seeds), args.targets, ARMS):
+        told = {"setting": setting(args), "target": target, "measure": "nonzero", "arm": arm.name, "seed": seed}
+        if args.match in arm.name and not any(told.items() <= row.items() for row in rows(args.out)):
+            row = add(args.out, told | measured(arm, target, seed, args))
+            print(f"{setting(args)}, {target:g}, seed {seed}, {arm.name}: {row['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

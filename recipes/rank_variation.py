@@ -7,18 +7,18 @@ The windows of a domain are divided into four shards; one-way random effects ove
 from sampling noise. ``--texts`` is as for ``width_pruning.py``. Nothing is pruned.
 """
 
-import argparse
 import json
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rows import head, line
+from harness import Row, arguments, table, write
 from width_pruning_bench import WidthPruningBench
-from width_pruning_points import FOLDS, Row
+from width_pruning_points import FOLDS
 
 from regrow.core.scores import Need
 from regrow.reports import figures
@@ -51,7 +51,7 @@ def svg_file(drawing: Drawing, margin: int = 16) -> str:
     return f"{head}><style>{style}</style>{paper}{rest}\n"
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: Namespace) -> dict[str, Any]:
     """The variation of ranks of each ranking space, by metric."""
     bench = WidthPruningBench(args)
     sources = [bench.calibration(name, 0) for fold in FOLDS for name in fold]
@@ -70,14 +70,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"windows": args.windows, "shards": SHARDS, "domains": list(found), "rows": rows}
 
 
-def shown(result: Mapping[str, Any]) -> Iterator[str]:
-    """The table: means over the neurons of all layers, and the pooled key-value groups."""
-    yield head(COLUMNS)
+def shown(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Means over the neurons of all layers, and the pooled key-value groups."""
     for scores, rows in result["rows"].items():
         layers = [row for row in rows if "down_proj" in row["label"]]
-        yield line((scores, f"MLP neurons, {len(layers)} layers", *_cells(layers)))
+        yield [scores, f"MLP neurons, {len(layers)} layers", *_cells(layers)]
         if groups := [row for row in rows if row not in layers]:
-            yield line((scores, "key-value groups, pooled", *_cells(groups)))
+            yield [scores, "key-value groups, pooled", *_cells(groups)]
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[str]:
@@ -106,18 +105,11 @@ def draw(out: Path, result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measure, or print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", default="texts", help="folder of the texts that no Python package brings")
-    parser.add_argument("--out", type=Path, default=OUT, help="the result")
-    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")
-    parser.add_argument("--dtype", default="bfloat16", help="what everything is computed in")
-    parser.add_argument("--windows", type=int, default=16, help="windows of each domain")
-    parser.add_argument("--show", action="store_true", help="only print the table")
-    args = parser.parse_args()
+    args = arguments(__doc__, OUT, texts=Path("texts"), model="smollm2-135m", dtype="bfloat16", windows=16)
     if not args.show:
-        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
+        write(args.out, measure(args))
         draw(args.out, json.loads(args.out.read_text()))
-    print("\n".join(shown(json.loads(args.out.read_text()))))
+    print("\n".join(table(COLUMNS, shown(json.loads(args.out.read_text())))))
 
 
 if __name__ == "__main__":

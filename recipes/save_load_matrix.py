@@ -19,14 +19,15 @@ Yes means that it says what the network said before it was saved: logits within 
 2e-2, and the same next token).
 """
 
-import argparse
 import json
 import re
 import subprocess
 import sys
-import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from harness import arguments, table, today, write
 
 OUT = Path(__file__).parent / "results" / "save_load_matrix.json"
 PROMPT = "The capital of France is the city of"
@@ -46,8 +47,7 @@ def tell(model):
         numpy.save(out / "said.npy", model(tokens).logits[0].float().numpy())
 """
 MAKERS = {
-    "regrow": COMMON
-    + """
+    "regrow": """
 import regrow
 from regrow.nets import load
 from regrow.core.plan import Plan
@@ -63,8 +63,7 @@ regrow.apply(loaded.model, axes, Plan.keeping(axes, keep))
 tell(loaded.model)
 save(loaded, out / "folder")
 """,
-    "Torch-Pruning 1.5.2": COMMON
-    + """
+    "Torch-Pruning 1.5.2": """
 import torch_pruning as tp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(dense).eval()
@@ -80,8 +79,7 @@ torch.save(model, out / "model.pt")
 model.save_pretrained(out / "folder")
 AutoTokenizer.from_pretrained(dense).save_pretrained(out / "folder")
 """,
-    "optipfair 0.4.2": COMMON
-    + """
+    "optipfair 0.4.2": """
 from optipfair.pruning.mlp_glu import prune_model_mlp_glu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(dense).eval()
@@ -106,33 +104,21 @@ def ask(model):
         hold(model.eval()(torch.tensor([tokens])).logits[0].float().numpy())
 """
 WITHOUT = "import sys\nsys.modules['regrow'] = None\n"
-PRETRAINED = (
-    WITHOUT
-    + HOLD
-    + """
+PRETRAINED = """
 from transformers import AutoModelForCausalLM
 ask(AutoModelForCausalLM.from_pretrained(out / "folder", trust_remote_code=True))
 """
-)
-CHECKS: dict[str, dict[str, str]] = {
-    "own": {
-        "regrow": HOLD + "import regrow\nask(regrow.load(out / 'folder'))\n",
-        "Torch-Pruning 1.5.2": HOLD + "ask(torch.load(out / 'model.pt'))\n",
-        "optipfair 0.4.2": PRETRAINED,
-    },
-    "from_pretrained": dict.fromkeys(MAKERS, PRETRAINED),
-    "lm-eval": dict.fromkeys(
-        MAKERS,
-        WITHOUT
-        + HOLD
-        + """
+HARNESS = """
 from lm_eval.models.huggingface import HFLM
 harness = HFLM(pretrained=str(out / "folder"), trust_remote_code=True, device="cpu", dtype="float32", batch_size=1)
 ((found, _),) = harness._loglikelihood_tokens([(("", ""), tokens[:-1], tokens[-1:])], disable_tqdm=True)
 wanted = float(torch.tensor(said[-2]).log_softmax(-1)[tokens[-1]])
 assert abs(found - wanted) < 1e-3 * max(1, abs(wanted)), f"log-likelihood {found}, it was {wanted}"
-""",
-    ),
+"""
+OWN = {
+    "regrow": HOLD + "import regrow\nask(regrow.load(out / 'folder'))\n",
+    "Torch-Pruning 1.5.2": HOLD + "ask(torch.load(out / 'model.pt'))\n",
+    "optipfair 0.4.2": WITHOUT + HOLD + PRETRAINED,
 }
 LLAMA_CPP = """
 import json, sys
@@ -152,7 +138,7 @@ def run(python: str, code: str, *arguments: str) -> str:
     return "" if done.returncode == 0 else text[:300]
 
 
-def gguf(tool: str, out: Path, tokens: str, args: argparse.Namespace) -> str:
+def gguf(tool: str, out: Path, tokens: str, args: Namespace) -> str:
     """The same for a GGUF file, made by regrow or by llama.cpp's converter, in stock llama.cpp."""
     path = out / "model.gguf"
     if tool == "regrow":
@@ -169,54 +155,48 @@ def gguf(tool: str, out: Path, tokens: str, args: argparse.Namespace) -> str:
     return failed or run(sys.executable, HOLD + check, str(out), tokens)
 
 
+def tried(tool: str, python: str, shape: str, dense: str, tokens: str, args: Namespace) -> dict[str, str]:
+    """Make a network and try each place; ``yes`` or what was said."""
+    out = args.work / f"{tool.split()[0]}-{shape}"
+    row = {"made": run(python, COMMON + MAKERS[tool], dense, str(out), shape, tokens) or "yes"}
+    if row["made"] == "yes":
+        # A pickle of the peer's wants the peer's package, so it is opened where that is.
+        row["own"] = run(sys.executable if tool == "regrow" else python, OWN[tool], str(out), tokens)
+        row["from_pretrained"] = run(sys.executable, WITHOUT + HOLD + PRETRAINED, str(out), tokens)
+        row["GGUF"] = gguf(tool, out, tokens, args) if args.llama_cpp else "not tried"
+        row["lm-eval"] = run(sys.executable, WITHOUT + HOLD + HARNESS, str(out), tokens)
+    return {place: text.replace(str(args.work), "FOLDER") or "yes" for place, text in row.items()}
+
+
+def shown(rows: dict[str, dict[str, str]]) -> str:
+    """The table in Markdown; reasons follow it."""
+    plain = ("yes", "not tried", "not made")
+    cells = {name: [row.get(place, "not made") for place in PLACES] for name, row in rows.items()}
+    lines = ([name, *(cell if cell in plain else "no" for cell in each)] for name, each in cells.items())
+    reasons = (
+        f"* {name}, {place}: {text}" for name, row in rows.items() for place, text in row.items() if text not in plain
+    )
+    return "\n".join([*table(("tool and widths", *PLACES), lines), "", *reasons])
+
+
 def main() -> None:
     """Make, try, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="where models are written; 4 GB")
-    parser.add_argument("--torch-pruning", default="", metavar="PYTHON", help="an interpreter that has it, and torch")
-    parser.add_argument("--optipfair", default="", metavar="PYTHON")
-    parser.add_argument("--llama-cpp", default="", metavar="PYTHON")
-    parser.add_argument("--llama-cpp-source", type=Path, help="llama.cpp's own folder, with its converter")
-    parser.add_argument("--show", action="store_true", help="print the table")
-    args = parser.parse_args()
-    if args.show:
-        print(shown(json.loads(OUT.read_text(encoding="utf-8"))))
-        return
-    from regrow.nets import load
-    from regrow.nets.packaged import packaged_folder
+    pythons = {"torch_pruning": "", "optipfair": "", "llama_cpp": "", "llama_cpp_source": Path}
+    args = arguments(__doc__, OUT, work=Path, **pythons)
+    if not args.show:
+        from regrow.nets import load
+        from regrow.nets.packaged import packaged_folder
 
-    dense = str(packaged_folder("smollm2-135m", lambda *_: None))
-    tokens = json.dumps(load("smollm2-135m").tokenizer(PROMPT)["input_ids"])
-    pythons = {"regrow": sys.executable, "Torch-Pruning 1.5.2": args.torch_pruning, "optipfair 0.4.2": args.optipfair}
-    table: dict[str, dict[str, Any]] = {}
-    for tool, python in pythons.items():
-        for shape in ("even", "uneven") if python else ():
-            out = args.work / f"{tool.split()[0]}-{shape}"
-            row = table.setdefault(f"{tool}, {shape}", {})
-            row["made"] = run(python, MAKERS[tool], dense, str(out), shape, tokens) or "yes"
-            for place in PLACES if row["made"] == "yes" else ():
-                if place == "GGUF":
-                    row[place] = gguf(tool, out, tokens, args) or "yes" if args.llama_cpp else "not tried"
-                else:
-                    # A pickle of the peer's wants the peer's package, so it is opened where that is.
-                    where = python if place == "own" and tool != "regrow" else sys.executable
-                    row[place] = run(where, CHECKS[place][tool], str(out), tokens) or "yes"
-            row |= {place: text.replace(str(args.work), "FOLDER") for place, text in row.items()}
-            print(tool, shape, row, flush=True)
-    told = {"date": time.strftime("%Y-%m-%d"), "prompt": PROMPT, "table": table}
-    OUT.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(shown(told))
-
-
-def shown(told: dict[str, Any]) -> str:
-    """The table in Markdown; reasons follow it."""
-    lines = [f"| tool and widths | {' | '.join(PLACES)} |", f"|---|{'---|' * len(PLACES)}"]
-    reasons, plain = [], ("yes", "not tried", "not made")
-    for name, row in told["table"].items():
-        cells = [row.get(place, "not made") for place in PLACES]
-        lines.append(f"| {name} | {' | '.join(cell if cell in plain else 'no' for cell in cells)} |")
-        reasons += [f"* {name}, {place}: {text}" for place, text in row.items() if text not in plain]
-    return "\n".join([*lines, "", *reasons])
+        dense = str(packaged_folder("smollm2-135m", lambda *_: None))
+        tokens = json.dumps(load("smollm2-135m").tokenizer(PROMPT)["input_ids"])
+        tools = dict(zip(MAKERS, (sys.executable, args.torch_pruning, args.optipfair), strict=True))
+        rows: dict[str, Any] = {}
+        for tool, python in tools.items():
+            for shape in ("even", "uneven") if python else ():
+                rows[f"{tool}, {shape}"] = tried(tool, python, shape, dense, tokens, args)
+                print(tool, shape, rows[f"{tool}, {shape}"], flush=True)
+        write(args.out, {"date": today(), "prompt": PROMPT, "table": rows})
+    print(shown(json.loads(args.out.read_text("utf-8"))["table"]))
 
 
 if __name__ == "__main__":

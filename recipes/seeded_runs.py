@@ -12,7 +12,6 @@ of the measurements of each kind without times (``rows``); of ``evaluate`` and `
 run the old and the new version in turns. Each run is a process of its own, which begins with torch imported.
 """
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -29,9 +28,12 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from harness import arguments, today, write
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -165,16 +167,15 @@ def onnx_graph(path: Path) -> bytes:
 
 def digest(path: Path) -> dict[str, str]:
     """Return the digests of a run folder, or of what was exported or printed, by kind."""
+    digests = {"digests": digest_tensors(path)} if path.is_dir() else {}
     if not (path / "run.json").is_file():
-        files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-        parts = [[one.name, short(one.read_bytes())] for one in files if one.name != "model.safetensors"]
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        parts = [[file.name, short(file.read_bytes())] for file in files if file.name != "model.safetensors"]
         if path.suffix == ".json":
             parts = without_times(json.loads(path.read_text()))
         if path.suffix == ".onnx":
             parts = [["graph", short(onnx_graph(path))]]
-        weights = {"digests": digest_tensors(path)} if path.is_dir() else {}
-        return {**weights, "files": short(parts)}
-    digests = {"digests": digest_tensors(path)}
+        return {**digests, "files": short(parts)}
     if (path / "ledger.json").is_file():
         digests["plans"] = short(without_times(json.loads((path / "ledger.json").read_text())["plans"]))
     kinds: dict[str, list[object]] = {}
@@ -269,13 +270,7 @@ def chosen(only: str) -> Iterator[str]:
 
 def main() -> None:
     """Run and compare, or write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="runs with this in their names, and those they need")
-    parser.add_argument("--record", action="store_true", help="write the digests")
-    parser.add_argument("--source", type=Path, default=HERE.parent, help="another checkout")
-    parser.add_argument("--keep", type=Path, help="an empty folder for what the runs write")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
+    options = arguments(__doc__, only="", record=False, source=HERE.parent, keep=Path, out=OUT)
     with tempfile.TemporaryDirectory() as folder:
         work = (options.keep or Path(folder)).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -297,7 +292,7 @@ def main() -> None:
         compare(options, work, {"torch": torch.__version__, "processor": platform.machine(), "threads": 1})
 
 
-def compare(options: argparse.Namespace, work: Path, machine: dict[str, object]) -> None:
+def compare(options: Namespace, work: Path, machine: dict[str, object]) -> None:
     """Run all, print what is as before, and write it if asked."""
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     found: dict[str, dict[str, str]] = {}
@@ -315,9 +310,9 @@ def compare(options: argparse.Namespace, work: Path, machine: dict[str, object])
             said[-1] += f" ({' '.join(differ)})" if before and differ else ""
         print(f"{name:36} {', '.join(said)} ({time.monotonic() - began:.1f} s)", flush=True)
     if options.record:
-        result = {"date": time.strftime("%Y-%m-%d"), **machine}
+        result: dict[str, Any] = {"date": today(), **machine}
         result |= {kind: {**known.get(kind, {}), **found.get(kind, {})} for kind in KINDS}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.out, result)
     elif changed:
         raise SystemExit(f"other results than before: {', '.join(changed)}")
 

@@ -26,21 +26,23 @@ Fitted to the rows from the twenty-first on, by the median of slopes (Theil and 
 a share of its median.
 """
 
-import argparse
 import ctypes
 import gc
 import json
 import os
 import resource
-import statistics
 import struct
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import is_dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from harness import Row, arguments, table, today, write
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LIBC = ctypes.CDLL(None)
@@ -52,7 +54,6 @@ OUT = Path(__file__).parent / "results" / "soak.json"
 EVERY, FIRST = 2, 20
 CONSTANT = ("resident", "files", "threads", "temporary", "seconds", "state")
 LINEAR = ("metrics", "ledger")
-Row = dict[str, float]
 
 
 class Watch:
@@ -66,7 +67,7 @@ class Watch:
     def __init__(self, folder: Path, what: str) -> None:
         self.folder, self.what, self.rows = folder, f'"what": "{what}"'.encode(), list[Row]()
         self.size = self.count = 0
-        self.began, self.start = cpu(), time.monotonic()
+        self.began, self.start = time.process_time(), time.monotonic()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """What a run calls as it goes on."""
@@ -77,12 +78,12 @@ class Watch:
         count = metrics.read_bytes().count(self.what)
         if count < self.count + EVERY:
             return
-        spent, many, self.count = cpu() - self.began, count - self.count, count
+        spent, many, self.count = time.process_time() - self.began, count - self.count, count
         self.rows.append({"count": count, "seconds": spent / many, **self.taken()})
         left = (time.monotonic() - self.start) / max(done, 1) * (total - done)
         if count % 20 == 0:
             print(f"{what}: {self.rows[-1]}, {left:.0f} s left", flush=True)
-        self.began = cpu()
+        self.began = time.process_time()
 
     def find(self, name: str) -> Path | None:
         """A file of the run, wherever unfinished work is kept."""
@@ -146,11 +147,6 @@ def working_bytes() -> int:
     return sum(found.values())
 
 
-def cpu() -> float:
-    """Seconds of processor time of this process so far."""
-    return time.process_time()
-
-
 def settled(rows: list[Row]) -> list[Row]:
     """The rows behind the first tasks, in which caches fill."""
     return [row for row in rows if row["count"] > FIRST]
@@ -160,7 +156,7 @@ def slope(rows: list[Row], name: str) -> float:
     """The median of all slopes between two rows, per 100."""
     points = [(row["count"], row[name]) for row in settled(rows)]
     pairs = ((a, b) for a, b in combinations(points, 2) if a[0] != b[0])
-    return 100 * statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs)
+    return 100 * median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs)
 
 
 def bend(rows: list[Row], name: str) -> float:
@@ -171,15 +167,8 @@ def bend(rows: list[Row], name: str) -> float:
     return gains[1] / gains[0] - 1 if gains[0] else 0.0
 
 
-def learn(many: int, folder: Path, width: float = 0.01, cap: float = 1000) -> list[Row]:
-    """A stream of so many small tasks.
-
-    Args:
-        many: How many.
-        folder: The run folder.
-        width: How much wider each task makes a layer, as a share of its first size.
-        cap: How many times its first parameters the network may have.
-    """
+def learn(folder: Path, many: int, width: float = 0.01, cap: float = 1000) -> list[Row]:
+    """A stream of so many small tasks, of which each makes a layer wider by a share of its first size, up to a cap."""
     from regrow.jobs.learn import Settings, run
     from regrow.jobs.recording import Invocation
 
@@ -192,12 +181,7 @@ def learn(many: int, folder: Path, width: float = 0.01, cap: float = 1000) -> li
     return watch.rows
 
 
-def fixed(many: int, folder: Path) -> list[Row]:
-    """The same stream with a network that has its full width before the rows that are fitted."""
-    return learn(many, folder, width=0.1, cap=3.0)
-
-
-def search(many: int, folder: Path) -> list[Row]:
+def search(folder: Path, many: int) -> list[Row]:
     """A search that changes the network's shape so many times."""
     from regrow.jobs.recording import Invocation
     from regrow.jobs.search import Settings, run
@@ -211,53 +195,40 @@ def search(many: int, folder: Path) -> list[Row]:
     return watch.rows
 
 
-RUNS = {"learn": learn, "fixed": fixed, "search": search}
-
-
-def main() -> None:
-    """Run, fit and store; or print what is committed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(RUNS))
-    parser.add_argument("--many", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--show", action="store_true")
-    asked = parser.parse_args()
-    found: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-    for name in () if asked.show else [asked.only] if asked.only else RUNS:
-        with tempfile.TemporaryDirectory() as work:
-            rows = RUNS[name](asked.many, Path(work) / "run")
-        found[name] = {"day": time.strftime("%Y-%m-%d"), "many": rows[-1]["count"], **fitted(rows), "rows": rows[::5]}
-        asked.out.write_text(json.dumps(found, indent=1) + "\n")
-    show(found)
+RUNS = {"learn": learn, "fixed": partial(learn, width=0.1, cap=3.0), "search": search}
+"""``fixed`` has its full width before the rows that are fitted."""
 
 
 def fitted(rows: list[Row]) -> dict[str, Any]:
     """What each quantity gains per 100, and whether what grows does so along a line."""
-    medians = {name: statistics.median(row[name] for row in settled(rows)) for name in (*CONSTANT, *LINEAR)}
+    names = (*CONSTANT, *LINEAR)
     return {
-        "median": medians,
-        "gain per 100": {name: round(slope(rows, name), 4) for name in (*CONSTANT, *LINEAR)},
+        "median": {name: median(row[name] for row in settled(rows)) for name in names},
+        "gain per 100": {name: round(slope(rows, name), 4) for name in names},
         "bend": {name: round(bend(rows, name), 3) for name in LINEAR},
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the table."""
-    print("| run | quantity | median | gain per 100 | of the median | bend |\n|" + "---|" * 6)
+def show(found: dict[str, Any]) -> Iterator[list[str]]:
+    """A line per run and quantity."""
     for run, told in found.items():
-        for name in (*CONSTANT, *LINEAR):
-            median, gain = told["median"][name], told["gain per 100"][name]
-            share = f"{gain / median:+.1%}" if median else "–"
-            cells = [
-                f"{run}, {told['many']}",
-                name,
-                f"{median:,.4g}",
-                f"{gain:,.4g}",
-                share,
-                told["bend"].get(name, ""),
-            ]
-            print("| " + " | ".join(map(str, cells)) + " |")
+        for name, middle in told["median"].items():
+            gain = told["gain per 100"][name]
+            share = f"{gain / middle:+.1%}" if middle else "–"
+            yield [f"{run}, {told['many']}", name, f"{middle:,.4g}", f"{gain:,.4g}", share, told["bend"].get(name, "")]
+
+
+def main() -> None:
+    """Run, fit and store; or print what is committed."""
+    asked = arguments(__doc__, OUT, only=(*RUNS,), many=200)
+    found = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
+    for name in () if asked.show else asked.only:
+        with tempfile.TemporaryDirectory() as work:
+            rows = RUNS[name](Path(work) / "run", asked.many)
+        found[name] = {"day": today(), "many": rows[-1]["count"], **fitted(rows), "rows": rows[::5]}
+        write(asked.out, found)
+    print("\n".join(table(("run", "quantity", "median", "gain per 100", "of the median", "bend"), show(found))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,20 +19,20 @@ classes that every task calls 0 and 1, and a residual network with GroupNorm; it
 ``tune-conv --test 1000``: pairs of CIFAR-10's classes drawn anew, and training images alone, to test on too. ``shift``
 is a natural change of domain, ten digits each: MNIST, the UCI digits of other writers at lower resolution
 (scikit-learn's, 1,347 to learn from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M (Ganin et
-al., JMLR 2016) is made.
+al., JMLR 2016) is made. ``--train`` and ``--test`` are images per task, ``--first`` is the first seed, ``--match`` a
+part of an arm's name, and ``--against`` the arm that differences of ``--show`` are to.
 """
 
-import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import date
-from itertools import count
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from rows import add, difference, head, line, rows, spread
+from harness import Row, add, arguments, difference, rows, spread, table
 from torch import nn
 
 from regrow.core.tasks import Examples, Task
@@ -72,146 +72,135 @@ class Arm:
         return {"arm": self.name, "method": self.method, "settings": self.settings, "lr": self.lr}
 
 
-OWN = Arm("SparseGrow", "sparsegrow")
+def arms(method: str, name: str, **lists: Any) -> tuple[Arm, ...]:
+    """Arms of one method, of which settings are lists of equal length: names and settings have their values in turn."""
+    turns = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    return tuple(Arm(name.format(**turn), method, turn) for turn in turns)
+
+
+def grow(name: str, like: str = "", lr: float = 0.01, **settings: Any) -> Arm:
+    """An arm of SparseGrow."""
+    return Arm(name, "sparsegrow", settings, like, lr)
+
+
+OWN = grow("SparseGrow")
+HARD = {"grow": "never", "gate": "hard", "threshold": "adaptcl"}
+NAIVE, JOINT = Arm("naive", "naive"), Arm("joint: all examples kept", "naive", {"keep": "data"})
+FROZEN, LWF = Arm("frozen after task 1", "naive", {"keep": "network"}), Arm("LwF", "lwf")
 BASELINES = (
-    Arm("naive", "naive"),
-    Arm("frozen after task 1", "naive", {"keep": "network"}),
+    NAIVE,
+    FROZEN,
     Arm("EWC", "ewc", {"strength": 10.0}),
     Arm("SI", "si", {"strength": 1.0}),
-    Arm("LwF", "lwf"),
+    LWF,
     Arm("PackNet, task not named", "packnet", {"prune": 0.8}),
     Arm("WSN, task not named", "wsn", {"share": 0.8}),
     Arm("PackNet, task named", "packnet", {"prune": 0.8, "use_task_id": True}),
     Arm("WSN, task named", "wsn", {"share": 0.8, "use_task_id": True}),
-    Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl", "alpha": 1e-3}),
-    Arm("AdaptCL, penalty 1e-4", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
+    grow("AdaptCL", **HARD, alpha=1e-3),
+    grow("AdaptCL, penalty 1e-4", **HARD),
 )
 CONTROLS = (
-    Arm("SparseGrow, never grown", "sparsegrow", {"grow": "never"}),
-    Arm("SparseGrow, never grown, final size", "sparsegrow", {"grow": "never"}, like="SparseGrow"),
-    Arm("EWC, final size", "ewc", {"strength": 10.0}, like="SparseGrow"),
-    Arm("naive, final size", "naive", like="SparseGrow"),
+    grow("SparseGrow, never grown", grow="never"),
+    grow("SparseGrow, never grown, final size", OWN.name, grow="never"),
+    Arm("EWC, final size", "ewc", {"strength": 10.0}, like=OWN.name),
+    Arm("naive, final size", "naive", like=OWN.name),
 )
-BOUNDS = (
-    Arm("ER, 500 examples kept", "replay", {"memory": 500}),
-    Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5}),
-    Arm("joint: all examples kept", "naive", {"keep": "data"}),
-)
+KEPT = Arm("ER, 500 examples kept", "replay", {"memory": 500})
+BOUNDS = (KEPT, Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5}), JOINT)
 ABLATIONS = (
-    Arm("new units not silent", "sparsegrow", {"project_new_units": False}),
-    Arm("new units not fitted to data", "sparsegrow", {"fit": False}),
-    Arm("new units dense", "sparsegrow", {"density": 1.0}),
-    Arm("grown at the start of a task", "sparsegrow", {"late_phase": 1.0}),
-    Arm("no thresholds", "sparsegrow", {"threshold": "none"}),
-    Arm("thresholds as in AdaptCL", "sparsegrow", {"threshold": "adaptcl"}),
-    Arm("alpha 5e-4", "sparsegrow", {"alpha": 5e-4}),
-    Arm("gate hard", "sparsegrow", {"gate": "hard"}),
-    Arm("no gate", "sparsegrow", {"gate": "none"}),
-    Arm("no damping", "sparsegrow", {"damping": 0.0}),
-    Arm("strength 20, no damping", "sparsegrow", {"strength": 20.0, "damping": 0.0}),
-    Arm("strength 5", "sparsegrow", {"strength": 5.0}),
-    *(Arm(f"strength {s:g}", "sparsegrow", {"strength": s}) for s in (20.0, 30.0, 80.0)),
-    Arm("gate at every step", "sparsegrow", {"every": 1}),
-    Arm("gate every 16 steps", "sparsegrow", {"every": 16}),
-    Arm("grown where short (0.7)", "sparsegrow", {"grow": "short", "min_free": 0.7}),
-    Arm("half the rate", "sparsegrow", lr=0.005),
-    Arm("twice the rate", "sparsegrow", lr=0.02),
+    grow("new units not silent", project_new_units=False),
+    grow("new units not fitted to data", fit=False),
+    grow("new units dense", density=1.0),
+    grow("grown at the start of a task", late_phase=1.0),
+    grow("no thresholds", threshold="none"),
+    grow("thresholds as in AdaptCL", threshold="adaptcl"),
+    grow("alpha 5e-4", alpha=5e-4),
+    grow("gate hard", gate="hard"),
+    grow("no gate", gate="none"),
+    grow("no damping", damping=0.0),
+    grow("strength 20, no damping", strength=20.0, damping=0.0),
+    *arms("sparsegrow", "strength {strength:g}", strength=(5.0, 20.0, 30.0, 80.0)),
+    grow("gate at every step", every=1),
+    grow("gate every 16 steps", every=16),
+    grow("grown where short (0.7)", grow="short", min_free=0.7),
+    grow("half the rate", lr=0.005),
+    grow("twice the rate", lr=0.02),
 )
+DAMPED = "SparseGrow {strength:g}, damping {damping:g}"
 TUNED = (
-    *(
-        Arm(f"SparseGrow {s:g}, damping {d:g}", "sparsegrow", {"strength": s, "damping": d})
-        for s, d in ((20.0, 0.0), (20.0, 0.03), (20.0, 0.1), (15.0, 0.1), (10.0, 0.1))
-    ),
-    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (5.0, 10.0, 20.0, 30.0)),
-    *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
-    *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
-    *(
-        Arm(f"AdaptCL {a:g}", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl", "alpha": a})
-        for a in (1e-5, 1e-4, 1e-3, 5e-3, 2e-2)
-    ),
-    *(Arm(f"PackNet {s:g}", "packnet", {"prune": s}) for s in (0.5, 0.8, 0.9)),
-    *(Arm(f"WSN {s:g}", "wsn", {"share": s}) for s in (0.1, 0.5, 0.8)),
+    *arms("sparsegrow", DAMPED, strength=(20.0, 20.0, 20.0, 15.0, 10.0), damping=(0.0, 0.03, 0.1, 0.1, 0.1)),
+    *arms("ewc", "EWC {strength:g}", strength=(5.0, 10.0, 20.0, 30.0)),
+    *arms("si", "SI {strength:g}", strength=(0.1, 0.3, 1.0, 3.0)),
+    *arms("lwf", "LwF {strength:g}", strength=(0.3, 1.0, 3.0)),
+    *(grow(f"AdaptCL {alpha:g}", **HARD, alpha=alpha) for alpha in (1e-5, 1e-4, 1e-3, 5e-3, 2e-2)),
+    *arms("packnet", "PackNet {prune:g}", prune=(0.5, 0.8, 0.9)),
+    *arms("wsn", "WSN {share:g}", share=(0.1, 0.5, 0.8)),
 )
-_BOTH = "SparseGrow + ER-ACE 500, relieved"
-_WITHOUT: dict[str, dict[str, Any]] = {"no gate": {"gate": "none"}, "never grown": {"grow": "never"}}
+BOTH, MANY, FALSE = "SparseGrow + ER-ACE 500, relieved", (200, 500), (False, False)
+ACE = arms("replay", "ER-ACE {memory}", memory=MANY, asymmetric_loss=(True, True))
 BUFFERS = (
-    Arm("naive", "naive"),
-    Arm("SparseGrow", "sparsegrow"),
-    *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
-    *(Arm(f"DER++ {n}", "replay", {"memory": n, "logit_weight": 0.5}) for n in (200, 500)),
-    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "asymmetric_loss": True}) for n in (200, 500)),
-    *(
-        Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n, "strength_factor": 1.0, "asymmetric_loss": False})
-        for n in (200, 500)
-    ),
-    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", {"memory": n, "asymmetric_loss": False}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", {"memory": n}) for n in (200, 500)),
-    *(Arm(f"ER {n}, final size", "replay", {"memory": n}, like="SparseGrow") for n in (200, 500)),
-    *(
-        Arm(f"ER-ACE {n}, final size", "replay", {"memory": n, "asymmetric_loss": True}, like="SparseGrow")
-        for n in (200, 500)
-    ),
-    Arm("joint: all examples kept", "naive", {"keep": "data"}),
-    *(Arm(f"{_BOTH}, {what}", "sparsegrow", {"memory": 500} | given) for what, given in _WITHOUT.items()),
-    Arm(f"{_BOTH}, never grown, final size", "sparsegrow", {"memory": 500, "grow": "never"}, like="SparseGrow"),
+    NAIVE,
+    OWN,
+    *arms("replay", "ER {memory}", memory=MANY),
+    *arms("replay", "DER++ {memory}", memory=MANY, logit_weight=(0.5, 0.5)),
+    *ACE,
+    *arms("sparsegrow", "SparseGrow + ER {memory}", memory=MANY, strength_factor=(1.0, 1.0), asymmetric_loss=FALSE),
+    *arms("sparsegrow", "SparseGrow + ER {memory}, relieved", memory=MANY, asymmetric_loss=FALSE),
+    *arms("sparsegrow", "SparseGrow + ER-ACE {memory}, relieved", memory=MANY),
+    *(replace(arm, like=OWN.name) for arm in arms("replay", "ER {memory}, final size", memory=MANY)),
+    *(replace(arm, name=f"{arm.name}, final size", like=OWN.name) for arm in ACE),
+    JOINT,
+    grow(f"{BOTH}, no gate", memory=500, gate="none"),
+    grow(f"{BOTH}, never grown", memory=500, grow="never"),
+    grow(f"{BOTH}, never grown, final size", OWN.name, memory=500, grow="never"),
 )
+RELIEF = (1.0, 0.25, 0.05, 0.01, 0.0025)
 RELIEVED = (
-    *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
-    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "asymmetric_loss": True}) for n in (200, 500)),
-    *(
-        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", {"memory": n, "strength_factor": r})
-        for n in (200, 500)
-        for r in (1.0, 0.25, 0.05, 0.01, 0.0025)
-    ),
-    *(
-        Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", {"memory": n, "asymmetric_loss": False})
-        for n in (200, 500)
-    ),
+    *arms("replay", "ER {memory}", memory=MANY),
+    *ACE,
+    *(grow(f"SparseGrow + ER-ACE {n}, relief {r:g}", memory=n, strength_factor=r) for n in MANY for r in RELIEF),
+    *arms("sparsegrow", "SparseGrow + ER {memory}, relief 0.01", memory=MANY, asymmetric_loss=FALSE),
 )
 CONV: dict[str, Any] = {"multiple": 1, "strength": 60.0}
 CONVS = (
-    Arm("SparseGrow", "sparsegrow", CONV),
-    Arm("naive", "naive"),
+    grow("SparseGrow", **CONV),
+    NAIVE,
     Arm("EWC", "ewc", {"strength": 30.0}),
     Arm("SI", "si", {"strength": 0.1}),
-    Arm("LwF", "lwf"),
-    Arm("SparseGrow, never grown", "sparsegrow", CONV | {"grow": "never"}),
-    Arm("SparseGrow, never grown, final size", "sparsegrow", CONV | {"grow": "never"}, like="SparseGrow"),
-    Arm("ER, 500 examples kept", "replay", {"memory": 500}),
-    Arm("frozen after task 1", "naive", {"keep": "network"}),
-    Arm("joint: all examples kept", "naive", {"keep": "data"}),
+    LWF,
+    grow("SparseGrow, never grown", **CONV, grow="never"),
+    grow("SparseGrow, never grown, final size", OWN.name, **CONV, grow="never"),
+    KEPT,
+    FROZEN,
+    JOINT,
 )
 OTHERS = (
-    Arm("SparseGrow, strength 80, no damping", "sparsegrow", CONV | {"strength": 80.0, "damping": 0.0}),
-    Arm("SparseGrow, strength as for the MLP", "sparsegrow", {"multiple": 1}),
-    *(Arm(f"EWC, strength {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0, 10.0)),
-    *(Arm(f"SI, strength {s:g}", "si", {"strength": s}) for s in (1.0, 3.0, 10.0)),
+    grow("SparseGrow, strength 80, no damping", multiple=1, strength=80.0, damping=0.0),
+    grow("SparseGrow, strength as for the MLP", multiple=1),
+    *arms("ewc", "EWC, strength {strength:g}", strength=(1.0, 3.0, 10.0)),
+    *arms("si", "SI, strength {strength:g}", strength=(1.0, 3.0, 10.0)),
     Arm("LwF, strength 3", "lwf", {"strength": 3.0}),
 )
+STRENGTHS = (15.0, 60.0, 20.0, 80.0, 320.0)
 CHOSEN = (
+    *arms("sparsegrow", DAMPED, multiple=(1,) * 5, strength=STRENGTHS, damping=(0.1, 0.1, 0.0, 0.0, 0.0)),
     *(
-        Arm(f"SparseGrow {s:g}, damping {d:g}", "sparsegrow", {"multiple": 1, "strength": s, "damping": d})
-        for s, d in ((15.0, 0.1), (60.0, 0.1), (20.0, 0.0), (80.0, 0.0), (320.0, 0.0))
-    ),
-    *(
-        Arm(
-            f"SparseGrow 80, damping 0, loud {x:g}",
-            "sparsegrow",
-            CONV | {"strength": 80.0, "damping": 0.0, "group_norm_damping": x},
-        )
+        grow(f"SparseGrow 80, damping 0, loud {x:g}", multiple=1, strength=80.0, damping=0.0, group_norm_damping=x)
         for x in (0.0, 1.0)
     ),
-    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0, 10.0, 30.0, 100.0)),
-    *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.03, 0.1, 0.3, 1.0)),
-    *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
-    Arm("naive", "naive"),
+    *arms("ewc", "EWC {strength:g}", strength=(1.0, 3.0, 10.0, 30.0, 100.0)),
+    *arms("si", "SI {strength:g}", strength=(0.03, 0.1, 0.3, 1.0)),
+    *arms("lwf", "LwF {strength:g}", strength=(0.1, 0.3, 1.0, 3.0)),
+    NAIVE,
 )
 TOLD = tuple(arm for arm in BASELINES if "not named" not in arm.name)
 SIX = tuple(arm for arm in (*BASELINES, *CONTROLS) if arm.name in ("naive", "EWC", "SI", "LwF") or arm == CONTROLS[1])
+EVERY = (OWN, *BASELINES, *CONTROLS, *BOUNDS)
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "tune": (("permuted:mnist:10", "rotated:mnist:10"), TUNED),
-    "main": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *BASELINES, *CONTROLS, *BOUNDS)),
+    "main": (("permuted:fashion:10", "rotated:fashion:10"), EVERY),
     "long": (("permuted:fashion:20", "rotated:fashion:20"), (OWN, *SIX)),
     "ablation": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *ABLATIONS)),
     "classes": (("split:fashion:5",), BUFFERS),
@@ -220,11 +209,11 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "conv": (("domains:cifar:5",), CONVS),
     "conv-others": (("domains:cifar:5",), OTHERS),
     "tune-conv": (("held:cifar:5",), CHOSEN),
-    "shift": (("digits:mnist:3",), (OWN, *BASELINES, *CONTROLS, *BOUNDS)),
+    "shift": (("digits:mnist:3",), EVERY),
 }
 
 
-def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
+def stream(spec: str, folders: Namespace, seed: int) -> list[Task]:
     """The tasks of ``kind:data:n``; images, and what is done to them, are drawn anew for each seed."""
     kind, data, n = spec.split(":")
     if (folder := getattr(folders, data)) is None:
@@ -243,7 +232,7 @@ def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
     return rotated_tasks(base, int(n)) if kind == "rotated" else split(base, int(n))
 
 
-def held(folder: Path, data: str, n: int, folders: argparse.Namespace, seed: int) -> list[Task]:
+def held(folder: Path, data: str, n: int, folders: Namespace, seed: int) -> list[Task]:
     """Pairs of classes as ``domains`` has them, of training pictures alone: other ones to test on, pairs drawn anew."""
     base = pictures(folder, data, n * (folders.train + folders.test), 1, seed).train
     names = torch.randperm(10, generator=torch.Generator().manual_seed(seed))[base.labels]
@@ -251,7 +240,7 @@ def held(folder: Path, data: str, n: int, folders: argparse.Namespace, seed: int
     return split(Task("held", halves[0], halves[1], tuple(range(10))), n, relabel=True)
 
 
-def over_photographs(digits: Task, folders: argparse.Namespace, seed: int) -> Task:
+def over_photographs(digits: Task, folders: Namespace, seed: int) -> Task:
     """Other digits than those of the first task, each over a photograph of its own: |photograph − digit|."""
     if folders.cifar is None:
         raise SystemExit("--cifar FOLDER is needed: photographs to lay digits over")
@@ -305,80 +294,66 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
 
 
-def run(table: str, args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     """Everything of a table that is not there yet, seed by seed."""
-    streams, arms = TABLES[table]
-    for seed in range(args.first, args.seeds):
-        for spec in streams:
-            tasks = None
-            for arm in arms:
-                here = [row for row in rows(args.out) if (row["stream"], row["seed"]) == (spec, seed)]
-                there = {one.name: row for one in arms for row in here if one.told.items() <= row.items()}
-                if arm.name in there or args.match not in arm.name:
-                    continue
-                tasks = tasks or stream(spec, args, seed)
-                if arm.like and "parameters" not in there.get(arm.like, {}):
-                    print(f"{spec} seed {seed} {arm.name}: waits for the size of {arm.like}", flush=True)
-                    continue
-                size = there.get(arm.like, {}).get("parameters", 0)
-                found = measured(arm, tasks, spec, seed, size)
-                row = {"stream": spec, "seed": seed, **arm.told, **found, "date": str(date.today())}
-                add(args.out, row)
-                print(f"{spec} seed {seed} {arm.name}: {found.get('accuracy', found)}", flush=True)
-
-
-def shown(table: str, path: Path, against: str = OWN.name) -> Iterator[str]:
-    """The table in Markdown, a block per stream; differences are to the arm of that name."""
-    streams, arms = TABLES[table]
-    for spec in streams:
-        own = [
-            row for row in rows(path) if row["stream"] == spec and any(arm.told.items() <= row.items() for arm in arms)
-        ]
-        whole = {row["seed"]: row for row in own if row["arm"] == against and "accuracy" in row}
-        yield f"\n{spec}, seeds {', '.join(map(str, sorted({row['seed'] for row in own})))}\n"
-        yield head(HEAD)
+    streams, arms = TABLES[args.table]
+    for seed, spec in product(range(args.first, args.seeds), streams):
+        tasks = None
         for arm in arms:
-            done = sorted((row for row in own if row["arm"] == arm.name), key=lambda row: row["seed"])
-            fine = [row for row in done if "accuracy" in row]
-            if not fine:
-                if done:
-                    yield line([arm.name, f"all {len(done)} diverged", *[""] * (len(HEAD) - 2)])
+            here = [row for row in rows(args.out) if (row["stream"], row["seed"]) == (spec, seed)]
+            there = {one.name: row for one in arms for row in here if one.told.items() <= row.items()}
+            if arm.name in there or args.match not in arm.name:
                 continue
-            both = [(row["accuracy"], whole[row["seed"]]["accuracy"]) for row in fine if row["seed"] in whole]
-            cells = [
-                arm.name
-                + (f" ({len(fine)} of {len(done)} runs; the others diverged)" if len(fine) < len(done) else ""),
-                spread([row["accuracy"] for row in fine]),
-                difference(both) if arm.name != against else "",
-                spread([row["forgetting"] for row in fine]),
-                spread([row["learning"] for row in fine]),
-                f"{fmean(row['parameters'] for row in fine):,.0f}",
-                f"{fmean(row['seconds'] for row in fine):.0f}",
-            ]
-            yield line(cells)
+            tasks = tasks or stream(spec, args, seed)
+            if arm.like and "parameters" not in there.get(arm.like, {}):
+                print(f"{spec} seed {seed} {arm.name}: waits for the size of {arm.like}", flush=True)
+                continue
+            found = measured(arm, tasks, spec, seed, there.get(arm.like, {}).get("parameters", 0))
+            add(args.out, {"stream": spec, "seed": seed, **arm.told, **found})
+            print(f"{spec} seed {seed} {arm.name}: {found.get('accuracy', found)}", flush=True)
+
+
+def shown(args: Namespace) -> Iterator[str]:
+    """The table in Markdown, a block per stream; differences are to the arm of ``--against``."""
+    streams, arms = TABLES[args.table]
+    for spec in streams:
+        own = [row for row in rows(args.out) if row["stream"] == spec]
+        own = [row for row in own if any(arm.told.items() <= row.items() for arm in arms)]
+        yield f"\n{spec}, seeds {', '.join(map(str, sorted({row['seed'] for row in own})))}\n"
+        yield from table(HEAD, lines(own, arms, args.against))
+
+
+def lines(own: list[Row], arms: Iterable[Arm], against: str) -> Iterator[list[str]]:
+    """A line per arm that has rows."""
+    whole = {row["seed"]: row for row in own if row["arm"] == against and "accuracy" in row}
+    for arm in arms:
+        done = sorted((row for row in own if row["arm"] == arm.name), key=lambda row: row["seed"])
+        fine = [row for row in done if "accuracy" in row]
+        if done and not fine:
+            yield [arm.name, f"all {len(done)} diverged", *[""] * (len(HEAD) - 2)]
+        if not fine:
+            continue
+        both = [(row["accuracy"], whole[row["seed"]]["accuracy"]) for row in fine if row["seed"] in whole]
+        some = f" ({len(fine)} of {len(done)} runs; the others diverged)" if len(fine) < len(done) else ""
+        yield [
+            arm.name + some,
+            spread([row["accuracy"] for row in fine]),
+            difference(both) if arm.name != against else "",
+            *(spread([row[key] for row in fine]) for key in ("forgetting", "learning")),
+            *(f"{fmean(row[key] for row in fine):,.0f}" for key in ("parameters", "seconds")),
+        ]
 
 
 def main() -> None:
     """Run what is missing, or show what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--mnist", type=Path)
-    parser.add_argument("--fashion", type=Path)
-    parser.add_argument("--cifar", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=0, help="the seed to begin with: for a second process")
-    parser.add_argument("--train", type=int, default=5000, help="images per task")
-    parser.add_argument("--test", type=int, default=2000, help="images per task that are only evaluated on")
-    parser.add_argument("--match", default="", help="part of an arm's name")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--show", action="store_true", help="print the table in Markdown")
-    parser.add_argument("--against", default=OWN.name, help="the arm that differences are to")
-    args = parser.parse_args()
+    paths = {"mnist": Path, "fashion": Path, "cifar": Path}
+    sizes = {"seeds": 5, "first": 0, "train": 5000, "test": 2000}
+    args = arguments(__doc__, OUT, {"table": TABLES}, **paths, **sizes, match="", against=OWN.name)
     torch.set_num_threads(1)
     if args.show:
-        print("\n".join(shown(args.table, args.out, args.against)))
+        print("\n".join(shown(args)))
     else:
-        run(args.table, args)
+        run(args)
 
 
 if __name__ == "__main__":

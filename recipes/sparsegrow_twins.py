@@ -10,21 +10,20 @@ these ways of growing change no output at first.
 
 Branches and layers that are added have no Kronecker factors, so under the gate they train without it and rewrite what
 old tasks need. Their rows under the gate measure that, not growth; ``--show`` leaves them out.
+``--at`` is the task, from 0, in which twins part.
 """
 
-import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import date
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from rows import add, difference, head, line, rows, spread
+from harness import Row, add, arguments, difference, rows, spread, table
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
@@ -45,6 +44,7 @@ from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
 WIDTH = 100
+STREAMS = [*product(("permuted", "rotated"), ("kronecker", "none"))]
 BRANCH = 15
 """Units of a lateral branch: as many parameters as two layers that are 16 units wider."""
 
@@ -220,72 +220,61 @@ def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, An
     found = []
     for twin in (*WIDE, *OTHER):
         own, axes, state = copy.deepcopy(start[0]), start[1], copy.deepcopy(start[2])
-        if twin in WIDE:
-            given, variant = WIDE[twin]
-            given = replace(given, gate=gate)
-        else:
-            given, variant = Settings(grow="never", gate=gate), unchanged
-            own, axes, state = reshaped(twin, own, state, given, tasks)
-        matrix = learn(own, axes, tasks, variant(build(given), given), schedule, state=state).state.rows
-        found.append(
-            {
-                "twin": twin,
-                "old_then": fmean(matrix[at][:at]),
-                "old_later": fmean(matrix[at + 1][:at]),
-                "task": matrix[at][at],
-                "next": matrix[at + 1][at + 1],
-                "parameters": sum(p.numel() for p in own.parameters()),
-            }
-        )
+        settings, variant = WIDE.get(twin, (Settings(grow="never"), unchanged))
+        settings = replace(settings, gate=gate)
+        if twin in OTHER:
+            own, axes, state = reshaped(twin, own, state, settings, tasks)
+        matrix = learn(own, axes, tasks, variant(build(settings), settings), schedule, state=state).state.rows
+        row = {"twin": twin, "old_then": fmean(matrix[at][:at]), "old_later": fmean(matrix[at + 1][:at])}
+        row |= {"task": matrix[at][at], "next": matrix[at + 1][at + 1]}
+        found.append(row | {"parameters": sum(p.numel() for p in own.parameters())})
     return found
 
 
 def main() -> None:
     """Run what is missing, or show what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fashion", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--at", type=int, default=5, help="the task, from 0, in which twins part")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--show", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, OUT, fashion=Path, seeds=5, at=5)
     torch.set_num_threads(1)
     there = rows(args.out)
     if args.show:
         print("\n".join(shown(there)))
         return
     if args.fashion is None:
-        parser.error("--fashion FOLDER: where MNIST's four files of Fashion-MNIST are")
+        raise SystemExit("--fashion FOLDER is needed: where the four files of Fashion-MNIST are")
     for seed in range(args.seeds):
-        for kind, gate in product(("permuted", "rotated"), ("kronecker", "none")):
+        for kind, gate in STREAMS:
             told = {"stream": kind, "gate": gate, "seed": seed, "at": args.at}
             if any(told.items() <= row.items() for row in there):
                 continue
             base = fewer(idx(args.fashion, "fashion"), 5000, 2000, seed)
             tasks = permuted_tasks(base, 10, seed) if kind == "permuted" else rotated_tasks(base, 10)
             for row in twins(tasks, args.at, seed, gate):
-                add(args.out, told | row | {"date": str(date.today())})
-                print(row, flush=True)
+                print(add(args.out, told | row), flush=True)
 
 
-def shown(there: list[dict[str, Any]]) -> Iterator[str]:
+def shown(there: list[Row]) -> Iterator[str]:
     """The tables in Markdown: points of accuracy on the tasks before that the twin which did not grow has more."""
-    for kind, gate in product(("permuted", "rotated"), ("kronecker", "none")):
+    names = ("twin", "lost on old tasks, end of the task", "lost, end of the next", "paired")
+    names += ("accuracy, the task", "accuracy, the next", "parameters")
+    for kind, gate in STREAMS:
         own = [row for row in there if (row["stream"], row["gate"]) == (kind, gate)]
         rest = {row["seed"]: row for row in own if row["twin"] == "not grown"}
         yield f"\n{kind}, {'under the gate' if gate != 'none' else 'without a gate'}, {len(rest)} seeds\n"
-        names = ("twin", "lost on old tasks, end of the task", "lost, end of the next", "paired")
-        yield head([*names, "accuracy, the task", "accuracy, the next", "parameters"])
-        for twin in dict.fromkeys(row["twin"] for row in own):
-            if gate != "none" and twin in OTHER:
-                continue
-            mine = [row for row in own if row["twin"] == twin]
-            gaps = [[rest[row["seed"]][key] - row[key] for row in mine] for key in ("old_then", "old_later")]
-            pairs = [(rest[row["seed"]]["old_later"], row["old_later"]) for row in mine]
-            told = difference(pairs).partition(" ")[2] if twin != "not grown" else ""
-            learned = [[row[key] for row in mine] for key in ("task", "next")]
-            parameters = f"{fmean(row['parameters'] for row in mine):,.0f}"
-            yield line([twin, *map(spread, gaps), told.strip("()"), *map(spread, learned), parameters])
+        yield from table(names, lines(own, rest, gate))
+
+
+def lines(own: list[Row], rest: dict[int, Row], gate: str) -> Iterator[list[str]]:
+    """A line per twin; under the gate without those that have no factors."""
+    for twin in dict.fromkeys(row["twin"] for row in own):
+        if gate != "none" and twin in OTHER:
+            continue
+        mine = [row for row in own if row["twin"] == twin]
+        gaps = [[rest[row["seed"]][key] - row[key] for row in mine] for key in ("old_then", "old_later")]
+        pairs = [(rest[row["seed"]]["old_later"], row["old_later"]) for row in mine]
+        told = difference(pairs).partition(" ")[2] if twin != "not grown" else ""
+        learned = [[row[key] for row in mine] for key in ("task", "next")]
+        parameters = f"{fmean(row['parameters'] for row in mine):,.0f}"
+        yield [twin, *map(spread, gaps), told.strip("()"), *map(spread, learned), parameters]
 
 
 if __name__ == "__main__":

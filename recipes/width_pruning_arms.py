@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from width_pruning_points import DOMAINS, FOLDS, MEASURED_FISHER, METHODS, Row, level
+from harness import Row
+from width_pruning_points import DOMAINS, FOLDS, MEASURED_FISHER, METHODS, level
 
 from regrow.evaluation import mean_and_error
 

@@ -1,23 +1,22 @@
 """Prune and evaluate one point of the width-pruning tables, with the functions of the commands."""
 
-import argparse
 import base64
 import copy
-import json
 import time
+from argparse import Namespace
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import corpora
 import torch
-from shared_beginnings import shared_choices
+from harness import Row
 from torch import nn
-from width_pruning_points import FOLDS, Point, Row
+from width_pruning_points import FOLDS, Point
 
 from regrow import apply, trace
 from regrow.allocation.ranked import BudgetError
@@ -27,8 +26,8 @@ from regrow.core.plan import Plan
 from regrow.core.process_memory import return_memory
 from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
-from regrow.data import Half, text, windows
-from regrow.evaluation import items_in, perplexity
+from regrow.data import Half, windows
+from regrow.evaluation import choices, items_in, perplexity
 from regrow.jobs import pruning as prune
 from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
 from regrow.jobs.recovering import reconstruct, work_in
@@ -68,23 +67,16 @@ class Cut:
 class WidthPruningBench:
     """The model, the texts, and what was measured on them for the present fold and sample."""
 
-    args: argparse.Namespace
+    args: Namespace
     evidence: dict[Any, tuple[Evidence, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     last: Cut | None = None
 
     def __post_init__(self) -> None:
-        args, folder = self.args, Path(self.args.texts)
-        self.loaded = load(args.model, dtype=getattr(torch, args.dtype))
+        self.loaded = load(self.args.model, dtype=getattr(torch, self.args.dtype))
         self.model = self.loaded.model
         self.axes = trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
-        self.texts = {
-            **{name: text(name) for name in FOLDS[0]},
-            "prose": corpora.prose(folder / "moby-dick.txt"),
-            "legal": corpora.legal(folder / "spdx-full.json"),
-            "wiki": corpora.wiki(folder / "new_wiki_v1.0.json"),
-            "dialogue": corpora.dialogue(folder / "topical_chat" / "task.json"),
-        }
+        self.texts = {name: read() for name, read in corpora.texts(self.args.texts).items()}
         self.tests: dict[Any, Source] = {}
 
     @contextmanager
@@ -214,10 +206,8 @@ class WidthPruningBench:
             few = -(-self.args.seen_windows // BATCH)
             tests = [replace(one, batches=one.batches[:few]) if one.name in FOLDS[point.fold] else one for one in tests]
         found = [perplexity(network, test, tokenizer=self.loaded.tokenizer) for test in tests]
-        nll = {
-            one.source: [round(total / count, 4) for total, count in zip(one.nll, one.tokens, strict=True)]
-            for one in found
-        }
+        pairs = {one.source: zip(one.nll, one.tokens, strict=True) for one in found}
+        nll = {name: [round(total / count, 4) for total, count in each] for name, each in pairs.items()}
         bits = {one.source: round(one.bits_per_byte or 0, 4) for one in found}
         return {"nll": nll, "bits_per_byte": bits, "evaluated": sum(sum(one.tokens) for one in found)}
 
@@ -226,15 +216,13 @@ class WidthPruningBench:
         found = []
         for path in map(Path, self.args.task):
             name, items = path.name.partition(".")[0], items_in(path, self.args.items)
-            one = shared_choices(network, self.loaded.tokenizer, items, name)
+            one = choices(network, self.loaded.tokenizer, items, task=name)
             record = {key: value for key, value in one.record().items() if not isinstance(value, list)}
-            margins = {
-                "right": "".join(str(int(right)) for right in one.right),
-                "right_per_byte": "".join(str(int(right)) for right in one.right_per_byte),
-                "margins": pack(one.margins, MARGIN),
-                "margins_per_byte": pack(one.margins_per_byte, PER_BYTE),
+            record |= {
+                key: "".join(str(int(right)) for right in getattr(one, key)) for key in ("right", "right_per_byte")
             }
-            found.append({**record, **margins})
+            margins = {"margins": pack(one.margins, MARGIN), "margins_per_byte": pack(one.margins_per_byte, PER_BYTE)}
+            found.append(record | margins)
         return {"tasks": found, "evaluated": None}
 
 
@@ -251,8 +239,3 @@ def pack(values: Sequence[float], unit: float) -> str:
 def unpack(values: str, unit: float) -> list[float]:
     """What :func:`pack` wrote."""
     return [round(one * unit, 4) for one in array("h", base64.b64decode(values))]
-
-
-def written(point: Point, model: str, dtype: str, row: Row) -> str:
-    """A line of the file of rows."""
-    return json.dumps({"model": model, "dtype": dtype, "key": point.key, **asdict(point), **row}, ensure_ascii=False)

@@ -7,7 +7,7 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
-Row = dict[str, Any]
+from harness import Row
 
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 """The calibration domains of each fold; those of the other fold are its unseen domains."""

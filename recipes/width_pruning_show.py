@@ -13,55 +13,45 @@ samples that all baselines have: no other choice is harder to beat. ``recovered 
 that baseline with ``--reconstruct``. With ``--against`` the differences are to that arm instead.
 """
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rows import head, line, rows
+from harness import Row, arguments, line, rows, table
 from width_pruning import OUT
 from width_pruning_arms import Arm, Draw, Series, arms, before, draw, minus, paired, recovered, strongest
 from width_pruning_bench import MARGIN, PER_BYTE, unpack
-from width_pruning_points import (
-    FOLDS,
-    GPRUNE,
-    KEEPS,
-    LEFT_OUT,
-    RECONSTRUCTED,
-    TASKS,
-    Row,
-    named,
-)
+from width_pruning_points import FOLDS, GPRUNE, KEEPS, LEFT_OUT, RECONSTRUCTED, TASKS, named
 from width_pruning_stages import BASE_STAGES, BASES, CONTRASTS, STAGE_ARMS, staged
+
+CELLS = [*product(sorted(KEEPS, reverse=True), range(len(FOLDS)))]
+"""Keep and fold, in the order of tables."""
 
 
 def screen_table(every: Sequence[Row]) -> Iterator[str]:
     """What the best baselines lose on domains that were left out of calibration, and how many were tried."""
-    yield head(("keep", "fold", "baseline", "nats lost, first domain left out", "all left out", "to the best"))
+    yield from table(("keep", "fold", "baseline", "nats lost, first domain left out", "all left out", "to the best"))
     dense = {(row["on"], row["dtype"]): row for row in every if row["method"] == "dense"}
-    for keep in sorted(KEEPS, reverse=True):
-        for fold, names in enumerate(FOLDS):
-            own = [{name: arms(every, keep, fold, LEFT_OUT + name)} for name in names]
-            found: dict[str, dict[str, list[float]]] = {}
-            for one in own:
-                for name, cells in one.items():
-                    for arm, cell in cells.items():
-                        row = cell.rows[0]
-                        lost = minus(row["nll"][name], dense[row["on"], row["dtype"]]["nll"][name])
-                        found.setdefault(arm, {})[name] = lost
-            ordered = sorted(found.items(), key=lambda item: (-len(item[1]), fmean(map(fmean, item[1].values()))))
-            for arm, cells in ordered[:12]:
-                whole = f"{fmean(map(fmean, cells.values())):.4f}" if len(cells) == len(names) else ""
-                flat, top = ([value for cell in one.values() for value in cell] for one in (cells, ordered[0][1]))
-                other = len(flat) == len(top) and cells is not ordered[0][1]
-                to = paired({(0, ""): flat}, {(0, ""): top}) if other else None
-                first = f"{fmean(cells[names[0]]):.4f}" if names[0] in cells else ""
-                yield line((str(keep), str(fold), arm, first, whole, str(to or "")))
-            if len(ordered) > 12:
-                yield line((str(keep), str(fold), f"({len(ordered) - 12} more)", "", "", ""))
+    for keep, fold in CELLS:
+        names = FOLDS[fold]
+        found: dict[str, dict[str, list[float]]] = {}
+        for name in names:
+            for arm, cell in arms(every, keep, fold, LEFT_OUT + name).items():
+                row = cell.rows[0]
+                lost = minus(row["nll"][name], dense[row["on"], row["dtype"]]["nll"][name])
+                found.setdefault(arm, {})[name] = lost
+        ordered = sorted(found.items(), key=lambda item: (-len(item[1]), fmean(map(fmean, item[1].values()))))
+        for arm, cells in ordered[:12]:
+            whole = f"{fmean(map(fmean, cells.values())):.4f}" if len(cells) == len(names) else ""
+            flat, top = ([value for cell in part.values() for value in cell] for part in (cells, ordered[0][1]))
+            other = len(flat) == len(top) and cells is not ordered[0][1]
+            to = paired({(0, ""): flat}, {(0, ""): top}) if other else None
+            first = f"{fmean(cells[names[0]]):.4f}" if names[0] in cells else ""
+            yield line((keep, fold, arm, first, whole, to or ""))
+        if len(ordered) > 12:
+            yield line((keep, fold, f"({len(ordered) - 12} more)", "", "", ""))
 
 
 COLUMNS = (
@@ -81,29 +71,28 @@ def test_table(every: Sequence[Row]) -> Iterator[str]:
             f"{dense.bits():.4f} bits per byte; seen {math.exp(dense.level(seen=True)):.2f}."
         )
     yield ""
-    yield head(COLUMNS)
-    for keep in sorted(KEEPS, reverse=True):
-        for fold in range(len(FOLDS)):
-            found = arms(named(every, GPRUNE), keep, fold)
-            baseline = strongest([arm for arm in found.values() if arm.baseline])
-            if baseline is None:
-                continue
-            fitted = found.get(baseline.name + RECONSTRUCTED)
-            rest = sorted((arm for arm in found.values() if arm is not baseline), key=Arm.level)
-            for arm in (baseline, *rest):
-                yield line((str(keep), str(fold), *_cells(arm, baseline, fitted, before(every, fold))))
+    yield from table(COLUMNS)
+    for keep, fold in CELLS:
+        found = arms(named(every, GPRUNE), keep, fold)
+        baseline = strongest([arm for arm in found.values() if arm.baseline])
+        if baseline is None:
+            continue
+        fitted = found.get(baseline.name + RECONSTRUCTED)
+        rest = sorted((arm for arm in found.values() if arm is not baseline), key=Arm.level)
+        for arm in (baseline, *rest):
+            yield line((keep, fold, *_cells(arm, baseline, fitted, before(every, fold))))
 
 
 def against_table(every: Sequence[Row], name: str) -> Iterator[str]:
     """The differences of all arms to one of them, on the samples that both have."""
-    yield head(("keep", "fold", "arm", "difference, unseen, nats ± se [spread]", "difference, seen", "samples"))
-    for keep, fold in product(sorted(KEEPS, reverse=True), range(len(FOLDS))):
+    yield from table(("keep", "fold", "arm", "difference, unseen, nats ± se [spread]", "difference, seen", "samples"))
+    for keep, fold in CELLS:
         found = arms(named(every, GPRUNE), keep, fold)
         other = found.get(name)
         for arm in sorted(found.values(), key=Arm.level) if other else ():
             if other is not None and arm is not other and (common := arm.draws & other.draws):
-                both = [str(paired(arm.windows(seen), other.windows(seen)) or "") for seen in (False, True)]
-                yield line((str(keep), str(fold), arm.name, *both, str(len(common))))
+                both = [paired(arm.windows(seen), other.windows(seen)) or "" for seen in (False, True)]
+                yield line((keep, fold, arm.name, *both, len(common)))
 
 
 def _cells(arm: Arm, baseline: Arm, fitted: Arm | None, dense: Arm) -> Iterator[str]:
@@ -114,11 +103,8 @@ def _cells(arm: Arm, baseline: Arm, fitted: Arm | None, dense: Arm) -> Iterator[
     whole = {dtype: values for (_, dtype), values in dense.windows().items()}
     for other in (baseline, fitted):
         known = None if other is None or other is arm else recovered(arm.windows(), other.windows(), whole)
-        yield (
-            ""
-            if known is None or other is None
-            else f"{100 * known[0]:+.1f} ± {100 * known[1]:.1f}{_each(arm, other, whole)}"
-        )
+        share = f"{100 * known[0]:+.1f} ± {100 * known[1]:.1f}" if known else ""
+        yield share + (_each(arm, other, whole) if share and other else "")
     yield "" if own else str(paired(arm.windows(seen=True), baseline.windows(seen=True)) or "")
     yield from (arm.seconds(), ", ".join(str(sample) for sample in sorted(row["sample"] for row in arm.rows)))
 
@@ -134,63 +120,61 @@ def _each(arm: Arm, other: Arm, dense: Mapping[str, Sequence[float]]) -> str:
 def stages_table(every: Sequence[Row]) -> Iterator[str]:
     """Each stage with and without: a difference below 0 is a gain of the first arm."""
     every = named(every, {arm: ("mlp", settings) for arm, settings in STAGE_ARMS.items()})
-    yield head(
-        ("stage", "arm", "against", "keep", "fold", "difference, nats ± se [spread]", "standard errors", "samples")
+    columns = (
+        "stage",
+        "arm",
+        "against",
+        "keep",
+        "fold",
+        "difference, nats ± se [spread]",
+        "standard errors",
+        "samples",
     )
-    for stage, name, other in CONTRASTS:
-        for keep in (0.8, 0.7):
-            for fold in range(len(FOLDS)):
-                found = arms(every, keep, fold)
-                if name in found and other in found:
-                    one = paired(found[name].windows(), found[other].windows())
-                    if one is not None:
-                        ratio = f"{one.mean / one.error:+.1f}" if one.error else ""
-                        count = min(len(found[name].rows), len(found[other].rows))
-                        yield line((stage, name, other, str(keep), str(fold), str(one), ratio, str(count)))
+    yield from table(columns)
+    for (stage, name, other), keep, fold in product(CONTRASTS, (0.8, 0.7), range(len(FOLDS))):
+        found = arms(every, keep, fold)
+        gap = paired(found[name].windows(), found[other].windows()) if {name, other} <= found.keys() else None
+        if gap is not None:
+            ratio = f"{gap.mean / gap.error:+.1f}" if gap.error else ""
+            yield line((stage, name, other, keep, fold, gap, ratio, min(len(found[arm].rows) for arm in (name, other))))
 
 
 def bases_table(every: Sequence[Row]) -> Iterator[str]:
     """Perplexity on unseen domains by base metric, and how much it depends on it, with and without the switch."""
-    yield head(("keep", "fold", "stages", *BASES, "worst against best, nats ± se [spread]", "max ÷ min", "samples"))
+    yield from table(
+        ("keep", "fold", "stages", *BASES, "worst against best, nats ± se [spread]", "max ÷ min", "samples")
+    )
     every = named(every, {staged(stage, base): ("mlp", own) for (stage, base), own in BASE_STAGES.items()})
-    for keep in (0.8, 0.7):
-        for fold, stage in product(range(len(FOLDS)), dict.fromkeys(stage for stage, _ in BASE_STAGES)):
-            found = arms(every, keep, fold)
-            own = [found[name] for name in (staged(stage, base) for base in BASES) if name in found]
-            if len(own) < len(BASES):
-                continue
-            common = frozenset.intersection(*(arm.draws for arm in own))
-            if not common:  # in different dtypes
-                continue
-            worst, *_, best = sorted(own, key=lambda arm: -arm.level(of=common))
-            cells = [f"{math.exp(arm.level(of=common)):.2f}" for arm in own]
-            ratio = math.exp(worst.level(of=common) - best.level(of=common))
-            gap = paired({one: values for one, values in worst.windows().items() if one in common}, best.windows())
-            yield line((str(keep), str(fold), stage, *cells, str(gap), f"{ratio:.3f}", str(len(common))))
+    for keep, fold, stage in product((0.8, 0.7), range(len(FOLDS)), dict.fromkeys(stage for stage, _ in BASE_STAGES)):
+        found = arms(every, keep, fold)
+        own = [found[name] for name in (staged(stage, base) for base in BASES) if name in found]
+        common = frozenset.intersection(*(arm.draws for arm in own)) if len(own) == len(BASES) else frozenset()
+        if not common:  # in different dtypes
+            continue
+        worst, *_, best = sorted(own, key=lambda arm: -arm.level(of=common))
+        cells = [f"{math.exp(arm.level(of=common)):.2f}" for arm in own]
+        ratio = math.exp(worst.level(of=common) - best.level(of=common))
+        gap = paired({draw: values for draw, values in worst.windows().items() if draw in common}, best.windows())
+        yield line((keep, fold, stage, *cells, gap, f"{ratio:.3f}", len(common)))
 
 
 def zero_shot_table(every: Sequence[Row]) -> Iterator[str]:
     """Accuracy and margins over the items of all tasks, and differences to the strongest baseline, paired by item."""
     columns = ("accuracy, %", "per byte, %", "accuracy, difference", "per byte, difference")
-    yield head(("keep", "fold", "arm", *columns, "margin, difference", "margin per byte, difference", "samples"))
+    yield from table(("keep", "fold", "arm", *columns, "margin, difference", "margin per byte, difference", "samples"))
     dense = [row for row in every if row["method"] == "dense" and row["on"] == TASKS]
-    for keep in sorted(KEEPS, reverse=True):
-        for fold in range(len(FOLDS)):
-            found = arms(named(every, GPRUNE), keep, fold, TASKS)
-            baselines = [arm for arm in found.values() if arm.baseline]
-            if not baselines:
-                continue
-            baseline = max(baselines, key=lambda arm: _mean(items(arm, "right")))
-            rest = sorted((arm for arm in found.values() if arm is not baseline), key=lambda arm: arm.name)
-            same = tuple(
-                {**one, "sample": row["sample"]}
-                for row in baseline.rows
-                for one in dense
-                if one["dtype"] == row["dtype"]
-            )
-            for arm in (*([Arm("dense", fold, same)] if same else ()), baseline, *rest):
-                name = f"**{arm.name}**" if arm is baseline else arm.name
-                yield line((str(keep), str(fold), name, *_task_cells(arm, baseline), str(len(arm.rows))))
+    for keep, fold in CELLS:
+        found = arms(named(every, GPRUNE), keep, fold, TASKS)
+        baselines = [arm for arm in found.values() if arm.baseline]
+        if not baselines:
+            continue
+        baseline = max(baselines, key=lambda arm: _mean(items(arm, "right")))
+        rest = sorted((arm for arm in found.values() if arm is not baseline), key=lambda arm: arm.name)
+        pairs = ((row, other) for row in baseline.rows for other in dense if other["dtype"] == row["dtype"])
+        same = tuple({**other, "sample": row["sample"]} for row, other in pairs)
+        for arm in (*([Arm("dense", fold, same)] if same else ()), baseline, *rest):
+            name = f"**{arm.name}**" if arm is baseline else arm.name
+            yield line((keep, fold, name, *_task_cells(arm, baseline), len(arm.rows)))
 
 
 def _task_cells(arm: Arm, baseline: Arm) -> Iterator[str]:
@@ -216,21 +200,22 @@ def _mean(series: Series) -> float:
     return fmean(map(fmean, series.values()))
 
 
+TABLES = {
+    "screen": screen_table,
+    "test": test_table,
+    "stages": stages_table,
+    "bases": bases_table,
+    "zero_shot": zero_shot_table,
+}
+
+
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"screen": screen_table, "test": test_table, "stages": stages_table, "bases": bases_table}
-    tables["zero_shot"] = zero_shot_table
-    parser.add_argument("stage", choices=tables)
-    parser.add_argument("--out", type=Path, default=OUT, help="the rows of width_pruning.py")
-    parser.add_argument("--model", default="smollm2-135m", help="of which model")
-    parser.add_argument("--against", default="", help="test: the arm that differences are to")
-    args = parser.parse_args()
+    args = arguments(__doc__, OUT, {"stage": TABLES}, model="smollm2-135m", against="")
     every = [row for row in rows(args.out) if row["model"] == args.model]
     if args.against and (args.stage != "test" or all(row["arm"] != args.against for row in every)):
-        parser.error("--against takes the name of an arm of the stage test, as its table has it")
-    table = against_table(every, args.against) if args.against else tables[args.stage](every)
-    print("\n".join(table))
+        raise SystemExit("--against takes the name of an arm of the stage test, as its table has it")
+    print("\n".join(against_table(every, args.against) if args.against else TABLES[args.stage](every)))
 
 
 if __name__ == "__main__":

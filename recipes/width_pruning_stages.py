@@ -57,11 +57,7 @@ BASES = ("flap", "wanda_sp", "llm_pruner")
 BASE_STAGES: Mapping[tuple[str, str], Mapping[str, Any]] = {
     (stage, base): {**UNLEARNED, **change, "base": base}
     for base in BASES
-    for stage, change in (
-        ("none", BASE_ORDER),
-        ("switch", {}),
-        ("switch of random modules", {"partition": "random"}),
-    )
+    for stage, change in (("none", BASE_ORDER), ("switch", {}), ("switch of random modules", {"partition": "random"}))
 }
 """Stage, base metric → settings. All have the same shares; with the stage ``none`` the order is the base's own."""
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_survivors_alone_run_the_whole_suite_and_rows_are_not_run_again(mutants,
     listed = [mutants.Mutant(name, "Nothing.", "core/budget.py", "", "", ()) for name in "abc"]
 
     def left(**given):
-        options = mutants.argparse.Namespace(**{"state": "before", "full": False, "again": False} | given)
+        options = Namespace(**{"state": "before", "full": False, "again": False} | given)
         return [mutant.name for mutant in mutants.left_to_run(listed, mutants.read_rows(rows), options)]
 
     assert left() == ["c"]

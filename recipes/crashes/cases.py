@@ -13,10 +13,8 @@ from typing import Any
 DIGITS = "--source digits --tokens 192 --eval-tokens 64"
 PRUNE = f"prune toys:classifier --method flap --keep 0.6 {DIGITS}"
 GROW = "grow toys:classifier --axis body.0.weight:0=+4 --source digits --eval-tokens 64"
-LEARN = (
-    "learn split:digits:2 --model mlp:12-12 --method sparsegrow --epochs 2 --train 200 --test 100 --batch-size 32 "
-    "--lr 0.1"
-)
+LEARN = "learn split:digits:2 --model mlp:12-12 --method sparsegrow --epochs 2 --train 200 --test 100 --lr 0.1"
+LEARN += " --batch-size 32"
 SEARCH = (
     "search cells:4-1-1 --data digits --target params=1k --train 120 --test 60 --batch-size 48 --epochs 4 --retrain 1 "
     "--stride 2 --set warm=1 --set every=1 --set share=0.5"
@@ -43,7 +41,7 @@ class Case:
     command: Step
     result: str
     prepare: tuple[Step, ...] = ()
-    read: tuple[str, ...] = ()
+    read: tuple[str, ...] = ("regrow",)
 
 
 def llama(folder: str, width: int = 40, *, cut: bool = False, seed: int = 0) -> None:
@@ -119,37 +117,25 @@ def export(form: str, out: str, source: str, *, over: bool = False) -> Case:
     earlier = {"cut": "even", "learned": "other"}.get(source, "")
     words = "export ../in/{} --to " + form + f" --out {out}"
     prepare = [makers[source], *([makers[earlier], words.format(earlier)] if over else [])]
-    read = BOTH if form == "transformers" else ()
-    return Case(words.format(source), out, tuple(prepare), read)
+    return Case(words.format(source), out, tuple(prepare), BOTH if form == "transformers" else ())
 
 
+LORA = "recover ../in/pruned --by lora --tokens 96 --set passes=2 --set checks=2 --set windows=1 --code toys:classifier"
+CUT = lambda: llama("../in/cut", cut=True)  # noqa: E731
+COPY = lambda: copied("../in/cut", "net")  # noqa: E731
+ONE, TWO = f"{PRUNE} --out ../in/one", f"{PRUNE} --seed 1 --out ../in/two"
+COMPARE = "compare ../in/one ../in/two --out page.html"
 CASES: dict[str, Case] = {
-    "prune": Case(f"{PRUNE} --out run", "run", read=("regrow",)),
-    "prune --recover": Case(f"{PRUNE} --recover refit --recover-tokens 128 --out run", "run", read=("regrow",)),
-    "prune --dry-run": Case(f"{PRUNE} --dry-run plan.json", "plan.json"),
-    "recover": Case(
-        "recover ../in/pruned --by lora --tokens 96 --set passes=2 --set checks=2 --set windows=1 "
-        "--code toys:classifier --out run",
-        "run",
-        (f"{PRUNE} --out ../in/pruned",),
-        read=("regrow",),
-    ),
-    "learn": Case(f"{LEARN} --out run", "run", read=("regrow",)),
-    "learn --resume": Case(
-        "learn --resume run --task permuted:digits:1",
-        "run",
-        (f"{LEARN} --classes 10 --out run",),
-        read=("regrow",),
-    ),
-    "search": Case(f"{SEARCH} --out run", "run", read=("regrow",)),
-    "apply": Case(
-        "apply ../in/plan.json toys:classifier --out net",
-        "net",
-        (f"{PRUNE} --dry-run ../in/plan.json",),
-        read=("regrow",),
-    ),
-    "grow": Case(f"{GROW} --out run", "run", read=("regrow",)),
-    "undo": Case("undo ../in/pruned --out net", "net", (f"{PRUNE} --out ../in/pruned",), read=("regrow",)),
+    "prune": Case(f"{PRUNE} --out run", "run"),
+    "prune --recover": Case(f"{PRUNE} --recover refit --recover-tokens 128 --out run", "run"),
+    "prune --dry-run": Case(f"{PRUNE} --dry-run plan.json", "plan.json", read=()),
+    "recover": Case(f"{LORA} --out run", "run", (f"{PRUNE} --out ../in/pruned",)),
+    "learn": Case(f"{LEARN} --out run", "run"),
+    "learn --resume": Case("learn --resume run --task permuted:digits:1", "run", (f"{LEARN} --classes 10 --out run",)),
+    "search": Case(f"{SEARCH} --out run", "run"),
+    "apply": Case("apply ../in/plan.json toys:classifier --out net", "net", (f"{PRUNE} --dry-run ../in/plan.json",)),
+    "grow": Case(f"{GROW} --out run", "run"),
+    "undo": Case("undo ../in/pruned --out net", "net", (f"{PRUNE} --out ../in/pruned",)),
     "export transformers": export("transformers", "net", "cut"),
     "export transformers, over another": export("transformers", "net", "cut", over=True),
     "export gguf": export("gguf", "net.gguf", "cut"),
@@ -157,27 +143,12 @@ CASES: dict[str, Case] = {
     "export onnx": export("onnx", "net.onnx", "learned"),
     "export onnx, over another": export("onnx", "net.onnx", "learned", over=True),
     "export torchvision": export("torchvision", "net", "shuffled"),
-    "save": Case(lambda: copied("../in/cut", "net"), "net", (lambda: llama("../in/cut", cut=True),), BOTH),
-    "save over a save": Case(
-        lambda: copied("../in/cut", "net"),
-        "net",
-        (lambda: llama("../in/cut", cut=True), lambda: llama("net", width=36, cut=True, seed=1)),
-        BOTH,
-    ),
-    "report over a report": Case("report run", "run", (f"{PRUNE} --out run",), read=("regrow",)),
-    "compare": Case(
-        "compare ../in/one ../in/two --out page.html",
-        "page.html",
-        (f"{PRUNE} --out ../in/one", f"{PRUNE} --seed 1 --out ../in/two"),
-    ),
+    "save": Case(COPY, "net", (CUT,), BOTH),
+    "save over a save": Case(COPY, "net", (CUT, lambda: llama("net", width=36, cut=True, seed=1)), BOTH),
+    "report over a report": Case("report run", "run", (f"{PRUNE} --out run",)),
+    "compare": Case(COMPARE, "page.html", (ONE, TWO), ()),
     "compare over a comparison": Case(
-        "compare ../in/one ../in/two --out page.html",
-        "page.html",
-        (
-            f"{PRUNE} --out ../in/one",
-            f"{PRUNE} --seed 1 --out ../in/two",
-            "compare ../in/two ../in/one --out page.html",
-        ),
+        COMPARE, "page.html", (ONE, TWO, "compare ../in/two ../in/one --out page.html"), ()
     ),
 }
 

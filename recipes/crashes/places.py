@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from crashes.cases import Case, Step, digest_by, page_again, work
-from crashes.supervised import Act, Outcome, run, steady
+from crashes.cases import CASES, Case, Step, digest_by, page_again, work
+from crashes.supervised import Act, Outcome, run, steady, usable
 
 CLOCK = {
     "started": "run.json: when the run began",
@@ -29,6 +32,25 @@ LOADED = (
 """What is imported once, before anything is forked."""
 Contents = Mapping[str, str]
 """Path → digest of a file, without the clock; folders end in ``/``."""
+
+
+@contextmanager
+def workplace(parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder for cases, in memory unless said, in which other users may work, too."""
+    if why := usable():
+        sys.exit(why)
+    with TemporaryDirectory(dir=parent or ("/dev/shm" if Path("/dev/shm").is_dir() else None)) as name:
+        work, home = Path(name), Path(name, "hf")
+        work.chmod(0o755)
+        home.mkdir()
+        home.chmod(0o777)
+        os.environ |= {"HF_HOME": str(home), "TMPDIR": name}
+        yield work
+
+
+def place_of(case: str, work: Path, *, exchange: bool = True) -> "Place":
+    """The place of a case, by the name of the case."""
+    return Place(CASES[case], work / re.sub(r"\W+", "-", case), exchange)
 
 
 @dataclass

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,18 @@ from regrow.store.shapes import content_digest
 TESTS = Path(__file__).parents[2] / "tests"
 FIXTURES = TESTS / "fixtures" / "runs"
 TARGETS = (
-    "pwned:boom",
-    "os:abort",
-    "subprocess:run",
-    "webbrowser:open",
-    "toys:classifier",
-    "torch.hub:load",
-    "plugin:Method",
-    "evil:boom",
-    "builtins:exec",
-    "pwned.sub:boom",
-)
+    "pwned:boom", "os:abort", "subprocess:run", "webbrowser:open", "toys:classifier", "torch.hub:load",
+    "plugin:Method", "evil:boom", "builtins:exec", "pwned.sub:boom",
+)  # fmt: skip
 """What files name; ``toys:classifier`` is harmless, and is not imported either."""
 CLASSES = ("modeling_evil.Evil", "pwned.Evil", "other/repository--modeling_evil.Evil")
 
 
-@dataclass(frozen=True)
-class Hostile:
-    """A folder that was tampered with.
-
-    Args:
-        base: Which honest folder it was: see :func:`make_honest`.
-        change: Tampers with a copy; gets the folder, a name of code and a name of a class.
-    """
-
-    base: str
-    change: Callable[[Path, str, str], None]
+Change = Callable[[Path, str, str], None]
+"""Tampers with a copy of an honest folder; gets the folder, a name of code and a name of a class."""
 
 
-def edit(name: str, change: Callable[[Any, str, str], Any]) -> Callable[[Path, str, str], None]:
+def edit(name: str, change: Callable[[Any, str, str], Any]) -> Change:
     """A change of a JSON file."""
 
     def changed(folder: Path, target: str, named: str) -> None:
@@ -90,7 +72,7 @@ def own_type(data: Any, target: str, named: str) -> None:
     data["model_type"] = "pwned"
 
 
-def code_files(*names: str) -> Callable[[Path, str, str], None]:
+def code_files(*names: str) -> Change:
     """Files of code that others might run."""
 
     def change(folder: Path, _: str, named: str) -> None:
@@ -110,69 +92,68 @@ def adapter(folder: Path, target: str, named: str) -> None:
 TEMPLATE = "{{ cycler.__init__.__globals__.os.abort() }}{{ self._TemplateReference__context }}"
 RUN, SHAPES, CONFIG, TOKENS = "run.json", "shapes.json", "config.json", "tokenizer_config.json"
 
-HOSTILE: dict[str, Hostile] = {
+HOSTILE: dict[str, tuple[str, Change]] = {
     # run.json
-    "run: model": Hostile("prune", edit(RUN, named("settings", "model"))),
-    "run: method": Hostile("prune", edit(RUN, named("settings", "method"))),
-    "run: method of a method": Hostile("prune", edit(RUN, named("settings", "method_settings", "base"))),
-    "run: recovery": Hostile("prune", edit(RUN, named("settings", "recover"))),
-    "run: source": Hostile("prune", edit(RUN, put(("settings", "sources"), lambda t, _: [t, f"x={t}"]))),
-    "run: device and dtype": Hostile("prune", edit(RUN, put(("settings", "device"), lambda t, _: t))),
-    "run: unknown fields": Hostile("prune", edit(RUN, named("settings", "builder"))),
-    "run: verb": Hostile("prune", edit(RUN, named("verb"))),
-    "run: dense model of a recovery": Hostile("recover", edit(RUN, named("settings", "pruning", "model"))),
-    "run: recovery of a recovery": Hostile("recover", edit(RUN, named("settings", "by"))),
-    "run: network of learning": Hostile("learn", edit(RUN, named("settings", "model"))),
-    "run: method of learning": Hostile("learn", edit(RUN, named("settings", "method"))),
-    "run: tasks": Hostile("learn", edit(RUN, put(("settings", "tasks"), lambda t, _: [t]))),
-    "run: space of a search": Hostile("search", edit(RUN, named("settings", "space"))),
+    "run: model": ("prune", edit(RUN, named("settings", "model"))),
+    "run: method": ("prune", edit(RUN, named("settings", "method"))),
+    "run: method of a method": ("prune", edit(RUN, named("settings", "method_settings", "base"))),
+    "run: recovery": ("prune", edit(RUN, named("settings", "recover"))),
+    "run: source": ("prune", edit(RUN, put(("settings", "sources"), lambda t, _: [t, f"x={t}"]))),
+    "run: device and dtype": ("prune", edit(RUN, put(("settings", "device"), lambda t, _: t))),
+    "run: unknown fields": ("prune", edit(RUN, named("settings", "builder"))),
+    "run: verb": ("prune", edit(RUN, named("verb"))),
+    "run: dense model of a recovery": ("recover", edit(RUN, named("settings", "pruning", "model"))),
+    "run: recovery of a recovery": ("recover", edit(RUN, named("settings", "by"))),
+    "run: network of learning": ("learn", edit(RUN, named("settings", "model"))),
+    "run: method of learning": ("learn", edit(RUN, named("settings", "method"))),
+    "run: tasks": ("learn", edit(RUN, put(("settings", "tasks"), lambda t, _: [t]))),
+    "run: space of a search": ("search", edit(RUN, named("settings", "space"))),
     # shapes.json
-    "shapes: callable": Hostile("prune", edit(SHAPES, named("origin", "reference"))),
-    "shapes: kind": Hostile("prune", edit(SHAPES, named("origin", "kind"))),
-    "shapes: callable instead of a class": Hostile(
-        "saved", edit(SHAPES, put(("origin",), lambda t, _: {"kind": "callable", "reference": t, "config": {}}))
+    "shapes: callable": ("prune", edit(SHAPES, named("origin", "reference"))),
+    "shapes: kind": ("prune", edit(SHAPES, named("origin", "kind"))),
+    "shapes: callable instead of a class": (
+        "saved",
+        edit(SHAPES, put(("origin",), lambda t, _: {"kind": "callable", "reference": t, "config": {}})),
     ),
-    "shapes: class": Hostile("saved", edit(SHAPES, named("origin", "reference"))),
-    "shapes: function of transformers": Hostile("saved", edit(SHAPES, says("pipeline", "origin", "reference"))),
-    "shapes: automatic class": Hostile("saved", edit(SHAPES, says("AutoModel", "origin", "reference"))),
-    "shapes: auto_map": Hostile("saved", edit(SHAPES, lambda d, t, c: auto_map(d["origin"]["config"], t, c))),
-    "shapes: kernel": Hostile("saved", edit(SHAPES, says("pwned/kernel", "origin", "config", "attn_implementation"))),
-    "shapes: dtype": Hostile("saved", edit(SHAPES, says("load", "origin", "config", "dtype"))),
-    "shapes: small network": Hostile("learn", edit(SHAPES, named("origin", "reference"))),
-    "shapes: torchvision network": Hostile("exported", edit(SHAPES, named("origin", "reference"))),
-    "shapes: weights that are fetched": Hostile("exported", edit(SHAPES, says(True, "origin", "config", "pretrained"))),
-    "shapes: attribute": Hostile("saved", edit(SHAPES, says(1, "attributes", "model:forward"))),
+    "shapes: class": ("saved", edit(SHAPES, named("origin", "reference"))),
+    "shapes: function of transformers": ("saved", edit(SHAPES, says("pipeline", "origin", "reference"))),
+    "shapes: automatic class": ("saved", edit(SHAPES, says("AutoModel", "origin", "reference"))),
+    "shapes: auto_map": ("saved", edit(SHAPES, lambda d, t, c: auto_map(d["origin"]["config"], t, c))),
+    "shapes: kernel": ("saved", edit(SHAPES, says("pwned/kernel", "origin", "config", "attn_implementation"))),
+    "shapes: dtype": ("saved", edit(SHAPES, says("load", "origin", "config", "dtype"))),
+    "shapes: small network": ("learn", edit(SHAPES, named("origin", "reference"))),
+    "shapes: torchvision network": ("exported", edit(SHAPES, named("origin", "reference"))),
+    "shapes: weights that are fetched": ("exported", edit(SHAPES, says(True, "origin", "config", "pretrained"))),
+    "shapes: attribute": ("saved", edit(SHAPES, says(1, "attributes", "model:forward"))),
     # config.json and its neighbours
-    "config: auto_map": Hostile("llama", edit(CONFIG, auto_map)),
-    "config: kind of its own": Hostile("llama", edit(CONFIG, own_type)),
-    "config: architecture": Hostile("llama", edit(CONFIG, says(["pipeline", "Trainer", "Evil"], "architectures"))),
-    "config: kernel": Hostile("llama", edit(CONFIG, says("pwned/kernel", "attn_implementation"))),
-    "config: quantisation": Hostile("llama", edit(CONFIG, says({"quant_method": "pwned"}, "quantization_config"))),
-    "config: dtype": Hostile("llama", edit(CONFIG, says("load", "torch_dtype"))),
-    "config: pipelines": Hostile("llama", edit(CONFIG, put(("custom_pipelines",), lambda _, c: {"x": {"impl": c}}))),
-    "config: adapter": Hostile("llama", adapter),
-    "config: generation": Hostile("llama", code_files("custom_generate/generate.py", "modeling_evil.py")),
-    "config: saved model, auto_map": Hostile("saved", edit(CONFIG, auto_map)),
-    "config: saved model, carried code": Hostile("saved", code_files("modeling_regrow.py", "reshape_regrow.py")),
+    "config: auto_map": ("llama", edit(CONFIG, auto_map)),
+    "config: kind of its own": ("llama", edit(CONFIG, own_type)),
+    "config: architecture": ("llama", edit(CONFIG, says(["pipeline", "Trainer", "Evil"], "architectures"))),
+    "config: kernel": ("llama", edit(CONFIG, says("pwned/kernel", "attn_implementation"))),
+    "config: quantisation": ("llama", edit(CONFIG, says({"quant_method": "pwned"}, "quantization_config"))),
+    "config: dtype": ("llama", edit(CONFIG, says("load", "torch_dtype"))),
+    "config: pipelines": ("llama", edit(CONFIG, put(("custom_pipelines",), lambda _, c: {"x": {"impl": c}}))),
+    "config: adapter": ("llama", adapter),
+    "config: generation": ("llama", code_files("custom_generate/generate.py", "modeling_evil.py")),
+    "config: saved model, auto_map": ("saved", edit(CONFIG, auto_map)),
+    "config: saved model, carried code": ("saved", code_files("modeling_regrow.py", "reshape_regrow.py")),
     # tokenizer
-    "tokenizer: auto_map": Hostile("llama", edit(TOKENS, auto_map)),
-    "tokenizer: class": Hostile("llama", edit(TOKENS, says("AutoModelForCausalLM", "tokenizer_class"))),
-    "tokenizer: class of a saved model": Hostile("saved", edit(TOKENS, says("pipeline", "tokenizer_class"))),
-    "tokenizer: template": Hostile("saved", edit(TOKENS, says(TEMPLATE, "chat_template"))),
+    "tokenizer: auto_map": ("llama", edit(TOKENS, auto_map)),
+    "tokenizer: class": ("llama", edit(TOKENS, says("AutoModelForCausalLM", "tokenizer_class"))),
+    "tokenizer: class of a saved model": ("saved", edit(TOKENS, says("pipeline", "tokenizer_class"))),
+    "tokenizer: template": ("saved", edit(TOKENS, says(TEMPLATE, "chat_template"))),
     # plans
-    "ledger: fill": Hostile("prune", edit("ledger.json", named("plans", "0", "origin", "method"))),
-    "ledger: branch": Hostile(
-        "prune", edit("ledger.json", put(("plans", "0", "drop"), lambda t, _: {t: {t: {"gives": t}}}))
-    ),
-    "plan: axis": Hostile("plan", edit("ledger.json", put(("changes",), lambda t, _: {t: {"size": 3, "keep": [0]}}))),
+    "ledger: fill": ("prune", edit("ledger.json", named("plans", "0", "origin", "method"))),
+    "ledger: branch": ("prune", edit("ledger.json", put(("plans", "0", "drop"), lambda t, _: {t: {t: {"gives": t}}}))),
+    "plan: axis": ("plan", edit("ledger.json", put(("changes",), lambda t, _: {t: {"size": 3, "keep": [0]}}))),
     # the rest
-    "network: builder": Hostile("exported", edit("network.json", named("builder"))),
-    "network: code beside it": Hostile("exported", code_files("load_regrow.py", "reshape_regrow.py")),
-    "gguf: architecture": Hostile("gguf", lambda folder, t, c: metadata(folder, "general.architecture", t)),
-    "gguf: tokenizer": Hostile("gguf", lambda folder, t, c: metadata(folder, "tokenizer.ggml.model", t)),
-    "gguf: neighbours": Hostile("gguf", lambda folder, t, c: neighbours(folder, t, c)),
+    "network: builder": ("exported", edit("network.json", named("builder"))),
+    "network: code beside it": ("exported", code_files("load_regrow.py", "reshape_regrow.py")),
+    "gguf: architecture": ("gguf", lambda folder, t, c: metadata(folder, "general.architecture", t)),
+    "gguf: tokenizer": ("gguf", lambda folder, t, c: metadata(folder, "tokenizer.ggml.model", t)),
+    "gguf: neighbours": ("gguf", lambda folder, t, c: neighbours(folder, t, c)),
 }
-"""What it is called → the folder."""
+"""What it is called → which honest folder it was (:func:`make_honest`), and what was done to it."""
 
 
 def metadata(folder: Path, key: str, text: str) -> None:
@@ -228,7 +209,7 @@ def make_honest(out: Path) -> None:
 
 def tamper(name: str, honest: Path, place: Path, seed: int) -> Path:
     """A hostile folder: a copy of an honest one that somebody tampered with, with names drawn by the seed."""
-    one, draw = HOSTILE[name], random.Random(f"{name} {seed}")
-    shutil.copytree(honest / one.base, place)
-    one.change(place, draw.choice(TARGETS), draw.choice(CLASSES))
+    (base, change), draw = HOSTILE[name], random.Random(f"{name} {seed}")
+    shutil.copytree(honest / base, place)
+    change(place, draw.choice(TARGETS), draw.choice(CLASSES))
     return place

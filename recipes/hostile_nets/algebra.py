@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, vectors, width
 from hostile_nets.masking import layer_norm, read
 
 DOWN = "down.weight:1"
@@ -20,24 +20,25 @@ DOWN = "down.weight:1"
 def by_einsum(random: Random) -> Built:
     """Layers spelled as sums over letters."""
     n, k = width(random), random.randint(2, 4)
-    kind = random.choice(("plain", "experts", "three", "ellipsis", "diagonal", "bilinear", "trace"))
+    einsum = torch.einsum
+
+    def experts(m: Any, x: Tensor, h: Tensor) -> Tensor:
+        return einsum("bep,be->bp", einsum("bo,eop->bep", h, m.cube), einsum("bo,eo->be", h, m.gate).softmax(-1))
+
+    act = random.choice(
+        (
+            lambda m, x, h: einsum("bo,po->bp", h, m.down),
+            experts,
+            lambda m, x, h: einsum("bo,eop,be->bp", h, m.cube, x[:, :k]),
+            lambda m, x, h: einsum("...o,po->...p", h[:, None], m.down),
+            lambda m, x, h: einsum("oo,bo,po->bp", m.square, h, m.down),
+            lambda m, x, h: einsum("bo,eop,bo->bp", h, m.cube, h),
+            lambda m, x, h: einsum("bo,bo->b", h, h)[:, None],
+        )
+    )
 
     def run(m: Any, x: Tensor) -> Tensor:
-        h = read(torch.einsum("bi,oi->bo", x, m.up).relu(), -1, "up:0")
-        if kind == "plain":
-            return torch.einsum("bo,po->bp", h, m.down)
-        if kind == "experts":
-            each = torch.einsum("bo,eop->bep", h, m.cube)
-            return torch.einsum("bep,be->bp", each, torch.einsum("bo,eo->be", h, m.gate).softmax(-1))
-        if kind == "three":
-            return torch.einsum("bo,eop,be->bp", h, m.cube, x[:, :k])
-        if kind == "ellipsis":
-            return torch.einsum("...o,po->...p", h[:, None], m.down)
-        if kind == "diagonal":
-            return torch.einsum("oo,bo,po->bp", m.square, h, m.down)
-        if kind == "bilinear":
-            return torch.einsum("bo,eop,bo->bp", h, m.cube, h)
-        return torch.einsum("bo,bo->b", h, h)[:, None]
+        return act(m, x, read(einsum("bi,oi->bo", x, m.up).relu(), -1, "up:0"))
 
     shapes = {"up": (n, 5), "down": (3, n), "cube": (k, n, 3), "gate": (k, n), "square": (n, n)}
     return Built(Net(run, **{name: nn.Parameter(torch.zeros(s)) for name, s in shapes.items()}), (vectors(random),))
@@ -46,32 +47,25 @@ def by_einsum(random: Random) -> Built:
 def units_meet_units(random: Random) -> Built:
     """Products of activations with activations."""
     n = width(random)
-    kind = random.choice(("outer", "gram", "bilinear", "distance", "cosine", "dot", "kron", "square"))
-    outs = {"outer": 2 * n, "bilinear": 4, "kron": 2 * n}
+    act, out, places = random.choice(
+        (
+            (lambda m, h, r: (h[:, :, None] * m.two(h.new_ones(len(h), 1))[:, None]).flatten(1), 2 * n, DOWN),
+            (lambda m, h, r: (r() @ r().t()) @ h, n, UP),
+            (lambda m, h, r: m.bi(r(), r()), 4, DOWN),
+            (lambda m, h, r: h * torch.cdist(r(), r()).sum(-1, keepdim=True), n, UP),
+            (lambda m, h, r: h * F.cosine_similarity(r(), r(h.flip(0)), dim=-1)[:, None], n, UP),
+            (lambda m, h, r: h * (r() * r()).sum(-1, keepdim=True), n, UP),
+            (lambda m, h, r: torch.stack([torch.kron(row, m.other) for row in h]), 2 * n, DOWN),
+            (lambda m, h, r: h * h.square(), n, UP),
+        )
+    )
 
-    def act(m: Any, h: Tensor) -> Tensor:
+    def between(m: Any, h: Tensor) -> Tensor:
         h = h.tanh()
-        if kind == "outer":
-            return (h[:, :, None] * m.two(h.new_ones(len(h), 1))[:, None, :]).flatten(1)
-        if kind == "gram":
-            r = read(h, -1, UP)
-            return (r @ r.t()) @ h
-        if kind == "bilinear":
-            return m.bi(read(h, -1, UP), read(h, -1, UP))
-        if kind == "distance":
-            r = read(h, -1, UP)
-            return h * torch.cdist(r, r).sum(-1, keepdim=True)
-        if kind == "cosine":
-            return h * F.cosine_similarity(read(h, -1, UP), read(h.flip(0), -1, UP), dim=-1)[:, None]
-        if kind == "dot":
-            return h * (read(h, -1, UP) * read(h, -1, UP)).sum(-1, keepdim=True)
-        if kind == "kron":
-            return torch.stack([torch.kron(row, m.other) for row in h])
-        return h * h.square()
+        return act(m, h, lambda value=h: read(value, -1, UP))
 
     parts = {"other": nn.Parameter(torch.zeros(2)), "two": nn.Linear(1, 2), "bi": nn.Bilinear(n, n, 4)}
-    places = {"bilinear": DOWN, "outer": DOWN, "kron": DOWN}
-    return middle(act, random, n, outs.get(kind, n), places.get(kind, UP), **parts)
+    return middle(between, random, n, out, places, **parts)
 
 
 class Straight(torch.autograd.Function):
@@ -126,10 +120,8 @@ def own_gradients(random: Random) -> Built:
 
     def run(m: Any, x: Tensor) -> Tensor:
         h = m.up(x).sigmoid()
-        if kind == "round":
-            h = Straight.apply(h)
-        elif kind == "flip":
-            h = Flipped.apply(h, by)
+        if kind != "times":
+            h = Straight.apply(h) if kind == "round" else Flipped.apply(h, by)
         h = read(h, -1, UP)
         return Times.apply(h, m.down.weight) if kind == "times" else m.down(h)
 
@@ -139,50 +131,51 @@ def own_gradients(random: Random) -> Built:
 def complex_numbers(random: Random) -> Built:
     """Pairs as complex numbers, spectra along units or along rows."""
     n = 2 * random.randint(3, 5)
-    kind = random.choice(("rotate", "fft", "rows", "abs", "polar", "weight"))
 
-    def act(m: Any, h: Tensor) -> Tensor:
-        if kind == "rotate":
-            pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous())
-            return torch.view_as_real(pairs * torch.polar(torch.ones_like(m.angle), m.angle)).flatten(-2)
-        if kind == "fft":
-            return torch.fft.rfft(h, dim=-1).abs()
-        if kind == "rows":
-            return torch.fft.fft(h, dim=0).real
-        if kind == "abs":
-            return torch.complex(h, h.roll(1, 0)).abs()
-        if kind == "polar":
-            return torch.polar(h.exp(), h).imag
-        return (h.to(torch.complex128) @ m.spectrum).real
+    def rotate(m: Any, h: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(m.angle), m.angle)).flatten(-2)
 
+    acts = {
+        "rotate": rotate,
+        "fft": lambda m, h: torch.fft.rfft(h, dim=-1).abs(),
+        "rows": lambda m, h: torch.fft.fft(h, dim=0).real,
+        "abs": lambda m, h: torch.complex(h, h.roll(1, 0)).abs(),
+        "polar": lambda m, h: torch.polar(h.exp(), h).imag,
+        "weight": lambda m, h: (h.to(torch.complex128) @ m.spectrum).real,
+    }
+    kind = random.choice(list(acts))
     parts: dict[str, Any] = {"angle": nn.Parameter(torch.zeros(n // 2))}
     if kind == "weight":
         parts["spectrum"] = nn.Parameter(torch.randn(n, n, dtype=torch.complex128))
-    return middle(act, random, n, n // 2 + 1 if kind == "fft" else n, DOWN, **parts)
+    return middle(acts[kind], random, n, n // 2 + 1 if kind == "fft" else n, DOWN, **parts)
 
 
 def calculus_inside(random: Random) -> Built:
     """Gradients, vectorised maps and checkpoints as part of the function."""
     n = width(random)
-    kind = random.choice(("grad", "vmap", "checkpoint", "functional", "jvp"))
 
     def block(m: Any, x: Tensor) -> Tensor:
         return m.down(read(m.up(x).tanh(), -1, UP))
 
-    def run(m: Any, x: Tensor) -> Any:
-        if kind == "grad":
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                return torch.autograd.grad(block(m, x).square().sum(), x, create_graph=True)[0]
-        if kind == "vmap":
-            return torch.func.vmap(lambda row: block(m, row))(x)
-        if kind == "checkpoint":
-            return checkpoint(lambda y: block(m, y), x, use_reentrant=False)
-        if kind == "functional":
-            weights = {name: p * 2 for name, p in m.down.named_parameters()}
-            return torch.func.functional_call(m.down, weights, (read(m.up(x).relu(), -1, UP),))
-        return torch.func.jvp(lambda y: block(m, y), (x,), (torch.ones_like(x),))
+    def gradient(m: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(block(m, x).square().sum(), x, create_graph=True)[0]
 
+    def functional(m: Any, x: Tensor) -> Tensor:
+        weights = {name: p * 2 for name, p in m.down.named_parameters()}
+        return torch.func.functional_call(m.down, weights, (read(m.up(x).relu(), -1, UP),))
+
+    run = random.choice(
+        (
+            gradient,
+            lambda m, x: torch.func.vmap(lambda row: block(m, row))(x),
+            lambda m, x: checkpoint(lambda y: block(m, y), x, use_reentrant=False),
+            functional,
+            lambda m, x: torch.func.jvp(lambda y: block(m, y), (x,), (torch.ones_like(x),)),
+        )
+    )
     return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
 
 
@@ -191,66 +184,55 @@ def calculus_inside(random: Random) -> Built:
 
 def unusual_norms(random: Random) -> Built:
     """Norms over the units that are no modules, or not the usual ones."""
-    n = 2 * random.randint(3, 5)
-    eps = 1e-5
+    n, eps = 2 * random.randint(3, 5), 1e-5
 
-    def centred(h: Tensor) -> Tensor:
-        return h - h.mean(-1, keepdim=True)
+    def r(h: Tensor, fill: float = 0.0) -> Tensor:
+        return read(h, -1, UP, fill)
+
+    def pixel(m: Any, h: Tensor) -> Tensor:
+        return r(h) * (r(h).square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    def variance(m: Any, h: Tensor) -> Tensor:
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + eps).sqrt()
 
     kinds = {
-        "pixel": lambda m, h: h * (h.square().mean(-1, keepdim=True) + eps).rsqrt(),
-        "rms": lambda m, h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + m.eps) * m.gain,
-        "l2": lambda m, h: F.normalize(h, dim=-1),
-        "l1": lambda m, h: F.normalize(h, p=1, dim=-1),
-        "most": lambda m, h: h / h.abs().amax(-1, keepdim=True),
-        "total": lambda m, h: h / (h.exp().sum(-1, keepdim=True) + 1),
-        "variance": lambda m, h: centred(h) / (h.var(-1, keepdim=True) + eps).sqrt(),
+        "pixel": pixel,
+        "rms": lambda m, h: r(h) * torch.rsqrt(r(h).pow(2).mean(-1, keepdim=True) + m.eps) * m.gain,
+        "l2": lambda m, h: F.normalize(r(h), dim=-1),
+        "l1": lambda m, h: F.normalize(r(h), p=1, dim=-1),
+        "most": lambda m, h: h / r(h.abs(), -torch.inf).amax(-1, keepdim=True),
+        "total": lambda m, h: h / (r(h.exp()).sum(-1, keepdim=True) + 1),
+        "variance": variance,
         "layer": lambda m, h: F.layer_norm(h, (h.shape[-1],), m.gain),
         "group": lambda m, h: F.group_norm(h, 2, m.gain),
         "batch": lambda m, h: F.batch_norm(h, m.mean, m.var, m.gain, None, training=False),
         "live": lambda m, h: F.batch_norm(h, None, None, m.gain, None, training=True),
         "rows": lambda m, h: (h - h.mean(0)) / (h.var(0, unbiased=False) + eps).sqrt(),
-        "softmax": lambda m, h: h.softmax(-1) * h,
-        "sumexp": lambda m, h: h - h.logsumexp(-1, keepdim=True),
+        "softmax": lambda m, h: (r(h, -torch.inf).softmax(-1) * r(h, -torch.inf)).nan_to_num(0.0),
+        "sumexp": lambda m, h: (r(h, -torch.inf) - r(h, -torch.inf).logsumexp(-1, keepdim=True)).nan_to_num(0.0),
     }
     kind = random.choice(list(kinds))
-    fills = {"softmax": -torch.inf, "sumexp": -torch.inf}
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        if kind in ("l2", "l1", "pixel", "rms"):
-            return kinds[kind](m, read(h, -1, UP))
-        if kind == "most":
-            return h / read(h.abs(), -1, UP, -torch.inf).amax(-1, keepdim=True)
-        if kind == "total":
-            return h / (read(h.exp(), -1, UP).sum(-1, keepdim=True) + 1)
-        if kind in fills:
-            return kinds[kind](m, read(h, -1, UP, fills[kind])).nan_to_num(0.0)
-        return kinds[kind](m, h)
-
     parts: dict[str, Any] = {"gain": nn.Parameter(torch.zeros(n)), "eps": eps}
     parts |= {"mean": nn.Buffer(torch.zeros(n)), "var": nn.Buffer(torch.ones(n))}
-    return middle(act, random, n, places="" if kind in ("layer", "group") else UP, **parts)
+    return middle(kinds[kind], random, n, places="" if kind in ("layer", "group") else UP, **parts)
 
 
 def standardised_weights(random: Random) -> Built:
     """Convolutions whose weights are standardised over their inputs when they run."""
-    n, k, eps = width(random), width(random), 1e-5
-
-    def by_moments(w: Tensor) -> Tensor:
-        over = (1, 2, 3)
-        return (w - w.mean(over, keepdim=True)) / (w.var(over, keepdim=True, unbiased=False) + eps).sqrt()
+    n, k, eps, over = width(random), width(random), 1e-5, (1, 2, 3)
 
     def by_var_mean(w: Tensor) -> Tensor:
         variance, mean = torch.var_mean(w.flatten(1), 1, keepdim=True)
         return ((w.flatten(1) - mean) * (variance + eps).rsqrt()).view_as(w)
 
-    kinds = {
-        "batch": lambda w: F.batch_norm(w.reshape(1, len(w), -1), None, None, None, None, True, 0.0).reshape_as(w),
-        "moments": by_moments,
-        "var_mean": by_var_mean,
-        "layer": lambda w: F.layer_norm(w, w.shape[1:]),
-    }
-    standardise = kinds[random.choice(list(kinds))]
+    standardise = random.choice(
+        (
+            lambda w: F.batch_norm(w.reshape(1, len(w), -1), None, None, None, None, True, 0.0).reshape_as(w),
+            lambda w: (w - w.mean(over, keepdim=True)) / (w.var(over, keepdim=True, unbiased=False) + eps).sqrt(),
+            by_var_mean,
+            lambda w: F.layer_norm(w, w.shape[1:]),
+        )
+    )
 
     def run(m: Any, x: Tensor) -> Tensor:
         h = F.conv2d(m.one(x).relu(), standardise(m.two.weight), m.two.bias, padding=1).relu()
@@ -321,21 +303,21 @@ def attention_by_hand(random: Random) -> Built:
 
 def attention_of_torch(random: Random) -> Built:
     """nn.MultiheadAttention and nn.TransformerEncoderLayer, as they are."""
-    kind = random.choice(("attention", "encoder", "decoder", "cross"))
-
-    def run(m: Any, x: Tensor) -> Any:
-        if kind == "attention":
-            return m.core(x, x, x, need_weights=random_flag)
-        if kind == "cross":
-            return m.core(x, x[:, :2], x[:, :2])
-        return m.core(x, x) if kind == "decoder" else m.core(x)
-
-    random_flag = random.random() < 0.5
-    core = {
-        "attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
-        "cross": lambda: nn.MultiheadAttention(8, 4, batch_first=True, add_bias_kv=True),
-        "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 11, 0.0, batch_first=True, norm_first=random_flag),
-        "decoder": lambda: nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True),
+    kind, flag = random.choice(("attention", "encoder", "decoder", "cross")), random.random() < 0.5
+    core, run = {
+        "attention": lambda: (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            lambda m, x: m.core(x, x, x, need_weights=flag),
+        ),
+        "cross": lambda: (
+            nn.MultiheadAttention(8, 4, batch_first=True, add_bias_kv=True),
+            lambda m, x: m.core(x, x[:, :2], x[:, :2]),
+        ),
+        "encoder": lambda: (
+            nn.TransformerEncoderLayer(8, 2, 11, 0.0, batch_first=True, norm_first=flag),
+            lambda m, x: m.core(x),
+        ),
+        "decoder": lambda: (nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True), lambda m, x: m.core(x, x)),
     }[kind]()
     return Built(Net(run, core=core), (torch.randn(2, 3, 8),))
 
@@ -405,43 +387,23 @@ def experts(random: Random) -> Built:
 def gates_and_maxima(random: Random) -> Built:
     """GLU, SwiGLU, maxout, highway, maxima over groups of units."""
     n = width(random)
-    kind = random.choice(("glu", "chunk", "maxout", "highway", "groups", "split"))
 
-    def act(m: Any, h: Tensor) -> Tensor:
-        if kind == "glu":
-            return F.glu(h, -1)
-        if kind == "chunk":
-            a, b = h.chunk(2, -1)
-            return F.silu(a) * b
-        if kind == "split":
-            a, b = torch.split(h, h.shape[-1] // 2, dim=-1)
-            return a.tanh() * b
-        if kind == "maxout":
-            return h.unflatten(-1, (-1, 2)).amax(-1)
-        if kind == "groups":
-            return h.unflatten(-1, (2, -1)).max(1).values
+    def highway(m: Any, h: Tensor) -> Tensor:
         gate = m.gate(read(h, -1, UP)).sigmoid()
         return gate * h.relu() + (1 - gate) * h
 
-    halves = kind in ("glu", "chunk", "split", "maxout", "groups")
-    return middle(act, random, 2 * n if halves else n, n, DOWN if halves else UP, gate=nn.Linear(n, n))
+    def split(m: Any, h: Tensor) -> Tensor:
+        a, b = torch.split(h, h.shape[-1] // 2, dim=-1)
+        return a.tanh() * b
 
-
-FAMILIES: dict[str, Family] = {
-    one.__name__: one
-    for one in (
-        by_einsum,
-        units_meet_units,
-        own_gradients,
-        complex_numbers,
-        calculus_inside,
-        unusual_norms,
-        standardised_weights,
-        layers_of_norms,
-        attention_by_hand,
-        attention_of_torch,
-        grouped_queries,
-        experts,
-        gates_and_maxima,
-    )
-}
+    acts = {
+        "glu": lambda m, h: F.glu(h, -1),
+        "chunk": lambda m, h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+        "maxout": lambda m, h: h.unflatten(-1, (-1, 2)).amax(-1),
+        "highway": highway,
+        "groups": lambda m, h: h.unflatten(-1, (2, -1)).max(1).values,
+        "split": split,
+    }
+    kind = random.choice(list(acts))
+    halves = kind != "highway"
+    return middle(acts[kind], random, 2 * n if halves else n, n, DOWN if halves else UP, gate=nn.Linear(n, n))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class Built:
 
 
 Family = Callable[[Random], Built]
+
+
+def families(module: ModuleType) -> dict[str, Family]:
+    """The functions of a module that build a network, by name."""
+    own = {name: f for name, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__}
+    return {name: f for name, f in own.items() if getattr(f, "__annotations__", {}).get("return") is Built}
 
 
 def width(random: Random) -> int:

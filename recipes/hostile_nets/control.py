@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, vectors, width
 from hostile_nets.masking import read
 
 # --- sizes decide ----------------------------------------------------------------------------------------------------
@@ -113,10 +113,7 @@ def size_remembered(random: Random) -> Built:
     """The width is stored as a number, and used."""
     n = width(random)
 
-    def act(m: Any, h: Tensor) -> Tensor:
-        return h.relu() * m.size + m.half
-
-    return middle(act, random, n, size=n, half=n / 2)
+    return middle(lambda m, h: h.relu() * m.size + m.half, random, n, size=n, half=n / 2)
 
 
 def width_as_a_tensor(random: Random) -> Built:
@@ -136,10 +133,7 @@ def noise_of_its_shape(random: Random) -> Built:
     """Numbers drawn from a fixed seed, in the shape of the units."""
     seed = random.randrange(99)
 
-    def act(m: Any, h: Tensor) -> Tensor:
-        return h + torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)).to(h)
-
-    return middle(act, random)
+    return middle(lambda m, h: h + torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)).to(h), random)
 
 
 def batch_decides(random: Random) -> Built:
@@ -322,39 +316,3 @@ def layers_skipped(random: Random) -> Built:
     ups = nn.ModuleList(nn.Linear(5, n + i) for i in range(3))
     downs = nn.ModuleList(nn.Linear(n + i, 5) for i in range(3))
     return Built(Net(run, ups=ups, downs=downs, order=order), (vectors(random),))
-
-
-FAMILIES: dict[str, Family] = {
-    one.__name__: one
-    for one in (
-        width_decides,
-        width_capped,
-        weight_shape_decides,
-        width_is_odd,
-        width_under_a_root,
-        width_counts_up,
-        width_loops,
-        width_in_a_table,
-        width_padded,
-        half_of_the_width,
-        parameters_counted,
-        a_shape_that_fails,
-        size_remembered,
-        width_as_a_tensor,
-        noise_of_its_shape,
-        batch_decides,
-        sign_decides,
-        hidden_decides,
-        until_small,
-        row_by_row,
-        rows_picked,
-        early_exit,
-        number_of_turns,
-        through_numpy,
-        largest_looked_up,
-        by_hand_over_time,
-        a_tree,
-        recursion,
-        layers_skipped,
-    )
-}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, vectors, width
 from hostile_nets.masking import read
 
 DOWN = "down.weight:1"
@@ -296,30 +296,3 @@ def a_few_more(random: Random) -> Built:
 
     flags = {"ones": random.random() < 0.5, "first": random.random() < 0.5}
     return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n + 2, 3), **flags), (vectors(random),))
-
-
-FAMILIES: dict[str, Family] = {
-    one.__name__: one
-    for one in (
-        in_place_activations,
-        in_place_on_a_slice,
-        in_place_through_a_view,
-        halves_exchanged,
-        copied_into_zeros,
-        written_out,
-        through_data,
-        masked_by_a_buffer,
-        reordered,
-        gathered,
-        scattered,
-        in_order,
-        the_largest,
-        unit_by_unit,
-        by_strides,
-        neighbours,
-        parts_by_size,
-        every_second,
-        repeated,
-        a_few_more,
-    )
-}

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hostile_nets.build import Built, randomise
 from hostile_nets.zeros import NOT_BY_ZEROS
@@ -81,10 +81,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilevit": ("mobilevit_xxs", {}),
     "mobilevit v2": ("mobilevitv2_050", {}),
     "naflexvit": ("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
-    "nest": (
-        "nest.Nest",
-        SIZES | {"img_size": 128, "side": 128, "depths": (1, 1, 1)},
-    ),
+    "nest": ("nest.Nest", SIZES | {"img_size": 128, "side": 128, "depths": (1, 1, 1)}),
     "nextvit": ("nextvit.NextViT", {"in_chans": 3, "depths": (1, 1, 5, 1)}),
     "nfnet": ("test_nfnet", {}),
     "nfnet resnet": ("nf_regnet_b0", {}),
@@ -122,10 +119,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit hybrid": ("vit_tiny_r_s16_p8_224", VIT),
     "vit relpos": ("test_vit_relpos", {"img_size": 64}),
     "vit sam": ("samvit_base_patch16_224", VIT | {"global_attn_indexes": (1,)}),
-    "volo": (
-        "volo.VOLO",
-        SIZES | {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4)},
-    ),
+    "volo": ("volo.VOLO", LIGHT | {"img_size": 64, "layers": (1, 1, 1, 1)}),
     "vovnet": ("ese_vovnet19b_slim_dw", {}),
     "xcit": ("xcit_nano_12_p16_224", VIT),
 }
@@ -173,71 +167,45 @@ def spread(model: nn.Module) -> nn.Module:
     return model
 
 
-def _llama() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2, "vocab_size": 31}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
-    return LlamaForCausalLM(config), (torch.randint(1, 31, (2, 6)),)
-
-
-def _gpt2() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=31)), (torch.randint(1, 31, (2, 6)),)
-
-
-def _bert() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    sizes = {"hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2, "vocab_size": 31}
-    config = BertConfig(**sizes, num_attention_heads=4, num_labels=5)
-    return BertForSequenceClassification(config), (torch.randint(1, 31, (2, 6)),)
-
-
-def _vit() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
-    return ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4)), (torch.randn(1, 3, 16, 16),)
-
-
-def _t5() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(d_model=16, d_kv=4, d_ff=22, num_layers=2, num_heads=4, vocab_size=31)
-    return T5EncoderModel(config), (torch.randint(1, 31, (2, 6)),)
-
-
-WRAPPED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str, dict[str, Any]]] = {
-    "llama lora": (_llama, "LoraConfig", {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}),
-    "llama dora": (_llama, "LoraConfig", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
-    "llama ia3": (
-        _llama,
-        "IA3Config",
-        {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    ),
-    "llama vera": (_llama, "VeraConfig", {"target_modules": ["q_proj", "o_proj"]}),
-    "llama prompt": (_llama, "PromptTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}),
-    "gpt2 lora": (_gpt2, "LoraConfig", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "bert loha": (_bert, "LoHaConfig", {"target_modules": ["key", "intermediate.dense"]}),
-    "bert lora": (_bert, "LoraConfig", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
-    "bert lokr": (_bert, "LoKrConfig", {"target_modules": ["query", "intermediate.dense"]}),
-    "vit lora": (_vit, "LoraConfig", {"target_modules": ["query", "fc1"], "modules_to_save": ["classifier"]}),
-    "vit oft": (_vit, "OFTConfig", {"target_modules": ["fc1"], "oft_block_size": 4}),
-    "t5 lora": (_t5, "LoraConfig", {"target_modules": ["q", "wi", "wo"]}),
-    "t5 adalora": (_t5, "AdaLoraConfig", {"target_modules": ["q", "wi"], "init_r": 3, "target_r": 2, "total_step": 9}),
+SMALL = {"hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2, "num_attention_heads": 4}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", SMALL | {"vocab_size": 31, "num_key_value_heads": 2, "pad_token_id": 0}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 31}),
+    "bert": ("BertForSequenceClassification", SMALL | {"vocab_size": 31, "num_labels": 5}),
+    "vit": ("ViTForImageClassification", SMALL | {"image_size": 16, "patch_size": 8}),
+    "t5": ("T5EncoderModel", {"d_model": 16, "d_kv": 4, "d_ff": 22, "num_layers": 2, "num_heads": 4, "vocab_size": 31}),
 }
-"""Name → the network, the kind of wrapper, and what it is made with."""
+
+
+WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama lora": ("LoraConfig", {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}),
+    "llama dora": ("LoraConfig", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "llama ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "llama vera": ("VeraConfig", {"target_modules": ["q_proj", "o_proj"]}),
+    "llama prompt": ("PromptTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}),
+    "gpt2 lora": ("LoraConfig", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "bert loha": ("LoHaConfig", {"target_modules": ["key", "intermediate.dense"]}),
+    "bert lora": ("LoraConfig", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
+    "bert lokr": ("LoKrConfig", {"target_modules": ["query", "intermediate.dense"]}),
+    "vit lora": ("LoraConfig", {"target_modules": ["query", "fc1"], "modules_to_save": ["classifier"]}),
+    "vit oft": ("OFTConfig", {"target_modules": ["fc1"], "oft_block_size": 4}),
+    "t5 lora": ("LoraConfig", {"target_modules": ["q", "wi", "wo"]}),
+    "t5 adalora": ("AdaLoraConfig", {"target_modules": ["q", "wi"], "init_r": 3, "target_r": 2, "total_step": 9}),
+}
+"""Name, which begins with the network, → the kind of wrapper, and what it is made with."""
 
 
 def of_peft(name: str) -> Built:
     """A small transformer with random weights, wrapped by peft."""
     import peft
+    import transformers
 
-    make, kind, given = WRAPPED[name]
+    family, settings = TRANSFORMERS[name.partition(" ")[0]]
+    kind, given = WRAPPED[name]
     torch.manual_seed(0)
-    model, args = make()
+    made = getattr(transformers, family)
+    model = made(made.config_class(**settings))
+    args = (torch.randn(1, 3, 16, 16) if name.startswith("vit") else torch.randint(1, 31, (2, 6)),)
     ranked = kind in ("LoraConfig", "VeraConfig", "LoHaConfig", "LoKrConfig")
     wrapped = peft.get_peft_model(model, getattr(peft, kind)(**({"r": RANK} if ranked else {}), **given))
     torch.manual_seed(1)

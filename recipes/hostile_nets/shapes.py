@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, vectors, width
 from hostile_nets.masking import layer_norm, read
 
 DOWN = "down.weight:1"
@@ -56,63 +56,66 @@ def between_convolutions(random: Random) -> Built:
 def to_vectors(random: Random) -> Built:
     """From channels to a linear layer: flattened, pooled, permuted, unfolded."""
     n = width(random)
-    kind = random.choice(("flatten", "pool", "permute", "unfold", "windows", "max", "gram"))
 
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu()
-        if kind == "flatten":
-            return m.down(read(h, 1, UP).flatten(1))
-        if kind == "pool":
-            return m.down(read(h.mean((2, 3)), -1, UP))
-        if kind == "max":
-            return m.down(read(F.adaptive_max_pool2d(h, 1).flatten(1), -1, UP))
-        if kind == "permute":
-            return m.down(read(h.permute(0, 2, 3, 1).reshape(len(x), -1, h.shape[1]), -1, UP))
-        if kind == "unfold":
-            return m.down(F.unfold(read(h, 1, UP), 2, stride=2).transpose(1, 2))
-        if kind == "windows":
-            b, c, height, wide = h.shape
-            w = h.view(b, c, height // 2, 2, wide // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
-            return m.down(read(w, -1, UP))
+    def windows(m: Any, h: Tensor) -> Tensor:
+        b, c, height, wide = h.shape
+        w = h.view(b, c, height // 2, 2, wide // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
+        return m.down(read(w, -1, UP))
+
+    def gram(m: Any, h: Tensor) -> Tensor:
         flat = read(h, 1, UP).flatten(2)
         return m.tail((flat.transpose(1, 2) @ flat).mean(1))
 
+    kinds = {
+        "flatten": lambda m, h: m.down(read(h, 1, UP).flatten(1)),
+        "pool": lambda m, h: m.down(read(h.mean((2, 3)), -1, UP)),
+        "permute": lambda m, h: m.down(read(h.permute(0, 2, 3, 1).reshape(len(h), -1, h.shape[1]), -1, UP)),
+        "unfold": lambda m, h: m.down(F.unfold(read(h, 1, UP), 2, stride=2).transpose(1, 2)),
+        "windows": windows,
+        "max": lambda m, h: m.down(read(F.adaptive_max_pool2d(h, 1).flatten(1), -1, UP)),
+        "gram": gram,
+    }
+    kind = random.choice(list(kinds))
     outs = {"flatten": 24 * n, "unfold": 4 * n}
     parts = {"down": nn.Linear(outs.get(kind, n), 3), "tail": nn.Linear(24, 3)}
-    return Built(Net(run, up=nn.Conv2d(3, n, 3, padding=1), **parts), (picture(random),))
+    up = nn.Conv2d(3, n, 3, padding=1)
+    return Built(Net(lambda m, x: kinds[kind](m, m.up(x).relu()), up=up, **parts), (picture(random),))
 
 
 def channels_weighed(random: Random) -> Built:
     """Squeeze and excite, ECA, CBAM, a softmax over channels, selective kernels."""
     n = width(random)
-    kind = random.choice(("excite", "eca", "spatial", "softmax", "select", "shift"))
+
+    def excite(m: Any, x: Tensor, h: Tensor) -> Tensor:
+        inner = read(m.a(read(h.mean((2, 3)), -1, UP)).relu(), -1, "a.weight:0")
+        return h * m.b(inner).sigmoid()[..., None, None]
+
+    def select(m: Any, x: Tensor, h: Tensor) -> Tensor:
+        other = m.other(x).relu()
+        share = torch.stack([m.gate(read(part.mean((2, 3)), -1, UP)) for part in (h, other)]).softmax(0)
+        return h * share[0][..., None, None] + other * share[1][..., None, None]
+
+    def softmax(m: Any, x: Tensor, h: Tensor) -> Tensor:
+        gate = m.gate(read(h.mean((2, 3)), -1, UP))
+        return h * read(gate, -1, UP, -torch.inf).softmax(1)[..., None, None]
+
+    act = random.choice(
+        (
+            excite,
+            lambda m, x, h: h * m.along(h.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None],
+            lambda m, x, h: h * m.look(torch.cat([h.mean(1, True), h.amax(1, True)], 1)).sigmoid(),
+            softmax,
+            select,
+            lambda m, x, h: torch.cat([h[:, :2].roll(1, 2), h[:, 2:]], 1),
+        )
+    )
 
     def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu()
-        pooled = h.mean((2, 3))
-        if kind == "excite":
-            h = h * m.b(read(m.a(read(pooled, -1, UP)).relu(), -1, "a.weight:0")).sigmoid()[..., None, None]
-        elif kind == "eca":
-            h = h * m.along(pooled[:, None]).sigmoid()[:, 0, :, None, None]
-        elif kind == "spatial":
-            h = h * m.look(torch.cat([h.mean(1, True), h.amax(1, True)], 1)).sigmoid()
-        elif kind == "softmax":
-            h = h * read(m.gate(read(pooled, -1, UP)), -1, UP, -torch.inf).softmax(1)[..., None, None]
-        elif kind == "select":
-            other = m.other(x).relu()
-            share = torch.stack([m.gate(read(pooled, -1, UP)), m.gate(read(other.mean((2, 3)), -1, UP))]).softmax(0)
-            h = h * share[0][..., None, None] + other * share[1][..., None, None]
-        else:
-            h = torch.cat([h[:, :2].roll(1, 2), h[:, 2:]], 1)
-        return m.down(read(h, 1, UP)).mean((2, 3))
+        return m.down(read(act(m, x, m.up(x).relu()), 1, UP)).mean((2, 3))
 
-    parts = {
-        "a": nn.Linear(n, 5),
-        "b": nn.Linear(5, n),
-        "along": nn.Conv1d(1, 1, 3, padding=1),
-        "gate": nn.Linear(n, n),
-    }
-    parts |= {"look": nn.Conv2d(2, 1, 3, padding=1), "other": nn.Conv2d(3, n, 1), "down": nn.Conv2d(n, 3, 1)}
+    parts: dict[str, Any] = {"a": nn.Linear(n, 5), "b": nn.Linear(5, n), "along": nn.Conv1d(1, 1, 3, padding=1)}
+    parts |= {"gate": nn.Linear(n, n), "look": nn.Conv2d(2, 1, 3, padding=1), "other": nn.Conv2d(3, n, 1)}
+    parts["down"] = nn.Conv2d(n, 3, 1)
     return Built(Net(run, up=nn.Conv2d(3, n, 3, padding=1), **parts), (picture(random),))
 
 
@@ -121,31 +124,27 @@ def joined_and_added(random: Random) -> Built:
     n, k = width(random), width(random)
     kind = random.choice(("dense", "unet", "inception", "both"))
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def join(m: Any, x: Tensor) -> Tensor:
         first = m.one(x).relu()
         if kind == "dense":
             second = m.two(read(torch.cat([x, first], 1), 1, "two.weight:1")).relu()
-            return m.out(read(torch.cat([x, first, second], 1), 1, "out.weight:1")).mean((2, 3))
+            return torch.cat([x, first, second], 1)
         if kind == "unet":
-            low = F.interpolate(m.two(read(F.max_pool2d(first, 2), 1, "two.weight:1")).relu(), scale_factor=2)
-            return m.out(read(torch.cat([first, low], 1), 1, "out.weight:1")).mean((2, 3))
+            low = m.two(read(F.max_pool2d(first, 2), 1, "two.weight:1")).relu()
+            return torch.cat([first, F.interpolate(low, scale_factor=2)], 1)
         other = m.other(x).tanh()
         if kind == "inception":
-            joined = torch.cat([other, first], 1)
-            joined = joined + m.three(x)
-            return m.out(read(joined, 1, "out.weight:1")).mean((2, 3))
-        total = (
-            torch.cat([first, other], 1) + torch.cat([other.flip(2), first], 1)
-            if n == k
-            else torch.cat([first, other], 1)
-        )
-        return m.out(read(total, 1, "out.weight:1")).mean((2, 3))
+            return torch.cat([other, first], 1) + m.three(x)
+        joined = torch.cat([first, other], 1)
+        return joined + torch.cat([other.flip(2), first], 1) if n == k else joined
 
-    ins = {"dense": n + 3, "unet": n}.get(kind, n)
-    outs = {"dense": 3 + n + k, "unet": n + k}.get(kind, n + k)
-    parts = {"one": nn.Conv2d(3, n, 3, padding=1), "two": nn.Conv2d(ins, k, 3, padding=1), "other": nn.Conv2d(3, k, 1)}
-    parts |= {"three": nn.Conv2d(3, n + k, 1), "out": nn.Conv2d(outs, 3, 1)}
-    return Built(Net(run, **parts), (picture(random),))
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.out(read(join(m, x), 1, "out.weight:1")).mean((2, 3))
+
+    extra = 3 * (kind == "dense")
+    one, two = nn.Conv2d(3, n, 3, padding=1), nn.Conv2d(n + extra, k, 3, padding=1)
+    parts = {"one": one, "two": two, "other": nn.Conv2d(3, k, 1), "three": nn.Conv2d(3, n + k, 1)}
+    return Built(Net(run, **parts, out=nn.Conv2d(n + k + extra, 3, 1)), (picture(random),))
 
 
 def other_spaces(random: Random) -> Built:
@@ -293,13 +292,9 @@ def many_inputs(random: Random) -> Built:
     kind = random.choice(("names", "dict", "list", "flag", "none"))
 
     def run(m: Any, x: Any, y: Any = None, mode: str = "relu", **more: Any) -> Tensor:
-        if kind == "dict":
-            x, y = x["x"], x["y"]
-        elif kind == "list":
-            x, y = x
-        h = m.up(x)
-        if y is not None:
-            h = h + m.other(y)
+        if kind in ("dict", "list"):
+            x, y = x.values() if kind == "dict" else x
+        h = m.up(x) if y is None else m.up(x) + m.other(y)
         h = h.relu() if mode == "relu" else h.tanh()
         return m.down(read(h, -1, UP)) * (2 if more else 1)
 
@@ -318,24 +313,27 @@ def many_inputs(random: Random) -> Built:
 def modules_made_on_the_way(random: Random) -> Built:
     """Layers are made in forward: without numbers, with fixed ones, of the width."""
     n = width(random)
-    kind = random.choice(("act", "norm", "linear", "fixed", "sequential"))
 
-    def act(m: Any, h: Tensor) -> Tensor:
-        if kind == "act":
-            return nn.Softplus()(h)
-        if kind == "norm":
-            return layer_norm(nn.LayerNorm(h.shape[-1]).to(h), h, UP)
-        if kind == "fixed":
-            layer = nn.Linear(h.shape[-1], h.shape[-1], bias=False).to(h)
-            with torch.no_grad():
-                layer.weight.fill_(0.1)
-            return layer(read(h, -1, UP))
-        if kind == "linear":
-            torch.manual_seed(0)
-            return nn.Linear(h.shape[-1], h.shape[-1]).to(h)(read(h, -1, UP))
-        return nn.Sequential(nn.Hardtanh(), nn.Dropout(0.5).eval())(h)
+    def linear(h: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return nn.Linear(h.shape[-1], h.shape[-1]).to(h)(read(h, -1, UP))
 
-    return middle(act, random, n)
+    def fixed(h: Tensor) -> Tensor:
+        layer = nn.Linear(h.shape[-1], h.shape[-1], bias=False).to(h)
+        with torch.no_grad():
+            layer.weight.fill_(0.1)
+        return layer(read(h, -1, UP))
+
+    act = random.choice(
+        (
+            lambda h: nn.Softplus()(h),
+            lambda h: layer_norm(nn.LayerNorm(h.shape[-1]).to(h), h, UP),
+            linear,
+            fixed,
+            lambda h: nn.Sequential(nn.Hardtanh(), nn.Dropout(0.5).eval())(h),
+        )
+    )
+    return middle(lambda m, h: act(h), random, n)
 
 
 class Magic(nn.Module):
@@ -439,18 +437,15 @@ def changed_instances(random: Random) -> Built:
 def different_precision(random: Random) -> Built:
     """Casts to other precisions and back, in places; autocast."""
     n = width(random)
-    kind = random.choice(("float", "half", "int", "bool"))
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        if kind == "float":
-            return h.to(torch.float32).relu().to(h.dtype)
-        if kind == "half":
-            return h.bfloat16().relu().to(h.dtype)
-        if kind == "int":
-            return (h * 10).int().to(h.dtype) / 10
-        return (h > 0).to(h.dtype)
-
-    return middle(act, random, n)
+    act = random.choice(
+        (
+            lambda h: h.to(torch.float32).relu().to(h.dtype),
+            lambda h: h.bfloat16().relu().to(h.dtype),
+            lambda h: (h * 10).int().to(h.dtype) / 10,
+            lambda h: (h > 0).to(h.dtype),
+        )
+    )
+    return middle(lambda m, h: act(h), random, n)
 
 
 def residual_streams(random: Random) -> Built:
@@ -487,26 +482,3 @@ def residual_streams(random: Random) -> Built:
     parts |= {"outs": nn.ModuleList(nn.Linear(n + 1 + i, n) for i in range(2)), "gate": nn.Linear(n, n)}
     parts |= {"gains": nn.Parameter(torch.zeros(2, n)), "mix": nn.Parameter(torch.zeros(3)), "down": nn.Linear(n, 3)}
     return Built(Net(run, up=nn.Linear(5, n), **parts), (vectors(random),))
-
-
-FAMILIES: dict[str, Family] = {
-    one.__name__: one
-    for one in (
-        between_convolutions,
-        to_vectors,
-        channels_weighed,
-        joined_and_added,
-        other_spaces,
-        recurrent_modules,
-        tokens,
-        on_graphs,
-        many_answers,
-        many_inputs,
-        modules_made_on_the_way,
-        names_made_on_the_way,
-        layers_of_its_own,
-        changed_instances,
-        different_precision,
-        residual_streams,
-    )
-}

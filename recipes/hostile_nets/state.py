@@ -1,6 +1,7 @@
 """Networks that share tensors, make weights, or keep things from one run to the next."""
 
 from collections import OrderedDict, deque, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, vectors, width
 from hostile_nets.masking import read
 
 DOWN = "down.weight:1"
@@ -136,44 +137,41 @@ def of_low_rank(random: Random) -> Built:
 
 def made_of_blocks(random: Random) -> Built:
     """A weight that is made by a Kronecker product, a block diagonal, an outer product or shifts of one vector."""
-    kind = random.choice(("kron", "block_diag", "outer", "toeplitz", "triu"))
     n = 8
-
-    def weight(m: Any) -> Tensor:
-        if kind == "kron":
-            return torch.kron(m.a[:4, :2], m.b[:2, :4])
-        if kind == "block_diag":
-            return torch.block_diag(m.a[:4, :4], m.b[:4, :4])
-        if kind == "outer":
-            return m.a[:, :1] * m.b[:1]
-        if kind == "toeplitz":
-            return torch.stack([m.a[0].roll(i) for i in range(n)])
-        return m.a.triu()
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        return F.linear(h.relu(), weight(m)).tanh()
-
-    return middle(act, random, n, places=DOWN, a=nn.Parameter(torch.zeros(n, n)), b=nn.Parameter(torch.zeros(n, n)))
+    weight = random.choice(
+        (
+            lambda m: torch.kron(m.a[:4, :2], m.b[:2, :4]),
+            lambda m: torch.block_diag(m.a[:4, :4], m.b[:4, :4]),
+            lambda m: m.a[:, :1] * m.b[:1],
+            lambda m: torch.stack([m.a[0].roll(i) for i in range(n)]),
+            lambda m: m.a.triu(),
+        )
+    )
+    parts = {name: nn.Parameter(torch.zeros(n, n)) for name in "ab"}
+    return middle(lambda m, h: F.linear(h.relu(), weight(m)).tanh(), random, n, places=DOWN, **parts)
 
 
 def in_lists(random: Random) -> Built:
     """Modules and parameters in lists and dictionaries that register them, or do not."""
     n = width(random)
     kind = random.choice(("list", "dict", "parameters", "deep"))
+    held, layer = {
+        "list": lambda: ([nn.Linear(5, n)], lambda m, x: m.held[0](x)),
+        "dict": lambda: ({"up": nn.Linear(5, n)}, lambda m, x: m.held["up"](x)),
+        "parameters": lambda: (
+            nn.ParameterDict({"w": torch.zeros(n, 5), "b": torch.zeros(n)}),
+            lambda m, x: F.linear(x, m.held["w"], m.held["b"]),
+        ),
+        "deep": lambda: (
+            nn.ModuleDict({"x": nn.ModuleList([nn.Sequential(nn.Identity(), nn.Linear(5, n))])}),
+            lambda m, x: m.held["x"][0][1](x),
+        ),
+    }[kind]()
+    places = "held.w:0" if kind == "parameters" else DOWN
 
     def run(m: Any, x: Tensor) -> Tensor:
-        if kind == "parameters":
-            h = F.linear(x, m.held["w"], m.held["b"]).relu()
-            return m.down(read(h, -1, "held.w:0"))
-        layer = {"list": lambda: m.held[0], "dict": lambda: m.held["up"], "deep": lambda: m.held["x"][0][1]}[kind]()
-        return m.down(read(layer(x).relu(), -1, DOWN))
+        return m.down(read(layer(m, x).relu(), -1, places))
 
-    held: Any = {
-        "list": lambda: [nn.Linear(5, n)],
-        "dict": lambda: {"up": nn.Linear(5, n)},
-        "parameters": lambda: nn.ParameterDict({"w": torch.zeros(n, 5), "b": torch.zeros(n)}),
-        "deep": lambda: nn.ModuleDict({"x": nn.ModuleList([nn.Sequential(nn.Identity(), nn.Linear(5, n))])}),
-    }[kind]()
     return Built(Net(run, held=held, down=nn.Linear(n, 3)), (vectors(random),))
 
 
@@ -206,37 +204,26 @@ class Scaled(nn.Module):
 
 def parametrised(random: Random) -> Built:
     """Weights behind torch's parametrisations, old and new, and some of one's own."""
-    built = middle(
-        lambda m, h: m.more(read(h.relu(), -1, "more_in")).relu(), random, 8, places=DOWN, more=nn.Linear(8, 8)
-    )
-    model = built.model
-    act = random.choice(
-        ("weight_norm", "old", "old1", "spectral", "old_spectral", "orthogonal", "symmetric", "gain", "rows", "std")
-    )
-    layer = random.choice((model.up, model.more)) if act not in ("symmetric", "orthogonal") else model.more
-    own = "more" if layer is model.more else "up"
-    if act == "weight_norm":
-        parametrizations.weight_norm(layer)
-    elif act in ("old", "old1"):
-        weight_norm(layer, dim=int(act == "old1"))
-    elif act == "spectral":
-        parametrizations.spectral_norm(layer)
-    elif act == "old_spectral":
-        spectral_norm(layer)
-    elif act == "orthogonal":
-        parametrizations.orthogonal(layer)
-    elif act == "symmetric":
-        parametrize.register_parametrization(layer, "weight", Symmetric())
-    else:
-        parametrize.register_parametrization(layer, "weight", Scaled(8, act))
-    assert own
 
     def run(m: Any, x: Tensor) -> Tensor:
         h = read(m.up(x).relu(), -1, "up.bias:0")
         return m.down(read(m.more(h).relu(), -1, "more.bias:0"))
 
-    model.run = run
-    return built
+    more, up, down, x = nn.Linear(8, 8), nn.Linear(5, 8), nn.Linear(8, 3), vectors(random)
+    ways: dict[str, Callable[[nn.Module], object]] = {
+        "weight_norm": parametrizations.weight_norm,
+        "old": lambda layer: weight_norm(layer, dim=0),
+        "old1": lambda layer: weight_norm(layer, dim=1),
+        "spectral": parametrizations.spectral_norm,
+        "old_spectral": spectral_norm,
+        "orthogonal": parametrizations.orthogonal,
+        "symmetric": lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric()),
+    }
+    for kind in ("gain", "rows", "std"):
+        ways[kind] = lambda layer, kind=kind: parametrize.register_parametrization(layer, "weight", Scaled(8, kind))
+    kind = random.choice(list(ways))
+    ways[kind](random.choice((up, more)) if kind not in ("symmetric", "orthogonal") else more)
+    return Built(Net(run, up=up, down=down, more=more), (x,))
 
 
 def pruned_by_masks(random: Random) -> Built:
@@ -247,17 +234,15 @@ def pruned_by_masks(random: Random) -> Built:
         return m.down(read(m.up(x).sigmoid(), -1, "up.bias:0 up.bias_orig:0"))
 
     model = Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3))
+    ways = (
+        lambda layer: prune.random_structured(layer, "weight", 1, 0),
+        lambda layer: prune.random_unstructured(layer, "weight", 0.4),
+        lambda layer: prune.random_unstructured(layer, "bias", 1),
+        lambda layer: prune.random_structured(layer, "weight", 1, 1),
+    )
     for _ in range(random.randint(1, 2)):
         layer = random.choice((model.up, model.down))
-        kind = random.choice(("rows", "entries", "bias", "columns"))
-        if kind == "rows":
-            prune.random_structured(layer, "weight", 1, 0)
-        elif kind == "columns":
-            prune.random_structured(layer, "weight", 1, 1)
-        elif kind == "entries":
-            prune.random_unstructured(layer, "weight", 0.4)
-        else:
-            prune.random_unstructured(layer, "bias", 1)
+        random.choice(ways)(layer)
     return Built(model, (vectors(random),))
 
 
@@ -278,31 +263,27 @@ Pair = namedtuple("Pair", "first second")
 def keeps_activations(random: Random) -> Built:
     """Activations are stored in one of many places, and not read again."""
     n = width(random)
-    kind = random.choice(("attribute", "list", "dict", "deque", "object", "class", "buffer", "tuple", "closure"))
     closure: list[Tensor] = []
+    keep, held = random.choice(
+        (
+            (lambda m, h: setattr(m, "last", h), None),
+            (lambda m, h: m.held.append(h), []),
+            (lambda m, h: m.held.update(h={"deep": [h]}), OrderedDict()),
+            (lambda m, h: m.held.append(h), deque(maxlen=3)),
+            (lambda m, h: vars(m.held).update(last=h, rows={"h": Pair(h, [h])}), Memory()),
+            (lambda m, h: setattr(Memory, "last", h), None),
+            (lambda m, h: m.register_buffer("seen", h.mean(0), persistent=False), None),
+            (lambda m, h: setattr(m, "held", (h, (h.mean(), len(h)))), None),
+            (lambda m, h: closure.append(h), None),
+        )
+    )
 
     def act(m: Any, h: Tensor) -> Tensor:
         h = h.relu()
-        if kind == "attribute":
-            m.last = h
-        elif kind in ("list", "deque"):
-            m.held.append(h)
-        elif kind == "dict":
-            m.held["h"] = {"deep": [h]}
-        elif kind == "object":
-            m.held.last, m.held.rows["h"] = h, Pair(h, [h])
-        elif kind == "class":
-            Memory.last = h
-        elif kind == "buffer":
-            m.register_buffer("seen", h.mean(0), persistent=False)
-        elif kind == "tuple":
-            m.held = (h, (h.mean(), len(h)))
-        else:
-            closure.append(h)
+        keep(m, h)
         return h
 
-    held: dict[str, Any] = {"list": [], "deque": deque(maxlen=3), "dict": OrderedDict(), "object": Memory()}
-    return middle(act, random, n, held=held.get(kind))
+    return middle(act, random, n, held=held)
 
 
 def state_from_before(random: Random) -> Built:
@@ -424,31 +405,3 @@ def hooks_everywhere(random: Random) -> Built:
     if kind == "keywords":
         model.act.register_forward_hook(lambda module, given, named, out: out.square(), with_kwargs=True)
     return built
-
-
-FAMILIES: dict[str, Family] = {
-    one.__name__: one
-    for one in (
-        tied_to_its_transpose,
-        one_module_twice,
-        one_weight_of_two_layers,
-        memory_of_two_layers,
-        a_buffer_of_a_weight,
-        slices_of_one_parameter,
-        one_flat_vector,
-        weights_from_a_network,
-        of_low_rank,
-        made_of_blocks,
-        in_lists,
-        parametrised,
-        pruned_by_masks,
-        keeps_activations,
-        state_from_before,
-        made_at_the_first_run,
-        functions_that_remember,
-        counts_its_runs,
-        own_running_statistics,
-        a_cache_that_grows,
-        hooks_everywhere,
-    )
-}

@@ -1,1 +1,3 @@
-"""Malformed inputs: what is done to options and files, and to which commands it is given."""
+"""Inputs that are damaged."""
+
+import crashes  # noqa: F401 one thread, no network, and where toys.py is

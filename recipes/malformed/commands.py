@@ -1,9 +1,11 @@
 """Commands of a second or less on small inputs, and which of their options and files are damaged."""
 
+import gzip
 import json
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,28 +118,21 @@ COMMANDS: tuple[Command, ...] = (
 )  # fmt: skip
 
 
-def prepare(folder: Path, run: "object") -> None:
-    """Make every input.
-
-    Args:
-        folder: Where; the working directory.
-        run: Runs words of the command line, undisturbed.
-    """
+def prepare(run: Callable[[list[str]], int]) -> int:
+    """Make every input in the working directory; ``run`` runs words of the command line, undisturbed."""
     from crashes.cases import llama
     from PIL import Image
 
-    call = run
-    assert callable(call)
     llama("llama")
     text = "\n".join(f"Line {i}: the cat sat on mat number {i * 7 % 13}." for i in range(60)) + "\n"
     Path("mail.txt").write_text(text)
-    Path("mail.txt.gz").write_bytes(__import__("gzip").compress(text.encode()))
+    Path("mail.txt.gz").write_bytes(gzip.compress(text.encode()))
     Path("mail.jsonl").write_text("".join(json.dumps({"text": line * 3}) + "\n" for line in text.splitlines()[:20]))
     item = {"query": "The cat sat on the", "choices": [" mat", " cat"], "gold": 0}
     Path("items.jsonl").write_text((json.dumps(item) + "\n") * 3)
     for where in ("images", "classes/train", "classes/test"):
         for name in ("a", "b"):
-            place = folder / where / name
+            place = Path(where, name)
             place.mkdir(parents=True)
             for i in range(4):
                 Image.new("L", (8, 8), 40 * i).save(place / f"{i}.png")
@@ -149,13 +144,14 @@ def prepare(folder: Path, run: "object") -> None:
             for what, data in ((f"{half}-images-idx3-ubyte", images), (f"{half}-labels-idx1-ubyte", labels)):
                 packed = name == "mnistgz"
                 path = Path(name, what + ".gz" * packed)
-                path.write_bytes(__import__("gzip").compress(data) if packed else data)
+                path.write_bytes(gzip.compress(data) if packed else data)
     for words in (
         f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out run",
         f"prune {TOY} --keep 0.7 --dry-run plan.json",
         f"{LEARN} --classes 10 --out learned",
         "export llama --to gguf --out m.gguf",
     ):
-        if code := call(words.split()):
+        if code := run(words.split()):
             sys.exit(f"{words}: exit code {code}")
     shutil.copytree("run", "run2")
+    return 0

@@ -1,7 +1,6 @@
 """Forms told at once are those that fake tensors tell."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes.operations import Tracer
-from regrow.tracing import forms, record
+from regrow.tracing import record
 from regrow.tracing.capture import capture, example_of, in_training
-from regrow.tracing.forms import infer_result, remember_result
+from regrow.tracing.forms import infer_result
 from zoo import ZOO
 
 aten = torch.ops.aten
@@ -50,20 +49,12 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
             compare(found, func, args, kwargs, mode)
         return found
 
-    def remembered(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, infer: Callable[[], Any]) -> Any:
-        found = remember_result(func, args, kwargs, mode, infer)
-        compare(found, func, args, kwargs, mode)
-        return found
-
-    forms.forget_results()
     monkeypatch.setattr(record, "infer_result", checked)
-    monkeypatch.setattr(record, "remember_result", remembered)
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
     example = example_of(model, args, kwargs)
     capture(model, example, tracer=Tracer.COPY)
     assert asked
-    forms.forget_results()
     asked.clear()
     in_training(model, example)
     assert asked
@@ -76,30 +67,6 @@ def compare(found: Any, func: Any, args: Any, kwargs: Any, mode: FakeTensorMode)
     given = {id(x) for x in tree_leaves((args, kwargs))}
     assert form(found) == form(expected), func
     assert [id(x) in given for x in tree_leaves(found)] == [id(x) in given for x in tree_leaves(expected)], func
-
-
-def test_results_are_remembered_for_equal_forms_only() -> None:
-    """Views and results of operations that write are inferred anew."""
-    mode, (x, y, z) = fake((2, 3), (2, 3), (4, 3))
-    runs = []
-
-    def add(*given: Tensor) -> Any:
-        def infer() -> Any:
-            runs.append(1)
-            with mode:
-                return func(*given)
-
-        return remember_result(func, given, {}, mode, infer)
-
-    forms.forget_results()
-    for func, operands, expected in (
-        (aten.add.Tensor, ((x, y), (y, x), (z, z), (z, z), (x, x)), 3),
-        (aten.add_.Tensor, ((x, y), (x, y)), 2),
-        (aten.detach.default, ((x,), (x,)), 2),
-    ):
-        runs.clear()
-        assert [form(add(*one)) for one in operands] == [form(func(*one)) for one in operands]
-        assert len(runs) == expected, func
 
 
 @pytest.mark.parametrize(

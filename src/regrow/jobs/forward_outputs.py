@@ -16,9 +16,8 @@ from regrow.core.sources import Batch, device_of, preserve_random_state
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
 from regrow.surgery.runner import Answers, preserve_generators, reseed
 from regrow.tracing.capture import evaluating
-from regrow.tracing.decisions import OutputError, output_tensors
 from regrow.tracing.meta_copy import cast_example
-from regrow.tracing.model_state import Snapshot, find_tensors, preserve_state
+from regrow.tracing.model_state import OutputError, Snapshot, find_tensors, output_tensors, preserve_state
 
 CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 """Parts of an output that hold a state per block, and so have more parts in a network of more blocks."""

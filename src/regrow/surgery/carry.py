@@ -16,8 +16,8 @@ from regrow.surgery.layout import Layout, ids_after, next_ids_after, resize_mome
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.attributes import get_attribute, set_attribute
-from regrow.tracing.kinds import recompute_weights
 from regrow.tracing.model_state import Snapshot, state_of
+from regrow.tracing.support import recompute_weights
 from regrow.tracing.trial import Resizing, planned_integers
 
 T = TypeVar("T")

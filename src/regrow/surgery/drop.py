@@ -17,13 +17,12 @@ from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.effects import BranchError, Effects, RecordedModules, describe_effects, locate_branches
+from regrow.tracing.effects import BranchError, Effects, describe_effects, locate_branches
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
-from regrow.tracing.readings import recording
+from regrow.tracing.readings import recording, trace_training
 from regrow.tracing.rules import walk
 from regrow.tracing.steps import caches, steps
-from regrow.tracing.training_trace import trace_training
 
 
 def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
@@ -201,14 +200,13 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         if not proved:
             return _described(bare, example, recorded, left)
         whole = Effects(recorded)
-        replaced = locate_branches(RecordedModules(whole), proved)
+        replaced = locate_branches(whole, proved)
         insert_placeholders(bare, _placeholders(proved))
         small = Effects(capture(bare, example, tracer=axes.tracer))
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
-    inside = RecordedModules(small).inside
     pairs = zip(replaced.items(), proved, strict=True)
-    zeros = {node: inside[branch.module][-1] for (node, source), branch in pairs if source is None}
+    zeros = {node: small.inside[branch.module][-1] for (node, source), branch in pairs if source is None}
     if problem := describe_effects(whole, replaced, small, zeros):
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:

@@ -14,12 +14,12 @@ from regrow.core.axes import Dim, size_of
 from regrow.core.axes.operations import Branch
 from regrow.surgery.layout import Layout, lay_out
 from regrow.tracing.capture import Capture
-from regrow.tracing.decisions import ORDERS, output_tensors
-from regrow.tracing.effects import Effects, RecordedModules, locate_branches
-from regrow.tracing.model_state import state_of
+from regrow.tracing.effects import Effects, locate_branches
+from regrow.tracing.model_state import output_tensors, state_of
 from regrow.tracing.nodes import op_name, operands
 from regrow.tracing.own_run import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.readings import ReadDim
+from regrow.tracing.record import ORDERS
 from regrow.tracing.steps import operations
 
 # Function of a parameter's or buffer's name, and whether in float64, that returns the tensor
@@ -82,7 +82,7 @@ def masking(
     for node, operand, dims in judged:
         whole = all(bool(_keep_mask(dim, sizes, units).all()) for dim in dims)
         watched.setdefault(node, []).append((operand, whole))
-    branches = locate_branches(RecordedModules(Effects(recorded)), drop) if drop else {}
+    branches = locate_branches(Effects(recorded), drop) if drop else {}
     return Masking(masked, groups, means, watched, branches)
 
 

@@ -22,14 +22,13 @@ from regrow.tracing.capture import (
 )
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import without_collection
-from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.other_sizes import freeze_by_size
 from regrow.tracing.own_run import compare_with_recording
-from regrow.tracing.readings import recording
+from regrow.tracing.readings import recording, trace_training
 from regrow.tracing.rules import walk
 from regrow.tracing.steps import caches, steps
-from regrow.tracing.training_trace import trace_training
+from regrow.tracing.support import check_traceable, with_remedies
 from regrow.tracing.trial import freeze_failing
 
 __all__ = ["TraceError", "trace", "with_branches"]
@@ -68,7 +67,11 @@ def trace(model: nn.Module, *args: Any, examples: Sequence[Any] | None = None, *
         kwargs, examples = {**kwargs, "examples": examples}, None  # an input of this network
     with preserve_state(model, entries=True), without_collection():
         try:
-            others = [example_of(model, *_arguments(other)) for other in examples or ()]
+            others = []
+            for other in examples or ():
+                named = other if isinstance(other, Mapping) else {}
+                positional = () if isinstance(other, Mapping) else other if isinstance(other, tuple) else (other,)
+                others.append(example_of(model, positional, named))
             return with_remedies(model, _traced(model, example_of(model, args, kwargs), others))
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
@@ -82,13 +85,6 @@ def trace(model: nn.Module, *args: Any, examples: Sequence[Any] | None = None, *
             problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
             remedy = "name the axes yourself with regrow.declare, and please report this: it is a fault of regrow"
             raise TraceError(f"{problem}; {remedy}") from error
-
-
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return an example as positional inputs and inputs by name."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return example if isinstance(example, tuple) else (example,), {}
 
 
 def _traced(model: nn.Module, example: Example, others: Sequence[Example]) -> AxisGraph:

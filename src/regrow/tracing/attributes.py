@@ -62,31 +62,31 @@ Alike = list[tuple[Expr, Expr, str]]
 
 def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
     """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one."""
-    result: dict[str, dict[str, Expr]] = {path: {} for path, _ in model.named_modules()}
+    groups: dict[str, list[Expr]] = {}
+    for path, expr in w.groups:
+        groups.setdefault(path, []).append(expr)
+    literals: dict[str, list[Literal]] = {}
+    for literal in w.literals:
+        literals.setdefault(literal.module, []).append(literal)
+    result: dict[str, Expr] = {}
     alike: Alike = []
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         tensors = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
         shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in tensors.items()}
         restated = restated_sizes(module, shapes, _output_dim(tensors))
-        result[path] |= {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
-    for path, expr in w.groups:
-        for name in ("groups", "num_groups"):
-            if vars(_module(model, path)).get(name) == d.size(expr):
-                result.setdefault(path, {})[name] = expr
-    literals: dict[str, list[Literal]] = {}
-    for literal in w.literals:
-        literals.setdefault(literal.module, []).append(literal)
-    for path, module in model.named_modules():
-        known, written = result[path], literals.get(path, ())
+        known = {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
+        for expr in groups.get(path, ()):
+            known |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
+        written = literals.get(path, ())
         for name, value in _numbers(module):
             if name not in known and (exprs := _of_literals(written, name, value)):
                 known[name] = exprs[0]
                 alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
         known |= _of_products(module, written, known)
-    for path, module in model.named_modules():
-        _channels(module, result[path], dims.get(f"{path}.weight" if path else "weight"))
-    return {f"{path}:{name}": expr for path, known in result.items() for name, expr in known.items()}, alike
+        _channels(module, known, tensors.get("weight"))
+        result |= {f"{path}:{name}": expr for name, expr in known.items()}
+    return result, alike
 
 
 def restated_sizes(
@@ -97,16 +97,16 @@ def restated_sizes(
     An attribute with another value than the size is left out, whatever its name. ``output`` is the dimension of
     ``weight`` that equals the bias's, if known; it decides the order for a square weight.
     """
-    places = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
+    candidates = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
     weight = shapes.get("weight", ())
     for first, second, produced in PAIRS:
-        if len(weight) == 2 and {first, second} <= places.keys():
+        if len(weight) == 2 and {first, second} <= candidates.keys():
             values = vars(module)[first], vars(module)[second]
             square = values == weight and (output is None or output == (first, second).index(produced))
             if {*map(type, values)} == {int} and values == weight[::-1] and not square:
-                places |= {first: (("weight", 1),), second: (("weight", 0),)}
+                candidates |= {first: (("weight", 1),), second: (("weight", 0),)}
     result = {}
-    for name, spots in places.items():
+    for name, spots in candidates.items():
         value = vars(module)[name]
         value = value[0] if isinstance(value, tuple) and value else value
         fitting = (spot for spot in spots if shapes.get(spot[0], ())[spot[1] : spot[1] + 1] == (value,))
@@ -133,8 +133,7 @@ def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration."""
     config = vars(module).get("config")
     for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
-        value = getattr(config, name, None)
-        if type(value) is int:
+        if type(value := getattr(config, name, None)) is int:
             yield f"config.{name}", value
 
 
@@ -142,17 +141,13 @@ def repeats(model: nn.Module, path: str, size: int) -> bool:
     """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions."""
     parts = path.split(".")
     owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-    return any(vars(_module(model, owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
+    return any(vars(model.get_submodule(owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
 
 
 def epsilon(model: nn.Module, path: str, value: float | None) -> str:
     """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
-    values = vars(_module(model, path))
+    values = vars(model.get_submodule(path))
     return next((f"{path}:{name}" for name in EPSILONS if name in values and values[name] == value), "")
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path) if path != "." else model
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -215,8 +210,8 @@ def _outermost(expr: Expr) -> Iterator[Expr]:
 
 
 def _is_repeat(expr: Expr) -> bool:
-    whole = d.resolve(expr)
-    return isinstance(whole, d.Leaf) and bool(whole.integer)
+    leaf = d.resolve(expr)
+    return isinstance(leaf, d.Leaf) and bool(leaf.integer)
 
 
 def _channels(module: nn.Module, known: dict[str, Expr], kernel: Dims | None) -> None:

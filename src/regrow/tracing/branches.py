@@ -14,21 +14,17 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
-from regrow.tracing.effects import BranchError, BranchSite, Effects, RecordedModules, outermost, tensor_forms
+from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.repeated_calls import FIRST
+from regrow.tracing.repeated_calls import NUMBER
 
 
 class PlaceholderModule(nn.Module):
     """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
 
-    The zeros are new at every call, since code may write into them.
-
-    Args:
-        placeholder: Which argument it takes, and what it returns.
-        of: The module that it replaces; its plain attributes are copied, since code around it may read them.
+    Plain attributes of the module ``of`` that it replaces are copied, since code around it may read them.
 
     >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
     tensor([0., 0., 0.])
@@ -46,8 +42,9 @@ class PlaceholderModule(nn.Module):
         placeholder = self.placeholder
         if placeholder.gives == "nothing":
             return None
-        given = args[placeholder.takes] if isinstance(placeholder.takes, int) else kwargs[placeholder.takes]
-        value = torch.zeros_like(given) if placeholder.gives == "zero" else given
+        value = args[placeholder.takes] if isinstance(placeholder.takes, int) else kwargs[placeholder.takes]
+        if placeholder.gives == "zero":
+            value = torch.zeros_like(value)
         return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
 
     def extra_repr(self) -> str:
@@ -57,9 +54,9 @@ class PlaceholderModule(nn.Module):
 
 def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
     """Replace modules by placeholders, in place; return path → the replaced module."""
-    gone = {path: model.get_submodule(path) for path in placeholders}
-    set_modules(model, {path: PlaceholderModule(placeholder, gone[path]) for path, placeholder in placeholders.items()})
-    return gone
+    dropped = {path: model.get_submodule(path) for path in placeholders}
+    set_modules(model, {path: PlaceholderModule(placeholders[path], module) for path, module in dropped.items()})
+    return dropped
 
 
 def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -76,13 +73,7 @@ def find_placeholders(model: nn.Module) -> dict[str, Placeholder]:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One recorded call of a module: its arguments and its output.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Arguments by name.
-        answer: The output.
-    """
+    """One recorded call of a module: its arguments and its output."""
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
@@ -110,11 +101,7 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
-    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis.
-
-    >>> candidate_branches(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
-    'nothing'
-    """
+    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis."""
     return {
         path: Branch(path, {path: Placeholder("nothing", 0)})
         for parent, paths in candidates_in(model).items()
@@ -134,10 +121,10 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     except Exception as error:
         reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
-    search = _Search(RecordedModules(Effects(recorded)), copy, calls)
+    search = _Search(Effects(recorded), copy, fake, calls, answer)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
-    result = _once(result, copy)
-    return result | _Dropping(copy, fake, calls, answer).tried(result)
+    result |= search.repetitions(result)
+    return result | search.failing(result)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
@@ -158,70 +145,75 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
 @dataclass(frozen=True)
 class _Search:
-    """Shared state of the search for branches."""
+    """Search for branches in a recording, and in runs of a copy without numbers."""
 
-    recorded: RecordedModules
+    effects: Effects
     model: nn.Module
+    example: Example
     calls: Mapping[str, list[ModuleCall]]
+    answer: object
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
         """Name of a module or tensor → all of its names."""
         every: dict[int, list[str]] = {}
         pairs = [*self.model.named_modules(remove_duplicate=False), *state_of(self.model).items()]
-        for name, one in pairs:
-            every.setdefault(id(one), []).append(name)
-        return {name: every[id(one)] for name, one in pairs}
+        for name, value in pairs:
+            every.setdefault(id(value), []).append(name)
+        return {name: every[id(value)] for name, value in pairs}
 
     def branch(self, path: str) -> Branch:
         """Return a module as a branch, or as one that cannot be dropped, with the reason."""
         try:
             if isinstance(self.model.get_submodule(path), PlaceholderModule):
                 raise BranchError("it is dropped already")
-            at = self.recorded.site(path)
-            dead = self.recorded.dead(at)
-            left = next((node for node in self.recorded.inside[path] if node not in dead), None)
+            site = self.effects.site(path)
+            dead = self.effects.dead(site)
+            left = next((node for node in self.effects.inside[path] if node not in dead), None)
             if left is not None:
                 raise BranchError(f"{op_name(left)} in it is used elsewhere too")
-            top = outermost(name for name, nodes in self.recorded.inside.items() if dead.issuperset(nodes))
+            top = outermost(name for name, nodes in self.effects.inside.items() if dead.issuperset(nodes))
             if path not in top:
                 raise BranchError(f"it goes with {next(name for name in top if lies_in(path, name))}")
-            return Branch(path, self._placeholders(path, top, at, dead))
+            return Branch(path, self._placeholders(path, top, site, dead))
         except BranchError as error:
             return Branch(path, reason=str(error))
 
-    def _placeholders(self, path: str, top: list[str], at: BranchSite, dead: set[Node]) -> dict[str, Placeholder]:
-        placeholders: dict[str, Placeholder] = {}
-        for name in sorted(top, key=lambda name: (name != path, name)):
+    def _placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
+        placeholders = {path: self._placeholder(path, site)}
+        for name in sorted({*top} - {path}):
             try:
-                placeholders[name] = self._placeholder(name, at if name == path else None)
+                placeholders[name] = self._placeholder(name, None)
             except BranchError as error:
-                if name == path:
-                    raise
                 module = self.model.get_submodule(name)
                 if any(True for _ in (*module.parameters(), *module.buffers())):
                     raise BranchError(f"{name} would go with it, but {error}") from None
         self._check_names(placeholders, dead)
-        self._check_first(placeholders)
+        for name in self.first:
+            if any(lies_in(name, other) for other in placeholders):
+                raise BranchError(
+                    f"{name} is the first of its kind, and a cache of keys and values counts tokens by it"
+                )
         return placeholders
 
-    def _placeholder(self, path: str, at: BranchSite | None) -> Placeholder:
+    def _placeholder(self, path: str, site: Site | None) -> Placeholder:
+        """Return what replaces a module: the droppable one itself, or one whose output only that uses."""
         calls = self.calls.get(path, [])
-        if len(calls) != 1 and (at is not None or not calls):
+        if len(calls) != 1 and (site is not None or not calls):
             raise BranchError(f"it runs {len(calls)} times")
-        call = calls[0]
-        form = None if at is None else at.node.meta["val"]
-        of, place = self._answer(call.answer, form)
-        given: list[tuple[int | str, object]] = [*enumerate(call.args), *call.kwargs.items()]
-        tensors = [(name, x) for name, x in given if isinstance(x, Tensor)]
+        form = None if site is None else site[0].meta["val"]
+        of, part = self._answer(calls[0].answer, form)
+        arguments: list[tuple[int | str, object]] = [*enumerate(calls[0].args), *calls[0].kwargs.items()]
+        tensors = [(name, x) for name, x in arguments if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
         alike = [name for name, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
         takes = alike[0] if alike else tensors[0][0]
-        return Placeholder("zero" if at is None or at.source is None else "input", takes, of, place)
+        return Placeholder("zero" if site is None or site[1] is None else "input", takes, of, part)
 
     @staticmethod
     def _answer(answer: object, form: Tensor | None) -> tuple[int, int]:
+        """Return how many parts a module's output has (0: it is one tensor), and which of them is used."""
         if isinstance(answer, Tensor):
             return 0, 0
         if type(answer) is not tuple:
@@ -241,66 +233,39 @@ class _Search:
         for name, every in self.names.items():
             if goes(name) and (other := next((other for other in every if not goes(other)), "")):
                 raise BranchError(f"{name} is {other}, too")
-        effects = self.recorded.effects
-        for node, name in effects.capture.states.items():
-            users = effects.users.get(node, [])
+        for node, name in self.effects.capture.states.items():
+            users = self.effects.users.get(node, [])
             if goes(name) and (user := next((user for user in users if user not in dead), None)) is not None:
                 raise BranchError(f"{name} is read elsewhere too, by {op_name(user)}")
             if users and not goes(name) and dead.issuperset(users):
                 raise BranchError(f"{name} would be left, and nothing would use it")
 
-    def _check_first(self, placeholders: Mapping[str, Placeholder]) -> None:
-        """Raise ``BranchError`` if the first of the numbered modules would be dropped, on which others depend."""
-        for path, why in self.first.items():
-            if any(lies_in(path, other) for other in placeholders):
-                raise BranchError(f"{path} is the first of its kind, and {why}")
-
     @cached_property
-    def first(self) -> dict[str, str]:
-        """Path of the first numbered module of each kind → what depends on it."""
-        result: dict[Any, tuple[int, str, str]] = {}
-        for name, why in FIRST.items():
-            for path, module in self.model.named_modules():
-                if type(number := vars(module).get(name)) is int:
-                    numbered, key = (number, path, why), (name, _kind(module))
-                    result[key] = min(result.get(key, numbered), numbered)
-        return {path: why for _, path, why in result.values()}
+    def first(self) -> list[str]:
+        """The paths of the first numbered module of each kind."""
+        result: dict[Any, tuple[int, str]] = {}
+        for path, module in self.model.named_modules():
+            if type(number := vars(module).get(NUMBER)) is int:
+                result[_kind(module)] = min(result.get(_kind(module), (number, path)), (number, path))
+        return [path for _, path in result.values()]
 
+    def repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Return the branches that remove the same tensors as another one, which leaves less computation."""
+        result: dict[str, Branch] = {}
+        numel = {name: x.numel() for name, x in self.model.named_parameters()}
+        same: dict[frozenset[str], list[Branch]] = {}
+        for branch in known.values():
+            if branch.free and (frees := frozenset(filter(branch.holds, numel))):
+                same.setdefault(frees, []).append(branch)
+        for frees, members in same.items():
+            inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
+            best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
+            reason = f"it takes away what {best.module} does"
+            result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
+        return result
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
-    none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
-    return type(module), tuple(settings), tuple(none)
-
-
-def _once(known: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
-    """Keep one of several branches that remove the same tensors: the one that leaves the least computation."""
-    result = dict(known)
-    numel = {name: x.numel() for name, x in model.named_parameters()}
-    same: dict[frozenset[str], list[Branch]] = {}
-    for branch in known.values():
-        if branch.free and (frees := frozenset(filter(branch.holds, numel))):
-            same.setdefault(frees, []).append(branch)
-    for frees, members in same.items():
-        inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
-        best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
-        for branch in members:
-            if branch is not best:
-                result[branch.module] = Branch(branch.module, reason=f"it takes away what {best.module} does")
-    return result
-
-
-@dataclass(frozen=True)
-class _Dropping:
-    """Runs a network without some branches, and compares the forms of its outputs."""
-
-    copy: nn.Module
-    example: Example
-    calls: Mapping[str, list[ModuleCall]]
-    answer: object
-
-    def tried(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
-        """Drop equally named branches together, or each alone where that fails; return those that cannot be dropped."""
+    def failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Return the branches that cannot be dropped; equally named ones are tried together, then each alone."""
         classes: dict[tuple[str, str], list[Branch]] = {}
         for path, branch in known.items():
             if branch.free:
@@ -315,13 +280,13 @@ class _Dropping:
     def problem(self, members: Sequence[Branch]) -> str:
         """Return what is wrong with the network without some branches; empty if nothing is."""
         placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
-        gone = insert_placeholders(self.copy, {path: placeholders[path] for path in outermost(placeholders)})
+        dropped = insert_placeholders(self.model, {path: placeholders[path] for path in outermost(placeholders)})
         try:
-            calls, answer = record_calls(self.copy, self.example)
+            calls, answer = record_calls(self.model, self.example)
         except Exception as error:
             return f"the network does not run without it: {first_line(error)}"
         finally:
-            set_modules(self.copy, gone)
+            set_modules(self.model, dropped)
         for branch in members:
             before, placeholder = self.calls[branch.module][0].answer, branch.placeholders[branch.module]
             if placeholder.of and isinstance(before, tuple):
@@ -330,3 +295,9 @@ class _Dropping:
             if tensor_forms(after)[:1] != tensor_forms(before)[:1]:
                 return "what takes its place would have another shape"
         return "" if tensor_forms(answer) == tensor_forms(self.answer) else "the network would answer in another shape"
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
+    none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
+    return type(module), tuple(settings), tuple(none)

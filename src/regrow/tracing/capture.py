@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from torch._functorch import config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from regrow.core.axes import Decision, Example
 from regrow.core.axes.operations import Tracer
-from regrow.tracing.decisions import OutputError
 from regrow.tracing.interception import as_exporting, without_collection
 from regrow.tracing.meta_copy import fake_copy, leaves_in
-from regrow.tracing.model_state import describe_state, preserve_state
+from regrow.tracing.model_state import OutputError, describe_state, preserve_state
 from regrow.tracing.nodes import shapes_of
 from regrow.tracing.record import Recorder, record
-from regrow.tracing.repeated_calls import copy_repeats
 
 
 class TraceError(ValueError):
@@ -36,34 +34,17 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class Capture:
-    """A recording: the graph of operations of one run.
+    """A recording: the graph of operations of one run."""
 
-    Args:
-        graph: The operations in order; placeholders are parameters, buffers, constants and inputs.
-        states: Placeholder → name of the parameter or buffer.
-        unused: Names of parameters that no operation reads.
-        constants: Placeholder → its value, where that is neither a parameter, a buffer nor an input.
-        decisions: The data-dependent values of an eager run; ``None`` where fake data were enough.
-        refusal: Why ``torch.export`` failed; empty if it was not needed.
-        values: The outputs of an eager run on real tensors, and the values on which its decisions were based.
-        tracer: How it was recorded on fake data.
-        root: The module that holds the attributes named in the graph.
-    """
-
-    graph: Graph
-    states: dict[Node, str]
-    unused: tuple[str, ...]
-    constants: dict[Node, Tensor]
-    decisions: tuple[Decision, ...] | None = None
-    refusal: str = ""
-    values: tuple[Tensor, ...] = ()
+    graph: Graph  # its placeholders are parameters, buffers, constants and inputs
+    states: dict[Node, str]  # placeholder → name of the parameter or buffer
+    unused: tuple[str, ...]  # names of parameters that no operation reads
+    constants: dict[Node, Tensor]  # placeholder → its value, where that is neither a parameter, a buffer nor an input
+    decisions: tuple[Decision, ...] | None = None  # of an eager run; None where fake data were enough
+    refusal: str = ""  # why fake data were not enough
+    values: tuple[Tensor, ...] = ()  # of an eager run on real tensors: its outputs, and what decisions were based on
     tracer: Tracer = Tracer.COPY
-    root: nn.Module = field(default_factory=nn.Module)
-
-    @cached_property
-    def module(self) -> GraphModule:
-        """The operations as a runnable module."""
-        return GraphModule(self.root, self.graph)
+    root: nn.Module = field(default_factory=nn.Module)  # the module that holds the attributes named in the graph
 
     @cached_property
     def inputs(self) -> list[Node]:
@@ -75,8 +56,10 @@ class Capture:
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
     """Return the example as it will be run: with ``use_cache=False`` where the model has that argument."""
     accepts = inspect.signature(model.forward).parameters
-    extra = {} if "use_cache" not in accepts or "use_cache" in kwargs else {"use_cache": False}
-    return Example(tuple(args), {**kwargs, **extra})
+    named = dict(kwargs)
+    if "use_cache" in accepts:
+        named.setdefault("use_cache", False)
+    return Example(tuple(args), named)
 
 
 def capture(
@@ -89,25 +72,15 @@ def capture(
 ) -> Capture:
     """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
 
-    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails.
-
-    Args:
-        model: The model; its state is restored afterwards.
-        example: The input to run it on.
-        decisions: Data-dependent values of an earlier eager run, to be replayed in a new one. An empty tuple: run
-            eagerly, and let the data decide. ``None``: try fake data first.
-        orders: As for :func:`regrow.tracing.record.record`.
-        tracer: How to record on fake data; ``None``: regrow copies repeated modules, or ``torch.export`` if that fails.
-        lines: Whether to note which line of the model's code ran each operation.
-
-    Raises:
-        TraceError: If the model cannot be recorded; the message says why.
+    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails
+    (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
+    and lets the data decide. The model's state is restored.
     """
     name, refusal, refused = type(model).__name__, "", None
-    with in_mode(model, training=False), _recording(model, lines):
+    with in_mode(model, training=False), _recording(model):
         if decisions is None:
             try:
-                return _on_fake_data(model, example, tracer)
+                return _on_fake_data(model, example, tracer, lines)
             except OutputError as error:
                 raise TraceError(f"{name} cannot be traced: {error}") from error
             except Exception as error:
@@ -115,7 +88,9 @@ def capture(
                 if not holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
-            recorded = _captured(model, record(model, example, decisions or (), orders, copying=copy_repeats), refusal)
+            recorded = replace(
+                _captured(model, record(model, example, decisions or (), orders, lines=lines)), refusal=refusal
+            )
             return recorded if decisions is not None else _again(model, example, recorded)
         except Exception as error:
             if refused is None:
@@ -138,8 +113,8 @@ def in_training(model: nn.Module, example: Example) -> Capture:
 
 
 @contextmanager
-def _recording(model: nn.Module, lines: bool = False) -> Iterator[None]:
-    with torch.enable_grad(), quiet(), lightly(lines), preserve_state(model, outside=True):
+def _recording(model: nn.Module) -> Iterator[None]:
+    with torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
         yield
 
 
@@ -150,10 +125,11 @@ class _KeptError(RuntimeError):
         return "it reads what it kept when it ran before"
 
 
-def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
+def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None, lines: bool = False) -> Capture:
+    """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
     if tracer != Tracer.EXPORT:
         try:
-            return _dry(model, example, tracer or Tracer.COPY)
+            return _recorded(model, example, tracer or Tracer.COPY, lines)
         except Exception as error:
             if tracer is not None or isinstance(error, _KeptError | OutputError):
                 raise
@@ -162,8 +138,7 @@ def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> 
     return _exported(model, example)
 
 
-def _dry(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
-    """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
+def _recorded(model: nn.Module, example: Example, tracer: Tracer, lines: bool) -> Capture:
     leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
@@ -171,7 +146,7 @@ def _dry(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
-        recorder = record(model, example, every_name=True, copying=copy_repeats if tracer == Tracer.COPY else None)
+        recorder = record(model, example, every_name=True, copying=tracer == Tracer.COPY, lines=lines)
     if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
         raise _KeptError
     return replace(_captured(model, recorder), decisions=None, tracer=tracer)
@@ -183,28 +158,28 @@ _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device
 
 def _exported(model: nn.Module, example: Example) -> Capture:
     before = describe_state(model)
-    with tracing(TracingContext(_asking_no_data())), preserve_state(model):
+    with tracing(TracingContext(_refusing_data())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
         if describe_state(model) != before:
             raise _KeptError
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
-    given = [node for node in program.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for node in program.graph.nodes:
         shapes_of(node)  # sizes that only the data know are a refusal too
-    states = {node: names[node.name] for node in given if node.name in names}
+    states = {node: names[node.name] for node in placeholders if node.name in names}
     return Capture(
         graph=program.graph,
         states=states,
         unused=_unused(states, signature.inputs_to_parameters.values()),
-        constants={node: program.constants[lifted[node.name]] for node in given if node.name in lifted},
+        constants={node: program.constants[lifted[node.name]] for node in placeholders if node.name in lifted},
         tracer=Tracer.EXPORT,
         root=program.graph_module,
     )
 
 
-def _asking_no_data() -> FakeTensorMode:
+def _refusing_data() -> FakeTensorMode:
     """Return the mode of an export that fails as soon as data would decide a size, not only where that is used.
 
     No rule can read such a size, and a detector asks for hundreds before ``torch.export`` itself gives up.
@@ -214,7 +189,7 @@ def _asking_no_data() -> FakeTensorMode:
         return FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True, export=True)
 
 
-def _captured(model: nn.Module, seen: Recorder, refusal: str = "") -> Capture:
+def _captured(model: nn.Module, seen: Recorder) -> Capture:
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return Capture(
         graph=seen.graph,
@@ -222,7 +197,6 @@ def _captured(model: nn.Module, seen: Recorder, refusal: str = "") -> Capture:
         unused=_unused(seen.states, parameters),
         constants=seen.constants,
         decisions=tuple(seen.decisions),
-        refusal=refusal,
         values=tuple(seen.values),
     )
 
@@ -239,8 +213,8 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     """
     try:
         copy, fake = fake_copy(model, example)
-        again = _captured(copy, record(copy, fake, recorded.decisions or (), copying=copy_repeats), recorded.refusal)
-        return replace(again, values=recorded.values)
+        again = _captured(copy, record(copy, fake, recorded.decisions or ()))
+        return replace(again, refusal=recorded.refusal, values=recorded.values)
     except Exception:
         return recorded
 
@@ -269,9 +243,9 @@ def holds_numbers(model: nn.Module, example: Example) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Context manager that silences torch's logs, warnings and stderr; the caller reports a failure itself."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
     with ExitStack() as stack:
-        for logger in loggers:
+        for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
+            logger = logging.getLogger(name)
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
         stack.enter_context(redirect_stderr(StringIO()))
@@ -280,20 +254,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-
-
 @contextmanager
-def lightly(lines: bool = False) -> Iterator[None]:
-    """Context manager without garbage collection and, unless ``lines``, without stack traces: a third of the time."""
-    config = torch.fx.config
-    before = getattr(config, "do_not_emit_stack_traces", False)
-    config.do_not_emit_stack_traces = not lines
+def lightly() -> Iterator[None]:
+    """Context manager without garbage collection and torch's stack traces: a third of the time."""
+    fx = torch.fx.config
+    before = getattr(fx, "do_not_emit_stack_traces", False)
+    fx.do_not_emit_stack_traces = True
     try:
         with without_collection():
             yield
     finally:
-        config.do_not_emit_stack_traces = before
+        fx.do_not_emit_stack_traces = before
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

@@ -3,9 +3,6 @@
 While a graph is walked, every dimension of every tensor is a leaf, a product (a reshaped dimension) or a sum (a
 concatenation). Unifying two dimensions splits leaves until both have the same form; where no common form exists, both
 are frozen with the reason. Nothing here depends on an operation or a network.
-
-In all functions ``expr``, ``a`` and ``b`` are dimensions; ``why`` and ``reason`` are the text with which a frozen
-dimension is reported.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,49 +17,29 @@ _numbers = count()
 
 @dataclass(eq=False)
 class Leaf:
-    """An elementary dimension, which unification may later replace by a product or sum of others.
-
-    Args:
-        size: Its number of entries.
-        frozen: Why its size cannot change; empty while it can.
-        mark: The strongest mark of its readers.
-        why: The reader that caused the mark.
-        integer: For a dimension made by ``expand``: the module whose attribute must hold its size.
-        least: How many entries it must keep.
-        multiple: What its size must stay a multiple of.
-        link: The expression that replaces it, once it is unified.
-        number: A unique number.
-    """
+    """An elementary dimension, which unification may later replace by a product or sum of others."""
 
     size: int
-    frozen: str = ""
-    mark: Mark = Mark.NEUTRAL
-    why: str = ""
-    integer: str = ""
-    least: int = 1
-    multiple: int = 1
-    link: "Expr | None" = None
+    frozen: str = ""  # why its size cannot change; empty while it can
+    mark: Mark = Mark.NEUTRAL  # the strongest of its readers
+    why: str = ""  # the reader that caused the mark
+    integer: str = ""  # for a dimension made by expand: the module whose attribute must hold its size
+    least: int = 1  # how many entries it must keep
+    multiple: int = 1  # what its size must stay a multiple of
+    link: "Expr | None" = None  # what replaces it, once it is unified
     number: int = field(default_factory=lambda: next(_numbers))
 
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """A product of dimensions, outermost first, without factors of size 1; without any factor it has size 1.
-
-    Args:
-        parts: The factors.
-    """
+    """A product of dimensions, outermost first, without factors of size 1; without any factor it has size 1."""
 
     parts: tuple["Expr", ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Plus:
-    """A concatenation of dimensions, first part first.
-
-    Args:
-        parts: The parts.
-    """
+    """A concatenation of dimensions, first part first."""
 
     parts: tuple["Expr", ...]
 
@@ -82,22 +59,30 @@ def resolve(expr: Expr) -> Expr:
             assert link is not None
             expr.link = resolve(link)
             return expr.link
-        case Times(parts):
-            return times(*parts)
-        case Plus(parts):
-            return plus(*parts)
+        case Times(parts) | Plus(parts):
+            return _joined(type(expr), parts)
 
 
 def times(*parts: Expr) -> Expr:
     """Return the product of dimensions, flattened."""
-    flat = _flat(parts, Times)
-    return flat[0] if len(flat) == 1 else Times(tuple(flat))
+    return _joined(Times, parts)
 
 
 def plus(*parts: Expr) -> Expr:
     """Return the concatenation of dimensions, flattened."""
-    flat = _flat(parts, Plus)
-    return flat[0] if len(flat) == 1 else Plus(tuple(flat))
+    return _joined(Plus, parts)
+
+
+def _joined(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> Expr:
+    flat = _flat(kind, parts)
+    return flat[0] if len(flat) == 1 else kind(tuple(flat))
+
+
+def _flat(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> list[Expr]:
+    flat: list[Expr] = []
+    for part in map(resolve, parts):
+        flat.extend(part.parts if isinstance(part, kind) else (part,))
+    return flat
 
 
 def size(expr: Expr) -> int:
@@ -183,16 +168,12 @@ def unify(a: Expr, b: Expr, why: str) -> None:
         _bind(a, b, why)
     elif isinstance(b, Leaf):
         _bind(b, a, why)
-    elif isinstance(a, Times) and isinstance(b, Times):
-        _align_products(list(a.parts), list(b.parts), why)
-    elif isinstance(a, Plus) and isinstance(b, Plus):
-        _align_sums(list(a.parts), list(b.parts), why)
     elif isinstance(a, Times):
-        assert isinstance(b, Plus)
-        _distribute(a, b, why)
-    else:
-        assert isinstance(b, Times)
+        _align(Times, a, b, why) if isinstance(b, Times) else _distribute(a, b, why)
+    elif isinstance(b, Times):
         _distribute(b, a, why)
+    else:
+        _align(Plus, a, b, why)
 
 
 def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
@@ -206,13 +187,13 @@ def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
 
 def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
     """Factor a dimension into new ones of the given sizes, outermost first; return these."""
-    parts: list[Expr] = [ONE if n == 1 else Leaf(n) for n in sizes]
-    unify(expr, times(*parts), why)
+    parts = list(map(new, sizes))
+    unify(expr, _joined(Times, parts), why)
     return parts
 
 
 def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
-    if any(part is leaf for part in leaves(expr)):
+    if _overlap([expr], leaf):
         clash(leaf, expr, f"{why}: the dimension would have to contain itself")
         return
     if leaf.frozen:
@@ -227,59 +208,38 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     leaf.link = expr
 
 
-def _share(leaf: Leaf, parts: tuple[Leaf, ...]) -> None:
-    """Let the parts that replace a leaf inherit its properties."""
-    for part in parts:
-        part.frozen, part.mark, part.why, part.integer = leaf.frozen, leaf.mark, leaf.why, leaf.integer
-        part.multiple = leaf.multiple
+def _replace(leaf: Leaf, kind: type[Times] | type[Plus], sizes: Iterable[int]) -> tuple[Leaf, ...]:
+    """Replace a leaf by a product or sum of new ones, which inherit its properties; return these."""
+    parts = tuple(Leaf(n, leaf.frozen, leaf.mark, leaf.why, leaf.integer, multiple=leaf.multiple) for n in sizes)
+    leaf.link = kind(parts)
+    return parts
 
 
-def _align_products(a: list[Expr], b: list[Expr], why: str) -> None:
-    while a and b:
-        left, right = a[0], b[0]
-        small, large = (a, b) if size(left) <= size(right) else (b, a)
-        n, m = size(small[0]), size(large[0])
-        if n == m:
-            unify(small.pop(0), large.pop(0), why)
-        elif m % n == 0 and isinstance(whole := resolve(large[0]), Leaf) and not _holds(small, whole):
-            parts = (Leaf(n), Leaf(m // n))
-            _share(whole, parts)
-            whole.link = Times(parts)
-            large[:1] = parts
-        elif (taken := _prefix(small, m)) is not None:
-            unify(times(*small[:taken]), large.pop(0), why)
-            del small[:taken]
-        else:
-            clash(times(*a), times(*b), why)
-            return
-        a[:] = _flat(a, Times)
-        b[:] = _flat(b, Times)
-
-
-def _align_sums(a: list[Expr], b: list[Expr], why: str) -> None:
+def _align(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plus, why: str) -> None:
+    """Unify two products, or two sums, part by part from the front, where parts of other sizes are divided."""
+    a, b = list(one.parts), list(other.parts)
     while a and b:
         small, large = (a, b) if size(a[0]) <= size(b[0]) else (b, a)
-        n, m = size(small[0]), size(large[0])
+        n, m, first = size(small[0]), size(large[0]), resolve(large[0])
         if n == m:
             unify(small.pop(0), large.pop(0), why)
-        elif any(_holds(small, leaf) for leaf in leaves(large[0])) or (pieces := _cut(large[0], n)) is None:
-            clash(plus(*a), plus(*b), why)
-            return
-        else:
+        elif kind is Times and m % n == 0 and isinstance(first, Leaf) and not _overlap(small, first):
+            large[:1] = _replace(first, Times, (n, m // n))
+        elif kind is Times and (taken := _prefix(small, m)) is not None:
+            unify(times(*small[:taken]), large.pop(0), why)
+            del small[:taken]
+        elif kind is Plus and not _overlap(small, first) and (pieces := _cut(first, n)) is not None:
             large[:1] = pieces
-        a[:] = _flat(a, Plus)
-        b[:] = _flat(b, Plus)
+        else:
+            clash(_joined(kind, a), _joined(kind, b), why)
+            return
+        a[:], b[:] = _flat(kind, a), _flat(kind, b)
 
 
-def _flat(parts: Iterable[Expr], kind: type[Times] | type[Plus]) -> list[Expr]:
-    flat: list[Expr] = []
-    for part in map(resolve, parts):
-        flat.extend(part.parts if isinstance(part, kind) else (part,))
-    return flat
-
-
-def _holds(parts: list[Expr], leaf: Leaf) -> bool:
-    return any(part is leaf for expr in parts for part in leaves(expr))
+def _overlap(parts: Iterable[Expr], expr: Expr) -> bool:
+    """Whether a leaf of a dimension occurs in others, too."""
+    numbers = {leaf.number for leaf in leaves(expr)}
+    return any(leaf.number in numbers for part in parts for leaf in leaves(part))
 
 
 def _prefix(parts: list[Expr], n: int) -> int | None:
@@ -292,20 +252,19 @@ def _prefix(parts: list[Expr], n: int) -> int | None:
     return None
 
 
-def _distribute(product: Times, sum_: Plus, why: str) -> None:
+def _distribute(product: Times, sum_: Expr, why: str) -> None:
     """Unify a product with a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
+    assert isinstance(sum_, Plus)
     first, inner = product.parts[0], times(*product.parts[1:])
     if isinstance(first, Plus):
         unify(plus(*(times(part, inner) for part in first.parts)), sum_, why)
         return
     n = size(inner)
     assert isinstance(first, Leaf)
-    if any(size(part) % n for part in sum_.parts) or any(_holds([sum_], leaf) for leaf in leaves(product)):
+    if any(size(part) % n for part in sum_.parts) or _overlap([sum_], product):
         clash(product, sum_, why)
         return
-    pieces = tuple(Leaf(size(part) // n) for part in sum_.parts)
-    _share(first, pieces)
-    first.link = Plus(pieces)
+    pieces = _replace(first, Plus, [size(part) // n for part in sum_.parts])
     for piece, part in zip(pieces, sum_.parts, strict=True):
         unify(times(piece, inner), part, why)
 
@@ -314,10 +273,8 @@ def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
     expr = resolve(expr)
     match expr:
         case Leaf(size=n):
-            halved = (Leaf(at), Leaf(n - at))
-            _share(expr, halved)
-            expr.link = Plus(halved)
-            return halved
+            first, second = _replace(expr, Plus, (at, n - at))
+            return first, second
         case Plus(parts):
             before = 0
             for i, part in enumerate(parts):
@@ -325,14 +282,10 @@ def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
                     return plus(*parts[:i]), plus(*parts[i:])
                 if before < at < before + size(part):
                     pieces = _cut(part, at - before)
-                    if pieces is None:
-                        return None
-                    return plus(*parts[:i], pieces[0]), plus(pieces[1], *parts[i + 1 :])
+                    return pieces and (plus(*parts[:i], pieces[0]), plus(pieces[1], *parts[i + 1 :]))
                 before += size(part)
             return None
         case Times(parts):
             inner = times(*parts[1:])
-            if at % size(inner):
-                return None
-            pieces = _cut(parts[0], at // size(inner))
-            return None if pieces is None else (times(pieces[0], inner), times(pieces[1], inner))
+            pieces = None if at % size(inner) else _cut(parts[0], at // size(inner))
+            return pieces and (times(pieces[0], inner), times(pieces[1], inner))

@@ -1,7 +1,6 @@
 """Locate modules in a recording, and find those whose output is only added to the rest, which can be dropped."""
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
 from functools import cached_property
 from itertools import islice
 
@@ -14,19 +13,32 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes.operations import Branch, lies_in
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of, writes
+from regrow.tracing.nodes import (
+    ALIASES,
+    ZERO_PRESERVING,
+    map_arguments,
+    module_of,
+    modules_around,
+    op_name,
+    shapes_of,
+    writes,
+)
 
 Replaced = Mapping[Node, Node | None]
 """Node → the node whose value replaces its own; ``None``: zeros replace it."""
+
+Site = tuple[Node, Node | None]
+"""The output of a module that can be dropped, and its input, if that passes through; ``None``: zeros replace it."""
+
+
+class BranchError(Exception):
+    """Raised with the reason why a module cannot be dropped."""
 
 
 class Effects:
     """The data-flow graph of a recording: inputs and users of each operation, without casts that change nothing.
 
     A cast to the dtype, device and layout that a tensor already has counts as the tensor itself.
-
-    Args:
-        capture: The recording.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -39,9 +51,9 @@ class Effects:
                 self._same[node] = self.same(node.args[0])
             elif not op_name(node).startswith("_assert"):
                 self.inputs[node] = list(dict.fromkeys(map(self.same, node.all_input_nodes)))
-                for one in self.inputs[node]:
-                    self.users.setdefault(one, []).append(node)
-        self.place = {node: i for i, node in enumerate(self.inputs)}
+                for read in self.inputs[node]:
+                    self.users.setdefault(read, []).append(node)
+        self.order = {node: i for i, node in enumerate(self.inputs)}
         self.calls = [node for node in self.inputs if node.op == "call_function"]
         self.end = next(node for node in self.inputs if node.op == "output")
 
@@ -54,8 +66,8 @@ class Effects:
     def fixed(self) -> set[Node]:
         """The nodes that depend on parameters, buffers and constants alone, or are zeros of any shape."""
         result: set[Node] = {*self.capture.states, *self.capture.constants}
-        for node, given in self.inputs.items():
-            still = node.op == "call_function" and (result.issuperset(given) or op_name(node) == "zeros_like")
+        for node, inputs in self.inputs.items():
+            still = node.op == "call_function" and (result.issuperset(inputs) or op_name(node) == "zeros_like")
             if node.op == "get_attr" or still:
                 result.add(node)
         return result
@@ -67,6 +79,16 @@ class Effects:
         for node in self.calls:
             if writes(node) and node.args:
                 result.setdefault(self.root(node.args[0]), []).append(node)
+        return result
+
+    @cached_property
+    def inside(self) -> dict[str, list[Node]]:
+        """Path of a module → the operations in it, those of its children included."""
+        result: dict[str, list[Node]] = {}
+        for node in self.calls:
+            for path, *_ in modules_around(node):
+                if path:
+                    result.setdefault(path, []).append(node)
         return result
 
     def root(self, value: Argument) -> Node:
@@ -92,6 +114,10 @@ class Effects:
                 ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
         return reached - replaced.keys()
 
+    def dead(self, site: Site) -> set[Node]:
+        """Return the operations on which no output depends once a module is dropped."""
+        return {*self.calls} - self.live(dict([site]))
+
     def only_added(self, zeros: Iterable[Node]) -> str:
         """Return why the values of some nodes are not only summands; empty if they are.
 
@@ -99,13 +125,13 @@ class Effects:
         depends on the network's input.
         """
         silent = set(zeros)
-        first = min(map(self.place.__getitem__, silent), default=0)
-        for node, given in islice(self.inputs.items(), first, None):
-            if node in silent or silent.isdisjoint(given):
+        first = min(map(self.order.__getitem__, silent), default=0)
+        for node, inputs in islice(self.inputs.items(), first, None):
+            if node in silent or silent.isdisjoint(inputs):
                 continue
             if node is self.end:
                 return "it is an answer of the network"
-            others = [one for one in given if one not in silent]
+            others = [read for read in inputs if read not in silent]
             name, where = op_name(node), module_of(node) or "the model"
             if name in ("add", "sub", "rsub"):
                 if not others and not any(isinstance(x, int | float) and x for x in node.args[:2]):
@@ -123,6 +149,46 @@ class Effects:
             else:
                 return f"{name} in {where} reads it, which is no addition"
         return ""
+
+    def site(self, path: str) -> Site:
+        """Return the output of a module and its replacement, if the module can be dropped."""
+        known = dict.fromkeys(self.inside.get(path, []))
+        if not known:
+            raise BranchError("nothing is recorded in it: it hands on what it is given")
+        outputs = [node for node in known if not known.keys() >= {*self.users.get(node, ())}]
+        if len(outputs) != 1:
+            raise BranchError(
+                "several things in it are used outside of it" if outputs else "nothing uses what it gives"
+            )
+        (node,) = outputs
+        if not isinstance(node.meta.get("val"), Tensor):
+            raise BranchError("what it gives is no tensor")
+        problem = self.only_added(outputs)
+        if not problem:
+            return node, None
+        source = self._through(node, known)
+        if source is None:
+            raise BranchError(problem)
+        if any(writer not in known for origin in known for writer in self.writers.get(origin, ())):
+            raise BranchError("what it gives is written into afterwards, which would change its input")
+        return node, source
+
+    def _through(self, node: Node, known: Container[Node]) -> Node | None:
+        """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
+        ends, ask, sums = [], [node], 0
+        while ask:
+            part = ask.pop()
+            if part not in known:
+                ends.append(part)
+            elif op_name(part) == "add" and not part.kwargs:
+                ask += [self.same(x) for x in part.args[:2] if isinstance(x, Node)]
+                sums += all(isinstance(x, Node) or x == 0 for x in part.args[:2])
+            elif op_name(part) in ALIASES | {"dropout"}:
+                ask += [self.same(x) for x in part.args[:1]]
+        ends = [end for end in ends if end not in self.fixed]
+        if len(ends) != 1 or not sums:
+            return None
+        return ends[0] if tensor_forms(node.meta.get("val")) == tensor_forms(ends[0].meta.get("val")) else None
 
 
 def replacement_of(node: Node, replaced: Replaced) -> Node:
@@ -153,139 +219,42 @@ def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: 
 
     Both are reduced to the operations on which their outputs depend, which are compared one by one.
     """
-    partner: dict[Node, Node] = dict(zeros)
     kept, other = ours.live(replaced), theirs.live(dict.fromkeys(zeros.values()))
-    if problem := _placed(ours.capture, kept, theirs.capture, other, partner):
-        return problem
-    mine, its = ([n for n in one.calls if n in alive] for one, alive in ((ours, kept), (theirs, other)))
+    named = {name: node for node, name in theirs.capture.states.items()}
+    partner: dict[Node, Node] = dict(zeros)
+    for node in kept & ours.capture.states.keys():
+        name = ours.capture.states[node]
+        if name not in named:
+            return f"{name} is gone"
+        partner[node] = named[name]
+    sides = (ours, kept), (theirs, other)
+    mine, its = ([node for node in side.capture.constants if node in alive] for side, alive in sides)
+    inputs, takes = ([*run.capture.inputs, *run.capture.graph.find_nodes(op="get_attr")] for run in (ours, theirs))
+    pairs = [*zip(mine, its, strict=False)]
+    equal = all(_equal(ours.capture.constants[a], theirs.capture.constants[b]) for a, b in pairs)
+    if len(mine) != len(its) or len(inputs) != len(takes) or not equal:
+        return "the network makes other constants"
+    partner |= dict(pairs) | dict(zip(inputs, takes, strict=True))
+    mine, its = ([node for node in side.calls if node in alive] for side, alive in sides)
     if len(mine) != len(its):
         return f"the answers rest on {len(its)} operations, not on {len(mine)}"
     for node, twin in zip([*mine, ours.end], [*its, theirs.end], strict=True):
         where = f"{op_name(twin) or 'the answer'} in {module_of(twin) or 'the model'}"
         if node.target != twin.target or shapes_of(node) != shapes_of(twin):
             return f"{where} runs where {op_name(node)} did, or has another shape"
-        for one, two in ((node.args, twin.args), (node.kwargs, twin.kwargs)):
-            if not _alike(one, two, lambda a, b: partner.get(replacement_of(ours.same(a), replaced)) is theirs.same(b)):
-                return f"{where} is given something else"
+        takes_ours = map_arguments(
+            (node.args, node.kwargs), Node, lambda x: partner.get(replacement_of(ours.same(x), replaced))
+        )
+        if takes_ours != map_arguments((twin.args, twin.kwargs), Node, theirs.same):
+            return f"{where} is given something else"
         partner[node] = twin
     return ""
 
 
-def _placed(ours: Capture, kept: set[Node], theirs: Capture, other: set[Node], partner: dict[Node, Node]) -> str:
-    """Pair parameters and buffers by name, inputs and constants by order; return what does not pair, or empty."""
-    named = {name: node for node, name in theirs.states.items()}
-    for node in kept & ours.states.keys():
-        if ours.states[node] not in named:
-            return f"{ours.states[node]} is gone"
-        partner[node] = named[ours.states[node]]
-
-    mine, its = ([n for n in run.constants if n in alive] for run, alive in ((ours, kept), (theirs, other)))
-    given, takes = ([*run.inputs, *run.graph.find_nodes(op="get_attr")] for run in (ours, theirs))
-    equal = len(mine) == len(its) and len(given) == len(takes)
-    if not equal or not all(_equal(ours.constants[a], theirs.constants[b]) for a, b in zip(mine, its, strict=True)):
-        return "the network makes other constants"
-    partner.update(zip([*mine, *given], [*its, *takes], strict=True))
-    return ""
-
-
-def _alike(one: object, other: object, same: Callable[[Node, Node], bool]) -> bool:
-    if isinstance(one, Node):
-        return isinstance(other, Node) and same(one, other)
-    if isinstance(one, tuple | list):
-        if not isinstance(other, tuple | list) or len(one) != len(other):
-            return False
-        return all(_alike(a, b, same) for a, b in zip(one, other, strict=True))
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or one.keys() != other.keys():
-            return False
-        return all(_alike(one[key], other[key], same) for key in one)
-    return bool(one == other)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _equal(x: Tensor, other: Tensor) -> bool:
+    if x.shape != other.shape or x.dtype != other.dtype:
         return False
-    return any(isinstance(x, FakeTensor) or x.is_meta for x in (one, other)) or torch.equal(one, other)
-
-
-@dataclass(frozen=True)
-class BranchSite:
-    """The output of a droppable module in a recording, and the value that replaces it.
-
-    Args:
-        node: The node of the module's output.
-        source: The module's input, if that passes through to the output; ``None``: zeros replace the output.
-    """
-
-    node: Node
-    source: Node | None
-
-
-class BranchError(Exception):
-    """Raised with the reason why a module cannot be dropped."""
-
-
-@dataclass(frozen=True)
-class RecordedModules:
-    """The operations of a recording, grouped by module.
-
-    Args:
-        effects: The recording's operations and their users.
-    """
-
-    effects: Effects
-
-    @cached_property
-    def inside(self) -> dict[str, list[Node]]:
-        """Path of a module → the operations in it, those of its children included."""
-        result: dict[str, list[Node]] = {}
-        for node in self.effects.calls:
-            for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
-                if path:
-                    result.setdefault(path, []).append(node)
-        return result
-
-    def site(self, path: str) -> BranchSite:
-        """Return the output of a module and its replacement, if the module can be dropped."""
-        known = dict.fromkeys(self.inside.get(path, []))
-        if not known:
-            raise BranchError("nothing is recorded in it: it hands on what it is given")
-        given = [node for node in known if not known.keys() >= {*self.effects.users.get(node, ())}]
-        if len(given) != 1:
-            raise BranchError("several things in it are used outside of it" if given else "nothing uses what it gives")
-        (node,) = given
-        if not isinstance(node.meta.get("val"), Tensor):
-            raise BranchError("what it gives is no tensor")
-        problem = self.effects.only_added(given)
-        if not problem:
-            return BranchSite(node, None)
-        source = self._through(node, known)
-        if source is None:
-            raise BranchError(problem)
-        if any(one not in known for origin in known for one in self.effects.writers.get(origin, ())):
-            raise BranchError("what it gives is written into afterwards, which would change its input")
-        return BranchSite(node, source)
-
-    def _through(self, node: Node, known: Container[Node]) -> Node | None:
-        """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
-        ends, ask, sums = [], [node], 0
-        while ask:
-            one = ask.pop()
-            if one not in known:
-                ends.append(one)
-            elif op_name(one) == "add" and not one.kwargs:
-                ask += [self.effects.same(part) for part in one.args[:2] if isinstance(part, Node)]
-                sums += all(isinstance(part, Node) or part == 0 for part in one.args[:2])
-            elif op_name(one) in ALIASES | {"dropout"}:
-                ask += [self.effects.same(part) for part in one.args[:1]]
-        ends = [one for one in ends if one not in self.effects.fixed]
-        if len(ends) != 1 or not sums:
-            return None
-        return ends[0] if tensor_forms(node.meta.get("val")) == tensor_forms(ends[0].meta.get("val")) else None
-
-    def dead(self, at: BranchSite) -> set[Node]:
-        """Return the operations on which no output depends once the branch is dropped."""
-        return {*self.effects.calls} - self.effects.live({at.node: at.source})
+    return any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in (x, other)) or torch.equal(x, other)
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
@@ -294,15 +263,15 @@ def outermost(paths: Iterable[str]) -> list[str]:
     return [path for path in every if not any(lies_in(path, other) and path != other for other in every)]
 
 
-def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> dict[Node, Node | None]:
+def locate_branches(effects: Effects, branches: Iterable[Branch]) -> dict[Node, Node | None]:
     """Return what dropping branches replaces in a recording: output node → input node, or ``None`` for zeros."""
     replaced: dict[Node, Node | None] = {}
     for branch in branches:
-        at = recorded.site(branch.module)
-        if (at.source is None) != (branch.gives == "zero"):
+        node, source = effects.site(branch.module)
+        if (source is None) != (branch.gives == "zero"):
             raise BranchError(f"{branch.module} does something else here")
-        replaced[at.node] = at.source
-    if problem := recorded.effects.only_added(node for node, source in replaced.items() if source is None):
+        replaced[node] = source
+    if problem := effects.only_added(node for node, source in replaced.items() if source is None):
         raise BranchError(problem)
     return replaced
 

@@ -7,7 +7,6 @@ up to one that is not known to map 0 to 0.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,32 +35,21 @@ from regrow.tracing.walk import Dims, Reading, Value, Walk, all_dims
 def folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
     """Return the divisors of a network and their folds, and freeze the dimensions of norms and means without one."""
     result: list[tuple[Dims, Fold]] = []
+    weights: set[str] = set()
     for node, kind in w.norms:
         over = size_divided_by(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
-        match kind:
-            case "mean":
-                made = _spelled_out(model, w, node, over)
-            case "rms_norm":
-                made = _one_operation(model, w, node, over)
-            case _:
-                made = _query(w, node)
-        if made and {fold.weight for fold in made}.isdisjoint(fold.weight for _, fold in result):
-            reader = "attention is scaled by its size" if kind == "scale" else "a root-mean-square norm runs over it"
+        make, without, reader = _KINDS[kind]
+        made = make(model, w, node, over)
+        if made and weights.isdisjoint(fold.weight for fold in made):
             for expr in over:
                 d.mark(expr, Mark.FOLDED, w.why(node, reader))
             result += [(over, fold) for fold in made]
+            weights |= {fold.weight for fold in made}
         else:
-            w.freeze(node, _REASONS[kind], *over)
+            w.freeze(node, without, *over)
     return result
-
-
-_REASONS = {
-    "mean": "a mean runs over it, and no gain and constant take up its size",
-    "rms_norm": "a norm without a gain of its own runs over it",
-    "scale": "attention is scaled by its size, and no linear layer of its own makes the query",
-}
 
 
 def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
@@ -75,13 +63,12 @@ def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
 
 
 def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    value: Any = argument(node, 3)
-    weight = w.source(argument(node, 2))
-    epsilon = attributes.epsilon(model, module_of(node), value)
-    if not weight or not epsilon or len(over) != 1:
+    value, weight = argument(node, 3), w.source(argument(node, 2))
+    if not weight or not isinstance(value, int | float | None) or len(over) != 1:
         return []
+    epsilon = attributes.epsilon(model, module_of(node), value)
     value = torch.finfo(node.meta["val"].dtype).eps if value is None else value
-    return [Fold((), weight, epsilon=epsilon, value=float(value))]
+    return [Fold((), weight, epsilon=epsilon, value=float(value))] if epsilon else []
 
 
 def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
@@ -104,7 +91,7 @@ def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold
     return [Fold((), weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
 
 
-def _query(w: Walk, node: Node) -> list[Fold]:
+def _query(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
     """Return folds of the weight and bias of the layer that makes the query, if it makes nothing else."""
     made = node.args[0]
     while isinstance(made, Node) and op_name(made) in _RESHAPES and len(made.users) == 1:
@@ -119,24 +106,33 @@ def _query(w: Walk, node: Node) -> list[Fold]:
 
 _RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))
 
+_ROOT = "a root-mean-square norm runs over it"
+_KINDS = {
+    "mean": (_spelled_out, "a mean runs over it, and no gain and constant take up its size", _ROOT),
+    "rms_norm": (_one_operation, "a norm without a gain of its own runs over it", _ROOT),
+    "scale": (
+        _query,
+        "attention is scaled by its size, and no linear layer of its own makes the query",
+        "attention is scaled by its size",
+    ),
+}
+"""Kind of division by a size → its folds, why it freezes without one, and what reads a folded axis."""
+
 
 def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
     bare = _bare(node)
     if not w.source(node) and bare is not None and op_name(bare) == "add":
         numbers = [arg for arg in bare.args if isinstance(arg, int | float)]
-        if len(operands_in(bare.args)) == len(numbers) == 1:
-            return w.source(*operands_in(bare.args)), float(numbers[0])
+        operands = operands_in(bare.args)
+        if len(operands) == len(numbers) == 1:
+            return w.source(operands[0]), float(numbers[0])
     return w.source(node), 0.0
 
 
 def _is_square(node: Node) -> bool:
-    match op_name(node):
-        case "pow":
-            return bool(node.args[1] == 2)
-        case "mul":
-            return node.args[0] is node.args[1]
-        case name:
-            return name == "square"
+    name = op_name(node)
+    power = name == "pow" and node.args[1] == 2
+    return bool(power or name == "square" or (name == "mul" and node.args[0] is node.args[1]))
 
 
 def _bare(value: Argument) -> Node | None:
@@ -149,8 +145,9 @@ def _only_user(node: Node | None, name: str) -> Node | None:
     users = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"] if node is not None else []
     if len(users) != 1:
         return None
-    user = users[0]
-    return _only_user(user, name) if op_name(user) in ALIASES else user if op_name(user) == name else None
+    if op_name(users[0]) in ALIASES:
+        return _only_user(users[0], name)
+    return users[0] if op_name(users[0]) == name else None
 
 
 def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
@@ -162,11 +159,11 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
             if reason := _reason(w, reading, leaf, zeros):
                 result.setdefault(leaf.number, reason)
     for expr, weight in w.also:
-        for leaf in d.leaves(expr) if not weight else ():
-            result.setdefault(leaf.number, "in training it is read with no weight that could be 0")
+        for number in () if weight else _numbers((expr,)):
+            result.setdefault(number, "in training it is read with no weight that could be 0")
     for node, name in w.capture.states.items():
         if name in tensors and not tensors[name].is_floating_point():
-            for number in _carried(w.of(node)):
+            for number in _numbers(w.of(node)):
                 result.setdefault(number, f"{name} does not hold real numbers, of which some could be 0")
     return result
 
@@ -192,64 +189,59 @@ def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
     zeros: dict[Node, frozenset[int]] = {}
     spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
     for node in w.capture.graph.nodes:
-        dims = w.dims.get(node)
-        carried = _carried(dims)
-        zeros[node] = frozenset(carried & _known(w, node, zeros)) if carried else frozenset()
+        inside = _numbers(w.dims.get(node))
+        zeros[node] = inside & _known(w, node, zeros) if inside else inside
         if writes(node):
-            spoiled |= carried - zeros[node]
+            spoiled |= inside - zeros[node]
     return {node: known - spoiled for node, known in zeros.items()}
 
 
-def _carried(dims: Value) -> set[int]:
-    return {leaf.number for expr in all_dims(dims) for leaf in d.leaves(expr)}
+def _numbers(dims: Value) -> frozenset[int]:
+    """Return the numbers of the leaves in a node's dimensions."""
+    return frozenset(leaf.number for expr in all_dims(dims) for leaf in d.leaves(expr))
 
 
-def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int]:
+def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+    none: frozenset[int] = frozenset()
     if node in w.capture.states:
-        name = w.capture.states[node]
-        return {
-            leaf.number
-            for dim, expr in enumerate(w.of(node))
-            if w.roles.get((name, dim), set()) & {Role.PRODUCES, Role.SHIFTS}
-            for leaf in d.leaves(expr)
-        }
+        name, makes = w.capture.states[node], {Role.PRODUCES, Role.SHIFTS}
+        return _numbers(tuple(expr for i, expr in enumerate(w.of(node)) if w.roles.get((name, i), set()) & makes))
     if node.op != "call_function":
-        return set()
+        return none
     name = op_name(node)
     operands = [operand for operand in node.all_input_nodes if shapes_of(operand) is not None]
     common = _common(operands, zeros)
     match name:
         case "mul":
-            return set().union(*(zeros[operand] for operand in operands))
+            return none.union(*(zeros[operand] for operand in operands))
         case "add" | "sub":
-            numbers = [value for value in node.args[:2] if isinstance(value, int | float)]
-            return set() if any(numbers) else common
+            return none if any(isinstance(x, int | float) and x for x in node.args[:2]) else common
         case "div":
-            return {*zeros[operands[0]]} if len(operands) == 1 and operands[0] is node.args[0] else set()
+            return common if len(operands) == 1 and operands[0] is node.args[0] else none
         case "pow":
             exponent = node.args[1]
-            return common if isinstance(exponent, int | float) and exponent > 0 else set()
+            return common if isinstance(exponent, int | float) and exponent > 0 else none
         case "linear" | "conv1d" | "conv2d" | "conv3d":
             # A unit is 0 for any input if its weights and its bias are 0.
             made = operands_in(node.args[1:3])
-            return _common(made, zeros) & _carried(w.of(made[0])[:1])
+            return _common(made, zeros) & _numbers(w.of(made[0])[:1])
         case "zeros_like":
-            return _carried(w.of(node))
+            return _numbers(w.of(node))
         case "batch_norm":
             return _common(operands_in([node.args[i] for i in (0, 2, 3)]), zeros)
         case "embedding" | "rms_norm":
-            return {*zeros[operand_of(node)]}
-    return common if name in ZERO_PRESERVING | _SUMS | ALIASES else set()
+            return zeros[operand_of(node)]
+    return common if name in ZERO_PRESERVING | _SUMS | ALIASES else none
 
 
-def _common(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> set[int]:
-    return set.intersection(*({*zeros[node]} for node in nodes)) if nodes else set()
+def _common(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+    return frozenset.intersection(*(zeros[node] for node in nodes)) if nodes else frozenset()
 
 
 _MEETINGS = frozenset(
     ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
 )
 
-_MORE = "square cat concat sum mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
-_SUMS = frozenset(_MORE.split())
+_SUMMING = "square cat concat sum mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
+_SUMS = frozenset(_SUMMING.split())
 """Further operations whose result is 0 where all operands are 0."""

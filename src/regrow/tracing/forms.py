@@ -5,7 +5,7 @@ their kernels are written in Python: half a millisecond to five. The operations 
 consists of, for operands on one device; fake tensors handle all others, and whatever fails here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -52,7 +52,7 @@ class ConstantResults:
             return
         with no_python_dispatcher(), unset_fake_temporarily():
             self._catch_up()
-        written = {place for node in nodes for place in _storages(self.known[node])}
+        written = {address for node in nodes for address in _storages(self.known[node])}
         self.known = {node: x for node, x in self.known.items() if written.isdisjoint(_storages(x))}
 
     def _catch_up(self) -> None:
@@ -68,101 +68,6 @@ class ConstantResults:
 
 def _storages(value: Any) -> set[int]:
     return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
-
-
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device] | int
-"""Shape, strides, dtype and device of a result; the index of the operand that is returned itself."""
-
-_MOST = 20_000
-_known: dict[object, Form | list[Form]] = {}
-
-
-def remember_result(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode, infer: Callable[[], Any]
-) -> Any:
-    """Return what an operation gives on fake tensors, inferred only if it was not seen with such operands."""
-    operands: list[Tensor] = []
-    try:
-        key = (func, torch.get_default_dtype(), _key(args, mode, operands), _key(kwargs, mode, operands))
-        known = _known.get(key)
-    except TypeError:  # an argument of another kind
-        return infer()
-    if func._schema.is_mutable or mode.shape_env is not None or torch._C._is_any_autocast_enabled():
-        return infer()
-    if known is None:
-        result = infer()
-        if (forms := _forms(result, operands)) is not None:
-            if len(_known) >= _MOST:
-                forget_results()
-            _known[key] = forms
-        return result
-    with no_python_dispatcher():
-        if isinstance(known, list):
-            return [_made(form, operands, mode) for form in known]
-        return _made(known, operands, mode)
-
-
-def forget_results() -> None:
-    """Forget all results."""
-    _known.clear()
-
-
-def _made(form: Form, operands: list[Tensor], mode: FakeTensorMode) -> Tensor:
-    if isinstance(form, int):
-        return operands[form]
-    shape, stride, dtype, device = form
-    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
-
-
-def _key(value: Any, mode: FakeTensorMode, operands: list[Tensor]) -> object:
-    """Return what identifies an argument, and collect its tensors; raise TypeError where nothing does."""
-    kind = type(value)
-    if kind is FakeTensor:
-        if value.fake_mode is not mode or value.constant is not None or not is_plain(value):
-            raise TypeError
-        operands.append(value)
-        return (value.shape, value.stride(), value.dtype, value.fake_device, index_of(value, operands))
-    if kind is tuple or kind is list:
-        return (kind, *[_key(part, mode, operands) for part in value])
-    if kind is dict:
-        return tuple([(name, _key(part, mode, operands)) for name, part in value.items()])
-    if kind is int or value is None or kind in _NAMES:
-        return value
-    if kind is float or kind is bool:
-        return (kind, value)
-    raise TypeError
-
-
-_NAMES = frozenset((str, torch.dtype, torch.device, torch.layout, torch.memory_format))
-
-
-def index_of(value: object, values: Sequence[object]) -> int | None:
-    """Return the index of an object itself among others; ``None`` if it is not one of them."""
-    return next((i for i, other in enumerate(values) if other is value), None)
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
-    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
-
-
-def _forms(result: Any, operands: list[Tensor]) -> Form | list[Form] | None:
-    """Return the forms of a result; ``None`` if they do not say all about it."""
-    if type(result) is list:
-        forms = [form for part in result if (form := _form(part, operands)) is not None]
-        return forms if len(forms) == len(result) else None
-    return _form(result, operands)
-
-
-def _form(x: Any, operands: list[Tensor]) -> Form | None:
-    if (index := index_of(x, operands)) is not None:
-        return index
-    if type(x) is not FakeTensor or not is_plain(x):
-        return None
-    shares = x.untyped_storage()._cdata in {part.untyped_storage()._cdata for part in operands}
-    if shares or x.requires_grad or x.storage_offset():
-        return None
-    return x.shape, x.stride(), x.dtype, x.fake_device
 
 
 def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:
@@ -207,22 +112,22 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
 # --- rules return a shape, a shape and strides, the operand that is returned itself, or None if they do not apply ----
 
 
-def _entrywise(x: Tensor, *numbers: Any, **more: Any) -> Any:
-    dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
-    return (x.shape, x.stride()) if dense and all(isinstance(n, int | float | str) for n in numbers) else None
+def _entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
+    tensors = [y for y in others if isinstance(y, Tensor)]
+    if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
+        return None
+    if all(x.shape == y.shape and x.stride() == y.stride() for y in tensors):
+        dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
+        return (x.shape, x.stride()) if dense else None
+    shape = _broadcast(x.shape, tensors[0].shape)
+    return (shape,) if shape is not None and x.is_contiguous() and tensors[0].is_contiguous() else None
 
 
-def _in_place(x: Tensor, *numbers: Any) -> Any:
-    return x if all(isinstance(n, int | float) for n in numbers) else None
-
-
-def _paired(x: Tensor, y: Any, **more: Any) -> Any:
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return _entrywise(x, y) if isinstance(x, Tensor) else None
-    if x.shape == y.shape and x.stride() == y.stride():
-        return _entrywise(x)
-    shape = _broadcast(x.shape, y.shape)
-    return (shape,) if shape is not None and x.is_contiguous() and y.is_contiguous() else None
+def _in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
+    tensors = [y for y in others if isinstance(y, Tensor)]
+    numbers = sum(isinstance(y, int | float) for y in others)
+    fits = all(_broadcast(x.shape, y.shape) == x.shape for y in tensors)
+    return x if fits and len(tensors) + numbers == len(others) else None
 
 
 def _broadcast(a: Any, b: Any) -> Any:
@@ -232,11 +137,6 @@ def _broadcast(a: Any, b: Any) -> Any:
     if all(m in (n, 1) for n, m in zip(a, padded, strict=True)):
         return a
     return padded if all(n in (m, 1) for n, m in zip(a, padded, strict=True)) else None
-
-
-def _paired_in_place(x: Tensor, y: Any, **more: Any) -> Any:
-    fits = not isinstance(y, Tensor) or _broadcast(x.shape, y.shape) == x.shape
-    return x if fits else None
 
 
 def _convolution(
@@ -261,15 +161,15 @@ def _convolution(
     return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
 
 
-def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
+def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
     known = mean is not None and variance is not None
     fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
     return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
 
 
-def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *more: Any) -> Any:
-    own = tuple(x.shape[x.dim() - len(over) :])
-    fits = own == tuple(over) and _of(weight, own) and _of(bias, own)
+def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
+    last = tuple(x.shape[x.dim() - len(over) :])
+    fits = last == tuple(over) and _of(weight, last) and _of(bias, last)
     return (x.shape,) if fits and x.is_contiguous() else None
 
 
@@ -283,17 +183,16 @@ def _ops(names: str) -> list[Any]:
     return [getattr(getattr(torch.ops.aten, name), overload) for name, overload in split]
 
 
+_ENTRYWISE = (
+    "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt exp cos "
+    "sin square abs pow.Tensor_Scalar rsub.Scalar dropout add.Tensor sub.Tensor mul.Tensor div.Tensor"
+)
+_IN_PLACE = (
+    "relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_ add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"
+)
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        _ops(
-            "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt "
-            "exp cos sin square abs pow.Tensor_Scalar rsub.Scalar dropout"
-        ),
-        _entrywise,
-    ),
-    **dict.fromkeys(_ops("relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_"), _in_place),
-    **dict.fromkeys(_ops("add.Tensor sub.Tensor mul.Tensor div.Tensor"), _paired),
-    **dict.fromkeys(_ops("add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"), _paired_in_place),
+    **dict.fromkeys(_ops(_ENTRYWISE), _entrywise),
+    **dict.fromkeys(_ops(_IN_PLACE), _in_place),
     **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
     **dict.fromkeys(_ops("batch_norm"), _batch_norm),
     **dict.fromkeys(_ops("layer_norm"), _layer_norm),

@@ -12,15 +12,15 @@ from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.folds import folds, not_zero_initialisable
-from regrow.tracing.kinds import unalterable
 from regrow.tracing.model_state import state_of
+from regrow.tracing.support import unalterable
 from regrow.tracing.walk import Dims, Walk, all_dims
 
 Multiple = tuple[Leaf, int]
 """A leaf, and how many entries of the dimension each of its units counts for."""
 
 
-def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
+def _group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
     """Return leaf number → label of its group of equal sizes, and how many entries each of its units counts for."""
     pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
@@ -32,17 +32,18 @@ def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
     again = True
     while again:
         again = False
-        for (a, _), (b, _), why in pairs:
-            if bool(a.frozen) != bool(b.frozen):
-                d.clash(a, b, why)
+        for (x, _), (y, _), why in pairs:
+            if bool(x.frozen) != bool(y.frozen):
+                d.clash(x, y, why)
                 again = True
-    held: dict[int, tuple[str, int]] = {}
-    for (a, times_a), (b, times_b), why in pairs:
-        label = held.get(a.number, held.get(b.number, (f"count-{a.number}", 0)))[0]
-        for leaf, times in ((a, times_a), (b, times_b)):
-            if held.setdefault(leaf.number, (label, times)) != (label, times):
-                d.clash(a, b, why)
-    return held
+    groups: dict[int, tuple[str, int]] = {}
+    for first, second, why in pairs:
+        known = groups.get(first[0].number) or groups.get(second[0].number)
+        label = known[0] if known else f"count-{first[0].number}"
+        for leaf, times in (first, second):
+            if groups.setdefault(leaf.number, (label, times)) != (label, times):
+                d.clash(first[0], second[0], why)
+    return groups
 
 
 def _pairs(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
@@ -54,22 +55,18 @@ def _pairs(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
         return [(left, right)] if left[0] is not right[0] else None
     if type(a) is not type(b) or isinstance(a, Leaf) or isinstance(b, Leaf) or len(a.parts) != len(b.parts):
         return None
-    pairs = []
-    for x, y in zip(a.parts, b.parts, strict=True):
-        if (one := _pairs(x, y)) is None:
-            return None
-        pairs += one
-    return pairs
+    inner = [_pairs(x, y) for x, y in zip(a.parts, b.parts, strict=True)]
+    return None if None in inner else [pair for pairs in inner for pair in pairs or ()]
 
 
 def _multiple(expr: Expr) -> Multiple | None:
     """Return a dimension as a multiple of one leaf, if it is: ``f ‖ f`` is 2·f."""
-    expr = d.resolve(expr)
-    if isinstance(expr, Leaf):
-        return expr, 1
-    own = list(d.leaves(expr))
-    if isinstance(expr, d.Plus) and own and all(leaf is own[0] for leaf in own) and len(own) == len(expr.parts):
-        return own[0], len(own)
+    leaves = list(d.leaves(expr))
+    match d.resolve(expr):
+        case Leaf() as leaf:
+            return leaf, 1
+        case d.Plus(parts) if leaves and len(leaves) == len(parts) and all(leaf is leaves[0] for leaf in leaves):
+            return leaves[0], len(leaves)
     return None
 
 
@@ -79,13 +76,9 @@ MOST_SLOTS = 64
 
 @dataclass(frozen=True)
 class Names:
-    """Writes the expressions of a walk in axes: each leaf becomes the key of an axis, or a fixed size.
+    """Writes the expressions of a walk in axes: each leaf becomes the key of an axis, or a fixed size."""
 
-    Args:
-        keys: Number of a leaf → the key of its axis.
-    """
-
-    keys: Mapping[int, str]
+    keys: Mapping[int, str]  # number of a leaf → the key of its axis
 
     def dim(self, expr: Expr) -> Dim:
         """Return an expression as a dimension written in axes."""
@@ -105,58 +98,52 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     """Return the axis graph of a walked network, and the names of its axes for writing further expressions."""
     state = {name: w.of(node) for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
-    aliases = _aliases(ties)
-    unused = {*w.capture.unused}
-    unreached = tuple(name for name in w.capture.unused if unused.issuperset(aliases.get(name, ())))
+    groups: dict[str, list[str]] = {}
+    for name, first in ties.items():
+        groups.setdefault(first, [first]).append(name)
+    aliases = {name: names for names in groups.values() for name in names}
+    unreached = tuple(name for name in w.capture.unused if {*w.capture.unused}.issuperset(aliases.get(name, ())))
     _freeze_unreachable(model, w, unreached)
     _freeze_unsettable(model, w)
     for name, reason in unalterable(model):
         for expr in state.get(name, ()):
             d.freeze(expr, reason)
-    sites = folds(model, w)
+    divisors = folds(model, w)
     integers, alike = attributes.integers(model, w, state)
     w.equal += alike
-    held = group_equal_sizes(w)
-    places = {name: list(_places(name, dims)) for name, dims in state.items()}
+    equal = _group_equal_sizes(w)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    by_leaf: dict[int, list[Slot]] = {}
-    leaf_of: dict[int, Leaf] = {}
-    for own in places.values():
-        for leaf, slot in own:
-            leaf_of[leaf.number] = leaf
-            by_leaf.setdefault(leaf.number, []).extend(_with_roles(slot, w, aliases, parameters))
-    read = {leaf.number for one in w.readings for leaf in d.leaves(w.of(one.operand)[one.dim])}
-    read |= {leaf.number for expr, _ in w.also for leaf in d.leaves(expr)}
+    slots: dict[Leaf, list[Slot]] = {}
+    for name, dims in state.items():
+        for leaf, slot in _slots(name, dims):
+            slots.setdefault(leaf, []).extend(_with_roles(slot, w, aliases, parameters))
     tensors = state_of(model)
     lasting = {id(tensors[name]) for name in w.capture.states.values() if name in tensors}  # not made by the run itself
     tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) in lasting}
-    axes, keys = _axes(leaf_of, by_leaf, held, read, not_zero_initialisable(w, tensors))
+    axes, keys = _axes(w, slots, equal, not_zero_initialisable(w, tensors))
     names = Names(keys)
-    divisors = [replace(fold, over=names.dims(over)) for over, fold in sites]
-    written = {place: names.dim(expr) for place, expr in integers.items()}
-    shapes: dict[str, tuple[Dim, ...]] = {
-        name: names.dims(state[name]) if name in state else tuple(tensor.shape) for name, tensor in tensors.items()
-    }
-    return (
-        AxisGraph(
-            axes=axes,
-            shapes=shapes,
-            parameters=frozenset(parameters),
-            counted=_counted(w, ties, state),
-            itemsize={name: tensor.element_size() for name, tensor in tensors.items()},
-            ties=ties,
-            work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
-            integers={place: dim for place, dim in written.items() if not isinstance(dim, int)},
-            folds=tuple(fold for fold in divisors if not all(isinstance(dim, int) for dim in fold.over)),
-            unreached=unreached,
-            notes=tuple(dict.fromkeys(w.notes)),
-            decisions=w.capture.decisions,
-            tracer=w.capture.tracer,
-            trained=bool(w.also),
-            example=example,
-        ),
-        names,
+    written = {attribute: names.dim(expr) for attribute, expr in integers.items()}
+    in_axes = [replace(fold, over=names.dims(over)) for over, fold in divisors]
+    graph = AxisGraph(
+        axes=axes,
+        shapes={
+            name: names.dims(state[name]) if name in state else tuple(tensor.shape) for name, tensor in tensors.items()
+        },
+        parameters=frozenset(parameters),
+        counted=_counted(w, ties, state),
+        itemsize={name: tensor.element_size() for name, tensor in tensors.items()},
+        ties=ties,
+        work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
+        integers={attribute: dim for attribute, dim in written.items() if not isinstance(dim, int)},
+        folds=tuple(fold for fold in in_axes if not all(isinstance(dim, int) for dim in fold.over)),
+        unreached=unreached,
+        notes=tuple(dict.fromkeys(w.notes)),
+        decisions=w.capture.decisions,
+        tracer=w.capture.tracer,
+        trained=bool(w.also),
+        example=example,
     )
+    return graph, names
 
 
 def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
@@ -195,13 +182,14 @@ def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
             d.freeze(leaf, f"it is a repetition in {where or 'the model'}, and no attribute there sets how often")
 
 
-def _places(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
+def _slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
+    """Yield each leaf in a tensor's dimensions, with each of its places there."""
     for i, expr in enumerate(dims):
-        inside = {leaf.number: leaf for leaf in d.leaves(expr)}
-        sizes = {str(number): leaf.size for number, leaf in inside.items()}
-        dim = Names({number: str(number) for number in inside}).dim(expr)
-        for number, leaf in inside.items():
-            for loops, inner, offset in occurrences(dim, str(number), sizes):
+        inside = {str(leaf.number): leaf for leaf in d.leaves(expr)}
+        sizes = {key: leaf.size for key, leaf in inside.items()}
+        dim = Names({leaf.number: key for key, leaf in inside.items()}).dim(expr)
+        for key, leaf in inside.items():
+            for loops, inner, offset in occurrences(dim, key, sizes):
                 starts = [
                     offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))
                     for at in product(*(range(times) for times, _ in loops[1:]))
@@ -224,56 +212,52 @@ def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameter
     return [replace(slot, role=role) for role in ordered or [Role.PRODUCES if slot.name in parameters else Role.SCALES]]
 
 
-def _aliases(ties: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return name → all names of the same tensor."""
-    groups: dict[str, list[str]] = {}
-    for name, first in ties.items():
-        groups.setdefault(first, [first]).append(name)
-    return {name: group for group in groups.values() for name in group}
-
-
 def _axes(
-    leaf_of: Mapping[int, Leaf],
-    slots: Mapping[int, list[Slot]],
-    held: Mapping[int, tuple[str, int]],
-    read: Container[int],
-    narrow: Mapping[int, str],
+    w: Walk, slots: Mapping[Leaf, list[Slot]], equal: Mapping[int, tuple[str, int]], narrow: Mapping[int, str]
 ) -> tuple[dict[str, Axis], dict[int, str]]:
+    """Return the axes by key, and number of a leaf → the key of its axis, if that is free."""
+    exprs = [*(w.of(reading.operand)[reading.dim] for reading in w.readings), *(expr for expr, _ in w.also)]
+    read = {leaf.number for expr in exprs for leaf in d.leaves(expr)}
     keys: dict[int, str] = {}
     axes: dict[str, Axis] = {}
-    for number, leaf in leaf_of.items():
-        own = tuple(slots[number])
-        key = _key(own[0], axes)
-        roles = {slot.role for slot in own}
-        reason = leaf.frozen
+    for leaf, places in slots.items():
+        key, roles, reason = _key(places[0], axes), {slot.role for slot in places}, leaf.frozen
         if not reason and Role.PRODUCES not in roles:
             reason = "no parameter makes its units"
-        if not reason and Role.CONSUMES not in roles and number not in read:
+        if not reason and Role.CONSUMES not in roles and leaf.number not in read:
             reason = "nothing reads its units"
-        mark = Mark.FROZEN if reason else leaf.mark
-        count, times = held.get(number, ("", 1))
-        least, why = max(leaf.least, 2 if leaf.integer else 1), narrow.get(number, "")
-        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, least, leaf.multiple, narrow=why)
+        count, times = equal.get(leaf.number, ("", 1))
+        axes[key] = Axis(
+            key,
+            leaf.size,
+            tuple(places),
+            Mark.FROZEN if reason else leaf.mark,
+            reason or leaf.why,
+            count,
+            times,
+            least=max(leaf.least, 2 if leaf.integer else 1),
+            multiple=leaf.multiple,
+            narrow=narrow.get(leaf.number, ""),
+        )
         if not reason:
-            keys[number] = key
+            keys[leaf.number] = key
     partners = {axis.count for axis in axes.values() if axis.count and not axis.free}
     for key, axis in axes.items():
         if axis.count in partners and axis.free:
             axes[key] = replace(axis, mark=Mark.FROZEN, reason="it must keep as many units as a frozen axis")
-            keys = {number: other for number, other in keys.items() if other != key}
-    return _nested(axes), keys
+    return _nested(axes), {number: key for number, key in keys.items() if axes[key].free}
 
 
 def _nested(axes: dict[str, Axis]) -> dict[str, Axis]:
     """Set ``inside`` of each axis to the axis whose units contain its units, in the same dimension."""
-    by_place: dict[tuple[str, int], list[tuple[Slot, Axis]]] = {}
+    by_dim: dict[tuple[str, int], list[tuple[Slot, Axis]]] = {}
     for axis in axes.values():
         for slot in axis.slots:
-            by_place.setdefault((slot.name, slot.dim), []).append((slot, axis))
+            by_dim.setdefault((slot.name, slot.dim), []).append((slot, axis))
 
     def around(axis: Axis) -> str:
         for a in axis.slots:
-            for b, other in by_place[a.name, a.dim]:
+            for b, other in by_dim[a.name, a.dim]:
                 if other.free and b.inner >= a.stride and b.inner > a.inner and a.outer >= other.size > 1:
                     return other.key
         return ""

@@ -6,7 +6,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -33,35 +32,26 @@ LINE = "line"
 
 def line_here() -> Line | None:
     """Return the innermost line of a network's own code that is running now; ``None`` if there is none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_own(frame.f_code.co_filename):
-        frame = frame.f_back
-    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
-
-
-def line_of(node: Node) -> Line | None:
-    """Return the line that ran an operation, in a recording that notes lines; ``None`` if it is unknown."""
-    if result := node.meta.get(LINE):
-        return result
-    stack = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    calls = [line.split('"') for line in stack if line.startswith('File "')]
-    result = [(parts[1], int(parts[2].split(",")[1].split()[1])) for parts in calls if _is_own(parts[1])]
-    return result[-1] if result else None
+    return _first_own(traceback.walk_stack(sys._getframe(1)))
 
 
 def line_raised(error: BaseException) -> Line | None:
     """Return the innermost line of a network's own code in an error's traceback; ``None`` if there is none."""
-    frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
-    return next((line for line in reversed(frames) if _is_own(line[0])), None)
+    return _first_own(reversed([*traceback.walk_tb(error.__traceback__)]))
 
 
-def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example]) -> Line | None:
+def _first_own(frames: Iterable[tuple[FrameType, int]]) -> Line | None:
+    lines = ((frame.f_code.co_filename, number) for frame, number in frames)
+    return next((line for line in lines if _is_own(line[0])), None)
+
+
+def parting_line(runs: tuple[tuple[nn.Module, Example], tuple[nn.Module, Example]]) -> Line | None:
     """Return the last common line of two runs of a network's code, behind which they differ, if they do."""
     last: Line | None = None
-    for here, there in zip_longest(_lines_run(one, given[0]), _lines_run(other, given[1])):
-        if here != there:
+    for line, other in zip_longest(*(_lines_run(model, example) for model, example in runs)):
+        if line != other:
             return last
-        last = here
+        last = line
     return None
 
 
@@ -76,12 +66,12 @@ def _lines_run(model: nn.Module, example: Example) -> list[Line]:
     """Return each line of its own code that a network runs, in order, until it ends or fails."""
     lines: list[Line] = []
 
-    def local(frame: FrameType, event: str, given: Any) -> Any:
+    def local(frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
             lines.append((frame.f_code.co_filename, frame.f_lineno))
         return local
 
-    def trace(frame: FrameType, event: str, given: Any) -> Any:
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
         return local if _is_own(frame.f_code.co_filename) else None
 
     before = sys.gettrace()
@@ -144,7 +134,7 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def _listed(x: Tensor) -> Any:
-    return x.item() if x.dim() == 0 else [_listed(one) for one in x.unbind()]
+    return x.item() if x.dim() == 0 else list(map(_listed, x.unbind()))
 
 
 @contextmanager
@@ -153,17 +143,14 @@ def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[st
     paths = {module: path for path, module in model.named_modules()}
     stacks: list[dict[str, tuple[str, type]]] = [{}]
 
-    def begins(module: nn.Module, given: Any) -> None:
+    def begins(module: nn.Module, inputs: Any) -> None:
         path = paths.get(module)
         stacks.append(stacks[-1] if path is None else {**stacks[-1], path: (path, type(module))})
 
-    def ends(module: nn.Module, given: Any, result: Any) -> None:
+    def ends(module: nn.Module, inputs: Any, result: Any) -> None:
         stacks.pop()
 
-    hooks = [
-        register_module_forward_pre_hook(begins),
-        register_module_forward_hook(ends, always_call=True),
-    ]
+    hooks = [register_module_forward_pre_hook(begins), register_module_forward_hook(ends, always_call=True)]
     try:
         yield lambda: stacks[-1]
     finally:
@@ -174,17 +161,13 @@ def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[st
 @contextmanager
 def as_exporting() -> Iterator[None]:
     """Context manager in which ``torch.compiler.is_compiling`` and ``is_exporting`` return true."""
-    before = {name: getattr(torch.compiler, name) for name in _ASKED}
+    flags = torch.compiler
+    before = flags._is_compiling_flag, flags._is_exporting_flag
+    flags._is_compiling_flag = flags._is_exporting_flag = True
     try:
-        for name in _ASKED:
-            setattr(torch.compiler, name, True)
         yield
     finally:
-        for name, value in before.items():
-            setattr(torch.compiler, name, value)
-
-
-_ASKED = ("_is_compiling_flag", "_is_exporting_flag")
+        flags._is_compiling_flag, flags._is_exporting_flag = before
 
 
 most_calls: ContextVar[float] = ContextVar("most_calls", default=inf)
@@ -192,9 +175,9 @@ most_calls: ContextVar[float] = ContextVar("most_calls", default=inf)
 
 
 @contextmanager
-def limit_calls(most: int) -> Iterator[None]:
+def limit_calls(limit: int) -> Iterator[None]:
     """Context manager in which a recording fails that has more than so many operations."""
-    token = most_calls.set(most)
+    token = most_calls.set(limit)
     try:
         yield
     finally:

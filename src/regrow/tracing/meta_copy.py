@@ -25,14 +25,13 @@ def meta_copy(model: M, shapes: Mapping[str, tuple[int, ...]]) -> tuple[M, FakeT
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, object] = {}
-
     for name, tensor in state_of(model).items():
         if name in shapes or id(tensor) not in memo:
             memo[id(tensor)] = without_numbers(mode, shapes.get(name, tensor.shape), tensor)
 
     def other(tensor: Tensor) -> Tensor:
-        known = not isinstance(tensor, FakeTensor)
-        return tensor.detach() if known else without_numbers(mode, tensor.shape, tensor.detach())
+        made = tensor.detach()
+        return without_numbers(mode, tensor.shape, made) if isinstance(tensor, FakeTensor) else made
 
     return copy_model(model, other, memo), mode
 
@@ -70,14 +69,7 @@ def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, objec
 
 
 def clone_model(model: M) -> M:
-    """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors.
-
-    >>> net = nn.Linear(2, 1)
-    >>> net.last = net(torch.ones(1, 2))
-    >>> twin = clone_model(net)
-    >>> bool((twin.weight == net.weight).all()), twin.weight is net.weight
-    (True, False)
-    """
+    """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors."""
     return copy_model(model, lambda x: x.detach().clone())
 
 
@@ -88,10 +80,9 @@ class _Copy:
     def module(self, module: nn.Module) -> Any:
         """Copy a module five times as fast as ``copy.deepcopy``, unless its class defines its own way of copying."""
         kind = type(module)
-        if id(module) in self.memo or hasattr(kind, "__deepcopy__") or _special(kind):
-            return self.other(module)
-        state = module.__getstate__()
-        if type(state) is not dict:
+        special = any(getattr(kind, name) is not usual for name, usual in _USUAL.items())
+        state = None if special or hasattr(kind, "__deepcopy__") else module.__getstate__()
+        if id(module) in self.memo or type(state) is not dict:
             return self.other(module)
         self.memo[id(module)] = made = kind.__new__(kind)
         made.__setstate__({name: self.value(value) for name, value in state.items()})
@@ -107,20 +98,22 @@ class _Copy:
             return self.tensor(value)
         if isinstance(value, nn.Module):
             return self.module(value)
-        if kind in (dict, OrderedDict, list, deque):
-            made: Any = deque(maxlen=value.maxlen) if kind is deque else kind()
-            self.memo[id(value)] = made
-            if isinstance(value, dict):
-                made.update((self.value(key), self.value(part)) for key, part in value.items())
-            else:
-                made.extend(map(self.value, value))
-            return made
         if kind is tuple or kind is set:
-            made = kind(map(self.value, value))
-            if kind is set or any(map(is_not, made, value)):
-                return self.memo.setdefault(id(value), made)
+            members = kind(map(self.value, value))
+            if kind is set or any(map(is_not, members, value)):
+                return self.memo.setdefault(id(value), members)
             return value
-        return self.other(value)
+        if kind not in (dict, OrderedDict, list, deque):
+            return self.other(value)
+        if isinstance(value, dict):
+            entries: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+            self.memo[id(value)] = entries
+            entries.update((self.value(key), self.value(part)) for key, part in value.items())
+            return entries
+        parts: deque[Any] | list[Any] = deque(maxlen=value.maxlen) if isinstance(value, deque) else []
+        self.memo[id(value)] = parts
+        parts.extend(map(self.value, value))
+        return parts
 
     def tensor(self, tensor: Tensor) -> Tensor:
         made = self.made(tensor)
@@ -142,12 +135,8 @@ class _Copy:
             return value
 
 
-def _special(kind: type) -> bool:
-    """Whether a class of modules defines its own way of being copied."""
-    return any(getattr(kind, name) is not usual for name, usual in _USUAL.items())
-
-
 _USUAL = {name: getattr(nn.Module, name) for name in ("__reduce__", "__reduce_ex__", "__getstate__")}
+"""Methods that a class of modules overrides to define its own way of being copied."""
 
 _WHOLE = frozenset((int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device))
 """Types of values that a copy shares with the model."""

@@ -6,7 +6,7 @@ results. Runs on fake data would leave tensors without numbers in all these plac
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,95 +21,72 @@ from torch import Tensor, nn
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
 """Packages whose objects (locks, loggers, devices) are not searched: a network's code does not write into them."""
 
+LEAVES = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+"""Types of values that hold nothing else."""
+
 
 @dataclass(eq=False)
 class Snapshot:
-    """Everything reachable from a value, with its contents when the snapshot was made.
+    """Everything reachable from a value (a module, say), with its contents when the snapshot was made."""
 
-    Args:
-        value: The value, for example a module.
-        inside: Whether to save what only the value itself holds.
-        code: Whether to follow functions and classes.
-    """
-
-    value: Any
-    inside: bool = True
-    code: bool = True
+    value: object
+    inside: bool = True  # whether to save what only the value itself holds
+    code: bool = True  # whether to follow functions and classes
     seen: set[int] = field(default_factory=set)
     tensors: list[Tensor] = field(default_factory=list)
-    containers: list[tuple[Any, Any]] = field(default_factory=list)
-    attributes: list[tuple[Any, Any]] = field(default_factory=list)
-    cells: list[tuple[CellType, Any]] = field(default_factory=list)
-    classes: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
+    holders: list[tuple[Any, list[Any]]] = field(default_factory=list)  # containers, classes, variables of closures
+    attributes: list[tuple[Any, list[Any]]] = field(default_factory=list)
     caches: list[tuple[Any, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         ask = [self.value]
         while ask:  # without recursion
             value = ask.pop()
-            if type(value) not in _LEAVES and id(value) not in self.seen:
+            if type(value) not in LEAVES and id(value) not in self.seen:
                 self.seen.add(id(value))
                 ask += reversed(list(self._parts(value)))
 
     def is_unchanged(self) -> bool:
         """Whether everything still has its contents; of tensors, that they are the same objects."""
-        return (
-            all(_holds(container, old) for container, old in (*self.containers, *self.attributes))
-            and all(contents_of(cell) is value for cell, value in self.cells)
-            and all(_holds(_attributes(kind), [*old.items()]) for kind, old in self.classes)
-            and all(cache.cache_info().currsize == size for cache, size in self.caches)
+        return all(_holds(holder, old) for holder, old in (*self.holders, *self.attributes)) and all(
+            cache.cache_info().currsize == size for cache, size in self.caches
         )
 
     def restore(self, inside: bool = True) -> None:
         """Restore everything that has changed; ``inside``: attributes of objects, too."""
-        for container, old in (*self.containers, *(self.attributes if inside else ())):
-            _refill(container, old)
-        for cell, value in self.cells:
-            if value is _UNSET and contents_of(cell) is not _UNSET:
-                del cell.cell_contents
-            elif contents_of(cell) is not value:
-                cell.cell_contents = value
-        for kind, attributes in self.classes:
-            now = _attributes(kind)
-            for name in now.keys() - attributes.keys():
-                delattr(kind, name)
-            for name, value in attributes.items():
-                if now.get(name, now) is not value:
-                    setattr(kind, name, value)
+        for holder, old in (*self.holders, *(self.attributes if inside else ())):
+            if not _holds(holder, old):
+                _refill(holder, old)
         for cache, size in self.caches:
             if cache.cache_info().currsize != size:
                 cache.cache_clear()
 
-    def _parts(self, one: Any) -> Iterator[Any]:
-        if isinstance(one, Tensor):
-            self.tensors.append(one)
-        elif isinstance(one, dict | list | set | deque):
-            yield from self._of_container(one)
-        elif isinstance(one, tuple | frozenset):
-            yield from one
-        elif isinstance(one, FunctionType):
-            yield from self._of_function(one) if self.code else ()
-        elif isinstance(one, MethodType):
-            yield from (one.__self__, one.__func__)
-        elif isinstance(one, partial):
-            yield from (one.func, one.args, one.keywords)
-        elif isinstance(one, _lru_cache_wrapper):
-            self.caches.append((one, one.cache_info().currsize))
-        elif isinstance(one, nn.Module) or is_plain_object(one):
-            yield from self._of_class(type(one)) if self.code else ()
+    def _parts(self, value: Any) -> Iterator[Any]:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, dict | list | set | deque):
+            self.holders.append((value, _contents(value)))
+            yield from dict.values(value) if isinstance(value, dict) else value
+        elif isinstance(value, tuple | frozenset):
+            yield from value
+        elif isinstance(value, FunctionType):
+            yield from self._of_function(value) if self.code else ()
+        elif isinstance(value, MethodType):
+            yield from (value.__self__, value.__func__)
+        elif isinstance(value, partial):
+            yield from (value.func, value.args, value.keywords)
+        elif isinstance(value, _lru_cache_wrapper):
+            self.caches.append((value, value.cache_info().currsize))
+        elif isinstance(value, nn.Module) or is_plain_object(value):
+            yield from self._of_class(type(value)) if self.code else ()
             if self.inside:
-                self.attributes.append((vars(one), _contained(vars(one))))
-            yield from vars(one).values()
-
-    def _of_container(self, container: Any) -> Iterator[Any]:
-        self.containers.append((container, _contained(container)))
-        yield from dict.values(container) if isinstance(container, dict) else container
+                self.attributes.append((vars(value), _contents(vars(value))))
+            yield from vars(value).values()
 
     def _of_function(self, function: FunctionType) -> Iterator[Any]:
         for cell in function.__closure__ or ():
-            value = contents_of(cell)
-            self.cells.append((cell, value))
-            yield value
+            self.holders.append((cell, _contents(cell)))
+            yield contents_of(cell)
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
         for name in names_in(function.__code__):
@@ -119,19 +96,15 @@ class Snapshot:
                 yield value
 
     def _of_class(self, kind: type) -> Iterator[Any]:
-        for one in kind.__mro__:
-            if _foreign(one) or id(one) in self.seen:
+        for base in kind.__mro__:
+            if _foreign(base) or id(base) in self.seen:
                 continue
-            self.seen.add(id(one))
-            own = _attributes(one)
-            self.classes.append((one, own))
-            for value in own.values():
+            self.seen.add(id(base))
+            self.holders.append((base, _contents(base)))
+            for value in _attributes(base).values():
                 inner = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
                 if isinstance(inner, FunctionType | _lru_cache_wrapper | Tensor | dict | list | set | deque):
                     yield inner
-
-
-_LEAVES = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 
 
 def is_plain_object(value: Any) -> bool:
@@ -165,33 +138,42 @@ def contents_of(cell: CellType) -> Any:
         return _UNSET
 
 
-def _contained(container: Any) -> Any:
-    """Return the contents of a container, bypassing methods that its class overrides."""
-    return list(dict.items(container)) if isinstance(container, dict) else list(container)
+def _contents(holder: Any) -> list[Any]:
+    """Return what a container, class or cell holds, keys before values; overridden methods are bypassed."""
+    if isinstance(holder, CellType):
+        return [contents_of(holder)]
+    entries = _attributes(holder) if isinstance(holder, type) else holder
+    return [part for entry in dict.items(entries) for part in entry] if isinstance(entries, dict) else list(entries)
 
 
-def _holds(container: Any, old: list[Any]) -> bool:
-    """Whether a container still has its contents."""
-    now = _contained(container)
-    if len(now) != len(old):
-        return False
-    if isinstance(container, dict):
-        return all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, old, strict=True))
-    return all(map(is_, now, old))
+def _holds(holder: Any, old: list[Any]) -> bool:
+    """Whether a container, class or cell still has its contents."""
+    now = _contents(holder)
+    return len(now) == len(old) and all(map(is_, now, old))
 
 
-def _refill(container: Any, old: list[Any]) -> None:
-    """Restore the contents of a container."""
-    if _holds(container, old):
-        return
-    if isinstance(container, dict):
-        kind = OrderedDict if isinstance(container, OrderedDict) else dict
-        kind.clear(container)
-        for key, value in old:
-            kind.__setitem__(container, key, value)
+def _refill(holder: Any, old: list[Any]) -> None:
+    """Restore the contents of a container, class or cell."""
+    if isinstance(holder, CellType):
+        if old[0] is _UNSET:
+            del holder.cell_contents
+        else:
+            holder.cell_contents = old[0]
+    elif isinstance(holder, type):
+        now, entries = _attributes(holder), dict(zip(old[::2], old[1::2], strict=True))
+        for name in now.keys() - entries.keys():
+            delattr(holder, name)
+        for name, value in entries.items():
+            if now.get(name, now) is not value:
+                setattr(holder, name, value)
+    elif isinstance(holder, dict):
+        kind = OrderedDict if isinstance(holder, OrderedDict) else dict
+        kind.clear(holder)
+        for key, value in zip(old[::2], old[1::2], strict=True):
+            kind.__setitem__(holder, key, value)
     else:
-        container.clear()
-        (container.update if isinstance(container, set) else container.extend)(old)
+        holder.clear()
+        (holder.update if isinstance(holder, set) else holder.extend)(old)
 
 
 def find_tensors(value: object) -> Iterator[Tensor]:
@@ -203,6 +185,62 @@ def find_tensors(value: object) -> Iterator[Tensor]:
     yield from Snapshot(value, code=False).tensors
 
 
+class OutputError(TypeError):
+    """Raised for an output of a network in which not every tensor can be found."""
+
+
+def output_tensors(value: object) -> list[Tensor]:
+    """Return the tensors in a network's output: entries of any collection, and attributes and slots of other objects.
+
+    >>> import dataclasses, torch
+    >>> Pair = dataclasses.make_dataclass("Pair", ["first", "rest"], slots=True)
+    >>> [len(x) for x in output_tensors(Pair(torch.ones(2), {"a": [torch.ones(3)]}))]
+    [2, 3]
+    """
+    result: list[Tensor] = []
+    _collect_tensors(value, result, set())
+    if not result:
+        raise OutputError(f"it returns no tensor (a {type(value).__name__}); return tensors, also inside of objects")
+    return result
+
+
+def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> None:
+    if isinstance(value, Tensor):
+        result.append(value)
+        return
+    without = (str, bytes, bytearray, range, nn.Module, type)
+    if id(value) in visited or isinstance(value, without) or type(value).__module__ == "numpy":
+        return
+    visited.add(id(value))
+    name = type(value).__name__
+    parts: Iterable[object]
+    if isinstance(value, Iterator):
+        raise OutputError(f"it returns a {name}, which can be read only once; return a list or tuple")
+    if isinstance(value, FunctionType | MethodType | partial):
+        if [*find_tensors([contents_of(cell) for cell in getattr(value, "__closure__", None) or ()])]:
+            raise OutputError("it returns a function that holds tensors; return the tensors")
+        return
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, Collection):
+        parts = value
+        if isinstance(value, Set) and [*find_tensors([*value])]:
+            raise OutputError(f"it returns a {name} of tensors, which has no order; return a list or tuple")
+    else:
+        names = [slot for kind in type(value).__mro__ for slot in _slots(kind)]
+        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, slot, None) for slot in names)]
+    for part in parts:
+        _collect_tensors(part, result, visited)
+
+
+def _slots(kind: type) -> list[str]:
+    """Return the names of the slots that a class itself declares."""
+    declared = vars(kind).get("__slots__", ())
+    names = [declared] if isinstance(declared, str) else [*declared]
+    private = [f"_{kind.__name__.lstrip('_')}{x}" if x[:2] == "__" and x[-2:] != "__" else x for x in names]
+    return [x for x in private if x not in ("__dict__", "__weakref__")]
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer of a model by name; tied tensors appear under each of their names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
@@ -210,14 +248,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return those of some parameters and buffers that a model has, by name."""
-    result: dict[str, Tensor] = {}
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        tensor = module._parameters.get(leaf, module._buffers.get(leaf))
-        if tensor is not None:
-            result[name] = tensor
-    return result
+    state = state_of(model)
+    return {name: state[name] for name in names if name in state}
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:
@@ -243,12 +275,11 @@ def _form(value: Any, depth: int) -> Any:
         return tuple(value.shape), value.dtype
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Mapping) and depth:
-        return len(value), *(_form(one, depth - 1) for one in list(value.values())[:_MOST])
-    if isinstance(value, list | tuple | deque) and depth:
-        return len(value), *(_form(one, depth - 1) for one in list(value)[:_MOST])
+    if isinstance(value, Mapping | list | tuple | deque) and depth:
+        parts = list(value.values() if isinstance(value, Mapping) else value)[:_MOST]
+        return len(value), *(_form(part, depth - 1) for part in parts)
     if depth and not isinstance(value, nn.Module) and is_plain_object(value):
-        return type(value).__name__, *(_form(one, depth - 1) for one in vars(value).values())
+        return type(value).__name__, *(_form(part, depth - 1) for part in vars(value).values())
     return type(value).__name__
 
 
@@ -266,15 +297,13 @@ def code_of(model: nn.Module) -> tuple[object, ...]:
     >>> code_of(net) == before
     False
     """
-    return tuple(
-        (path, type(module), *((name, *map(_function, _functions(value))) for name, value in vars(module).items()))
-        for path, module in model.named_modules(remove_duplicate=False)
-    )
-
-
-def _functions(value: Any) -> list[Any]:
-    """Return an attribute's functions: itself, or those that it lists."""
-    return [*filter(callable, value.values() if isinstance(value, Mapping) else [value])]
+    rows: list[object] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        rows += [path, type(module)]
+        for name, value in vars(module).items():
+            functions = filter(callable, value.values() if isinstance(value, Mapping) else [value])
+            rows.append((name, *map(_function, functions)))
+    return tuple(rows)
 
 
 def _function(value: Any) -> Any:

@@ -34,9 +34,8 @@ def op_name(node: Node) -> str:
 
 @lru_cache(maxsize=4096)
 def _name_of(target: object) -> str:
-    name = (
-        target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
-    )
+    named = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    name: str = getattr(named, "__name__", "")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
@@ -58,11 +57,7 @@ def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -
 
 
 def leaves_of(value: object) -> list[object]:
-    """Return the leaves of nested lists, tuples and dicts, in order.
-
-    >>> leaves_of((1, [2, {"x": 3}]))
-    [1, 2, 3]
-    """
+    """Return the leaves of nested lists, tuples and dicts, in order."""
     if isinstance(value, dict):
         return leaves_of([*value.values()])
     return [leaf for part in value for leaf in leaves_of(part)] if isinstance(value, list | tuple) else [value]
@@ -86,6 +81,11 @@ def parameters_of(target: object) -> Sequence[Any]:
 def writes(node: Node) -> bool:
     """Whether an operation writes into a tensor in place."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def modules_around(node: Node) -> list[tuple[str, type]]:
+    """Return (path, class) of the modules in whose forward a node was recorded, innermost last."""
+    return list((node.meta.get("nn_module_stack") or {}).values())
 
 
 def module_of(node: Node) -> str:
@@ -118,16 +118,14 @@ def as_list(value: T | list[T]) -> list[T]:
 
 def result_shapes(node: Node) -> list[Shape]:
     """Return the shapes of a node's values, of which each must be a tensor; of a single value, that of it alone."""
-    result = []
-    for shape in as_list(shapes_of(node)):
-        assert shape is not None
-        result.append(shape)
-    return result
+    shapes = [shape for shape in as_list(shapes_of(node)) if shape is not None]
+    assert len(shapes) == len(as_list(shapes_of(node)))
+    return shapes
 
 
 def uncast(node: Node) -> Node:
     """Return the node behind casts and copies."""
-    while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
+    while op_name(node) in ALIASES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -154,7 +152,7 @@ def whole(value: Argument) -> int:
 
 def wholes(value: Argument) -> list[int]:
     """Return an argument that is a list of whole numbers, or one such number, as a list."""
-    return [whole(one) for one in (value if isinstance(value, list | tuple) else [value])]
+    return list(map(whole, value if isinstance(value, list | tuple) else [value]))
 
 
 def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:

@@ -17,11 +17,11 @@ from regrow.core.axes import Axis, AxisGraph, Dim, Example, Product, axes_in, si
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import limit_calls
-from regrow.tracing.kinds import freeze_axes
 from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
-from regrow.tracing.nodes import Shapes, as_list, op_name, shapes_of
+from regrow.tracing.nodes import as_list, op_name, shapes_of
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import calls, first_difference, operations
+from regrow.tracing.steps import first_difference, operations, steps_of
+from regrow.tracing.support import freeze_axes
 from regrow.tracing.trial import Resizing, classes_of, deep_cuts, record_resized
 
 REASON = "what the network does with it depends on the batch size or length of the input"
@@ -41,12 +41,10 @@ def freeze_by_size(model: nn.Module, axes: AxisGraph, examples: Sequence[Example
     families = [[example] for example in examples] or [list(_larger(axes)), list(_smaller(axes))]
     for family in families:
         for example in family:
-            try:
+            with suppress(TraceError):
                 recorded = _record(model, axes, example)
-            except TraceError:
-                continue
-            axes = _freeze_on(_Probe(model, axes, example, recorded))
-            break
+                axes = _Probe(model, axes, example, recorded).freeze()
+                break
     return axes
 
 
@@ -66,13 +64,21 @@ class _Probe:
     example: Example
     recorded: Capture
 
+    def freeze(self) -> AxisGraph:
+        axes = self.axes if self.is_as_traced else self._with_marks()
+        free = [*axes.free()]
+        if not free or not self.depends(free):
+            return axes
+        members = [axis for group in classes_of(free).values() if self.depends(group) for axis in group]
+        return _frozen(axes, {axis.key: REASON for axis in members or free})
+
     def depends(self, cut: Sequence[Axis]) -> bool:
         """Whether a network that keeps few units of some axes differs from the uncut one as it does not when traced."""
-        axes, sizes = self.axes, deep_cuts(self.axes, cut)
-        problem = _trial_problem(self.model, axes, self.example, self.recorded, sizes)
-        if not problem and (self.is_as_traced or _is_same(axes, self.near[1], self.recorded)):
+        sizes = deep_cuts(self.axes, cut)
+        problem = self._trial_problem(self.example, self.recorded, sizes)
+        if not problem and (self.is_as_traced or _is_same(self.axes, self.near[1], self.recorded)):
             return False
-        return problem != _trial_problem(self.model, axes, *self.near, sizes)
+        return problem != self._trial_problem(*self.near, sizes)
 
     @cached_property
     def is_as_traced(self) -> bool:
@@ -82,51 +88,48 @@ class _Probe:
     @cached_property
     def near(self) -> tuple[Example, Capture]:
         """An example as traced, recorded again, since caches may be empty now; a batch or length below 3 becomes 3."""
-        axes, example, main = self.axes, self.axes.example, _main_shape(self.axes.example)
-        other = _main_shape(self.example)
-        lengths = [d for dims in _lengths(axes) for d in dims if main[d] != other[d]]
+        example, main, other = self.axes.example, _main_shape(self.axes.example), _main_shape(self.example)
+        lengths = [d for dims in _lengths(self.axes) for d in dims if main[d] != other[d]]
         if main[0] < 3 or any(main[d] < 3 for d in lengths):
             example = _grown(example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
         with suppress(TraceError):
-            return example, _record(self.model, axes, example)
-        return axes.example, axes.recording.capture
+            return example, _record(self.model, self.axes, example)
+        return self.axes.example, self.axes.recording.capture
+
+    def _with_marks(self) -> AxisGraph:
+        """Return the graph without the axes to which a trace on the other example gives another mark."""
+        other, _ = assemble(self.model, walk(self.recorded), self.example)
+        marks = {frozenset(axis.slots): axis for axis in other}
+        reasons = {}
+        for axis in self.axes.free():
+            match = marks.get(frozenset(axis.slots))
+            if match is None or match.mark is not axis.mark:
+                why = match.reason if match is not None and not match.free else REASON
+                reasons[axis.key] = f"{why}, on an input of another size"
+        return _frozen(self.axes, reasons)
+
+    def _trial_problem(self, example: Example, recorded: Capture, sizes: Mapping[str, int]) -> str:
+        """Return how a cut network differs from the uncut one on an example; empty if it runs the same."""
+        try:
+            small = record_resized(self.model, replace(self.axes, example=example), Resizing(sizes))
+        except TraceError:
+            return "it does not run at that size"
+        if list(map(op_name, operations(recorded))) != list(map(op_name, operations(small))):
+            return "it runs other operations at that size"
+        aligned = len(self.axes.steps) == len(operations(recorded))
+        if deviation := first_difference(recorded, small, self.axes.steps if aligned else None):
+            return deviation.problem
+        return _misfit(self.axes, recorded, small, sizes, same_input=True)
 
 
 def _is_same(axes: AxisGraph, first: Capture, second: Capture) -> bool:
     """Whether two recordings of a network have the same operations and constants, sizes of the input aside."""
-    sizes, count = axes.sizes(), len(operations(first))
-    if count != len(operations(second)):
+    before, after = ([node.target for node in operations(recorded)] for recorded in (first, second))
+    if before != after:
         return False
-    rows = zip(calls(first, ()), calls(second, ()), strict=True)
-    if any(before[0].target != after[0].target or before[1:] != after[1:] for before, after in rows):
-        return False
-    pairs = zip(axes.steps, operations(first), operations(second), strict=False)
-    return count != len(axes.steps) or all(
-        _fits(step.shapes, shapes_of(before), shapes_of(after), sizes, sizes) for step, before, after in pairs
-    )
-
-
-def _freeze_on(probe: _Probe) -> AxisGraph:
-    axes = probe.axes if probe.is_as_traced else _with_marks(probe)
-    free = [*axes.free()]
-    if not free or not probe.depends(free):
-        return axes
-    members = [axis for group in classes_of(free).values() if probe.depends(group) for axis in group]
-    return _frozen(axes, {axis.key: REASON for axis in members or free})
-
-
-def _with_marks(probe: _Probe) -> AxisGraph:
-    """Return the graph without the axes to which a trace on the other example gives another mark."""
-    w = walk(probe.recorded)
-    other, _ = assemble(probe.model, w, probe.example)
-    marks = {frozenset(axis.slots): axis for axis in other}
-    reasons = {}
-    for axis in probe.axes.free():
-        match = marks.get(frozenset(axis.slots))
-        if match is None or match.mark is not axis.mark:
-            why = match.reason if match is not None and not match.free else REASON
-            reasons[axis.key] = f"{why}, on an input of another size"
-    return _frozen(probe.axes, reasons)
+    rows = zip(steps_of(first), steps_of(second), strict=True)
+    same = all((x.numbers, x.operands) == (y.numbers, y.operands) for x, y in rows)
+    return same and not _misfit(axes, first, second, axes.sizes(), same_input=False)
 
 
 def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
@@ -135,50 +138,21 @@ def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
     return freeze_axes(axes, {**others, **reasons})
 
 
-def _trial_problem(
-    model: nn.Module, axes: AxisGraph, example: Example, recorded: Capture, sizes: Mapping[str, int]
-) -> str:
-    """Return how a cut network differs from the uncut one on an example; empty if it runs the same."""
-    try:
-        small = record_resized(model, replace(axes, example=example), Resizing(sizes))
-    except TraceError:
-        return "it does not run at that size"
-    before, after = operations(recorded), operations(small)
-    if [op_name(node) for node in before] != [op_name(node) for node in after]:
-        return "it runs other operations at that size"
-    aligned = len(axes.steps) == len(before)
-    if deviation := first_difference(recorded, small, axes.steps if aligned else None):
-        return deviation.problem
-    for step, node, other in zip(axes.steps, before, after, strict=False):
-        if aligned and not _fits(step.shapes, shapes_of(node), shapes_of(other), axes.sizes(), sizes, same_input=True):
-            return f"{step.op} in {step.module or 'the model'} has another shape at that size"
+def _misfit(axes: AxisGraph, first: Capture, second: Capture, sizes: Mapping[str, int], same_input: bool) -> str:
+    """Return where a shape does not follow from that at other sizes of axes, and of the input unless the same."""
+    before, after, known = operations(first), operations(second), axes.sizes()
+    for step, node, other in zip(axes.steps, before, after, strict=True) if len(axes.steps) == len(before) else ():
+        shapes, others = as_list(shapes_of(node)), as_list(shapes_of(other))
+        for dims, shape, new in zip(step.shapes, shapes, others, strict=False):
+            if dims is None or shape is None or new is None:
+                continue
+            fits = [_fits(dim, n, m, known, sizes, same_input) for dim, n, m in zip(dims, shape, new, strict=False)]
+            if len(shape) != len(new) or not all(fits):
+                return f"{step.op} in {step.module or 'the model'} has another shape at that size"
     return ""
 
 
 def _fits(
-    known: Sequence[tuple[Dim, ...] | None],
-    before: Shapes,
-    after: Shapes,
-    sizes: Mapping[str, int],
-    new_sizes: Mapping[str, int],
-    same_input: bool = False,
-) -> bool:
-    """Whether the shape of a result follows from its shape at other sizes of axes, and of the input unless the same."""
-    several, others = as_list(before), as_list(after)
-    if len(several) != len(others):
-        return False
-    for dims, shape, other in zip(known, several, others, strict=False):
-        if dims is None or shape is None or other is None:
-            continue
-        if len(shape) != len(other) or not all(
-            _fits_dim(dim, old, new, sizes, new_sizes, same_input)
-            for dim, old, new in zip(dims, shape, other, strict=True)
-        ):
-            return False
-    return True
-
-
-def _fits_dim(
     dim: Dim, old: int, new: int, sizes: Mapping[str, int], new_sizes: Mapping[str, int], same_input: bool
 ) -> bool:
     if not {*axes_in(dim)}:
@@ -202,7 +176,7 @@ def _larger(axes: AxisGraph) -> Iterator[Example]:
     tries += [(batch, {d: multiples[d] for d in dims}) for dims in lengths]
     tries += [(batch, {d: 2 * main[d] for d in dims}) for dims in lengths]
     tries += [(multiples[0], {}), *((main[0], {d: multiples[d] for d in dims}) for dims in lengths)]
-    yield from (_grown(axes.example, main, *sizes) for sizes in tries)
+    yield from (_grown(axes.example, main, size, grown) for size, grown in tries)
 
 
 def _smaller(axes: AxisGraph) -> Iterator[Example]:
@@ -212,9 +186,8 @@ def _smaller(axes: AxisGraph) -> Iterator[Example]:
     lengths = [dims for dims in _lengths(axes) if len(main) < 4]
     if not main or not narrowest or max(main[0], *(main[d] for dims in lengths for d in dims), 0) < narrowest:
         return
-    for dims in lengths:
+    for dims in (*lengths, ()):
         yield _grown(axes.example, main, min(main[0], 3), {d: min(main[d], 4) for d in dims})
-    yield _grown(axes.example, main, min(main[0], 3), {})
 
 
 def _main_shape(example: Example) -> tuple[int, ...]:

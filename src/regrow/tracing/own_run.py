@@ -7,24 +7,20 @@ asks for any of this, or for state that nobody compares, runs otherwise when use
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from regrow.core.axes import Example
 from regrow.tracing.capture import Capture, evaluating, quiet
-from regrow.tracing.decisions import output_tensors
 from regrow.tracing.effects import Effects
-from regrow.tracing.interception import follow_modules
 from regrow.tracing.meta_copy import leaves_in, map_tensors
-from regrow.tracing.model_state import describe_state, preserve_state, state_of
-from regrow.tracing.nodes import module_of, op_name, writes
+from regrow.tracing.model_state import describe_state, output_tensors, preserve_state, state_of
+from regrow.tracing.nodes import op_name, writes
 
 
 @contextmanager
@@ -83,11 +79,11 @@ def grouped_product(
     ends = offs.tolist()
     parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     if x.dim() == 3:
-        return torch.cat([one @ weight[:, part] for one, part in zip(x, parts, strict=True)], 1)
+        return torch.cat([rows @ weight[:, part] for rows, part in zip(x, parts, strict=True)], 1)
     if weight.dim() == 2:
         return torch.stack([x[:, part] @ weight[part] for part in parts])
-    rows = [x[part] @ one for part, one in zip(parts, weight, strict=True)]
-    return torch.cat([*rows, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])
+    products = [x[part] @ matrix for part, matrix in zip(parts, weight, strict=True)]
+    return torch.cat([*products, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])
 
 
 _EXACT: Mapping[object, Callable[..., Tensor]] = {
@@ -107,15 +103,10 @@ ROUNDING = 64
 
 @dataclass(frozen=True)
 class RunComparison:
-    """The result of running a network itself and its recording.
+    """The result of running a network itself and its recording."""
 
-    Args:
-        problem: How their outputs differ; empty if they do not.
-        unproven: Why they could not be compared; empty if they were.
-    """
-
-    problem: str = ""
-    unproven: str = ""
+    problem: str = ""  # how their outputs differ; empty if they do not
+    unproven: str = ""  # why they could not be compared; empty if they were
 
 
 def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> RunComparison:
@@ -126,8 +117,7 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
     memory. The network's state is restored.
     """
     written = Effects(recorded).writers if any(map(writes, recorded.graph.nodes)) else {}
-    names = [recorded.states[node] for node in written if node in recorded.states]
-    with _preserve_parameters(model, names):
+    with _preserve_parameters(model, [recorded.states[node] for node in written if node in recorded.states]):
         before = describe_state(model)
         with preserve_state(model, entries=True):
             outputs = _run(model, example)
@@ -149,7 +139,6 @@ def _compare(
         if distance <= max((ROUNDING * torch.finfo(x.dtype).eps for x in outputs), default=0.0) * largest:
             return RunComparison()
         again = [x for x in run_network(model, example) if x.is_floating_point()]
-        where = ""
     else:
         replayed = _replay(model, recorded, example, written)
         if is_equal(outputs, replayed):
@@ -162,10 +151,9 @@ def _compare(
             if distance <= BOUND * largest:
                 return RunComparison()
         again = run_network(model, example)
-        where = _first_difference(model, recorded, example, written) if is_equal(outputs, again) else ""
     if not is_equal(outputs, again):
         return RunComparison(unproven="the network gives other outputs when it runs again")
-    return RunComparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded{where}")
+    return RunComparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded")
 
 
 def run_network(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
@@ -176,19 +164,29 @@ def run_network(model: nn.Module, example: Example, double: bool = False) -> lis
 
 def _run(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
     """As :func:`run_network`, but what the run changes stays."""
-    given = map_tensors(example, lambda x: (as_double(x) if double else x).detach().clone())
+    inputs = map_tensors(example, lambda x: (as_double(x) if double else x).detach().clone())
     with _same_numbers(), evaluating(model), quiet(), torch.no_grad():
         with made_in_double(double), CastsToDouble(operands=True) if double else nullcontext():
-            result = model(*given.args, **given.kwargs)
+            result = model(*inputs.args, **inputs.kwargs)
         return [x.detach().clone() for x in output_tensors(result)]
 
 
 def _replay(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], double: bool = False
 ) -> list[Tensor]:
-    """Return the tensors in the output of a recording, run with a network's parameters and buffers."""
+    """Return the tensors in the output of a recording, run with a network's parameters and buffers.
+
+    What the recording writes into is copied.
+    """
+    state = state_of(model)
+    values: dict[Node, object] = {node: state[name].detach() for node, name in recorded.states.items()}
+    values |= recorded.constants | dict(zip(recorded.inputs, leaves_in(example), strict=True))
+    for node, value in values.items():
+        if node in written and isinstance(value, Tensor):
+            values[node] = value.clone()
+    placeholders = [values[node] for node in recorded.graph.nodes if node.op == "placeholder"]
     with _same_numbers(), torch.no_grad(), made_in_double(double):
-        return [*_Replay(recorded, double).run(*_inputs(model, recorded, example, written))]
+        return [*_Replay(recorded, double).run(*placeholders)]
 
 
 @contextmanager
@@ -210,16 +208,14 @@ class _Replay(Interpreter):
     def __init__(self, recorded: Capture, double: bool) -> None:
         super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
         self.double = double
-        self.node: Node | None = None
 
     def run_node(self, n: Node) -> Any:
-        self.node = n
+        if self.double and op_name(n).startswith("_assert"):
+            return None  # it asserts the precision that was recorded
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.double:
-            if op_name(self.node).startswith("_assert"):  # type: ignore[arg-type]
-                return None  # it asserts the precision that was recorded
             args, kwargs = tree_map(_widen, (args, dict(kwargs)))
         return target(*args, **kwargs)
 
@@ -233,15 +229,6 @@ def _same_numbers() -> Iterator[None]:
         yield
 
 
-def _inputs(model: nn.Module, recorded: Capture, example: Example, written: Container[Node]) -> list[object]:
-    """Return the value of each placeholder; what the recording writes into is copied."""
-    state = state_of(model)
-    values: dict[Node, object] = {node: state[name].detach() for node, name in recorded.states.items()}
-    values |= recorded.constants | dict(zip(recorded.inputs, leaves_in(example), strict=True))
-    nodes = [node for node in recorded.graph.nodes if node.op == "placeholder"]
-    return [x.clone() if node in written and isinstance(x := values[node], Tensor) else values[node] for node in nodes]
-
-
 def is_equal(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether two networks' outputs are equal bit for bit, NaN included."""
     return len(outputs) == len(others) and all(
@@ -251,51 +238,16 @@ def is_equal(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def measure_distance(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the largest difference of two networks' outputs, and the largest output.
-
-    The difference is infinite if shapes or integers differ.
-    """
+    """Return the largest difference of two networks' outputs (infinite if shapes or integers differ), and output."""
     distance, largest = 0.0, 0.0
     if len(outputs) != len(others):
         return float("inf"), largest
     for x, y in zip(outputs, others, strict=True):
-        if x.shape != y.shape or not (x.is_floating_point() or x.is_complex() or torch.equal(x, y)):
+        real = x.is_floating_point() or x.is_complex()
+        if x.shape != y.shape or not (real or torch.equal(x, y)):
             return float("inf"), largest
-        if x.numel() and (x.is_floating_point() or x.is_complex()):
+        if x.numel() and real:
             gap = (x - y).abs().masked_fill((x == y) | ((x != x) & (y != y)), 0.0)
             distance = max(distance, float(gap.masked_fill(gap != gap, float("inf")).max()))
             largest = max(largest, float(x.abs().masked_fill(~x.isfinite(), 0.0).max()))
     return distance, largest
-
-
-class _Log(TorchDispatchMode):
-    """Torch dispatch mode that notes each operation with the module that runs it, and a sum of its results."""
-
-    def __init__(self, where: Callable[[], str]) -> None:
-        super().__init__()
-        self.where, self.rows = where, list[tuple[str, str, tuple[float, ...]]]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.layout is torch.strided]
-        sums = tuple([float(x.double().nan_to_num().abs().sum()) for x in tensors if not x.is_complex()])
-        self.rows.append((func.__name__.partition(".")[0], self.where(), sums))
-        return result
-
-
-def _first_difference(model: nn.Module, recorded: Capture, example: Example, written: Container[Node]) -> str:
-    """Return the first operation in which a network and its recording differ, and the module that runs it."""
-    with follow_modules(model) as running, _Log(lambda: next(reversed(running()), "")) as ran:
-        run_network(model, example)
-    player = _Replay(recorded, double=False)
-    with _Log(lambda: module_of(player.node) if player.node else "") as played, _same_numbers(), torch.no_grad():
-        player.run(*_inputs(model, recorded, example, written))
-    rows = [[row for row in log.rows if row[0] not in _COPIES] for log in (ran, played)]
-    for row, other in zip_longest(*rows):
-        if row is None or other is None or (row[0], row[2]) != (other[0], other[2]):
-            op, module = (row or other)[:2]
-            return f"; the first difference is {op} in {module or 'the model'}"
-    return ""
-
-
-_COPIES = frozenset(("detach", "clone", "copy_", "alias", "_to_copy"))

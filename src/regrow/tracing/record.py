@@ -1,17 +1,14 @@
-"""Record an eager run of a network in which data decide which operations run, so that it can be replayed.
+"""Record a run of a network, on fake tensors or on real ones, whose data-dependent decisions can be replayed.
 
 Where a network reads its data (which boxes overlap, which scores are high enough, whether a sum is positive),
 ``torch.export`` gives up. One real run gives every such value. The recording is the straight line of operations that
 follows from these decisions: each is a constant in it, and the tensors it was based on are read by a marker,
 :func:`decision`. With the same decisions the network runs again on tensors without numbers, at other sizes, and there
 every operation and every shape can be compared with the recording, those after a decision too.
-
-That a cut network does the same as the masked one follows by induction over the decisions: as long as the earlier ones
-were the same, the tensors that the next is based on are the same, and so is its result.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from operator import getitem
 from typing import Any
 
@@ -26,19 +23,40 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.core.axes import Decision, Example
-from regrow.tracing.decisions import (
-    ORDERS,
-    DivergedError,
-    cast_answer,
-    compared_operands,
-    decision,
-    output_tensors,
-    reorder,
-)
-from regrow.tracing.forms import ConstantResults, infer_result, remember_result
+from regrow.tracing.forms import ConstantResults, infer_result
 from regrow.tracing.interception import LINE, SpellOut, follow_modules, line_here, most_calls
-from regrow.tracing.model_state import describe_state, select_state
+from regrow.tracing.model_state import describe_state, output_tensors, select_state
 from regrow.tracing.nodes import map_arguments
+from regrow.tracing.repeated_calls import copy_repeats
+
+ORDERS = frozenset(
+    (
+        torch.ops.aten.sort.default,
+        torch.ops.aten.sort.stable,
+        torch.ops.aten.topk.default,
+        torch.ops.aten.argsort.default,
+        torch.ops.aten.argsort.stable,
+    )
+)
+"""Operations that put entries in order, with the positions as their only or second result."""
+
+
+class DivergedError(RuntimeError):
+    """Raised where a run reaches other data-dependent decisions than those it is to replay."""
+
+
+def decision(*read: Tensor) -> tuple[Tensor, ...]:
+    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant."""
+    return read
+
+
+def compared_operands(node: Node) -> list[Node]:
+    """Return the floating-point operands from which an operation computes integers or booleans."""
+    made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
+    if node.op != "call_function" or (node.target is not decision and all(x.is_floating_point() for x in made)):
+        return []
+    read = [(operand, _val(operand)) for operand in node.all_input_nodes]
+    return [operand for operand, value in read if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 class TensorMap:
@@ -63,22 +81,14 @@ def record(
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
     every_name: bool = False,
-    copying: "Callable[[nn.Module, Recorder], AbstractContextManager[None]] | None" = None,
+    copying: bool = True,
+    lines: bool = False,
 ) -> "Recorder":
-    """Run a network and record its operations; if its first run caches something, those of its second run.
+    """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
 
-    Args:
-        model: The network, on real or on fake tensors.
-        example: Its input, on tensors of the same kind.
-        answers: Decisions of an earlier run to replay; once they are used up, the data decide, if there are any.
-        orders: For each sorting operation the order to use, if it has the right shape; for comparing two networks on
-            real tensors, which may order equal values differently.
-        every_name: Whether a tied tensor is a placeholder under each of its names, and used under the last, as in
-            ``torch.export``; otherwise under the first only.
-        copying: Returns a context manager in which operations of repeated modules are copied; ``None``: all are run.
-
-    Raises:
-        DivergedError: If a decision is not the next one to replay, or is not given and needs real data.
+    ``answers`` are decisions of an earlier run; after them the data decide. ``orders`` are those of its sorting
+    operations, as two networks may order equal values differently. With ``every_name`` a tied tensor is a placeholder
+    under each of its names, and used under the last, as in ``torch.export``; otherwise under the first only.
     """
     leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
     tensors = (*model.parameters(), *model.buffers(), *leaves)
@@ -91,14 +101,13 @@ def record(
         inputs = [_copy(x) if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(inputs, spec)
         with follow_modules(model) as running:
-            recorder = Recorder(answers, orders, running, fake)
+            recorder = Recorder(answers, orders, running, fake, lines)
             with torch._C.DisableTorchFunction():
                 for name, tensor in select_state(model, names).items():
                     recorder.states[recorder.placeholder(tensor)] = name
                 for value in inputs:
                     recorder.placeholder(value)
-            plain = fake is None or not torch.fx.config.do_not_emit_stack_traces
-            repeated = nullcontext() if plain or copying is None else copying(model, recorder)
+            repeated = copy_repeats(model, recorder) if copying and fake is not None and not lines else nullcontext()
             with SpellOut(), enable_python_dispatcher(), repeated, recorder:
                 result = model(*args, **kwargs)
         recorder.end(result)
@@ -123,23 +132,6 @@ class Recorder(ProxyTorchDispatchMode):
 
     The base class is one that torch accepts at this place; everything else is done here. Each operation is also run on
     fake tensors: where these cannot tell the result, the data decide.
-
-    Args:
-        answers: As for :func:`record`.
-        orders: As for :func:`record`.
-        running: Returns the modules that run, by path.
-        fake: The mode of the fake tensors of the run; ``None``: it runs on real ones.
-
-    Attributes:
-        graph: The operations; placeholders are parameters, buffers, inputs and constants.
-        states: Placeholder → name of the parameter or buffer.
-        constants: Placeholder → its value: tensors that the network made from numbers, and results of decisions.
-        decisions: The data-dependent decisions, in order.
-        values: On real tensors only: the floating-point outputs, then the tensors from which integers or booleans were
-            computed.
-        nodes: Tensor → its node.
-        plain: The nodes whose values are made of constants.
-        calls: The recorded operations, in order.
     """
 
     def __init__(
@@ -148,17 +140,18 @@ class Recorder(ProxyTorchDispatchMode):
         orders: Iterable[Tensor],
         running: Callable[[], dict[str, Any]],
         fake: FakeTensorMode | None,
+        lines: bool,
     ) -> None:
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
-        self.graph = Graph()
-        self.states: dict[Node, str] = {}
-        self.constants: dict[Node, Tensor] = {}
+        self.graph = Graph()  # its placeholders are parameters, buffers, inputs and constants
+        self.states: dict[Node, str] = {}  # placeholder → name of the parameter or buffer
+        self.constants: dict[Node, Tensor] = {}  # what the network made from numbers, and results of decisions
         self.decisions: list[Decision] = []
-        self.values: list[Tensor] = []
-        self.running, self.real = running, fake is None
+        self.values: list[Tensor] = []  # on real tensors: floating-point outputs, then what is compared
+        self.running, self.real, self.lines = running, fake is None, lines
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.answers, self.orders = iter(answers), iter(orders)
-        self.nodes: Any = WeakTensorKeyDictionary() if self.real else TensorMap()
+        self.nodes: TensorMap | WeakTensorKeyDictionary = WeakTensorKeyDictionary() if self.real else TensorMap()
         self.plain = ConstantResults()
         self.labels: dict[Any, str] = {}
         self.calls: list[Node] = []
@@ -184,11 +177,11 @@ class Recorder(ProxyTorchDispatchMode):
         if func in _FORWARD_MODE:
             raise RuntimeError("it takes forward derivatives (torch.func.jvp), which cannot be run again as recorded")
         if func in _PICKS:
-            args = (args[0], [one for index in args[1] for one in self._positions(index)], *args[2:])
+            args = (args[0], [part for index in args[1] for part in self._positions(index)], *args[2:])
         nodes, named = map_arguments((args, kwargs), Tensor, self._node)
         plain = self.plain.holds(func, nodes, named)
         try:
-            form = self._form(func, *map_arguments((nodes, named), Node, _val))
+            form = self._inferred(func, *map_arguments((nodes, named), Node, _val))
         except _DATA_DECIDE:
             if not plain:
                 return self._decided(func, args, kwargs)
@@ -196,21 +189,18 @@ class Recorder(ProxyTorchDispatchMode):
         if not plain and func._schema.is_mutable:
             self.plain.forget(nodes, named)
         node = self._write(func, nodes, named, form)
-        self._keep_judged(node, args, kwargs)
+        self._keep_compared(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
             dim = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}.get("dim", -1)
-            out = reorder(args[0], dim, out, next(self.orders, None))
+            out = _reorder(args[0], dim, out, next(self.orders, None))
         if plain:
             self.plain.add_call(node, func, nodes, named)
         self._name(node, out, form, plain)
         return out
 
-    def _form(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on fake tensors."""
-        return remember_result(func, args, kwargs, self.fake, lambda: self._inferred(func, args, kwargs))
-
     def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of an operation on fake tensors."""
         if (form := infer_result(func, args, kwargs, self.fake)) is not NotImplemented:
             return form
         with self.fake:
@@ -228,11 +218,11 @@ class Recorder(ProxyTorchDispatchMode):
         return list(self._seen(torch.ops.aten.unbind.int, (positions, 1), {}))
 
     def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
-        asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        nodes = [self._node(x) for x in asked]
-        node = self._write(decision, tuple(nodes), {}, [_val(one) for one in nodes])
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        nodes = [self._node(x) for x in read]
+        node = self._write(decision, tuple(nodes), {}, list(map(_val, nodes)))
         node.meta["asks"] = str(func)
-        self._keep_judged(node, args, kwargs)
+        self._keep_compared(node, args, kwargs)
         module, known = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
         where = f"{func} in {module or 'the model'}"
         if known is None and not self.real:
@@ -240,20 +230,20 @@ class Recorder(ProxyTorchDispatchMode):
         if known is not None and (known.op, known.module) != (str(func), module):
             before = f"{known.op} in {known.module or 'the model'}"
             raise DivergedError(f"{where} asks where {before} asked when it was recorded")
-        answer = func(*args, **kwargs) if known is None else cast_answer(asked, known.answer)
+        answer = func(*args, **kwargs) if known is None else _cast_answer(read, known.answer)
         self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, _copy, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
         return tree_map_only(Tensor, lambda x: self._constant(x, plain=False), answer)
 
-    def _keep_judged(self, node: Node, args: Any, kwargs: Any) -> None:
+    def _keep_compared(self, node: Node, args: Any, kwargs: Any) -> None:
         if self.real:
             live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            self.values += [_copy(live[one]) for one in compared_operands(node)]
+            self.values += [_copy(live[operand]) for operand in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         node = self._add(target, args, kwargs)
         node.meta |= {"val": val, "nn_module_stack": self.running()}
-        if not torch.fx.config.do_not_emit_stack_traces:
+        if self.lines:
             node.meta[LINE] = line_here()
         return node
 
@@ -266,10 +256,6 @@ class Recorder(ProxyTorchDispatchMode):
         self.calls.append(node)
         return node
 
-    def constants_and_decisions(self) -> int:
-        """Return how many constants and decisions were recorded."""
-        return len(self.constants) + len(self.decisions)
-
     def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
         """Record an operation once more, on other operands and in another module."""
         made = self._add(node.target, args, kwargs)
@@ -281,12 +267,12 @@ class Recorder(ProxyTorchDispatchMode):
         if isinstance(out, Tensor):
             self.nodes[out] = node
         elif isinstance(out, list | tuple):
-            for i, (one, val) in enumerate(zip(out, form, strict=True)):
-                if isinstance(one, Tensor):
-                    part = self._write(getitem, (node, i), {}, val)
+            for i, (part, val) in enumerate(zip(out, form, strict=True)):
+                if isinstance(part, Tensor):
+                    entry = self._write(getitem, (node, i), {}, val)
                     if plain:
-                        self.plain.add_call(part, getitem, (node, i), {})
-                    self._name(part, one, val, plain)
+                        self.plain.add_call(entry, getitem, (node, i), {})
+                    self._name(entry, part, val, plain)
 
     def _node(self, x: Tensor) -> Node:
         """Return the node of a tensor; a tensor that no operation made becomes a constant."""
@@ -322,6 +308,20 @@ def _val(node: Node) -> Any:
 
 def _copy(x: Tensor) -> Tensor:
     return x.detach().clone()
+
+
+def _cast_answer(read: list[Tensor], answer: object) -> object:
+    """Return a replayed decision in the precision of the tensors it was taken on."""
+    dtypes = {x.dtype for x in read if x.is_floating_point()}
+    return tree_map_only(Tensor, lambda x: x.to(*dtypes) if x.is_floating_point() and len(dtypes) == 1 else x, answer)
+
+
+def _reorder(x: Tensor, dim: int, result: Tensor | Sequence[Tensor], order: Tensor | None) -> Tensor | Sequence[Tensor]:
+    """Return the result of a sorting operation in a given order, if that has the right shape."""
+    positions = result if isinstance(result, Tensor) else result[1]
+    if order is None or order.shape != positions.shape:
+        return result
+    return order if isinstance(result, Tensor) else (x.gather(dim, order), order)
 
 
 _PICKS = frozenset((torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default))

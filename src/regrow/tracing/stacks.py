@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
 from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line
+from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
-from regrow.tracing.repeated_calls import FIRST
+from regrow.tracing.repeated_calls import NUMBER
 
 DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
 """Names of configuration entries that hold how many blocks a stack has."""
@@ -51,8 +51,8 @@ def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     stack = stack_at(model, path, insertion.size)
     old = list(stack)
     made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
-    _replace(stack, [made.get(i, old[of]) for i, of in enumerate(insertion.sources)], insertion.sources)
-    if not _deepen(model, path, insertion.size, insertion.sources):
+    modules = [made.get(i, old[of]) for i, of in enumerate(insertion.sources)]
+    if not _rearrange(model, path, modules, insertion.sources):
         setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
@@ -60,32 +60,48 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """Undo :func:`insert_copies`, in place."""
     stack = stack_at(model, path, insertion.after)
     before = list(stack)
-    _replace(stack, [before[i] for i in insertion.kept], insertion.kept)
-    _deepen(model, path, insertion.after, insertion.kept)
+    _rearrange(model, path, [before[i] for i in insertion.kept], insertion.kept)
     if insertions := getattr(stack, INSERTIONS, ()):
         setattr(stack, INSERTIONS, insertions[:-1])
         if len(insertions) == 1:
             delattr(stack, INSERTIONS)
 
 
-def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
-    """Return path of a stack → the insertions into it, in order, that no configuration tells of."""
-    return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
+def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int]) -> bool:
+    """Give a stack other modules, renumber them from ``sources``, and set the depth in configurations.
 
-
-def _replace(stack: nn.Sequential | nn.ModuleList, modules: Sequence[nn.Module], sources: Sequence[int]) -> None:
-    """Give a stack other modules under consecutive names, and renumber those that hold their own number.
-
-    Numbers change from the index in ``sources`` to the new one.
+    Returns whether the network's own configuration tells the depth.
     """
-    prefix, start = _prefix(stack)
+    stack = model.get_submodule(path)
+    assert isinstance(stack, nn.Sequential | nn.ModuleList)
+    size, (prefix, start) = len(stack), _prefix(stack)
     stack._modules.clear()
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
         for child in module.modules():
-            for name in FIRST:
-                if type(number := vars(child).get(name)) is int:
-                    setattr(child, name, number + i - of)
+            if type(number := vars(child).get(NUMBER)) is int:
+                setattr(child, NUMBER, number + i - of)
+    parts, changed = path.split("."), False
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    whole = getattr(model, "config", None)
+    text = getattr(whole, "get_text_config", lambda: None)()
+    for config in (getattr(module, "config", None) for module in around):
+        values: Mapping[str, Any] = getattr(config, "__dict__", {})
+        deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
+        if deep:
+            rows = [name for name in values if name in PER_BLOCK and isinstance(values[name], list | tuple)]
+            for name in deep:
+                setattr(config, name, len(sources))
+            for name in rows:
+                if len(values[name]) == size:
+                    setattr(config, name, type(values[name])(values[name][i] for i in sources))
+            changed |= config is whole or config is text
+    return changed
+
+
+def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
+    """Return path of a stack → the insertions into it, in order, that no configuration tells of."""
+    return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
 
 
 def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
@@ -99,9 +115,8 @@ def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
 
 def _copied(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Module:
     """Return a copy of a block that shares what the block shares with the rest of the network (a configuration)."""
-    names = dict(block.named_parameters())
-    if lost := next((name for name in zeros if name not in names), ""):
-        raise StackError(f"a block that is copied has no parameter {lost!r}")
+    if lost := sorted({*zeros} - dict(block.named_parameters()).keys()):
+        raise StackError(f"a block that is copied has no parameter {lost[0]!r}")
     inside = {*block.modules()}
     outside = {module for module in _others(model, block) if module not in inside}
     shared = {id(value) for module in outside for value in vars(module).values() if _is_shareable(value)}
@@ -128,28 +143,6 @@ def _others(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
 def _is_shareable(value: object) -> bool:
     plain = (int, float, bool, str, bytes, type, dict, list, tuple, set, Tensor, nn.Module)
     return value is not None and not isinstance(value, plain) and not callable(value)
-
-
-def _deepen(model: nn.Module, path: str, size: int, sources: Sequence[int]) -> bool:
-    """Set the depth in the configurations around a stack; return whether the network's own one tells it."""
-    parts, changed = path.split("."), False
-    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    whole = getattr(model, "config", None)
-    text = getattr(whole, "get_text_config", lambda: None)()
-    for config in (getattr(module, "config", None) for module in around):
-        values: Mapping[str, Any] = getattr(config, "__dict__", {})
-        deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
-        rows = [name for name in values if name in PER_BLOCK and _length(values[name]) == size]
-        for name in deep:
-            setattr(config, name, len(sources))
-        for name in rows if deep else ():
-            setattr(config, name, type(values[name])(values[name][i] for i in sources))
-        changed |= bool(deep) and (config is whole or config is text)
-    return changed
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, list | tuple) else -1
 
 
 _KEEP = ALIASES | {
@@ -211,13 +204,13 @@ class _Blocks:
         names: dict[str, None] = {}
         for number in ask:  # which grows
             step = self.axes.steps[number]
-            before = [one for one in step.operands if isinstance(one, int)]
+            before = [operand for operand in step.operands if isinstance(operand, int)]
             if number not in inside:
                 passed = True
             elif step.op in _KEEP or (step.op == "add" and before):
                 sums += step.op == "add" and len(before) > 1
                 names |= dict.fromkeys(_names(step))
-                ask += [one for one in before if one not in seen]
+                ask += [operand for operand in before if operand not in seen]
                 seen |= {*before}
             else:
                 makers = [*_names(step)] or self._makers(number, inside, output)
@@ -256,6 +249,6 @@ def _names(step: RecordedStep) -> Iterable[str]:
 
 
 def _keeps_form(call: ModuleCall) -> bool:
-    given = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)), None)
-    made = next((x for x in tree_leaves(call.answer) if isinstance(x, Tensor)), None)
-    return given is not None and made is not None and (given.shape, given.dtype) == (made.shape, made.dtype)
+    inputs = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+    forms = tensor_forms(inputs)[:1]
+    return bool(forms) and forms == tensor_forms(call.answer)[:1]

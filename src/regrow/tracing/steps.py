@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from regrow.core.axes import AxisGraph, Cache, RecordedStep, size_of
-from regrow.core.axes.operations import Number, Numbers
+from regrow.core.axes.operations import Number
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr, Leaf
@@ -38,12 +38,9 @@ MOST_STEPS = 16
 
 
 def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
-    """Return the keys and values that each attention reads, as dimensions per token.
-
-    Only attention over tokens of the model's input counts; tensors that are read twice are cached once.
-    """
-    given = (*w.capture.inputs, *w.capture.constants)
-    tokens = {leaf.number for node in given for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
+    """Return the keys and values that each attention over tokens of the input reads, as dimensions per token."""
+    inputs = (*w.capture.inputs, *w.capture.constants)
+    tokens = {leaf.number for node in inputs for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
     result: dict[tuple[Node, Node], Cache] = {}
     for node in w.capture.graph.nodes:
         key, value, over = _attention(w, node)
@@ -58,10 +55,10 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
 
 def _attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Expr]:
     """Return keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
-    if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+    if op_name(node) == "scaled_dot_product_attention":
         key, value = operand_of(node, 1, "key"), operand_of(node, 2, "value")
         return key, value, w.of(key)[-2]
-    if node.op == "call_function" and op_name(node) in ("softmax", "_softmax"):
+    if op_name(node) in ("softmax", "_softmax"):
         over = w.of(node)[axis_of(node, 1, len(w.of(node)))]
         return _product(w, node, back=True), _product(w, node, back=False), over
     return None, None, d.ONE
@@ -74,7 +71,7 @@ def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
         beyond: list[Node] = []
         for node in near:
             for other in node.all_input_nodes if back else node.users:
-                if other.op == "call_function" and op_name(other) in _PRODUCTS:
+                if op_name(other) in _PRODUCTS:
                     first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
                     if first is not second and not w.source(first) and not w.source(second) and (back or first is node):
                         return second
@@ -90,7 +87,7 @@ _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
 def _smallest(node: Node) -> Node:
     """Return the smallest of a tensor and those from which it was only reshaped or repeated."""
     chain = [node]
-    while node.op == "call_function" and op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
+    while op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
         node = node.args[0]
         chain.append(node)
     return min(chain, key=lambda made: int(made.meta["val"].nbytes))
@@ -118,62 +115,71 @@ def _is_token(expr: Expr, tokens: Container[int]) -> bool:
 
 FIRST_RUN = "it reads what it keeps at its first run, which is not known yet; run the network once"
 """The problem of a network that caches something at its first run, with these inputs, and has not run."""
-Operands = tuple[int | str, ...]
-"""Where an operation's operands come from: the index of an operation, or the name of a state or input."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first operation in which two recordings of a network differ.
-
-    Args:
-        problem: A description of the difference.
-        step: The number of the operation.
-        constant: Whether a constant or an operand differs. Constants also differ between precisions and after a fold,
-            operands after a bias was added, so only a comparison with the present network can tell.
-    """
+    """The first operation in which two recordings of a network differ."""
 
     problem: str
-    step: int
+    step: int  # the number of the operation
+    # Whether a constant or an operand differs. Constants also differ between precisions and after a fold, operands
+    # after a bias was added, so only a comparison with the present network can tell.
     constant: bool = False
 
 
 def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
     """Return the operations of a walked network in comparable form, with shapes written in axes."""
     return tuple(
-        RecordedStep(
-            op_name(node),
-            module_of(node),
-            tuple(None if dims is None else names.dims(dims) for dims in as_list(w.dims.get(node))),
-            numbers,
-            names.dim(w.starts[node]) if node in w.starts else None,
-            read,
+        replace(
+            step,
+            shapes=tuple(None if dims is None else names.dims(dims) for dims in as_list(w.dims.get(node))),
+            start=names.dim(w.starts[node]) if node in w.starts else None,
         )
-        for node, numbers, read in calls(w.capture, w.starts)
+        for node, step in zip(operations(w.capture), steps_of(w.capture, w.starts), strict=True)
     )
+
+
+def steps_of(recorded: Capture, started: Container[Node] = ()) -> list[RecordedStep]:
+    """Return the operations of a recording, with their shapes; the start of a slice in ``started`` is no constant."""
+    names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(recorded.inputs)}
+    names |= recorded.states | dict.fromkeys(recorded.constants, "constant")
+    names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
+    result = []
+    for i, node in enumerate(operations(recorded)):
+        names[node] = i
+        read = [uncast(operand) for operand in operands(node)]
+        result.append(
+            RecordedStep(
+                op_name(node),
+                module_of(node),
+                (*as_list(shapes_of(node)),),
+                (*_numbers(node, node in started), *_entries_of(read, recorded.constants)),
+                operands=tuple(names.get(operand, "") for operand in read),
+            )
+        )
+    return result
 
 
 def difference(
     known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
     """Return the first operation in which a resized network differs from the traced one as planned, if there is one."""
-    for i, (step, node) in enumerate(zip_longest(known, operations(recorded))):
-        if step is None or node is None or step.op != op_name(node):
-            ran = "nothing" if node is None else _where(op_name(node), module_of(node))
-            before = "nothing" if step is None else _where(step.op, step.module)
+    nodes, resized = operations(recorded), steps_of(recorded, _started(known, recorded))
+    for i, (step, other) in enumerate(zip_longest(known, resized)):
+        if step is None or other is None or step.op != other.op:
+            ran, before = ("nothing" if x is None else _where(x) for x in (other, step))
             return Difference(f"the network runs other operations at that size: {ran} instead of {before}", i)
     constant: Difference | None = None
-    recalled = calls(recorded, _started(known, recorded))
-    for i, (step, (node, numbers, takes)) in enumerate(zip(known, recalled, strict=True)):
-        where = _where(step.op, step.module)
-        for dims, shape in zip(step.shapes, as_list(shapes_of(node)), strict=True):
+    for i, (step, other) in enumerate(zip(known, resized, strict=True)):
+        for dims, shape in zip(step.shapes, other.shapes, strict=True):
             planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
             if planned is not None and shape is not None and planned != shape:
-                return Difference(f"{where} has shape {list(shape)} at that size, not {list(planned)}", i)
-        if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
-            return Difference(f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}", i)
-        takes = tuple(operand for operand in takes if operand not in added)
-        constant = constant or _constants(where, step.numbers, numbers, step.operands, takes, i)
+                return Difference(f"{_where(step)} has shape {[*shape]} at that size, not {[*planned]}", i)
+        if step.start is not None and bounds(nodes[i])[0] != (start := size_of(step.start, sizes)):
+            return Difference(f"{_where(step)} begins at entry {bounds(nodes[i])[0]} at that size, not at {start}", i)
+        planned_operands = tuple(operand for operand in other.operands if operand not in added)
+        constant = constant or _constant(step, replace(other, operands=planned_operands), i)
     return constant
 
 
@@ -183,34 +189,28 @@ def first_difference(
     """Return the first constant that differs between the recordings before and after sizes were changed, if any."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference(FIRST_RUN, 0)
-    before, after = len(operations(present)), len(operations(planned))
-    if before != after:
-        problem = f"the network runs {after} operations at that size, and {before} as it is"
-        return Difference(problem, min(before, after))
-    pairs = (calls(recorded, _started(known, recorded)) for recorded in (present, planned))
-    for i, ((node, old, reads), (_, new, takes)) in enumerate(zip(*pairs, strict=True)):
-        if result := _constants(_where(op_name(node), module_of(node)), old, new, reads, takes, i):
-            return result
-    return None
+    before, after = (steps_of(recorded, _started(known, recorded)) for recorded in (present, planned))
+    if len(before) != len(after):
+        problem = f"the network runs {len(after)} operations at that size, and {len(before)} as it is"
+        return Difference(problem, min(len(before), len(after)))
+    return next(filter(None, map(_constant, before, after, range(len(before)))), None)
 
 
 def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
     """Return the operations of a network after folds have changed the epsilons of its norms."""
     new = {f.epsilon.partition(":")[0]: (f.value, constants[f.epsilon]) for f in axes.folds if f.epsilon in constants}
-
-    def fitting(step: RecordedStep) -> RecordedStep:
+    result = []
+    for step in axes.steps:
         old, value = new.get(step.module, (None, None))
-        return replace(step, numbers=tuple(value if x == old else x for x in step.numbers)) if new else step
-
-    return tuple(map(fitting, axes.steps))
+        numbers = tuple(value if x == old else x for x in step.numbers)
+        result.append(replace(step, numbers=numbers) if step.module in new else step)
+    return tuple(result)
 
 
 def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
     """Return the operations with the constants and operands of a new recording; shapes stay written in axes."""
-    return tuple(
-        replace(step, numbers=numbers, operands=reads)
-        for step, (_, numbers, reads) in zip(known, calls(recorded, _started(known, recorded)), strict=True)
-    )
+    rows = zip(known, steps_of(recorded, _started(known, recorded)), strict=True)
+    return tuple(replace(step, numbers=new.numbers, operands=new.operands) for step, new in rows)
 
 
 def operations(recorded: Capture) -> list[Node]:
@@ -225,31 +225,22 @@ def _started(known: Sequence[RecordedStep] | None, recorded: Capture) -> set[Nod
     return {node for step, node in pairs if known is None or (step is not None and step.start is not None)}
 
 
-def _where(op: str, module: str) -> str:
-    return f"{op or 'the answer'} in {module or 'the model'}"
+def _where(step: RecordedStep) -> str:
+    return f"{step.op or 'the answer'} in {step.module or 'the model'}"
 
 
-def _constants(where: str, old: Numbers, new: Numbers, reads: Operands, takes: Operands, i: int) -> Difference | None:
-    if old != new:
+def _constant(step: RecordedStep, other: RecordedStep, i: int) -> Difference | None:
+    """Return how an operation's constants or operands differ from those of another one."""
+    if step.numbers != other.numbers:
+        old, new = step.numbers, other.numbers
         if len(old) == len(new):
-            gone, come = tuple(x for x in old if x not in new), tuple(x for x in new if x not in old)
-            old, new = gone or old, come or new
-        return Difference(f"a number in {where} depends on the size: {[*old]} becomes {[*new]}", i, constant=True)
-    if reads != takes:
-        return Difference(f"what {where} works on depends on the size", i, constant=True)
+            old, new = tuple(x for x in old if x not in new) or old, tuple(x for x in new if x not in old) or new
+        return Difference(
+            f"a number in {_where(step)} depends on the size: {[*old]} becomes {[*new]}", i, constant=True
+        )
+    if step.operands != other.operands:
+        return Difference(f"what {_where(step)} works on depends on the size", i, constant=True)
     return None
-
-
-def calls(recorded: Capture, started: Container[Node]) -> Iterator[tuple[Node, Numbers, Operands]]:
-    """Yield each operation with its constants and operands; the start of a slice in ``started`` is no constant."""
-    names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(recorded.inputs)}
-    names |= recorded.states | dict.fromkeys(recorded.constants, "constant")
-    names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
-    for i, node in enumerate(operations(recorded)):
-        names[node] = i
-        read = [uncast(operand) for operand in operands(node)]
-        constants = tuple(_entries_of(read, recorded.constants))
-        yield node, (*_numbers(node, node in started), *constants), tuple(names.get(operand, "") for operand in read)
 
 
 def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
@@ -260,13 +251,13 @@ def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]
     """
     if node.op == "output":
         return
-    usual = _parameters_of(node.target)
-    given = [*zip_longest([*usual][: len(node.args)], node.args, fillvalue=""), *node.kwargs.items()]
-    free_start = started or 0 in (shapes_of(node) or ())
-    for name, value in given:
-        if name in _SIZES or name in _OF_OPERATION.get(op_name(node), ()) or (name == "start" and free_start):
-            continue
-        if isinstance(value, Node) or value == usual.get(name, ...):
+    defaults = _parameters_of(node.target)
+    arguments = [*zip_longest([*defaults][: len(node.args)], node.args, fillvalue=""), *node.kwargs.items()]
+    sizes = {*_SIZES, *_OF_OPERATION.get(op_name(node), ())}
+    if started or 0 in (shapes_of(node) or ()):
+        sizes.add("start")
+    for name, value in arguments:
+        if name in sizes or isinstance(value, Node) or value == defaults.get(name, ...):
             continue
         plain = [_plain(x) for x in leaves_of(value) if isinstance(x, bool | int | float | str)]
         yield from [tuple(plain)] if isinstance(value, list | tuple) and plain else plain
@@ -283,13 +274,11 @@ def _plain(value: float | str) -> float | str:
     return "nan" if isinstance(value, float) and value != value else value
 
 
-_SIZES = frozenset(
-    (
-        *("size", "sizes", "shape", "split_size", "split_sizes", "normalized_shape", "output_size", "repeats"),
-        *("groups", "num_groups", "length", "steps", "dtype", "device", "layout", "memory_format", "pin_memory"),
-        *("cudnn_enabled", "cudnn_enable", "output_dtype", "non_blocking", "copy"),
-    )
+_NOT_COMPARED = (
+    "size sizes shape split_size split_sizes normalized_shape output_size repeats groups num_groups length steps dtype "
+    "device layout memory_format pin_memory cudnn_enabled cudnn_enable output_dtype non_blocking copy"
 )
+_SIZES = frozenset(_NOT_COMPARED.split())
 """Arguments that are not compared: they follow from the result's shape, or set device, precision and layout."""
 
 _OF_OPERATION = {"arange": ("end",), "slice": ("end",), "histc": ("bins", "min", "max")}

@@ -6,18 +6,36 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
 
-import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.core.axes import Axis, AxisGraph, Example, size_of
 from regrow.core.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, in_training, quiet
-from regrow.tracing.interception import Line, as_exporting, format_line, line_of, line_raised, parting_line
-from regrow.tracing.kinds import freeze_axes
+from regrow.tracing.interception import LINE, Line, as_exporting, format_line, line_raised, parting_line
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.steps import FIRST_RUN, Difference, difference, first_difference, operations, refold_steps
+from regrow.tracing.support import freeze_axes
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """The sizes, constants and biases that a plan leads to, without the values of tensors."""
+
+    sizes: Mapping[str, int]  # axis key → its number of units
+    constants: Mapping[str, float | None] = field(default_factory=dict)  # module:attribute → the number that folds set
+    added: Mapping[str, int] = field(default_factory=dict)  # name of a bias that is added → its size
+    removed: tuple[str, ...] = ()  # names of biases
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The recordings that a rehearsal made."""
+
+    planned: Capture
+    present: Capture | None = None  # of the present network, where a constant is another than when it was traced
 
 
 def deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
@@ -32,16 +50,16 @@ def deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
     return sizes
 
 
-def cut_sizes(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
+def _small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
     """Return the sizes of a trial in which some axes lose a few units."""
     sizes = axes.sizes()
     turns: dict[str, int] = {}
     for axis in cut:
         members = [other for other in axes if other.count == axis.count] if axis.count else [axis]
-        many = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3
-        if any(other.size - many * _step(other, axes) < max(other.least, 1) for other in members):
-            many = 1
-        sizes[axis.key] = axis.size - many * _step(axis, axes)
+        steps = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3
+        if any(other.size - steps * _step(other, axes) < max(other.least, 1) for other in members):
+            steps = 1
+        sizes[axis.key] = axis.size - steps * _step(axis, axes)
     return sizes
 
 
@@ -68,9 +86,8 @@ def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None) -
     for group in (small, [axis for axis in free if axis.size > 2]):
         if group and trials.problem(group):
             bad |= trials.one_by_one(group)
-    left = [axis for axis in free if axis.key not in bad]
-    if small and left and (problem := trials.problem(left)):
-        bad |= {axis.key: problem for axis in left}  # each alone is sound, together they are not: rather none
+    if small:
+        bad |= trials.together([axis for axis in free if axis.key not in bad])
     for problem in set(bad.values()):
         members = [axis for axis in free if bad.get(axis.key) == problem]
         bad |= dict.fromkeys((axis.key for axis in members), problem + _at(trials.line(members)))
@@ -91,7 +108,7 @@ class _Trials:
         The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
         another, they must not shrink alike. The copy is recorded as the network was when it was traced.
         """
-        sizes = cut_sizes(self.axes, cut)
+        sizes = _small_cuts(self.axes, cut)
         if any(size < 1 for size in sizes.values()):
             return "it cannot lose what an axis of the same count must lose with it"
         try:
@@ -100,36 +117,41 @@ class _Trials:
             return _refusal(error)
         return deviation.problem if deviation is not None else _untrained(self.model, self.axes, sizes, self.trained)
 
+    def together(self, group: Sequence[Axis]) -> dict[str, str]:
+        """Return axis key → the problem, if axes cannot be cut together: as each alone is sound, rather none is."""
+        problem = self.problem(group) if group else ""
+        return {axis.key: problem for axis in group if problem}
+
     def one_by_one(self, group: Sequence[Axis]) -> dict[str, str]:
         """Return axis key → the problem, for the axes of the classes whose trial cut fails."""
-        bad: dict[str, str] = {}
         families: dict[tuple, list[list[Axis]]] = {}
-        for kind, members in classes_of(group).items():
-            alike = tuple((name, dim, outer > 1, inner > 1) for name, dim, outer, _, inner, *_ in kind[1])
+        for (_, slots), members in classes_of(group).items():
+            alike = tuple((name, dim, outer > 1, inner > 1) for name, dim, outer, _, inner, *_ in slots)
             families.setdefault(alike, []).append(members)
+        bad: dict[str, str] = {}
         for classes in families.values():
             bad |= self.of_family(classes)
-        left = [axis for axis in group if axis.key not in bad]
-        if bad and left and (problem := self.problem(left)):
-            bad |= {axis.key: problem for axis in left}
+        if bad:
+            bad |= self.together([axis for axis in group if axis.key not in bad])
         return bad or {axis.key: "it survives alone, but not together with others" for axis in group}
 
     def of_family(self, classes: Sequence[Sequence[Axis]]) -> dict[str, str]:
         """Return axis key → the problem; equally named classes, one per stage of a network, mostly fail alike."""
         every = [axis for members in classes for axis in members]
-        problem = self.problem(every)
-        if not problem or len(classes) == 1:
-            return {axis.key: problem for axis in every if problem}
+        bad = self.together(every)
+        if not bad or len(classes) == 1:
+            return bad
         alone = self.problem(classes[0])
-        if re.sub(r"\d+", "#", alone) == re.sub(r"\d+", "#", problem):
-            return {axis.key: problem for axis in every}
-        problems = [(classes[0], alone), *((members, self.problem(members)) for members in classes[1:])]
-        bad = {axis.key: reason for members, reason in problems for axis in members if reason}
-        return bad or {axis.key: problem for axis in every}
+        if _unnumbered(alone) == _unnumbered(bad[every[0].key]):
+            return bad
+        apart = {axis.key: alone for axis in classes[0] if alone}
+        for members in classes[1:]:
+            apart |= self.together(members)
+        return apart or bad
 
     def line(self, cut: Sequence[Axis]) -> Line | None:
         """Return the line of the network's code that makes a trial cut fail, if one is there."""
-        to = Resizing(cut_sizes(self.axes, cut))
+        to = Resizing(_small_cuts(self.axes, cut))
         try:
             deviation = difference(self.axes.steps, record_resized(self.model, self.axes, to), to.sizes)
         except (TraceError, RuntimeError):
@@ -141,7 +163,7 @@ def classes_of(axes: Sequence[Axis]) -> dict[tuple, list[Axis]]:
     """Return the axes by class, of which the slots differ in layer numbers only, with those of the same count."""
     classes: dict[tuple, list[Axis]] = {}
     for axis in axes:
-        slots = {(re.sub(r"\d+", "#", s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role) for s in axis.slots}
+        slots = {(_unnumbered(s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role) for s in axis.slots}
         classes.setdefault((axis.size, tuple(sorted(slots))), []).append(axis)
     for members in classes.values():
         partners, known = {axis.count for axis in members if axis.count}, {axis.key for axis in members}
@@ -149,39 +171,8 @@ def classes_of(axes: Sequence[Axis]) -> dict[tuple, list[Axis]]:
     return classes
 
 
-@dataclass(frozen=True)
-class Resizing:
-    """The sizes, constants and biases that a plan leads to, without the values of tensors.
-
-    Args:
-        sizes: Axis key → its number of units.
-        constants: ``module:attribute`` → the number that folds set.
-        added: Name of a bias that is added → its size.
-        removed: Names of biases that are removed.
-    """
-
-    sizes: Mapping[str, int]
-    constants: Mapping[str, float | None] = field(default_factory=dict)
-    added: Mapping[str, int] = field(default_factory=dict)
-    removed: tuple[str, ...] = ()
-
-    @property
-    def plain(self) -> "Resizing":
-        """The sizes alone, as a :class:`Resizing`."""
-        return Resizing(self.sizes)
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """The recordings that a rehearsal made.
-
-    Args:
-        planned: The recording of the planned network.
-        present: That of the present network, where a constant is another than when it was traced; else ``None``.
-    """
-
-    planned: Capture
-    present: Capture | None = None
+def _unnumbered(text: str) -> str:
+    return re.sub(r"\d+", "#", text)
 
 
 def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
@@ -195,16 +186,15 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
     except TraceError as error:
         line = line_raised(error.__cause__ or error)
         raise PlanError(_cannot(_refusal(error), line)) from error
-    present = None
+    present, bare = None, Resizing(to.sizes)
     deviation = difference(refold_steps(axes, to.constants), planned, to.sizes, to.added)
     if deviation is not None and deviation.constant:  # constants differ between precisions too
-        bare = planned if to == to.plain else record_resized(model, axes, to.plain)
         present = record_resized(model, axes, Resizing(axes.sizes()))
-        deviation = first_difference(present, bare, axes.steps)
+        deviation = first_difference(present, planned if to == bare else record_resized(model, axes, bare), axes.steps)
     if deviation is not None and deviation.problem == FIRST_RUN:
         raise PlanError(f"the plan cannot be carried out: {FIRST_RUN} on the example input")
     if deviation is not None:
-        raise PlanError(_cannot(deviation.problem, _line(model, axes, to, deviation)))
+        raise PlanError(_cannot(deviation.problem, _line(model, axes, bare, deviation)))
     if problem := _untrained(model, axes, to.sizes):
         raise PlanError(_cannot(problem, None))
     return Rehearsal(planned, present)
@@ -222,14 +212,14 @@ def _at(line: Line | None) -> str:
 
 def _line(model: nn.Module, axes: AxisGraph, to: Resizing, deviation: Difference) -> Line | None:
     """Return the line of the network's code that causes a difference: where runs diverge, or that of the operation."""
-    (present, given), (planned, resized) = (_resized(model, axes, Resizing(n)) for n in (axes.sizes(), to.sizes))
-    states = preserve_state(present, outside=True), preserve_state(planned, outside=True)
-    with evaluating(present), evaluating(planned), as_exporting(), quiet(), states[0], states[1]:
-        parting = parting_line(present, planned, (given, resized))
+    present, planned = _resized(model, axes, Resizing(axes.sizes())), _resized(model, axes, to)
+    states = preserve_state(present[0], outside=True), preserve_state(planned[0], outside=True)
+    with evaluating(present[0]), evaluating(planned[0]), as_exporting(), quiet(), states[0], states[1]:
+        parting = parting_line((present, planned))
     if parting is not None:
         return parting
-    nodes = operations(record_resized(model, axes, to.plain, lines=True))
-    return line_of(nodes[deviation.step]) if deviation.step < len(nodes) else None
+    nodes = operations(record_resized(model, axes, to, lines=True))
+    return nodes[deviation.step].meta.get(LINE) if deviation.step < len(nodes) else None
 
 
 def _resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, Example]:
@@ -239,7 +229,8 @@ def _resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module
 
 def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
     """Record the network at other sizes, on a copy without numbers, as it was recorded when it was traced."""
-    return capture(*_resized(model, axes, to), axes.decisions, tracer=axes.tracer, lines=lines)
+    copy, example = _resized(model, axes, to)
+    return capture(copy, example, axes.decisions, tracer=axes.tracer, lines=lines)
 
 
 def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], present: Capture | None = None) -> str:
@@ -261,12 +252,12 @@ def _refusal(error: TraceError) -> str:
     return f"the network does not run at that size: {line.strip()[:200]}"
 
 
-def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
+def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, FakeTensorMode]:
     """Return a copy without numbers at the planned sizes, with integers, constants and biases, and its fake mode."""
     shapes = {name: tuple(size_of(dim, to.sizes) for dim in dims) for name, dims in axes.shapes.items()}
     copy, mode = meta_copy(model, shapes)
-    for place, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
-        path, name = place.split(":")
+    for attribute, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
+        path, name = attribute.split(":")
         module = copy.get_submodule(path)
         old = get_attribute(module, name)
         set_attribute(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
@@ -280,4 +271,4 @@ def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Mod
 
 def planned_integers(axes: AxisGraph, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return ``module:attribute`` → the integer it must hold at the given axis sizes."""
-    return {place: size_of(dim, sizes) for place, dim in axes.integers.items()}
+    return {attribute: size_of(dim, sizes) for attribute, dim in axes.integers.items()}

@@ -1,6 +1,6 @@
 """State of a walk over a recorded graph, in which every dimension of every tensor gets a symbolic expression."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -19,84 +19,47 @@ Value = Dims | list[Dims | None] | None
 
 @dataclass(frozen=True)
 class Reading:
-    """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there.
-
-    Args:
-        node: The operation.
-        operand: The node whose value is read.
-        dim: The index of the dimension in it.
-        fill: The value that a dropped unit counts as (0 or ±∞); ``None``: the operation runs over the kept units.
-        weight: The name of the parameter it is multiplied with; empty if there is none.
-        groups: The dimension of groups, where the operation runs inside each group; else ``None``.
-    """
+    """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there."""
 
     node: Node
     operand: Node
     dim: int
-    fill: float | None
-    weight: str = ""
-    groups: Expr | None = None
+    fill: float | None  # what a dropped unit counts as (0 or ±∞); None: the operation runs over the kept units
+    weight: str = ""  # the parameter it is multiplied with; empty if there is none
+    groups: Expr | None = None  # the dimension of groups, where the operation runs inside each group
 
 
 @dataclass(frozen=True)
 class Literal:
-    """A number that a module passed as a size, and the dimension it is the size of.
-
-    Args:
-        module: The path of the module.
-        number: The number.
-        expr: The dimension it was the size of.
-        last: Whether it was the last number of a reshape (a width, not a number of heads).
-    """
+    """A number that a module passed as a size, and the dimension it is the size of."""
 
     module: str
     number: int
     expr: Expr
-    last: bool = False
+    last: bool = False  # whether it was the last number of a reshape (a width, not a number of heads)
 
 
 @dataclass
 class Walk:
-    """State and results of a walk over a recorded graph; only rules change it, through its methods and lists.
-
-    Args:
-        capture: The recording.
-        dims: Node → the dimensions of its tensor, or a list of them for several tensors.
-        roles: (name of a parameter or buffer, dimension) → its roles.
-        readings: Dimensions that operations sum or compare over.
-        work: (module, operation, dimensions) of each contraction.
-        literals: Numbers that modules passed as sizes.
-        groups: (module, dimension of groups) of grouped convolutions and norms.
-        starts: Slice → the dimension that lies before it.
-        picks: ``topk`` operation → the dimension it picks from.
-        stacked: Tensor whose entries along its first dimension have different last dimensions → these.
-        equal: Pairs of dimensions that must keep equally many units, and why.
-        norms: (operation, kind) of each division by an axis size.
-        weights: Names of the weights of contractions, in order.
-        tables: Names of embedding tables.
-        notes: Remarks for the user on what could not be analysed.
-        decided: Module → the operation by which its code got a data-dependent number.
-        also: Dimensions that are read in training, and the name of the weight they are multiplied with.
-        computed: Node → whether it is computed from parameters, buffers and constants alone.
-    """
+    """State and results of a walk over a recorded graph; only rules change it, through its methods and lists."""
 
     capture: Capture
     dims: dict[Node, Value] = field(default_factory=dict)
-    roles: dict[tuple[str, int], set[Role]] = field(default_factory=dict)
+    roles: dict[tuple[str, int], set[Role]] = field(default_factory=dict)  # (parameter or buffer, dimension) → roles
     readings: list[Reading] = field(default_factory=list)
-    work: list[tuple[str, str, Dims]] = field(default_factory=list)
+    work: list[tuple[str, str, Dims]] = field(default_factory=list)  # (module, operation, dimensions) of contractions
     literals: list[Literal] = field(default_factory=list)
-    groups: list[tuple[str, Expr]] = field(default_factory=list)
-    starts: dict[Node, Expr] = field(default_factory=dict)
-    picks: dict[Node, Expr] = field(default_factory=dict)
-    stacked: dict[Node, list[Expr]] = field(default_factory=dict)
-    equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
-    norms: list[tuple[Node, str]] = field(default_factory=list)
-    weights: dict[str, None] = field(default_factory=dict)
-    tables: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    decided: dict[str, str] = field(default_factory=dict)
-    also: list[tuple[Expr, str]] = field(default_factory=list)
+    groups: list[tuple[str, Expr]] = field(default_factory=list)  # (module, groups) of convolutions and norms
+    starts: dict[Node, Expr] = field(default_factory=dict)  # slice → the dimension before it
+    picks: dict[Node, Expr] = field(default_factory=dict)  # topk → the dimension it picks from
+    stacked: dict[Node, list[Expr]] = field(default_factory=dict)  # states of layers → last dimension per layer
+    equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)  # must keep equally many units, and why
+    norms: list[tuple[Node, str]] = field(default_factory=list)  # (operation, kind) of each division by an axis size
+    weights: dict[str, None] = field(default_factory=dict)  # names of the weights of contractions, in order
+    tables: list[str] = field(default_factory=list)  # names of embedding tables
+    notes: list[str] = field(default_factory=list)  # for the user, on what could not be analysed
+    decided: dict[str, str] = field(default_factory=dict)  # module → what gave its code a data-dependent number
+    also: list[tuple[Expr, str]] = field(default_factory=list)  # read in training, and the weight multiplied with
     computed: dict[Node, bool] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
@@ -116,10 +79,10 @@ class Walk:
 
     def source(self, node: object) -> str:
         """Return the name of the parameter or buffer that a node is, possibly cast or transposed; empty if computed."""
-        place = self.place(node, 0)
-        return place[0] if place else ""
+        origin = self._origin(node, 0)
+        return origin[0] if origin else ""
 
-    def place(self, node: object, dim: int) -> tuple[str, int] | None:
+    def _origin(self, node: object, dim: int) -> tuple[str, int] | None:
         """Return the parameter or buffer, and its dimension, that a node's dimension is; ``None`` if it is computed."""
         if not isinstance(node, Node):
             return None
@@ -128,31 +91,28 @@ class Walk:
         if node.op != "call_function" or not node.args:
             return None
         if op_name(node) in ALIASES:
-            return self.place(node.args[0], dim)
+            return self._origin(node.args[0], dim)
         order = permutation(node, len(self.dims[node] or ()))
-        return self.place(node.args[0], order[dim]) if order is not None and dim < len(order) else None
+        return self._origin(node.args[0], order[dim]) if order is not None and dim < len(order) else None
 
     def role(self, node: object, dim: int, role: Role) -> None:
         """Record the role of a parameter's dimension, if a node is a parameter or computed from some entry by entry."""
         if not isinstance(node, Node):
             return
-        if place := self.place(node, dim):
-            self.roles.setdefault(place, set()).add(role)
-        elif node.op == "call_function" and op_name(node) in _ENTRYWISE and self.of_states(node):
-            for one in node.all_input_nodes:
-                aligned = dim - len(self.of(node)) + len(self.of(one))
-                if aligned >= 0 and d.size(self.of(one)[aligned]) == d.size(self.of(node)[dim]):
-                    self.role(one, aligned, role)
+        if origin := self._origin(node, dim):
+            self.roles.setdefault(origin, set()).add(role)
+        elif op_name(node) in _ENTRYWISE and self.of_states(node):
+            for operand in node.all_input_nodes:
+                aligned = dim - len(self.of(node)) + len(self.of(operand))
+                if aligned >= 0 and d.size(self.of(operand)[aligned]) == d.size(self.of(node)[dim]):
+                    self.role(operand, aligned, role)
 
     def of_states(self, node: Node) -> bool:
         """Whether a node's value is computed from parameters, buffers and constants alone."""
         if node not in self.computed:
+            inputs = node.all_input_nodes if node.op == "call_function" else []
             known = node in self.capture.states or node in self.capture.constants
-            self.computed[node] = known or (
-                node.op == "call_function"
-                and bool(node.all_input_nodes)
-                and all(map(self.of_states, node.all_input_nodes))
-            )
+            self.computed[node] = known or (bool(inputs) and all(map(self.of_states, inputs)))
         return self.computed[node]
 
     def reads(
@@ -178,12 +138,12 @@ class Walk:
 
     def passed_on(self, node: Node) -> None:
         """Freeze what a module whose code depends on data passes to a node; values inside its children stay free."""
-        for one in node.all_input_nodes:
-            between = _around(module_of(one), module_of(node))
-            if between in self.decided and one.op != "placeholder":
-                where = between or "the model"
-                for expr in all_dims(self.dims[one]):
-                    d.freeze(expr, f"data decide what is done with it, by `{self.decided[between]}` in {where}")
+        for operand in node.all_input_nodes:
+            between = _around(module_of(operand), module_of(node))
+            if between in self.decided and operand.op != "placeholder":
+                why = f"data decide what is done with it, by `{self.decided[between]}` in {between or 'the model'}"
+                for expr in all_dims(self.dims[operand]):
+                    d.freeze(expr, why)
 
     def why(self, node: Node, what: str) -> str:
         """Return the reason ``what`` with the operation and the module added, for reports of frozen axes."""
@@ -204,16 +164,14 @@ class Walk:
 
     def fresh(self, node: Node, what: str) -> Value:
         """Return new dimensions in the shape of the node's value, frozen for the reason ``what``."""
-        shape = shapes_of(node)
-        if isinstance(shape, list):
-            return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
-        return None if shape is None else tuple(d.frozen(n, what) for n in shape)
+        made = [None if s is None else tuple(d.frozen(n, what) for n in s) for s in as_list(shapes_of(node))]
+        return made if isinstance(shapes_of(node), list) else made[0]
 
 
 def _around(a: str, b: str) -> str:
     """Return the path of the innermost module that contains both modules, or is one and contains the other."""
     common = takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False))
-    return ".".join(one for one, _ in common)
+    return ".".join(part for part, _ in common)
 
 
 _ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
@@ -223,3 +181,7 @@ _ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
 def all_dims(dims: Value) -> list[Expr]:
     """Return every dimension of a node's value, or of all of its values."""
     return [expr for value in as_list(dims) for expr in value or ()]
+
+
+Rule = Callable[[Walk, Node], Value]
+"""A function from an operation to the dimensions of its result, which ties or freezes those of its operands."""

@@ -6,7 +6,7 @@ several results).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -14,27 +14,19 @@ from torch.fx import Node
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import as_list, module_of, op_name, operand_of, shapes_of, whole
-from regrow.tracing.rules import contract, make, picks, recurrent, reduce, shapes
-from regrow.tracing.walk import Dims, Value, Walk, all_dims
+from regrow.tracing.rules import contract, picks, reduce, shapes
+from regrow.tracing.walk import Dims, Rule, Value, Walk, all_dims
 
-RULES: dict[str, Callable[[Walk, Node], Value]] = {
-    **reduce.RULES,
-    **make.RULES,
-    **contract.RULES,
-    **shapes.RULES,
-    **picks.RULES,
-    **recurrent.RULES,
-}
+_TABLES = (reduce.RULES, contract.RULES, shapes.RULES, picks.RULES)
+RULES: dict[str, Rule] = {name: rule for table in _TABLES for rule, names in table.items() for name in names.split()}
 """Operation name → rule. Operations that torch tags as pointwise need no entry."""
 
 
 def walk(capture: Capture, cautious: bool = True, known: Mapping[str, Dims] | None = None) -> Walk:
     """Walk over a recorded graph and give every dimension an expression, by the rules of its operations.
 
-    Args:
-        capture: The recorded graph.
-        cautious: Whether to freeze dimensions in data-dependent code: on other data it may run other operations.
-        known: Name of a parameter or buffer → its dimensions from an earlier walk; new ones unless given.
+    ``cautious``: freeze dimensions in data-dependent code, which may run other operations on other data. ``known``:
+    parameters and buffers whose dimensions are those of an earlier walk.
     """
     w = Walk(capture)
     if capture.decisions is not None:
@@ -55,12 +47,12 @@ def walk(capture: Capture, cautious: bool = True, known: Mapping[str, Dims] | No
 
 
 def _how(capture: Capture) -> str:
-    places = Counter((one.op, one.module or "the model") for one in capture.decisions or ())
-    ways = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in places.most_common(4))
-    more = f" and in {len(places) - 4} more ways" if len(places) > 4 else ""
+    counts = Counter((decision.op, decision.module or "the model") for decision in capture.decisions or ())
+    ways = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in counts.most_common(4))
+    others = f" and in {len(counts) - 4} more ways" if len(counts) > 4 else ""
     return (
         f"recorded from one run, since torch.export refuses: {capture.refusal or 'data decide what the network does'}. "
-        f"What it does where data decide otherwise than by {ways or 'none'}{more} was not seen"
+        f"What it does where data decide otherwise than by {ways or 'none'}{others} was not seen"
     )
 
 
@@ -89,7 +81,7 @@ def _call(w: Walk, node: Node) -> Value:
             pass  # a form of the operation that the rule does not know: it counts as one without a rule
     if name.startswith("_assert"):
         return None
-    free = [expr for one in node.all_input_nodes for expr in all_dims(w.dims[one]) if d.is_free(expr)]
+    free = [expr for read in node.all_input_nodes for expr in all_dims(w.dims[read]) if d.is_free(expr)]
     if free:
         w.freeze(node, "an operation without a rule reads it", *free)
         w.notes.append(f"no rule fits {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")

@@ -1,4 +1,6 @@
-"""Rules for operations that multiply and sum: linear layers, matrix products, convolutions, attention, embeddings."""
+"""Rules for operations that multiply and sum: linear and recurrent layers, products, convolutions, attention."""
+
+from collections.abc import Iterator, Sequence
 
 from torch.fx import Node
 from torch.fx.node import Argument
@@ -6,8 +8,11 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, parameters_of, whole
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.nodes import ALIASES, argument, module_of, op_name, operand_of, operands_in, uncast, whole
+from regrow.tracing.walk import Dims, Rule, Value, Walk
+
+ALIGNED = 16
+"""Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires."""
 
 
 def linear(w: Walk, node: Node) -> Dims:
@@ -23,17 +28,14 @@ def linear(w: Walk, node: Node) -> Dims:
 
 def addmm(w: Walk, node: Node) -> Dims:
     """Rule for ``b + x W``, with ``W`` as [..., in, out]: ties as a matrix product does, and b to the result."""
-    out = _product(w, node, operand_of(node, 1), operand_of(node, 2))
+    out = matmul(w, node, first=1)
     _add_bias(w, node, node.args[0], out)
     return out
 
 
-def matmul(w: Walk, node: Node) -> Dims:
+def matmul(w: Walk, node: Node, first: int = 0) -> Dims:
     """Rule for matrix products: ties the summed dimensions of both factors, and batch dimensions by broadcasting."""
-    return _product(w, node, operand_of(node), operand_of(node, 1))
-
-
-def _product(w: Walk, node: Node, a: Node, b: Node) -> Dims:
+    a, b = operand_of(node, first), operand_of(node, first + 1)
     left, right = w.of(a), w.of(b)
     _contract(w, node, (a, len(left) - 1), (b, max(len(right) - 2, 0)))
     if len(right) > 1:
@@ -119,10 +121,7 @@ def _add_bias(w: Walk, node: Node, bias: Argument, out: Dims) -> None:
 
 
 def convolution(w: Walk, node: Node) -> Dims:
-    """Rule for convolutions: ties input channels to ``W``'s second dimension and output channels to its first.
-
-    With groups, the second dimension is the input channels of one group.
-    """
+    """Rule for convolutions: ties input channels to ``W``'s second dimension (of one group) and output to its first."""
     x, weight = operand_of(node, 0, "input"), operand_of(node, 1, "weight")
     dims, kernel = w.of(x), w.of(weight)
     space = len(kernel) - 2
@@ -131,8 +130,7 @@ def convolution(w: Walk, node: Node) -> Dims:
         d.freeze(expr, "it is a kernel's extent")
     w.freeze(node, "a convolution runs along it", *dims[len(dims) - space :])
     transposed = "transpose" in op_name(node)
-    given = _argument(node, "groups", 6)
-    groups = 1 if given is None else whole(given)
+    groups = whole(argument(node, 6, "groups") or 1)
     made = _grouped(w, node, channels, kernel, groups, transposed)
     w.role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
     w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
@@ -172,7 +170,7 @@ def attention(w: Walk, node: Node) -> Dims:
     w.unify(node, k[-2], v[-2], why)
     d.mark(k[-2], Mark.COMPETED, w.why(node, why))
     w.freeze(node, "attention is taken over it", k[-2])
-    grouped = bool(_argument(node, "enable_gqa", 7))
+    grouped = bool(argument(node, 7, "enable_gqa"))
     for i in range(len(q) - 2):
         w.unify(node, k[i], v[i], why)
         repeated = grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i])
@@ -181,7 +179,7 @@ def attention(w: Walk, node: Node) -> Dims:
     if isinstance(mask := argument(node, 3), Node):
         _align(w, node, mask, (*q[:-1], k[-2]), "a mask has another form than the attention")
     w.reads(node, query, len(q) - 1)
-    if _argument(node, "scale", 6) is None:
+    if argument(node, 6, "scale") is None:
         w.norms.append((node, "scale"))
     w.contracts(node, (), (*q, k[-2]), (*out, k[-2]))
     return out
@@ -197,21 +195,155 @@ def embedding(w: Walk, node: Node) -> Dims:
     return (*w.of(index), *w.of(table)[1:])
 
 
-def _argument(node: Node, name: str, position: int) -> Argument:
-    """Return an argument of a call by its name in the operation's schema, or its position if it has no schema."""
-    takes = parameters_of(node.target)
-    return argument(node, next((i for i, taken in enumerate(takes) if taken.name == name), position), name)
+def grouped_product(w: Walk, node: Node) -> Dims:
+    """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
+    x, weight, ends = (operand_of(node, i) for i in range(3))
+    rows, kernel = w.of(x), w.of(weight)
+    _contract(w, node, (x, 1), (weight, 1))
+    w.unify(node, kernel[0], w.of(ends)[0], "experts and their rows have no common form")
+    for expr in kernel[1:]:
+        d.in_multiples(expr, max(1, ALIGNED // node.meta["val"].itemsize))
+    w.role(weight, 0, Role.SCALES)
+    w.role(weight, 2, Role.PRODUCES)
+    w.contracts(node, (weight,), (rows[0], *kernel[1:]))
+    return (rows[0], kernel[2])
 
 
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+# --- recurrent layers and cells: a hidden unit owns one row in each gate, and a column in whatever reads it -----------
 
-RULES = {
-    "linear": linear,
-    "addmm": addmm,
-    "baddbmm": addmm,
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
-    **dict.fromkeys(_CONVOLUTIONS.split(), convolution),
-    "scaled_dot_product_attention": attention,
-    "embedding": embedding,
-    "einsum": einsum,
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Operation → how many gates, blocks of hidden units, the rows of a weight consist of."""
+
+
+def layers(w: Walk, node: Node) -> Value:
+    """Rule for recurrent layers, of any number of layers and directions: freezes time, ties weights and states."""
+    if getattr(node.target, "_overloadname", "") == "data":
+        for operand in node.all_input_nodes:
+            w.freeze(node, "a recurrent layer reads packed sequences", *w.of(operand))
+        return w.fresh(node, w.why(node, "made of packed sequences"))
+    assert len(node.args) == 9
+    x, states, params = operand_of(node), operands_in(node.args[1]), operands_in(node.args[2])
+    biased, count, both, batch_first = (whole(node.args[i]) for i in (3, 4, 7, 8))
+    ways = 2 if both else 1
+    each = len(params) // (count * ways)
+    *lead, read = w.of(x)
+    time, batch = lead[::-1] if batch_first else lead
+    w.freeze(node, "a recurrent layer runs along it", time)
+    w.unify(node, batch, w.of(states[0])[1], "a state has another form than the sequences")
+    results: list[Expr] = []
+    hidden: list[Expr] = []
+    for i in range(count * ways):
+        weights = params[i * each : (i + 1) * each]
+        units, result = _tied(w, node, GATES[op_name(node)], weights, bool(biased), read, lead)
+        hidden.append(units)
+        results.append(result)
+        operand, dim = (weights[0], 1) if i >= ways else (x, len(lead))
+        w.reads(node, operand, dim, weight=w.source(weights[0]))
+        if (i + 1) % ways == 0:
+            read = d.plus(*results[-ways:])
+    parts = [results, hidden][: len(states)]
+    why = w.why(node, "the layers and directions of a recurrent layer must keep equally many units")
+    for units_of in parts:
+        w.equal += [(units_of[0], other, why) for other in units_of[1:]]
+    for state, units_of in zip(states, parts, strict=True):
+        _begin(w, node, state, units_of)
+    return [(*lead, read), *(_stacked(w, node, i, batch, units_of) for i, units_of in enumerate(parts, 1))]
+
+
+def cell(w: Walk, node: Node) -> Value:
+    """Rule for recurrent cells: one step of a layer."""
+    _, state, *params = [*node.args, *node.kwargs.values()]
+    x, states, weights = operand_of(node), operands_in(state), operands_in(params)
+    batch, read = w.of(x)
+    gates = GATES[op_name(node).removesuffix("_cell")]
+    units, _ = _tied(w, node, gates, weights, len(weights) > 2, read, [batch])
+    w.reads(node, x, 1, weight=w.source(weights[0]))
+    out = (batch, units)
+    for before in states:
+        for expr, other in zip(w.of(before), out, strict=True):
+            w.unify(node, expr, other, "a state has another form than the hidden units")
+    return [out, out] if len(states) > 1 else out
+
+
+def _tied(
+    w: Walk, node: Node, gates: int, params: Sequence[Node], biased: bool, read: Expr, lead: Sequence[Expr]
+) -> tuple[Expr, Expr]:
+    """Tie the weights of a layer's direction to one another and its input; return its hidden units and its output."""
+    inner, back, *rest = params
+    biases, projection = rest[: 2 * biased], rest[2 * biased :]
+    units = d.Leaf(d.size(w.of(inner)[0]) // gates)
+    why = "the weights of a recurrent layer have no common form"
+    rows = d.times(w.frozen(node, gates, "it is the number of gates"), units)
+    for param in (inner, back, *biases):
+        w.unify(node, w.of(param)[0], rows, why)
+        w.role(param, 0, Role.SHIFTS if param in biases else Role.PRODUCES)
+    result: Expr = units
+    for param in projection:
+        result = w.of(param)[0]
+        w.unify(node, w.of(param)[1], units, why)
+        w.role(param, 0, Role.PRODUCES)
+        w.role(param, 1, Role.CONSUMES)
+        w.reads(node, param, 1, weight=w.source(param))
+    w.unify(node, w.of(inner)[1], read, "a recurrent layer reads another form than it is given")
+    w.unify(node, w.of(back)[1], result, why)
+    w.role(inner, 1, Role.CONSUMES)
+    w.role(back, 1, Role.CONSUMES)
+    # Reads inside the fused operation can only be masked in the weights.
+    w.reads(node, back, 1, weight=w.source(back))
+    weights = (inner, back, *projection)
+    w.contracts(node, weights, *((*lead, *w.of(param)) for param in weights))
+    return units, result
+
+
+def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
+    """Tie an initial state ``[layers × directions, batch, units]`` to the units that start from it."""
+    held = w.stacked.get(state)
+    if held is None:
+        held = [w.of(state)[-1]] * (1 if op_name(uncast(state)) in _ALIKE else len(parts))
+    for expr, part in zip(held, parts, strict=False):
+        w.unify(node, expr, part, "a state has another form than the hidden units")
+
+
+def _stacked(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr]) -> Dims:
+    """Return the dimensions of a last state; units of several layers are tied unless each layer's is selected alone."""
+    results = [user for user in node.users if user.args[1] == position]
+    for result in results if len(parts) > 1 else ():
+        if all(_picks(user, result) for user in result.users):
+            w.stacked |= dict.fromkeys(_copies(result), parts)
+        else:
+            for other in parts[1:]:
+                w.unify(node, parts[0], other, "states of several layers have no common form")
+    return (w.frozen(node, len(parts), "it is the number of layers and directions"), batch, parts[0])
+
+
+def _picks(user: Node, state: Node) -> bool:
+    """Whether an operation (or those behind copies) selects one layer's state, or starts a layer from all of them."""
+    name = op_name(user)
+    if name in ALIASES:
+        return all(_picks(reader, user) for reader in user.users)
+    starts = name in GATES and state in user.all_input_nodes and state is not user.args[0]
+    return bool(starts or (name == "select" and user.args[1] == 0))
+
+
+def _copies(state: Node) -> Iterator[Node]:
+    yield state
+    for user in state.users:
+        if op_name(user) in ALIASES:
+            yield from _copies(user)
+
+
+_ALIKE = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"))
+"""Operations that make constant tensors: as initial state they do not tie the units of different layers."""
+
+RULES: dict[Rule, str] = {
+    linear: "linear",
+    addmm: "addmm baddbmm",
+    matmul: "matmul mm bmm mv dot",
+    convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    attention: "scaled_dot_product_attention",
+    embedding: "embedding",
+    einsum: "einsum",
+    grouped_product: "_grouped_mm grouped_mm_fallback",
+    layers: " ".join(GATES),
+    cell: " ".join(f"{name}_cell" for name in GATES),
 }

@@ -1,11 +1,16 @@
-"""Rules for operations that pick, repeat or pad entries: a picked dimension is frozen, as cuts renumber entries."""
+"""Rules for operations that create, pick, repeat, pad or write entries: a picked dimension is frozen, mostly."""
+
+from math import inf
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
+from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import (
+    ALIASES,
     argument,
     module_of,
     op_name,
@@ -13,11 +18,12 @@ from regrow.tracing.nodes import (
     operands_in,
     result_shapes,
     shape_of,
+    uncast,
     whole,
 )
-from regrow.tracing.rules.reduce import broadcast
+from regrow.tracing.rules.reduce import broadcast, ordered, pointwise
 from regrow.tracing.rules.shapes import exchanged, frozen_whole, pick
-from regrow.tracing.walk import Dims, Value, Walk
+from regrow.tracing.walk import Dims, Rule, Value, Walk
 
 BY_TENSOR = "its entries are picked by a tensor of numbers"
 
@@ -40,10 +46,9 @@ def unbind(w: Walk, node: Node) -> Value:
 
 def index(w: Walk, node: Node) -> Value:
     """Rule for indexing by tensors: freezes the indexed dimensions, passes the others."""
-    dims = w.first(node)
-    given = node.args[1]
-    assert isinstance(given, list | tuple)
-    picks, picked = operands_in(given), [i for i, entry in enumerate(given) if entry is not None]
+    dims, entries = w.first(node), node.args[1]
+    assert isinstance(entries, list | tuple)
+    picks, picked = operands_in(entries), [i for i, entry in enumerate(entries) if entry is not None]
     w.freeze(node, BY_TENSOR, *(dims[i] for i in picked))
     apart = picked != list(range(picked[0], picked[-1] + 1))
     if apart or any(entry.meta["val"].dtype.is_floating_point for entry in picks):
@@ -65,16 +70,16 @@ def put(w: Walk, node: Node) -> Dims:
     """Rule for ``index_put``: freezes the indexed dimensions and ties the others to those of the written values."""
     _, picks, values = node.args[:3]
     assert isinstance(picks, list | tuple)
-    dims, given = w.first(node), w.of(values) if isinstance(values, Node) else ()
+    dims, written = w.first(node), w.of(values) if isinstance(values, Node) else ()
     named = operands_in(picks)
     masks = sum(len(w.of(entry)) - 1 for entry in named if entry.meta["val"].dtype in (torch.bool, torch.uint8))
     covered = len(picks) + masks if len(named) == len(picks) else len(dims)
-    tied = min(len(dims) - covered, len(given))
+    tied = min(len(dims) - covered, len(written))
     indices = (expr for entry in named for expr in w.of(entry))
-    w.freeze(node, BY_TENSOR, *dims[:covered], *given[: len(given) - tied], *indices)
+    w.freeze(node, BY_TENSOR, *dims[:covered], *written[: len(written) - tied], *indices)
     for i in range(1, tied + 1):
-        if d.size(given[-i]) > 1:
-            w.unify(node, dims[-i], given[-i], "what is put has another form than where it is put")
+        if d.size(written[-i]) > 1:
+            w.unify(node, dims[-i], written[-i], "what is put has another form than where it is put")
     return dims
 
 
@@ -111,22 +116,18 @@ def expand(w: Walk, node: Node) -> Dims:
     )
 
 
-def repeat(w: Walk, node: Node) -> Dims:
-    """Rule for ``repeat`` and ``tile``: multiplies a dimension by a new outer factor."""
-    return tuple(
-        expr if d.size(expr) == n else d.times(_repeated(w, node, n // d.size(expr)), expr)
-        for expr, n in _resized(w, node)
-    )
-
-
-def repeat_interleave(w: Walk, node: Node) -> Value:
-    """Rule for ``repeat_interleave``: multiplies a dimension by a new inner factor."""
-    if len(w.first(node)) != len(shape_of(node)) or isinstance(node.args[1], Node):
+def repeat(w: Walk, node: Node) -> Value:
+    """Rule for repetitions: multiplies a dimension by a new factor, outer for ``repeat``, inner if interleaved."""
+    inner = op_name(node) == "repeat_interleave"
+    if inner and (len(w.first(node)) != len(shape_of(node)) or isinstance(node.args[1], Node)):
         return frozen_whole(w, node)
-    return tuple(
-        expr if d.size(expr) == n else d.times(expr, _repeated(w, node, n // d.size(expr)))
-        for expr, n in _resized(w, node)
-    )
+    out = []
+    for expr, n in _resized(w, node):
+        if d.size(expr) != n:
+            times = _repeated(w, node, n // d.size(expr))
+            expr = d.times(expr, times) if inner else d.times(times, expr)
+        out.append(expr)
+    return tuple(out)
 
 
 def _repeated(w: Walk, node: Node, n: int) -> Expr:
@@ -142,16 +143,112 @@ def pad(w: Walk, node: Node) -> Dims:
     return tuple(expr if d.size(expr) == n else w.frozen(node, n, "it is padded") for expr, n in padded)
 
 
-RULES = {
-    "select": select,
-    "unbind": unbind,
-    "index": index,
-    **dict.fromkeys(("index_select", "gather"), pick_by_tensor),
-    **dict.fromkeys(("roi_align", "roi_pool"), region),
-    **dict.fromkeys(("index_put", "_index_put_impl"), put),
-    "decision": decision,
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
-    **dict.fromkeys(("repeat", "tile"), repeat),
-    "repeat_interleave": repeat_interleave,
-    **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), pad),
+def constant(w: Walk, node: Node) -> Dims:
+    """Rule for constant tensors (``zeros``, ``full``): every dimension is new, and takes on whatever it is tied to."""
+    made = tuple(d.new(n) if n else d.frozen(n, "it is empty") for n in shape_of(node))
+    for expr in made:
+        if d.size(expr) > 1:
+            w.literal(node, d.size(expr), expr)
+    return made
+
+
+def overwrite(w: Walk, node: Node) -> Dims:
+    """Rule for ``copy_``, ``fill_``, ``zero_``: ties the written value to the tensor by broadcasting."""
+    pointwise(w, node)
+    return w.first(node)
+
+
+def weight_norm(w: Walk, node: Node) -> Dims:
+    """Rule for weight normalisation ``g · v / ‖v‖``: ties g to one dimension of v and freezes the others."""
+    v, g = operand_of(node), operand_of(node, 1)
+    along = whole(node.args[2]) if len(node.args) > 2 else 0
+    for i, expr in enumerate(w.of(v)):  # along = -1: one gain for the whole weight
+        if i == along:
+            w.unify(node, expr, w.of(g)[i], "a weight's gain has another form than the weight")
+            w.role(v, i, Role.PRODUCES)
+            w.role(g, i, Role.SCALES)
+        else:
+            w.freeze(node, "a weight is normalised over it", expr)
+    return w.of(v)
+
+
+def topk(w: Walk, node: Node) -> Value:
+    """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
+    dims, axis = w.along(node, 2, -1)
+    why = w.why(node, "its largest entries are picked")
+    leaf, k = d.resolve(dims[axis]), whole(node.args[1])
+    used = [user for user in node.users if user.args[1] == 1]
+    if not isinstance(leaf, d.Leaf) or argument(node, 3) is False or not all(map(_only_counted, used)):
+        d.freeze(dims[axis], why)
+    else:
+        leaf.least = max(leaf.least, k)
+        d.mark(leaf, Mark.COMPETED, why)
+        w.reads(node, operand_of(node), axis, -inf)
+        w.picks[node] = dims[axis]
+    out = exchanged(dims, axis, d.frozen(k, why))
+    return [out, out]
+
+
+def _only_counted(positions: Node) -> bool:
+    """Whether positions are only counted and used to order rows, so that renumbering them does no harm."""
+    for user in positions.users:
+        name = op_name(user)
+        if name == "sort":
+            sound = all(_only_counted(result) for result in user.users if result.args[1] == 0)
+        elif name in _RESHAPES:
+            sound = _only_counted(user)
+        else:
+            sound = name in _COUNTS or name.startswith("_assert")
+        if not sound:
+            return False
+    return True
+
+
+def running_total(w: Walk, node: Node) -> Value:
+    """Rule for ``cumsum``: freezes the dimension, unless it counts picks, where unpicked units add 0."""
+    return w.first(node) if op_name(uncast(operand_of(node))) in _COUNTS else ordered(w, node)
+
+
+def histogram(w: Walk, node: Node) -> Dims:
+    """Rule for histograms: over positions of ``topk`` the bins are the dimension picked from; other bins are frozen."""
+    bins = shape_of(node)[0]
+    picked = _picked(w, node.args[0])
+    if picked is None or d.size(picked) != bins:
+        return constant(w, node) if bins == 1 else (w.frozen(node, bins, "it counts how often values occur"),)
+    w.literal(node, bins, picked)
+    return (picked,)
+
+
+def _picked(w: Walk, node: Argument) -> Expr | None:
+    """Return the dimension whose positions a node holds, if they come from ``topk``; else ``None``."""
+    while isinstance(node, Node) and node.op == "call_function":
+        source = node.args[0]
+        if op_name(node) == "getitem" and isinstance(source, Node) and source in w.picks:
+            return w.picks[source] if node.args[1] == 1 else None
+        if op_name(node) not in _RESHAPES | {"sort", "getitem"}:
+            return None
+        node = source
+    return None
+
+
+_COUNTS = ("histc", "bincount")
+_RESHAPES = ALIASES | {"reshape", "view", "flatten"}
+
+RULES: dict[Rule, str] = {
+    select: "select",
+    unbind: "unbind",
+    index: "index",
+    pick_by_tensor: "index_select gather",
+    region: "roi_align roi_pool",
+    put: "index_put _index_put_impl",
+    decision: "decision",
+    expand: "expand expand_as broadcast_to",
+    repeat: "repeat tile repeat_interleave",
+    pad: "pad constant_pad_nd reflection_pad2d replication_pad2d",
+    constant: "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor",
+    overwrite: "copy fill zero",
+    weight_norm: "_weight_norm",
+    topk: "topk",
+    histogram: "histc bincount",
+    running_total: "cumsum",
 }

@@ -11,6 +11,7 @@ from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import (
     ALIASES,
     argument,
+    as_list,
     module_of,
     op_name,
     operand_of,
@@ -19,7 +20,7 @@ from regrow.tracing.nodes import (
     whole,
     wholes,
 )
-from regrow.tracing.walk import Dims, Value, Walk
+from regrow.tracing.walk import Dims, Rule, Value, Walk
 
 
 def pointwise(w: Walk, node: Node) -> Dims:
@@ -30,18 +31,17 @@ def pointwise(w: Walk, node: Node) -> Dims:
 def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
     """Tie the dimensions of operands aligned from the right, and return the dimensions of the broadcast result."""
     rank = max((len(w.of(arg)) for arg in operands), default=0)
+    role = Role.SHIFTS if op_name(node) in ("add", "sub") else Role.SCALES
     out: list[Expr] = [d.ONE] * rank
     for arg in operands:
         dims = w.of(arg)
         for i, expr in enumerate(dims):
-            place = rank - len(dims) + i
-            w.role(arg, i, Role.SHIFTS if op_name(node) in ("add", "sub") else Role.SCALES)
-            if d.size(expr) == 1:
-                continue
-            if d.size(out[place]) == 1:
-                out[place] = expr
-            else:
-                w.unify(node, out[place], expr, "two dimensions meet that have no common form")
+            at = rank - len(dims) + i
+            w.role(arg, i, role)
+            if d.size(out[at]) == 1:
+                out[at] = expr
+            elif d.size(expr) > 1:
+                w.unify(node, out[at], expr, "two dimensions meet that have no common form")
     return tuple(out)
 
 
@@ -58,8 +58,8 @@ def prelu(w: Walk, node: Node) -> Dims:
 def _over(w: Walk, node: Node, position: int = 1) -> list[int]:
     """Return the dimensions that an operation runs over; all of them if it names none."""
     rank = len(w.first(node))
-    given = argument(node, position, "dim", "dims")
-    return list(range(rank)) if given is None or given == [] else [axis % rank for axis in wholes(given)]
+    over = argument(node, position, "dim", "dims")
+    return list(range(rank)) if over is None or over == [] else [axis % rank for axis in wholes(over)]
 
 
 def _left(w: Walk, node: Node, over: list[int]) -> Dims:
@@ -123,13 +123,11 @@ def largest(w: Walk, node: Node) -> Value:
     """Rule for maxima: dropped units count as −∞; the dimension is frozen if the position of the maximum is used."""
     if len(node.args) > 1 and isinstance(node.args[1], Node):
         return pointwise(w, node)
-    over = _over(w, node)
+    over, dims = _over(w, node), w.first(node)
     several = isinstance(shapes_of(node), list)
-    named = several and any(user.args[1] == 1 and user.users for user in node.users)
-    dims = w.first(node)
+    if several and any(user.args[1] == 1 and user.users for user in node.users):
+        w.freeze(node, "the position of the maximum in it is used", *(dims[i] for i in over))
     for i in over:
-        if named:
-            w.freeze(node, "the position of the maximum in it is used", dims[i])
         d.mark(dims[i], Mark.COMPETED, w.why(node, "a maximum is taken over it"))
         w.reads(node, operand_of(node), i, -inf)
     left = _left(w, node, over)
@@ -146,29 +144,27 @@ def smallest(w: Walk, node: Node) -> Value:
 
 def ordered(w: Walk, node: Node) -> Value:
     """Rule for operations that depend on the order or number of entries (sort, var, flip): freezes the dimension."""
-    dims = w.first(node)
-    position = 2 if op_name(node) in ("kthvalue", "roll", "diff") else 1
+    dims, name = w.first(node), op_name(node)
+    position = 2 if name in ("kthvalue", "roll", "diff") else 1
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
-    over = _over(w, node, position) if named or op_name(node) not in _LAST else [len(dims) - 1]
-    w.freeze(node, f"`{op_name(node)}` runs along it", *(dims[i] for i in over))
-    shapes = shapes_of(node)
-    if (shapes[0] if isinstance(shapes, list) else shapes) != tuple(map(d.size, dims)):
+    last = name in ("sort", "argsort", "kthvalue", "median", "mode") and not named
+    over = [len(dims) - 1] if last else _over(w, node, position)
+    w.freeze(node, f"`{name}` runs along it", *(dims[i] for i in over))
+    shapes = as_list(shapes_of(node))
+    if shapes[0] != tuple(map(d.size, dims)):
         return w.fresh(node, w.why(node, "made by an ordering"))
-    return [dims for _ in shapes] if isinstance(shapes, list) else dims
+    return [dims for _ in shapes] if isinstance(shapes_of(node), list) else dims
 
 
 def batch_norm(w: Walk, node: Node) -> Dims:
-    """Rule for batch and instance norm: ties gain, bias and running statistics to the channels.
-
-    If statistics are taken from the entries, every dimension but the channels is frozen (a weight that is
-    standardised).
-    """
+    """Rule for batch and instance norm: ties gain, bias and running statistics to the channels."""
     dims = w.first(node)
-    if node.args[3] is None or node.args[5]:  # no running mean, or not used
+    if node.args[3] is None or node.args[5]:  # statistics are taken from the entries, of a weight, say
         w.freeze(node, f"`{op_name(node)}` takes mean and variance over it", *dims[:1], *dims[2:])
-    for place, arg in enumerate(node.args[1:5]):
+    roles = (Role.SCALES, Role.SHIFTS, Role.SHIFTS, Role.SCALES)  # gain, bias, running mean and variance
+    for role, arg in zip(roles, node.args[1:5], strict=False):
         if isinstance(arg, Node):
-            w.role(arg, 0, Role.SHIFTS if place in (1, 2) else Role.SCALES)  # the bias and the running mean
+            w.role(arg, 0, role)
             w.unify(node, dims[1], w.of(arg)[0], "a norm's channels have another form than its input's")
     return dims
 
@@ -185,7 +181,7 @@ def rms_norm(w: Walk, node: Node) -> Dims:
     return dims
 
 
-def _norm(w: Walk, node: Node, kind: Mark, why: str, fill: float | None) -> Dims:
+def _norm(w: Walk, node: Node, mark: Mark, why: str, fill: float | None) -> Dims:
     dims, rank = w.first(node), len(wholes(node.args[1]))
     over = dims[len(dims) - rank :]
     _gains(w, node, over)
@@ -194,7 +190,7 @@ def _norm(w: Walk, node: Node, kind: Mark, why: str, fill: float | None) -> Dims
     else:
         w.freeze(node, "a norm runs over several dimensions at once", *over)
     for i, expr in enumerate(over, len(dims) - rank):
-        d.mark(expr, kind, w.why(node, why))
+        d.mark(expr, mark, w.why(node, why))
         w.reads(node, operand_of(node), i, fill)
     return dims
 
@@ -222,37 +218,29 @@ def group_norm(w: Walk, node: Node) -> Dims:
     return dims
 
 
-_LAST = frozenset(["sort", "argsort", "kthvalue", "median", "mode"])
-_ORDERED = (
-    "cumprod logcumsumexp cummax cummin flip roll sort argsort kthvalue median mode var std var_mean "
-    "std_mean argmax argmin prod any all nanmean diff"
-)
-
-_IDENTITIES = (
-    "dropout feature_dropout alpha_dropout native_dropout zeros_like ones_like empty_like full_like rand_like "
-    "randn_like bernoulli"
-)
-_POINTWISE = (
-    "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
-    "log_sigmoid logsigmoid threshold where masked_fill"
-)
-
-RULES = {
-    **dict.fromkeys((*ALIASES, *_IDENTITIES.split()), Walk.first),
-    **dict.fromkeys(_POINTWISE.split(), pointwise),
-    **dict.fromkeys(("prelu", "_prelu_kernel"), prelu),
-    "sum": total,
-    "linalg_vector_norm": vector_norm,
-    "norm": vector_norm,
-    "mean": mean,
-    "renorm": renorm,
-    **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), softmax),
-    **dict.fromkeys(("amax", "max", "logsumexp"), largest),
-    **dict.fromkeys(("amin", "min"), smallest),
-    **dict.fromkeys(_ORDERED.split(), ordered),
-    "batch_norm": batch_norm,
-    "layer_norm": layer_norm,
-    "rms_norm": rms_norm,
-    "group_norm": group_norm,
-    "instance_norm": batch_norm,
+RULES: dict[Rule, str] = {
+    Walk.first: (
+        "dropout feature_dropout alpha_dropout native_dropout zeros_like ones_like empty_like full_like rand_like "
+        f"randn_like bernoulli {' '.join(ALIASES)}"
+    ),
+    pointwise: (
+        "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
+        "log_sigmoid logsigmoid threshold where masked_fill"
+    ),
+    prelu: "prelu _prelu_kernel",
+    total: "sum",
+    vector_norm: "linalg_vector_norm norm",
+    renorm: "renorm",
+    mean: "mean",
+    softmax: "softmax log_softmax _softmax _log_softmax",
+    largest: "amax max logsumexp",
+    smallest: "amin min",
+    ordered: (
+        "cumprod logcumsumexp cummax cummin flip roll sort argsort kthvalue median mode var std var_mean std_mean "
+        "argmax argmin prod any all nanmean diff"
+    ),
+    batch_norm: "batch_norm instance_norm",
+    layer_norm: "layer_norm",
+    rms_norm: "rms_norm",
+    group_norm: "group_norm",
 }

@@ -20,7 +20,7 @@ from regrow.tracing.nodes import (
     whole,
     wholes,
 )
-from regrow.tracing.walk import Dims, Value, Walk
+from regrow.tracing.walk import Dims, Rule, Value, Walk
 
 
 def reshape(w: Walk, node: Node) -> Dims:
@@ -29,19 +29,15 @@ def reshape(w: Walk, node: Node) -> Dims:
     why = w.why(node, "a reshape mixes it with its neighbours")
     filled = iter(_regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why))
     result = tuple(d.ONE if n == 1 else next(filled) for n in shape)
-    numbers = _literals(node, dims)
+    if op_name(node) == "unflatten":
+        numbers = [0] * axis_of(node, 1, len(dims)) + wholes(node.args[2])
+    else:
+        sizes = argument(node, 1)
+        numbers = wholes(sizes) if isinstance(sizes, list | tuple) else []
     for i, (number, expr) in enumerate(zip(numbers, result, strict=False)):
         if number > 1:
             w.literal(node, number, expr, last=i == len(numbers) - 1)
     return result
-
-
-def _literals(node: Node, dims: Dims) -> list[int]:
-    if op_name(node) == "unflatten":
-        axis = axis_of(node, 1, len(dims))
-        return [0] * axis + wholes(node.args[2])
-    given = argument(node, 1)
-    return wholes(given) if isinstance(given, list | tuple) else []
 
 
 def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
@@ -71,10 +67,10 @@ def transpose(w: Walk, node: Node) -> Dims:
 def movedim(w: Walk, node: Node) -> Dims:
     """Rule for ``movedim``: moves some dimensions; the others keep their order."""
     dims = w.first(node)
-    source, target = ([i % len(dims) for i in wholes(one)] for one in node.args[1:3])
-    rest = [i for i in range(len(dims)) if i not in source]
-    placed = dict(zip(target, source, strict=True))
-    order = [placed[i] if i in placed else rest.pop(0) for i in range(len(dims))]
+    source, target = ([i % len(dims) for i in wholes(moved)] for moved in node.args[1:3])
+    order = [i for i in range(len(dims)) if i not in source]
+    for at, i in sorted(zip(target, source, strict=True)):
+        order.insert(at, i)
     return tuple(dims[i] for i in order)
 
 
@@ -88,14 +84,14 @@ def unsqueeze(w: Walk, node: Node) -> Dims:
 def squeeze(w: Walk, node: Node) -> Dims:
     """Rule for ``squeeze``: removes dimensions of size 1."""
     dims = w.first(node)
-    named = [i % len(dims) for i in wholes(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
+    named = [i % len(dims) for i in wholes(node.args[1])] if len(node.args) > 1 else range(len(dims))
     return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
 
 
 def concatenate(w: Walk, node: Node) -> Dims:
     """Rule for ``cat``: the joined dimension is the sum of its parts; the others are tied."""
-    given = operands_in(node.args[0])
-    parts = [one for one in given if shape_of(one) != (0,)] or given
+    operands = operands_in(node.args[0])
+    parts = [operand for operand in operands if shape_of(operand) != (0,)] or operands
     axis = axis_of(node, 1, len(shape_of(parts[0])))
     dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
     out = list(dims[0])
@@ -103,7 +99,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
         for i, expr in enumerate(other):
             if i != axis and d.size(expr) > 1:
                 w.unify(node, out[i], expr, "joined tensors have no common form")
-    out[axis] = d.plus(*(one[axis] for one in dims))
+    out[axis] = d.plus(*(part[axis] for part in dims))
     return tuple(out)
 
 
@@ -178,13 +174,10 @@ def pick(w: Walk, node: Node, axis: int, why: str) -> Dims:
 
 def _cut_elsewhere(node: Node, axis: int, half: int) -> bool:
     """Whether other slices of the same dimension cut it into more than two halves."""
+    rank = len(shape_of(operand_of(node)))
     alike = [user for user in operand_of(node).users if op_name(user) == op_name(node) and len(user.args) > 1]
-    return any(
-        place not in (0, half, 2 * half)
-        for user in alike
-        if axis_of(user, 1, len(shape_of(operand_of(user)))) == axis
-        for place in bounds(user)
-    )
+    ends = [end for user in alike if axis_of(user, 1, rank) == axis for end in bounds(user)]
+    return not {0, half, 2 * half}.issuperset(ends)
 
 
 def bounds(node: Node) -> tuple[int, int]:
@@ -194,8 +187,8 @@ def bounds(node: Node) -> tuple[int, int]:
     if op_name(node) == "narrow":
         start = whole(node.args[2]) % n
         return start, start + whole(node.args[3])
-    given = (argument(node, i) for i in (2, 3))
-    return slice(*(None if value is None else whole(value) for value in given)).indices(n)[:2]
+    limits = [None if value is None else whole(value) for value in (argument(node, 2), argument(node, 3))]
+    return slice(*limits).indices(n)[:2]
 
 
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
@@ -210,10 +203,10 @@ def pixel_shuffle(w: Walk, node: Node) -> Dims:
 def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
     dims = w.first(node)
-    rank = _SPACE.get(op_name(node)[-2:], 2)
-    w.freeze(node, "a window slides along it", *dims[len(dims) - rank :])
+    outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)
+    w.freeze(node, "a window slides along it", *dims[outer:])
     out: list[Dims | None] = [
-        (*dims[: len(dims) - rank], *(w.frozen(node, n, "made by a sliding window") for n in shape[len(dims) - rank :]))
+        (*dims[:outer], *(w.frozen(node, n, "made by a sliding window") for n in shape[outer:]))
         for shape in result_shapes(node)
     ]
     return out if isinstance(shapes_of(node), list) else out[0]
@@ -239,26 +232,23 @@ def frozen_whole(w: Walk, node: Node) -> Value:
     return w.fresh(node, w.why(node, "made by picking entries"))
 
 
-_SPACE = {"1d": 1, "2d": 2, "3d": 3}
-_WINDOWS = (
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices "
-    "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
-    "upsample_nearest3d upsample_trilinear3d _upsample_bilinear2d_aa"
-)
-
-RULES = {
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), reshape),
-    **dict.fromkeys(("transpose", "swapaxes", "mT", "mH", "adjoint", "t", "numpy_T", "permute"), transpose),
-    "movedim": movedim,
-    "unsqueeze": unsqueeze,
-    "squeeze": squeeze,
-    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
-    "stack": stack,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), split),
-    **dict.fromkeys(("slice", "narrow"), piece),
-    "pixel_shuffle": pixel_shuffle,
-    **dict.fromkeys(_WINDOWS.split(), per_channel),
-    **dict.fromkeys(("tril", "triu"), triangle),
-    "glu": glu,
+RULES: dict[Rule, str] = {
+    reshape: "view reshape flatten unflatten _unsafe_view view_as reshape_as",
+    transpose: "transpose swapaxes mT mH adjoint t numpy_T permute",
+    movedim: "movedim",
+    unsqueeze: "unsqueeze",
+    squeeze: "squeeze",
+    concatenate: "cat concat concatenate",
+    stack: "stack",
+    split: "split split_with_sizes chunk tensor_split",
+    piece: "slice narrow",
+    pixel_shuffle: "pixel_shuffle",
+    per_channel: (
+        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices "
+        "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
+        "upsample_nearest3d upsample_trilinear3d _upsample_bilinear2d_aa"
+    ),
+    triangle: "tril triu",
+    glu: "glu",
 }

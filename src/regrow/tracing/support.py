@@ -18,12 +18,14 @@ from regrow.core.axes import AxisGraph, Mark
 from regrow.tracing.capture import TraceError
 
 _SCRIPTED = "torch.jit fixed its code and its shapes; trace the Python module that it was made from"
+_EXPORTED = "torch.export fixed its code and its shapes; trace the Python module that it was made from"
 _QUANTISED = "its weights are quantised, and packed ones cannot be cut; trace and cut the float model, then quantise it"
 _OBSERVED = (
     "it measures or simulates quantisation, and what it measured belongs to the old shape; "
     "trace and cut the float model, then prepare it for quantisation again"
 )
 _SHARDED = "several processes share its tensors; trace the module inside it ({path}.module), before it is wrapped"
+_COPYING = "it copies the module inside it to several devices; trace that ({path}.module)"
 
 _CLASSES = {
     "ScriptModule": _SCRIPTED,
@@ -32,13 +34,10 @@ _CLASSES = {
     "DistributedDataParallel": _SHARDED,
     "FullyShardedDataParallel": _SHARDED,
 }
-"""Name of a class or base class → why its modules cannot be traced, and the remedy.
+"""Name of a class or base class of torch → why its modules cannot be traced, and the remedy.
 
 They are names, since importing the classes would take longer than most traces.
 """
-
-_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-"""Packages of quantised modules."""
 
 
 def check_traceable(model: nn.Module) -> None:
@@ -48,47 +47,50 @@ def check_traceable(model: nn.Module) -> None:
     Traceback (most recent call last):
     regrow.tracing.capture.TraceError: weight has no shape yet; run the model once on an example, then trace it
     """
-    problem = next((why for path, module in model.named_modules() if (why := _problem(path, module))), "")
-    problem = problem or next(_of_tensors(model), "")
-    if problem:
-        raise TraceError(problem)
-
-
-def _problem(path: str, module: nn.Module) -> str:
-    where = f"{path or 'the model'} is a {type(module).__name__}"
-    for base in type(module).__mro__:
-        if base.__module__.startswith("torch.") and (why := _CLASSES.get(base.__name__)):
-            return f"{where}: {why.format(path=path or 'model')}"
-    if type(module).__module__.startswith(_PACKAGES):
-        return f"{where}: {_QUANTISED}"
-    if isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"):
-        return f"{where}: torch.export fixed its code and its shapes; trace the Python module that it was made from"
-    if isinstance(module, nn.DataParallel) and module.device_ids:
-        return f"{where}: it copies the module inside it to several devices; trace that ({path or 'model'}.module)"
-    packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), "")
-    return f"{where}, and its attribute {packed!r} is not visible to Python: {_QUANTISED}" if packed else ""
-
-
-def _of_tensors(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if problem := _module_problem(module):
+            where = f"{path or 'the model'} is a {type(module).__name__}"
+            raise TraceError(f"{where}{problem.format(path=path or 'model')}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        kind = type(tensor.data)
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            yield f"{name} has no shape yet; run the model once on an example, then trace it"
-        elif kind not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
-            yield (
-                f"{name} is a {kind.__name__}, whose entries only its own class can read; trace the model with plain "
-                "tensors, and convert it after the cut"
-            )
-        elif tensor.is_quantized:
-            yield f"{name} is quantised: {_QUANTISED}"
+        if problem := tensor_problem(tensor):
+            raise TraceError(f"{name} {problem}")
+
+
+def _module_problem(module: nn.Module) -> str:
+    kind = type(module)
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") and base.__name__ in _CLASSES:
+            return f": {_CLASSES[base.__name__]}"
+    if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        return f": {_QUANTISED}"
+    if isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"):
+        return f": {_EXPORTED}"
+    if isinstance(module, nn.DataParallel) and module.device_ids:
+        return f": {_COPYING}"
+    packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), "")
+    return f", and its attribute {packed!r} is not visible to Python: {_QUANTISED}" if packed else ""
+
+
+def tensor_problem(tensor: Tensor) -> str:
+    """Return why a parameter or buffer cannot be cut, and the remedy; empty if it can."""
+    kind = type(tensor.data)
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return "has no shape yet; run the model once on an example, then trace it"
+    if kind not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
+        return (
+            f"is a {kind.__name__}, whose entries only its own class can read; trace the model with plain tensors, "
+            "and convert it after the cut"
+        )
+    return f"is quantised: {_QUANTISED}" if tensor.is_quantized else ""
 
 
 def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory."""
     spectral = "the weight is divided by a spectral norm, which the cut would change; remove it first"
     for path, module in model.named_modules():
-        for name, remedy in _computed(path, module, spectral=True):
-            yield name, f"{spectral}: {remedy}"
+        for name, remedy, is_spectral in _computed(path, module):
+            if is_spectral:
+                yield name, f"{spectral}: {remedy}"
     remedy = "tie them (one parameter, two names), or clone one"
     for name, other in _overlapping(model):
         yield name, f"it shares memory with {other}, which a cut would end; {remedy}"
@@ -103,10 +105,10 @@ def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
             extent = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
             entry = (start, start + extent * x.element_size(), name, x)
             stores.setdefault(x.untyped_storage()._cdata, []).append(entry)
-    for held in stores.values():
-        held.sort(key=lambda entry: entry[:2])
-        for i, (_, end, name, x) in enumerate(held):
-            for start, _, other, y in held[i + 1 :]:
+    for extents in stores.values():
+        extents.sort(key=lambda entry: entry[:2])
+        for i, (_, end, name, x) in enumerate(extents):
+            for start, _, other, y in extents[i + 1 :]:
                 if start >= end:
                     break
                 if _meet(x, y):
@@ -117,13 +119,14 @@ def _meet(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors in one storage have entries in common."""
     if x.dtype != y.dtype or x.numel() + y.numel() > _MOST_ENTRIES:
         return True
-    entries = []
-    for tensor in (x, y):
-        at = torch.tensor([int(tensor.storage_offset())])
-        for n, step in zip(tensor.shape, tensor.stride(), strict=True):
-            at = (at[:, None] + torch.arange(n) * step).flatten()
-        entries.append(at)
-    return bool(torch.isin(*entries).any())
+    return bool(torch.isin(_addresses(x), _addresses(y)).any())
+
+
+def _addresses(x: Tensor) -> Tensor:
+    at = torch.tensor([int(x.storage_offset())])
+    for n, step in zip(x.shape, x.stride(), strict=True):
+        at = (at[:, None] + torch.arange(n) * step).flatten()
+    return at
 
 
 _MOST_ENTRIES = 1 << 22
@@ -131,14 +134,7 @@ _MOST_ENTRIES = 1 << 22
 
 
 def recompute_weights(model: nn.Module) -> None:
-    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks).
-
-    >>> net = torch.nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)
-    >>> net.weight_orig, net.weight_mask = nn.Parameter(net.weight_orig[:1]), net.weight_mask[:1]
-    >>> recompute_weights(net)
-    >>> net.weight.shape
-    torch.Size([1, 3])
-    """
+    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks)."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
@@ -148,12 +144,8 @@ def recompute_weights(model: nn.Module) -> None:
 
 
 def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes, with the call that removes the parametrisation in the reason of each axis that it froze.
-
-    A weight that is computed from others at every call, by a norm over some of its dimensions, cannot lose entries of
-    these: all others would change.
-    """
-    computed = {name: remedy for path, module in model.named_modules() for name, remedy in _computed(path, module)}
+    """Return the axes, with the call that removes the parametrisation in the reason of each axis that it froze."""
+    computed = {name: remedy for path, module in model.named_modules() for name, remedy, _ in _computed(path, module)}
     reasons = {}
     for axis in axes:
         remedy = next((computed[slot.name] for slot in axis.slots if slot.name in computed), "")
@@ -172,20 +164,19 @@ def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
 _OUTER = ("it is a dimension of the model's input", "it is an output of the model")
 
 
-def _computed(path: str, module: nn.Module, spectral: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield each tensor from which a module computes a weight, and the call that ends the parametrisation."""
-    at, dot = f"model.{path}" if path else "model", f"{path}." if path else ""
+def _computed(path: str, module: nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """Yield the tensors from which a module computes a weight, how to end that, and whether it is a spectral norm."""
+    where, dot = f"model.{path}" if path else "model", f"{path}." if path else ""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and not spectral:
+        if isinstance(hook, WeightNorm):
             for end in ("_g", "_v"):
-                yield f"{dot}{hook.name}{end}", f"torch.nn.utils.remove_weight_norm({at}, {hook.name!r})"
+                yield f"{dot}{hook.name}{end}", f"torch.nn.utils.remove_weight_norm({where}, {hook.name!r})", False
         elif isinstance(hook, SpectralNorm):
-            yield f"{dot}{hook.name}_orig", f"torch.nn.utils.remove_spectral_norm({at}, {hook.name!r})"
+            yield f"{dot}{hook.name}_orig", f"torch.nn.utils.remove_spectral_norm({where}, {hook.name!r})", True
     chains = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
     assert isinstance(chains, nn.ModuleDict)
     for name, chain in chains.items():
-        if spectral and not any(isinstance(one, _SpectralNorm) for one in chain.children()):
-            continue
-        for own, _ in (*chain.named_parameters(), *chain.named_buffers()):
-            remedy = f"torch.nn.utils.parametrize.remove_parametrizations({at}, {name!r})"
-            yield f"{dot}parametrizations.{name}.{own}", remedy
+        remedy = f"torch.nn.utils.parametrize.remove_parametrizations({where}, {name!r})"
+        spectral = any(isinstance(child, _SpectralNorm) for child in chain.children())
+        for leaf, _ in (*chain.named_parameters(), *chain.named_buffers()):
+            yield f"{dot}parametrizations.{name}.{leaf}", remedy, spectral
