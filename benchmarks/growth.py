@@ -21,9 +21,9 @@ from torch import nn
 
 from regrow import apply, trace, verify
 from regrow.core.axes import Example
+from regrow.exporters import ExportError
 from regrow.exporters import torchvision as torchvision_export
 from regrow.exporters import transformers as transformers_export
-from regrow.exporters.written import ExportError
 from regrow.jobs.forward_outputs import measure_change, outputs_of
 from regrow.jobs.grow import plan_growth
 from regrow.nets import load

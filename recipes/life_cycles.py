@@ -27,7 +27,7 @@ import torch
 from harness import Row, arguments, finished, last_line, rows, table, timed, today
 
 from regrow import nets, trace
-from regrow.evaluation.size import dense
+from regrow.evaluation.measure import dense
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.parents import read_stages
 from regrow.store.ledger import Ledger, replay

@@ -38,7 +38,7 @@ from torch import nn
 from regrow.core.tasks import Examples, Task
 from regrow.data.streams import alike, digits_task, fewer, idx, permuted_tasks, pictures, rotated_tasks, split
 from regrow.methods import LEARNERS
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 

@@ -1,7 +1,6 @@
 """Forms in which users give data: each with the list of batches that it equals, or with why it is refused.
 
-A form is a function that makes the data, and what they equal: a function that makes a list of batches, ``REFUSED``, or
-``ENDLESS``, which is refused where all data are needed.
+A form is a function that makes the data, and what they equal: a function that makes a list of batches, or ``REFUSED``.
 """
 
 import itertools
@@ -18,7 +17,7 @@ X = torch.randn(32, 8, generator=DRAW).half().float()
 Y = torch.randint(0, 4, (32,), generator=DRAW)
 VALUES, MANY = torch.randn(32, 4, generator=DRAW), torch.arange(128).reshape(32, 4) % 3 == 0
 EMPTY = X[:0], Y[:0]
-REFUSED, ENDLESS = "refused", "endless"
+REFUSED = "refused"
 Pair = namedtuple("Pair", "inputs labels")
 
 
@@ -256,15 +255,15 @@ KINDS = {
     "empty source": (lambda: source([*records(), Batch((EMPTY[0],), labels=EMPTY[1])]), REFUSED),
     "empty tensors": (lambda: EMPTY, REFUSED),
     "empty iterator": (lambda: iter(()), REFUSED),
-    "endless": (Endless, ENDLESS),
-    "endless generator": (lambda: (pair for pair in Endless()), ENDLESS),
-    "cycle": (lambda: itertools.cycle(batches()), ENDLESS),
-    "endless loader": (lambda: loader(EndlessStream()), ENDLESS),
-    "endless stream": (EndlessStream, ENDLESS),
-    "endless, sized": (lambda: Endless(length=4), ENDLESS),
+    "endless": (Endless, REFUSED),
+    "endless generator": (lambda: (pair for pair in Endless()), REFUSED),
+    "cycle": (lambda: itertools.cycle(batches()), REFUSED),
+    "endless loader": (lambda: loader(EndlessStream()), REFUSED),
+    "endless stream": (EndlessStream, REFUSED),
+    "endless, sized": (lambda: Endless(length=4), REFUSED),
     "endless batch sampler": (
         lambda: DataLoader(TensorDataset(X, Y), batch_sampler=EndlessSampler()),
-        ENDLESS,
+        REFUSED,
     ),
     "a length without end": (lambda: Endless(length=10**9), REFUSED),
     "loader fails": (Failing, REFUSED),

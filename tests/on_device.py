@@ -15,7 +15,8 @@ from pretend import counting, pretending
 from regrow.core.errors import ResourceError
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.scores import Need
-from regrow.data.batches import ReadOptions, to_sources
+from regrow.data.batch_forms import ReadOptions
+from regrow.data.batches import to_sources
 from regrow.jobs import learn, search
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import make_schedule, read_parts

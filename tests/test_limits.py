@@ -14,7 +14,8 @@ from regrow.core.change import Change
 from regrow.core.errors import InputError, ResourceError
 from regrow.core.plan import Plan, PlanError
 from regrow.data import SourceError, streams, text
-from regrow.data.vision import image_tensor, images, read_images
+from regrow.data.streams import read_images
+from regrow.data.vision import images, open_image, picture_tensor
 from regrow.evaluation import items_in
 from regrow.nets.files import check_gguf, check_safetensors
 from regrow.store import metrics
@@ -50,7 +51,7 @@ def test_only_regular_files_are_opened(strange):
         with pytest.raises(SourceError, match="strange"):
             text(f"mail={strange}")
     with pytest.raises(InputError, match="strange"):
-        image_tensor(strange, 8)
+        open_image(strange)
 
 
 def test_long_files_are_not_read(tmp_path):
@@ -120,14 +121,14 @@ def test_images_beyond_the_limits_are_refused_before_they_are_decoded(tmp_path, 
         data[16:24] = b"".join(side.to_bytes(4, "big") for side in size)  # the header alone says so
         path.write_bytes(_with_checksum(data))
         with pytest.raises(SourceError, match=says):
-            image_tensor(path, 8)
+            open_image(path)
     thin = tmp_path / "thin.png"
     Image.new("L", (1, 60_000)).save(thin)
     with pytest.raises(SourceError, match="at most 67,108,864 are read"):
-        image_tensor(thin, 224)
+        picture_tensor(open_image(thin), 224, "thin", normalised=True)
     dot = tmp_path / "dot.png"
     Image.new("L", (1, 1)).save(dot)
-    assert image_tensor(dot, 8).shape == (3, 8, 8)
+    assert picture_tensor(open_image(dot), 8, "dot", normalised=True).shape == (3, 8, 8)
     monkeypatch.setattr(limits, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"needs .* GB of memory, and .* GB are free"):
         read_images([thin] * 3)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import regrow
 from regrow.api.inputs import Arguments
 from regrow.core.errors import InputError
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store import StoreError
 from regrow.tracing import TraceError
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import regrow
 from regrow.core.tasks import first_examples
 from regrow.data.streams import digits_task, permuted_tasks
-from regrow.nets.small import small
+from regrow.nets.vision import small
 
 INPUTS = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,7 @@ from regrow.core.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import check_settings
 from regrow.store.atomic import atomic_write

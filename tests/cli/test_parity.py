@@ -22,7 +22,7 @@ from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import read_parts
 from regrow.jobs.starting import read_tasks
 from regrow.nets import Loaded
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.settings.grow import Settings as GrowSettings
 from regrow.settings.learn import Settings as LearnSettings
 from regrow.settings.prune import Settings as PruneSettings

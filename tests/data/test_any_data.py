@@ -4,7 +4,6 @@ import copy
 import signal
 import traceback
 import warnings
-from itertools import count
 
 import pytest
 import torch
@@ -12,11 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
-from data_forms import ENDLESS, INPUTS, KINDS, LABELS, REFUSED, Again, Once, Stream, X, Y, batches
+from data_forms import INPUTS, KINDS, LABELS, REFUSED, Again, Once, Stream, X, Y, batches
 from regrow.core.errors import InputError
 from regrow.core.sources import Batch
 from regrow.data import batch_streams
-from regrow.data.batches import ReadOptions, to_source
+from regrow.data.batch_forms import ReadOptions
+from regrow.data.batches import to_source
 from regrow.data.halves import SourceError
 
 SECONDS = 10
@@ -82,16 +82,12 @@ def attempt(call, data):
 def fault(command, name, same, results, got):
     """What is wrong with a result; empty if nothing is."""
     if not isinstance(got, str):
-        if same is ENDLESS and command == "grow":
-            return ""  # which needs some batches, not all
         unread = name in LABELS and command == "recover"  # refit compares outputs, and reads no labels
         known = results(batches if unread else same)
         return "" if any(equal(got, result) for result in known) else "SILENT"
     if got.startswith(("RAW", "HANG")):
         return got
-    if same not in (REFUSED, ENDLESS) or (same is ENDLESS and command == "grow"):
-        return f"refused: {got}"
-    return ""
+    return "" if same is REFUSED else f"refused: {got}"
 
 
 @pytest.fixture
@@ -115,7 +111,7 @@ def test_every_form_of_data_gives_what_a_list_gives_or_is_refused(command, monke
 
     def results(same):
         """Of the list of batches, which come in their order, and of tensors, which regrow shuffles."""
-        if same in (REFUSED, ENDLESS):
+        if same is REFUSED:
             return []
         if same not in references:
             references[same] = [call(same()), call(tuple(map(torch.cat, zip(*same(), strict=True))))]
@@ -189,14 +185,6 @@ def test_a_batch_without_a_label_counts_nothing():
     assert regrow.evaluate(NET, parts) == regrow.evaluate(NET, kept)
     with pytest.raises(ValueError, match="source 'data', batch 2"):
         regrow.finetune(net(), parts)
-
-
-def test_growing_reads_no_more_of_an_endless_iterable_than_it_needs():
-    read = count()
-    endless = (pair for pair in iter(lambda: batches()[next(read) % 4], None))
-    with pytest.warns(UserWarning, match="does not end: its first 100 batches are used"):
-        regrow.grow(net(), mlp="+25%", data=endless, steps=2, axes=AXES)
-    assert next(read) <= 102
 
 
 def test_what_is_read_once_and_does_not_fit_into_memory_is_refused(monkeypatch):

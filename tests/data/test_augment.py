@@ -2,7 +2,7 @@
 
 import torch
 
-from regrow.data.augment import cut_out, shift_and_flip
+from regrow.data.vision import cut_out, shift_and_flip
 
 
 def test_a_square_is_cut_out_of_each_picture_by_itself():

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
-from regrow.data.batch_forms import to_batch
-from regrow.data.batches import ReadOptions, to_source, to_sources
+from regrow.data.batch_forms import ReadOptions, to_batch
+from regrow.data.batches import to_source, to_sources
 from regrow.data.halves import SourceError
 from regrow.scoring.collect import collect
 from regrow.tracing import trace

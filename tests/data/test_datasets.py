@@ -17,10 +17,10 @@ from torch.utils.data import (
 )
 
 from regrow.core.tasks import Examples, ExamplesView, first_examples
-from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples
+from regrow.data import datasets
+from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples, to_tasks
 from regrow.data.halves import SourceError
 from regrow.data.streams import permuted_tasks
-from regrow.data.task_data import to_tasks
 
 INPUTS, LABELS = torch.arange(33.0).reshape(11, 3), torch.arange(11) % 2
 
@@ -153,7 +153,8 @@ def benchmark(entries, streams=2):
     return SimpleNamespace(train_stream=make(entries[2:]), test_stream=make(entries[:2]))
 
 
-def test_every_shape_of_a_sequence_of_tasks():
+def test_every_shape_of_a_sequence_of_tasks(monkeypatch):
+    monkeypatch.setattr(datasets, "HELD_OUT", 2 / 11)
     rows = [(INPUTS[i], int(LABELS[i]), 0) for i in range(11)]
     data = (INPUTS, LABELS)
     for tasks in (
@@ -164,14 +165,15 @@ def test_every_shape_of_a_sequence_of_tasks():
         (({"train": (INPUTS[2:], LABELS[2:]), "test": (INPUTS[:2], LABELS[:2])}) for _ in range(2)),
         [data, data],
     ):
-        found = to_tasks(tasks, share=2 / 11)
+        found = to_tasks(tasks)
         assert [(task.name, len(task.train), len(task.test), task.classes) for task in found] == [
             ("task-1", 9, 2, (0, 1)),
             ("task-2", 9, 2, (0, 1)),
         ]
 
 
-def test_held_out_examples_are_not_learned():
+def test_held_out_examples_are_not_learned(monkeypatch):
+    monkeypatch.setattr(datasets, "HELD_OUT", 0.3)
     rows = [(INPUTS[i], int(LABELS[i])) for i in range(11)]
     for data in (
         (INPUTS, LABELS),
@@ -183,7 +185,7 @@ def test_held_out_examples_are_not_learned():
         TensorDataset(INPUTS, LABELS),
         DataLoader(TensorDataset(INPUTS, LABELS), shuffle=True, drop_last=True),
     ):
-        (task,) = to_tasks([data], share=0.3)
+        (task,) = to_tasks([data])
         learned, tested = (set(first_examples(part, 11).inputs[:, 0].tolist()) for part in (task.train, task.test))
         assert not learned & tested
         assert len(learned | tested) == 11

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_of_classes_in_two_halves(folder: Path) -> None:
     """Every image is in exactly one half, with its class, cut to size and normalised."""
     parts = [images("fruit", folder, size=8, batch_size=2, half=h) for h in (Half.CALIBRATION, Half.EVALUATION)]
-    files = [{file for file, _ in part.batches.files} for part in parts]
+    files = [{file for file, _ in part.batches.pictures.files} for part in parts]
     assert [len(f) for f in files] == [5, 4]
     assert not files[0] & files[1]
     assert [len(part) for part in parts] == [3, 2]
@@ -34,14 +34,16 @@ def test_a_folder_of_classes_in_two_halves(folder: Path) -> None:
         for number, batch in enumerate(part):
             pixels = batch.args[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
             assert batch.args[0].shape[1:] == (3, 8, 8)
-            for row, (file, label) in zip(pixels, part.batches.files[number * 2 :], strict=False):
+            for row, (file, label) in zip(pixels, part.batches.pictures.files[number * 2 :], strict=False):
                 assert file.parent.name == ("apple", "pear")[label]
                 expected = torch.tensor([40 * int(file.stem), 100 * label, 7]) / 255
                 assert torch.allclose(row.amax((1, 2)), expected, atol=1e-5)
                 assert torch.allclose(row.amin((1, 2)), expected, atol=1e-5)
-            assert batch.labels.tolist() == [label for _, label in part.batches.files[number * 2 : number * 2 + 2]]
+            assert batch.labels.tolist() == [
+                label for _, label in part.batches.pictures.files[number * 2 : number * 2 + 2]
+            ]
     assert parts[0].tokens == 5
-    assert len(images("fruit", folder, n=2, half=Half.WHOLE).batches.files) == 2
+    assert len(images("fruit", folder, n=2, half=Half.WHOLE).batches.pictures.files) == 2
     assert parts[0].batches[-1].labels.tolist() == parts[0].batches[2].labels.tolist()
     with pytest.raises(IndexError):
         parts[0].batches[3]

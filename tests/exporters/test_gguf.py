@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from exporters.deci import File, logits
 from regrow import Plan, apply, export, load, trace, with_branches
 from regrow.core.axes.operations import Placeholder
+from regrow.exporters import ExportError
 from regrow.exporters import gguf as format
-from regrow.exporters.gguf import write
+from regrow.exporters.gguf import allowed_error, encode, q6_k, write
 from regrow.exporters.gguf.network import describe_decoder
-from regrow.exporters.gguf.quants import allowed_error, encode, q6_k
-from regrow.exporters.written import ExportError
 from regrow.store import save
 from regrow.store.shapes import content_digest
 from regrow.tracing.branches import insert_placeholders
@@ -312,4 +311,4 @@ def test_what_is_said_of_a_network_costs_no_copy_of_it() -> None:
     model = llama(2)
     decoder = describe_decoder(model)
     held = {id(p) for p in model.parameters()}
-    assert {id(linear.weight) for one in decoder.layers for linear in one.block.linear.values()} <= held
+    assert {id(linear.weight) for one in decoder.layers for linear in one.linear.values()} <= held

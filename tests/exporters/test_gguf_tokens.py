@@ -9,9 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from exporters.deci import File
 from exporters.test_gguf import llama
+from regrow.exporters import ExportError
 from regrow.exporters.gguf import write
 from regrow.exporters.gguf.tokens import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
-from regrow.exporters.written import ExportError
 
 TEXT = ["The cat sat on the mat, and the rat sat on the cat.", "12 + 345 = 357 of them, that is that."] * 3
 
@@ -66,7 +66,7 @@ def test_the_rule_is_found_by_what_a_tokenizer_does(steps: tuple[str, ...], rule
     words = vocabulary(tokenizer, len(tokenizer))
     assert (words.model, words.rule, words.begins, words.ends, words.spaced) == ("gpt2", rule, False, False, False)
     assert [tokenizer.convert_tokens_to_ids(text) for text in words.tokens] == [*range(len(tokenizer))]
-    assert words.kinds[:2] == [CONTROL, CONTROL] and {*words.kinds[2:]} == {NORMAL}
+    assert words.types[:2] == [CONTROL, CONTROL] and {*words.types[2:]} == {NORMAL}
     assert all("".join(pair.split(" ")) in words.tokens for pair in words.merges)
     assert (words.special["bos"], words.special["eos"]) == (0, 1)
 
@@ -99,7 +99,7 @@ def test_sentencepiece_has_scores_in_the_order_of_merges() -> None:
     tokenizer = fast(sentencepiece())
     words = vocabulary(tokenizer, len(tokenizer))
     assert (words.model, words.begins, words.spaced) == ("llama", True, True)
-    assert words.kinds[:4] == [UNKNOWN, CONTROL, CONTROL, BYTE]
+    assert words.types[:4] == [UNKNOWN, CONTROL, CONTROL, BYTE]
     score = dict(zip(words.tokens, words.scores, strict=True))
     best = sorted(("th", "he", f"{SPACE}t", f"{SPACE}th", "the", f"{SPACE}the"), key=lambda token: -score[token])
     assert best == ["th", "he", f"{SPACE}t", f"{SPACE}th", "the", f"{SPACE}the"]

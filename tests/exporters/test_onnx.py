@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import laws
 from regrow import Plan, apply, export, load, trace, with_branches
 from regrow.core.axes import Example
+from regrow.exporters import ExportError
 from regrow.exporters import onnx as format
 from regrow.exporters.onnx import write
 from regrow.exporters.onnx.files import clear_abandoned, place_file
-from regrow.exporters.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.cells import Cells, supernet
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store import save
 from regrow.store.atomic import staging_folder
 from regrow.tracing.branches import PlaceholderModule

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import regrow
-from regrow.exporters.written import ExportError
+from regrow.exporters import ExportError
 from regrow.jobs.export import run
 from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings

@@ -18,7 +18,7 @@ from regrow.core import amounts
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.core.progress import silent
-from regrow.data.augment import cut_out
+from regrow.data.vision import cut_out
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
 from regrow.jobs import search as searching

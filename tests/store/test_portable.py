@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import regrow
 from regrow.core.plan import Plan
+from regrow.exporters import ExportError
 from regrow.exporters import torchvision as to_torchvision
 from regrow.exporters import transformers as to_transformers
-from regrow.exporters.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
 from regrow.store import StoreError, load, save

@@ -12,7 +12,7 @@ from regrow.core.axes import AxisGraph
 from regrow.data.streams import digits_task, fewer, permuted_tasks
 from regrow.methods.continual import sparsegrow
 from regrow.methods.search import mgas
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store.ledger import Ledger, replay
 from regrow.surgery import UndoStore
 from regrow.tracing import trace

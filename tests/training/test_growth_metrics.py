@@ -15,7 +15,7 @@ from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, run
 from regrow.jobs.recording import Invocation
 from regrow.methods import LEARNERS
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply
 from regrow.tracing import trace

@@ -22,7 +22,7 @@ from regrow.jobs.learn import Settings, extend, run
 from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import TaskSpecs, read_tasks
 from regrow.methods import LEARNERS, MethodKind, find_method
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.reports import write_page
 from regrow.store.errors import StoreError
 from regrow.tracing import trace

@@ -110,7 +110,7 @@ def grow(
 
 def _open(arguments: Arguments, destination: Destination, steps: int, progress: Progress, clock: Clock) -> GrowInputs:
     """Open the network and read the data."""
-    inputs = arguments.read(progress, need=steps)
+    inputs = arguments.read(progress)
     return GrowInputs(
         loaded_of(inputs),
         inputs.trace() if arguments.axes is None else arguments.axes,

@@ -14,13 +14,13 @@ from regrow.core.names import GENERATED
 from regrow.core.objectives import LossFunction, Objective, choose_objective
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of, moved
-from regrow.data.batches import ReadOptions, to_sources
+from regrow.data.batch_forms import ReadOptions
+from regrow.data.batches import to_sources
 from regrow.evaluation.generation import generate_source
 from regrow.jobs.models import ModelSpec, load_model, with_origin
 from regrow.nets import Origin
 from regrow.nets.devices import check_precision, choose_device
-from regrow.nets.examples import guessed_example
-from regrow.nets.loaded import WeightFile
+from regrow.nets.loaded import WeightFile, guessed_example
 from regrow.store.building import describe_origin
 from regrow.tracing import TraceError, trace
 
@@ -105,13 +105,12 @@ class Arguments:
         """The name of the network in the settings of a run."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
-    def read(self, progress: Progress = silent, *, generates: bool = False, need: int = 0) -> Inputs:
+    def read(self, progress: Progress = silent, *, generates: bool = False) -> Inputs:
         """Load the network if it is named, read the data, and choose an example input and an objective.
 
         Args:
             progress: Called with (steps done, steps in all, what is being done).
             generates: Whether ``"generated"`` among the data is text that the network generates.
-            need: How many batches are needed of an iterable that does not end; 0: all, so that it is refused.
 
         Raises:
             InputError: If there is neither an example nor data, or no network.
@@ -135,7 +134,7 @@ class Arguments:
         known = known if example is None else to_example(example)
         guess = known or guessed_example(model)
         size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-        reading = replace(choose_reading(model, tokenizer, self.batch_size, size), need=need)
+        reading = choose_reading(model, tokenizer, self.batch_size, size)
         data = _generate(self.data, model, reading, progress) if generates else self.data
         sources = tuple(to_sources(data, reading))
         tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))

@@ -20,9 +20,9 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tables import Table, format_html
 from regrow.core.tasks import Task, first_examples
-from regrow.data.task_data import to_tasks
+from regrow.data.datasets import to_tasks
 from regrow.evaluation.continual import Matrix
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 from regrow.jobs.learn import LearnInputs, build_learner, carry_out
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import Clock

@@ -24,7 +24,7 @@ def show(
 ) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
     from regrow.jobs.models import ModelSpec, trace_model
-    from regrow.nets.examples import written_shape
+    from regrow.nets.loaded import written_shape
     from regrow.tracing import with_branches
 
     options.say_code(model, code)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,23 +14,42 @@ from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, describe
 from regrow.data.halves import SourceError
 
-LABELS = ("labels", "label", "target", "targets", "y")
-"""The keys under which a batch or a row may hold its labels."""
-TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)
-"""The keys under which lists of numbers are a tensor, as tokenizers return them."""
+LABELS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
+TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)  # tokenizers return lists under these keys
+
+
+class IndexedData(Protocol):
+    """A data set that is read by index, or by slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How data are read."""
+
+    batch_size: int = 32  # where the data do not come in batches
+    tokenizer: object = None  # without one, text is refused
+    seq_len: int = 512  # tokens per window of text
+    size: int = 224  # height and width of images that are read from files
+    # Labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them: they are
+    # shifted by one, and made of ``input_ids`` if missing.
+    shift: bool = False
+    normalised: bool = True  # images from files, as torchvision's pretrained networks expect; else 0 to 1
+    dtype: torch.dtype | None = None  # to which inputs are cast
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SourceError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+DEFAULTS = ReadOptions()
 
 
 def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
-    """Return one batch of a user's loader as inputs and labels.
-
-    Args:
-        item: A :class:`regrow.Batch`; a tensor of inputs; (inputs, labels), where inputs may be a tensor, several, or
-            a dict; a dict with inputs by name, and ``labels``; or, for detection, (list of images, list of targets).
-        where: What the message calls it: ``"source 'data', batch 3"``.
-        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
-
-    Raises:
-        SourceError: If it is none of these.
+    """Return one batch of a user's loader as inputs and labels; ``where`` is what messages call it.
 
     >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
     tensor([[   6,    7, -100]])
@@ -55,18 +74,12 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
     got = f"a {type(item).__name__}"
     if isinstance(item, tuple | list):
         got += f" of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
-    raise SourceError(
-        f"{where}: a batch must be a tensor, (inputs, labels), or a dict of tensors, got {got}; "
-        "give a collate_fn that returns one of these"
-    )
+    problem = f"a batch must be a tensor, (inputs, labels), or a dict of tensors, got {got}"
+    raise SourceError(f"{where}: {problem}; give a collate_fn that returns one of these")
 
 
 def is_entry(item: Any) -> bool:
-    """Whether an item is a single example (input, label) or a dict with a label, rather than a batch.
-
-    Args:
-        item: An item of an iterable.
-    """
+    """Whether an item is a single example (input, label) or a dict with a label, rather than a batch."""
     label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     if isinstance(item, Mapping):
         label = next((item[key] for key in LABELS if key in item), None)
@@ -75,19 +88,15 @@ def is_entry(item: Any) -> bool:
     return isinstance(label, int | float | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
 
 
+def is_entries(data: Any) -> bool:
+    """Whether data are a list of entries (input, label)."""
+    return isinstance(data, list) and bool(data) and is_entry(data[0])
+
+
 def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, first: Batch | None = None) -> Batch:
     """Return a batch whose tensors networks and losses can take, or say in one line what is wrong with it.
 
     Inputs of other floating formats are cast, labels of whole numbers become int64, and no tensor has a gradient.
-
-    Args:
-        batch: The batch.
-        where: What messages call it: ``"source 'data', batch 3"``.
-        dtype: The floating format of the network; ``None``: inputs keep theirs.
-        first: The first batch of the source, which has labels of the same kind.
-
-    Raises:
-        SourceError: If it is empty, holds NaN or infinity, or tensors that cannot be read, or its labels are of no use.
 
     >>> check_batch(Batch((torch.ones(2, 3).double(),), labels=torch.tensor([0, 1], dtype=torch.int32)), "batch 0",
     ...     torch.float32)
@@ -101,28 +110,15 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     # A vector of values is a single example, unless there is a label for each.
     row = len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 1 and args[0].is_floating_point()
     if labels is not None and row and len(labels) != size:
-        raise SourceError(
-            f"{where}: an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)} is a single "
-            "example; give DataLoader(data, batch_size=32)"
-        )
-    if first is not None and (form := _label_form(labels)) != _label_form(first.labels):
-        raise SourceError(
-            f"{where} has {form}, and the first batch {_label_form(first.labels)}; give batches of one kind, each with "
-            "labels"
-        )
+        shapes = f"an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)}"
+        raise SourceError(f"{where}: {shapes} is a single example; give DataLoader(data, batch_size=32)")
+    if first is not None and (form := _label_form(labels)) != (wanted := _label_form(first.labels)):
+        raise SourceError(f"{where} has {form}, and the first batch {wanted}; give batches of one kind, with labels")
     return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
 
 
 def count_examples(inputs: Sequence[Any], where: str) -> int:
-    """Return how many examples a batch has: the length of its first input.
-
-    Args:
-        inputs: The inputs.
-        where: What messages call the batch.
-
-    Raises:
-        SourceError: If it has none, or the first input has no dimension for them.
-    """
+    """Return how many examples a batch has: the length of its first input."""
     first = next((part for part in inputs if isinstance(part, Tensor | list | tuple)), None)
     if isinstance(first, Tensor) and not first.dim():
         raise SourceError(f"{where}: the input is a single number; give a tensor whose first dimension is the batch")
@@ -134,15 +130,7 @@ def count_examples(inputs: Sequence[Any], where: str) -> int:
 
 
 def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
-    """Return an array as a tensor, of any byte order and strides.
-
-    Args:
-        value: The array.
-        where: What messages call the batch.
-
-    Raises:
-        SourceError: If it holds no numbers.
-    """
+    """Return an array as a tensor, of any byte order and strides."""
     try:
         return torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
     except TypeError:
@@ -150,17 +138,7 @@ def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
 
 
 def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
-    """Return an input with its tensors as networks take them.
-
-    Args:
-        value: A tensor, an array, or lists, tuples and dicts of them; anything else is returned as it is.
-        where: What messages call the batch.
-        dtype: The floating format to which tensors are cast; ``None``: none.
-        name: The name of the input; a mask or bias may hold infinity.
-
-    Raises:
-        SourceError: If a tensor holds NaN or infinity, or has no plain numbers.
-    """
+    """Return an input with its tensors as networks take them."""
     match value:
         case np.ndarray():
             value = from_array(value, where)
@@ -168,7 +146,7 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
             return {key: check_input(part, where, dtype, str(key)) for key, part in value.items()}
         case list() | tuple() if any(isinstance(part, Tensor | np.ndarray | dict | list) for part in value):
             parts = [check_input(part, where, dtype, name) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+            return value._make(parts) if isinstance(value, tuple) and hasattr(value, "_make") else type(value)(parts)
     if not isinstance(value, Tensor):
         return value
     value = _plain(value, where, "an input")
@@ -183,14 +161,6 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
 def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     """Return labels as losses take them: whole numbers int64, and bool per output float32.
 
-    Args:
-        labels: A tensor, an array, or a list of numbers.
-        where: What messages call the batch.
-        size: The number of examples, which tells a single label from one that has lost its dimension.
-
-    Raises:
-        SourceError: If they are no numbers, NaN or infinity, or have no dimension for the examples.
-
     >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
     (tensor([1, 0]), tensor([[1., 1.]]))
     """
@@ -203,10 +173,8 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     labels = _plain(labels, where, "labels are")
     if not labels.dim():
         if size != 1:
-            raise SourceError(
-                f"{where}: labels have no dimension for the examples; if it is a single example, give the loader a "
-                "batch_size"
-            )
+            problem = "labels have no dimension for the examples"
+            raise SourceError(f"{where}: {problem}; if it is a single example, give the loader a batch_size")
         labels = labels.reshape(1)
     if problem := _damage(labels, infinite=False):
         raise SourceError(f"{where}: labels hold {problem}; leave the example out")
@@ -244,14 +212,14 @@ def _label_form(labels: Tensor | None) -> str:
 
 def are_labels(value: Any) -> bool:
     """Whether the last part of a batch holds labels: a tensor, an array, or a list of numbers."""
-    numbers = isinstance(value, list | tuple) and value and all(isinstance(x, int | float | np.generic) for x in value)
-    return bool(numbers) or isinstance(value, Tensor | np.ndarray)
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(isinstance(x, int | float | np.generic) for x in value)
+    return isinstance(value, Tensor | np.ndarray)
 
 
 def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
     item = {key: _from_numbers(value, where) if key in TOKENIZED else value for key, value in item.items()}
-    key = next((key for key in LABELS if key in item), None)
-    labels = item.pop(key) if key else None
+    labels = next((item.pop(key) for key in LABELS if key in item), None)
     ids = item.get("input_ids")
     if not shift or not isinstance(ids, Tensor):
         return Batch((), item, labels)
@@ -278,5 +246,5 @@ def _from_numbers(value: Any, where: str) -> Any:
     try:
         return torch.tensor(value)
     except (ValueError, TypeError, OverflowError) as error:
-        problem = f"{where}: lists of numbers are no tensor: {first_line(error)}"
-        raise SourceError(f"{problem}; pad them to one length") from error
+        problem = f"lists of numbers are no tensor: {first_line(error)}"
+        raise SourceError(f"{where}: {problem}; pad them to one length") from error

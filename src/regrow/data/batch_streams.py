@@ -3,12 +3,11 @@
 An iterable that can be read only once is kept in memory.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +17,11 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_
 from regrow.core.errors import InputError, first_line
 from regrow.core.limits import available_memory
 from regrow.core.sources import Batch, Source, generators_of, preserve_random_state
-from regrow.data.batch_forms import check_batch, is_entry, to_batch
+from regrow.data.batch_forms import DEFAULTS, ReadOptions, check_batch, is_entry, to_batch
 from regrow.data.halves import SourceError
 
-MOST = 10_000
-"""How many batches of an iterable without a length are read before it is taken for endless."""
-MOST_SAID = 1_000_000
-"""The largest number of batches that a loader may say it has, unless torch counts them."""
-FEW = 100
-"""How many batches of an endless iterable are read, at least, where a command needs only some."""
+MOST = 10_000  # batches of an iterable without a length that are read before it is taken for endless
+MOST_CLAIMED = 1_000_000  # batches that a loader may say it has, unless torch counts them
 
 
 class LazyBatches(Sequence[Batch]):
@@ -36,11 +31,7 @@ class LazyBatches(Sequence[Batch]):
         """Return some batches; by default, those before them are read too."""
         return islice(iter(self), positions.start, positions.stop, positions.step)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+    def __getitem__(self, index: Any) -> Any:
         """Read a batch, or a list of batches for a slice."""
         if isinstance(index, slice):
             return list(self.read(range(*index.indices(len(self)))))
@@ -52,23 +43,13 @@ class LazyBatches(Sequence[Batch]):
 
 @dataclass(frozen=True)
 class BatchStream(LazyBatches):
-    """The batches of a user's loader, read anew each time and never all in memory.
-
-    Args:
-        loader: The iterable of batches, which starts again each time it is read.
-        name: The name of the source.
-        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
-        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
-        number: The number of batches; ``None``: what the loader says.
-        checked: Whether the loader is a list of batches that were checked.
-    """
+    """The batches of a user's loader, read anew each time and never all in memory."""
 
     loader: Iterable[Any]
     name: str
-    shift: bool = False
-    dtype: torch.dtype | None = None
-    number: int | None = None
-    checked: bool = False
+    reading: ReadOptions = DEFAULTS
+    number: int | None = None  # of batches; ``None``: what the loader says
+    checked: bool = False  # the loader is a list of batches that were checked
 
     def __iter__(self) -> Iterator[Batch]:
         if self.checked:
@@ -79,11 +60,12 @@ class BatchStream(LazyBatches):
             if i == self.number:
                 raise self._miscounted(f"more than {i}")
             where = f"source {self.name!r}, batch {i}"
-            batch = check_batch(to_batch(item, where, self.shift), where, self.dtype, first)
+            batch = check_batch(to_batch(item, where, self.reading.shift), where, self.reading.dtype, first)
             first = first or batch
             if not isinstance(self.loader, list | tuple | DataLoader):  # which may use its tensors again
-                parts = (batch.args, dict(batch.kwargs), batch.labels)
-                args, kwargs, labels = tree_map_only(Tensor, torch.clone, parts)
+                args, kwargs, labels = tree_map_only(
+                    Tensor, torch.clone, (batch.args, dict(batch.kwargs), batch.labels)
+                )
                 batch = Batch(args, kwargs, labels, where)
             yield batch
         if self.number is not None and i + 1 < self.number:
@@ -97,63 +79,54 @@ class BatchStream(LazyBatches):
         return sum(1 for _ in self.loader) if known is None else known
 
     def _miscounted(self, now: str) -> SourceError:
-        return SourceError(
-            f"source {self.name!r} had {self.number} batches when it was first read, and has {now} now; give the same "
-            "number each time, or a list of batches"
-        )
+        counts = f"had {self.number} batches when it was first read, and has {now} now"
+        return SourceError(f"source {self.name!r} {counts}; give the same number each time, or a list of batches")
 
 
-def read_stream(
-    data: Iterable[Any], name: str, size: int, shift: bool = False, dtype: torch.dtype | None = None, need: int = 0
-) -> BatchStream:
+def read_stream(data: Iterable[Any], name: str, reading: ReadOptions) -> BatchStream:
     """Return the batches of an iterable, after reading it once to count and check them.
 
     Of a ``DataLoader`` that torch counts, only the first batch is read here. An iterable that can be read only once is
     kept in memory.
-
-    Args:
-        data: The iterable, of batches or of single examples.
-        name: The name of the source.
-        size: Examples per batch, where the iterable gives single examples.
-        shift: As :attr:`regrow.data.batches.ReadOptions.shift`.
-        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
-        need: How many batches are needed, if the iterable does not end; 0: all.
-
-    Raises:
-        SourceError: If it is empty or endless, a batch cannot be used, or it can be read once and memory is too small.
     """
-    said = length_of(data)
+    claimed = length_of(data)
     if isinstance(data, DataLoader) and _is_counted(data):
-        stream = BatchStream(data, name, shift, dtype, said)
+        stream = BatchStream(data, name, reading, claimed)
         next(iter(stream), None)
         return stream
     if isinstance(data, IterableDataset):
-        data = _EntryGroups(data, size)
-    stream = BatchStream(data, name, shift, dtype)
+        data = _EntryGroups(data, reading.batch_size)
+    stream = BatchStream(data, name, reading)
     if isinstance(data, list | tuple):
-        batches = list(stream)
-        return BatchStream(batches, name, number=len(batches), checked=True)
+        return _hold(list(stream), name)
     remedy = "give a part of it, as list(itertools.islice(loader, 1000)) does, or an iterable that ends and has a len()"
-    if said is not None and said > MOST_SAID:
-        problem = f"says that it has {said:,} batches, of at most {MOST_SAID:,}"
+    if claimed is not None and claimed > MOST_CLAIMED:
+        problem = f"says that it has {claimed:,} batches, of at most {MOST_CLAIMED:,}"
         raise SourceError(f"source {name!r} {problem}; {remedy}")
-    most, once = max(said or 0, need, FEW) if need else max(said or 0, MOST), isinstance(data, Iterator)
+    limit, once = max(claimed or 0, MOST), isinstance(data, Iterator)
+    batches, free, number = list[Batch](), (available_memory() or 2**33) // 2, 0
     with nullcontext() if once else preserve_random_state(*generators_of(data)):
-        kept, number = _read(stream, most, need)
-        if number is not None and not (once and kept is not None):
+        for number, batch in enumerate(stream, start=1):
+            if number > limit:
+                raise SourceError(f"source {name!r} does not end within {limit:,} batches; {remedy}")
+            leaves = tree_leaves((batch.args, dict(batch.kwargs), batch.labels))
+            free -= sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            if free >= 0:
+                batches.append(batch)
+            else:
+                batches.clear()
+        if not once or free < 0:
             once = next(guarded(data, name), None) is None
-    if number is None:
-        if not need or kept is None:
-            raise SourceError(f"source {name!r} does not end within {most:,} batches; {remedy}")
-        warnings.warn(f"source {name!r} does not end: its first {len(kept)} batches are used", stacklevel=2)
-    elif not once:
+    if not once:
         return replace(stream, number=number)
-    elif kept is None:
-        raise SourceError(
-            f"source {name!r} can be read only once, and its {number} batches do not fit into half of the free memory; "
-            "give a DataLoader, or an iterable that starts again"
-        )
-    return BatchStream(kept, name, number=len(kept), checked=True)
+    if free < 0:
+        problem = f"can be read only once, and its {number} batches do not fit into half of the free memory"
+        raise SourceError(f"source {name!r} {problem}; give a DataLoader, or an iterable that starts again")
+    return _hold(batches, name)
+
+
+def _hold(batches: list[Batch], name: str) -> BatchStream:
+    return BatchStream(batches, name, number=len(batches), checked=True)
 
 
 def length_of(data: Any) -> int | None:
@@ -183,29 +156,6 @@ def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
                 problem = f"{lines[-1]:.200}"  # of the traceback of a worker
             raise SourceError(f"source {name!r}, batch {i} cannot be read: {problem}; mend the loader") from error
         yield item
-
-
-def _read(stream: BatchStream, most: int, need: int) -> tuple[list[Batch] | None, int | None]:
-    """Read an iterable once.
-
-    Returns:
-        Its batches, unless they take more than half of the free memory; and their number, unless there are more than
-        ``most``, or than ``need`` that fill the memory.
-    """
-    kept: list[Batch] | None = []
-    free, number = (available_memory() or 2**33) // 2, 0
-    for batch in stream:
-        if number == most:
-            return kept, None
-        number += 1
-        if kept is not None:
-            kept.append(batch)
-            leaves = tree_leaves((batch.args, dict(batch.kwargs), batch.labels))
-            free -= sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-            if free < 0 and need and number >= need:
-                return kept, None
-            kept = kept if free >= 0 else None
-    return kept, number
 
 
 @dataclass(frozen=True)
@@ -266,9 +216,7 @@ class BatchChain(LazyBatches):
         begin = 0
         for part in self.parts:
             inside = [i - begin for i in positions if begin <= i < begin + len(part)]
-            if len(inside) == 1:
-                yield part[inside[0]]
-            elif inside:
+            if inside:
                 yield from part[inside[0] : inside[-1] + 1 : positions.step]
             begin += len(part)
 
@@ -300,9 +248,12 @@ def _join(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
         yield concatenate(group)
 
 
+def _row_counts(*values: object) -> list[int]:
+    return [len(value) for value in values if isinstance(value, Tensor) and value.dim()]
+
+
 def _count_rows(batch: Batch) -> int:
-    values = (*batch.args, *batch.kwargs.values())
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
+    return next(iter(_row_counts(*batch.args, *batch.kwargs.values())), 1)
 
 
 def form_of(batch: Batch) -> list[Any]:
@@ -323,8 +274,7 @@ def is_joinable(batch: Batch) -> bool:
     >>> is_joinable(Batch((ids,))), is_joinable(Batch((ids,), {"position_ids": positions}))
     (True, False)
     """
-    values = (*batch.args, *batch.kwargs.values(), batch.labels)
-    return len({len(value) for value in values if isinstance(value, Tensor) and value.dim()}) <= 1
+    return len({*_row_counts(*batch.args, *batch.kwargs.values(), batch.labels)}) <= 1
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

@@ -11,61 +11,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regrow.core.sources import Batch, Source
-from regrow.data.batch_forms import LABELS, check_batch, from_array, is_entry, to_batch
+from regrow.data.batch_forms import DEFAULTS, LABELS, IndexedData, ReadOptions, from_array, is_entries
 from regrow.data.batch_streams import BatchStream, read_stream
 from regrow.data.halves import Half, SourceError
 from regrow.data.text import Text, chat_text, read, text, windows
 from regrow.data.vision import ImageRows, image_table, images
 
+# The keys by which a dict of tensors is recognised as a batch, and not as named sources.
 INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
-"""The keys by which a dict of tensors is recognised as a batch, and not as named sources."""
 EXPECTED = (
     "a tensor, a pair (inputs, labels), a DataLoader, a data set, an iterable of batches, strings, or a path to a "
     "folder of class folders, a .csv or a .jsonl file"
 )
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How data are read.
-
-    Args:
-        batch_size: Examples per batch, where the data do not come in batches.
-        tokenizer: The tokenizer of a language model, for text; ``None``: text is refused.
-        seq_len: Tokens per window of text.
-        size: Height and width of images that are read from files.
-        shift: Whether labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes
-            them, so that the labels of a batch are these, shifted by one; and made of ``input_ids`` if missing.
-        normalised: Normalise images that are read from files as torchvision's pretrained networks expect; otherwise
-            their values are 0 to 1.
-        dtype: The floating format of the network, to which inputs are cast; ``None``: they keep theirs.
-        need: How many batches are needed, if an iterable does not end; 0: all, so that it is refused.
-    """
-
-    batch_size: int = 32
-    tokenizer: Any = None
-    seq_len: int = 512
-    size: int = 224
-    shift: bool = False
-    normalised: bool = True
-    dtype: torch.dtype | None = None
-    need: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise SourceError(f"batch_size must be at least 1, got {self.batch_size}")
-
-
-def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
+def to_sources(data: Any, reading: ReadOptions = DEFAULTS) -> list[Source]:
     """Return users' data as named sources.
-
-    Args:
-        data: One set of data, as :func:`to_source` takes it; a mapping from names to such; or several
-            :class:`regrow.Source`. ``None``: none.
-        reading: How they are read.
-
-    Raises:
-        SourceError: If the data are of no kind that can be read.
 
     >>> [source.name for source in to_sources({"a": torch.ones(2, 3), "b": torch.ones(2, 3)})]
     ['a', 'b']
@@ -81,20 +42,8 @@ def to_sources(data: Any, reading: ReadOptions = ReadOptions()) -> list[Source]:
     return [to_source(data, "data", reading)]
 
 
-def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions()) -> Source:
+def to_source(data: Any, name: str = "data", reading: ReadOptions = DEFAULTS) -> Source:
     """Return users' data as a source of batches.
-
-    Args:
-        data: A tensor of inputs; a tuple of tensors, the last of which holds labels; a ``DataLoader`` or another
-            iterable of batches (tensors, (inputs, labels), dicts, :class:`regrow.Batch`), which is read anew each
-            time, or kept in memory if it can be read only once; a data set with ``len`` and indices (torch,
-            torchvision, Hugging Face); strings, for a tokenizer; a path to a folder of class folders with images, a
-            ``.csv`` of image paths and labels, a ``.jsonl`` of texts or chats, or a text file; a named text domain.
-        name: The name in results.
-        reading: How they are read.
-
-    Raises:
-        SourceError: If the data are of no kind that can be read, empty or endless, or a batch cannot be used.
 
     >>> source = to_source((torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 0])), reading=ReadOptions(batch_size=2))
     >>> len(source), source.batches[2].labels
@@ -129,7 +78,7 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = ReadOptions(
         data = DataLoader(data, batch_size=reading.batch_size)
     if not isinstance(data, Iterable):
         raise SourceError(f"source {name!r}: cannot read a {type(data).__name__}; give {EXPECTED}")
-    stream = read_stream(data, name, reading.batch_size, reading.shift, reading.dtype, reading.need)
+    stream = read_stream(data, name, reading)
     if not len(stream):
         raise SourceError(f"source {name!r} is empty: it yields no batch; give one with data")
     return Source(name, stream)
@@ -146,17 +95,7 @@ def _read_source(source: Source, reading: ReadOptions) -> Source:
 
 def _in_memory(name: str, batches: Sequence[Any], reading: ReadOptions) -> Source:
     """Return batches in memory as a source, after checking them."""
-    checked: list[Batch] = []
-    for i, item in enumerate(batches):
-        where = f"source {name!r}, batch {i}"
-        batch = to_batch(item, where, reading.shift)
-        checked.append(check_batch(batch, where, reading.dtype, checked[0] if checked else None))
-    return Source(name, checked)
-
-
-def is_entries(data: Any) -> bool:
-    """Whether data are a list of entries (input, label)."""
-    return isinstance(data, list) and bool(data) and is_entry(data[0])
+    return Source(name, list(BatchStream(batches, name, reading)))
 
 
 def _is_batch(data: Mapping[Any, Any]) -> bool:
@@ -173,26 +112,23 @@ def _split(parts: Sequence[Any], name: str, size: int) -> list[tuple[Tensor, ...
     if not all(part.dim() for part in tensors):
         raise SourceError(f"source {name!r}: a tensor is a single number; give tensors with an example per row")
     if len({len(part) for part in tensors}) > 1:
-        counts = ", ".join(str(len(part)) for part in tensors)
-        raise SourceError(
-            f"source {name!r}: inputs and labels must have the same length, got {counts}; give one label per input"
-        )
+        problem = f"inputs and labels must have the same length, got {', '.join(str(len(part)) for part in tensors)}"
+        raise SourceError(f"source {name!r}: {problem}; give one label per input")
     return [part.split(size) for part in tensors]
 
 
 def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     """Read a file, a folder, or a named text domain."""
-    path = Path(data).expanduser()
-    form: Any = {"size": reading.size, "batch_size": reading.batch_size, "normalised": reading.normalised}
+    path, size, batch_size = Path(data).expanduser(), reading.size, reading.batch_size
     if path.suffix == ".csv" and path.is_file():
-        return image_table(path, name, **form)
+        return image_table(path, name, size, batch_size, normalised=reading.normalised)
     if reading.tokenizer is not None:
         return _tokenize(read(name, path) if path.exists() else text(str(data)), reading)
     if path.is_dir():
-        return images(name, path, half=Half.WHOLE, **form)
-    if path.exists():
-        problem = f"{str(data)!r} is no folder of class folders and no .csv file; if it is text, the model"
-    else:
+        half, normalised = Half.WHOLE, reading.normalised
+        return images(name, path, size=size, batch_size=batch_size, half=half, normalised=normalised)
+    problem = f"{str(data)!r} is no folder of class folders and no .csv file; if it is text, the model"
+    if not path.exists():
         problem = f"there is no file or folder {str(data)!r}; give the path of class folders or of a .csv; for the "
         problem += "name of a text domain, the model"
     raise SourceError(f"source {name!r}: {problem} needs a tokenizer (tokenizer=, or model.tokenizer)")
@@ -220,11 +156,10 @@ def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
         first = data[:1]
         numeric = tuple(key for key in names if key == label or _is_numeric(first[key][0]))
         rows = _ColumnBatches(data, numeric, reading.batch_size)
-        return Source(name, BatchStream(rows, name, reading.shift, reading.dtype, len(rows)))
-    raise SourceError(
-        f"source {name!r}: columns {', '.join(map(repr, names))} hold no inputs that are known; name them "
-        f"{', '.join(INPUTS[:2])}, 'text', or 'image' with 'label', or give an iterable of batches"
-    )
+        return Source(name, BatchStream(rows, name, reading, len(rows)))
+    problem = f"columns {', '.join(map(repr, names))} hold no inputs that are known"
+    remedy = f"name them {', '.join(INPUTS[:2])}, 'text', or 'image' with 'label', or give an iterable of batches"
+    raise SourceError(f"source {name!r}: {problem}; {remedy}")
 
 
 def _is_numeric(value: object) -> bool:
@@ -238,7 +173,7 @@ def _is_numeric(value: object) -> bool:
 class _ColumnBatches:
     """Batches of rows of a columned data set, as dicts of tensors."""
 
-    data: Any
+    data: IndexedData
     columns: tuple[str, ...]
     size: int
 

@@ -1,7 +1,8 @@
-"""Examples that stay on disk or in a user's data set, and are read in batches while training."""
+"""Labelled examples in a user's data set, read while training; and tasks: pairs of training and test data."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,34 +12,29 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from regrow.core.errors import first_line
+from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch
-from regrow.core.tasks import Examples, ExampleSet, ExamplesView, batch_indices
-from regrow.data.batch_forms import check_input, check_labels, count_examples, to_batch
+from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, batch_indices
+from regrow.data import batch_forms, batch_streams
+from regrow.data.batch_forms import DEFAULTS, ReadOptions, are_labels, check_input, check_labels, is_entries
 from regrow.data.batch_streams import BatchStream, guarded
-from regrow.data.batches import ReadOptions, is_entries, to_source
+from regrow.data.batches import to_source
 from regrow.data.halves import SourceError
+
+HELD_OUT = 0.1  # of the training data of a task without test data
 
 
 @dataclass(frozen=True)
 class StreamedExamples:
-    """The examples of a data set with ``len`` and indices, read when they are needed.
+    """The examples of a data set with ``len`` and indices, read when they are needed."""
 
-    Args:
-        dataset: Entries are (input, label), with further parts ignored, or dicts that hold a label.
-        indices: The positions that belong to this set, ``[N]`` int64; ``None``: all.
-        workers: The number of processes that read ahead; 0: this one reads.
-        collate: (list of entries) → a batch, as :func:`regrow.data.batch_forms.to_batch` takes it; ``None``: torch's
-            way.
-        name: What error messages call it.
-        dtype: The floating format to which inputs are cast; ``None``: they keep theirs.
-    """
-
-    dataset: Any
-    indices: Tensor | None = None
-    workers: int = 0
+    dataset: Any  # entries are (input, label), with further parts ignored, or dicts that hold a label
+    indices: Tensor | None = None  # the positions that belong to this set, ``[N]`` int64; ``None``: all
+    workers: int = 0  # the number of processes that read ahead; 0: this one reads
+    # (list of entries) → a batch, as :func:`regrow.data.batch_forms.to_batch` takes it; ``None``: torch's way
     collate: Callable[[list[Any]], Any] | None = None
-    name: str = "data"
-    dtype: torch.dtype | None = None
+    name: str = "data"  # what error messages call it
+    dtype: torch.dtype | None = None  # the floating format to which inputs are cast; ``None``: they keep theirs
 
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
@@ -74,7 +70,7 @@ class StreamedExamples:
 
     def _join(self, entries: list[Any]) -> Examples:
         if self.collate is not None or isinstance(entries[0], dict):
-            return to_examples_of_batch(to_batch((self.collate or default_collate)(entries)))
+            return to_examples_of_batch(batch_forms.to_batch((self.collate or default_collate)(entries)))
         return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
 
     def _check(self, examples: Examples, where: str) -> Examples:
@@ -99,41 +95,27 @@ class LoadedExamples:
 
     def take(self, indices: Tensor) -> Examples:
         """Return some of the examples, in memory; reads as far as the last of them."""
-        parts, many = [], 0
+        parts, needed = [], int(indices.max()) + 1
         for part in self.batches(0):
             parts.append(part)
-            many += len(part)
-            if many > int(indices.max()):
+            needed -= len(part)
+            if needed <= 0:
                 break
         return join_examples(parts).take(indices)
 
-    def subset(self, indices: Tensor) -> ExampleSet:
-        """Return some of the examples, in memory."""
-        return self.take(indices)
+    subset = take
 
-    def labels_of(self) -> Tensor | None:
+    def labels_of(self) -> None:
         """Return ``None``: labels are known when the examples are read."""
-        return None
 
 
-def to_examples(data: Any, reading: ReadOptions = ReadOptions(), name: str = "data") -> ExampleSet:  # noqa: B008
-    """Return a user's data as labelled examples; what can be read from disk stays there.
-
-    Args:
-        data: As for :func:`regrow.data.batches.to_source`, with labels; or an :class:`regrow.core.tasks.ExampleSet`. A
-            loader that gives each entry of its data set once is read from the data set, in batches and an order of the
-            reader; one that samples in another way, or drops the last batch, comes as it comes.
-        reading: How they are read.
-        name: What error messages call them.
-
-    Raises:
-        SourceError: If they are of no kind that can be read, or have no labels.
-    """
+def to_examples(data: Any, reading: ReadOptions = DEFAULTS, name: str = "data") -> ExampleSet:
+    """Return a user's data as labelled examples; what can be read from disk stays there."""
     if isinstance(data, ExampleSet):
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         where = f"source {name!r}"
-        size = count_examples([data[0]], where)
+        size = batch_forms.count_examples([data[0]], where)
         return _examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
         collate = None if data.collate_fn is default_collate else data.collate_fn
@@ -173,10 +155,8 @@ def join_examples(parts: Iterable[Examples]) -> Examples:
         return Examples(inputs, labels, parts[0].where.partition(", batch")[0])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         odd = next((part for part in parts if _form(part) != _form(parts[0])), parts[-1])
-        raise SourceError(
-            f"{odd.where or 'a batch'} is unlike the first batch, with which it is joined: {first_line(error):.200}; "
-            "give batches of one form"
-        ) from error
+        problem = f"is unlike the first batch, with which it is joined: {first_line(error):.200}"
+        raise SourceError(f"{odd.where or 'a batch'} {problem}; give batches of one form") from error
 
 
 def _form(examples: Examples) -> list[Any]:
@@ -215,15 +195,15 @@ def _stack_inputs(inputs: list[Any]) -> Any:
         sizes = sorted({str(tuple(x.shape)) for x in inputs})
         if len(sizes) == 1:
             raise
-        problem = f"pictures differ in size: {', '.join(sizes)}; resize them in the data set's transform"
-        raise SourceError(problem) from None
+        problem = f"pictures differ in size: {', '.join(sizes)}"
+        raise SourceError(f"{problem}; resize them in the data set's transform") from None
 
 
 def _stack_labels(labels: list[Any]) -> Tensor:
     if all(isinstance(label, int | float) for label in labels):
         stacked = torch.tensor(labels)
     else:
-        stacked = torch.stack([x if isinstance(x, Tensor) else torch.as_tensor(x) for x in labels])
+        stacked = torch.stack([torch.as_tensor(label) for label in labels])
     return stacked.float() if stacked.is_floating_point() else stacked.long()
 
 
@@ -246,3 +226,121 @@ def _takes_each_once(loader: DataLoader[Any]) -> bool:
         return False
     again = isinstance(sampler, RandomSampler) and sampler.replacement
     return not again and not loader.drop_last and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+
+
+def to_tasks(tasks: Any, reading: ReadOptions = DEFAULTS) -> list[Task]:
+    """Return a user's sequence of tasks: pairs of training and test data, or a benchmark shaped like Avalanche's.
+
+    >>> data = torch.eye(20), torch.arange(20) % 2
+    >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
+    [('task-1', 20, 20), ('task-2', 18, 2)]
+    """
+    result = []
+    for i, (name, task) in enumerate(_named(tasks)):
+        match task:
+            case Task():
+                result.append(task)
+            case {"train": train, "test": test}:
+                result.append(_to_task(str(task.get("name", name)), train, test, reading))
+            case [first, second] if isinstance(task, list) and _is_ambiguous(first, second):
+                problem = f"{name}: a list of two may be inputs and labels, two batches, or training and test data"
+                remedy = "a tuple (inputs, labels) or (training data, test data), or a DataLoader of the batches"
+                raise SourceError(f"{problem}; give {remedy}")
+            case (train, test) if not are_labels(test) and not is_entries(task):
+                result.append(_to_task(name, train, test, reading))
+            case _:
+                data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
+                whole = fix_order(to_examples(data, reading, name))
+                tested = whole if untransformed is data else to_examples(untransformed, reading, name)
+                order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
+                test, train = order.split([n := max(1, round(HELD_OUT * len(whole))), len(whole) - n])
+                result.append(_to_task(name, whole.subset(train.sort()[0]), tested.subset(test.sort()[0]), reading))
+    if not result:
+        raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
+    return result
+
+
+def _is_ambiguous(first: Any, second: Any) -> bool:
+    """Whether a list of two may be inputs and labels, or two batches, and not only training and test data."""
+    if are_labels(second):
+        return isinstance(first, Tensor | np.ndarray)
+    labels = [part[-1] if isinstance(part, tuple | list) and part else None for part in (first, second)]
+    labelled = [isinstance(part, Tensor) and part.dim() > 0 for part in labels]
+    return all(
+        known or isinstance(part, Batch | Mapping) for known, part in zip(labelled, (first, second), strict=True)
+    )
+
+
+def _to_task(name: str, train: Any, test: Any, reading: ReadOptions) -> Task:
+    """Return a task from training and test data, or experiences with a ``dataset``."""
+    learned = to_examples(_dataset_of(train, "train"), reading, name)
+    tested = to_examples(_dataset_of(test, "eval"), reading, f"{name} (test)")
+    classes = getattr(train, "classes_in_this_experience", None)
+    if classes is None:
+        classes = _classes(learned) | _classes(tested)
+    if (least := min(classes, default=0)) < 0:
+        raise SourceError(f"source {name!r}: label {least} is no class; give labels from 0, or {IGNORED} to ignore")
+    return Task(name, learned, tested, tuple(sorted(map(int, classes))))
+
+
+def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the data of each task."""
+    single = not isinstance(tasks, Sequence | Iterator) and hasattr(tasks, "__getitem__")
+    match tasks:
+        case {"train": _, "test": _}:
+            raise SourceError("the tasks are a dict of one task; give a list of tasks: [task]")
+        case Mapping():
+            yield from ((str(name), task) for name, task in tasks.items())
+            return
+        case str() | Path() | DataLoader():
+            single = True
+        case tuple() if len(tasks) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in tasks):
+            single = True
+        case tuple() if len(tasks) == 2 and not any(isinstance(part, tuple | list | Mapping | Task) for part in tasks):
+            remedy = "for one task give [(training data, test data)], for two tasks a list: [first, second]"
+            raise SourceError(f"the tasks are a tuple of two sets of data; {remedy}")
+        case _ if single:  # unless indices give experiences, as those of a benchmark's stream do, and not examples
+            single = not hasattr(next(iter(tasks), None), "dataset")
+    if single or not (isinstance(tasks, Iterable) or hasattr(tasks, "train_stream")):
+        remedy = "give [(training data, test data)], or [data], of which a tenth is held out for testing"
+        raise SourceError(f"the tasks must be a list of tasks, got one {type(tasks).__name__}; {remedy}")
+    every = _pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks
+    yield from ((f"task-{i + 1}", task) for i, task in enumerate([*_bounded(every)]))
+
+
+def _bounded(tasks: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tasks of an iterable, which must end."""
+    for i, task in enumerate(tasks):
+        if i == batch_streams.MOST:
+            raise SourceError(f"the tasks do not end within {i:,}; give a part, such as itertools.islice(tasks, 9)")
+        yield task
+
+
+def _pair_streams(benchmark: Any) -> list[Any]:
+    """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
+    train, test = list(_bounded(benchmark.train_stream)), list(_bounded(getattr(benchmark, "test_stream", ())))
+    if not test:
+        return train
+    if len(test) not in (1, len(train)):
+        counts = f"{len(train)} training and {len(test)} test experiences"
+        raise SourceError(f"the benchmark has {counts}; give a list of pairs (training experience, test experience)")
+    return [*zip(train, test * len(train) if len(test) == 1 else test, strict=True)]
+
+
+def _dataset_of(data: Any, group: str) -> Any:
+    """Return the data set of an Avalanche-shaped experience, with its transforms of a group; other data as they are."""
+    inner = getattr(data, "dataset", None)
+    if inner is not None and not isinstance(data, DataLoader | ExampleSet) and not hasattr(data, "__getitem__"):
+        data = inner
+    switches = all(callable(getattr(data, name, None)) for name in ("train", "eval"))
+    return getattr(data, group)() if switches else data
+
+
+def _classes(examples: ExampleSet) -> set[int]:
+    """Return the class labels of examples, which are read if need be; none if labels are values or one per token."""
+    known, result = examples.labels_of(), set[int]()
+    for labels in [known] if known is not None else (batch.labels for batch in examples.batches(256)):
+        if labels.is_floating_point() or labels.dim() != 1:
+            return set()
+        result |= set(labels.unique().tolist())
+    return result - {IGNORED}

@@ -5,11 +5,8 @@ from enum import StrEnum
 
 from regrow.core.errors import InputError
 
-FEW = 8
-"""With fewer documents than this, each document is cut in two instead of assigning whole documents to halves."""
-
-PARAGRAPH = 80
-"""Paragraphs of at least this many characters may not occur in both halves."""
+FEW = 8  # with fewer documents than this, each is cut in two instead of assigning whole documents to halves
+PARAGRAPH = 80  # paragraphs of at least this many characters may not occur in both halves
 
 
 class SourceError(InputError):

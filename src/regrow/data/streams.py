@@ -12,17 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.core.limits import check_memory, expanded, read_content
+from regrow.core.limits import check_memory, check_regular, expanded, read_content
 from regrow.core.names import DIGITS, find_data_problem
 from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, input_shape
 from regrow.data.datasets import StreamedExamples
 from regrow.data.halves import MissingError, SourceError
-from regrow.data.vision import PictureFiles, image_files, image_size, normalise_, read_digits, read_images
+from regrow.data.vision import PictureFiles, check_pixels, image_files, normalise_, open_image, read_digits
 
-_MOST = 2**28
-"""The largest file that is read, in bytes."""
-_IN_MEMORY = 2**30
-"""The most bytes of images that are read into memory."""
+_MAX_BYTES = 2**28  # of a file that is read
+_IN_MEMORY = 2**30  # bytes of images that are read into memory
 
 
 def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
@@ -116,10 +114,8 @@ def idx(folder: str | Path, name: str = "images") -> Task:
         halves.append(Examples(pixels.float().unsqueeze(1) / 255, labels.long()))
     train, test = halves
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        sizes = (" × ".join(map(str, part.inputs.shape[2:])) for part in (train, test))
-        raise SourceError(
-            f"{folder}: training images have {' pixels, test images '.join(sizes)}; fetch the files again"
-        )
+        sizes = [" × ".join(map(str, part.inputs.shape[2:])) for part in (train, test)]
+        raise SourceError(f"{folder}: training images have {sizes[0]} pixels, test images {sizes[1]}; fetch them again")
     known = train.labels.unique()
     if strange := sorted(set(test.labels.tolist()) - set(known.tolist())):
         raise SourceError(f"{folder}: test images have class {strange[0]}, of which there is no training image")
@@ -141,20 +137,8 @@ def pictures(
     Classes are numbered in the order of their names; a folder without images has a number, and is no class of the
     task. All images get one size. To a square one, others are scaled and cropped as ``regrow evaluate`` does it; to any
     other, they are scaled, which changes their aspect ratio. The images of a half are read while they are used if any
-    has another size, or all need more than 1 GiB.
-
-    Args:
-        folder: The folder that contains ``train`` and ``test``.
-        name: The name of the data set in results.
-        train: The most training images, chosen at random before any is read; 0: all.
-        test: The most test images; 0: all.
-        seed: The random seed of the choice.
-        size: Height and width in pixels that a network takes, ``[H, W]``; empty: those of the first training image, in
-            the order of classes and file names, for both halves and whatever is chosen.
-        normalised: Normalise images as torchvision's pretrained networks expect; otherwise values are 0 to 1.
-
-    Raises:
-        SourceError: If there are no images, or a chosen one is damaged.
+    has another size, or all need more than 1 GiB. ``size`` is ``[H, W]``; empty: that of the first training image, in
+    the order of classes and file names. ``train`` and ``test`` are the most images of each, chosen at random; 0: all.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({path.name for half in halves if half.is_dir() for path in half.iterdir() if path.is_dir()})
@@ -177,26 +161,12 @@ def pictures(
 
 
 def of(
-    name: str,
-    train: int = 0,
-    test: int = 0,
-    seed: int = 0,
-    *,
-    size: Sequence[int] = (),
-    normalised: bool = False,
+    name: str, train: int = 0, test: int = 0, seed: int = 0, *, size: Sequence[int] = (), normalised: bool = False
 ) -> Task:
     """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
 
-    Args:
-        name: ``digits`` or the path of a folder.
-        train: The most training examples, chosen at random; 0: all.
-        test: The most test examples; 0: all.
-        seed: The random seed of the choice.
-        size: As for :func:`pictures`; other data sets keep theirs.
-        normalised: As for :func:`pictures`; digits and MNIST's files always have values 0 to 1.
-
-    Raises:
-        SourceError: If there is no such data set.
+    ``train`` and ``test`` are the most examples of each, chosen at random (0: all); ``size`` and ``normalised`` are as
+    for :func:`pictures`. Digits and MNIST's files keep their size, and have values 0 to 1.
     """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
@@ -235,8 +205,32 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
-    raw = read_content(path, _MOST)
+    raw = read_content(path, _MAX_BYTES)
     shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + prod(shape) or not all(shape):
         raise SourceError(f"{path} is not a whole file of bytes in the idx format; fetch it again")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+
+
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Read images at their own size, which must be the same for all, ``[N, 3, H, W]`` float32, values 0 to 1."""
+    width, height = open_image(files[0]).size
+    needed = 27 * len(files) * width * height
+    check_memory(needed, f"{len(files)} images of {width} × {height} pixels", "take fewer, or scale them down")
+    result = np.empty((len(files), height, width, 3), np.uint8)
+    for i, file in enumerate(files):
+        result[i] = np.asarray(open_image(file))
+    return torch.from_numpy(result).permute(0, 3, 1, 2).float() / 255
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return the size (width, height) of an image, from its header."""
+    try:
+        from PIL import Image
+
+        check_regular(file)
+        with Image.open(file) as opened:
+            check_pixels(file, *opened.size)
+            return opened.size
+    except Exception:  # reading the image says what is wrong with it
+        return open_image(file).size

@@ -20,8 +20,7 @@ from regrow.data.halves import Half, SourceError, half_of
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
 _CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
 _SUFFIXES = frozenset((*_PROSE, *_CODE, ".toml", ".yaml", ".yml"))
-_ROOM = 8
-"""Characters reserved per token of a window. Common text has 3 to 5 per token, so nearly every stretch suffices."""
+_ROOM = 8  # characters reserved per token of a window: common text has 3 to 5, so nearly every stretch suffices
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def talk() -> Text:
     return Text("talk", documents, "small talk, PyPI chatterbot-corpus 1.2.2")
 
 
+# Name → function that loads a text domain that needs no file of the user's.
 KINDS: dict[str, Callable[[], Text]] = {"news": news, "code": code, "manual": manual, "talk": talk}
-"""Name → function that loads the text domain; these need no file of the user's."""
 
 
 def read(name: str, path: Path) -> Text:
@@ -112,7 +111,12 @@ def read(name: str, path: Path) -> Text:
     """
     try:
         path = expanded(path)
-        documents, origin = _read_folder(path) if path.is_dir() else _read_file(path)
+        if path.is_dir():
+            documents, origin = _read_folder(path)
+        else:
+            content, whole = _content(path)
+            documents = list(_documents(path, content))
+            origin = path.name if whole else f"{path.name}, its first {MAX_TEXT_BYTES // 10**6} MB"
     except InputError as error:
         raise SourceError(f"source {name!r}: {error}") from error
     if not any(document.strip() for document in documents):
@@ -121,11 +125,6 @@ def read(name: str, path: Path) -> Text:
             problem = f"no text files in {path}; give a folder with .txt, .md, .py or .jsonl files"
         raise SourceError(f"source {name!r}: {problem}")
     return Text(name, tuple(documents), origin)
-
-
-def _read_file(path: Path) -> tuple[list[str], str]:
-    content, whole = _content(path)
-    return [*_documents(path, content)], path.name if whole else f"{path.name}, its first {MAX_TEXT_BYTES // 10**6} MB"
 
 
 def _read_folder(path: Path) -> tuple[list[str], str]:
@@ -179,10 +178,8 @@ def _documents(path: Path, content: str) -> Iterator[str]:
             case {"messages": [*messages]} if all(map(_is_message, messages)):
                 yield chat_text(messages)
             case _:
-                raise InputError(
-                    f'line {number} of {path} is not a JSON object with a "text" or "messages": {line[:40]!r}; '
-                    "mend the line"
-                )
+                problem = f'line {number} of {path} is not a JSON object with a "text" or "messages": {line[:40]!r}'
+                raise InputError(f"{problem}; mend the line")
 
 
 def _is_message(value: object) -> bool:
@@ -242,10 +239,8 @@ def windows(
         SourceError: If the half is shorter than one window, or a number is not at least 1 (``seq_len``: 2).
     """
     if (n is not None and n < 1) or batch_size < 1 or seq_len < 2:
-        raise SourceError(
-            f"source {text.name!r}: at least 1 window, of 2 tokens or more, and 1 per batch; "
-            f"got {n} windows of {seq_len}, {batch_size} per batch"
-        )
+        amounts = f"got {n} windows of {seq_len}, {batch_size} per batch"
+        raise SourceError(f"source {text.name!r}: at least 1 window, of 2 tokens or more, and 1 per batch; {amounts}")
     start = find_start(tokenizer)
     joined = "\n\n".join(half_of(text.documents, half, text.name))
     body = seq_len - len(start)
@@ -254,10 +249,8 @@ def windows(
         tokens = _tokens(joined, tokenizer)
         rows = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)]
         if not rows:
-            raise SourceError(
-                f"source {text.name!r}: its {half} half has {len(tokens)} tokens, shorter than one window of {body}; "
-                "give more text or a smaller --seq-len"
-            )
+            problem = f"its {half} half has {len(tokens)} tokens, shorter than one window of {body}"
+            raise SourceError(f"source {text.name!r}: {problem}; give more text or a smaller --seq-len")
         if n is not None:
             rows = random.Random(seed).sample(rows, min(n, len(rows)))
     short = f" (the half holds no more; {n} were asked for)" if n is not None and len(rows) < n else ""
@@ -304,10 +297,8 @@ def find_separator(tokenizer: Any) -> int:
     known = (*find_start(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
     separator = next((token for token in known if token is not None), None)
     if separator is None:
-        raise SourceError(
-            "source 'generated': the tokenizer has no token with which a document starts; set tokenizer.eos_token, or "
-            "name another source"
-        )
+        problem = "the tokenizer has no token with which a document starts"
+        raise SourceError(f"source 'generated': {problem}; set tokenizer.eos_token, or name another source")
     return int(separator)
 
 

@@ -1,33 +1,32 @@
-"""Images: folders with one sub-folder per class, tables of paths, rows of data sets, and scikit-learn's digits."""
+"""Images: folders with one sub-folder per class, tables of paths, rows of data sets, digits; and augmentation."""
 
 import csv
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.core.errors import InputError
-from regrow.core.limits import MAX_PIXELS, check_memory, check_regular, expanded, reason
+from regrow.core.limits import MAX_PIXELS, check_regular, expanded, reason
 from regrow.core.sources import Batch, Source
+from regrow.data.batch_forms import IndexedData
 from regrow.data.batch_streams import LazyBatches
 from regrow.data.halves import Half, SourceError
 
-SAMPLED = 32
-"""How many images of a folder are looked at to learn their size, spread over all."""
+SAMPLED = 32  # images of a folder that are looked at to learn their size, spread over all
+SHIFT = 4  # pixels, the largest shift in both directions
+# Names that the columns of paths and of classes may have in a table.
 PATHS = ("path", "file", "filename", "image", "image_path", "img")
 CLASSES = ("label", "class", "target", "y", "category")
-"""The names that the columns of paths and of classes may have in a table."""
-# Mean and standard deviation per colour that torchvision's pretrained networks expect.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per colour, as torchvision's pretrained networks expect
 
-T = TypeVar("T")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
 
 
@@ -35,7 +34,7 @@ _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif",
 class PictureFiles:
     """Image files as a data set of pairs (image ``[3, H, W]``, class), read when they are asked for.
 
-    To a square size, images are scaled and cropped as by :func:`image_tensor`; to any other, they are scaled.
+    To a square size, images are scaled and cropped as by :func:`picture_tensor`; to any other, they are scaled.
     """
 
     files: tuple[tuple[Path, int], ...]
@@ -53,9 +52,9 @@ class PictureFiles:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image and its class."""
         (file, label), (height, width) = self.files[index], self.size
-        if height == width:
-            return image_tensor(file, height, normalised=self.normalised), label
         picture = open_image(file)
+        if height == width:
+            return picture_tensor(picture, height, str(file), normalised=self.normalised), label
         if picture.size != (width, height):
             picture = picture.resize((width, height))
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
@@ -66,14 +65,12 @@ class PictureFiles:
 class ImageFiles(LazyBatches):
     """Batches of image files, read lazily: the same each time, and never all in memory."""
 
-    files: tuple[tuple[Path, int], ...]
-    size: int
+    pictures: PictureFiles
     batch_size: int
     channels: int = 3
-    normalised: bool = True
 
     def __len__(self) -> int:
-        return -(-len(self.files) // self.batch_size)
+        return -(-len(self.pictures) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read(range(len(self)))
@@ -81,10 +78,11 @@ class ImageFiles(LazyBatches):
     def read(self, positions: range) -> Iterator[Batch]:
         """Return some batches."""
         for i in positions:
-            rows = self.files[i * self.batch_size : (i + 1) * self.batch_size]
-            pictures = torch.stack([image_tensor(file, self.size, normalised=self.normalised) for file, _ in rows])
-            pictures = pictures if self.channels == 3 else pictures.mean(1, keepdim=True)
-            yield Batch((pictures,), labels=torch.tensor([label for _, label in rows]))
+            indices = range(len(self.pictures))[i * self.batch_size : (i + 1) * self.batch_size]
+            rows = [self.pictures[index] for index in indices]
+            inputs = torch.stack([picture for picture, _ in rows])
+            inputs = inputs if self.channels == 3 else inputs.mean(1, keepdim=True)
+            yield Batch((inputs,), labels=torch.tensor([label for _, label in rows]))
 
 
 def images(
@@ -113,7 +111,7 @@ def images(
         batch_size: Images per batch.
         seed: The random seed of the choice and order of images.
         half: The calibration half, the evaluation half, or both.
-        normalised: As for :func:`image_tensor`.
+        normalised: As torchvision's pretrained networks expect; otherwise values are 0 to 1.
 
     Raises:
         SourceError: If there is no such folder, or it holds no class with images in it.
@@ -133,7 +131,8 @@ def images(
     for file, _ in chosen:  # a damaged one is found before the work begins
         open_image(file)
     origin = f"{path.name}/, {len(classes)} classes; {half.words}; {len(chosen)} images of {size} pixels, seed {seed}"
-    return Source(name, ImageFiles(tuple(chosen), size, batch_size, channels, normalised), origin)
+    pictures = PictureFiles(tuple(chosen), (size, size), normalised)
+    return Source(name, ImageFiles(pictures, batch_size, channels), origin)
 
 
 def digits(
@@ -162,14 +161,12 @@ def digits(
     pixels, labels = read_digits()
     indices = [i for label in range(10) for i in _part((labels == label).nonzero()[:, 0].tolist(), half)]
     chosen = random.Random(seed).sample(indices, min(len(indices), n or len(indices)))
-    picked = pixels[chosen]
+    inputs = pixels[chosen]
     if size != 8:
-        picked = torch.nn.functional.interpolate(picked, size=(size, size), mode="bilinear", align_corners=False)
-    picked = picked.expand(-1, channels, -1, -1).contiguous()
-    batches = [
-        Batch((rows,), labels=classes)
-        for rows, classes in zip(picked.split(batch_size), labels[chosen].split(batch_size), strict=True)
-    ]
+        inputs = F.interpolate(inputs, size=(size, size), mode="bilinear", align_corners=False)
+    inputs = inputs.expand(-1, channels, -1, -1).contiguous()
+    parts = zip(inputs.split(batch_size), labels[chosen].split(batch_size), strict=True)
+    batches = [Batch((rows,), labels=classes) for rows, classes in parts]
     origin = f"scikit-learn digits; {half.words}; {len(chosen)} images of {size} pixels, seed {seed}"
     return Source("digits", batches, origin)
 
@@ -184,7 +181,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
 
 
-def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32, normalised: bool = True) -> Source:
+def image_table(file: Path, name: str, size: int, batch_size: int, *, normalised: bool) -> Source:
     """Return a source of the images that a CSV file lists, with their class labels.
 
     The first row names the columns (``PATHS`` and ``CLASSES``); without such a row, the first column holds paths and
@@ -210,7 +207,7 @@ def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32,
     if all(name.isdecimal() for name in labels):
         numbers = {name: int(name) for name in labels}
     files = tuple((path, numbers[label]) for path, label in zip(paths, labels, strict=True))
-    pictures = ImageFiles(files, size, batch_size, normalised=normalised)
+    pictures = ImageFiles(PictureFiles(files, (size, size), normalised), batch_size)
     return Source(name, pictures, f"{file.name}; {len(files)} images of {size} pixels")
 
 
@@ -218,11 +215,11 @@ def image_table(file: Path, name: str, *, size: int = 224, batch_size: int = 32,
 class ImageRows:
     """Rows of a data set as pairs (image ``[3, size, size]``, class)."""
 
-    data: Any
+    data: IndexedData
     image: str
     label: str
     size: int
-    normalised: bool = True
+    normalised: bool
 
     def __len__(self) -> int:
         return len(self.data)
@@ -236,16 +233,10 @@ class ImageRows:
         return picture_tensor(image, self.size, name, normalised=self.normalised), int(row[self.label])
 
 
-def image_tensor(file: Path, size: int, *, normalised: bool = True) -> Tensor:
-    """Read an image as ``[3, size, size]``, normalised for torchvision's pretrained networks, or with values 0 to 1."""
-    return picture_tensor(open_image(file), size, str(file), normalised=normalised)
-
-
 def picture_tensor(picture: Any, size: int, name: str, *, normalised: bool) -> Tensor:
-    """Return a PIL image as ``[3, size, size]`` float32.
+    """Return the centre of a PIL image as ``[3, size, size]`` float32, its shorter side scaled to 8/7 of the size.
 
-    The shorter side is scaled to 8/7 of the size, and the centre cropped; an image that is of this size already is
-    taken as it is.
+    An image that is of this size already is taken as it is.
     """
     from PIL.Image import Resampling
 
@@ -253,7 +244,7 @@ def picture_tensor(picture: Any, size: int, name: str, *, normalised: bool) -> T
     if picture.size != (size, size):
         scale = size * 8 / 7 / min(picture.size)
         width, height = (max(size, round(side * scale)) for side in picture.size)
-        _check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
+        check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
         picture = picture.resize((width, height), Resampling.BILINEAR)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
@@ -282,36 +273,6 @@ def side_of(folder: Path) -> int:
     return width if len(sizes) == 1 and width == height else 0
 
 
-def read_images(files: Sequence[Path]) -> Tensor:
-    """Read images at their own size, which must be the same for all, ``[N, 3, H, W]`` float32, values 0 to 1."""
-    first = np.asarray(open_image(files[0]))
-    side = f"{first.shape[1]} × {first.shape[0]}"
-    check_memory(9 * len(files) * first.size, f"{len(files)} images of {side} pixels", "take fewer, or scale them down")
-    result = np.empty((len(files), *first.shape), np.uint8)
-    for i, file in enumerate(files):
-        pixels = np.asarray(open_image(file))
-        if pixels.shape != first.shape:
-            raise SourceError(
-                f"{file} has {pixels.shape[1]} × {pixels.shape[0]} pixels, {files[0]} has {side}; bring all to one size"
-            )
-        result[i] = pixels
-    return torch.from_numpy(result).permute(0, 3, 1, 2).float() / 255
-
-
-def image_size(file: Path) -> tuple[int, int]:
-    """Return the size (width, height) of an image, from its header."""
-    try:
-        from PIL import Image
-
-        check_regular(file)
-        with Image.open(file) as opened:
-            _check_pixels(file, *opened.size)
-            return opened.size
-    except Exception:  # reading the image says what is wrong with it
-        width, height = open_image(file).size
-        return width, height
-
-
 def open_image(file: Path) -> Any:
     """Open an image file with pillow, converted to RGB."""
     try:
@@ -323,7 +284,7 @@ def open_image(file: Path) -> Any:
         with warnings.catch_warnings():  # what pillow finds large is below the limit here
             warnings.simplefilter("ignore")
             with Image.open(file) as opened:
-                _check_pixels(file, *opened.size)
+                check_pixels(file, *opened.size)
                 return opened.convert("RGB")
     except InputError:
         raise
@@ -333,12 +294,53 @@ def open_image(file: Path) -> Any:
         raise SourceError(f"{file} is not a readable image ({reason(error)}); replace or remove it") from error
 
 
-def _check_pixels(file: Path | str, width: int, height: int) -> None:
+def is_images(inputs: Any) -> bool:
+    """Whether inputs have the form of images, ``[N, C, H, W]`` of floats."""
+    return isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
+
+
+def shift_and_flip(pictures: Tensor) -> Tensor:
+    """Return images randomly shifted by up to 4 pixels (zero-padded) and mirrored with probability ½.
+
+    >>> int(shift_and_flip(torch.ones(2, 1, 8, 8)).sum()) in range(32, 129)
+    True
+    """
+    n, _, height, width = pictures.shape
+    padded = F.pad(pictures, (SHIFT,) * 4)
+    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n)).unbind(0)
+    rows = (down[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (right[:, None] + torch.arange(width))[:, None, None, :]
+    columns = torch.where(torch.rand(n)[:, None, None, None] < 0.5, columns.flip(-1), columns)
+    which, channels = torch.arange(n)[:, None, None, None], torch.arange(pictures.shape[1])[None, :, None, None]
+    return padded[tuple(index.to(pictures.device) for index in (which, channels, rows, columns))]
+
+
+def cut_out(pictures: Tensor, side: int) -> Tensor:
+    """Return images with a random square set to 0 (cutout); its centre may lie anywhere in the image.
+
+    Source: DeVries and Taylor (arXiv 1708.04552).
+
+    >>> int((cut_out(torch.ones(1, 1, 8, 8), 4) == 0).sum()) in range(4, 17)
+    True
+    """
+    if not side:
+        return pictures
+    n, _, height, width = pictures.shape
+    inside = []
+    for size in (height, width):
+        first = torch.randint(size, (n, 1)) - side // 2
+        inside.append((torch.arange(size) >= first) & (torch.arange(size) < first + side))
+    blank = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return pictures.masked_fill(blank.to(pictures.device), 0.0)
+
+
+def check_pixels(file: Path | str, width: int, height: int) -> None:
+    """Raise SourceError unless an image is small enough to be read."""
     if not 0 < width * height <= MAX_PIXELS:
         raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
 
-def _part(values: list[T], half: Half) -> list[T]:
+def _part(values: list[Any], half: Half) -> list[Any]:
     first, step = {Half.CALIBRATION: (0, 2), Half.EVALUATION: (1, 2), Half.WHOLE: (0, 1)}[half]
     return values[first::step]
 

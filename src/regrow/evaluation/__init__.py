@@ -12,10 +12,9 @@ from regrow.evaluation.choice import (
 from regrow.evaluation.generation import generate_source
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, mean_and_error, paired_difference, perplexity
+from regrow.evaluation.measure import Size, Speed, dense, macs, size, speed
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training
 from regrow.evaluation.objective import Accuracy, accuracy
-from regrow.evaluation.size import Size, dense, macs, size
-from regrow.evaluation.speed import Speed, speed
 from regrow.evaluation.timing import Latency, fastest_pass, latency, lengthen, timing
 
 __all__ = [

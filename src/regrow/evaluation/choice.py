@@ -14,19 +14,15 @@ from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.core.sources import Batch, logits_in
 from regrow.data.text import find_start
-from regrow.evaluation.forward import evaluating
 from regrow.evaluation.language import finite, mean_and_error, share_error, token_losses
+from regrow.evaluation.measure import evaluating
 
-LONGEST = 2048
-"""The most tokens per row."""
-CHOICE_TOKENS = 1024
-"""Tokens per forward pass of :func:`choices`: the logits of a 262,144-token vocabulary take 1 GB."""
-Row = tuple[list[int], int]
-"""Tokens, and where the part begins whose likelihood is wanted."""
+LONGEST = 2048  # tokens per row, at most
+CHOICE_TOKENS = 1024  # per forward pass of choices: the logits of a 262,144-token vocabulary take 1 GB
+Row = tuple[list[int], int]  # tokens, and where the part begins whose likelihood is wanted
+# {"query", "choices", "gold"}, or {"context_options", "continuation", "gold"} if the beginnings differ.
 Item = Mapping[str, Any]
-"""``{"query", "choices", "gold"}``, or ``{"context_options", "continuation", "gold"}`` if the beginnings differ."""
-Outputs = Callable[[Sequence[Batch]], Iterable[object]]
-"""Function of batches → the output of a model for each."""
+Outputs = Callable[[Sequence[Batch]], Iterable[object]]  # batches → the output of a model for each
 
 
 @dataclass(frozen=True)
@@ -112,36 +108,33 @@ def paired_choices(before: Choices, after: Choices) -> PairedChoices:
     >>> paired_choices(first, second).accuracy, paired_choices(first, second).margin
     ((0.5, 0.5), (2.0, 1.0))
 
-    Args:
-        before: The first model's result.
-        after: The second model's result, on the same items.
-
     Raises:
         ValueError: If the two were not measured on the same items, or one lacks margins.
     """
     n = len(before.right)
     if (before.task, n) != (after.task, len(after.right)):
-        raise InputError(
-            f"{before.task!r} ({n} items) and {after.task!r} ({len(after.right)} items) are not the "
-            "same items; evaluate both models on the same file, with the same --items"
-        )
-    differences = []
-    for name in ("right", "right_per_byte", "margins", "margins_per_byte"):
-        first, second = getattr(before, name), getattr(after, name)
+        sizes = f"{before.task!r} ({n} items) and {after.task!r} ({len(after.right)} items)"
+        remedy = "evaluate both models on the same file, with the same --items"
+        raise InputError(f"{sizes} are not the same items; {remedy}")
+
+    def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
         if odd := sorted({len(first), len(second)} - {n}):
-            raise InputError(
-                f"{before.task!r} has {n} items, and scores or margins of {odd[0]}; run choices on both again"
-            )
-        differences.append(mean_and_error([b - a for a, b in zip(first, second, strict=True)]))
-    return PairedChoices(before.task, n, *differences)
+            problem = f"{before.task!r} has {n} items, and scores or margins of {odd[0]}"
+            raise InputError(f"{problem}; run choices on both again")
+        return mean_and_error([b - a for a, b in zip(first, second, strict=True)])
+
+    return PairedChoices(
+        before.task,
+        n,
+        accuracy=difference(before.right, after.right),
+        accuracy_per_byte=difference(before.right_per_byte, after.right_per_byte),
+        margin=difference(before.margins, after.margins),
+        margin_per_byte=difference(before.margins_per_byte, after.margins_per_byte),
+    )
 
 
 def items_in(path: Path, n: int | None = None) -> list[Item]:
-    """Read multiple-choice items from a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them.
-
-    Args:
-        path: The file.
-        n: The number of items; all if ``None``.
+    """Read multiple-choice items from a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them, or all.
 
     Raises:
         ValueError: If the file cannot be read, or a line is not an item; names the line.
@@ -195,32 +188,29 @@ def rate_choices(task: str, items: Sequence[Item], scores: Sequence[float]) -> C
     """Return the result of a task from Σ log p of each choice of each item, in order."""
     if not items:
         raise ValueError(f"task {task!r} has no items")
-    right, right_per_byte, margins, margins_per_byte = list[bool](), list[bool](), list[float](), list[float]()
-    at, chance = 0, 0.0
+    totals, per_byte, start, chance = list[tuple[bool, float]](), list[tuple[bool, float]](), 0, 0.0
     for item in items:
         pairs, gold = _pairs(item), item["gold"]
-        totals = scores[at : at + len(pairs)]
-        per_byte = [s / max(len(ending.strip().encode()), 1) for s, (_, ending) in zip(totals, pairs, strict=True)]
-        for values, answers, leads in ((totals, right, margins), (per_byte, right_per_byte, margins_per_byte)):
-            answers.append(values.index(max(values)) == gold)
-            leads.append(values[gold] - max((*values[:gold], *values[gold + 1 :]), default=-math.inf))
-        at += len(pairs)
+        sums = scores[start : start + len(pairs)]
+        totals.append(_judge(sums, gold))
+        sizes = [max(len(ending.strip().encode()), 1) for _, ending in pairs]
+        per_byte.append(_judge([value / size for value, size in zip(sums, sizes, strict=True)], gold))
+        start += len(pairs)
         chance += 1 / len(pairs)
-    chance /= len(items)
-    return Choices(task, tuple(right), tuple(right_per_byte), chance, tuple(margins), tuple(margins_per_byte))
+    right, right_per_byte = (tuple(right for right, _ in rows) for rows in (totals, per_byte))
+    margins, margins_per_byte = (tuple(margin for _, margin in rows) for rows in (totals, per_byte))
+    return Choices(task, right, right_per_byte, chance / len(items), margins, margins_per_byte)
+
+
+def _judge(values: Sequence[float], gold: int) -> tuple[bool, float]:
+    """Return whether the right choice has the greatest value, and its lead on the greatest of the others."""
+    return values.index(max(values)) == gold, values[gold] - max(
+        (*values[:gold], *values[gold + 1 :]), default=-math.inf
+    )
 
 
 def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> int:
-    """Return how many tokens :func:`choices` runs through a model, padding included.
-
-    Args:
-        model: The model, as for :func:`choices`.
-        tokenizer: Its tokenizer.
-        items: The items.
-
-    Raises:
-        ValueError: If an item is malformed.
-    """
+    """Return how many tokens :func:`choices` runs through a model, padding included."""
     return sum(batch.args[0].numel() for _, batch in _batches(model, encode_choices(tokenizer, items)))
 
 
@@ -269,9 +259,8 @@ def _pairs(item: Any, where: str = "") -> list[tuple[str, str]]:
     known = isinstance(single, str) and isinstance(options, list | tuple)
     known = known and all(isinstance(option, str) and option.strip() for option in options)
     if not known or type(item.get("gold")) is not int or item["gold"] not in range(len(options)):
-        raise ValueError(
-            f'{where} is not a choice: it needs "query", "choices" and "gold", the index of the right one; mend it'
-        )
+        needs = '"query", "choices" and "gold", the index of the right one'
+        raise ValueError(f"{where} is not a choice: it needs {needs}; mend it")
     if "continuation" in item:
         return [(option.rstrip(), _spaced(option, single)) for option in options]
     query = single.rstrip(" ")

@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from regrow.core.objectives import CLASSIFICATION, IGNORED, Objective, Score
 from regrow.core.sources import Batch, logits_in
 from regrow.core.tasks import ExampleSet, among, run_network
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 
-BATCH = 500
-"""How many examples are evaluated at a time."""
-
-
+BATCH = 500  # examples that are evaluated at a time
 METRICS = ("average", "average_along", "learning", "backward_transfer", "forward_transfer", "forgetting")
 
 
@@ -100,14 +97,7 @@ def share_right(model: nn.Module, examples: ExampleSet, classes: Tensor | None =
 
 
 def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
-    """Return the mean score of a network on examples; of classes, the accuracy.
-
-    Args:
-        model: The network; evaluated in eval mode.
-        examples: Inputs and labels.
-        objective: What is scored.
-        classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
-    """
+    """Return the mean score of a network on examples; of classes, the accuracy."""
     if objective is CLASSIFICATION:
         return share_right(model, examples, classes)
     total = Score()

@@ -13,30 +13,28 @@ from torch import Tensor, nn
 from regrow.core.errors import InputError, RefusedError
 from regrow.core.names import GENERATED
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, device_of
+from regrow.core.sources import Batch, Source, device_of
 from regrow.data.text import find_separator, find_start, token_windows
 from regrow.tracing.meta_copy import copy_model
 
-ROWS, ROWS_ON_CPU = 128, 32
-"""The most windows that are generated at a time: a step reads all weights, whatever their number."""
+ROWS, ROWS_ON_CPU = 128, 32  # windows that are generated at a time: a step reads all weights, whatever their number
+# After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
+# resumes there. The network reads the tokens so far once more at each of these places, so they are few.
 STRETCH = 256
-"""After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
-resumes there. The network reads the tokens so far once more at each of these places, so they are few."""
 _BLOCK = 256
+_REMEDY = "name a causal language model of transformers, or another source"
 
 
 def check_generation(model: nn.Module) -> None:
     """Raise InputError unless a network can generate text."""
     if not (hasattr(model, "generate") and getattr(model, "can_generate", bool)()):
-        raise InputError(
-            f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate(); "
-            "name a causal language model of transformers, or another source"
-        )
+        problem = f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate()"
+        raise InputError(f"{problem}; {_REMEDY}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InputError(
-            f"source 'generated' is text that the model continues by itself, and a {type(model).__name__} is an "
-            "encoder-decoder; name a causal language model of transformers, or another source"
+        problem = (
+            f"source 'generated' is text that the model continues, and a {type(model).__name__} is an encoder-decoder"
         )
+        raise InputError(f"{problem}; {_REMEDY}")
 
 
 def generate_tokens(
@@ -53,28 +51,14 @@ def generate_tokens(
     After an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed
     and its index alone; the text depends on rounding, too, and so on the processor. The network computes in bfloat16,
     or in float32 on a processor that would be much slower in it.
-
-    Args:
-        model: A causal language model of transformers, of any widths.
-        tokens: ``[windows, length]`` int64; −1 where a token is missing, which holds for the end of a window.
-        start: The token before the first one of each window.
-        seed: The random seed.
-        progress: Called with (tokens so far, tokens in all, what is being done).
-        store: Called whenever ``tokens`` has a stretch more.
-
-    Raises:
-        InputError: If the network cannot generate text, or has no numbers.
-        RefusedError: If its logits are not finite.
     """
     check_generation(model)
     missing = (tokens < 0).any(1).nonzero().flatten()
     if not len(missing):
         return
     if device_of(model).type == "meta":
-        raise InputError(
-            "source 'generated' needs the whole network in memory, and it is read one block at a time; give more "
-            "--memory, or another source"
-        )
+        problem = "source 'generated' needs the whole network in memory, and it is read one block at a time"
+        raise InputError(f"{problem}; give more --memory, or another source")
     writer, length = _copy_to_sample(model), tokens.shape[1]
     stretch = max(STRETCH, -(-length // 2))
     for rows in missing.split(_count_rows(model)):
@@ -93,11 +77,6 @@ def generate_tokens(
 
 def predict_generation(model: nn.Module, n: int, length: int) -> int:
     """Return what :func:`generate_tokens` needs besides the model, in bytes: a copy, the cache, and logits.
-
-    Args:
-        model: The network, which may be without numbers.
-        n: The number of windows.
-        length: Tokens per window.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
@@ -181,20 +160,13 @@ def _copy_to_sample(model: nn.Module) -> Any:
     from transformers import GenerationConfig
 
     parameters, dtype = {id(p) for p in model.parameters()}, sampling_dtype(model)
-    copy: Any = copy_model(model, lambda tensor: tensor.detach().to(dtype) if id(tensor) in parameters else tensor)
-    copy.generation_config = GenerationConfig()
-    return copy.eval()
+    copy = copy_model(model, lambda tensor: tensor.detach().to(dtype) if id(tensor) in parameters else tensor).eval()
+    cast(Any, copy).generation_config = GenerationConfig()
+    return copy
 
 
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
     """Return one token per row, sampled from softmax(logits) by inverting its cumulative distribution.
-
-    Args:
-        logits: ``[N, vocabulary]``.
-        draws: ``[N]`` random numbers, uniform from 0 to 1.
-
-    Raises:
-        RefusedError: If a row has no finite largest logit.
 
     >>> sample(torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3), torch.tensor([0.4, 0.6, 0.9])).tolist()
     [0, 1, 2]
@@ -223,16 +195,7 @@ def reply(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Generate the reply to a conversation as a stream of text pieces of whole characters, with a key-value cache.
-
-    Args:
-        model: A causal language model of transformers, of any widths.
-        tokenizer: Its tokenizer; if it has no chat template, the last message is passed as plain text.
-        messages: The conversation so far, as ``{"role": "user" | "assistant" | "system", "content": text}``.
-        longest: The most tokens of the reply; fewer if the model has no further positions.
-        temperature: 0 takes the likeliest token; otherwise tokens are sampled from softmax(logits / temperature).
-        seed: The random seed of the sampling.
-    """
+    """Generate the reply to a conversation as a stream of text pieces of whole characters, with a key-value cache."""
     tokens = prompt(tokenizer, messages).to(device_of(model))
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
@@ -246,7 +209,7 @@ def reply(
     sent, cache = "", empty_cache(model)
     for _ in range(min(longest, positions - tokens.shape[1])):
         with torch.no_grad():
-            logits = model(tokens, **cache).logits[0, -1].float().cpu()
+            logits = Batch((tokens,), cache).run(model).logits[0, -1].float().cpu()
         if temperature > 0:
             chosen = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         else:

@@ -22,17 +22,14 @@ from torch import Tensor, nn
 from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.choice import Item, items_in
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 from regrow.nets.loaded import needs
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-TASKS = Path(__file__).parent / "tasks"
-"""The folder of regrow's task files, which can also be passed to ``lm_eval --include_path``."""
-
-# The most rows times vocabulary entries in one forward pass.
-_LOGITS = 2**19
+TASKS = Path(__file__).parent / "tasks"  # which can also be passed to lm_eval --include_path
+_LOGITS = 2**19  # rows times vocabulary entries in one forward pass
 _LONGEST = 2048
 
 
@@ -96,13 +93,7 @@ def harness(
 
 
 def dataset(file: str, items: int | None = None, **_: object) -> "DatasetDict":
-    """Return the items of a file as the data set of a task file; called by the harness.
-
-    Args:
-        file: The file of items, as :func:`regrow.evaluation.items_in` reads them.
-        items: The number of items; all if ``None``.
-        **_: Ignored; the harness passes further settings.
-    """
+    """Return the items of a file as the data set of a task file; called by the harness."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict({"test": Dataset.from_list([_prepared(item) for item in items_in(Path(file), items)])})
@@ -135,10 +126,9 @@ def _load_tasks(task: str, items: int | None) -> dict[str, Any]:
     try:
         loaded = manager.load([task])
     except Exception as error:
-        raise ValueError(
-            f"harness task {task!r} cannot be loaded ({type(error).__name__}: {first_line(error)[:200]}); it fetches "
-            "its data from the network: connect, or give a file of items instead"
-        ) from None
+        problem = f"harness task {task!r} cannot be loaded ({type(error).__name__}: {first_line(error)[:200]})"
+        remedy = "it fetches its data from the network: connect, or give a file of items instead"
+        raise ValueError(f"{problem}; {remedy}") from None
     for part in loaded["tasks"].values():
         if part.get_config("num_fewshot") is None:
             part.set_config("num_fewshot", 0)
@@ -155,11 +145,7 @@ def _all_tasks() -> Any:
 
 
 def _form(items: Sequence[Mapping[str, Any]], task: str) -> tuple[str, str]:
-    """Return which task file fits the items, and the text between the parts that it joins.
-
-    Raises:
-        ValueError: If that is not the same for all items.
-    """
+    """Return which task file fits the items, and the text between the parts that it joins."""
     forms = {"continuation" in item for item in items}
     between = {"" if item.get("query", ".")[-1:] in ("", "\n") else " " for item in items}
     if len(forms) > 1 or len(between) > 1:
@@ -175,12 +161,12 @@ def _wrap(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> An
     class Reporting(HFLM):
         done = total = 0
 
-        def _loglikelihood_tokens(self, requests: Any, *_: Any, **more: Any) -> Any:
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             self.done, self.total = 0, len(requests)
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=more.get("override_bs"))
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
-        def _model_call(self, inps: Tensor, *more: Any, **named: Any) -> Tensor:
-            answer = super()._model_call(inps, *more, **named)
+        def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+            answer = super()._model_call(inps, attn_mask, labels)
             self.done = min(self.done + len(inps), self.total)
             progress(self.done, self.total, f"{Path(task).name} in lm-eval")
             return answer

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from regrow.core.sources import Source, logits_in
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import gather_rows
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 
-_ENTRIES = 2**22
-"""Entries of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary."""
+_ENTRIES = 2**22  # of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ def perplexity(
         ValueError: If the source has no labelled position.
     """
     # Of each window in a batch: the negative log-likelihood, the number of labelled positions, and of bytes.
-    rows: list[Any] = []
-    batches = ranks.share(source.batches)
+    rows, batches = list[tuple[list[float], list[int], list[int]]](), ranks.share(source.batches)
     with evaluating(model) as device:
         answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs
         for batch, answer in zip(batches, answers, strict=False):
@@ -145,7 +143,9 @@ def perplexity(
             lengths = [] if tokenizer is None else [_count_bytes(row, tokenizer) for row in batch.labels]
             rows.append((losses.sum(-1).tolist(), counts, lengths))
     rows = gather_rows(ranks, rows)
-    nll, tokens, sizes = (tuple(value for row in rows for value in row[i]) for i in range(3))
+    nll = tuple(loss for losses, _, _ in rows for loss in losses)
+    tokens = tuple(count for _, counts, _ in rows for count in counts)
+    sizes = tuple(length for _, _, lengths in rows for length in lengths)
     if not sum(tokens) and ranks.leads:
         raise ValueError(f"source {source.name!r} has no labelled position; give longer windows")
     return Perplexity(source.name, nll, tokens, sizes, source.origin)
@@ -159,19 +159,14 @@ def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
     >>> paired_difference(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4))).mean
     0.375
 
-    Args:
-        before: The first model's result.
-        after: The second model's result, on the same windows.
-
     Raises:
         ValueError: If the two were not measured on the same windows.
     """
     same = (before.source, before.origin, before.tokens) == (after.source, after.origin, after.tokens)
     if not same or not before.tokens:
-        raise ValueError(
-            f"{before.source!r} ({sum(before.tokens)} tokens) and {after.source!r} ({sum(after.tokens)} tokens) "
-            "are not the same windows; evaluate both models with the same sources, windows and tokenizer"
-        )
+        sizes = f"{before.source!r} ({sum(before.tokens)} tokens) and {after.source!r} ({sum(after.tokens)} tokens)"
+        remedy = "evaluate both models with the same sources, windows and tokenizer"
+        raise ValueError(f"{sizes} are not the same windows; {remedy}")
     rows = zip(before.nll, after.nll, before.tokens, strict=True)
     differences = [(b - a) / t for a, b, t in rows if t]
     n = len(differences)
@@ -181,10 +176,7 @@ def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of independent values and its standard error, s / √n; NaN for a single value.
-
-    Args:
-        values: At least one value, such as differences of two models per window or item.
+    """Return the mean of one or more independent values and its standard error, s / √n; NaN for a single value.
 
     >>> mean_and_error([1.0, 3.0])
     (2.0, 1.0)
@@ -195,15 +187,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label.
-
-    Args:
-        logits: ``[..., vocabulary]``, any float dtype; never copied to float32 as a whole.
-        labels: ``[...]`` int64, −100 where there is no label.
-
-    Returns:
-        ``[...]`` float64.
-    """
+    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label."""
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     losses = torch.zeros(wanted.shape, dtype=torch.float64, device=logits.device)
     for rows in (wanted != -100).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):

@@ -19,11 +19,10 @@ from regrow.core.sources import Batch, device_of, logits_in
 from regrow.tracing.capture import quiet
 from regrow.tracing.meta_copy import meta_copy
 
+# A training step: forward, loss, backward, optimizer. It stores its own state between steps.
 Step = Callable[[nn.Module, Batch], Any]
-"""A training step: forward, loss, backward, optimizer. It stores its own state between steps."""
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
-_KINDS = (bool, int, float, complex)
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Live(TorchDispatchMode):
         read = _tensors((*args, *kwargs.values()))
         self._were_there(read)
         if func is _ITEM and self._item is not None:
-            kind = _KINDS[0 if args[0].dtype == torch.bool else 2 if args[0].is_floating_point() else 1]
-            return kind(self._item)
+            number = float if args[0].is_floating_point() else int
+            return bool(self._item) if args[0].dtype == torch.bool else number(self._item)
         result = func(*args, **kwargs)
         # An operation that writes into what it was given may have made it bigger.
         for tensor in _tensors((result, *read) if func._schema.is_mutable else (result,)):
@@ -179,10 +178,8 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
 
     with mode, quiet():
         args, kwargs, labels = tree_map_only(Tensor, empty, (batch.args, dict(batch.kwargs), batch.labels))
-        batch = Batch(args, kwargs, labels)
-        parameters = list(copy.parameters())
-        inputs = (batch.args, dict(batch.kwargs), batch.labels)
-        held = tree_leaves((parameters, list(copy.buffers()), [p.grad for p in parameters], inputs))
+        batch, parameters = Batch(args, kwargs, labels), list(copy.parameters())
+        held = tree_leaves((parameters, list(copy.buffers()), [p.grad for p in parameters], args, kwargs, labels))
         live = Live([leaf for leaf in held if isinstance(leaf, Tensor)], item=1)
         try:
             with live:
@@ -210,9 +207,6 @@ def peak_meter(device: torch.device) -> Callable[[], int | None]:
 
     On a GPU that is what torch allocated, else resident memory of the process; ``None`` if the system does not report
     it.
-
-    Args:
-        device: The device to measure.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

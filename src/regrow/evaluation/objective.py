@@ -15,33 +15,22 @@ from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html
-from regrow.evaluation.forward import evaluating
 from regrow.evaluation.language import Perplexity, share_error, token_losses
+from regrow.evaluation.measure import evaluating
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and score of a network on a source.
+    """Loss and score of a network on a source."""
 
-    Args:
-        source: The name of the source.
-        objective: The name of the objective.
-        loss: The mean loss per labelled position (of text: nats per token).
-        loss_error: The standard error of the loss over batches, or windows of text; NaN for a single one.
-        metric: The name of the score.
-        score: The mean score per labelled position; higher is better.
-        score_error: The standard error of the score.
-        count: The number of labelled positions.
-    """
-
-    source: str
-    objective: str
-    loss: float
-    loss_error: float
-    metric: str
-    score: float
-    score_error: float
-    count: int
+    source: str  # the name of the source
+    objective: str  # the name of the objective
+    loss: float  # the mean loss per labelled position (of text: nats per token)
+    loss_error: float  # the standard error of the loss over batches, or windows of text; NaN for a single one
+    metric: str  # the name of the score
+    score: float  # the mean score per labelled position; higher is better
+    score_error: float  # the standard error of the score
+    count: int  # the number of labelled positions
 
     @property
     def perplexity(self) -> float | None:
@@ -70,18 +59,7 @@ def evaluate_objective(
     outputs: Iterator[Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure the loss and the score of a network on a source, one batch at a time.
-
-    Args:
-        model: The network; evaluated in eval mode, and in training mode if it returns its loss only there.
-        source: The data.
-        objective: What is measured.
-        outputs: What the network returns for each batch; ``None``: it is run.
-        progress: Called with (batches done, batches in all, description).
-
-    Raises:
-        ValueError: If the source is empty, or the loss cannot be computed.
-    """
+    """Measure the loss and the score of a network on a source, one batch at a time."""
     total, rows, windows = Score(), list[tuple[float, int]](), list[tuple[float, int]]()
     measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
     with evaluating(model) as device:
@@ -103,8 +81,7 @@ def evaluate_objective(
     squares = sum(((loss - mean) * n) ** 2 for loss, n in rows)
     error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
     if windows:
-        losses, counts = zip(*windows, strict=True)
-        text = Perplexity(source.name, losses, counts)
+        text = Perplexity(source.name, tuple(loss for loss, _ in windows), tuple(n for _, n in windows))
         mean, error = text.mean, text.error
     return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
 
@@ -176,9 +153,8 @@ def accuracy(model: nn.Module, source: Source) -> Accuracy:
             labels = batch.labels.to(device)
             logits = logits_in(batch.to(device).run(model))
             if int(labels.max()) >= logits.shape[-1]:
-                raise ValueError(
-                    f"source {source.name!r} has class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
-                )
+                classes = f"class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
+                raise ValueError(f"source {source.name!r} has {classes}")
             labelled = labels != -100
             right += (logits.argmax(-1)[labelled] == labels[labelled]).tolist()
     if not right:

@@ -14,19 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Timing
 from regrow.core.candidates import candidates_in
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch
-from regrow.evaluation.forward import evaluating
-from regrow.evaluation.speed import count_positions, pause_collection, wait_for
+from regrow.evaluation.measure import count_positions, evaluating, pause_collection, wait_for
 from regrow.tracing.trial import Resizing, resize_copy
 
-SHARES = (0.25, 0.5, 0.75)
-"""The fractions of an axis's width that are measured, besides its full and its least width."""
+SHARES = (0.25, 0.5, 0.75)  # of an axis's width that are measured, besides its full and its least width
 
 
 def timing(
@@ -59,10 +57,10 @@ def timing(
     Raises:
         ValueError: If a module cannot be run at another width; names the axis.
     """
-    kinds: dict[tuple[Any, ...], list[Axis]] = {}
+    groups: dict[object, list[Axis]] = {}
     for axis in units:
-        kinds.setdefault(axis.kind, []).append(axis)
-    members = {group[len(group) // 2].key: group for group in kinds.values()}
+        groups.setdefault(axis.kind, []).append(axis)
+    members = {group[len(group) // 2].key: group for group in groups.values()}
     with evaluating(model) as device:
         batch = batch.to(device)
         whole = _Call(model, batch.args, dict(batch.kwargs))
@@ -91,43 +89,29 @@ def timing(
 
 
 def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
-    """Return the nanoseconds of the fastest of several forward passes, with the clock of :func:`timing`.
-
-    Args:
-        model: The network.
-        batch: The inputs of the pass.
-        repeats: The number of timed calls, after a warm-up call.
-    """
+    """Return the nanoseconds of the fastest of some passes after a warm-up, with the clock of :func:`timing`."""
     with evaluating(model) as device:
         batch = batch.to(device)
         return _rounds([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)[0]
 
 
 def lengthen(batch: Batch, tokens: int) -> Batch:
-    """Return the batch with ``tokens`` tokens in each row, its own repeated.
+    """Return a batch of token ids with ``tokens`` tokens in each row, its own repeated.
 
     >>> lengthen(Batch((torch.tensor([[1, 2, 3]]),)), 5).args[0].tolist()
     [[1, 2, 3, 1, 2]]
-
-    Args:
-        batch: A batch of token ids, ``[batch, tokens]``.
-        tokens: The new length.
-
-    Raises:
-        ValueError: If it has no rows of integers.
     """
-    changed = False
+
+    def is_rows(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
     def longer(value: Any) -> Any:
-        nonlocal changed
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
-            return value
-        changed = True
-        return value.repeat(1, -(-tokens // value.shape[1]))[:, :tokens]
+        return value.repeat(1, -(-tokens // value.shape[1]))[:, :tokens] if is_rows(value) else value
 
-    args, kwargs = tree_map(longer, batch.args), tree_map(longer, dict(batch.kwargs))
-    if not changed:
+    inputs = (batch.args, dict(batch.kwargs))
+    if not any(map(is_rows, tree_leaves(inputs))):
         raise ValueError(f"the example has no rows of tokens, so none of {tokens} can be made: leave @{tokens} away")
+    args, kwargs = tree_map(longer, inputs)
     return replace(batch, args=args, kwargs=kwargs)
 
 
@@ -163,8 +147,8 @@ def _find_calls(whole: _Call, holders: list[list[str]]) -> list[_Call]:
     seen: dict[str, _Call] = {"": whole}
 
     def note(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        known = seen.get(path)
-        seen[path] = replace(known, times=known.times + 1) if known else _Call(module, args, kwargs, path)
+        first = seen.get(path)
+        seen[path] = replace(first, times=first.times + 1) if first else _Call(module, args, kwargs, path)
 
     hooks = []
     for path in {path for row in holders for path in row if path}:
@@ -192,39 +176,38 @@ def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call
     sizes = axes.sizes() | {other.key: width for other in _together(axes, axis)}
     copy = resize_copy(model, axes, Resizing(sizes))[0].get_submodule(call.path)
     # The copy has no data: it gets the first entries of the tensors of the module that it was cut from.
-    module = call.module
-    state: dict[str, Tensor] = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    state = {**dict(call.module.named_parameters(remove_duplicate=False)), **dict(call.module.named_buffers())}
     for path, part in copy.named_modules(remove_duplicate=False):
-        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
-        for table in tables:
-            for name, like in table.items():
-                if like is not None:
-                    entries = tuple(slice(n) for n in like.shape)
-                    whole = state[f"{path}.{name}".lstrip(".")].detach()
-                    data = whole[entries].clone(memory_format=torch.contiguous_format)
-                    table[name] = nn.Parameter(data, requires_grad=False) if table is tables[0] else data
+        for name, like in [*part._parameters.items(), *part._buffers.items()]:
+            if like is not None:
+                whole = state[f"{path}.{name}".lstrip(".")].detach()
+                data = whole[tuple(slice(n) for n in like.shape)].clone(memory_format=torch.contiguous_format)
+                if name in part._parameters:
+                    part._parameters[name] = nn.Parameter(data, requires_grad=False)
+                else:
+                    part._buffers[name] = data
     resized = replace(call, module=copy.eval())
     try:
         resized()
     except Exception as error:
-        raise ValueError(
-            f"{call.path or 'the network'} does not run at {width} units of {axis.key!r}, so its time is not known; "
-            f"leave that axis out with --exclude ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-        ) from error
+        problem = (
+            f"{call.path or 'the network'} does not run at {width} units of {axis.key!r}, so its time is not known"
+        )
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        raise ValueError(f"{problem}; leave that axis out with --exclude ({reason})") from error
     return resized
 
 
 def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress: Progress) -> list[int]:
     """Return the fastest call of each in nanoseconds; calls alternate, and each round begins with another one."""
     fastest = [0] * len(calls)
-    clock = _clock(device)
     with pause_collection():
         for turn in range(1 + repeats):
             for step in range(len(calls)):
-                at = (turn + step) % len(calls)
-                taken = _time_call(calls[at], device, clock)
+                i = (turn + step) % len(calls)
+                taken = _time_call(calls[i], device)
                 if turn:
-                    fastest[at] = min(fastest[at] or taken, taken)
+                    fastest[i] = min(fastest[i] or taken, taken)
             progress(turn + 1, 1 + repeats, "timing widths")
     return fastest
 
@@ -234,7 +217,8 @@ def _clock(device: torch.device) -> Callable[[], int]:
     return time.thread_time_ns if alone else time.perf_counter_ns
 
 
-def _time_call(call: _Call, device: torch.device, clock: Callable[[], int]) -> int:
+def _time_call(call: _Call, device: torch.device) -> int:
+    clock = _clock(device)
     wait_for(device)
     begin = clock()
     call()
@@ -304,10 +288,10 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
         and not f"{name}.".startswith(inside)
     ]
     with evaluating(model) as device, pause_collection():
-        batch, clock = batch.to(device), _clock(device)
+        batch = batch.to(device)
         call, total, fastest = _Call(model, batch.args, dict(batch.kwargs)), float("inf"), dict[str, float]()
         for turn in range(1 + repeats):
-            taken = _time_call(call, device, clock)
+            taken = _time_call(call, device)
             total = min(total, taken) if turn else total
             with _timing_calls(model, [*ops, *sums, *layers], device, fastest):
                 call()
@@ -319,8 +303,8 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
         times[path] = max(0.0, times[path] - sum(times[op] for op in paths))
     # Clocks inside take time themselves: together, parts are no more than the whole.
     part = min(1.0, total / (sum(times.values()) or 1.0)) / 1e6
-    ops_, sums_, layers_ = ({path: times[path] * part for path in paths} for paths in (ops, sums, layers))
-    return Latency(total / 1e6, ops_, sums_, layers_)
+    tables = [{path: times[path] * part for path in paths} for paths in (ops, sums, layers)]
+    return Latency(total / 1e6, tables[0], tables[1], tables[2])
 
 
 @contextmanager

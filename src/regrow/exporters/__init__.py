@@ -1,1 +1,83 @@
-"""Export networks to the file formats of other tools, and check each file by reading it back."""
+"""Export networks to the file formats of other tools, and check each file by reading it back.
+
+Here: the result of an export, its errors, and what exports to a folder share.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.core.axes import Example
+from regrow.core.errors import RefusedError, first_line
+from regrow.nets.loaded import written_shape
+from regrow.store.errors import StoreError
+from regrow.store.models import keep_others
+from regrow.store.replacing import WORK, replace_folder
+from regrow.store.shapes import SHAPES
+
+ROUNDING = 1e-4  # the allowed output difference, relative to the largest output: memory layout can change rounding
+
+
+class ExportError(ValueError):
+    """Raised if a format cannot represent the network, or the file cannot be written or read back."""
+
+
+class CheckError(ExportError, RefusedError):
+    """Raised if an export, read back, differs from the network; the export is not kept."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The result of an export: where it is, its size, and how it compared with the network."""
+
+    path: Path
+    bytes: int
+    checked: Mapping[str, float | int | str] = field(default_factory=dict)  # results of reading it back, by name
+    notes: tuple[str, ...] = ()  # what a user of the file must know
+    memory: Mapping[str, int | None] = field(default_factory=dict)  # limit, prediction and peak, if memory was limited
+
+
+@contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``out`` (new, empty, or an earlier export) if the block succeeds."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out} is a file; name a folder")
+    if (out / "run.json").exists() or (out / WORK).exists():
+        raise StoreError(f"{out} is the folder of a run; choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / SHAPES).is_file():
+        raise StoreError(f"{out} holds something else; choose another folder")
+    with replace_folder(out) as folder:
+        yield folder
+        keep_others(out, folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def compare_outputs(
+    model: nn.Module, rebuilt: nn.Module, example: Example, what: str, tolerance: float = ROUNDING
+) -> float:
+    """Return the largest output difference of two networks; raise CheckError if it is too large for the outputs."""
+    ours, theirs = (_outputs(net, example) for net in (model, rebuilt))
+    difference = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
+    largest = max((float(a.abs().max()) for a in ours if a.numel()), default=0.0)
+    if difference > tolerance * largest:
+        raise CheckError(f"{what} answers otherwise, by {difference:.3g}; please report it")
+    return difference
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    try:
+        leaves = tree_leaves(model(*example.args, **example.kwargs))
+    except Exception as error:
+        what = f"{type(model).__name__} does not take an input of {written_shape(example)} ({first_line(error)})"
+        raise ExportError(f"{what}, so that the export is not compared; give an input that it takes") from None
+    return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from regrow import store
 from regrow.core.progress import Progress, silent
-from regrow.exporters.written import ExportError, Written, compare_outputs, folder_bytes, staging_folder
+from regrow.exporters import ExportError, Written, compare_outputs, folder_bytes, staging_folder
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted_arguments
 from regrow.store import portable
@@ -19,20 +19,7 @@ FILES = ("load_regrow.py", "reshape_regrow.py")
 
 
 def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Written:
-    """Write a folder whose ``load_regrow.load()`` builds the network without regrow, and compare it.
-
-    Args:
-        model: A torchvision network, pruned or widened in any way.
-        out: The folder: new, empty, or of an earlier export.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        What was written; ``checked`` compares the outputs of the built network with those of ``model``.
-
-    Raises:
-        ExportError: If torchvision alone could not build the network, or the outputs differ.
-        StoreError: If the disk is full, or the folder holds other files.
-    """
+    """Write a folder whose ``load_regrow.load()`` builds the network without regrow, and compare it."""
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin) or origin.kind != "torchvision":
         raise ExportError("this is no torchvision network; export it to onnx")
@@ -41,9 +28,8 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Writte
         store.write_model(model, folder, origin=origin)
         record = portable.record(model, store.read_shapes(folder))
         if record is None:
-            raise ExportError(
-                f"{origin.name} has modules that torchvision has not (attention that was opened); export it to onnx"
-            )
+            modules = "modules that torchvision has not (attention that was opened)"
+            raise ExportError(f"{origin.name} has {modules}; export it to onnx")
         settings = unweighted_arguments(origin.reference) | dict(origin.config)
         build = {"builder": origin.reference, "settings": settings, "regrow": record}
         write_text(folder / "network.json", json.dumps(build, indent=1) + "\n")

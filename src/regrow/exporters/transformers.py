@@ -16,39 +16,32 @@ from torch import nn
 from regrow import store
 from regrow.core.axes import Example
 from regrow.core.progress import Progress, silent
-from regrow.exporters.written import ROUNDING, ExportError, Written, compare_outputs, folder_bytes, staging_folder
+from regrow.exporters import ROUNDING, ExportError, Written, compare_outputs, folder_bytes, staging_folder
 from regrow.nets import ModelError, Origin, build
-from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
-from regrow.nets.examples import guessed_example
-from regrow.nets.language import example_of_transformers, origin_of, quiet, require_transformers
+from regrow.nets.language import (
+    ATTENTION,
+    MLP,
+    DecoderLayer,
+    decoder_layers,
+    example_of_transformers,
+    origin_of,
+    quiet,
+    require_transformers,
+)
+from regrow.nets.loaded import guessed_example
 from regrow.store import portable
 from regrow.store.pretrained import update_origin
 from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Settings of config.json that add a bias to every linear layer of a part; missing biases become zeros.
 BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
-"""Settings of config.json that add a bias to every linear layer of a kind; missing biases become zeros."""
 
 
 def write(
     model: nn.Module, out: Path, *, dtype: str = "", example: Example | None = None, progress: Progress = silent
 ) -> Written:
-    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs.
-
-    Args:
-        model: A transformers network, pruned or widened in any way.
-        out: The folder: new, empty, or of an earlier export.
-        dtype: The dtype in which weights are stored, one of ``DTYPES``; unchanged if empty.
-        example: An input for the comparison; ``None``: one that suits the network.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        What was written; ``checked`` compares the outputs of the loaded network with those of ``model``.
-
-    Raises:
-        ExportError: If transformers could not build the network, or the outputs differ.
-        StoreError: If the disk is full, or the folder holds other files.
-    """
+    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs."""
     origin = getattr(model, "origin", None)
     origin = origin if isinstance(origin, Origin) else origin_of(model, type(model).__name__)
     if origin.kind != "transformers":
@@ -64,9 +57,8 @@ def write(
             store.write_model(plain, folder, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
         has_code = (folder / "modeling_regrow.py").is_file()
         if not has_code and portable.is_changed(store.read_shapes(folder)):
-            raise ExportError(
-                f"transformers cannot build this {origin.reference} from what it records; export it to onnx"
-            )
+            problem = f"transformers cannot build this {origin.reference} from what it records"
+            raise ExportError(f"{problem}; export it to onnx")
         progress(1, 2, "loading it with transformers")
         loaded = _load(folder, has_code, getattr(cast(Any, model).config, "_attn_implementation", "sdpa"))
         example = example or guessed_example(model) or example_of_transformers(cast(Any, model))
@@ -88,7 +80,7 @@ def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     The network built from those settings is compared with ``model``, tensor by tensor.
     """
     try:
-        settings = _settings(model, blocks(model), origin)
+        settings = _settings(model, decoder_layers(model), origin)
     except ModelError:
         settings = _hidden_settings(model, origin)
     if settings is None:
@@ -158,11 +150,10 @@ def _load(folder: Path, has_code: bool, attention: str) -> Any:
     """Load the folder with transformers' Auto class; of code, only that of this export is run."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]
-    arguments = {}
     if has_code:
         name = next(auto for auto, code in config["auto_map"].items() if code == f"modeling_regrow.{name}")
-        arguments = {"trust_remote_code": True}
+    auto = getattr(require_transformers(), name)
     with quiet():
-        model = getattr(require_transformers(), name).from_pretrained(str(folder), local_files_only=True, **arguments)
+        model = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=has_code)
         model.eval().set_attn_implementation(attention)
     return model

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regrow.core.axes import Example
-    from regrow.exporters.written import Written
+    from regrow.exporters import Written
     from regrow.jobs.recording import Invocation
     from regrow.streaming.requirements import MemoryTerms
 

@@ -32,10 +32,9 @@ from regrow.jobs.starting import (
 from regrow.jobs.trackers import tracking
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
-from regrow.nets.examples import image_example
 from regrow.nets.files import check_files
-from regrow.nets.loaded import Loaded
-from regrow.nets.small import small
+from regrow.nets.loaded import Loaded, image_example
+from regrow.nets.vision import small
 from regrow.settings.declaration import check_settings
 from regrow.settings.learn import Settings
 from regrow.store.errors import StoreError

@@ -16,7 +16,10 @@ from regrow.core.sources import moved
 from regrow.data.vision import side_of
 from regrow.nets import Loaded, ModelError, Origin
 from regrow.nets.devices import choose_device
-from regrow.nets.examples import (
+from regrow.nets.files import check_files
+from regrow.nets.load import call_builder, check_code, import_builder
+from regrow.nets.loaded import (
+    WeightFile,
     guessed_example,
     image_example,
     read_shape,
@@ -25,9 +28,6 @@ from regrow.nets.examples import (
     text_example,
     written_shape,
 )
-from regrow.nets.files import check_files
-from regrow.nets.load import call_builder, check_code, import_builder
-from regrow.nets.loaded import WeightFile
 from regrow.nets.packaged import PACKAGED
 from regrow.store import probe
 from regrow.store.run_record import RUN, read_run

@@ -29,8 +29,8 @@ from regrow.nets.cells import Cells
 from regrow.nets.load import Builder, call_builder, import_builder
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
-from regrow.nets.small import small
 from regrow.nets.staged import check_space_fits
+from regrow.nets.vision import small
 from regrow.settings.search import Settings, parse_search_target
 from regrow.tracing.branches import find_placeholders
 from regrow.training.learner import Context

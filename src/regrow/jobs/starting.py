@@ -24,7 +24,7 @@ from regrow.jobs.recording import Invocation
 from regrow.methods import MethodEntry
 from regrow.nets import Loaded
 from regrow.nets.load import check_code
-from regrow.nets.small import BUILDERS
+from regrow.nets.vision import BUILDERS
 from regrow.store.errors import StoreError
 from regrow.training.continual import TaskSchedule
 

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention with separate query, key and value layers, for any number and width of heads.
 
-    Args:
-        old: The ``nn.MultiheadAttention`` that it replaces; it computes the same, with copies of its weights.
-
     Source: Vaswani et al., 2017, section 3.2.2.
     """
 
@@ -43,21 +40,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended values, and the attention weights if needed, as ``nn.MultiheadAttention`` does.
-
-        Args:
-            query: ``[N, L, E]``, or ``[L, N, E]`` without ``batch_first``, or ``[L, E]``.
-            key: ``[N, S, Ek]``, in the same layout.
-            value: ``[N, S, Ev]``, in the same layout.
-            key_padding_mask: ``[N, S]``: keys to ignore (bool), or numbers added to the scores.
-            need_weights: Whether the attention weights are returned.
-            attn_mask: ``[L, S]`` or ``[N · heads, L, S]``: positions to ignore (bool), or numbers added to the scores.
-            average_attn_weights: Whether the weights returned are averaged over heads.
-            is_causal: A hint that ``attn_mask`` is causal, as in torch; it makes no mask by itself.
-
-        Raises:
-            ValueError: If ``is_causal`` is given without a mask.
-        """
+        """Return the attended values, and the attention weights if needed, as ``nn.MultiheadAttention`` does."""
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal, and there is no attn_mask; give it")
         single = query.dim() == 2

@@ -14,13 +14,10 @@ from torch import Tensor, nn
 
 from regrow.core.candidates import Candidates
 from regrow.nets.loaded import ModelError
-from regrow.nets.staged import MOST, check_sizes, explain_description
+from regrow.nets.staged import MAX_SIZE, build_stem, check_sizes, explain_description
 
-OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
-"""The operations, by their names in NAS-Bench-201."""
-
-EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-"""The edges as (from node, to node), in the order of NAS-Bench-201's notation."""
+OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")  # as NAS-Bench-201 calls them
+EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # (from node, to node), in the order of its notation
 
 
 class Nothing(nn.Module):
@@ -52,13 +49,7 @@ def operation(name: str, width: int) -> nn.Module:
 
 
 class Bench201Cell(nn.Module):
-    """A cell of four nodes: each sums the operations on its edges from earlier nodes; the last is the output.
-
-    Args:
-        width: Channels of every node.
-        edges: The operations on each of ``EDGES``. A search decides the same edge of all cells together, and keeps one
-            operation.
-    """
+    """A cell of four nodes: each sums the operations on its edges from earlier nodes; the last is the output."""
 
     def __init__(self, width: int, edges: Sequence[Sequence[str]]) -> None:
         super().__init__()
@@ -91,85 +82,59 @@ class Reduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` → ``[N, 2 C, H / 2, W / 2]``."""
-        result: Tensor = self.short(x) + self.body(x)
-        return result
+        return self.short(x) + self.body(x)
 
 
 class Bench201(nn.Module):
     """A network with the macro-structure of NAS-Bench-201.
 
-    Args:
-        config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``width`` of the first stage, ``cells`` per stage,
-            ``stride`` of the stem, and ``edges``: the operations on each of ``EDGES``.
-
-    Raises:
-        ModelError: If the configuration is invalid.
+    ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``width`` of the first stage, ``cells`` per
+    stage, ``stride`` of the stem, and ``edges``: the operations on each of ``EDGES``.
     """
 
-    def __init__(self, config: Mapping[str, object]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = plan = check_description(config)
-        width, parts = plan["width"], list[nn.Module]()
-        self.stem = nn.Sequential(
-            nn.Conv2d(plan["shape"][0], width, 3, plan["stride"], 1, bias=False), nn.BatchNorm2d(width)
-        )
+        check_description(config)
+        self.config = config
+        width = config["width"]
+        self.stem, self.parts = build_stem(config, width), nn.Sequential()
         for stage in range(3):
             if stage:
-                parts.append(Reduction(width, 2 * width))
+                self.parts.append(Reduction(width, 2 * width))
                 width *= 2
-            parts += [Bench201Cell(width, plan["edges"]) for _ in range(plan["cells"])]
-        self.parts = nn.Sequential(*parts)
+            self.parts.extend(Bench201Cell(width, config["edges"]) for _ in range(config["cells"]))
         self.norm = nn.BatchNorm2d(width)
-        self.head = nn.Linear(width, plan["classes"])
+        self.head = nn.Linear(width, config["classes"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, ``[N, classes]``."""
         x = F.relu(self.norm(self.parts(self.stem(x))))
-        result: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return result
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
-    """Return the configuration of the super-network: every operation on every edge; defaults as in the paper.
-
-    Args:
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-        width: Channels of the first stage.
-        cells: Cells per stage.
-        stride: The stride of the stem.
-    """
+    """Return the configuration of the super-network: every operation on every edge; defaults as in the paper."""
     edges = [[*OPERATIONS] for _ in EDGES]
     return {"shape": [*shape], "classes": classes, "width": width, "cells": cells, "stride": stride, "edges": edges}
 
 
-def describe(config: Mapping[str, object], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration of the network that a search left.
-
-    Args:
-        config: The configuration that the network was built from.
-        gone: Paths of the operations that were dropped, the same in all cells.
-    """
-    whole = check_description(config)
+def describe(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """Return the configuration of the network that a search left, without the operations at the paths ``gone``."""
+    check_description(config)
     edges = [
         [name for name in ops if f"parts.0.edges.{a}{b}.ops.{name}" not in gone]
-        for (a, b), ops in zip(EDGES, whole["edges"], strict=True)
+        for (a, b), ops in zip(EDGES, config["edges"], strict=True)
     ]
-    return {**whole, "edges": edges}
+    return {**config, "edges": edges}
 
 
-def check_description(config: Mapping[str, object]) -> dict[str, Any]:
-    """Return a configuration of :class:`Bench201`, or raise ModelError if it is invalid; builds nothing."""
-    data: Any = config
+def check_description(config: Mapping[str, Any]) -> None:
+    """Raise ModelError unless a configuration of :class:`Bench201` is valid; builds nothing."""
     with explain_description("NAS-Bench-201"):
-        shape, edges = data["shape"], data["edges"]
-        sizes = [*shape, data["classes"], data["width"], data["cells"], data["stride"]]
-        right = len(shape) == 3 and len(edges) == len(EDGES)
-        right = right and all(type(ops) is list and 0 < len(ops) == len({*ops}) for ops in edges)
-        right = right and all(name in OPERATIONS for ops in edges for name in ops)
-    check_sizes("NAS-Bench-201", sizes)
-    if data["cells"] > 64 or data["width"] > MOST // 4:
-        raise ModelError(f"at most 64 cells per stage and {MOST // 4} channels; got {data['cells']}-{data['width']}")
-    if not right:
-        raise ModelError(f"each of its {len(EDGES)} edges has one or more of {', '.join(OPERATIONS)}, each once")
-    return data
+        shape, edges, cells, width = (config[key] for key in ("shape", "edges", "cells", "width"))
+        check_sizes("NAS-Bench-201", [*shape, config["classes"], width, cells, config["stride"]])
+        if cells > 64 or width > MAX_SIZE // 4:
+            raise ModelError(f"at most 64 cells per stage and {MAX_SIZE // 4} channels; got {cells}-{width}")
+        choices = all(type(ops) is list and 0 < len(ops) == len({*ops} & {*OPERATIONS}) for ops in edges)
+        if len(shape) != 3 or len(edges) != len(EDGES) or not choices:
+            raise ModelError(f"each of its {len(EDGES)} edges has one or more of {', '.join(OPERATIONS)}, each once")

@@ -4,7 +4,7 @@ A cell reads the outputs of the two cells before it. Each of its nodes sums any 
 earlier nodes, and the cell's output concatenates its nodes. Every cell has its own parameters and wiring.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.core.candidates import Candidates, Prefix, candidates_in
+from regrow.nets import staged
 from regrow.nets.loaded import ModelError
-from regrow.nets.staged import StagedNetwork, check_sizes, explain_description, is_spread, norm_widths
+from regrow.nets.staged import StagedNetwork, norm_widths
 
-OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
-"""The candidate operations, in the order of the genotypes in MGAS's code."""
+OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")  # in the order of the genotypes in MGAS's code
 MOST_CELLS, MOST_NODES = 64, 16
 
 
@@ -24,8 +24,10 @@ class Pointwise(nn.Sequential):
     """ReLU → 1 × 1 convolution → BatchNorm, with 2 × 2 average pooling first if the stride is 2."""
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
-        first: list[nn.Module] = [nn.ReLU()] + ([nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else [])
-        super().__init__(*first, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        super().__init__(nn.ReLU())
+        if stride == 2:
+            self.append(nn.AvgPool2d(2, ceil_mode=True))
+        self.extend([nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after)])
 
 
 class Depthwise(nn.Sequential):
@@ -64,12 +66,10 @@ def operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> 
 class Cell(nn.Module):
     """A cell of two inputs and some nodes; its output concatenates the nodes along channels.
 
-    Args:
-        before: Channels of each of the two inputs.
-        shrinks: For each input, whether it has twice the height and width of the other and must be downsampled.
-        plan: ``reduce`` (whether it halves height and width), ``inputs`` (their widths inside the cell) and ``nodes``:
-            for each its ``width`` and ``ops``, a list of ``[name, source, mid]``. Sources 0 and 1 are the inputs, 2 is
-            the first node.
+    ``before`` has the channels of each input; ``shrinks``, whether it has twice the height and width of the other and
+    is downsampled. ``plan`` holds ``reduce`` (whether the cell halves height and width), ``inputs`` (their widths
+    inside the cell) and ``nodes``: for each its ``width`` and ``ops``, a list of ``[name, source, mid]``. Sources 0 and
+    1 are the inputs, 2 is the first node.
     """
 
     def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
@@ -99,36 +99,25 @@ class Cell(nn.Module):
 class Cells(StagedNetwork):
     """A network of cells: a stem, cells, and linear classifiers behind the last cell and the end of each stage.
 
-    Args:
-        config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (channels), ``stride`` of the stem, ``cells``
-            as :class:`Cell` takes them, and ``heads``: indices of the cells that a classifier follows, ascending.
-
-    Raises:
-        ModelError: If the configuration is invalid, or its sizes do not fit each other.
+    ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (channels), ``stride`` of the stem,
+    ``cells`` as :class:`Cell` takes them, and ``heads``: indices of the cells that a classifier follows, ascending.
     """
 
     parts_name = "cells"
 
-    def __init__(self, config: Mapping[str, object]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        plans = check_description(config)
-        stem = plans["stem"]
-        self.stem = nn.Sequential(
-            nn.Conv2d(plans["shape"][0], stem, 3, plans["stride"], 1, bias=False), nn.BatchNorm2d(stem)
-        )
+        check_description(config)
+        self.stem = staged.build_stem(config, config["stem"])
         self.cells, self.heads = nn.ModuleList(), nn.ModuleDict()
-        widths, scales = [stem, stem], [0, 0]
-        for i, plan in enumerate(plans["cells"]):
+        widths, scales = [config["stem"]] * 2, [0, 0]
+        for i, plan in enumerate(config["cells"]):
             level = max(scales)
             cell = Cell(widths, [scale < level for scale in scales], plan)
             self.cells.append(cell)
             widths, scales = [widths[1], cell.width], [scales[1], level + plan["reduce"]]
-            if i in plans["heads"]:
-                self.heads[str(i)] = nn.Linear(cell.width, plans["classes"])
-
-    def run_part(self, part: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
-        """Return the output of a cell."""
-        return part(first, second)
+            if i in config["heads"]:
+                self.heads[str(i)] = nn.Linear(cell.width, config["classes"])
 
     def classify(self, head: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of a classifier."""
@@ -165,33 +154,21 @@ def supernet(
 ) -> dict[str, Any]:
     """Return the configuration of the super-network: every operation on every edge, halving twice.
 
-    Args:
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-        width: Channels of a node before the first reduction; they double at each.
-        cells: The number of cells.
-        nodes: The number of nodes per cell.
-        stride: The stride of the stem, which has three times ``width`` channels.
-        heads: Indices of cells at which a stage of the search ends; the last cell has a classifier anyway.
-        operations: The candidate operations of each edge.
-
-    Raises:
-        ModelError: If there are too many cells or nodes.
+    ``width`` are the channels of a node before the first reduction, where they double; ``heads`` are indices of cells
+    at which a stage of the search ends. The last cell has a classifier anyway.
     """
     if not 0 < cells <= MOST_CELLS or not 0 < nodes <= MOST_NODES:
-        raise ModelError(
-            f"a space of cells has 1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}; write "
-            "it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3"
-        )
+        sizes = f"1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}"
+        raise ModelError(f"a space of cells has {sizes}; write it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3")
     reductions = {cells // 3, 2 * cells // 3} - {0}
-    plans: list[dict[str, Any]] = []
+    stem, plans = 3 * width, list[dict[str, Any]]()
     for i in range(cells):
         width *= 2 if i in reductions else 1
         ops = [[[op, source, width] for source in range(2 + n) for op in operations] for n in range(nodes)]
         inner = [{"width": width, "ops": edges} for edges in ops]
         plans.append({"reduce": i in reductions, "inputs": [width, width], "nodes": inner})
-    stem, ends = 3 * plans[0]["inputs"][0], sorted({*heads, cells - 1})
-    return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": plans, "heads": ends}
+    config = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": plans}
+    return {**config, "heads": sorted({*heads, cells - 1})}
 
 
 def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
@@ -207,7 +184,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     for i, cell in enumerate(cells[:before]):
         ops = [(name, j, n) for j, node in enumerate(cell["nodes"]) for n, (name, _, _) in enumerate(node["ops"])]
         ops.sort(key=lambda op: OPERATIONS.index(op[0]))
-        kept = {op[1:] for k, op in enumerate(ops) if is_spread(k, share)}
+        kept = {op[1:] for k, op in enumerate(ops) if staged.is_spread(k, share)}
         kept |= {(j, 0) for j in range(len(cell["nodes"])) if not any(at == j for at, _ in kept)}
         nodes = [
             {**node, "ops": [op for n, op in enumerate(node["ops"]) if (j, n) in kept]}
@@ -223,16 +200,11 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
     return Prefix(Cells(thin({**config, "heads": heads}, first, share)), last)
 
 
-def describe(net: Cells, config: Mapping[str, object], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration that builds exactly what is left of a network, with its last classifier alone.
-
-    Args:
-        net: The network after cuts.
-        config: The configuration that it was built from.
-        gone: Paths of the operations that were dropped.
-    """
-    whole, cells = check_description(config), list[dict[str, Any]]()
-    for i, plan in enumerate(whole["cells"]):
+def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """Return the configuration that builds exactly what is left of a network, with its last classifier alone."""
+    check_description(config)
+    cells = list[dict[str, Any]]()
+    for i, plan in enumerate(config["cells"]):
         widths = [norm_widths(net.get_submodule(f"cells.{i}.inputs.{k}"))[-1] for k in range(2)]
         nodes: list[dict[str, Any]] = []
         for j, node in enumerate(plan["nodes"]):
@@ -246,31 +218,25 @@ def describe(net: Cells, config: Mapping[str, object], gone: Container[str]) -> 
             nodes.append({"width": outs[0], "ops": ops})
             widths.append(outs[0])
         cells.append({"reduce": plan["reduce"], "inputs": widths[:2], "nodes": nodes})
-    return {**whole, "stem": norm_widths(net.stem)[0], "cells": cells, "heads": [len(cells) - 1]}
+    return {**config, "stem": norm_widths(net.stem)[0], "cells": cells, "heads": [len(cells) - 1]}
 
 
-def check_description(config: Mapping[str, object]) -> dict[str, Any]:
-    """Return a configuration of :class:`Cells`, or raise ModelError if it is invalid; builds nothing."""
-    data: Any = config
-    with explain_description("cells"):
-        cells, shape = data["cells"], data["shape"]
-        sizes = [*shape, data["classes"], data["stem"], data["stride"]]
-        sizes += [w for cell in cells for w in (*cell["inputs"], *(node["width"] for node in cell["nodes"]))]
-        ops = [(j + 2, op) for cell in cells for j, node in enumerate(cell["nodes"]) for op in node["ops"]]
-        sizes += [mid for _, (_, _, mid) in ops]
-        right = (
-            len(shape) == 3
-            and 0 < len(cells) <= MOST_CELLS
-            and all(0 < len(cell["nodes"]) <= MOST_NODES and len(cell["inputs"]) == 2 for cell in cells)
-            and all(node["ops"] for cell in cells for node in cell["nodes"])
-            and all(
-                name in OPERATIONS and type(source) is int and 0 <= source < known for known, (name, source, _) in ops
-            )
-            and all(type(cell["reduce"]) is bool for cell in cells)
-            and all(type(at) is int and 0 <= at < len(cells) for at in data["heads"])
-            and len(cells) - 1 in data["heads"]
-        )
-    check_sizes("cells", sizes)
-    if not right:
-        raise ModelError("not the description of a network of cells: see regrow.nets.cells.Cells for what it holds")
-    return data
+def check_description(config: Mapping[str, Any]) -> None:
+    """Raise ModelError unless a configuration of :class:`Cells` is valid; builds nothing."""
+    with staged.explain_description("cells"):
+        cells = config["cells"]
+        sizes = [*config["shape"], config["classes"], config["stem"], config["stride"]]
+        valid = 0 < len(cells) <= MOST_CELLS and staged.heads_fit(config, len(cells))
+        for cell in cells:
+            nodes = cell["nodes"]
+            sizes += [*cell["inputs"], *(node["width"] for node in nodes)]
+            valid &= 0 < len(nodes) <= MOST_NODES and len(cell["inputs"]) == 2 and type(cell["reduce"]) is bool
+            for known, node in enumerate(nodes, start=2):
+                sizes += [mid for _, _, mid in node["ops"]]
+                valid &= bool(node["ops"]) and all(
+                    name in OPERATIONS and type(source) is int and 0 <= source < known
+                    for name, source, _ in node["ops"]
+                )
+        staged.check_sizes("cells", sizes)
+        if not valid:
+            raise ModelError("not the description of a network of cells: see regrow.nets.cells.Cells for what it holds")

@@ -21,15 +21,6 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
 
     >>> choose_device("cpu")
     device(type='cpu')
-
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on; ``auto``: ``cuda`` if there is one, else
-            ``cpu`` (parts of pruning and growing compute in float64, which ``mps`` does not have).
-        ranks: The processes that share the run.
-
-    Raises:
-        InputError: If the name is not that of a device.
-        ResourceError: If this machine, or this torch, does not have it; says which there are.
     """
     there = devices_here()
     name = choose_rank_device(str(name), ranks, torch.cuda.device_count())
@@ -61,10 +52,8 @@ def check_precision(model: nn.Module, precision: str) -> None:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.float32 not in dtypes:
         stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no numbers"
-        raise InputError(
-            f"precision {precision} computes weights of float32 in {precision}, and these are {stored}; leave it out, "
-            "or load them with --dtype float32"
-        )
+        problem = f"precision {precision} computes weights of float32 in {precision}, and these are {stored}"
+        raise InputError(f"{problem}; leave it out, or load them with --dtype float32")
 
 
 @contextmanager

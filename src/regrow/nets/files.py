@@ -14,8 +14,7 @@ from regrow.nets.loaded import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ATTENTION = ("eager", "sdpa")
-"""The attention implementations that need no code but torch's."""
+ATTENTION = ("eager", "sdpa")  # the attention implementations that need no code but torch's
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 MODELS = r"models\.(?!auto\.)\w+\.modeling_\w+"
@@ -84,9 +83,8 @@ def read_shards(index: Path) -> dict[str, str]:
         raise ModelError(f"{index} has no weight_map from tensors to files; copy or download it again")
     for file in sorted(set(named.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names the file {file!r:.60}, which is no .safetensors file beside it; restore it"
-            )
+            problem = f"names the file {file!r:.60}, which is no .safetensors file beside it"
+            raise ModelError(f"{index} {problem}; restore it")
     return named
 
 
@@ -113,7 +111,7 @@ def check_config(path: Path, name: str) -> dict[str, object]:
     return config
 
 
-_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value in GGUF → its bytes
 _TEXT, _ARRAY, _MOST_TENSORS = 8, 9, 2**16
 
 
@@ -183,12 +181,12 @@ def _skip_value(file: BinaryIO, kind: int, size: int, inner: bool = False) -> No
         if many > size:
             raise ValueError(f"a list of {many:,} entries in a file of {size:,} bytes")
         if of in _NUMBERS:
-            _skip(file, many * struct.calcsize(_NUMBERS[of]), size)
+            _skip(file, many * _NUMBERS[of], size)
         else:
             for _ in range(many):
                 _skip_value(file, of, size, inner=True)
     elif kind in _NUMBERS:
-        _skip(file, struct.calcsize(_NUMBERS[kind]), size)
+        _skip(file, _NUMBERS[kind], size)
     else:
         raise ValueError(f"an entry of the unknown kind {kind}")
 
@@ -237,11 +235,7 @@ def check_tokenizer(settings: Mapping[str, object]) -> None:
 
 
 def leads_away(key: str, value: object) -> bool:
-    """Whether a setting names a file outside the folder.
-
-    >>> leads_away("vocab_file", "../vocab.json"), leads_away("vocab_file", "vocab.json")
-    (True, False)
-    """
+    """Whether a setting names a file outside the folder."""
     return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
 
 

@@ -5,9 +5,9 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import get_ident
 from types import ModuleType
@@ -19,7 +19,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from regrow.core.axes import Example
 from regrow.core.errors import first_line
-from regrow.nets.examples import PIXELS, image_example, text_example
 from regrow.nets.files import (
     check_config,
     check_files,
@@ -30,20 +29,31 @@ from regrow.nets.files import (
     check_weights,
     model_class,
 )
-from regrow.nets.loaded import Loaded, ModelError, Origin, needs
+from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, needs, text_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HUB_TIMEOUT = 10.0
-Empty = Callable[[nn.Parameter], nn.Parameter]
-"""Function of a parameter, that returns one of its shape, dtype and device without numbers."""
+Empty = Callable[[nn.Parameter], nn.Parameter]  # returns a parameter of its shape, dtype and device without numbers
+# The linear layers of a Llama-like decoder layer.
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where transformers reads a model from, and what the user calls it."""
+
+    where: str
+    name: str
+    options: Mapping[str, str | bool] = field(default_factory=dict)  # of transformers: gguf_file, local_files_only
 
 
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     """Load a model and its tokenizer from a transformers folder with safetensors weights."""
-    _check_folder(folder, name, dtype)
-    return _load(str(folder), name=name, dtype=dtype)
+    check_weights(_check_folder(folder, name), name, None if dtype is None else dtype.itemsize)
+    return _load(_Checkpoint(str(folder), name), dtype)
 
 
 def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
@@ -57,11 +67,10 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
         try:
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
         except Exception as error:
-            raise ModelError(
-                f"{name!r} is no folder here, and the hub does not give it ({first_line(error)}); "
-                "check the name and the network, or give the folder of a downloaded model"
-            ) from None
-    return _load(name, name=name, dtype=dtype, local_files_only=cached)
+            problem = f"{name!r} is no folder here, and the hub does not give it ({first_line(error)})"
+            remedy = "check the name and the network, or give the folder of a downloaded model"
+            raise ModelError(f"{problem}; {remedy}") from None
+    return _load(_Checkpoint(name, name, {"local_files_only": cached}), dtype)
 
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
@@ -72,8 +81,8 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     with tempfile.TemporaryDirectory(prefix="regrow-") as alone:
         # transformers takes a folder, and would read configurations and tokenizers that happen to lie beside the file.
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
-        loaded = _load(alone, name=name, dtype=dtype or torch.float32, gguf_file="model.gguf")
-    model: Any = loaded.model
+        loaded = _load(_Checkpoint(alone, name, {"gguf_file": "model.gguf"}), dtype or torch.float32)
+    model = cast("PreTrainedModel", loaded.model)
     _check_surplus(path, model, name)
     # save_pretrained refuses a model that still calls itself quantised.
     if hasattr(model.config, "quantization_config"):
@@ -84,15 +93,14 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
 
 
 def origin_of(model: "PreTrainedModel", name: str) -> Origin:
-    """Return the origin of a transformers model: how to build its architecture again."""
-    config = parse_configuration(model.config.to_json_string(use_diff=False))
-    return Origin("transformers", type(model).__name__, _plain(config), name)
-
-
-def _plain(config: dict[str, object]) -> dict[str, object]:
-    """Return a configuration, nested ones included, without paths and without entries that name code."""
+    """Return the origin of a transformers model, without paths and without entries that name code."""
     away = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
-    return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
+
+    def plain(config: dict[str, object]) -> dict[str, object]:
+        return {k: plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
+
+    config = parse_configuration(model.config.to_json_string(use_diff=False))
+    return Origin("transformers", type(model).__name__, plain(config), name)
 
 
 def parse_configuration(text: str) -> dict[str, object]:
@@ -105,19 +113,17 @@ def build_transformers(origin: Origin) -> nn.Module:
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    architecture = model_class(origin.reference)
+    architecture, settings = model_class(origin.reference), dict(origin.config)
     if architecture is None:
         raise ModelError(f"transformers {transformers.__version__} has no model class {origin.reference!r}")
-    settings, make = dict(origin.config), cast(Any, architecture)
     check_settings(settings)
     try:
         config = transformers.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
         with quiet(), no_init_weights():
-            model = make._from_config(config)
+            model = cast(Any, architecture)._from_config(config)
     except Exception as error:
         raise ModelError(f"cannot build {origin.reference} from its configuration: {first_line(error)}") from None
-    # no_init_weights also skips the tying that initialisation would do.
-    model.tie_weights()
+    model.tie_weights()  # which initialisation would do
     return model.eval()
 
 
@@ -145,86 +151,79 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> Loaded:
+def _load(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> Loaded:
     require_transformers()
+    name = checkpoint.name
     try:
         with quiet():
-            auto = _class_for(where, name, files)
-            model, info = auto.from_pretrained(
-                where,
+            model, info = _class_for(checkpoint).from_pretrained(
+                checkpoint.where,
                 dtype=dtype or "auto",
-                use_safetensors=None if "gguf_file" in files else True,
+                use_safetensors=None if "gguf_file" in checkpoint.options else True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **files,
+                **checkpoint.options,
             )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"cannot load {name}: {_explained(error)}") from None
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{name}: the weights lack {len(missing)} parameters, {missing[0]!r} first; "
-            "the file is incomplete or belongs to another configuration: download it again"
-        )
+        problem = f"the weights lack {len(missing)} parameters, {missing[0]!r} first"
+        remedy = "the file is incomplete or belongs to another configuration: download it again"
+        raise ModelError(f"{name}: {problem}; {remedy}")
     if unexpected := sorted(info["unexpected_keys"]):
-        raise ModelError(
-            f"{name}: the weights hold {len(unexpected)} tensors that config.json does not describe, "
-            f"{unexpected[0]!r} first; the configuration belongs to another model: download both again"
-        )
-    return _complete(model, where, name, files)
+        problem = f"the weights hold {len(unexpected)} tensors that config.json does not describe"
+        remedy = "the configuration belongs to another model: download both again"
+        raise ModelError(f"{name}: {problem}, {unexpected[0]!r} first; {remedy}")
+    return _complete(model, checkpoint)
 
 
-def _complete(model: "PreTrainedModel", where: str, name: str, files: dict[str, Any]) -> Loaded:
-    tokenizer = _read_tokenizer(where, files) if is_text(model) else None
-    return Loaded(model.eval(), tokenizer, example_of_transformers(model), origin_of(model, name))
+def _complete(model: "PreTrainedModel", checkpoint: _Checkpoint) -> Loaded:
+    tokenizer = _read_tokenizer(checkpoint) if model.main_input_name == "input_ids" else None
+    return Loaded(model.eval(), tokenizer, example_of_transformers(model), origin_of(model, checkpoint.name))
 
 
-def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
+def _class_for(checkpoint: _Checkpoint) -> Any:
     """Return the transformers class that the configuration of a model names."""
     transformers = require_transformers()
-    settings, _ = transformers.PretrainedConfig.get_config_dict(where, **files)
+    settings, _ = transformers.PretrainedConfig.get_config_dict(checkpoint.where, **checkpoint.options)
     try:
         check_settings(settings, automatic=True)
     except ModelError as error:
-        raise ModelError(f"{name}: config.json: {error}") from None
-    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **files)
+        raise ModelError(f"{checkpoint.name}: config.json: {error}") from None
+    config = transformers.AutoConfig.from_pretrained(checkpoint.where, trust_remote_code=False, **checkpoint.options)
     names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
-    known = filter(None, map(model_class, names))
-    return next(known, transformers.AutoModelForCausalLM)
+    return next(filter(None, map(model_class, names)), transformers.AutoModelForCausalLM)
 
 
-def _read_tokenizer(where: str, files: dict[str, Any]) -> Any | None:
+def _read_tokenizer(checkpoint: _Checkpoint) -> Any | None:
     """Return the tokenizer of a transformers model, or ``None`` if it has none that can be read."""
-    transformers = require_transformers()
+    from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    where = checkpoint.where
     try:
         with quiet():
-            if "gguf_file" not in files:
-                check_tokenizer(get_tokenizer_config(where, **files))
-            return transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **files)
+            if "gguf_file" not in checkpoint.options:
+                check_tokenizer(get_tokenizer_config(where, **checkpoint.options))
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **checkpoint.options)
     except Exception:
         # A model without a tokenizer still has a shape to change; whoever needs text will ask for one.
         return None
 
 
-def is_text(model: "PreTrainedModel") -> bool:
-    """Whether a transformers model takes text."""
-    return model.main_input_name == "input_ids"
-
-
 def example_of_transformers(model: "PreTrainedModel") -> Example:
     """Return an input of the form that a transformers model takes: tokens or an image."""
-    if is_text(model):
+    if model.main_input_name == "input_ids":
         return text_example(model, model.config.get_text_config().vocab_size)
     size = getattr(model.config, "image_size", PIXELS)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return image_example(model, getattr(model.config, "num_channels", 3), height, width)
 
 
-def _check_folder(folder: Path, name: str, dtype: torch.dtype | None, *, whole: bool = True) -> None:
-    """Raise an error unless a folder holds the complete files of a transformers model."""
+def _check_folder(folder: Path, name: str) -> list[Path]:
+    """Return the weight files of a transformers folder, or raise an error unless it is complete and names no code."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
     check_files(folder)
@@ -233,44 +232,33 @@ def _check_folder(folder: Path, name: str, dtype: torch.dtype | None, *, whole: 
         raise ModelError(f"{name}: holds an adapter of peft beside the model; merge it first (merge_and_unload)")
     files = sorted(folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
-        raise ModelError(
-            f"{name}: its weights are a pickle, which could run code; convert it once: python -c "
-            f'"from transformers import AutoModelForCausalLM as A; '
-            f"A.from_pretrained('{name}').save_pretrained('{name}-safe')\""
-        )
+        code = f"AutoModelForCausalLM as A; A.from_pretrained('{name}').save_pretrained('{name}-safe')"
+        remedy = f'convert it once: python -c "from transformers import {code}"'
+        raise ModelError(f"{name}: its weights are a pickle, which could run code; {remedy}")
     if not files:
         raise ModelError(f"{name}: the folder has no .safetensors weights; download the model again")
-    if whole:
-        check_weights(files, name, None if dtype is None else dtype.itemsize)
+    return files
 
 
-def _check_surplus(path: Path, model: nn.Module, name: str) -> None:
-    """Raise ModelError if a GGUF file holds weights that its metadata do not describe.
-
-    Transformers would leave them out silently.
-    """
+def _check_surplus(path: Path, model: "PreTrainedModel", name: str) -> None:
+    """Raise ModelError if a GGUF file holds weights that its metadata do not name: transformers leaves them out."""
     import gguf
 
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = embeddings is not None and embeddings.weight is cast(Any, model).get_input_embeddings().weight
+    embeddings = cast(Any, model.get_output_embeddings())
+    tied = embeddings is not None and embeddings.weight is cast(Any, model.get_input_embeddings()).weight
     spare = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
-    tensors = {tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors}
-    held = sum(count for key, count in tensors.items() if not key.startswith(spare))
+    held = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors if not tensor.name.startswith(spare))
     taken = sum(parameter.numel() for parameter in model.parameters())
     if held > taken:
-        raise ModelError(
-            f"{name}: the file holds {held:,} weights, of which its metadata describe {taken:,}; "
-            "it is damaged or of another version: download it again"
-        )
+        problem = f"the file holds {held:,} weights, of which its metadata describe {taken:,}"
+        raise ModelError(f"{name}: {problem}; it is damaged or of another version: download it again")
 
 
 def _explained(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
-        return (
-            "it brings its own Python code, which is not run; if you trust it, build the model in a function of your "
-            "own and name that: pkg.mod:fn"
-        )
+        remedy = "if you trust it, build the model in a function of your own and name that: pkg.mod:fn"
+        return f"it brings its own Python code, which is not run; {remedy}"
     if "mismatch" in text:
         return "its weights have other shapes than config.json says; a folder made by regrow opens with regrow.load"
     return f"{' '.join(str(error).split())[:200]}; its files are damaged or do not belong together: download them again"
@@ -285,23 +273,23 @@ def _require(package: str) -> ModuleType:
 
 def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Empty) -> Loaded:
     """Build the model of a transformers folder: parameters have no numbers, buffers that code computes are right."""
-    _check_folder(folder, name, None, whole=False)
+    _check_folder(folder, name)
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    where = str(folder)
+    checkpoint = _Checkpoint(str(folder), name)
     try:
         with quiet():
-            kind = _class_for(where, name, {})
-            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+            architecture = _class_for(checkpoint)
+            config = transformers.AutoConfig.from_pretrained(checkpoint.where, trust_remote_code=False)
             recorded = getattr(config, "dtype", None)
             chosen = dtype or (getattr(torch, recorded) if isinstance(recorded, str) else recorded) or stored
             with no_init_weights(), replacing_parameters(empty):
-                model = kind._from_config(config, dtype=chosen)
+                model = architecture._from_config(config, dtype=chosen)
             model.tie_weights()
             if model.can_generate():
                 with suppress(OSError):  # it has none
-                    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.where)
     except ModelError:
         raise
     except Exception as error:
@@ -309,16 +297,13 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
     exact = any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     if chosen in (torch.float16, torch.bfloat16) and exact:
         raise ModelError(f"{name} keeps some weights in float32, which is not read block by block; prune it in memory")
-    return _complete(model, where, name, {})
+    return _complete(model, checkpoint)
 
 
 @contextmanager
 def replacing_parameters(empty: Empty) -> Iterator[None]:
-    """Context manager in which each parameter that a module registers is replaced by one without numbers.
-
-    The hook acts in all threads: parameters of others are left as they are.
-    """
-    thread = get_ident()
+    """Context manager in which each parameter that a module registers is replaced by one without numbers."""
+    thread = get_ident()  # the hook acts in all threads: parameters of others are left as they are
 
     def replaced(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return empty(parameter) if get_ident() == thread else parameter
@@ -329,3 +314,36 @@ def replacing_parameters(empty: Empty) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The sizes and linear layers of one layer of a Llama-like decoder."""
+
+    module: nn.Module
+    heads: int  # query heads; 0 if the attention was dropped
+    kv_heads: int  # key-value heads
+    head_dim: int  # channels per head
+    width: int  # hidden neurons of the MLP; 0 if it was dropped
+    linear: Mapping[str, nn.Linear]  # path within the layer → linear layer, for those that exist
+
+
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """Return the layers of a Llama-like decoder (separate q, k, v layers, gated MLP), of any width."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ModelError(f"{type(model).__name__} is no Llama-like decoder: it has no model.layers")
+    return [_read_layer(layer, f"{type(model).__name__}, layer {i}") for i, layer in enumerate(layers)]
+
+
+def _read_layer(layer: nn.Module, name: str) -> DecoderLayer:
+    modules = dict(layer.named_modules())
+    linear = {path: module for path in (*ATTENTION, *MLP) if isinstance(module := modules.get(path), nn.Linear)}
+    for parts in (ATTENTION, MLP):
+        present = [path for path in parts if path in linear]
+        if present and (missing := [path for path in parts if path not in linear]):
+            raise ModelError(f"{name} is no Llama-like one: it has {present[0]} and no {missing[0]}")
+    head_dim = int(getattr(modules.get("self_attn"), "head_dim", 0))
+    heads, kv_heads = (linear[path].out_features // head_dim if path in linear else 0 for path in ATTENTION[:2])
+    width = linear[MLP[0]].out_features if MLP[0] in linear else 0
+    return DecoderLayer(layer, heads, kv_heads, head_dim, width, linear)

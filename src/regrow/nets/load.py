@@ -18,21 +18,31 @@ from regrow.core.axes import Example
 from regrow.core.errors import InputError, first_line
 from regrow.core.limits import expanded
 from regrow.core.names import HUB, find_problem, names_code
+from regrow.core.progress import Progress, silent
 from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.devices import choose_device
-from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
-from regrow.nets.loaded import Loaded, ModelError, Origin, find_weight_files
+from regrow.nets.loaded import (
+    Loaded,
+    ModelError,
+    Origin,
+    find_weight_files,
+    guessed_example,
+    image_example,
+    say_guess,
+    shaped_example,
+    takes,
+    written_shape,
+)
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
-from regrow.nets.small import build_small
-from regrow.nets.vision import build_torchvision, example_of, load_torchvision
+from regrow.nets.vision import build_small, build_torchvision, example_of, load_torchvision
 
-Progress = Callable[[int, int, str], None]
-Builder = Callable[[], object]
-"""A function that returns a network, or a network and its example input."""
+Builder = Callable[[], object]  # returns a network, or a network and its example input
+_PART = 2**20
+_GIVE_INPUT = "give its shape with --input 1x3x32x32, or return (model, example input)"
 
 
 def load(
@@ -42,7 +52,7 @@ def load(
     device: str | torch.device = "cpu",
     example: Example | Tensor | Sequence[Any] | None = None,
     pixels: int = 0,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Loaded:
     """Load a model by name, with all that is needed to change its shape: tokenizer, example input, origin.
 
@@ -75,13 +85,10 @@ def load(
         raise ModelError(str(error)) from error
     if example is not None:
         loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
-    if not isinstance(loaded.model, nn.Module):
-        raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
-    if loaded.origin.kind != "transformers" and dtype is not None:
-        loaded.model.to(dtype)
-    model = loaded.model.to(device)
+    model = loaded.model
     if loaded.origin.kind != "transformers":  # whose folders others load, by the names they know
-        model = replace_attention(model)
+        model = replace_attention(model.to(dtype))
+    model = model.to(device)
     check_finite(model, name)
     if loaded.guessed:
         say_guess(loaded.example)
@@ -107,13 +114,14 @@ def build(origin: Origin) -> nn.Module:
     if origin.kind != "callable":
         raise ModelError(f"cannot build a model of kind {origin.kind!r}")
     if origin.builder is None:
-        raise ModelError(
-            f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never "
-            "imported; pass the function: Origin(..., builder=function)"
+        problem = (
+            f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never imported"
         )
+        raise ModelError(f"{problem}; pass the function: Origin(..., builder=function)")
     return call_builder(origin.builder, origin.reference)[0].eval()
 
 
+# Kind of an origin → function that builds its network.
 _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
     "transformers": build_transformers,
     "torchvision": build_torchvision,
@@ -122,7 +130,6 @@ _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
     "mobile": lambda origin: Mobile(origin.config).eval(),
     "bench201": lambda origin: Bench201(origin.config).eval(),
 }
-"""Kind of an origin → function that builds its network."""
 
 
 def example_for(model: nn.Module, origin: Origin) -> Example | None:
@@ -162,9 +169,6 @@ def count_nonfinite(tensor: Tensor) -> int:
         if not bool(wide.sum().isfinite()):  # finite only if all terms are; takes a tenth of the time
             count += int((~torch.isfinite(wide)).sum())
     return count
-
-
-_PART = 2**20
 
 
 def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:
@@ -212,18 +216,13 @@ def _from_callable(name: str, example: Any, pixels: int) -> Loaded:
             return Loaded(model, None, sized, origin)
         chosen, guessed = guessed_example(model), True
     if chosen is None:
-        raise ModelError(
-            f"{name}: cannot guess the model's input; give its shape with --input 1x3x32x32, or return (model, "
-            "example input)"
-        )
+        raise ModelError(f"{name}: cannot guess the model's input; {_GIVE_INPUT}")
     try:
         with torch.no_grad():
             model(*chosen.args, **chosen.kwargs)
     except Exception as error:
-        raise ModelError(
-            f"{name}: the model does not take an input of {written_shape(chosen)} ({first_line(error)}); give its "
-            "shape with --input 1x3x32x32, or return (model, example input)"
-        ) from None
+        problem = f"the model does not take an input of {written_shape(chosen)} ({first_line(error)})"
+        raise ModelError(f"{name}: {problem}; {_GIVE_INPUT}") from None
     return Loaded(model, None, chosen, origin, guessed=guessed)
 
 
@@ -252,10 +251,9 @@ def import_object(name: str) -> Any:
     try:
         return _run(lambda: getattr(importlib.import_module(module_name), attribute))
     except ImportError as error:
-        raise ModelError(
-            f"{name}: cannot import {module_name!r} ({first_line(error)}); modules are searched in the current folder "
-            "and among installed packages, and named without .py, for example mynets:tiny"
-        ) from None
+        where = "modules are searched in the current folder and among installed packages"
+        remedy = f"{where}, and named without .py, for example mynets:tiny"
+        raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)}); {remedy}") from None
     except AttributeError as error:
         raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
@@ -266,10 +264,9 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
     """Raise ModelError unless the user named a function if and only if the folder's network is built by one."""
     if needed and not code:
         name, known = recorded if names_code(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
-        raise ModelError(
-            f"its network is built by your own code{known}, and a name in a file is never imported; "
-            f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
-        )
+        problem = f"its network is built by your own code{known}, and a name in a file is never imported"
+        remedy = f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
+        raise ModelError(f"{problem}; {remedy}")
     if code and not needed:
         raise ModelError(f"--code {code} is for a network that your own code builds, and this one is not; leave it out")
 
@@ -278,15 +275,12 @@ def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None
     """Call the user's function and return its network, and the example input if it returns one."""
     try:
         made = builder()
-    except AttributeError as error:
-        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
         raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"{name}: returned a {type(model).__name__}, not a torch.nn.Module; name a function that returns a network"
-        )
+        problem = f"returned a {type(model).__name__}, not a torch.nn.Module"
+        raise ModelError(f"{name}: {problem}; name a function that returns a network")
     if example is not None and not isinstance(example, Example):
         example = Example(tuple(example) if isinstance(example, tuple | list) else (example,))
     return model, example

@@ -1,24 +1,33 @@
-"""The result of loading a model: the network, an input for it, how to build it again, and the files of its weights."""
+"""The result of loading a model: the network, an example input, how to build it again, and the files of its weights."""
 
 import hashlib
+import inspect
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from regrow.core.axes import Example
 from regrow.core.errors import InputError
 from regrow.core.limits import reason
+from regrow.core.sources import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
 _SUFFIXES = (".safetensors", ".gguf")
+TOKENS = 16
+PIXELS = 224
+MAX_ENTRIES = 2**28  # of an example input
 
 
 class ModelError(InputError):
@@ -98,17 +107,7 @@ class Origin:
 
 
 class WeightFile:
-    """A file as it was when it was opened: its size, times and inode, and its digest where one is recorded.
-
-    Args:
-        path: The file.
-        sha256: Its recorded digest; empty if there is none.
-        handle: The descriptor of the open file; ``None``: the file that the path leads to now.
-        held: Whether its content stays with the reader (in memory, or mapped) when another file takes its place.
-
-    Raises:
-        InputError: If there is no such file.
-    """
+    """A file as it was when it was opened: its size, times and inode, and its digest where one is recorded."""
 
     def __init__(self, path: Path, sha256: str = "", handle: int | None = None, *, held: bool = False) -> None:
         self.path, self.sha256, self.held = path, sha256, held
@@ -118,12 +117,6 @@ class WeightFile:
         """Raise InputError unless the file is the one that was opened, unchanged.
 
         A file with a recorded digest that it still has was touched, linked or copied, not changed.
-
-        Args:
-            handle: The descriptor of the open file; ``None``: the file that the path leads to now.
-
-        Raises:
-            InputError: If another file has taken its place, or it was written to.
         """
         if (now := self._read(handle)) == self.status:
             return
@@ -135,12 +128,7 @@ class WeightFile:
         raise InputError(f"{self.path} was replaced or written to while it was in use; nothing is saved, start again")
 
     def unchanged_since(self, status: tuple[int, ...], handle: int) -> bool:
-        """Whether the open file has the given status still, so that what was read meanwhile is of one version.
-
-        Args:
-            status: An earlier :attr:`status`.
-            handle: The descriptor of the open file.
-        """
+        """Whether the open file has the given status still, so that what was read meanwhile is of one version."""
         return self._read(handle) == status
 
     @property
@@ -203,3 +191,96 @@ def check_same_files(first: Loaded, second: Loaded) -> None:
     """Raise InputError if a file of a model that was loaded twice was changed in between."""
     for file in (*first.files, *second.files):
         file.check()
+
+
+def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
+    """Return an example input for a language model: a short row of different tokens, int64, without a cache."""
+    # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
+    tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(tuple(shape)).to(device_of(model))
+    kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        kwargs["decoder_input_ids"] = tokens
+    return Example((tokens,), kwargs)
+
+
+def image_example(model: nn.Module, *shape: int) -> Example:
+    """Return one image of noise, ``[1, *shape]``, in the model's dtype and on its device; always the same."""
+    return noise_example(model, (1, *shape))
+
+
+def noise_example(model: nn.Module, shape: Sequence[int]) -> Example:
+    """Return noise of a shape in the model's dtype and on its device; always the same."""
+    noise = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    return Example((noise.to(next(model.parameters(), noise)),))
+
+
+def shaped_example(model: nn.Module, shape: Sequence[int]) -> Example:
+    """Return an example input of a given shape: tokens if the network starts with an embedding, else noise.
+
+    >>> shaped_example(nn.Linear(3, 2), (5, 3)).args[0].shape, shaped_example(nn.Embedding(7, 2), (1, 4)).args[0].dtype
+    (torch.Size([5, 3]), torch.int64)
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding):
+            return text_example(model, layer.num_embeddings, shape)
+        if any(True for _ in layer.parameters(recurse=False)):
+            break
+    return noise_example(model, shape)
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    """Parse an input shape as users write it on the command line.
+
+    >>> read_shape("1x3x32x32")
+    (1, 3, 32, 32)
+    """
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", text) or not 0 < prod(map(int, text.split("x"))) <= MAX_ENTRIES:
+        raise ModelError(f"an input is sizes joined by x, batch first, like 1x3x32x32; got {text!r:.60}")
+    return tuple(map(int, text.split("x")))
+
+
+def written_shape(example: Example) -> str:
+    """Return the shapes of an input's tensors in the form that :func:`read_shape` parses, joined by commas.
+
+    >>> written_shape(Example((torch.ones(1, 3, 8, 8),)))
+    '1x3x8x8'
+    """
+    values = [x for value in example.args for x in (value if isinstance(value, list | tuple) else [value])]
+    return ", ".join("x".join(map(str, x.shape)) for x in values if isinstance(x, torch.Tensor))
+
+
+def say_guess(example: Example) -> None:
+    """Log which example input was guessed, since multiply–accumulates are counted for it."""
+    how = "(guessed; set it with --input 1x3x32x32, or give an image source)"
+    logging.getLogger("regrow").warning("example input: %s %s", written_shape(example), how)
+
+
+def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
+    """Guess an input from the first layer with weights; ``None`` if that layer does not determine it.
+
+    >>> guessed_example(nn.Sequential(nn.Linear(3, 2))).args[0].shape
+    torch.Size([1, 3])
+    """
+    for layer in model.modules():
+        match layer:
+            case nn.Embedding():
+                return text_example(model, layer.num_embeddings)
+            case nn.Linear():
+                return image_example(model, layer.in_features)
+            case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+                rank = layer.weight.dim() - 2
+                sides = (16, 112, 112) if rank == 3 else (pixels or PIXELS,) * rank
+                return noise_example(model, (1, layer.in_channels, *sides))
+            case _ if any(True for _ in layer.parameters(recurse=False)):
+                return None
+    return None
+
+
+def takes(model: nn.Module, example: Example) -> bool:
+    """Whether a network in eval mode runs on an input without an error."""
+    try:
+        with torch.no_grad():
+            model(*example.args, **example.kwargs)
+    except Exception:  # whatever it raises, it does not run
+        return False
+    return True

@@ -11,26 +11,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.candidates import Candidates, Prefix
+from regrow.nets import staged
 from regrow.nets.loaded import ModelError
-from regrow.nets.staged import StagedNetwork, check_sizes, explain_description, is_spread, norm_widths
+from regrow.nets.staged import StagedNetwork, norm_widths
 
+# Bottlenecks mb{kernel}e{expansion ratio}, with the ratio before any cut, and the identity.
 OPERATIONS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
-"""The candidates: bottlenecks ``mb{kernel}e{expansion ratio}``, with the ratio before any cut, and ``skip``."""
 
+# Width, blocks and stride of each stage of the paper's space; its stem has 32 and 16 channels, its last layer 1280.
 STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 1))
-"""Width, blocks and stride of each stage of the paper's space; its stem has 32 and 16 channels, its last layer 1280."""
 
 
 class Bottleneck(nn.Sequential):
     """An inverted bottleneck: 1 × 1 → depthwise → 1 × 1 convolution, with BatchNorm, and ReLU6 after two."""
 
     def __init__(self, before: int, mid: int, after: int, kernel: int, stride: int) -> None:
-        super().__init__(
-            nn.Conv2d(before, mid, 1, bias=False),
-            nn.BatchNorm2d(mid),
-            nn.ReLU6(),
-            *_depthwise(mid, after, kernel, stride),
-        )
+        super().__init__(nn.Conv2d(before, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6())
+        self.extend(_depthwise(mid, after, kernel, stride))
 
 
 def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -44,13 +41,9 @@ def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Mod
 
 
 def block(before: int, plan: Mapping[str, Any]) -> Candidates:
-    """Build the candidate operations of a block.
+    """Build the candidate operations of a block from ``width`` (channels out), ``stride`` and ``ops``: [name, mid].
 
     ``skip`` reads a separate input, so that it does not compete with bottlenecks.
-
-    Args:
-        before: Channels in.
-        plan: ``width`` (channels out), ``stride`` and ``ops``, a list of ``[name, mid]`` with the channels inside.
     """
     ops, sources = dict[str, nn.Module](), []
     for name, mid in plan["ops"]:
@@ -63,46 +56,32 @@ def block(before: int, plan: Mapping[str, Any]) -> Candidates:
 class Mobile(StagedNetwork):
     """A network of blocks: a stem, blocks, and classifiers behind the last block and the end of each stage.
 
-    Args:
-        config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the stem,
-            ``blocks`` as :func:`block` takes them, ``mix`` (channels of the 1 × 1 convolution before the last
-            classifier) and ``heads``: indices of the blocks that a classifier follows, ascending.
-
-    Raises:
-        ModelError: If the configuration is invalid, or its sizes do not fit each other.
+    ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the
+    stem, ``blocks`` as :func:`block` takes them, ``mix`` (channels of the 1 × 1 convolution before the last classifier)
+    and ``heads``: indices of the blocks that a classifier follows, ascending.
     """
 
     parts_name = "blocks"
 
-    def __init__(self, config: Mapping[str, object]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        plans = check_description(config)
-        (first, width), last = plans["stem"], len(plans["blocks"]) - 1
-        self.stem = nn.Sequential(
-            nn.Conv2d(plans["shape"][0], first, 3, plans["stride"], 1, bias=False),
-            nn.BatchNorm2d(first),
-            nn.ReLU6(),
-            *_depthwise(first, width, 3, 1),
-        )
+        check_description(config)
+        (first, width), blocks = config["stem"], config["blocks"]
+        self.stem = staged.build_stem(config, first).append(nn.ReLU6()).extend(_depthwise(first, width, 3, 1))
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
-        for i, plan in enumerate(plans["blocks"]):
+        for i, plan in enumerate(blocks):
             self.blocks.append(block(width, plan))
-            width = plan["width"]
-            if i in plans["heads"]:
-                mix, layers = width, list[nn.Module]()
-                if i == last:
-                    mix = plans["mix"]
-                    layers = [nn.Conv2d(width, mix, 1, bias=False), nn.BatchNorm2d(mix), nn.ReLU6()]
-                layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(mix, plans["classes"])]
-                self.heads[str(i)] = nn.Sequential(*layers)
+            width = channels = plan["width"]
+            if i in config["heads"]:
+                self.heads[str(i)] = head = nn.Sequential()
+                if i == len(blocks) - 1:
+                    channels = config["mix"]
+                    head.extend([nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()])
+                head.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config["classes"])])
 
     def run_part(self, part: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
         """Return the output of a block; ``skip`` reads a separate input."""
         return part(second, second)
-
-    def classify(self, head: nn.Module, x: Tensor) -> Tensor:
-        """Return the logits of a classifier."""
-        return head(x)
 
 
 def supernet(
@@ -117,15 +96,9 @@ def supernet(
 ) -> dict[str, Any]:
     """Return the configuration of the super-network; the defaults are those of the paper.
 
-    Args:
-        shape: The shape of an input, ``[C, H, W]``.
-        classes: The number of logits.
-        width: Channels of the first stage; all other widths are scaled from ``STAGES`` by the same ratio, in multiples
-            of 4.
-        blocks: Blocks per stage; the last stage has one.
-        stride: The stride of the stem.
-        heads: Indices of blocks at which a stage of the search ends; the last block has a classifier anyway.
-        operations: The candidates of each block; ``skip`` only where a block keeps the shape of its input.
+    ``width`` are the channels of the first stage, from which all other widths of ``STAGES`` are scaled, in multiples of
+    4; ``blocks`` is their number per stage (the last stage has one); ``heads`` are indices of blocks at which a stage
+    of the search ends. The last block has a classifier anyway.
 
     >>> config = supernet((3, 32, 32), 10, width=8, blocks=1)
     >>> [plan["width"] for plan in config["blocks"]], config["stem"], config["mix"]
@@ -160,7 +133,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     """
     blocks, numbers = list(config["blocks"]), count()
     for i, plan in enumerate(blocks[:before]):
-        kept = [op for op in plan["ops"] if is_spread(next(numbers), share)]
+        kept = [op for op in plan["ops"] if staged.is_spread(next(numbers), share)]
         blocks[i] = {**plan, "ops": kept or plan["ops"][:1]}
     return {**config, "blocks": blocks}
 
@@ -171,17 +144,12 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
     return Prefix(Mobile(thin({**config, "heads": heads}, first, share)), last)
 
 
-def describe(net: Mobile, config: Mapping[str, object], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration that builds exactly what is left of a network, with its last classifier alone.
-
-    Args:
-        net: The network after cuts.
-        config: The configuration that it was built from.
-        gone: Paths of the operations that were dropped.
-    """
-    stem = norm_widths(net.stem)
-    whole, width, blocks = check_description(config), stem[-1], list[dict[str, Any]]()
-    for i, plan in enumerate(whole["blocks"]):
+def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """Return the configuration that builds exactly what is left of a network, with its last classifier alone."""
+    check_description(config)
+    stem, blocks = norm_widths(net.stem), list[dict[str, Any]]()
+    width = stem[-1]
+    for i, plan in enumerate(config["blocks"]):
         left = [name for name, _ in plan["ops"] if f"blocks.{i}.ops.{name}" not in gone]
         inside = {name: norm_widths(net.get_submodule(f"blocks.{i}.ops.{name}")) for name in left if name != "skip"}
         width = next((widths[-1] for widths in inside.values()), width)
@@ -189,35 +157,25 @@ def describe(net: Mobile, config: Mapping[str, object], gone: Container[str]) ->
         blocks.append({"width": width, "stride": plan["stride"], "ops": ops})
     last = len(blocks) - 1
     mix = norm_widths(net.get_submodule(f"heads.{last}"))[0]
-    return {**whole, "stem": [stem[0], stem[-1]], "blocks": blocks, "mix": mix, "heads": [last]}
+    return {**config, "stem": [stem[0], stem[-1]], "blocks": blocks, "mix": mix, "heads": [last]}
 
 
-def check_description(config: Mapping[str, object]) -> dict[str, Any]:
-    """Return a configuration of :class:`Mobile`, or raise ModelError if it is invalid; builds nothing."""
-    data: Any = config
-    with explain_description("blocks"):
-        blocks, shape = data["blocks"], data["shape"]
-        sizes = [*shape, data["classes"], *data["stem"], data["stride"], data["mix"]]
-        sizes += [size for plan in blocks for size in (plan["width"], plan["stride"], *(mid for _, mid in plan["ops"]))]
-        names = [[name for name, _ in plan["ops"]] for plan in blocks]
-        before = [data["stem"][-1], *(plan["width"] for plan in blocks)]
-        skips = [
-            plan["stride"] == 1 and plan["width"] == width
-            for plan, width, ops in zip(blocks, before, names, strict=False)
-            if "skip" in ops
-        ]
-        right = (
-            len(shape) == 3
-            and len(data["stem"]) == 2
-            and 0 < len(blocks) <= 128
-            and all(0 < len(ops) == len({*ops}) and {*ops} <= {*OPERATIONS} for ops in names)
-            and all(plan["stride"] in (1, 2) for plan in blocks)
-            and all(type(at) is int and 0 <= at < len(blocks) for at in data["heads"])
-            and len(blocks) - 1 in data["heads"]
-        )
-    check_sizes("blocks", sizes)
-    if not right:
-        raise ModelError("not the description of a network of blocks: see regrow.nets.mobile.Mobile for what it holds")
-    if not all(skips):
-        raise ModelError("skip is for blocks of stride 1 that are as wide as what they read; leave it out elsewhere")
-    return data
+def check_description(config: Mapping[str, Any]) -> None:
+    """Raise ModelError unless a configuration of :class:`Mobile` is valid; builds nothing."""
+    with staged.explain_description("blocks"):
+        blocks = config["blocks"]
+        sizes = [*config["shape"], config["classes"], *config["stem"], config["stride"], config["mix"]]
+        valid = 0 < len(blocks) <= 128 and len(config["stem"]) == 2 and staged.heads_fit(config, len(blocks))
+        before, skips_fit = config["stem"][-1], True
+        for plan in blocks:
+            width, stride, names = plan["width"], plan["stride"], [name for name, _ in plan["ops"]]
+            sizes += [width, stride, *(mid for _, mid in plan["ops"])]
+            valid &= stride in (1, 2) and 0 < len(names) == len({*names} & {*OPERATIONS})
+            skips_fit &= "skip" not in names or (stride == 1 and width == before)
+            before = width
+        staged.check_sizes("blocks", sizes)
+        if not valid:
+            what = "not the description of a network of blocks"
+            raise ModelError(f"{what}: see regrow.nets.mobile.Mobile for what it holds")
+        if not skips_fit:
+            raise ModelError("skip is for blocks of stride 1 as wide as what they read; leave it out elsewhere")

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,27 +12,20 @@ from typing import Any, cast
 
 import torch
 
+from regrow.core.progress import Progress
 from regrow.nets.language import load_gguf, quiet
 from regrow.nets.loaded import ModelError
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A pretrained model inside a Python package.
+    """A pretrained model inside a Python package."""
 
-    Args:
-        distribution: The name of the package on PyPI; its module has underscores.
-        file: The GGUF file in it, or the file that its function ``assemble`` writes.
-        install: The command that installs it.
-        note: What a reader of results must know about the model.
-        parts: Whether the package assembles the file from parts.
-    """
-
-    distribution: str
-    file: str
-    install: str
-    note: str
-    parts: bool = False
+    distribution: str  # the name of the package on PyPI; its module has underscores
+    file: str  # the GGUF file in it, or the file that its function ``assemble`` writes
+    install: str  # the command that installs it
+    note: str  # what a reader of results must know about the model
+    parts: bool = False  # whether the package assembles the file from parts
 
 
 PACKAGED = {
@@ -61,7 +53,7 @@ def cache_folder() -> Path:
         raise ModelError("this user has no home folder for the cache; name one in REGROW_CACHE") from None
 
 
-def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Path:
+def packaged_folder(name: str, progress: Progress) -> Path:
     """Return the transformers folder of a packaged model; converted atomically on first use."""
     entry = PACKAGED[name]
     try:
@@ -80,27 +72,25 @@ def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Pat
         (scratch / "model").rename(folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have been faster; its folder is as good
-            raise ModelError(
-                f"cannot write the cache {folder.parent} ({error.strerror or error}); set REGROW_CACHE"
-            ) from None
+            problem = f"cannot write the cache {folder.parent} ({error.strerror or error})"
+            raise ModelError(f"{problem}; set REGROW_CACHE") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _convert(entry: Packaged, name: str, scratch: Path, progress: Callable[[int, int, str], None]) -> None:
+def _convert(entry: Packaged, name: str, scratch: Path, progress: Progress) -> None:
     progress(0, 3, f"unpacking {name} (once)")
     source = _gguf(entry, scratch)
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
     loaded = load_gguf(source, name=name, dtype=torch.float32)
-    tokenizer: Any = loaded.tokenizer
-    if tokenizer is None:
+    if loaded.tokenizer is None:
         raise ModelError(f"the tokenizer of {name} cannot be read with this transformers; install regrow[llm] anew")
     progress(2, 3, f"keeping {name} in {cache_folder()}")
     target = scratch / "model"
     with quiet():
         cast(Any, loaded.model).save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        loaded.tokenizer.save_pretrained(target)
     for file in target.iterdir():
         with file.open("rb") as content:
             os.fsync(content.fileno())

@@ -1,6 +1,6 @@
 """What search spaces share: networks that run in stages, recomputed parts, and checks of descriptions and memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from math import ceil
@@ -15,12 +15,10 @@ from regrow.core.candidates import candidates_in
 from regrow.core.limits import check_memory
 from regrow.nets.loaded import ModelError
 
-MOST = 2**14
-"""The largest size in a description."""
-COPIES = 3
-"""How many numbers a search holds per weight: the weight, its gradient and its momentum."""
+MAX_SIZE = 2**14  # in a description
+COPIES = 3  # numbers that a search holds per weight: the weight, its gradient and its momentum
+# Of the Python modules of one operation, without weights (measured on networks of 784 to 19,712 operations).
 OPERATION_BYTES = 15_000
-"""Bytes of the Python modules of one operation, without weights (measured on networks of 784 to 19,712 operations)."""
 
 
 class StagedNetwork(nn.Module):
@@ -39,13 +37,13 @@ class StagedNetwork(nn.Module):
         self.recomputed = False
         self.active: int | None = None
 
-    def run_part(self, part: Any, first: Tensor, second: Tensor) -> Tensor:
+    def run_part(self, part: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
         """Return the output of a part for the outputs of the last two parts."""
-        raise NotImplementedError
+        return part(first, second)
 
     def classify(self, head: nn.Module, x: Tensor) -> Tensor:
         """Return the logits of a classifier for the output of the part that it follows."""
-        raise NotImplementedError
+        return head(x)
 
     def upto(self, x: Tensor, last: int) -> Tensor:
         """Return the logits, ``[N, classes]``, of the classifier behind part ``last``; later parts do not run."""
@@ -115,6 +113,12 @@ def _still(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, seen
 
 
+def build_stem(config: Mapping[str, Any], width: int) -> nn.Sequential:
+    """Build the first convolution of a network, with BatchNorm."""
+    conv = nn.Conv2d(config["shape"][0], width, 3, config["stride"], 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width))
+
+
 def is_spread(k: int, share: float) -> bool:
     """Whether item ``k`` is among a fraction of items that are spread evenly; their number is rounded up.
 
@@ -134,16 +138,23 @@ def explain_description(what: str) -> Iterator[None]:
     """Turn errors of reading a description in the block into a ModelError."""
     try:
         yield
+    except ModelError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"not the description of a network of {what}: {error!r:.80}") from None
 
 
 def check_sizes(what: str, sizes: Sequence[object]) -> None:
     """Raise ModelError unless all sizes of a description are whole numbers that a network can have."""
-    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MOST]:
-        raise ModelError(f"a network of {what} has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
+    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MAX_SIZE]:
+        raise ModelError(f"a network of {what} has sizes from 1 to {MAX_SIZE}; got {odd[0]!r:.40}")
+
+
+def heads_fit(config: Mapping[str, Any], parts: int) -> bool:
+    """Whether a description of images and some parts has classifiers behind known parts and behind the last one."""
+    heads = config["heads"]
+    known = all(type(head) is int and 0 <= head < parts for head in heads)
+    return len(config["shape"]) == 3 and known and parts - 1 in heads
 
 
 def check_space_fits(config: Mapping[str, Any], what: str) -> None:

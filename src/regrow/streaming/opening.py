@@ -12,9 +12,9 @@ from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.process_memory import set_mmap_threshold
 from regrow.nets import Loaded, ModelError
-from regrow.nets.examples import guessed_example, text_example
 from regrow.nets.files import check_config, check_files
 from regrow.nets.language import load_skeleton, replacing_parameters
+from regrow.nets.loaded import guessed_example, text_example
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.store.building import build_checked
 from regrow.store.errors import StoreError

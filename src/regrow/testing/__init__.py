@@ -7,7 +7,7 @@ broken. In a test suite of your own, parametrize over :data:`LAWS` and call each
 from collections.abc import Mapping
 
 from regrow.methods import MethodEntry, MethodKind, find_method
-from regrow.testing import continual, pruning, recovery, search
+from regrow.testing import continual, pruning, search
 from regrow.testing.continual import Law
 
 __all__ = ["LAWS", "check_method"]
@@ -16,9 +16,8 @@ LAWS: Mapping[MethodKind, Mapping[str, Law]] = {
     MethodKind.PRUNING: pruning.LAWS,
     MethodKind.CONTINUAL: continual.LAWS,
     MethodKind.SEARCH: search.LAWS,
-    MethodKind.RECOVERY: recovery.LAWS,
+    MethodKind.RECOVERY: pruning.RECOVERY_LAWS,
 }
-"""Kind of method → its laws by name."""
 
 
 def check_method(method: MethodEntry | str, settings: Mapping[str, object] | None = None) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from regrow.core.axes.axis import size_of
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task, first_examples
 from regrow.methods import MethodEntry
-from regrow.nets.small import small
+from regrow.nets.vision import small
+from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
@@ -77,7 +79,11 @@ def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the learner is a :class:`Learner`, and its state is a frozen dataclass."""
     learner = method.made("the method", settings)
     assert isinstance(learner, Learner), f"build returns a {type(learner).__name__}, not a Learner"
-    state = learner.state
+    assert_frozen(learner.state)
+
+
+def assert_frozen(state: object) -> None:
+    """Raise an ``AssertionError`` unless a state is a frozen dataclass."""
     frozen = is_dataclass(state) and getattr(type(state), "__dataclass_params__").frozen  # noqa: B009
     assert frozen, f"the state is a {type(state).__name__}, not a frozen dataclass"
 
@@ -114,19 +120,23 @@ def _stop_and_read(
 ) -> tuple[nn.Module, AxisGraph, TrainState[Any]]:
     """Train, stop at a checkpoint, and read it as a new process would."""
     with tempfile.TemporaryDirectory() as folder:
-        path, written = Path(folder) / "checkpoint.safetensors", 0
-
-        def write(state: TrainState[Any], context: Context) -> None:
-            nonlocal written
-            written += 1
-            if written == stop:
-                write_checkpoint(path, context.model, state)
-                raise StoppedError
-
+        path = Path(folder) / "checkpoint.safetensors"
         with contextlib.suppress(StoppedError):
-            _fit(method, settings, tasks, checkpoint=write)
+            _fit(method, settings, tasks, checkpoint=stop_at(path, stop))
         model, axes = make_network(tasks)
         return read_checkpoint(path, model, axes, method.made("the method", settings).state)
+
+
+def stop_at(path: Path, number: int, undo: UndoStore | None = None) -> Callable[[TrainState[Any], Context], None]:
+    """Return a callback that writes a checkpoint at its ``number``-th call, and stops training there."""
+    calls = count(1)
+
+    def write(state: TrainState[Any], context: Context) -> None:
+        if next(calls) == number:
+            write_checkpoint(path, context.model, state, undo)
+            raise StoppedError
+
+    return write
 
 
 def check_stored_state(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -149,9 +159,9 @@ def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
         kept = Plan.keeping(context.axes, {key: [*range(1, size)]})
         plan = kept if change == "cut" else Plan.growing(context.axes, {key: 2})
         context, state = apply_plan(learner, state, context, plan)
-        for name, one in axis_tensors(state).items():
-            shape = tuple(size_of(dim, context.axes.sizes()) for dim in one.dims)
-            assert tuple(one.values.shape) == shape, f"{change}: {name} has the shape {tuple(one.values.shape)}"
+        for name, tensor in axis_tensors(state).items():
+            shape = tuple(size_of(dim, context.axes.sizes()) for dim in tensor.dims)
+            assert tuple(tensor.values.shape) == shape, f"{change}: {name} has the shape {tuple(tensor.values.shape)}"
     state = replace(fitted.state, learner=state, before=())
     after = learn(context.model, context.axes, tasks, learner, SCHEDULE, state=state)
     assert all(bool(p.isfinite().all()) for p in after.model.parameters()), "weights are not finite after a plan"
@@ -161,8 +171,8 @@ def check_mixed_precision(method: MethodEntry, settings: Mapping[str, object]) -
     """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32."""
     _, fitted = _fit(method, settings, make_tasks(), schedule=replace(SCHEDULE, precision="bfloat16"))
     assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}, "parameters changed their precision"
-    kinds = {one.values.dtype for one in axis_tensors(fitted.state.learner).values()}
-    assert torch.bfloat16 not in kinds, "a tensor of the state is in bfloat16"
+    dtypes = {tensor.values.dtype for tensor in axis_tensors(fitted.state.learner).values()}
+    assert torch.bfloat16 not in dtypes, "a tensor of the state is in bfloat16"
 
 
 def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -196,4 +206,3 @@ LAWS: Mapping[str, Law] = {
     "mixed precision keeps parameters in float32": check_mixed_precision,
     "the finished network is the one evaluated": check_finished,
 }
-"""All laws of continual-learning methods, by name."""

@@ -1,8 +1,11 @@
-"""Laws that every one-shot pruning method must obey, on a small network in float64."""
+"""Laws of one-shot pruning methods, and of methods that recover what pruning lost, on a small network in float64."""
 
+import contextlib
 import copy
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +14,14 @@ from regrow.allocation.cost import Cost
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
+from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodEntry
 from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.methods.recovery import RecoveryTask
 from regrow.surgery import apply, verify
-from regrow.testing.continual import Law
+from regrow.testing.continual import Law, StoppedError, assert_equal_tensors
 from regrow.tracing import trace
 
 INPUTS, CLASSES, WIDTHS = 6, 4, (24, 16)
@@ -72,8 +77,8 @@ def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     pruner = method.made("the method", settings)
     assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
     page = method.settings.__doc__ or ""
-    silent = [one.name for one in fields(method.settings) if f"{one.name}:" not in page]
-    assert not silent, f"settings without a sentence in the docstring of Settings: {', '.join(silent)}"
+    missing = [field.name for field in fields(method.settings) if f"{field.name}:" not in page]
+    assert not missing, f"settings without a sentence in the docstring of Settings: {', '.join(missing)}"
 
 
 def check_budget(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -125,9 +130,9 @@ def check_scores(method: MethodEntry, settings: Mapping[str, object]) -> None:
         cut = plan_cut(pruner, model, axes, Budget(0.5), evidence)
         for axis in axes.units():
             assert axis.key in cut.scores.values, f"the axis {axis.key} has no scores"
-            own = cut.scores.values[axis.key]
-            assert isinstance(own, Tensor) and own.shape == (axis.size,), f"{axis.key}: not one number per unit"
-            assert bool(own.isfinite().all()), f"{axis.key}: scores are not finite"
+            scores = cut.scores.values[axis.key]
+            assert isinstance(scores, Tensor) and scores.shape == (axis.size,), f"{axis.key}: not one number per unit"
+            assert bool(scores.isfinite().all()), f"{axis.key}: scores are not finite"
 
 
 def check_compensation(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -164,4 +169,72 @@ LAWS: Mapping[str, Law] = {
     "compensation brings the mean output closer": check_compensation,
     "permuted units give the permuted plan": check_permutation,
 }
-"""All laws of pruning methods, by name."""
+
+
+def make_task(checkpoint: Path | None = None, progress: Progress = silent) -> RecoveryTask:
+    """Return a small classifier of which a third of the units was cut, and inputs of several distributions."""
+    model, axes = make_network()
+    keep = {axis.key: [*range(axis.size * 2 // 3)] for axis in axes.units()}
+    plan, dense = Plan.keeping(axes, keep), copy.deepcopy(model)
+    apply(model, axes, plan)
+    sources = [_label(source, dense) for source in make_sources()]
+    return RecoveryTask(model, dense, axes, plan, sources, checkpoint=checkpoint, progress=progress)
+
+
+def _label(source: Source, dense: nn.Module) -> Source:
+    """The inputs of a source with the classes that the dense network predicts."""
+    with torch.no_grad():
+        batches = [Batch(batch.args, labels=dense(*batch.args).argmax(-1)) for batch in source]
+    return Source(source.name, batches)
+
+
+def _recover(method: MethodEntry, settings: Mapping[str, object], task: RecoveryTask) -> nn.Module:
+    method.made("the method", settings)(task)
+    return task.model
+
+
+def check_recovery_shapes(method: MethodEntry, settings: Mapping[str, object]) -> None:
+    """The network keeps its shapes (biases may be added), its numbers stay finite, and the dense one stays as it is."""
+    task = make_task()
+    before = {name: tuple(p.shape) for name, p in task.model.named_parameters()}
+    dense = copy.deepcopy(task.dense.state_dict())
+    model = _recover(method, settings, task)
+    after = dict(model.named_parameters())
+    changed = [name for name, shape in before.items() if name not in after or tuple(after[name].shape) != shape]
+    assert not changed, f"shapes changed: {', '.join(changed)}"
+    added = [name for name in after if name not in before and not name.endswith("bias")]
+    assert not added, f"parameters were added: {', '.join(added)}"
+    broken = [name for name, p in after.items() if not bool(p.isfinite().all())]
+    assert not broken, f"numbers are not finite: {', '.join(broken)}"
+    assert_equal_tensors(dense, task.dense.state_dict(), "the dense network was changed")
+
+
+def check_recovery_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
+    """The same seed gives the same weights, bit for bit, and a cut network is changed."""
+    first, second = (_recover(method, settings, make_task()).state_dict() for _ in range(2))
+    assert_equal_tensors(first, second, "two runs with the same seed differ")
+    cut = make_task().model.state_dict()
+    assert any(name not in cut or not first[name].equal(cut[name]) for name in first), "nothing was recovered"
+
+
+def check_recovery_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
+    """Stopped in the middle and resumed from its checkpoint, a recovery ends with the same bits."""
+    whole = _recover(method, settings, make_task()).state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+
+        def stop(done: int, total: int, what: str) -> None:
+            if 2 * done >= total:
+                raise StoppedError
+
+        with contextlib.suppress(StoppedError):
+            _recover(method, settings, make_task(path, stop))
+        resumed = _recover(method, settings, make_task(path)).state_dict()
+    assert_equal_tensors(whole, resumed, "resumed")
+
+
+RECOVERY_LAWS: Mapping[str, Law] = {
+    "shapes stay, and the dense network too": check_recovery_shapes,
+    "the same seed gives the same weights": check_recovery_seed,
+    "killed and resumed gives the same bits": check_recovery_resume,
+}

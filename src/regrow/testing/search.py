@@ -2,8 +2,8 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from regrow.nets.cells import Cells, supernet
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
-from regrow.testing.continual import Law, StoppedError, assert_equal_tensors, make_tasks
+from regrow.testing.continual import Law, StoppedError, assert_equal_tensors, assert_frozen, make_tasks, stop_at
 from regrow.tracing import trace
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.checkpoint import read_checkpoint
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted, finish
 from regrow.training.learner import Boundary, Context, Event
-from regrow.training.state import TrainState, values_of
+from regrow.training.state import values_of
 
 SIDE, CLASSES = 8, 4
 SPACE = supernet(
@@ -72,10 +72,7 @@ def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """The method is a frozen record, and so is the state of its learner."""
     search = _make(method, settings)
     assert isinstance(search, Search), f"build returns a {type(search).__name__}, not a Search"
-    state = type(search.learner.state)
-    assert is_dataclass(state) and state.__dataclass_params__.frozen, (  # type: ignore[attr-defined]
-        f"the state is a {state.__name__}, not a frozen dataclass"
-    )
+    assert_frozen(search.learner.state)
 
 
 def check_target(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -100,26 +97,16 @@ def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
     undo, state = UndoStore(), None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
-        for last in range(1, SCHEDULE.epochs):
-            stop = _stop_after(last, path, undo)
+        for _ in range(1, SCHEDULE.epochs):
+            stop = stop_at(path, 1, undo)
             with contextlib.suppress(StoppedError):
                 learn(model, axes, [task], search.learner, SCHEDULE, state=state, undo=undo, checkpoint=stop)
             (model, axes, task), undo = make_network(), UndoStore()
             _, axes, state = read_checkpoint(path, model, axes, search.learner.state, undo=undo)
     resumed = learn(model, axes, [task], search.learner, SCHEDULE, state=state, undo=undo)
     assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), "resumed after every epoch")
-    assert values_of(whole.state.learner) == values_of(resumed.state.learner), (
-        "resumed after every epoch: another state"
-    )
-
-
-def _stop_after(last: int, path: Path, undo: UndoStore) -> Callable[[TrainState[Any], Context], None]:
-    def write(state: TrainState[Any], context: Context) -> None:
-        write_checkpoint(path, context.model, state, undo)
-        if state.epoch == last:
-            raise StoppedError
-
-    return write
+    same = values_of(whole.state.learner) == values_of(resumed.state.learner)
+    assert same, "resumed after every epoch: another state"
 
 
 def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
@@ -139,9 +126,8 @@ def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
     with torch.no_grad():
         finished = fitted.model(inputs)
         plain = extract_network(fitted.model, Origin("cells", "cells", SPACE, "cells"))[0](inputs)
-    assert torch.allclose(masked[-1], finished, atol=1e-5), (
-        "the finished network gives other outputs than the masked one"
-    )
+    same = torch.allclose(masked[-1], finished, atol=1e-5)
+    assert same, "the finished network gives other outputs than the masked one"
     assert torch.allclose(plain, finished, atol=1e-4), "the plain network gives other outputs than the finished one"
 
 
@@ -151,4 +137,3 @@ LAWS: Mapping[str, Law] = {
     "killed and resumed gives the same bits": check_resume,
     "the finished network is the one searched": check_finished,
 }
-"""Every law by its name."""

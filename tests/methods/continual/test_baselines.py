@@ -14,7 +14,7 @@ from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import read_tasks
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.store.run_record import convert_settings
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace

@@ -12,7 +12,7 @@ from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.methods import LEARNERS
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import build_gates
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn

@@ -25,7 +25,7 @@ from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build, choose_operations, weigh_operations
 from regrow.nets.cells import Cells, operation, supernet
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Context, Event, Step

@@ -14,7 +14,7 @@ from regrow.methods.search.gold_nas import Settings, build
 from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context

@@ -35,7 +35,7 @@ from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spa
 from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
-from regrow.nets.small import small
+from regrow.nets.vision import small
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn

@@ -21,23 +21,32 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow.core.progress import Progress, silent
-from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, GgufLayer, describe_decoder
-from regrow.exporters.gguf.quants import BLOCK, TYPES, Floats, allowed_error, encode, fitting_type
+from regrow.exporters import CheckError, ExportError, Written
+from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, describe_decoder, query_scale
 from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
-from regrow.exporters.written import CheckError, ExportError, Written
-from regrow.nets.blocks import ATTENTION, MLP
+from regrow.nets.language import ATTENTION, MLP, DecoderLayer
 from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write, check_output
 
 __all__ = ["write"]
-_CHUNK = 1 << 22
+Floats: TypeAlias = NDArray[np.float32]
+Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
+
+TYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K"}  # dtype → GGUF type
+BLOCK = {"Q8_0": 32, "Q6_K": 256}  # GGUF type → what the row length must be a multiple of
+FALLBACK = {"Q6_K": "Q8_0", "Q8_0": "F16"}  # GGUF type → the one that is used if the row length does not fit
+_SUPER, _PART = 256, 16
+_STEPS = np.linspace(29.5, 35.5, 9, dtype=np.float32)
+_CHUNK, _Q6_CHUNK = 1 << 22, 1 << 20  # numbers that are checked, or quantised, at a time
 
 
 @dataclass(frozen=True)
@@ -66,21 +75,6 @@ def write(
 
     Only one tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row
     length does not fit a type (Q6_K: multiples of 256, Q8_0: of 32) are stored in the next wider one.
-
-    Args:
-        model: A Llama-like decoder of any widths, with its tokenizer as ``model.tokenizer`` (as :func:`regrow.load`
-            returns it); without one llama.cpp only takes token ids.
-        out: The file to make, or the ``.gguf`` file to replace.
-        dtype: The type of matrices: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
-        weights: Name → parameter, where the network has none of their numbers; ``None``: they are in the network.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        The file, its architecture, and the largest difference between a stored number and the network's.
-
-    Raises:
-        ExportError: If llama.cpp would compute something else, or the file differs from the network.
-        StoreError: If the file cannot be written.
     """
     try:
         import gguf
@@ -117,22 +111,22 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
-        for norm, present, size, parts in (
-            ("input_layernorm", layer.has_attention, layer.heads * decoder.head_dim, ATTENTION),
-            ("post_attention_layernorm", layer.has_mlp, layer.width, MLP),
+        for norm, size, parts in zip(
+            NORMS, (layer.heads * decoder.head_dim, layer.width), (ATTENTION, MLP), strict=True
         ):
             if not size:
                 continue
+            present = parts[0] in layer.linear  # else zeros are written
             gain = getattr(layer.module, norm).weight if present else torch.ones(width)
             yield plain(f"blk.{i}.{NORMS[norm]}.weight", gain)
             for path in parts:
                 name = f"blk.{i}.{PARTS[path]}"
                 if present:
-                    linear = layer.block.linear[path]
-                    yield matrix(name, linear.weight.shape, partial(_permuted, layer, path, read, linear.weight))
+                    linear = layer.linear[path]
+                    permuted = partial(_read_permuted, decoder, layer, path, read)
+                    yield matrix(name, linear.weight.shape, partial(permuted, linear.weight))
                     if (bias := linear.bias) is not None:
-                        values = partial(_permuted, layer, path, read, bias)
-                        yield Piece(f"{name}.bias", tuple(bias.shape), "F32", values)
+                        yield Piece(f"{name}.bias", tuple(bias.shape), "F32", partial(permuted, bias))
                 else:
                     shape = (width, size) if path.endswith(("o_proj", "down_proj")) else (size, width)
                     yield matrix(name, shape, partial(torch.zeros, shape))
@@ -141,13 +135,15 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
         yield matrix("output", decoder.head.shape, lambda: read(decoder.head))
 
 
-def _permuted(layer: GgufLayer, path: str, read: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def _read_permuted(
+    decoder: Decoder, layer: DecoderLayer, path: str, read: Callable[[Tensor], Tensor], tensor: Tensor
+) -> Tensor:
     """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
-    if path == "self_attn.q_proj" and abs(layer.scale - 1) > 1e-6:
-        rows = rows.float() * layer.scale
-    heads = {"self_attn.q_proj": layer.heads, "self_attn.k_proj": layer.kv_heads}.get(path, 0)
+    if path == ATTENTION[0] and (scale := query_scale(layer, decoder.scale)) != 1:
+        rows = rows.float() * scale
+    heads = dict(zip(ATTENTION, (layer.heads, layer.kv_heads), strict=False)).get(path, 0)
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows
 
 
@@ -263,3 +259,88 @@ def _explain_types(decoder: Decoder, pieces: Sequence[Piece], type: str) -> Iter
     note = f"{len(wider)} of {len(matrices)} matrices are {types}: their rows ({lengths} numbers) are no multiple of "
     note += f"{BLOCK[type]}; widths pruned with --round {BLOCK[type]} are"
     yield f"{note}, but the network's own width, {width}, is not" if width in rows else note
+
+
+def fitting_type(type: str, row: int) -> str:
+    """Return the number type for rows of a length: the requested one, or the next one whose blocks fill the row.
+
+    >>> [fitting_type("Q6_K", row) for row in (512, 576, 1229)]
+    ['Q6_K', 'Q8_0', 'F16']
+    """
+    while row % BLOCK.get(type, 1):
+        type = FALLBACK[type]
+    return type
+
+
+def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
+    """Return a tensor in a GGUF type: float32 or float16, or bytes with the same number of rows."""
+    if type != "Q6_K":
+        with np.errstate(over="ignore"):
+            return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
+    rows = values.reshape(-1, values.shape[-1])
+    out = np.empty((len(rows), values.shape[-1] // _SUPER * 210), np.uint8)
+    step = max(1, _Q6_CHUNK // values.shape[-1])
+    for start in range(0, len(rows), step):
+        blocks = rows[start : start + step].reshape(-1, _SUPER)
+        out[start : start + step] = q6_k(blocks).reshape(-1, out.shape[-1])
+    return out.reshape(*values.shape[:-1], -1)
+
+
+def q6_k(blocks: Floats) -> NDArray[np.uint8]:
+    """Quantise blocks of 256 numbers to Q6_K, which package ``gguf`` does not write: x ≈ d·s·q.
+
+    A block keeps one d (float16), 16 whole numbers s (8 bits, one for 16 numbers) and 256 whole numbers q (6 bits).
+
+    The scale of 16 numbers is searched among a few, by the squared error weighted with x² (what is large matters more);
+    for given whole numbers q the best scale is Σx³q / Σx²q². The 210 bytes of a block are low halves of q, its high
+    bits, s, d.
+    """
+    n = len(blocks)
+    parts = np.ascontiguousarray(blocks, np.float32).reshape(n, _SUPER // _PART, _PART)
+    scales = _scales(parts)
+    widest = np.take_along_axis(scales, np.abs(scales).argmax(-1, keepdims=True), -1)
+    d = (widest / -128).astype(np.float16)
+    s = np.clip(np.rint(_over(scales, d.astype(np.float32))), -128, 127)
+    q = np.clip(np.rint(_over(parts, (d.astype(np.float32) * s)[..., None])), -32, 31).astype(np.int8) + 32
+    # A half of 128 numbers is four rows of 32; two rows share a byte for low bits, all four share one for high bits.
+    four = q.reshape(n, 2, 4, 32).astype(np.uint8)
+    low = four & 15
+    low = np.stack([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], axis=2)
+    high = np.bitwise_or.reduce((four >> 4) << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
+    pieces = (low.reshape(n, -1), high.reshape(n, -1), s.astype(np.int8).view(np.uint8), d.view(np.uint8))
+    return np.concatenate(pieces, axis=1)
+
+
+def _scales(parts: Floats) -> Floats:
+    """Return the best scale of each 16 numbers, ``[blocks, 16]``."""
+    peak = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)
+    weights = parts * parts
+    best = np.zeros(parts.shape[:-1], np.float32)
+    gained = np.full(parts.shape[:-1], -1, np.float32)
+    for step in _STEPS:
+        # The largest number of the 16 goes to the negative side, which reaches one further.
+        q = np.clip(np.rint(_over(parts, peak / -step)), -32, 31)
+        cross, square = (weights * parts * q).sum(-1), (weights * q * q).sum(-1)
+        scale = _over(cross, square)
+        better = cross * scale > gained
+        best, gained = np.where(better, scale, best), np.where(better, cross * scale, gained)
+    return best
+
+
+def _over(a: Floats, b: Floats) -> Floats:
+    """Divide elementwise; 0 where the divisor is 0."""
+    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
+
+
+def allowed_error(values: Floats, type: str) -> Floats | None:
+    """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
+
+    With the largest magnitude m in a block: Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
+    adds an error of 2⁻¹¹ m; Q6_K has 32 steps, whose scale is itself an integer of 8 bits.
+    """
+    if type not in BLOCK:
+        return None
+    size = BLOCK[type]
+    largest = np.abs(values.reshape(-1, size)).max(-1, keepdims=True)
+    share, least = (1 / 254 + 2**-11, 127 * 2.0**-25) if type == "Q8_0" else (1 / 36, 128 * 32 * 2.0**-25)
+    return np.broadcast_to(largest * share + least, (len(largest), size)).reshape(values.shape)

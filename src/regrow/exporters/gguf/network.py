@@ -8,16 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.exporters.written import ExportError
-from regrow.nets.blocks import ATTENTION, DecoderLayer, blocks
+from regrow.exporters import ExportError
+from regrow.nets.language import ATTENTION, MLP, DecoderLayer, decoder_layers
 from regrow.nets.loaded import ModelError
 from regrow.tracing.branches import PlaceholderModule
 
+# The transformers classes whose logits were compared with llama.cpp's.
 CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""The transformers classes whose logits were compared with llama.cpp's."""
-
+# The kinds of rotary position embedding whose frequencies do not depend on the text's length.
 STEADY = ("default", "linear", "llama3", "yarn")
-"""The kinds of rotary position embedding whose frequencies do not depend on the text's length."""
 
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -30,117 +29,65 @@ PARTS = {
 }
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-_EMPTY = 32
-"""The width of the MLP of zeros that is written where the network has none."""
-
-
-@dataclass(frozen=True)
-class GgufLayer:
-    """A layer as it is written to the file.
-
-    Args:
-        module: The layer of the network.
-        block: The layer's sizes and linear layers.
-        heads: Query heads in the file: those of the network, or one with zero weights.
-        kv_heads: Key-value heads in the file.
-        width: MLP neurons in the file: those of the network, or some with zero weights.
-        scale: The factor on queries, since llama.cpp always divides scores by √d.
-    """
-
-    module: nn.Module
-    block: DecoderLayer
-    heads: int
-    kv_heads: int
-    width: int
-    scale: float = 1.0
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether the network's layer has its attention."""
-        return bool(self.block.heads)
-
-    @property
-    def has_mlp(self) -> bool:
-        """Whether the network's layer has its MLP."""
-        return bool(self.block.width)
+_EMPTY = 32  # the width of the MLP of zeros that is written where the network has none
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Llama-like network described in llama.cpp's terms.
-
-    Args:
-        name: The network's name, or that of its class.
-        embedding: The token embedding, ``[vocabulary, width]``.
-        norm: The gain of the last norm, ``[width]``.
-        head: The weight of the output layer, ``[vocabulary, width]``; ``embedding`` itself if they are tied.
-        layers: The layers in the file.
-        head_dim: Channels per head.
-        epsilon: The epsilon of all norms.
-        base: The base of the rotary frequencies.
-        factors: What the usual rotary frequencies are divided by, one per pair, ``[head_dim / 2]``; ``None`` if they
-            are the usual ones.
-        context: The longest text in tokens.
-        notes: What a user of the file must know.
-    """
+    """A Llama-like network described in llama.cpp's terms."""
 
     name: str
-    embedding: Tensor
-    norm: Tensor
-    head: Tensor
-    layers: Sequence[GgufLayer]
+    embedding: Tensor  # [vocabulary, width]
+    norm: Tensor  # the gain of the last norm, [width]
+    head: Tensor  # [vocabulary, width]; the embedding itself if they are tied
+    layers: Sequence[DecoderLayer]  # with their sizes in the file: where the network has no part, that of one of zeros
     head_dim: int
-    epsilon: float
-    base: float
-    factors: Tensor | None
-    context: int
+    scale: float  # of rotations: see query_scale
+    epsilon: float  # of all norms
+    base: float  # of the rotary frequencies
+    factors: Tensor | None  # what the usual rotary frequencies are divided by, [head_dim / 2]; None: they are the usual
+    context: int  # the longest text in tokens
     notes: tuple[str, ...]
 
     @property
     def architecture(self) -> str:
         """llama.cpp's architecture: ``"llama"`` if all layers are alike and without bias, else ``"deci"``."""
         alike = len({(layer.heads, layer.kv_heads, layer.width) for layer in self.layers}) == 1
-        biased = any(linear.bias is not None for layer in self.layers for linear in layer.block.linear.values())
-        dropped = any(len(layer.block.linear) < len(PARTS) for layer in self.layers)
+        biased = any(linear.bias is not None for layer in self.layers for linear in layer.linear.values())
+        dropped = any(len(layer.linear) < len(PARTS) for layer in self.layers)
         return "llama" if alike and not biased and not dropped else "deci"
 
 
 def describe_decoder(model: nn.Module) -> Decoder:
     """Describe a network in llama.cpp's terms, or raise ExportError if llama.cpp cannot run it, or would differ."""
     try:
-        decoder_layers = blocks(model)
+        described = decoder_layers(model)
     except ModelError as error:
         raise ExportError(str(error)) from None
     net = cast(Any, model)
     _check_kind(net)
     config, rotary = net.config, net.model.rotary_emb
-    # Sine and cosine may be scaled (yarn): once in the query, once in the key.
-    scale = float(rotary.attention_scaling) ** 2
-    described = [
-        _layer(i, module, block, scale)
-        for i, (module, block) in enumerate(zip(net.model.layers, decoder_layers, strict=True))
-    ]
-    layers = [layer for layer in described if layer is not None]
+    layers = [kept for i, layer in enumerate(described) if (kept := _file_layer(i, layer)) is not None]
     if not layers:
         raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
-    dims = {layer.block.head_dim for layer in layers if layer.has_attention}
-    dim = 2 * rotary.inv_freq.numel()
+    attending = [layer for layer in layers if ATTENTION[0] in layer.linear]
+    dims, dim = {layer.head_dim for layer in attending}, 2 * rotary.inv_freq.numel()
     if dims - {dim}:
-        raise ExportError(
-            f"heads have {', '.join(map(str, sorted(dims)))} channels, of which {dim} are rotated; llama.cpp takes one "
-            "size for all, rotated whole: cut neither head channels nor rotary pairs"
-        )
+        sizes = f"{', '.join(map(str, sorted(dims)))} channels, of which {dim} are rotated"
+        remedy = "cut neither head channels nor rotary pairs"
+        raise ExportError(f"heads have {sizes}; llama.cpp takes one size for all, rotated whole: {remedy}")
     if not layers[0].heads:
         layers[0] = replace(layers[0], heads=1, kv_heads=1)  # llama.cpp reads from it how large a head is
     notes = []
-    if len(layers) < len(described):
-        dropped = len(described) - len(layers)
+    if dropped := len(described) - len(layers):
         notes.append(f"{dropped} layers that do nothing are left out, so layers have other numbers")
     context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
     if window and window < context:
         context = int(window)
         notes.append(f"llama.cpp looks back without end, the network {window} tokens; so the longest text is that long")
-    if any(abs(layer.scale - 1) > 1e-6 for layer in layers):
+    # Sine and cosine may be scaled (yarn): once in the query, once in the key.
+    scale = float(rotary.attention_scaling) ** 2
+    if any(query_scale(layer, scale) != 1 for layer in attending):
         notes.append("attention divides by another number than √d; the queries' weights take up the quotient")
     base = float(config.rope_parameters["rope_theta"])
     usual = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -152,6 +99,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
         head=net.lm_head.weight,
         layers=layers,
         head_dim=dim,
+        scale=scale,
         epsilon=_epsilon(net, layers),
         base=base,
         factors=factors.float() if bool((factors - 1).abs().max() >= 1e-5) else None,
@@ -174,43 +122,48 @@ def _check_kind(net: Any) -> None:
         raise ExportError(f"the MLP's function is {net.config.hidden_act!r}; llama.cpp computes SiLU there")
     rope = net.config.rope_parameters.get("rope_type", "default")
     if rope not in STEADY:
-        raise ExportError(
-            f"rope_type {rope!r} depends on the length of the text; llama.cpp files can hold {', '.join(STEADY)}"
-        )
+        known = ", ".join(STEADY)
+        raise ExportError(f"rope_type {rope!r} depends on the length of the text; llama.cpp files can hold {known}")
 
 
-def _layer(i: int, module: nn.Module, block: DecoderLayer, scale: float) -> GgufLayer | None:
-    """Return a layer as it will be written; ``None`` for one that does nothing."""
+def query_scale(layer: DecoderLayer, rotary: float) -> float:
+    """Return the factor on queries, since llama.cpp always divides scores by √d; ``rotary`` is that of rotations."""
+    scale = rotary * (float(cast(Any, layer.module).self_attn.scaling) * math.sqrt(layer.head_dim))
+    return scale if abs(scale - 1) > 1e-6 else 1.0
+
+
+def _file_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
+    """Return a layer with the sizes that the file gives it; ``None`` for one that does nothing."""
+    module = layer.module
     if isinstance(module, PlaceholderModule) and module.placeholder.gives == "input":
         return None
-    net, dim = cast(Any, module), block.head_dim
-    for part, norm, present in zip(("self_attn", "mlp"), NORMS, (block.heads, block.width), strict=True):
-        if present and not hasattr(getattr(net, norm, None), "variance_epsilon"):
+    for part, norm, present in zip(("self_attn", "mlp"), NORMS, (layer.heads, layer.width), strict=True):
+        if present and not hasattr(getattr(module, norm, None), "variance_epsilon"):
             raise ExportError(f"layer {i} has no {norm} in front of its {part}, which llama.cpp puts there")
-        other = getattr(net, part, None)
+        other = getattr(module, part, None)
         if not present and not (isinstance(other, PlaceholderModule) and other.placeholder.gives == "zero"):
             raise ExportError(f"layer {i} has a {part} that is neither like Llama's nor dropped")
-    if not block.heads:
-        return GgufLayer(module, block, 0, 0, block.width) if block.width else None
-    q, k, v, o = (block.linear[path] for path in ATTENTION)
-    heads, kv = block.heads * dim, block.kv_heads * dim
+    if not layer.heads:
+        return layer if layer.width else None
+    dim = layer.head_dim
+    q, k, v, o = (layer.linear[path] for path in ATTENTION)
+    heads, kv = layer.heads * dim, layer.kv_heads * dim
     if (q.out_features, o.in_features) != (heads, heads) or (k.out_features, v.out_features) != (kv, kv):
         raise ExportError(f"layer {i}: queries, keys and values have heads of other sizes; llama.cpp takes one size")
-    if dim % 2 or not block.kv_heads or block.kv_heads * net.self_attn.num_key_value_groups != block.heads:
-        raise ExportError(f"layer {i}: {block.heads} query heads of {dim} channels for {block.kv_heads} of keys")
-    scale *= float(net.self_attn.scaling) * math.sqrt(dim)
-    return GgufLayer(module, block, block.heads, block.kv_heads, block.width or _EMPTY, scale)
+    groups = cast(Any, module).self_attn.num_key_value_groups
+    if dim % 2 or not layer.kv_heads or layer.kv_heads * groups != layer.heads:
+        raise ExportError(f"layer {i}: {layer.heads} query heads of {dim} channels for {layer.kv_heads} of keys")
+    return replace(layer, width=layer.width or _EMPTY)
 
 
-def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
+def _epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
     """Return the epsilon of all norms; raise ExportError if they differ, since a file has one for all."""
     norms = [net.model.norm]
     for layer in layers:
-        for name, present in zip(NORMS, (layer.has_attention, layer.has_mlp), strict=True):
-            norms += [getattr(layer.module, name)] if present else []
+        parts = zip(NORMS, (ATTENTION, MLP), strict=True)
+        norms += [getattr(layer.module, name) for name, paths in parts if paths[0] in layer.linear]
     epsilons = sorted({float(norm.variance_epsilon) for norm in norms})
     if len(epsilons) > 1:
-        raise ExportError(
-            f"norms have different ε ({epsilons[0]:g} to {epsilons[-1]:g}), of which GGUF has one for all"
-        )
+        values = f"{epsilons[0]:g} to {epsilons[-1]:g}"
+        raise ExportError(f"norms have different ε ({values}), of which GGUF has one for all")
     return epsilons[0]

@@ -11,85 +11,61 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from regrow.exporters.written import ExportError
+from regrow.exporters import ExportError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""GGUF's numbers for token types."""
-
-SPACE = "\u2581"
-"""The character that SentencePiece uses for a space."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's numbers for token types
+SPACE = "\u2581"  # which SentencePiece uses for a space
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Steps of a pre-tokenizer → llama.cpp's name of the rule (``words``: GPT-2's regular expression in ByteLevel).
 RULES: Mapping[tuple[str, ...], str] = {
     ("words",): "gpt-2",
     ("digits", "words"): "smollm",
     (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", "bytes"): "llama-bpe",
     (rf"{_WORDS}|\p{{N}}|{_REST}", "bytes"): "qwen2",
 }
-"""Steps of a pre-tokenizer → llama.cpp's name of the rule (``words``: GPT-2's regular expression in ByteLevel)."""
-
-WHOLE_WORDS = {"llama-bpe": True}
-"""Rules for which llama.cpp keeps a word that is a token as it is, before any merge."""
+WHOLE_WORDS = {"llama-bpe"}  # rules for which llama.cpp keeps a word that is a token as it is, before any merge
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer data of a GGUF file.
+    """The tokenizer data of a GGUF file."""
 
-    Args:
-        model: ``"gpt2"`` (merges of bytes), ``"llama"`` (SentencePiece) or ``"no_vocab"``.
-        rule: llama.cpp's name of the rule that splits text.
-        tokens: The text of each token.
-        kinds: The GGUF type of each token.
-        merges: The BPE merges, best first; empty for SentencePiece.
-        scores: The score of each token for SentencePiece: a better merge has a higher score.
-        special: GGUF's name of a role (``bos``, ``eos``) → token id.
-        begins: Whether the beginning-of-text token is added.
-        ends: Whether the end-of-text token is added.
-        spaced: Whether a space is added before the text.
-        template: The chat template, in jinja.
-        notes: What a user of the file must know.
-    """
-
-    model: str
-    rule: str = ""
+    model: str  # ``"gpt2"`` (merges of bytes), ``"llama"`` (SentencePiece) or ``"no_vocab"``
+    rule: str = ""  # llama.cpp's name of the rule that splits text
     tokens: Sequence[str] = ()
-    kinds: Sequence[int] = ()
-    merges: Sequence[str] = ()
-    scores: Sequence[float] = ()
-    special: Mapping[str, int] = field(default_factory=dict)
-    begins: bool = False
-    ends: bool = False
-    spaced: bool = False
-    template: str = ""
+    types: Sequence[int] = ()  # the GGUF type of each token
+    merges: Sequence[str] = ()  # the BPE merges, best first; empty for SentencePiece
+    scores: Sequence[float] = ()  # the score of each token for SentencePiece: a better merge has a higher score
+    special: Mapping[str, int] = field(default_factory=dict)  # GGUF's name of a role (``bos``, ``eos``) → token id
+    begins: bool = False  # whether the beginning-of-text token is added
+    ends: bool = False  # whether the end-of-text token is added
+    spaced: bool = False  # whether a space is added before the text
+    template: str = ""  # the chat template, in jinja
     notes: Sequence[str] = ()
 
 
 def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
-    """Convert a tokenizer of transformers to GGUF's form, or raise ExportError if llama.cpp would tokenize differently.
-
-    Args:
-        tokenizer: The tokenizer, or ``None``: llama.cpp then only takes token ids.
-        rows: The number of rows of the embedding.
-    """
+    """Convert a tokenizer of transformers to GGUF's form; raise ExportError if llama.cpp would tokenize differently."""
     if tokenizer is None:
-        note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
-        return Vocabulary("no_vocab", notes=(note,))
+        return Vocabulary(
+            "no_vocab", notes=["there is no tokenizer: llama.cpp takes and gives token numbers, not text"]
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"{type(tokenizer).__name__} is not backed by a tokenizer.json, of which GGUF is made")
     data = json.loads(backend.to_str())
     model = data["model"]
-    if (kind := model.get("type")) != "BPE":
-        raise ExportError(f"the tokenizer is {kind}; GGUF files are written for plain BPE")
+    if model.get("type") != "BPE":
+        raise ExportError(f"the tokenizer is {model.get('type')}; GGUF files are written for plain BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise ExportError(f"the tokenizer has the setting {name!r}; GGUF files are written for plain BPE")
-    tokens, kinds = _tokens(data, rows)
+    tokens, types = _tokens(data, rows)
     begins, ends = _ends(tokenizer)
     notes: list[str] = []
     if any(token.get("lstrip") or token.get("rstrip") for token in data["added_tokens"]):
@@ -101,18 +77,16 @@ def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
     scores: list[float] = []
     if not bytewise:
         ranks = _ranks([(left, right) for left, right in pairs], tokens, model["vocab"])
-        scores = [-float(ranks.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, kinds, strict=True)]
+        scores = [-float(ranks.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, types, strict=True)]
     elif normalizer := data.get("normalizer"):
         if normalizer.get("type") != "NFC":
-            raise ExportError(
-                f"the tokenizer rewrites text ({_text_of(normalizer)}) before it splits it; llama.cpp does not"
-            )
+            raise ExportError(f"the tokenizer rewrites text ({_text_of(normalizer)}), which llama.cpp does not do")
         notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
     return Vocabulary(
         "gpt2" if bytewise else "llama",
         _rule(data) if bytewise else "default",
         tokens,
-        kinds,
+        types,
         merges=[" ".join(pair) for pair in pairs] if bytewise else (),
         scores=scores,
         special={role: number for role, number in special.items() if isinstance(number, int)},
@@ -138,14 +112,12 @@ def _tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
         if known.get(token["id"], ("", NORMAL))[1] == NORMAL:
             known[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
     if known and max(known) >= rows:
-        raise ExportError(
-            f"the tokenizer has {max(known) + 1} tokens, the embedding {rows} rows; give the one it was for"
-        )
-    every = [known.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)]
-    texts = [text for text, _ in every]
+        sizes = f"{max(known) + 1} tokens, the embedding {rows} rows"
+        raise ExportError(f"the tokenizer has {sizes}; give the one it was for")
+    texts, types = zip(*(known.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)), strict=True)
     if len({*texts}) < rows or "" in texts:
         raise ExportError("two tokens have the same text, or one has none; llama.cpp takes no such tokenizer")
-    return texts, [kind for _, kind in every]
+    return list(texts), list(types)
 
 
 def _is_byte(text: str) -> bool:
@@ -157,13 +129,11 @@ def _rule(data: Mapping[str, Any]) -> str:
     steps = tuple(map(_describe_step, _flat(data.get("pre_tokenizer"))))
     rule = RULES.get(steps, "")
     if not rule:
+        problem = "the tokenizer splits text by a rule of which we know no name in llama.cpp"
         known = ", ".join(sorted(RULES.values()))
-        raise ExportError(
-            f"the tokenizer splits text by a rule of which we know no name in llama.cpp "
-            f"({_text_of(data.get('pre_tokenizer'))}); known are {known}"
-        )
+        raise ExportError(f"{problem} ({_text_of(data.get('pre_tokenizer'))}); known are {known}")
     whole = bool(data["model"].get("ignore_merges"))
-    if whole != WHOLE_WORDS.get(rule, False):
+    if whole != (rule in WHOLE_WORDS):
         how = "takes" if whole else "does not take"
         raise ExportError(f"the tokenizer {how} words that are tokens before any merge, unlike {rule!r} in llama.cpp")
     return rule
@@ -196,11 +166,7 @@ def _text_of(part: Any) -> str:
 
 
 def _adds_space(data: Mapping[str, Any], notes: list[str]) -> bool:
-    """Return whether SentencePiece adds a space before text; ``notes`` gets what differs in llama.cpp.
-
-    Raises:
-        ExportError: If it changes text in another way.
-    """
+    """Return whether SentencePiece adds a space before text; ``notes`` gets what differs in llama.cpp."""
     adds = replaces = False
     for step in (*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))):
         match step:
@@ -213,9 +179,7 @@ def _adds_space(data: Mapping[str, Any], notes: list[str]) -> bool:
                 if adds:
                     notes.append("llama.cpp puts a space before text that begins with one too; the tokenizer does not")
             case _:
-                raise ExportError(
-                    f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_text_of(step)}"
-                )
+                raise ExportError(f"the tokenizer does more to text than llama.cpp's SentencePiece: {_text_of(step)}")
     if not replaces:
         raise ExportError("the tokenizer leaves spaces as they are, unlike SentencePiece")
     return adds
@@ -227,9 +191,6 @@ def _ranks(pairs: Sequence[tuple[str, str]], tokens: Sequence[str], vocab: Colle
     llama.cpp joins any two pieces that form a token, the best token first; a tokenizer.json lists pairs. Both give the
     same result if every split of a token is listed, and all splits of one token are adjacent. Runs of one character
     (spaces) may share a rank: the first one grows as long as it can either way.
-
-    Raises:
-        ExportError: If these conditions do not hold.
     """
     made = [left + right for left, right in pairs]
     last = {token: i for i, token in enumerate(made)}
@@ -270,7 +231,7 @@ def write_vocabulary(words: Vocabulary, writer: "GGUFWriter") -> None:
         return
     writer.add_tokenizer_pre(words.rule)
     writer.add_token_list(list(words.tokens))
-    writer.add_token_types(list(words.kinds))
+    writer.add_token_types(list(words.types))
     if words.scores:
         writer.add_token_scores(list(words.scores))
     if words.merges:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
+from regrow.exporters import ExportError, Written
 from regrow.exporters.onnx.calls import (
     BATCH,
     PAST,
@@ -41,34 +42,23 @@ from regrow.exporters.onnx.files import (
     place_file,
     quantise,
 )
-from regrow.exporters.written import ExportError, Written
-from regrow.nets.examples import guessed_example, image_example
-from regrow.nets.loaded import needs
+from regrow.nets.loaded import guessed_example, needs, noise_example
 from regrow.store.atomic import check_output, staging_folder
 from regrow.store.errors import explain_os_errors
 
 __all__ = ["OPSET", "write"]
 
-OPSET = 20
-"""The ONNX operator set: the one that torch's exporter recommends; onnxruntime supports it since 1.17."""
-
-LARGEST = 2_000_000_000
-"""The most bytes of weights inside the file itself; protobuf is limited to 2 GiB."""
-
-TOLERANCE = 1e-3
-"""The largest allowed difference to torch, relative to the largest output."""
-
-DYNAMIC = ((BATCH, SEQUENCE, PAST, TOTAL), (BATCH,), ())
-"""The sets of sizes that are tried as dynamic, one after the other."""
+OPSET = 20  # the operator set that torch's exporter recommends; onnxruntime supports it since 1.17
+LARGEST = 2_000_000_000  # bytes of weights inside the file itself; protobuf is limited to 2 GiB
+TOLERANCE = 1e-3  # the largest allowed difference to torch, relative to the largest output
+DYNAMIC = ((BATCH, SEQUENCE, PAST, TOTAL), (BATCH,), ())  # sets of sizes that are tried as dynamic, one after the other
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A file in its temporary place, opened, with its dynamic and fixed sizes and what was compared."""
+    """A file in its temporary place, opened and compared, and the sizes that it fixes."""
 
-    path: Path
     session: OnnxSession
-    labels: Labels
     checked: Checked
     fixed: Mapping[str, int]
     notes: list[str]
@@ -83,30 +73,7 @@ def write(
     cache: bool = False,
     progress: Progress = silent,
 ) -> Written:
-    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch.
-
-    Args:
-        model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It is not changed.
-        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB are stored in ``….onnx.data`` beside
-            it, or ``….onnx.1.data`` if there is such a file already. Only the named file and the weights that it refers
-            to are replaced.
-        dtype: ``"float32"``, whatever the network's dtype is, or ``"int8"``: linear layers with weights in 8 bits and
-            activations rounded at run time (dynamic quantisation); all else is float32, and so are linear layers whose
-            input has outliers.
-        example: The input of the network; guessed from its origin or its first layer if ``None``. Batch and sequence
-            sizes are dynamic if the network allows it; all others are those of the example.
-        cache: For a language model of transformers: whether the graph takes the keys and values of earlier tokens
-            (``past_key_values.0.key`` …) and returns all of them (``present.0.key`` …), for generating text.
-        progress: Called with (steps done, steps in all, description).
-
-    Returns:
-        The file; the largest differences to torch at the example and at other sizes, and for language models how many
-        next tokens on real text differ; notes on opset, inputs and outputs.
-
-    Raises:
-        ExportError: If the network cannot be recorded, or the outputs differ. An earlier file then stays.
-        StoreError: If the file cannot be written.
-    """
+    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch."""
     out, steps = Path(out), 5 if dtype == "int8" else 4
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -121,16 +88,17 @@ def write(
     with explain_os_errors(target), staging_folder(target) as stage, _quiet(), evaluating(net):
         progress(0, steps, "recording the network")
         call = describe_call(net, _example(net, example), cache=cache)
-        recorded = _record(call, stage / "float32" / target.name, progress, steps)
-        path, checked = recorded.path, {"opset": OPSET, "dtype": dtype, **recorded.checked}
-        notes += [_describe_signature(recorded), *recorded.notes]
+        path = stage / "float32" / target.name
+        recorded = _record(call, path, progress, steps)
+        checked = {"opset": OPSET, "dtype": dtype, **recorded.checked}
+        notes += recorded.notes
         if call.text:
             progress(2, steps, "next tokens, torch and onnxruntime")
             checked |= compare_predictions(recorded.session, tokenizer, recorded.fixed)
         if dtype == "int8":
             progress(3, steps, "weights in 8 bits")
-            path = stage / "int8" / target.name
-            notes.append(quantise(recorded.path, path, call, LARGEST))
+            source, path = path, stage / "int8" / target.name
+            notes.append(quantise(source, path, call, LARGEST))
             checked |= _compare_int8(OnnxSession(path, call), tokenizer, recorded.fixed)
         progress(steps - 1, steps, "writing")
         size = place_file(path, stage, check_output(out, (".onnx",)))
@@ -153,7 +121,7 @@ def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _example(model: nn.Module, example: Example | None) -> Example:
     """Return the input of the network: the given one, or a guess."""
     shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
-    result = example or (image_example(model, *shape) if shape else guessed_example(model))
+    result = example or (noise_example(model, (1, *shape)) if shape else guessed_example(model))
     if result is None:
         raise ExportError("the network does not say what input it takes; give an example")
     return result
@@ -182,7 +150,7 @@ def _record(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _
             continue
         fixed = {label: size for label, size in whole.items() if label not in sizes}
         notes = [f"{label} is fixed at {size}: {reasons[label]}" for label, size in fixed.items()]
-        return _Recorded(path, session, labels, checked, fixed, notes)
+        return _Recorded(session, checked, fixed, [_describe_signature(call, labels), *notes])
     raise AssertionError("without dynamic sizes there is a file or an error")
 
 
@@ -229,7 +197,7 @@ def _other_inputs(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dic
     known = sizes_of(call, labels)
     for batch, longer, past in ((3, 5, 7), (1, -3, 0)) if known else ():
         sizes = {label: max(1, size + longer) if label.endswith(SEQUENCE) else size for label, size in known.items()}
-        if call.most and past + max(sizes.values()) > call.most:
+        if call.max_length and past + max(sizes.values()) > call.max_length:
             sizes = {label: 1 if label.endswith(SEQUENCE) else size for label, size in sizes.items()}
         chosen = {BATCH: batch, PAST: past, TOTAL: past + sizes.get(SEQUENCE, 0)}
         sizes |= {label: size for label, size in chosen.items() if label in known}
@@ -237,12 +205,12 @@ def _other_inputs(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dic
         yield f" at {words}", resize_inputs(call, labels, sizes)
 
 
-def _describe_signature(recorded: _Recorded) -> str:
+def _describe_signature(call: ExportedCall, labels: Labels) -> str:
     """Return a note on the inputs and outputs of the file."""
-    call, takes = recorded.session.call, []
+    takes = []
     for name, tensor in call.inputs.items():
-        sizes = ", ".join(recorded.labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
         if not name.startswith("past_key_values"):
+            sizes = ", ".join(labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
             takes.append(f"{name} [{sizes}] {str(tensor.dtype).removeprefix('torch.')}")
     gives = [name for name in call.outputs if not name.startswith("present")]
     if call.cached:
@@ -255,10 +223,9 @@ def _describe_signature(recorded: _Recorded) -> str:
 def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
     """Return what 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
     checked: Checked = {"int8_max_abs_diff": session.compare(session.call.inputs)[0]}
-    if session.call.text:
-        predictions = compare_predictions(session, tokenizer, lengths)
-        predictions.pop("nats_torch", None)
-        for name, value in predictions.items():
+    predictions = compare_predictions(session, tokenizer, lengths) if session.call.text else {}
+    for name, value in predictions.items():
+        if name != "nats_torch":
             checked["nats_int8" if name == "nats_onnx" else f"int8_{name}"] = value
     return checked
 
@@ -267,10 +234,9 @@ def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, in
 def _quiet() -> Iterator[None]:
     """Suppress warnings and log lines of exporters in the block; results are compared afterwards."""
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            logging.disable(before)
+    finally:
+        logging.disable(before)

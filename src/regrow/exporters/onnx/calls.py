@@ -11,33 +11,23 @@ from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, t
 
 from regrow.core.axes import Example
 from regrow.core.errors import first_line
-from regrow.core.sources import logits_in
-from regrow.exporters.written import ExportError
+from regrow.core.sources import Batch, logits_in
+from regrow.exporters import ExportError
 
+# Names of dynamic sizes. The total counts past and new tokens, both of which the attention mask covers.
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
-"""Names of dynamic sizes. The total counts past and new tokens, both of which the attention mask covers."""
-
-Labels = Mapping[str, Mapping[int, str]]
-"""Name of an input → dimension → name of its dynamic size."""
+Labels = Mapping[str, Mapping[int, str]]  # name of an input → dimension → name of its dynamic size
 
 
 @dataclass(frozen=True)
 class ExportedCall:
-    """A network as a function of named tensors.
+    """A network as a function of named tensors."""
 
-    Args:
-        run: A module that takes the inputs in their order and returns a tuple of tensors.
-        inputs: Name → the example's tensor.
-        outputs: The names of the outputs.
-        text: Whether it is a language model that predicts the next token.
-        most: The longest sequence that it takes; 0 if unknown.
-    """
-
-    run: nn.Module
-    inputs: Mapping[str, Tensor]
+    run: nn.Module  # takes the inputs in their order and returns a tuple of tensors
+    inputs: Mapping[str, Tensor]  # name → the example's tensor
     outputs: tuple[str, ...]
-    text: bool = False
-    most: int = 0
+    text: bool = False  # whether it is a language model that predicts the next token
+    max_length: int = 0  # of a sequence; 0 if unknown
 
     @property
     def cached(self) -> bool:
@@ -46,13 +36,7 @@ class ExportedCall:
 
 
 class Flat(nn.Module):
-    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors.
-
-    Args:
-        model: The network.
-        leaves: All its arguments, flattened; tensors in it are replaced by those passed to ``forward``.
-        spec: The structure from which they were flattened, ``(args, kwargs)``.
-    """
+    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
         super().__init__()
@@ -62,15 +46,15 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the network's output as a tuple."""
-        return tuple(self.run_named(*tensors).values())
+        return tuple(self.run_named(tensors).values())
 
-    def run_named(self, *tensors: Tensor) -> dict[str, Tensor]:
+    def run_named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the tensors of the network's output by name: only the logits if there are any."""
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        output = self.model(*args, **kwargs)
+        output = Batch(args, kwargs).run(self.model)
         if isinstance(output, Tensor):
             return {"output": output}
         if isinstance(output, Mapping):
@@ -103,16 +87,7 @@ class Cached(nn.Module):
 
 
 def describe_call(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
-    """Describe how a network is called, by running it once on an example.
-
-    Args:
-        model: The network, in eval mode, in float32 on the CPU.
-        example: The input. A language model that takes an ``attention_mask`` gets one of ones.
-        cache: Whether the call takes and returns keys and values.
-
-    Raises:
-        ExportError: If the network fails on the example, returns no tensor, or has no cache although one is requested.
-    """
+    """Describe how a network is called, by running it once on an example."""
     parameters = inspect.signature(model.forward).parameters
     args, kwargs = example.args, dict(example.kwargs)
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
@@ -122,9 +97,9 @@ def describe_call(model: nn.Module, example: Example, *, cache: bool = False) ->
     if tokens is not None and "attention_mask" in parameters and "attention_mask" not in [*names[: len(args)], *kwargs]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
-    most = limit if type(limit) is int else 0
+    max_length = limit if type(limit) is int else 0
     if cache:
-        return _cached_call(model, tokens, most)
+        return _cached_call(model, tokens, max_length)
     pairs, spec = tree_flatten_with_path((args, kwargs))
     leaves, inputs = [], {}
     for path, leaf in pairs:
@@ -135,19 +110,17 @@ def describe_call(model: nn.Module, example: Example, *, cache: bool = False) ->
         leaves.append(leaf)
     run = Flat(model, leaves, spec)
     if len(inputs) < len(run.places) or not inputs:
-        raise ExportError(
-            f"{len(run.places)} tensors go into the network under {len(inputs)} names; give another example"
-        )
+        counts = f"{len(run.places)} tensors go into the network under {len(inputs)} names"
+        raise ExportError(f"{counts}; give another example")
     try:
         with torch.no_grad():
-            outputs = run.run_named(*inputs.values())
+            outputs = run.run_named([*inputs.values()])
     except Exception as error:
-        raise ExportError(
-            f"the network does not take the example ({first_line(error)}); give one that it takes"
-        ) from None
+        problem = f"the network does not take the example ({first_line(error)})"
+        raise ExportError(f"{problem}; give one that it takes") from None
     if not outputs:
         raise ExportError("the network gives no tensor for the example; nothing can be written")
-    return ExportedCall(run, inputs, tuple(outputs), tokens is not None and "logits" in outputs, most)
+    return ExportedCall(run, inputs, tuple(outputs), tokens is not None and "logits" in outputs, max_length)
 
 
 def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
@@ -195,7 +168,7 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
     return result
 
 
-def _cached_call(model: nn.Module, tokens: Tensor | None, most: int) -> ExportedCall:
+def _cached_call(model: nn.Module, tokens: Tensor | None, max_length: int) -> ExportedCall:
     """Describe a call in the middle of a text: the example's first half is in the cache, the second half is new."""
     if tokens is None or not hasattr(model, "config") or tokens.shape[1] < 6:
         raise ExportError("only a language model of transformers has keys and values to take; write without a cache")
@@ -206,16 +179,15 @@ def _cached_call(model: nn.Module, tokens: Tensor | None, most: int) -> Exported
             cache = model(input_ids=tokens[:, :half], use_cache=True).past_key_values
         classes = {type(layer).__name__ for layer in cache.layers}
         if classes != {"DynamicLayer"}:
-            raise ExportError(
-                f"its cache is made of {', '.join(sorted(classes))}, which no file holds yet; write without"
-            )
+            names = ", ".join(sorted(classes))
+            raise ExportError(f"its cache is made of {names}, which no file holds yet; write without")
         past = _keys_and_values(cache)
     except (AttributeError, TypeError) as error:
         raise ExportError(f"its cache cannot be read ({first_line(error)}); write without a cache") from None
     inputs = {"input_ids": tokens[:, half:], "attention_mask": torch.ones_like(tokens)}
-    names = [f"{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
-    inputs |= {f"past_key_values.{name}": tensor for name, tensor in zip(names, past, strict=True)}
-    return ExportedCall(Cached(model), inputs, ("logits", *(f"present.{name}" for name in names)), True, most)
+    entries = [f"{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
+    inputs |= {f"past_key_values.{name}": tensor for name, tensor in zip(entries, past, strict=True)}
+    return ExportedCall(Cached(model), inputs, ("logits", *(f"present.{name}" for name in entries)), True, max_length)
 
 
 def _keys_and_values(cache: Any) -> list[Tensor]:

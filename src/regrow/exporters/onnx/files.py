@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.data import Half, text, windows
+from regrow.exporters import ExportError
 from regrow.exporters.onnx.calls import ExportedCall
-from regrow.exporters.written import ExportError
 from regrow.store.atomic import LockedError, leftovers, lock, sync
 
 Checked = dict[str, float | int | str]
 
-OUTLIER = 100.0
-"""A layer is quantised if the largest magnitude in its input is at most this many times the mean magnitude."""
-
+OUTLIER = 100.0  # a layer is quantised if the largest magnitude in its input is at most this many times the mean
 WINDOWS, TOKENS = 16, 64
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
 
@@ -81,18 +79,7 @@ class OnnxSession:
 
 
 def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mapping[str, int]) -> Checked:
-    """Compare next-token predictions and log-likelihoods of file and network on text.
-
-    Args:
-        session: The opened file of a language model.
-        tokenizer: Its tokenizer, to use real text (the evaluation half of Python's manual); ``None``: random tokens.
-        lengths: ``batch`` and ``sequence``, if they are fixed.
-
-    Returns:
-        ``next_tokens`` (the number compared), ``next_tokens_differ``, ``next_tokens_margin`` (the largest gap, in
-        torch's logits, between the two tokens where they differ), ``next_tokens_on`` (what text), and for real text
-        ``nats_torch`` and ``nats_onnx`` per token.
-    """
+    """Compare next-token predictions and log-likelihoods of file and network on text."""
     tokens, differ, margin, nats = 0, 0, 0.0, torch.zeros(2, dtype=torch.float64)
     rows, text_name = _token_rows(session.call, tokenizer, lengths)
     for row in rows:
@@ -125,7 +112,7 @@ def start_inputs(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def _token_rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
-    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.most or TOKENS))
+    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.max_length or TOKENS))
     n = max(2, WINDOWS // batch) * batch
     if tokenizer is None:
         known = next(iter(call.inputs.values())).flatten()
@@ -142,14 +129,7 @@ def _largest(values: Tensor) -> float:
 
 
 def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
-    """Write an ONNX file again with linear layers in int8, and return a note that says which.
-
-    Args:
-        path: The float32 file.
-        to: The file to write.
-        call: The description of the call that the file was written from.
-        largest: Bytes of weights above which they are stored in a file beside it.
-    """
+    """Write an ONNX file again with linear layers in int8, and return a note that says which."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -204,11 +184,6 @@ def place_file(path: Path, stage: Path, out: Path) -> int:
 
     The weights get an unused name; then the new file replaces the old one, and the weights of the old one are deleted.
     Nothing else is replaced or deleted.
-
-    Args:
-        path: The new file; large weights are in ``NAME.data`` beside it.
-        stage: The temporary folder that holds it. Until the end it also holds links to the weights that are deleted.
-        out: The path to move it to.
     """
     weights, old = path.with_name(f"{path.name}.data"), _weights_of(out)
     size = 0
@@ -271,7 +246,7 @@ def _rename_weights(path: Path, name: str) -> None:
     """Make an ONNX file refer to its external weights by another name."""
     import onnx
 
-    model: Any = onnx.load(path, load_external_data=False)
+    model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

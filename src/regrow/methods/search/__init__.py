@@ -17,7 +17,7 @@ from regrow.core.candidates import Staged, candidates_in
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of
 from regrow.core.tasks import Examples
-from regrow.data.augment import is_images, shift_and_flip
+from regrow.data.vision import is_images, shift_and_flip
 from regrow.evaluation.continual import mean_score
 from regrow.methods.search.space import (
     GRANULARITIES,

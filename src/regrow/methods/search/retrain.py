@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.tasks import Examples
-from regrow.data.augment import cut_out, is_images, shift_and_flip
+from regrow.data.vision import cut_out, is_images, shift_and_flip
 from regrow.training.learner import Context, Learner, Loss, Replacements, Step, task_loss
 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"

@@ -12,8 +12,7 @@ from torch import nn
 
 from regrow.nets import ModelError
 from regrow.nets.attention import Attention
-from regrow.nets.blocks import DecoderLayer, blocks
-from regrow.nets.language import require_transformers
+from regrow.nets.language import DecoderLayer, decoder_layers, require_transformers
 from regrow.store.atomic import write_text
 from regrow.store.pretrained import write_configuration
 from regrow.store.shapes import Kind, Shapes
@@ -91,7 +90,7 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     names = {name: f"modeling_regrow.{class_name(one)}" for name, one in sorted(automatic.items())}
     data: dict[str, Any] = {"regrow": changes, "auto_map": names}
     try:
-        return data | {"block_configs": [_block_config(block) for block in blocks(model)]}
+        return data | {"block_configs": [_block_config(block) for block in decoder_layers(model)]}
     except ModelError:
         return data
 

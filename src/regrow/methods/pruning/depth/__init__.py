@@ -25,7 +25,7 @@ from regrow.core.errors import RefusedError
 from regrow.core.scores import Need, Scores
 from regrow.core.sources import Batch
 from regrow.data.batch_streams import join_batches
-from regrow.evaluation.forward import evaluating
+from regrow.evaluation.measure import evaluating
 from regrow.methods.pruning.depth.replay import (
     DivergenceJournal,
     Outputs,
