@@ -36,8 +36,7 @@ from regrow.data.streams import fewer, idx, permuted_tasks, rotated_tasks
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import SparseGrowState, weigh_new_units
 from regrow.nets.vision import small
-from regrow.surgery.align import align_new_units
-from regrow.surgery.new_units import new_units, split_entries
+from regrow.surgery.new_units import align_new_units, new_units, split_entries
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions

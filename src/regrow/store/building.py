@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.core.branches import Placeholder, lies_in
+from regrow.core.axes.operations import Placeholder, lies_in
 from regrow.core.change import Insertion
 from regrow.core.errors import first_line
 from regrow.core.names import names_code

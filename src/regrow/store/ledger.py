@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.branches import Branch, Placeholder
+from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import FORMAT as PLAN_FORMAT
 from regrow.core.plan import Plan, PlanError
 from regrow.store import schemas

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import torch
 
-from regrow.core.branches import Placeholder
+from regrow.core.axes.operations import Placeholder
 from regrow.core.change import Insertion
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.sources import Batch, Source, device_of, labelled_logits, logits_in
 from regrow.methods.pruning.pruner import PruningTask
 from regrow.store.errors import StoreError

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.ranked import rank
-from regrow.allocation.solved import ratios
+from regrow.allocation.ranked import rank, ratios
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import Batch, device_of, drawn, labelled_logits, logits_in
 from regrow.methods.pruning.gprune.modules import Masks
