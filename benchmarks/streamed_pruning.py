@@ -127,7 +127,7 @@ opened = open_network(folder, DTYPES.get(dtype))
 network = opened.network()
 batches = data.windows(data.text("news"), opened.loaded.tokenizer, n=tokens // seq, seq_len=seq).batches
 start = time.time()
-for name in network.weights.stored: network.weights.checkpoint[name]
+for name in network.weights.stored: network.weights.checkpoint.read(name)
 read = time.time() - start
 forward = 0.0
 @contextmanager

@@ -36,10 +36,10 @@ from regrow.data.streams import fewer, idx, permuted_tasks, rotated_tasks
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import SparseGrowState, weigh_new_units
 from regrow.nets.vision import small
-from regrow.surgery.align import align_new_units
-from regrow.surgery.new_units import new_units, split_entries
+from regrow.surgery.new_units import align_new_units, new_units, split_entries
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import FitOptions
 from regrow.training.learner import Boundary, Context, Event, Learner, flags_along
 from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
@@ -216,7 +216,7 @@ def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, An
 
     tasks = tasks[: at + 2]
     with contextlib.suppress(EnoughError):
-        learn(model, axes, tasks, build(settings), schedule, checkpoint=look)
+        learn(model, axes, tasks, build(settings), schedule, options=FitOptions(checkpoint=look))
     (start,) = held
     found = []
     for twin in (*WIDE, *OTHER):

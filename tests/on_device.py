@@ -29,7 +29,7 @@ from regrow.settings.search import Settings as SearchSettings
 from regrow.surgery import UndoStore
 from regrow.training import continual
 from regrow.training.continual import learn as learn_tasks
-from regrow.training.fit import fit
+from regrow.training.fit import FitOptions, fit
 from regrow.training.state import TrainState, axis_tensors
 
 DRAW = torch.Generator().manual_seed(0)
@@ -118,8 +118,12 @@ def counted(steps):
 
 @pytest.mark.parametrize("method", LEARNERS)
 def test_learn(device, method, monkeypatch):
-    steps, around = [], {"around": lambda state, context, step: counted(steps)}
-    monkeypatch.setattr(continual, "fit", lambda *args, **more: fit(*args, **more | around))
+    steps = []
+
+    def counting_fit(*args, options, **more):
+        return fit(*args, options=replace(options, around=lambda state, context, step: counted(steps)), **more)
+
+    monkeypatch.setattr(continual, "fit", counting_fit)
     nets = [
         regrow.learn(
             Net().to(place),
@@ -204,7 +208,13 @@ def test_search(device, method):
         schedule = make_schedule(settings, CLASSIFICATION, settings.epochs)
         state = TrainState(found.learner.state)
         fitted = learn_tasks(
-            model, axes, [parts.search], found.learner, schedule, state=state, undo=UndoStore(), around=around
+            model,
+            axes,
+            [parts.search],
+            found.learner,
+            schedule,
+            state=state,
+            options=FitOptions(undo=UndoStore(), around=around),
         )
         states.append({f"{name} alpha": one.values for name, one in axis_tensors(fitted.state.learner).items()})
         states[-1] |= fitted.model.state_dict()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import laws
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Role, Slot, size_of
-from regrow.core.fills import FILLS
+from regrow.core.change import FILLS
 from regrow.core.plan import Plan, PlanError
 from zoo import ZOO, Hoped, Net, Wired, lying_at, randomise, trace_zoo
 

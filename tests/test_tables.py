@@ -37,14 +37,14 @@ def test_printed_axes_are_the_table_of_show_and_short() -> None:
         key: replace(axis, mark=Mark.FROZEN, reason=f"<b>{chr(97 + i)}</b>")
         for i, (key, axis) in enumerate(axes.axes.items())
     }
-    html = axes.with_axes(frozen)._repr_html_()
+    html = replace(axes, axes=frozen)._repr_html_()
     assert "<b>" not in html and "&lt;b&gt;a&lt;/b&gt;" in html
     first = next(iter(axes))
     many = {
         key: replace(first, key=key, slots=(replace(first.slots[0], name=key[:-2]),))
         for key in (f"{'m' * i}.w:0" for i in range(1, 91))
     }
-    lines = str(axes.with_axes({**axes.axes, **many})).splitlines()
+    lines = str(replace(axes, axes={**axes.axes, **many})).splitlines()
     kinds = len(axes.tables()[0].rows) + len(many)
     assert len(lines) < MOST_ROWS + 6 and f"… and {kinds - MOST_ROWS} more" in lines
 

@@ -39,17 +39,15 @@ def test_macs_follow_the_traced_work() -> None:
     assert cost({"0.weight:0": 2}) == 4 * 2 + 2 * 5 + 5 * 3
 
 
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3))
+@given(st.integers(1, 6), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_costs_multiply_and_rises_are_differences(a: int, b: int, da: int, db: int) -> None:
+def test_costs_multiply(a: int, b: int) -> None:
     _, axes = mlp(width=9, second=8)
     cost = Cost(axes)
     sizes = {"0.weight:0": a, "2.weight:0": b}
     assert cost(sizes) == long_way(axes, axes.counted, sizes)
-    vector = np.array([*((axes.sizes() | sizes)[key] for key in cost.keys), 1])
-    assert cost.rise(vector, [0], da) == cost(sizes | {"0.weight:0": a + da}) - cost(sizes)
-    more = {"0.weight:0": a + db, "2.weight:0": b + db}
-    assert cost.rise(vector, [0, 1], db) == cost(more) - cost(sizes)
+    vector = np.array([*((axes.sizes() | sizes)[key] for key in cost.index), 1])
+    assert cost.at(vector) == cost(sizes)
 
 
 def test_sums_and_products_of_dimensions() -> None:

@@ -19,7 +19,7 @@ from regrow.allocation.commits import (
 from regrow.allocation.gates import gates
 from regrow.allocation.timed import spread_times
 from regrow.core.amounts import Measure
-from regrow.core.candidates import Candidates, candidates_in, single_in, tied_in
+from regrow.core.candidates import Candidates, candidates_in
 from regrow.evaluation import macs
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
@@ -44,9 +44,8 @@ def traced(request):
 
 
 def found_in(net, axes, measure=Measure.NONZERO):
-    sums, parameters = candidates_in(net), dict(net.named_parameters())
-    keys = [axis.key for axis in axes.units()]
-    return gates(axes, parameters, sums, keys, net.needed(), lambda path: True, measure), parameters
+    parameters, keys = dict(net.named_parameters()), [axis.key for axis in axes.units()]
+    return gates(net, axes, parameters, keys, net.needed(), lambda path: True, measure), parameters
 
 
 def drawn_masks(found, parameters, seed):
@@ -68,7 +67,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     masks = drawn_masks(found, parameters, seed)
     assert all(0.2 < float(mask.mean()) < 0.95 for mask in (masks.ops, masks.filters, masks.weights))
     flat = found.levels.flat(parameters)
-    stood = found.levels.apart(found.levels.masked(flat, masks.filter_scale.double(), masks.over))
+    stood = found.levels.replace_weights({}, flat, masks.filter_scale.double(), masks.over)
     start = 0
     for path, paths in candidates_in(net).items():
         stood[f"{path}.scale"] = parameters[f"{path}.scale"] * masks.op_scale[start : start + len(paths)]
@@ -126,7 +125,8 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     def gradients():
         masks = found.masks((a, ops), (b, filters), (flat, gone, weights))
         total = found.levels.size(masks.ops, masks.filters, masks.weights) / len(flat)
-        total = total + found.levels.masked(flat, masks.filter_scale, masks.over).square().sum()
+        made = found.levels.flat(found.levels.replace_weights({}, flat, masks.filter_scale, masks.over))
+        total = total + made.square().sum()
         total = total + found.operation_regularizer(masks, a, torch.arange(len(found.ops)) % 2 == 0)
         total = total + found.threshold_regularizer(masks, (ops, filters, weights))
         return torch.autograd.grad(total, given)
@@ -152,9 +152,7 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     parts = {"ops": ops, "beside": sums, "layers": layers}
     keys = [axis.key for axis in axes.units()]
     spread = spread_times(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
-    found = gates(
-        axes, dict(net.named_parameters()), sums, keys, net.needed(), lambda path: True, Measure.TIME, timed=spread
-    )
+    found = gates(net, axes, dict(net.named_parameters()), keys, net.needed(), lambda path: True, Measure.TIME, spread)
     every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
     whole = float(found.levels.size(every, filters))
     assert whole == pytest.approx(sum(table.values()) + 2.0)
@@ -254,7 +252,7 @@ def test_what_is_cheapest_where_a_choice_holds_in_two_places_is_cheapest_in_both
     net = nn.Sequential(choice(16), nn.Conv2d(16, 64, 1), choice(64))
     axes, sums, parameters = trace(net, torch.randn(2, 16, 8, 8)), candidates_in(net), dict(net.named_parameters())
     keys = [axis.key for axis in axes.units()]
-    found = gates(axes, parameters, sums, keys, [*sums.values()], lambda _: True, Measure.PARAMETERS, tied_in(net))
+    found = gates(net, axes, parameters, keys, [*sums.values()], lambda _: True, Measure.PARAMETERS)
     sizes = []
     for deep in (1.0, 0.0):
         one = torch.tensor([deep, 1 - deep] * 2)
@@ -303,7 +301,7 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
     net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
     axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
-    found = gates(axes, parameters, sums, keys, needed, lambda _: True, Measure.NONZERO, single=single_in(net))
+    found = gates(net, axes, parameters, keys, needed, lambda _: True, Measure.NONZERO)
     alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3))
     masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
     every = torch.ones_like(found.single)
@@ -321,7 +319,7 @@ def test_what_is_tied_stands_and_falls_together():
     net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
     axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
     keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
-    found = gates(axes, parameters, sums, keys, needed, lambda path: True, Measure.PARAMETERS, tied_in(net))
+    found = gates(net, axes, parameters, keys, needed, lambda path: True, Measure.PARAMETERS)
     alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3)).requires_grad_()
     masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
     per_cell = masks.ops.detach().view(3, 30)

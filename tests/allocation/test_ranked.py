@@ -75,7 +75,7 @@ def test_budget_is_never_exceeded_and_no_further_step_fits(
     assume(measure != Measure.CACHE or net == "lm")
     axes = NETS[net]()[1]
     if net == "tied":
-        axes = axes.with_axes({key: replace(axis, count="n") for key, axis in axes.axes.items()})
+        axes = replace(axes, axes={key: replace(axis, count="n") for key, axis in axes.axes.items()})
     asked = Budget(keep, measure, round_to=round_to, regular=regular, timing=timed(axes, seed))
     if limit_by == "amount":
         context = 7 if measure in IN_CONTEXT else 0
@@ -135,7 +135,7 @@ def test_a_kind_that_one_block_cannot_give_of_is_cut_nowhere_in_a_regular_plan()
     with pytest.raises(BudgetError, match="in every block or in none"):
         rank(axes, some, Budget(0.3, regular=True))
     rank(axes, some, Budget(0.5))
-    uneven = axes.with_axes({key: replace(a, size=20) if key == first else a for key, a in axes.axes.items()})
+    uneven = replace(axes, axes={key: replace(a, size=20) if key == first else a for key, a in axes.axes.items()})
     assert uneven[first].kind != axes[first].kind, "axes of unequal size are of unequal kinds"
 
 
@@ -169,7 +169,7 @@ def test_permuting_units_permutes_what_is_kept() -> None:
 def test_ties_are_cut_in_the_order_of_keys_whatever_the_order_of_axes() -> None:
     _, axes = lm()
     scores = {key: torch.ones(axes[key].size).double() for key in axes.axes}
-    backwards = axes.with_axes(dict(reversed(axes.axes.items())))
+    backwards = replace(axes, axes=dict(reversed(axes.axes.items())))
     one, two = rank(axes, scores, Budget(0.8)), rank(backwards, dict(reversed(scores.items())), Budget(0.8))
     assert one == two
     assert len(one[min(scores)]) < axes[min(scores)].size
@@ -177,7 +177,7 @@ def test_ties_are_cut_in_the_order_of_keys_whatever_the_order_of_axes() -> None:
 
 def test_axes_of_one_count_lose_equally_many_their_own_worst() -> None:
     _, axes = mlp(6, 6)
-    axes = axes.with_axes({key: replace(axis, count="half") for key, axis in axes.axes.items()})
+    axes = replace(axes, axes={key: replace(axis, count="half") for key, axis in axes.axes.items()})
     scores = {A: torch.tensor([1.0, 2, 3, 4, 5, 6]).double(), B: torch.tensor([60.0, 50, 40, 30, 20, 10]).double()}
     kept = rank(axes, scores, Budget(0.5))
     many = len(kept[A])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow.allocation.solved import ratios, soft_step
+from regrow.allocation.ranked import ratios, soft_step
 
 
 @settings(max_examples=60, deadline=None)

@@ -169,9 +169,8 @@ def test_unknown_arguments_are_named():
         regrow.prune(net(3), INPUTS, ratio=0.5)
     with pytest.raises(TypeError, match="search has no argument 'keep'; the size is given by target="):
         regrow.search(net(3), INPUTS, keep=0.5)
-    for name in ("scenario", "held_out", "patience"):
-        with pytest.raises(TypeError, match=f"search has no argument '{name}'"):
-            regrow.search(net(3), INPUTS, smaller=0.5, **{name: 1})
+    with pytest.raises(TypeError, match="search has no argument 'scenario'"):
+        regrow.search(net(3), INPUTS, smaller=0.5, scenario=1)
     with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
         regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)
 

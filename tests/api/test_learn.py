@@ -83,16 +83,6 @@ def test_an_optimizer_of_ones_own():
     assert not torch.equal(own[0].weight, other[0].weight)
 
 
-def test_a_task_ends_when_held_out_examples_say_so():
-    steps = []
-    labels = torch.randint(2, (80,), generator=torch.Generator().manual_seed(1))  # nothing to learn
-    regrow.learn(
-        net(), [((INPUTS, labels), (INPUTS, labels))], method="naive", epochs=50, held_out=0.25, patience=2,
-        progress=lambda done, total, what: steps.append(done),
-    )  # fmt: skip
-    assert len(steps) < 50
-
-
 def test_interrupted_learning_resumes_from_its_file(tmp_path):
     given = tasks(TARGETS["classification"][1])
     whole = regrow.learn(net(), given, method="ewc", epochs=3)
@@ -122,7 +112,6 @@ def test_a_network_that_grows_is_the_result():
     [
         ({"method": "ewc", "loss": nn.MSELoss()}, "needs class probabilities"),
         ({"method": "nothing"}, "there is no method 'nothing'"),
-        ({"patience": 2}, "needs examples to judge by"),
     ],
 )
 def test_mistakes_name_the_remedy(more, words):

@@ -130,7 +130,7 @@ def test_axes_are_listed_without_reading_weights(regrow, run_once, tiny_language
             if reads:
                 patch.setattr(models, "open_network", lambda *given: int("no number"))
             else:
-                patch.setattr(Checkpoint, "__getitem__", None)
+                patch.setattr(Checkpoint, "read", None)
                 patch.setattr(models, "load_model", None)
             for model in (str(tiny_language_model), "run"):
                 code, out, _ = regrow("show", model, "--all", "--branches", "--json", "axes.json")

@@ -16,7 +16,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from regrow.core.tasks import CappedExamples, Examples, first_examples
+from regrow.core.tasks import Examples, ExamplesView, first_examples
 from regrow.data import datasets
 from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples, to_tasks
 from regrow.data.halves import SourceError
@@ -126,7 +126,7 @@ def test_a_loader_that_samples_in_its_own_way_comes_as_it_comes(options):
 
 def test_parts_of_a_shuffled_loader_are_of_one_pass():
     loader = DataLoader(TensorDataset(INPUTS, LABELS), shuffle=True, drop_last=True)
-    there = fix_order(CappedExamples(to_examples(loader), 4))
+    there = fix_order(ExamplesView(to_examples(loader), most=4))
     one, other = (torch.cat([batch.inputs for batch in there.batches(9)]) for _ in range(2))
     assert torch.equal(one, other)
     assert torch.equal(one.sort(0)[0], INPUTS)

@@ -15,6 +15,7 @@ from regrow.distributed import SINGLE, read_ranks
 from regrow.distributed.parallel import Parallel, gather_rows
 from regrow.jobs.learn import build_learner
 from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import FitOptions
 from regrow.training.shared_rows import sharing_rows
 
 METHODS = {
@@ -58,14 +59,14 @@ def train(method, ranks):
         losses.append(float(result.value.detach()))
         return result
 
-    schedule = TaskSchedule("class", epochs=2, batch_size=8, lr=0.05)
+    schedule = TaskSchedule(scenario="class", epochs=2, batch_size=8, lr=0.05)
     result = learn(
         net,
         trace(net, x[0, :2]),
         tasks,
         dataclasses.replace(learner, loss=loss),
         schedule,
-        parallel=Parallel(ranks, by_rows=True),
+        options=FitOptions(parallel=Parallel(ranks, by_rows=True)),
     )
     return {
         "losses": losses,

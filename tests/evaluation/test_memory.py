@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.allocation.levels import apply_threshold
 from regrow.allocation.stages import MemoryBudgetError, stages
-from regrow.allocation.thresholds import apply_threshold
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
 from regrow.evaluation import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from exporters.deci import File, logits
 from regrow import Plan, apply, export, load, trace, with_branches
-from regrow.core.branches import Placeholder
+from regrow.core.axes.operations import Placeholder
 from regrow.exporters import ExportError
 from regrow.exporters import gguf as format
 from regrow.exporters.gguf import allowed_error, encode, q6_k, write

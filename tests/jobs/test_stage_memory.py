@@ -20,6 +20,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.reports import write_page
 from regrow.tracing import trace
 from regrow.training.continual import learn
+from regrow.training.fit import FitOptions
 
 pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
 
@@ -79,7 +80,7 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     assert plan is not None and len(plan.ends) == 1 and plan.recomputed == recomputed
     watch = MemoryWatch(own, plan.peak, batch)
     schedule = make_schedule(settings, CLASSIFICATION, settings.epochs)
-    learn(model, axes, [parts.search], own.learner, schedule, around=watch)
+    learn(model, axes, [parts.search], own.learner, schedule, options=FitOptions(around=watch))
     assert watch.rows["0"].joint
     assert 0.85 * plan.peak < watch.rows["0"].peak <= plan.peak
 

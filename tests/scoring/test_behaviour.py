@@ -5,7 +5,7 @@ import torch
 
 from hand import lm, texts
 from regrow.core.axes import Axis
-from regrow.core.scores import Need, Scores
+from regrow.core.scores import Need, Scores, merged
 from regrow.methods.pruning.gprune.modules import (
     LEAST,
     Modules,
@@ -162,7 +162,7 @@ def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
     model, axes = lm()
     found = collect(model, axes, [texts("x"), texts("y", seed=3)], {Need.ACTIVATIONS}, shards=2)
     score = lambda s: wifv(weights_of(model), axes, s, units=axes.units())  # noqa: E731
-    by = {name: (score(shards[0] + shards[1]), [score(one) for one in shards]) for name, shards in found.items()}
+    by = {name: (score(merged(shards[:2])), [score(one) for one in shards]) for name, shards in found.items()}
     got = ranks(by, spaces(axes.units()))
     for axis in axes.units():
         assert got.whole[axis.key].shape == (2, axis.size) and got.shards[axis.key].shape == (2, 2, axis.size)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.core.axes import Axis, Role
-from regrow.core.scores import Moments, Need, Statistics
+from regrow.core.scores import Moments, Need, Statistics, merged
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import Live
 from regrow.scoring import watch
@@ -63,13 +63,13 @@ def test_merging_halves_gives_the_whole_gradients_too() -> None:
     )
     (whole,) = collect(model, axes, [source], needs)["a"]
     parts = collect(model, axes, [source], needs, shards=2)["a"]
-    merged = parts[0] + parts[1]
-    assert [part.tokens for part in parts] == [42, 28] and merged.tokens == whole.tokens
+    both = merged(parts[:2])
+    assert [part.tokens for part in parts] == [42, 28] and both.tokens == whole.tokens
     for name, moments in whole.moments.items():
-        same(merged.moments[name], moments, rtol=1e-6, atol=1e-6)
-    assert whole.gradients.keys() == merged.gradients.keys() and len(whole.gradients) == 14
+        same(both.moments[name], moments, rtol=1e-6, atol=1e-6)
+    assert whole.gradients.keys() == both.gradients.keys() and len(whole.gradients) == 14
     for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(merged.gradients[name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both.gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_is_that_of_the_summed_loss_and_nothing_is_left_behind() -> None:

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -68,7 +68,7 @@ def rewritten(folder, change):
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     file = measure(folder / "model.safetensors")
-    return edited(folder, lambda d: d["files"].update({"model.safetensors": asdict(file)}))
+    return edited(folder, lambda d: d["files"].update({"model.safetensors": msgspec.structs.asdict(file)}))
 
 
 def test_a_changed_digit_of_the_record_is_found(mine):

@@ -1,7 +1,5 @@
 """Networks that were cut, grew and got units back: saved, loaded in a fresh process, and replayed from the ledger."""
 
-from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ from torch import nn
 import laws
 from regrow import Fill, Plan, UndoStore, apply, trace
 from regrow.core.axes import AxisGraph
-from regrow.store import StoreError, save
+from regrow.store import save
 from regrow.store.ledger import replay
 from regrow.store.run_folder import RunFolder
 from store.fresh import answers, answers_in_a_fresh_process, assert_same, origin
@@ -20,8 +18,8 @@ from zoo import ZOO
 NETS = ("conv_residual", "llama_tied")
 
 
-def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, UndoStore]:
-    """Cut, grow, restore a part: each plan in the ledger, each cut in the undo store."""
+def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph]:
+    """Cut, grow, restore a part: each plan in the ledger."""
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     axes, undo = trace(model, *args, **kwargs), UndoStore()
@@ -37,17 +35,16 @@ def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, UndoSto
     step(Plan.growing(axes, {wide.key: 3}, Fill("split", seed=4)))
     key = next(key for key, ids in undo.restorable.items() if axes[key] in axes.units())
     step(Plan.restoring(axes, {key: undo.restorable[key][:1]}))
-    folder.write_undo_store(undo)
-    return model, axes, undo
+    return model, axes
 
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each network with its axes, its undo store, its run folder, and its answers in a fresh process."""
+    """Each network with its axes, its run folder, and its answers in a fresh process."""
     place = tmp_path_factory.mktemp("grown")
     folders = {name: RunFolder.create(place / name, verb="grow", settings={"model": name}) for name in NETS}
     results = {name: changed(name, folder) for name, folder in folders.items()}
-    for name, (model, _, _) in results.items():
+    for name, (model, _) in results.items():
         save(model, folders[name].path, origin=origin(name, model))
     fresh = answers_in_a_fresh_process({name: folder.path for name, folder in folders.items()}, place)
     return {name: (*results[name], folders[name], fresh[name]) for name in NETS}
@@ -56,7 +53,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, grown: dict[str, Any]) -> None:
-    model, axes, undo, folder, in_a_fresh_process = grown[name]
+    model, axes, folder, in_a_fresh_process = grown[name]
     assert_same(in_a_fresh_process, answers(model, name))
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
@@ -65,25 +62,3 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     again, left = replay(fresh, trace(fresh, *args, **kwargs), plans)
     laws.same_network(again, model)
     laws.same_axes(left, axes)
-    whole = [
-        apply(deepcopy(model), axes, Plan.restoring(axes, rest.restorable), undo=rest)[0]
-        for rest in (undo, folder.read_undo_store())
-    ]
-    laws.same_network(*whole)
-
-
-def test_an_undo_store_on_the_disk_is_whole_or_refused(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", verb="grow", settings={})
-    assert folder.read_undo_store() == UndoStore()
-    changed("conv_residual", folder)
-    again = folder.read_undo_store()
-    path = folder.path / "undo_store.safetensors"
-    assert again.restorable and not [p for p in folder.path.iterdir() if "partial" in p.name]
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"recorded SHA-256.*restore the file"):
-        folder.read_undo_store()
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(StoreError, match="restore the file"):
-        folder.read_undo_store()

@@ -17,7 +17,6 @@ from regrow.nets import Loaded, Origin
 from regrow.store import StoreError, load, save
 from regrow.store.models import read_shapes
 from regrow.store.state import find_numbers, find_ties, named_tensors
-from regrow.store.weights import write_weights
 from store import saved
 
 pytestmark = pytest.mark.slow
@@ -165,7 +164,7 @@ def test_a_tokenizer_travels_without_paths(tmp_path):
 def test_large_models_are_written_in_shards_that_transformers_reads(tmp_path, monkeypatch):
     case = saved.CASES["llama_tied"]
     model = case.build()
-    monkeypatch.setattr("regrow.store.models.write_weights", lambda m, s, f: write_weights(m, s, f, shard=20_000))
+    monkeypatch.setattr("regrow.store.weights.SHARD", 20_000)
     save(model, tmp_path, origin=case.origin(model))
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
     plain = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path)

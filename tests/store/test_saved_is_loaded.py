@@ -1,8 +1,8 @@
 """What is loaded is what was saved, or an error says what differs."""
 
 import json
-from dataclasses import asdict
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,7 +212,7 @@ def test_a_changed_tensor_is_named(tmp_path):
     file = measure(tmp_path / "model.safetensors")
     fewer_layers(
         tmp_path / "shapes.json",
-        lambda d: d["files"].update({"model.safetensors": asdict(file)}),
+        lambda d: d["files"].update({"model.safetensors": msgspec.structs.asdict(file)}),
     )
     with pytest.raises(ValueError, match=r"'second\.weight' does not have the recorded SHA-256"):
         load(tmp_path, model=holding)
@@ -267,7 +267,7 @@ def test_how_near_an_answer_must_be(tmp_path, conditions, change, fits):
     kept = {key: value for key, value in header.items() if key not in ("format", "names", "sha256")}
     write_tensors(tmp_path / FILE, tensors, kept, FORMAT)
     file = measure(tmp_path / FILE)
-    fewer_layers(tmp_path / "shapes.json", lambda d: d.update(probe=asdict(file)))
+    fewer_layers(tmp_path / "shapes.json", lambda d: d.update(probe=msgspec.structs.asdict(file)))
     if fits:
         load(tmp_path, model=other)
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from regrow.store.errors import StoreError
-from regrow.store.metrics import append, mend, read
+from regrow.store.metrics import Metrics, append, read
 from regrow.store.run_folder import RunFolder
 
 SETTINGS = {"keep": 0.5}
@@ -52,7 +52,7 @@ def test_a_journal_with_two_names_keeps_its_rows(tmp_path):
     other.hardlink_to(one)
     with other.open("a") as file:
         file.write('{"cut')
-    mend(one)
+    Metrics(one).add({"what": "budget"})
     assert one.read_text().endswith("\n") and other.read_text().endswith('{"cut')
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -85,7 +85,7 @@ def test_folders_of_unfinished_work_that_link_elsewhere(tmp_path, name):
 
 
 def test_a_tokenizer_is_not_written_through_links(tmp_path):
-    from regrow.store.pretrained import write_tokenizer
+    from regrow.store.portable import write_tokenizer
 
     class Tokenizer:
         def save_pretrained(self, folder):

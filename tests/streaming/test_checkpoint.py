@@ -27,11 +27,11 @@ def test_tensors_of_every_dtype_and_shape_are_read(tmp_path):
     }
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
-    assert checkpoint.keys() == tensors.keys()
+    assert checkpoint.places.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert checkpoint[name].dtype == tensor.dtype
-        assert torch.equal(checkpoint[name], tensor)
-    assert torch.equal(checkpoint.first_entries("a", 4), tensors["a"].flatten()[:4])
+        assert checkpoint.read(name).dtype == tensor.dtype
+        assert torch.equal(checkpoint.read(name), tensor)
+    assert torch.equal(checkpoint.read("a", first=4), tensors["a"].flatten()[:4])
 
 
 def header(**entries):
@@ -101,9 +101,9 @@ def test_an_index_that_does_not_fit_is_refused(index, tmp_path):
 def test_a_single_file_counts_before_an_index_as_in_transformers(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
-    assert torch.equal(Checkpoint.open(tmp_path)["a"], torch.zeros(2))
+    assert torch.equal(Checkpoint.open(tmp_path).read("a"), torch.zeros(2))
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert torch.equal(Checkpoint.open(tmp_path)["a"], torch.ones(2))
+    assert torch.equal(Checkpoint.open(tmp_path).read("a"), torch.ones(2))
 
 
 def test_a_configuration_that_names_other_weights_is_refused(tmp_path):

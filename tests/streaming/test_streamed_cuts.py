@@ -14,7 +14,7 @@ from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.streaming.cut import propose_cut
 from regrow.streaming.opening import open_network
-from regrow.surgery import apply, carry, proof
+from regrow.surgery import apply, compensate, proof
 from regrow.tracing import trace
 
 
@@ -57,13 +57,13 @@ def test_a_block_that_is_cut_wrongly_is_found_and_nothing_is_left(folder, source
     _, _, opened, plan = whole_and_streamed(folder, None, sources)
     cut = propose_cut(opened, plan)
     name = next(name for name in plan.means if ".1." in name)
-    true = carry.resize
+    true = compensate.resize
 
     def wrong(key, tensor, *rest):
         made = true(key, tensor, *rest)
         return made.roll(1, -1) if key == name else made
 
-    monkeypatch.setattr(carry, "resize", wrong)
+    monkeypatch.setattr(compensate, "resize", wrong)
     monkeypatch.setattr(proof, "computed_tensors", lambda change: set())
     with pytest.raises(PlanError, match="differs by"):
         cut.write(tmp_path / "streamed")

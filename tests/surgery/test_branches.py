@@ -16,7 +16,7 @@ import laws
 from regrow.allocation.cost import Cost
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Example
-from regrow.core.branches import Branch, Placeholder
+from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery import UndoStore, apply, verify
 from regrow.tracing import trace, with_branches

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from regrow.surgery.carry import LEAST, release_pages
+from regrow.core.process_memory import LEAST, release_pages
 
 
 def resident_bytes() -> int:

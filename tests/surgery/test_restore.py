@@ -365,10 +365,3 @@ def test_an_undo_store_is_its_tensors_and_its_record() -> None:
     again = UndoStore.read(json.loads(json.dumps(undo.record())), undo.tensors())
     model, axes = apply(model, axes, Plan.restoring(axes, again.restorable), undo=again)
     laws.same_network(model, old)
-    with pytest.raises(PlanError, match="not an undo store"):
-        UndoStore.read({}, {})
-    with pytest.raises(PlanError, match="damaged undo store"):
-        UndoStore.read(again.record() | {"born": None}, again.tensors())
-    record = json.loads(json.dumps(undo.record()))
-    with pytest.raises(PlanError, match="damaged undo store"):
-        UndoStore.read(record, {})

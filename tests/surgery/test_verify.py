@@ -10,8 +10,7 @@ from torch import nn
 import laws
 from regrow.core.plan import Change, Plan, PlanError
 from regrow.surgery import verify
-from regrow.surgery.carry import prepare
-from regrow.surgery.output_comparison import CutTensors
+from regrow.surgery.compensate import PlannedTensors
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
 from regrow.tracing.readings import readings
@@ -68,11 +67,8 @@ def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, axes = trace_zoo("llama")
     key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
     planned, done = Plan.keeping(axes, {key: range(5)}), Plan.keeping(axes, {key: range(5, 10)})
-    monkeypatch.setattr(
-        sys.modules[CutTensors.__module__],
-        "prepare",
-        lambda model, axes, plan, **more: prepare(model, axes, done, **more),
-    )
+    module = sys.modules["regrow.surgery.output_comparison"]
+    monkeypatch.setattr(module, "PlannedTensors", lambda model, axes, plan: PlannedTensors(model, axes, done))
     ((_, distance),) = distances(model, axes, [planned])
     assert distance > 1e-3
 

@@ -1,6 +1,7 @@
 """Growing: unit ids, what new units hold, and an optimiser that follows."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_group_norms_take_whole_newborn_groups(rule: str, groups: int) -> None:
 def test_a_plan_that_compensates_does_not_grow() -> None:
     _, axes = net()
     with pytest.raises(PlanError, match="make two"):
-        Plan.growing(axes, {KEY: 1}, means={"4.weight": {0: 1.0}})
+        replace(Plan.growing(axes, {KEY: 1}), means={"4.weight": {0: 1.0}}).check(axes)
 
 
 def test_what_newborn_units_hold() -> None:

@@ -37,15 +37,15 @@ def test_a_sample_is_cut_exactly_or_refused_in_one_line(recipe: Any) -> None:
 
 def test_the_masking_by_hand_notices_a_wrong_cut(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where surgery keeps other rows of one weight than planned."""
-    from regrow.surgery import apply, carry
+    from regrow.surgery import apply, compensate
 
-    whole = carry.resize
+    whole = compensate.resize
 
     def wrong(name: str, tensor: torch.Tensor, *given: Any) -> torch.Tensor:
         cut = whole(name, tensor, *given)
         return cut.roll(1, 0) if name == "up.weight" and cut.shape != tensor.shape else cut
 
-    monkeypatch.setattr(carry, "resize", wrong)
+    monkeypatch.setattr(compensate, "resize", wrong)
     monkeypatch.setattr(sys.modules[apply.__module__], "check_blocks", lambda change: None)  # which refuses it
     row = recipe.examine("control/batch_decides#0", lambda: recipe.own("control/batch_decides#0"))
     assert row["outcome"] == "wrong"

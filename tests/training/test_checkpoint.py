@@ -16,11 +16,10 @@ from regrow.nets.vision import small
 from regrow.store.ledger import Ledger, replay
 from regrow.surgery import UndoStore
 from regrow.tracing import trace
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.fit import Fitted
+from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Learner
-from regrow.training.state import axis_tensors
+from regrow.training.state import axis_tensors, read_checkpoint, write_checkpoint
 
 SHAPE, SPECS = (1, 8, 8), {"sparsegrow": "mlp:24-16", "mgas": "resnet:4-2"}
 MASKS = {"sparsegrow": "owned ", "mgas": "zeros "}
@@ -43,7 +42,7 @@ def learned(method: str) -> tuple[AxisGraph, Learner[Any], UndoStore | None, Fit
         learner = sparsegrow.build(sparsegrow.Settings(multiple=1, grow="always"))
         tasks, schedule = permuted_tasks(task, 2), TaskSchedule(epochs=4, batch_size=25, lr=0.05)
     undo = UndoStore() if learner.restores else None
-    return axes, learner, undo, learn(model, axes, tasks, learner, schedule, undo=undo)
+    return axes, learner, undo, learn(model, axes, tasks, learner, schedule, options=FitOptions(undo=undo))
 
 
 @pytest.mark.parametrize("method", SPECS)

@@ -8,10 +8,10 @@ from torch import nn
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import Batch
-from regrow.training.fit import fit
+from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
 from regrow.training.learner import Context, Learner, Loss, Step
-from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
+from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState
 
 
@@ -57,10 +57,11 @@ def train(run: Run, held_out: list[float], stop: int = 0) -> TrainState[EarlySto
         if done == stop:
             raise KeyboardInterrupt
 
-    schedule = Schedule(OptimizerSettings("adamw", 0.1), "cosine", warm_up=0.2, clip=1.0)
+    schedule = Schedule("adamw", 0.1, decay="cosine", warm_up=0.2, clip=1.0)
     return fit(
         run.model, NO_AXES, [source_phase("training", (2, 1, 3), batches)], learner, schedule,
-        state=state, checkpoint=lambda now, context: run.saved.append(now), seconds=1e9, progress=progress,
+        state=state,
+        options=FitOptions(checkpoint=lambda now, context: run.saved.append(now), seconds=1e9, progress=progress),
     ).state  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_earlier_tasks_are_probed_among_their_own_classes() -> None:
     tasks = split(digits_task(), 5)[:2]
     model, _ = small("mlp:24-16", (1, 8, 8), 10)
     learner = LEARNERS["sparsegrow"].made("sparsegrow", {"grow": "always"})
-    schedule = TaskSchedule("task", epochs=4, batch_size=32, lr=0.05)
+    schedule = TaskSchedule(scenario="task", epochs=4, batch_size=32, lr=0.05)
     state = learn(model, trace(model, tasks[0].train.inputs[:2]), tasks, learner, schedule).state
     event = next(event for event in state.events if event["task"] == 1)
     assert event["accuracy_before"][0] == pytest.approx(state.rows[0][0], abs=0.05) and state.rows[0][0] > 0.9

@@ -26,9 +26,9 @@ from regrow.nets.vision import small
 from regrow.reports import write_page
 from regrow.store.errors import StoreError
 from regrow.tracing import trace
-from regrow.training.checkpoint import write_checkpoint
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 from regrow.training.learner import Context
+from regrow.training.state import write_checkpoint
 
 SETTINGS = Settings(
     ("permuted:digits:2",), model="mlp:16-16", epochs=4, train=300, test=100, method_settings={"grow": "always"}
@@ -110,7 +110,7 @@ def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: 
     model, _ = small("mlp:32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = find_method(MethodKind.CONTINUAL, method).made(method, given)
-    fitted = learn(model, axes, tasks, learner, TaskSchedule("task", epochs=3, batch_size=32, lr=0.05))
+    fitted = learn(model, axes, tasks, learner, TaskSchedule(scenario="task", epochs=3, batch_size=32, lr=0.05))
     matrix = accuracy_matrix(fitted.state)
     assert matrix.average > 0.9 and matrix.forgetting < 0.08
     context = Context(

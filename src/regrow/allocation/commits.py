@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regrow.allocation.gates import GateMasks, Gates
 from regrow.core.axes import AxisGraph
-from regrow.core.branches import lies_in
+from regrow.core.axes.operations import lies_in
 
 
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
@@ -29,15 +29,7 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
 
 
 def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
-    """Return masks that remove less: what is nearest to its threshold is put back while the cost fits.
-
-    Args:
-        gates: The gates of the network.
-        masks: The present masks.
-        allowed: The cost that the network may have after this commit, in the target's unit.
-        bare: Whether operations without parameters, such as pools, are put back too, although they cost almost nothing;
-            they always are in sums of which a search leaves one operation.
-    """
+    """Return masks that remove less: what is nearest to its threshold is put back while the cost fits."""
     margins = torch.cat(masks.margins)
     here = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
     if not bare:
@@ -68,12 +60,6 @@ def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Co
     """Return masks that keep the target reachable: the cheapest operation of a needed set is put back.
 
     Those nearest to their thresholds are put back first, until the target can be reached; none if it never can.
-
-    Args:
-        gates: The gates of the whole network, whether it is searched in this stage or not.
-        masks: The present masks.
-        target: The cost that the whole network may have in the end.
-        searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
     lost = (_cheapest(gates) > ops).nonzero()[:, 0].tolist() if least(gates, searched) <= target else []
@@ -139,19 +125,6 @@ def fit_to_budget(
     Weights are removed if they are searched and the measure counts only non-zero ones. Otherwise filters are removed,
     if they are searched, and then operations; if that is not enough, operations that a node needs are exchanged for
     cheaper ones, the least important first.
-
-    Args:
-        gates: The gates of the network.
-        masks: The present masks.
-        relative: The magnitude of each weight relative to the mean of its tensor, ``[N]``, if weights
-            are masked.
-        target: The cost that may be left.
-
-    Returns:
-        The masks of operations and of filters, and which weights are removed, ``[N]`` bool.
-
-    Raises:
-        ValueError: If the target cannot be reached; the message names the least cost that can.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
     none = gates.alive.new_zeros(gates.levels.entries)
@@ -257,14 +230,6 @@ def sample_operations(
     (half of the least in the cell if none is active), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i
     is the mean of its normalised drift and importance per active operation. Each of ``many`` draws picks (i, j) with
     probability q_i · p_ij and revives one dropped operation of kind j in cell i; if there is none, the draw is lost.
-
-    Args:
-        dead: Paths of the dropped operations that could come back.
-        alive: Paths of the operations that are active.
-        drift: Path → how fast its importance logit α changes (the magnitude of its gradient, averaged over steps).
-        weight: Path → its importance.
-        many: How many draws.
-        generator: The random number generator.
 
     Source: the authors' code (train_search.py), read; the normalisations as there.
     """

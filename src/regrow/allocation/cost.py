@@ -1,11 +1,9 @@
 """A network's cost at given axis sizes, exact and fast: parameters, MACs, bytes, cache, or measured time."""
 
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -13,23 +11,17 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph, Dim, Product, Sum, axes_in
 from regrow.core.budget import Budget, Timing
 
+# A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient
 Monomials = Counter[tuple[str, ...]]
-"""A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient."""
-Rows = Any  # a list of indices; of a polynomial also a slice, which numpy reads without a copy
+# One summand of a cost: sizes of all axes, `[axes + 1]` int64 → steps of the measure
+Term = Callable[[np.ndarray], int]
 
 
 class Cost:
     """The cost of a network as a function of the sizes of its axes, in whole steps of its measure.
 
-    Sizes are also written as a vector, ``[axes + 1]`` int64: in the order of ``keys``, with a constant 1 behind them.
-
-    Args:
-        axes: The network's axes.
-        measure: What is counted: the weights in ``AxisGraph.counted``, all parameters (tied ones once),
-            multiply–accumulates of one example, bytes (parameters and buffers), bytes of the key-value cache, or time.
-        tokens: For the key-value cache: how many tokens of one sequence it holds in every attention.
-        timing: The measured time of the network, if that is the measure.
-        compensated: Weights whose layers get a bias once an input is dropped; it counts.
+    Sizes are also written as a vector, ``[axes + 1]`` int64: in the order of ``index``, with a constant 1 behind them.
+    A key-value cache is that of ``tokens`` tokens. ``compensated`` weights get a bias once an input is dropped.
     """
 
     def __init__(
@@ -41,18 +33,16 @@ class Cost:
         timing: Timing | None = None,
         compensated: Iterable[str] = (),
     ) -> None:
-        self.keys, sizes = tuple(axes.axes), axes.sizes()
-        self.index = {key: i for i, key in enumerate(self.keys)}
-        self.present = np.array([*(sizes[key] for key in self.keys), 1], dtype=np.int64)
-        self._terms: list[_Term] = []
+        self.index = {key: i for i, key in enumerate(axes.axes)}
+        self.present = np.array([*axes.sizes().values(), 1], dtype=np.int64)
         if measure == Measure.TIME:
             if timing is None:
                 raise ValueError("how long the network takes was not measured: Budget(timing=evaluation.timing(…))")
-            self._terms.append(_TimeTable(self.index, timing))
+            self._terms = [_time_term(self.index, timing)]
         else:
-            self._terms.append(_Polynomial(self.index, _tensors(axes, measure, tokens)))
+            self._terms = [_polynomial_term(self.index, _tensors(axes, measure, tokens))]
         if compensated:
-            self._terms.append(_Biases(self.index, self.present, axes, measure, compensated))
+            self._terms.append(_bias_term(self.index, self.present, axes, measure, compensated))
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
         """Return the cost at the given sizes, axis key → size; axes not named keep their current size."""
@@ -68,115 +58,66 @@ class Cost:
 
     def at(self, vector: np.ndarray) -> int:
         """Return the cost at sizes of all axes."""
-        return sum(term.base + term.sum_rows(term.all_rows, vector) for term in self._terms)
-
-    def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
-        """Return how much the cost grows if each of some axes (indices in ``keys``) gets ``units`` more units."""
-        indices, wider = list(members), vector.copy()
-        wider[indices] += units
-        total = 0
-        for term in self._terms:
-            rows = sorted({row for i in indices for row in term.touching[i]})
-            total += term.sum_rows(rows, wider) - term.sum_rows(rows, vector)
-        return total
+        return sum(term(vector) for term in self._terms)
 
 
-class _Term(ABC):
-    """One summand of a cost: a constant and a sum of rows, each of which depends on the sizes of some axes."""
-
-    base = 0
-
-    def __init__(self, axes: int, rows: Sequence[Iterable[int]]) -> None:
-        self.all_rows: Rows = range(len(rows))
-        self.touching: list[list[int]] = [[] for _ in range(axes)]
-        for row, members in enumerate(rows):
-            for axis in {*members}:
-                self.touching[axis].append(row)
-
-    @abstractmethod
-    def sum_rows(self, rows: Rows, vector: np.ndarray) -> int:
-        """Return the sum of some rows at sizes of all axes."""
-
-
-class _Polynomial(_Term):
-    """Σ over monomials of coefficient · Π sizes, a row each.
+def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Dim, ...], int]]) -> Term:
+    """Return Σ over products of dimensions of coefficient · Π sizes.
 
     A convolution between two free axes costs a product of both sizes, so the cost of a unit depends on the other axis;
     this evaluates the cost of the whole planned network instead of adding up units.
     """
-
-    def __init__(self, index: Mapping[str, int], products: Iterable[tuple[tuple[Dim, ...], int]]) -> None:
-        monomials: Monomials = Counter()
-        for dims, factor in products:
-            for keys, coefficient in expand(dims).items():
-                monomials[keys] += coefficient * factor
-        rows = [[index[key] for key in keys] for keys in monomials]
-        super().__init__(len(index), rows)
-        self.all_rows = slice(None)
-        # A last, constant size of 1 pads the shorter monomials.
-        degree = max(map(len, rows), default=0)
-        padded = [row + [len(index)] * (degree - len(row)) for row in rows]
-        self._axes = np.array(padded, dtype=np.int64).reshape(len(rows), degree)
-        self._coefficients = np.array(list(monomials.values()), dtype=np.int64)
-
-    def sum_rows(self, rows: Rows, vector: np.ndarray) -> int:
-        return int((self._coefficients[rows] * vector[self._axes[rows]].prod(axis=1)).sum())
+    monomials: Monomials = Counter()
+    for dims, factor in products:
+        for keys, coefficient in expand(dims).items():
+            monomials[keys] += coefficient * factor
+    degree = max(map(len, monomials), default=0)
+    # A last, constant size of 1 pads the shorter monomials.
+    padded = [[index[key] for key in keys] + [len(index)] * (degree - len(keys)) for keys in monomials]
+    members = np.array(padded, dtype=np.int64).reshape(len(padded), degree)
+    coefficients = np.array(list(monomials.values()), dtype=np.int64)
+    return lambda vector: int((coefficients * vector[members].prod(axis=1)).sum())
 
 
-class _TimeTable(_Term):
-    """Nanoseconds of a forward pass: the measured total less what each axis saves, by latencies per axis width.
+def _time_term(index: Mapping[str, int], timing: Timing) -> Term:
+    """Return the nanoseconds of a forward pass: the measured total less what each axis saves at its width.
 
     Between two measured widths time is interpolated linearly, below the smallest it is constant; axes without a
     measured curve save nothing. Savings of axes are added up; where two axes meet in one weight, as in consecutive
     convolutions, the real saving is smaller.
     """
-
-    def __init__(self, index: Mapping[str, int], timing: Timing) -> None:
-        curves: dict[str, np.ndarray] = {}
-        for name, curve in timing.curves.items():
-            widths, times = (np.array(row, dtype=np.float64) for row in zip(*curve, strict=True))
-            at_each = np.interp(np.arange(int(widths[-1]) + 1), widths, times).round().astype(np.int64)
-            curves[name] = at_each - at_each[-1]
-        self.base = timing.total
-        self._rows = [(index[key], curves[name]) for key, name in timing.names.items() if key in index]
-        super().__init__(len(index), [[axis] for axis, _ in self._rows])
-
-    def sum_rows(self, rows: Rows, vector: np.ndarray) -> int:
-        curves = (self._rows[row] for row in rows)
-        return sum(int(curve[min(int(vector[axis]), len(curve) - 1)]) for axis, curve in curves)
+    savings: dict[str, np.ndarray] = {}
+    for name, curve in timing.curves.items():
+        widths, times = np.array(curve, dtype=np.float64).T
+        at_each = np.interp(np.arange(int(widths[-1]) + 1), widths, times).round().astype(np.int64)
+        savings[name] = at_each - at_each[-1]
+    rows = [(index[key], savings[name]) for key, name in timing.names.items() if key in index]
+    return lambda vector: timing.total + sum(int(row[min(int(vector[axis]), len(row) - 1)]) for axis, row in rows)
 
 
-class _Biases(_Term):
-    """The cost of biases that bias compensation adds to layers without one, in parameters or bytes; a row each.
+def _bias_term(
+    index: Mapping[str, int], present: np.ndarray, axes: AxisGraph, measure: Measure, weights: Iterable[str]
+) -> Term:
+    """Return the cost of biases that bias compensation adds to layers without one, in parameters or bytes.
 
     Dropping an input saves at least as many entries as the bias has, so a smaller network never costs more.
     """
+    rows: list[tuple[list[int], int, list[tuple[int, list[int]]]]] = []
+    for name in weights:
+        each = axes.itemsize.get(name, 4) if measure == Measure.BYTES else 1
+        reads = axes.consumed.get(name, frozenset())
+        made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
+        read = sorted({index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
+        rows.append((read, each, [(n, [index[key] for key in keys]) for keys, n in expand(made).items()]))
 
-    def __init__(
-        self,
-        index: Mapping[str, int],
-        present: np.ndarray,
-        axes: AxisGraph,
-        measure: Measure,
-        weights: Iterable[str],
-    ) -> None:
-        self._present = present
-        self._rows: list[tuple[list[int], list[tuple[int, list[int]]]]] = []
-        for name in weights:
-            each = axes.itemsize.get(name, 4) if measure == Measure.BYTES else 1
-            reads = axes.consumed.get(name, frozenset())
-            made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
-            read = sorted({index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
-            self._rows.append((read, [(each * n, [index[key] for key in keys]) for keys, n in expand(made).items()]))
-        super().__init__(len(index), [[*read, *(i for _, made in terms for i in made)] for read, terms in self._rows])
-
-    def sum_rows(self, rows: Rows, vector: np.ndarray) -> int:
+    def cost(vector: np.ndarray) -> int:
         total = 0
-        for row in rows:
-            read, terms = self._rows[row]
-            if any(vector[i] < self._present[i] for i in read):
-                total += sum(n * prod(int(vector[i]) for i in made) for n, made in terms)
+        for read, each, monomials in rows:
+            if any(vector[i] < present[i] for i in read):
+                total += each * sum(n * prod(int(vector[i]) for i in made) for n, made in monomials)
         return total
+
+    return cost
 
 
 def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
@@ -225,11 +166,7 @@ def expand(dims: Iterable[Dim]) -> Monomials:
 
 
 def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
-    """Return the cost that a budget limits.
-
-    Raises:
-        ValueError: If the budget counts the key-value cache and the network has none, or time and none was measured.
-    """
+    """Return the cost that a budget limits."""
     if budget.measure == Measure.CACHE and not axes.caches:
         raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
     tokens = (budget.target.context if budget.target else 0) or 1

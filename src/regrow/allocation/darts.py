@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from regrow.core.candidates import find_candidates
 
+# How many edges into a node DARTS keeps
 INPUTS = 2
-"""How many edges into a node DARTS keeps."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,7 @@ class Edges:
 
 
 def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
-    """Derive the discrete cell of DARTS: keep the best operation of each of the best edges into each node.
-
-    ``share``, ``edge`` and ``node`` are the softmax weight, edge and node of each operation; returns whether each is
-    kept, ``[operations]`` bool.
-
-    >>> select_operations(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
-    [False, True, True, False]
-    """
+    """Return which operations the discrete cell of DARTS keeps: the best of each of the best edges into each node."""
     result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():
@@ -123,18 +116,6 @@ def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Ten
 
     The operation itself keeps all channels, but its convolutions see 0 in the others: it computes what a narrower one
     would, at the memory and time of the whole. The other channels are max-pooled where the node halves the resolution.
-
-    Args:
-        model: A network whose operations map C channels to C.
-        many: 1 / this fraction of the channels is processed; 4 in the paper.
-        weights: Function that returns the weights w of the edges into each node, node by node, ``[edges]`` each; called
-            in every forward pass.
-
-    Returns:
-        The handles of the hooks; call ``remove`` on each to undo them.
-
-    Raises:
-        ValueError: If the channels of a node are not a multiple of ``many``.
 
     >>> from regrow.core.candidates import Candidates
     >>> net = nn.Sequential(Candidates({"mixed": nn.Conv2d(2, 2, 1, bias=False)}))

@@ -4,19 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from regrow.allocation.levels import Levels, levels
-from regrow.allocation.thresholds import step_mask
+from regrow.allocation.levels import Levels, levels, step_mask
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
+from regrow.core.candidates import candidates_in, single_in, tied_in
 
+# A margin so far below 0 that the surrogate gradient of the step function vanishes there
 NEVER = -2.0
-"""A margin so far below 0 that the surrogate gradient of the step function vanishes there."""
 
+# Added to every threshold, so that a threshold of 0 removes what has importance 0
 _JUST = 1e-6
-"""Added to every threshold, so that a threshold of 0 removes what has importance 0."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,10 @@ class Gates:
         filters: tuple[Tensor, Tensor] | None,
         weights: tuple[Tensor, Tensor, Tensor] | None,
     ) -> GateMasks:
-        """Compare importances with thresholds and return the masks and scales of all three levels.
-
-        Args:
-            ops: The importance logits α, ``[operations]``, and the thresholds of operations; ``None`` if operations are
-                not searched.
-            filters: The importance logits κ, ``[filters]``, and one threshold per axis of ``keys``; ``None`` if filters
-                are not searched.
-            weights: All weights ``[N]``, which of them are 0 for good ``[N]`` bool, and one threshold per operation,
-                with a last one for weights outside operations; ``None`` if weights are not searched.
-        """
-        one = self.alive.new_ones(len(self.ops), dtype=torch.float32)
+        """Compare importances with thresholds and return the masks and scales of all three levels."""
+        ones = self.alive.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
-            margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
+            margin_o, mask_o, scale_o = ones, self.alive.float(), self.alive.float()
         else:
             share = ops[0].sigmoid().index_select(0, self.tied)
             margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _JUST, NEVER)
@@ -103,7 +94,7 @@ class Gates:
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
         if filters is None:
-            margin_f = mask_f = scale_f = one.new_ones(self.levels.filters)
+            margin_f = mask_f = scale_f = ones.new_ones(self.levels.filters)
         else:
             share = filters[0].sigmoid()
             margin_f = share - filters[1].index_select(0, self.axis) - _JUST
@@ -155,11 +146,6 @@ class Gates:
         """Return the normalised importance of each active operation within its node.
 
         ``alpha`` has the importance logit of every operation, ``[operations]``.
-
-        Returns:
-            Which operations are active, ``[operations]`` bool; the importance of each divided by the sum over its node
-            (differentiable), 0 for the others; and the number N of active operations in its node. No operation is
-            picked by a mask, for which the host would wait.
         """
         active = self._active(masks)
         share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
@@ -215,35 +201,24 @@ class Gates:
 
 
 def gates(
+    model: nn.Module,
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
-    sums: Mapping[str, Sequence[str]],
     keys: Sequence[str],
     needed: Sequence[Sequence[str]],
     runs: Callable[[str], bool],
     measure: Measure,
-    tied: Mapping[str, str] | None = None,
-    single: Sequence[Sequence[str]] = (),
     timed: Prices | None = None,
 ) -> Gates:
     """Work out which operations, filters and weights may be removed in the running part of a network.
 
-    Args:
-        axes: The network's axes.
-        parameters: The parameters of the part that runs.
-        sums: Path of each sum of candidate operations → the paths of its operations.
-        keys: The axes that have thresholds, in the order of the thresholds.
-        needed: Sets of operations of each of which at least one must stay.
-        runs: Function: whether the operation at a path lies in the part that runs.
-        measure: The measure in which costs are counted.
-        tied: Path of each operation that is decided together with others → the path of the one that decides.
-        single: Sets of operations of which exactly one is left at the end.
-        timed: The milliseconds of entries and operations, if the measure is time.
+    ``parameters`` are those of that part, ``keys`` the axes that have thresholds, ``needed`` sets of operations of each
+    of which at least one must stay.
     """
+    sums, leaders, order = candidates_in(model), tied_in(model), {key: i for i, key in enumerate(keys)}
     index = levels(axes, parameters, sums, measure, timed)
     ops = tuple(path for paths in sums.values() for path in paths)
-    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}
-    leaders, order = tied or {}, {key: i for i, key in enumerate(keys)}
+    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single_in(model) for path in paths}
     spans, axis = [], []
     for key, base in index.axes.items():
         size = axes[key].size

@@ -1,30 +1,29 @@
 """The three levels of a search (operations, filters, weights) as flat vectors, and the cost under masks.
 
 For every entry of every parameter there is the index of the filter it makes, of the filter it reads, and of the
-operation it lies in. So masks and costs of all levels take a few operations on long vectors.
-
-Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in
-a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries are priced and masked
-tensor by tensor instead, unless single weights are searched: the same numbers but for rounding, without the vectors.
-Where there are no gradients, smaller networks with large tensors are priced so too, if prices are whole numbers.
+operation it lies in. Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of
+``x[i]`` adds up in a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries
+are priced and masked tensor by tensor instead, unless single weights are searched: the same numbers but for rounding,
+without the vectors. Where there are no gradients, smaller networks with large tensors are priced so too, if prices are
+whole numbers. Thresholds are learned as in Dynamic Sparse Training (Liu et al., ICLR 2020; read in its authors' code).
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.thresholds import keep_above
-from regrow.allocation.timed import Prices, above, count_macs
+from regrow.allocation.timed import Prices, above, split_cost
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
+# The most entries of a network that is priced and masked entry by entry where only operations and filters are
 ENTRYWISE = 2**24
-"""The most entries of a network that is priced and masked entry by entry where only operations and filters are."""
+# The mean number of entries of a tensor above which pricing tensors is faster than pricing entries
 _LARGE = 2**12
-"""The mean number of entries of a tensor above which pricing tensors is faster than pricing entries."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class TensorLayout:
         """Return the filter of each entry along ``makes`` or ``reads``, ``[entries]``; ``none`` where there is none."""
         if line is None:
             return torch.full((self.entries,), none, device=self.price.device)
-        return self.along(*line).expand(self.shape).reshape(-1)
+        dim, filters = line
+        return self.along(dim, filters).expand(self.shape).reshape(-1)
 
     def along(self, dim: int, values: Tensor) -> Tensor:
         """Return values along a dimension, ``[size]``, in a shape that is broadcast to the parameter's."""
@@ -148,7 +148,7 @@ class Levels:
             _ = self.reads, self.makes, self.ops, self.weight, self.price
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate all maskable weights (name → tensor) into one vector, ``[N]``."""
+        """Concatenate all maskable weights into one vector, ``[N]``."""
         return torch.cat([parameters[name].reshape(-1) for name in self.weights])
 
     def apart(self, flat: Tensor) -> dict[str, Tensor]:
@@ -168,25 +168,14 @@ class Levels:
         total, many = none.index_add(0, self.weight, size * here), none.index_add(0, self.weight, here)
         return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
 
-    def masked(self, flat: Tensor, filters: Tensor, over_by: Tensor | None) -> Tensor:
-        """Return :meth:`replace_weights` of weights in one vector, ``[N]``."""
-        scaled = flat * _padded(filters).index_select(0, self.reads)
-        return scaled if over_by is None else keep_above(scaled, over_by)
-
     def replace_weights(
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the weights times the scale of the filter they read, and 0 below their threshold, by name.
-
-        Args:
-            parameters: Name → tensor.
-            flat: All weights in one vector, ``[N]``; ``None``: the network is masked tensor by tensor.
-            filters: The scale of each filter, ``[filters]``.
-            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not masked.
-        """
-        if flat is not None:
-            return self.apart(self.masked(flat, filters, over_by))
+        """Return the weights times the scale of the filter they read, and 0 below their threshold, by name."""
         scale, result = _padded(filters), {}
+        if flat is not None:
+            scaled = flat * scale.index_select(0, self.reads)
+            return self.apart(scaled if over_by is None else keep_above(scaled, over_by))
         for name, tensor in zip(self.weights, self.masked_tensors, strict=True):
             if tensor.reads:
                 dim, line = tensor.reads
@@ -199,16 +188,7 @@ class Levels:
         return (_padded(ops) > 0)[self.ops[:n]] & here[self.makes[:n]] & here[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself.
-
-        Args:
-            ops: Mask of operations, ``[operations]``.
-            filters: Mask of filters, ``[filters]``.
-            weights: Mask of weights, ``[N]``; ``None`` for all.
-
-        Returns:
-            A scalar that is differentiable with respect to the masks.
-        """
+        """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself."""
         every, here = _padded(ops), _padded(filters)
         whole = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
         fast = not self.entrywise or (whole and self.every > _LARGE * len(self.tensors))
@@ -248,17 +228,7 @@ def levels(
     measure: Measure,
     timed: Prices | None,
 ) -> Levels:
-    """Build the index vectors and costs of a network's operations, filters and weights.
-
-    Args:
-        axes: The network's axes.
-        parameters: Its parameters, tied ones once; and, where bytes are counted, the buffers of its state.
-        candidates: Path of each sum of candidate operations → the paths of its operations, in order; operations are
-            numbered from 0 across all sums.
-        measure: What an entry costs: 1, the multiply–accumulates per example that it takes part in, its bytes, or
-            milliseconds.
-        timed: The milliseconds of entries and operations; required if the measure is time.
-    """
+    """Build the index vectors and costs of a network's operations, filters and weights."""
     names = [name for name in parameters if name in axes.shapes]
     units = [
         axis
@@ -281,16 +251,12 @@ def levels(
             positions = slot.positions(axis.size)
             line[positions] = filters + torch.arange(axis.size)[:, None].expand_as(positions)
         filters += axis.size
-
-    def line_of(name: str, reads: bool) -> tuple[int, Tensor] | None:
-        if (name, reads) not in lines:
-            return None
-        dim, line = lines[name, reads]
-        return dim, torch.where(line < 0, filters, line)
+    for _, line in lines.values():
+        line[line < 0] = filters  # none
 
     numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
     scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
-    prices = _prices(axes, measure, timed, numbers)
+    prices = split_cost(axes, measure, timed, numbers)
     maskable, tensors = {*weights}, []
     for name in [*weights, *(name for name in names if name not in maskable)]:
         price = torch.tensor([prices.entries.get(name, 0.0)], dtype=torch.float64)
@@ -299,8 +265,8 @@ def levels(
             price = price + torch.tensor([prices.ops.get(path, 0.0) for path in paths])
         else:
             ops = [next((numbers[path] for path in above(name) if path in numbers), len(numbers))]
-        read = line_of(name, True) if name in maskable else None
-        tensors.append(TensorLayout(parameters[name].shape, line_of(name, False), read, torch.tensor(ops), price))
+        read = lines.get((name, True)) if name in maskable else None
+        tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
     sparse, counts_time = measure == Measure.NONZERO, measure == Measure.TIME
     return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, sparse, counts_time)
 
@@ -313,16 +279,58 @@ def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
     return torch.cat([*parts]) if parts else torch.zeros(0, dtype=dtype)
 
 
-def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
-    match measure:
-        case Measure.PARAMETERS | Measure.NONZERO:
-            return Prices(dict.fromkeys(axes.shapes, 1.0))
-        case Measure.BYTES:
-            return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
-        case Measure.MACS:
-            return count_macs(axes, ops)
-        case Measure.TIME if timed is not None:
-            return timed
-        case Measure.TIME:
-            raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
-    raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
+def margin(weight: Tensor, threshold: Tensor) -> Tensor:
+    """Return how far each weight's magnitude is above its threshold, one per output unit or for all: abs(w) − t."""
+    return weight.abs() - threshold.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def surrogate(x: Tensor) -> Tensor:
+    """Return the surrogate derivative of the step function: 2 − 4 abs(x) up to 0.4, 0.4 up to 1, 0 beyond.
+
+    >>> surrogate(torch.tensor([0.0, 0.25, -0.5, 2.0])).tolist()
+    [2.0, 1.0, 0.4000000059604645, 0.0]
+    """
+    size = x.abs()
+    return (2 - 4 * size).clamp_min_(0.4).mul_(size <= 1)
+
+
+def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
+    """Mask the weights whose magnitude is below their threshold; weights get the dense gradient.
+
+    The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
+    get one again. The threshold's is Σ −g · w · surrogate(|w| − t) over the entries that are not owned; those that are
+    (bool, in the shape of the weight) are never masked.
+
+    >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
+    >>> y = apply_threshold(w, t, torch.tensor([[False, False, False]]))
+    >>> y.sum().backward()
+    >>> y.tolist(), w.grad.tolist(), round(t.grad.item(), 3)
+    ([[0.5, -0.0, 0.0]], [[1.0, 1.0, 1.0]], -0.24)
+    """
+    return keep_above(weight, margin(weight.detach(), threshold).masked_fill(owned, torch.inf))
+
+
+def step_mask(over_by: Tensor) -> Tensor:
+    """Return 1 where a value is at least 0, else 0; the backward pass uses the surrogate gradient."""
+    return keep_above(over_by.new_ones(()), over_by)
+
+
+def keep_above(values: Tensor, over_by: Tensor) -> Tensor:
+    """Return values where ``over_by`` is at least 0, else 0.
+
+    The gradient of the values is dense, as if none were masked; that of ``over_by`` is the surrogate's.
+    """
+    result: Tensor = _Kept.apply(values, over_by)
+    return result
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
+        ctx.save_for_backward(values, over_by)
+        return values * (over_by >= 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        values, over_by = ctx.saved_tensors
+        return gradient, surrogate(over_by).mul_(values).mul_(gradient)

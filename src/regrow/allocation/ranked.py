@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from regrow.allocation.cost import Cost, cost_of
 from regrow.core.amounts import STEPS
@@ -17,12 +18,7 @@ from regrow.core.scores import Scores, Tensors, rank_order
 
 
 class BudgetError(ValueError):
-    """Raised if a budget cannot be met by cutting the chosen axes; holds the least that can be reached.
-
-    Args:
-        message: What is wrong, and what would work.
-        least: The least fraction, in (0, 1], or the least amount in the target's unit, that can be reached.
-    """
+    """Raised if a budget cannot be met; ``least`` is the least fraction, or amount in the target's unit, that can."""
 
     def __init__(self, message: str, least: float) -> None:
         super().__init__(message)
@@ -31,18 +27,16 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Lane:
-    """Axes that must be cut together (often a single one), and the steps in which their size may shrink.
+    """Axes that are cut together, and the sizes to which they may shrink.
 
-    Args:
-        keys: The axes, which all have the same number of units.
-        orders: Per axis, its units from lowest to highest score.
-        steps: How many units each successive step removes from each axis.
-        values: The mean score of the units that each step removes, in non-decreasing order.
+    ``members`` are their indices in a cost, ``orders`` has per axis its units from lowest to highest score, ``values``
+    the mean score of the units that each step to the next size removes, in non-decreasing order.
     """
 
     keys: tuple[str, ...]
+    members: list[int]
     orders: tuple[np.ndarray, ...]
-    steps: np.ndarray
+    sizes: np.ndarray
     values: np.ndarray
 
 
@@ -63,51 +57,46 @@ def rank(
     free but not scored, none is cut. In a regular budget so do all axes of one kind, in whatever block; if one of them
     is not scored, none is cut. Rounding is part of the steps: all sizes reached are multiples of ``budget.round_to``,
     or the present size; axes with fewer units than that are not rounded.
-
-    Args:
-        axes: The network's axes.
-        scores: Axis key → one score per unit, ``[size]``, comparable between axes; units with higher scores are kept.
-        budget: The limit; of its fields ``keep`` or ``target``, ``measure``, ``round_to`` and ``regular`` are used. The
-            axes to cut are those in ``scores``.
-        minimum: The least number of units that every axis keeps.
-
-    Returns:
-        Axis key → the positions of the units kept, ascending, for every scored axis.
-
-    Raises:
-        BudgetError: If the budget cannot be met.
-        ValueError: If scores do not fit the axes or are not numbers.
     """
     values = scores.values if isinstance(scores, Scores) else scores
-    lanes = list(_lanes(axes, values, budget, minimum))
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
-    members = [[cost.index[key] for key in lane.keys] for lane in lanes]
-    removed = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]
-    owner = np.concatenate([np.full(len(lane.steps), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
+    lanes = list(_lanes(axes, values, budget, minimum, cost))
+    owner = np.concatenate([np.full(len(lane.values), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
     order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
     owner = owner[order].astype(np.int64)
 
     def take(many: int) -> np.ndarray:
         return np.bincount(owner[:many], minlength=len(lanes))
 
-    def sizes(taken: np.ndarray) -> np.ndarray:
+    def vector_of(taken: np.ndarray) -> np.ndarray:
         vector = cost.present.copy()
-        for lane, many in enumerate(taken):
-            vector[members[lane]] -= removed[lane][many]
+        for lane, steps in zip(lanes, taken, strict=True):
+            vector[lane.members] = lane.sizes[steps]
         return vector
 
     def fits(many: int) -> bool:
-        return cost.at(sizes(take(many))) <= limit
+        return cost.at(vector_of(take(many))) <= limit
 
     if not fits(len(owner)):
-        raise _infeasible(budget, cost.at(sizes(take(len(owner)))), cost.total, len(values))
+        raise _infeasible(budget, cost.at(vector_of(take(len(owner)))), cost.total, len(values))
     taken = take(bisect_left(range(len(owner)), True, key=fits))
-    _refill(taken, owner, cost, sizes(taken), limit, lanes, members)
-    kept = {key: tuple(range(len(v))) for key, v in values.items()}
-    for index, lane in enumerate(lanes):
+    vector, open_lanes = vector_of(taken), {*np.flatnonzero(taken).tolist()}
+    # Keep removed units after all, best first. The remaining budget only shrinks and no unit gets cheaper as others
+    # return, so a lane that does not fit once is closed.
+    for number in owner[: int(taken.sum())][::-1].tolist():
+        if number in open_lanes:
+            lane, wider = lanes[number], vector.copy()
+            wider[lane.members] = lane.sizes[taken[number] - 1]
+            if fitting := cost.at(wider) <= limit:
+                vector = wider
+                taken[number] -= 1
+            if not fitting or not taken[number]:
+                open_lanes.remove(number)
+    kept = {key: tuple(range(len(scored))) for key, scored in values.items()}
+    for lane, steps in zip(lanes, taken, strict=True):
         for key, worst in zip(lane.keys, lane.orders, strict=True):
-            kept[key] = tuple(np.sort(worst[removed[index][taken[index]] :]).tolist())
+            kept[key] = tuple(np.sort(worst[len(worst) - lane.sizes[steps] :]).tolist())
     return kept
 
 
@@ -127,7 +116,7 @@ def uniform(
     return rank(axes, shares, budget, minimum=minimum)
 
 
-def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int) -> Iterator[Lane]:
+def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int, cost: Cost) -> Iterator[Lane]:
     """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
@@ -141,24 +130,26 @@ def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int) -> It
         least = max(minimum, *(axes[key].least for key in keys))
         multiple = lcm(*(axes[key].multiple for key in keys))
         rounded = lcm(budget.round_to, multiple)
-        steps = _steps(size, min(least, size), rounded if size >= rounded else multiple)
+        sizes = _reachable_sizes(size, min(least, size), rounded if size >= rounded else multiple)
+        steps = -np.diff(sizes)
         arrays = [values[key].double().numpy() for key in keys]
         orders = tuple(np.argsort(array, kind="stable") for array in arrays)
         mean = np.mean([array[order] for array, order in zip(arrays, orders, strict=True)], axis=0)
         starts = np.cumsum(steps) - steps
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
-        yield Lane(tuple(keys), orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
+        means = np.maximum.accumulate(sums / steps) if len(steps) else sums
+        yield Lane(tuple(keys), [cost.index[key] for key in keys], orders, sizes, means)
 
 
 def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     """Group scored axes that must keep equally many units, with the axes not scored that bind them."""
-    kinds = {axes[key].kind for key in values} if regular else frozenset()
+    regular_kinds = {axes[key].kind for key in values} if regular else frozenset()
     home: dict[Any, int] = {}
     groups: dict[int, list[str]] = {}
     for number, axis in enumerate(sorted(axes, key=lambda axis: axis.key)):
         labels: list[Any] = [axis.count] if axis.count and axis.free else []
-        if kinds and axis.kind in kinds:
+        if regular_kinds and axis.kind in regular_kinds:
             labels.append(axis.kind)
         if not labels and axis.key not in values:
             continue
@@ -171,45 +162,13 @@ def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     return [sorted(keys) for keys in groups.values()]
 
 
-def _steps(size: int, least: int, round_to: int) -> np.ndarray:
-    """Return how many units each step removes: first down to a multiple of ``round_to``, then one multiple each.
+def _reachable_sizes(size: int, least: int, round_to: int) -> np.ndarray:
+    """Return the sizes to which an axis may shrink: its own, then the multiples of ``round_to`` below it.
 
-    >>> _steps(21, 3, 8).tolist(), _steps(5, 3, 1).tolist()
-    ([5, 8], [1, 1])
+    >>> _reachable_sizes(21, 3, 8).tolist(), _reachable_sizes(5, 3, 1).tolist()
+    ([21, 16, 8], [5, 4, 3])
     """
-    sizes = [size, *range((size - 1) // round_to * round_to, least - 1, -round_to)]
-    return -np.diff(np.array(sizes, dtype=np.int64))
-
-
-def _refill(
-    taken: np.ndarray,
-    owner: np.ndarray,
-    cost: Cost,
-    vector: np.ndarray,
-    limit: int,
-    lanes: list[Lane],
-    members: list[list[int]],
-) -> None:
-    """Keep removed units after all, best first, as long as they fit; ``taken`` and ``vector`` are changed.
-
-    The remaining budget only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is
-    closed.
-    """
-    left = limit - cost.at(vector)
-    open_lanes = {lane for lane, many in enumerate(taken) if many}
-    for lane in owner[: int(taken.sum())][::-1].tolist():
-        if lane in open_lanes:
-            units = int(lanes[lane].steps[taken[lane] - 1])
-            rise = cost.rise(vector, members[lane], units)
-            fits = rise <= left
-            if fits:
-                left -= rise
-                vector[members[lane]] += units
-                taken[lane] -= 1
-            if not fits or not taken[lane]:
-                open_lanes.remove(lane)
-        if not open_lanes:
-            return
+    return np.array([size, *range((size - 1) // round_to * round_to, least - 1, -round_to)], dtype=np.int64)
 
 
 def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
@@ -227,19 +186,70 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
     return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)
 
 
+# Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
-"""Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept."""
 
 
 def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
-    """Return the allocation function of a name; raise ValueError if there is none.
-
-    Args:
-        name: A key of :data:`ALLOCATIONS`.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the allocation function of a name; raise ValueError if there is none."""
     if name not in ALLOCATIONS:
         raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
     return ALLOCATIONS[name]
+
+
+def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
+    """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
+
+    p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.
+
+    b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
+    budget is met at every step of learning and needs no penalty.
+
+    >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
+    >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
+    ([0.20000000298023224, 0.20000000298023224], 8.0)
+
+    Source: GPrune-LLM (arXiv 2603.13418) learns module-wise sparsity under a global budget; this form of it is ours.
+    """
+    if not 0 <= removed < most * float(costs.sum()):
+        raise ValueError(
+            f"{removed:g} of a cost of {float(costs.sum()):g} cannot be removed if every module keeps {1 - most:.0%}"
+        )
+    costs = costs.to(logits)
+    values, exact = logits.detach().double(), costs.double()
+    low, high = -60.0 - float(values.max()), 60.0 - float(values.min())
+    for _ in range(80):
+        shift = (low + high) / 2
+        if float((exact * most * torch.sigmoid(values + shift)).sum()) > removed:
+            high = shift
+        else:
+            low = shift
+    slope = torch.sigmoid(values + shift)
+    weights = exact * slope * (1 - slope)
+    weights = (weights / weights.sum().clamp_min(1e-300)).to(logits)
+    return most * torch.sigmoid(logits + shift - (weights * (logits - logits.detach())).sum())
+
+
+def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
+    """Return the cost of all units of each module, ``[modules]``, and the total cost that must be removed.
+
+    A unit's cost is the average over all units that can be removed from its axis alone, which is exact where no two of
+    the axes meet in one weight, as in a transformer.
+    """
+    cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
+    for key, label in labels.items():
+        size = axes[key].size
+        low = min(axes[key].least, size - 1)
+        costs += torch.bincount(label, minlength=modules) * ((cost.total - cost({key: low})) / (size - low))
+    if budget.target is None:
+        return costs, cost.total * (1 - budget.keep)
+    return costs, float(max(0, cost.total - budget.limit(cost.total)))
+
+
+def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
+    """Return 1 for each unit that stays and 0 for each that is removed, with a sigmoid's gradient.
+
+    The backward pass uses the slope of σ((place − share) / width).
+    """
+    soft = torch.sigmoid((places - share) / width)
+    return (places >= share).to(soft) + (soft - soft.detach())

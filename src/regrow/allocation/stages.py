@@ -10,18 +10,12 @@ from functools import cache
 
 from regrow.core.amounts import format_bytes
 
+# Function: (first cell with all candidates, last cell that runs) → peak memory in bytes
 Peak = Callable[[int, int], int]
-"""Function: (first cell with all candidates, last cell that runs) → peak memory in bytes."""
 
 
 class MemoryBudgetError(ValueError):
-    """Raised if no choice of stages fits the memory budget; holds the least budget that one fits.
-
-    Args:
-        message: What is wrong, and what would work.
-        least: The least budget, in bytes, for which there are stages.
-        cell: The cell that needs it, searched in a stage of its own; the first is 0 here, and part 1 in the message.
-    """
+    """Raised if no stages fit the memory budget; ``cell`` needs ``least`` bytes in a stage of its own."""
 
     def __init__(self, message: str, least: int, cell: int) -> None:
         super().__init__(message)
@@ -30,13 +24,7 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """The stages of a search whose memory is limited, in order.
-
-    Args:
-        ends: The index of the last cell of each stage, ascending.
-        peaks: The peak memory of each stage in bytes.
-        recomputed: Whether activations are recomputed in the backward pass (gradient checkpointing).
-    """
+    """The stages of a search whose memory is limited: the last cell of each, and its peak memory in bytes."""
 
     ends: tuple[int, ...]
     peaks: tuple[int, ...]
@@ -54,18 +42,6 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     The last stage so has most room, since later stages depend on an estimate of how small earlier cells will be. After
     each stage, plan again from the next cell on. A final phase over all cells, all of them small, needs no more memory
     than the last stage.
-
-    Args:
-        peak: Peak memory as a function of (first cell with all candidates, last cell that runs). It must not fall with
-            more cells, and a cell must not need more after its stage than in it. Called once if one stage suffices,
-            else once more per cell and stage.
-        cells: The number of cells.
-        budget: The memory budget in bytes.
-        first: The first cell that is not searched yet.
-
-    Raises:
-        MemoryBudgetError: If a cell needs more even in a stage of its own.
-        ValueError: If there is no cell to search.
 
     >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
     MemoryStages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)

@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Product, size_of
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The cost of a network by what it consists of: parameter entries, operations, and a rest.
+    """The cost of a network by what it consists of.
 
     Args:
         entries: Parameter or buffer name → the cost of each of its entries.
@@ -37,14 +38,6 @@ def spread_times(
     and half its outputs is assumed to need a quarter; a module without any spreads it evenly over its parameters; an
     operation without parameters carries it itself. The time of a sum beside its operations is divided equally among
     them.
-
-    Args:
-        axes: The axes of the network at which times were measured.
-        sums: Path of each sum of candidates → the paths of its operations.
-        ops: Path of an operation → milliseconds (:func:`regrow.evaluation.latency`).
-        beside: Path of a sum → its milliseconds beside those of its operations.
-        layers: Path of a layer that lies in no operation → milliseconds.
-        rest: Milliseconds that no module accounts for.
     """
     sizes, each, modules = axes.sizes(), _macs_per_entry(axes, _macs_per_module(axes)), {**layers, **ops}
     inside: dict[str, list[str]] = {}
@@ -67,7 +60,23 @@ def spread_times(
     return Prices(entries, alone, rest)
 
 
-def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
+def split_cost(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
+    """Return what entries and operations cost by a measure; ``timed`` is the answer for time."""
+    match measure:
+        case Measure.PARAMETERS | Measure.NONZERO:
+            return Prices(dict.fromkeys(axes.shapes, 1.0))
+        case Measure.BYTES:
+            return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
+        case Measure.MACS:
+            return _count_macs(axes, ops)
+        case Measure.TIME if timed is not None:
+            return timed
+        case Measure.TIME:
+            raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
+    raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
+
+
+def _count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
     """Return costs in multiply–accumulates of one example, per parameter entry and operation (path).
 
     Those of a module with a weight are spread over its entries. Those of other modules (attention, products of

@@ -7,24 +7,17 @@ from math import ceil, lcm
 from typing import Literal
 
 from regrow.core.amounts import Increase
-from regrow.core.axes import Axis, AxisGraph, Role, axes_in, matches
-from regrow.core.axes.inventory import block
+from regrow.core.axes import Axis, AxisGraph, Role, axes_in, block, matches
 from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
 PARTS: tuple[Part, ...] = ("mlp", "heads", "channels")
-"""The kinds of axes that can be widened by one name."""
 _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels of convolutions"}
 
 
 @dataclass(frozen=True)
 class Widening:
-    """How many units each axis gains, and why others cannot gain any.
-
-    Args:
-        grow: Axis key → the number of units it gains.
-        refused: Axis key → why it cannot be widened.
-    """
+    """Axis key → how many units it gains, and axis key → why others cannot gain any."""
 
     grow: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -39,19 +32,7 @@ def widening(
     regular: bool = False,
     even: bool = False,
 ) -> Widening:
-    """Return how many units each axis gains.
-
-    Args:
-        axes: The network's axes.
-        parts: ``"mlp"``, ``"heads"`` or ``"channels"`` → the increase of every axis of that kind.
-        named: Axis key, or a pattern of keys or of dotted names → the increase; it has precedence over ``parts``.
-        round_to: Widths become multiples of this, rounded up.
-        regular: Whether axes with the same role in several blocks get one width: the largest among them.
-        even: Whether the numbers of added units must be even, for units that are added in pairs.
-
-    Raises:
-        ValueError: If the network has no axis of a kind or name, or none of them can be widened; names the reason.
-    """
+    """Return how many units each axis gains."""
     wanted: dict[str, Increase] = {}
     refused: dict[str, str] = {}
     known = classify(axes) if parts else {}
@@ -86,12 +67,8 @@ def widening(
 def classify(axes: AxisGraph) -> dict[str, Part]:
     """Return axis key → what it is: hidden neurons of an MLP, attention heads, or inner channels of convolutions.
 
-    Linear layers make hidden neurons and read them, convolutions make channels. An axis to which a residual connection
-    adds is neither. Where convolutions lie in numbered blocks, channels outside of them (the first layer's) do not
-    count.
-
-    Args:
-        axes: The network's axes, frozen ones too.
+    An axis to which a residual connection adds is neither. Where convolutions lie in numbered blocks, channels outside
+    of them (the first layer's) do not count.
     """
     steps, heads = axes.steps, _heads(axes)
     readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation
@@ -164,29 +141,21 @@ def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
 
 
 def _named(axes: AxisGraph, name: str) -> list[Axis]:
-    """Return the axis of a key, or those whose key or tensors' names all fit a pattern.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the axis of a key, or those whose key or tensors' names all fit a pattern."""
     if name in axes.axes:
         return [axes[name]]
-    found = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
+    fitting = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
     # A pattern asks for what can be widened: axes inside others and frozen ones are left out if any other fits.
-    chosen = [axis for axis in found if axis.free and not axis.narrow and not axis.inside] or found
+    chosen = [axis for axis in fitting if axis.free and not axis.narrow and not axis.inside] or fitting
     if not chosen:
         raise ValueError(f"no axis fits {name!r}; `regrow show` lists the keys of all axes")
     return chosen
 
 
-def _widenable(found: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
-    """Return the keys of the axes that can be widened, and note the reason of the others.
-
-    Raises:
-        ValueError: If none can be widened.
-    """
+def _widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
+    """Return the keys of the axes that can be widened, and note the reason of the others."""
     keys = []
-    for axis in found:
+    for axis in fitting:
         if why := axis.narrow or ("" if axis.free else axis.reason):
             refused[axis.key] = why
         else:
@@ -244,16 +213,7 @@ def makers(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
 def growth(
     axes: AxisGraph, short: Iterable[Axis], base: Mapping[str, int], *, share: float, multiple: int, cap: float
 ) -> dict[str, int]:
-    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it.
-
-    Args:
-        axes: The network's axes.
-        short: The axes that run short, most urgent first.
-        base: The first size of each axis.
-        share: The fraction of an axis's first size that is added.
-        multiple: The number of added units is rounded up to a multiple of this.
-        cap: The most parameters the network may have, as a multiple of those it had at first.
-    """
+    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it."""
     sizes, names = axes.sizes(), axes.parameters - axes.ties.keys()
     most = cap * axes.count_entries(names, {**sizes, **base})
     result: dict[str, int] = {}

@@ -31,14 +31,14 @@ from regrow.settings.learn import Settings
 from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.store.statistics import parameter_sums
-from regrow.training.checkpoint import CHECKPOINT
 from regrow.training.continual import TaskSchedule, accuracy_matrix
 from regrow.training.learner import Learner
 from regrow.training.schedule import NO_AXES
+from regrow.training.state import CHECKPOINT
 
 OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
 """``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer."""
-MORE = ("scenario", "weight_decay", "decay", "precision", "held_out", "patience")
+MORE = ("scenario", "weight_decay", "decay", "precision")
 """The further arguments of :func:`learn`."""
 
 
@@ -128,7 +128,7 @@ def learn(
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
         **training: More fields of :class:`regrow.training.continual.TaskSchedule`: ``scenario``, ``weight_decay``,
-            ``decay``, ``precision``, ``held_out``, ``patience``.
+            ``decay``, ``precision``.
 
     Raises:
         ValueError: If the method or a setting is unknown, a task has no labels, or the loss is not finite.

@@ -16,7 +16,7 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, device_of
-from regrow.core.tasks import CappedExamples, ExampleSet, Task
+from regrow.core.tasks import ExampleSet, ExamplesView, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
@@ -186,5 +186,5 @@ def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: i
             raise InputError(f"{n} examples leave {n - many} to learn from; give more data, or validation=")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         held, train = (train.subset(part.sort()[0]) for part in order.split([many, n - many]))
-    task = Task("search", CappedExamples(train, batch_size), CappedExamples(held, batch_size), ())
-    return task, None if data[2] is None else CappedExamples(to_examples(data[2], reading), batch_size)
+    task = Task("search", ExamplesView(train, most=batch_size), ExamplesView(held, most=batch_size), ())
+    return task, None if data[2] is None else ExamplesView(to_examples(data[2], reading), most=batch_size)

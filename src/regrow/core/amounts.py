@@ -25,10 +25,10 @@ class Measure(StrEnum):
     TIME = "ms"
 
 
+# Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds
 STEPS = {Measure.TIME: 10**6}
-"""Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds."""
+# The measures whose value depends on the number of tokens, so that a target may name it (`@4096`)
 IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
-"""The measures whose value depends on the number of tokens, so that a target may name it (``@4096``)."""
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
 _INCREASE = re.compile(r"\+?\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)")
@@ -45,14 +45,6 @@ def parse_amount(text: str, measure: Measure) -> float:
 
     >>> parse_amount("0.5M", Measure.PARAMETERS), parse_amount("50MiB", Measure.CACHE)
     (500000.0, 52428800.0)
-
-    Args:
-        text: A number; K, M, G or T multiply it by powers of 1000; of bytes, Ki, Mi, Gi or Ti by powers of 1024, and
-            ``B`` or ``bytes`` may follow.
-        measure: What the amount counts; it decides which suffixes are allowed.
-
-    Raises:
-        ValueError: If it is no such amount, or 0; names the forms that are.
     """
     match, number = _AMOUNT.fullmatch(text.strip()), 0.0
     of_bytes = measure in (Measure.BYTES, Measure.CACHE)
@@ -69,12 +61,6 @@ def parse_bytes(text: str | int) -> int:
 
     >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("2G"), parse_bytes("4096 bytes")
     (2147483648, 1500000000, 2000000000, 4096)
-
-    Args:
-        text: The amount, as for :func:`parse_amount`; an integer counts bytes.
-
-    Raises:
-        ValueError: If it is no amount of bytes.
     """
     number = parse_amount(str(text), Measure.BYTES)
     if number < 1:
@@ -87,12 +73,6 @@ def parse_share(text: str) -> float:
 
     >>> parse_share("0.2"), parse_share("20 %")
     (0.2, 0.2)
-
-    Args:
-        text: A decimal number, or one in percent.
-
-    Raises:
-        ValueError: If it is no number.
     """
     number = text.strip()
     try:
@@ -106,9 +86,6 @@ def format_bytes(number: int) -> str:
 
     >>> format_bytes(1_610_612_736), format_bytes(7)
     ('1.5 GiB', '7 bytes')
-
-    Args:
-        number: Bytes.
     """
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if number >= 1024**power:
@@ -121,9 +98,6 @@ def short(number: float) -> str:
 
     >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
     ('33.6k', '1M', '950', '7.25', '20T')
-
-    Args:
-        number: Any finite number.
     """
     for unit in ("", "k", "M", "G"):
         if abs(number) < 999.5:
@@ -166,14 +140,6 @@ class Target:
 
         >>> Target.parse("kv_cache=50M@4096")
         Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096, share=0.0)
-        >>> str(Target.parse("params=70 %"))
-        'params=70%'
-
-        Args:
-            text: The target, such as ``params=100M``, ``macs=50%`` or ``kv_cache=50M@4096``.
-
-        Raises:
-            ValueError: If the text is no target; the message shows the form of one.
         """
         unit, equals, rest = text.strip().partition("=")
         much, at, context = rest.partition("@")
@@ -196,12 +162,6 @@ class Target:
 
         >>> str(Target.smaller(0.3))
         'params=70%'
-
-        Args:
-            by: The share that is removed, between 0 and 1.
-
-        Raises:
-            InputError: If it is not between 0 and 1.
         """
         if not 0 < by < 1:
             raise InputError(f"smaller must be between 0 and 1, got {by:g}; to remove 30 %, use 0.3 or 30%")
@@ -212,9 +172,6 @@ class Target:
 
         >>> Target.parse("macs=50%").limit(301), Target.parse("ms=2").limit(0)
         (150, 2000000)
-
-        Args:
-            total: What the unpruned network has, in the same steps.
         """
         steps = self.share * total if self.share else self.amount * STEPS.get(self.measure, 1)
         return floor(steps + 1e-6)
@@ -227,12 +184,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Increase:
-    """How much is added to a size: a number of units, or a fraction of the size.
-
-    Args:
-        units: The number of units; 0 where a fraction is given.
-        share: The fraction of the size; 0 where a number is given.
-    """
+    """How much is added to a size: a number of units, or a fraction of the size; the other is 0."""
 
     units: int = 0
     share: float = 0.0
@@ -243,12 +195,6 @@ class Increase:
 
         >>> Increase.parse("+25%"), Increase.parse(32)
         (Increase(units=0, share=0.25), Increase(units=32, share=0.0))
-
-        Args:
-            text: A whole number, or a percentage; a plus sign may precede it.
-
-        Raises:
-            ValueError: If it is no such amount, or 0; names the forms that are.
         """
         match = _INCREASE.fullmatch(str(text).strip()) if type(text) in (str, int) else None
         increase = cls(int(match[1] or 0), float(match[2] or 0) / 100) if match else cls()
@@ -261,9 +207,6 @@ class Increase:
 
         >>> Increase(share=0.25).of(10), Increase(units=4).of(10)
         (3, 4)
-
-        Args:
-            size: The size.
         """
         return self.units or ceil(round(self.share * size, 6))
 

@@ -12,14 +12,9 @@ from regrow.core.axes import Axis, AxisGraph, Mark
 
 @dataclass(frozen=True)
 class Timing:
-    """Measured time of a forward pass on one device, as a function of the width of each axis.
+    """Measured nanoseconds of a forward pass on one device, as a function of the width of each axis.
 
-    Args:
-        device: The name of the device.
-        positions: How many tokens (or images) one pass handles.
-        total: Nanoseconds of one pass of the unchanged network.
-        curves: Curve name → (width, nanoseconds) pairs of one axis, widths rising, time never falling.
-        names: Axis key → the name of its curve; axes with the same role in several blocks share a curve.
+    ``curves``: name → (width, nanoseconds), widths rising, time never falling; ``names``: axis key → its curve.
     """
 
     device: str

@@ -74,9 +74,6 @@ def fold_scales(model: nn.Module) -> None:
     >>> fold_scales(mixed)
     >>> mixed.scale.tolist()
     [1.0, 0.5]
-
-    Args:
-        model: A network with :class:`Candidates`; changed in place.
     """
     held = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -98,17 +95,17 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module).forward.__module__.startswith("torch.nn.modules") and not module._forward_hooks
 
 
+# Layers whose output is linear in weight and bias together: scaling both scales the output
 _LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
-"""Layers whose output is linear in weight and bias together: scaling both scales the output."""
 
 
 class Staged(Protocol):
     """Interface of a network searchable in stages: it can run a first part alone, with a classifier of its own."""
 
+    # Whether activations are recomputed in the backward pass (checkpointing), to save memory
     recomputed: bool
-    """Whether activations are recomputed in the backward pass (checkpointing), to save memory."""
+    # The index of the last part that runs when the network is called; `None`: all parts run
     active: int | None
-    """The index of the last part that runs when the network is called; ``None``: all parts run."""
 
     def upto(self, x: Tensor, last: int) -> Tensor:
         """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
@@ -139,12 +136,7 @@ def run_whole(model: nn.Module) -> Iterator[None]:
 
 
 class Prefix(nn.Module):
-    """The first parts of a staged network as a network of its own; later parts keep their parameters and do not run.
-
-    Args:
-        net: A :class:`Staged` network; a classifier follows part ``last``.
-        last: The index of the last part that runs.
-    """
+    """The parts of a :class:`Staged` network up to ``last``, as a network; later parts keep their parameters."""
 
     def __init__(self, net: nn.Module, last: int) -> None:
         super().__init__()
@@ -177,9 +169,6 @@ def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def tied_in(model: nn.Module) -> dict[str, str]:
     """Return the path of each operation that is tied to an earlier one → the path of the first operation of its group.
-
-    Raises:
-        ValueError: If :class:`Candidates` that are tied do not name the same operations in the same order.
 
     >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}

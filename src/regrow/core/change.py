@@ -11,18 +11,57 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regrow.core.axes import Axis, Mark, Role, Slot
-from regrow.core.fills import FILLS, Fill
 
+# The largest number of units that one change may add to an axis
 MOST = 2**24
-"""The largest number of units that one change may add to an axis."""
 MOST_UNITS = 2**26
-"""The largest number of units of an axis."""
+# The largest number of modules of a stack, and of copies that one plan inserts into it
 MOST_BLOCKS = 4096
-"""The largest number of modules of a stack, and of copies that one plan inserts into it."""
 
 
 class PlanError(ValueError):
     """Raised for a plan that cannot be read, or does not fit the network to which it is applied."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How new units are initialised such that the network's outputs do not change.
+
+    New units can be fitted to data afterwards, with the outputs unchanged: :func:`regrow.fit_new_units` and
+    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
+
+    Args:
+        rule: ``zero_out``: random incoming weights, outgoing weights 0 (on the residual stream that root-mean-square
+            norms run over: incoming weights 0). ``split``: copies of kept units, which share the outgoing weights
+            (Net2Wider, Chen et al., 2016). ``pair``: pairs of equal random units with outgoing weights of opposite
+            sign.
+        seed: Seed of the random weights, and of the choice of units to copy.
+    """
+
+    rule: str = "zero_out"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FillRule:
+    """What plans must know about a rule that fills new units.
+
+    Args:
+        unread: Whether new units change nothing because weights of 0 make or read them: they can then be fitted to
+            data, and added where weights that read the units also do something else with them.
+        in_pairs: Whether units are added two by two.
+    """
+
+    unread: bool = False
+    in_pairs: bool = False
+
+
+# `Fill.rule` → what plans must know about it; `regrow.surgery.layout.units_after` carries it out
+FILLS: Mapping[str, FillRule] = {
+    "zero_out": FillRule(unread=True),
+    "split": FillRule(),
+    "pair": FillRule(in_pairs=True),
+}
 
 
 @dataclass(frozen=True)
@@ -153,11 +192,9 @@ def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> st
 
 @dataclass(frozen=True)
 class Stack:
-    """A container of modules, with those that can be copied such that the copy gives its input unchanged.
+    """A container of modules, and those of which a copy gives its input unchanged.
 
-    Args:
-        size: How many modules the container has.
-        zeros: Index of a module that can be copied → the names, within it, of the parameters that are 0 in a copy.
+    ``zeros``: index of such a module → the names, within it, of the parameters that are 0 in a copy.
     """
 
     size: int
@@ -166,14 +203,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """A copy of a block in a stack.
-
-    Args:
-        position: Its index in the stack after the insertion; at least 1, since a block's input must be the output of
-            another block.
-        of: The index, before the insertion, of the block that it copies.
-        zeros: The names, within the block, of the parameters that are 0 in the copy.
-    """
+    """A copy of block ``of`` that is module ``position`` afterwards, at least 1; parameters ``zeros`` are 0 in it."""
 
     position: int
     of: int
@@ -182,12 +212,7 @@ class BlockCopy:
 
 @dataclass(frozen=True)
 class Insertion:
-    """Copies of blocks that are inserted into a stack.
-
-    Args:
-        size: How many modules the stack has before the insertion.
-        copies: The copies, by ascending position.
-    """
+    """Copies of blocks, by ascending position, that are inserted into a stack of ``size`` modules."""
 
     size: int
     copies: tuple[BlockCopy, ...]

@@ -16,9 +16,6 @@ class RefusedError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's text, for messages that must stay on one line.
 
-    Args:
-        error: The error.
-
     >>> first_line(ValueError("\\nsize mismatch:\\n  a long list"))
     'size mismatch:'
     """

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from regrow.core.errors import InputError, ResourceError
 
+# The largest JSON file that is read; a ledger has its own, larger limit
 MAX_JSON_BYTES = 2**28
-"""The largest JSON file that is read; a ledger has its own, larger limit."""
+# How deep lists and objects may be nested in JSON
 MAX_JSON_DEPTH = 100
-"""How deep lists and objects may be nested in JSON."""
+# How much of a text file or folder is read; the rest is ignored
 MAX_TEXT_BYTES = 64_000_000
-"""How much of a text file or folder is read; the rest is ignored."""
+# Most decompressed bytes per byte of a `.gz` above a mebibyte; text has 3 to 20, a bomb about 1,000
 MAX_GZIP_RATIO = 200
-"""Most decompressed bytes per byte of a ``.gz`` above a mebibyte; text has 3 to 20, a bomb about 1,000."""
+# Most pixels of one image, as stored and as scaled: 8,192 × 8,192
 MAX_PIXELS = 2**26
-"""Most pixels of one image, as stored and as scaled: 8,192 × 8,192."""
+# Most layers of a network that a configuration file describes
 MAX_LAYERS = 1024
-"""Most layers of a network that a configuration file describes."""
+# The largest size in a configuration file: hidden units, vocabulary, positions
 MAX_WIDTH = 2**24
-"""The largest size in a configuration file: hidden units, vocabulary, positions."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -37,14 +37,7 @@ _DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def check_regular(path: Path) -> None:
-    """Raise ``InputError`` unless a path is a readable regular file; opening a FIFO or a device might never return.
-
-    Args:
-        path: The path to check; links are followed.
-
-    Raises:
-        InputError: If it is missing, a folder, FIFO, socket or device, a loop of links, or may not be read.
-    """
+    """Raise ``InputError`` unless a path is a readable regular file; opening a FIFO or a device might never return."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat fails alike; this takes any name)
     except FileNotFoundError:
@@ -59,15 +52,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """Read a regular file, or raise ``InputError`` if it is longer than ``most`` bytes.
-
-    Args:
-        path: The file.
-        most: The largest size in bytes that is read.
-
-    Raises:
-        InputError: If it is no regular file, longer, or not readable.
-    """
+    """Read a regular file, or raise ``InputError`` if it is longer than ``most`` bytes."""
     check_regular(path)
     try:
         size = path.stat().st_size
@@ -79,15 +64,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
-    """Read a regular file as UTF-8 text, or raise ``InputError`` if it is longer than ``most`` bytes.
-
-    Args:
-        path: The file; a byte order mark is removed.
-        most: The largest size in bytes that is read.
-
-    Raises:
-        InputError: As :func:`read_bytes`, or if it is not UTF-8.
-    """
+    """Read a regular file as UTF-8 text, or raise ``InputError`` if it is longer than ``most`` bytes."""
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -95,15 +72,7 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
-    """Read and parse a JSON file that may be hostile: one too long or too deeply nested raises ``InputError``.
-
-    Args:
-        path: The file.
-        most: The largest size in bytes that is read.
-
-    Raises:
-        InputError: As :func:`read_text`, or if it is not JSON, or nested too deeply.
-    """
+    """Read and parse a JSON file that may be hostile: one too long or too deeply nested raises ``InputError``."""
     return parse_json(read_text(path, most), str(path))
 
 
@@ -115,13 +84,6 @@ def parse_json(text: str | bytes, name: str = "the text") -> object:
     >>> parse_json("[" * 200 + "]" * 200)
     Traceback (most recent call last):
     regrow.core.errors.InputError: the text is JSON nested deeper than 100 levels; restore it
-
-    Args:
-        text: The JSON text.
-        name: What error messages call it.
-
-    Raises:
-        InputError: If it is not JSON, holds a number of thousands of digits, or is nested too deeply.
     """
     try:
         value = json.loads(text)
@@ -130,11 +92,11 @@ def parse_json(text: str | bytes, name: str = "the text") -> object:
     except ValueError as error:
         raise InputError(f"{name} is not JSON ({reason(error)}); restore it or fetch it again") from None
     level, depth = [value], 0
-    while level := [one for one in level if isinstance(one, dict | list)]:
+    while level := [node for node in level if isinstance(node, dict | list)]:
         depth += 1
         if depth > MAX_JSON_DEPTH:
             raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it")
-        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+        level = [part for node in level for part in (node.values() if isinstance(node, dict) else node)]
     return value
 
 
@@ -164,14 +126,7 @@ def read_content(path: Path, most: int) -> bytes:
 
 
 def expanded(path: Path) -> Path:
-    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder.
-
-    Args:
-        path: Any path.
-
-    Raises:
-        InputError: If there is no such user.
-    """
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -202,16 +157,7 @@ def _figures(path: str, name: str = "") -> list[int]:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; pass if that is unknown.
-
-    Args:
-        needed: The bytes that are needed.
-        what: What needs them, for the message.
-        remedy: What the user can do, for the message.
-
-    Raises:
-        ResourceError: If there are fewer.
-    """
+    """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; pass if that is unknown."""
     there = available_memory()
     if there is not None and needed > there:
         raise ResourceError(f"{what} needs {gigabytes(needed)} of memory, and {gigabytes(there)} are free; {remedy}")
@@ -222,27 +168,16 @@ def gigabytes(number: int) -> str:
 
     >>> gigabytes(1_500_000_000), gigabytes(20_000_000)
     ('1.5 GB', '0.02 GB')
-
-    Args:
-        number: Bytes.
     """
     return f"{number / 1e9:.2g} GB" if number < 1e10 else f"{number / 1e9:,.0f} GB"
 
 
 def problem(error: BaseException) -> str:
-    """Return the problem that an error states, on one line, without the remedy behind its first semicolon.
-
-    Args:
-        error: Any exception.
-    """
+    """Return the problem that an error states, on one line, without the remedy behind its first semicolon."""
     return reason(error).partition("; ")[0]
 
 
 def reason(error: BaseException) -> str:
-    """Return an exception's message on one line of at most 100 characters.
-
-    Args:
-        error: Any exception; one without a message gives the name of its class.
-    """
+    """Return an exception's message on one line of at most 100 characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:100]

@@ -10,19 +10,16 @@ from pathlib import Path
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 
+# The names of pretrained models that come in Python packages
 PACKAGED = ("smollm2-135m", "gemma3-270m")
-"""The names of pretrained models that come in Python packages."""
 HUB = r"[\w-][\w.-]*/[\w-][\w.-]*"
-"""Pattern of a hub id, ``ORG/NAME``."""
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
 _REGISTERED = re.compile(r"^@register_model\(\)\n(?:[@ )][^\n]*\n)*def (\w+)\(", re.MULTILINE)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 DOMAINS = ("news", "code", "manual", "talk")
-"""The names of the included text domains."""
 DIGITS = "digits"
-"""The name of the included images."""
+# The name of the text that the model generates
 GENERATED = "generated"
-"""The name of the text that the model generates."""
 
 
 def names_code(name: str) -> bool:

@@ -10,21 +10,15 @@ from torch import Tensor
 from regrow.core.errors import InputError, first_line
 from regrow.core.sources import MISFITS, Batch, describe, logits_in
 
+# A user's loss: (what the network returned, labels of the batch) → scalar
 LossFunction = Callable[[object, object], Tensor]
-"""A user's loss: (what the network returned, labels of the batch) → scalar."""
+# The class label of a position that is not counted
 IGNORED = -100
-"""The class label of a position that is not counted."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The score of a network on some examples, as sums, so that batches can be added.
-
-    Args:
-        total: The sum of the per-example scores; higher is better.
-        squares: The sum of their squares.
-        count: The number of examples (labelled positions) scored.
-    """
+    """Sum and sum of squares of the scores of some examples, so that batches can be added; higher is better."""
 
     total: float = 0.0
     squares: float = 0.0
@@ -121,10 +115,6 @@ def describe_misfit(output: object, labels: object, name: str) -> str:
 def class_loss(output: object, labels: object) -> Tensor:
     """Return the mean cross-entropy of class labels, in float32 or float64; the label −100 is not counted.
 
-    Args:
-        output: Logits ``[..., classes]`` or ``[batch, classes, ...]``, or an object, dict or tuple that holds them.
-        labels: Class per position, int64.
-
     >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
     1.3863
     """
@@ -195,7 +185,6 @@ OWN = Objective("own", own_loss)
 
 _KNOWN = (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
 OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _KNOWN}
-"""Name → objective."""
 
 
 def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch) -> Objective:
@@ -204,14 +193,6 @@ def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch
     Class labels (integers) mean ``classification``, or ``next-token`` where each position of a sequence of integers
     has one; values of 0 and 1 (floats) mean ``multi-label``; other floats ``regression``; no labels mean that the
     network returns its loss itself (``own``).
-
-    Args:
-        loss: An objective, its name, or a function (what the network returned, labels) → scalar; ``None``: by the
-            labels.
-        batch: A batch of the data.
-
-    Raises:
-        InputError: If there is no objective of that name.
 
     >>> choose_objective(None, Batch((torch.ones(2, 3),), labels=torch.tensor([0, 1]))).name
     'classification'

@@ -2,22 +2,24 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgspec
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.branches import Branch, lies_in
-from regrow.core.change import MOST, Change, Insertion, PlanError, growth_problem, unit_positions
+from regrow.core.axes.operations import Branch, lies_in
+from regrow.core.change import MOST, Change, Fill, Insertion, PlanError, growth_problem, unit_positions
 from regrow.core.errors import InputError
-from regrow.core.fills import Fill
 from regrow.core.limits import parse_json
 from regrow.core.tables import Table, format_html
 
 __all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
+Means = Mapping[str, Mapping[int, float]]
+Origin = Mapping[str, object]
+NONE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,24 @@ class Plan:
         back: Paths of modules dropped earlier that are restored, with the weights they had.
         insert: Path of a stack of blocks → the copies inserted into it. Other changes of the plan only add units; a
             copy gets those of the block that it copies.
-        remove: Path of a stack of blocks → the insertion that is undone.
 
     Raises:
         PlanError: If a change keeps no unit, a unit twice, or one that does not exist, or a branch lies in another.
     """
 
     changes: Mapping[str, Change] = field(default_factory=dict)
-    means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    origin: Mapping[str, object] = field(default_factory=dict)
+    means: Means = field(default_factory=dict)
+    origin: Origin = field(default_factory=dict)
     drop: Mapping[str, Branch] = field(default_factory=dict)
     back: tuple[str, ...] = ()
     insert: Mapping[str, Insertion] = field(default_factory=dict)
-    remove: Mapping[str, Insertion] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key, change in self.changes.items():
             change.check(key)
-        stacks = (*self.insert.items(), *self.remove.items())
-        for path, insertion in stacks:
+        for path, insertion in self.insert.items():
             insertion.check(path)
-            if outer := next((other for other, _ in stacks if other != path and lies_in(path, other)), ""):
+            if outer := next((other for other in self.insert if other != path and lies_in(path, other)), ""):
                 raise PlanError(f"stack {path!r} lies in stack {outer!r}, which the plan changes too; make two plans")
         for path, branch in self.drop.items():
             if branch.module != path or path not in branch.placeholders:
@@ -67,16 +66,14 @@ class Plan:
         if len(set(self.back)) != len(self.back):
             raise PlanError("the plan brings a module back twice")
         _check_alone({"drops branches": self.drop, "brings them back": self.back})
-        if stacks:
+        if self.insert:
             changes = self.changes.values()
             _check_alone(
                 {
                     "inserts blocks": self.insert,
-                    "removes inserted blocks": self.remove,
                     "cuts or restores units": any(change.dropped or change.restore for change in changes),
                     "drops branches or restores them": self.drop or self.back,
                     "compensates for what is dropped": self.means,
-                    "adds units": self.remove and any(change.grow for change in changes),
                 }
             )
 
@@ -88,39 +85,44 @@ class Plan:
         return format_html([axes, Table("", ("module", "change"), modules)], str(self.origin.get("method", "")))
 
     @classmethod
-    def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":
+    def keeping(
+        cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], *, means: Means = NONE, origin: Origin = NONE
+    ) -> "Plan":
         """Return a plan that cuts the named axes to the given units and leaves all other axes unchanged.
 
         Args:
             axes: The network's axes.
             keep: Axis key → the positions of the units to keep, in any order.
-            **more: Further fields of :class:`Plan`, such as ``origin``.
+            means: As in :class:`Plan`.
+            origin: As in :class:`Plan`.
 
         Raises:
             PlanError: If an axis does not exist, is frozen (with its reason), or the units are no positions in it.
         """
-        kept = {key: {"keep": unit_positions(key, units)} for key, units in keep.items()}
-        return cls._made(axes, kept, more)
+        return cls.dropping(axes, (), keep, means=means, origin=origin)
 
     @classmethod
-    def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: object) -> "Plan":
+    def growing(
+        cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, *, origin: Origin = NONE
+    ) -> "Plan":
         """Return a plan that adds units to the named axes.
 
         Args:
             axes: The network's axes.
             grow: Axis key → how many units are added.
             fill: How the new units are initialised; ``zero_out`` unless given.
-            **more: Further fields of :class:`Plan`.
+            origin: As in :class:`Plan`.
 
         Raises:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
         """
         fill = fill or Fill()
-        return cls._made(axes, {key: {"grow": n, "fill": fill} for key, n in grow.items()}, more)
+        changes = {key: replace(_unchanged(axes, key), grow=units, fill=fill) for key, units in grow.items()}
+        return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
     def restoring(
-        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: object
+        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, *, origin: Origin = NONE
     ) -> "Plan":
         """Return a plan that restores units that were cut (for whole modules use ``Plan(back=[path])``).
 
@@ -129,18 +131,25 @@ class Plan:
             restore: Axis key → the ids of the units to restore (``Axis.ids`` has those that were not cut).
             fill: Initialise the restored units like new ones; ``None``: with the weights that the undo store has of
                 them.
-            **more: Further fields of :class:`Plan`.
+            origin: As in :class:`Plan`.
 
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        fresh = {"fresh": fill is not None, "fill": fill or Fill()}
-        changes = {key: {"restore": unit_positions(key, ids), **fresh} for key, ids in restore.items()}
-        return cls._made(axes, changes, more)
+        fresh, fill, changes = fill is not None, fill or Fill(), {}
+        for key, ids in restore.items():
+            changes[key] = replace(_unchanged(axes, key), restore=unit_positions(key, ids), fresh=fresh, fill=fill)
+        return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
     def dropping(
-        cls, axes: AxisGraph, modules: Iterable[str], keep: Mapping[str, Iterable[int]] | None = None, **more: object
+        cls,
+        axes: AxisGraph,
+        modules: Iterable[str],
+        keep: Mapping[str, Iterable[int]] = NONE,
+        *,
+        means: Means = NONE,
+        origin: Origin = NONE,
     ) -> "Plan":
         """Return a plan that drops whole modules, and optionally cuts units elsewhere.
 
@@ -148,42 +157,27 @@ class Plan:
             axes: The network's axes.
             modules: Their paths; ``axes.branches`` says of each whether it can be dropped, and what is removed with it.
             keep: Axis key → the units to keep, as in :meth:`keeping`.
-            **more: Further fields of :class:`Plan`.
+            means: As in :class:`Plan`.
+            origin: As in :class:`Plan`.
 
         Raises:
             PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
         """
         drop = {path: _droppable(axes, path) for path in modules}
-        return cls.keeping(axes, keep or {}, drop=drop, **more)
+        changes = {key: replace(_unchanged(axes, key), keep=unit_positions(key, units)) for key, units in keep.items()}
+        return cls(changes, means, origin, drop)._checked(axes)
 
-    @classmethod
-    def _made(cls, axes: AxisGraph, changes: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any]) -> "Plan":
-        made = {}
-        for key, change in changes.items():
-            if key not in axes.axes:
-                raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
-            axis = axes[key]
-            keep = () if "keep" in change else tuple(range(axis.size))
-            made[key] = Change(axis.size, **{"keep": keep, "slots": axis.slots, "ids": axis.ids, **change})
-        plan = cls(made, **more)
-        plan.check(axes)
-        return plan
+    def _checked(self, axes: AxisGraph) -> "Plan":
+        self.check(axes)
+        return self
 
     @property
     def changes_modules(self) -> bool:
-        """Whether modules are dropped, restored, inserted or removed."""
-        return bool(self.drop or self.back or self.insert or self.remove)
+        """Whether modules are dropped, restored or inserted."""
+        return bool(self.drop or self.back or self.insert)
 
     def check(self, axes: AxisGraph) -> None:
-        """Raise ``PlanError`` unless the plan fits the network.
-
-        Args:
-            axes: The network's current axes.
-
-        Raises:
-            PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
-                equally many units would not.
-        """
+        """Raise ``PlanError`` unless the plan fits the network: its axes, their sizes and groups, its branches."""
         _check_alone(
             {
                 "compensates for what it drops": self.means,
@@ -227,11 +221,7 @@ class Plan:
         return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
 
     def sizes(self, axes: AxisGraph) -> dict[str, int]:
-        """Return axis key → its number of units after the plan, for every axis.
-
-        Args:
-            axes: The network's axes before the plan.
-        """
+        """Return axis key → its number of units after the plan, for every axis."""
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
@@ -242,20 +232,12 @@ class Plan:
             "drop": {path: branch.placeholders for path, branch in self.drop.items()},
             "back": self.back,
             **({"insert": self.insert} if self.insert else {}),
-            **({"remove": self.remove} if self.remove else {}),
         }
         return json.dumps({"format": FORMAT, "origin": self.origin, **msgspec.to_builtins(parts, str_keys=True)})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read a plan from JSON text that may be hostile; every value is checked.
-
-        Args:
-            text: What :meth:`to_json` returned.
-
-        Raises:
-            PlanError: If the text is not a valid plan; the message names the wrong value.
-        """
+        """Read a plan from what :meth:`to_json` returned; :func:`regrow.store.ledger.read_plan` is stricter."""
         try:
             data = parse_json(text, "the plan")
         except InputError as error:
@@ -275,6 +257,14 @@ class Plan:
             raise PlanError(f"a damaged plan: {error!r}") from None
 
 
+def _unchanged(axes: AxisGraph, key: str) -> Change:
+    """Return the change that leaves an axis as it is."""
+    if key not in axes.axes:
+        raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
+    axis = axes[key]
+    return Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids)
+
+
 def _check_alone(parts: Mapping[str, object]) -> None:
     """Raise ``PlanError`` if a plan does several of some things (in words → whether it does), which need plans each."""
     doing = [what for what, does in parts.items() if does]
@@ -283,17 +273,13 @@ def _check_alone(parts: Mapping[str, object]) -> None:
 
 
 def _droppable(axes: AxisGraph, path: str) -> Branch:
-    """Return the branch of a module that can be dropped.
-
-    Raises:
-        PlanError: If it has none or cannot be dropped; the message says why, and which module inside it can be.
-    """
+    """Return the branch of a module, or raise ``PlanError`` with the reason why it cannot be dropped."""
     branch = axes.branches.get(path)
-    inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
+    inner = [name for name, other in axes.branches.items() if other.free and lies_in(name, path)]
     remedy = f"; in it, {inner[0]} can" if inner else ""
     if axes.decisions is not None:
         raise PlanError(f"{path} cannot be dropped: data decide what this network does, and only one way was seen")
-    if branch is None and all(one.gives == "nothing" for one in axes.branches.values()):
+    if branch is None and all(other.gives == "nothing" for other in axes.branches.values()):
         raise PlanError(f"whether {path} can be dropped was not looked for: axes = regrow.with_branches(model, axes)")
     if branch is None:
         raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")

@@ -1,11 +1,21 @@
 """The memory of this process as the system counts it, and the freed memory that the C library keeps."""
 
 import ctypes
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable
 from contextlib import suppress
+from mmap import PAGESIZE
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-"""The numbers of the parameters in ``malloc.h``."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # numbers of parameters in malloc.h
+_MADV_PAGEOUT = 21
+# The fewest bytes of memory-mapped tensors for which it is worth asking to reclaim their pages
+LEAST = 2**26
 
 
 def read_resident() -> int:
@@ -50,7 +60,33 @@ def limit_arenas() -> None:
     _call("mallopt", _ARENA_MAX, 1)
 
 
-def _call(function: str, *arguments: int) -> bool:
+def release_pages(tensors: "Iterable[Tensor]") -> None:
+    """Let Linux reclaim the pages of tensors in memory-mapped files; they are read again from there if they are used.
+
+    A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    plain = (x for x in tensors if x.layout is torch.strided and x.device.type == "cpu" and x.is_contiguous())
+    large = [x for x in plain if not isinstance(x, FakeTensor) and x.nbytes >= 2 * PAGESIZE]
+    if sys.platform != "linux" or sum(x.nbytes for x in large) < LEAST:
+        return
+    try:
+        rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return
+    files = [row[0].split("-") for row in rows if row[4] != "0"]
+    ranges = sorted((int(start, 16), int(stop, 16)) for start, stop in files)
+    for tensor in large:
+        begin = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
+        last = bisect_right(ranges, begin, key=lambda mapped: mapped[0]) - 1
+        if last >= 0 and end <= ranges[last][1]:  # advice: where the kernel does not know it, nothing happens
+            _call("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+
+
+def _call(function: str, *arguments: object) -> bool:
     """Call a function of the C library; returns False where it is another than that of Linux."""
     try:
         getattr(ctypes.CDLL(None), function)(*arguments)

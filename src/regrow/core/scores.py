@@ -10,10 +10,9 @@ from torch import Tensor
 
 from regrow.core.sources import Source
 
+# Axis key, or name of a parameter → tensor
 Tensors = Mapping[str, Tensor]
-"""Axis key, or name of a parameter → tensor."""
 SUMS = ("total", "square", "mean_total", "mean_square")
-"""The sums of :class:`Moments` that are tensors."""
 
 
 class Need(StrEnum):
@@ -27,15 +26,7 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of each unit of each axis: units with the lowest scores are cut first.
-
-    Args:
-        values: Axis key → importance per unit, ``[size]`` float64; higher is more worth keeping.
-        metric: The name of the importance measure: ``"wifv"``, ``"magnitude"``.
-        sources: The names of the sources on which it was measured; empty for measures that need no data.
-        tokens: How many positions (tokens or pixels) were measured.
-        notes: Remarks for the report.
-    """
+    """Importance of each unit of each axis, ``[size]`` float64: units with the lowest scores are cut first."""
 
     values: Tensors
     metric: str
@@ -113,15 +104,6 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
 
-    def __add__(self, other: "Statistics") -> "Statistics":
-        return Statistics(
-            self.source if self.source == other.source else f"{self.source}+{other.source}",
-            self.tokens + other.tokens,
-            _add_each(self.moments, other.moments),
-            _add_each(self.gradients, other.gradients),
-            _add_each(self.fisher, other.fisher),
-        )
-
     def accumulate(self, other: "Statistics") -> None:
         """Add other sums in place."""
         self.tokens += other.tokens
@@ -162,7 +144,9 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
         return parts[0]
     total, *rest = (replace(part, gradients={}) for part in parts)
     for part in rest:
-        total = total + part
+        total.accumulate(part)
+        if total.source != part.source:
+            total.source += f"+{part.source}"
     for name in dict.fromkeys(name for part in parts for name in part.gradients):  # one at a time: they are large
         first, *others = (part.gradients[name] for part in parts if name in part.gradients)
         total.gradients[name] = sum(others, start=first)
@@ -175,13 +159,7 @@ def _add_each(a: dict, b: dict) -> dict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Calibration measurements that a pruning method scores units with, per source.
-
-    Args:
-        statistics: Source name → the sums of its shards (as many shards as the method asks for).
-        data: Source name → the batches themselves, for methods that read them again.
-        notes: Remarks for the report on the sources (such as one that had to be split).
-    """
+    """Calibration measurements that a pruning method scores units with: per source the sums of its shards, and data."""
 
     statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
     data: Mapping[str, Source] = field(default_factory=dict)
@@ -193,14 +171,7 @@ class Evidence:
         return tuple(self.statistics)
 
     def pooled(self, *, gradients: bool = True) -> Statistics:
-        """Return the sums over all sources and shards.
-
-        Args:
-            gradients: Whether those of gradients are added up, too, which takes as much memory as the weights.
-
-        Raises:
-            ValueError: If nothing was measured.
-        """
+        """Return the sums over all sources and shards."""
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")

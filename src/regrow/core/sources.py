@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from regrow.core.errors import InputError, first_line
 
 R = TypeVar("R")
+# The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
-"""The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Batch:
             counted = self.labels.numel() if self.labels.is_floating_point() else int((self.labels != -100).sum())
             return counted if self.labels.dim() else 1
         inputs = [*self.args, *self.kwargs.values()]
-        return next((len(one) for one in inputs if isinstance(one, Tensor | list | tuple)), 1)
+        return next((len(value) for value in inputs if isinstance(value, Tensor | list | tuple)), 1)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on a device.
@@ -115,11 +115,7 @@ class Source:
 
 
 def visible_positions(batch: Batch) -> Tensor | None:
-    """Return which positions of a batch count, ``[sequences, tokens]`` bool; ``None`` if nothing is padding.
-
-    Args:
-        batch: The batch; a two-dimensional ``attention_mask`` says what is padding.
-    """
+    """Return which positions of a batch count, ``[sequences, tokens]`` bool; ``None`` if nothing is padding."""
     mask = batch.kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
         return None
@@ -127,23 +123,15 @@ def visible_positions(batch: Batch) -> Tensor | None:
 
 
 def generators_of(loader: object) -> list[torch.Generator]:
-    """Return the random generators of a ``DataLoader`` and its sampler; none for anything else.
-
-    Args:
-        loader: The loader.
-    """
-    owned = (getattr(one, "generator", None) for one in (loader, getattr(loader, "sampler", None)))
-    return [one for one in owned if isinstance(one, torch.Generator)]
+    """Return the random generators of a ``DataLoader`` and its sampler; none for anything else."""
+    owned = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
+    return [generator for generator in owned if isinstance(generator, torch.Generator)]
 
 
 @contextmanager
 def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
-    """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block.
-
-    Args:
-        *generators: Further generators that are left as they were.
-    """
-    states = [(one, one.get_state()) for one in generators]
+    """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block."""
+    states = [(generator, generator.get_state()) for generator in generators]
     plain, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -156,11 +144,7 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
 
 
 def seed_generators(*generators: torch.Generator) -> None:
-    """Seed the random generators of the CPU, and others, with 0.
-
-    Args:
-        *generators: The others.
-    """
+    """Seed the random generators of the CPU, and others, with 0."""
     torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
     random.seed(0)
     np.random.seed(0)
@@ -171,9 +155,6 @@ def seed_generators(*generators: torch.Generator) -> None:
 def describe(value: object) -> str:
     """Return the type and shape of an input or of labels, for messages.
 
-    Args:
-        value: The input.
-
     >>> describe(torch.zeros(2, 3)), describe([torch.tensor(1)])
     ('float32 [2, 3]', 'list')
     """
@@ -183,11 +164,7 @@ def describe(value: object) -> str:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a network's parameters; the CPU if it has none.
-
-    Args:
-        model: The network.
-    """
+    """Return the device of a network's parameters; the CPU if it has none."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
@@ -202,14 +179,11 @@ def moved(value: object, device: torch.device) -> Any:
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors on the CPU; those of one device are copied together, so that the host waits for it once.
 
-    Args:
-        tensors: The tensors, on any devices; those on the CPU are returned as they are.
-
     >>> [one.tolist() for one in to_host([torch.ones(2), torch.tensor(3)])]
     [[1.0, 1.0], 3]
     """
     result = list(tensors)
-    there = [i for i, one in enumerate(result) if one.device.type != "cpu" and one.numel()]
+    there = [i for i, tensor in enumerate(result) if tensor.device.type != "cpu" and tensor.numel()]
     there.sort(key=lambda i: -result[i].itemsize)  # so that each begins at a multiple of its own size
     chunks: list[list[int]] = []
     size = _CHUNK
@@ -222,22 +196,17 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     for chunk in chunks:
         parts = [result[i].contiguous().reshape(-1).view(torch.uint8) for i in chunk]
         joined = torch.cat(parts).cpu()
-        for i, part in zip(chunk, joined.split([len(one) for one in parts]), strict=True):
+        for i, part in zip(chunk, joined.split([len(tensor) for tensor in parts]), strict=True):
             result[i] = part.view(result[i].dtype).view(result[i].shape).clone()
-    return [one.cpu() for one in result]
+    return [tensor.cpu() for tensor in result]
 
 
+# The most bytes that are copied to the CPU together, since they are in the device's memory twice
 _CHUNK = 2**28
-"""The most bytes that are copied to the CPU together, since they are in the device's memory twice."""
 
 
 def move_tensors(record: R, device: torch.device) -> R:
-    """Return a frozen record with the tensors of its fields, also those in tuples and records, on a device.
-
-    Args:
-        record: An instance of a dataclass.
-        device: The device.
-    """
+    """Return a frozen record with the tensors of its fields, also those in tuples and records, on a device."""
 
     def part(value: object) -> object:
         if isinstance(value, Tensor):
@@ -246,23 +215,14 @@ def move_tensors(record: R, device: torch.device) -> R:
             return move_tensors(value, device)
         return tuple(map(part, value)) if type(value) is tuple else value
 
-    values = {one.name: part(getattr(record, one.name)) for one in fields(record)}  # type: ignore[arg-type]
-    return replace(record, **values)  # type: ignore[type-var]
+    names = [field_.name for field_ in fields(record)]  # type: ignore[arg-type]
+    return replace(record, **{name: part(getattr(record, name)) for name in names})  # type: ignore[type-var]
 
 
 def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
     """Return the batches of one training step: from the sources in turn, each source shuffled anew in every pass.
 
     The result depends on the step's number alone, so that training can be stopped and resumed.
-
-    Args:
-        sources: The batches of each source.
-        n: How many batches a step takes.
-        step: The index of the step, from 0.
-        seed: Seed of the shuffling.
-
-    Returns:
-        (index of the source, batch) pairs.
 
     >>> sorted((i, word) for step in (0, 1) for i, word in drawn([["a", "b"], ["c"]], 2, step))
     [(0, 'a'), (0, 'b'), (1, 'c'), (1, 'c')]
@@ -277,14 +237,7 @@ def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) 
 
 
 def logits_in(answer: Any) -> Tensor:
-    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]`` or its first.
-
-    Args:
-        answer: What the model returned.
-
-    Raises:
-        TypeError: If there is no tensor of logits.
-    """
+    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]``, its first."""
     result = getattr(answer, "logits", answer)
     if isinstance(result, dict):
         result = result.get("logits", result.get("out"))
@@ -297,10 +250,6 @@ def logits_in(answer: Any) -> Tensor:
 
 def labelled_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logits of the labelled positions, ``[positions, classes]``.
-
-    Args:
-        logits: ``[..., classes]``, or ``[batch, classes, ...]`` where that fits the labels.
-        labels: Class per position, −100 where a position is ignored; ``None``: all positions are returned.
 
     >>> labels = torch.tensor([[0, -100]])
     >>> labelled_logits(torch.zeros(1, 2, 5), labels).shape, labelled_logits(torch.zeros(1, 5, 2), labels).shape

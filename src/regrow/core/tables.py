@@ -4,20 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+# The largest number of rows that are shown; the rest are counted
 MOST_ROWS = 40
-"""The largest number of rows that are shown; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: a title, the headings of its columns, and its rows.
-
-    Args:
-        title: The title above it; may be empty.
-        columns: The headings.
-        rows: The cells of each row; their text is what ``str`` returns.
-        numbers: The indices of the columns that are aligned right.
-    """
+    """A table; the cells of the columns ``numbers`` are aligned right."""
 
     title: str
     columns: Sequence[str]

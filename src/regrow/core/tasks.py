@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,7 @@ class ExampleSet(Protocol):
         ...
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
-        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            seed: Seed of the shuffling; ``None``: in order.
-        """
+        """Yield all examples in batches of ``size``; a seed shuffles them and leaves out a last batch of one."""
         ...
 
     def take(self, indices: Tensor) -> "Examples":
@@ -75,14 +70,6 @@ class Examples:
         """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
 
         BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            seed: Seed of the shuffling; ``None``: in order.
-
-        >>> parts = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
-        >>> [len(batch) for batch in parts]
-        [2, 2]
         """
         return (self.take(part) for part in batch_indices(len(self), size, seed))
 
@@ -98,14 +85,15 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class _View:
-    """Examples that are read from others.
+class ExamplesView:
+    """Examples that are read from others: with changed inputs, or in batches of at most ``most``.
 
-    Args:
-        base: The others.
+    So many tasks share the memory of one; ``change``: (inputs ``[N, ...]``) → the changed inputs.
     """
 
     base: ExampleSet
+    change: Callable[[Any], Any] | None = None
+    most: int | None = None
 
     def __len__(self) -> int:
         return self._number
@@ -113,29 +101,6 @@ class _View:
     @cached_property
     def _number(self) -> int:
         return len(self.base)  # which may take a pass over them
-
-    def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory."""
-        return self.base.take(indices)
-
-    def subset(self, indices: Tensor) -> Self:
-        """Return some of the examples as a set that is read in the same way."""
-        return replace(self, base=self.base.subset(indices))
-
-    def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples, if they are known without reading the examples."""
-        return self.base.labels_of()
-
-
-@dataclass(frozen=True)
-class ChangedExamples(_View):
-    """Examples whose inputs are changed when they are read, so that many tasks share the memory of one.
-
-    Args:
-        change: (inputs ``[N, ...]``) → the changed inputs.
-    """
-
-    change: Callable[[Any], Any]
 
     @property
     def inputs(self) -> Any:
@@ -149,27 +114,22 @@ class ChangedExamples(_View):
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
         """Yield all examples in batches, as :meth:`Examples.batches`."""
-        return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))
+        return map(self._changed, self.base.batches(size if self.most is None else min(size, self.most), seed))
 
     def take(self, indices: Tensor) -> Examples:
         """Return some of the examples, in memory."""
-        some = self.base.take(indices)
-        return Examples(self.change(some.inputs), some.labels)
+        return self._changed(self.base.take(indices))
 
+    def subset(self, indices: Tensor) -> "ExamplesView":
+        """Return some of the examples as a set that is read in the same way."""
+        return replace(self, base=self.base.subset(indices))
 
-@dataclass(frozen=True)
-class CappedExamples(_View):
-    """Examples that come in batches of at most ``most``, for networks whose outputs are large.
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, if they are known without reading the examples."""
+        return self.base.labels_of()
 
-    Args:
-        most: The largest batch.
-    """
-
-    most: int
-
-    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches of at most ``most``, as :meth:`Examples.batches`."""
-        return self.base.batches(min(size, self.most), seed)
+    def _changed(self, examples: Examples) -> Examples:
+        return examples if self.change is None else Examples(self.change(examples.inputs), examples.labels)
 
 
 def first_examples(examples: ExampleSet, n: int) -> Examples:
@@ -183,13 +143,7 @@ def input_shape(examples: ExampleSet) -> tuple[int, ...]:
 
 
 def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor]:
-    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`.
-
-    Args:
-        n: The number of examples.
-        size: Examples per batch; the last batch may have fewer.
-        seed: Seed of the shuffling; ``None``: in order.
-    """
+    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`."""
     order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     parts = order.split(size)
     single = seed is not None and n % size == 1 < min(n, size)  # the last part
@@ -222,27 +176,12 @@ def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Ba
 
 
 def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
-    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
-
-    Args:
-        model: The network.
-        inputs: The inputs, which are moved to the network's device.
-        device: That device, if it is known.
-        where: What error messages call a batch of a user's data.
-
-    Raises:
-        InputError: If the network cannot take the inputs of a user's batch.
-    """
+    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
     return pack_batch(moved(inputs, device or device_of(model)), where=where).run(model)
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:
     """Mask logits with −∞ for every class that may not be predicted.
-
-    Args:
-        logits: ``[N, outputs]``.
-        classes: Which of the first outputs may be predicted, ``[classes]`` or ``[N, classes]`` bool; all further
-            outputs are masked. ``None``: nothing is masked.
 
     >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
     [[0.0, -inf, -inf]]
@@ -257,15 +196,7 @@ def among(logits: Tensor, classes: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a continual-learning sequence: its training and test examples and its classes.
-
-    Args:
-        name: What results call it.
-        train: The training examples.
-        test: The test examples, never trained on.
-        classes: The class indices of the task, ascending.
-        gone: Whether its data are no longer available, so that a few zeros replace them and it is not evaluated.
-    """
+    """One task of a continual-learning sequence; a few zeros replace the data of one that are ``gone``."""
 
     name: str
     train: ExampleSet
@@ -276,5 +207,5 @@ class Task:
     @classmethod
     def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
         """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples."""
-        blank = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
+        blank = Examples(torch.zeros((2, *shape)), torch.full((2,), classes[0]))
         return cls(name, blank, blank, classes, gone=True)

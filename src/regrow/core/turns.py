@@ -7,8 +7,8 @@ from contextvars import copy_context
 
 import torch
 
+# A context manager that gives a thread the state of another
 State = Callable[[], AbstractContextManager[None]]
-"""A context manager that gives a thread the state of another."""
 
 
 class StopRunError(BaseException):
@@ -18,8 +18,8 @@ class StopRunError(BaseException):
 def capture_state() -> State:
     """Return a function that gives another thread this one's default device, autocast and inference mode."""
     device, inference = torch.get_default_device(), torch.is_inference_mode_enabled()
-    types = [one for one in ("cpu", "cuda") if torch.is_autocast_enabled(one)]
-    casts = [(one, torch.get_autocast_dtype(one)) for one in types]
+    types = [device_type for device_type in ("cpu", "cuda") if torch.is_autocast_enabled(device_type)]
+    casts = [(device_type, torch.get_autocast_dtype(device_type)) for device_type in types]
 
     @contextmanager
     def restored() -> Iterator[None]:
@@ -59,14 +59,7 @@ class Turns:
         self._error: BaseException | None = None
 
     def wait(self, number: int) -> None:
-        """Return once all other runs have waited, or ended, since this one last ran.
-
-        Args:
-            number: The number of the run that waits, from 0.
-
-        Raises:
-            StopRunError: If another run has raised an error meanwhile, or the user has interrupted all.
-        """
+        """Return once all other runs have waited, or ended, since this one last ran."""
         if self.count > 1:
             self._gates[self._following(number)].release()
             self._gates[number].acquire()
@@ -74,14 +67,7 @@ class Turns:
                 raise StopRunError
 
     def run(self, work: Callable[[int], object]) -> None:
-        """Run a function once per number, each in a thread, to its end; a single one runs in this thread.
-
-        Args:
-            work: The function, of the number of the run.
-
-        Raises:
-            BaseException: The first error of a run; the others are ended.
-        """
+        """Run a function once per number, each in a thread, to its end; a single one runs in this thread."""
         if self.count == 1:
             work(0)
             return

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from regrow.core.errors import first_line
 from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch
-from regrow.core.tasks import CappedExamples, Examples, ExampleSet, Task, batch_indices
+from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, batch_indices
 from regrow.data import batch_forms, batch_streams
 from regrow.data.batch_forms import DEFAULTS, ReadOptions, are_labels, check_input, check_labels, is_entries
 from regrow.data.batch_streams import BatchStream, guarded
@@ -132,8 +132,8 @@ def to_examples(data: Any, reading: ReadOptions = DEFAULTS, name: str = "data") 
 
 def fix_order(examples: ExampleSet) -> ExampleSet:
     """Return examples that come in the same order each time: those of a loader, which may shuffle, in memory."""
-    if isinstance(examples, CappedExamples):
-        return CappedExamples(fix_order(examples.base), examples.most)
+    if isinstance(examples, ExamplesView):
+        return replace(examples, base=fix_order(examples.base))
     return join_examples(examples.batches(0)) if isinstance(examples, LoadedExamples) else examples
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regrow.core.limits import check_memory, check_regular, expanded, read_content
 from regrow.core.names import DIGITS, find_data_problem
-from regrow.core.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
+from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, input_shape
 from regrow.data.datasets import StreamedExamples
 from regrow.data.halves import MissingError, SourceError
 from regrow.data.vision import PictureFiles, check_pixels, image_files, normalise_, open_image, read_digits
@@ -198,7 +198,7 @@ def fewer(base: Task, train: int, test: int, seed: int = 0) -> Task:
 
 
 def _changed(base: Task, name: str, change: Callable[[Tensor], Tensor]) -> Task:
-    return replace(base, name=name, train=ChangedExamples(base.train, change), test=ChangedExamples(base.test, change))
+    return replace(base, name=name, train=ExamplesView(base.train, change), test=ExamplesView(base.test, change))
 
 
 def _idx(folder: Path, name: str, dims: int) -> Tensor:

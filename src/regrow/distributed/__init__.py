@@ -84,17 +84,17 @@ def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Ma
         return "cpu"
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     number = 0 if gpus == 1 and visible and "," not in visible else ranks.local
-    own = f"cuda:{number}"
-    if name not in ("auto", "cuda", own):
+    device = f"cuda:{number}"
+    if name not in ("auto", "cuda", device):
         raise InputError(
             f"several processes run on the CPU or on a GPU each, got --device {name}; use cpu, or cuda: {ranks} gets "
-            f"{own}"
+            f"{device}"
         )
     if number >= gpus:
         raise ResourceError(
-            f"{ranks} needs {own}, and this machine has {gpus} GPUs; start a process per GPU, or use --device cpu"
+            f"{ranks} needs {device}, and this machine has {gpus} GPUs; start a process per GPU, or use --device cpu"
         )
-    return own
+    return device
 
 
 def choose_backend(gpus: int, nccl: bool) -> str:

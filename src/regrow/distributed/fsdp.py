@@ -53,8 +53,8 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _shard(model: nn.Module, blocks: Sequence[str], mesh: DeviceMesh) -> nn.Module:
-    own: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    copy = deepcopy(model, own)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copy = deepcopy(model, shared)
     for path in (*blocks, ""):
         fully_shard(copy.get_submodule(path), mesh=mesh, reshard_after_forward=True)
         for parameter in model.get_submodule(path).parameters():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from regrow.core.errors import ResourceError
 from regrow.distributed import ProcessRank, choose_backend
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -31,31 +34,12 @@ NOTICE = 4.0
 RESUME = "the same command resumes the run"
 
 
-class Store(Protocol):
-    """What all processes share: bytes by name, as ``torch.distributed.Store`` has them."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Set a value."""
-
-    def get(self, key: str, /) -> bytes:
-        """Return a value, waiting until it is set."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all values are set."""
-
-
 @dataclass
 class Watch:
-    """Watches the other ranks from a thread of its own.
-
-    Args:
-        ranks: The processes.
-        store: The store that all share.
-        lost: Called in the watching thread, once, with one line that says which rank has ended; ends the process.
-    """
+    """Watches the other ranks from a thread of its own."""
 
     ranks: ProcessRank
-    store: Store
+    store: "Store"
     lost: Callable[[str], None]
     closing: threading.Event = field(default_factory=threading.Event)
     terminated: float = 0.0
@@ -121,7 +105,7 @@ class Watch:
 
 
 @contextmanager
-def watching(ranks: ProcessRank, store: Store, lost: Callable[[str], None]) -> Iterator[Watch]:
+def watching(ranks: ProcessRank, store: "Store", lost: Callable[[str], None]) -> Iterator[Watch]:
     """Watch the other ranks inside the ``with`` block.
 
     SIGTERM, by which torchrun ends all ranks once one has failed, ends the process through ``lost``, with the reason.

@@ -36,7 +36,7 @@ class Outbox:
         plain = [tensor.contiguous() for tensor in tensors]
         forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
         text = _text({"record": record, "tensors": forms})
-        for part in (torch.tensor([len(text)]), text, *(_as_bytes(tensor) for tensor in plain if tensor.numel())):
+        for part in (torch.tensor([len(text)]), text, *(as_bytes(tensor) for tensor in plain if tensor.numel())):
             self.waiting.append((dist.isend(part, 0), part))
             self.bytes += part.nbytes
         while self.bytes > PENDING:
@@ -63,7 +63,7 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
     tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in message["tensors"]]
     for tensor in tensors:
         if tensor.numel():
-            dist.recv(_as_bytes(tensor), rank)
+            dist.recv(as_bytes(tensor), rank)
     return message["record"], tensors
 
 
@@ -113,17 +113,17 @@ def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             here = tensor.detach().cpu().contiguous()
             if here.numel():
-                dist.broadcast(_as_bytes(here), 0)
+                dist.broadcast(as_bytes(here), 0)
             if not ranks.leads:
                 tensor.copy_(here)
 
 
-def broadcast_file(ranks: ProcessRank, path: Path, place: Path) -> Path:
+def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
     """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist."""
     if not ranks.several:
         return path
     left = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
-    target = path if ranks.leads else place / path.name
+    target = path if ranks.leads else folder / path.name
     if left < 0:
         return target
     with target.open("rb" if ranks.leads else "wb") as file:
@@ -143,15 +143,16 @@ def checksum(tensor: Tensor) -> int:
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
     """
-    own = tensor.detach().cpu().contiguous()
-    return zlib.crc32(_as_bytes(own).numpy().data) if own.numel() else 0
+    plain = tensor.detach().cpu().contiguous()
+    return zlib.crc32(as_bytes(plain).numpy().data) if plain.numel() else 0
 
 
 def _text(record: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor as bytes."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -198,7 +199,10 @@ class Parallel:
         if not self.ranks.several:
             return loss
         if not self.fsdp:
-            _sum_gradients([one for one in parameters if one.requires_grad], self.ranks.size if self.by_rows else 1)
+            _sum_gradients(
+                [parameter for parameter in parameters if parameter.requires_grad],
+                self.ranks.size if self.by_rows else 1,
+            )
         if self.by_rows:
             return loss
         total = torch.tensor(loss, dtype=torch.float64)
@@ -209,12 +213,13 @@ class Parallel:
         """Return the decision of rank 0."""
         return bool(broadcast_record(self.ranks, holds))
 
-    def check_same(self, what: str, *data: object) -> None:
-        """Raise ResourceError on every rank unless all have the same data."""
+    def check_same(self, what: str, data: object) -> None:
+        """Raise ResourceError on every rank unless all have the same data, such as a list of tensors."""
         if not self.ranks.several:
             return
-        own = zlib.crc32(repr([checksum(one) if isinstance(one, Tensor) else one for one in data]).encode())
-        if not everywhere(self.ranks, broadcast_record(self.ranks, own) == own):
+        parts = data if isinstance(data, list) else [data]
+        digest = zlib.crc32(repr([checksum(part) if isinstance(part, Tensor) else part for part in parts]).encode())
+        if not everywhere(self.ranks, broadcast_record(self.ranks, digest) == digest):
             raise ResourceError(
                 f"the processes have computed different {what} from the same data, as different kinds of CPU may; "
                 "start them on machines of one kind, with the same number of threads and version of torch"
@@ -224,10 +229,10 @@ class Parallel:
         """Return the value of each item, on all ranks; each rank computes its share."""
         size, last = self.ranks.size, len(items) - 1
         # All ranks call the function equally often: a sharded network runs on all of them at once.
-        own = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
+        computed = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
         if size == 1:
-            return own
-        here = torch.tensor(own, dtype=torch.float64)
+            return computed
+        here = torch.tensor(computed, dtype=torch.float64)
         parts = [torch.empty_like(here) for _ in range(size)]
         dist.all_gather(parts, here)
         return [float(parts[i % size][i // size]) for i in range(len(items))]
@@ -245,19 +250,19 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:
     """Sum the gradients of all ranks over ``divisor``, in place; a parameter that no rank has one of stays without."""
-    there = torch.tensor([one.grad is not None for one in parameters], dtype=torch.uint8)
+    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     if len(there):
         dist.all_reduce(there, dist.ReduceOp.MAX)
-    parameters = [one for one, holds in zip(parameters, there.tolist(), strict=True) if holds]
-    for one in parameters:
-        if one.grad is None:
-            one.grad = torch.zeros_like(one)
+    parameters = [parameter for parameter, holds in zip(parameters, there.tolist(), strict=True) if holds]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     bucket: list[Tensor] = []
-    for i, one in enumerate(parameters):
-        assert one.grad is not None
-        bucket.append(one.grad)
+    for i, parameter in enumerate(parameters):
+        assert parameter.grad is not None
+        bucket.append(parameter.grad)
         following = parameters[i + 1] if i + 1 < len(parameters) else None
-        if following is None or following.dtype != one.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
+        if following is None or following.dtype != parameter.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
             joined = torch.cat([grad.reshape(-1) for grad in bucket])
             dist.all_reduce(joined)
             if divisor > 1:

@@ -30,7 +30,7 @@ from regrow.nets.language import (
 )
 from regrow.nets.loaded import guessed_example
 from regrow.store import portable
-from regrow.store.pretrained import update_origin
+from regrow.store.portable import update_origin
 from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -29,8 +29,8 @@ from regrow.settings.declaration import check_settings
 from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
+from regrow.surgery.output_comparison import shallow_copy
 from regrow.surgery.runner import Answers
-from regrow.surgery.whole import shallow_copy
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies

@@ -41,13 +41,12 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import check_repeatable, convert_settings
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, read_start, write_checkpoint
 from regrow.training.continual import TaskSchedule, accuracy_matrix, untrained_accuracies
 from regrow.training.continual import learn as train_tasks
-from regrow.training.fit import Fitted
+from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.schedule import NO_AXES
-from regrow.training.state import TrainState
+from regrow.training.state import CHECKPOINT, TrainState, check_checkpoint, read_start, write_checkpoint
 from regrow.training.step import is_settled
 
 
@@ -127,17 +126,8 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
         if ranks.leads and inputs.checkpoint:
             write_checkpoint(file, context.model, now, logged=rows.events if record.kept else None)
 
-    fitted = train_tasks(
-        model,
-        axes,
-        tasks,
-        learner,
-        schedule,
-        state=state,
-        checkpoint=keep,
-        progress=run.progress,
-        parallel=Parallel(ranks, by_rows=True),
-    )
+    options = FitOptions(checkpoint=keep, progress=run.progress, parallel=Parallel(ranks, by_rows=True))
+    fitted = train_tasks(model, axes, tasks, learner, schedule, state=state, options=options)
     write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[-1], len(tasks) - 1))
     return fitted
 

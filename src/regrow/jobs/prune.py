@@ -45,7 +45,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
 from regrow.streaming.requirements import record_peak
 from regrow.training import tune
-from regrow.training.checkpoint import FORMAT
+from regrow.training.state import FORMAT
 
 Perplexities = Mapping[str, evaluation.Perplexity]
 

@@ -21,7 +21,7 @@ from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder, WritePage
 from regrow.store.weights import OutsideTensors
-from regrow.training.checkpoint import History
+from regrow.training.state import History
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -30,7 +30,7 @@ from regrow.store.run_record import RUN, check_repeatable, convert_settings
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint
 from regrow.tracing.meta_copy import copy_model
-from regrow.training import checkpoint as training
+from regrow.training import state as training
 
 
 def recover(

@@ -48,11 +48,10 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.checkpoint import CHECKPOINT, History, read_start, write_checkpoint
 from regrow.training.continual import learn
-from regrow.training.fit import Fitted, finish
+from regrow.training.fit import FitOptions, Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
-from regrow.training.state import TrainState
+from regrow.training.state import CHECKPOINT, History, TrainState, read_start, write_checkpoint
 
 RETRAINING = "retraining.safetensors"
 GIVEN = ("target", "measure", "stages", "seed")
@@ -244,12 +243,14 @@ def _search(
             search.learner,
             inputs.schedule,
             state=state,
-            undo=undo,
-            checkpoint=write,
-            around=watch,
-            log=log.log,
-            progress=run.progress,
-            parallel=Parallel(run.ranks, by_rows=True),
+            options=FitOptions(
+                undo=undo,
+                checkpoint=write,
+                around=watch,
+                log=log.log,
+                progress=run.progress,
+                parallel=Parallel(run.ranks, by_rows=True),
+            ),
         )
     else:
         begun = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
@@ -320,17 +321,8 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
 
     history = History() if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
-    fitted = learn(
-        model,
-        axes,
-        [parts.whole],
-        learner,
-        schedule,
-        state=state,
-        checkpoint=write,
-        progress=run.progress,
-        parallel=Parallel(run.ranks, by_rows=True),
-    )
+    options = FitOptions(checkpoint=write, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
+    fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, options=options)
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
     fold_scales(fitted.model)
     return fitted.model.eval()

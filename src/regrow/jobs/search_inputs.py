@@ -17,7 +17,7 @@ from regrow.core.candidates import candidates_in
 from regrow.core.names import names_code
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, device_of, moved
-from regrow.core.tasks import CappedExamples, ExampleSet, Task, first_examples, pack_batch
+from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation import Latency, latency
@@ -88,7 +88,7 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
         raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
     held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
     if text:
-        held = CappedExamples(held, WINDOWS)
+        held = ExamplesView(held, most=WINDOWS)
     flags = start.example.kwargs if start and text else {}
     return Parts(
         search=Task("search", learned, held, base.classes),

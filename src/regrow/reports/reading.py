@@ -22,7 +22,7 @@ from regrow.store.errors import StoreError
 from regrow.store.metrics import Metrics
 from regrow.store.replacing import WORK, settle
 from regrow.store.run_record import read_run as read_settings
-from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, PlanJson, RunJson, ScoreSummary, StageJson
+from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, PlanRecord, RunJson, ScoreSummary, StageJson
 
 ABSENT = {
     "ledger.json": "the plan: which units stayed",
@@ -165,7 +165,7 @@ def _read_plans(folder: RunRecord) -> list[dict[str, Any]]:
     path, plans = folder.path / "ledger.json", []
     if (data := read_json(path)) is not None:
         plans = expand_plans(convert(data, LedgerJson, path.name).plans, path.stat().st_size)
-        convert({"plans": plans}, dict[str, list[PlanJson]], path.name)
+        convert({"plans": plans}, dict[str, list[PlanRecord]], path.name)
     earlier = folder.run.parent.plans if folder.run.parent else 0
     return list(clean(plans[-1:] if folder.run.verb == "recover" else plans[earlier:]))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 
 from regrow.reports import quantities
-from regrow.store.measurements import Figure, SizeRow
+from regrow.store.metrics import Figure, SizeRow
 from regrow.store.schemas import Count
 
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1.001)] | None

@@ -24,7 +24,7 @@ from regrow.reports.records import (
     SourceRow,
     geometric_mean,
 )
-from regrow.store.measurements import BudgetRow, Figure
+from regrow.store.metrics import BudgetRow, Figure
 from regrow.store.schemas import Count, StageJson
 
 

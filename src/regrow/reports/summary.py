@@ -22,7 +22,7 @@ from regrow.reports.records import (
 )
 from regrow.reports.runs import AccuracyMatrix, Course, LearnedTask, Run, ShapeChange, Summary
 from regrow.reports.search import search
-from regrow.store.measurements import BudgetRow, SizeRow
+from regrow.store.metrics import BudgetRow, SizeRow
 from regrow.store.schemas import StageJson
 
 FORMAT = "regrow-summary/1"

@@ -81,8 +81,8 @@ def lock(folder: Path) -> Lock:
 
 def _holder(handle: int) -> str:
     """Return `` (process N)`` for the process that has locked an open folder; empty if it is not known."""
-    place = os.fstat(handle)
-    wanted = f"{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}:{place.st_ino}"
+    status = os.fstat(handle)
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             parts = line.split()
@@ -174,15 +174,17 @@ def leftovers(path: Path) -> list[Path]:
     """Return the unfinished folders beside ``path`` that were to become it, of live processes too."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
-    return sorted(one for one in entries if name.fullmatch(one.name) and one.is_dir() and not one.is_symlink())
+    return sorted(
+        entry for entry in entries if name.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
+    )
 
 
 def sweep(path: Path) -> None:
     """Delete the unfinished folders that killed processes left beside ``path``."""
-    for one in leftovers(path):
-        with contextlib.suppress(LockedError, FileNotFoundError), lock(one) as owner:
+    for leftover in leftovers(path):
+        with contextlib.suppress(LockedError, FileNotFoundError), lock(leftover) as owner:
             if owner.sure:
-                shutil.rmtree(one, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 JSON = (".json",)
@@ -196,11 +198,7 @@ _RECORDS = ("run.json", "shapes.json", "config.json")
 def check_output(
     path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = (), *, streams: bool = False
 ) -> Path:
-    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed.
-
-    Returns:
-        The file to write: ``path``, or the target if it is a symbolic link.
-    """
+    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed."""
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
         try:
@@ -215,7 +213,7 @@ def check_output(
         raise StoreError(f"{path} is a device, a FIFO or the standard output; name a regular file")
     if not stat.S_ISREG(status.st_mode):
         check_readable(path)
-    if any(_is_same(status, one) for one in inputs):
+    if any(_is_same(status, file) for file in inputs):
         raise StoreError(f"{path} is an input of this command; name another output file")
     if target.suffix.lower() not in suffixes:
         raise StoreError(f"{path} exists and is not a {suffixes[0]} file; name a new file")

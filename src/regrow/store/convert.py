@@ -1,7 +1,8 @@
 """Read and validate JSON data strictly: errors name the file, field, value and remedy in one line."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
     regrow.store.errors.StoreError: run.json: names is 'a': Expected `int`, got `str`; restore it
     """
     try:
-        return msgspec.convert(data, kind, strict=True)
+        return msgspec.convert(data, kind, strict=True, str_keys=True)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         text, _, path = str(error).rpartition(" - at `") if " - at `" in str(error) else (str(error), "", "")
         place, value = _locate(data, kind, path.rstrip("`"), str(error))
@@ -34,6 +35,24 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
             shown = repr(value)
             text = f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}: {text}"
         raise StoreError(f"{where}: {text}; {remedy}" if where else f"{text}; {remedy}") from None
+
+
+def check_fields(data: object, written: object) -> None:
+    """Raise StoreError unless JSON data have the fields that writing what was read from them gives, at any depth.
+
+    >>> check_fields({"a": [{"b": 1, "c": 2}]}, {"a": [{"b": 1}]})
+    Traceback (most recent call last):
+    ...
+    regrow.store.errors.StoreError: unknown field `c`; restore it
+    """
+    if isinstance(data, dict) and isinstance(written, dict):
+        if (name := min(data.keys() ^ written.keys(), default=None)) is not None:
+            raise StoreError(f"{'unknown' if name in data else 'missing required'} field `{name:.80}`; restore it")
+        for name, value in data.items():
+            check_fields(value, written[name])
+    elif isinstance(data, list) and isinstance(written, list | tuple) and data and isinstance(data[0], dict | list):
+        for value, other in zip(data, written, strict=True):
+            check_fields(value, other)
 
 
 def check_format(data: object, known: str, where: str | Path, remedy: str = "run it again") -> None:
@@ -49,12 +68,25 @@ def check_format(data: object, known: str, where: str | Path, remedy: str = "run
     raise StoreError(f"{where} is not of the format {known!r}; restore it")
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file that may be hostile; ``None`` if it does not exist."""
     try:
-        return limits.read_json(path, most) if path.exists() else None
+        return limits.read_json(path, max_bytes) if path.exists() else None
     except InputError as error:
         raise StoreError(str(error)) from None
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
+
+    >>> replace_nonfinite({"loss": float("nan"), "steps": (1, 2)})
+    {'loss': None, 'steps': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): replace_nonfinite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_nonfinite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _locate(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
@@ -65,10 +97,9 @@ def _locate(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
         if step == "...":
             if not isinstance(value, Mapping):
                 break
-            found = next((key for key in value if _fails(data, kind, [*place, key], message)), None)
-            if found is None:
+            step = next((key for key in value if _fails(data, kind, [*place, key], message)), None)
+            if step is None:
                 break
-            step = found
         try:
             value = value[int(step)] if isinstance(value, list | tuple) else value[step]
         except (KeyError, IndexError, TypeError, ValueError):
@@ -80,7 +111,7 @@ def _locate(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
 def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
     """Whether the same error occurs if a dict holds one entry alone."""
     try:
-        msgspec.convert(_isolate(data, place), kind, strict=True)
+        msgspec.convert(_isolate(data, place), kind, strict=True, str_keys=True)
     except msgspec.ValidationError as error:
         return str(error) == message
     return False
@@ -113,7 +144,7 @@ def to_intervals(numbers: Sequence[Any]) -> list[Any]:
     if any(type(number) is not int or number < 0 for number in numbers):
         return list(numbers)
     result: list[int | list[int]] = []
-    for _, row in groupby(enumerate(numbers), key=lambda one: one[1] - one[0]):
+    for _, row in groupby(enumerate(numbers), key=lambda entry: entry[1] - entry[0]):
         part = [number for _, number in row]
         result += [[part[0], part[-1]]] if len(part) > 2 else part
     return result
@@ -131,41 +162,31 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
     return result
 
 
-def shorten_plan(plan: object) -> Any:
-    """Return a plan (JSON data) with its unit numbers as intervals; anything that is not a plan is unchanged."""
-    return _convert_changes(plan, to_intervals)
+def shorten_plan(plan: Any) -> Any:
+    """Write the unit numbers of a plan (JSON data) as intervals, in place; anything that is not a plan is unchanged."""
+    for change, name in _unit_lists(plan):
+        change[name] = to_intervals(change[name])
+    return plan
 
 
-def expand_plans(plans: Iterable[object], length: int) -> list[Any]:
-    """Return the plans of a ledger (JSON data) with intervals expanded: undoes :func:`shorten_plan`."""
-    plans = list(plans)
-    numbers = sum(_length(entry) for plan in plans for change in _changes(plan) for entry in _entries(change))
+def expand_plans(plans: list[Any], length: int) -> list[Any]:
+    """Expand the intervals in the plans of a ledger of ``length`` bytes, in place: undoes :func:`shorten_plan`."""
+    lists = [row for plan in plans for row in _unit_lists(plan)]
+    numbers = sum(_length(entry) for change, name in lists for entry in change[name])
     if numbers > _FEW + _RATIO * length:
         raise StoreError(f"its intervals name {numbers:,} units, which is no plan of a network; restore it")
     check_memory(_BYTES * numbers, f"a ledger that names {numbers:,} units", "read it on a larger machine")
-    return [_convert_changes(plan, from_intervals) for plan in plans]
+    for change, name in lists:
+        change[name] = from_intervals(change[name])
+    return plans
 
 
-def _convert_changes(plan: Any, convert: Callable[[list[Any]], list[Any]]) -> Any:
-    if not _changes(plan):
-        return plan
-    changes = {
-        key: {name: convert(one) if name in _LISTS and isinstance(one, list) else one for name, one in change.items()}
-        if isinstance(change, dict)
-        else change
-        for key, change in plan["changes"].items()
-    }
-    return {**plan, "changes": changes}
-
-
-def _changes(plan: Any) -> list[Any]:
+def _unit_lists(plan: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (change, field) of every list of unit numbers in a plan, which may be no plan at all."""
     changes = plan.get("changes") if isinstance(plan, dict) else None
-    return list(changes.values()) if isinstance(changes, dict) else []
-
-
-def _entries(change: Any) -> Iterable[Any]:
-    lists = [change.get(name) for name in _LISTS] if isinstance(change, dict) else []
-    return (entry for one in lists if isinstance(one, list) for entry in one)
+    for change in changes.values() if isinstance(changes, dict) else ():
+        if isinstance(change, dict):
+            yield from ((change, name) for name in _LISTS if isinstance(change.get(name), list))
 
 
 def _length(entry: Any) -> int:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from regrow.core.errors import InputError
 from regrow.core.limits import check_regular
 
@@ -32,7 +30,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = _number(error)
-        if number is None and not isinstance(error, OSError | SafetensorError):
+        if number is None and not isinstance(error, OSError):
             raise
         known = number is None or (isinstance(error, OSError) and error.errno is not None)
         cause = error if known else OSError(number, os.strerror(number or 0))

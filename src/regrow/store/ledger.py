@@ -1,27 +1,25 @@
-"""The ledger of a run: every plan applied to the network, in order, so that it can be replayed, and what cuts removed.
+"""The ledger of a run: every plan applied to the network, in order, so that it can be replayed.
 
 Unit ids are written as intervals (:mod:`regrow.store.convert`).
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from torch import nn
 
 from regrow.core.axes import AxisGraph
+from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import FORMAT as PLAN_FORMAT
 from regrow.core.plan import Plan, PlanError
 from regrow.store import schemas
 from regrow.store.atomic import write_text
-from regrow.store.convert import check_format, convert, expand_plans, read_json, shorten_plan
+from regrow.store.convert import check_fields, check_format, convert, expand_plans, read_json, shorten_plan
 from regrow.store.errors import StoreError
-from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
-from regrow.surgery.undo_store import FORMAT as UNDO_FORMAT
 from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/2"
@@ -31,15 +29,10 @@ _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
 @dataclass(frozen=True)
 class Ledger:
-    """File with every plan that was applied to a network, in order; append to it, read it, or cut its end off.
+    """File with every plan that was applied to a network, in order; append to it, read it, or cut its end off."""
 
-    Args:
-        path: The ``ledger.json`` of a run; it need not exist yet.
-        skip: How many plans at the head of the file belong to earlier runs; they are neither read nor removed.
-    """
-
-    path: Path
-    skip: int = 0
+    path: Path  # the ledger.json of a run; it need not exist yet
+    skip: int = 0  # how many plans at the head of the file belong to earlier runs; they are neither read nor removed
 
     def plans(self) -> tuple[Plan, ...]:
         """Return every plan, in the order in which they were applied; empty if there is no file."""
@@ -98,10 +91,14 @@ def _line(plan: Any) -> str:
 
 
 def read_plan(data: object) -> Plan:
-    """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors."""
-    if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
-        convert(data, schemas.PlanJson)
-    return Plan.from_json(json.dumps(data))
+    """Read a plan from JSON data strictly: missing, unknown and mistyped fields are errors that name the field."""
+    if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
+        raise PlanError(f"not a plan: expected the format {PLAN_FORMAT!r}")
+    drop = convert({"drop": data.get("drop")}, dict[str, dict[str, dict[str, Placeholder]]])["drop"]
+    plan = convert(data | {"drop": {}}, Plan)
+    plan = replace(plan, drop={path: Branch(path, placeholders) for path, placeholders in drop.items()})
+    check_fields(data, json.loads(plan.to_json()))
+    return plan
 
 
 def replay(
@@ -110,9 +107,6 @@ def replay(
     """Apply plans one after the other to the model they were made for, to get the same shapes again.
 
     A plan that restores units restores those that the plans before it cut, with the weights that this model has.
-
-    Returns:
-        The model, and its axes as they are now.
     """
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
@@ -127,19 +121,3 @@ def with_branches_of(plans: Iterable[Plan], model: nn.Module, axes: AxisGraph) -
     """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name."""
     unknown = any(path not in axes.branches for plan in plans for path in plan.drop)
     return with_branches(model, axes) if unknown else axes
-
-
-def write_undo_store(path: Path, undo: UndoStore) -> None:
-    """Write the units that cuts removed from a network to a file."""
-    write_tensors(path, undo.tensors(), {"undo_store": undo.record()}, UNDO_FORMAT)
-
-
-def read_undo_store(path: Path) -> UndoStore:
-    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote."""
-    try:
-        header, tensors = read_tensors(path, UNDO_FORMAT)
-        record = convert(header.get("undo_store"), schemas.UndoStoreHeader)
-        return UndoStore.read(msgspec.to_builtins(record), tensors)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        why = " ".join(str(error).removeprefix(f"{path} ").split())[:200]
-        raise StoreError(f"{path} holds no undo store that can be used ({why}); restore the file") from None

@@ -2,22 +2,224 @@
 
 import contextlib
 import json
-import math
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json
-from regrow.store import schemas
 from regrow.store.atomic import write_all, write_bytes
-from regrow.store.convert import convert
+from regrow.store.convert import convert, replace_nonfinite
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
-from regrow.store.measurements import KINDS
+from regrow.store.schemas import Count
+
+Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+Figure = Number | None  # a number; None if it was not finite
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class MetricsRow(msgspec.Struct, frozen=True):
+    """A line of ``metrics.jsonl``, with its kind in ``what``."""
+
+    what: str
+
+
+class SizeRow(msgspec.Struct, frozen=True):
+    """The size of a model: parameters, multiply–accumulates of one example, bytes."""
+
+    model: str  # which model of the run: "dense", "cut" (before its layers are fitted), "pruned", "recovered"
+    params_all: Count
+    params_counted: Count  # the weights of which keep is a fraction (AxisGraph.counted)
+    macs: Count
+    bytes: Count  # bytes of the weights on disk in dtype
+    dtype: str = ""  # the dtype in which bytes are counted
+
+
+class PerplexityRow(msgspec.Struct, frozen=True):
+    """The perplexity of a model on a source, with the negative log-likelihood (``nll``) and standard error."""
+
+    model: str
+    source: str
+    ppl: Figure
+    nll: Figure  # the mean negative log-likelihood, in nats per token
+    seen: bool = False  # whether importance was measured on this source
+    se: Figure = None  # the standard error of nll
+    tokens: Count | None = None  # the number of labelled positions
+    bits_per_byte: Figure = None  # bits per UTF-8 byte of the text
+    nll_per_window: list[Figure] = []  # the summed negative log-likelihood of each window, in nats
+
+
+class ChoiceRow(msgspec.Struct, frozen=True):
+    """The accuracy of a model on a multiple-choice task or a source, with its standard error."""
+
+    model: str
+    task: str
+    acc: Share  # the accuracy, 0 to 1
+    n: Count
+    acc_se: Figure = None
+
+
+class PairedRow(msgspec.Struct, frozen=True):
+    """The difference in negative log-likelihood of two models on the same windows of a source."""
+
+    source: str
+    delta_nll: Figure  # the mean difference (second model − first), in nats per token
+    se: Figure = None
+    of: list[str] = []  # the two models; dense and pruned if empty
+
+
+class VerifyRow(msgspec.Struct, frozen=True):
+    """The largest difference between the outputs of the masked and the cut model, and its allowed bound."""
+
+    max_abs_diff: Figure
+    bound: Figure
+    ok: bool = True
+    dtype: str = ""
+
+
+class BudgetRow(msgspec.Struct, frozen=True):
+    """The quantity that a budget limits: requested, before the cut, after it, and predicted."""
+
+    measure: str
+    context: Count  # the tokens in the key-value cache, if that is counted
+    asked: Figure
+    before: Figure
+    after: Figure
+    predicted: Figure = None  # the milliseconds that the plan predicted, if time is counted; after is then measured
+
+
+class RecoveryRow(msgspec.Struct, frozen=True):
+    """One round of recovery after a cut: the method, the tokens used and the seconds taken."""
+
+    by: str
+    tokens: Count
+    seconds: Seconds
+    round: Count = 1
+    note: str = ""
+
+
+class ReconstructionRow(msgspec.Struct, frozen=True):
+    """The least squares after a cut: the tokens used, the seconds taken, and the error of each layer."""
+
+    tokens: Count
+    seconds: Seconds
+    layers: list[dict[str, Any]] = []  # per layer weight, the errors before, after and seen, ridge and shrinkage
+    left_out: dict[str, str] = {}  # name of a layer that was not fitted → why
+    note: str = ""
+
+
+class TaskRow(msgspec.Struct, frozen=True):
+    """A task that was learned: its index, and the accuracy on every task known by then."""
+
+    name: str
+    task: Count  # the index of the task, from 0
+    accuracy: Annotated[list[Share | None], msgspec.Meta(min_length=1)]
+    parameters: Count
+    nonzero: Count | None = None  # those that are not 0
+    macs: Count | None = None
+    seconds: Figure = None
+
+    def __post_init__(self) -> None:
+        if len(self.accuracy) <= self.task:
+            raise ValueError(f"Field `accuracy` has {len(self.accuracy)} entries at task {self.task}")
+
+
+class CommitRow(msgspec.Struct, frozen=True):
+    """A change of shape during training, with the loss before it and the steps until it was reached again."""
+
+    task: Count  # the index of the task during which the shape changed
+    epoch: Count  # the epoch after which it changed
+    steps_watched: Count  # the steps for which the loss was watched afterwards
+    loss_before: Figure  # the smoothed loss before the change
+    recovery_steps: Count | None  # the steps until the loss was at most loss_before again; None if it was not
+    grown: dict[str, Count] = {}  # axis key → units added
+    cut: dict[str, Count] = {}  # axis key → units removed
+    dropped: list[str] = []
+    back: list[str] = []
+
+
+class MatrixRow(msgspec.Struct, frozen=True):
+    """The accuracy matrix of a sequence of tasks, with average accuracy, forgetting and transfer."""
+
+    tasks: list[str]
+    matrix: list[list[Share | None]]  # matrix[i][j]: the accuracy on task j after learning task i
+    before: list[Share | None]  # the accuracy on each task before any was learned
+    average: Figure
+    average_along: Figure
+    learning: Figure
+    forgetting: Figure
+    backward_transfer: Figure
+    forward_transfer: Figure
+
+    def __post_init__(self) -> None:
+        if len(self.matrix) != len(self.tasks) or any(len(row) > len(self.tasks) for row in self.matrix):
+            raise ValueError("Field `matrix` has other rows or columns than there are `tasks`")
+
+
+class MissingTasksRow(msgspec.Struct, frozen=True):
+    """Tasks whose data are no longer available."""
+
+    tasks: list[str]
+
+
+class LevelsRow(msgspec.Struct, frozen=True):
+    """The cost that each level of a search (operations, filters, weights) removed."""
+
+    saved: dict[str, Number]
+
+
+class SearchResultRow(msgspec.Struct, frozen=True):
+    """The network that a search found, with its accuracy."""
+
+    accuracy: Share
+    parameters: Count
+    nonzero: Count
+    macs: Count
+    bytes: Count
+
+
+class TestRow(msgspec.Struct, frozen=True):
+    """The test accuracy at the end of a search, and the number of examples."""
+
+    accuracy: Share
+    images: Count
+
+
+# Kind of measurement → the schema of its rows, and the fields that, with the kind, identify a row of a run; ``None``:
+# its number does. Rows may have further fields, and rows of other kinds may hold anything.
+_KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
+    "budget": (BudgetRow, ()),
+    "choice": (ChoiceRow, ("model", "task", "round")),
+    "commit": (CommitRow, None),
+    "epoch": (MetricsRow, ("epoch",)),
+    "found": (SearchResultRow, ()),
+    "front": (MetricsRow, ("epoch",)),
+    "gone": (MissingTasksRow, ("tasks",)),
+    "growth": (CommitRow, None),
+    "latency": (MetricsRow, ()),
+    "levels": (LevelsRow, ()),
+    "matrix": (MatrixRow, ("tasks",)),
+    "memory": (MetricsRow, None),
+    "paired": (PairedRow, ("source", "of", "round")),
+    "perplexity": (PerplexityRow, ("model", "source", "round")),
+    "reconstruction": (ReconstructionRow, ()),
+    "recovery": (RecoveryRow, ("round",)),
+    "result": (MetricsRow, ()),
+    "size": (SizeRow, ("model", "round")),
+    "stages": (MetricsRow, ()),
+    "task": (TaskRow, ("task",)),
+    "test": (TestRow, ()),
+    "training": (MetricsRow, ()),
+    "verify": (VerifyRow, ()),
+}
+KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in _KINDS.items() if fields is not None}
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
@@ -34,14 +236,7 @@ def append(path: Path, row: Mapping[str, object]) -> None:
             raise
 
 
-def mend(path: Path) -> None:
-    """Remove a last line that a crash cut short; add the newline if only that is missing."""
-    if os.path.lexists(path):
-        with _opened(path) as handle:
-            _repair_end(handle)
-
-
-def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[dict[str, Any]]:
+def read(path: Path, *, check: bool = False) -> list[dict[str, Any]]:
     """Read all rows in order; a last line that a crash cut short is left out."""
     if not path.is_file():
         return []
@@ -51,8 +246,8 @@ def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[di
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is not None:
-            if kinds and (kind := kinds.get(row["what"])):
-                convert(row, kind, f"{path}: line {number}", "restore it or delete that line")
+            if check and row["what"] in _KINDS:
+                convert(row, _KINDS[row["what"]][0], f"{path}: line {number}", "restore it or delete that line")
             rows.append(row)
         elif line.strip() and number < len(lines):
             raise StoreError(f"{path}: line {number} is not a measurement; restore it or delete that line")
@@ -61,11 +256,7 @@ def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[di
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a file for changes in place, so that no other name of the file is affected.
-
-    A symbolic link is refused. A file with a second name (a hard link), as a killed process may leave it, is copied
-    first.
-    """
+    """Open a file for changes in place; one with a second name (a hard link, of a killed process) is copied first."""
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):  # opening a device or FIFO must not wait
         flags |= getattr(os, name, 0)
@@ -107,92 +298,49 @@ def _repair_end(handle: int) -> int:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = parse_json(line)
-        convert(row, schemas.MetricsRow)
+        convert(row, MetricsRow)
     except (ValueError, InputError):
         return None
     return row if isinstance(row, dict) else None
 
 
-KEYS: Mapping[str, tuple[str, ...]] = {
-    "budget": (),
-    "choice": ("model", "task", "round"),
-    "epoch": ("epoch",),
-    "found": (),
-    "front": ("epoch",),
-    "gone": ("tasks",),
-    "latency": (),
-    "levels": (),
-    "matrix": ("tasks",),
-    "paired": ("source", "of", "round"),
-    "perplexity": ("model", "source", "round"),
-    "reconstruction": (),
-    "recovery": ("round",),
-    "result": (),
-    "size": ("model", "round"),
-    "stages": (),
-    "training": (),
-    "task": ("task",),
-    "test": (),
-    "verify": (),
-}
-"""Kind of measurement → the fields that, with the kind, identify a row of a run."""
-NUMBERED = frozenset({"commit", "growth", "memory"})
-"""Kinds whose rows are identified by their number: the first, the second."""
-
-
 class Metrics:
-    """The rows of a ``metrics.jsonl`` file, read and appended.
-
-    Args:
-        path: The file; it need not exist.
-    """
+    """The rows of a ``metrics.jsonl`` file, which need not exist, read and appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
         """Return every row, in order; a last line that a crash truncated is left out."""
-        return read(self.path, KINDS)
+        return read(self.path, check=True)
 
     def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
         """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns."""
         plain = replace_nonfinite(row)
         key = _key(plain, number)
-        if new := key is None or key not in self._keys:
-            append(self.path, plain)
-            if key is not None:
-                self._keys.add(key)
-        return new
+        if key is not None and key in self._keys:
+            return False
+        append(self.path, plain)
+        if key is not None:
+            self._keys.add(key)
+        return True
 
     @cached_property
-    def _keys(self) -> set[str]:
-        mend(self.path)
-        counts: Counter[Any] = Counter()
+    def _keys(self) -> set[str | None]:
+        if os.path.lexists(self.path):
+            with _opened(self.path) as handle:
+                _repair_end(handle)  # which a crash may have cut short
+        counts: Counter[str] = Counter()
         keys = set()
         for row in read(self.path):
-            keys.add(_key(row, counts[str(row.get("what"))]))
-            counts[str(row.get("what"))] += 1
-        return {key for key in keys if key is not None}
-
-
-def replace_nonfinite(value: Any) -> Any:
-    """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
-
-    >>> replace_nonfinite({"loss": float("nan"), "steps": (1, 2)})
-    {'loss': None, 'steps': [1, 2]}
-    """
-    if isinstance(value, Mapping):
-        return {str(key): replace_nonfinite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_nonfinite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            keys.add(_key(row, counts[row["what"]]))
+            counts[row["what"]] += 1
+        return keys
 
 
 def _key(row: Mapping[str, object], number: int | None) -> str | None:
     """Return the key that identifies a row; ``None`` for kinds that may repeat."""
     what = str(row.get("what"))
-    if what in NUMBERED and number is not None:
-        return json.dumps([what, number])
-    if what not in KEYS:
-        return None
-    return json.dumps([what, *(row.get(name) for name in KEYS[what])])
+    if what in KEYS:
+        return json.dumps([what, *(row.get(name) for name in KEYS[what])])
+    return json.dumps([what, number]) if what in _KINDS and number is not None else None

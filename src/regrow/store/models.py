@@ -7,6 +7,7 @@ it is a pickle, and no code that it names is run.
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,14 @@ from regrow.core.limits import read_text
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.load import check_finite
 from regrow.nets.loaded import check_unchanged
-from regrow.store import portable, probe
+from regrow.store import probe
 from regrow.store.atomic import write_text
-from regrow.store.attributes import attribute_tensors
-from regrow.store.building import Builder, build_checked, build_fresh, describe_origin, unsaved_change
+from regrow.store.building import Builder, build_checked, build_fresh, describe, describe_origin, unsaved_change
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.pretrained import (
-    main_dtype,
-    read_tokenizer,
-    update_origin,
-    write_tokenizer,
-)
+from regrow.store.portable import main_dtype, read_tokenizer, update_origin, write_pretrained, write_tokenizer
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.shapes import DTYPES, SHAPES, Kind, Probe, Shapes
-from regrow.store.state import describe, named_tensors, restore
+from regrow.store.state import all_tensors, attribute_tensors, named_tensors, restore
 from regrow.store.versions import versions
 from regrow.store.weights import (
     OutsideTensors,
@@ -40,7 +35,6 @@ from regrow.store.weights import (
     inside,
     measure,
     read_weights,
-    write_each,
     write_weights,
 )
 
@@ -122,13 +116,12 @@ def write_model(
 
     Each file is written atomically, but not all of them together; use :func:`save` for a finished folder.
     """
-    given = model
-    net = given.model if isinstance(given, Loaded) else given
-    if isinstance(given, Loaded):
-        origin, tokenizer = origin or given.origin, tokenizer if tokenizer is not None else given.tokenizer
-        example = given.example if example is None else example
+    net, loaded = (model.model, model) if isinstance(model, Loaded) else (model, None)
+    if loaded is not None:
+        origin, tokenizer = origin or loaded.origin, loaded.tokenizer if tokenizer is None else tokenizer
+        example = loaded.example if example is None else example
     origin = origin or describe_origin(net)
-    tokenizer = tokenizer if tokenizer is not None else getattr(net, "tokenizer", None)
+    tokenizer = getattr(net, "tokenizer", None) if tokenizer is None else tokenizer
     origin = replace(origin, name=Path(origin.name).name)  # no paths of this machine
     if origin.kind == "transformers":
         origin = update_origin(origin, net, dtype or main_dtype(net))
@@ -144,10 +137,11 @@ def write_model(
         for path in _files_of_a_model(folder):
             path.unlink()
     if outside is None:
-        shapes = write_weights(net, shapes, folder)
+        tensors = all_tensors(net)
+        shapes = write_weights(((name, tensors[name]) for name in shapes.tensors), shapes, folder)
         kept = _write_probe(net, shapes, example, folder)
     else:
-        shapes = write_each(outside.each(shapes), shapes, folder, ahead=outside.ahead)
+        shapes = write_weights(outside.each(shapes), shapes, folder, check=True, ahead=outside.ahead)
         with outside.running(folder) as running:
             kept = _write_probe(running, shapes, example, folder, outside.aligned)
     if kept.file is None:
@@ -159,11 +153,11 @@ def write_model(
             changed,
         )
     if origin.kind == "transformers":
-        portable.write_pretrained(net, shapes, folder)
+        write_pretrained(net, shapes, folder)
     if hasattr(tokenizer, "save_pretrained"):
         write_tokenizer(tokenizer, folder)
-    if isinstance(given, Loaded):
-        check_unchanged(given.files)
+    if loaded is not None:
+        check_unchanged(loaded.files)
     write_text(folder / SHAPES, replace(shapes, probe=kept, versions=versions()).to_json())
 
 
@@ -201,7 +195,7 @@ def load(
             architecture is another one, or the output differs; names the tensor that differs.
     """
     folder = Path(folder)
-    return read_whole(folder, lambda: _load(folder, model, device, dtype, check=check))
+    return read_whole(folder, partial(_load, folder, model, device, dtype, check=check))
 
 
 def _load(
@@ -282,13 +276,14 @@ def _write_probe(
             raise probe.UnprobedError("no example input is known; give one: save(…, example=input)")
         there = named_tensors(net)
         cast = any(
-            str(there[n].tensor.dtype) != f"torch.{one.dtype}" for n, one in shapes.tensors.items() if n in there
+            str(there[n].tensor.dtype) != f"torch.{stored.dtype}" for n, stored in shapes.tensors.items() if n in there
         )
         probe.write_probe(net, example, folder / probe.FILE, cast=cast, aligned=aligned)
     except (probe.UnprobedError, ModelError) as error:
         remedy = "; give one: save(…, example=input)"
         return Probe(reason=str(error) + (remedy if guessed and remedy not in str(error) else ""))
-    return Probe(measure(folder / probe.FILE))
+    file = measure(folder / probe.FILE)
+    return Probe(file.bytes, file.sha256, file.header)
 
 
 def _files_of_a_model(folder: Path) -> list[Path]:

@@ -4,7 +4,6 @@ import copy
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -54,75 +53,62 @@ class UnprobedError(ValueError):
     """Raised if no probe can be made for a network; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The outputs of a network for one input: digests, and a sample of the numbers.
-
-    Args:
-        digests: SHA-256 of each output tensor.
-        samples: At most :data:`SAMPLED` numbers of each output tensor, evenly spaced, as float64.
-    """
-
-    digests: tuple[str, ...]
-    samples: tuple[Tensor, ...]
-
-
-def write_probe(
-    model: nn.Module, example: Example, path: Path, *, cast: bool = False, aligned: bool | None = None
-) -> None:
+def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, aligned: bool | None) -> None:
     """Run a network on an input, and write the input and the output to a file."""
     inputs: list[Tensor] = []
     shape = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
-    large = [tensor.is_floating_point() and tensor.numel() > MOST for tensor in inputs]
-    inputs = [_pattern(x.shape, x.dtype) if is_large else x for x, is_large in zip(inputs, large, strict=True)]
+    patterns: list[tuple[str, list[int]] | None] = [None] * len(inputs)
+    for i, tensor in enumerate(inputs):
+        if tensor.is_floating_point() and tensor.numel() > MOST:
+            patterns[i] = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+            inputs[i] = _pattern(tensor.shape, tensor.dtype)
     try:
-        answer = compute_answer(model, shape, inputs)
+        digests, samples = compute_answer(model, shape, inputs)
     except Exception as error:
         raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
     aligned = all(map(_is_aligned, model.parameters())) if aligned is None else aligned
-    forms = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in inputs]
     header = {
         "inputs": shape,
-        "patterns": [form if is_large else None for form, is_large in zip(forms, large, strict=True)],
-        "outputs": list(answer.digests),
+        "patterns": patterns,
+        "outputs": digests,
         # Kernels choose by the alignment and the layout of weights, and a loaded network has both in order.
         "exact": not cast and aligned,
         "conditions": conditions(),
     }
-    tensors = {f"i{i}": tensor for i, tensor in enumerate(inputs) if not large[i]}
-    write_tensors(path, tensors | {f"o{i}": sample for i, sample in enumerate(answer.samples)}, header, FORMAT)
+    tensors = {f"i{i}": tensor for i, tensor in enumerate(inputs) if patterns[i] is None}
+    write_tensors(path, tensors | {f"o{i}": sample for i, sample in enumerate(samples)}, header, FORMAT)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 and tensor.device.type == "cpu"
 
 
-def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] = (), cast: bool = False) -> None:
+def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], cast: bool = False) -> None:
     """Raise StoreError unless a loaded network gives the output that was recorded when it was saved."""
     header, inputs, before = _read(path)
     fitting = _fitting(inputs, model)
     inputs = fitting if cast else inputs
     try:
         try:
-            now = compute_answer(model, header.inputs, inputs)
+            digests, samples = compute_answer(model, header.inputs, inputs)
         except Exception:
             if header.exact or [x.dtype for x in inputs] == [x.dtype for x in fitting]:
                 raise
             inputs = fitting  # its weights were stored in another dtype than it answered in when it was saved
-            now = compute_answer(model, header.inputs, inputs)
+            digests, samples = compute_answer(model, header.inputs, inputs)
     except Exception as error:
         raise StoreError(
             f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); {_REMEDY}"
         ) from None
-    if now.digests == tuple(header.outputs):
+    if digests == header.outputs:
         return
-    if [x.shape for x in now.samples] != [x.shape for x in before]:
+    if [x.shape for x in samples] != [x.shape for x in before]:
         raise StoreError(f"{path.parent}: the network answers in another form than the one that was saved; {_REMEDY}")
-    gap, size = _distance(before, now.samples), max((float(x.abs().max()) for x in before if len(x)), default=0.0)
+    gap, size = _distance(before, samples), max((float(x.abs().max()) for x in before if len(x)), default=0.0)
     same = header.exact and not cast and header.conditions == conditions()
     allowed = 0.0 if same else size * 64 * _epsilon(model, stored)
     if not same and not gap <= allowed:
-        allowed = max(allowed, LAW * _rounding(model, header.inputs, inputs, now))
+        allowed = max(allowed, LAW * _rounding(model, header.inputs, inputs, samples))
     if not gap <= allowed or (same and gap == 0):
         raise StoreError(
             f"{path.parent}: the network answers otherwise than the one that was saved: they differ by {gap:.3g} of "
@@ -149,8 +135,11 @@ def _fitting(inputs: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
 _REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
 
 
-def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
-    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs."""
+def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
+    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
+
+    A sample is at most :data:`SAMPLED` numbers of an output, evenly spaced, in float64.
+    """
     device = device_of(model)
     args, kwargs = _from_json(shape, [x.to(device) for x in inputs])
     with _preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -164,7 +153,7 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
             sample = output.flatten()[:: max(1, -(-output.numel() // SAMPLED))]
             sample = torch.view_as_real(sample).flatten() if sample.is_complex() else sample
             samples.append(sample.to(torch.float64).clone())
-        return Answer(tuple(digest({"": output}) for output in outputs), tuple(samples))
+        return [digest({"": output}) for output in outputs], samples
 
 
 @contextmanager
@@ -279,10 +268,10 @@ def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
-def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], answer: Answer) -> float:
+def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], samples: Sequence[Tensor]) -> float:
     """Return how far a network's output is from its output in float64."""
     try:
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
-        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide).samples, answer.samples)
+        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide)[1], samples)
     except Exception:
         return 0.0

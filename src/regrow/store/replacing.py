@@ -29,22 +29,22 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
     """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error."""
-    place = folder.resolve()
+    target = folder.resolve()
     check_replaceable(folder)
-    with explain_os_errors(folder), _parents(place), contextlib.ExitStack() as stack:
-        settle(place)
-        if owner is None and place.is_dir():
-            stack.enter_context(lock(place))
-        stage = stack.enter_context(staging_folder(place))
-        new = stage / place.name
+    with explain_os_errors(folder), _parents(target), contextlib.ExitStack() as stack:
+        settle(target)
+        if owner is None and target.is_dir():
+            stack.enter_context(lock(target))
+        stage = stack.enter_context(staging_folder(target))
+        new = stage / target.name
         new.mkdir()
         stack.enter_context(lock(new))
         yield new
-        if place.is_dir():
-            shutil.copymode(place, new)
+        if target.is_dir():
+            shutil.copymode(target, new)
         _sync_tree(new)
-        _exchange(new, place)
-        sync(place.parent)
+        _exchange(new, target)
+        sync(target.parent)
         old = stage.with_suffix(".old")  # says that only this is to be deleted
         stage.rename(old)
         shutil.rmtree(old, ignore_errors=True)
@@ -52,28 +52,28 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
 
 def check_replaceable(folder: Path) -> None:
     """Raise StoreError unless a folder can be created, or replaced as a whole."""
-    place = folder.resolve()
-    if place.exists() and not place.is_dir():
+    target = folder.resolve()
+    if target.exists() and not target.is_dir():
         raise StoreError(f"{folder} is a file; name a folder that does not exist yet")
     with contextlib.suppress(FileNotFoundError):
-        if place in (here := Path.cwd(), *here.parents):
+        if target in (here := Path.cwd(), *here.parents):
             raise StoreError(f"{folder} is the current folder or around it; name a folder of its own: {folder / 'out'}")
-    if place.is_mount():
+    if target.is_mount():
         raise StoreError(f"{folder} is a mount point, which cannot be replaced; name a folder in it: {folder / 'out'}")
-    for one in (place.parent, place):
-        if one.is_dir() and not os.access(one, os.W_OK | os.X_OK):
+    for path in (target.parent, target):
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
             denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            raise StoreError(f"{one} may not be written; choose a folder that is yours") from denied
+            raise StoreError(f"{path} may not be written; choose a folder that is yours") from denied
 
 
 def settle(folder: Path) -> None:
     """Complete the replacement of a folder that a killed process left half done, if there is one."""
-    place = folder.resolve()
-    for stage in [] if place.exists() else leftovers(place):
-        new = stage / place.name
+    target = folder.resolve()
+    for stage in [] if target.exists() else leftovers(target):
+        new = stage / target.name
         if Path(f"{new}.replaced").is_dir() and new.is_dir():
             with contextlib.suppress(OSError):  # another reader did it
-                new.rename(place)
+                new.rename(target)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -88,14 +88,14 @@ def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Coll
     Those called ``copy`` will be written to in place, and so are copied.
     """
     for path in sorted(source.iterdir()):
-        place = target / path.name
+        copied = target / path.name
         if path.name in skip or LEFTOVER.fullmatch(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
-            place.mkdir(exist_ok=True)
-            link_tree(path, place)
-        elif not place.exists() and (path.name in copy or not _link(path, place)):
-            shutil.copy2(path, place, follow_symlinks=path.name in copy)
+            copied.mkdir(exist_ok=True)
+            link_tree(path, copied)
+        elif not copied.exists() and (path.name in copy or not _link(path, copied)):
+            shutil.copy2(path, copied, follow_symlinks=path.name in copy)
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
@@ -121,58 +121,58 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _exchange(new: Path, place: Path) -> None:
+def _exchange(new: Path, target: Path) -> None:
     """Give a folder the name of another one; if that exists, it moves to where the first one was."""
-    if not place.exists():
+    if not target.exists():
         try:
-            new.rename(place)
+            new.rename(target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            raise LockedError(f"{place} was made by another process meanwhile; choose another folder") from None
-    elif not _exchange_atomically(new, place):
-        place.rename(f"{new}.replaced")
+            raise LockedError(f"{target} was made by another process meanwhile; choose another folder") from None
+    elif not _exchange_atomically(new, target):
+        target.rename(f"{new}.replaced")
         try:
-            new.rename(place)
+            new.rename(target)
         except FileNotFoundError:  # a reader has completed it
-            if not place.is_dir():
+            if not target.is_dir():
                 raise
 
 
-def _exchange_atomically(one: Path, other: Path) -> bool:
+def _exchange_atomically(new: Path, target: Path) -> bool:
     """Exchange two names atomically; ``False`` if the system or the file system does not support it."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    if not call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+    if not call(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _EXCHANGE):
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
-    raise OSError(number, os.strerror(number), str(other))
+    raise OSError(number, os.strerror(number), str(target))
 
 
 @contextlib.contextmanager
-def _parents(place: Path) -> Iterator[None]:
+def _parents(target: Path) -> Iterator[None]:
     """Create the parent folders of a new folder; remove them again if the block fails."""
-    missing = [one for one in place.parents if not one.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for one in missing:
+        for parent in missing:
             with contextlib.suppress(OSError):
-                one.rmdir()
+                parent.rmdir()
         raise
 
 
 def _sync_tree(folder: Path) -> None:
-    for one in folder.iterdir():
-        if one.is_dir() and not one.is_symlink():
-            _sync_tree(one)
-        elif one.is_file():
-            sync(one)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _sync_tree(path)
+        elif path.is_file():
+            sync(path)
     sync(folder)
 
 
@@ -219,14 +219,14 @@ def record_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
     """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them."""
-    found = record_files(folder)
+    present = record_files(folder)
     for name, expected in recorded.items():
-        if name not in found:
+        if name not in present:
             raise StoreError(f"{shown / name} is missing or a link; put the file of the run there again")
-        if found[name] != expected:
-            state = "truncated" if found[name]["bytes"] < expected["bytes"] else "damaged or was changed"
+        if present[name] != expected:
+            state = "truncated" if present[name]["bytes"] < expected["bytes"] else "damaged or was changed"
             raise StoreError(f"{shown / name} is {state}: it does not have the recorded SHA-256; copy it again")
-    if other := min(found.keys() - recorded.keys(), default=None):
+    if other := min(present.keys() - recorded.keys(), default=None):
         raise StoreError(f"{shown / other} is no file of the run; move it elsewhere")
 
 

@@ -5,8 +5,8 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,15 +16,14 @@ from typing import Any, ClassVar
 from regrow.core.axes import AxisGraph
 from regrow.core.tables import Table, format_html
 from regrow.nets.loaded import WeightFile, check_unchanged
-from regrow.store import run_record, schemas
+from regrow.store import run_record
 from regrow.store.atomic import Lock, lock, write_text
-from regrow.store.convert import convert, read_json
+from regrow.store.convert import replace_nonfinite
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.ledger import Ledger, read_undo_store, write_undo_store
-from regrow.store.metrics import Metrics, replace_nonfinite
+from regrow.store.ledger import Ledger
+from regrow.store.metrics import Metrics
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
 from regrow.store.versions import versions
-from regrow.surgery import UndoStore
 
 WritePage = Callable[[Path], object]
 """Writes the report page of a run into the folder that it is given."""
@@ -68,12 +67,14 @@ class RunFolder:
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
-        with _released_on_error(owner):
+        with ExitStack() as stack:
+            stack.enter_context(owner)
             resumed = run_record.is_resumable(out, wanted)
             folder = cls(out / WORK if resumed else run_record.make_area(out), resumed, out, owner)
             if not resumed:
                 record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
                 folder._write(run_record.RUN, record | {"versions": versions(), "started": _now()})
+            stack.pop_all()
         return folder
 
     @classmethod
@@ -107,10 +108,12 @@ class RunFolder:
         check_replaceable(out)
         with explain_os_errors(out):
             owner = lock(out)
-        with _released_on_error(owner):
+        with ExitStack() as stack:
+            stack.enter_context(owner)
             if not run_record.unfinished_folder(out):
                 cls.open(out)
                 run_record.copy_into_area(out)
+            stack.pop_all()
         return cls(out / WORK, True, out, owner)
 
     @classmethod
@@ -128,8 +131,8 @@ class RunFolder:
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
         """Open the unfinished run in a folder for reading; ``None`` if there is none."""
-        place = run_record.unfinished_folder(Path(path))
-        return cls(place) if place else None
+        area = run_record.unfinished_folder(Path(path))
+        return cls(area) if area else None
 
     def _repr_html_(self) -> str:
         """Return what the run is and the sizes that it measured as HTML tables, for notebooks."""
@@ -153,17 +156,13 @@ class RunFolder:
 
     def update(self, **fields: object) -> None:
         """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed."""
-        self._write(run_record.RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
+        self._update(fields)
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
-        """Complete the run: its files replace the folder for which it was started, atomically.
-
-        Returns:
-            The finished run, without the files for resuming; the folder is no longer locked.
-        """
+        """Complete the run: its files replace the folder for which it was started, atomically."""
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
-        self.update(**fields, finished=_now())
+        self._update(fields | {"finished": _now()})
         if write_page:
             write_page(self.path)
         check_unchanged(self.inputs)
@@ -182,15 +181,6 @@ class RunFolder:
     def own_ledger(self) -> Ledger:
         """The plans of this run alone, behind those of the runs that it started from."""
         return Ledger(self.path / "ledger.json", int((self.run().get("parent") or {}).get("plans", 0)))
-
-    def write_undo_store(self, undo: UndoStore) -> None:
-        """Write ``undo_store.safetensors``: the units that cuts removed, so that a later run can restore them."""
-        write_undo_store(self.path / "undo_store.safetensors", undo)
-
-    def read_undo_store(self) -> UndoStore:
-        """Return the store of what cuts removed; an empty store if none was written."""
-        path = self.path / "undo_store.safetensors"
-        return read_undo_store(path) if path.exists() else UndoStore()
 
     def log(
         self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object
@@ -219,43 +209,21 @@ class RunFolder:
         rows = {"before": before, "after": after}
         self._write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 
-    def axes(self) -> dict[str, Any]:
-        """Return the content of ``axes.json``; empty if there is no such file."""
-        return self._record("axes.json", schemas.AxisRows)
-
     def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
         """Write ``scores.json``: a summary of the importance scores of every axis."""
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
-
-    def scores(self) -> dict[str, Any]:
-        """Return the content of ``scores.json``; empty if there is no such file."""
-        return self._record("scores.json", schemas.ScoreSummary)
 
     def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
         """Write ``findings.json``: the tables in which a method explains its choice."""
         self._write("findings.json", {"method": method, **findings})
 
-    def findings(self) -> dict[str, Any]:
-        """Return the content of ``findings.json``; empty if there is no such file."""
-        return self._record("findings.json", schemas.Findings)
+    def _update(self, fields: Mapping[str, object]) -> None:
+        run = {**self.run(), **fields}
+        self._write(run_record.RUN, {name: value for name, value in run.items() if value is not None})
 
     def _write(self, name: str, data: Mapping[str, object]) -> None:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
-    def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
-        if (data := read_json(self.path / name)) is not None:
-            convert(data, kind, self.path / name)
-        return dict(data or {})
-
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _released_on_error(owner: Lock) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        owner.release()
-        raise

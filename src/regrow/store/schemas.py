@@ -12,77 +12,24 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Whole = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
-Index = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,18}$")]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class SlotJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A slot: where the units of an axis lie in one dimension of a tensor."""
-
-    name: str
-    dim: Count
-    outer: Count
-    stride: Count
-    inner: Count
-    offset: Count
-    role: Literal["produces", "consumes", "scales", "shifts"]
-
-
-class FillJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How new units are initialised: the rule, and the random seed."""
-
-    rule: str
-    seed: Count
-
-
-class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a plan does to one axis: units kept, added and restored."""
+class PlannedChange(msgspec.Struct, frozen=True):
+    """What a report shows of what a plan does to one axis."""
 
     size: Count
     keep: list[Count]
-    slots: list[SlotJson]
-    ids: list[Count]
-    grow: Count
-    fill: FillJson
-    restore: list[Count]
-    fresh: bool
+    ids: list[Count] = []
+    grow: Count = 0
+    restore: list[Count] = []
+    fresh: bool = False
 
 
-class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The placeholder that replaces a dropped module: what it returns, and from which argument."""
+class PlanRecord(msgspec.Struct, frozen=True):
+    """What a report shows of a plan; plans that change networks are read by :func:`regrow.store.ledger.read_plan`."""
 
-    gives: Literal["zero", "input", "nothing"]
-    takes: Annotated[int, msgspec.Meta(ge=0, lt=256)] | str
-    of: Annotated[int, msgspec.Meta(ge=0, le=256)]
-    at: Annotated[int, msgspec.Meta(ge=0, lt=256)]
-
-
-class BlockCopyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A copy of a block in a stack: its place, what it copies, and which of its parameters are 0."""
-
-    position: Size
-    of: Size
-    zeros: list[str]
-
-
-class InsertionJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Copies of blocks that are inserted into a stack."""
-
-    size: Size
-    copies: Annotated[list[BlockCopyJson], msgspec.Meta(max_length=4096)]
-
-
-class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A plan as JSON; ``origin`` is only informative."""
-
-    format: Literal["regrow-plan/1"]
-    changes: dict[str, ChangeJson]
-    origin: dict[str, Any]
-    means: dict[str, dict[str, float]]
-    drop: dict[str, dict[str, PlaceholderJson]]
-    back: list[str]
-    insert: dict[str, InsertionJson] = {}
-    remove: dict[str, InsertionJson] = {}
+    changes: dict[str, PlannedChange]
 
 
 class ParentJson(msgspec.Struct, frozen=True):
@@ -156,70 +103,11 @@ class RunJson(msgspec.Struct, frozen=True):
     trackers: dict[str, str] = {}
 
 
-class MetricsRow(msgspec.Struct, frozen=True):
-    """A line of ``metrics.jsonl``, with its kind in ``what``; it may have further fields."""
-
-    what: str
-
-
 class LedgerJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``ledger.json``: the plans that were applied to a network, in order."""
 
     format: Literal["regrow-ledger/2"]
     plans: list[Any]
-
-
-class OriginJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to build an architecture: its kind, class or name, and configuration."""
-
-    kind: Literal["transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable"]
-    reference: str
-    config: dict[str, Any]
-    name: str
-
-
-class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An entry of ``shapes.json``: dtype, shape and kind of a stored tensor."""
-
-    dtype: str
-    shape: Shape
-    sha256: Digest
-    kind: Literal["parameter", "buffer", "derived", "attribute"] = "parameter"
-    trains: bool = True
-    was: Shape | None = None
-    added: bool = False
-
-
-class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An entry of ``shapes.json``: the size and digest of a file of the model folder."""
-
-    bytes: Count
-    sha256: Digest
-    header: Digest | Literal[""]
-
-
-class NoProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An entry of ``shapes.json``: why a network was saved without a probe."""
-
-    reason: str
-
-
-class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``shapes.json``: how a saved network differs from its architecture, and its files."""
-
-    format: Literal["regrow-shapes/2"]
-    origin: OriginJson
-    tensors: dict[str, StoredTensor]
-    attributes: dict[str, Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]]
-    ties: dict[str, str]
-    files: dict[str, StoredFile]
-    dropped: list[str]
-    versions: dict[str, str]
-    compared: bool
-    stands: dict[str, PlaceholderJson]
-    inserted: dict[str, list[InsertionJson]]
-    probe: dict[str, Any]
-    sha256: Digest
 
 
 class AxisRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -268,40 +156,6 @@ class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     axes: dict[str, AxisScores]
 
 
-class Findings(msgspec.Struct, frozen=True):
-    """``findings.json``: what a pruning method found out; it may have further tables."""
-
-    method: str
-    sources: list[str] = []
-    spectrum: list[dict[str, Any]] = []
-    modules: list[dict[str, Any]] = []
-    starts: dict[str, float | None] = {}
-    history: list[dict[str, Any]] = []
-    robust_among_cut: dict[str, float | None] = {}
-    notes: list[str] = []
-    best_step: Count | None = None
-
-
-class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The epsilon of a norm as it was before a cut, in the undo store."""
-
-    own: float | None
-    value: float
-    size: Count
-
-
-class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``undo_store.safetensors``, the undo store: the units and modules that were cut."""
-
-    format: Literal["regrow-undo-store/1"]
-    shelves: list[str]
-    born: dict[str, Count]
-    gone: dict[str, list[Count]]
-    means: dict[str, dict[Index, float]]
-    constants: dict[str, ConstantJson]
-    added: list[str]
-
-
 class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The progress of continual learning: the present task and epoch, and what was measured so far."""
 
@@ -310,7 +164,6 @@ class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: Count
     before: list[Any]
     loss: float | None
-    validation: list[float]
     rows: list[list[Any]] = []
     events: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []

@@ -5,21 +5,21 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 
-from regrow.core.branches import Placeholder
-from regrow.core.change import BlockCopy, Insertion
+from regrow.core.axes.operations import Placeholder
+from regrow.core.change import Insertion
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json
 from regrow.nets import Origin
-from regrow.store import schemas
-from regrow.store.convert import check_format, convert
+from regrow.store.convert import check_fields, check_format, convert
 from regrow.store.errors import StoreError
-from regrow.store.schemas import InsertionJson, PlaceholderJson
+from regrow.store.schemas import Count, Digest, Shape, Whole
 
 FORMAT = "regrow-shapes/2"
 DTYPES: Mapping[str, torch.dtype] = {
@@ -36,15 +36,12 @@ PROBE = "probe.st"
 SHAPES = "shapes.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.safetensors")
 
-Number = int | float | tuple[int, ...]
+Number = Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]
 """The values of module attributes that are recorded: sizes, and constants such as epsilons."""
 
 
 class Kind(StrEnum):
-    """The kind of a stored tensor.
-
-    A parameter, a buffer, a derived buffer (one that the state dict leaves out), or a plain attribute of a module.
-    """
+    """The kind of a stored tensor; a derived buffer is one that the state dict leaves out."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -57,27 +54,16 @@ class Kind(StrEnum):
         return self in (Kind.PARAMETER, Kind.BUFFER)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The record of one stored tensor.
-
-    Args:
-        dtype: Its dtype by name.
-        shape: Its shape.
-        kind: Whether it is a parameter, a buffer, a derived buffer or a plain attribute.
-        trains: Whether it requires gradients.
-        was: Its shape in a newly built network, if it differs; ``None`` if it is the same.
-        added: Whether a newly built network has no such tensor (a bias that compensates for dropped units).
-        sha256: The digest of its bytes; empty until they are written.
-    """
+class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The record of one stored tensor."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     kind: Kind = Kind.PARAMETER
-    trains: bool = True
-    was: tuple[int, ...] | None = None
-    added: bool = False
-    sha256: str = ""
+    trains: bool = True  # whether a parameter requires gradients
+    was: Shape | None = None  # its shape in a newly built network, if it differs
+    added: bool = False  # whether a newly built network has no such tensor, such as a bias that compensates for a cut
+    sha256: Digest | Literal[""] = ""  # empty until its bytes are written
 
     @property
     def bytes(self) -> int:
@@ -85,82 +71,66 @@ class Stored:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-@dataclass(frozen=True)
-class File:
-    """The recorded size and digests of a file.
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The size of a file in bytes, and its SHA-256; ``header`` is that of a safetensors file's header alone."""
 
-    Args:
-        bytes: Its size in bytes.
-        sha256: The SHA-256 of its contents.
-        header: The SHA-256 of the header of a safetensors file (names, dtypes, shapes and offsets of its tensors), by
-            which it is checked without reading all of it; empty for other files.
-    """
-
-    bytes: int
-    sha256: str
-    header: str = ""
+    bytes: Count
+    sha256: Digest
+    header: Digest | Literal[""] = ""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """The file with an input and the network's output for it, or the reason why there is none.
+class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The record of ``probe.st``, with the fields of a :class:`File`, or the reason why there is none."""
 
-    Args:
-        file: The size and SHA-256 of ``probe.st``.
-        reason: Why there is no probe; empty if there is one.
-    """
-
-    file: File | None = None
+    bytes: Count = 0
+    sha256: Digest | Literal[""] = ""
+    header: Digest | Literal[""] = ""
     reason: str = ""
+
+    @property
+    def file(self) -> File | None:
+        """The record of the file; ``None`` if there is none."""
+        return File(self.bytes, self.sha256, self.header) if self.sha256 else None
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The record of a saved network: how to build its architecture, and every difference from it.
-
-    Args:
-        origin: How to build the architecture it came from.
-        tensors: Name → record of the tensor; tied tensors under their first name alone.
-        attributes: ``module:attribute`` → the number that it holds, if a newly built network holds another.
-        ties: Further name of a tied tensor → its first name.
-        dropped: Tensors that a newly built network has and this one lacks.
-        placeholders: Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
-        inserted: Path of a stack of blocks → the insertions into it, in order, which come before anything is dropped.
-        probe: The stored input and output.
-        compared: Whether a newly built network was there to compare with. If not, everything is listed, and no tensor
-            has a ``was``.
-        files: File name → size and digest of each file with tensors.
-        versions: The versions of packages when it was saved; informative.
-    """
+    """The record of a saved network: how to build its architecture, and every difference from it."""
 
     origin: Origin
-    tensors: Mapping[str, Stored]
-    attributes: Mapping[str, Number] = field(default_factory=dict)
-    ties: Mapping[str, str] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
+    tensors: Mapping[str, Stored]  # tied tensors under their first name alone
+    attributes: Mapping[str, Number] = field(default_factory=dict)  # module:attribute → number, where it differs
+    ties: Mapping[str, str] = field(default_factory=dict)  # further name of a tied tensor → its first name
+    dropped: tuple[str, ...] = ()  # tensors that a newly built network has and this one lacks
+    # Whether a newly built network was there to compare with; if not, everything is listed, without a ``was``.
     compared: bool = True
     files: Mapping[str, File] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    # Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
-    probe: Probe = Probe()
+    probe: Probe = field(default_factory=Probe)
+    # Path of a stack of blocks → the insertions into it, in order, which come before anything is dropped.
     inserted: Mapping[str, tuple[Insertion, ...]] = field(default_factory=dict)
+
+    def data(self) -> dict[str, Any]:
+        """Return the record as JSON data, without its digest."""
+        parts = {
+            "versions": self.versions,
+            "compared": self.compared,
+            "files": self.files,
+            "probe": self.probe,
+            "attributes": self.attributes,
+            "ties": self.ties,
+            "dropped": self.dropped,
+            "stands": self.placeholders,
+            "tensors": self.tensors,
+            "inserted": self.inserted,
+        }
+        return {"format": FORMAT, "origin": json.loads(self.origin.to_json()), **msgspec.to_builtins(parts)}
 
     def to_json(self) -> str:
         """Return the record as JSON text, one line per entry, with the digest of its content."""
-        data = {
-            "format": FORMAT,
-            "origin": json.loads(self.origin.to_json()),
-            "versions": dict(self.versions),
-            "compared": self.compared,
-            "files": {name: asdict(file) for name, file in self.files.items()},
-            "probe": asdict(self.probe.file) if self.probe.file else {"reason": self.probe.reason},
-            "attributes": dict(self.attributes),
-            "ties": dict(self.ties),
-            "dropped": list(self.dropped),
-            "stands": {path: asdict(placeholder) for path, placeholder in self.placeholders.items()},
-            "tensors": {name: _tensor_to_json(stored) for name, stored in self.tensors.items()},
-            "inserted": {path: [asdict(row) for row in rows] for path, rows in self.inserted.items()},
-        }
+        data = self.data()
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
 
@@ -168,43 +138,42 @@ class Shapes:
     def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
         """Parse and validate a record, which may come from anybody."""
         try:
-            data: Any = parse_json(text, "it")
+            data = parse_json(text, "it")
         except InputError as error:
             raise StoreError(str(error)) from None
         check_format(data, FORMAT, "it", "save the model again")
-        record = convert(data, schemas.ShapesJson)
-        if check and record.sha256 != content_digest(data):
+        assert isinstance(data, dict)
+        placeholders = convert({"stands": data.get("stands")}, dict[str, dict[str, Placeholder]])["stands"]
+        shapes = replace(convert(data, Shapes), placeholders=placeholders)
+        if check and data.get("sha256") != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
-        copies = sum(len(insertion.copies) for insertions in record.inserted.values() for insertion in insertions)
-        if copies > len(record.tensors):
-            raise StoreError(
-                f"inserted: {copies} blocks, but only {len(record.tensors)} tensors are stored; restore it"
-            )
-        for place in record.attributes:
+        shapes._check()
+        check_fields({key: value for key, value in data.items() if key != "sha256"}, shapes.data())
+        return shapes
+
+    def _check(self) -> None:
+        copies = sum(len(insertion.copies) for insertions in self.inserted.values() for insertion in insertions)
+        if copies > len(self.tensors):
+            raise StoreError(f"inserted: {copies} blocks, but only {len(self.tensors)} tensors are stored; restore it")
+        try:
+            for path, insertions in self.inserted.items():
+                for insertion in insertions:
+                    insertion.check(path)
+        except ValueError as error:
+            raise StoreError(f"inserted: {error}; restore it") from None
+        for place in self.attributes:
             if place.count(":") != 1:
                 raise StoreError(f"attribute {place!r:.80} is not named module:attribute; restore it")
-        origin, probe = record.origin, Probe()
-        if "reason" in record.probe:
-            probe = Probe(reason=convert(record.probe, schemas.NoProbe, "probe").reason)
-        else:
-            stored = convert(record.probe, schemas.StoredFile, "probe")
-            probe = Probe(File(stored.bytes, stored.sha256, stored.header))
-        return cls(
-            Origin(origin.kind, origin.reference, origin.config, origin.name),
-            {name: _tensor(name, stored) for name, stored in record.tensors.items()},
-            record.attributes,
-            record.ties,
-            tuple(record.dropped),
-            record.compared,
-            {name: _file(name, stored) for name, stored in record.files.items()},
-            record.versions,
-            {path: _placeholder(path, placeholder) for path, placeholder in record.stands.items()},
-            probe,
-            {path: tuple(_insertion(path, row) for row in rows) for path, rows in record.inserted.items()},
-        )
+        for name, stored in self.tensors.items():
+            if stored.dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise StoreError(f"tensor {name!r} has the dtype {stored.dtype!r:.80}; known dtypes: {known}")
+        for name in self.files:
+            if not FILE_NAME.fullmatch(name):
+                raise StoreError(f"{name!r:.80} is no name of a safetensors file in this folder; restore it")
 
 
-def content_digest(data: Mapping[str, object]) -> str:
+def content_digest(data: Any) -> str:
     """Return the SHA-256 of a record's JSON with sorted keys and no spaces, leaving out ``sha256`` itself.
 
     >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})
@@ -214,53 +183,7 @@ def content_digest(data: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _tensor_to_json(stored: Stored) -> dict[str, Any]:
-    """Return a tensor's record as JSON data, without default values."""
-    data: dict[str, Any] = {"dtype": stored.dtype, "shape": list(stored.shape)}
-    if stored.kind is not Kind.PARAMETER:
-        data["kind"] = str(stored.kind)
-    elif not stored.trains:
-        data["trains"] = False
-    if stored.was is not None:
-        data["was"] = list(stored.was)
-    if stored.added:
-        data["added"] = True
-    if stored.sha256:
-        data["sha256"] = stored.sha256
-    return data
-
-
 def _lines(value: Any) -> str:
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, Mapping) or not value:
         return json.dumps(value)
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
-
-
-def _tensor(name: str, record: schemas.StoredTensor) -> Stored:
-    if record.dtype not in DTYPES:
-        raise StoreError(f"tensor {name!r} has the dtype {record.dtype!r:.80}; known dtypes: {', '.join(DTYPES)}")
-    kind = Kind(record.kind)
-    return Stored(record.dtype, record.shape, kind, record.trains, record.was, record.added, record.sha256)
-
-
-def _placeholder(path: str, record: PlaceholderJson) -> Placeholder:
-    try:
-        return Placeholder(record.gives, record.takes, record.of, record.at)
-    except ValueError as error:
-        raise StoreError(f"stands: {path}: {error}; restore it") from None
-
-
-def _insertion(path: str, record: InsertionJson) -> Insertion:
-    copies = (BlockCopy(copy.position, copy.of, tuple(copy.zeros)) for copy in record.copies)
-    try:
-        insertion = Insertion(record.size, tuple(copies))
-        insertion.check(path)
-    except ValueError as error:
-        raise StoreError(f"inserted: {error}; restore it") from None
-    return insertion
-
-
-def _file(name: str, record: schemas.StoredFile) -> File:
-    if not FILE_NAME.fullmatch(name):
-        raise StoreError(f"{name!r:.80} is no name of a safetensors file in this folder; restore it")
-    return File(record.bytes, record.sha256, record.header)

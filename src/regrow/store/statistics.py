@@ -47,7 +47,7 @@ def file_name(source: str, shard: int) -> str:
     return f"{name}-{shard}.safetensors"
 
 
-def fingerprint(source: Source, *more: object) -> str:
+def fingerprint(source: Source, *settings: object) -> str:
     """Return a digest of everything that statistics on a source depend on.
 
     >>> import torch
@@ -60,7 +60,7 @@ def fingerprint(source: Source, *more: object) -> str:
     with preserve_random_state(*source.generators):  # a loader may shuffle: the next pass is as if this were none
         for batch in source:
             add_to_digest(digest, (batch.args, batch.kwargs, batch.labels))
-    add_to_digest(digest, more)
+    add_to_digest(digest, settings)
     return digest.hexdigest()
 
 

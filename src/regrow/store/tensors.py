@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -41,17 +41,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 
 
 class TensorFile:
-    """A safetensors file that is being written, its tensors one by one in any order.
-
-    Args:
-        path: The file.
-        entries: Name → dtype and shape of every tensor that it will hold.
-        metadata: Text entries of the file's metadata; sorted in the file.
-
-    Raises:
-        OSError: If the disk is full or write permission is missing.
-        ValueError: If the format has no name for a dtype.
-    """
+    """A safetensors file that is being written, its tensors one by one in any order."""
 
     def __init__(
         self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
@@ -105,18 +95,13 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
-_RESERVED = frozenset({"format", "names", "sha256"})
-
-
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str, *, writes: bool = True
 ) -> None:
     """Write named tensors and a JSON header to one file atomically."""
-    if taken := _RESERVED & header.keys():
-        raise ValueError(f"the header may not set {', '.join(sorted(taken))}")
     names = list(tensors)
     # The file format restricts names: tensors are numbered.
-    here = {f"t{i}": one.detach() for i, one in enumerate(to_host(list(tensors.values())))}
+    here = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
     hasher = hashlib.sha256()
     for name in sorted(here):
         add_to_digest(hasher, (name, whole(here[name])))
@@ -125,7 +110,7 @@ def write_tensors(
         for name in sorted(here):
             whole(here[name])
         return
-    entries = {name: (one.dtype, tuple(one.shape)) for name, one in here.items()}
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in here.items()}
     with (
         atomic_write(path) as temporary,
         TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file,
@@ -134,18 +119,19 @@ def write_tensors(
             file.write(name, whole(here[name]))
 
 
-def read_header(path: Path, *kinds: str) -> dict[str, Any]:
+def read_header(path: Path, kind: str) -> dict[str, Any]:
     """Read the header of a file written by :func:`write_tensors`, without its tensors."""
     with _telling(path), safe_open(path, framework="pt") as content:
-        return _header(content, kinds)
+        return _header(content, (kind,))
 
 
-def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
+def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
     """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted."""
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
-        header = read_header(path, *kinds)
+        with _telling(path), safe_open(path, framework="pt") as content:
+            header = _header(content, formats)
     except StoreError:
         header = {}
     if header.get("key") == key:
@@ -154,15 +140,11 @@ def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
     return {}
 
 
-def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a file written by :func:`write_tensors`, and check its digest.
-
-    Returns:
-        The header, and name → tensor, each in its own storage.
-    """
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file written by :func:`write_tensors`, and check its digest."""
     with _telling(path):
         with safe_open(path, framework="pt") as content:
-            header = _header(content, kinds)
+            header = _header(content, (kind,))
             tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
         if digest(tensors) != header["sha256"]:
             raise ValueError("its numbers do not have the recorded SHA-256")
@@ -199,10 +181,10 @@ def add_to_digest(hasher: Any, value: Any) -> None:
             hasher.update(f"{value!r};".encode())
 
 
-def _header(content: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
+def _header(content: Any, formats: Sequence[str]) -> dict[str, Any]:
     header = json.loads((content.metadata() or {}).get("regrow", "null"))
-    if not isinstance(header, dict) or header.get("format") not in kinds:
-        check_format(header, kinds[0], "it")
+    if not isinstance(header, dict) or header.get("format") not in formats:
+        check_format(header, formats[0], "it")
     names = header.get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) != len(names):
         raise ValueError("its names of tensors are damaged")

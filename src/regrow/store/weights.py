@@ -4,22 +4,21 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from regrow.nets.load import count_nonfinite
 from regrow.store.atomic import atomic_write, write_text
-from regrow.store.attributes import unregistered_tensors
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
-from regrow.store.state import named_tensors
 from regrow.store.tensors import TensorFile, as_bytes
 
 SHARD = 5 * 10**9
@@ -34,49 +33,23 @@ _LONGEST = 2**28
 
 @dataclass(frozen=True)
 class OutsideTensors:
-    """The tensors of a network that is larger than memory: it has their shapes, but not their numbers.
-
-    Args:
-        each: Returns (name, tensor) of every tensor in a record, one by one.
-        running: Context manager in which the network runs, once its weights are written to a folder.
-        aligned: Whether they would all begin at a cache line if the network were in memory.
-        ahead: The most bytes of tensors that wait to be written while the next ones are made.
-    """
+    """The tensors of a network that is larger than memory: it has their shapes, but not their numbers."""
 
     each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]
     running: Callable[[Path], AbstractContextManager[nn.Module]]
-    aligned: bool = False
-    ahead: int = AHEAD
+    aligned: bool = False  # whether they would all begin at a cache line if the network were in memory
+    ahead: int = AHEAD  # the most bytes of tensors that wait to be written while the next ones are made
 
 
-def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
-    """Write every recorded tensor: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
-
-    Returns the record, with the length and digest of every file and the digest of every tensor.
-    """
-    tensors = {name: held.tensor for name, held in named_tensors(model).items()} | unregistered_tensors(model)
-    named = ((name, tensors[name]) for part in _files(shapes, shard).values() for name in part)
-    return _write(named, shapes, folder, shard)
-
-
-def write_each(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, ahead: int) -> Shapes:
-    """Write the files that :func:`write_weights` writes, from tensors that are given one by one in any order."""
-
-    def checked() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            stored = shapes.tensors[name]
-            tensor = tensor.detach().to("cpu", DTYPES[stored.dtype])
-            if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
-                raise StoreError(f"{bad} entries of {name!r} would be NaN or infinite; use another dtype")
-            yield name, tensor
-
-    return _write(checked(), shapes, folder, SHARD, ahead)
-
-
-def _write(
-    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, shard: int, ahead: int = AHEAD
+def write_weights(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, *, check: bool = False, ahead: int = AHEAD
 ) -> Shapes:
-    files = _files(shapes, shard)
+    """Write every recorded tensor, given in any order, and return the record with the digests of files and tensors.
+
+    A model's own go to ``model.safetensors``, others to ``buffers.safetensors``; ``check``: parameters that would hold
+    NaN or infinity are refused.
+    """
+    files = _files(shapes)
     places: dict[str, TensorFile] = {}
     names: dict[Path, str] = {}
     with ExitStack() as stack:
@@ -88,18 +61,22 @@ def _write(
             places |= dict.fromkeys(part, file)
         with TensorWriter(places, ahead) as writer:
             for key, tensor in tensors:
-                writer.write(key, tensor.detach().to("cpu", DTYPES[shapes.tensors[key].dtype]).contiguous())
+                stored = shapes.tensors[key]
+                tensor = tensor.detach().to("cpu", DTYPES[stored.dtype]).contiguous()
+                if check and stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
+                    raise StoreError(f"{bad} entries of {key!r} would be NaN or infinite; use another dtype")
+                writer.write(key, tensor)
             digests, written = writer.finish()
     shards = {key: name for name, part in files.items() for key, stored in part.items() if stored.kind.carried}
     if len({*shards.values()}) > 1:
         size = sum(shapes.tensors[key].bytes for key in shards)
         index = {"metadata": {"total_size": size}, "weight_map": shards}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    records = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
+    records = {name: msgspec.structs.replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
     return replace(shapes, tensors=records, files={name: written[path] for path, name in names.items()})
 
 
-def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
+def _files(shapes: Shapes) -> dict[str, dict[str, Stored]]:
     """Return file name → the tensors that it holds."""
     parts: list[dict[str, Stored]] = [{}]
     rest: dict[str, Stored] = {}
@@ -108,7 +85,7 @@ def _files(shapes: Shapes, shard: int) -> dict[str, dict[str, Stored]]:
         if not stored.kind.carried:
             rest[name] = stored
             continue
-        if parts[-1] and size + stored.bytes > shard:
+        if parts[-1] and size + stored.bytes > SHARD:
             parts.append({})
             size = 0
         parts[-1][name] = stored
@@ -124,9 +101,6 @@ def read_weights(
     """Read every recorded tensor and validate it against the record.
 
     Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results.
-
-    Returns:
-        Name → tensor, on the CPU.
     """
     result: dict[str, Tensor] = {}
     there: set[str] = set()
@@ -211,17 +185,13 @@ def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -
 
 
 class FileDigest:
-    """The SHA-256 of a file that is written tensor by tensor, in any order.
-
-    Args:
-        file: The file.
-    """
+    """The SHA-256 of a file that is written tensor by tensor, in any order."""
 
     def __init__(self, file: TensorFile) -> None:
         self.path, self.start = file.path, len(file.header)
         self.header = hashlib.sha256(file.header).hexdigest()
         self.sha256 = hashlib.sha256(file.header)
-        self.todo = deque(sorted((place, name) for name, place in file.places.items()))
+        self.todo = deque(sorted((span, name) for name, span in file.places.items()))
         self.early: set[str] = set()
 
     def add(self, name: str, data: memoryview) -> None:
@@ -249,17 +219,11 @@ class FileDigest:
 
 
 class TensorWriter:
-    """Writes tensors to their files in threads, and takes the digests of tensors and files.
-
-    Args:
-        files: The name of each tensor → the file to which it is written.
-        ahead: The most bytes of tensors that wait to be written; a larger tensor does not count, since whoever has it
-            keeps it in memory.
-    """
+    """Writes tensors to their files in threads, and takes the digests of tensors and files."""
 
     def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
         self.files, self.ahead = files, ahead
-        self.digests: dict[Path, FileDigest] = {one.path: FileDigest(one) for one in files.values()}
+        self.digests: dict[Path, FileDigest] = {file.path: FileDigest(file) for file in files.values()}
         self.tensors: dict[str, str] = {}
         self.waiting: deque[tuple[int, tuple[Future[None], ...]]] = deque()
         self.unflushed = 0
@@ -278,7 +242,7 @@ class TensorWriter:
         """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file."""
         while self.waiting:
             self._wait()
-        return self.tensors, {path: one.result() for path, one in self.digests.items()}
+        return self.tensors, {path: digest.result() for path, digest in self.digests.items()}
 
     def __enter__(self) -> "TensorWriter":
         return self

@@ -4,7 +4,7 @@ Files are read, not memory-mapped: mapped pages count as resident memory, and no
 """
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -66,33 +66,22 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in a file.
-
-    Args:
-        file: The file.
-        dtype: The dtype of its entries.
-        shape: Its shape.
-        start: The position in the file of its first byte.
-        bytes: Its length in bytes.
-        opened: The file as it was when its header was read; ``None``: not compared when the tensor is read.
-    """
+    """Where a tensor lies in a file."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
+    start: int  # the position in the file of its first byte
     bytes: int
     opened: WeightFile | None = None
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name; each access reads one tensor from its file anew.
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of safetensors files by name; those in ``aligned`` begin at a cache line in memory."""
 
-    Those in ``aligned`` begin at a cache line, wherever they lie in their file.
-    """
-
-    def __init__(self, places: Mapping[str, TensorPlace], aligned: Collection[str] = ()) -> None:
-        self.places, self.aligned = dict(places), frozenset(aligned)
+    places: Mapping[str, TensorPlace]
+    aligned: Collection[str] = frozenset()
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
@@ -101,31 +90,14 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a model folder: one file, or else shards with an index.
-
-        If there are both, the single file counts, as in transformers.
-        """
+        """Return the checkpoint in a model folder: its single file, or else shards with an index."""
         if (folder / INDEX).exists() and not (folder / SINGLE).is_file():
             return cls(_read_shards(folder))
         return cls(read_places(folder / SINGLE))
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Return a tensor on the CPU."""
-        return self.read(name)
-
-    def read(self, name: str, pool: BufferPool | None = None) -> Tensor:
-        """Return a tensor on the CPU, in memory of a pool if there is one."""
-        return read_tensor(self.places[name], aligned=name in self.aligned, pool=pool)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def first_entries(self, name: str, many: int) -> Tensor:
-        """Return the first entries of a tensor in row-major order, without reading the rest."""
-        return read_tensor(self.places[name], many)
+    def read(self, name: str, pool: BufferPool | None = None, first: int | None = None) -> Tensor:
+        """Read a tensor, or its first entries in row-major order, on the CPU; in memory of a pool if there is one."""
+        return read_tensor(self.places[name], first, aligned=first is None and name in self.aligned, pool=pool)
 
 
 def read_tensor(

@@ -83,28 +83,17 @@ def _replay(
 
 @dataclass(frozen=True, eq=False)
 class StreamedCut:
-    """A plan for a network that is larger than memory, tried on a copy without numbers.
-
-    Args:
-        opened: The network before the cut.
-        change: The plan, with the shapes of what it makes.
-        loaded: The cut network without numbers, its tokenizer, an example input and its origin.
-        axes: The axes of the cut network.
-    """
+    """A plan for a network that is larger than memory, tried on a copy without numbers."""
 
     opened: OpenedNetwork
-    change: ProposedChange
-    loaded: Loaded
+    change: ProposedChange  # the plan, with the shapes of what it makes
+    loaded: Loaded  # the cut network without numbers, its tokenizer, an example input and its origin
     axes: AxisGraph
 
     def write(
         self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: ProcessRank = SINGLE
     ) -> list[Deviation]:
-        """Cut and write the network, as ``store.write_model`` writes one that is in memory.
-
-        Returns:
-            How far the blocks that were compared are from the masked ones.
-        """
+        """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
@@ -113,8 +102,8 @@ class StreamedCut:
                     yield name, tensor
 
         @contextmanager
-        def running(place: Path) -> Iterator[nn.Module]:
-            network, change = self.network(place), self.change
+        def running(written: Path) -> Iterator[nn.Module]:
+            network, change = self.network(written), self.change
             if proof:
                 example = cast_example(change.axes.example, change.model)
                 check_streamed_run(network, change.planned, change.recording.blocks, example)
@@ -199,7 +188,7 @@ class StreamedCut:
 
 def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
     """Return the blocks in the order of the files as far as possible, so that these are hashed as they are written."""
-    return sorted(network.blocks, key=lambda one: f"{one.path}.")
+    return sorted(network.blocks, key=lambda block: f"{block.path}.")
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:

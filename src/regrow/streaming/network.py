@@ -30,20 +30,12 @@ Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class StreamedBlock:
-    """A block of a network, as the modules know it.
-
-    Args:
-        path: The module.
-        names: The stored tensors in it.
-        last: The number of the last pass that reads its results; pass ``n`` runs block ``n``, the last pass what lies
-            behind all blocks.
-        passed: How many results later operations read.
-    """
+    """A block of a network, as the modules know it."""
 
     path: str
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the stored tensors in it
     last: int
-    passed: int
+    passed: int  # how many results later operations read
 
 
 Replace = Callable[[int, StreamedBlock, Callable[..., Any]], Callable[..., Any]]
@@ -58,15 +50,6 @@ class StreamedNetwork:
     """A network whose weights lie in files; those of its blocks are in memory one block at a time.
 
     What lies outside the blocks (embeddings, the head) stays in memory once it is loaded.
-
-    Args:
-        model: The network; parameters without numbers are replaced by loaded ones where needed.
-        weights: Its stored weights.
-        graph: The blocks of its recording; a cut network has those of the whole one.
-        folder: Where results of blocks are kept that memory has no room for; ``None``: in memory.
-
-    Raises:
-        InputError: If the network has no blocks, or blocks share weights.
     """
 
     def __init__(
@@ -89,7 +72,7 @@ class StreamedNetwork:
     @property
     def largest_block(self) -> int:
         """The bytes in memory of the largest block."""
-        return max(sum(map(self.weights.bytes_of, one.names)) for one in self.blocks)
+        return max(sum(map(self.weights.bytes_of, block.names)) for block in self.blocks)
 
     @contextmanager
     def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
@@ -190,8 +173,8 @@ class StreamedNetwork:
         """Context manager in which a block is in memory; gives ``id`` → name of the wanted weights that are loaded."""
         with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
             wanted = {*names} if number < len(self.blocks) else {*names} & {*self.outer}
-            own = self.model.named_parameters(remove_duplicate=False)
-            yield {id(one): name for name, one in own if name in wanted and not one.is_meta}
+            parameters = self.model.named_parameters(remove_duplicate=False)
+            yield {id(parameter): name for name, parameter in parameters if name in wanted and not parameter.is_meta}
 
     def _run_one(
         self,
@@ -265,7 +248,7 @@ def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tup
     order = {block.start: i for i, block in enumerate(modules)}
     result = []
     for block in modules:
-        names = {name for name in weights if name.startswith(f"{block.path}.")}
+        names = {name for name in weights.like if name.startswith(f"{block.path}.")}
         firsts = {weights.first[name] for name in names}
         shared = [name for name, first in weights.first.items() if first in firsts and name not in names]
         shared += [name for other in graph if other is not block for name in other.states if name in names]

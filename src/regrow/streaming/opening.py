@@ -19,7 +19,7 @@ from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.store.building import build_checked
 from regrow.store.errors import StoreError
 from regrow.store.models import describe_loaded, read_shapes
-from regrow.store.pretrained import read_tokenizer
+from regrow.store.portable import read_tokenizer
 from regrow.store.probe import FILE, check_probe
 from regrow.store.replacing import read_whole
 from regrow.store.shapes import DTYPES, SHAPES, Kind, Shapes
@@ -53,19 +53,12 @@ def limit_caches() -> None:
 
 @dataclass(frozen=True, eq=False)
 class OpenedNetwork:
-    """A network whose weights are in files.
+    """A network whose weights are in files."""
 
-    Args:
-        loaded: The network without numbers, its tokenizer, an example input and its origin.
-        axes: Its axes.
-        weights: Its stored weights.
-        probe: The file with its recorded output, if it is of a saved model that has one.
-    """
-
-    loaded: Loaded
+    loaded: Loaded  # the network without numbers, its tokenizer, an example input and its origin
     axes: AxisGraph
     weights: StoredWeights
-    probe: Path | None = None
+    probe: Path | None = None  # the file with its recorded output, if it is of a saved model that has one
 
     def network(self, folder: Path | None = None) -> StreamedNetwork:
         """Return the network, to be run one block at a time."""
@@ -77,9 +70,8 @@ class OpenedNetwork:
         if self.probe is None:
             return
         stored = {place.dtype for place in self.weights.checkpoint.places.values()}
-        cast = any(place.dtype != self.weights.like[name].dtype for name, place in self.weights.places())
         with self.network().on_demand() as running:
-            check_probe(running, self.probe, stored=stored, cast=cast)
+            check_probe(running, self.probe, stored=stored, cast=self.weights.cast)
 
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
@@ -94,7 +86,7 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
         return read_whole(folder, lambda: _open_saved(folder, name, dtype))
     _check_names_no_weights(folder, name)
     checkpoint, mode = Checkpoint.open(folder), FakeTensorMode(allow_non_fake_inputs=True)
-    stored = next((one.dtype for one in checkpoint.places.values() if one.dtype.is_floating_point), torch.float32)
+    stored = next((place.dtype for place in checkpoint.places.values() if place.dtype.is_floating_point), torch.float32)
     loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty_parameters(mode))
     loaded = replace(loaded, files=checkpoint.files)
     return OpenedNetwork(loaded, _traced(loaded), StoredWeights(checkpoint, loaded.model, name))
@@ -105,8 +97,8 @@ def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNet
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
     places: dict[str, TensorPlace] = {}
     for file, recorded in shapes.files.items():
-        found = read_places(inside(folder, file), recorded.sha256)
-        places |= {key: place for key, place in found.items() if shapes.tensors[key].kind.carried}
+        in_file = read_places(inside(folder, file), recorded.sha256)
+        places |= {key: place for key, place in in_file.items() if shapes.tensors[key].kind.carried}
     digests = {key: shapes.tensors[key].sha256 for key in places}
     weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
     loaded = replace(loaded, files=weights.checkpoint.files)
@@ -136,9 +128,6 @@ def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype |
     """Build the model of a folder that regrow wrote, as :func:`regrow.store.load` does, with fake parameters.
 
     Buffers have their numbers. Neither the digests of parameters nor the recorded output are compared.
-
-    Returns:
-        The network in eval mode, its tokenizer, an example input and its origin; and the record of the folder.
     """
     shapes = read_shapes(folder)
     if shapes.origin.kind != "transformers":

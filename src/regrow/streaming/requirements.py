@@ -29,24 +29,14 @@ MARGIN = 1.05
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run stays within a limit of memory.
-
-    Args:
-        limit: The limit in bytes.
-        whole: What the run would need with the whole network in memory.
-        least: What it needs with one block in memory.
-        results: What the results of blocks for all windows take; in files if there is no room for them.
-        blocks: How many blocks the network has.
-        held: What the process held before the run.
-        decision: Whether rank 0 of several processes reads one block at a time; ``None``: the limit decides.
-    """
+    """How a run stays within a limit of memory."""
 
     limit: int
-    whole: int
-    least: int
-    results: int
+    whole: int  # what the run would need with the whole network in memory
+    least: int  # what it needs with one block in memory
+    results: int  # what the results of blocks for all windows take; in files if there is no room for them
     blocks: int
-    held: int
+    held: int  # what the process held before the run
     decision: bool | None = None
 
     @property
@@ -69,24 +59,19 @@ class MemoryPlan:
     def __str__(self) -> str:
         if not self.streams:
             return f"memory: about {format_bytes(self.whole)} of {format_bytes(self.limit)}, with all blocks in memory"
-        place, needed = "in files" if self.on_disk else "in memory", format_bytes(self.needed)
+        where, needed = "in files" if self.on_disk else "in memory", format_bytes(self.needed)
         return (
             f"memory: about {needed} of {format_bytes(self.limit)}, with one of {self.blocks} blocks at a "
-            f"time and hidden states {place} (all at once: {format_bytes(self.whole)})"
+            f"time and hidden states {where} (all at once: {format_bytes(self.whole)})"
         )
 
 
 @dataclass(frozen=True)
 class MemoryTerms:
-    """What a run with whole networks in memory is predicted to need of a limit.
-
-    Args:
-        limit: The limit in bytes.
-        terms: What takes memory → how many bytes.
-    """
+    """What a run with whole networks in memory is predicted to need of a limit."""
 
     limit: int
-    terms: Mapping[str, int]
+    terms: Mapping[str, int]  # what takes memory → how many bytes
 
     @property
     def needed(self) -> int:
@@ -117,15 +102,15 @@ def plan_memory(
     """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit."""
     weights, model = network.weights, network.model
     size = {name: weights.bytes_of(name) for name in weights.stored}
-    inside = [weights.like[name] for one in network.blocks for name in one.names]
+    inside = [weights.like[name] for block in network.blocks for name in block.names]
     item = next(model.parameters()).element_size()
     width, inner = (max((p.shape[0] for p in some if p.dim() == 2), default=1) for some in (model.parameters(), inside))
     hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
-    entries = max(sum(weights.like[name].numel() for name in one.names) for one in network.blocks)
+    entries = max(sum(weights.like[name].numel() for name in block.names) for block in network.blocks)
     exact = int(8 * EXACT * entries) if what == "pruning" else 0
     held, running = read_resident() if held is None else held, SPARE[what] + 3 * tokens * width * max(item, 4)
-    cast = any(place.dtype != weights.like[name].dtype for name, place in weights.places())
-    mapped = sum(place.bytes for _, place in weights.places()) if cast else 0  # of the files, while they are read
+    # Files that are mapped while they are read.
+    mapped = sum(place.bytes for _, place in weights.places()) if weights.cast else 0
     whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
     # Behind the last block, the outputs are in memory instead of blocks.
     outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item
@@ -140,17 +125,17 @@ def plan_memory(
 def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
     """Return the prediction with the sums of products of a method that takes them."""
     model = network.model
-    shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     every = {
         name: (reader.width, shapes[name][1 - reader.slot.dim]) for name, reader in linear_readers(axes, units).items()
     }
-    weights = sum(one.numel() * one.itemsize for one in model.parameters())
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     whole = plan.held + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)
     plan = replace(plan, whole=max(plan.whole, whole))
     if not plan.streams:
         return plan
     blocks = ([every[name] for name in block.names if name in every] for block in network.blocks)
-    plan = replace(plan, least=plan.least + max(predict_products(own, together=True) for own in blocks))
+    plan = replace(plan, least=plan.least + max(predict_products(sizes, together=True) for sizes in blocks))
     if plan.least > plan.limit:
         raise ResourceError(explain_refusal("summing products", plan.least, plan.limit) + ", or another method")
     return plan

@@ -21,19 +21,10 @@ from regrow.store.weights import digest
 from regrow.streaming.checkpoint import BufferPool, Checkpoint, TensorPlace, read_tensor
 
 
-class StoredWeights(Mapping[str, Tensor]):
+class StoredWeights:
     """The parameters and saved buffers of a network, read from a checkpoint in the network's dtype.
 
     A tied tensor has several names; it is stored under one of them.
-
-    Args:
-        checkpoint: The stored tensors.
-        model: The network; its tensors need no numbers.
-        name: The name of the network, for messages.
-        digests: Stored name → the SHA-256 of the tensor's bytes, compared when it is first read; empty: not compared.
-
-    Raises:
-        InputError: If the checkpoint has other names or shapes than the network.
     """
 
     def __init__(
@@ -91,11 +82,10 @@ class StoredWeights(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         return key in self.like
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.like)
-
-    def __len__(self) -> int:
-        return len(self.like)
+    @property
+    def cast(self) -> bool:
+        """Whether some tensor has another dtype in the files than in the network."""
+        return any(place.dtype != self.like[key].dtype for key, place in self.places())
 
     def places(self) -> Iterator[tuple[str, TensorPlace]]:
         """Yield (name, place in the files) of every tensor, under its first name."""
@@ -119,7 +109,7 @@ class StoredWeights(Mapping[str, Tensor]):
     def sums(self) -> list[float]:
         """Return the sum of the first entries of every parameter, which tells different weights apart cheaply."""
         keys = (key for key in self.stored if isinstance(self.like[key], nn.Parameter))
-        parts = (self.checkpoint.first_entries(self.stored[key], 4096).to(self.like[key].dtype) for key in keys)
+        parts = (self.checkpoint.read(self.stored[key], first=4096).to(self.like[key].dtype) for key in keys)
         return [float(part.float().double().sum()) for part in parts]
 
 

@@ -1,9 +1,8 @@
 """Apply plans to models: cut, widen, drop and restore, with a proof that each change does what the plan says."""
 
-from regrow.surgery.align import align_new_units
 from regrow.surgery.apply import apply
 from regrow.surgery.declare import DeclarationError, declare
-from regrow.surgery.new_units import fit_new_units
+from regrow.surgery.new_units import align_new_units, fit_new_units
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.verify import Verification, verify
 

@@ -13,11 +13,19 @@ from regrow.core.axes.operations import Tracer
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
-from regrow.surgery.insert import with_stacks
-from regrow.surgery.output_comparison import RELATIVE_BOUND, ProposedChange, max_difference, max_magnitude
+from regrow.surgery.insert import with_copies
+from regrow.surgery.output_comparison import (
+    RELATIVE_BOUND,
+    NotAsRecordedError,
+    ProposedChange,
+    check_own_run,
+    max_difference,
+    max_magnitude,
+    run_whole_pair,
+    trial_error,
+)
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.whole import NotAsRecordedError, check_own_run, run_whole_pair, trial_error
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.interception import without_collection
 from regrow.tracing.meta_copy import cast_example
@@ -84,8 +92,8 @@ def apply(
 def _apply(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    if plan.insert or plan.remove:
-        with with_stacks(model, axes, plan, optimizers, undo) as (left, rest, kept):
+    if plan.insert:
+        with with_copies(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, left, rest, undo=kept)
     if plan.back:
         return bring_back(model, axes, plan, optimizers, undo)
@@ -156,8 +164,8 @@ def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     decisions = None if axes.decisions is None else ()
     masked, shrunk, _ = run_whole_pair(model, axes, plan, cast_example(axes.example, model), True, decisions)
     if not (distance := max_difference(masked, shrunk)) <= RELATIVE_BOUND * max_magnitude(masked):
-        remedy = [f"is something of {' or '.join(axes.declared)} not declared?"] if axes.declared else []
-        raise PlanError(describe_difference(distance, max_magnitude(masked), *remedy))
+        undeclared = f"is something of {' or '.join(axes.declared)} not declared?" if axes.declared else ""
+        raise PlanError(describe_difference(distance, max_magnitude(masked), undeclared))
 
 
 def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

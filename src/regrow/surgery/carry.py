@@ -1,92 +1,46 @@
 """Compute what a checked plan makes of every tensor, and write it into the model, its optimisers and its axes."""
 
-import ctypes
-import sys
-import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from mmap import PAGESIZE
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from regrow.core.axes import Axis, AxisGraph, Fold, Role, Slot, axes_in, size_of
+from regrow.core.axes import Axis, AxisGraph, Fold, Role, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.compensate import bias_dim, bias_of, divisor_size, fold_constants, fold_values, offsets
-from regrow.surgery.layout import (
-    Layout,
-    Layouts,
-    ids_after,
-    next_ids_after,
-    places,
-    plan_layouts,
-    resize,
-    resize_moment,
-    slots_after,
-)
+from regrow.core.process_memory import release_pages
+from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, fold_constants
+from regrow.surgery.layout import Layout, ids_after, next_ids_after, resize_moment, slots_after, slots_in
 from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.attributes import get_attribute, set_attribute
-from regrow.tracing.model_state import Snapshot, select_state, state_of
+from regrow.tracing.model_state import Snapshot, state_of
 from regrow.tracing.support import recompute_weights
 from regrow.tracing.trial import Resizing, planned_integers
 
 T = TypeVar("T")
-LEAST = 2**26
-"""The fewest bytes for which it is worth asking."""
-_MADV_PAGEOUT = 21
-
-
-def release_pages(tensors: Iterable[Tensor]) -> None:
-    """Let Linux reclaim the pages of tensors in memory-mapped files; they are read again from there if they are used.
-
-    A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
-    """
-    plain = (x for x in tensors if x.layout is torch.strided and x.device.type == "cpu" and x.is_contiguous())
-    large = [x for x in plain if not isinstance(x, FakeTensor) and x.nbytes >= 2 * PAGESIZE]
-    if sys.platform != "linux" or sum(x.nbytes for x in large) < LEAST:
-        return
-    try:
-        rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    except OSError:
-        return
-    files = [row[0].split("-") for row in rows if row[4] != "0"]
-    ranges = sorted((int(start, 16), int(stop, 16)) for start, stop in files)
-    advise = ctypes.CDLL(None).madvise
-    for tensor in large:
-        begin = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
-        place = bisect_right(ranges, begin, key=lambda mapped: mapped[0]) - 1
-        if place >= 0 and end <= ranges[place][1]:  # advice: where the kernel does not know it, nothing happens
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The computed result of a plan, before anything is changed.
 
-    Args:
-        sizes: Axis key → its number of units after the plan.
-        lays: Tensor name → dimension → the layout of its entries after the plan.
-        values: Name → the tensor to set.
-        constants: ``module:attribute`` → the number to set.
-        folds: The folds after the plan.
-        removed: Biases that only compensation had added, and that are removed again.
-        undo: The undo store after the plan; ``None`` without one.
+    ``values`` are the tensors to set; ``removed`` biases that only compensation had added; ``undo`` the later store.
     """
 
-    sizes: Mapping[str, int]
-    lays: Layouts
+    tensors: PlannedTensors
     values: Mapping[str, Tensor]
     constants: Mapping[str, float | None]
     folds: tuple[Fold, ...]
     removed: tuple[str, ...] = ()
     undo: UndoStore | None = None
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Axis key → its number of units after the plan."""
+        return self.tensors.sizes
 
     def resizing(self, axes: AxisGraph) -> Resizing:
         """Return the sizes, constants and biases of the planned network, without the values of its tensors."""
@@ -95,14 +49,10 @@ class Prepared:
 
 
 def carry_out(
-    model: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    optimizers: Sequence[Optimizer] = (),
-    undo: UndoStore | None = None,
+    model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
     """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after."""
-    return commit(model, axes, plan, prepare(model, axes, plan, undo), optimizers, undo)
+    return commit(model, axes, plan, prepare(model, axes, plan, undo), undo=undo)
 
 
 def prepare(
@@ -111,38 +61,23 @@ def prepare(
     plan: Plan,
     undo: UndoStore | None = None,
     names: Collection[str] | None = None,
-    exact: bool = False,
 ) -> Prepared:
-    """Compute the tensors that a plan leads to, without changing the model.
-
-    Only those called ``names`` if there are any; without rounding to the model's precision if ``exact``.
-    """
-    sizes = plan.sizes(axes)
-    grown = [(key, change.fill.seed, axes[key].next_id) for key, change in sorted(plan.changes.items())]
-    seed = zlib.crc32(repr(grown).encode())
-    roles: dict[str, dict[int, set[Role]]] = {}
-    for slot in (slot for key in plan.changes for slot in axes[key].slots):
-        roles.setdefault(slot.name, {}).setdefault(slot.dim, set()).add(slot.role)
-    part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
-    lays = plan_layouts(part, plan)
-    tensors = state_of(model) if names is None else select_state(model, names)
-    values: dict[str, Tensor] = {}
+    """Compute the tensors that a plan leads to (only those called ``names``, if given), without changing the model."""
+    if names is not None:
+        plan = replace(plan, means={weight: row for weight, row in plan.means.items() if bias_of(weight) in names})
+    tensors = PlannedTensors(model, axes, plan)
+    # The undo store folds by itself, from what it has of the time before earlier folds.
+    unfolded = tensors if undo is None else PlannedTensors(model, replace(axes, folds=()), plan)
+    known = dict.fromkeys((*state_of(model), *tensors.biases) if names is None else names)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in lays:
-                values[name] = resize(name, tensor.detach(), lays[name], roles.get(name, {}), seed, exact)
-        if exact:
-            for fold in part.folds:
-                if fold.weight in tensors and divisor_size(fold, axes.sizes()) != divisor_size(fold, sizes):
-                    values.setdefault(fold.weight, tensors[fold.weight].detach().double())
-        values |= offsets(model, axes, plan, lays, values, exact)
+        values = {name: unfolded.load(name) for name in known if unfolded.changes(name)}
         if undo is None:
-            values |= fold_values(model, part, sizes, values)
-            ready = Prepared(sizes, lays, values, *fold_constants(model, part, sizes))
+            constants, folds, _ = fold_constants(model, axes, tensors.sizes)
+            ready = Prepared(tensors, values, constants, folds)
         else:
-            ready = Prepared(sizes, lays, *plan_with_undo(undo, model, axes, plan, lays, values))
+            ready = Prepared(tensors, *plan_with_undo(undo, tensors, values))
     for name, value in ready.values.items():
-        if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
+        if list(value.shape) != [size_of(dim, ready.sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
     return ready
 
@@ -150,20 +85,10 @@ def prepare(
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
     """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
     sizes = plan.sizes(axes)
-    constants, _ = fold_constants(model, axes, sizes)
+    constants, *_ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)
-
-
-def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[AxisGraph, Plan]:
-    """Return axes and a plan reduced to what concerns some tensors."""
-    means = {weight: row for weight, row in plan.means.items() if bias_of(weight) in names}
-    shapes = {name: axes.shapes[name] for name in (*names, *means) if name in axes.shapes}
-    folds = tuple(fold for fold in axes.folds if fold.weight in names)
-    own = {key for dims in shapes.values() for dim in dims for key in axes_in(dim)}
-    changes = {key: change for key, change in plan.changes.items() if key in own}
-    return replace(axes, shapes=shapes, folds=folds), replace(plan, changes=changes, means=means)
 
 
 def commit(
@@ -178,7 +103,7 @@ def commit(
     """Write a prepared plan into the model, the optimisers and the undo store, in place; return model and axes."""
     parameters = dict(model.named_parameters())
     replaced = [name for name in (*ready.values, *ready.removed) if name in parameters]
-    exchanged = [Exchange(name, parameters[name], ready.lays.get(name, {})) for name in replaced]
+    exchanged = [Exchange(name, parameters[name], ready.tensors.lays(name)) for name in replaced]
     for exchange in exchanged:
         if exchange.old._backward_hooks or exchange.old._post_accumulate_grad_hooks:
             raise PlanError(
@@ -212,13 +137,13 @@ def _write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
             elif old is None:  # a bias that compensates; it trains if the weight beside it does
                 made[first] = nn.Parameter(value, requires_grad=module.get_parameter("weight").requires_grad)
             else:
-                made[first] = _successor(old, value, ready.lays.get(name, {}))
+                made[first] = _successor(old, value, ready.tensors.lays(name))
         setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
     for name in ready.removed:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, None)
-    for place, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
-        path, name = place.split(":")
+    for attribute, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
+        path, name = attribute.split(":")
         module = model.get_submodule(path)
         old_value = get_attribute(module, name)
         set_attribute(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
@@ -250,9 +175,10 @@ def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
 
     def changed(axis: Axis) -> Axis:
         key = axis.key
-        slots = [slot for slot in slots_after(axis, axes, ready.lays, ready.sizes) if slot.name not in ready.removed]
+        moved = slots_after(axis, axes, ready.tensors.lays, ready.sizes)
+        slots = [slot for slot in moved if slot.name not in ready.removed]
         for name, (dim,) in added.items():
-            slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, key, ready.sizes)]
+            slots += slots_in(name, 0, Role.SHIFTS, dim, key, ready.sizes)
         return replace(axis, size=ready.sizes[key], slots=tuple(slots), ids=ids[key], next_id=next_ids[key])
 
     def left(entries: Mapping[str, T]) -> dict[str, T]:
@@ -272,11 +198,11 @@ def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
     )
 
 
+# Names of first moments in optimiser state: new entries get 0
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-"""Names of first moments in optimiser state: new entries get 0."""
 
+# Names of second moments in optimiser state: new entries get the mean of the kept ones
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
-"""Names of second moments in optimiser state: new entries get the mean of the kept ones."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
-from regrow.surgery.layout import places
+from regrow.surgery.layout import slots_in
 from regrow.tracing.attributes import get_attribute, restated_sizes
 from regrow.tracing.capture import example_of
 from regrow.tracing.model_state import state_of
@@ -21,15 +21,9 @@ class DeclarationError(ValueError):
 
 @dataclass(frozen=True)
 class _Place:
-    """One dimension of a tensor, or one integer attribute of a module, in a declaration.
+    """One dimension of a tensor, or one integer attribute of a module (``dim`` is ``None``), in a declaration.
 
-    Args:
-        axis: The axis in whose declaration it occurs.
-        name: The name of the tensor, or ``module:attribute``.
-        dim: Which dimension; ``None`` for an integer.
-        form: The dimension as a product or sum of axes and numbers.
-        reads: Whether it follows the arrow, and so consumes the units.
-        extent: The number of its entries, or the integer.
+    ``form`` is its formula, ``reads`` whether it follows the arrow, ``extent`` its entries or value.
     """
 
     axis: str
@@ -83,17 +77,17 @@ def declare(
     tensors = state_of(model)
     if axes is not None and (args or kwargs):
         raise DeclarationError("axes that were traced have an example already; give one or the other")
-    written = [place for name, text in units.items() for place in _written(model, tensors, name, text, units)]
+    written = [entry for name, text in units.items() for entry in _written(model, tensors, name, text, units)]
     sizes = _sizes(written)
     base = axes or _unknown(model, tensors, args, kwargs)
-    every = [replace(place, name=name) for place in written for name in _aliases(base, place.name)]
+    every = [replace(entry, name=name) for entry in written for name in _aliases(base, entry.name)]
     forms = _forms(base, every)
     shapes = {
         name: tuple(forms.get((name, dim), known) for dim, known in enumerate(dims))
         for name, dims in base.shapes.items()
     }
     made = {key: _axis(key, sizes, every, tensors) for key in units}
-    stated = {place.name: place.form for place in written if place.dim is None}
+    stated = {entry.name: entry.form for entry in written if entry.dim is None}
     return replace(
         base,
         axes={**_left(base, forms, made), **made},
@@ -152,16 +146,16 @@ def _dim(axis: str, word: str, form: str, units: Mapping[str, str]) -> Dim:
         raise DeclarationError(f"axis {axis!r}: {word!r} cannot be read; write it like 3*heads*16") from None
 
 
-def _integer(model: nn.Module, axis: str, place: str) -> int:
-    path, colon, name = place.rpartition(":")
+def _integer(model: nn.Module, axis: str, entry: str) -> int:
+    path, colon, name = entry.rpartition(":")
     module = dict(model.named_modules()).get(path)
     if not colon or module is None or not hasattr(module, name.partition(".")[0]):
         raise DeclarationError(
-            f"axis {axis!r}: {place!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
+            f"axis {axis!r}: {entry!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
         )
     value = get_attribute(module, name)
     if type(value) is not int:
-        raise DeclarationError(f"axis {axis!r}: {place!r} holds a {type(value).__name__}, not a whole number")
+        raise DeclarationError(f"axis {axis!r}: {entry!r} holds a {type(value).__name__}, not a whole number")
     return value
 
 
@@ -182,25 +176,25 @@ def _sizes(written: list[_Place]) -> dict[str, int]:
     again = True
     while again:
         again = False
-        for place in written:
-            unknown = set(axes_in(place.form)) - sizes.keys()
+        for entry in written:
+            unknown = set(axes_in(entry.form)) - sizes.keys()
             if len(unknown) == 1:
                 (key,) = unknown
-                least, step = (size_of(place.form, {**sizes, key: n}) for n in (0, 1))
-                size, rest = divmod(place.extent - least, step - least)
+                least, step = (size_of(entry.form, {**sizes, key: n}) for n in (0, 1))
+                size, rest = divmod(entry.extent - least, step - least)
                 if rest or size < 1:
                     raise DeclarationError(
-                        f"axis {key!r}: {place.text} has {place.extent} entries, which do not divide so"
+                        f"axis {key!r}: {entry.text} has {entry.extent} entries, which do not divide so"
                     )
                 sizes[key], again = size, True
-    for place in written:
-        if set(axes_in(place.form)) - sizes.keys():
+    for entry in written:
+        if set(axes_in(entry.form)) - sizes.keys():
             raise DeclarationError(
-                f"axis {place.axis!r}: its size does not follow from {place.text}; give a plain place"
+                f"axis {entry.axis!r}: its size does not follow from {entry.text}; give a plain place"
             )
-        if (stated := size_of(place.form, sizes)) != place.extent:
+        if (stated := size_of(entry.form, sizes)) != entry.extent:
             raise DeclarationError(
-                f"axis {place.axis!r}: {place.text} has {place.extent} entries, but with "
+                f"axis {entry.axis!r}: {entry.text} has {entry.extent} entries, but with "
                 f"{', '.join(f'{key} = {size}' for key, size in sizes.items())} it would have {stated}"
             )
     return sizes
@@ -208,9 +202,9 @@ def _sizes(written: list[_Place]) -> dict[str, int]:
 
 def _forms(base: AxisGraph, every: list[_Place]) -> dict[tuple[str, int], Dim]:
     forms: dict[tuple[str, int], Dim] = {}
-    for place in every:
-        if place.dim is not None and forms.setdefault((place.name, place.dim), place.form) != place.form:
-            raise DeclarationError(f"axis {place.axis!r}: {place.text} is declared twice, in different forms")
+    for entry in every:
+        if entry.dim is not None and forms.setdefault((entry.name, entry.dim), entry.form) != entry.form:
+            raise DeclarationError(f"axis {entry.axis!r}: {entry.text} is declared twice, in different forms")
     for (name, dim), form in forms.items():
         if not isinstance(known := base.shapes[name][dim], int):
             free = next(iter(axes_in(known)))
@@ -226,16 +220,16 @@ def _aliases(base: AxisGraph, name: str) -> list[str]:
 
 def _axis(key: str, sizes: Mapping[str, int], every: list[_Place], tensors: Mapping[str, Tensor]) -> Axis:
     slots: dict[Slot, None] = {}
-    named = [place for place in every if key in axes_in(place.form)]
-    makers = [place for place in named if place.dim is not None and not place.reads]
-    heavy = [place for place in makers if tensors[place.name].dim() > 1] or makers[:1]
-    for place in named:
-        if place.dim is not None:
+    named = [entry for entry in every if key in axes_in(entry.form)]
+    makers = [entry for entry in named if entry.dim is not None and not entry.reads]
+    heavy = [entry for entry in makers if tensors[entry.name].dim() > 1] or makers[:1]
+    for entry in named:
+        if entry.dim is not None:
             # A vector does not produce units by itself: it shifts or scales them.
-            small = Role.SHIFTS if place.name.endswith(("bias", "running_mean")) else Role.SCALES
-            role = Role.CONSUMES if place.reads else Role.PRODUCES if place in heavy else small
-            slots |= {Slot(place.name, place.dim, *at, role=role): None for at in places(place.form, key, sizes)}
-    if not makers or not any(place.reads and place.dim is not None for place in named):
+            small = Role.SHIFTS if entry.name.endswith(("bias", "running_mean")) else Role.SCALES
+            role = Role.CONSUMES if entry.reads else Role.PRODUCES if entry in heavy else small
+            slots |= dict.fromkeys(slots_in(entry.name, entry.dim, role, entry.form, key, sizes))
+    if not makers or not any(entry.reads and entry.dim is not None for entry in named):
         raise DeclarationError(f"axis {key!r}: name a tensor that {'reads' if makers else 'makes'} its units")
     return Axis(key, sizes[key], tuple(slots), Mark.NEUTRAL)
 
@@ -257,8 +251,8 @@ def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Map
     result: dict[str, Dim] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        own = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
-        sizes = {leaf: tuple(t.shape) for leaf, t in own.items() if dot + leaf in shapes}
+        held = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+        sizes = {leaf: tuple(t.shape) for leaf, t in held.items() if dot + leaf in shapes}
         weight, bias = shapes.get(f"{dot}weight", ()), shapes.get(f"{dot}bias", ())
         same = [dim for dim, form in enumerate(weight) if (form,) == bias]
         for name, (leaf, dim) in restated_sizes(module, sizes, same[0] if len(same) == 1 else None).items():
@@ -270,7 +264,7 @@ def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Map
             whole = group if second == 1 else second if group == 1 else Product((group, second))
             ends = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
             result |= {f"{path}:{ends[0]}": first, f"{path}:{ends[1]}": whole, f"{path}:groups": group}
-    return {place: dim for place, dim in result.items() if not made.keys().isdisjoint(axes_in(dim))}
+    return {entry: dim for entry, dim in result.items() if not made.keys().isdisjoint(axes_in(dim))}
 
 
 def _unknown(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any) -> AxisGraph:

@@ -5,17 +5,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import lcm
-from typing import TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
-from regrow.core.branches import Branch, Placeholder
+from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import Exchange, carry_out, follow
+from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
-from regrow.surgery.whole import check_own_run
 from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import BranchError, Effects, describe_effects, locate_branches
@@ -25,36 +24,13 @@ from regrow.tracing.readings import recording, trace_training
 from regrow.tracing.rules import walk
 from regrow.tracing.steps import caches, steps
 
-T = TypeVar("T")
-
-
-def _inside(axes: AxisGraph, branch: Branch) -> AxisGraph:
-    """Return the part of the axes that lies in a branch; operations, work and branches stay."""
-
-    def inside(entries: Mapping[str, T]) -> dict[str, T]:
-        return {name: entry for name, entry in entries.items() if branch.holds(name.partition(":")[0])}
-
-    slots = {axis.key: tuple(slot for slot in axis.slots if branch.holds(slot.name)) for axis in axes}
-    return replace(
-        axes,
-        axes={key: replace(axes[key], slots=inner) for key, inner in slots.items() if inner},
-        shapes=inside(axes.shapes),
-        parameters=frozenset(filter(branch.holds, axes.parameters)),
-        counted=tuple(filter(branch.holds, axes.counted)),
-        itemsize=inside(axes.itemsize),
-        ties=inside(axes.ties),
-        integers=inside(axes.integers),
-        folds=tuple(fold for fold in axes.folds if branch.holds(fold.weight)),
-        unreached=tuple(filter(branch.holds, axes.unreached)),
-    )
-
 
 def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
     """Return the network's axes with a branch restored; the axes inside it must not have changed since.
 
     The operations, work and branches of the result, and its order, must be taken from a new recording.
     """
-    inner = _inside(old, branch)
+    inner = old.restricted(branch.holds)
     lost = inner.axes.keys() - axes.axes.keys()
 
     def axis(key: str) -> Axis:
@@ -65,7 +41,11 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
         return replace(old[key], size=now.size, ids=now.ids, next_id=now.next_id, slots=slots)
 
     keys = [key for key in old.axes if key in inner.axes or key in axes.axes]
-    resized = {at: dim for at, dim in old.integers.items() if not lost.isdisjoint(axes_in(dim))}
+    integers = {
+        name: dim
+        for name, dim in old.integers.items()
+        if branch.holds(name.partition(":")[0]) or not lost.isdisjoint(axes_in(dim))
+    }
     return replace(
         axes,
         axes={key: axis(key) for key in (*keys, *(axes.axes.keys() - old.axes.keys()))},
@@ -74,7 +54,7 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
         counted=(*axes.counted, *inner.counted),
         itemsize={**inner.itemsize, **axes.itemsize},
         ties={**inner.ties, **axes.ties},
-        integers={**inner.integers, **resized, **axes.integers},
+        integers={**integers, **axes.integers},
         folds=(*axes.folds, *inner.folds),
         unreached=(*axes.unreached, *inner.unreached),
     )
@@ -84,11 +64,7 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
 def without_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises.
-
-    Yields:
-        The axes without the branches, the rest of the plan for them, and the rest of the undo store.
-    """
+    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises."""
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
@@ -143,8 +119,8 @@ def bring_back(
     set_modules(model, modules)
     try:
         bare, mode = meta_copy(model, {})
-        given = fake_example(cast_example(axes.example, model), mode)
-        left = check_own_run(model, _described(bare, given, capture(bare, given, tracer=left.tracer), left))
+        example = fake_example(cast_example(axes.example, model), mode)
+        left = check_own_run(model, _described(bare, example, capture(bare, example, tracer=left.tracer), left))
     except BaseException as error:
         set_modules(model, placeholders)
         if isinstance(error, TraceError):
@@ -169,7 +145,7 @@ def _check_back(model: nn.Module, branch: Branch) -> None:
 def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged."""
     old = removed.axes
-    inner = _inside(old, removed.branch)
+    inner = old.restricted(removed.branch.holds)
     keep = {}
     for axis in inner:
         key, now = axis.key, axes.axes.get(axis.key)
@@ -198,12 +174,12 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     shell = nn.Module()
     for path, module in modules.items():
         *parents, leaf = path.split(".")
-        place = shell
+        parent = shell
         for name in parents:
-            if name not in place._modules:
-                place.add_module(name, nn.Module())
-            place = place.get_submodule(name)
-        place.add_module(leaf, module)
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(leaf, module)
     return shell
 
 
@@ -211,22 +187,22 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     """Return the axes of a network without some branches, after proving on a copy without numbers that it is right."""
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
-    given = fake_example(cast_example(axes.example, model), mode)
+    example = fake_example(cast_example(axes.example, model), mode)
     # Candidates leaves operations that return None out of its sum, which needs no proof.
     summed = [branch for branch in removed if branch.gives == "nothing"]
     proved = [branch for branch in removed if branch.gives != "nothing"]
     try:
         insert_placeholders(bare, _placeholders(summed))
-        recorded = capture(bare, given, tracer=axes.tracer)
+        recorded = capture(bare, example, tracer=axes.tracer)
         left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _described(bare, given, recorded, left)
+            return _described(bare, example, recorded, left)
         whole = Effects(recorded)
         replaced = locate_branches(whole, proved)
         insert_placeholders(bare, _placeholders(proved))
-        small = Effects(capture(bare, given, tracer=axes.tracer))
+        small = Effects(capture(bare, example, tracer=axes.tracer))
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     pairs = zip(replaced.items(), proved, strict=True)
@@ -235,17 +211,17 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(bare, given, small.capture, left)
+    return _described(bare, example, small.capture, left)
 
 
-def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
     w = walk(recorded)
-    trace_training(bare, given, w)
+    trace_training(bare, example, w)
     fresh, names = assemble(bare, w, axes.example)
     home = {slot: axis for axis in fresh for slot in axis.slots}
     parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
-    now = {key: _together(axes[key], [fresh[part] for part in own]) for key, own in parts.items()}
+    now = {key: _together(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
     known = {part: key for key, one in now.items() if one is not None for part in parts[key]}
     looked = any(one.gives != "nothing" for one in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}

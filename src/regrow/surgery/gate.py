@@ -48,11 +48,11 @@ class _Gate(Feed):
         self.made: dict[tuple[str, int], Tensor] = {}
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        trailing = (1,) * (-dim - 1)
-        gate = self._channels(name, value.shape[dim]).to(value).view(-1, *trailing)
+        shape = [-1, *[1] * (-dim - 1)]
+        gate = self._channels(name, value.shape[dim]).to(value).view(shape)
         if name not in self.fills:
             return value * gate
-        fill = self.fills[name].to(value).view(-1, *trailing)
+        fill = self.fills[name].to(value).view(shape)
         return value * gate + fill * (1 - gate)
 
     def weighed(self, name: str, weight: Tensor) -> Tensor:

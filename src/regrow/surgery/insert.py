@@ -1,10 +1,9 @@
-"""Insert copies of residual blocks that give their input unchanged, and take them out again."""
+"""Insert copies of residual blocks that give their input unchanged."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Axis, AxisGraph, Example, Slot
-from regrow.core.branches import lies_in
+from regrow.core.axes.operations import lies_in
 from regrow.core.change import Change, Insertion
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference
@@ -24,26 +23,25 @@ from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, is_equal, measure_distance, run_network
-from regrow.tracing.stacks import StackError, insert_copies, put_back, remove_copies, stack_at
+from regrow.tracing.stacks import StackError, insert_copies, remove_copies
 
-T = TypeVar("T")
+# Name of a module or tensor before blocks are inserted → its name after that
 Rename = Callable[[str], str]
-"""Name of a module or tensor before a change of stacks → its name after it; empty if it is gone."""
 
 
 @contextmanager
-def with_stacks(
+def with_copies(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's blocks are inserted or removed; undone if the body raises.
+    """Context manager in which the plan's blocks are inserted; undone if the body raises.
 
     Yields:
-        The axes with the other blocks, the rest of the plan for them, and the undo store for them.
+        The axes with the new blocks, the rest of the plan for them, and the undo store for them.
     """
     if optimizers:
         raise PlanError(
-            "no optimiser can follow blocks that are inserted or removed, for no group of theirs is known; apply the "
-            "plan without, then give the optimiser their parameters (add_param_group)"
+            "no optimiser can follow blocks that are inserted, for no group of theirs is known; apply the plan "
+            "without, then give the optimiser their parameters (add_param_group)"
         )
     if axes.declared:
         raise PlanError("the axes of this network are declared, so that those of new blocks are not known; trace it")
@@ -51,22 +49,24 @@ def with_stacks(
         undo.check_network(axes)
         if undo.branches:
             raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
-    _rehearse(model, axes, plan)
+    _dry_run(model, axes, plan.insert)
     example = cast_example(axes.example, model)
-    before = (
-        run_network(model, example) if plan.insert and not plan.remove and holds_numbers(model, axes.example) else None
-    )
-    restore = _change(model, plan)
+    before = run_network(model, example) if holds_numbers(model, axes.example) else None
+    inserted = []
     try:
-        _check_identity(model, axes, plan.insert)
+        for path, insertion in plan.insert.items():
+            _insert(model, path, insertion)
+            inserted.append(path)
         if before is not None:
+            _check_identity(model, example, plan.insert)
             _check_outputs(model, example, before, plan)
         rename = renaming(model, plan)
-        left, keys = _retraced(model, axes, rename)
-        kept = None if undo is None else _renamed_store(undo, keys, rename)
+        left, keys = _retraced(model, axes, example, rename)
+        kept = None if undo is None else undo.renamed(rename, keys.get)
         yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
     except BaseException as error:
-        restore()
+        for path in reversed(inserted):
+            remove_copies(model, path, plan.insert[path])
         if isinstance(error, TraceError):
             raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from None
         raise
@@ -74,43 +74,17 @@ def with_stacks(
         vars(undo).update(vars(kept))
 
 
-def _change(model: nn.Module, plan: Plan) -> Callable[[], None]:
-    """Insert and remove the blocks of a plan; return a function that undoes it."""
-    undoing: list[Callable[[], object]] = []
-
-    def restore() -> None:
-        for undo in reversed(undoing):
-            undo()
-
-    try:
-        for path, insertion in plan.insert.items():
-            insert_copies(model, path, insertion)
-            undoing.append(partial(remove_copies, model, path, insertion))
-        for path, insertion in plan.remove.items():
-            undoing.append(partial(put_back, model, path, insertion, remove_copies(model, path, insertion)))
-    except BaseException as error:
-        restore()
-        if isinstance(error, StackError):
-            raise PlanError(f"{error}; make the plan for this network") from None
-        raise
-    return restore
-
-
-def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Run the network with the other blocks on a copy without numbers."""
-    for path, insertion in (*plan.insert.items(), *plan.remove.items()):
-        try:
-            stack_at(model, path, insertion.after if path in plan.remove else insertion.size)
-        except StackError as error:
-            raise PlanError(f"{error}; make the plan for this network") from None
+def _dry_run(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Insertion]) -> None:
+    """Run the network with the new blocks on a copy without numbers."""
     if axes.decisions is not None:  # which fake data cannot take
         return
     bare, mode = meta_copy(model, {})
-    given = fake_example(cast_example(axes.example, model), mode)
+    example = fake_example(cast_example(axes.example, model), mode)
     try:
-        _, before = record_calls(bare, given)
-        _change(bare, plan)
-        _, after = record_calls(bare, given)
+        _, before = record_calls(bare, example)
+        for path, insertion in insert.items():
+            _insert(bare, path, insertion)
+        _, after = record_calls(bare, example)
     except PlanError:
         raise
     except Exception as error:
@@ -119,11 +93,15 @@ def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         raise PlanError("the plan cannot be carried out: the network would answer in another shape")
 
 
-def _check_identity(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Insertion]) -> None:
-    """Run the network on the example; raise ``PlanError`` unless every inserted block gives its input unchanged."""
-    if not insert or not holds_numbers(model, axes.example):
-        return
-    example = cast_example(axes.example, model)
+def _insert(model: nn.Module, path: str, insertion: Insertion) -> None:
+    try:
+        insert_copies(model, path, insertion)
+    except StackError as error:
+        raise PlanError(f"{error}; make the plan for this network") from None
+
+
+def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Insertion]) -> None:
+    """Raise ``PlanError`` unless every inserted block gives its input unchanged when the network runs."""
     inputs: dict[nn.Module, Tensor] = {}
     changes: dict[nn.Module, float] = {}
 
@@ -170,32 +148,26 @@ def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor],
 
 
 def renaming(model: nn.Module, plan: Plan) -> Rename:
-    """Return the function from names before a change of stacks to names after it."""
+    """Return the function from names before the plan's blocks are inserted to names after it."""
     tables: dict[str, dict[str, str]] = {}
-    for path, insertion in (*plan.insert.items(), *plan.remove.items()):
-        names = list(model.get_submodule(path)._modules)
-        first, prefix = names[0], names[0].rstrip("0123456789")
+    for path, insertion in plan.insert.items():
+        first = next(iter(model.get_submodule(path)._modules))
+        prefix = first.rstrip("0123456789")
         start = int(first.removeprefix(prefix))
-        old, new = (range(insertion.size), insertion.kept) if path in plan.insert else (insertion.kept, range(10**9))
-        pairs = zip(old, new, strict=False)
-        tables[path] = {f"{prefix}{start + i}": f"{prefix}{start + j}" for i, j in pairs}
+        tables[path] = {f"{prefix}{start + i}": f"{prefix}{start + j}" for i, j in enumerate(insertion.kept)}
 
     def rename(name: str) -> str:
         for path, table in tables.items():
             if lies_in(name, path) and name != path:
                 block, dot, rest = name[len(path) + 1 :].partition(".")
-                return f"{path}.{table[block]}{dot}{rest}" if block in table else ""
+                return f"{path}.{table[block]}{dot}{rest}"
         return name
 
     return rename
 
 
-def _retraced(model: nn.Module, axes: AxisGraph, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
-    """Return the axes of the changed network, in which the units of old axes keep their ids; and key → its new key.
-
-    An axis has a new key if one of its tensors is left.
-    """
-    example = cast_example(axes.example, model)
+def _retraced(model: nn.Module, axes: AxisGraph, example: Example, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
+    """Return the axes of the changed network, in which the units of old axes keep their ids; and key → its new key."""
     left = trace(model, *example.args, **example.kwargs)
     if any(branch.gives != "nothing" for branch in axes.branches.values()):
         left = with_branches(model, left)
@@ -232,30 +204,9 @@ def _changes(left: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Mod
     return result
 
 
-def _twin(left: AxisGraph, axis: Axis, source: str, place: str) -> Axis:
+def _twin(left: AxisGraph, axis: Axis, source: str, copy: str) -> Axis:
     """Return the axis of a copied block that corresponds to an axis of the block that it copies."""
     first = axis.slots[0]
-    wanted = _spot(first, place + first.name[len(source) :])
+    wanted = _spot(first, copy + first.name[len(source) :])
     alike = (other for other in left if other.size == axis.size)
     return next(other for other in alike if any(_spot(slot, slot.name) == wanted for slot in other.slots))
-
-
-def _renamed_store(undo: UndoStore, keys: Mapping[str, str], rename: Rename) -> UndoStore:
-    """Return an undo store with the names of the changed network, without what was in removed blocks."""
-
-    def tensors(stored: Mapping[str, T]) -> dict[str, T]:
-        split = ((*name.partition(":"), value) for name, value in stored.items())
-        return {new + colon + rest: value for old, colon, rest, value in split if (new := rename(old))}
-
-    def units(stored: Mapping[str, T]) -> dict[str, T]:
-        return {keys[key]: value for key, value in stored.items() if key in keys}
-
-    return replace(
-        undo,
-        weights=tensors(undo.weights),
-        means=tensors(undo.means),
-        constants=tensors(undo.constants),
-        next_ids=units(undo.next_ids),
-        restorable=units(undo.restorable),
-        added=tuple(filter(None, map(rename, undo.added))),
-    )

@@ -1,7 +1,7 @@
 """Layouts: for each entry of a dimension after a plan, its old index, whether it is new, and how it is initialised."""
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
 from regrow.core.axes.axis import AxisTensor, occurrences
-from regrow.core.fills import FILLS, Growth
 from regrow.core.plan import Change, Plan
 
 
@@ -38,8 +37,8 @@ class Layout:
     def of(cls, source: Tensor) -> "Layout":
         """Return the layout in which old entries stay, in the given order, and none is new."""
         no = torch.zeros(len(source), dtype=torch.bool)
-        one = torch.ones(len(source), dtype=torch.float64)
-        return cls(source, no, no, torch.arange(len(source)), one, one)
+        ones = torch.ones(len(source), dtype=torch.float64)
+        return cls(source, no, no, torch.arange(len(source)), ones, ones)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -51,7 +50,6 @@ class Layout:
 
 
 Layouts = Mapping[str, Mapping[int, Layout]]
-"""Name of a tensor → dimension → the layout of its entries after a plan."""
 
 
 def plan_layouts(axes: AxisGraph, plan: Plan) -> Layouts:
@@ -112,21 +110,44 @@ def units_after(change: Change, axis: Axis) -> Layout:
     Restored units lie among the kept ones, and are new until their stored weights are written.
     """
     keep = torch.tensor(change.keep)
-    old, n = Layout.of(keep), len(change.restore) + change.grow
-    if not n:
-        return old
-    generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.next_id) % 2**63)
-    rounds = [torch.randperm(len(keep), generator=generator) for _ in range(-(-n // len(keep)))]
-    rule = FILLS["zero_out" if change.recalled else change.fill.rule]
-    growth = Growth(len(keep), torch.cat(rounds)[:n], axis.mark is Mark.FOLDED, generator)
-    made = rule.fill(growth)
-    source = torch.cat([keep, keep[made.donors]])
-    units = Layout(source, growth.is_new, made.drawn, made.twin, made.inward, made.outward)
+    added = len(change.restore) + change.grow
+    if not added:
+        return Layout.of(keep)
+    units = _add_units(keep, added, change, axis)
     if not change.restore:
         return units
     order = torch.tensor(unit_ids_after(change, axis)).argsort()
-    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
-    return Layout(*(place[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+    return Layout(*(rank[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))
+
+
+def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
+    """Return the layout of kept units and new ones behind them, which change no output of the network."""
+    kept, total = len(keep), len(keep) + added
+    generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.next_id) % 2**63)
+    rounds = [torch.randperm(kept, generator=generator) for _ in range(-(-added // kept))]
+    donors = torch.cat(rounds)[:added]  # every kept unit about equally often
+    units = replace(Layout.of(torch.cat([keep, keep[donors]])), is_new=torch.arange(total) >= kept)
+    match "zero_out" if change.recalled else change.fill.rule:
+        case "zero_out":
+            zeroed = torch.where(units.is_new, 0.0, units.outward)
+            if axis.mark is Mark.FOLDED:  # a norm divides by the number of units: the units themselves must be 0
+                return replace(units, drawn=units.is_new, inward=zeroed)
+            return replace(units, drawn=units.is_new, outward=zeroed)
+        case "split":
+            # Unequal shares; with equal ones a unit and its copy would get equal gradients for ever.
+            share = 0.5 + torch.rand(total, dtype=torch.float64, generator=generator)
+            owner = torch.cat([torch.arange(kept), donors])
+            sums = torch.zeros(kept, dtype=torch.float64).index_add(0, owner, share)
+            return replace(units, outward=share / sums[owner])
+        case "pair":
+            second = kept + added // 2
+            twin, sign = torch.arange(total), torch.ones(total, dtype=torch.float64)
+            twin[second:], sign[second:] = torch.arange(kept, second), -1
+            source = torch.cat([keep, keep[donors[: added // 2].repeat(2)]])
+            return replace(units, source=source, drawn=units.is_new, twin=twin, outward=sign)
+        case rule:
+            raise ValueError(f"no rule fills new units by {rule!r}")
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
@@ -147,31 +168,30 @@ def next_ids_after(axes: AxisGraph, plan: Plan) -> dict[str, int]:
     return {axis.key: axis.next_id + grown.get(axis.key, 0) for axis in axes}
 
 
-def slots_after(axis: Axis, axes: AxisGraph, lays: Layouts, sizes: Mapping[str, int]) -> tuple[Slot, ...]:
+def slots_after(
+    axis: Axis, axes: AxisGraph, lays: Callable[[str], Mapping[int, Layout]], sizes: Mapping[str, int]
+) -> tuple[Slot, ...]:
     """Return the slots of an axis after a plan, without those of which nothing is left."""
     result: dict[Slot, None] = {}
     for slot in axis.slots:
-        lay = lays.get(slot.name, {}).get(slot.dim)
+        lay = lays(slot.name).get(slot.dim)
         if lay is None:
             result[slot] = None
         elif axis.free:
             dim = axes.shapes[slot.name][slot.dim]
-            for outer, stride, inner, offset in places(dim, axis.key, sizes):
-                result[Slot(slot.name, slot.dim, outer, stride, inner, offset, slot.role)] = None
+            result |= dict.fromkeys(slots_in(slot.name, slot.dim, slot.role, dim, axis.key, sizes))
         elif (moved := _moved(slot, lay, axis.size)) is not None:
             result[moved] = None
     return tuple(result)
 
 
-def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension.
-
-    The numbers mean the same as in :class:`~regrow.core.axes.Slot`.
-    """
+def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[Slot]:
+    """Yield a slot for each place where the units of an axis lie in a dimension of a tensor."""
     for loops, inner, offset in occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
-        for at in product(*(range(n) for n, _ in loops[1:])):
-            yield outer, stride, inner, offset + sum(i * s for i, (_, s) in zip(at, loops[1:], strict=True))
+        for turns in product(*(range(n) for n, _ in loops[1:])):
+            before = sum(i * step for i, (_, step) in zip(turns, loops[1:], strict=True))
+            yield Slot(name, index, outer, stride, inner, offset + before, role)
 
 
 def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
@@ -186,8 +206,8 @@ def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
     return Slot(slot.name, slot.dim, blocks, stride, width, int(first[0]), slot.role)
 
 
+# Dimension of a tensor → its roles in the axes that change there
 Roles = Mapping[int, Collection[Role]]
-"""Dimension of a tensor → its roles in the axes that change there."""
 
 
 def resize(
@@ -222,7 +242,8 @@ def _filled(
         if old.is_meta or bool(old.any()):
             drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
         else:  # a layer that starts at 0
-            drawn = torch.randn(part.shape, generator=generator).to(part) * (part.shape[dim] / part.numel()) ** 0.5
+            drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
+            drawn = drawn * (part.shape[dim] / part.numel()) ** 0.5
         tensor = tensor.index_copy(dim, new, drawn).index_select(dim, lay.twin.to(tensor.device))
     factor = torch.ones(len(lay), dtype=torch.float64)
     factor = factor * lay.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor

@@ -1,6 +1,6 @@
 """New units after a plan: fit their weights to data, make them sparse, turn them; the network's outputs stay."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +10,65 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from regrow.core.axes import AxisGraph, Mark, Role
-from regrow.core.fills import FILLS
+from regrow.core.change import FILLS
+from regrow.core.objectives import class_loss
 from regrow.core.plan import Plan, PlanError
-from regrow.core.sources import Batch, device_of, moved
+from regrow.core.sources import Batch, device_of
 from regrow.scoring.watch import find_inputs
+from regrow.surgery.compensate import bias_of
 from regrow.tracing.capture import evaluating
 
-_Spot = tuple[str, str, int]
-"""The key of an axis, the name of a parameter, and one of its dimensions."""
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+STEP = 1e-3  # of the finite difference in zero-initialised weights, relative to the RMS of the parameter
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The indices that new units of an axis own in one dimension of a tensor, and those of its old units."""
+
+    axis: str
+    name: str
+    dim: int
+    where: tuple[int, ...]
+    old: tuple[int, ...] = ()
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether the tensor is a running variance of a batch normalisation, which is measured and not trained."""
+        return self.name.endswith("running_var")
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these entries of a tensor."""
+        return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
+
+    def set(self, model: nn.Module, value: Tensor) -> None:
+        """Write a value into these entries of the model's parameter, in place."""
+        tensor = model.get_parameter(self.name).detach()
+        part = value.to(tensor).expand_as(self.of(tensor))
+        tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
+
+    def turn(self, model: nn.Module, direction: Tensor) -> None:
+        """Turn each row halfway to another direction and keep its norm; a row whose direction is 0 stays.
+
+        The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
+        otherwise all rows would take the one best direction, and learn the same.
+        """
+        now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
+        rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
+        left, _, right = torch.linalg.svd(normalize(rows), full_matrices=False)
+        turned = normalize(normalize(old) + normalize(left @ right)) * old.norm(dim=1, keepdim=True)
+        turned = torch.where(rows.any(1, keepdim=True), turned, old)
+        self.set(model, turned.reshape(now.shape).movedim(0, self.dim))
 
 
 def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
     """Scale the weights of new units so that their outputs vary as much as those of the old units.
 
     Each row of a linear layer or convolution that makes a new unit becomes ± w · median(std of old outputs) / std of
-    its own output, over all positions of all batches; its bias likewise. A unit whose mean is more than one standard
-    deviation below 0 changes its sign: behind a ReLU it would be almost always 0, and hardly learn. The running
-    statistics of new batch-norm channels are set to those of their inputs. The units must have grown by ``zero_out``:
-    their outgoing weights are 0, so the network's outputs do not change.
+    its own output; its bias likewise. A unit whose mean is more than one standard deviation below 0 changes its sign:
+    behind a ReLU it would hardly learn. The running statistics of new batch-norm channels are set to those of their
+    inputs. The units must have grown by ``zero_out``: their outgoing weights are 0, so no output changes.
 
     Args:
         model: The network after the plan; changed in place.
@@ -35,14 +76,10 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
         plan: The plan that added the units.
         batches: Batches to measure on; one to four are enough.
 
-    Returns:
-        The same model.
-
     Raises:
         PlanError: If the plan did not grow an axis by ``zero_out``, or no linear layer or convolution makes its units.
 
     Source: after Mishkin and Matas, LSUV (arXiv 1511.06422).
-
     >>> from regrow import apply, trace
     >>> net, x = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2)), torch.randn(32, 4)
     >>> axes = trace(net, x)
@@ -56,36 +93,124 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     for key in new:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
-    spots: list[_Rows | _Channels] = [*_rows(model, axes, new), *_channels(axes, new)]
-    met = list(_sums(model, spots, batches[:1]))
+    weights = _weights(model)
+    spots = _entries(axes, new, lambda name, role: role is Role.PRODUCES and name in weights)
+    spots += _entries(axes, new, lambda name, _: name.rpartition(".")[2] == "running_var")
+    met = [spot for spot, _, _ in _measure(model, spots, batches[:1])]
     for key in new:
         if not any(spot.axis == key for spot in met):
             raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
     turns = [[spot for spot in met if spot.axis == key] for key in new]
     # Later layers depend on earlier ones, so fit them in order; axes do not see each other's unused new units.
     for i in range(max(map(len, turns))):
-        now = [turn[i] for turn in turns if i < len(turn)]
-        for spot, sums in _sums(model, now, batches).items():
-            spot.fit(model, *sums)
+        for spot, mean, variance in _measure(model, [turn[i] for turn in turns if i < len(turn)], batches):
+            if spot.is_statistic:
+                _set_statistics(model, spot, mean, variance)
+            else:
+                _scale_rows(model, spot, mean, variance.sqrt())
     return model
+
+
+def align_new_units(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    batches: Iterable[Batch],
+    *,
+    loss: Loss | None = None,
+    steps: int = 1,
+) -> nn.Module:
+    """Turn the weights of new units so that the loss has a large gradient in their zero weights, and they learn fast.
+
+    With zero outgoing weights, ``G = ∂L/∂W_out`` depends on the incoming weights w of a new unit, and w is chosen to
+    make ``‖G‖²`` large at the norm that w has. A step of the power method turns w halfway to ``∂‖G‖²/∂w``, these
+    directions made orthogonal to one another; it takes two ordinary backward passes, the second with ``W_out`` moved a
+    little along G. New units also get the spread that :func:`fit_new_units` gives them.
+
+    Args:
+        model: The network after the plan; changed in place.
+        axes: Its axes after the plan.
+        plan: The plan that added the units, by ``zero_out``.
+        batches: Batches to take the gradients on.
+        loss: (model, batch) → scalar; cross entropy with the batch's labels unless given.
+        steps: Steps of the power method. With one, units keep half of their random directions, and learn longest.
+
+    Raises:
+        PlanError: As :func:`fit_new_units`; or if no gradient reaches the units.
+
+    Source: Evci et al., GradMax (arXiv 2201.05125).
+    """
+    new, batches = new_units(model, axes, plan), list(batches)
+    drawn, zero = split_entries(model, axes, new)
+    spread = Plan({key: plan.changes[key] for key in new if axes[key].mark is not Mark.FOLDED})
+    gradients = _sum_gradients(model, zero, batches, loss)
+    for key in new:
+        if not any(bool(gradient.any()) for entries, gradient in gradients.items() if entries.axis == key):
+            raise PlanError(f"axis {key!r}: no gradient of these batches reaches its new units")
+    for step in range(steps + 1):
+        if step:
+            gradients = _sum_gradients(model, zero, batches, loss)
+            _move(model, gradients)
+            try:
+                directions = _sum_gradients(model, drawn, batches, loss)
+            finally:
+                _set_zero(model, zero)
+            for entries, direction in directions.items():
+                entries.turn(model, direction)
+            _set_zero(model, zero)  # some new units of one axis are made by those of another
+        if spread.changes:
+            fit_new_units(model, axes, spread, batches)
+    return model
+
+
+def _sum_gradients(
+    model: nn.Module, entries: Sequence[Entries], batches: Sequence[Batch], loss: Loss | None
+) -> dict[Entries, Tensor]:
+    """Return the gradient of the loss, summed over the batches, in entries of parameters."""
+    parameters = {part.name: model.get_parameter(part.name) for part in entries}
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    total: dict[Entries, Tensor] = {}
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for batch in batches:
+            with evaluating(model), torch.enable_grad():
+                moved = batch.to(device_of(model))
+                if loss is None and batch.labels is None:
+                    raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
+                value = loss(model, moved) if loss else class_loss(moved.run(model), moved.labels)
+                gradients = torch.autograd.grad(value, [*parameters.values()], materialize_grads=True)
+            whole = dict(zip(parameters, gradients, strict=True))
+            for part in entries:
+                gradient = part.of(whole[part.name]).float()
+                total[part] = total[part] + gradient if part in total else gradient
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return total
+
+
+def _move(model: nn.Module, gradients: Mapping[Entries, Tensor]) -> None:
+    """Set entries to a small step along their gradients, of one length relative to the weights of each axis."""
+    for key in {entries.axis for entries in gradients}:
+        steps = {entries: gradient for entries, gradient in gradients.items() if entries.axis == key}
+        size, largest = (
+            max(float(tensor.detach().double().square().mean().sqrt()) for tensor in tensors)
+            for tensors in ([model.get_parameter(entries.name) for entries in steps], steps.values())
+        )
+        for entries, gradient in steps.items():
+            entries.set(model, gradient * (STEP * (size or 1.0) / largest))
+
+
+def _set_zero(model: nn.Module, zero: Iterable[Entries]) -> None:
+    for entries in zero:
+        entries.set(model, torch.zeros(()))
 
 
 def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Set a random part of the randomly initialised weights of new units to 0; each unit keeps at least one.
-
-    Returns:
-        The same model; its outputs are unchanged, since the other side of the units is still 0.
-
-    >>> from regrow import apply, trace
-    >>> net = nn.Sequential(nn.Linear(40, 7), nn.ReLU(), nn.Linear(7, 2))
-    >>> axes = trace(net, torch.randn(2, 40))
-    >>> plan = Plan.growing(axes, {"0.weight:0": 2})
-    >>> net, axes = apply(net, axes, plan)
-    >>> sparsify_new_units(net, axes, plan, 0.25)[0].weight[7:].count_nonzero(1).tolist()
-    [10, 10]
-    """
+    """Set a random part of the random weights of new units to 0, but one of each; the outputs stay."""
     for entries in split_entries(model, axes, new_units(model, axes, plan))[0]:
         rows = entries.of(model.get_parameter(entries.name).detach()).movedim(entries.dim, 0)
         flat = rows.flatten(1)
@@ -121,157 +246,84 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
     return result
 
 
-@dataclass(frozen=True)
-class Entries:
-    """The indices that new units of an axis own in one dimension of a parameter.
-
-    Args:
-        axis: The key of the axis.
-        name: The name of the parameter.
-        dim: Its dimension.
-        where: The indices along the dimension.
-    """
-
-    axis: str
-    name: str
-    dim: int
-    where: tuple[int, ...]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return these entries of a tensor that has the parameter's shape."""
-        return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
-
-    def set(self, model: nn.Module, value: Tensor) -> None:
-        """Write a value into these entries of the model's parameter, in place."""
-        tensor = model.get_parameter(self.name).detach()
-        part = value.to(tensor).expand_as(self.of(tensor))
-        tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
-
-    def turn(self, model: nn.Module, direction: Tensor) -> None:
-        """Turn each row halfway to another direction and keep its norm; a row whose direction is 0 stays.
-
-        The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
-        otherwise all rows would take the one best direction, and learn the same.
-        """
-        now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
-        rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
-        left, _, right = torch.linalg.svd(normalize(rows), full_matrices=False)
-        turned = normalize(normalize(old) + normalize(left @ right)) * old.norm(dim=1, keepdim=True)
-        turned = torch.where(rows.any(1, keepdim=True), turned, old)
-        self.set(model, turned.reshape(now.shape).movedim(0, self.dim))
-
-
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
     """Return the entries of new units as (randomly initialised, zero-initialised)."""
-    drawn: list[Entries] = []
-    zero: list[Entries] = []
-    for role in (Role.PRODUCES, Role.CONSUMES):
-        positions: dict[_Spot, list[int]] = {}
-        for spot, where in _weights(model, axes, new, role):
-            positions.setdefault(spot, []).extend(where[new[spot[0]]].flatten().tolist())
-        for spot, indices in positions.items():
-            is_zero = (role is Role.PRODUCES) == (axes[spot[0]].mark is Mark.FOLDED)
-            (zero if is_zero else drawn).append(Entries(*spot, tuple(dict.fromkeys(indices))))
+    drawn, zero = list[Entries](), list[Entries]()
+    weights = _weights(model)
+    for side in (Role.PRODUCES, Role.CONSUMES):
+        for entries in _entries(axes, new, lambda name, role: role is side and name in weights):  # noqa: B023
+            is_zero = (side is Role.PRODUCES) == (axes[entries.axis].mark is Mark.FOLDED)
+            (zero if is_zero else drawn).append(entries)
     return drawn, zero
 
 
-def _weights(model: nn.Module, axes: AxisGraph, keys: Iterable[str], role: Role) -> Iterator[tuple[_Spot, Tensor]]:
-    """Yield (axis, weight, dimension) and the positions of every unit there, ``[units, positions]``."""
-    parameters = dict(model.named_parameters())
-    for key in keys:
+def _weights(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+
+
+def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, Role], bool]) -> list[Entries]:
+    """Return the entries of new units in the tensors that are picked by name and role."""
+    indices: dict[tuple[str, str, int], tuple[list[int], list[int]]] = {}
+    for key, units in new.items():
+        is_new = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
         for slot in axes[key].slots:
             name = axes.ties.get(slot.name, slot.name)
-            if slot.role is role and name in parameters and parameters[name].dim() > 1:
-                yield (key, name, slot.dim), slot.positions(axes[key].size)
+            if picks(name, slot.role):
+                positions = slot.positions(axes[key].size)
+                where, old = indices.setdefault((key, name, slot.dim), ([], []))
+                where += positions[is_new].flatten().tolist()
+                old += positions[~is_new].flatten().tolist()
+    return [
+        Entries(key, name, dim, tuple(dict.fromkeys(where)), tuple(old))
+        for (key, name, dim), (where, old) in indices.items()
+    ]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a weight that make units of an axis: those of new units and those of old ones."""
-
-    axis: str
-    name: str
-    dim: int
-    new: tuple[int, ...]
-    old: tuple[int, ...]
-
-    def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
-        spread, new = variance.sqrt(), list(self.new)
-        own, usual = spread[new], spread[list(self.old)].median()
-        factor = torch.where((own > 0) & (usual > 0), usual / own, 1.0)
-        factor *= torch.where(mean[new] < -own, -1.0, 1.0)
-        path, _, leaf = self.name.rpartition(".")
-        scaled = [(model.get_parameter(self.name), self.dim)]
-        if leaf == "weight" and (bias := model.get_submodule(path)._parameters.get("bias")) is not None:
-            scaled.append((bias, 0))
-        for parameter, dim in scaled:
-            value, at = parameter.detach(), torch.tensor(self.new, device=parameter.device)
-            shape = [-1 if d == dim else 1 for d in range(value.dim())]
-            value.index_copy_(dim, at, value.index_select(dim, at) * factor.view(shape).to(value))
+def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -> None:
+    spreads, usual = spread[list(rows.where)], spread[list(rows.old)].median()
+    factor = torch.where((spreads > 0) & (usual > 0), usual / spreads, 1.0)
+    factor *= torch.where(mean[list(rows.where)] < -spreads, -1.0, 1.0)
+    path, _, leaf = rows.name.rpartition(".")
+    scaled = [rows]
+    if leaf == "weight" and model.get_submodule(path)._parameters.get("bias") is not None:
+        scaled.append(Entries(rows.axis, bias_of(rows.name), 0, rows.where))
+    for entries in scaled:
+        value = entries.of(model.get_parameter(entries.name).detach())
+        shape = [-1 if dim == entries.dim else 1 for dim in range(value.dim())]
+        entries.set(model, value * factor.view(shape).to(value))
 
 
-@dataclass(frozen=True)
-class _Channels:
-    """The channels of a batch normalisation that are new units of an axis."""
-
-    axis: str
-    name: str
-    new: tuple[int, ...]
-
-    def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
-        module, at = model.get_submodule(self.name), list(self.new)
-        for own, value in ((module.running_mean, mean), (module.running_var, variance)):
-            assert isinstance(own, Tensor)
-            own[at] = value[at].to(own)
+def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance: Tensor) -> None:
+    module, where = model.get_submodule(channels.name.rpartition(".")[0]), list(channels.where)
+    for buffer, value in ((module.running_mean, mean), (module.running_var, variance)):
+        assert isinstance(buffer, Tensor)
+        buffer[where] = value[where].to(buffer)
 
 
-def _rows(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Rows]:
-    rows: dict[_Spot, tuple[list[int], list[int]]] = {}
-    for spot, where in _weights(model, axes, new, Role.PRODUCES):
-        is_new = torch.zeros(len(where), dtype=torch.bool).index_fill(0, new[spot[0]], True)
-        for positions, which in zip(rows.setdefault(spot, ([], [])), (is_new, ~is_new), strict=True):
-            positions += where[which].flatten().tolist()
-    return [_Rows(*spot, tuple(made), tuple(old)) for spot, (made, old) in rows.items()]
-
-
-def _channels(axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Channels]:
-    channels: dict[tuple[str, str], list[int]] = {}
-    for key, units in new.items():
-        for slot in axes[key].slots:
-            name, _, leaf = slot.name.rpartition(".")
-            if leaf == "running_var":
-                positions = slot.positions(axes[key].size)[units]
-                channels.setdefault((key, name), []).extend(positions.flatten().tolist())
-    return [_Channels(*spot, tuple(positions)) for spot, positions in channels.items()]
-
-
-def _sums(
-    model: nn.Module, spots: Sequence[_Rows | _Channels], batches: Sequence[Batch]
-) -> dict[_Rows | _Channels, tuple[Tensor, Tensor]]:
+def _measure(
+    model: nn.Module, spots: Sequence[Entries], batches: Sequence[Batch]
+) -> list[tuple[Entries, Tensor, Tensor]]:
     """Return mean and variance of the outputs of rows and of the inputs of channels, in the order of execution."""
-    watch = _Watch({id(model.get_parameter(s.name)): s.name for s in spots if isinstance(s, _Rows)})
+    watch = _Watch({id(model.get_parameter(spot.name)): spot.name for spot in spots if not spot.is_statistic})
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: watch.add(f"{name}:", args[0], 1)
+        model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+            lambda _, args, name=name: watch.add(name, args[0], 1)
         )
-        for name in {spot.name for spot in spots if isinstance(spot, _Channels)}
+        for name in {spot.name for spot in spots if spot.is_statistic}
     ]
     device = device_of(model)
     try:
         with evaluating(model), torch.no_grad(), watch:
             for batch in batches:
-                model(*moved(batch.args, device), **moved(dict(batch.kwargs), device))
+                batch.to(device).run(model)
     finally:
         for handle in handles:
             handle.remove()
-    result = {}
+    result = []
     for name, (count, total, square) in watch.sums.items():
         mean = total / count
         variance = (square / count - mean**2).clamp_min(0) * (count / max(count - 1, 1))
-        for spot in spots:
-            channels = spot.name if isinstance(spot, _Rows) else f"{spot.name}:"
-            if channels == name and len(mean) > max(spot.new):
-                result[spot] = (mean, variance)
+        result += [(spot, mean, variance) for spot in spots if spot.name == name and len(mean) > max(spot.where)]
     return result
 
 

@@ -1,9 +1,12 @@
-"""Compare outputs of the masked network and its cut copy, which run side by side, block by block."""
+"""Compare outputs of the masked network and its cut copy: side by side, block by block, or each as a whole.
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+Whole are networks in which data decide which operations run, declared axes, and plans that drop or restore.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
@@ -11,44 +14,35 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Dim, Example, axes_in
+from regrow.core.axes import AxisGraph, Decision, Dim, Example
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import Prepared, prepare
-from regrow.surgery.compensate import bias_of, read_dim
-from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after, units_after
-from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.carry import Prepared, carry_out
+from regrow.surgery.compensate import PlannedTensors, bias_of, check_bias, mean_contribution, read_dim
+from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after
+from regrow.surgery.runner import Answers, Runner, floats, loader, masking, preserve_generators, reseed
 from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.tracing.blocks import GraphBlock, blocks
-from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.meta_copy import fake_example
-from regrow.tracing.model_state import state_of
+from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
+from regrow.tracing.meta_copy import cast_example, copy_model, fake_example, map_tensors
+from regrow.tracing.model_state import preserve_state
 from regrow.tracing.nodes import op_name
-from regrow.tracing.own_run import as_double
-from regrow.tracing.readings import Readings, Recording
+from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
+from regrow.tracing.readings import Readings, Recording, readings
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
 
+# The largest float64 difference allowed, relative to the largest value that is compared
 RELATIVE_BOUND = 1e-9
-"""The largest float64 difference allowed, relative to the largest value that is compared."""
 
 
+# How many units in the last place a tensor may differ from its value in float64
 ROUNDING = 16
-"""How many units in the last place a tensor may differ from its value in float64."""
+Decisions = tuple[Decision, ...] | None
 
 
 @dataclass(frozen=True)
 class ProposedChange:
-    """A plan whose result is computed but not yet written.
-
-    Args:
-        model: The network before the plan.
-        axes: Its axes.
-        plan: The plan.
-        recording: The network's operations, and where they read axes.
-        planned: The operations of the network after the plan.
-        ready: The computed tensors and sizes.
-        undo: The undo store before the plan; ``None`` without one.
-    """
+    """A plan whose result is computed but not yet written; ``undo`` is the store before it."""
 
     model: nn.Module
     axes: AxisGraph
@@ -63,10 +57,10 @@ class ProposedChange:
         """Whether units are restored with the weights they had when cut."""
         return any(change.recalled for change in self.plan.changes.values())
 
-    @cached_property
+    @property
     def units(self) -> dict[str, Layout]:
         """Axis key → the layout of its units after the plan, for each axis that changes."""
-        return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
+        return self.ready.tensors.units
 
     def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
         """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
@@ -78,15 +72,13 @@ class ProposedChange:
         rounded = any(fold.weight in self.ready.values for fold in self.axes.folds)
         if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
             return RELATIVE_BOUND
-        return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
+        types = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        return ROUNDING * max(torch.finfo(dtype).eps for dtype in types)
 
 
 def computed_tensors(change: ProposedChange) -> set[str]:
     """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from."""
-    folds = {fold.weight for fold in change.axes.folds}
-    biases = {bias_of(weight) for weight in change.plan.means}
-    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
-    return {name for name in folds | biases | grown if name in change.ready.values}
+    return set(filter(change.ready.tensors.computes, change.ready.values))
 
 
 def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
@@ -99,9 +91,9 @@ def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
     for weight, row in change.undo.means.items():
         dim, left = read_dim(axes, weight), change.ready.undo.means.get(weight, {})
         assert dim is not None
-        for position, place in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
-            if place in row and place not in left:
-                result.setdefault(weight, {})[position] = row[place]
+        for position, entry in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
+            if entry in row and entry not in left:
+                result.setdefault(weight, {})[position] = row[entry]
     return result
 
 
@@ -124,19 +116,16 @@ def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Exa
 def run_pair(
     model: nn.Module, axes: AxisGraph, plan: Plan, whole: Readings, small: Capture, double: bool
 ) -> tuple[Answers, Answers]:
-    """Run the masked network and its cut copy from input to output; return the outputs of both.
-
-    Of each network, the tensors of one block at a time are in memory beside the model.
-    """
+    """Run both networks from input to output, with the tensors of one block in memory; return the outputs of both."""
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
     masked = Runner(whole.capture, whole.given, loader(model), double, mask, exact=lambda name: True)
-    cut = CutTensors(model, axes, plan, double)
-    shrunk = Runner(small, whole.given, cut.load, double, exact=cut.is_selection)
+    cut = PlannedTensors(model, axes, plan)
+    shrunk = Runner(small, whole.given, cut.load, double, exact=lambda name: not cut.computes(name))
     ours, theirs = operations(whole.capture), operations(small)
     alike = [op_name(node) for node in ours] == [op_name(node) for node in theirs]
     # If the network runs other operations at other sizes, the two have no common blocks.
-    run_both(masked, shrunk, blocks(whole.capture) if alike else (), ours, theirs, cut)
+    run_both(masked, shrunk, blocks(whole.capture) if alike else (), ours, theirs)
     return masked.answers, shrunk.answers
 
 
@@ -146,7 +135,6 @@ def run_both(
     cut: Sequence[GraphBlock],
     ours: Sequence[Node],
     theirs: Sequence[Node],
-    tensors: "CutTensors",
 ) -> None:
     """Run two recorded networks to their ends, block by block in turns, each block from the same random seed."""
     with preserve_generators():
@@ -154,9 +142,8 @@ def run_both(
             last = block.stop == len(ours)
             reseed(block.start)
             masked.run_until(None if last else ours[block.stop])
-            with tensors.of(block.states):
-                reseed(block.start)
-                shrunk.run_until(None if last else theirs[block.stop])
+            reseed(block.start)
+            shrunk.run_until(None if last else theirs[block.stop])
         masked.run_until()
         shrunk.run_until()
 
@@ -181,8 +168,10 @@ def _gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _largest(numbers: list[Tensor]) -> Tensor:
-    place = next((one.device for one in numbers if one.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([one.to(place) for one in numbers]).max() if numbers else torch.zeros((), dtype=torch.float64)
+    if not numbers:
+        return torch.zeros((), dtype=torch.float64)
+    device = next((number.device for number in numbers if number.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([number.to(device) for number in numbers]).max()
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
@@ -204,73 +193,157 @@ def measure_magnitude(answers: Answers) -> Tensor:
 
 def all_true(verdicts: list[Tensor]) -> bool:
     """Whether all of several verdicts are true; the host waits for the device once."""
-    return not verdicts or bool(_largest([(~one).double() for one in verdicts]) == 0)
+    return not verdicts or bool(_largest([(~verdict).double() for verdict in verdicts]) == 0)
 
 
-class CutTensors:
-    """The tensors of a network after a plan, computed block by block to save memory.
+def run_whole_pair(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    example: Example,
+    double: bool,
+    decisions: Decisions,
+    carried: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = carry_out,
+) -> tuple[Answers, Answers, Decisions]:
+    """Run the masked network and its cut copy; return the outputs of both, and their data-dependent decisions."""
+    widened = _widened(model, axes) if double else shallow_copy(model)
+    example = map_tensors(example, as_double) if double else example
+    whole = mask_units(widened, axes, plan) if axes.declared else widened
+    taken, masked, orders = decisions, [], []
+    if axes.recorded == "not":
+        masked = _run(whole, example, double, None)
+    else:
+        # With zeros in the weights of declared axes, the network needs a recording of its own.
+        with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
+            recorded = readings(whole, axes, example, decisions)
+        declared = {slot.name for key in axes.declared if key in plan.changes for slot in axes[key].consumers()}
+        means = {name: row for name, row in plan.means.items() if name not in declared}
+        keep = {key: change.keep for key, change in plan.changes.items()}
+        mask = masking(
+            recorded.capture, recorded.reads, recorded.sizes, keep, means, recorded.compared, plan.drop.values()
+        )
+        runner = Runner(recorded.capture, recorded.given, loader(whole), double, mask)
+        runner.run_until()
+        taken, masked, orders = recorded.capture.decisions, runner.answers, runner.orders
+    cut, _ = carried(shallow_copy(widened), axes, plan)
+    try:
+        shrunk = _run(cut, example, double, taken, orders)
+    except Exception as error:
+        raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
+    return masked, shrunk, taken
 
-    Args:
-        model: The network.
-        axes: Its axes.
-        plan: The plan.
-        double: Whether they are computed in float64.
-        known: Tensors that are already computed, without rounding.
+
+def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
+    """Return a copy in float64; norms that take the epsilon of their precision keep that of the model's precision."""
+    wide = copy_model(model, lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone())
+    for fold in axes.folds:
+        path, _, name = fold.epsilon.partition(":")
+        if name and getattr(wide.get_submodule(path), name) is None:
+            setattr(wide.get_submodule(path), name, fold.value)
+    return wide
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that shares the parameters' values: a cut makes new tensors and leaves the old ones unchanged."""
+    return replace_parameters(model, {})
+
+
+def _run(
+    model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor] = ()
+) -> Answers:
+    outside = preserve_state(model, outside=True)
+    with outside, made_in_double(double), CastsToDouble() if double else nullcontext():
+        if decisions is not None:
+            return [*capture(model, example, decisions, orders).values]
+        with evaluating(model), torch.no_grad():
+            return floats(model(*example.args, **example.kwargs))
+
+
+def trial_error(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) -> str:
+    """Return the error of applying a plan to a copy and running that on the example; empty if it runs."""
+    example = cast_example(axes.example, model)
+    changed, _ = carry_out(shallow_copy(model), axes, plan, undo=copy.copy(undo))
+    try:
+        with evaluating(changed), torch.no_grad(), torch.random.fork_rng(), preserve_state(changed, outside=True):
+            changed(*copy.deepcopy(example.args), **copy.deepcopy(dict(example.kwargs)))
+    except Exception as error:
+        return f"the network does not run at that size: {first_line(error)}"
+    return ""
+
+
+def mask_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
+    """Return a full-size copy in which the weights that consume dropped units of declared axes are 0 there.
+
+    Where the plan has means, their contribution is added to the bias of the layer.
     """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    made: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    for key in axes.declared:
+        if key not in plan.changes:
+            continue
+        dropped = list(plan.changes[key].dropped)
+        for slot in axes[key].consumers():
+            name = axes.ties.get(slot.name, slot.name)
+            value = made.setdefault(name, state[name].detach().clone())
+            value.index_fill_(slot.dim, slot.positions(axes[key].size)[dropped].flatten().to(value.device), 0)
+            if slot.name in plan.means:
+                dim, old = check_bias(model, axes, slot.name)
+                lost = mean_contribution(state[name].detach(), dim, plan.means[slot.name]).to(state[name].dtype)
+                biases[bias_of(slot.name)] = lost if old is None else old.detach() + lost
+    changed = replace_parameters(model, {id(state[name]): value for name, value in made.items()})
+    for name, value in biases.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(changed.get_submodule(path), leaf, nn.Parameter(value))
+    return changed
 
-    def __init__(
-        self,
-        model: nn.Module,
-        axes: AxisGraph,
-        plan: Plan,
-        double: bool,
-        known: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.model, self.axes, self.plan, self.double, self.known = model, axes, plan, double, known or {}
-        self.state = state_of(model)
-        self.computed = {*(fold.weight for fold in axes.folds), *map(bias_of, plan.means)}
-        self.values: Mapping[str, Tensor] = {}
 
-    @contextmanager
-    def of(self, names: Collection[str]) -> Iterator[None]:
-        """Context manager in which a block's tensors are at hand; large ones are computed when they are read."""
-        most = {name: WIDE if name in self.known or self.is_selection(name) else LARGE for name in names}
-        own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
-        own += [bias_of(name) for name in names if name in self.plan.means and bias_of(name) not in own]
-        self.values = self._worked_out(own, self.double)
-        try:
-            yield
-        finally:
-            self.values = {}
+def replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+    """Return a copy that shares parameters with the model, except some; buffers and other tensors are copied."""
 
-    def load(self, name: str, double: bool) -> Tensor:
-        """Return one tensor after the plan, in float64 if ``double``.
+    def made(tensor: Tensor) -> Tensor:
+        shared = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        return values.get(id(tensor), shared)
 
-        Args:
-            name: The name of the parameter or buffer.
-            double: Whether to return it in float64.
-        """
-        if name in self.values and double == self.double:
-            return self.values[name]
-        value = self._worked_out([name], double).get(name)
-        value = self.state[name].detach() if value is None else value
-        return as_double(value) if double else value
+    return copy_model(model, made)
 
-    def is_selection(self, name: str) -> bool:
-        """Whether all entries of a tensor after the plan are entries of it before, so that none is rounded."""
-        keys = {key for dim in self.axes.shapes.get(name, ()) for key in axes_in(dim)} & self.plan.changes.keys()
-        return name not in self.computed and not any(self.plan.changes[key].new_units for key in keys)
 
-    def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor."""
-        dims = self.axes.shapes.get(name, ())
-        return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
+class NotAsRecordedError(PlanError):
+    """Raised for a changed network whose own forward pass differs from its recording."""
 
-    def _worked_out(self, names: Collection[str], double: bool) -> Mapping[str, Tensor]:
-        own = {n: as_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
-        left = [name for name in names if name not in own and self.changes(name)]
-        added = {bias_of(weight) for weight in self.plan.means}
-        left += [name for name in names if name in added and name not in own and name not in left]
-        if not left:
-            return own
-        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).values}
+
+def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """Return a changed network's axes (``unproven``?) after comparing its own forward pass with its recording."""
+    if not holds_numbers(model, axes.example):
+        return replace(axes, unproven="the network or its example has no numbers")
+    example = cast_example(axes.example, model)
+    if axes.decisions is not None:
+        recorded = record_run(model, example)
+    elif axes.recording is not None:
+        recorded = axes.recording.capture
+    else:
+        return axes  # declared axes: the network itself was run
+    return replace(axes, unproven=check_recording(model, recorded, example))
+
+
+def record_run(model: nn.Module, example: Example) -> Capture:
+    """Return a recording of a changed network in which data decide which operations run."""
+    try:
+        with preserve_state(model, entries=True):
+            return capture(model, example, ())
+    except TraceError as error:
+        raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
+
+
+def check_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
+    """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``."""
+    try:
+        result = compare_with_recording(model, recorded, example)
+    except Exception as error:
+        problem = f"the network does not run: {first_line(error)}"
+        raise NotAsRecordedError(f"the plan cannot be carried out: {problem}; plan other sizes") from error
+    if result.problem:
+        raise NotAsRecordedError(
+            f"the plan cannot be carried out: {result.problem}; leave the axes of that module out of the plan"
+        )
+    return result.unproven

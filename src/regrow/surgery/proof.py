@@ -5,7 +5,7 @@ That both run the same operations on the same operands with the same constants h
 as the operations need it, and that is the same for all blocks of one class.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Role, axes_in
 from regrow.core.plan import PlanError
-from regrow.surgery.compensate import bias_of
+from regrow.surgery.compensate import PlannedTensors, bias_of
 from regrow.surgery.layout import resize
 from regrow.surgery.output_comparison import (
     ROUNDING,
-    CutTensors,
     Deviation,
     ProposedChange,
     all_true,
@@ -32,7 +31,7 @@ from regrow.surgery.output_comparison import (
     restored_means,
     run_both,
 )
-from regrow.surgery.runner import Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.runner import LARGE, Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
@@ -40,14 +39,14 @@ from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
 from regrow.tracing.steps import operations
 
+# How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small
 PER_CLASS = 4
-"""How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small."""
 
+# The most entries in the tensors of a block that counts as small
 SMALL = 2**18
-"""The most entries in the tensors of a block that counts as small."""
 
+# Entries of each spatial dimension that a block is tested with, if its operations allow any size
 CROP = 3
-"""Entries of each spatial dimension that a block is tested with, if its operations allow any size."""
 
 
 class _NotAloneError(Exception):
@@ -90,11 +89,11 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
     return Deviation(gap, largest)
 
 
-def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
+def describe_difference(distance: float, largest: float, remedy: str = "") -> str:
     """Return the error message for a planned network whose outputs differ from those of the masked one."""
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
-        f"largest output is {largest:.1e} (float64); {remedy}"
+        f"largest output is {largest:.1e} (float64); {remedy or 'a fault of regrow, please report it'}"
     )
 
 
@@ -135,17 +134,17 @@ class _Pair:
         self.gaps: list[tuple[Tensor, Tensor]] = []
         model, plan, recorded, ready = change.model, change.plan, change.recording, change.ready
         self.rounded = computed_tensors(change)
-        taken = {name: value for name, value in ready.values.items() if name not in self.rounded}
-        self.cut = CutTensors(model, change.axes, plan, True, taken)
+        self.exact: dict[str, Tensor] = {}
         reads = tuple(read for read in recorded.reads if only is None or only.start <= read.step < only.stop)
         keep = {key: units.keep for key, units in plan.changes.items()}
         mask = masking(recorded.capture, reads, change.axes.sizes(), keep, plan.means)
-        load: Load = self.cut.load
+        load = loader(model, ready.values)
         back: Masking | None = None
         if change.recalls:
             old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in change.units.items()}
             back = masking(change.planned, reads, ready.sizes, old, restored_means(change))
-            load = loader(model, ready.values)
+        else:
+            load = _exact_loader(load, ready.tensors, self.rounded, self.exact)
         self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = (
             (recorded.capture, loader(model), mask),
             (change.planned, load, back),
@@ -171,11 +170,11 @@ class _Pair:
 
     def whole(self) -> tuple[Answers, Answers]:
         """Run both networks on the example and return their outputs."""
-        for name in sorted(self.rounded):
-            self._check_rounding({name: self.cut.load(name, True)})
-        runners = self._fresh()
-        run_both(*runners, self.change.recording.blocks, self.nodes[0], self.nodes[1], self.cut)
-        return runners[0].answers, runners[1].answers
+        self.exact.clear()
+        self._check_rounding(self.rounded)
+        ours, theirs = self._fresh()
+        run_both(ours, theirs, self.change.recording.blocks, self.nodes[0], self.nodes[1])
+        return ours.answers, theirs.answers
 
     def same(self, block: GraphBlock) -> bool:
         """Whether both networks are known to compute the same in a block from the same inputs."""
@@ -200,9 +199,14 @@ class _Pair:
             for step in block.inputs
             if isinstance(step, int) and self.nodes[0][step] not in known
         }
-        with self.cut.of(block.states):
-            self._check_rounding(self.cut.values)
+        names = self.rounded.intersection({*block.states, *map(bias_of, self.change.plan.means.keys() & block.states)})
+        small = [name for name in names if self.change.ready.values[name].numel() <= LARGE]
+        self.exact |= {name: self.change.ready.tensors.load(name, exact=True) for name in small}
+        try:
+            self._check_rounding(small)
             ours, theirs = (self._run(i, block, {step: pair[i] for step, pair in seams.items()}) for i in (0, 1))
+        finally:
+            self.exact.clear()
         return all_true([self._alike(step, ours[step], theirs[step]) for step in ours])
 
     def _seam(self, step: int, generator: torch.Generator, crop: int | None) -> tuple[Tensor, Tensor]:
@@ -219,11 +223,11 @@ class _Pair:
     def _run(self, side: int, block: GraphBlock, seams: Mapping[int, Tensor]) -> dict[int, Any]:
         """Return the results of a block's operations that later ones read, or the network's outputs."""
         runner, nodes = self.runners[side], self.nodes[side]
-        own = _between(nodes, block)
+        inside = _between(nodes, block)
         before = {}
-        for node in dict.fromkeys(one for other in own for one in other.all_input_nodes):
+        for node in dict.fromkeys(one for other in inside for one in other.all_input_nodes):
             made = uncast(node)
-            if node in own or node in runner.states or node in runner.env:
+            if node in inside or node in runner.states or node in runner.env:
                 continue
             if made in runner.states or made in runner.env:
                 before[node] = runner.value(made)
@@ -232,7 +236,7 @@ class _Pair:
             else:
                 raise _NotAloneError
         reseed(block.start)
-        results = runner.run_only(own, before, [nodes[step] for step in block.outputs])
+        results = runner.run_only(inside, before, [nodes[step] for step in block.outputs])
         if block.stop == len(nodes):
             return dict(enumerate(runner.answers, len(nodes)))
         return dict(zip(block.outputs, results, strict=True))
@@ -255,18 +259,20 @@ class _Pair:
         self.gaps.append((gap, largest))
         return ours.isfinite().all() & (gap <= largest)
 
-    def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
+    def _check_rounding(self, names: Iterable[str]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
         if change.recalls:
             return
-        names = self.rounded & values.keys()
+        # The undo store computes these from values stored before earlier cuts, which were rounded only once.
+        stored = set[str]()
         if change.undo is not None:
-            # The undo store computes these from values stored before earlier cuts, which were rounded only once.
-            names -= {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means)}
+            stored = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means)}
         verdicts = {}
-        for name in sorted(names):
-            exact, written = values[name], change.ready.values[name]
+        for name in sorted(set(names) - stored):
+            written = change.ready.values[name]
+            exact = self.exact.get(name)
+            exact = change.ready.tensors.load(name, exact=True) if exact is None else exact
             bound = ROUNDING * torch.finfo(written.dtype).eps * measure_magnitude([exact])
             verdicts[name] = measure_difference([exact], [written]).to(bound.device) <= bound
         if not all_true([*verdicts.values()]):
@@ -275,6 +281,17 @@ class _Pair:
                 f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
                 "a fault of regrow, please report it"
             )
+
+
+def _exact_loader(load: Load, tensors: PlannedTensors, computed: Container[str], exact: Mapping[str, Tensor]) -> Load:
+    """Return a loader of the planned network that takes computed tensors without rounding, those in ``exact`` first."""
+
+    def loaded(name: str, double: bool) -> Tensor:
+        if not double or name not in computed:
+            return load(name, double)
+        return exact[name] if name in exact else tensors.load(name, exact=True)
+
+    return loaded
 
 
 def _past_parameters(
@@ -308,10 +325,10 @@ def _is_float(node: Node) -> bool:
     return isinstance(form, Tensor) and form.is_floating_point()
 
 
+# Operations that run on images of any size, beside those that work entry by entry
 _LOCAL = frozenset(
     (
         *("conv1d", "conv2d", "conv3d", "batch_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "mean"),
         *("dropout", "output"),
     )
 )
-"""Operations that run on images of any size, beside those that work entry by entry."""

@@ -9,69 +9,72 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
-from regrow.core.plan import Plan
-from regrow.surgery.compensate import bias_dim, bias_of, divisor_size, read_dim, rescale
-from regrow.surgery.layout import Layout, Layouts, ids_after, next_ids_after
-from regrow.surgery.undo_store import Constant, RemovedWeights, UndoStore, get, locate_entries, put
+from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, divisor_size, fold_constants, read_dim, rescale
+from regrow.surgery.layout import Layout, ids_after, next_ids_after
+from regrow.surgery.undo_store import RemovedWeights, UndoStore, get, locate_entries, put
+from regrow.tracing.model_state import select_state
 
 
 def plan_with_undo(
-    undo: UndoStore, model: nn.Module, axes: AxisGraph, plan: Plan, lays: Layouts, values: Mapping[str, Tensor]
+    undo: UndoStore, tensors: PlannedTensors, values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float | None], tuple[Fold, ...], tuple[str, ...], UndoStore]:
-    """Compute a plan's tensors, constants, folds, removed biases, and the undo store after it; change nothing."""
+    """Compute a plan's tensors, constants, folds, removed biases, and the undo store after it; change nothing.
+
+    ``values`` are the tensors without folds.
+    """
+    axes, plan = tensors.axes, tensors.plan
     undo.check(axes, plan)
-    way = _Way(undo, model, axes, plan, lays)
-    before, after = undo.means, way.means_after()
+    steps = _UndoSteps(undo, tensors)
+    before, after = undo.means, steps.means_after()
     biases = {bias_of(weight): weight for weight in {**before, **after}}
     result, removed = dict(values), []
-    for name in way.reached():
+    for name in steps.names_reached():
         if name not in biases:
-            result[name] = way.rewritten(name, values.get(name))
+            result[name] = steps.rewrite(name, values.get(name))
     for bias, weight in biases.items():
-        means = before.get(weight, {}), after.get(weight, {})
-        if means[0] != means[1] or bias in values or way.size(bias, False) != way.size(bias, True):
-            result[bias] = way.compensated(bias, weight, *means, values.get(bias))
-            if bias in way.added and not means[1] and not bool(result[bias].any()):
+        old, new = before.get(weight, {}), after.get(weight, {})
+        if old != new or bias in values or steps.size(bias, False) != steps.size(bias, True):
+            result[bias] = steps.compensate(bias, weight, old, new, values.get(bias))
+            if bias in steps.added and not new and not bool(result[bias].any()):
                 removed.append(bias)
-                del result[bias], way.weights[bias]
-    constants, folds = way.constants()
+                del result[bias], steps.weights[bias]
+    epsilons, folds, constants = fold_constants(tensors.model, axes, tensors.sizes, undo.constants)
     restorable = {}
     for axis in axes:
         change = plan.changes.get(axis.key)
         dropped = {axis.ids[unit] for unit in change.dropped} if change else set()
-        if ids := ({*undo.restorable.get(axis.key, ())} | dropped) - {*way.ids_after[axis.key]}:
+        if ids := ({*undo.restorable.get(axis.key, ())} | dropped) - {*steps.ids_after[axis.key]}:
             restorable[axis.key] = tuple(sorted(ids))
-    added = tuple(name for name in way.added if name not in removed)
-    store = UndoStore(way.weights, way.next_ids, restorable, after, way.known, added, undo.branches, axes.network)
-    return result, constants, folds, tuple(removed), store
+    added = tuple(name for name in steps.added if name not in removed)
+    store = UndoStore(steps.weights, steps.next_ids, restorable, after, constants, added, undo.branches, axes.network)
+    return result, epsilons, folds, tuple(removed), store
 
 
-class _Way:
+class _UndoSteps:
     """Shared state of the steps of :func:`plan_with_undo`."""
 
-    def __init__(self, undo: UndoStore, model: nn.Module, axes: AxisGraph, plan: Plan, lays: Layouts) -> None:
-        self.model, self.axes, self.plan, self.lays = model, axes, plan, lays
+    def __init__(self, undo: UndoStore, tensors: PlannedTensors) -> None:
+        self.model, self.lays = tensors.model, tensors.lays
+        self.axes, self.plan = axes, plan = tensors.axes, tensors.plan
         self.next_ids, self.ids_after = next_ids_after(axes, plan), ids_after(axes, plan)
         self.undo = undo.enlarged(axes, self.next_ids)
-        self.weights, self.known, self.added = dict(self.undo.weights), dict(undo.constants), [*undo.added]
+        self.weights, self.added = dict(self.undo.weights), [*undo.added]
         self.recalls = any(change.recalled for change in plan.changes.values())
         self.ids = {axis.key: axis.ids for axis in axes}
-        self.sizes = (axes.sizes(), plan.sizes(axes))
+        self.sizes = (axes.sizes(), tensors.sizes)
         self.folds = {axes.ties.get(fold.weight, fold.weight): fold for fold in axes.folds}
-
-    # --- where, and at which size ---------------------------------------------------------------------------------
 
     def dims(self, name: str) -> tuple[Dim, ...]:
         # A bias that compensation is about to add has its weight's output dimension.
         return self.axes.shapes.get(name) or (bias_dim(self.axes, name),)
 
-    def here(self, name: str) -> list[Tensor]:
+    def entries_before(self, name: str) -> list[Tensor]:
         return locate_entries(self.dims(name), self.next_ids, self.ids)
 
-    def there(self, name: str) -> list[Tensor]:
+    def entries_after(self, name: str) -> list[Tensor]:
         return locate_entries(self.dims(name), self.next_ids, self.ids_after)
 
     def size(self, name: str, after: bool) -> int:
@@ -80,22 +83,18 @@ class _Way:
         return divisor_size(fold, self.sizes[after]) if fold else 1
 
     def state(self, name: str) -> Tensor | None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        tensor = {**module._parameters, **module._buffers}.get(leaf)
+        tensor = select_state(self.model, [name]).get(name)
         return None if tensor is None else tensor.detach()
 
-    # --- tensors --------------------------------------------------------------------------------------------------
-
-    def reached(self) -> list[str]:
+    def names_reached(self) -> list[str]:
         """Return the tensors to process, by first names: cut, restored, or rescaled for a divisor."""
         moves = any(change.dropped or change.restore for change in self.plan.changes.values())
-        moved = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
+        moved = {self.axes.ties.get(name, name) for name in self.axes.shapes if moves and self.lays(name)}
         return sorted(moved | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
 
-    def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
+    def store(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
         """Store a tensor's present values and return it; stored values from which the present ones follow stay."""
-        where, n, now = self.here(name), self.size(name, False), now.cpu()
+        where, n, now = self.entries_before(name), self.size(name, False), now.cpu()
         stored = self.weights.get(name)
         if stored is None:
             shape = [size_of(dim, self.next_ids) for dim in self.dims(name)]
@@ -120,22 +119,22 @@ class _Way:
             values = rescale(values, get(stored.sizes, where), n, self.folds[name])
         return values if lost is None else (values.double() + lost[where[0]]).to(values.dtype)
 
-    def rewritten(self, name: str, made: Tensor | None) -> Tensor:
+    def rewrite(self, name: str, made: Tensor | None) -> Tensor:
         """Return a tensor after the plan: stored values in restored places, and all kept ones at the new divisor."""
         now = self.state(name)
         assert now is not None
-        stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
-        was, new = _followed(self.lays.get(name, {}), now.cpu())
+        stored, where, n = self.store(name, now), self.entries_after(name), self.size(name, True)
+        was, new = _followed(self.lays(name), now.cpu())
         made = was if made is None else made.cpu()
         held, kept = get(stored.held, where), torch.eq(was, made)
         if self.recalls:
-            made = torch.where(new & ~held & self._strangers(name, held), torch.zeros_like(made), made)
+            made = torch.where(new & ~held & self._never_met(name, held), torch.zeros_like(made), made)
         if stored.sizes is not None:
             made = rescale(made, torch.tensor(self.size(name, False)), n, self.folds[name])
         old = held & torch.where(new, torch.tensor(self.recalls), kept)
         return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
 
-    def _strangers(self, name: str, held: Tensor) -> Tensor:
+    def _never_met(self, name: str, held: Tensor) -> Tensor:
         """Return the entries between units that never existed together: one was added while the other was cut."""
         reads = any(slot.name == name and slot.role is Role.CONSUMES for axis in self.axes for slot in axis.slots)
         known = torch.full_like(held, reads)
@@ -144,38 +143,36 @@ class _Way:
             known &= held.any(rest, keepdim=True) if rest else held
         return known
 
-    # --- compensation ---------------------------------------------------------------------------------------------
-
     def means_after(self) -> dict[str, dict[int, float]]:
         """Return the means that replace dropped inputs after the plan, by their places in the stored weight."""
         result = {weight: dict(row) for weight, row in self.undo.means.items()}
         for weight, row in self.plan.means.items():
-            at = self.here(weight)[_read(self.axes, weight)]
+            at = self.entries_before(weight)[_read(self.axes, weight)]
             result[weight] = result.get(weight, {}) | {int(at[position]): mean for position, mean in row.items()}
         for weight in list(result):
-            back = set(self.there(weight)[_read(self.axes, weight)].tolist())
+            back = set(self.entries_after(weight)[_read(self.axes, weight)].tolist())
             result[weight] = {at: mean for at, mean in sorted(result[weight].items()) if at not in back}
         return {weight: row for weight, row in result.items() if row}
 
-    def compensated(
+    def compensate(
         self, bias: str, weight: str, old: Mapping[int, float], new: Mapping[int, float], made: Tensor | None
     ) -> Tensor:
         """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut."""
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
         if now is None:
-            own = self.state(weight)
-            assert own is not None
-            now = own.new_zeros(len(self.here(bias)[0]))
+            value = self.state(weight)
+            assert value is not None
+            now = value.new_zeros(len(self.entries_before(bias)[0]))
             self.added.append(bias)
-        stored = self.stowed(bias, now, self._lost(weight, old, before) if old else None)
-        lost = self._lost(weight, new, after) if new else None
-        written = self._written(bias, stored, self.there(bias), after, lost)
+        stored = self.store(bias, now, self._contribution(weight, old, before) if old else None)
+        lost = self._contribution(weight, new, after) if new else None
+        written = self._written(bias, stored, self.entries_after(bias), after, lost)
         if made is None:
             return written.to(now.device)
-        held = get(stored.held, self.there(bias))
+        held = get(stored.held, self.entries_after(bias))
         return torch.where(held, written, made.cpu()).to(now.device)
 
-    def _lost(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
+    def _contribution(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
         """Return Σ W[:, i] · E[x_i] over the dropped inputs, one number per output of the weight (float64).
 
         Added one by one, in the order of the places: the same numbers always make the same sum.
@@ -191,33 +188,6 @@ class _Way:
             for tap in columns[at].unbind(-1):
                 total = total + tap * mean
         return total
-
-    # --- constants ------------------------------------------------------------------------------------------------
-
-    def constants(self) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
-        """Return the epsilons of norms to set, and the folds after the plan."""
-        result: dict[str, float | None] = {}
-        folds = []
-        for fold in self.axes.folds:
-            before, after = (divisor_size(fold, sizes) for sizes in self.sizes)
-            if before != after and fold.epsilon:
-                known = self._constant(fold, before)
-                self.known[fold.epsilon] = known
-                value = known.value if known.size == after else known.value * (known.size / after)
-                result[fold.epsilon] = known.own if known.size == after else value
-                fold = replace(fold, value=value)
-            folds.append(fold)
-        return result, tuple(folds)
-
-    def _constant(self, fold: Fold, size: int) -> Constant:
-        path, _, name = fold.epsilon.partition(":")
-        own = getattr(self.model.get_submodule(path), name)
-        known = self.known.get(fold.epsilon)
-        if known is not None and own == (known.own if known.size == size else known.value * (known.size / size)):
-            return known
-        gain = self.state(fold.weight)
-        assert gain is not None
-        return Constant(own, torch.finfo(gain.dtype).eps if own is None else fold.value, size)
 
 
 def _followed(lays: Mapping[int, Layout], now: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from regrow.core.axes import Dim, size_of
-from regrow.core.branches import Branch
+from regrow.core.axes.operations import Branch
 from regrow.surgery.layout import Layout, lay_out
 from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects, locate_branches
@@ -22,14 +22,14 @@ from regrow.tracing.readings import ReadDim
 from regrow.tracing.record import ORDERS
 from regrow.tracing.steps import operations
 
+# Function of a parameter's or buffer's name, and whether in float64, that returns the tensor
 Load = Callable[[str, bool], Tensor]
-"""Function of a parameter's or buffer's name, and whether in float64, that returns the tensor."""
 
+# Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE
 LARGE, WIDE = 2**24, 2**18
-"""Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE."""
 
+# How many entries a part of a convolution's weight has, for each of which the input is unfolded, and of a matrix
 PART, MATRIX_PART = 2**18, 2**16
-"""How many entries a part of a convolution's weight has, for each of which the input is unfolded, and of a matrix."""
 
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
@@ -89,19 +89,13 @@ def masking(
 class Runner(Interpreter):
     """Interpreter of a recorded network that can be masked, run in float64, and run block by block.
 
-    Args:
-        recorded: The recorded network.
-        given: The network's inputs, in order.
-        load: Returns a parameter or buffer when it is read.
-        double: Whether to run in float64.
-        masking: The replacements; none unless given.
-        exact: Whether ``load`` returns the tensor of a name as the network stores it, so that it can be cast in parts.
+    ``exact`` says whether ``load`` returns the tensor of a name as the network stores it, to be cast in parts.
     """
 
     def __init__(
         self,
         recorded: Capture,
-        given: Sequence[object],
+        leaves: Sequence[object],
         load: Load,
         double: bool,
         masking: Masking | None = None,
@@ -119,7 +113,7 @@ class Runner(Interpreter):
         self.written = {node for node in self.writers if node in recorded.states}  # what is written is read later
         self.todo = [node for node in recorded.graph.nodes if node.op != "placeholder"]
         self.at = 0
-        inputs = iter(given)
+        inputs = iter(leaves)
         for node in recorded.graph.nodes:
             if node.op == "placeholder" and node not in recorded.states:
                 value = recorded.constants[node] if node in recorded.constants else next(inputs)
@@ -207,57 +201,49 @@ class Runner(Interpreter):
         if name == "embedding" and operand[0] in self.states:
             table = self.load(self.states[operand[0]], False)
             return as_double(target(table, *(self.value(one) if isinstance(one, Node) else one for one in n.args[1:])))
-        if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > self._most(operand[1]):
-            return self._in_parts(n, *operand)
-        if len(operand) > 1 and self._goes_in_parts(n, operand[0], operand[1]):
-            return self._convolved_in_parts(n, *operand)
+        if len(operand) > 1 and self._goes_in_parts(n, name, operand[0], operand[1]):
+            return self._in_parts(n, name, operand)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if name in ("_grouped_mm", "grouped_mm_fallback"):
-            return grouped_product(*args, **kwargs)
+            target = grouped_product
         if name == "rms_norm" and (len(args) < 4 or args[3] is None):  # it takes the epsilon of its own precision
             args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(operand[0].meta["val"].dtype).eps)
         return target(*args, **kwargs)
 
-    def _in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
-        """Compute a linear layer whose weight is cast to float64 some rows at a time."""
-        x = self._masked_input(n, given)
-        full, columns = self.load(self.states[weight], False), x.reshape(-1, x.shape[-1]).mT
-        parts = [as_double(part) @ columns for part in full.split(max(1, MATRIX_PART // full.shape[1]))]
-        made = torch.cat(parts).mT.contiguous().view(*x.shape[:-1], len(full))
-        return made + self._tensor(bias[0]) if bias else made
-
-    def _most(self, weight: Node) -> int:
-        """Return how many entries of a parameter are cast to float64 at once."""
-        return WIDE if self.exact(self.states[weight]) else LARGE
-
-    def _goes_in_parts(self, n: Node, given: Node, weight: Node) -> bool:
-        """Whether an operation is an ungrouped convolution with a large stored weight that can be cast in parts."""
-        if op_name(n) not in _CONVOLUTIONS or n.kwargs or weight not in self.states or self._most(weight) != WIDE:
+    def _goes_in_parts(self, n: Node, name: str, source: Node, weight: Node) -> bool:
+        """Whether an operation is linear, or an ungrouped convolution, with a large weight to be cast in parts."""
+        if name not in _CONVOLUTIONS | {"linear"} or weight not in self.states:
             return False
-        form, groups = weight.meta["val"], n.args[6] if len(n.args) > 6 else 1
-        reads = self.masking.reads.get(n, ())
-        return bool(
-            form.numel() > WIDE
-            and groups == 1
+        stored, form = self.exact(self.states[weight]), weight.meta["val"]
+        if form.numel() <= (WIDE if stored else LARGE):
+            return False
+        return name == "linear" or bool(
+            stored
+            and not n.kwargs
+            and (n.args[6] if len(n.args) > 6 else 1) == 1
             and weight not in self.written
-            and given.meta["val"].dim() == form.dim()
-            and all(operand is given and read.fill is not None for read, operand, _ in reads)
+            and source.meta["val"].dim() == form.dim()
+            and all(operand is source and read.fill is not None for read, operand, _ in self.masking.reads.get(n, ()))
         )
 
-    def _convolved_in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
-        """Compute a convolution whose weight is cast to float64 some filters at a time."""
-        x = self._masked_input(n, given)
-        full = self.load(self.states[weight], False)
-        rest = map_aggregate(n.args[3:], widen_dtype)
-        many = max(1, PART // full[0].numel())
-        target = cast(Callable[..., Tensor], n.target)
-        made = torch.cat([target(x, as_double(part), None, *rest) for part in full.split(many)], 1)
-        return made + self._tensor(bias[0]).view(-1, *(1 for _ in full.shape[2:])) if bias else made
+    def _in_parts(self, n: Node, name: str, operand: Sequence[Node]) -> Tensor:
+        """Compute an operation whose weight is cast to float64 some rows, or filters, at a time."""
+        x = self._masked_input(n, operand[0])
+        full, bias = self.load(self.states[operand[1]], False), self._tensor(operand[2]) if len(operand) > 2 else None
+        if name == "linear":
+            columns = x.reshape(-1, x.shape[-1]).mT
+            parts = [as_double(part) @ columns for part in full.split(max(1, MATRIX_PART // full.shape[1]))]
+            made = torch.cat(parts).mT.contiguous().view(*x.shape[:-1], len(full))
+            return made if bias is None else made + bias
+        options, target = map_aggregate(n.args[3:], widen_dtype), cast(Callable[..., Tensor], n.target)
+        filters = full.split(max(1, PART // full[0].numel()))
+        made = torch.cat([target(x, as_double(part), None, *options) for part in filters], 1)
+        return made if bias is None else made + bias.view([-1, *(1 for _ in full.shape[2:])])
 
-    def _masked_input(self, n: Node, given: Node) -> Tensor:
-        value = self._tensor(given)
+    def _masked_input(self, n: Node, source: Node) -> Tensor:
+        value = self._tensor(source)
         for read, operand, mask in self.masking.reads.get(n, ()):
-            value = self._replaced(value, read, mask) if operand is given else value
+            value = self._replaced(value, read, mask) if operand is source else value
         return value
 
     def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:

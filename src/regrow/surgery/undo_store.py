@@ -1,28 +1,26 @@
 """The undo store: keeps the weights that cuts remove, so that units and branches can be restored exactly."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, axes_in, size_of
-from regrow.core.branches import Branch
+from regrow.core.axes.operations import Branch
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.layout import Layout, lay_out
 
 FORMAT = "regrow-undo-store/1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RemovedWeights:
     """All values that one tensor has had, with a place for every unit that ever existed.
 
-    Args:
-        values: The last value of each entry.
-        held: Whether there is a value for the entry (bool).
-        sizes: For a tensor that compensates for a divisor: the divisor at which each value holds (int32).
+    ``held`` says which entries have a value; ``sizes`` (int32) at which divisor each holds, if it compensates for one.
     """
 
     values: Tensor
@@ -36,29 +34,20 @@ class RemovedWeights:
 
 @dataclass(frozen=True)
 class Constant:
-    """The constant under the root of a norm as it was before a cut.
-
-    Args:
-        own: The module's attribute; ``None`` where it takes the epsilon of its precision.
-        value: The constant itself.
-        size: The divisor at which it holds.
-    """
+    """The constant under a norm's root before a cut, at a divisor; ``own`` is the module's attribute."""
 
     own: float | None
     value: float
     size: int
 
+    def at(self, size: int) -> float:
+        """Return the constant that has the same effect at another divisor."""
+        return self.value if self.size == size else self.value * (self.size / size)
+
 
 @dataclass(frozen=True)
 class RemovedBranch:
-    """A dropped branch with its modules and axes, as needed to restore it.
-
-    Args:
-        branch: The branch.
-        axes: The network's axes before it was dropped.
-        undo: The undo store of the cuts made inside the branch before it was dropped (:class:`regrow.UndoStore`).
-        modules: Path → the module that its placeholder replaced.
-    """
+    """A dropped branch: the axes before, the store of cuts inside it, and path → module that a placeholder replaced."""
 
     branch: Branch
     axes: AxisGraph
@@ -108,32 +97,56 @@ class UndoStore:
         """Split the store for branches that are dropped: each branch with its own part, and the rest."""
         parts, rest = {}, self
         for branch in branches:
-            stays = axes.without([branch]).axes.keys()
-            names = {*rest.weights, *rest.means, *rest.constants, *rest.added}
-            inside = {name for name in names if branch.holds(name.partition(":")[0])}
-            # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
-            goes = replace(rest._of(inside, axes.axes.keys() - stays), branches={})
-            parts[branch.module] = RemovedBranch(branch, axes, goes)
-            rest = rest._of(names - inside, stays)
+            removed, rest = rest._without(branch, axes)
+            parts[branch.module] = removed
         return parts, rest
+
+    def _without(self, branch: Branch, axes: AxisGraph) -> "tuple[RemovedBranch, UndoStore]":
+        stays = axes.without([branch]).axes.keys()
+        inner = self.renamed(
+            lambda name: name if branch.holds(name) else None, lambda key: None if key in stays else key
+        )
+        rest = self.renamed(
+            lambda name: None if branch.holds(name) else name, lambda key: key if key in stays else None
+        )
+        # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
+        return RemovedBranch(branch, axes, replace(inner, branches={})), rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
         """Return the store after a branch is restored, with the cuts inside it restorable again."""
-        parts: dict[str, Any] = {
-            name: {**getattr(self, name), **getattr(removed.undo, name)}
-            for name in ("weights", "next_ids", "restorable", "means", "constants")
-        }
-        left = {path: one for path, one in self.branches.items() if path != removed.branch.module}
-        return replace(self, **parts, added=(*self.added, *removed.undo.added), branches=left)
+        inner = removed.undo
+        return replace(
+            self,
+            weights={**self.weights, **inner.weights},
+            next_ids={**self.next_ids, **inner.next_ids},
+            restorable={**self.restorable, **inner.restorable},
+            means={**self.means, **inner.means},
+            constants={**self.constants, **inner.constants},
+            added=(*self.added, *inner.added),
+            branches={path: branch for path, branch in self.branches.items() if path != removed.branch.module},
+        )
 
-    def _of(self, names: Container[str], keys: Container[str]) -> "UndoStore":
-        """Return the part of the store with tensors and constants of some names and axes of some keys."""
-        fields = {"weights": names, "next_ids": keys, "restorable": keys, "means": names, "constants": names}
-        parts: dict[str, Any] = {
-            field: {name: value for name, value in getattr(self, field).items() if name in which}
-            for field, which in fields.items()
-        }
-        return replace(self, **parts, added=tuple(name for name in self.added if name in names))
+    def renamed(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
+        """Return the store with other names of tensors and keys of axes, without those that have no new name."""
+
+        def named(stored: Mapping[str, T]) -> dict[str, T]:
+            split = ((*name.partition(":"), value) for name, value in stored.items())
+            return {
+                new + colon + rest: value for name, colon, rest, value in split if (new := rename(name)) is not None
+            }
+
+        def keyed(stored: Mapping[str, T]) -> dict[str, T]:
+            return {new: value for key, value in stored.items() if (new := rekey(key)) is not None}
+
+        return replace(
+            self,
+            weights=named(self.weights),
+            means=named(self.means),
+            constants=named(self.constants),
+            next_ids=keyed(self.next_ids),
+            restorable=keyed(self.restorable),
+            added=tuple(name for name in map(rename, self.added) if name is not None),
+        )
 
     def contents(self) -> dict[str, Tensor]:
         """Return every stored tensor under a unique name, those of dropped branches too; not copied."""
@@ -160,34 +173,27 @@ class UndoStore:
             "born": dict(self.next_ids),
             "gone": {key: list(ids) for key, ids in self.restorable.items()},
             "means": {name: {str(at): mean for at, mean in row.items()} for name, row in self.means.items()},
-            "constants": {place: asdict(one) for place, one in self.constants.items()},
+            "constants": {name: asdict(constant) for name, constant in self.constants.items()},
             "added": list(self.added),
         }
 
     @classmethod
     def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
-        """Rebuild an undo store from its JSON data and its tensors."""
-        if record.get("format") != FORMAT:
-            raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
-        try:
-            weights = {
-                name: RemovedWeights(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
-                for name in record["shelves"]
-            }
-            if odd := [
-                n for n, removed in weights.items() if len({part.shape for part in removed.parts().values()}) > 1
-            ]:
-                raise ValueError(f"the numbers of {odd[0]} have several shapes")
-            return cls(
-                weights,
-                dict(record["born"]),
-                {key: tuple(ids) for key, ids in record["gone"].items()},
-                {name: {int(at): mean for at, mean in row.items()} for name, row in record["means"].items()},
-                {place: Constant(**constant) for place, constant in record["constants"].items()},
-                tuple(record["added"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"a damaged undo store: {error!r}") from None
+        """Rebuild an undo store from its tensors and its record, which :mod:`regrow.store.schemas` has checked."""
+        weights = {}
+        for name in record["shelves"]:
+            removed = RemovedWeights(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
+            if len({part.shape for part in removed.parts().values()}) > 1:
+                raise ValueError(f"the numbers of {name} have several shapes")
+            weights[name] = removed
+        return cls(
+            weights,
+            dict(record["born"]),
+            {key: tuple(ids) for key, ids in record["gone"].items()},
+            {name: {int(position): mean for position, mean in row.items()} for name, row in record["means"].items()},
+            {name: Constant(row["own"], row["value"], row["size"]) for name, row in record["constants"].items()},
+            tuple(record["added"]),
+        )
 
     def check_network(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` if the store has weights of another network than the one of these axes."""
@@ -227,8 +233,9 @@ class UndoStore:
             shape = [size_of(dim, next_ids) for dim in dims]
             if list(removed.values.shape) != shape:
                 where = locate_entries(dims, next_ids, {key: range(n) for key, n in before.items()})
-                parts = {what: put(part.new_zeros(shape), where, part) for what, part in removed.parts().items()}
-                removed = RemovedWeights(**parts)
+                values, held = (put(x.new_zeros(shape), where, x) for x in (removed.values, removed.held))
+                sizes = None if removed.sizes is None else put(removed.sizes.new_zeros(shape), where, removed.sizes)
+                removed = RemovedWeights(values, held, sizes)
             weights[name] = removed
         return replace(self, weights=weights, next_ids=dict(next_ids))
 

@@ -13,14 +13,18 @@ from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, commit, prepare, resizing
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
+    Decisions,
+    check_recording,
     common_outputs,
     max_difference,
     max_magnitude,
     record_planned,
+    record_run,
     run_pair,
+    run_whole_pair,
+    shallow_copy,
 )
 from regrow.surgery.runner import Answers
-from regrow.surgery.whole import Decisions, check_recording, record_run, run_whole_pair, shallow_copy
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import leaves_in
 from regrow.tracing.readings import Readings, readings
@@ -91,7 +95,7 @@ def verify(
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
-    plan.check(axes)
+    check(model, axes, plan)
     results = [_verify(model, axes, plan, inputs) for inputs in (example or axes.example, *examples)]
     worst = max(results, key=lambda result: result.max_abs_diff / (result.bound or 1.0))
     return replace(
@@ -127,19 +131,10 @@ def _verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> 
 
 
 def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
-    """Yield each of many plans with its relative float64 difference, as :func:`verify` does for one.
-
-    d = max |masked − shrunk| / max |masked|
-
-    >>> import torch
-    >>> from regrow.tracing import trace
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> axes = trace(net, torch.ones(1, 4))
-    >>> [d < 1e-9 for _, d in distances(net, axes, [Plan.keeping(axes, {"0.weight:0": range(n)}) for n in (3, 5)])]
-    [True, True]
-    """
+    """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
     runs = _Runs(model, axes, axes.example)
     for plan in plans:
+        check(model, axes, plan)
         masked, shrunk, _ = runs.both(plan, double=True)
         compared = bool(common_outputs(masked, shrunk))
         distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
@@ -171,7 +166,6 @@ class _Runs:
     def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
         """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
         model, axes = self.model, self.axes
-        check(model, axes, plan)
         moved = any(change.restore for change in plan.changes.values())
         if axes.declared or axes.decisions is not None or plan.changes_modules or moved:
             taken = None if axes.decisions is None else decisions

@@ -21,11 +21,10 @@ from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.fit import Fitted
+from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Context, Learner, write_replacements
-from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
+from regrow.training.state import TrainState, axis_tensors, read_checkpoint, restore_state, values_of, write_checkpoint
 from regrow.training.step import apply_plan
 
 CLASSES, SIDE = 4, 6
@@ -72,7 +71,7 @@ def _fit(
 ) -> tuple[Learner[Any], Fitted[Any]]:
     learner = method.made("the method", settings)
     model, axes = make_network(tasks)
-    return learner, learn(model, axes, tasks, learner, schedule, checkpoint=checkpoint)
+    return learner, learn(model, axes, tasks, learner, schedule, options=FitOptions(checkpoint=checkpoint))
 
 
 def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:

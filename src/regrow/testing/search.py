@@ -25,11 +25,10 @@ from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.testing.continual import Law, StoppedError, assert_equal_tensors, assert_frozen, make_tasks, stop_at
 from regrow.tracing import trace
-from regrow.training.checkpoint import read_checkpoint
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.fit import Fitted, finish
+from regrow.training.fit import FitOptions, Fitted, finish
 from regrow.training.learner import Boundary, Context, Event
-from regrow.training.state import values_of
+from regrow.training.state import read_checkpoint, values_of
 
 SIDE, CLASSES = 8, 4
 SPACE = supernet(
@@ -63,7 +62,7 @@ def _search(method: MethodEntry, settings: Mapping[str, object]) -> tuple[Search
     """Search, without the plans after the last epoch."""
     model, axes, task = make_network()
     search, undo = _make(method, settings), UndoStore()
-    fitted = learn(model, axes, [task], search.learner, SCHEDULE, undo=undo)
+    fitted = learn(model, axes, [task], search.learner, SCHEDULE, options=FitOptions(undo=undo))
     epochs, steps = SCHEDULE.epochs, -(-len(task.train) // SCHEDULE.batch_size)
     return search, fitted, Context(fitted.model, fitted.axes, task, 0, epochs, epochs, steps, undo=undo)
 
@@ -100,10 +99,11 @@ def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
         for _ in range(1, SCHEDULE.epochs):
             stop = stop_at(path, 1, undo)
             with contextlib.suppress(StoppedError):
-                learn(model, axes, [task], search.learner, SCHEDULE, state=state, undo=undo, checkpoint=stop)
+                options = FitOptions(undo=undo, checkpoint=stop)
+                learn(model, axes, [task], search.learner, SCHEDULE, state=state, options=options)
             (model, axes, task), undo = make_network(), UndoStore()
             _, axes, state = read_checkpoint(path, model, axes, search.learner.state, undo=undo)
-    resumed = learn(model, axes, [task], search.learner, SCHEDULE, state=state, undo=undo)
+    resumed = learn(model, axes, [task], search.learner, SCHEDULE, state=state, options=FitOptions(undo=undo))
     assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), "resumed after every epoch")
     same = values_of(whole.state.learner) == values_of(resumed.state.learner)
     assert same, "resumed after every epoch: another state"

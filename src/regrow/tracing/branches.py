@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from regrow.core.axes import AxisGraph, Example
-from regrow.core.branches import Branch, Placeholder, lies_in
+from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms

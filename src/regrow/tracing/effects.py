@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.node import Argument
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import (
     ALIASES,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
-from regrow.core.branches import lies_in
+from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
 from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line
@@ -48,41 +48,27 @@ def stack_at(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.Modul
 
 def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """Put copies of blocks into a stack, in place; parameters that are to be 0 in a copy are set to 0."""
-    old = list(stack_at(model, path, insertion.size))
+    stack = stack_at(model, path, insertion.size)
+    old = list(stack)
     made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
     modules = [made.get(i, old[of]) for i, of in enumerate(insertion.sources)]
-    _insert(model, path, insertion, modules, range(len(modules)))
+    if not _rearrange(model, path, modules, insertion.sources):
+        setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
-def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> list[nn.Module]:
-    """Take the blocks of an insertion out of a stack again, in place; return all modules that it had."""
+def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
+    """Undo :func:`insert_copies`, in place."""
     stack = stack_at(model, path, insertion.after)
     before = list(stack)
-    _rearrange(model, path, [before[i] for i in insertion.kept], insertion.kept, range(len(insertion.kept)))
+    _rearrange(model, path, [before[i] for i in insertion.kept], insertion.kept)
     if insertions := getattr(stack, INSERTIONS, ()):
         setattr(stack, INSERTIONS, insertions[:-1])
         if len(insertions) == 1:
             delattr(stack, INSERTIONS)
-    return before
 
 
-def put_back(model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module]) -> None:
-    """Undo :func:`remove_copies`, in place."""
-    _insert(model, path, insertion, modules, insertion.kept)
-
-
-def _insert(
-    model: nn.Module, path: str, insertion: Insertion, modules: Sequence[nn.Module], moved: Sequence[int]
-) -> None:
-    stack = stack_at(model, path, insertion.size)
-    if not _rearrange(model, path, modules, insertion.sources, moved):
-        setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
-
-
-def _rearrange(
-    model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int], moved: Sequence[int]
-) -> bool:
-    """Give a stack other modules, renumber those ``moved`` from ``sources``, and set the depth in configurations.
+def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int]) -> bool:
+    """Give a stack other modules, renumber them from ``sources``, and set the depth in configurations.
 
     Returns whether the network's own configuration tells the depth.
     """
@@ -92,7 +78,7 @@ def _rearrange(
     stack._modules.clear()
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
-        for child in module.modules() if i in moved else ():
+        for child in module.modules():
             if type(number := vars(child).get(NUMBER)) is int:
                 setattr(child, NUMBER, number + i - of)
     parts, changed = path.split("."), False

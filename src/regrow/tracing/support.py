@@ -158,7 +158,7 @@ def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
     """Return the graph with some axes frozen for other reasons (axis key → reason)."""
     frozen = {key: replace(axes[key], mark=Mark.FROZEN, reason=reason) for key, reason in reasons.items()}
-    return axes.with_axes({**axes.axes, **frozen}) if frozen else axes
+    return replace(axes, axes={**axes.axes, **frozen}) if frozen else axes
 
 
 _OUTER = ("it is a dimension of the model's input", "it is an output of the model")

@@ -1,7 +1,7 @@
 """What the hooks of several learners share: modes, penalties, protected entries, replay memories, early stopping."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -29,8 +29,9 @@ S = TypeVar("S")
 def freeze(*models: nn.Module) -> Iterator[None]:
     """Put networks in evaluation mode and turn off their gradients inside the ``with`` block; restore both after it."""
     flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    with keep_modes(*models):
+    with ExitStack() as stack:
         for model in models:
+            stack.enter_context(keep_modes(model))
             model.eval().requires_grad_(False)
         try:
             yield
@@ -40,9 +41,9 @@ def freeze(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def keep_modes(*models: nn.Module) -> Iterator[None]:
+def keep_modes(model: nn.Module) -> Iterator[None]:
     """Restore the modes of all modules after the ``with`` block."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
@@ -145,7 +146,9 @@ def draw_rows(
     if not filled or not context.number:
         return {}
     picked = torch.randint(filled, (min(n, filled),), generator=context.generator(6, recalled + 1))
-    return {name: one.values[picked.to(one.values.device)] for name, one in stored.items() if one is not None}
+    return {
+        name: memory.values[picked.to(memory.values.device)] for name, memory in stored.items() if memory is not None
+    }
 
 
 Tensors = Mapping[str, AxisTensor]
@@ -153,30 +156,19 @@ Tensors = Mapping[str, AxisTensor]
 
 @dataclass(frozen=True)
 class Check:
-    """One evaluation on held-out data.
+    """One evaluation on held-out data."""
 
-    Args:
-        step: The number of training steps before it.
-        held_out: The loss on held-out data.
-    """
-
-    step: int
-    held_out: float
+    step: int  # the number of training steps before it
+    held_out: float  # the loss on held-out data
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The state of a learner with early stopping: its own tensors, the best snapshot, and all evaluations.
+    """The state of a learner with early stopping: its own tensors, the best snapshot, and all evaluations."""
 
-    Args:
-        tensors: The tensors that the learner trains.
-        best: The snapshot taken at the best evaluation.
-        history: Every evaluation.
-    """
-
-    tensors: Tensors = field(default_factory=dict)
-    best: Tensors = field(default_factory=dict)
-    history: tuple[Check, ...] = ()
+    tensors: Tensors = field(default_factory=dict)  # the tensors that the learner trains
+    best: Tensors = field(default_factory=dict)  # the snapshot taken at the best evaluation
+    history: tuple[Check, ...] = ()  # every evaluation
 
     @property
     def best_check(self) -> Check:
@@ -199,14 +191,7 @@ def with_early_stopping(
     snapshot: Callable[[Tensors, Context], Tensors] = trained_parameters,
     start: EarlyStopping | None = None,
 ) -> Learner[EarlyStopping]:
-    """Return a learner that is also evaluated on held-out data before the first step and after every epoch.
-
-    Args:
-        learner: The learner; its state is the tensors that it trains, empty if only the network is trained.
-        evaluate: (tensors, context) → the loss on held-out data.
-        snapshot: (tensors, context) → the tensors to store for the best state.
-        start: The initial state, if the evaluation before the first step has been made.
-    """
+    """Return a learner that is also evaluated on held-out data before the first step and after every epoch."""
 
     def check(state: EarlyStopping, context: Context, step: int) -> EarlyStopping:
         with torch.no_grad():
@@ -234,5 +219,5 @@ def with_early_stopping(
 def restore_best(model: nn.Module, state: EarlyStopping) -> None:
     """Set the parameters of a network to the snapshot of the best evaluation, in place."""
     with torch.no_grad():
-        for name, one in state.best.items():
-            model.get_parameter(name).copy_(one.values)
+        for name, best in state.best.items():
+            model.get_parameter(name).copy_(best.values)

@@ -103,9 +103,9 @@ class Context:
         """The classes of the current task, ``[classes]`` bool; ``None`` if predictions are made among all classes."""
         if self.classes is None:
             return None
-        own = torch.zeros_like(self.classes)
-        own[list(self.task.classes)] = True
-        return own
+        chosen = torch.zeros_like(self.classes)
+        chosen[list(self.task.classes)] = True
+        return chosen
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return every parameter by name; tied ones once."""
@@ -130,8 +130,8 @@ class Context:
         classes = self.classes.to(labels.device)
         choice = classes.repeat(len(labels), 1)
         for task in self.past:
-            own = torch.zeros_like(classes).index_fill(0, torch.tensor(task.classes, device=labels.device), True)
-            choice = torch.where((own & ~classes)[labels][:, None], own, choice)
+            of_task = torch.zeros_like(classes).index_fill(0, torch.tensor(task.classes, device=labels.device), True)
+            choice = torch.where((of_task & ~classes)[labels][:, None], of_task, choice)
         return among(logits, choice)
 
     def generator(self, *purpose: int) -> torch.Generator:
@@ -214,10 +214,8 @@ def task_loss(state: object, context: Context, step: Step) -> Loss:
 
     Of classes, the output is the logits, −∞ for classes outside ``context.classes``.
     """
-    if context.objective is CLASSIFICATION:
-        output: Any = context.logits(step.batch.inputs)
-    else:
-        output = run_network(context.model, step.batch.inputs, context.device)
+    inputs, classes = step.batch.inputs, context.objective is CLASSIFICATION
+    output = context.logits(inputs) if classes else run_network(context.model, inputs, context.device)
     return Loss(context.objective.loss(output, step.batch.labels), output)
 
 
@@ -300,8 +298,8 @@ def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: 
         values: The values, of the parameter's shape; ``None``: zeros.
         lr: The learning rate at which the tensor is trained; ``None``: it is not.
     """
-    own = context.model.get_parameter(name)
-    values = torch.zeros_like(own) if values is None else values.to(own.device)
+    parameter = context.model.get_parameter(name)
+    values = torch.zeros_like(parameter) if values is None else values.to(parameter.device)
     return AxisTensor(values, context.axes.shapes[name], lr)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +15,7 @@ from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
 from regrow.settings.constraints import CheckedSettings, OneOf, Range
 from regrow.surgery.layout import resize_axis_tensor
-from regrow.training.learner import Context
+from regrow.training.learner import Context, Learner
 
 NO_AXES = AxisGraph({}, {}, frozenset())
 """An empty axis graph, for networks whose shape does not change in training."""
@@ -28,46 +28,21 @@ Moments = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class OptimizerSettings(CheckedSettings):
-    """The optimizer of the network: kind, learning rate and weight decay.
+class Schedule(CheckedSettings):
+    """Optimizer, learning-rate schedule, gradient clipping, precision and seed of a training."""
 
-    Args:
-        kind: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
-        lr: Learning rate of the network's parameters.
-        weight_decay: Weight decay of the network's parameters.
-        build: (parameter groups) → an optimizer of the user's own, such as ``functools.partial(torch.optim.Adam,
-            lr=1e-3)``, which replaces all of the above.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    kind: Annotated[str, OneOf("sgd", "adamw")] = "sgd"
+    optimizer: Annotated[str, OneOf("sgd", "adamw")] = "sgd"  # sgd has momentum 0.9, Nesterov
     lr: Annotated[float, Range(0, above=True)] = 0.01
     weight_decay: float = 0.0
-    build: Callable[[Any], torch.optim.Optimizer] | None = None
-
-
-@dataclass(frozen=True)
-class Schedule(CheckedSettings):
-    """Optimizer, learning-rate schedule, gradient clipping, precision and seed of a training.
-
-    Args:
-        optimizer: Optimizer, learning rate and weight decay.
-        decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the steps of each task.
-        warm_up: The fraction of a task's steps over which the learning rate first rises to its full value.
-        clip: The largest norm of the gradient; larger ones are scaled down to it; 0: no limit.
-        precision: ``float32``, or ``bfloat16``: losses are computed in mixed precision; parameters, moments and the
-            learner's state stay in float32.
-        seed: Seed of the order of batches, and of everything random in a learner.
-    """
-
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    # cosine: the learning rate falls to 0 over the steps of each task
     decay: Annotated[str, OneOf("constant", "cosine")] = "constant"
-    warm_up: float = 0.0
-    clip: float = 0.0
+    warm_up: float = 0.0  # the fraction of a task's steps over which the learning rate first rises to its full value
+    clip: float = 0.0  # the largest norm of the gradient; larger ones are scaled down to it; 0: no limit
+    # bfloat16: losses are computed in mixed precision; parameters, moments and the learner's state stay in float32
     precision: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
-    seed: int = 0
+    seed: int = 0  # of the order of batches, and of everything random in a learner
+    # From parameter groups to an optimizer of the user's own, which replaces the first three fields.
+    build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
     def share(self, step: int, steps: int) -> float:
         """Return the learning rate of a step as a fraction of the largest one.
@@ -86,32 +61,14 @@ class Schedule(CheckedSettings):
 
 @dataclass(frozen=True)
 class Phase:
-    """One task of the training loop: its batches, epochs and classes.
-
-    Args:
-        task: The task.
-        epochs: The number of steps of each epoch.
-        batches: Returns the batches of an epoch; called once per epoch. Batches have a method ``to(device)``.
-        classes: The classes among which predictions are made, ``[classes]`` bool; ``None`` for all.
-        seeded: Whether each epoch first sets the global seed, for Dropout and augmentation.
-        objective: What the network is trained for.
-        validate: (the learner's state, context) → a score on held-out examples, higher is better; called after each
-            epoch. ``None``: not evaluated.
-        patience: After how many epochs without a better score the task ends early; 0: never.
-    """
+    """One task of the training loop: its batches, epochs and classes."""
 
     task: Task
-    epochs: tuple[int, ...]
+    epochs: tuple[int, ...]  # the number of steps of each epoch
     batches: Callable[[Context], Batches]
-    classes: Tensor | None = None
-    seeded: bool = True
+    classes: Tensor | None = None  # the classes among which predictions are made, [classes] bool; None for all
+    seeded: bool = True  # whether each epoch first sets the global seed, for Dropout and augmentation
     objective: Objective = CLASSIFICATION
-    validate: Callable[[Any, Context], float] | None = None
-    patience: int = 0
-
-    def is_over(self, scores: Sequence[float]) -> bool:
-        """Whether the task ends early: none of the last ``patience`` scores is the best one."""
-        return 0 < self.patience < len(scores) and max(scores[-self.patience :]) <= max(scores[: -self.patience])
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
@@ -125,29 +82,22 @@ def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequ
 
 
 class Optimizers:
-    """The optimizer of the network, and that of its learner's tensors if they have their own.
+    """The optimizer of the network, and that of its learner's tensors if they have their own."""
 
-    Args:
-        settings: The settings of the network's optimizer.
-        learner: ``""``: the network's optimizer trains the learner's tensors too; ``"adam"``: Adam
-            with β = (0.5, 0.999) does.
-        scheduled: Whether the learning rates of the learner's tensors follow the schedule.
-    """
-
-    def __init__(self, settings: OptimizerSettings, learner: str, *, scheduled: bool = False) -> None:
-        self.scheduled = scheduled
+    def __init__(self, schedule: Schedule, learner: Learner[Any]) -> None:
+        self.scheduled = learner.scheduled
         groups: list[dict[str, Any]] = [{"params": []}]
-        lr, decay = settings.lr, settings.weight_decay
+        lr, decay = schedule.lr, schedule.weight_decay
         self.network: torch.optim.Optimizer
-        if settings.build is not None:
-            self.network = settings.build(groups)
-        elif settings.kind == "adamw":
+        if schedule.build_optimizer is not None:
+            self.network = schedule.build_optimizer(groups)
+        elif schedule.optimizer == "adamw":
             self.network = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
         else:
             self.network = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=decay)
         self.lr = float(self.network.param_groups[0]["lr"])
         self.all: list[torch.optim.Optimizer] = [self.network]
-        if learner == "adam":
+        if learner.optimizer == "adam":
             self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
 
     def set_rates(self, share: float) -> None:
@@ -172,9 +122,9 @@ class Optimizers:
         """Register exactly the given tensors for training, and discard the optimizer state of all others."""
         self.network.param_groups[0]["params"] = [p for p in parameters.values() if p.requires_grad]
         by_rate: dict[float, list[Tensor]] = {}
-        for one in tensors.values():
-            if one.lr is not None:
-                by_rate.setdefault(one.lr, []).append(one.values.requires_grad_())
+        for tensor in tensors.values():
+            if tensor.lr is not None:
+                by_rate.setdefault(tensor.lr, []).append(tensor.values.requires_grad_())
         last = self.all[-1]
         del last.param_groups[1 if last is self.network else 0 :]
         for rate, values in by_rate.items():
@@ -196,26 +146,26 @@ class Optimizers:
             return resize_axis_tensor(AxisTensor(value, like.dims), axes, plan).values
 
         state = self.all[-1].state
-        for name, one in old.items():
-            if memory := state.pop(one.values, {}):
-                state[new[name].values] = {what: resize(value, one) for what, value in memory.items()}
+        for name, tensor in old.items():
+            if memory := state.pop(tensor.values, {}):
+                state[new[name].values] = {what: resize(value, tensor) for what, value in memory.items()}
 
     def moments(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> Moments:
         """Return the optimizer state of every trained tensor, by name."""
         return {
-            name: dict(optimizer.state[one])
-            for name, one, optimizer in self._trained(parameters, tensors)
-            if one in optimizer.state
+            name: dict(optimizer.state[tensor])
+            for name, tensor, optimizer in self._trained(parameters, tensors)
+            if tensor in optimizer.state
         }
 
     def restore(
         self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor], moments: Moments
     ) -> None:
         """Set the optimizer state to what :meth:`moments` returned; step counts stay on their device."""
-        for name, one, optimizer in self._trained(parameters, tensors):
+        for name, tensor, optimizer in self._trained(parameters, tensors):
             if name in moments:
-                optimizer.state[one] = {
-                    what: value.to(one.device if value.dim() else value.device, copy=True)
+                optimizer.state[tensor] = {
+                    what: value.to(tensor.device if value.dim() else value.device, copy=True)
                     if isinstance(value, Tensor)
                     else value
                     for what, value in moments[name].items()
@@ -226,6 +176,6 @@ class Optimizers:
     ) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
         for name, parameter in parameters.items():
             yield name, parameter, self.network
-        for name, one in tensors.items():
-            if one.lr is not None:
-                yield f"learner {name}", one.values, self.all[-1]
+        for name, tensor in tensors.items():
+            if tensor.lr is not None:
+                yield f"learner {name}", tensor.values, self.all[-1]

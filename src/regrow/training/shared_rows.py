@@ -15,15 +15,13 @@ from regrow.core.errors import InputError
 from regrow.core.sources import device_of, logits_in
 from regrow.core.tasks import first_tensor
 from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import as_bytes
 
 
 class SynchronisedBatchNorm(TorchFunctionMode):
     """Context manager in which BatchNorm in training mode normalises by the statistics of all ranks' examples.
 
     It must last until the backward pass is over, since activation checkpointing runs modules again.
-
-    Args:
-        active: Whether statistics are those of all ranks; it may change inside.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -118,12 +116,7 @@ def sharing_rows(model: nn.Module, ranks: ProcessRank) -> Iterator[None]:
 
 
 class _SharedForward:
-    """The hooks before and after a forward pass.
-
-    Args:
-        ranks: The processes.
-        norms: Says whether BatchNorm takes its statistics from all ranks.
-    """
+    """The hooks before and after a forward pass."""
 
     def __init__(self, ranks: ProcessRank, norms: SynchronisedBatchNorm) -> None:
         self.ranks, self.norms = ranks, norms
@@ -140,8 +133,8 @@ class _SharedForward:
         self.bounds = [many * rank // size for rank in range(size + 1)]
         rows = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
         self.random = _RankRandomness(self.ranks.rank, device_of(model)) if model.training else None
-        return tuple(_select(one, many, rows) for one in args), {
-            name: _select(one, many, rows) for name, one in kwargs.items()
+        return tuple(_select(value, many, rows) for value in args), {
+            name: _select(value, many, rows) for name, value in kwargs.items()
         }
 
     def gather(self, model: nn.Module, args: Any, output: Any) -> Any:
@@ -150,10 +143,10 @@ class _SharedForward:
         if self.random:
             self.random.restore()
         logits = logits_in(output)
-        own = self.bounds[self.ranks.rank + 1] - self.bounds[self.ranks.rank]
-        if logits.shape[:1] != (own,):
+        rows = self.bounds[self.ranks.rank + 1] - self.bounds[self.ranks.rank]
+        if logits.shape[:1] != (rows,):
             raise InputError(
-                f"the network returned outputs of shape {list(logits.shape)} for {own} examples, which several "
+                f"the network returned outputs of shape {list(logits.shape)} for {rows} examples, which several "
                 "processes cannot put together; start it without torchrun"
             )
         return _GatheredRows.apply(logits, self.bounds, self.ranks)
@@ -193,17 +186,13 @@ class _GatheredRows(torch.autograd.Function):
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather([_as_bytes(one) for one in parts], _as_bytes(padded))
+        dist.all_gather([as_bytes(rank_rows) for rank_rows in parts], as_bytes(padded))
         return torch.cat([part[:many] for part, many in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         start, end = ctx.bounds[ctx.ranks.rank : ctx.ranks.rank + 2]
         return gradient[start:end] * ctx.ranks.size, None, None
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _select(value: Any, many: int, rows: slice) -> Any:

@@ -1,26 +1,45 @@
-"""The state of a learner: a frozen dataclass whose fields say how they are stored and whether they follow plans.
+"""The state of a training and of its learner, and checkpoints of both with the network, which may have changed shape.
 
-A field of type ``AxisTensor``, ``AxisTensor | None`` or ``Mapping[str, AxisTensor]`` holds tensors: they follow every
-plan, those with a learning rate are trained, and all are stored by the name of the field (and the key). A field made by
-:func:`derived` is neither stored nor changed: the learner computes it again on ``Event.RESUME``. Every other field is
-JSON data.
+A learner's state is a frozen dataclass. A field of type ``AxisTensor``, ``AxisTensor | None`` or
+``Mapping[str, AxisTensor]`` holds tensors: they follow every plan, those with a learning rate are trained, and all are
+stored by the name of the field (and the key). A field made by :func:`derived` is neither stored nor changed: the
+learner computes it again on ``Event.RESUME``. Every other field is JSON data.
+
+A run that is killed and resumed from its checkpoint ends with the same bits as one that was not.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import msgspec
+import torch
+from torch import Tensor, nn
 
-from regrow.core.axes import AxisGraph
+from regrow.core.axes import AxisGraph, Dim, Product, Sum
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
+from regrow.core.sources import device_of
+from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import broadcast_file, broadcast_record
+from regrow.store import schemas
 from regrow.store.convert import convert
+from regrow.store.errors import StoreError
+from regrow.store.ledger import read_plan, replay
+from regrow.store.tensors import read_header, read_tensors, write_tensors
+from regrow.surgery import UndoStore
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.schedule import Moments
 
 S = TypeVar("S")
+
+CHECKPOINT = "course.safetensors"
+FORMAT = "regrow-course/3"
 
 GrowthEvent = Mapping[str, Any]
 """The record of one change of shape, as JSON data."""
@@ -45,22 +64,22 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     ['anchor weight']
     """
     tensors: dict[str, Any] = {}
-    for name, single in _tensor_fields(_kind(state)).items():
+    for name, single in _fields(_kind(state))[0].items():
         value = getattr(state, name)
-        tensors |= {name: value} if single else {f"{name} {rest}": one for rest, one in value.items()}
-    return {name: one for name, one in tensors.items() if one is not None}
+        tensors |= {name: value} if single else {f"{name} {rest}": tensor for rest, tensor in value.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
     """Return the state with other tensors, named as by :func:`axis_tensors`; those that are missing are removed."""
-    known = _tensor_fields(_kind(state))
+    known, _ = _fields(_kind(state))
     values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
-    for key, one in tensors.items():
+    for key, tensor in tensors.items():
         first, _, rest = key.partition(" ")
         if known.get(key, False):
-            values[key] = one
+            values[key] = tensor
         elif rest and not known.get(first, True):
-            values[first][rest] = one
+            values[first][rest] = tensor
         else:
             raise ValueError(f"the method has no tensor {key!r}")
     missing = [name for name, value in values.items() if value is None and getattr(state, name) is not None]
@@ -72,73 +91,236 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
 def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
     """Return the state after a plan: kept entries of its tensors keep their values, new ones are 0."""
     return with_axis_tensors(
-        state, {name: resize_axis_tensor(one, axes, plan) for name, one in axis_tensors(state).items()}
+        state, {name: resize_axis_tensor(tensor, axes, plan) for name, tensor in axis_tensors(state).items()}
     )
 
 
 def values_of(state: Any) -> dict[str, Any]:
     """Return the fields of a state that are JSON data, by name."""
-    return {name: msgspec.to_builtins(getattr(state, name)) for name in _value_fields(_kind(state))}
+    return {name: msgspec.to_builtins(getattr(state, name)) for name in _fields(_kind(state))[1]}
 
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
     """Rebuild a state from its stored tensors and values."""
-    hints, names = get_type_hints(type(state)), _value_fields(_kind(state))
-    if missing := [name for name in names if name not in values]:
+    _, types = _fields(_kind(state))
+    if missing := [name for name in types if name not in values]:
         raise ValueError(f"the value {missing[0]!r} is missing")
-    known = {name: convert(values[name], hints[name]) for name in names}
+    known = {name: convert(values[name], kind) for name, kind in types.items()}
     return with_axis_tensors(replace(state, **known), tensors)  # type: ignore[type-var]
-
-
-@cache
-def _tensor_fields(kind: Any) -> dict[str, bool]:
-    """Return the fields that hold tensors: name → whether it holds a single one."""
-    hints = get_type_hints(kind)
-    known = (*_ONE, *_SEVERAL)
-    return {name: hints[name] in _ONE for name in _stored(kind) if hints[name] in known}
-
-
-@cache
-def _value_fields(kind: Any) -> tuple[str, ...]:
-    return tuple(name for name in _stored(kind) if name not in _tensor_fields(kind))
 
 
 def _kind(state: Any) -> Any:
     return type(state)
 
 
-def _stored(kind: Any) -> list[str]:
-    return [one.name for one in fields(kind) if not one.metadata.get("derived")]
+@cache
+def _fields(kind: Any) -> tuple[dict[str, bool], dict[str, Any]]:
+    """Return the fields that hold tensors (name → whether a single one), and those with JSON data (name → type)."""
+    hints = get_type_hints(kind)
+    stored = [field.name for field in fields(kind) if not field.metadata.get("derived")]
+    tensors = {name: hints[name] in _ONE for name in stored if hints[name] in (*_ONE, *_SEVERAL)}
+    return tensors, {name: hints[name] for name in stored if name not in tensors}
 
 
 @dataclass(frozen=True)
 class TrainState(Generic[S]):
-    """The state of a training: the learner's state, the position in the tasks, and all measurements so far.
+    """The state of a training: the learner's state, the position in the tasks, and all measurements so far."""
 
-    Args:
-        learner: The state of the learner.
-        number: The number of finished tasks.
-        epoch: The number of finished epochs of the current task.
-        step: The number of finished steps of the current epoch.
-        rows: The accuracy matrix so far, one row per finished task.
-        before: The accuracy of the untrained network on every task.
-        plans: Every plan that was applied, in order.
-        events: One row per change of shape.
-        sizes: One row per finished task: parameters, MACs and bytes of state.
-        moments: The state of the optimizers.
-        loss: The smoothed training loss of the current task.
-        validation: The score on held-out examples after each epoch of the current task.
+    learner: S  # the state of the learner
+    number: int = 0  # the number of finished tasks
+    epoch: int = 0  # the number of finished epochs of the current task
+    step: int = 0  # the number of finished steps of the current epoch
+    rows: tuple[tuple[float, ...], ...] = ()  # the accuracy matrix so far, one row per finished task
+    before: tuple[float, ...] = ()  # the accuracy of the untrained network on every task
+    plans: tuple[Plan, ...] = ()  # every plan that was applied, in order
+    events: tuple[GrowthEvent, ...] = ()  # one row per change of shape
+    sizes: tuple[dict[str, Any], ...] = ()  # one row per finished task: parameters, MACs and bytes of state
+    moments: Moments = field(default_factory=dict)  # the state of the optimizers
+    loss: float | None = None  # the smoothed training loss of the current task
+
+
+@dataclass(frozen=True)
+class History:
+    """The parts of a training state that grow with the number of tasks, stored outside the checkpoint of a run."""
+
+    plans: Sequence[Plan] = ()  # every plan that was applied, in order
+    rows: Sequence[tuple[float, ...]] = ()  # the accuracy matrix, one row per finished task
+    sizes: Sequence[dict[str, Any]] = ()  # one row per finished task: parameters, MACs and bytes of state
+    events: Sequence[dict[str, Any]] = ()  # one row per change of shape, as far as they were logged
+
+
+def write_checkpoint(
+    path: Path,
+    model: nn.Module,
+    state: TrainState[S],
+    undo: UndoStore | None = None,
+    *,
+    logged: int | None = None,
+    trained_only: bool = False,
+    header: Mapping[str, object] | None = None,
+    writes: bool = True,
+) -> None:
+    """Write a checkpoint of a network and its training, atomically: the whole file, or nothing."""
+    tensors = axis_tensors(state.learner)
+    weights = _trained(model) if trained_only else model.state_dict()
+    parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
+    parts |= {f"learner {name}": tensor.values for name, tensor in tensors.items()}
+    moments = {f"{what} {name}": value for name, memory in state.moments.items() for what, value in memory.items()}
+    parts |= {f"optimiser {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
+    if undo is not None:
+        parts |= {f"undo_store {name}": value for name, value in undo.contents().items()}
+    fields: tuple[str, ...] = ("number", "epoch", "step", "before", "loss")
+    if logged is None:
+        fields += ("rows", "sizes", "events")
+    whole: dict[str, Any] = {
+        **(header or {}),
+        "along": {name: [_to_json(tensor.dims), tensor.lr] for name, tensor in tensors.items()},
+        "values": values_of(state.learner),
+        "numbers": {name: value for name, value in moments.items() if not isinstance(value, Tensor | None)},
+        "course": {name: getattr(state, name) for name in fields},
+        "plans": [json.loads(plan.to_json()) for plan in state.plans] if logged is None else len(state.plans),
+        "logged": logged,
+        "open": state.events[logged:] if logged is not None else [],
+    }
+    write_tensors(path, parts, whole, FORMAT, writes=writes)
+
+
+def read_checkpoint(
+    path: Path,
+    model: nn.Module,
+    axes: AxisGraph,
+    learner: S,
+    history: History | None = None,
+    undo: UndoStore | None = None,
+    *,
+    trained_only: bool = False,
+) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
+    """Read a checkpoint, apply its plans to the network, and return network, axes and training state."""
+    try:
+        header, tensors = read_tensors(path, FORMAT)
+        record = convert(header, schemas.CourseHeader)
+        state = _progress(record, history or History(), learner)
+        model, axes = replay(model, axes, state.plans, undo)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "undo_store": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(" ")
+            parts[part][rest] = value
+        if trained_only and parts["model"].keys() != _trained(model).keys():
+            raise ValueError("it holds other parameters than those that are trained")
+        model.load_state_dict(parts["model"], strict=not trained_only)
+        removed = undo.contents() if undo is not None else {}
+        for name, value in parts["undo_store"].items():
+            removed[name].copy_(value)
+        device = device_of(model)
+        along = {
+            name: AxisTensor(parts["learner"][name].to(device), tuple(map(_from_json, dims)), lr)
+            for name, (dims, lr) in record.along.items()
+        }
+        moments: dict[str, dict[str, Any]] = {}
+        for key, number in {**parts["optimiser"], **record.numbers}.items():
+            what, _, name = key.partition(" ")
+            moments.setdefault(name, {})[what] = number
+        learned = restore_state(learner, along, record.values)
+        return model, axes, replace(state, learner=learned, moments=moments)
+    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_start(
+    ranks: ProcessRank,
+    history: History | None,
+    checkpoint: Path,
+    model: nn.Module,
+    axes: AxisGraph,
+    learner: S,
+    undo: UndoStore | None = None,
+) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
+    """Return network, axes and training state from which training resumes; all ranks call this.
+
+    Rank 0, which alone reads the run folder, gives its history; ``None``: training starts.
     """
+    if ranks.several:
+        stored = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
+        if record := broadcast_record(ranks, stored):
+            plans, rows = map(Plan.from_json, record["plans"]), map(tuple, record["rows"])
+            history = History(list(plans), list(rows), record["sizes"], record["events"])
+    if history is None:
+        return model, axes, TrainState(learner)
+    with TemporaryDirectory(prefix="regrow-") if ranks.several else nullcontext("") as folder:
+        path = broadcast_file(ranks, checkpoint, Path(folder))
+        return read_checkpoint(path, model, axes, learner, history, undo)
 
-    learner: S
-    number: int = 0
-    epoch: int = 0
-    step: int = 0
-    rows: tuple[tuple[float, ...], ...] = ()
-    before: tuple[float, ...] = ()
-    plans: tuple[Plan, ...] = ()
-    events: tuple[GrowthEvent, ...] = ()
-    sizes: tuple[dict[str, Any], ...] = ()
-    moments: Moments = field(default_factory=dict)
-    loss: float | None = None
-    validation: tuple[float, ...] = ()
+
+def check_checkpoint(path: Path, history: History) -> int:
+    """Return the number of finished tasks of a checkpoint; 0 if there is none."""
+    if not path.is_file():
+        return 0
+    try:
+        state = _progress(convert(read_header(path, FORMAT), schemas.CourseHeader), history, None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+    if len(state.rows) < state.number:
+        raise StoreError(
+            f"{path.with_name('metrics.jsonl')} holds {len(state.rows)} of the {state.number} tasks that are over; "
+            "restore it"
+        )
+    return state.number
+
+
+def _progress(record: schemas.CourseHeader, history: History, learner: S) -> TrainState[S]:
+    """Return the stored training state with the learner's initial state, and without moments."""
+    course = record.course
+    if isinstance(record.plans, int):
+        many, logged = record.plans, record.logged or 0
+        plans, changes = history.plans[:many], history.events[:logged]
+        for name, logs, expected in (("ledger.json", plans, many), ("metrics.jsonl", changes, logged)):
+            if len(logs) < expected:
+                raise ValueError(f"{name} holds {len(logs)} of the {expected} changes of shape that it relies on")
+        rows: Sequence[Sequence[float]] = history.rows[: course.number]
+        sizes, events = history.sizes[: course.number], [*changes, *record.open]
+    else:
+        plans = [read_plan(plan) for plan in record.plans]
+        rows, sizes, events = course.rows, course.sizes, course.events
+    return TrainState(
+        learner,
+        course.number,
+        course.epoch,
+        course.step,
+        tuple(map(tuple, rows)),
+        tuple(course.before),
+        tuple(plans),
+        tuple(events),
+        tuple(sizes),
+        loss=course.loss,
+    )
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    text = " ".join(str(error).split())[:200]
+    return StoreError(text if text.startswith(str(path)) else f"{path} cannot be used ({text}); restore it")
+
+
+def _to_json(dim: Any) -> Any:
+    match dim:
+        case Product(parts):
+            return {"product": [_to_json(part) for part in parts]}
+        case Sum(parts):
+            return {"sum": [_to_json(part) for part in parts]}
+        case tuple() | list() | torch.Size():
+            return [_to_json(part) for part in dim]
+    return dim
+
+
+def _from_json(data: Any) -> Dim:
+    match data:
+        case {"product": [*parts]}:
+            return Product(tuple(map(_from_json, parts)))
+        case {"sum": [*parts]}:
+            return Sum(tuple(map(_from_json, parts)))
+        case int() | str():
+            return data
+    raise ValueError(f"not a dimension: {data!s:.60}")

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -71,7 +70,10 @@ def compute_gradients(
         step, total = replace(step, aux=loss.aux), total + value
         damaged = damaged or ("" if math.isfinite(value) else where)
     if parallel.ranks.several:
-        trained = [*context.parameters().values(), *(one.values for one in axis_tensors(state).values() if one.lr)]
+        trained = [
+            *context.parameters().values(),
+            *(tensor.values for tensor in axis_tensors(state).values() if tensor.lr),
+        ]
         total = parallel.reduce(trained, total)
     if not math.isfinite(total):
         raise ValueError(
@@ -81,58 +83,22 @@ def compute_gradients(
     return step, total
 
 
-class Deferral:
-    """A context manager, entered any number of times, that holds back Ctrl-C inside its ``with`` blocks.
-
-    ``KeyboardInterrupt`` is raised at the end of a block; outside of the blocks Ctrl-C acts at once.
-    """
-
-    def __init__(self) -> None:
-        self.inside = self.pressed = False
-
-    def __enter__(self) -> None:
-        self.inside = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.inside = False
-        if self.pressed:
-            self.pressed = False
-            if kind is None:
-                raise KeyboardInterrupt
-
-
 @contextmanager
-def defer_interrupts() -> Iterator[Deferral]:
-    """Handle Ctrl-C for a while by the :class:`Deferral` that is returned, so that each of its blocks costs little.
-
-    Nothing changes in threads other than the main one, and where SIGINT is ignored, as in background jobs of a shell.
-
-    >>> with defer_interrupts() as deferral:
-    ...     for step in range(3):
-    ...         with deferral:
-    ...             pass  # Ctrl-C waits for the end of this block
-    """
-    deferral = Deferral()
+def hold_interrupts() -> Iterator[None]:
+    """Hold back Ctrl-C inside the ``with`` block; ``KeyboardInterrupt`` is raised at its end."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
-        yield deferral
+    # SIGINT is ignored in background jobs of a shell, and only the main thread handles signals.
+    if before in (None, signal.SIG_IGN) or threading.current_thread() is not threading.main_thread():
+        yield
         return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if deferral.inside:
-            deferral.pressed = True
-        elif callable(before):
-            before(number, frame)
-        else:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, handle)
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:
-        yield deferral
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def apply_plan(
@@ -147,9 +113,9 @@ def apply_plan(
     context = replace(context, model=model, axes=axes, applied=context.applied + 1)
     state = follow_plan(state, before.axes, plan)
     tensors = axis_tensors(state)
-    for one in tensors.values():
-        if one.lr is not None:
-            one.values.requires_grad_()
+    for tensor in tensors.values():
+        if tensor.lr is not None:
+            tensor.values.requires_grad_()
     if optimizers:
         optimizers.follow(old, tensors, before.axes, plan)
     state = learner.boundary(state, context, Boundary(Event.PLAN_APPLIED, plan, before))
@@ -188,7 +154,7 @@ def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, fl
     squares = {name: p.grad.double().square() for name, p in parameters.items() if p.grad is not None}
     sums = [square.sum() for square in squares.values()]
     sums += [squares[name].flatten().index_select(0, new[name]).sum() for name in squares if name in new]
-    numbers = [float(one) for one in to_host(sums)]
+    numbers = [float(number) for number in to_host(sums)]
     whole, added = sum(numbers[: len(squares)]), sum(numbers[len(squares) :])
     many = sum(map(len, new.values()))
     return {

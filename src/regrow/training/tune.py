@@ -16,10 +16,10 @@ from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
 from regrow.tracing.capture import evaluating
-from regrow.training.fit import fit
+from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import keep_modes
 from regrow.training.learner import PLAIN, Boundary, Context, Loss, NoState, Step, set_train_mode
-from regrow.training.schedule import NO_AXES, OptimizerSettings, Phase, Schedule, source_phase
+from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
 
 
 def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
@@ -27,13 +27,6 @@ def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
 
     Everything but the BatchNorms runs in eval mode; modes and momenta are left as they were. Statistics of layers that
     the data do not reach are left, too, and batches with a single value per channel, which have no variance.
-
-    Args:
-        model: A network, changed in place.
-        sources: The data; all batches have equal weight. Larger batches give better variances.
-
-    Returns:
-        The number of BatchNorm layers that were measured (0: nothing was run, or nothing reached them).
     """
     layers = find_running(model)
     if not layers:
@@ -112,7 +105,6 @@ def finetune(
     epochs: int = 1,
     lr: float = 0.01,
     weight_decay: float = 1e-4,
-    clip: float = 1.0,
     seed: int = 0,
     objective: Objective | None = None,
     progress: Progress = silent,
@@ -127,10 +119,10 @@ def finetune(
     else:
         order = _shuffle(len(source), epochs, seed)
         phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
-    schedule = Schedule(OptimizerSettings("sgd", lr, weight_decay), "cosine", clip=clip, seed=seed)
+    schedule = Schedule("sgd", lr, weight_decay, "cosine", clip=1.0, seed=seed)
     torch.manual_seed(seed)
     with keep_modes(model):
-        fit(model, NO_AXES, [phase], learner, schedule, progress=progress)
+        fit(model, NO_AXES, [phase], learner, schedule, options=FitOptions(progress=progress))
 
 
 def _objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]:
@@ -146,19 +138,12 @@ def _shuffle(count: int, epochs: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class GrowthTraining:
-    """How a grown network is trained, by AdamW with a learning rate that falls as a half cosine.
+    """How a grown network is trained, by AdamW with a learning rate that falls as a half cosine."""
 
-    Args:
-        steps: The number of steps, of one batch each.
-        lr: The first learning rate.
-        new_only: Whether only entries that the growth has added are trained; all others stay as they are, bit for bit.
-        seed: Seed of the order of batches, and of Dropout.
-    """
-
-    steps: int
-    lr: float
+    steps: int  # the number of steps, of one batch each
+    lr: float  # the first learning rate
     new_only: bool
-    seed: int
+    seed: int  # seed of the order of batches, and of Dropout
 
 
 def train_grown(
@@ -175,7 +160,7 @@ def train_grown(
         raise InputError("there is nothing to train on; give a source with batches")
     order = _shuffle(len(batches), -(-training.steps // len(batches)), training.seed)
     phase = source_phase("training", [training.steps], lambda step: [batches[order[step]]])
-    schedule = Schedule(OptimizerSettings("adamw", training.lr), "cosine", clip=1.0, seed=training.seed)
+    schedule = Schedule("adamw", training.lr, decay="cosine", clip=1.0, seed=training.seed)
     learner = replace(PLAIN, loss=_objective_loss(objective or choose_objective(None, batches[0])))
 
     def mask_old(state: NoState, context: Context, step: Step) -> NoState:
@@ -200,7 +185,7 @@ def train_grown(
     torch.manual_seed(training.seed)
     try:
         with keep_modes(model):
-            fit(model, NO_AXES, [phase], learner, schedule, progress=progress)
+            fit(model, NO_AXES, [phase], learner, schedule, options=FitOptions(progress=progress))
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

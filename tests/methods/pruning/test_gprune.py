@@ -16,7 +16,7 @@ from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Cut, PruningRun, plan_cut
 from regrow.store.tensors import open_checkpoint
-from regrow.training.checkpoint import FORMAT
+from regrow.training.state import FORMAT
 
 SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 

@@ -17,7 +17,7 @@ from regrow.methods import RECOVERIES, MethodKind, find_method, recovery
 from regrow.methods.recovery import RecoveryTask, bias, distil, lora, refit, refit_work
 from regrow.methods.recovery.refit_work import join_all, regroup
 from regrow.methods.recovery.solve import RidgeCandidates, Sums, ridged
-from regrow.training.step import defer_interrupts
+from regrow.training.step import hold_interrupts
 
 
 def task(model: nn.Module, axes, keep, source: Source, **more) -> RecoveryTask:
@@ -549,20 +549,19 @@ def interrupts():
 def test_a_key_that_is_pressed_waits_for_the_end_of_a_step(interrupts):
     interrupts(signal.default_int_handler)
     done = []
-    with defer_interrupts() as deferral:
-        for step in range(2):
-            with pytest.raises(KeyboardInterrupt), deferral:
-                signal.raise_signal(signal.SIGINT)
-                done.append(step)
-        with pytest.raises(KeyboardInterrupt):
+    for step in range(2):
+        with pytest.raises(KeyboardInterrupt), hold_interrupts():
             signal.raise_signal(signal.SIGINT)
-            done.append("outside a step")
+            done.append(step)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        done.append("outside a step")
     assert done == [0, 1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
     interrupts(signal.SIG_IGN)
-    with defer_interrupts() as deferral, deferral:
+    with hold_interrupts():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 

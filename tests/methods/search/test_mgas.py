@@ -39,6 +39,7 @@ from regrow.nets.vision import small
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import FitOptions
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
 from regrow.training.schedule import Optimizers
 
@@ -96,7 +97,7 @@ def run(task, axes):
         history.append(row) if kind == "epoch" else None
 
     undo = UndoStore()
-    fitted = learn(net, axes, [task], search.learner, SCHEDULE, undo=undo, log=log)
+    fitted = learn(net, axes, [task], search.learner, SCHEDULE, options=FitOptions(undo=undo, log=log))
     return search, ended(net, fitted.axes, task, SCHEDULE), fitted.state, history
 
 

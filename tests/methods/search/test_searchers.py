@@ -11,9 +11,9 @@ from regrow.data import streams
 from regrow.methods import SEARCHERS, MethodKind, find_method
 from regrow.nets.cells import Cells, supernet
 from regrow.surgery import UndoStore
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.state import axis_tensors, values_of
+from regrow.training.fit import FitOptions
+from regrow.training.state import axis_tensors, read_checkpoint, values_of, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -93,12 +93,13 @@ def test_killed_and_resumed_is_never_stopped(run, task, tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            learn(net, axes, [task], search.learner, SCHEDULE, state=state, undo=undo, checkpoint=stop)
+            options = FitOptions(undo=undo, checkpoint=stop)
+            learn(net, axes, [task], search.learner, SCHEDULE, state=state, options=options)
         net, axes, search = begun(row)
         undo = UndoStore()
         net, axes, state = read_checkpoint(place, net, axes, search.learner.state, undo=undo)
         assert state.epoch == last
-    state = learn(net, axes, [task], search.learner, SCHEDULE, state=state, undo=undo).state
+    state = learn(net, axes, [task], search.learner, SCHEDULE, state=state, options=FitOptions(undo=undo)).state
     assert state.rows == straight.rows and values_of(state.learner) == values_of(straight.learner)
     for name, value in whole_net.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
@@ -117,6 +118,6 @@ def test_the_order_of_random_operations_is_not_trained(task):
         drawn.append(state.learner.alpha.values.clone())
 
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    learn(model, axes_of(True), [task], search.learner, SCHEDULE, checkpoint=record)
+    learn(model, axes_of(True), [task], search.learner, SCHEDULE, options=FitOptions(checkpoint=record))
     assert len(drawn) > 1 and all(torch.equal(drawn[0], one) for one in drawn)
     assert any(not torch.equal(before[name], one) for name, one in model.named_parameters() if name in before)

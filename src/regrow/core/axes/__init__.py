@@ -5,7 +5,9 @@ Some dimensions of a network's tensors always change together: the output of one
 :class:`AxisGraph` holds the axes of a network and every tensor's shape written in them: plain data, made by tracing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -28,9 +30,7 @@ from regrow.core.axes.axis import (
     divided,
     size_of,
 )
-from regrow.core.axes.inventory import Row, block, tables_of, unit_costs
-from regrow.core.axes.operations import Decision, Fold, RecordedStep, Tracer, Work
-from regrow.core.branches import Branch
+from regrow.core.axes.operations import Branch, Decision, Fold, RecordedStep, Tracer, Work
 from regrow.core.tables import Table, format_html, format_text
 
 __all__ = [
@@ -49,9 +49,26 @@ __all__ = [
     "Sum",
     "Work",
     "axes_in",
+    "block",
     "matches",
     "size_of",
 ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table of axes; a unit saves ``unit_params`` and ``unit_macs``, 0 on a frozen axis."""
+
+    key: str
+    label: str
+    block: str
+    size: int
+    mark: str
+    reason: str
+    inside: str
+    unit_params: int
+    unit_macs: int
+    tensors: int
 
 
 @dataclass(frozen=True)
@@ -153,11 +170,7 @@ class AxisGraph:
         return {axis.key: axis.size for axis in self}
 
     def batch_size(self) -> int:
-        """Return the batch size of the traced input.
-
-        That is the number of entries of its first list, or the leading size of its first tensor if the network's last
-        result has the same; 1 otherwise.
-        """
+        """Return the batch size of the traced input; 1 if first tensor and last result differ in their leading size."""
         values = (*self.example.args, *self.example.kwargs.values())
         first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
         if isinstance(first, list | tuple):
@@ -182,19 +195,24 @@ class AxisGraph:
         rows = []
         for axis in self:
             names = list(dict.fromkeys(slot.name for slot in axis.slots))
-            costs = (parameters[axis.key], macs[axis.key]) if axis.free else (0, 0)
-            mark = str(axis.mark)
             rows.append(
-                Row(axis.key, axis.label, block(names), axis.size, mark, axis.reason, axis.inside, *costs, len(names))
+                Row(
+                    key=axis.key,
+                    label=axis.label,
+                    block=block(names),
+                    size=axis.size,
+                    mark=str(axis.mark),
+                    reason=axis.reason,
+                    inside=axis.inside,
+                    unit_params=parameters[axis.key] if axis.free else 0,
+                    unit_macs=macs[axis.key] if axis.free else 0,
+                    tensors=len(names),
+                )
             )
         return rows
 
     def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
-        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason.
-
-        Args:
-            everything: Whether every frozen axis has a row of its own.
-        """
+        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason."""
         return tables_of(self.inventory(), everything=everything)
 
     def count_entries(self, names: Iterable[str], sizes: Mapping[str, int]) -> int:
@@ -222,11 +240,6 @@ class AxisGraph:
         """Return the axes that a pruning method may cut: free, of the given marks, not inside another chosen axis.
 
         Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
-
-        Args:
-            only: Patterns (``fnmatch``, or part of a dotted name); each tensor of an axis must match one; empty: all.
-            exclude: Patterns; an axis is left out as soon as one of its tensors matches.
-            marks: Which marks are allowed; neutral alone unless given.
         """
         uneven = {axis.count for axis in self if axis.count and axis.times != 1}
         chosen = tuple(
@@ -243,9 +256,10 @@ class AxisGraph:
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
         """Return a copy without everything that dropping some branches removes, for costing what is left."""
         removed = list(branches)
+        return self.restricted(lambda name: not any(branch.holds(name) for branch in removed))
 
-        def stays(name: str) -> bool:
-            return not any(branch.holds(name) for branch in removed)
+    def restricted(self, stays: Callable[[str], bool]) -> "AxisGraph":
+        """Return a copy with the modules and tensors alone whose names stay, and with what is made of them."""
 
         def filtered(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in values.items() if stays(name)}
@@ -271,19 +285,62 @@ class AxisGraph:
             unreached=tuple(filter(stays, self.unreached)),
         )
 
-    def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
-        """Return a copy with other axes (axis key → axis), as after a cut; everything else is unchanged."""
-        return replace(self, axes=axes)
-
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a dotted tensor name matches a pattern: an ``fnmatch`` of the whole name, or a run of its dotted parts.
 
     >>> matches("layers.0.mlp.up_proj.weight", "mlp"), matches("layers.0.mlp.up_proj.weight", "layers.1*")
     (True, False)
-
-    Args:
-        name: The name of a parameter or buffer.
-        pattern: A shell pattern such as ``layers.1*``, or parts such as ``mlp.up_proj``.
     """
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def unit_costs(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Counter[str]:
+    """Return by how much a sum of products of sizes falls if an axis loses one unit, by axis key."""
+    less = Counter[str]()
+    for dims in map(Product, products):
+        for key in set(axes_in(dims)):
+            less[key] += size_of(dims, sizes) - size_of(dims, ChainMap({key: sizes[key] - 1}, sizes))
+    return less
+
+
+def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
+    """Return a table of the axes that can be cut, by kind, and one of the frozen axes, by reason or (all) by key."""
+    alike: dict[tuple[str, str, bool], list[Row]] = {}
+    reasons: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.mark == Mark.FROZEN:
+            reasons.setdefault(row.key if everything else re.sub(r"\d+", "#", row.reason), []).append(row)
+        else:
+            alike.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
+    columns = ("made by → read by", "where", "axes", "units", "mark", "parameters a unit", "MACs a unit")
+    free = Table("What can be cut", columns, list(map(_describe_kind, alike.values())), (2, 3, 5, 6))
+    if everything:
+        each = [(row.key, row.size, row.reason) for (row,) in reasons.values()]
+        return free, Table("Frozen", ("axis", "units", "why"), each, (1,))
+    groups = sorted(reasons.values(), key=len, reverse=True)
+    lines = [(len(group), group[0].reason, group[0].key) for group in groups]
+    return free, Table("Frozen", ("axes", "why (of the first)", "the first"), lines, (0,))
+
+
+def _describe_kind(rows: Sequence[Row]) -> tuple[object, ...]:
+    first, blocks = rows[0], [row.block for row in rows if row.block]
+    where = f"{blocks[0]} … {blocks[-1]}" if len(blocks) > 1 else (blocks[0] if blocks else first.key)
+    spans = []
+    for numbers in zip(*((row.size, row.unit_params, row.unit_macs) for row in rows), strict=True):
+        low, high = min(numbers), max(numbers)
+        spans.append(f"{low:,}" if low == high else f"{low:,}–{high:,}")
+    mark = first.mark + (", inside another" if first.inside else "")
+    return first.label, where, len(rows), spans[0], mark, *spans[1:]
+
+
+def block(names: list[str]) -> str:
+    """Return the longest numbered path prefix that all names share, such as ``model.layers.7``; or ``""``."""
+    parts = [name.split(".") for name in names]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    numbered = [i for i, part in enumerate(shared) if part.isdigit()]
+    return ".".join(shared[: numbered[0] + 1]) if numbered else ""

@@ -33,20 +33,13 @@ class Sum:
     parts: tuple["Dim", ...]
 
 
+# A dimension: a fixed size, the key of an axis, or a product or sum of dimensions
 Dim = int | str | Product | Sum
-"""A dimension: a fixed size, the key of an axis, or a product or sum of dimensions."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The keys and values that one attention caches per token, as dimensions, to compute the size of a key-value cache.
-
-    Args:
-        module: The path of the attention module.
-        keys: The dimensions of one token's keys, before key-value heads are repeated.
-        values: The dimensions of one token's values.
-        itemsize: Bytes per entry.
-    """
+    """The keys and values that one attention caches per token, before key-value heads are repeated."""
 
     module: str
     keys: tuple[Dim, ...]
@@ -59,10 +52,6 @@ def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
 
     >>> size_of(Product(("kv", Sum((2, "d")))), {"kv": 3, "d": 5})
     21
-
-    Args:
-        dim: The dimension.
-        sizes: Axis key → its number of units.
     """
     match dim:
         case int():
@@ -76,11 +65,7 @@ def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 
 def axes_in(dim: Dim) -> Iterator[str]:
-    """Yield the keys of the axes in a dimension, with repetitions, outermost and leftmost first.
-
-    Args:
-        dim: The dimension.
-    """
+    """Yield the keys of the axes in a dimension, with repetitions, outermost and leftmost first."""
     match dim:
         case str():
             yield dim
@@ -91,11 +76,6 @@ def axes_in(dim: Dim) -> Iterator[str]:
 
 def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
     """Yield each place of an axis in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
-
-    Args:
-        dim: The dimension.
-        key: The key of the axis.
-        sizes: Axis key → its number of units.
 
     Loops that continue each other without a gap are one; the longest comes first.
 
@@ -124,10 +104,6 @@ def divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
 
     >>> divided((128, "a", 3), 64), divided((3, "a"), 64)
     ((2, 'a', 3), (3, 'a'))
-
-    Args:
-        dims: The dimensions.
-        many: The factor.
     """
     left = many
 
@@ -210,9 +186,6 @@ class Slot:
 
     def positions(self, size: int) -> Tensor:
         """Return the indices along the dimension that each unit owns, ``[size, outer * inner]`` (int64).
-
-        Args:
-            size: How many units the axis has.
 
         >>> Slot("w", 0, outer=2, stride=6, inner=1, offset=0, role=Role.PRODUCES).positions(3).tolist()
         [[0, 6], [1, 7], [2, 8]]

@@ -22,12 +22,11 @@ from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 from regrow.streaming.network import StreamedNetwork
-from regrow.training.checkpoint import read_checkpoint, write_checkpoint
-from regrow.training.fit import fit
+from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
 from regrow.training.learner import Context, Learner, Loss
-from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
-from regrow.training.state import TrainState
+from regrow.training.schedule import NO_AXES, Schedule, source_phase
+from regrow.training.state import TrainState, read_checkpoint, write_checkpoint
 
 FORMAT, CHANGED_FORMAT = "regrow-recovery/1", "regrow-changed/1"
 # What the record of a layer that refit has solved has, as far as a resumed refit reads it.
@@ -191,7 +190,7 @@ def fit_recovery(
     phase = source_phase(
         "training", epochs, lambda step: [batch for _, batch in drawn(train, s.windows, step, task.seed)]
     )
-    schedule = Schedule(OptimizerSettings("adamw", s.lr), "cosine", warm_up=0.1, clip=1.0, seed=task.seed)
+    schedule = Schedule("adamw", s.lr, decay="cosine", warm_up=0.1, clip=1.0, seed=task.seed)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     with _shard(task, _read(task)) as (task, state):
@@ -211,18 +210,8 @@ def fit_recovery(
                     task.checkpoint, task.model, state, trained_only=True, header=task.header(), writes=leads
                 )
 
-        fitted = fit(
-            task.model,
-            NO_AXES,
-            [phase],
-            learner,
-            schedule,
-            state=state,
-            checkpoint=write,
-            seconds=SECONDS,
-            progress=task.progress,
-            parallel=task.parallel,
-        )
+        options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
+        fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=state, options=options)
         stopped = fitted.state.learner
         restore_best(task.model, stopped)
     return {"steps": steps, "best": stopped.best_check.step, "history": [asdict(check) for check in stopped.history]}

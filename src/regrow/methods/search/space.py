@@ -15,7 +15,7 @@ from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.candidates import Staged, candidates_in, single_in, tied_in
+from regrow.core.candidates import Staged, candidates_in
 from regrow.core.sources import device_of, move_tensors
 from regrow.training.learner import Context
 from regrow.training.state import axis_tensors, derived, with_axis_tensors
@@ -153,21 +153,19 @@ def copy_state(state: SearchState) -> SearchState:
 
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
     """Return where operations, filters and weights lie in the network up to one of its parts, and what they cost."""
-    staged, sums = part >= 0, candidates_in(context.model)
+    staged = part >= 0
 
     def runs(name: str) -> bool:
         return not staged or cast(Staged, context.model).within(name, part)
 
     layout = gates(
+        context.model,
         context.axes,
         {name: tensor for name, tensor in counted_tensors(context.model, space.measure).items() if runs(name)},
-        sums,
         axes or [axis.key for axis in context.axes.units()],
-        cast(Staged, context.model).needed() if staged else [*sums.values()],
+        cast(Staged, context.model).needed() if staged else [*candidates_in(context.model).values()],
         runs,
         space.measure,
-        tied_in(context.model),
-        single_in(context.model),
         space.prices,
     )
     layout = move_tensors(layout, device_of(context.model))

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.thresholds import apply_threshold, margin
+from regrow.allocation.levels import apply_threshold, margin
 from regrow.allocation.widening import growable_axes, growth, makers
 from regrow.core.axes import Axis
 from regrow.core.axes.axis import AxisTensor

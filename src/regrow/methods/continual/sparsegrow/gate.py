@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from regrow.allocation.thresholds import margin
+from regrow.allocation.levels import margin
 from regrow.core.axes import axes_in
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import logits_in

@@ -19,7 +19,7 @@ from regrow.allocation.cost import cost_of
 from regrow.allocation.ranked import BudgetError, uniform
 from regrow.core.amounts import Measure
 from regrow.core.axes import Axis, AxisGraph, matches
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Need, Scores

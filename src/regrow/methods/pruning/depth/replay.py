@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.branches import Branch, lies_in
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.sources import Batch, Source, device_of, labelled_logits, logits_in
 from regrow.methods.pruning.pruner import PruningTask
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, write_tensors
 from regrow.tracing.branches import insert_placeholders, set_modules
-from regrow.training.checkpoint import FORMAT
+from regrow.training.state import FORMAT
 
 # The number of most probable classes of which the dense network's predictions are kept; the others are one class.
 CLASSES = 128

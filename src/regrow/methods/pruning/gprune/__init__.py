@@ -18,8 +18,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from regrow.allocation.ranked import BudgetError, allocation, rank, uniform
-from regrow.allocation.solved import module_costs, ratios
+from regrow.allocation.ranked import BudgetError, allocation, module_costs, rank, ratios, uniform
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError

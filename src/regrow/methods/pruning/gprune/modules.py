@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.allocation.solved import soft_step
+from regrow.allocation.ranked import soft_step
 from regrow.core.scores import Tensors, rank_order
 from regrow.scoring.spaces import Row, Space, percentile, within
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.ranked import rank
-from regrow.allocation.solved import ratios
+from regrow.allocation.ranked import rank, ratios
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import Batch, device_of, drawn, labelled_logits, logits_in
 from regrow.methods.pruning.gprune.modules import Masks
@@ -17,12 +16,11 @@ from regrow.methods.pruning.pruner import PruningTask
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
 from regrow.surgery.gate import gate_inputs, gates_of
-from regrow.training.checkpoint import FORMAT, read_checkpoint, write_checkpoint
-from regrow.training.fit import fit
+from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import EarlyStopping, Tensors, with_early_stopping
 from regrow.training.learner import Learner, Loss
-from regrow.training.schedule import NO_AXES, OptimizerSettings, Schedule, source_phase
-from regrow.training.state import TrainState
+from regrow.training.schedule import NO_AXES, Schedule, source_phase
+from regrow.training.state import FORMAT, TrainState, read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from regrow.methods.pruning.gprune import Settings
@@ -149,11 +147,9 @@ class ModuleShares:
             task.axes,
             [source_phase("learning", epochs, self.windows)],
             learner,
-            Schedule(OptimizerSettings("adamw", s.lr), "cosine", seed=s.seed),
+            Schedule("adamw", s.lr, decay="cosine", seed=s.seed),
             state=state,
-            checkpoint=lambda now, context: write(now),
-            seconds=SECONDS,
-            progress=task.progress,
+            options=FitOptions(checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.progress),
         ).state
 
 
