@@ -97,14 +97,6 @@ def test_a_pruning_run_does_not_go_on_with_damaged_measurements(
     assert contents(run) == before
 
 
-def test_damaged_measurements_are_told_before_a_run_is_evaluated(regrow: Run, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(FIXTURES / "prune", tmp_path / "run"))
-    (run / "metrics.jsonl").write_text('{"what": "choice", "model": "recovered"}\n')
-    code, out, err = regrow("evaluate", "run", "--source", "digits", "--code", "toys:classifier", "--json", "x.json")
-    assert (code, out) == (2, "") and "metrics.jsonl: line 1: Object missing required field `task`" in err
-    assert not Path("x.json").exists()
-
-
 @pytest.mark.parametrize(
     "folder", [path.parent for path in sorted(FIXTURES.glob("*/metrics.jsonl"))], ids=lambda p: p.name
 )
