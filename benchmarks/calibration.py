@@ -36,9 +36,9 @@ from regrow import data
 from regrow.core.sources import Batch
 from regrow.data.batch_streams import join_batches
 from regrow.jobs import prune
+from regrow.jobs.calibration import SharedWork
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import Clock, Invocation
-from regrow.jobs.shared_work import SharedWork
+from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.settings.prune import Settings, folder_name
 from regrow.store.versions import versions
 
@@ -69,10 +69,10 @@ def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> 
 
     The scores that a run writes for its page are left out of "plan".
     """
-    seconds, true, write = {"calibrate": 0.0, "plan": 0.0, "write": 0.0}, Clock.stage, prune.write_scores
+    seconds, true, write = {"calibrate": 0.0, "plan": 0.0, "write": 0.0}, ActiveRun.stage, prune.write_scores
 
     @contextmanager
-    def stage(clock: Clock, name: str) -> Iterator[None]:
+    def stage(clock: ActiveRun, name: str) -> Iterator[None]:
         start = time.process_time()
         with true(clock, name):
             yield
@@ -84,7 +84,7 @@ def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> 
         seconds["write"] += cpu(lambda: write(*given))
 
     shared = SharedWork()
-    Clock.stage, prune.write_scores = stage, write_scores  # type: ignore[method-assign]
+    ActiveRun.stage, prune.write_scores = stage, write_scores  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as place:
             for method, keep in plans:
@@ -95,7 +95,7 @@ def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> 
                 with suppress(InterruptedError):
                     prune.run(settings, Invocation(Path(place) / folder_name(settings)), shared=shared)
     finally:
-        Clock.stage, prune.write_scores = true, write  # type: ignore[method-assign]
+        ActiveRun.stage, prune.write_scores = true, write  # type: ignore[method-assign]
     return seconds["calibrate"], seconds["plan"] - seconds["write"]
 
 

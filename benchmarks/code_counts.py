@@ -38,7 +38,7 @@ PRUNE_FILES = {
     "commands/streamed_reconstruction.py", "commands/streamed_run.py", "jobs/calibration.py", "jobs/cutting.py",
     "jobs/generated.py", "jobs/later_plans.py", "jobs/prune.py", "jobs/prune_settings.py", "jobs/pruning.py",
     "jobs/reconstruction.py", "jobs/recovering.py", "jobs/run_state.py", "jobs/score_summary.py",
-    "jobs/share_pruning.py",
+    "jobs/share_pruning.py", "jobs/memory_needs.py", "jobs/run_networks.py",
     "jobs/shared_work.py", "jobs/streamed.py", "jobs/streamed_reconstruction.py", "jobs/streamed_run.py",
     "settings/prune.py", "streaming/cut.py",
 }  # fmt: skip

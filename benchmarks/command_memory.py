@@ -32,8 +32,6 @@ COMMANDS = {
     "evaluate, one block": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 1GiB",
     "evaluate, whole, bfloat16": f"evaluate smollm2-135m {DATA} --dtype bfloat16 --memory 64GiB",
     "export": "export smollm2-135m --to gguf --memory 64GiB --out model.gguf",
-    "prune, distil": f"{LEARN} --dtype float32 --recover distil --recover-tokens 4096 --out pruned-distil",
-    "prune, distil, bfloat16": f"{LEARN} --dtype bfloat16 --recover distil --recover-tokens 4096 --out pruned-bfloat16",
     "prune, llm_pruner": f"{LEARN} --dtype float32 --method llm_pruner --out pruned-gradients",
     "recover, bias": "recover cut --by bias --tokens 4096 --memory 64GiB --out bias",
     "recover, bias, one block": "recover cut --by bias --tokens 4096 --memory 1.5GiB --out bias-streamed",

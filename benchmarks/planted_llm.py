@@ -55,6 +55,7 @@ from regrow.evaluation import Perplexity, paired_difference, perplexity
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
+from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
 from regrow.store.versions import versions
 
@@ -179,7 +180,7 @@ class PlantedBench:
         model, _ = apply(copy.deepcopy(self.model), self.axes, plan)
         row: dict[str, Any] = {"reconstruct": name, **judge(self.planted, kept)}
         if settings is not None:
-            layers = reconstruct(model, self.model, self.axes, plan, self.calibration, settings)["layers"]
+            layers = reconstruct(RecoveryTask(model, self.model, self.axes, plan, self.calibration), settings)["layers"]
             row["ridges"] = [layer["ridge"] for layer in layers]
         row["cpu_seconds"] = round(time.process_time() - start, 1)
         return row | self.evaluate(model, dense)

@@ -52,6 +52,7 @@ from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.gprune import Settings
 from regrow.methods.pruning.gprune.modules import form_modules, measure, order_modules
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
+from regrow.methods.recovery import RecoveryTask
 from regrow.scoring.modules import reliability
 from regrow.scoring.spaces import spaces
 from regrow.store.versions import versions
@@ -217,7 +218,9 @@ class PlantedNetworkBench:
         plan = plan_cut(pruner, self.model, self.axes, Budget(KEEP, only=("blocks",)), evidence).plan
         model, _ = apply(copy.deepcopy(self.model), self.axes, plan)
         if arm.fit:
-            reconstruct(model, self.model, self.axes, plan, sources, {"ridges": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)})
+            reconstruct(
+                RecoveryTask(model, self.model, self.axes, plan, sources), {"ridges": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+            )
         seconds = time.process_time() - start
         return {**self.divergence(model), "cut": self.cut(plan.changes), "cpu_seconds": round(seconds, 2)}
 

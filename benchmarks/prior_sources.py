@@ -51,6 +51,7 @@ from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
+from regrow.methods.recovery import RecoveryTask
 from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.store.versions import versions
 
@@ -130,7 +131,7 @@ def run(bench: WidthPruningBench, cell: dict[str, Any], work: Path) -> dict[str,
     nll = {"dense": known or losses(bench.model, judge), "cut": losses(network, judge)}
     took["evaluate"] = time.process_time() - began - took["prune"]
     began = time.process_time()
-    reconstruct(network, bench.model, bench.axes, plan, sources, {"target": cell["target"]})
+    reconstruct(RecoveryTask(network, bench.model, bench.axes, plan, sources), {"target": cell["target"]})
     took["reconstruct"] = time.process_time() - began
     nll["reconstructed"] = losses(network, judge)
     tokens = sum(source.tokens for source in sources)

@@ -25,14 +25,14 @@ RUN = """
 import json, sys, time
 from contextlib import contextmanager
 import regrow.cli
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.prune import run
 from regrow.jobs.recording import Invocation
 from regrow.settings.prune import Settings
 surgery = sys.modules["regrow.surgery.apply"]
 def peak():
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
-cpu, peaks, proof, true_stage, true_check = {}, {}, [0.0], Clock.stage, surgery.check_blocks
+cpu, peaks, proof, true_stage, true_check = {}, {}, [0.0], ActiveRun.stage, surgery.check_blocks
 @contextmanager
 def stage(self, name):
     open("/proc/self/clear_refs", "w").write("5")
@@ -44,7 +44,7 @@ def check_blocks(change):
     start = time.process_time()
     true_check(change)
     proof[0] += time.process_time() - start
-Clock.stage, surgery.check_blocks = stage, check_blocks
+ActiveRun.stage, surgery.check_blocks = stage, check_blocks
 folder, out, tokens, seq = sys.argv[1:5]
 settings = Settings(folder, "flap", {}, 0.7, sources=("news",), tokens=int(tokens), eval_tokens=int(seq),
                     seq_len=int(seq), undo=False)

@@ -91,11 +91,11 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     from regrow.data.text import read
     from regrow.evaluation import items_in
     from regrow.jobs import learn as learning_run
-    from regrow.jobs import prune_settings as pruning_run
+    from regrow.jobs import pruning as pruning_run
     from regrow.jobs.starting import parse_sequence
     from regrow.nets.files import check_config, check_gguf
     from regrow.reports import summarise, to_markdown
-    from regrow.settings.file import read_settings
+    from regrow.settings.words import read_settings
     from regrow.store.ledger import Ledger
     from regrow.store.metrics import Metrics
     from regrow.store.run_folder import RunFolder
@@ -148,12 +148,11 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
                 _on_purpose(error)
 
     def settings(data: bytes) -> None:
-        for name in ("x.toml", "x.yaml"):
-            for kind in (learning_run.Settings, pruning_run.Settings):
-                try:
-                    read_settings(kept(name, data), kind)
-                except ValueError as error:
-                    _on_purpose(error)
+        for kind in (learning_run.Settings, pruning_run.Settings):
+            try:
+                read_settings(kept("x.toml", data), kind)
+            except ValueError as error:
+                _on_purpose(error)
 
     return {
         "plan": lambda data: Plan.from_json(data.decode("utf-8", errors="replace")),

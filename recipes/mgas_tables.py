@@ -36,10 +36,9 @@ from rows import add, difference, head, line, rows, spread
 import regrow
 from regrow.allocation.commits import kind_of
 from regrow.core.candidates import candidates_in
-from regrow.core.progress import silent
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
-from regrow.jobs.recording import Invocation
+from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, retrain, run
 from regrow.jobs.search_inputs import read_parts
 from regrow.store.run_folder import RunFolder
@@ -110,13 +109,8 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
         # Others than the one draw of *random operations*, whose seed is the run's.
         drawn = replace(settings, method_settings={**settings.method_settings, "seed": 1000 + 100 * settings.seed + i})
         folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
-        trained = retrain(
-            folder,
-            drawn,
-            replace(parts, whole=parts.search),
-            regrow.load(folder.path / "found"),
-            silent,
-        )
+        parts_of_search = replace(parts, whole=parts.search)
+        trained = retrain(ActiveRun(record=folder), drawn, parts_of_search, regrow.load(folder.path / "found"))
         found[share_right(trained, parts.search.test)] = drawn
     return found[max(found)]
 

@@ -29,6 +29,7 @@ import regrow
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.exporters.onnx import write
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import Settings, retrain
 from regrow.jobs.search_inputs import Parts, read_parts
 from regrow.nets.cells import Cells
@@ -63,7 +64,7 @@ def again(folder: RunFolder, fashion: Path, work: Path) -> dict[str, Any]:
     parts: Parts = read_parts(settings)
     net = for_grey(folder.path / "found", [*parts.test.inputs.shape[1:]])
     scratch = RunFolder.create(work, verb="transfer", settings={"of": folder.path.name}, command="")
-    trained = retrain(scratch, settings, parts, net, lambda *_: None)
+    trained = retrain(ActiveRun(record=scratch), settings, parts, net)
     many = sum(int(p.count_nonzero()) for p in trained.parameters())
     return {"accuracy": share_right(trained, parts.test), "images": len(parts.test), "nonzero": many}
 

@@ -75,7 +75,6 @@ RUNS = {
     "prune reconstruct": f"{LLAMA} --method wanda_sp --reconstruct --reconstruct-tokens 512",
     "prune reconstruct, streamed": f"{LLAMA} --method wanda_sp --reconstruct --reconstruct-tokens 512 --memory LEAST",
     "prune generated": f"{LLAMA} --source generated --generated-tokens 128",
-    "prune and recover": f"{LLAMA} --recover refit --recover-tokens 512",
     "grow text": "grow llama --mlp +25% --heads +2 --blocks +1 --source news --eval-tokens 128 --seq-len 64",
     "recover refit, text": f"recover 'prune flap, text' {REFIT} refit",
     "recover distil, text": f"recover 'prune flap, text' {REFIT} distil",

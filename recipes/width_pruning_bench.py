@@ -31,11 +31,12 @@ from regrow.data import Half, text, windows
 from regrow.evaluation import items_in, perplexity
 from regrow.jobs import pruning as prune
 from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
-from regrow.jobs.recovering import reconstruct, work_in
+from regrow.jobs.recovering import reconstruct
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
+from regrow.nets.devices import autocasting
 from regrow.scoring.spaces import OUTER_BLOCKS
 
 SEQ_LEN, BATCH = 256, 8
@@ -125,7 +126,8 @@ class WidthPruningBench:
         work = find_method(MethodKind.RECOVERY, "distil").made("distil", point.distil)
         with self.stage("distil"):
             task = RecoveryTask(network, self.model, self.axes, self.last.plan, sources)
-            report = work_in(self.args.dtype, "distil", work, task)
+            with autocasting(network, self.args.dtype), autocasting(self.model, self.args.dtype):
+                report = work(task)
         return network, {**self.last.row, "distillation": report}
 
     def cut(self, point: Point) -> Cut:
@@ -150,7 +152,7 @@ class WidthPruningBench:
         row |= {name: cut.findings[name] for name in ("starts", "history") if cut.findings.get(name)}
         if point.reconstruct:
             with self.stage("reconstruct"):
-                fit = reconstruct(network, self.model, self.axes, cut.plan, sources, point.fit)
+                fit = reconstruct(RecoveryTask(network, self.model, self.axes, cut.plan, sources), point.fit)
             row["reconstruction"] = {name: fit[name] for name in ("target", "note", "tokens") if name in fit}
         return Cut(point.key, network, cut.plan, row, dict(self.seconds))
 
@@ -195,7 +197,7 @@ class WidthPruningBench:
                 self.evidence = {one: value for one, value in self.evidence.items() if Need.GRADIENTS not in one[1]}
             start = time.perf_counter()
             every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]] + self.prior(point)
-            found = prune.collect_evidence(self.model, self.axes, pruner, every, batch_size=BATCH)
+            found = prune.collect_evidence(self.model, self.axes, pruner, every, prune.Measuring(BATCH))
             self.evidence[key] = found, round(time.perf_counter() - start, 2)
         found, took = self.evidence[key]
         names = [name for name in found.sources if name != point.left_out]

@@ -125,7 +125,6 @@ def export(form: str, out: str, source: str, *, over: bool = False) -> Case:
 
 CASES: dict[str, Case] = {
     "prune": Case(f"{PRUNE} --out run", "run", read=("regrow",)),
-    "prune --recover": Case(f"{PRUNE} --recover refit --recover-tokens 128 --out run", "run", read=("regrow",)),
     "prune --dry-run": Case(f"{PRUNE} --dry-run plan.json", "plan.json"),
     "recover": Case(
         "recover ../in/pruned --by lora --tokens 96 --set passes=2 --set checks=2 --set windows=1 "

@@ -53,10 +53,10 @@ WEIGHTS = (*m.BYTES, m.header)
 COMMANDS: tuple[Command, ...] = (
     Command(f"prune {TOY} --keep 0.7 --out out", options=(
         "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--measure", "--set", "--tokens",
-        "--seed", "--dtype", "--device", "--recover", "--recover-tokens", "--finetune", "--source", "--unseen",
+        "--seed", "--dtype", "--device", "--finetune", "--source", "--unseen",
         "--out", "--seq-len", "--eval-tokens", "MODEL")),
     Command(f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out out", options=(
-        "--source", "--tokens", "--eval-tokens", "--dtype", "--finetune", "--recover", "--set")),
+        "--source", "--tokens", "--eval-tokens", "--dtype", "--finetune", "--set")),
     Command("prune toys:classifier --method wanda_sp --keep 0.7 --source p=images --tokens 8 --eval-tokens 4 --out out",
         _all("images/a/0.png", "images/b/1.png", more=(*m.BYTES, m.large_image, m.large_image)), needs=("images",)),
     Command("prune llama --method magnitude --keep 0.8 --source mail=mail.txt --seq-len 16 --tokens 64 "

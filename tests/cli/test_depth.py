@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cli.conftest import Run
-from regrow.jobs import streamed_recovery
+from regrow.jobs import memory_needs
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.store.run_folder import RunFolder
 
@@ -24,7 +24,7 @@ def test_a_run_without_a_block_is_recovered_and_exported(
     code, _, err = regrow("recover", "run", "--by", "refit", "--out", "run2")
     assert code == 0, err
     with monkeypatch.context() as patch:
-        patch.setattr(streamed_recovery, "SPARE", 2**40)
+        patch.setattr(memory_needs, "SPARE", 2**40)
         code, _, err = regrow("recover", "run", "--by", "bias", "--memory", "64GiB", "--out", "run3")
     said = " ".join(err.split())
     assert code == 2 and "the run dropped whole modules" in said and "give more memory" in said

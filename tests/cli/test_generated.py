@@ -14,7 +14,7 @@ from regrow.core.errors import InputError
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.generation import predict_generation
 from regrow.jobs import inputs as run_data
-from regrow.jobs import streamed_recovery
+from regrow.jobs import memory_needs
 from regrow.jobs.inputs import FILE
 from regrow.jobs.recovering import find_cut
 from regrow.settings.recover import Settings
@@ -74,10 +74,10 @@ def test_windows_are_stored_and_used_again(
 
     cut, model = find_cut(folder, ""), open_network(str(tiny_language_model)).loaded.model
     most, least = (
-        streamed_recovery._generating_terms(Settings("one", "refit", tokens=n), cut, model, 0) for n in (320, 256)
+        memory_needs._generating_terms(Settings("one", "refit", tokens=n), cut, model, 0) for n in (320, 256)
     )
     assert most == {"generating text": predict_generation(model, 1, 32)} and least == {}
-    monkeypatch.setattr(streamed_recovery, "SPARE", 2**40)  # reads both networks one block at a time
+    monkeypatch.setattr(memory_needs, "SPARE", 2**40)  # reads both networks one block at a time
     command = ("recover", "one", "--by", "refit", "--memory", "64GiB", "--out", "three", "--tokens")
     code, _, err = regrow(*command, "320")
     assert code == 2 and "source 'generated' lacks 1 of 5 windows" in err and not Path("three").exists()

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from regrow.evaluation import choice
-from regrow.jobs import models, streamed, streamed_recovery
+from regrow.jobs import memory_needs, models
 from regrow.streaming import requirements
 from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
@@ -217,7 +217,7 @@ def test_a_network_that_fits_is_loaded_whole(regrow, tiny_language_model, tmp_pa
 
 
 def test_a_dry_run_keeps_hidden_states_in_files_and_deletes_them(regrow, tiny_language_model, streams, monkeypatch):
-    places, windows, true, predict = [], [], BlockResults.__init__, streamed.plan_memory
+    places, windows, true, predict = [], [], BlockResults.__init__, memory_needs.plan_memory
 
     def watched(self, folder=None):
         places.append(folder)
@@ -228,7 +228,7 @@ def test_a_dry_run_keeps_hidden_states_in_files_and_deletes_them(regrow, tiny_la
         return predict(network, limit, many, tokens, **more)
 
     monkeypatch.setattr(BlockResults, "__init__", watched)
-    monkeypatch.setattr(streamed, "plan_memory", counted)
+    monkeypatch.setattr(memory_needs, "plan_memory", counted)
     monkeypatch.setattr(requirements.MemoryPlan, "on_disk", True)
     words = (*SOURCE, "--source", "code", "--tokens", "16", "--eval-tokens", "16", "--memory", "64GiB")
     code, said, _ = regrow("prune", str(tiny_language_model), *words, "--dry-run", "plan.json")
@@ -265,7 +265,6 @@ def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, 
         (("--method", "fisher"), "computes gradients of masks"),
         (("--method", "fisher_obs"), "computes gradients of masks"),
         (("--method", "gprune"), "runs the masked network"),
-        (("--recover", "refit"), "--recover refit"),
         (("--precision", "bfloat16"), "--precision bfloat16"),
     ],
 )
@@ -279,16 +278,14 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--recover", "distil"), "--recover distil needs the whole network"),
-        (("--recover", "refit"), "--recover refit needs the whole network"),
         (("--method", "llm_pruner"), "computes gradients of all weights, needs the whole network"),
         (("--method", "fisher"), "computes gradients of masks, needs the whole network"),
         (("--method", "gprune", "--source", "code", "--source", "talk"), "runs the masked network, needs the whole"),
         ((), ""),
     ],
 )
-def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
-    monkeypatch.setattr(streamed_recovery, "SPARE", 2**37)
+def test_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
+    monkeypatch.setattr(memory_needs, "SPARE", 2**37)
     command = ("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
     code, said, error = regrow(*command)
     if match:
@@ -302,14 +299,14 @@ def test_recovery_and_gradients_count(regrow, tiny_language_model, monkeypatch, 
 def test_the_terms_of_recovery_and_gradients_follow_the_weights(tiny_language_model):
     model = open_network(str(tiny_language_model)).loaded.model
     own = sum(4 * one.numel() for one in model.parameters())
-    recoveries = {
-        by: streamed_recovery.predict_later_recovery(by, model, 32, 256) for by in ("bias", "refit", "distil")
-    }
-    spare = streamed_recovery.SPARE
-    assert spare + 2 * own < recoveries["bias"] < recoveries["refit"]
-    assert recoveries["distil"] > spare + 6 * own  # two networks, gradients, two moments, the best values
+    terms = {by: memory_needs._recovery_terms(by, model, own, 32, 256, 3) for by in ("bias", "refit", "distil")}
+    recoveries = {by: sum((*weights.values(), *work.values())) for by, (weights, work) in terms.items()}
+    spare = memory_needs.SPARE
+    assert 2 * own < recoveries["bias"] < recoveries["refit"]
+    assert memory_needs.predict_reconstruction(model, 32, 256, 3) == spare + recoveries["refit"]
+    assert recoveries["distil"] > 6 * own  # two networks, gradients, two moments, the best values
     names = [name for name, _ in model.named_parameters()]
-    one, two, three = (streamed_recovery.predict_learning(model, names, 32, 1, sums) for sums in (1, 2, 3))
+    one, two, three = (memory_needs.predict_learning(model, names, 32, 1, sums) for sums in (1, 2, 3))
     assert own <= two - one <= 2 * own
     assert three - two == own
     assert spare + 2 * own < one

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 import regrow
 from distributed.processes import finish, start
 from regrow.cli import code_of
-from regrow.jobs import streamed_recovery
+from regrow.jobs import memory_needs
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.prune_settings import read_pruning_settings, source_specs
+from regrow.jobs.pruning import read_pruning_settings, source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import read_parts
 from regrow.jobs.starting import TaskSpecs, find_start, read_tasks
@@ -132,7 +132,7 @@ def run(name: str, mode: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if "streamed" in mode:
             patch.setattr(requirements, "WHOLE", 1e9)
-            patch.setattr(streamed_recovery, "SPARE", 2**40)
+            patch.setattr(memory_needs, "SPARE", 2**40)
         if mode.startswith("Python"):
             PYTHON[name.split()[0]](name, out, "64GiB" if "streamed" in mode else "")
         else:

@@ -171,14 +171,6 @@ def test_several_plans_are_not_shared_among_processes(
     )
 
 
-def test_each_plan_shows_what_it_recovered(regrow: Run, tiny_language_model: Path) -> None:
-    recover = ("--recover", "bias", "--recover-tokens", "128")
-    command = ("prune", str(tiny_language_model), "--keep", "0.8", "--keep", "0.6", *recover, *DATA, "--out", "plans")
-    code, out, err = regrow(*command)
-    assert code == 0, err
-    assert out.count("recovered by bias") == 2
-
-
 def test_fractions_that_differ_in_the_seventh_digit_are_plans_of_their_own() -> None:
     assert len(name_folders(Settings("m", keep=keep) for keep in (0.3333333, 0.3333334, 1.0))) == 3
     with pytest.raises(InputError, match="two plans have the name flap"):

@@ -24,7 +24,6 @@ REFUSED = {
     f"{PRUNE}": "--out names the folder",
     f"{PRUNE} --method flop --out new": "did you mean 'flap'?",
     f"{PRUNE} --set no_such=1 --out new": "flap has no setting 'no_such'; it has",
-    f"{PRUNE} --recover refitt --out new": "did you mean 'refit'?",
     f"{PRUNE} --source mine=nowhere --out new": "nowhere does not exist",
     f"{PRUNE} --source nws --out new": "did you mean 'news'?",
     f"{PRUNE} --device cudda --out new": "there is no device 'cudda'",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from regrow.jobs import streamed_recovery
+from regrow.jobs import memory_needs
 from regrow.methods.recovery import refit
 from regrow.methods.recovery.refit_work import RefitWork
 from regrow.methods.recovery.task import CHANGED_FORMAT as FORMAT
@@ -23,7 +23,7 @@ FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "prob
 @pytest.fixture
 def streams(monkeypatch):
     """Let every two networks be too large for memory together."""
-    monkeypatch.setattr(streamed_recovery, "SPARE", 2**40)
+    monkeypatch.setattr(memory_needs, "SPARE", 2**40)
 
 
 def rows(folder):
@@ -138,7 +138,7 @@ def test_auto_fits_to_the_dense_network_where_own_cannot(regrow, run, run_once, 
 
 def test_a_block_of_both_networks_must_fit(regrow, run, streams, monkeypatch):
     run()
-    monkeypatch.setattr(streamed_recovery, "predict_pairing", lambda network, tokens, window: 2**37)
+    monkeypatch.setattr(memory_needs, "predict_pairing", lambda network, tokens, window: 2**37)
     command = ("recover", "run", "--by", "refit", "--tokens", "256", "--memory", "64GiB", "--out")
     assert regrow(*command, "own")[0] == 0
     code, _, error = regrow(*command, "dense", "--set", "target=dense")
@@ -152,13 +152,13 @@ def test_a_block_of_both_networks_must_fit(regrow, run, streams, monkeypatch):
 
 def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):
     run()
-    terms, counts = streamed_recovery._refit_terms, []
+    terms, counts = memory_needs._refit_terms, []
 
     def counted(model, tokens, window, parts=3):
         counts.append(parts)
         return terms(model, tokens, window, parts)
 
-    monkeypatch.setattr(streamed_recovery, "_refit_terms", counted)
+    monkeypatch.setattr(memory_needs, "_refit_terms", counted)
     for choose_on, sums in (("held_out", 3), ("left_out_source", 4)):
         counts.clear()
         words = ("--by", "refit", "--set", f"choose_on={choose_on}", "--tokens", "256", "--memory", "64GiB")

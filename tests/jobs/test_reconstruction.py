@@ -12,9 +12,9 @@ import regrow
 from regrow.core.errors import InputError
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.parents import undo
-from regrow.jobs.prune import run
+from regrow.jobs.prune import check_reconstruction, run
+from regrow.jobs.pruning import count_tokens
 from regrow.jobs.recording import Invocation
-from regrow.jobs.recovering import check_reconstruction, count_tokens
 from regrow.reports import summarise, to_html, to_markdown
 from regrow.settings import recover
 from regrow.settings.prune import Settings
@@ -84,8 +84,6 @@ def test_reconstruction_is_refused_before_a_run_starts() -> None:
     check_reconstruction(text)
     with pytest.raises(InputError, match="in one process"):
         check_reconstruction(text, several=True)
-    with pytest.raises(InputError, match="leave out one of them"):
-        check_reconstruction(replace(text, recover="bias"))
     with pytest.raises(ValueError, match="refit has no setting 'rigde'"):
         check_reconstruction(replace(text, reconstruct_settings={"rigde": 1}))
     with pytest.raises(ValueError, match="choose_on must be one of held_out, left_out_source"):

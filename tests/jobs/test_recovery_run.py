@@ -1,7 +1,5 @@
 """Recovery in run folders: after a cut and on its own, stopped and taken up, told by the command line and the page."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from regrow.core.plan import Plan
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, run
 from regrow.jobs.recording import Invocation
-from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery.task import FORMAT
 from regrow.reports import summarise, to_html, to_markdown
@@ -91,22 +88,6 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
     assert models[0] == models[1]
 
 
-def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch):
-    both = run(replace(PRUNING, recover="refit", recover_tokens=256), Invocation(tmp_path / "both"))
-    after = recovery_run.run(
-        recover.Settings(str(pruned), "refit", tokens=256), Invocation(tmp_path / "after", code=CODE)
-    )
-    assert weights(both.path) == weights(after.path) != weights(pruned)
-    rows = {row["model"]: row["acc"] for row in both.metrics() if row["what"] == "choice"}
-    assert set(rows) == {"dense", "pruned", "recovered"}
-    assert "--recover refit --recover-tokens 256" in both.run()["command"]
-    taken = after.run()["defaults"]
-    assert taken == json.loads(json.dumps(find_method(MethodKind.RECOVERY, "refit").defaults({"seed"})))
-    alone = RunFolder.open(pruned).run()["defaults"]
-    assert both.run()["defaults"] == alone | {f"refit {n}": v for n, v in taken.items()}
-    assert alone == find_method(MethodKind.PRUNING, PRUNING.method).defaults({*PRUNING.method_settings, "seed"})
-
-
 def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not a run folder"):
         recovery_run.run(recover.Settings(str(tmp_path), "refit"), Invocation(tmp_path / "out"))
@@ -119,8 +100,6 @@ def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
         recovery_run.run(recover.Settings(str(half.out), "refit"), Invocation(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="give at least one source"):
-        run(Settings("toys:classifier", method="magnitude", recover="refit"), Invocation(tmp_path / "out"))
 
 
 def test_a_page_tells_the_cut_from_what_came_back(tmp_path):

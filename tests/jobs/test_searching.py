@@ -17,13 +17,12 @@ from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.core.progress import silent
 from regrow.data.augment import cut_out
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
-from regrow.jobs.recording import Invocation
+from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, run
 from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.methods.search.space import GRANULARITIES, measure_whole
@@ -166,7 +165,7 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
     monkeypatch.setattr("regrow.methods.search.retrain.cut_out", watched)
     parts = read_parts(SETTINGS)
     net = regrow.load(done.path / "found")
-    retrain(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
+    retrain(ActiveRun(record=RunFolder.create(tmp_path / "run", verb="t", settings={})), SETTINGS, parts, net)
     assert set(sides) == {3}
 
 
@@ -176,7 +175,7 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
         # At a rate this low it ends as it begins.
         own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
         folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
-        began.append(retrain(folder, own, parts, net, silent))
+        began.append(retrain(ActiveRun(record=folder), own, parts, net))
     for name, value in net.named_parameters():
         assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]

@@ -40,7 +40,7 @@ def test_only_what_differs_from_the_defaults_is_written() -> None:
 
 def test_settings_need_no_torch() -> None:
     modules = ", ".join(
-        f"regrow.settings.{name}" for name in ("prune", "recover", "learn", "search", "evaluate", "file")
+        f"regrow.settings.{name}" for name in ("prune", "recover", "learn", "search", "evaluate", "words")
     )
     code = f"import sys, {modules}; print(*{{'torch', 'numpy', 'yaml', 'rich'}} & sys.modules.keys())"
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -37,7 +37,7 @@ from regrow.core.sources import (
 )
 from regrow.data.batches import ReadOptions, to_sources
 from regrow.jobs.models import ModelSpec, load_model, with_origin
-from regrow.jobs.recording import FolderRecorder, NoRecorder, Recorder
+from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
 from regrow.jobs.trackers import check_tracker
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
@@ -163,14 +163,14 @@ class Call:
             generators += (generator for part in _parts(value) for generator in generators_of(part))
         return replace(self, generators=tuple(generators))
 
-    def recorder(self, verb: str, changed: nn.Module | None = None) -> Recorder:
-        """Return where the run of a call is recorded; ``changed`` is the network, if it is not that of the call."""
+    def run(self, verb: str, progress: Progress, changed: nn.Module | None = None) -> ActiveRun:
+        """Return the run of a call, which shows its progress; ``changed`` is the network, if not that of the call."""
         if self.out is None:
-            return NoRecorder()
+            return ActiveRun(UNRECORDED, progress=progress)
         model = self.model if changed is None else changed
         name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
         command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
-        return FolderRecorder(self.out, name, command, self.track, write_page=_write_page)
+        return ActiveRun(FolderRecorder(self.out, name, command, self.track, write_page=_write_page), progress=progress)
 
     def record(
         self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], **arguments: object

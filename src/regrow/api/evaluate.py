@@ -9,7 +9,7 @@ from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.objective import Evaluation
 from regrow.jobs.evaluate import EvaluateInputs, carry_out, plan_evaluation
-from regrow.jobs.streamed import start_streaming
+from regrow.jobs.memory_needs import start_streaming
 from regrow.settings.evaluate import Settings
 
 

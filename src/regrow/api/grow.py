@@ -18,7 +18,7 @@ from regrow.core.progress import Progress, silent
 from regrow.jobs.grow import GrowInputs, carry_out
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.settings.grow import Settings
 from regrow.store.statistics import parameter_sums
 
@@ -101,15 +101,15 @@ def grow(
     settings = replace(settings, regular=regular, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
-        result = carry_out(settings, partial(_open, call, steps, shown), call.recorder("grow"), progress=shown)
+        result = carry_out(settings, partial(_open, call, steps), call.run("grow", shown))
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan
 
 
-def _open(call: Call, steps: int, progress: Progress, clock: Clock) -> GrowInputs:
+def _open(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
     """Open the network and read the data."""
-    inputs = call.read(progress, need=steps)
+    inputs = call.read(run.progress, need=steps)
     return GrowInputs(
         inputs.saved(),
         inputs.trace() if call.axes is None else call.axes,

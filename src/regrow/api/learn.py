@@ -25,7 +25,7 @@ from regrow.evaluation.continual import Matrix
 from regrow.evaluation.forward import evaluating
 from regrow.jobs.learn import LearnInputs, build_learner, carry_out
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.settings.declaration import declared
 from regrow.settings.learn import Settings
 from regrow.store.statistics import FOLDER as STATISTICS
@@ -153,7 +153,7 @@ def learn(
     recorded = {"optimizer": name_of(optimizer), "training": training}
     open_inputs = partial(_open, call, method, inputs, every, learner, schedule, recorded)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = carry_out(job, open_inputs, call.recorder("learn"), progress=shown)
+        fitted = carry_out(job, open_inputs, call.run("learn", shown))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 
@@ -166,7 +166,7 @@ def _open(
     learner: Learner[Any],
     schedule: TaskSchedule,
     recorded: Mapping[str, Any],
-    clock: Clock,
+    run: ActiveRun,
 ) -> LearnInputs:
     """Return the inputs of a run, checked, with what is ``recorded`` of them, and where its checkpoint is."""
     batch = first_batch(tasks[0])

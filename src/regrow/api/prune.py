@@ -21,16 +21,15 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
 from regrow.data.batch_streams import join_sources
-from regrow.jobs.cutting import WholeNetwork
+from regrow.jobs.calibration import PruneInputs
 from regrow.jobs.evaluate import count_positions
 from regrow.jobs.inputs import SourceHalves
+from regrow.jobs.memory_needs import plan_streaming
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.prune import PruneInputs, carry_out
-from regrow.jobs.prune_settings import seeded_settings
-from regrow.jobs.pruning import build_pruner
-from regrow.jobs.recording import Clock, Invocation
-from regrow.jobs.streamed import plan_streaming
-from regrow.jobs.streamed_run import PrunedNetwork, StreamedRun
+from regrow.jobs.prune import carry_out
+from regrow.jobs.pruning import pruner_of
+from regrow.jobs.recording import ActiveRun, Invocation
+from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
 from regrow.methods.recovery.refit_work import check_lengths
 from regrow.scoring.layer_orders import BATCH
 from regrow.settings.prune import Settings
@@ -113,19 +112,16 @@ def prune(
     size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
     job = _describe(call, method, settings or {}, size, budget, reconstruct)
     with visible(progress) as shown:
-        inputs = partial(_open, call, job, memory, timing, shown)
-        result = carry_out(job, inputs, call.recorder("prune"), progress=shown)
+        result = carry_out(job, partial(_open, call, job, memory, timing), call.run("prune", shown))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
 
 
-def _open(
-    call: Call, settings: Settings, memory: str, timing: Timing | None, progress: Progress, clock: Clock
-) -> PruneInputs:
+def _open(call: Call, settings: Settings, memory: str, timing: Timing | None, run: ActiveRun) -> PruneInputs:
     """Open the network, one block at a time if it does not fit into ``memory``, and read the data."""
     if memory:
-        opened, inputs, plan = _open_files(call, settings, memory, progress)
+        opened, inputs, plan = _open_files(call, settings, memory, run.progress)
         if plan.streams:
             if call.out is None:
                 raise InputError(
@@ -134,8 +130,8 @@ def _open(
                 )
             network = StreamedRun(opened, plan)
             return replace(_inputs_of(call, settings, inputs, network, opened.axes), timing=timing, memory=plan)
-    inputs = call.read(progress, generates=True)
-    with clock.stage("trace"):
+    inputs = call.read(run.progress, generates=True)
+    with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
     return replace(_inputs_of(call, settings, inputs, WholeNetwork(inputs.saved()), axes), timing=timing)
 
@@ -149,7 +145,6 @@ def _inputs_of(call: Call, settings: Settings, inputs: Inputs, network: PrunedNe
         network,
         axes,
         SourceHalves(inputs.sources, inputs.tests),
-        lambda tokens, generated: inputs.sources,
         objective=inputs.objective,
         lenient=inputs.lenient,
         call=call.record_inputs(inputs, network.sums),
@@ -173,7 +168,7 @@ def _open_files(
         f"precision={call.precision}": call.precision != "float32",
         "a model without text": opened.loaded.tokenizer is None,
     }
-    pruner = build_pruner(settings.method, seeded_settings(settings))
+    pruner = pruner_of(settings)
     batches = list(join_sources(inputs.sources, BATCH if pruner.products else 1))
     positions, total = max(map(count_positions, batches), default=1), sum(map(count_positions, batches))
     names = tuple(f"data{i}" for i in range(len(inputs.sources)))

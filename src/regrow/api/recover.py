@@ -18,7 +18,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import device_of
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.recover import RecoverInputs, carry_out
 from regrow.nets.devices import autocasting
 from regrow.settings import prune
@@ -105,14 +105,13 @@ def recover(
         precision="" if precision == "float32" else precision,
     )
     with visible(progress) as shown:
-        inputs = partial(_open, call, model, plan, shown)
-        row = carry_out(job, inputs, call.recorder("recover", model), progress=shown)
+        row = carry_out(job, partial(_open, call, model, plan), call.run("recover", shown, model))
     return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}
 
 
-def _open(call: Call, model: nn.Module, plan: Plan, progress: Progress, clock: Clock) -> RecoverInputs:
+def _open(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverInputs:
     """Read the data, and trace the dense network."""
-    inputs = call.read(progress, generates=True)
+    inputs = call.read(run.progress, generates=True)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     dense = inputs.model

@@ -19,7 +19,7 @@ from regrow.core.sources import Source
 from regrow.core.tasks import CappedExamples, ExampleSet, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.recording import Clock
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import SearchResult, carry_out
 from regrow.jobs.search_inputs import Parts, SearchInputs
 from regrow.settings.search import Settings
@@ -104,9 +104,9 @@ def search(
     job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     job = replace(job, **{name: training[name] for name in ("weight_decay", "precision") if name in training})
     with visible(progress) as shown:
-        inputs = partial(_open, call, test, job, optimizer, training, example, shown)
+        inputs = partial(_open, call, test, job, optimizer, training, example)
         file = None if checkpoint is None else Path(checkpoint)
-        return carry_out(job, inputs, call.recorder("search"), checkpoint=file, progress=shown)
+        return carry_out(job, inputs, call.run("search", shown), checkpoint=file)
 
 
 def _open(
@@ -116,12 +116,11 @@ def _open(
     optimizer: OptimizerLike,
     training: Mapping[str, Any],
     example: object,
-    progress: Progress,
-    clock: Clock,
+    run: ActiveRun,
 ) -> SearchInputs:
     """Open the network and read the data."""
     network = replace(call, data=None, validation=None, axes=None)
-    net = replace(network, example=Example() if example is None else example).read(progress)
+    net = replace(network, example=Example() if example is None else example).read(run.progress)
     task, tested = _read_task(net, (call.data, call.validation, test), job.batch_size, job.seed)
     first, held_out = first_batch(task), first_batch(replace(task, train=task.test))
     objective = find_objective(net.model, call.loss, first)

@@ -35,7 +35,6 @@ RESUMABLE = frozenset({"prune", "grow", "learn"})
 """Commands that need ``--out`` or another option in its place."""
 METHODS = {
     ("prune", "method"): ("pruning", "method_settings"),
-    ("prune", "recover"): ("recovery", ""),
     ("recover", "by"): ("recovery", "recovery_settings"),
     ("learn", "method"): ("continual", "method_settings"),
     ("search", "method"): ("search", "method_settings"),

@@ -22,13 +22,12 @@ from regrow.core.names import names_code
 from regrow.distributed import read_ranks
 from regrow.settings import prune
 from regrow.settings.declaration import Declared, declared, options_of
-from regrow.settings.file import read_settings
-from regrow.settings.words import build_settings, parse_pairs
+from regrow.settings.words import build_settings, parse_pairs, read_settings
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_CONFIG = "TOML or YAML file of settings, named like the options; options on the command line take precedence."
+_CONFIG = "TOML file of settings, named like the options; options on the command line take precedence."
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
 Settings = TypeVar("Settings", bound="DataclassInstance")

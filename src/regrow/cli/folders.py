@@ -12,7 +12,7 @@ from regrow.cli.command import PATH, Verb
 from regrow.cli.runs import PAGE
 from regrow.cli.screen import number, say, table
 from regrow.settings import grow, learn, prune, recover, search
-from regrow.settings.file import TOML, YAML, format_settings, left_out
+from regrow.settings.words import format_settings, left_out
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -109,27 +109,26 @@ def history(run: Path) -> None:
 
 @click.command(cls=Verb, needs="regrow.store.run_record", epilog=SETTINGS_EPILOG)
 @click.argument("run", type=PATH)
-@click.option("--out", type=PATH, help="The file to write, .toml or .yaml; default: print as TOML.")
+@click.option("--out", type=PATH, help="The file to write, .toml; default: print it.")
 def settings(run: Path, out: Path | None) -> None:
     """Write the settings of RUN to a file for --config. Names of your own code are left out."""
     from regrow.store.atomic import check_output, write_output
     from regrow.store.replacing import settle
     from regrow.store.run_record import convert_settings, read_run, unfinished_folder
 
-    suffixes = (*TOML, *YAML)
     if out:
-        check_output(out, suffixes, streams=True)
+        check_output(out, (".toml",), streams=True)
     settle(run)
     data = read_run(unfinished_folder(run) or run)
     command = data["verb"]
     if command not in KINDS:
         raise click.UsageError(f"{run} holds a run of {command!r}; give one of {', '.join(KINDS)}")
     known: DataclassInstance = convert_settings(data["settings"], KINDS[command])
-    text = format_settings(known, (out and out.suffix.lower()) or TOML[0])
+    text = format_settings(known)
     if out is None:
         say(text.rstrip("\n"), lines=True)
         return
-    write_output(out, text, suffixes)
+    write_output(out, text, (".toml",))
     say(f"settings written to {out}")
     say(f"use them with `{shlex.join(['regrow', command, *left_out(known), '--config', str(out), '--out', 'RUN'])}`")
 

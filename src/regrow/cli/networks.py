@@ -198,12 +198,12 @@ def _show_growth(settings: growing.Settings, path: Path | None, code: str) -> No
     from functools import partial
 
     from regrow.jobs.grow import carry_out, open_named
-    from regrow.jobs.recording import Invocation, NoRecorder
+    from regrow.jobs.recording import ActiveRun, Invocation
     from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
         inputs = partial(open_named, settings, Invocation(code=code, progress=progress))
-        result = carry_out(settings, inputs, NoRecorder(), progress=progress, grows=False)
+        result = carry_out(settings, inputs, ActiveRun(progress=progress), grows=False)
     plan, axes = result.plan, result.axes
     rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]
     if rows:

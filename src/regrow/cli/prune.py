@@ -61,7 +61,7 @@ def prune(
         raise click.UsageError(
             f"--code is for a run folder; name the function in the place of MODEL: regrow prune {code}"
         )
-    command.say_code(settings.model, code, settings.method, settings.recover)
+    command.say_code(settings.model, code, settings.method)
     _check_several(given, dry_run)
     if dry_run:
         if read_ranks().several:
@@ -93,9 +93,9 @@ def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
 
 def _prune_several(runs: list[Settings], out: Path | None, *, code: str, memory: str, track: str) -> None:
     """Prune with several methods or fractions: one calibration, and one run folder per plan below ``out``."""
+    from regrow.jobs.calibration import SharedWork, is_finished
     from regrow.jobs.prune import check_plans, run
     from regrow.jobs.recording import Invocation
-    from regrow.jobs.shared_work import SharedWork, is_finished
     from regrow.store.errors import StoreError
 
     if out is None:

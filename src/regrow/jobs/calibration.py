@@ -1,106 +1,99 @@
-"""Calibration in a run folder: each finished shard is stored, so that a killed run resumes there."""
+"""Calibration of a pruning run: each finished shard is stored, so that a killed run, or the next plan, has it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regrow import evaluation
 from regrow.core.axes import Axis, AxisGraph
+from regrow.core.budget import Timing
+from regrow.core.errors import InputError
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
-from regrow.core.scores import Evidence, Scores, Statistics
+from regrow.core.scores import Evidence, Need, Scores, Statistics
 from regrow.core.sources import Source
 from regrow.distributed.parallel import broadcast_record
-from regrow.jobs import pruning
-from regrow.jobs.recording import ActiveRun, Record
-from regrow.jobs.shared_work import SharedWork
-from regrow.jobs.streamed_run import PrunedNetwork
+from regrow.jobs.inputs import SourceHalves, SourceSpecs
+from regrow.jobs.pruning import Measuring, collect_evidence, divide_sources
+from regrow.jobs.recording import ActiveRun
+from regrow.jobs.run_networks import PrunedNetwork
 from regrow.methods.pruning.pruner import Pruner
 from regrow.scoring.metrics import energy, massive
-from regrow.scoring.weights import readers
+from regrow.scoring.weights import CachedColumns, readers
+from regrow.settings.prune import Settings
 from regrow.store import statistics
-from regrow.store.tensors import open_checkpoint
-from regrow.training.checkpoint import FORMAT
+from regrow.store.replacing import settle
+from regrow.store.run_folder import RunFolder
+from regrow.store.run_record import RUN, is_resumable, read_run, run_identity
+from regrow.streaming.requirements import MemoryPlan
 
 
-def write_scores(
-    folder: Record, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
-) -> None:
-    """Write a summary of the scores from which a plan was made into a run folder.
+@dataclass(frozen=True)
+class PruneInputs:
+    """What a run prunes, and on which data."""
 
-    Args:
-        folder: The run folder.
-        weights: The parameters of the model by name.
-        axes: Its axes.
-        plan: The plan.
-        scores: The scores of the units.
-        evidence: The measured activations.
-    """
-    entries: dict[str, dict[str, Any]] = {}
-    for key, values in scores.values.items():
-        steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
-        keep = list(plan.changes[key].keep) if key in plan.changes else list(range(len(values)))
-        dropped = list(plan.changes[key].dropped) if key in plan.changes else []
-        entries[key] = {
-            "quantiles": steps,
-            "kept_min": float(values[keep].min()),
-            "dropped_max": float(values[dropped].max()) if dropped else None,
-            "massive": [],
-        }
-    if evidence.statistics and (measured := evidence.pooled(gradients=False)).moments:
-        some = [axes[key] for key in scores.values if key in axes.axes]
-        some = [one for one in some if all(read.weight in measured.moments for read in readers(axes, [one]))]
-        units = massive(axes, energy(weights, axes, measured, units=some))
-        for one in units:
-            if one.axis in entries:
-                entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})
-    folder.write_scores(scores.metric, entries)
+    network: PrunedNetwork
+    axes: AxisGraph
+    data: SourceHalves
+    specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
+    objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
+    lenient: bool = False  # whether the data for evaluation are those for calibration, whose labels need not fit
+    call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
+    memory: MemoryPlan | None = None  # how the run stays within a limit of memory; `None`: there is none
+    timing: Timing | None = None
+
+
+@dataclass(eq=False)
+class SharedWork:
+    """What runs of one model on the same data need not do again: its axes, calibration sums and dense measurements."""
+
+    axes: AxisGraph | None = None
+    sums: dict[tuple[str, int], Statistics] = field(default_factory=dict)  # (key of a source, shard) → sums
+    columns: CachedColumns = field(default_factory=lambda: CachedColumns({}))
+    weights: Sequence[float] = ()  # a sum of each parameter
+    dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
+    generated: Tensor | None = None
+
+
+def is_finished(settings: Settings, folder: Path) -> bool:
+    """Whether a folder holds the finished pruning run of these settings; StoreError if it holds something else."""
+    settle(folder)
+    wanted = run_identity("prune", asdict(settings), None)
+    if (folder / RUN).is_file():
+        data = read_run(folder)
+        if data.get("finished") and data["verb"] == "prune" and data["settings"] == wanted["settings"]:
+            return True
+    is_resumable(folder, wanted)
+    return False
 
 
 def calibrate(
-    run: ActiveRun,
-    network: PrunedNetwork,
-    axes: AxisGraph,
-    pruner: Pruner,
-    sources: Sequence[Source],
-    *,
-    units: Sequence[Axis],
-    batch_size: int = 1,
-    objective: Objective | None = None,
-    shared: SharedWork,
+    run: ActiveRun, inputs: PruneInputs, pruner: Pruner, units: Sequence[Axis], batch_size: int, shared: SharedWork
 ) -> tuple[Evidence, str]:
-    """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
+    """Measure what a method needs, or resume that; return it, and a digest of what it depends on if that is recorded.
 
-    Args:
-        run: The run, in whose folder finished shards are stored; its processes share the batches, rank 0 gets the sums.
-        network: The network.
-        axes: Its axes.
-        pruner: The method, which says what is measured.
-        sources: The calibration data.
-        units: The axes that may be cut, which are measured.
-        batch_size: How many examples run at a time, as for :func:`regrow.jobs.pruning.collect_evidence`.
-        objective: What the model is trained for; ``None``: what fits the labels.
-        shared: What earlier runs of this process measured; gets what this one measures.
-
-    Returns:
-        The measurements, and a digest of everything that they depend on; empty if nothing is recorded.
+    The processes of the run share the batches, and rank 0 gets the sums.
     """
-    record, ranks = run.record, run.ranks
-    several, notes = pruning.divide_sources(pruner, sources)
-    done: dict[tuple[str, int], Statistics] = {}
-    digests: dict[str, str] = {}
+    network, record, ranks = inputs.network, run.record, run.ranks
+    sources, notes = divide_sources(pruner, inputs.data.calibration)
     keys: dict[str, str] = {}
+    done: dict[tuple[str, int], Statistics] = {}
     if record.kept:
-        sums, name = network.sums(), str(network.loaded.origin.record())
-        rest = [name, sums, batch_size, [axis.key for axis in units]]
-        needs = sorted(pruner.needs)
-        keys = {source.name: statistics.fingerprint(source, pruner.shards, needs, *rest) for source in several}
-        shared.check_weights(sums)
-        digests = shared.digests(several, pruner.needs, pruner.shards, *rest)
-        done = shared.finished(digests, pruner.shards)
+        sums, origin = network.sums(), str(network.loaded.origin.record())
+        shared.weights = shared.weights or sums
+        if shared.weights != sums:
+            raise InputError("the model has other weights each time it is built; seed it, or make one plan at a time")
+        needs, measured = sorted({*pruner.needs} - {Need.WEIGHTS}), [axis.key for axis in units]
+        for source in sources:
+            key = statistics.fingerprint(source, pruner.shards, needs, origin, sums, batch_size, measured)
+            keys[source.name] = key
+            known = (shard for shard in range(pruner.shards) if (key, shard) in shared.sums)
+            done |= {(source.name, shard): shared.sums[key, shard] for shard in known}
         done |= statistics.read_finished_shards(record.path, keys, pruner.shards)
 
     def keep(source: str, shard: int, sums: Statistics) -> None:
@@ -110,34 +103,35 @@ def calibrate(
     finished = broadcast_record(ranks, [[*key] for key in done])
     if not ranks.leads:
         done = {(source, shard): Statistics(source) for source, shard in finished}
-    evidence = pruning.collect_evidence(
-        network.loaded.model,
-        axes,
-        pruner,
-        several,
-        run.progress,
-        batch_size,
-        units,
-        done=done,
-        on_done=keep,
-        visits=network.visits,
-        ranks=ranks,
-        objective=objective,
-    )
-    for source, shards in evidence.statistics.items() if record.kept else ():
-        shared.sums.update({(digests[source], i): shard for i, shard in enumerate(shards)})
+    how = Measuring(batch_size, units, inputs.objective, network.visits, done, keep, run.progress, ranks)
+    evidence = collect_evidence(network.loaded.model, inputs.axes, pruner, sources, how)
+    for name, key in keys.items():
+        shared.sums |= {(key, i): shard for i, shard in enumerate(evidence.statistics.get(name, ()))}
     return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.kept else ""
 
 
-def open_journal(record: Record, key: str) -> Path | None:
-    """Return the file from which the learning of a plan resumes after an interruption; ``None`` if nothing is kept.
-
-    Args:
-        record: The run.
-        key: The digest of the measurements, as :func:`calibrate` returns it.
-    """
-    if not record.kept:
-        return None
-    path = record.path / "statistics" / "learned.safetensors"
-    open_checkpoint(path, key, FORMAT)
-    return path
+def write_scores(
+    record: RunFolder, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
+) -> None:
+    """Write a summary of the scores from which a plan was made into a run folder."""
+    entries: dict[str, dict[str, Any]] = {}
+    for key, values in scores.values.items():
+        change = plan.changes.get(key)
+        kept = values[list(change.keep)] if change else values
+        dropped = values[list(change.dropped)] if change else values[:0]
+        entries[key] = {
+            "quantiles": torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist(),
+            "kept_min": float(kept.min()),
+            "dropped_max": float(dropped.max()) if len(dropped) else None,
+            "massive": [],
+        }
+    if evidence.statistics and (measured := evidence.pooled(gradients=False)).moments:
+        units = [
+            axes[key]
+            for key in scores.values
+            if key in axes.axes and all(read.weight in measured.moments for read in readers(axes, [axes[key]]))
+        ]
+        for unit in massive(axes, energy(weights, axes, measured, units=units)):
+            if unit.axis in entries:
+                entries[unit.axis]["massive"].append({"unit": unit.unit, "ratio": unit.ratio, "share": unit.share})
+    record.write_scores(scores.metric, entries)

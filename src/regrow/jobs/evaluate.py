@@ -21,9 +21,9 @@ from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
+from regrow.jobs.memory_needs import needs_of_model, start_streaming
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.recording import Invocation
-from regrow.jobs.streamed import needs_of_model, start_streaming
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
 from regrow.nets.loaded import check_unchanged
@@ -36,35 +36,19 @@ from regrow.streaming.requirements import MemoryPlan, plan_memory, record_peak
 
 @dataclass(frozen=True)
 class EvaluateInputs:
-    """What is evaluated, and on which data.
+    """What is evaluated, and on which data."""
 
-    Args:
-        loaded: The network; without numbers, if it is read one block at a time.
-        tests: The data.
-        objective: What is measured; ``None``: the perplexity of text, otherwise the accuracy of classes.
-        opened: The files of a network that is read one block at a time.
-        memory: How the evaluation stays within a limit of memory; ``None``: there is none.
-    """
-
-    loaded: Loaded
+    loaded: Loaded  # the network; without numbers, if it is read one block at a time
     tests: tuple[Source, ...]
+    # What is measured; `None`: the perplexity of text, otherwise the accuracy of classes
     objective: Objective | None = None
     opened: OpenedNetwork | None = None
-    memory: MemoryPlan | None = None
+    memory: MemoryPlan | None = None  # how the evaluation stays within a limit of memory; `None`: there is none
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The result of an evaluation.
-
-    Args:
-        model: The network.
-        sources: The quality on each source.
-        choices: The accuracy on each file of multiple-choice items.
-        harness: The results of each task of lm-eval.
-        speed: The time of a forward pass, if it was measured.
-        memory: The limit, the prediction and the peak of memory, if it was limited.
-    """
+    """The result of an evaluation."""
 
     model: nn.Module
     sources: tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]
@@ -93,16 +77,7 @@ class EvaluateResult:
 def carry_out(
     settings: Settings, inputs: Callable[[], EvaluateInputs], *, progress: Progress = silent
 ) -> EvaluateResult:
-    """Evaluate a network.
-
-    Args:
-        settings: What is measured, and in which precision.
-        inputs: Opens the network and the data.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If a setting, the model or a source cannot be used.
-    """
+    """Evaluate a network."""
     check_settings(settings)
     opened = inputs()
     loaded, plan = opened.loaded, opened.memory
@@ -151,13 +126,7 @@ def _measure_sources(
 
 
 def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
-    """Open the network and the data that settings name; of each source the evaluation half is used.
-
-    Args:
-        settings: The settings of the evaluation.
-        invocation: How the command was called. A network that does not fit into its memory is read one block at a time,
-            with the same result.
-    """
+    """Open the network and the data that settings name; of each source the evaluation half is used."""
     spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
     plan = None
     if invocation.memory:
@@ -201,11 +170,6 @@ def count_positions(batch: Batch) -> int:
 
 
 def run(settings: Settings, invocation: Invocation) -> dict[str, Any]:
-    """Evaluate the model that settings name, as ``regrow evaluate`` does.
-
-    Returns:
-        ``size``, ``perplexity``, ``accuracy``, ``choices``, ``harness`` and ``speed``, as JSON data; with a limit of
-        memory, also ``memory``.
-    """
+    """Evaluate the model that settings name, as ``regrow evaluate`` does."""
     result = carry_out(settings, partial(open_named, settings, invocation), progress=invocation.progress)
     return result.record(Path(settings.model).name)

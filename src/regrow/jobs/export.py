@@ -35,19 +35,13 @@ COPIES = 2.5
 
 @dataclass(frozen=True)
 class ExportInputs:
-    """What is exported.
-
-    Args:
-        model: The network, with its ``tokenizer`` and ``origin`` as :func:`regrow.load` sets them, where it has such.
-        example: An input for the comparison; ``None``: a guess.
-        weights: Name → parameter, where the network has none of their numbers; ``None``: they are in the network.
-        memory: What the export needs of a limit of memory; ``None``: there is none.
-    """
+    """What is exported."""
 
     model: "nn.Module"
-    example: "Example | None" = None
+    example: "Example | None" = None  # an input for the comparison; `None`: a guess
+    # Name → parameter, where the network has none of their numbers; `None`: they are in the network
     weights: "Mapping[str, Tensor] | None" = None
-    memory: "MemoryTerms | None" = None
+    memory: "MemoryTerms | None" = None  # what the export needs of a limit of memory; `None`: there is none
 
 
 def check_out(settings: Settings, out: Path) -> None:
@@ -64,24 +58,14 @@ def check_out(settings: Settings, out: Path) -> None:
 def carry_out(
     settings: Settings, inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
 ) -> "Written":
-    """Write a network in a format of other tools, read it back, and compare it with the network.
-
-    Args:
-        settings: The format; ``run`` is empty for a network without a name.
-        inputs: Opens the network, once the settings and the place are known to be good.
-        out: The file or folder to write.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If the place cannot be written, the format cannot hold the network, or what is read back differs.
-    """
+    """Write a network in a format of other tools, read it back, and compare it with the network."""
     check_settings(settings)
     check_out(settings, out)
     opened = inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
     values = {"dtype": settings.dtype, "cache": settings.cache, "example": opened.example, "weights": opened.weights}
-    arguments = {name: values[name] for name in FORMATS[settings.to].takes}
-    written: Written = write(opened.model, out, progress=progress, **arguments)
+    taken = FORMATS[settings.to].takes
+    written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
     if opened.memory is None:
         return written
     from regrow.streaming.requirements import record_peak
@@ -90,13 +74,7 @@ def carry_out(
 
 
 def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
-    """Open the network that settings name.
-
-    Args:
-        settings: The settings of the export.
-        invocation: How the command was called. With a limit of memory tensors are read one by one, for formats that are
-            written so, with the same bytes.
-    """
+    """Open the network that settings name."""
     from regrow.jobs.models import ModelSpec, load_model, with_origin
 
     if invocation.memory:

@@ -25,15 +25,7 @@ CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 
 
 def run_once(model: nn.Module, example: Example) -> None:
-    """Run a network on its example, so that what it caches when it meets inputs of that shape is known before a change.
-
-    Args:
-        model: The network; it is run in eval mode, and each module gets its own mode back.
-        example: The input.
-
-    Raises:
-        InputError: If the network does not take it.
-    """
+    """Run a network on its example, so that what it caches for inputs of that shape is known before a change."""
     example = cast_example(example, model)
     with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
@@ -45,17 +37,13 @@ def outputs_of(model: nn.Module, example: Example) -> Answers:
     """Return the tensors and numbers that a network gives for an example, in eval mode; its state is not changed.
 
     Random operations start from the same seed in every call. Caches of states per block are left out.
-
-    Args:
-        model: The network.
-        example: The input.
     """
-    args, kwargs = tree_map(_copied, (example.args, dict(example.kwargs)))
+    inputs = Example(*tree_map(_copied, (example.args, dict(example.kwargs))))
     with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), evaluating(model):
         reseed(0)
         random.seed(0)
         np.random.seed(0)
-        answers = [*_compared(model(*args, **kwargs))]
+        answers = [*_compared(model(*inputs.args, **inputs.kwargs))]
         unknown = [x.isnan() for x in answers if x.is_floating_point() and bool(x.isnan().any())]
         return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in answers), *unknown]
 
@@ -81,13 +69,7 @@ def _compared(answer: object) -> Iterator[Tensor]:
 
 
 def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
-    """Return the largest absolute difference of two lists of outputs, and the largest output.
-
-    Args:
-        before: The outputs before a change.
-        after: Those after it; outputs of another shape (caches of wider heads) are left out, and integers beside
-            floating-point outputs, which rounding may change.
-    """
+    """Return the largest absolute difference of two lists of outputs, and the largest output."""
     pairs = [(a, b) for a, b in common_outputs(before, after) if a.shape == b.shape]
     pairs = [(a, b) for a, b in pairs if a.is_floating_point()] or pairs
     ours: Answers = [a for a, _ in pairs]
@@ -100,10 +82,6 @@ def measure_exactly(before: Answers, after: Answers) -> float:
 
     It is relative to the entry, or to ten times the median of its output where that is more: values of another order,
     such as those of masked classes, hide nothing. Infinite if number or shape differ.
-
-    Args:
-        before: The outputs before a change.
-        after: Those after it.
     """
     if [x is None or x.shape for x in before] != [x is None or x.shape for x in after]:
         return torch.inf
@@ -121,9 +99,6 @@ def _relative_change(x: Tensor, y: Tensor) -> float:
 
 def examples_of(example: Example) -> list[Example]:
     """Return an example, and others of another batch size and of another length, where these can be recognised.
-
-    Args:
-        example: The example.
 
     >>> [tuple(example.args[0].shape) for example in examples_of(Example((torch.ones(3, 8),)))]
     [(3, 8), (1, 8)]
@@ -153,13 +128,7 @@ def _changed(example: Example, change: Any) -> Example:
 
 @dataclass(frozen=True)
 class NetworkState:
-    """Everything that a growth may change in a network: its structure, tensors, attributes and configurations.
-
-    Args:
-        contents: The contents of everything that can be reached from the network.
-        tensors: Tensors that a run or a growth may change in place, with copies of their values.
-        fields: Objects in attributes of modules, such as configurations, with their fields.
-    """
+    """Everything that a growth may change in a network: its structure, tensors, attributes and configurations."""
 
     contents: Snapshot
     tensors: Sequence[tuple[Tensor, int, Tensor]]
@@ -167,11 +136,7 @@ class NetworkState:
 
     @classmethod
     def of(cls, model: nn.Module) -> "NetworkState":
-        """Return the present state of a network; parameters are not copied, since a growth makes new ones.
-
-        Args:
-            model: The network.
-        """
+        """Return the present state of a network; parameters are not copied, since a growth makes new ones."""
         written = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) and hasattr(m, "weight")}
         tensors = [x for x in find_tensors(model) if not x.is_meta]
         tensors = [x for x in tensors if not isinstance(x, nn.Parameter) or id(x) in written]

@@ -17,14 +17,12 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
 from regrow.core.plan import Change, Fill, Plan
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
-from regrow.distributed import SINGLE
 from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
-from regrow.jobs.inputs import SourceHalves, SourceSpecs, describe_sources, fill_generated, read_sources
-from regrow.jobs.measuring import measure_run
-from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.recording import ActiveRun, Clock, Invocation, Recorder, RunStart, record_plan
+from regrow.jobs.inputs import SourceHalves, SourceSpecs, complete_data, read_sources
+from regrow.jobs.measuring import EvaluationData, measure_run
+from regrow.jobs.models import ModelSpec, load_model, trace_loaded
+from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
 from regrow.settings.declaration import check_settings
@@ -33,7 +31,6 @@ from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import shallow_copy
-from regrow.tracing import trace
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
@@ -50,37 +47,20 @@ AS_BEFORE = "the network is as it was"
 
 @dataclass(frozen=True)
 class GrowInputs:
-    """What a run grows, and on which data it is trained and measured.
-
-    Args:
-        loaded: The network.
-        axes: Its axes.
-        data: The data for training and evaluation.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        lenient: Whether the data for evaluation are those for training, whose labels need not fit.
-        specs: The sources of the data; ``None``: they have no names.
-        call: What the result depends on besides settings, for a call from Python.
-    """
+    """What a run grows, and on which data it is trained and measured."""
 
     loaded: Loaded
     axes: AxisGraph
     data: SourceHalves
-    objective: Objective | None = None
+    objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     lenient: bool = False
-    specs: SourceSpecs | None = None
+    specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     call: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
 class GrowResult:
-    """The result of a growth run.
-
-    Args:
-        plan: The plan.
-        axes: The axes before the growth.
-        model: The network, grown unless only the plan was made.
-        warnings: Which axes cannot be widened.
-    """
+    """The result of a growth run."""
 
     plan: Plan
     axes: AxisGraph
@@ -89,101 +69,60 @@ class GrowResult:
 
 
 def carry_out(
-    settings: Settings,
-    inputs: Callable[[Clock], GrowInputs],
-    recorder: Recorder,
-    *,
-    progress: Progress = silent,
-    grows: bool = True,
+    settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun, *, grows: bool = True
 ) -> GrowResult:
     """Grow a network such that its outputs do not change, train it if there are steps, and record it.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
-    settings is resumed where the recorder has its folder.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the data, and times that.
-        recorder: Where the run is recorded.
-        progress: Called with (steps done, steps in all, what is being done).
-        grows: Whether the network is grown; otherwise the run ends with the plan.
-
-    Raises:
-        ValueError: If a setting, the model or a source is not usable, or nothing of the wanted kind can grow; says
-            which, and the remedy.
-        RefusedError: If the outputs change by more than rounding; the network is as it was then.
+    settings is resumed where the recorder has its folder. If the outputs change by more than rounding, the network is
+    as it was. Unless it ``grows``, the run ends with the plan.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
-    recorder.check(identity)
-    clock = Clock(None)
-    opened = inputs(clock)
-    loaded, axes, data = opened.loaded, opened.axes, opened.data
-    with clock.stage("plan"):
+    run.recorder.check(identity)
+    opened = inputs(run)
+    loaded, axes = opened.loaded, opened.axes
+    with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
-        if not grows:
-            return GrowResult(plan, axes, loaded.model, notes)
-    with recorder.begin(RunStart(identity, loaded, call=opened.call)) as record:
-        clock.folder = record
-        if opened.specs and data.pending:
-            with clock.stage("generate"):
-                data = fill_generated(data, opened.specs, loaded, folder=record.path, progress=progress)
-        sources = describe_sources(opened.specs, data) if opened.specs else None
-        record.update(notes=[*loaded.notes, *notes], sources=sources)
-        _grow(settings, replace(opened, data=data), ActiveRun(record, SINGLE, clock, progress), plan)
-        recorder.finish(record, clock.seconds)
-        return GrowResult(plan, axes, loaded.model, notes)
+    result = GrowResult(plan, axes, loaded.model, notes)
+    if not grows:
+        return result
+    with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
+        data = complete_data(run, opened.data, opened.specs, loaded)
+        record.update(notes=[*loaded.notes, *notes])
+        _grow(settings, replace(opened, data=data), run, plan)
+        run.finish()
+    return result
 
 
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Grow the network, train it, and save it; measure it before and after."""
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
-
-    def measure(axes: AxisGraph, name: str) -> None:
-        with run.clock.stage("evaluate"):
-            measure_run(
-                record,
-                loaded,
-                axes,
-                inputs.data,
-                name,
-                run.progress,
-                precision=settings.precision,
-                objective=inputs.objective,
-                lenient=inputs.lenient,
-            )
-
-    measure(axes, "before")
+    data = EvaluationData(inputs.data, inputs.objective, settings.precision, inputs.lenient)
+    with run.stage("evaluate"):
+        measure_run(run, loaded, axes, data, "before")
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, row = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
+            grown, proof = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
     except BaseException:
         state.restore()
         raise
-    record_plan(record, plan, axes, grown)
-    if row:
-        record.log("verify", **row)
+    run.record_plan(plan, axes, grown)
+    if proof:
+        record.log("verify", proof)
     if settings.steps:
-        with run.clock.stage("train"):
+        with run.stage("train"):
             _train(settings, inputs, run, plan)
     if record.kept:
-        with run.clock.stage("save"):
+        with run.stage("save"):
             store.write_model(loaded, record.path)
-    measure(grown, "after")
+    with run.stage("evaluate"):
+        measure_run(run, loaded, grown, data, "after")
 
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
-    """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened.
-
-    Args:
-        model: The network; it is left unchanged.
-        axes: Its axes.
-        settings: How much it grows, and how new units are initialised.
-
-    Raises:
-        ValueError: If nothing is to grow, or the network has nothing of a kind or name that can; the message says why.
-    """
+    """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened."""
     settings.check_growth()
     parts = {part: Increase.parse(amount) for part in PARTS if (amount := getattr(settings, part))}
     named = {key: Increase.parse(amount) for key, amount in settings.named().items()}
@@ -216,11 +155,7 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
 def _grow_checked(
     run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, proof: bool
 ) -> tuple[AxisGraph, dict[str, Any]]:
-    """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run.
-
-    Raises:
-        RefusedError: If the outputs change by more than rounding; names the stack, if one is the cause.
-    """
+    """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run."""
     if any(x.is_meta for x in model.parameters()):
         return apply(model, axes, plan)[1], {}
     examples = examples_of(cast_example(axes.example, model))
@@ -238,13 +173,13 @@ def _grow_checked(
         _check_stack(model, plan, path, before, exact)
     row: dict[str, Any] = {}
     if proof:
-        with run.clock.stage("verify"):
+        with run.stage("verify"):
             run.progress(0, 1, "comparing the outputs in float64")
             result = verify(model, axes, plan)
             row = {**asdict(result), "dtype": "float64"}
             if not result.ok:
                 raise _changed_outputs(result.max_abs_diff, result.bound, "float64")
-    with run.clock.stage("apply"):
+    with run.stage("apply"):
         run.progress(0, 1, "growing")
         _, after = apply(model, axes, plan)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -324,19 +259,10 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
         )
 
 
-def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> GrowInputs:
-    """Open the network and the data that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        clock: Times the stages ``load`` and ``trace``.
-
-    Raises:
-        ValueError: If the model or a source is not usable; says which, and the remedy.
-    """
+def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> GrowInputs:
+    """Open the network and the data that settings name."""
     sources, progress = (*settings.on, *settings.sources), invocation.progress
-    with clock.stage("load"):
+    with run.stage("load"):
         spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
         loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
@@ -344,23 +270,15 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Grow
             settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens, settings.seed
         )
         data = read_sources(specs, loaded)
-    with clock.stage("trace"):
+    with run.stage("trace"):
         progress(0, 1, "tracing")
-        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        axes = trace_loaded(loaded)
     return GrowInputs(loaded, axes, data, specs=specs)
 
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Grow the model that settings name, as ``regrow grow`` does, and return the folder.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
     settings.check_training()
-    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
-    carry_out(settings, partial(open_named, settings, invocation), recorder, progress=invocation.progress)
+    inputs = partial(open_named, settings, invocation)
+    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

@@ -1,47 +1,48 @@
-"""The data of a run: calibration and evaluation halves of its sources, and text that its model generates."""
+"""The data of a run: halves of its sources, and text that its model generates; the same for all of its processes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow import data
 from regrow.core.errors import InputError
 from regrow.core.names import GENERATED, check_evaluated
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
+from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.data import Half
 from regrow.data.text import find_separator, find_start, token_windows
 from regrow.data.vision import digits, images
-from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.parallel import broadcast_tensors
+from regrow.distributed import ProcessRank
+from regrow.distributed.parallel import broadcast_record, broadcast_tensors, checksum, everywhere
 from regrow.evaluation.generation import check_generation, describe_generated, generate_tokens
+from regrow.jobs.recording import ActiveRun
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.statistics import parameter_sums
+from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import read_tensors, write_tensors
+from regrow.streaming.weights import StoredWeights
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FILE = "generated/windows.safetensors"
 """The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration."""
 FORMAT = "regrow-generated/1"
 
 
+_PATHS = ("model", "run", "sources", "unseen", "input")
+"""Settings that may name another folder on another host: what they lead to is compared."""
+EXAMPLES = 256
+"""How many examples of each part of a task are compared."""
+
+
 @dataclass(frozen=True)
 class SourceSpecs:
-    """The sources of a run, and how much of each is used.
-
-    Args:
-        eval_tokens: Evaluation tokens (or images) per source.
-        seq_len: Tokens per window of text.
-        sources: The sources for calibration, also used for evaluation, as ``--source`` takes them.
-        unseen: The sources for evaluation only.
-        tokens: Calibration tokens (or images) per source.
-        seed: Seed of the choice of calibration windows.
-        generated_tokens: Calibration tokens of text that the model generates; 0: as many as of other sources.
-    """
+    """The sources of a run, and how much of each is used."""
 
     eval_tokens: int
     seq_len: int
@@ -49,7 +50,7 @@ class SourceSpecs:
     unseen: tuple[str, ...] = ()
     tokens: int = 0
     seed: int = 0
-    generated_tokens: int = 0
+    generated_tokens: int = 0  # calibration tokens of text that the model generates; 0: as many as of other sources
 
     @property
     def generated_windows(self) -> int:
@@ -59,17 +60,11 @@ class SourceSpecs:
 
 @dataclass(frozen=True)
 class SourceHalves:
-    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources.
-
-    Args:
-        calibration: The calibration halves.
-        evaluation: The evaluation halves, of the same sources in the same order, then of unseen ones.
-        generated: The tokens of all windows that the model generated, of which ``calibration`` may have the first;
-            ``None``: none yet.
-    """
+    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources."""
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
+    # The tokens of all windows that the model generated, of which `calibration` may have the first; `None`: none yet
     generated: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -107,17 +102,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 
 def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = None) -> SourceHalves:
-    """Read the calibration and evaluation halves of every named source; generated text has no evaluation half.
-
-    Args:
-        specs: The sources, and how much of each.
-        loaded: The model, whose tokenizer or input shape decides the form of the data.
-        generated: The tokens of the windows that the model generated, of which the source takes the first; ``None``:
-            they are pending.
-
-    Raises:
-        ValueError: If a source is unknown, empty, too short, named twice, or of no use for the model.
-    """
+    """Read the calibration and evaluation halves of every named source; generated text has no evaluation half."""
     check_evaluated(specs.unseen)
     every = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in every]
@@ -157,11 +142,7 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
 
 
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
-    """Return the shape ``[N, C, H, W]`` of the images that a model takes.
-
-    Raises:
-        InputError: If the model takes no square images, or is not in float32, in which images are read.
-    """
+    """Return the shape ``[N, C, H, W]`` of the images that a model takes."""
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     if len(shape) != 4:
         raise InputError(
@@ -195,11 +176,7 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
 
 
 def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) -> Source:
-    """Return the source of text that the model generated, of at least as many windows; ``None``: they are pending.
-
-    Raises:
-        InputError: If the model has no tokenizer, or cannot generate text.
-    """
+    """Return the source of text that the model generated, of at least as many windows; ``None``: they are pending."""
     if loaded.tokenizer is None:
         raise InputError(
             f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
@@ -222,32 +199,16 @@ def fill_generated(
     folder: Path | None = None,
     *,
     known: Sequence[Path | Tensor] = (),
-    progress: Progress = silent,
-    ranks: ProcessRank = SINGLE,
     weights: Sequence[float] | None = None,
+    run: ActiveRun | None = None,
 ) -> SourceHalves:
-    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing.
-
-    Args:
-        halves: The data of the run.
-        specs: The sources, and how much of each.
-        loaded: The model that generates.
-        n: How many windows are stored; 0: as many as ``specs`` says, which is the least.
-        folder: The run folder, which gets the windows, stretch by stretch; ``None``: nothing is written.
-        known: Windows of the same model, or run folders that may have some.
-        progress: Called with (tokens so far, tokens in all, what is being done).
-        ranks: The processes; rank 0 generates for all.
-        weights: A sum of each parameter of the model; ``None``: they are in memory, and are summed.
-
-    Raises:
-        InputError: If the model cannot generate text.
-        StoreError: If the disk is full.
-    """
+    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing."""
     if not halves.pending:
         return halves
     n = n or specs.generated_windows
     tokens = torch.full((n, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
-    if ranks.leads:
+    run = run or ActiveRun()
+    if run.ranks.leads:
         header = _describe_windows(specs, loaded, weights)
         _copy_known(tokens, (*known, *([folder] if folder else [])), header)
 
@@ -259,14 +220,35 @@ def fill_generated(
 
         if (tokens < 0).any():
             separator = find_separator(loaded.tokenizer)
-            generate_tokens(loaded.model, tokens, separator, specs.seed, progress=progress, store=store)
+            generate_tokens(loaded.model, tokens, separator, specs.seed, progress=run.progress, store=store)
         store()
-    broadcast_tensors(ranks, [tokens])
+    broadcast_tensors(run.ranks, [tokens])
     calibration = (
         _generated_source(specs, loaded, tokens) if isinstance(source.batches, PendingWindows) else source
         for source in halves.calibration
     )
     return replace(halves, calibration=tuple(calibration), generated=tokens)
+
+
+def complete_data(
+    run: ActiveRun,
+    halves: SourceHalves,
+    specs: SourceSpecs | None,
+    loaded: Loaded,
+    n: int = 0,
+    *,
+    known: Sequence[Path | Tensor] = (),
+    weights: Sequence[float] | None = None,
+) -> SourceHalves:
+    """Generate the text of a run by :func:`fill_generated`, and record its sources; data without names are complete."""
+    if specs is None:
+        return halves
+    if halves.pending:
+        folder = run.record.path if run.record.kept else None
+        with run.stage("generate"):
+            halves = fill_generated(halves, specs, loaded, n, folder, known=known, weights=weights, run=run)
+    run.record.update(sources=describe_sources(specs, halves))
+    return halves
 
 
 def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
@@ -286,12 +268,11 @@ def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weig
 
 def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
     """Return what the text depends on: seed, first token, vocabulary and weights."""
-    model: Any = loaded.model
     return {
         "seed": specs.seed,
         "separator": find_separator(loaded.tokenizer),
-        "vocabulary": len(model.get_input_embeddings().weight),
-        "weights": parameter_sums(model) if weights is None else list(weights),
+        "vocabulary": len(cast(Any, loaded.model).get_input_embeddings().weight),
+        "weights": parameter_sums(loaded.model) if weights is None else list(weights),
     }
 
 
@@ -315,3 +296,53 @@ def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
         return None
     valid = int(tokens.min()) >= -1 and int(tokens.max()) < int(str(header["vocabulary"]))
     return tokens if valid and all(recorded.get(name) == value for name, value in header.items()) else None
+
+
+def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
+    """Raise InputError on every rank unless all have the same settings, and the same limit of memory."""
+    values = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
+    if not _are_same(ranks, fingerprint(Source("", ()), values, memory)):
+        raise InputError("the processes have different settings; start all with the same command")
+
+
+def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights], halves: SourceHalves) -> None:
+    """Raise InputError on every rank unless all have the same weights (of networks, or in their files) and data."""
+    if ranks.several:
+        _check_weights(ranks, networks)
+        every = (*halves.calibration, *halves.evaluation)
+        sources = [source for source in every if not isinstance(source.batches, PendingWindows)]  # rank 0 generates
+        _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
+
+
+def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]) -> None:
+    """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples."""
+    if ranks.several:
+        _check_weights(ranks, [model])
+        parts = (first_examples(part, EXAMPLES) for task in tasks for part in (task.train, task.test))
+        sums = [[checksum(first_tensor(part.inputs)), checksum(part.labels)] for part in parts]
+        _check_data(ranks, [task.name for task in tasks], sums)
+
+
+def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
+    sums = []
+    for network in networks:
+        if isinstance(network, nn.Module):
+            sums += [checksum(value) for value in network.state_dict().values() if isinstance(value, Tensor)]
+        else:  # it runs one block at a time: one tensor is in memory
+            sums += [checksum(network[name]) for name, _ in network.places()]
+    if not _are_same(ranks, sums):
+        raise InputError(
+            "the processes have models of different weights; seed the function that builds it, or copy the same folder "
+            "to all hosts"
+        )
+
+
+def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]) -> None:
+    if not _are_same(ranks, [*names, *sums]):
+        listed = ", ".join(dict.fromkeys(names))
+        raise InputError(f"the processes read different data for {listed}; copy the same files to all hosts")
+
+
+def _are_same(ranks: ProcessRank, record: object) -> bool:
+    """Whether all ranks have the same JSON data."""
+    return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)

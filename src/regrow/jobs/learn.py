@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -11,15 +11,13 @@ from typing import Any
 from regrow import store
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import moved
 from regrow.core.tasks import Task, first_examples, input_shape
 from regrow.data import MissingError, SourceError
-from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel, broadcast_record
 from regrow.evaluation.continual import Matrix
-from regrow.jobs.recording import Clock, FolderRecorder, Invocation, Record, Recorder, RunStart, read_history
-from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
+from regrow.jobs.inputs import check_same_settings, check_same_tasks
+from regrow.jobs.recording import ActiveRun, FolderRecorder, Invocation, Record, RunStart, read_history
 from regrow.jobs.starting import (
     TaskSpecs,
     check_outputs,
@@ -44,7 +42,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import check_repeatable, convert_settings
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.checkpoint import CHECKPOINT, History, check_checkpoint, read_start, write_checkpoint
+from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, read_start, write_checkpoint
 from regrow.training.continual import TaskSchedule, accuracy_matrix, untrained_accuracies
 from regrow.training.continual import learn as train_tasks
 from regrow.training.fit import Fitted
@@ -56,27 +54,16 @@ from regrow.training.step import is_settled
 
 @dataclass(frozen=True)
 class LearnInputs:
-    """What a run learns, and with which network.
-
-    Args:
-        loaded: The network, changed in place.
-        axes: Its axes.
-        tasks: All tasks.
-        learner: The method.
-        schedule: How each task is trained.
-        checkpoint: The file with the state of the training, relative to the run folder; ``None``: there is none.
-        untrained: Returns the network before the run once more; ``None``: no tasks are added to the run.
-        new: Whether the network is new, so that nothing is recorded of it.
-        sequence: What is recorded of the tasks.
-        call: What the result depends on besides settings, for a call from Python.
-    """
+    """What a run learns, and with which network."""
 
     loaded: Loaded
     axes: AxisGraph
     tasks: Sequence[Task]
     learner: Learner[Any]
     schedule: TaskSchedule
+    # The file with the state of the training, relative to the run folder; `None`: there is none
     checkpoint: Path | None = Path(CHECKPOINT)
+    # Returns the network before the run once more; `None`: no tasks are added to the run
     untrained: Callable[[], Loaded] | None = None
     new: bool = False
     sequence: Sequence[object] | None = None
@@ -85,15 +72,7 @@ class LearnInputs:
 
 @dataclass(frozen=True)
 class BegunRun:
-    """A run to which tasks are added.
-
-    Args:
-        path: The folder that has its files.
-        sequences: The sequences of tasks that it has had.
-        over: How many of its tasks are over.
-        without_old: Whether data of these may be missing.
-        recorded: What it has recorded of its tasks.
-    """
+    """A run to which tasks are added."""
 
     path: Path
     sequences: tuple[str, ...]
@@ -102,62 +81,43 @@ class BegunRun:
     recorded: object
 
 
-def carry_out(
-    settings: Settings,
-    inputs: Callable[[Clock], LearnInputs],
-    recorder: "Recorder | ExtensionRecorder",
-    ranks: ProcessRank = SINGLE,
-    *,
-    progress: Progress = silent,
-) -> Fitted[Any]:
+def carry_out(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], run: ActiveRun) -> Fitted[Any]:
     """Learn tasks one after the other, and record it; return the network and what was measured.
 
-    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run is resumed.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the tasks, and times that.
-        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
-        ranks: The processes that train together; all of them call this.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If a setting, the network or a task is not usable; says which, and the remedy.
+    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run is resumed. All
+    processes of the run call this, and train together.
     """
     check_settings(settings)
     taken = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
     identity = {"verb": "learn", "settings": asdict(settings), "defaults": taken}
-    recorder.check(identity)
-    clock = Clock(None)
-    opened = inputs(clock)
+    run.recorder.check(identity)
+    opened = inputs(run)
     loaded, tasks = opened.loaded, opened.tasks
-    check_same_tasks(ranks, loaded.model, tasks)
-    with recorder.begin(RunStart(identity, None if opened.new else loaded, call=opened.call)) as record:
-        clock.folder = record
+    check_same_tasks(run.ranks, loaded.model, tasks)
+    with run.begin(RunStart(identity, None if opened.new else loaded, call=opened.call)) as record:
         record.update(sequence=opened.sequence)
-        with clock.stage("learn"):
-            fitted = _learn(opened, record, ranks, progress)
+        with run.stage("learn"):
+            fitted = _learn(opened, run)
         fitted.model.eval()
         if record.kept:
-            with clock.stage("save"):
+            with run.stage("save"):
                 store.write_model(replace(loaded, model=fitted.model), record.path)
         if missing := [task.name for task in tasks if task.gone]:
             record.log("gone", tasks=missing)
         record.log("matrix", tasks=[task.name for task in tasks], **record_matrix(accuracy_matrix(fitted.state)))
-        recorder.finish(record, clock.seconds)
+        run.finish()
         return fitted
 
 
-def _learn(inputs: LearnInputs, record: Record, ranks: ProcessRank, progress: Progress) -> Fitted[Any]:
+def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
     """Train the network on all tasks, or resume."""
-    learner, tasks, schedule, history = inputs.learner, inputs.tasks, inputs.schedule, None
+    learner, tasks, schedule, record, ranks = inputs.learner, inputs.tasks, inputs.schedule, run.record, run.ranks
     file = record.path / (inputs.checkpoint or CHECKPOINT)
     if record.kept:
         file.parent.mkdir(exist_ok=True)
-    if file.is_file():
-        history = read_history(record) if isinstance(record, RunFolder) else History()
+    history = read_history(record) if file.is_file() else None
     model, axes, state = read_start(ranks, history, file, inputs.loaded.model, inputs.axes, learner.state)
-    rows, parallel = LearningRecord(record, tasks), Parallel(ranks, by_rows=True)
+    rows = LearningRecord(record, tasks)
     rows.resume(state)
     if inputs.untrained and 0 < len(state.before) < len(tasks):  # tasks have been added since
         before = untrained_accuracies(inputs.untrained().model, tasks, schedule, ranks)
@@ -169,7 +129,15 @@ def _learn(inputs: LearnInputs, record: Record, ranks: ProcessRank, progress: Pr
             write_checkpoint(file, context.model, now, logged=rows.events if record.kept else None)
 
     fitted = train_tasks(
-        model, axes, tasks, learner, schedule, state=state, checkpoint=keep, progress=progress, parallel=parallel
+        model,
+        axes,
+        tasks,
+        learner,
+        schedule,
+        state=state,
+        checkpoint=keep,
+        progress=run.progress,
+        parallel=Parallel(ranks, by_rows=True),
     )
     write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[-1], len(tasks) - 1))
     return fitted
@@ -205,9 +173,9 @@ class LearningRecord:
         for i in range(self.over, now.number):
             scores = list(now.rows[i])
             # Scores that are no shares, of values or of a loss of one's own, are beside the accuracy.
-            others: dict[str, Any] = {} if _are_shares(scores) else {"scores": scores}
-            accuracy = [None] * len(scores) if others else scores
-            self.run.log("task", name=self.tasks[i].name, accuracy=accuracy, **now.sizes[i], **others)
+            shares = _are_shares(scores)
+            row = {"name": self.tasks[i].name, "accuracy": scores if shares else [None] * len(scores), **now.sizes[i]}
+            self.run.log("task", row | ({} if shares else {"scores": scores}))
         self.plans, self.events, self.over = len(now.plans), settled, now.number
 
 
@@ -236,24 +204,12 @@ def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Lea
     return learner
 
 
-def open_named(
-    settings: Settings, invocation: Invocation, clock: Clock, *, begun: BegunRun | None = None
-) -> LearnInputs:
-    """Open the network and the tasks that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        clock: Times the stages ``load`` and ``trace``.
-        begun: The run to which the last tasks are added; ``None``: all are those of a new run.
-
-    Raises:
-        ValueError: If the network or a sequence is not usable; says which, and the remedy.
-    """
-    check_same_settings(invocation.ranks, settings)
-    device = choose_device(settings.device, invocation.ranks)
+def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | None, run: ActiveRun) -> LearnInputs:
+    """Open the network and the tasks that settings name; the last are added to the run that has ``begun``."""
+    check_same_settings(run.ranks, settings)
+    device = choose_device(settings.device, run.ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
-    with clock.stage("load"):
+    with run.stage("load"):
         known, folder = (begun.sequences, begun.path) if begun else (settings.tasks, None)
         start = load_start(settings.model, known, settings.input, invocation, folder)
         tasks, outputs = _read_named(settings, start, learner, begun)
@@ -265,10 +221,11 @@ def open_named(
             return Loaded(model.to(device), None, image_example(model, *origin.input_shape), origin)
 
         loaded, new = build(), start is None
-    with clock.stage("trace"):
-        example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
-        args, kwargs = moved((example.args, dict(example.kwargs)), device)
-        axes = trace(loaded.model, *args, **kwargs) if new or learner.uses_axes else NO_AXES
+    with run.stage("trace"):
+        axes = NO_AXES
+        if new or learner.uses_axes:
+            example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
+            axes = trace(loaded.model, *moved(example.args, device), **moved(dict(example.kwargs), device))
     schedule = make_task_schedule(settings, CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
     names = record_tasks(settings.tasks, tasks)
     return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=names)
@@ -320,13 +277,12 @@ def _read_old(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[A
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder."""
 
-    def open_inputs(clock: Clock) -> LearnInputs:
-        if invocation.ranks.leads and (begun := RunFolder.open_unfinished(invocation.out)):
+    def open_inputs(run: ActiveRun) -> LearnInputs:
+        if run.ranks.leads and (begun := RunFolder.open_unfinished(invocation.out)):
             check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
-        return open_named(settings, invocation, clock)
+        return open_named(settings, invocation, None, run)
 
-    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
-    carry_out(settings, open_inputs, recorder, invocation.ranks, progress=invocation.progress)
+    carry_out(settings, open_inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 
@@ -336,16 +292,9 @@ def extend(
     """Train the network of a run on further tasks, possibly much later and in another process; all ranks call this.
 
     A finished run does not change until they are learned. An interrupted call is resumed when it is repeated; a
-    completed call is refused when it is repeated, unless ``total`` says that the same sequences come once more.
-
-    Args:
-        invocation: How the command was called; ``out`` is the folder of a run, finished or interrupted.
-        more: Further sequences, as ``Settings.tasks``; empty to finish an interrupted call.
-        without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
-        total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
-
-    Raises:
-        ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.
+    completed call is refused when it is repeated, unless ``total``, the number of sequences that the run has in the
+    end, says that the same come once more. Data of finished tasks may be missing ``without_old``; the network is then
+    not evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
     known = broadcast_record(ranks, _read_begun(out, tuple(more), total) if ranks.leads else None)
@@ -357,26 +306,21 @@ def extend(
     # Defaults of this version may differ from those with which the run was begun.
     whole = replace(settings, method_settings={**record["defaults"], **was.method_settings})
     begun = BegunRun(folder.path, was.tasks, over, without_old, record.get("sequence"))
-    made = invocation.recorder(settings, was.model, undo=False)
-    recorder = ExtensionRecorder(made, record, tuple(more)) if isinstance(made, FolderRecorder) else made
-    inputs = partial(open_named, whole, invocation, begun=begun)
-    carry_out(settings, inputs, recorder, ranks, progress=invocation.progress)
+    run = invocation.start(settings, was.model, undo=False)
+    if isinstance(made := run.recorder, FolderRecorder):
+        run.recorder = ExtensionRecorder(
+            made.out, made.model, made.command, made.track, False, made.write_page, record, tuple(more)
+        )
+    carry_out(settings, partial(open_named, whole, invocation, begun), run)
     return RunFolder(out)
 
 
 @dataclass(frozen=True)
-class ExtensionRecorder:
-    """Records tasks that are added to a run in its folder, which does not change until they are learned.
+class ExtensionRecorder(FolderRecorder):
+    """Records tasks that are added to a run in its folder, which does not change until they are learned."""
 
-    Args:
-        folder: Records the run.
-        known: The content of ``run.json`` before.
-        more: The sequences of tasks that this call was given.
-    """
-
-    folder: FolderRecorder
-    known: Mapping[str, Any]
-    more: tuple[str, ...]
+    known: Mapping[str, Any] = field(default_factory=dict)  # the content of `run.json` before
+    added: tuple[str, ...] = ()  # the sequences of tasks that this call was given
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return nothing: the folder was checked when it was read."""
@@ -384,27 +328,23 @@ class ExtensionRecorder:
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
-        """Open the run for writing inside the ``with`` block.
-
-        Raises:
-            StoreError: If another process has changed it since it was read.
-        """
-        out, command = self.folder.out, self.folder.command
-        with tracking(RunFolder.reopen(out), self.folder.track) as folder:
+        """Open the run for writing inside the ``with`` block, unless another process has changed it since."""
+        with tracking(RunFolder.reopen(self.out), self.track) as folder:
             if folder.run() != self.known:
-                raise StoreError(f"{out} was changed by another process meanwhile; run this again")
+                raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
             defaults = {**start.identity["defaults"], **self.known.get("defaults", {})}
-            settings, more = start.identity["settings"], list(self.more) or None
-            folder.update(settings=settings, defaults=defaults, command=command, finished=None, extension=more)
+            folder.update(
+                settings=start.identity["settings"],
+                defaults=defaults,
+                command=self.command,
+                finished=None,
+                extension=list(self.added) or None,
+            )
             yield folder
-
-    def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
-        """Complete the run, as :meth:`FolderRecorder.finish`."""
-        return self.folder.finish(record, seconds)
 
 
 def _read_begun(
-    out: Path, more: tuple[str, ...], total: int | None
+    out: Path, sequences: tuple[str, ...], total: int | None
 ) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
     """Return ``run.json``, the number of tasks that are over, and the sequences to add; ``None`` if all is learned."""
     if out.is_dir():
@@ -418,26 +358,26 @@ def _read_begun(
     was = convert_settings(record["settings"], Settings)
     refuse_recorded_code(was.method, record["command"])
     done = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
-    added = _added(record.get("extension"), was.tasks, more, total)
+    added = _added(record.get("extension"), was.tasks, sequences, total)
     if added or not record.get("finished") or folder.path != out:
         return record, done, added
-    if more:
+    if sequences:
         raise StoreError(
-            f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "
-            f"--total {len(was.tasks) + len(more)}"
+            f"{out} has learned {', '.join(sequences)} by this very command; to learn the same once more, add "
+            f"--total {len(was.tasks) + len(sequences)}"
         )
     return None
 
 
-def _added(last: object, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
+def _added(last: object, tasks: tuple[str, ...], sequences: tuple[str, ...], total: int | None) -> tuple[str, ...]:
     """Return the sequences that a call adds to those of a run: none if this very call, its last one, has added them."""
     if total is None:
-        return () if last == list(more) else more
-    if total == len(tasks) and tasks[len(tasks) - len(more) :] == more:
+        return () if last == list(sequences) else sequences
+    if total == len(tasks) and tasks[len(tasks) - len(sequences) :] == sequences:
         return ()
-    if total != len(tasks) + len(more):
+    if total != len(tasks) + len(sequences):
         raise ValueError(
             f"total must be how many sequences of tasks the run has in the end, got {total}; it has {len(tasks)} and "
-            f"{len(more)} are to come: --total {len(tasks) + len(more)}"
+            f"{len(sequences)} are to come: --total {len(tasks) + len(sequences)}"
         )
-    return more
+    return sequences

@@ -1,8 +1,8 @@
 """Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,119 +14,111 @@ from regrow.core.amounts import STEPS, Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
-from regrow.core.progress import Progress
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
-from regrow.distributed import SINGLE, ProcessRank
 from regrow.evaluation.objective import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceHalves
-from regrow.jobs.recording import Record
+from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
 from regrow.streaming.network import StreamedNetwork
 from regrow.tracing.capture import first_line
 
 
+@dataclass(frozen=True)
+class EvaluationData:
+    """The data on which a run measures its networks, and how."""
+
+    halves: SourceHalves  # networks are evaluated on the evaluation halves
+    objective: Objective | None = None  # what networks are trained for; `None`: text with a tokenizer, else classes
+    precision: str = "float32"  # the precision of forward passes
+    lenient: bool = False  # whether the data need not fit the objective: that gives a warning
+
+
 def measure_run(
-    record: Record,
+    run: ActiveRun,
     loaded: Loaded,
     axes: AxisGraph,
-    data: SourceHalves,
+    data: EvaluationData,
     name: str,
-    progress: Progress,
     *,
-    precision: str = "float32",
-    objective: Objective | None = None,
-    lenient: bool = False,
     network: StreamedNetwork | None = None,
-    ranks: ProcessRank = SINGLE,
     known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
 
-    Loaders that shuffle give the same order each time, and their random state is restored.
-
-    Args:
-        record: The run that gets the rows; without one that measures, nothing is done.
-        loaded: The model.
-        axes: Its axes.
-        data: The data: it is evaluated on the evaluation halves.
-        name: The name of the model in the rows: ``dense``, ``cut`` (before layers are fitted), ``pruned`` or
-            ``recovered``.
-        progress: Called with (steps done, steps in all, what is being done).
-        precision: The precision of forward passes.
-        objective: What the network is trained for; ``None``: text if it has a tokenizer, otherwise classes. Of one that
-            has no rows, only the size is measured.
-        lenient: Whether the sources are no validation data, so that labels which do not fit give a warning.
-        network: The model, if it runs one block at a time.
-        ranks: The processes that share the evaluation of text.
-        known: Source name → result, where this model was measured before; gets the results.
-        recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
+    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time, ``known`` its
+    results by source where it was measured before. Loaders that shuffle give the same order each time, and their random
+    state is restored. Of an objective without rows, only the size is measured.
     """
+    record, objective = run.record, data.objective
     if not record.measured:
         return {}
     loaded = loaded if network is None else replace(loaded, model=network.model)
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
     counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
-    record.log("size", **columns, **counts, bytes=size.bytes, dtype=size.dtype)
-    tests = data.evaluation if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
+    record.log("size", columns | counts, bytes=size.bytes, dtype=size.dtype)
+    tests = data.halves.evaluation if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
     generators = [generator for source in tests for generator in source.generators]
     perplexities: dict[str, evaluation.Perplexity] = {}
-    with preserve_random_state(*generators), autocasting(loaded.model, precision):
+    with preserve_random_state(*generators), autocasting(loaded.model, data.precision):
         seed_generators(*generators)
         results: Iterable[evaluation.Perplexity | evaluation.Accuracy | Evaluation]
         if known and all(source.name in known for source in tests):
             results = [known[source.name] for source in tests]
         elif objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
-            results = _evaluate_text(loaded, tests, name, progress, network, ranks)
+            results = _evaluate_text(run, loaded, tests, name, network)
         else:
-            results = _evaluate(loaded, tests, name, progress, objective)
+            results = _evaluate(run, loaded, tests, name, objective)
         try:
             for result in results:
+                row = _row_of(result, columns, data.halves.seen)
+                record.log("perplexity" if isinstance(result, evaluation.Perplexity) else "choice", row)
                 if isinstance(result, evaluation.Perplexity):
                     perplexities[result.source] = result
-                    _log_perplexity(record, result, columns, result.source in data.seen)
-                else:
-                    if isinstance(result, Evaluation):
-                        score, error, n = result.score, result.score_error, result.count
-                    else:
-                        score, error, n = result.accuracy, result.error, len(result.right)
-                    record.log("choice", task=result.source, **columns, acc=score, acc_se=error, n=n)
                 if known is not None and not isinstance(result, Evaluation):
                     known[result.source] = result
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not lenient:
+            if not data.lenient:
                 raise
             line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
             warnings.warn(line, stacklevel=2)
-    progress(len(tests), len(tests), f"evaluating the {name} model")
+    run.progress(len(tests), len(tests), f"evaluating the {name} model")
     return perplexities
 
 
-def _log_perplexity(record: Record, result: evaluation.Perplexity, columns: Mapping[str, Any], seen: bool) -> None:
+def _row_of(
+    result: evaluation.Perplexity | evaluation.Accuracy | Evaluation, columns: Mapping[str, Any], seen: Collection[str]
+) -> dict[str, Any]:
+    """Return the row of a result: of text its perplexity, of other data the share that is right, or the score."""
+    if isinstance(result, Evaluation):
+        score = {"acc": result.score, "acc_se": result.score_error, "n": result.count}
+        return {"task": result.source, **columns, **score}
+    if isinstance(result, evaluation.Accuracy):
+        score = {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
+        return {"task": result.source, **columns, **score}
     windows = result.record()
-    record.log(
-        "perplexity",
+    return {
         **columns,
-        source=result.source,
-        seen=seen,
-        ppl=result.ppl,
-        nll=result.mean,
-        se=result.error,
-        tokens=windows["tokens"],
-        bits_per_byte=result.bits_per_byte,
-        nll_per_window=windows["nll_per_window"],
-    )
+        "source": result.source,
+        "seen": result.source in seen,
+        "ppl": result.ppl,
+        "nll": result.mean,
+        "se": result.error,
+        "tokens": windows["tokens"],
+        "bits_per_byte": result.bits_per_byte,
+        "nll_per_window": windows["nll_per_window"],
+    }
 
 
 def _evaluate(
-    loaded: Loaded, tests: Sequence[Source], name: str, progress: Progress, objective: Objective | None
+    run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, objective: Objective | None
 ) -> Iterator[evaluation.Accuracy | Evaluation]:
     for i, source in enumerate(tests):
-        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
-        first = (batch.labels for batch in islice(source, 1))
-        classes = objective is CLASSIFICATION and all(isinstance(one, Tensor) and one.dim() == 1 for one in first)
+        run.progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        labels = [batch.labels for batch in islice(source, 1)]
+        classes = objective is CLASSIFICATION and all(isinstance(x, Tensor) and x.dim() == 1 for x in labels)
         if objective is None or classes:
             yield evaluation.accuracy(loaded.model, source)
         else:
@@ -134,75 +126,48 @@ def _evaluate(
 
 
 def _evaluate_text(
-    loaded: Loaded,
-    tests: Sequence[Source],
-    name: str,
-    progress: Progress,
-    network: StreamedNetwork | None,
-    ranks: ProcessRank,
+    run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, network: StreamedNetwork | None
 ) -> Iterator[evaluation.Perplexity]:
     """Yield the perplexity of a language model on each source; with several ranks, on rank 0."""
-    shares = [ranks.share(source.batches) for source in tests]
+    shares = [run.ranks.share(source.batches) for source in tests]
     walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
     for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
-        progress(i, len(tests), f"evaluating the {name} model on {source.name}")
+        run.progress(i, len(tests), f"evaluating the {name} model on {source.name}")
         outputs = None if walk is None else islice(walk, len(share))
-        yield evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs, ranks=ranks)
+        yield evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer, outputs=outputs, ranks=run.ranks)
 
 
 def log_pairs(
     record: Record,
     before: Mapping[str, evaluation.Perplexity],
     after: Mapping[str, evaluation.Perplexity],
-    cut: Mapping[str, evaluation.Perplexity],
+    columns: Mapping[str, object] | None = None,
 ) -> None:
-    """Log paired differences in log-perplexity of the model after a run to the one before it; of these a page shows.
-
-    Args:
-        record: The run that gets the rows.
-        before: Source name → the perplexity before the run.
-        after: That after the run.
-        cut: That after the cut, before layers were fitted; empty if none were.
-    """
-    for name in (name for name in cut if name in after):
-        pair = evaluation.paired_difference(cut[name], after[name])
-        record.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=["cut", "pruned"])
+    """Log paired differences in log-perplexity of a model to an earlier one, on each source that both have."""
     for name in (name for name in before if name in after):
         pair = evaluation.paired_difference(before[name], after[name])
-        record.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+        record.log("paired", {"source": name, "delta_nll": pair.mean, "se": pair.error, **(columns or {})})
 
 
 def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
     """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
 
     For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
-
-    Args:
-        record: The run that gets the row.
-        model: The model after the cut, whose axes are ``after``.
-        before: The axes before the cut.
-        after: The axes after the cut.
-        budget: The budget.
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
     was, now = (cost_of(axes, budget).total for axes in (before, after))
-    row: dict[str, Any] = {"asked": budget.limit(was), "before": was, "after": now}
+    amounts: dict[str, float] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
-        row |= {"predicted": now, "after": evaluation.fastest_pass(model, timed_input(before, budget))}
-        row = {name: steps / STEPS[Measure.TIME] for name, steps in row.items()}
+        amounts |= {"predicted": now, "after": evaluation.fastest_pass(model, timed_input(before, budget))}
+        amounts = {name: steps / STEPS[Measure.TIME] for name, steps in amounts.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""
-    record.log("budget", measure=str(budget.measure), context=context, device=device, **row)
+    record.log("budget", {"measure": str(budget.measure), "context": context, "device": device} | amounts)
 
 
 def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
-    """Return the input of a timed pass: the traced example, or as many tokens as a target names.
-
-    Args:
-        axes: The axes, with the traced example.
-        budget: The budget, with the target.
-    """
+    """Return the input of a timed pass: the traced example, or as many tokens as a target names."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
     return evaluation.lengthen(batch, tokens) if tokens else batch

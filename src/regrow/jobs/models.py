@@ -39,35 +39,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model is loaded, in which precision, and on which device.
-
-    Args:
-        name: A name that :func:`regrow.nets.load` takes, or a run folder.
-        dtype: One of ``DTYPES``; empty: the stored precision.
-        device: The device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        input: The shape of its input, like ``1x3x32x32``; empty: from the run, the model or the sources.
-        sources: The run's sources, as ``--source`` takes them; image sources give the input size.
-    """
+    """Which model is loaded, in which precision, and on which device."""
 
     name: str
-    dtype: str = ""
+    dtype: str = ""  # one of `DTYPES`; empty: the stored precision
     device: str = "cpu"
-    input: str = ""
-    sources: tuple[str, ...] = ()
+    input: str = ""  # the shape of its input, like `1x3x32x32`; empty: from the run, the model or the sources
+    sources: tuple[str, ...] = ()  # the run's sources, as `--source` takes them; image sources give the input size
 
 
 def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> Loaded:
-    """Load the model of a run folder, or a model by name.
-
-    Args:
-        spec: Which model, and how.
-        progress: Called with (steps done, steps in all, what is being done).
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code: a
-            recorded name is never imported.
-
-    Raises:
-        ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
-    """
+    """Load the model of a run folder, or a model by name."""
     device, dtype, folder = choose_device(spec.device), DTYPES.get(spec.dtype), Path(spec.name)
     if not (folder / store.SHAPES).is_file():
         check_code(spec.name, False, code)
@@ -114,7 +96,12 @@ def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") ->
             return opened.loaded, opened.axes
     loaded = load_model(spec, progress, code)
     progress(0, 1, "tracing")
-    return loaded, trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    return loaded, trace_loaded(loaded)
+
+
+def trace_loaded(loaded: Loaded) -> AxisGraph:
+    """Return the axes of a network, traced with its example."""
+    return trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
 
 def find_image_side(sources: Sequence[str]) -> int:
@@ -140,17 +127,14 @@ def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Seque
     """Return an example input for the network of a run folder; a guessed one is logged.
 
     ``probed``: whether the folder has the input with which the network was saved.
-
-    Raises:
-        ModelError: If no input shape is known and none can be guessed.
     """
     run = read_run(folder) if (folder / RUN).is_file() else {}
     if (tokenizer := getattr(model, "tokenizer", None)) is not None:
         return text_example(model, len(tokenizer))
     if isinstance(recorded := run.get("input"), str):
         return shaped_example(model, read_shape(recorded))
-    if shape := origin.input_shape:
-        return image_example(model, *shape)
+    if origin.input_shape:
+        return image_example(model, *origin.input_shape)
     pixels = find_image_side(sources)
     if probed and not pixels:
         return probe.read_example(folder / probe.FILE, model)

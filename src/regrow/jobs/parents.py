@@ -38,14 +38,7 @@ _REBUILT = ("cells", "mobile", "bench201")
 
 @dataclass(frozen=True)
 class Parent:
-    """The saved model that a run starts from.
-
-    Args:
-        name: The name of its folder.
-        weights: The digest of its weights (:func:`digest_weights`).
-        plans: Every plan that led to it from the architecture in its ``shapes.json``.
-        stages: One record per run that led to it, in order, as ``run.json`` stores them.
-    """
+    """The saved model that a run starts from."""
 
     name: str
     weights: str
@@ -56,18 +49,7 @@ class Parent:
 def start_from(
     folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True, outside: OutsideTensors | None = None
 ) -> None:
-    """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it.
-
-    Args:
-        folder: The new run.
-        model: The run folder, saved model or name that was loaded.
-        loaded: The model, not yet changed.
-        undo: Whether to keep a copy, so that the run can be undone.
-        outside: Its tensors, where it has no numbers.
-
-    Raises:
-        StoreError: If an interrupted run is resumed from another model than it was started from.
-    """
+    """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it."""
     source = Path(model)
     parent = read_parent(source) if (source / store.SHAPES).is_file() else None
     recorded, files = folder.run().get("parent"), {file.path.name: file.record for file in loaded.files}
@@ -88,7 +70,7 @@ def start_from(
         parent={
             "name": parent.name if parent else Path(model).name,
             "weights": parent.weights if parent else "",
-            "parameters": sum(one.numel() for one in loaded.model.parameters()),
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "plans": len(parent.plans) if parent else 0,
             **({} if parent else {"files": files}),
         },
@@ -150,30 +132,20 @@ def digest_weights(shapes: Shapes) -> str:
 
 def count_parameters(shapes: Shapes) -> int:
     """Return the number of parameters of a saved model."""
-    return sum(prod(one.shape) for one in shapes.tensors.values() if one.kind is Kind.PARAMETER)
+    return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is Kind.PARAMETER)
 
 
 def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True) -> None:
-    """Raise ResourceError unless the disk has room for the copy of the model that a run starts from.
-
-    Args:
-        model: The run folder, saved model or name that was loaded.
-        loaded: The model.
-        out: The folder of the run, which need not exist; one that has such a copy needs no other.
-        undo: Whether the run keeps a copy.
-
-    Raises:
-        ResourceError: If there is less room; says how much is needed.
-    """
+    """Raise ResourceError unless the disk has room for the copy of the model that a run starts from."""
     begun = RunFolder.open_unfinished(out)
     if not undo or (begun and begun.run().get("parent") is not None):
         return
-    disk = next(one for one in (Path(out).absolute(), *Path(out).absolute().parents) if one.is_dir())
+    disk = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
     source = Path(model)
     if (source / store.SHAPES).is_file():
         needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
     else:
-        needed = sum(here.tensor.nbytes for here in named_tensors(loaded.model).values())
+        needed = sum(held.tensor.nbytes for held in named_tensors(loaded.model).values())
     if needed > (free := shutil.disk_usage(disk).free):
         raise ResourceError(
             f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "
@@ -201,15 +173,10 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
 
 @dataclass(frozen=True)
 class Stage:
-    """A run among those that made a network.
-
-    Args:
-        record: Its record: ``name``, ``verb``, ``command``, ``changed``, ``before`` and ``parameters``.
-        snapshot: The folder with the model before it; ``None`` if there is none.
-    """
+    """A run among those that made a network."""
 
     record: dict[str, Any]
-    snapshot: Path | None
+    snapshot: Path | None  # the folder with the model before it; `None` if there is none
 
 
 def read_stages(run: Path) -> list[Stage]:
@@ -224,19 +191,7 @@ def read_stages(run: Path) -> list[Stage]:
 
 
 def undo(run: Path, out: Path | None = None) -> Path:
-    """Replace a run by what it started from: the earlier run, or the model as it was loaded, bit for bit.
-
-    Args:
-        run: A finished run folder.
-        out: The folder to write, new or empty; ``None``: the run folder itself, which is replaced in one step.
-
-    Returns:
-        The folder written.
-
-    Raises:
-        StoreError: If the run kept no copy of the model before it, a file of that is damaged, or ``out`` is not empty;
-            nothing is changed.
-    """
+    """Replace a run by what it started from: the earlier run, or the model as it was loaded, bit for bit."""
     folder = RunFolder.open(run)
     before, snapshot = run / BEFORE, folder.run().get("snapshot")
     if snapshot is None:

@@ -28,12 +28,16 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
     Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
     shown below the bar; a new part before the comma restarts the bar.
-
-    Args:
-        console: Where it is shown.
     """
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Bar(TextColumn("{task.description}", markup=False), *columns, console=console, transient=True) as progress:
+    with Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
         task = progress.add_task("starting", total=1)
         shown = ""
 
@@ -50,11 +54,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 @contextmanager
 def visible(progress: Progress) -> Iterator[Progress]:
-    """Show a progress bar on the error stream in place of a callback that shows nothing, if someone can see it.
-
-    Args:
-        progress: The callback; any but :func:`regrow.core.progress.silent` is returned as it is.
-    """
+    """Show a progress bar on the error stream in place of a callback that shows nothing, if someone can see it."""
     console = Console(stderr=True)
     if progress is not silent or not (console.is_terminal or console.is_jupyter):
         yield progress

@@ -7,182 +7,122 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from regrow import evaluation
 from regrow.core.axes import AxisGraph
-from regrow.core.budget import Budget, Timing
+from regrow.core.budget import Budget
 from regrow.core.errors import InputError, ResourceError
-from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source
-from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import broadcast_record
-from regrow.jobs import measuring, pruning
-from regrow.jobs.calibration import calibrate, open_journal, write_scores
-from regrow.jobs.cutting import WholeNetwork
-from regrow.jobs.inputs import SourceHalves, describe_sources, fill_generated, read_sources
-from regrow.jobs.models import load_model
-from regrow.jobs.prune_settings import budget_of, model_spec, record_defaults, seeded_settings, source_specs
-from regrow.jobs.recording import ActiveRun, Clock, Invocation, NoRecorder, Recorder, RunStart, record_plan
-from regrow.jobs.recovering import (
-    broadcast_recovered,
-    check_amount,
-    check_reconstruction,
-    check_recovery,
-    choose_sources,
+from regrow.jobs.calibration import PruneInputs, SharedWork, calibrate, write_scores
+from regrow.jobs.inputs import check_same_inputs, check_same_settings, complete_data, read_sources
+from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_run
+from regrow.jobs.memory_needs import open_to_prune
+from regrow.jobs.models import load_model, trace_loaded
+from regrow.jobs.pruning import (
+    budget_of,
+    check_pruning,
+    count_calibration,
     count_generated,
-    log_differences,
-    recover,
+    count_tokens,
+    model_spec,
+    pruner_of,
+    record_defaults,
+    source_specs,
+    with_timing,
 )
-from regrow.jobs.same_inputs import check_same_inputs, check_same_settings
-from regrow.jobs.shared_work import SharedWork
-from regrow.jobs.streamed_run import PrunedNetwork, open_streamed
+from regrow.jobs.recording import ActiveRun, Invocation, RunStart
+from regrow.jobs.run_networks import StreamedRun, WholeNetwork
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_objective, plan_cut, with_modules
-from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
-from regrow.nets.loaded import check_same_files
 from regrow.settings.declaration import check_settings
-from regrow.settings.prune import Settings
+from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
 from regrow.store.run_folder import RunFolder
-from regrow.streaming.requirements import MemoryPlan, record_peak
+from regrow.store.tensors import open_checkpoint
+from regrow.streaming.requirements import record_peak
 from regrow.training import tune
+from regrow.training.checkpoint import FORMAT
 
-
-@dataclass(frozen=True)
-class PruneInputs:
-    """What a run prunes, and on which data.
-
-    Args:
-        network: The network.
-        axes: Its axes.
-        data: The data for calibration and evaluation.
-        read: Returns calibration data of another amount: (tokens over all sources, generated windows) → sources.
-        load_dense: Loads the network before the cut once more, for a recovery.
-        objective: What the network is trained for; ``None``: what fits the labels.
-        lenient: Whether the data for evaluation are those for calibration, whose labels need not fit.
-        describe: Returns what is recorded of the data.
-        call: What the result depends on besides settings, for a call from Python.
-        memory: How the run stays within a limit of memory; ``None``: there is none.
-        timing: The measured times of the network, if they are known.
-    """
-
-    network: PrunedNetwork
-    axes: AxisGraph
-    data: SourceHalves
-    read: Callable[[int, Tensor | None], Sequence[Source]]
-    load_dense: Callable[[], Loaded] | None = None
-    objective: Objective | None = None
-    lenient: bool = False
-    describe: Callable[[SourceHalves], list[dict[str, object]] | None] = lambda data: None
-    call: dict[str, object] | None = None
-    memory: MemoryPlan | None = None
-    timing: Timing | None = None
+Perplexities = Mapping[str, evaluation.Perplexity]
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The result of a pruning run.
-
-    Args:
-        plan: The plan.
-        loaded: The cut network; without numbers, if it was read one block at a time.
-        folder: The finished run folder; ``None``: nothing was recorded.
-        warnings: What a user must know of the data.
-    """
+    """The result of a pruning run."""
 
     plan: Plan
-    loaded: Loaded
-    folder: RunFolder | None
-    warnings: tuple[str, ...] = ()
+    loaded: Loaded  # the cut network; without numbers, if it was read one block at a time
+    warnings: tuple[str, ...] = ()  # what a user must know of the data
 
 
 def carry_out(
     settings: Settings,
-    inputs: Callable[[Clock], PruneInputs],
-    recorder: Recorder,
-    ranks: ProcessRank = SINGLE,
+    inputs: Callable[[ActiveRun], PruneInputs],
+    run: ActiveRun,
     *,
     shared: SharedWork | None = None,
-    progress: Progress = silent,
     cuts: bool = True,
 ) -> PruneResult:
-    """Prune a network, and record it.
+    """Prune a network, and record it; all mistakes in the settings and inputs are found before that.
 
-    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
-    settings is resumed where the recorder has its folder.
-
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the data, and times that.
-        recorder: Where the run is recorded: rank 0 has a folder, or nothing is kept.
-        ranks: The processes that share the run; all of them call this with the same settings.
-        shared: What earlier runs of this process, which differ in method and keep alone, need not do again; gets what
-            this one does. The result is the same.
-        progress: Called with (steps done, steps in all, what is being done).
-        cuts: Whether the network is cut; otherwise the run ends with the plan.
-
-    Raises:
-        ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
+    An interrupted run with the same settings is resumed where the recorder has its folder. All processes of the run
+    call this. ``inputs`` opens the network and the data; ``shared`` is what earlier runs of this process, which differ
+    in method and keep alone, need not do again. Without ``cuts`` the run ends with the plan.
     """
-    clock, shared = Clock(None), shared or SharedWork()
-    job = prepare(settings, inputs, recorder, ranks, clock, shared=shared, progress=progress)
-    network, axes, text = job.inputs.network, job.axes, job.inputs.network.loaded.tokenizer is not None
-    with recorder.begin(RunStart(job.identity, network.loaded, network.outside, job.inputs.call)) as record:
-        clock.folder = record
+    job = prepare(settings, inputs, run, shared or SharedWork())
+    network, axes = job.inputs.network, job.inputs.axes
+    with run.begin(RunStart(job.identity, network.loaded, network.outside, job.inputs.call)) as record:
         network.use_folder(record.path)
-        active = ActiveRun(record, ranks, clock, progress)
-        job = replace(job, data=job.generate(active))
-        timing = job.budget.timing.record() if job.budget.timing else None
-        record.update(sources=job.inputs.describe(job.data), timing=timing)
-        plan, notes = job.plan(active)
-        if cuts and (ranks.leads or text):  # rank 0 needs no help with other data
-            dense = job.measure(active, axes, "dense")
-            after = network.cut(active, axes, plan, proof=settings.proof, fits=settings.reconstruct)
-            record_plan(record, plan, axes, after)
-            notes += job.repair(active, after, plan, dense)
+        job = job.with_generated()
+        record.update(timing=job.budget.timing.record() if job.budget.timing else None)
+        plan, notes = job.plan()
+        if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
+            dense = job.measure(axes, "dense")
+            after = network.cut(run, axes, plan, proof=settings.proof, fits=settings.reconstruct)
+            run.record_plan(plan, axes, after)
+            notes += job.repair(after, plan, dense)
         if job.inputs.memory:
             record.update(memory=record_peak(job.inputs.memory))
-        return PruneResult(plan, network.loaded, recorder.finish(record, clock.seconds) if cuts else None, notes)
+        if cuts:
+            run.finish()
+        return PruneResult(plan, network.loaded, notes)
 
 
 def prepare(
-    settings: Settings,
-    inputs: Callable[[Clock], PruneInputs],
-    recorder: Recorder,
-    ranks: ProcessRank,
-    clock: Clock,
-    *,
-    shared: SharedWork,
-    progress: Progress = silent,
+    settings: Settings, inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, shared: SharedWork
 ) -> "PruneJob":
-    """Open the network and the data, and find all mistakes in them and in the settings; arguments as :func:`carry_out`.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Open the network and the data, and find all mistakes in them and in the settings."""
     check_settings(settings)
-    method = pruning.build_pruner(settings.method, seeded_settings(settings))
-    check_recovery(settings.recover, settings.sources)
-    check_reconstruction(settings, several=ranks.several)
+    method = pruner_of(settings)
+    check_reconstruction(settings, several=run.ranks.several)
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": record_defaults(settings)}
-    recorded = recorder.check(identity)
+    recorded = run.recorder.check(identity)
     reset_peak()
-    opened = inputs(clock)
-    model, text = opened.network.loaded.model, opened.network.loaded.tokenizer is not None
+    opened = inputs(run)
+    model, budget = opened.network.loaded.model, replace(budget_of(settings), timing=opened.timing)
     check_precision(model, settings.precision)
-    check_amount(settings, opened.data, opened.read, text=text)
+    job = PruneJob(settings, identity, method, budget, opened, shared, run)
+    job.check_data()
     axes = with_modules(method, model, opened.axes)
-    check_same_inputs(ranks, [opened.network.identity], opened.data)
-    budget = replace(budget_of(settings), timing=opened.timing)
-    with clock.stage("time"):
-        budget = pruning.with_timing(model, axes, budget, known=recorded.get("timing"), progress=progress)
-    pruning.check_pruning(method, axes, budget, opened.data.calibration)
+    check_same_inputs(run.ranks, [opened.network.identity], opened.data)
+    with run.stage("time"):
+        budget = with_timing(model, axes, budget, known=recorded.get("timing"), progress=run.progress)
+    check_pruning(method, axes, budget, opened.data.calibration)
     check_objective(method, (), opened.objective)
-    return PruneJob(settings, identity, method, budget, opened, axes, shared, opened.data)
+    return replace(job, budget=budget, inputs=replace(opened, axes=axes))
+
+
+def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
+    """Raise ValueError unless the reconstruction of a run, of ``several`` processes, can be done."""
+    if settings.reconstruct:
+        fit = complete_reconstruction(settings.reconstruct_settings, settings.sources)
+        find_method(MethodKind.RECOVERY, RECONSTRUCTION).made(RECONSTRUCTION, fit)
+        if several:
+            raise InputError("--reconstruct runs in one process; leave out --reconstruct, or start without torchrun")
 
 
 @dataclass(frozen=True)
@@ -194,225 +134,170 @@ class PruneJob:
     method: Pruner
     budget: Budget
     inputs: PruneInputs
-    axes: AxisGraph
     shared: SharedWork
-    data: SourceHalves
+    run: ActiveRun
 
-    def generate(self, run: ActiveRun) -> SourceHalves:
-        """Return the data with the text that the network generates, if that is a source."""
-        if not self.data.pending:
-            return self.data
-        with run.clock.stage("generate"):
-            data = fill_generated(
-                self.data,
-                source_specs(self.settings),
-                self.inputs.network.loaded,
-                count_generated(self.settings),
-                run.record.path if run.record.kept else None,
-                known=() if self.shared.generated is None else (self.shared.generated,),
-                progress=run.progress,
-                ranks=run.ranks,
-            )
-        self.shared.generated = data.generated
-        return data
+    def check_data(self) -> None:
+        """Raise InputError if there is too little data to reconstruct on."""
+        settings, calibration = self.settings, self.inputs.data.calibration
+        if not settings.reconstruct:
+            return
+        if not calibration:
+            raise InputError("reconstruct fits on data, and there are none; give --source news, or data= in Python")
+        left_out = complete_reconstruction(settings.reconstruct_settings, ())["choose_on"] == "left_out_source"
+        if left_out and len(calibration) > 1:
+            return  # the ridge is not chosen on a held-out part of each source
+        for source in self._fitted_sources():
+            if len(source) < 2:
+                raise InputError(
+                    f"source {source.name!r} has {len(source)} batches, and reconstruct holds one out; give more data "
+                    "(a larger --reconstruct-tokens), or a second source"
+                )
 
-    def measure(self, run: ActiveRun, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
+    def with_generated(self) -> "PruneJob":
+        """Return the job with the text that the network generates, if that is a source."""
+        inputs, shared = self.inputs, self.shared
+        known, n = () if shared.generated is None else (shared.generated,), count_generated(self.settings)
+        data = complete_data(self.run, inputs.data, inputs.specs, inputs.network.loaded, n, known=known)
+        shared.generated = data.generated
+        return replace(self, inputs=replace(inputs, data=data))
+
+    def measure(self, axes: AxisGraph, name: str) -> Perplexities:
         """Measure and log the network in its present state, under a name."""
-        network = self.inputs.network
-        ranks = network.evaluators(run.ranks)
+        inputs, network = self.inputs, self.inputs.network
+        ranks = network.evaluators(self.run.ranks)
         if ranks is None:
             return {}
-        with run.clock.stage("evaluate"):
-            return measuring.measure_run(
-                run.record,
-                network.loaded,
-                axes,
-                self.data,
-                name,
-                run.progress,
-                precision=self.settings.precision,
-                objective=self.inputs.objective,
-                lenient=self.inputs.lenient,
-                network=network.visits,
-                ranks=ranks,
-                known=self.shared.dense if name == "dense" else None,
-            )
+        data = EvaluationData(inputs.data, inputs.objective, self.settings.precision, inputs.lenient)
+        known = self.shared.dense if name == "dense" else None
+        with self.run.stage("evaluate"):
+            run = replace(self.run, ranks=ranks)
+            return measure_run(run, network.loaded, axes, data, name, network=network.visits, known=known)
 
-    def plan(self, run: ActiveRun) -> tuple[Plan, tuple[str, ...]]:
+    def plan(self) -> tuple[Plan, tuple[str, ...]]:
         """Calibrate, choose the units that stay on rank 0, and return the plan and notes on the data."""
-        network, settings, axes = self.inputs.network, self.settings, self.axes
-        forward = partial(autocasting, network.loaded.model, settings.precision)
-        with run.clock.stage("calibrate"), torch.enable_grad(), forward():
-            evidence, key = calibrate(
-                run,
-                network,
-                axes,
-                self.method,
-                self.data.calibration,
-                units=self.budget.units(axes),
-                batch_size=settings.batch_size,
-                objective=self.inputs.objective,
-                shared=self.shared,
-            )
+        run, inputs, settings, shared = self.run, self.inputs, self.settings, self.shared
+        model, axes, record = inputs.network.loaded.model, inputs.axes, run.record
+        forward = partial(autocasting, model, settings.precision)
+        with run.stage("calibrate"), torch.enable_grad(), forward():
+            units = self.budget.units(axes)
+            evidence, key = calibrate(run, inputs, self.method, units, settings.batch_size, shared)
         if not run.ranks.leads:
             return Plan.from_json(broadcast_record(run.ranks)), ()
-        weights = self.shared.columns.over(network.parameters())
-        with run.clock.stage("plan"), torch.enable_grad():
+        weights = shared.columns.over(inputs.network.parameters())
+        checkpoint = record.path / "statistics" / "learned.safetensors" if record.kept else None
+        with run.stage("plan"), torch.enable_grad():
+            if checkpoint:
+                open_checkpoint(checkpoint, key, FORMAT)
             with forward():
                 cut = plan_cut(
                     self.method,
-                    network.loaded.model,
+                    model,
                     axes,
                     self.budget,
                     evidence,
                     weights=weights,
-                    checkpoint=open_journal(run.record, key),
+                    checkpoint=checkpoint,
                     header=lambda: {"key": key},
                     progress=run.progress,
-                    visits=network.visits,
-                    objective=self.inputs.objective,
+                    visits=inputs.network.visits,
+                    objective=inputs.objective,
                 )
             if cut.plan.notes:
-                run.record.update(notes=[*network.loaded.notes, *cut.plan.notes])
-            if run.record.kept:
-                write_scores(run.record, weights, axes, cut.plan, cut.scores, evidence)
-            if cut.findings:
-                run.record.write_findings(settings.method, cut.findings)
+                record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
+            if isinstance(record, RunFolder):
+                write_scores(record, weights, axes, cut.plan, cut.scores, evidence)
+                if cut.findings:
+                    record.write_findings(settings.method, cut.findings)
         broadcast_record(run.ranks, cut.plan.to_json())
         return cut.plan, evidence.notes
 
-    def repair(
-        self, run: ActiveRun, after: AxisGraph, plan: Plan, dense: Mapping[str, evaluation.Perplexity]
-    ) -> tuple[str, ...]:
+    def repair(self, after: AxisGraph, plan: Plan, dense: Perplexities) -> tuple[str, ...]:
         """Repair the cut network as the settings say, save and measure it; return what a user must know."""
-        settings, network, record, clock = self.settings, self.inputs.network, run.record, run.clock
-        fitted: Mapping[str, evaluation.Perplexity] = {}
+        run, settings, network, record = self.run, self.settings, self.inputs.network, self.run.record
+        axes, model = self.inputs.axes, network.loaded.model
+        fitted: Perplexities = {}
         if settings.reconstruct:
-            fitted = self.measure(run, after, "cut")
-            text = network.loaded.tokenizer is not None
-            with clock.stage("reconstruct"):
-                sources = choose_sources(settings, self.data, self.inputs.read, text=text)
-                network.reconstruct(run, self.axes, plan, sources, settings.reconstruct_settings)
-        note = self._tune(run, plan)
+            fitted = self.measure(after, "cut")
+            with run.stage("reconstruct"):
+                network.reconstruct(run, axes, plan, self._fitted_sources(), settings.reconstruct_settings)
+        notes = self._tune(plan)
         if record.kept:
-            with clock.stage("save"):
+            with run.stage("save"):
                 network.save(record)
-        pruned = self.measure(run, after, "pruned")
-        measuring.log_budget(record, network.loaded.model, self.axes, after, self.budget)
-        measuring.log_pairs(record, dense, pruned, fitted)
-        if note:
-            record.update(notes=[*record.run().get("notes", ()), note])
-        if settings.recover:
-            with clock.stage("recover"):
-                if run.ranks.leads:
-                    self._recover(run, plan)
-                broadcast_recovered(run.ranks, network.loaded.model)
-            log_differences(record, self.measure(run, after, "recovered"))
+        pruned = self.measure(after, "pruned")
+        log_budget(record, model, axes, after, self.budget)
+        log_pairs(record, fitted, pruned, {"of": ["cut", "pruned"]})
+        log_pairs(record, dense, pruned)
+        if notes:
+            record.update(notes=[*record.run().get("notes", ()), *notes])
+        return notes
+
+    def _tune(self, plan: Plan) -> tuple[str, ...]:
+        """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
+        settings, loaded, calibration = self.settings, self.inputs.network.loaded, self.inputs.data.calibration
+        trains = settings.finetune and loaded.tokenizer is None
+        if not trains and not tune.find_running(loaded.model):
+            return ()
+        with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
+            for source in calibration if trains else ():
+                tune.finetune(
+                    loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=self.run.progress
+                )
+            note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
 
-    def _tune(self, run: ActiveRun, plan: Plan) -> str:
-        """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
-        settings, model, text = self.settings, self.inputs.network.loaded.model, self.inputs.network.loaded.tokenizer
-        trains = settings.finetune and text is None
-        if not trains and not tune.find_running(model):
-            return ""
-        with run.clock.stage("tune"), autocasting(model, settings.precision):
-            for source in self.data.calibration if trains else ():
-                tune.finetune(model, source, epochs=settings.finetune, seed=settings.seed, progress=run.progress)
-            return tune.recalibrate_changed(model, plan, self.data.calibration)
-
-    def _recover(self, run: ActiveRun, plan: Plan) -> None:
-        """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
-        settings, loaded, record = self.settings, self.inputs.network.loaded, run.record
-        assert self.inputs.load_dense is not None
-        dense, texts = self.inputs.load_dense(), self.inputs.read(settings.recover_tokens, self.data.generated)
-        check_same_files(loaded, dense)
-        task = RecoveryTask(loaded.model, dense.model, self.axes, plan, texts, settings.seed, progress=run.progress)
-        recover(record, task, settings.recover, origin=dense.origin.record(), precision=settings.precision)
-        self.inputs.network.save(record)
+    def _fitted_sources(self) -> Sequence[Source]:
+        """Return the data that layers are fitted on; data without names are all."""
+        data, loaded = self.inputs.data, self.inputs.network.loaded
+        tokens = count_tokens(self.settings, loaded.tokenizer is not None)
+        if self.inputs.specs is None or tokens == count_calibration(self.settings):
+            return data.calibration
+        return read_sources(source_specs(self.settings, tokens), loaded, data.generated).calibration
 
 
-def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, clock: Clock) -> PruneInputs:
-    """Open the network and the data that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called. A network that does not fit into its memory is read one block at a time,
-            with the same result.
-        shared: What earlier runs of this process have opened.
-        clock: Times the stages ``load`` and ``trace``.
-
-    Raises:
-        ValueError: If the model or a source is not usable; says which, and the remedy.
-    """
-    spec, streamed = model_spec(settings), None
-    load = partial(load_model, spec, invocation.progress, invocation.code)
-    check_same_settings(invocation.ranks, settings, invocation.memory)
-    with clock.stage("load"):
+def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, run: ActiveRun) -> PruneInputs:
+    """Open the network and the data that settings name; a network that is too large is read one block at a time."""
+    check_same_settings(run.ranks, settings, invocation.memory)
+    network: WholeNetwork | StreamedRun | None = None
+    axes = shared.axes
+    with run.stage("load"):
         if invocation.memory:
-            streamed, shared.memory = open_streamed(settings, invocation, shared)
-        network = streamed or WholeNetwork(load())
-        loaded = network.loaded
+            opened, shared.memory = open_to_prune(settings, invocation, shared.memory)
+            if shared.memory.streams:
+                network, axes = StreamedRun(opened, shared.memory), opened.axes
+        network = network or WholeNetwork(load_model(model_spec(settings), invocation.progress, invocation.code))
+        loaded, specs = network.loaded, source_specs(settings)
         check_precision(loaded.model, settings.precision)
-        data = read_sources(source_specs(settings), loaded)
-    with clock.stage("trace"):
-        axes = streamed.opened.axes if streamed else shared.trace(loaded)
-    return PruneInputs(
-        network,
-        axes,
-        data,
-        lambda tokens, generated: read_sources(source_specs(settings, tokens), loaded, generated).calibration,
-        load,
-        describe=partial(describe_sources, source_specs(settings)),
-        memory=shared.memory,
-    )
+        data = read_sources(specs, loaded)
+    with run.stage("trace"):
+        if axes is None:
+            axes = trace_loaded(loaded)
+    if isinstance(network, WholeNetwork):
+        shared.axes = axes
+    return PruneInputs(network, axes, data, specs, memory=shared.memory)
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:
-    """Return the plan that a pruning run would make, and record nothing.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-    """
+    """Return the plan that a pruning run would make, and record nothing."""
     inputs = partial(open_named, settings, invocation, SharedWork())
-    return carry_out(settings, inputs, NoRecorder(), progress=invocation.progress, cuts=False).plan
+    return carry_out(settings, inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
 
 
 def check_plans(plans: Mapping[str, Settings], invocation: Invocation, shared: SharedWork) -> None:
-    """Raise an error that names the plan unless all plans of one calibration can be made; nothing is recorded.
-
-    Args:
-        plans: Name of the plan → the settings of its run.
-        invocation: How the command was called.
-        shared: As for :func:`carry_out`.
-
-    Raises:
-        InputError: If a setting, or something that it names, is not usable.
-        ResourceError: If the memory of this machine, or that of the run, is too little.
-    """
+    """Raise an error that names the plan unless all plans of one calibration can be made; nothing is recorded."""
     for name, settings in plans.items():
         inputs = partial(open_named, settings, invocation, shared)
         try:
-            prepare(settings, inputs, NoRecorder(), invocation.ranks, Clock(None), shared=shared)
+            prepare(settings, inputs, ActiveRun(ranks=invocation.ranks), shared)
         except ValueError as error:
             kind = ResourceError if isinstance(error, ResourceError) else InputError
             raise kind(f"{name}: {error}") from error
 
 
 def run(settings: Settings, invocation: Invocation, shared: SharedWork | None = None) -> RunFolder:
-    """Prune the model that settings name, as ``regrow prune`` does, and return the folder.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        shared: As for :func:`carry_out`.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Prune the model that settings name, as ``regrow prune`` does, and return the folder."""
     shared = shared or SharedWork()
-    recorder = invocation.recorder(settings, settings.model, undo=settings.undo)
     inputs = partial(open_named, settings, invocation, shared)
-    carry_out(settings, inputs, recorder, invocation.ranks, shared=shared, progress=invocation.progress)
+    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo), shared=shared)
     return RunFolder(Path(invocation.out))

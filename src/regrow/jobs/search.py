@@ -15,16 +15,14 @@ from regrow.core.amounts import parse_bytes, short
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import Staged, fold_scales
 from regrow.core.plan import Plan
-from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
 from regrow.core.tables import Table, format_html, format_text
 from regrow.core.tasks import first_examples, input_shape
-from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import Parallel
 from regrow.evaluation import dense, fastest_pass
 from regrow.evaluation.continual import mean_score
-from regrow.jobs.recording import ActiveRun, Clock, Invocation, Record, Recorder, RunStart, read_history
-from regrow.jobs.same_inputs import check_same_settings, check_same_tasks
+from regrow.jobs.inputs import check_same_settings, check_same_tasks
+from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_history
 from regrow.jobs.search_inputs import (
     Parts,
     SearchInputs,
@@ -68,21 +66,7 @@ FOLDER = "front"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The network that a search found.
-
-    Args:
-        model: The network, without any part of the method: the one that was given, changed in place.
-        axes: Its axes.
-        plans: Every change of shape, in order.
-        measure: What the target counts: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        target: The largest allowed size.
-        before: The size before the search.
-        size: The size now.
-        saved: ``operations``, ``filters`` and ``weights`` → how much of the size each of them saved.
-        metric: The name of the score, such as ``accuracy``.
-        score: The score on the validation data; higher is better.
-        rows: One row per epoch: validation score (``accuracy``), size, allowed size, kept fractions.
-    """
+    """The network that a search found."""
 
     model: nn.Module
     axes: AxisGraph
@@ -91,9 +75,9 @@ class SearchResult:
     target: float
     before: float
     size: float
-    saved: Mapping[str, float]
+    saved: Mapping[str, float]  # `operations`, `filters` and `weights` → how much of the size each of them saved
     metric: str
-    score: float
+    score: float  # the score on the validation data; higher is better
     rows: tuple[Mapping[str, Any], ...]
 
     def __str__(self) -> str:
@@ -140,7 +124,7 @@ class SearchRecord:
         for i in range(self.events, len(now.events)):
             self.record.log("commit", number=i, **now.events[i])
         for kind, row in self.rows[self.written :]:
-            self.record.log(kind, **row)
+            self.record.log(kind, row)
         self.plans, self.events, self.written = len(now.plans), len(now.events), len(self.rows)
         stages = [*self.watch.rows.values()]
         for i, stage in enumerate(stages[: len(stages) - unfinished]):
@@ -149,73 +133,68 @@ class SearchRecord:
 
 def carry_out(
     settings: Settings,
-    inputs: Callable[[Clock], SearchInputs],
-    recorder: Recorder,
-    ranks: ProcessRank = SINGLE,
+    inputs: Callable[[ActiveRun], SearchInputs],
+    run: ActiveRun,
     *,
     checkpoint: Path | None = None,
-    progress: Progress = silent,
 ) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record it.
 
-    Args:
-        settings: The settings of the run.
-        inputs: Opens the network and the data.
-        recorder: Where the run is recorded, and resumed if it was interrupted: rank 0 has a folder, or nothing is kept.
-        ranks: The processes that train together; all of them call this with the same settings.
-        checkpoint: A file to resume from, for a run without a folder.
-        progress: Called with (steps done, steps in all, what is being done).
-
-    Raises:
-        ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
+    An interrupted run is resumed, from ``checkpoint`` if it has no folder. All processes of the run call this, and
+    train together.
     """
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
-    recorded, clock = recorder.check(identity), Clock(None)
-    opened = inputs(clock)
+    recorded = run.recorder.check(identity)
+    opened = inputs(run)
     parts = opened.parts
-    batch, table = measure_times(settings, opened, recorded.get("latency"), ranks)
-    check_same_tasks(ranks, opened.model, (parts.search, parts.whole))
+    batch, table = measure_times(settings, opened, recorded.get("latency"), run.ranks)
+    check_same_tasks(run.ranks, opened.model, (parts.search, parts.whole))
     search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
-    context = Context(opened.model, opened.axes, parts.search, epochs=settings.epochs, seed=settings.seed)
-    context = replace(context, undo=UndoStore(), objective=parts.objective)
+    context = Context(
+        opened.model,
+        opened.axes,
+        parts.search,
+        epochs=settings.epochs,
+        seed=settings.seed,
+        undo=UndoStore(),
+        objective=parts.objective,
+    )
     search.check(context)
     taken = {name: value for name, value in search.settings.items() if name not in {*settings.method_settings, *GIVEN}}
-    with recorder.begin(RunStart({**identity, "defaults": taken}, opened.start, call=opened.call)) as record:
-        clock.folder = record
+    with run.begin(RunStart({**identity, "defaults": taken}, opened.start, call=opened.call)) as record:
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
         before = measure_whole(search.space, (), context)
-        with clock.stage("search"):
-            active = ActiveRun(record, ranks, clock, progress)
-            fitted, log = _search(settings, opened, search, context, active, checkpoint)
-            found, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
-            measure_statistics(found, context, settings.batch_size)
+        with run.stage("search"):
+            fitted, log = _search(settings, opened, search, context, run, checkpoint)
+            model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
+            measure_statistics(model, context, settings.batch_size)
         example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
-        with clock.stage("evaluate"):
-            score = mean_score(found, parts.search.test, parts.objective) if ranks.leads else nan
+        with run.stage("evaluate"):
+            score = mean_score(model, parts.search.test, parts.objective) if run.ranks.leads else nan
             if record.kept:
-                _write_network(found, record.path / "found", origin, opened)
+                _write_network(model, record.path / "found", origin, opened)
                 if 0 <= score <= 1:
-                    record.log("found", accuracy=score, **dense(found, example))
+                    record.log("found", accuracy=score, **dense(model, example))
                 else:  # such as a negative loss
-                    record.log("result", metric=parts.objective.metric, score=score, **dense(found, example))
+                    record.log("result", metric=parts.objective.metric, score=score, **dense(model, example))
         if settings.retrain:
             inherit = settings.inherit or opened.start is not None
-            with clock.stage("retrain"):
-                found = retrain(record, replace(settings, inherit=inherit), parts, found, progress, ranks)
-        with clock.stage("evaluate"):
+            with run.stage("retrain"):
+                model = retrain(run, replace(settings, inherit=inherit), parts, model)
+        with run.stage("evaluate"):
             if record.kept:
-                _write_network(found, record.path, origin, opened)
+                _write_network(model, record.path, origin, opened)
                 if table and batch:
-                    record.log("latency", whole=table.total, found=fastest_pass(found, batch) / 1e6)
-                if parts.test is not None and 0 <= (accuracy := mean_score(found, parts.test, parts.objective)) <= 1:
-                    record.log("test", accuracy=accuracy, images=len(parts.test), **dense(found, example))
-        recorder.finish(record, clock.seconds)
+                    record.log("latency", whole=table.total, found=fastest_pass(model, batch) / 1e6)
+                if parts.test is not None and 0 <= (accuracy := mean_score(model, parts.test, parts.objective)) <= 1:
+                    record.log("test", accuracy=accuracy, images=len(parts.test), **dense(model, example))
+        run.finish()
         (levels,), space = log.of("levels"), search.space
         return SearchResult(
-            found,
+            model,
             fitted.axes,
             fitted.state.plans,
             str(space.measure),
@@ -233,12 +212,11 @@ def _search(
     settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun, checkpoint: Path | None
 ) -> tuple[Fitted[SearchState], SearchRecord]:
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
-    record, undo, history = run.record, context.undo, None
+    record, undo = run.record, context.undo
     file = checkpoint or record.path / STATISTICS / CHECKPOINT
     if record.kept:
         file.parent.mkdir(exist_ok=True)
-    if file.is_file():
-        history = read_history(record, "commit") if isinstance(record, RunFolder) else History()
+    history = read_history(record, "commit") if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, context.model, context.axes, search.learner.state, undo)
     if isinstance(record, RunFolder):
         record.own_ledger.truncate(len(state.plans))
@@ -305,10 +283,14 @@ def _write_passed(
     net, origin = extract_network(fitted.model, inputs.origin, in_place=inputs.in_place)
     measure_statistics(net, context, inputs.schedule.batch_size)
     _write_network(net, folder.path / FOLDER / f"{epoch:04d}", origin, inputs)
-    accuracy = mean_score(net, context.task.test, context.objective)
-    counts = {"parameters": sum(p.numel() for p in net.parameters())}
-    counts["nonzero"] = sum(int(p.count_nonzero()) for p in net.parameters())
-    folder.log("front", epoch=epoch, size=sizes[-1], accuracy=accuracy, **counts)
+    folder.log(
+        "front",
+        epoch=epoch,
+        size=sizes[-1],
+        accuracy=mean_score(net, context.task.test, context.objective),
+        parameters=sum(p.numel() for p in net.parameters()),
+        nonzero=sum(int(p.count_nonzero()) for p in net.parameters()),
+    )
 
 
 def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: SearchInputs) -> None:
@@ -317,24 +299,9 @@ def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: Searc
     store.write_model(replace(start, model=model, origin=origin) if start else model, folder, origin=origin)
 
 
-def retrain(
-    record: Record,
-    settings: Settings,
-    parts: Parts,
-    searched: nn.Module,
-    progress: Progress = silent,
-    ranks: ProcessRank = SINGLE,
-) -> nn.Module:
-    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
-
-    Args:
-        record: The run, for the checkpoint.
-        settings: The settings of the search.
-        parts: The data.
-        searched: The found network; it is not changed.
-        progress: Called with (steps done, steps in all, what is being done).
-        ranks: The processes that train together; all of them call this.
-    """
+def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Module) -> nn.Module:
+    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0."""
+    record = run.record
     model, schedule = clone_model(searched), make_schedule(settings, parts.objective, settings.retrain, "cosine")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -342,7 +309,7 @@ def retrain(
             reset = getattr(module, "reset_parameters", None)
             if not settings.inherit and callable(reset):
                 reset()
-    axes = trace_examples(model, parts.whole, parts.kwargs)
+    axes = trace_examples(model, parts.whole, parts)
     context = Context(model, axes, parts.whole, objective=parts.objective)
     learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
     file = record.path / STATISTICS / RETRAINING
@@ -353,7 +320,7 @@ def retrain(
             write_checkpoint(file, there.model, now)
 
     history = History() if file.is_file() else None
-    model, axes, state = read_start(ranks, history, file, model, axes, learner.state)
+    model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
     fitted = learn(
         model,
         axes,
@@ -362,29 +329,19 @@ def retrain(
         schedule,
         state=state,
         checkpoint=write,
-        progress=progress,
-        parallel=Parallel(ranks, by_rows=True),
+        progress=run.progress,
+        parallel=Parallel(run.ranks, by_rows=True),
     )
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
     fold_scales(fitted.model)
     return fitted.model.eval()
 
 
-def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> SearchInputs:
-    """Open the network and the data that settings name.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-        clock: Times the stages ``load`` and ``trace``.
-
-    Raises:
-        ValueError: If the network, the data or a setting of the training after the search are not usable.
-        ResourceError: If this machine does not have the device.
-    """
-    with clock.stage("load"):
+def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> SearchInputs:
+    """Open the network and the data that settings name."""
+    with run.stage("load"):
         start = find_start(settings.space, settings.data, settings.input, invocation)
-        device = choose_device(settings.device, invocation.ranks)
+        device = choose_device(settings.device, run.ranks)
         _check_retraining(settings, start)
         parts = read_parts(settings, start)
         if settings.cutout and settings.cutout >= (side := min(input_shape(parts.whole.train)[1:])):
@@ -393,8 +350,8 @@ def open_named(settings: Settings, invocation: Invocation, clock: Clock) -> Sear
             )
         model, origin, stages = build_space(settings, parts.search, start)
         model.to(device)
-    with clock.stage("trace"):
-        axes = trace_examples(model, parts.search, parts.kwargs)
+    with run.stage("trace"):
+        axes = trace_examples(model, parts.search, parts)
     schedule = make_schedule(settings, parts.objective, settings.epochs)
     return SearchInputs(model, origin, axes, parts, schedule, start, stages)
 
@@ -409,18 +366,9 @@ def _check_retraining(settings: Settings, start: Loaded | None) -> None:
 
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Search the space that settings name, as ``regrow search`` does, and return the folder.
-
-    Args:
-        settings: The settings of the run.
-        invocation: How the command was called.
-
-    Raises:
-        ValueError: As :func:`carry_out`.
-    """
+    """Search the space that settings name, as ``regrow search`` does, and return the folder."""
     check_settings(settings)
     check_same_settings(invocation.ranks, settings)
-    recorder = invocation.recorder(settings, settings.space, undo=settings.undo)
-    inputs = partial(open_named, settings, invocation)
-    carry_out(settings, inputs, recorder, invocation.ranks, progress=invocation.progress)
+    run = invocation.start(settings, settings.space, undo=settings.undo)
+    carry_out(settings, partial(open_named, settings, invocation), run)
     return RunFolder(Path(invocation.out))

@@ -44,47 +44,26 @@ WINDOWS = 4
 
 @dataclass(frozen=True)
 class Parts:
-    """The data of a search, split by purpose.
-
-    Args:
-        search: Training and validation examples of the search.
-        whole: Both together, for retraining; the validation examples are also its test examples, which are only
-            reported.
-        test: Test examples, evaluated once at the end; ``None``: there are none.
-        kwargs: Further keyword arguments with which the network is traced.
-        objective: What the network is trained for.
-    """
+    """The data of a search, split by purpose."""
 
     search: Task
+    # Both together, for retraining; the validation examples are also its test examples, which are only reported
     whole: Task
-    test: ExampleSet | None
+    test: ExampleSet | None  # test examples, evaluated once at the end; `None`: there are none
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     objective: Objective = CLASSIFICATION
 
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What a run searches, and on which data.
-
-    Args:
-        model: The network: a whole search space.
-        origin: The record of how it was built.
-        axes: Its axes.
-        parts: The data.
-        schedule: How the search is trained.
-        start: The network as it was loaded, if it has weights that are searched; ``None``: it is new.
-        stages: The stages of the search, if a memory budget sets them.
-        in_place: Whether the network stays the same object: one of a built-in space is not built again at the end, and
-            a method changes no images unless its settings say so.
-        generators: The random generators of the loaders that are given.
-        call: What the result depends on besides settings, for a call from Python.
-    """
+    """What a run searches, and on which data."""
 
     model: nn.Module
     origin: Origin
     axes: AxisGraph
     parts: Parts
     schedule: TaskSchedule
+    # The network as it was loaded, if it has weights that are searched; `None`: it is new
     start: Loaded | None = None
     stages: MemoryStages | None = None
     in_place: bool = False
@@ -98,15 +77,7 @@ def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: 
 
 
 def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
-    """Return the data of a search, split into training, validation and test examples.
-
-    Args:
-        settings: The settings of the run.
-        start: The network with its weights that is searched, if it is not a new one.
-
-    Raises:
-        SourceError: If the data are missing.
-    """
+    """Return the data of a search, split into training, validation and test examples."""
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
     specs = replace(specs, normalised=names_code(settings.space)).fit(start, settings.seq_len)
     base, text = read_tasks(specs)[0], specs.tokenizer is not None
@@ -128,23 +99,13 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     )
 
 
-def trace_examples(model: nn.Module, task: Task, kwargs: Mapping[str, Any]) -> AxisGraph:
-    """Return the axes of a network, traced with two training examples and further keyword arguments."""
-    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **kwargs)
+def trace_examples(model: nn.Module, task: Task, parts: Parts) -> AxisGraph:
+    """Return the axes of a network, traced with two training examples of a task among the data."""
+    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **parts.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
-    """Return a target as a measure and a number.
-
-    Args:
-        text: ``params=0.5M``, ``nonzero=50k``, ``macs=3M``, ``bytes=200k``, ``ms=20``; a fraction of the whole space's
-            cost, ``macs=20%``; or a fraction of its parameters, ``0.2``.
-        axes: The axes of the whole space.
-        table: The measured latencies of the whole space, for a target in ms.
-
-    Raises:
-        ValueError: If it is none of these, or more than the whole space has.
-    """
+    """Return a target as a measure and a number."""
     target = parse_search_target(text)
     measure = target.measure
     if measure == Measure.TIME and table is None:
@@ -158,7 +119,9 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
     return measure, number
 
 
-def make_search(settings: Settings, measure: Measure, known: Mapping[str, object], **inputs: object) -> Search:
+def make_search(
+    settings: Settings, measure: Measure, known: Mapping[str, object], prices: Prices | None = None
+) -> Search:
     """Return the search method of a run, with those settings that it has and that follow from its network.
 
     Zeroed weights count as removed under ``nonzero`` only, so the method does not search them for another measure.
@@ -166,7 +129,11 @@ def make_search(settings: Settings, measure: Measure, known: Mapping[str, object
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     known = select_known(entry, {"measure": str(measure), "levels": levels, **known})
-    search: Search = entry.made(settings.method, known | dict(settings.method_settings), **inputs)
+    search: Search = entry.made(
+        settings.method,
+        known | dict(settings.method_settings),
+        **({} if prices is None else {"prices": prices}),
+    )
     return search
 
 
@@ -179,20 +146,7 @@ def build_search(
     *,
     augments: bool = True,
 ) -> Search:
-    """Return the search method of a run, with the target, granularities and stages that follow from its network.
-
-    Args:
-        settings: The settings of the run.
-        model: The whole space as a network.
-        axes: The axes of the space.
-        plan: The stages, if a memory budget sets them.
-        table: The measured latencies, for a target in ms.
-        augments: Whether a method that can shift and mirror images does so unless its settings say otherwise.
-
-    Raises:
-        ValueError: If there is no such method, a setting of it is wrong, the target cannot be met, or it does not
-            search in the planned stages.
-    """
+    """Return the search method of a run, with the target, granularities and stages that follow from its network."""
     measure, most = parse_target(settings.target, axes, table)
     stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
     known: dict[str, object] = {"target": most, "seed": settings.seed, "stages": stages}
@@ -203,13 +157,12 @@ def build_search(
         known["levels"] = ("operations",)
     elif measure == Measure.TIME:  # a narrow layer may take longer than a wide one
         known["levels"] = ("operations",) if candidates else ("filters",)
-    inputs: dict[str, Prices] = {}
+    prices = None
     if table:
         prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
         if most <= prices.rest:
             raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
-        inputs["prices"] = prices
-    search = make_search(settings, measure, known, **inputs)
+    search = make_search(settings, measure, known, prices)
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     space = search.space
@@ -234,14 +187,7 @@ def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> N
 def measure_times(
     settings: Settings, inputs: SearchInputs, known: dict[str, Any] | None, ranks: ProcessRank
 ) -> tuple[Batch | None, Latency | None]:
-    """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time.
-
-    Args:
-        settings: The settings of the run.
-        inputs: What is searched.
-        known: The times that the interrupted run has recorded.
-        ranks: The processes of the run.
-    """
+    """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.parts.search.train, settings.batch_size)

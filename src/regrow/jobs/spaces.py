@@ -50,15 +50,9 @@ SpaceNetwork = Cells | Mobile | Bench201
 def build_space(
     settings: Settings, task: Task, start: Loaded | None = None
 ) -> tuple[nn.Module, Origin, MemoryStages | None]:
-    """Return a search space as a network with random weights, its origin, and its stages if a memory budget sets them.
+    """Return a search space as a network, its origin, and its stages if a memory budget sets them.
 
-    Args:
-        settings: The settings of the search.
-        task: The data of the search.
-        start: The network with its weights that is searched instead of a new one.
-
-    Raises:
-        ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
+    The network has random weights, or is the one that is searched instead of a new one (``start``).
     """
     space, stages, seed = settings.space, settings.stages, settings.seed
     if start:
@@ -81,8 +75,8 @@ def build_space(
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
     network, supernet, prefix, parts = STAGED[kind]
-    sizes = dict(zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False))
-    describe = partial(supernet, shape, classes, stride=settings.stride, **sizes)
+    sizes = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
+    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(sizes))
     whole, plan = describe(), None
     check_space_fits(whole, f"a search of {space}")
     count = len(whole[parts])
@@ -151,13 +145,7 @@ def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
 
 
 def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False) -> tuple[nn.Module, Origin]:
-    """Return what a search left of a space as a plain network with folded scales, and the record of how to build it.
-
-    Args:
-        model: The network, cut by plans; its scales are folded in place.
-        origin: The record of how the space was built.
-        in_place: Whether the network is returned as it is, with placeholders, even if it is of a built-in space.
-    """
+    """Return what a search left of a space as a plain network with folded scales, and the record of how to build it."""
     gone = find_placeholders(model).keys()
     fold_scales(model)
     config: Mapping[str, object]
@@ -224,28 +212,17 @@ def _add_masks(masked: Collection[str], plain: int, weights: int) -> int:
 
 @dataclass
 class MemoryWatch:
-    """Keeps each stage of a search within a memory budget, and measures steps of it with and without masks trained.
-
-    Args:
-        search: The method.
-        budget: The budget in bytes; 0: none, and nothing is measured.
-        size: Examples per step.
-        rows: Stage → its measured memory.
-        predictions: Stage that started in this process → its predicted peak, in bytes.
-    """
+    """Keeps each stage of a search within a memory budget, and measures steps of it with and without masks trained."""
 
     search: Search
-    budget: int
+    budget: int  # the budget in bytes; 0: none, and nothing is measured
     size: int
-    rows: dict[str, StageMemory] = field(default_factory=dict)
+    rows: dict[str, StageMemory] = field(default_factory=dict)  # stage → its measured memory
+    # Stage that started in this process → its predicted peak, in bytes
     predictions: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
-        """Return a context manager around a training step, which measures two steps per stage, with and without masks.
-
-        Raises:
-            MemoryBudgetError: If the stage needs more than the budget, even with recomputed parts.
-        """
+        """Return a context manager around a training step; of each stage, steps with and without masks are measured."""
         if not self.budget:
             return nullcontext()
         stage = state.stage

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,34 +28,27 @@ from regrow.nets.small import BUILDERS
 from regrow.store.errors import StoreError
 from regrow.training.continual import TaskSchedule
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 """The largest number of values in an example, and of classes, that a file may claim."""
 
 
 @dataclass(frozen=True)
 class TaskSpecs:
-    """The sequences of tasks of a run, and how much of their data is used.
-
-    Args:
-        sequences: ``permuted:DATA:N``, ``rotated:DATA:N``, ``split:DATA:N``, or ``DATA`` for a single task.
-        train: The number of training examples of each data set; 0: all.
-        test: The number of test examples; 0: all.
-        scenario: ``domain``, ``class`` or ``task``; split tasks are relabelled in the first.
-        seed: Seed of permutations and of the choice of examples.
-        shape: The shape ``[C, H, W]`` that images are converted to; empty: that of the first task's images.
-        normalised: Whether the network takes normalised images (``Origin.normalised_images``).
-        tokenizer: The tokenizer of a language model, whose tasks are text domains; ``None``: tasks are of images.
-        seq_len: Tokens per window of text.
-    """
+    """The sequences of tasks of a run, and how much of their data is used."""
 
     sequences: tuple[str, ...]
-    train: int = 0
-    test: int = 0
-    scenario: str = "domain"
+    train: int = 0  # the number of training examples of each data set; 0: all
+    test: int = 0  # the number of test examples; 0: all
+    scenario: str = "domain"  # `domain`, `class` or `task`; split tasks are relabelled in the first
     seed: int = 0
+    # The shape `[C, H, W]` that images are converted to; empty: that of the first task's images
     shape: tuple[int, ...] = ()
     normalised: bool = False
-    tokenizer: Any = None
+    # The tokenizer of a language model, whose tasks are text domains; `None`: tasks are of images
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     seq_len: int = 256
 
     def fit(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
@@ -68,18 +61,7 @@ class TaskSpecs:
 
 
 def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task] = ()) -> list[Task]:
-    """Return the tasks of a run, with their data; all images get the shape that the network, or the first task, has.
-
-    Args:
-        specs: The sequences, and how much of their data.
-        recorded: The record of each sequence's tasks in ``run.json``, which replaces data that are missing; ``None``:
-            all data must be there.
-        before: Tasks that come before these.
-
-    Raises:
-        SourceError: If a sequence is misspelled, or its data are missing.
-        StoreError: If the record of a sequence is invalid.
-    """
+    """Return the tasks of a run, with their data; all images get the shape that the network, or the first task, has."""
     tasks = [*before]
     for i, spec in enumerate(specs.sequences):
         try:
@@ -166,18 +148,7 @@ def is_new(model: str) -> bool:
 def load_start(
     model: str, sequences: tuple[str, ...], shape: str, invocation: Invocation, run: Path | None = None
 ) -> Loaded | None:
-    """Return the network that a run trains on, in float32; ``None`` if it is built anew.
-
-    Args:
-        model: The name of the network, or a run folder.
-        sequences: The names of its data, which may give the size of its images.
-        shape: The shape of its input, like ``1x3x32x32``; empty: from the model, or its data.
-        invocation: How the command was called.
-        run: The folder of a run that is resumed, whose copy of the network is read if there is one.
-
-    Raises:
-        ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
-    """
+    """Return the network that a run trains on, in float32; ``None`` if it is built anew."""
     code, progress = invocation.code, invocation.progress
     if is_new(model):
         check_code(model, False, code)
@@ -236,7 +207,5 @@ def select_known(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str
 
 def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
     """Return how a network is trained by the settings of a run that have the name of a field of the schedule."""
-    shared: Any = {
-        field.name: getattr(settings, field.name) for field in fields(TaskSchedule) if hasattr(settings, field.name)
-    }
-    return TaskSchedule(**shared, objective=objective)
+    names = [field.name for field in fields(TaskSchedule) if hasattr(settings, field.name)]
+    return TaskSchedule(**{name: getattr(settings, name) for name in names}, objective=objective)

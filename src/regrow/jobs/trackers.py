@@ -29,14 +29,6 @@ _LABELS = ("model", "source", "task")
 def check_tracker(name: str, out: str | Path = "") -> None:
     """Raise an error unless a tracker is known and installed; imports nothing.
 
-    Args:
-        name: The name of a tracker; empty: none.
-        out: The run folder.
-
-    Raises:
-        InputError: If there is no such tracker, or its files would lie in the run folder.
-        ResourceError: If its package is missing.
-
     >>> check_tracker("paper")
     Traceback (most recent call last):
     regrow.core.errors.InputError: track must be one of tensorboard, mlflow, wandb, got 'paper'
@@ -45,15 +37,12 @@ def check_tracker(name: str, out: str | Path = "") -> None:
         raise InputError(f"track must be one of {', '.join(TRACKERS)}, got {name!r:.40}")
     if name == "tensorboard" and Path(out).name == name:
         raise InputError(f"{out} is where the files of TensorBoard go; give the run folder another name")
-    if missing := [one for one in ("accelerate", name) if name and find_spec(one) is None]:
+    if missing := [package for package in ("accelerate", name) if name and find_spec(package) is None]:
         raise ResourceError(f"tracking by {name} needs {' and '.join(missing)}: pip install 'regrow[{name}]'")
 
 
 def scalars_of(row: Mapping[str, object]) -> dict[str, float]:
     """Return the numbers of a row of measurements by the name of their series.
-
-    Args:
-        row: The row; ``what`` is its kind.
 
     >>> scalars_of({"what": "size", "model": "dense", "bytes": 8, "dtype": "float32"})
     {'size/dense/bytes': 8}
@@ -63,7 +52,7 @@ def scalars_of(row: Mapping[str, object]) -> dict[str, float]:
     labels = [row["what"], *(row[name] for name in _LABELS if isinstance(row.get(name), str))]
     prefix = "/".join(re.sub(r"[^\w.-]", "_", str(label)) for label in labels)
     accuracy = row.get("accuracy")
-    several = {f"accuracy/{i}": one for i, one in enumerate(accuracy)} if isinstance(accuracy, list) else {}
+    several = {f"accuracy/{i}": value for i, value in enumerate(accuracy)} if isinstance(accuracy, list) else {}
     return {
         f"{prefix}/{name}": value
         for name, value in {**row, **several}.items()
@@ -78,14 +67,6 @@ def tracking(folder: "RunFolder", name: str) -> "Iterator[RunFolder]":
     TensorBoard's files are in ``tensorboard/`` beside the run folder; MLflow and Weights & Biases follow their own
     settings. The run has the name of its folder, and the number of a row among its kind is its step. A resumed run goes
     on in the tracker's run, whose id is in ``run.json``. A tracker that fails gets nothing more, after one warning.
-
-    Args:
-        folder: The run, begun; locked until the end of the block.
-        name: The name of the tracker; empty: none.
-
-    Raises:
-        InputError: As :func:`check_tracker`.
-        ResourceError: As :func:`check_tracker`, or if the tracker cannot start.
     """
     check_tracker(name, folder.out or folder.path)
     with folder:
@@ -135,21 +116,16 @@ def _process_state() -> Iterator[None]:
 
 
 def _start(folder: "RunFolder", name: str) -> "tuple[GeneralTracker, str]":
-    """Start a tracker, or go on with its run; return it and the id of its run, empty if it has none.
-
-    Raises:
-        ResourceError: If it cannot start.
-    """
+    """Start a tracker, or go on with its run; return it and the id of its run, empty if it has none."""
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
-    place, run = Path(folder.out or folder.path).resolve(), folder.run()
+    path, run = Path(folder.out or folder.path).resolve(), folder.run()
     known = run.get("trackers", {}).get(name)
-    resuming = {"id": known, "resume": "allow"} if known else {}
     builders: Mapping[str, Any] = {
-        "tensorboard": lambda: TensorBoardTracker(place.name, place.parent / "tensorboard"),
-        "mlflow": lambda: MLflowTracker(PROJECT, run_name=place.name, run_id=known),
-        "wandb": lambda: WandBTracker(PROJECT, name=place.name, **resuming),
+        "tensorboard": lambda: TensorBoardTracker(path.name, path.parent / "tensorboard"),
+        "mlflow": lambda: MLflowTracker(PROJECT, run_name=path.name, run_id=known),
+        "wandb": lambda: WandBTracker(PROJECT, name=path.name, **({"id": known, "resume": "allow"} if known else {})),
     }
     plain = {key: value for key, value in run["settings"].items() if isinstance(value, str | int | float)}
     tracker: GeneralTracker | None = None

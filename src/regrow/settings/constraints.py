@@ -26,17 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Range:
-    """The interval in which the value of a numeric setting must lie.
-
-    Args:
-        least: The lower bound.
-        most: The upper bound; infinite: there is none.
-        above: Whether ``least`` itself is excluded.
-        below: Whether ``most`` itself is excluded.
-    """
+    """The interval in which the value of a numeric setting must lie."""
 
     least: float
-    most: float = inf
+    most: float = inf  # the upper bound; infinite: there is none
     above: bool = False
     below: bool = False
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from regrow.core.amounts import parse_share
 from regrow.core.errors import InputError
@@ -31,42 +31,25 @@ SEED = Range(0, 2**63 - 1)
 
 @dataclass(frozen=True)
 class Setting:
-    """The command-line form of one setting: help text, option name, allowed values.
-
-    Args:
-        help: The text that ``--help`` shows.
-        option: The option's name; empty: the field's name with dashes (``--eval-tokens``). The option of a setting that
-            is on by default turns it off.
-        argument: Whether it is a positional argument instead of an option.
-        metavar: The placeholder for its value in ``--help``.
-        group: The heading of ``--help`` under which it is listed; empty: ``Options``.
-        range: The interval of allowed numbers.
-        choices: The allowed texts.
-        example: A value for error messages; empty: the default.
-        path: Whether its value names files, in which ``~`` is expanded.
-        source: Whether its value names sources of data, ``NAME`` or ``NAME=PATH``.
-        code: Whether its value may name the user's own code, ``pkg.mod:NAME``, which is never allowed in a file.
-        hidden: Whether it has no option: only ``run.json`` has it.
-        varied: Whether its option may be repeated, for one run with each value.
-        shown: Whether command lines that are printed state it even if it has its default.
-        one_of: The name of a group of settings of which exactly one must be given.
-    """
+    """The command-line form of one setting: help text, option name, allowed values."""
 
     help: str
+    # The option's name; empty: the field's name with dashes (`--eval-tokens`). The option of a setting that is on by
+    # default turns it off
     option: str = ""
     argument: bool = False
     metavar: str = ""
-    group: str = ""
+    group: str = ""  # the heading of `--help` under which it is listed; empty: `Options`
     range: Range | None = None
     choices: tuple[str, ...] = ()
-    example: str = ""
-    path: bool = False
-    source: bool = False
-    code: bool = False
-    hidden: bool = False
-    varied: bool = False
-    shown: bool = False
-    one_of: str = ""
+    example: str = ""  # a value for error messages; empty: the default
+    path: bool = False  # its value names files, in which `~` is expanded
+    source: bool = False  # its value names sources of data, `NAME` or `NAME=PATH`
+    code: bool = False  # its value may name the user's own code, `pkg.mod:NAME`, which no file may
+    hidden: bool = False  # it has no option: only `run.json` has it
+    varied: bool = False  # its option may be repeated, for one run with each value
+    shown: bool = False  # printed command lines state it even if it has its default
+    one_of: str = ""  # the name of a group of settings of which exactly one must be given
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ class Declared:
     """A field of a command's settings: its name, type, default (``MISSING`` if required) and command-line form."""
 
     name: str
-    hint: Any
+    hint: object
     default: Any
     setting: Setting
 
@@ -110,7 +93,7 @@ class Declared:
         """The type of one value: ``str``, ``int``, ``float`` or ``bool``."""
         if self.mapping:
             return str
-        return get_args(self.hint)[0] if get_origin(self.hint) else self.hint
+        return cast(type, get_args(self.hint)[0] if get_origin(self.hint) else self.hint)
 
     @property
     def example(self) -> str:
@@ -136,7 +119,7 @@ class Declared:
 
     def parse(self, text: str) -> Any:
         """Convert one value from the text on the command line, and check it."""
-        value: Any = text
+        value: object = text
         if self.mapping:
             return text
         if self.type is not str:

@@ -11,18 +11,12 @@ from regrow.settings.shared import Input
 
 @dataclass(frozen=True)
 class Format:
-    """The properties of an export format, which the module of its name in ``regrow.exporters`` writes.
+    """The properties of an export format, which the module of its name in ``regrow.exporters`` writes."""
 
-    Args:
-        dtypes: The dtypes in which it stores weights, of which the first is the default; empty text: as they are.
-        takes: What its ``write`` takes besides the network and the place: ``dtype``, ``example`` (an input), ``cache``
-            (whether the graph has a key-value cache), ``weights`` (parameters by name, read one by one).
-        suffix: The suffix of its files; empty if it is a folder.
-    """
-
+    # The dtypes in which it stores weights, of which the first is the default; empty text: as they are
     dtypes: tuple[str, ...]
     takes: tuple[str, ...]
-    suffix: str = ""
+    suffix: str = ""  # the suffix of its files; empty if it is a folder
 
 
 FORMATS: Mapping[str, Format] = {

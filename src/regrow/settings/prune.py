@@ -33,7 +33,7 @@ RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {
 """The defaults of ``--reconstruct`` that differ from those of ``recover --by refit``."""
 
 
-def complete_reconstruction(given: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
+def complete_reconstruction(changed: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
     """Return settings of ``--reconstruct`` with its defaults.
 
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
@@ -44,7 +44,7 @@ def complete_reconstruction(given: Mapping[str, object], sources: Collection[str
     'residual'
     """
     target = {"target": "residual"} if GENERATED in sources else {}
-    return {**RECONSTRUCTION_DEFAULTS, **target, **given}
+    return {**RECONSTRUCTION_DEFAULTS, **target, **changed}
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,9 @@ class Settings:
         group=AMOUNT,
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
-        "A text domain: news, code, manual or talk (included), or NAME=PATH for your own file or folder of text; or "
-        "generated: text that the model itself generates, to calibrate on. For image models: digits, or NAME=FOLDER "
-        "with one folder per class. Repeat the option for several domains: a model calibrated on several loses less on "
-        "text of other domains.",
+        "A text domain: news, code, manual or talk (included), NAME=PATH for your own file or folder of text, or "
+        "generated: text of the model itself, to calibrate on. For image models: digits, or NAME=FOLDER with a folder "
+        "per class. Repeatable: a model calibrated on several domains loses less on text of others.",
         option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
     )] = ()
     unseen: Annotated[tuple[str, ...], Setting(
@@ -144,18 +143,9 @@ class Settings:
         "Epochs of fine-tuning after pruning (image models).",
         group=AFTER, range=Range(0, 10**6), example="1",
     )] = 0
-    recover: Annotated[str, Setting(
-        "Recover quality after pruning by this method: bias, refit, lora or distil.",
-        metavar="NAME", group=AFTER, code=True,
-    )] = ""
-    recover_tokens: Annotated[int, Setting(
-        "Tokens (image models: images) that --recover trains on, over all sources together.",
-        group=AFTER, range=Range(1, MANY),
-    )] = 32768
     reconstruct: Annotated[bool, Setting(
-        "After the cut, fit every layer that reads cut units to its own dense output by least squares (with --source "
-        "generated, unless a norm follows it: to what the dense network has there), with what is chosen judged on each "
-        "source in turn, left out of the fit (of a single source: on held-out text).",
+        "After the cut, fit every layer that reads cut units to its dense output by least squares; the ridge is judged "
+        "on each source in turn, left out of the fit (of a single source: on held-out text).",
         group=AFTER,
     )] = False
     reconstruct_tokens: Annotated[int, Setting(

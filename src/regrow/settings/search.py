@@ -64,13 +64,10 @@ class Settings:
 
     # fmt: off
     space: Annotated[str, Setting(
-        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell), "
-        "mobile:WIDTH-BLOCKS (inverted bottlenecks of six kinds and a skip, WIDTH in the first stage, BLOCKS in "
-        "each), bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all "
-        "cells), a small network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a "
-        "function of your own code that returns a network: its filters and weights, and the operations that it marks "
-        "with regrow.Candidates; or, with its weights, a run folder or another MODEL that `regrow prune` takes "
-        "(resnet18, smollm2-135m): its filters and weights.",
+        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network), mobile:WIDTH-BLOCKS (inverted bottlenecks), "
+        "bench201:WIDTH-N (NAS-Bench-201's); a small network such as resnet:16-3, of which filters and weights are "
+        "searched; pkg.mod:fn, a function of your own code, with operations marked by regrow.Candidates; or, with its "
+        "weights, a run folder or another MODEL that `regrow prune` takes (resnet18, smollm2-135m).",
         argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
     )]
     data: Annotated[str, Setting(

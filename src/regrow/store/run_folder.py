@@ -192,10 +192,13 @@ class RunFolder:
         path = self.path / "undo_store.safetensors"
         return read_undo_store(path) if path.exists() else UndoStore()
 
-    def log(self, what: str, *, number: int | None = None, **values: object) -> None:
+    def log(
+        self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object
+    ) -> None:
         """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns."""
-        if self._metrics.add({"what": what, **values}, number) and self.send:
-            self.send({"what": what, **values})
+        entry = {"what": what, **(row or {}), **values}
+        if self._metrics.add(entry, number) and self.send:
+            self.send(entry)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out."""

@@ -16,7 +16,7 @@ from regrow.core.budget import Budget
 from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
-from regrow.jobs.pruning import build_pruner, collect_evidence, divide_sources, split_sources
+from regrow.jobs.pruning import Measuring, build_pruner, collect_evidence, divide_sources, split_sources
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring.collect import collect
 from regrow.scoring.layer_orders import order_layers
@@ -49,7 +49,7 @@ def test_what_may_be_cut_is_measured(llama: tuple[nn.Module, AxisGraph, Source],
     model, axes, source = llama
     budget, end = CASES[case]
     pruner = build_pruner(name, {})
-    evidence = collect_evidence(model, axes, pruner, [source], units=budget.units(axes))
+    evidence = collect_evidence(model, axes, pruner, [source], Measuring(units=budget.units(axes)))
     plan = plan_cut(pruner, model, axes, budget, evidence).plan
     assert any(key.endswith(end) for key in plan.changes)
     assert set(plan.changes) <= {axis.key for axis in budget.units(axes)}
@@ -59,7 +59,7 @@ def test_what_may_be_cut_is_measured(llama: tuple[nn.Module, AxisGraph, Source],
 
 
 def test_a_call_measures_what_it_may_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regrow.jobs import pruning
+    from regrow.jobs import calibration
 
     model, _ = lm(kv=3, rep=2, size=4, ff=24)
     data: Any = {"a": [(one.args[0], one.labels) for one in texts("a").batches]}
@@ -69,7 +69,7 @@ def test_a_call_measures_what_it_may_cut(monkeypatch: pytest.MonkeyPatch) -> Non
         measured.append(collect_evidence(*given, **more))
         return measured[-1]
 
-    monkeypatch.setattr(pruning, "collect_evidence", collect_too)
+    monkeypatch.setattr(calibration, "collect_evidence", collect_too)
     _, plan = regrow.prune(model, data, method="flap", keep=0.9, only=("gate", "up", "down"))
     assert plan.changes
     assert {name.split(".")[-2] for name in measured[0].statistics["a"][0].moments} == {"down"}
