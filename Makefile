@@ -58,7 +58,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The file tree in docs/architecture.md.
+# The list of folders in docs/architecture.md.
 tree:
 	$(PYTHON) tests/tree.py
 

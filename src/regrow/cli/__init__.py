@@ -1,4 +1,4 @@
-"""The command line: one module per command; torch and other large packages are imported once a command runs.
+"""The command line; torch and other large packages are imported once a command runs.
 
 Standard streams never fail: closed ones, and pipes whose reader has exited, drop what is written.
 """
