@@ -54,16 +54,10 @@ class ReportError(ValueError):
     """Raised for a folder that is not a run folder, or a page that cannot be written."""
 
 
-class FoundOrigin(msgspec.Struct, frozen=True):
-    """How to build the network that a search found."""
-
-    config: dict[str, Any] = {}
-
-
 class FoundShapes(msgspec.Struct, frozen=True):
-    """``shapes.json`` of a search, as far as a page shows it."""
+    """``shapes.json`` of a search, as far as a page shows it: how to build the network."""
 
-    origin: FoundOrigin = FoundOrigin()
+    origin: dict[str, dict[str, Any] | str] = {}
 
 
 @dataclass
@@ -134,11 +128,14 @@ def read_run(path: Path) -> FolderContent:
     folder.scores = folder.table("scores.json", ScoreSummary)
     folder.findings = folder.table("findings.json", RunFindings)
     if run.verb == "search" and (shapes := folder.table("shapes.json", FoundShapes)):
-        config = shapes.origin.config
-        parts = {name: config[name] for name in ("cells", "edges", "blocks") if isinstance(config.get(name), list)}
+        config = shapes.origin.get("config")
+        described = config if isinstance(config, dict) else {}
+        parts = {
+            name: described[name] for name in ("cells", "edges", "blocks") if isinstance(described.get(name), list)
+        }
         if parts:
             with folder.leave_out():
-                folder.found = convert(parts | {"width": config.get("width")}, FoundParts, "shapes.json", "left out")
+                folder.found = convert(parts | {"width": described.get("width")}, FoundParts, "shapes.json", "left out")
     with folder.leave_out():
         _read_rows(folder)
     return folder

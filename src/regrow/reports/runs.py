@@ -14,6 +14,7 @@ from regrow.reports.rows import (
     EpochRow,
     Fraction,
     LatencyRow,
+    LevelsRow,
     LogRatio,
     MemoryRow,
     NetworkRow,
@@ -199,14 +200,6 @@ class Course(msgspec.Struct, frozen=True):
         return self.records[-1].parameters if self.records else None
 
 
-class Level(msgspec.Struct, frozen=True):
-    """A granularity of a search: the size that it removed, and the fraction that it kept."""
-
-    level: str
-    saved: float | None
-    kept: float | None
-
-
 class SearchRun(msgspec.Struct, frozen=True):
     """The measurements of a search; ``asked`` and ``reached`` are sizes in the measure of its target."""
 
@@ -223,7 +216,7 @@ class SearchRun(msgspec.Struct, frozen=True):
     recomputed: bool
     budget: int | None
     latency: LatencyRow
-    levels: list[Level]
+    levels: LevelsRow | None
     network: NetworkRow
     test: NetworkRow
     cells: list[Cell]

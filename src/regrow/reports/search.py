@@ -10,7 +10,7 @@ from regrow.reports import cells
 from regrow.reports import quantities as q
 from regrow.reports.reading import FolderContent
 from regrow.reports.rows import EpochRow, LatencyRow, LevelsRow, MemoryRow, NetworkRow, StagesRow
-from regrow.reports.runs import KeyNumber, Level, Run, SearchRun
+from regrow.reports.runs import KeyNumber, Run, SearchRun
 
 LEVELS = ("operations", "filters", "weights")
 
@@ -66,7 +66,7 @@ def read_search(folder: FolderContent) -> SearchRun:
         recomputed=planned.recomputed or any(row.recomputed for row in memory),
         budget=budget,
         latency=folder.last("latency") or LatencyRow(),
-        levels=[Level(name, totals.saved.get(name), totals.kept.get(name)) for name in LEVELS if levels],
+        levels=levels,
         network=network,
         test=folder.last("test") or NetworkRow(),
         cells=folder.found.cells,
