@@ -206,7 +206,7 @@ def name_of(value: object) -> str:
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else str(value)
     if isinstance(value, partial):
-        words = [*map(_argument, value.args), *(f"{name}={_argument(one)}" for name, one in value.keywords.items())]
+        words = [*map(_argument, value.args), *(f"{name}={_argument(part)}" for name, part in value.keywords.items())]
         return f"{name_of(value.func)}({', '.join(words)})"
     name = str(getattr(value, "__qualname__", type(value).__name__))
     if isinstance(value, FunctionType) and value.__name__ == "<lambda>":

@@ -124,8 +124,15 @@ def _open(
     task, tested = _read_task(net, (call.data, call.validation, test), job.batch_size, job.seed)
     first, held_out = first_batch(task), first_batch(replace(task, train=task.test))
     objective = find_objective(net.model, call.loss, first)
-    given = {"epochs": max(1, job.epochs), "batch_size": job.batch_size, "lr": job.lr, "seed": job.seed}
-    schedule = build_schedule(optimizer, **{**training, **given, "objective": objective})
+    schedule = build_schedule(
+        optimizer,
+        epochs=max(1, job.epochs),
+        batch_size=job.batch_size,
+        lr=job.lr,
+        seed=job.seed,
+        objective=objective,
+        **training,
+    )
     inputs = net.with_example(first) if example is None else net
     loaded = inputs.saved()
     recorded = call.record(
@@ -150,8 +157,8 @@ def _open(
 def _target(target: str | Target, smaller: str | float | None) -> str:
     """Return the target as text, from one of two ways to give it."""
     if bool(target) == (smaller is not None):
-        given = f"target={target!s} and smaller={smaller}" if target else "neither"
-        raise InputError(f'give one of target= and smaller=, got {given}; for example smaller="30%"')
+        got = f"target={target!s} and smaller={smaller}" if target else "neither"
+        raise InputError(f'give one of target= and smaller=, got {got}; for example smaller="30%"')
     return str(target) if smaller is None else str(Target.smaller(parse_share(str(smaller))))
 
 

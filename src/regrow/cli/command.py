@@ -88,7 +88,7 @@ class Flag(click.Option):
 
 
 @dataclass(frozen=True)
-class Given(Generic[Settings]):
+class Stated(Generic[Settings]):
     """The settings stated on a command line, with the settings file that gives others."""
 
     kind: type[Settings]
@@ -113,7 +113,7 @@ class Given(Generic[Settings]):
 
 
 class Verb(click.Command):
-    """A command of regrow, with the options of its ``settings``, which it gets as ``given``.
+    """A command of regrow, with the options of its ``settings``, which it gets as ``stated``.
 
     ``needs`` is the module that is imported before it runs, so that Ctrl-C does not interrupt its import; ``resumed``
     are the options that name the run folder in which the same command resumes; ``instead`` is the option that takes the
@@ -145,7 +145,7 @@ class Verb(click.Command):
                 raise click.UsageError(line, ctx) from None
         rest = super().parse_args(ctx, args)
         if self.settings:
-            ctx.params["given"] = _take_given(self.settings, ctx)
+            ctx.params["stated"] = _take_stated(self.settings, ctx)
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -176,7 +176,7 @@ class Verb(click.Command):
         from regrow.cli.checks import check_words  # what can be wrong is found before anything large is imported
 
         known = self.settings and not ctx.params.get(self.instead)
-        runs = ctx.params["given"].build_all() if known else [None]
+        runs = ctx.params["stated"].build_all() if known else [None]
         for settings in runs:
             check_words(self.name or "", settings, ctx.params, nested=len(runs) > 1)
         importlib.import_module(self.needs)
@@ -201,8 +201,8 @@ class Verb(click.Command):
         from regrow.store.run_record import RUN
 
         with contextlib.suppress(ValueError, OSError):
-            given = values.get("given")
-            names = prune.name_folders(given.build_all()) if isinstance(given, Given) and given.varied else ()
+            stated = values.get("stated")
+            names = prune.name_folders(stated.build_all()) if isinstance(stated, Stated) and stated.varied else ()
             plans = [folders[0] / name for name in names]
             begun = any(RunFolder.open_unfinished(folder) is not None for folder in (folders[0], *plans))
             if begun or any((plan / RUN).is_file() for plan in plans):
@@ -219,7 +219,7 @@ def _parameters(kind: type["DataclassInstance"]) -> list[click.Parameter]:
     return [*parameters, Flag(["--config"], type=PATH, metavar="FILE", help=_CONFIG)]
 
 
-def _take_given(kind: type[Settings], context: click.Context) -> Given[Settings]:
+def _take_stated(kind: type[Settings], context: click.Context) -> Stated[Settings]:
     """Remove the settings from the values of a command's parameters, and return them."""
     values: dict[str, Any] = {}
     varied: dict[str, tuple[object, ...]] = {}
@@ -241,7 +241,7 @@ def _take_given(kind: type[Settings], context: click.Context) -> Given[Settings]
     file = context.params.pop("config")
     words += ["--config"] if file else []
     elsewhere = [word for other in context.command.params if other.name not in names for word in other.opts]
-    return Given(kind, values, tuple(words), file, ("--config", *elsewhere), varied)
+    return Stated(kind, values, tuple(words), file, ("--config", *elsewhere), varied)
 
 
 def _attributes(field: Declared) -> dict[str, Any]:

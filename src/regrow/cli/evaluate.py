@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Given, Verb
+from regrow.cli.command import Stated, Verb
 from regrow.cli.screen import number, say, say_peak, say_pieces, table, working, write_json
 from regrow.settings.evaluate import Settings
 from regrow.settings.shared import check_combination
@@ -30,9 +30,9 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
     "with the same result; how is printed first. For text models in a transformers folder or run folder, or packaged "
     "ones."
 )
-def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: str) -> None:
+def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
-    settings = given.build()
+    settings = stated.build()
     command.say_code(settings.model, code)
     from regrow.jobs.evaluate import run as run_job
     from regrow.jobs.recording import Invocation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Flag, Given, Verb
+from regrow.cli.command import Flag, Stated, Verb
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import say
 from regrow.settings import learn as learning
@@ -51,7 +51,7 @@ _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 @_resumed("--resume", type=command.PATH, help="Resume the run in this folder, or add tasks to it.")
 @_resumed(
     "--task",
-    "more",
+    "added",
     multiple=True,
     metavar="TASKS",
     help="With --resume: further sequences of tasks to learn. Repeatable.",
@@ -69,10 +69,10 @@ _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 @command.code
 @command.track
 def learn(
-    given: Given[learning.Settings],
+    stated: Stated[learning.Settings],
     out: Path | None,
     resume: Path | None,
-    more: tuple[str, ...],
+    added: tuple[str, ...],
     without_old: bool,
     total: int | None,
     code: str,
@@ -82,20 +82,20 @@ def learn(
     from regrow.jobs.learn import extend, run
 
     if resume:
-        if "tasks" in given.values or out:
+        if "tasks" in stated.values or out:
             raise click.UsageError(
                 "--resume writes to the folder of its run; leave out TASKS and --out, and give new tasks with --task"
             )
-        if given.options:
-            raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
+        if stated.options:
+            raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(stated.options)}")
         command.say_code(code)
-        call = partial(extend, more=more, without_old=without_old, total=total)
+        call = partial(extend, more=added, without_old=without_old, total=total)
     else:
-        if more or without_old or total is not None:
+        if added or without_old or total is not None:
             raise click.UsageError(
                 "--task, --total and --without-old need --resume RUN; for a new run, give the tasks as TASKS"
             )
-        settings = given.build()
+        settings = stated.build()
         command.say_code(settings.model, code, settings.method)
         call = partial(run, settings)
     folder = resume or out
@@ -108,12 +108,12 @@ def learn(
 @command.run_folder(required=True)
 @command.code
 @command.track
-def search(given: Given[searching.Settings], code: str, track: str, out: Path) -> None:
+def search(stated: Stated[searching.Settings], code: str, track: str, out: Path) -> None:
     """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
 
     A part of the training examples is held out for validation; the test set is used once, at the end.
     """
-    settings = given.build()
+    settings = stated.build()
     command.say_code(settings.space, code, settings.method)
     from regrow.jobs.search import run
 

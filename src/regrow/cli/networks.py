@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Given, Verb
+from regrow.cli.command import Stated, Verb
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import number, say, say_peak, table, working, write_json
 from regrow.settings import export as exporting
@@ -174,14 +174,14 @@ def _plans(path: Path) -> list[Any]:
 @command.code
 @command.track
 def grow(
-    given: Given[growing.Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str, track: str
+    stated: Stated[growing.Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str, track: str
 ) -> None:
     """Widen or deepen MODEL such that its outputs do not change; writes a folder with the model and a report.
 
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
     Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
     """
-    settings = given.build()
+    settings = stated.build()
     if plan and not dry_run:
         raise click.UsageError("--plan is for --dry-run, a run keeps its plan in ledger.json; add --dry-run")
     command.say_code(settings.model, code)
@@ -224,9 +224,9 @@ def _show_growth(settings: growing.Settings, path: Path | None, code: str) -> No
     "For gguf: read, write and compare one tensor at a time; refused if that needs more than this amount, like 1GiB. "
     "For text models in a transformers folder or a run folder, and packaged ones."
 )
-def export(given: Given[exporting.Settings], out: Path, code: str, memory: str) -> None:
+def export(stated: Stated[exporting.Settings], out: Path, code: str, memory: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""
-    settings = given.build()
+    settings = stated.build()
     command.say_code(settings.run, code)
     from regrow.jobs.export import run
     from regrow.jobs.recording import Invocation

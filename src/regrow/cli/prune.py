@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Given, Verb
+from regrow.cli.command import Stated, Verb
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import say, working
 from regrow.core.names import names_code
@@ -48,7 +48,7 @@ Examples
 )
 @command.track
 def prune(
-    given: Given[Settings],
+    stated: Stated[Settings],
     out: Path | None,
     dry_run: Path | None,
     code: str,
@@ -56,13 +56,13 @@ def prune(
     track: str,
 ) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
-    settings = given.build()
+    settings = stated.build()
     if names_code(settings.model) and code:
         raise click.UsageError(
             f"--code is for a run folder; name the function in the place of MODEL: regrow prune {code}"
         )
     command.say_code(settings.model, code, settings.method)
-    _check_several(given, dry_run)
+    _check_several(stated, dry_run)
     if dry_run:
         if read_ranks().several:
             raise click.UsageError("--dry-run runs in one process; start it without torchrun")
@@ -71,8 +71,8 @@ def prune(
     if read_ranks().several and settings.device != "cpu":
         line = f"several processes run on the CPU alone; leave out --device {settings.device}, or torchrun"
         raise click.UsageError(line)
-    if given.varied:
-        _prune_several(given.build_all(), out, code=code, memory=memory, track=track)
+    if stated.varied:
+        _prune_several(stated.build_all(), out, code=code, memory=memory, track=track)
         return
     from regrow.jobs.prune import run
 
@@ -80,9 +80,9 @@ def prune(
         run(settings, invocation)
 
 
-def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
+def _check_several(stated: Stated[Settings], dry_run: Path | None) -> None:
     """Raise UsageError if several plans are asked for where only one can be made."""
-    words = " ".join(f"--{name} {value}" for name, values in given.varied.items() for value in values)
+    words = " ".join(f"--{name} {value}" for name, values in stated.varied.items() for value in values)
     ranks = read_ranks()
     if words and ranks.several:
         line = f"several plans ({words}) are made in one process, and this is {ranks}"
@@ -141,9 +141,9 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 @click.option(
     "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
 )
-def recover(given: Given[recovery.Settings], code: str, memory: str, track: str, fsdp: bool, out: Path) -> None:
+def recover(stated: Stated[recovery.Settings], code: str, memory: str, track: str, fsdp: bool, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
-    settings, ranks = given.build(), read_ranks()
+    settings, ranks = stated.build(), read_ranks()
     if ranks.several and settings.by not in recovery.TRAINED:
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
     if ranks.several and memory:
