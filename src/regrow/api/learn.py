@@ -140,7 +140,7 @@ def learn(
     (2, ('task-1', 'task-2'))
     """
     check_arguments("learn", training, MORE)
-    call = Call(model, loss=loss, tokenizer=tokenizer, device=device, axes=axes, out=out, track=track)
+    call = Call(model, None, None, example, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
     call = replace(call, checkpoint=checkpoint).checked(tasks=tasks)
     net = replace(call, example=Example() if example is None else example, axes=None).read(progress)
     require_weights(net.model)
@@ -149,9 +149,8 @@ def learn(
     schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
     names = tuple(task.name for task in every)
     job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), **_shared_settings(schedule))
-    inputs = net.with_example(first_batch(every[0])) if example is None else net
     recorded = {"optimizer": name_of(optimizer), "training": training}
-    open_inputs = partial(_open, call, method, inputs, every, learner, schedule, recorded)
+    open_inputs = partial(_open, call, method, net, every, learner, schedule, recorded)
     with nullcontext(progress) if out is None else visible(progress) as shown:
         fitted = carry_out(job, open_inputs, call.run("learn", shown))
     state = fitted.state
@@ -161,7 +160,7 @@ def learn(
 def _open(
     call: Call,
     method: str,
-    inputs: Inputs,
+    net: Inputs,
     tasks: list[Task],
     learner: Learner[Any],
     schedule: TaskSchedule,
@@ -170,10 +169,11 @@ def _open(
 ) -> LearnInputs:
     """Return the inputs of a run, checked, with what is ``recorded`` of them, and where its checkpoint is."""
     batch = first_batch(tasks[0])
-    objective = find_objective(inputs.model, call.loss, batch)
+    objective = find_objective(net.model, call.loss, batch)
     if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
-        find_objective(inputs.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
-    record = call.record(_first_batches(tasks), partial(parameter_sums, inputs.model), **recorded)
+        find_objective(net.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
+    inputs = net.with_example(batch) if call.example is None else net
+    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), **recorded)
     file = None if call.checkpoint is None else Path(call.checkpoint).absolute()
     if record is not None:
         file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names

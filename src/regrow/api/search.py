@@ -98,13 +98,13 @@ def search(
     (True, True)
     """
     check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
-    call = Call(model, data, validation, None, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
+    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
     call = replace(call, checkpoint=checkpoint).checked(data=data, validation=validation, test=test)
     job = Settings(call.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
     job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     job = replace(job, **{name: training[name] for name in ("weight_decay", "precision") if name in training})
     with visible(progress) as shown:
-        inputs = partial(_open, call, test, job, optimizer, training, example)
+        inputs = partial(_open, call, test, job, optimizer, training)
         file = None if checkpoint is None else Path(checkpoint)
         return carry_out(job, inputs, call.run("search", shown), checkpoint=file)
 
@@ -115,14 +115,13 @@ def _open(
     job: Settings,
     optimizer: OptimizerLike,
     training: Mapping[str, Any],
-    example: object,
     run: ActiveRun,
 ) -> SearchInputs:
     """Open the network and read the data."""
-    network = replace(call, data=None, validation=None, axes=None)
-    net = replace(network, example=Example() if example is None else example).read(run.progress)
+    shown = Example() if call.example is None else call.example
+    net = replace(call, data=None, validation=None, example=shown, axes=None).read(run.progress)
     task, tested = _read_task(net, (call.data, call.validation, test), job.batch_size, job.seed)
-    first, held_out = first_batch(task), first_batch(replace(task, train=task.test))
+    first = first_batch(task)
     objective = find_objective(net.model, call.loss, first)
     schedule = build_schedule(
         optimizer,
@@ -133,10 +132,11 @@ def _open(
         objective=objective,
         **training,
     )
-    inputs = net.with_example(first) if example is None else net
+    inputs = net.with_example(first) if call.example is None else net
     loaded = inputs.saved()
+    both = {"data": task, "validation": replace(task, train=task.test)}
     recorded = call.record(
-        (Source("data", [first]), Source("validation", [held_out])),
+        (Source(name, [first_batch(part)]) for name, part in both.items()),
         partial(parameter_sums, net.model),
         optimizer=name_of(optimizer),
         training=training,
