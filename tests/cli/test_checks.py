@@ -20,6 +20,7 @@ from regrow.nets.small import small
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import check_settings
 from regrow.store.atomic import atomic_write
+from regrow.store.errors import StoreError
 
 LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")
@@ -199,3 +200,12 @@ def test_what_a_killed_check_leaves_is_deleted_by_the_next_command(
     with atomic_write(tmp_path / "run"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_replacement_leaves_is_deleted_by_a_command_that_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "model").touch()
+    (tmp_path / ".net.01234567.old").mkdir()
+    with pytest.raises(StoreError, match="not empty"):
+        check_folder(tmp_path / "net")
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]

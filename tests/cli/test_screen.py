@@ -41,3 +41,12 @@ def test_a_bar_begins_anew_with_what_is_done_and_not_with_how_it_goes(monkeypatc
         for what in ("search", "search, stage 1", "search, stage 2", "retraining", "retraining"):
             tell(1, 2, what)
     assert len(begun) == 2
+
+
+def test_an_error_is_printed_although_printing_was_interrupted_before(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.err._enter_buffer()  # Ctrl-C came before it was left
+    try:
+        screen.failure("stopped", 130)
+        assert capsys.readouterr().err == "regrow: stopped\n"
+    finally:
+        screen.err._exit_buffer()

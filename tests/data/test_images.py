@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from regrow.data import Half, SourceError, digits, images, streams
+from regrow.data import Half, SourceError, digits, images, streams, vision
 from regrow.data.vision import MEAN, STD
 
 Image = pytest.importorskip("PIL.Image", reason="needs pillow")
@@ -59,6 +59,17 @@ def test_learning_sees_the_images_that_pruning_and_evaluation_see(normalised: bo
     assert torch.equal(learned, batch.args[0])
     raw = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
     assert torch.equal(learned[0], raw) is not normalised
+
+
+def test_an_image_that_is_too_large_is_found_before_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "MAX_PIXELS", 100)
+    for half, side in (("train", 10), ("test", 11)):
+        (tmp_path / half / "apple").mkdir(parents=True)
+        Image.new("RGB", (side, side)).save(tmp_path / half / "apple" / "0.png")
+    with pytest.raises(SourceError, match=r"0\.png is 11 × 11 pixels, at most 100 are read"):
+        streams.of(str(tmp_path))
 
 
 def test_bad_folders_are_errors(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

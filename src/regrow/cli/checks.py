@@ -19,7 +19,7 @@ from regrow.settings import export, grow, prune
 from regrow.settings.declaration import options_of
 from regrow.store.atomic import JSON, LEFTOVER, check_output
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.replacing import WORK, check_replaceable, settle
+from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
 from regrow.store.run_record import RUN, read_run, unfinished_folder
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def check_json(path: Path, *inputs: str) -> None:
 def check_folder(out: Path) -> None:
     """Raise an error unless a folder can be written: it is new, empty, or holds an unfinished run."""
     check_replaceable(out)
-    settle(out)
+    clear_leftovers(out)
     if not out.is_dir():
         _check_writable(out)
         return

@@ -59,7 +59,8 @@ _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 def failure(text: str, code: int) -> int:
     """Print an error, its problem and remedy, in one line on the error stream, and return the exit code."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
-    err.print(f"regrow: {printable(line)}", markup=False)
+    sys.stderr.write(f"regrow: {printable(line)}\n")  # an interrupted console may keep what it is given
+    sys.stderr.flush()
     return code
 
 

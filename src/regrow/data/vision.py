@@ -305,6 +305,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
         check_regular(file)
         with Image.open(file) as opened:
+            _check_pixels(file, *opened.size)
             return opened.size
     except Exception:  # reading the image says what is wrong with it
         width, height = open_image(file).size

@@ -50,32 +50,32 @@ def start_from(
     folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True, outside: OutsideTensors | None = None
 ) -> None:
     """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it."""
-    source = Path(model)
-    parent = read_parent(source) if (source / store.SHAPES).is_file() else None
+    source, saved = Path(model), Path(model, store.SHAPES).is_file()
+    parent = read_parent(source) if saved else Parent(source.name, "", (), ())
     recorded, files = folder.run().get("parent"), {file.path.name: file.record for file in loaded.files}
     folder.inputs.extend(loaded.files)
     if recorded is not None:
         known = recorded.get("files", {})
         other = any(known.get(name, record) != record for name, record in files.items())
-        if recorded["weights"] != parent.weights if parent else other:
+        if recorded["weights"] != parent.weights if saved else other:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
-    snapshot = _copy(source if parent else None, loaded, folder.path / BEFORE, outside) if undo else None
-    if parent and parent.plans:
+    snapshot = _copy(source if saved else None, loaded, folder.path / BEFORE, outside) if undo else None
+    if parent.plans:
         ledger = folder.path / "ledger.json"
         ledger.unlink(missing_ok=True)
         for plan in parent.plans:
             Ledger(ledger).append(plan)
     folder.update(
         parent={
-            "name": parent.name if parent else Path(model).name,
-            "weights": parent.weights if parent else "",
+            "name": parent.name,
+            "weights": parent.weights,
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "plans": len(parent.plans) if parent else 0,
-            **({} if parent else {"files": files}),
+            "plans": len(parent.plans),
+            **({} if saved else {"files": files}),
         },
         snapshot=snapshot,
-        stages=list(parent.stages) or None if parent else None,
+        stages=list(parent.stages) or None,
     )
 
 

@@ -169,18 +169,13 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
     complete = _complete(settings, source, cut)
     if settings.by == "bias":
         _check_untrained(settings, source, cut, complete)
-    inputs = partial(open_named, settings, invocation, source, cut, cut.folder.metrics())
+    inputs = partial(open_named, settings, invocation, source, cut)
     carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo), fsdp=fsdp)
     return RunFolder(Path(invocation.out))
 
 
 def open_named(
-    settings: Settings,
-    invocation: Invocation,
-    source: RunFolder,
-    cut: LastCut,
-    measured: Sequence[dict[str, Any]],
-    run: ActiveRun,
+    settings: Settings, invocation: Invocation, source: RunFolder, cut: LastCut, run: ActiveRun
 ) -> RecoverInputs:
     """Open the networks before and after the cut behind a run, and the data."""
     check_same_settings(run.ranks, settings)
@@ -204,7 +199,7 @@ def open_named(
         cut.settings.precision,
         specs=specs,
         known=known,
-        measured=measured,
+        measured=cut.folder.metrics(),
         streamed=streamed,
         memory=needs,
     )

@@ -3,23 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting
-from regrow.settings.shared import (
-    TRAINING,
-    BatchSize,
-    Input,
-    LearningRate,
-    MethodSettings,
-    Precision,
-    Seed,
-    Test,
-    Train,
-    TrainingDevice,
-    TrainingSeqLen,
-    Undo,
-    WeightDecay,
-)
 
 
 @dataclass(frozen=True)
@@ -43,26 +29,26 @@ class Settings:
         "The continual-learning method; `regrow methods` lists all.",
         code=True, shown=True,
     )] = "sparsegrow"
-    method_settings: MethodSettings = field(default_factory=dict)
+    method_settings: shared.MethodSettings = field(default_factory=dict)
     scenario: Annotated[str, Setting(
         "Classes that a prediction chooses among: all (domain), those of the tasks seen so far (class), or those of "
         "the example's task, which is then given at evaluation (task).",
         choices=("domain", "class", "task"),
     )] = "domain"
-    epochs: Annotated[int, Setting("Passes over each task.", group=TRAINING, range=Range(1, 10**6))] = 5
-    batch_size: BatchSize = 64
-    optimizer: Annotated[str, Setting("The optimizer.", group=TRAINING, choices=("sgd", "adamw"))] = "sgd"
-    lr: LearningRate = 0.01
-    weight_decay: WeightDecay = 0.0
-    train: Train = 0
-    test: Test = 0
+    epochs: Annotated[int, Setting("Passes over each task.", group=shared.TRAINING, range=Range(1, 10**6))] = 5
+    batch_size: shared.BatchSize = 64
+    optimizer: Annotated[str, Setting("The optimizer.", group=shared.TRAINING, choices=("sgd", "adamw"))] = "sgd"
+    lr: shared.LearningRate = 0.01
+    weight_decay: shared.WeightDecay = 0.0
+    train: shared.Train = 0
+    test: shared.Test = 0
     classes: Annotated[int, Setting(
         "Least number of outputs; reserve some for the classes of tasks that are added with --resume.",
         range=Range(0, 2**16),
     )] = 0
-    precision: Precision = "float32"
-    device: TrainingDevice = "cpu"
-    seed: Seed = 0
-    input: Input = ""
-    seq_len: TrainingSeqLen = 256
-    undo: Undo = True
+    precision: shared.Precision = "float32"
+    device: shared.TrainingDevice = "cpu"
+    seed: shared.Seed = 0
+    input: shared.Input = ""
+    seq_len: shared.TrainingSeqLen = 256
+    undo: shared.Undo = True

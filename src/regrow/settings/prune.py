@@ -7,19 +7,9 @@ from typing import Annotated, Any
 from regrow.core.amounts import Measure, Target
 from regrow.core.errors import InputError
 from regrow.core.names import GENERATED
+from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting, declared
-from regrow.settings.shared import (
-    Device,
-    Dtype,
-    EvalTokens,
-    ForwardPrecision,
-    Input,
-    MethodSettings,
-    SeqLen,
-    Undo,
-    check_combination,
-)
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
@@ -62,7 +52,7 @@ class Settings:
         "calibration.",
         code=True, shown=True, varied=True,
     )] = "flap"
-    method_settings: MethodSettings = field(default_factory=dict)
+    method_settings: shared.MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
@@ -120,10 +110,10 @@ class Settings:
         "Random seed of the text windows and of the method; the same seed gives the same plan.",
         group=DATA, range=SEED,
     )] = 0
-    dtype: Dtype = ""
-    device: Device = "cpu"
-    precision: ForwardPrecision = "float32"
-    input: Input = ""
+    dtype: shared.Dtype = ""
+    device: shared.Device = "cpu"
+    precision: shared.ForwardPrecision = "float32"
+    input: shared.Input = ""
     tokens: Annotated[int, Setting(
         "Tokens (image models: images) per source to calibrate on; of generated text: --generated-tokens.",
         group=DATA, range=Range(1, MANY),
@@ -137,8 +127,8 @@ class Settings:
         "memory. Methods that need gradients of weights run one at a time.",
         group=DATA, range=Range(1, 2**16), example="8",
     )] = 1
-    eval_tokens: EvalTokens = 2048
-    seq_len: SeqLen = 256
+    eval_tokens: shared.EvalTokens = 2048
+    seq_len: shared.SeqLen = 256
     finetune: Annotated[int, Setting(
         "Epochs of fine-tuning after pruning (image models).",
         group=AFTER, range=Range(0, 10**6), example="1",
@@ -161,7 +151,7 @@ class Settings:
         "Skip the check that the cut model computes what the masked one computes (16 bytes per parameter of a block).",
         option="--no-verify", group=AFTER,
     )] = True
-    undo: Undo = True
+    undo: shared.Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -193,7 +183,7 @@ class Settings:
             measure = unit
             for name, value in (("target", target), ("keep", None), ("measure", unit)):
                 object.__setattr__(self, name, value)
-        check_combination(self.precision, dtype=self.dtype, measure=measure)
+        shared.check_combination(self.precision, dtype=self.dtype, measure=measure)
 
 
 def folder_name(settings: Settings) -> str:

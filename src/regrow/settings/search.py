@@ -5,23 +5,9 @@ from typing import Annotated
 
 from regrow.core.amounts import Measure, Target, parse_share
 from regrow.core.errors import InputError
+from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting, declared
-from regrow.settings.shared import (
-    TRAINING,
-    BatchSize,
-    Input,
-    LearningRate,
-    MethodSettings,
-    Precision,
-    Seed,
-    Test,
-    Train,
-    TrainingDevice,
-    TrainingSeqLen,
-    Undo,
-    WeightDecay,
-)
 
 SEARCH, RETRAIN = "Search", "Training of the final network"
 
@@ -87,7 +73,7 @@ class Settings:
         one_of="how large the result may be",
     )] = None
     method: Annotated[str, Setting("The search method; `regrow methods` lists all.", code=True)] = "mgas"
-    method_settings: MethodSettings = field(default_factory=dict)
+    method_settings: shared.MethodSettings = field(default_factory=dict)
     stages: Annotated[int, Setting(
         "Number of stages, each of which searches a longer prefix of the network; 0: three, at most one per part, or "
         "what --memory needs.",
@@ -114,22 +100,22 @@ class Settings:
         "Side in pixels of the square that is blanked in each training image (cutout); 0: none.",
         group=RETRAIN, range=Range(0, 2**16),
     )] = 0
-    batch_size: BatchSize = 96
-    lr: LearningRate = 0.025
-    weight_decay: WeightDecay = 3e-4
-    train: Train = 0
-    test: Test = 0
+    batch_size: shared.BatchSize = 96
+    lr: shared.LearningRate = 0.025
+    weight_decay: shared.WeightDecay = 3e-4
+    train: shared.Train = 0
+    test: shared.Test = 0
     validation: Annotated[float, Setting(
         "Fraction of the training examples held out for validation during the search.",
         group="Data", range=Range(0, 1, above=True, below=True),
     )] = 0.2
-    stride: Annotated[int, Setting("Stride of the first convolution.", group=TRAINING, range=Range(1, 4))] = 2
-    precision: Precision = "float32"
-    device: TrainingDevice = "cpu"
-    seed: Seed = 0
-    input: Input = ""
-    seq_len: TrainingSeqLen = 256
-    undo: Undo = True
+    stride: Annotated[int, Setting("Stride of the first convolution.", group=shared.TRAINING, range=Range(1, 4))] = 2
+    precision: shared.Precision = "float32"
+    device: shared.TrainingDevice = "cpu"
+    seed: shared.Seed = 0
+    input: shared.Input = ""
+    seq_len: shared.TrainingSeqLen = 256
+    undo: shared.Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
