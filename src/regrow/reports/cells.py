@@ -39,7 +39,7 @@ class Node(msgspec.Struct, frozen=True):
     width: Count | None = None
 
 
-class Cell(msgspec.Struct, frozen=True):
+class FoundCell(msgspec.Struct, frozen=True):
     """A cell: its nodes, whether it halves the resolution, and the widths of its inputs."""
 
     nodes: Annotated[list[Node], Few] = []
@@ -54,7 +54,7 @@ class BlockOperation(msgspec.Struct, frozen=True, array_like=True):
     mid: Count | None = None
 
 
-class Block(msgspec.Struct, frozen=True):
+class FoundBlock(msgspec.Struct, frozen=True):
     """An inverted-bottleneck block: the operations that it sums, its width and its stride."""
 
     ops: Annotated[list[BlockOperation], Few] = []
@@ -65,23 +65,23 @@ class Block(msgspec.Struct, frozen=True):
 class FoundParts(msgspec.Struct, frozen=True):
     """The cells, the edges of one cell, or the blocks of a found network, from the record of how to build it."""
 
-    cells: Annotated[list[Cell], Few] = []
+    cells: Annotated[list[FoundCell], Few] = []
     edges: Annotated[list[list[str]], Few] = []
-    blocks: Annotated[list[Block], Few] = []
+    blocks: Annotated[list[FoundBlock], Few] = []
     width: Count | None = None
 
     @property
-    def topology(self) -> list[Cell]:
+    def topology(self) -> list[FoundCell]:
         """The one cell that a network of NAS-Bench-201's space repeats; empty for other networks."""
         if len(self.edges) != len(BENCH_EDGES):
             return []
         ops: list[list[Operation]] = [[], [], []]
         for (source, node), names in zip(BENCH_EDGES, self.edges, strict=True):
             ops[node - 1] += [Operation(kind, source) for kind, name in BENCH_NAMES.items() if name in names]
-        return [Cell([Node(kept, self.width) for kept in ops], inputs=(self.width,))]
+        return [FoundCell([Node(kept, self.width) for kept in ops], inputs=(self.width,))]
 
 
-def notation(topology: Sequence[Cell]) -> str:
+def notation(topology: Sequence[FoundCell]) -> str:
     """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation."""
     nodes = [node.ops for cell in topology for node in cell.nodes]
     if not nodes or any([op.source for op in ops] != [*range(i + 1)] for i, ops in enumerate(nodes)):
@@ -89,12 +89,12 @@ def notation(topology: Sequence[Cell]) -> str:
     return "+".join("|" + "".join(f"{BENCH_NAMES[op.kind]}~{op.source}|" for op in ops) for ops in nodes)
 
 
-def operations(cells: Sequence[Cell]) -> list[Operation]:
+def operations(cells: Sequence[FoundCell]) -> list[Operation]:
     """Return all operations of some cells in one list."""
     return [op for cell in cells for node in cell.nodes for op in node.ops]
 
 
-def count_bare(cells: Sequence[Cell]) -> int:
+def count_bare(cells: Sequence[FoundCell]) -> int:
     """Return the number of operations without weights: of skips, those that do not halve the resolution."""
     skips = sum(
         op.kind == "skip" and not (cell.reduce and op.source < 2) for cell in cells for op in operations([cell])
@@ -102,17 +102,17 @@ def count_bare(cells: Sequence[Cell]) -> int:
     return skips + sum(op.kind in ("none", "avg", "max") for op in operations(cells))
 
 
-def count_kinds(cells: Sequence[Cell]) -> dict[str, list[int]]:
+def count_kinds(cells: Sequence[FoundCell]) -> dict[str, list[int]]:
     """Return kind of operation → how many of it each cell keeps."""
     return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in cells] for kind in KINDS}
 
 
-def count_skipped(blocks: Sequence[Block]) -> int:
+def count_skipped(blocks: Sequence[FoundBlock]) -> int:
     """Return the number of blocks that only pass their input on."""
     return sum([op.kind for op in block.ops] == ["skip"] for block in blocks)
 
 
-def describe_nodes(cell: Cell) -> list[tuple[str, int | None, str]]:
+def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
     """Return the name of each node of a cell, its width, and what it sums, in words."""
     rows, inputs = [], len(cell.inputs)
     for i, node in enumerate(cell.nodes):
@@ -125,10 +125,10 @@ def describe_nodes(cell: Cell) -> list[tuple[str, int | None, str]]:
     return rows
 
 
-def describe_block(block: Block) -> str:
+def describe_block(block: FoundBlock) -> str:
     """Return the operations whose outputs a block sums, in words.
 
-    >>> describe_block(Block([BlockOperation("mb3e6", 40), BlockOperation("skip", 8)]))
+    >>> describe_block(FoundBlock([BlockOperation("mb3e6", 40), BlockOperation("skip", 8)]))
     '3 × 3 bottleneck (40 inside); its input'
     """
     words = []

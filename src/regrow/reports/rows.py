@@ -17,7 +17,7 @@ LogRatio = Annotated[float, msgspec.Meta(ge=-60, le=60)] | None
 Spread = Annotated[float, msgspec.Meta(ge=0, le=60)] | None
 
 
-class PerplexityRow(measurements.PerplexityRow, frozen=True):
+class SourcePerplexity(measurements.PerplexityRow, frozen=True):
     """The perplexity of a model on a text domain, within the bounds of a figure."""
 
     ppl: Annotated[float, msgspec.Meta(gt=0, le=1e300)] | None
@@ -32,20 +32,20 @@ class PerplexityRow(measurements.PerplexityRow, frozen=True):
         return self.ppl / factor, self.ppl * factor
 
 
-class PairedRow(measurements.PairedRow, frozen=True):
+class PairedDifference(measurements.PairedRow, frozen=True):
     """The difference of the log-perplexities of two models on a text domain, within the bounds of a figure."""
 
     delta_nll: LogRatio
     se: Spread = None
 
 
-class ChoiceRow(measurements.ChoiceRow, frozen=True):
+class SourceAccuracy(measurements.ChoiceRow, frozen=True):
     """The accuracy of a model on a task, also normalised by length."""
 
     acc_norm: Fraction = None
 
 
-class VerifyRow(measurements.VerifyRow, frozen=True):
+class MaskingCheck(measurements.VerifyRow, frozen=True):
     """A check of masked = shrunk, or of grown = original."""
 
     argmax_flips: Count | None = None
@@ -67,7 +67,7 @@ class FittedLayer(msgspec.Struct, frozen=True):
     shrinkage: Amount = None
 
 
-class ReconstructionRow(msgspec.Struct, frozen=True):
+class Reconstruction(msgspec.Struct, frozen=True):
     """The least squares after a cut: the tokens, what layers were fitted to, and where that was judged."""
 
     tokens: Count
@@ -82,7 +82,7 @@ class ReconstructionRow(msgspec.Struct, frozen=True):
         return "held-out text" if self.choose_on is None else "left-out sources"
 
 
-class TaskRow(measurements.TaskRow, frozen=True):
+class LearnedTask(measurements.TaskRow, frozen=True):
     """The network after a task, with its widths, and what tasks own of it."""
 
     remembered: Count | None = None
@@ -91,7 +91,7 @@ class TaskRow(measurements.TaskRow, frozen=True):
     free: dict[str, Fraction] = msgspec.field(default_factory=dict)
 
 
-class CommitRow(measurements.CommitRow, frozen=True):
+class ShapeChange(measurements.CommitRow, frozen=True):
     """A change of shape in training, a growth or a commit of a search, with accuracies before and after."""
 
     restored: dict[str, Count] = msgspec.field(default_factory=dict)
@@ -119,7 +119,7 @@ class CommitRow(measurements.CommitRow, frozen=True):
         return sum(self.grown.values()) + sum(self.restored.values())
 
 
-class EpochRow(measurements.EpochRow, frozen=True):
+class SearchEpoch(measurements.EpochRow, frozen=True):
     """The state of a search after an epoch: size, allowed size and validation accuracy of its active part."""
 
     stage: Count = 0
@@ -129,7 +129,7 @@ class EpochRow(measurements.EpochRow, frozen=True):
     nonzero: Count | None = None
 
 
-class LevelsRow(measurements.LevelsRow, frozen=True):
+class LevelTotals(measurements.LevelsRow, frozen=True):
     """What each level of a search removed and kept, and what the target asked for."""
 
     kept: dict[str, Fraction] = msgspec.field(default_factory=dict)
@@ -138,7 +138,7 @@ class LevelsRow(measurements.LevelsRow, frozen=True):
     size: Amount = None
 
 
-class NetworkRow(msgspec.Struct, frozen=True):
+class FoundNetwork(msgspec.Struct, frozen=True):
     """The network that a search found, or its test: accuracy, examples and size."""
 
     accuracy: Fraction = None
@@ -149,7 +149,7 @@ class NetworkRow(msgspec.Struct, frozen=True):
     bytes: Count | None = None
 
 
-class StagesRow(msgspec.Struct, frozen=True):
+class PlannedStages(msgspec.Struct, frozen=True):
     """The stages that a memory budget planned: the last part of each, and its peak of memory."""
 
     ends: list[Count] = []
@@ -157,7 +157,7 @@ class StagesRow(msgspec.Struct, frozen=True):
     recomputed: bool = False
 
 
-class MemoryRow(msgspec.Struct, frozen=True):
+class StagePeaks(msgspec.Struct, frozen=True):
     """The memory of a stage: planned before the search, predicted at its start, and measured."""
 
     stage: Count
@@ -169,7 +169,7 @@ class MemoryRow(msgspec.Struct, frozen=True):
     recomputed: bool = False
 
 
-class LatencyRow(msgspec.Struct, frozen=True):
+class PassTimes(msgspec.Struct, frozen=True):
     """Measured milliseconds of a pass through the whole space, and through the found network."""
 
     whole: Amount = None
@@ -186,28 +186,28 @@ class TrainingRow(msgspec.Struct, frozen=True):
 
 
 ROWS: dict[str, type[Any]] = dict(measurements.KINDS) | {
-    "choice": ChoiceRow,
-    "commit": CommitRow,
-    "epoch": EpochRow,
-    "found": NetworkRow,
-    "front": EpochRow,
-    "growth": CommitRow,
-    "latency": LatencyRow,
-    "levels": LevelsRow,
-    "memory": MemoryRow,
-    "paired": PairedRow,
-    "perplexity": PerplexityRow,
-    "reconstruction": ReconstructionRow,
-    "stages": StagesRow,
-    "task": TaskRow,
-    "test": NetworkRow,
+    "choice": SourceAccuracy,
+    "commit": ShapeChange,
+    "epoch": SearchEpoch,
+    "found": FoundNetwork,
+    "front": SearchEpoch,
+    "growth": ShapeChange,
+    "latency": PassTimes,
+    "levels": LevelTotals,
+    "memory": StagePeaks,
+    "paired": PairedDifference,
+    "perplexity": SourcePerplexity,
+    "reconstruction": Reconstruction,
+    "stages": PlannedStages,
+    "task": LearnedTask,
+    "test": FoundNetwork,
     "training": TrainingRow,
-    "verify": VerifyRow,
+    "verify": MaskingCheck,
 }
 """Kind of measurement → the schema of its row, as pages read it."""
 
 
-class Source(msgspec.Struct, frozen=True):
+class SourceRow(msgspec.Struct, frozen=True):
     """A source of data, and how much of it was read."""
 
     name: str

@@ -6,27 +6,27 @@ from collections.abc import Sequence
 import msgspec
 
 from regrow.reports import quantities
-from regrow.reports.cells import Block, Cell
+from regrow.reports.cells import FoundBlock, FoundCell
 from regrow.reports.rows import (
     Amount,
-    ChoiceRow,
-    CommitRow,
-    EpochRow,
+    FoundNetwork,
     Fraction,
-    LatencyRow,
-    LevelsRow,
+    LearnedTask,
+    LevelTotals,
     LogRatio,
-    MemoryRow,
-    NetworkRow,
-    PerplexityRow,
-    ReconstructionRow,
+    MaskingCheck,
+    PassTimes,
+    Reconstruction,
     RunFile,
     RunFindings,
-    Source,
+    SearchEpoch,
+    ShapeChange,
+    SourceAccuracy,
+    SourcePerplexity,
+    SourceRow,
     Spread,
-    TaskRow,
+    StagePeaks,
     TrainingRow,
-    VerifyRow,
 )
 from regrow.store.measurements import BudgetRow, Figure, RecoveryRow, SizeRow
 from regrow.store.schemas import Count, ScoreSummary, StageJson
@@ -45,16 +45,16 @@ class Domain(msgspec.Struct):
 
     source: str
     seen: bool = False  # in calibration
-    before: PerplexityRow | None = None
-    cut: PerplexityRow | None = None  # if a reconstruction or recovery followed
-    fitted: PerplexityRow | None = None  # after the reconstruction, if a recovery followed
-    after: PerplexityRow | None = None
+    before: SourcePerplexity | None = None
+    cut: SourcePerplexity | None = None  # if a reconstruction or recovery followed
+    fitted: SourcePerplexity | None = None  # after the reconstruction, if a recovery followed
+    after: SourcePerplexity | None = None
     delta_nll: LogRatio = None  # the difference of the log-perplexities, paired per window
     delta_se: Spread = None
 
     def ppl(self, side: str) -> float | None:
         """Return the perplexity of one of the models; ``None`` if it was not measured."""
-        measured: PerplexityRow | None = getattr(self, side)
+        measured: SourcePerplexity | None = getattr(self, side)
         return measured.ppl if measured else None
 
     @property
@@ -114,9 +114,9 @@ class ChoiceTask(msgspec.Struct):
     """The accuracies of a run on a task: before it, after the cut if it was fitted, and at the end."""
 
     task: str
-    before: ChoiceRow | None = None
-    cut: ChoiceRow | None = None
-    after: ChoiceRow | None = None
+    before: SourceAccuracy | None = None
+    cut: SourceAccuracy | None = None
+    after: SourceAccuracy | None = None
 
 
 class Sizes(msgspec.Struct):
@@ -184,8 +184,8 @@ class Course(msgspec.Struct, frozen=True):
     """The measurements of a continual-learning run; the matrix has no figures until the last task is done."""
 
     matrix: AccuracyMatrix
-    records: list[TaskRow]
-    events: list[CommitRow]
+    records: list[LearnedTask]
+    events: list[ShapeChange]
     gone: list[str] = []
 
     @property
@@ -209,19 +209,19 @@ class SearchRun(msgspec.Struct, frozen=True):
     reached: Amount
     retrained: Count
     inherited: bool
-    epochs: list[EpochRow]
-    front: list[EpochRow]
-    commits: list[CommitRow]
-    stages: list[MemoryRow]
+    epochs: list[SearchEpoch]
+    front: list[SearchEpoch]
+    commits: list[ShapeChange]
+    stages: list[StagePeaks]
     recomputed: bool
     budget: int | None
-    latency: LatencyRow
-    levels: LevelsRow | None
-    network: NetworkRow
-    test: NetworkRow
-    cells: list[Cell]
-    topology: list[Cell]
-    blocks: list[Block]
+    latency: PassTimes
+    levels: LevelTotals | None
+    network: FoundNetwork
+    test: FoundNetwork
+    cells: list[FoundCell]
+    topology: list[FoundCell]
+    blocks: list[FoundBlock]
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -240,13 +240,13 @@ class Run(msgspec.Struct, frozen=True):
     settings: dict[str, str]
     method_settings: dict[str, str]
     defaults: dict[str, str]
-    sources: list[Source]
+    sources: list[SourceRow]
     perplexity: list[Domain]
     outcome: str
     choice: list[ChoiceTask]
     size: Sizes
-    verify: list[VerifyRow]
-    reconstruction: ReconstructionRow | None
+    verify: list[MaskingCheck]
+    reconstruction: Reconstruction | None
     recovery: RecoveryRow | None
     training: TrainingRow | None
     widths: list[AxisKind]

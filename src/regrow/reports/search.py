@@ -9,7 +9,7 @@ from regrow.core.amounts import Target, parse_bytes
 from regrow.reports import cells
 from regrow.reports import quantities as q
 from regrow.reports.reading import FolderContent
-from regrow.reports.rows import EpochRow, LatencyRow, LevelsRow, MemoryRow, NetworkRow, StagesRow
+from regrow.reports.rows import FoundNetwork, LevelTotals, PassTimes, PlannedStages, SearchEpoch, StagePeaks
 from regrow.reports.runs import KeyNumber, Run, SearchRun
 
 LEVELS = ("operations", "filters", "weights")
@@ -43,10 +43,10 @@ def read_search(folder: FolderContent) -> SearchRun:
     """Return the measurements of a search."""
     settings, levels = folder.run.settings, folder.last("levels")
     target, retrain = q.in_words(settings.get("target")), settings.get("retrain")
-    totals, network = levels or LevelsRow({}), folder.last("found") or NetworkRow()
+    totals, network = levels or LevelTotals({}), folder.last("found") or FoundNetwork()
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
     counted = getattr(network, {"params": "parameters"}.get(measure, measure), None)
-    planned, memory = folder.last("stages") or StagesRow(), folder.of("memory")
+    planned, memory = folder.last("stages") or PlannedStages(), folder.of("memory")
     asked, budget = totals.asked or None, None
     with suppress(ValueError):
         asked = asked or Target.parse(target).amount or None
@@ -65,10 +65,10 @@ def read_search(folder: FolderContent) -> SearchRun:
         stages=_stages(planned, memory),
         recomputed=planned.recomputed or any(row.recomputed for row in memory),
         budget=budget,
-        latency=folder.last("latency") or LatencyRow(),
+        latency=folder.last("latency") or PassTimes(),
         levels=levels,
         network=network,
-        test=folder.last("test") or NetworkRow(),
+        test=folder.last("test") or FoundNetwork(),
         cells=folder.found.cells,
         topology=folder.found.topology,
         blocks=folder.found.blocks,
@@ -186,17 +186,17 @@ def _memory(result: SearchRun) -> str:
     return f"The memory budget of {q.octets(result.budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
 
 
-def _last_of_each(rows: list[EpochRow]) -> list[EpochRow]:
+def _last_of_each(rows: list[SearchEpoch]) -> list[SearchEpoch]:
     """Return one row per epoch, in order; of an epoch that was run twice, the last."""
     last = {row.epoch: row for row in rows}
     return [last[epoch] for epoch in sorted(last)]
 
 
-def _stages(planned: StagesRow, measured: list[MemoryRow]) -> list[MemoryRow]:
+def _stages(planned: PlannedStages, measured: list[StagePeaks]) -> list[StagePeaks]:
     """Return the memory of each stage, and the last cell that it runs, counted from 1."""
     rows = {row.stage: row for row in measured}
     for i, (end, peak) in enumerate(zip(planned.ends, planned.peaks, strict=False)):
-        rows[i] = replace(rows.get(i, MemoryRow(i)), last=end + 1, planned=peak)
+        rows[i] = replace(rows.get(i, StagePeaks(i)), last=end + 1, planned=peak)
     return [rows[stage] for stage in sorted(rows)]
 
 

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from regrow.reports import quantities as q
 from regrow.reports.reading import FolderContent, ReportError, read_run, widths
-from regrow.reports.rows import Source
+from regrow.reports.rows import SourceRow
 from regrow.reports.runs import AccuracyMatrix, ChoiceTask, Course, Domain, Run, Sizes, Summary
 from regrow.reports.search import read_search
 from regrow.reports.words import MATRIX_FIGURES
@@ -49,7 +49,7 @@ def _run(folder: FolderContent) -> Run:
     file, settings, findings = folder.run, folder.run.settings, folder.findings
     groups, frozen = widths(folder)
     model = q.in_words(settings.get("model", settings.get("space"))).rstrip("/\\").replace("\\", "/")
-    keep, sources = settings.get("keep"), list[Source]()
+    keep, sources = settings.get("keep"), list[SourceRow]()
     models = {row.model for row in folder.of("perplexity")}
     sizes, tasks = Sizes(), dict[str, ChoiceTask]()
     for row in folder.of("size"):
@@ -57,7 +57,7 @@ def _run(folder: FolderContent) -> Run:
     for row in folder.of("choice"):
         _put(tasks.setdefault(row.task, ChoiceTask(row.task)), row)
     with folder.leave_out():
-        sources = convert({"sources": file.sources}, dict[str, list[Source]], "run.json", "left out")["sources"]
+        sources = convert({"sources": file.sources}, dict[str, list[SourceRow]], "run.json", "left out")["sources"]
     return Run(
         name=folder.name,
         label="",

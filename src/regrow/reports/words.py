@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from regrow.reports import quantities as q
-from regrow.reports.rows import CommitRow, FittedLayer
+from regrow.reports.rows import FittedLayer, ShapeChange
 from regrow.reports.runs import Course, KeyNumber, Run
 
 SEEN = "fitted sources"
@@ -199,7 +199,7 @@ def learned_numbers(course: Course) -> list[KeyNumber]:
     ]
 
 
-def loss_recovery(event: CommitRow) -> str:
+def loss_recovery(event: ShapeChange) -> str:
     """Return after how many steps the loss had recovered from a growth, in words."""
     if event.recovery_steps is not None:
         return q.count(event.recovery_steps)
