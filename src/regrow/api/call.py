@@ -134,7 +134,7 @@ class Call:
         """Return what the result of a call depends on besides settings, as :meth:`record` does."""
         tests = () if inputs.lenient else inputs.tests
         validation = (replace(test, name=f"validation {test.name}") for test in tests)
-        return self.record((*inputs.sources, *validation), weights)
+        return self.record((*inputs.sources, *validation), weights, {})
 
     def _read_data(
         self, data: Any, reading: ReadOptions
@@ -173,7 +173,7 @@ class Call:
         return ActiveRun(FolderRecorder(self.out, name, command, self.track, write_page=_write_page), progress=progress)
 
     def record(
-        self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], **arguments: object
+        self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], arguments: Mapping[str, object]
     ) -> dict[str, object] | None:
         """Return what the result of a call depends on besides settings, as JSON data; ``None`` without a folder.
 

@@ -173,7 +173,7 @@ def _open(
     if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
         find_objective(net.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
     inputs = net.with_example(batch) if call.example is None else net
-    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), **recorded)
+    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), recorded)
     file = None if call.checkpoint is None else Path(call.checkpoint).absolute()
     if record is not None:
         file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names

@@ -138,8 +138,7 @@ def _open(
     recorded = call.record(
         (Source(name, [first_batch(part)]) for name, part in both.items()),
         partial(parameter_sums, net.model),
-        optimizer=name_of(optimizer),
-        training=training,
+        {"optimizer": name_of(optimizer), "training": training},
     )
     return SearchInputs(
         net.model,

@@ -146,13 +146,13 @@ def say_run(path: Path) -> None:
         columns = ("source", *sides, "change", "loss recovered")
         table("Perplexity on the evaluation half of each source", columns, rows, numbers=range(1, len(columns)))
     if run.course:
-        tasks = run.course.matrix.tasks
-        cells = [
-            [f"{100 * value:.1f}" if value is not None else "–" for value in row] for row in run.course.matrix.matrix
-        ]
-        lines = [(name, *row, *[""] * (len(tasks) - len(row))) for name, row in zip(tasks, cells, strict=False)]
-        numbers = range(1, len(tasks) + 1)
-        table("Accuracy on each task, per cent", ("after learning", *map(str, numbers)), lines, numbers)
+        tasks, rows = run.course.matrix.tasks, []
+        sizes = {row.name: f"{row.parameters:,}" for row in run.course.records}
+        for name, row in zip(tasks, run.course.matrix.matrix, strict=False):
+            cells = [f"{100 * value:.1f}" if value is not None else "–" for value in row]
+            rows.append((name, *cells, *[""] * (len(tasks) - len(row)), sizes.get(name, "")))
+        columns = ("after learning", *(f"{i + 1}" for i in range(len(tasks))), "parameters")
+        table("Accuracy on each task, per cent", columns, rows, numbers=range(1, len(columns)))
     for task in run.choice:
         known = [row for row in (task.before, task.cut, task.after) if row]
         accuracies = " → ".join(f"{row.acc:.3f}" for row in known)
