@@ -23,7 +23,7 @@ from width_pruning_points import FOLDS
 from regrow.core.scores import Need
 from regrow.reports import figures
 from regrow.reports.drawing import Drawing
-from regrow.reports.runs import RunFindings
+from regrow.reports.rows import RunFindings
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import wanda_sp, wifv
 from regrow.scoring.spaces import ranks, spaces, spectrum

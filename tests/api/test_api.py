@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
-from regrow.api.inputs import Arguments
+from regrow.api.call import Call
 from regrow.core.errors import InputError
 from regrow.nets.vision import small
 from regrow.store import StoreError
@@ -194,5 +194,5 @@ def test_networks_that_regrow_builds_take_pictures_of_values_0_to_1(tmp_path):
     for normalised in (True, False):
         if not normalised:
             model.origin = origin
-        (source,) = Arguments(model, tmp_path, example=torch.ones(1, 3, 8, 8)).read().sources
+        (source,) = Call(model, tmp_path, example=torch.ones(1, 3, 8, 8)).read().sources
         assert (float(source.batches[0].args[0].min()) < 0) == normalised

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
 from regrow.api.inputs import Inputs
-from regrow.api.runs import loaded_of
 from regrow.core.errors import InputError
+from regrow.nets import Loaded, Origin
 from regrow.store.errors import StoreError
 from regrow.store.metrics import Metrics
 from regrow.store.run_folder import RunFolder
@@ -233,7 +233,7 @@ def test_a_score_that_is_no_share_is_written_once(here: Path) -> None:
 
 def test_two_examples_of_named_inputs_are_kept() -> None:
     data = {"input_ids": torch.arange(24).reshape(6, 4), "attention_mask": torch.ones(6, 4)}
-    kept = loaded_of(Inputs(net(), regrow.Example((), data), (), None, None)).example.kwargs
+    kept = Inputs(Loaded(net(), None, regrow.Example((), data), Origin("callable", ""))).saved().example.kwargs
     assert {name: value.tolist() for name, value in kept.items()} == {n: v[:2].tolist() for n, v in data.items()}
 
 

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from regrow.cli import boundary, screen
 from regrow.cli.app import regrow as commands
 from regrow.core.errors import RefusedError, ResourceError
 from regrow.nets.loaded import ModelError
+from regrow.reports import quantities
 from regrow.store.atomic import StoreError, explain_os_errors
 from regrow.store.run_folder import RunFolder
 
@@ -76,7 +78,7 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     assert code == 70 and str(report) in err and len(err.splitlines()) == 1
     text = report.read_text()
     assert "KeyError: 'x'" in text and "cli/evaluate.py" in text and torch.__version__.split("+")[0] in text
-    assert "evaluate model --source mail=letters.txt" in text
+    assert "evaluate --source --harness --json\n" in text
     assert not re.search(f"hf_abc|pass@|private|{tmp_path}", text)
     assert report.stat().st_mode & 0o077 == 0
 
@@ -97,7 +99,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
 
 def test_a_value_error_is_the_users_only_where_regrow_raises_it() -> None:
     with pytest.raises(ValueError) as slip:
-        list(screen.beside(["one"], []))  # a zip that does not come out even
+        quantities.significant(math.nan)  # which has no logarithm that can be rounded
     assert boundary.failure_of(slip.value).report
     with pytest.raises(ModelError) as meant:
         __import__("regrow.nets", fromlist=["load"]).load("")

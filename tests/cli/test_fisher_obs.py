@@ -11,5 +11,4 @@ def test_the_losses_of_both_allocations_are_in_the_plan_and_the_report(regrow, t
     (plan,) = json.loads((tmp_path / "run" / "ledger.json").read_text("utf-8"))["plans"]
     (note,) = plan["origin"]["notes"]
     assert note.startswith("the allocation with the lowest loss before any refit was taken: ")
-    page = (tmp_path / "run" / "report.html").read_text("utf-8")
-    assert note in page and "unless the loss is lower with these cut, too" in page
+    assert note in (tmp_path / "run" / "report.html").read_text("utf-8")

@@ -9,6 +9,7 @@ import torch
 from cli.conftest import Run
 from regrow import prune
 from regrow.api import inputs
+from regrow.api.call import Call
 from regrow.core.errors import InputError
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.generation import predict_generation
@@ -114,7 +115,7 @@ def test_in_python_it_is_named_among_the_data(monkeypatch: pytest.MonkeyPatch, t
     batch = Batch((torch.zeros(1, 4, dtype=torch.int64),))
     monkeypatch.setattr(inputs, "generate_source", lambda model, tokenizer, *rest, **more: Source(f"{rest}", [batch]))
     data = {"own": "generated", "two": batch.args[0]}
-    read = inputs.Arguments(str(tiny_language_model), data).read(generates=True)
+    read = Call(str(tiny_language_model), data).read(generates=True)
     assert [source.name for source in read.sources] == ["own", "two"] and read.sources[0].batches == [batch]
     with pytest.raises(InputError, match="'4GiB' does not count what generating text needs"):
         prune(str(tiny_language_model), {"own": "generated"}, memory="4GiB", out="run")

@@ -12,7 +12,7 @@ from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, run
 from regrow.jobs.recording import Invocation
 from regrow.methods.recovery import FORMAT, RecoveryTask
-from regrow.reports.summary import summarise
+from regrow.reports import summarise, to_html, to_markdown
 from regrow.settings import recover
 from regrow.store import StoreError
 from regrow.store.run_folder import RunFolder
@@ -51,8 +51,8 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     done = next(row for row in rows if row["what"] == "recovery")
     assert [layer["weight"] for layer in done["layers"]] == ["body.3.weight", "head.weight"]
     assert folder.run()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
-    page = summarise([folder.path])["runs"][0]
-    assert page["method"] == "magnitude+refit" and page["keep"] == 0.5 and not page["problems"]
+    page = summarise([folder.path]).runs[0]
+    assert page.method == "magnitude+refit" and page.keep == 0.5 and not page.problems
     more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"train": "cut"})
     again = recovery_run.run(more, Invocation(tmp_path / "more", code=CODE))
     assert again.run()["settings"]["method"] == "magnitude+refit+distil"
@@ -105,13 +105,10 @@ def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
     folder = RunFolder.create(tmp_path / "run", verb="recover", settings={"model": "m", "by": "refit"})
     for model, ppl in (("dense", 10.0), ("pruned", 40.0), ("recovered", 20.0)):
         folder.log("perplexity", model=model, source="news", ppl=ppl, nll=1.0, se=0.1, tokens=8, seen=False)
-    row = summarise([folder.path])["runs"][0]["perplexity"][0]
-    assert [row[side]["ppl"] for side in ("before", "cut", "after")] == [10.0, 40.0, 20.0]
-    from regrow.reports import summarise as whole
-    from regrow.reports import to_html, to_markdown
-
-    assert "| 40.0 | 20.0 |" in to_markdown(whole([folder.path]))
-    assert "Recovered</th>" in to_html(whole([folder.path]))
+    row = summarise([folder.path]).runs[0].perplexity[0]
+    assert [row.ppl(side) for side in ("before", "cut", "after")] == [10.0, 40.0, 20.0]
+    assert "| 40.0 | 20.0 |" in to_markdown(summarise([folder.path]))
+    assert "Recovered</th>" in to_html(summarise([folder.path]))
 
 
 def test_a_checkpoint_of_something_else_is_removed(tmp_path):

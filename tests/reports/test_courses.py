@@ -10,14 +10,13 @@ import pytest
 from regrow.jobs.learn import extend
 from regrow.jobs.recording import Invocation
 from regrow.reports import comparison, summarise, to_html, to_markdown, write_page
-from regrow.reports.summary import read_summary
 from reports.test_course import learned, rows
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
 
 SECTIONS = {"results", "front", "setup", "remarks"}
 DRAWN = {"fig-courses", "fig-courses-size"}
-FIGURES = ("average", "average_along", "learning", "forgetting", "backward_transfer", "forward_transfer")
+FIGURES = ("average", "average_along", "learning", "backward_transfer", "forgetting", "forward_transfer")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_every_figure_of_every_run_is_there(several, tmp_path):
 
 
 def test_lines_are_means_over_the_tasks_learned_by_then(several):
-    drawing = comparison.compared_accuracy(read_summary(several))
+    drawing = comparison.compared_accuracy(summarise(several))
     for folder in several:
         means = [
             sum(row["accuracy"][: i + 1]) / (i + 1)
@@ -63,7 +62,7 @@ def test_lines_are_means_over_the_tasks_learned_by_then(several):
 
 
 def test_what_leads_at_its_size_is_marked(several):
-    summary = read_summary(several)
+    summary = summarise(several)
     table = dict(comparison.compare(summary).rows)
     ends = {run.label: run.course.matrix.average for run in summary.runs}
     assert table["naive"][0].best == (ends["naive"] >= ends["replay"])
@@ -94,7 +93,7 @@ def test_a_run_under_way_is_compared_as_far_as_it_got(several, tmp_path, left):
     summary = summarise([folder, several[1]])
     text = to_html(summary)
     check_self_contained(text)
-    drawn = comparison.compared_accuracy(read_summary([folder, several[1]])).wide
+    drawn = comparison.compared_accuracy(summarise([folder, several[1]])).wide
     assert cells(text, "sparsegrow")[0] == "–" and ("sparsegrow" in drawn) == bool(told)
     to_markdown(summary)
 

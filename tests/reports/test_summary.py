@@ -4,12 +4,12 @@ import random
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from regrow.reports import ReportError, summarise, to_markdown
 from regrow.reports.findings import module_means, rank_means
 from regrow.reports.reading import ABSENT
-from regrow.reports.summary import read_summary
 from reports.folders import GROUPS, LAYERS, MASSIVE, NEURONS, mlp, write_run
 
 ODD = (None, True, -1, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 10_000, "<script>alert(1)</script>")
@@ -28,10 +28,10 @@ def edit(path, change):
 
 
 def test_a_complete_run(folder):
-    summary = read_summary([folder])
+    summary = summarise([folder])
     (run,) = summary.runs
     assert not run.missing and not run.problems
-    assert [row.source for row in run.perplexity] == ["news", "code", "manual", "talk"] == summary.kinds
+    assert [row.source for row in run.perplexity] == ["news", "code", "manual", "talk"] == summary.domains
     news = run.perplexity[0]
     assert news.ppl("before") == 33.2 and news.ratio == pytest.approx(41.0 / 33.2) and news.seen
     assert news.before.ends[0] == pytest.approx(33.2 * math.exp(-1.96 * 0.028))
@@ -41,15 +41,12 @@ def test_a_complete_run(folder):
     assert groups.before == LAYERS * GROUPS and groups.changed == 2
     assert [row.depth for row in neurons.rows] == list(range(LAYERS))
     assert run.frozen == {"the vocabulary: the model's output": 1}
-    assert {(unit.unit, unit.kept) for unit in run.scores.massive} == {(unit, True) for _, unit, _ in MASSIVE}
     assert run.size.after.params_counted == round(106_168_320 * 0.9)
     assert [row.holds for row in run.verify] == [True, True]
-    plain = summarise([folder])
-    assert json.loads(json.dumps(plain, allow_nan=False)) == plain and plain["kinds"] == summary.kinds
 
 
 def test_what_a_method_saw(tmp_path):
-    (run,) = read_summary([write_run(tmp_path / "run", "gprune", 0.8)]).runs
+    (run,) = summarise([write_run(tmp_path / "run", "gprune", 0.8)]).runs
     found = run.findings
     assert not run.missing and not run.problems and found.sources == ["news", "code", "manual", "talk"]
     neurons, heads = rank_means(found)
@@ -75,7 +72,7 @@ def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
         del found["best_step"]
 
     edit(folder / "findings.json", whole)
-    ((_, (row,)),) = module_means(read_summary([folder]).runs[0].findings)
+    ((_, (row,)),) = module_means(summarise([folder]).runs[0].findings)
     assert row.name == "One module per layer" and row.means["start"] is not None and row.means["learned"] is None
     assert "at step 60 of 100" in to_markdown(summarise([folder]))  # the lowest so far
 
@@ -83,7 +80,7 @@ def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
 def test_findings_that_do_not_fit_are_left_out_and_named(tmp_path):
     folder = write_run(tmp_path / "run", "gprune")
     edit(folder / "findings.json", lambda found: found["modules"][0].update(start=1.5))
-    (run,) = read_summary([folder]).runs
+    (run,) = summarise([folder]).runs
     assert run.findings is None and len(run.problems) == 1 and len(run.perplexity) == 4
     assert run.problems[0].startswith("findings.json: modules.0.start is 1.5: ") and "left out" in run.problems[0]
 
@@ -97,8 +94,8 @@ def test_a_target_and_a_regular_plan_are_told(folder):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     summary = summarise([folder])
-    (run,) = summary["runs"]
-    assert run["label"] == "flap kv_cache=50M@4096 regular" and run["keep"] is None
+    (run,) = summary.runs
+    assert run.label == "flap kv_cache=50M@4096 regular" and run.keep is None
     found = to_markdown(summary)
     assert "The plan is regular" in found and "at 4,096 tokens" in found
     assert "allowed at most 50.0\N{NO-BREAK SPACE}MB, before 94.0\N{NO-BREAK SPACE}MB" in found
@@ -112,15 +109,15 @@ def test_figures_and_templates_are_loaded_only_when_asked_for():
 @pytest.mark.parametrize("name", ABSENT)
 def test_a_missing_file_is_said(folder, name):
     (folder / name).unlink()
-    (run,) = summarise([folder])["runs"]
-    assert [row["file"] for row in run["missing"]] == [name]
+    (run,) = summarise([folder]).runs
+    assert list(run.missing) == [name]
     assert name in to_markdown(summarise([folder]))
 
 
 def test_without_axes_the_plan_gives_the_widths(folder):
-    whole = read_summary([folder]).runs[0]
+    whole = summarise([folder]).runs[0]
     (folder / "axes.json").unlink()
-    run = read_summary([folder]).runs[0]
+    run = summarise([folder]).runs[0]
     assert [kind.after for kind in run.widths] == [kind.after for kind in whole.widths]
     assert run.widths[0].kind == "model.layers.*.mlp.gate_proj.weight:0"
     assert [row.depth for row in run.widths[0].rows] == list(range(LAYERS))
@@ -130,70 +127,25 @@ def test_only_run_json(folder):
     for name in ABSENT:
         (folder / name).unlink()
     edit(folder / "run.json", lambda run: run.pop("finished"))
-    (run,) = summarise([folder])["runs"]
-    assert len(run["missing"]) == 4 and not run["widths"] and run["scores"] is None
-    assert any("interrupted" in problem for problem in run["problems"])
+    (run,) = summarise([folder]).runs
+    assert len(run.missing) == 4 and not run.widths and run.scores is None
+    assert any("interrupted" in problem for problem in run.problems)
 
 
-def test_a_massive_unit_that_was_cut_is_told(folder):
-    layer, unit, _ = MASSIVE[0]
-
-    def cut(ledger):
-        change = ledger["plans"][0]["changes"][mlp(layer)]
-        change["keep"].remove(unit)
-
-    edit(folder / "ledger.json", cut)
-    summary = summarise([folder])
-    assert [u["unit"] for u in summary["runs"][0]["scores"]["massive"] if not u["kept"]] == [unit]
-    assert "massive activations" in to_markdown(summary) and "Of these, 1 was cut" in to_markdown(summary)
-
-
-def test_without_the_plan_the_fate_of_massive_units_is_not_claimed(folder):
-    (folder / "ledger.json").unlink()
-    fates = {(unit["block"], unit["kept"]) for unit in summarise([folder])["runs"][0]["scores"]["massive"]}
-    assert fates == {("model.layers.1", None), ("model.layers.29", True)}  # layer 29 is as wide as before
-    assert "cut, which" not in to_markdown(summarise([folder]))
-
-
-def test_units_are_followed_through_two_plans(folder):
-    layer, unit, _ = MASSIVE[0]
+def test_widths_follow_two_plans_with_units_that_came_back_and_new_ones(folder):
+    layer = MASSIVE[0][0]
 
     def again(ledger):
-        change = ledger["plans"][0]["changes"][mlp(layer)]
-        ids = [change["ids"][i] for i in change["keep"]]
-        keep = [i for i, birth in enumerate(ids) if birth != unit]
-        second = {mlp(layer): change | {"size": len(ids), "keep": keep, "ids": ids}}
-        ledger["plans"].append(ledger["plans"][0] | {"changes": second})
-
-    edit(folder / "ledger.json", again)
-    run = summarise([folder])["runs"][0]
-    assert [u["unit"] for u in run["scores"]["massive"] if not u["kept"]] == [unit]
-    assert run["widths"][0]["rows"][layer]["before"] == NEURONS
-
-
-def test_units_that_came_back_and_newborn_ones_count(folder):
-    layer, unit, _ = MASSIVE[0]
-    fates = []
-
-    def back(fresh):
-        def change(ledger):
-            first = ledger["plans"][0]["changes"][mlp(layer)]
-            first["keep"] = [i for i in first["keep"] if i != unit]
-            ids = [first["ids"][i] for i in first["keep"]]
-            second = first | {"size": len(ids), "keep": list(range(len(ids))), "ids": ids}
-            second |= {"restore": [unit], "fresh": fresh, "grow": 3}
-            ledger["plans"][1:] = [ledger["plans"][0] | {"changes": {mlp(layer): second}}]
-
-        return change
+        first = ledger["plans"][0]["changes"][mlp(layer)]
+        ids = [first["ids"][i] for i in first["keep"]]
+        second = first | {"size": len(ids), "keep": list(range(len(ids))), "ids": ids, "restore": [7], "grow": 3}
+        ledger["plans"].append(ledger["plans"][0] | {"changes": {mlp(layer): second}})
 
     (folder / "axes.json").unlink()
-    for fresh in (False, True):
-        edit(folder / "ledger.json", back(fresh))
-        run = summarise([folder])["runs"][0]
-        plans = json.loads((folder / "ledger.json").read_text())["plans"]
-        assert run["widths"][0]["rows"][layer]["after"] == len(plans[0]["changes"][mlp(layer)]["keep"]) + 1 + 3
-        fates.append(any(u["unit"] == unit and not u["kept"] for u in run["scores"]["massive"]))
-    assert fates == [False, True]
+    edit(folder / "ledger.json", again)
+    row = summarise([folder]).runs[0].widths[0].rows[layer]
+    plans = json.loads((folder / "ledger.json").read_text())["plans"]
+    assert (row.before, row.after) == (NEURONS, len(plans[0]["changes"][mlp(layer)]["keep"]) + 1 + 3)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"format": "regrow-run/9"}', "[" * 100_000, "\x00"])
@@ -216,36 +168,37 @@ def test_damaged_files_are_left_out_and_named(folder):
     (folder / "scores.json").write_text("[1, 2]")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"what": "perpl')  # cut short by a crash
-    (run,) = read_summary([folder]).runs
+    (run,) = summarise([folder]).runs
     assert [problem.split(" ")[0].strip(":") for problem in run.problems] == ["ledger.json", "scores.json"]
     assert len(run.perplexity) == 4 and str(folder) not in "".join(run.problems)
 
 
 @pytest.mark.parametrize(
-    "row",
+    "line",
     [
-        {"what": "perplexity", "model": "pruned", "source": "news", "ppl": 9.0, "nll": 1.0, "se": -3},
-        {"what": "perplexity", "model": "pruned", "source": "code", "ppl": "9.1", "nll": 1.0},
-        {"what": "paired", "source": "talk", "delta_nll": 1e9},
-        {"what": "size", "model": "pruned", "params_all": 10**99, "macs": True},
+        '{"what": "perplexity", "model": "pruned", "source": "news", "ppl": 9.0, "nll": 1.0, "se": -3}',
+        '{"what": "perplexity", "model": "pruned", "source": "code", "ppl": "9.1", "nll": 1.0}',
+        '{"what": "paired", "source": "talk", "delta_nll": 1e9}',
+        '{"what": "size", "model": "pruned", "params_all": 1e99, "macs": true}',
+        '{"what": "perpl',
     ],
 )
-def test_measurements_that_do_not_fit_are_left_out_and_named(folder, row):
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    (run,) = read_summary([folder]).runs
-    (problem,) = run.problems
-    assert problem.startswith("metrics.jsonl: ") and run.widths
-    assert problem.split(":")[1].strip() in ("perplexity", "paired", f"line {len(list(_lines(folder)))}")
-
-
-def _lines(folder):
-    return (folder / "metrics.jsonl").read_text().splitlines()
+def test_a_line_that_does_not_fit_is_left_out_alone_and_named(folder, line):
+    (whole,) = summarise([folder]).runs
+    path = folder / "metrics.jsonl"
+    path.write_text(f"{line}\n{path.read_text()}{line}\n")
+    (run,) = summarise([folder]).runs
+    first, last = run.problems
+    assert first.startswith("metrics.jsonl: line 1")
+    assert last.startswith(f"metrics.jsonl: line {len(path.read_text().splitlines())}")
+    assert all(problem.endswith("left out") for problem in run.problems)
+    shown = ("perplexity", "size", "choice", "verify", "widths")
+    assert all(getattr(run, name) == getattr(whole, name) for name in shown) and run.perplexity[0].delta_nll
 
 
 def test_an_axis_of_absurd_size_is_named(folder):
     edit(folder / "axes.json", lambda axes: axes["before"].append({"key": "huge", "size": 10**30}))
-    (run,) = read_summary([folder]).runs
+    (run,) = summarise([folder]).runs
     assert any(problem.startswith("axes.json: before.") for problem in run.problems) and run.perplexity
 
 
@@ -266,7 +219,7 @@ def test_nothing_in_a_folder_can_break_the_summary(tmp_path, monkeypatch):
         except ReportError:
             assert name == "run.json"
         else:
-            json.dumps(summary, allow_nan=False)
+            json.dumps(msgspec.to_builtins(summary), allow_nan=False)
             to_markdown(summary) if turn % 8 == 0 else None
         (folder / name).write_text(whole[name])
 
@@ -284,5 +237,5 @@ def test_comparison_labels_tell_runs_apart(tmp_path):
     runs = [write_run(tmp_path / str(i), method=m, keep=k, seed=s) for i, (m, k, s) in enumerate(
         [("flap", 0.9, 0), ("flap", 0.9, 1), ("random", 0.9, 0), ("flap", 0.8, 0), ("flap", 0.8, 0)]
     )]  # fmt: skip
-    labels = [run["label"] for run in summarise(runs)["runs"]]
+    labels = [run.label for run in summarise(runs).runs]
     assert labels == ["flap 0.9 seed 0", "flap 0.9 seed 1", "random 0.9", "flap 0.8 seed 0 3", "flap 0.8 seed 0 4"]

@@ -3,6 +3,7 @@
 import json
 import random
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from regrow.reports.reading import read_run
 from regrow.store.convert import expand_plans, from_intervals, to_intervals
 from regrow.store.errors import StoreError
 from regrow.store.ledger import Ledger
+from regrow.store.schemas import PlanRecord
 
 RUN = {"format": "regrow-run/2", "verb": "prune", "command": "regrow prune m", "settings": {}, "defaults": {}}
 RUN |= {"versions": {}, "started": "2026-11-30T00:00:00+00:00"}
@@ -80,7 +82,8 @@ def test_a_report_reads_units(tmp_path):
     plans = plans_of(30)
     written(tmp_path, plans)
     (tmp_path / "run.json").write_text(json.dumps(RUN))
-    assert read_run(tmp_path).plans == [json.loads(plan.to_json()) for plan in plans]
+    written_plans = [json.loads(plan.to_json()) for plan in plans]
+    assert read_run(tmp_path).plans == msgspec.convert(written_plans, list[PlanRecord])
 
 
 def test_a_ledger_of_another_version_is_refused(tmp_path):

@@ -3,9 +3,8 @@
 from functools import partial
 from typing import Any
 
-from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
-from regrow.api.runs import loaded_of
-from regrow.api.streamed import open_from_files
+from regrow.api.call import Call
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.objective import Evaluation
@@ -54,27 +53,27 @@ def evaluate(
     >>> print(evaluate(torch.nn.Identity(), (inputs, labels))["data"])
     data: loss 0.8848, accuracy 0.6667 ± 0.27 (3 examples)
     """
-    given = Arguments(model, data, None, None, loss, tokenizer, batch_size, device, precision)
-    settings = Settings(given.name, precision=precision)
-    result = carry_out(settings, partial(_open, given, settings, memory, progress), progress=progress)
+    call = Call(model, data, None, None, loss, tokenizer, batch_size, device, precision)
+    settings = Settings(call.name, precision=precision)
+    result = carry_out(settings, partial(_open, call, settings, memory, progress), progress=progress)
     return {row.source: row for row in result.sources if isinstance(row, Evaluation)}
 
 
-def _open(given: Arguments, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:
+def _open(call: Call, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:
     """Open the network and read the data of a call."""
     opened = plan = None
     if memory:
-        opened, inputs = open_from_files(given, memory)
+        opened, inputs = call.open_files(memory)
         plan = plan_evaluation(opened, inputs.sources, memory, settings)
         needs = {
-            f"device={given.device}": given.device not in (None, "cpu"),
-            f"precision={given.precision}": given.precision != "float32",
+            f"device={call.device}": call.device not in (None, "cpu"),
+            f"precision={call.precision}": call.precision != "float32",
             "a model without text": opened.loaded.tokenizer is None,
         }
         if not start_streaming(opened, plan, needs, lambda line: progress(0, 1, line)):
             opened = None
     if opened is None:
-        inputs = given.read(progress)
+        inputs = call.read(progress)
     if inputs.objective is None:
         raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
-    return EvaluateInputs(loaded_of(inputs), inputs.sources, inputs.objective, opened, plan)
+    return EvaluateInputs(inputs.saved(), inputs.sources, inputs.objective, opened, plan)

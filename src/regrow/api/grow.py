@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
-from regrow.api.runs import Destination, loaded_of, record_call
+from regrow.api.call import Call
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
@@ -93,31 +93,30 @@ def grow(
     >>> net[0].out_features, torch.allclose(net(x), before)
     (10, True)
     """
-    destination = Destination(out, track).checked(data=data, validation=validation)
     names = _check_training(data, steps, train)
-    arguments = Arguments(model, data, validation, example, loss, None, batch_size, device, precision, axes)
+    call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out, track)
+    call = call.checked(data=data, validation=validation)
     copies, units = _write_amounts(blocks), _write_amounts(axis)
-    settings = Settings(arguments.name, _write(mlp), _write(heads), _write(channels), copies, units, fill, round_to)
+    settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill, round_to)
     settings = replace(settings, regular=regular, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
-        inputs = partial(_open, arguments, destination, steps, shown)
-        result = carry_out(settings, inputs, ActiveRun(destination.recorder("grow", model), progress=shown))
+        result = carry_out(settings, partial(_open, call, steps), call.run("grow", shown))
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan
 
 
-def _open(arguments: Arguments, destination: Destination, steps: int, progress: Progress, run: ActiveRun) -> GrowInputs:
+def _open(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
     """Open the network and read the data."""
-    inputs = arguments.read(progress)
+    inputs = call.read(run.progress)
     return GrowInputs(
-        loaded_of(inputs),
-        inputs.trace() if arguments.axes is None else arguments.axes,
+        inputs.saved(),
+        inputs.trace() if call.axes is None else call.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,
-        lenient=inputs.tests is inputs.sources,
-        call=record_call(destination, inputs, arguments.loss, partial(parameter_sums, inputs.model)),
+        lenient=inputs.lenient,
+        call=call.record_inputs(inputs, partial(parameter_sums, inputs.model)),
     )
 
 

@@ -11,17 +11,13 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.names import GENERATED
-from regrow.core.objectives import LossFunction, Objective, choose_objective
-from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, Source, device_of, moved
+from regrow.core.objectives import LossFunction, Objective
+from regrow.core.progress import Progress
+from regrow.core.sources import Batch, Source, device_of
 from regrow.data.batch_forms import ReadOptions
-from regrow.data.batches import to_sources
+from regrow.data.batches import INPUTS
 from regrow.evaluation.generation import generate_source
-from regrow.jobs.models import ModelSpec, load_model, with_origin
-from regrow.nets import Origin
-from regrow.nets.devices import check_precision, choose_device
-from regrow.nets.loaded import WeightFile, guessed_example
-from regrow.store.building import describe_origin
+from regrow.nets import Loaded, Origin
 from regrow.tracing import TraceError, trace
 
 ModelLike = nn.Module | str | Path
@@ -36,131 +32,60 @@ LossLike = str | LossFunction | Objective | None
 
 @dataclass(frozen=True)
 class Inputs:
-    """A network with everything that is needed to trace it, measure it and train it.
+    """A network with everything that is needed to trace it, measure it and train it."""
 
-    Args:
-        model: The network.
-        example: An input to trace it with.
-        sources: The data, as named batches.
-        objective: What the network is trained for; ``None`` without data.
-        tokenizer: Its tokenizer, or ``None``.
-        tests: The data on which quality is measured.
-        files: The files of its weights, if it was loaded by name.
-        where: What messages call the batch that the example is; empty: it comes from elsewhere.
-    """
+    loaded: Loaded
+    sources: tuple[Source, ...] = ()
+    objective: Objective | None = None  # what the network is trained for; None without data
+    tests: tuple[Source, ...] = ()  # the data on which quality is measured
+    where: str = ""  # what messages call the batch that the example is; empty: it comes from elsewhere
 
-    model: nn.Module
-    example: Example
-    sources: tuple[Source, ...]
-    objective: Objective | None
-    tokenizer: Any
-    tests: tuple[Source, ...] = ()
-    files: tuple[WeightFile, ...] = ()
-    where: str = ""
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.loaded.model
+
+    @property
+    def lenient(self) -> bool:
+        """Whether quality is measured on the data of the run, whose labels need not fit."""
+        return self.tests is self.sources
 
     def trace(self) -> AxisGraph:
-        """Return the axes of the network, traced with the example.
-
-        Raises:
-            TraceError: If it cannot be traced; the message names the batch that the example is.
-        """
+        """Return the axes of the network, or raise TraceError, which names the batch that the example is."""
         try:
-            return trace(self.model, *self.example.args, **self.example.kwargs)
+            return trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         except TraceError as error:
             if not self.where:
                 raise
             raise TraceError(f"{self.where}: {error}") from error
 
+    def with_example(self, batch: Batch) -> "Inputs":
+        """Return the same inputs with those of a batch as the example, on the device of the network."""
+        batch = batch.to(device_of(self.model))
+        return replace(self, loaded=replace(self.loaded, example=Example(batch.args, batch.kwargs)))
 
-@dataclass(frozen=True)
-class Arguments:
-    """What a call is given to read its network and its data from; as for :func:`regrow.prune`.
+    def saved(self) -> Loaded:
+        """Return the network as it is saved: with two examples, where the first dimension of the input is the batch's.
 
-    Args:
-        model: The network, or its name.
-        data: The data.
-        validation: The data on which quality is measured; ``None``: ``data``.
-        example: An input to trace the network with.
-        loss: The loss.
-        tokenizer: The tokenizer, for text.
-        batch_size: Examples per batch, where the data do not come in batches.
-        device: The device to which the network is moved.
-        precision: The precision of forward passes.
-        axes: The axes of the network, whose example then counts; ``None``: it is traced.
-    """
-
-    model: ModelLike
-    data: Any = None
-    validation: Any = None
-    example: Any = None
-    loss: LossLike = None
-    tokenizer: Any = None
-    batch_size: int = 32
-    device: DeviceLike = None
-    precision: str = "float32"
-    axes: AxisGraph | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the network in the settings of a run."""
-        return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
-
-    def read(self, progress: Progress = silent, *, generates: bool = False) -> Inputs:
-        """Load the network if it is named, read the data, and choose an example input and an objective.
-
-        Args:
-            progress: Called with (steps done, steps in all, what is being done).
-            generates: Whether ``"generated"`` among the data is text that the network generates.
-
-        Raises:
-            InputError: If there is neither an example nor data, or no network.
-            ResourceError: If this machine does not have the device.
+        That is known of a single tensor, and of inputs by the names that transformers uses.
         """
-        device = None if self.device is None else choose_device(self.device)
-        model, tokenizer, known = self.model, self.tokenizer, None
-        files: tuple[WeightFile, ...] = ()
-        if isinstance(model, str | Path):
-            loaded = load_model(ModelSpec(str(model), device=str(device or "cpu")), progress)
-            model, known, files = with_origin(loaded), None if loaded.guessed else loaded.example, loaded.files
-            tokenizer = tokenizer or loaded.tokenizer
-        if not isinstance(model, nn.Module):
-            raise InputError(_no_network(model, self.data))
-        if self.data is not None:
-            require_weights(model)
-        check_precision(model, self.precision)
-        model = model if device is None else model.to(device)
-        tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        example = self.example if self.axes is None else self.axes.example
-        known = known if example is None else to_example(example)
-        guess = known or guessed_example(model)
-        size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-        reading = choose_reading(model, tokenizer, self.batch_size, size)
-        data = _generate(self.data, model, reading, progress) if generates else self.data
-        sources = tuple(to_sources(data, reading))
-        tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
-        labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
-        objective = choose_objective(self.loss, labelled) if labelled is not None else None
-        where = ""
-        if known is None:
-            if not sources:
-                raise InputError(
-                    "there is no input to run the network with; give example=, for example "
-                    "example=torch.ones(1, 3, 224, 224), or data"
-                )
-            first = sources[0].batches[0]
-            known, where = Example(first.args, first.kwargs), first.where
-        if (device := device_of(model)).type != "meta":
-            known = Example(moved(known.args, device), moved(dict(known.kwargs), device))
-        return Inputs(model, known, sources, objective, tokenizer, tests, files, where)
+        example = self.loaded.example
+        parts = [*example.args, *example.kwargs.values()]
+        known = not example.args and any(name in INPUTS for name in example.kwargs)
+        batched = all(isinstance(part, Tensor) and part.dim() > 1 for part in parts) and len({*map(len, parts)}) == 1
+        if batched and (known or (len(example.args) == 1 and not example.kwargs)):
+            named = {name: part[:2] for name, part in example.kwargs.items()}
+            example = Example(tuple(part[:2] for part in example.args), named)
+        return replace(self.loaded, example=example)
 
 
-def _generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
+def generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
     """Return the data with text that the network generates in the place of ``"generated"``."""
     if not names_generated(data):
         return data
     if isinstance(data, Mapping):
         return {
-            name: replace(_generate(part, model, reading, progress), name=str(name)) if _is_generated(part) else part
+            name: replace(generate(part, model, reading, progress), name=str(name)) if _is_generated(part) else part
             for name, part in data.items()
         }
     if reading.tokenizer is None:
@@ -179,13 +104,9 @@ def _is_generated(data: object) -> bool:
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:
-    """Return how the data of a network are read.
+    """Return how the data of a network are read; ``size`` is the height and width of images from files.
 
-    Args:
-        model: The network; images are normalised unless its ``origin`` says that regrow built it itself.
-        tokenizer: The tokenizer, for text.
-        batch_size: Examples per batch.
-        size: Height and width of images that are read from files.
+    Images are normalised unless the ``origin`` of the network says that regrow built it itself.
     """
     shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     origin = getattr(model, "origin", None)
@@ -204,7 +125,7 @@ def require_weights(model: nn.Module) -> None:
         )
 
 
-def _no_network(model: object, data: object) -> str:
+def no_network(model: object, data: object) -> str:
     """Return what is given in the place of a network, and the remedy."""
     got = f"got a {type(model).__name__}"
     if isinstance(model, type):
@@ -215,13 +136,7 @@ def _no_network(model: object, data: object) -> str:
 
 
 def to_example(example: Any) -> Example:
-    """Return an example input as users write it.
-
-    Args:
-        example: A tensor, a tuple or list of positional inputs, a dict of inputs by name, a batch, or an ``Example``.
-
-    Raises:
-        InputError: If it is none of these.
+    """Return an example input as users write it: a tensor, a tuple or list, a dict of inputs by name, or a batch.
 
     >>> import torch
     >>> to_example({"x": torch.ones(1)}).kwargs

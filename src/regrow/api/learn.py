@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, choose_reading, require_weights
-from regrow.api.runs import Destination, loaded_of, name_of
+from regrow.api.call import Call, name_of
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, require_weights
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, Source, device_of
+from regrow.core.sources import Batch, Source
 from regrow.core.tables import Table, format_html
 from regrow.core.tasks import Task, first_examples
 from regrow.data.datasets import to_tasks
@@ -28,7 +28,6 @@ from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
 from regrow.settings.declaration import declared
 from regrow.settings.learn import Settings
-from regrow.store.building import describe_origin
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.store.statistics import parameter_sums
 from regrow.training.continual import TaskSchedule, accuracy_matrix
@@ -141,67 +140,57 @@ def learn(
     (2, ('task-1', 'task-2'))
     """
     check_arguments("learn", training, MORE)
-    destination = Destination(out, track, checkpoint).checked(tasks=tasks)
-    shown_input = Example() if example is None else example
-    net = Arguments(model, example=shown_input, tokenizer=tokenizer, device=device).read(progress)
+    call = Call(model, None, None, example, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
+    call = replace(call, checkpoint=checkpoint).checked(tasks=tasks)
+    net = replace(call, example=Example() if example is None else example, axes=None).read(progress)
     require_weights(net.model)
-    every = to_tasks(tasks, choose_reading(net.model, net.tokenizer, batch_size))
+    every = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size))
     learner = build_learner(method, settings or {}, seed)
     schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
     names = tuple(task.name for task in every)
-    job = Settings(names, describe_origin(net.model).name, method, dict(settings or {}), **_shared_settings(schedule))
-    call = {"optimizer": name_of(optimizer), "training": training}
-    open_inputs = partial(_open, method, net, every, learner, schedule, loss, axes, example is None, destination, call)
+    job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), **_shared_settings(schedule))
+    recorded = {"optimizer": name_of(optimizer), "training": training}
+    open_inputs = partial(_open, call, method, net, every, learner, schedule, recorded)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = carry_out(job, open_inputs, ActiveRun(destination.recorder("learn", model), progress=shown))
+        fitted = carry_out(job, open_inputs, call.run("learn", shown))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 
 
 def _open(
+    call: Call,
     method: str,
     net: Inputs,
     tasks: list[Task],
     learner: Learner[Any],
     schedule: TaskSchedule,
-    loss: LossLike,
-    axes: AxisGraph | None,
-    takes_example: bool,
-    destination: Destination,
-    call: Mapping[str, object],
+    recorded: Mapping[str, Any],
     run: ActiveRun,
 ) -> LearnInputs:
-    """Return the inputs of a run, checked, with what is recorded of them, and where its checkpoint is."""
+    """Return the inputs of a run, checked, with what is ``recorded`` of them, and where its checkpoint is."""
     batch = first_batch(tasks[0])
-    objective = find_objective(net.model, loss, batch)
+    objective = find_objective(net.model, call.loss, batch)
     if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
-        find_objective(net.model, loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
-    if takes_example:
-        net = replace(net, example=Example(*move_inputs(batch, device_of(net.model))))
-    file = None if destination.checkpoint is None else Path(destination.checkpoint).absolute()
-    recorded = destination.record(_first_batches(tasks), loss, partial(parameter_sums, net.model), **call)
-    if recorded is not None:
+        find_objective(net.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
+    inputs = net.with_example(batch) if call.example is None else net
+    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), recorded)
+    file = None if call.checkpoint is None else Path(call.checkpoint).absolute()
+    if record is not None:
         file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names
-    if axes is None:
+    axes = NO_AXES if call.axes is None else call.axes
+    if call.axes is None and learner.uses_axes:
         try:
-            axes = net.trace() if learner.uses_axes else NO_AXES
+            axes = inputs.trace()
         except ValueError as error:
             raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
-    return LearnInputs(
-        loaded_of(net), axes, tasks, learner, replace(schedule, objective=objective), file, call=recorded
-    )
+    schedule = replace(schedule, objective=objective)
+    return LearnInputs(inputs.saved(), axes, tasks, learner, schedule, file, call=record)
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
-    """Return what a network is trained for, after running it on the first examples.
+    """Return what a network is trained for, after running it on the first examples, which must fit.
 
-    Args:
-        model: The network.
-        loss: The loss, as for :func:`regrow.prune`; a function is not run, as outputs may depend on the mode.
-        batch: The first examples.
-
-    Raises:
-        InputError: If the network cannot take them, or their labels do not fit its outputs.
+    A loss that is a function is not run, as outputs may depend on the mode.
     """
     objective = choose_objective(loss, batch)
     if objective is not OWN:
@@ -213,34 +202,21 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
     return objective
 
 
-def check_arguments(name: str, given: Mapping[str, object], known: Sequence[str], remedy: str = "") -> None:
-    """Raise TypeError, as Python does, for an argument that a function does not have.
-
-    Args:
-        name: The name of the function.
-        given: The arguments that it collects.
-        known: The names that it takes.
-        remedy: What the arguments that it has are for, with a semicolon behind it.
-    """
-    if unknown := given.keys() - known:
+def check_arguments(name: str, arguments: Mapping[str, object], known: Sequence[str], remedy: str = "") -> None:
+    """Raise TypeError, as Python does, for an argument that a function does not have."""
+    if unknown := arguments.keys() - known:
         raise TypeError(f"{name} has no argument {min(unknown)!r}; {remedy}further arguments are {', '.join(known)}")
 
 
-def build_schedule(optimizer: OptimizerLike, **given: Any) -> TaskSchedule:
-    """Return how each task is trained.
-
-    Args:
-        optimizer: The name of an optimizer, or a function that builds one.
-        **given: The other fields of the schedule.
-    """
+def build_schedule(optimizer: OptimizerLike, **fields: Any) -> TaskSchedule:
+    """Return how each task is trained, by the name of an optimizer or a function that builds one."""
     if not isinstance(optimizer, str) and not callable(optimizer):
         raise InputError(
             "optimizer must be 'sgd', 'adamw' or a function from parameter groups to an optimizer, got "
             f"a {type(optimizer).__name__}; write functools.partial(torch.optim.{type(optimizer).__name__}, lr=0.1)"
         )
-    if isinstance(optimizer, str):
-        return TaskSchedule(optimizer=optimizer, **given)
-    return TaskSchedule(build_optimizer=optimizer, **given)
+    choice = {"optimizer" if isinstance(optimizer, str) else "build_optimizer": optimizer}
+    return TaskSchedule(**{**fields, **choice})
 
 
 def first_batch(task: Task) -> Batch:
@@ -256,7 +232,7 @@ def first_batch(task: Task) -> Batch:
 def _shared_settings(schedule: TaskSchedule) -> dict[str, Any]:
     """Return the settings of the command that a schedule has, too; numbers of numpy as those of Python."""
     known = declared(Settings).items()
-    return {name: one.type(getattr(schedule, name)) for name, one in known if hasattr(schedule, name)}
+    return {name: field.type(getattr(schedule, name)) for name, field in known if hasattr(schedule, name)}
 
 
 def _first_batches(tasks: list[Task]) -> Iterator[Source]:
@@ -264,9 +240,3 @@ def _first_batches(tasks: list[Task]) -> Iterator[Source]:
     for task in tasks:
         yield Source(task.name, [first_batch(task)])
         yield Source(f"{task.name} (test)", [first_batch(replace(task, train=task.test))])
-
-
-def move_inputs(batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Return the positional and named inputs of a batch on a device."""
-    batch = batch.to(device)
-    return batch.args, batch.kwargs

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, names_generated
-from regrow.api.runs import Destination, loaded_of, record_call
-from regrow.api.streamed import open_to_prune
+from regrow.api.call import Call
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, names_generated
 from regrow.core.amounts import Measure, Target, parse_share
 from regrow.core.axes import AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
@@ -20,15 +20,21 @@ from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
+from regrow.data.batch_streams import join_sources
 from regrow.jobs.calibration import PruneInputs
+from regrow.jobs.evaluate import count_positions
 from regrow.jobs.inputs import SourceHalves
+from regrow.jobs.memory_needs import plan_streaming
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.prune import carry_out
 from regrow.jobs.pruning import pruner_of
-from regrow.jobs.recording import ActiveRun
+from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
+from regrow.methods.pruning.layer_orders import BATCH
 from regrow.methods.recovery.refit_work import check_lengths
 from regrow.settings.prune import Settings
+from regrow.streaming.opening import OpenedNetwork
+from regrow.streaming.requirements import MemoryPlan
 
 
 def prune(
@@ -101,81 +107,81 @@ def prune(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
-    place = Destination(out, track).checked(data=data, validation=validation)
-    given = Arguments(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
+    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    call = call.checked(data=data, validation=validation)
     size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
-    call = _PruneCall(given, _describe(given, method, settings or {}, size, budget, reconstruct), timing, place, memory)
+    job = _describe(call, method, settings or {}, size, budget, reconstruct)
     with visible(progress) as shown:
-        result = carry_out(call.settings, call.open, ActiveRun(place.recorder("prune", model), progress=shown))
+        result = carry_out(job, partial(_open, call, job, memory, timing), call.run("prune", shown))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
 
 
-@dataclass(frozen=True)
-class _PruneCall:
-    """What a call of :func:`prune` asks for, checked."""
+def _open(call: Call, settings: Settings, memory: str, timing: Timing | None, run: ActiveRun) -> PruneInputs:
+    """Open the network, one block at a time if it does not fit into ``memory``, and read the data."""
+    if memory:
+        opened, inputs, plan = _open_files(call, settings, memory, run.progress)
+        if plan.streams:
+            if call.out is None:
+                raise InputError(
+                    "the network does not fit into memory, so that the cut one is written to a folder; give out=, for "
+                    "example out='runs/pruned'"
+                )
+            network = StreamedRun(opened, plan)
+            return replace(_inputs_of(call, settings, inputs, network, opened.axes), timing=timing, memory=plan)
+    inputs = call.read(run.progress, generates=True)
+    with run.stage("trace"):
+        axes = inputs.trace() if call.axes is None else call.axes
+    return replace(_inputs_of(call, settings, inputs, WholeNetwork(inputs.saved()), axes), timing=timing)
 
-    given: Arguments
-    settings: Settings
-    timing: Timing | None
-    place: Destination
-    memory: str
 
-    def open(self, run: ActiveRun) -> PruneInputs:
-        """Open the network and read the data."""
-        if self.memory and (streamed := self._open_streamed(run.progress)) is not None:
-            return streamed
-        inputs = self.given.read(run.progress, generates=True)
-        with run.stage("trace"):
-            axes = inputs.trace() if self.given.axes is None else self.given.axes
-        return self._complete(inputs, WholeNetwork(loaded_of(inputs)), axes)
+def _inputs_of(call: Call, settings: Settings, inputs: Inputs, network: PrunedNetwork, axes: AxisGraph) -> PruneInputs:
+    """Return the inputs of the run."""
+    if settings.reconstruct:
+        with preserve_random_state(*(generator for source in inputs.sources for generator in source.generators)):
+            check_lengths(chain.from_iterable(inputs.sources))
+    return PruneInputs(
+        network,
+        axes,
+        SourceHalves(inputs.sources, inputs.tests),
+        objective=inputs.objective,
+        lenient=inputs.lenient,
+        call=call.record_inputs(inputs, network.sums),
+    )
 
-    def _open_streamed(self, progress: Progress) -> PruneInputs | None:
-        """Open a network that is read one block at a time; ``None`` if it fits into memory."""
-        given, memory = self.given, self.memory
-        if names_generated(given.data):
-            raise InputError(
-                f"memory={memory!r} does not count what generating text needs, got data='generated'; leave out memory, "
-                f"or run `regrow prune --source generated --memory {memory}`"
-            )
-        needs = {
-            "axes=": given.axes is not None,
-            "example=": given.axes is None and given.example is not None,
-            f"device={given.device}": given.device not in (None, "cpu"),
-            f"precision={given.precision}": given.precision != "float32",
-        }
-        opened, inputs, plan = open_to_prune(given, memory, self.settings, pruner_of(self.settings), needs, progress)
-        if not plan.streams:
-            return None
-        if self.place.out is None:
-            raise InputError(
-                "the network does not fit into memory, so that the cut one is written to a folder; give out=, for "
-                "example out='runs/pruned'"
-            )
-        return replace(self._complete(inputs, StreamedRun(opened, plan), opened.axes), memory=plan)
 
-    def _complete(self, inputs: Inputs, network: PrunedNetwork, axes: AxisGraph) -> PruneInputs:
-        """Return the inputs of the run."""
-        if self.settings.reconstruct:
-            with preserve_random_state(*(generator for source in inputs.sources for generator in source.generators)):
-                check_lengths(chain.from_iterable(inputs.sources))
-        return PruneInputs(
-            network,
-            axes,
-            SourceHalves(inputs.sources, inputs.tests),
-            objective=inputs.objective,
-            lenient=inputs.tests is inputs.sources,
-            call=record_call(self.place, inputs, self.given.loss, network.sums),
-            timing=self.timing,
+def _open_files(
+    call: Call, settings: Settings, memory: str, progress: Progress
+) -> tuple[OpenedNetwork, Inputs, MemoryPlan]:
+    """Open a network from its files, read the data, all batches of which are in memory, and predict what is needed."""
+    if names_generated(call.data):
+        raise InputError(
+            f"memory={memory!r} does not count what generating text needs, got data='generated'; leave out memory, "
+            f"or run `regrow prune --source generated --memory {memory}`"
         )
+    opened, inputs = call.open_files(memory)
+    needs = {
+        "axes=": call.axes is not None,
+        "example=": call.axes is None and call.example is not None,
+        f"device={call.device}": call.device not in (None, "cpu"),
+        f"precision={call.precision}": call.precision != "float32",
+        "a model without text": opened.loaded.tokenizer is None,
+    }
+    pruner = pruner_of(settings)
+    batches = list(join_sources(inputs.sources, BATCH if pruner.products else 1))
+    positions, total = max(map(count_positions, batches), default=1), sum(map(count_positions, batches))
+    names = tuple(f"data{i}" for i in range(len(inputs.sources)))
+    described = replace(settings, sources=names, seq_len=positions, tokens=max(1, total // max(1, len(names))))
+    invocation = Invocation(memory=memory, announce=lambda line: progress(0, 1, line))
+    return opened, inputs, plan_streaming(opened, invocation, described, pruner, (len(batches), positions), needs)
 
 
 def _describe(
-    given: Arguments,
+    call: Call,
     method: str,
     settings: Mapping[str, Any],
-    size: Mapping[str, Any],
+    size: tuple[float | None, str],
     budget: Mapping[str, Any],
     reconstruct: object,
 ) -> Settings:
@@ -188,30 +194,33 @@ def _describe(
             "target='macs=2G', and limited by measure, only, exclude, round_to, regular"
         )
     return Settings(
-        given.name,
+        call.name,
         method,
         dict(settings),
-        **size,
+        keep=size[0],
+        target=size[1],
         measure=str(budget.get("measure", Measure.WEIGHTS)),
         regular=budget.get("regular", False),
         only=tuple(budget.get("only", ())),
         exclude=tuple(budget.get("exclude", ())),
         marks=tuple(sorted(map(str, budget.get("marks", (Mark.NEUTRAL,))))),
         round_to=budget.get("round_to", 1),
-        precision=given.precision,
+        precision=call.precision,
         reconstruct=isinstance(reconstruct, Mapping) or bool(reconstruct),
         reconstruct_settings=reconstruct if isinstance(reconstruct, Mapping) else {},
     )
 
 
-def _choose_size(keep: float | str | None, target: str | Target, smaller: str | float | None) -> dict[str, Any]:
-    """Return the settings that say how much stays, which is given in one of three ways."""
-    given = {"keep": keep, "target": target or None, "smaller": smaller}
-    names = [f"{name}={value}" for name, value in given.items() if value is not None]
+def _choose_size(
+    keep: float | str | None, target: str | Target, smaller: str | float | None
+) -> tuple[float | None, str]:
+    """Return the fraction that stays or the target, of which one is given in one of three ways."""
+    ways = {"keep": keep, "target": target or None, "smaller": smaller}
+    names = [f"{name}={value}" for name, value in ways.items() if value is not None]
     if len(names) > 1:
         raise InputError(f"keep, target and smaller exclude each other, got {' and '.join(names)}; give one of them")
     if smaller is not None:
         target = Target.smaller(parse_share(str(smaller)))
     if target:
-        return {"keep": None, "target": str(Target.parse(str(target)))}
-    return {"keep": Budget(0.8 if keep is None else parse_share(str(keep))).keep}
+        return None, str(Target.parse(str(target)))
+    return Budget(0.8 if keep is None else parse_share(str(keep))).keep, ""

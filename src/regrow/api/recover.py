@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.inputs import Arguments, DeviceLike, LossLike, ModelLike
-from regrow.api.runs import Destination, digest, loaded_of, record_call
+from regrow.api.call import Call, digest
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
@@ -23,6 +23,7 @@ from regrow.jobs.recover import RecoverInputs, carry_out
 from regrow.nets.devices import autocasting
 from regrow.settings import prune
 from regrow.settings.recover import CLOSED_FORM, Settings
+from regrow.store.building import describe_origin
 from regrow.store.ledger import with_branches_of
 from regrow.store.statistics import parameter_sums
 from regrow.training import tune
@@ -87,11 +88,11 @@ def recover(
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
     _check_types(model, dense, plan)
-    destination = Destination(out, track).checked(data=data, validation=validation)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    arguments = Arguments(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes)
-    name = arguments.name
+    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    call = call.checked(data=data, validation=validation)
+    name = call.name
     job = Settings(
         f"{name}()",
         by,
@@ -104,40 +105,36 @@ def recover(
         precision="" if precision == "float32" else precision,
     )
     with visible(progress) as shown:
-        inputs = partial(_open, arguments, model, plan, destination, shown)
-        row = carry_out(job, inputs, ActiveRun(destination.recorder("recover", model), progress=shown))
+        row = carry_out(job, partial(_open, call, model, plan), call.run("recover", shown, model))
     return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}
 
 
-def _open(
-    arguments: Arguments, model: nn.Module, plan: Plan, destination: Destination, progress: Progress, run: ActiveRun
-) -> RecoverInputs:
+def _open(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverInputs:
     """Read the data, and trace the dense network."""
-    inputs = arguments.read(progress, generates=True)
+    inputs = call.read(run.progress, generates=True)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     dense = inputs.model
-    axes = with_branches_of([plan], dense, inputs.trace()) if arguments.axes is None else arguments.axes
+    axes = with_branches_of([plan], dense, inputs.trace()) if call.axes is None else call.axes
     _check_dense(model, dense)
     model.to(device_of(dense))
-    loaded = loaded_of(replace(inputs, model=model))
-    call = record_call(destination, inputs, arguments.loss, partial(parameter_sums, model))
-    if call is not None:
-        call |= {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json())}
-    tests = () if arguments.validation is None else inputs.tests
-    halves = SourceHalves(inputs.sources, tests)
+    small = replace(inputs.saved(), model=model, origin=describe_origin(model))
+    recorded = call.record_inputs(inputs, partial(parameter_sums, model))
+    if recorded is not None:
+        recorded |= {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json())}
+    halves = SourceHalves(inputs.sources, () if call.validation is None else inputs.tests)
     return RecoverInputs(
-        replace(loaded, model=dense), loaded, axes, plan, halves, objective=inputs.objective, call=call
+        replace(small, model=dense), small, axes, plan, halves, objective=inputs.objective, call=recorded
     )
 
 
 def _check_types(model: object, dense: object, plan: object) -> None:
     """Raise InputError if one of the first arguments is of another kind, as where one is left out."""
-    for name, one in (("model", model), ("dense", dense)):
-        if not isinstance(one, nn.Module):
-            load = f"; regrow.load({str(one)!r}) loads a network" if isinstance(one, str | Path) else ""
+    for name, network in (("model", model), ("dense", dense)):
+        if not isinstance(network, nn.Module):
+            load = f"; regrow.load({str(network)!r}) loads a network" if isinstance(network, str | Path) else ""
             raise InputError(
-                f"{name} must be a torch.nn.Module, got a {type(one).__name__}; write "
+                f"{name} must be a torch.nn.Module, got a {type(network).__name__}; write "
                 f"recover(model, dense, plan, data) with the networks after and before the cut{load}"
             )
     if not isinstance(plan, Plan):
@@ -149,10 +146,10 @@ def _check_types(model: object, dense: object, plan: object) -> None:
 
 def _check_dense(model: nn.Module, dense: nn.Module) -> None:
     """Raise InputError if the dense network is smaller somewhere than the one that was cut from it."""
-    whole = dict(dense.named_parameters())
+    parameters = dict(dense.named_parameters())
     for name, small in model.named_parameters():
-        large = whole.get(name, small)
-        if any(one > other for one, other in zip(small.shape, large.shape, strict=False)):
+        large = parameters.get(name, small)
+        if any(cut > whole for cut, whole in zip(small.shape, large.shape, strict=False)):
             raise InputError(
                 f"dense must be the network before the cut, and its {name!r} has shape {list(large.shape)}, that of "
                 f"model {list(small.shape)}; write recover(model, dense, plan, data)"
@@ -208,8 +205,8 @@ def finetune(
     """
     if epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}")
-    arguments = Arguments(model, data, None, None, loss, tokenizer, batch_size, device, precision)
-    inputs = arguments.read(progress) if data is not None else None
+    call = Call(model, data, None, None, loss, tokenizer, batch_size, device, precision)
+    inputs = call.read(progress) if data is not None else None
     if inputs is None or not inputs.sources:
         raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
     if not any(p.requires_grad for p in inputs.model.parameters()):

@@ -1,21 +1,21 @@
 """``regrow.search``: search the widths and candidate operations of a network for one of a given size."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regrow.api.inputs import Arguments, DeviceLike, Inputs, LossLike, ModelLike, choose_reading
-from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch, move_inputs
-from regrow.api.runs import Destination, loaded_of, name_of
+from regrow.api.call import Call, name_of
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading
+from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch
 from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, device_of
+from regrow.core.sources import Source
 from regrow.core.tasks import ExampleSet, ExamplesView, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
@@ -98,86 +98,73 @@ def search(
     (True, True)
     """
     check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
-    destination = Destination(out, track, checkpoint).checked(data=data, validation=validation, test=test)
-    shown_input, parts = Example() if example is None else example, (data, validation, test)
-    arguments = Arguments(model, None, None, shown_input, None, tokenizer, batch_size, device)
-    job = Settings(
-        arguments.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {})
-    )
+    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
+    call = replace(call, checkpoint=checkpoint).checked(data=data, validation=validation, test=test)
+    job = Settings(call.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
     job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     job = replace(job, **{name: training[name] for name in ("weight_decay", "precision") if name in training})
-    call = _SearchCall(arguments, parts, loss, job, optimizer, training, destination, axes, example is None)
     with visible(progress) as shown:
+        inputs = partial(_open, call, test, job, optimizer, training)
         file = None if checkpoint is None else Path(checkpoint)
-        run = ActiveRun(destination.recorder("search", model), progress=shown)
-        return carry_out(job, partial(call.open, shown), run, checkpoint=file)
+        return carry_out(job, inputs, call.run("search", shown), checkpoint=file)
 
 
-@dataclass(frozen=True)
-class _SearchCall:
-    """What a call of :func:`search` asks for, checked; ``data`` are those for training, validation and test."""
-
-    arguments: Arguments
-    data: tuple[Any, Any, Any]
-    loss: LossLike
-    job: Settings
-    optimizer: OptimizerLike
-    training: Mapping[str, Any]
-    destination: Destination
-    axes: AxisGraph | None
-    traces_data: bool
-
-    def open(self, progress: Progress, run: ActiveRun) -> SearchInputs:
-        """Open the network and read the data."""
-        job, net = self.job, self.arguments.read(progress)
-        task, test = _read_task(net, self.data, job.batch_size, job.seed)
-        first = first_batch(task)
-        objective = find_objective(net.model, self.loss, first)
-        schedule = build_schedule(
-            self.optimizer,
-            objective=objective,
-            epochs=max(1, job.epochs),
-            batch_size=job.batch_size,
-            lr=job.lr,
-            seed=job.seed,
-            **self.training,
-        )
-        if self.traces_data:
-            net = replace(net, example=Example(*move_inputs(first, device_of(net.model))))
-        loaded = loaded_of(net)
-        both = {"data": task, "validation": replace(task, train=task.test)}
-        call = self.destination.record(
-            (Source(name, [first_batch(part)]) for name, part in both.items()),
-            self.loss,
-            partial(parameter_sums, net.model),
-            optimizer=name_of(self.optimizer),
-            training=self.training,
-        )
-        return SearchInputs(
-            net.model,
-            loaded.origin,
-            net.trace() if self.axes is None else self.axes,
-            Parts(task, task, test, objective=objective),
-            schedule,
-            loaded,
-            in_place=True,
-            generators=self.destination.generators,
-            call=call,
-        )
+def _open(
+    call: Call,
+    test: object,
+    job: Settings,
+    optimizer: OptimizerLike,
+    training: Mapping[str, Any],
+    run: ActiveRun,
+) -> SearchInputs:
+    """Open the network and read the data."""
+    shown = Example() if call.example is None else call.example
+    net = replace(call, data=None, validation=None, example=shown, axes=None).read(run.progress)
+    task, tested = _read_task(net, (call.data, call.validation, test), job.batch_size, job.seed)
+    first = first_batch(task)
+    objective = find_objective(net.model, call.loss, first)
+    schedule = build_schedule(
+        optimizer,
+        epochs=max(1, job.epochs),
+        batch_size=job.batch_size,
+        lr=job.lr,
+        seed=job.seed,
+        objective=objective,
+        **training,
+    )
+    inputs = net.with_example(first) if call.example is None else net
+    loaded = inputs.saved()
+    both = {"data": task, "validation": replace(task, train=task.test)}
+    recorded = call.record(
+        (Source(name, [first_batch(part)]) for name, part in both.items()),
+        partial(parameter_sums, net.model),
+        {"optimizer": name_of(optimizer), "training": training},
+    )
+    return SearchInputs(
+        net.model,
+        loaded.origin,
+        inputs.trace() if call.axes is None else call.axes,
+        Parts(task, task, tested, objective=objective),
+        schedule,
+        loaded,
+        in_place=True,
+        generators=call.generators,
+        call=recorded,
+    )
 
 
 def _target(target: str | Target, smaller: str | float | None) -> str:
     """Return the target as text, from one of two ways to give it."""
     if bool(target) == (smaller is not None):
-        given = f"target={target!s} and smaller={smaller}" if target else "neither"
-        raise InputError(f'give one of target= and smaller=, got {given}; for example smaller="30%"')
+        got = f"target={target!s} and smaller={smaller}" if target else "neither"
+        raise InputError(f'give one of target= and smaller=, got {got}; for example smaller="30%"')
     return str(target) if smaller is None else str(Target.smaller(parse_share(str(smaller))))
 
 
 def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: int) -> tuple[Task, ExampleSet | None]:
     """Return training and validation examples, and those for the test, read in batches of at most ``batch_size``."""
-    side = next((arg.shape[-1] for arg in net.example.args if isinstance(arg, torch.Tensor)), 224)
-    reading = choose_reading(net.model, net.tokenizer, batch_size, side)
+    side = next((arg.shape[-1] for arg in net.loaded.example.args if isinstance(arg, torch.Tensor)), 224)
+    reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, side)
     train, held = to_examples(data[0], reading), None if data[1] is None else to_examples(data[1], reading)
     if held is None:
         train = fix_order(train)

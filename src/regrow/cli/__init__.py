@@ -1,4 +1,4 @@
-"""The command line: one module per command; torch and other large packages are imported once a command runs.
+"""The command line; torch and other large packages are imported once a command runs.
 
 Standard streams never fail: closed ones, and pipes whose reader has exited, drop what is written.
 """
@@ -36,11 +36,7 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def code_of(words: list[str]) -> int:
-    """Run one command and return its exit code.
-
-    Args:
-        words: The command line, without the program's name.
-    """
+    """Run one command, given without the program's name, and return its exit code."""
     from regrow.cli import app
 
     return app.code_of(words)
@@ -55,11 +51,7 @@ class _Output(io.FileIO):
         self.dropping = False
 
     def write(self, data: Any, /) -> int:
-        """Write bytes; after a failure all output is dropped, so that the work and the exit go on.
-
-        Raises:
-            OSError: The first time, if writing fails for another reason than a closed pipe.
-        """
+        """Write bytes; after a failure, which is raised unless a pipe was closed, all output is dropped."""
         if not self.dropping:
             try:
                 return super().write(data)

@@ -2,41 +2,29 @@
 
 import os
 import platform
-import re
-import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 
 import click
 
 from regrow.cli import INTERRUPTED, boundary
-from regrow.cli.apply import apply
-from regrow.cli.chat import chat
-from regrow.cli.evaluate import evaluate
-from regrow.cli.export import export
-from regrow.cli.folders import compare, history, report, settings, undo
-from regrow.cli.grow import grow
-from regrow.cli.learn import learn
-from regrow.cli.methods import methods
-from regrow.cli.prune import prune
-from regrow.cli.recover import recover
+from regrow.cli.evaluate import chat, evaluate
+from regrow.cli.folders import compare, history, methods, report, settings, undo
+from regrow.cli.learn import learn, search
+from regrow.cli.networks import apply, export, grow, show
+from regrow.cli.prune import prune, recover
 from regrow.cli.screen import failure, prepare
-from regrow.cli.search import search
-from regrow.cli.show import show
 from regrow.core.process_memory import limit_arenas
 
-_SECRET = re.compile(r"(?i)(token|secret|passw|key|credential)[^=\s]*=?$|^(hf|sk|ghp|gho|pat)[_-]\w{8,}|://[^/\s]*@")
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b
 Start with
   regrow show smollm2-135m                     which axes can be cut, and what one unit costs
   regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
   regrow evaluate RUN --source news            perplexity of the pruned model
-  regrow chat smollm2-135m RUN                 chat with the original and the pruned model, side by side
+  regrow chat smollm2-135m RUN                 chat with the original and the pruned model, in turn
   regrow export RUN --to gguf --out m.gguf     a file for llama.cpp; also for transformers and onnxruntime
 
 \b
@@ -60,11 +48,7 @@ for verb in VERBS:
 
 
 def code_of(words: list[str]) -> int:
-    """Run one command; a failure is printed in one line, and an exit code of ``boundary.EXIT_CODES`` is returned.
-
-    Args:
-        words: The command line, without the program's name.
-    """
+    """Run one command; a failure is printed in one line, and an exit code of ``boundary.EXIT_CODES`` is returned."""
     limit_arenas()
     prepare()
     try:
@@ -96,17 +80,17 @@ def _failed(error: BaseException, words: list[str]) -> int:
 def _write_report(error: BaseException, words: list[str]) -> str:
     """Write a bug report to a file of its own, readable by its user only, and return the file's name.
 
-    It has the traceback without the values of variables, versions, and the command line without anything that looks
-    like a secret; of paths only the last part is written.
+    It has the traceback without the values of variables, versions, and the command with the names of its options.
     """
+    named = [word.partition("=")[0] for word in words if word in regrow.commands or word.startswith("--")]
     lines = [
         "Report of regrow; please read it before you attach it.",
         f"written   {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
         f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",
         *(f"{name:9} {_version(name)}" for name in ("regrow", "torch", "transformers", "numpy", "click", "rich")),
-        f"command   {' '.join(_harmless(words))}",
+        f"command   {' '.join(named)}",
         "",
-        *_traced(error),
+        boundary.hide_home("".join(traceback.format_exception(error))),
     ]
     try:
         handle, name = tempfile.mkstemp(prefix="regrow-report-", suffix=".txt")
@@ -115,35 +99,6 @@ def _write_report(error: BaseException, words: list[str]) -> str:
     except OSError as failed:
         return f"nowhere ({failed.strerror})"
     return name
-
-
-def _traced(error: BaseException) -> Iterator[str]:
-    chain = [error]
-    while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
-        if cause in chain:
-            break
-        chain.append(cause)
-    roots = sorted({str(boundary.PACKAGE.parent), *sysconfig.get_paths().values()}, key=len, reverse=True)
-    for cause in reversed(chain):
-        for frame in traceback.extract_tb(cause.__traceback__):
-            root = next((root for root in roots if frame.filename.startswith(root)), None)
-            # Of the user's own files only the name is written.
-            file = frame.filename.removeprefix(root).lstrip("/\\") if root else Path(frame.filename).name
-            yield f"  {file}:{frame.lineno} in {frame.name}" + (f"\n    {frame.line}" if root else "")
-        yield boundary.describe(cause)
-
-
-def _harmless(words: Sequence[str]) -> Iterator[str]:
-    hide = False
-    for word in words:
-        name, equals, value = word.partition("=")
-        if hide or _SECRET.search(value or word):
-            yield "***"
-        elif equals:
-            yield f"{name}=***" if _SECRET.search(f"{name}=") else f"{name}={Path(value).name or value}"
-        else:
-            yield word if word.startswith("-") else Path(word).name or word
-        hide = word == "--prompt" or (word.startswith("--") and bool(_SECRET.search(word)))
 
 
 def _version(package: str) -> str:

@@ -3,30 +3,21 @@
 import contextlib
 import dis
 import errno
-import importlib
 import os
 import re
 import signal
 import sysconfig
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-from regrow.cli import INTERRUPTED, stop_at_once
-from regrow.cli.checks import check_words
-from regrow.cli.flags import Given, parameters_of, take_given, write_options
+from regrow.cli import INTERRUPTED
 from regrow.core.errors import RefusedError, ResourceError
-from regrow.distributed import read_ranks
-from regrow.settings.prune import name_folders
 
 USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
 EXIT_CODES = {
@@ -69,17 +60,11 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|
 
 @dataclass(frozen=True)
 class Failure:
-    """The exit code and the line to print for a failure.
-
-    Args:
-        code: The exit code, one of ``EXIT_CODES``.
-        line: The problem and the remedy, in one line.
-        report: Whether a file with the traceback is written.
-    """
+    """The exit code and the line to print for a failure."""
 
     code: int
     line: str
-    report: bool = False
+    report: bool = False  # whether a file with the traceback is written
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -195,11 +180,14 @@ def _foreign(tb: TracebackType | None) -> str:
 
 def describe(error: BaseException) -> str:
     """Return an error as ``KeyError: 'x'``, on one line, with the user's home folder replaced by ``~``."""
-    text = " ".join(str(error).split())[:200]
-    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
-    if home.strip("/~"):
-        text = text.replace(home, "~")
+    text = hide_home(" ".join(str(error).split())[:200])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def hide_home(text: str) -> str:
+    """Return a text with the user's home folder replaced by ``~``."""
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
+    return text.replace(home, "~") if home.strip("/~") else text
 
 
 NOTHING_YET = "stopped; nothing was written"
@@ -209,103 +197,3 @@ class Stopped(click.ClickException):
     """Raised when Ctrl-C has stopped a command; its message says what remains, and whether it can be resumed."""
 
     exit_code = INTERRUPTED
-
-
-class Verb(click.Command):
-    """A command of regrow: it builds its options from settings, and says what remains when Ctrl-C stops it.
-
-    Args:
-        needs: The module that is imported before the command runs, so that Ctrl-C does not interrupt its import.
-        resumed: The options that name the run folder in which the same command resumes; empty: it cannot be resumed.
-        settings: The dataclass of its settings, from which options derive; the command gets them as ``given``.
-        instead: The option that takes the settings of an earlier run instead.
-        distributed: Whether several processes may run it together.
-        **more: As for ``click.Command``.
-    """
-
-    def __init__(
-        self,
-        *,
-        needs: str = "regrow.jobs.prune",
-        resumed: tuple[str, ...] = (),
-        settings: type["DataclassInstance"] | None = None,
-        instead: str = "",
-        distributed: bool = False,
-        **more: Any,
-    ) -> None:
-        super().__init__(**more)
-        self.needs = needs
-        self.resumed = resumed
-        self.settings = settings
-        self.instead = instead
-        self.distributed = distributed
-        if settings:
-            self.params = [*parameters_of(settings), *self.params]
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, after checking that every word can be encoded as UTF-8."""
-        for word in args:
-            try:
-                word.encode("utf-8")
-            except UnicodeEncodeError:
-                line = f"{word!r} is not valid UTF-8; rename the file, or write the text in UTF-8"
-                raise click.UsageError(line, ctx) from None
-        rest = super().parse_args(ctx, args)
-        if self.settings:
-            ctx.params["given"] = take_given(self.settings, ctx)
-        return rest
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options to ``--help`` under their headings, after the positional arguments."""
-        write_options(self, ctx, formatter)
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run the command; Ctrl-C becomes one line that says what remains."""
-        ranks = read_ranks()
-        if ranks.several and not self.distributed:
-            line = (
-                f"{self.name} runs in one process, and this is {ranks}; start it without torchrun, or unset WORLD_SIZE"
-            )
-            raise click.UsageError(line, ctx)
-        if ranks.several:
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost connection, not torch
-        try:
-            Path.cwd()
-        except FileNotFoundError:  # compiled code may end the process over it
-            raise click.UsageError("the working directory was deleted; change to one that is there", ctx) from None
-        known = self.settings and not ctx.params.get(self.instead)
-        # What can be wrong with the words is found before anything large is imported.
-        runs = ctx.params["given"].build_all() if known else [None]
-        for settings in runs:
-            check_words(self.name or "", settings, ctx.params, nested=len(runs) > 1)
-        importlib.import_module(self.needs)
-        if signal.getsignal(signal.SIGINT) is stop_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        with interrupts() as noted:
-            try:
-                return super().invoke(ctx)
-            except (KeyboardInterrupt, Exception) as error:
-                if noted or is_interrupted(error) or isinstance(error, click.exceptions.Abort):
-                    raise Stopped(self._explain_stop(ctx.params)) from None
-                if isinstance(error, EOFError):  # which click takes for Ctrl-D
-                    raise RuntimeError(f"a file ended too early ({error})") from error
-                raise
-
-    def _explain_stop(self, values: Mapping[str, object]) -> str:
-        """Return the message of a stopped command: whether anything was kept, and how to resume."""
-        folders = [Path(str(values[name])) for name in self.resumed if values.get(name) and not values.get("dry_run")]
-        if not folders:
-            return NOTHING_YET
-        from regrow.store.run_folder import RunFolder
-        from regrow.store.run_record import RUN
-
-        resumable = False
-        with contextlib.suppress(ValueError, OSError):
-            resumable = RunFolder.open_unfinished(folders[0]) is not None
-            given = values.get("given")
-            names = name_folders(given.build_all()) if isinstance(given, Given) and given.varied else ()
-            plans = [folders[0] / name for name in names]
-            resumable = resumable or any((plan / RUN).is_file() or RunFolder.open_unfinished(plan) for plan in plans)
-        if resumable:
-            return f"stopped; {folders[0]} keeps what was finished, and the same command resumes from there"
-        return NOTHING_YET

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,8 +14,13 @@ from regrow.core.amounts import parse_bytes
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.names import DOMAINS, check_evaluated, find_data_problem, find_problem, find_source_problem
+from regrow.methods import MethodKind, check_name
 from regrow.settings import export, grow, prune
 from regrow.settings.declaration import options_of
+from regrow.store.atomic import JSON, LEFTOVER, check_output
+from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
+from regrow.store.run_record import RUN, read_run, unfinished_folder
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -47,13 +52,8 @@ def check_words(
 ) -> None:
     """Raise ValueError if a command line names something that cannot be used, as far as names and files show it.
 
-    The errors are those that the command itself would raise once it had loaded what it needs.
-
-    Args:
-        command: The name of the command.
-        settings: Its settings, if it has any.
-        options: The values of its other options and arguments, by name.
-        nested: Whether it makes several runs, in folders below ``--out``.
+    The errors are those that the command itself would raise once it had loaded what it needs. If ``nested``, it makes
+    several runs, in folders below ``--out``.
     """
     values = dict(options)
     if settings:
@@ -78,8 +78,9 @@ def check_words(
         raise InputError(f"there is no device {device!r}; write cpu, cuda, cuda:1 or mps")
     for field in options_of(type(settings)) if settings else ():
         if field.setting.source:
-            sources: Any = values[field.name]
-            for problem in map(find_source_problem, map(str, sources if isinstance(sources, tuple) else ())):
+            value = values[field.name]
+            sources = tuple(map(str, value)) if isinstance(value, tuple) else ()
+            for problem in map(find_source_problem, sources):
                 if problem:
                     raise InputError(problem)
             if (command, field.name) in EVALUATED:
@@ -109,17 +110,12 @@ def check_words(
 
 def _check_method(kind: str, name: str, settings: object) -> None:
     """Raise ValueError unless there is a method of a kind (empty: of any), which has settings of the given names."""
-    from regrow.methods import MethodKind, check_name
-
     names = list(map(str, settings)) if kind and isinstance(settings, Mapping) else ()
     check_name(MethodKind(kind) if kind else None, name, names)
 
 
 def _check_runs(folders: Iterable[object]) -> None:
     """Raise StoreError unless folders hold runs, finished or not."""
-    from regrow.store.replacing import settle
-    from regrow.store.run_record import read_run, unfinished_folder
-
     for folder in map(Path, map(str, folders)):
         settle(folder)
         if unfinished_folder(folder) is None:
@@ -140,25 +136,13 @@ def _check_data(values: Mapping[str, object]) -> None:
 
 
 def check_json(path: Path, *inputs: str) -> None:
-    """Raise StoreError unless a JSON file can be written, before the work begins.
-
-    Args:
-        path: The file.
-        *inputs: What the command reads, which must not be overwritten: files, ``NAME=PATH``, or other names.
-    """
-    from regrow.store.atomic import JSON, check_output
-
+    """Raise StoreError unless a JSON file can be written that is no input (a file or ``NAME=PATH``) of the command."""
     files = [part for text in inputs for part in (text, text.partition("=")[2]) if part]
     check_output(path, JSON, files, streams=True)
 
 
 def check_folder(out: Path) -> None:
     """Raise an error unless a folder can be written: it is new, empty, or holds an unfinished run."""
-    from regrow.store.atomic import LEFTOVER
-    from regrow.store.errors import StoreError
-    from regrow.store.replacing import WORK, check_replaceable, clear_leftovers
-    from regrow.store.run_record import RUN
-
     check_replaceable(out)
     clear_leftovers(out)
     if not out.is_dir():
@@ -180,8 +164,6 @@ def _check_export(settings: export.Settings, out: Path) -> None:
 
 def _check_writable(path: Path) -> None:
     """Raise an error unless the nearest folder above a path takes new files: one is made and deleted."""
-    from regrow.store.errors import StoreError, explain_os_errors
-
     target = expanded(path).resolve()
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():

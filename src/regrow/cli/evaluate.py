@@ -1,37 +1,42 @@
-"""``regrow evaluate``: measure the quality, size and speed of a model."""
+"""``regrow evaluate`` and ``regrow chat``: measure a model, and talk to a language model, or to two of them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from regrow.cli import options
-from regrow.cli.boundary import Verb
-from regrow.cli.flags import Given
-from regrow.cli.results import say_outcome
-from regrow.cli.screen import number, say, say_peak, table, working, write_json
+from regrow.cli import command
+from regrow.cli.command import Stated, Verb
+from regrow.cli.screen import number, say, say_peak, say_pieces, table, working, write_json
 from regrow.settings.evaluate import Settings
+from regrow.settings.shared import check_combination
+
+EPILOG = """\b
+Examples
+  regrow chat RUN                              chat with the result of a run
+  regrow chat smollm2-135m RUN                 the original and the pruned model, in turn
+  regrow chat RUN --prompt "What is a river?"  print one answer and exit
+
+End with an empty line or Ctrl-D. /new starts a new conversation.
+"""
+_NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
 
 
 @click.command(cls=Verb, settings=Settings)
-@click.option("--json", "json_file", type=options.PATH, help="Also write all results to this JSON file.")
-@options.code
-@options.memory(
+@click.option("--json", "json_file", type=command.PATH, help="Also write all results to this JSON file.")
+@command.code
+@command.memory(
     "How much memory the evaluation may use, like 4GiB. If the model does not fit, it is read one block at a time, "
     "with the same result; how is printed first. For text models in a transformers folder or run folder, or packaged "
     "ones."
 )
-def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: str) -> None:
+def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
-    settings = given.build()
-    options.say_code(settings.model, code)
+    settings = stated.build()
+    command.say_code(settings.model, code)
     from regrow.jobs.evaluate import run as run_job
     from regrow.jobs.recording import Invocation
-    from regrow.store.run_folder import RunFolder
 
-    folder = Path(settings.model)
-    run = RunFolder(folder) if (folder / "run.json").is_file() else None
-    if run:
-        run.metrics()  # damaged ones are refused before anything is measured
     with working() as progress:
         result = run_job(settings, Invocation("", code, memory, announce=say, progress=progress))
     if json_file:
@@ -57,5 +62,73 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str, memory: 
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
     if memory:
         say_peak(result["memory"])
-    if run and any(row["what"] == "recovery" for row in run.metrics()):
-        say_outcome(run)
+
+
+@click.command(cls=Verb, epilog=EPILOG)
+@click.argument("model")
+@click.argument("other", required=False)
+@click.option("--prompt", help="Print the answer to this one message, and exit.")
+@click.option("--longest", default=256, show_default=True, type=click.IntRange(min=1), help="Most tokens of an answer.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Sampling temperature; 0: always the likeliest token.",
+)
+@command.dtype
+@command.device
+@command.precision
+def chat(
+    model: str,
+    other: str | None,
+    prompt: str | None,
+    longest: int,
+    temperature: float,
+    dtype: str,
+    device: str,
+    precision: str,
+) -> None:
+    """Chat with MODEL, or with MODEL and OTHER, which both answer each message.
+
+    Each is a run folder, or any model that `regrow prune` takes.
+    """
+    from regrow import store
+    from regrow.evaluation.generation import reply
+    from regrow.jobs.models import ModelSpec, load_model
+    from regrow.nets.devices import autocasting
+
+    check_combination(precision, dtype=dtype)
+    names = [model, *([other] if other else [])]
+    command.say_code(model, other or "")
+    with working() as progress:
+        for name in names:
+            if Path(name, store.SHAPES).is_file() and store.read_shapes(name).origin.kind == "callable":
+                raise click.UsageError(f"{name} {_NO_TOKENIZER}")
+        models = [load_model(ModelSpec(name, dtype=dtype, device=device), progress) for name in names]
+    for name, loaded in zip(names, models, strict=True):
+        if loaded.tokenizer is None:
+            raise click.UsageError(f"{name} {_NO_TOKENIZER}")
+    history: list[list[dict[str, str]]] = [[] for _ in models]
+    for question in [prompt] if prompt is not None else _questions(history):
+        for name, loaded, messages in zip(names, models, history, strict=True):
+            messages.append({"role": "user", "content": question})
+            with autocasting(loaded.model, precision):
+                pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
+                messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
+
+
+def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:
+    while True:
+        try:
+            text = click.prompt("you", prompt_suffix=" › ", default="", show_default=False).strip()
+        except click.exceptions.Abort:
+            say("")
+            return
+        if not text:
+            return
+        if text == "/new":
+            for messages in history:
+                messages.clear()
+            continue
+        yield text

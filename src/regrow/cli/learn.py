@@ -1,4 +1,4 @@
-"""``regrow learn``: train a network on one task after the other (continual learning)."""
+"""``regrow learn`` and ``regrow search``: train a network on one task after the other; search a space of networks."""
 
 from functools import partial
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from regrow.cli import options
-from regrow.cli.boundary import Verb
-from regrow.cli.flags import Flag, Given
+from regrow.cli import command
+from regrow.cli.command import Flag, Stated, Verb
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, table
-from regrow.settings.learn import Settings
+from regrow.cli.screen import say
+from regrow.settings import learn as learning
+from regrow.settings import search as searching
 
 if TYPE_CHECKING:
-    from regrow.store.run_folder import RunFolder
+    pass
 
-EPILOG = """\b
+LEARN_EPILOG = """\b
 Examples
   regrow learn permuted:digits:5 --method sparsegrow --out RUN
   regrow learn split:fashion/:5 --scenario class --method replay --set memory=500 --out RUN
@@ -25,17 +25,33 @@ Examples
   torchrun --no-python --nproc-per-node 2 regrow learn split:fashion/:5 --method ewc --out RUN
   regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
+SEARCH_EPILOG = """\b
+Examples
+  regrow search cells:4-3-2 --data digits --target 0.2 --out RUN
+  regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
+  regrow search mobile:8-2 --data cifar/ --target macs=2M --stride 1 --memory 1GiB --out RUN
+  regrow search resnet:16-3 --data fashion/ --target macs=2M --out RUN
+  regrow search RUN --data cifar/ --target macs=50% --epochs 10 --retrain 10 --out RUN2
+  regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
+  torchrun --no-python --nproc-per-node 2 regrow search cells:8-6-3 --data cifar/ --target params=50k --out RUN
+  regrow search smollm2-135m --data news --target 0.9 --epochs 3 --retrain 0 --batch-size 2 --out RUN
+"""
 _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 
 
 @click.command(
-    cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", distributed=True, epilog=EPILOG
+    cls=Verb,
+    resumed=("resume", "out"),
+    settings=learning.Settings,
+    instead="resume",
+    distributed=True,
+    epilog=LEARN_EPILOG,
 )
-@options.run_folder()
-@_resumed("--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.")
+@command.run_folder()
+@_resumed("--resume", type=command.PATH, help="Resume the run in this folder, or add tasks to it.")
 @_resumed(
     "--task",
-    "more",
+    "added",
     multiple=True,
     metavar="TASKS",
     help="With --resume: further sequences of tasks to learn. Repeatable.",
@@ -50,13 +66,13 @@ _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
     is_flag=True,
     help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
 )
-@options.code
-@options.track
+@command.code
+@command.track
 def learn(
-    given: Given[Settings],
+    stated: Stated[learning.Settings],
     out: Path | None,
     resume: Path | None,
-    more: tuple[str, ...],
+    added: tuple[str, ...],
     without_old: bool,
     total: int | None,
     code: str,
@@ -66,53 +82,41 @@ def learn(
     from regrow.jobs.learn import extend, run
 
     if resume:
-        if "tasks" in given.values or out:
+        if "tasks" in stated.values or out:
             raise click.UsageError(
                 "--resume writes to the folder of its run; leave out TASKS and --out, and give new tasks with --task"
             )
-        if given.options:
-            raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
-        options.say_code(code)
-        call = partial(extend, more=more, without_old=without_old, total=total)
+        if stated.options:
+            raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(stated.options)}")
+        command.say_code(code)
+        call = partial(extend, more=added, without_old=without_old, total=total)
     else:
-        if more or without_old or total is not None:
+        if added or without_old or total is not None:
             raise click.UsageError(
                 "--task, --total and --without-old need --resume RUN; for a new run, give the tasks as TASKS"
             )
-        settings = given.build()
-        options.say_code(settings.model, code, settings.method)
+        settings = stated.build()
+        command.say_code(settings.model, code, settings.method)
         call = partial(run, settings)
     folder = resume or out
-    with recorded_run("network", _tell, folder, code=code, track=track) as invocation:
+    with recorded_run("network", folder, code=code, track=track) as invocation:
         call(invocation)
     say(f"to add tasks: regrow learn --resume {folder} --task TASKS")
 
 
-def _tell(folder: "RunFolder") -> None:
-    rows = folder.metrics()
-    matrix = folder.last("matrix")
-    sizes = {row["task"]: row for row in rows if row["what"] == "task"}
-    shown = [  # earlier rows have no entries for tasks that were added later
-        ["–" if value is None else f"{100 * value:.1f}" for value in row] + [""] * (len(matrix["tasks"]) - len(row))
-        for row in matrix["matrix"]
-    ]
-    table(
-        "Accuracy, per cent",
-        ["after learning", *(f"{i + 1}" for i in range(len(matrix["tasks"]))), "parameters"],
-        [
-            [name, *cells, number(sizes[i]["parameters"]) if i in sizes else ""]
-            for i, (name, cells) in enumerate(zip(matrix["tasks"], shown, strict=True))
-        ],
-        numbers=range(1, len(matrix["tasks"]) + 2),
-    )
-    names = (
-        ("final average accuracy", "average", ".3f"),
-        ("average during learning", "average_along", ".3f"),
-        ("learning accuracy", "learning", ".3f"),
-        ("forgetting", "forgetting", ".3f"),
-        ("backward transfer", "backward_transfer", "+.3f"),
-        ("forward transfer", "forward_transfer", "+.3f"),
-    )
-    for row in [row for row in rows if row["what"] == "gone"][-1:]:
-        say(f"note: data are missing, so accuracy was not measured on {', '.join(row['tasks'])}")
-    say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))
+@click.command(cls=Verb, resumed=("out",), settings=searching.Settings, distributed=True, epilog=SEARCH_EPILOG)
+@command.run_folder(required=True)
+@command.code
+@command.track
+def search(stated: Stated[searching.Settings], code: str, track: str, out: Path) -> None:
+    """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
+
+    A part of the training examples is held out for validation; the test set is used once, at the end.
+    """
+    settings = stated.build()
+    command.say_code(settings.space, code, settings.method)
+    from regrow.jobs.search import run
+
+    with recorded_run("network", out, code=code, track=track) as invocation:
+        run(settings, invocation)
+    say(f"load it with regrow.load({str(out)!r})")

@@ -1,23 +1,21 @@
-"""``regrow prune``: prune a model, and print what it cost in quality."""
+"""``regrow prune`` and ``regrow recover``: prune a model, win back quality, and print what was lost."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from regrow.cli import options
-from regrow.cli.boundary import Verb
-from regrow.cli.flags import Given
-from regrow.cli.results import say_outcome
+from regrow.cli import command
+from regrow.cli.command import Stated, Verb
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, working
+from regrow.cli.screen import say, working
 from regrow.core.names import names_code
-from regrow.distributed import read_ranks
+from regrow.distributed import ProcessRank, read_ranks
+from regrow.settings import recover as recovery
 from regrow.settings.prune import Settings, name_folders
 
 if TYPE_CHECKING:
-    from regrow.store.run_folder import RunFolder
+    pass
 
 EPILOG = """\b
 Examples
@@ -32,19 +30,25 @@ Examples
   regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
   torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --source mail=letters/ --out RUN
 """
+RECOVER_EPILOG = """\b
+Examples
+  regrow recover RUN --by refit --tokens 32768 --out RUN2
+  regrow recover RUN2 --by lora --tokens 200000 --set rank=32 --out RUN3
+  torchrun --no-python --nproc-per-node 2 regrow recover RUN --by distil --fsdp --out RUN4
+"""
 
 
 @click.command(cls=Verb, resumed=("out",), settings=Settings, distributed=True, epilog=EPILOG)
-@options.run_folder()
-@click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
-@options.code
-@options.memory(
+@command.run_folder()
+@click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
+@command.code
+@command.memory(
     "How much memory the run may use, like 4GiB. If the model does not fit, it is read one block at a time, with the "
     "same result; how is printed first. For text models in a transformers folder or run folder, or packaged ones."
 )
-@options.track
+@command.track
 def prune(
-    given: Given[Settings],
+    stated: Stated[Settings],
     out: Path | None,
     dry_run: Path | None,
     code: str,
@@ -52,13 +56,13 @@ def prune(
     track: str,
 ) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
-    settings = given.build()
+    settings = stated.build()
     if names_code(settings.model) and code:
         raise click.UsageError(
             f"--code is for a run folder; name the function in the place of MODEL: regrow prune {code}"
         )
-    options.say_code(settings.model, code, settings.method)
-    _check_several(given, dry_run)
+    command.say_code(settings.model, code, settings.method)
+    _check_several(stated, dry_run)
     if dry_run:
         if read_ranks().several:
             raise click.UsageError("--dry-run runs in one process; start it without torchrun")
@@ -67,18 +71,18 @@ def prune(
     if read_ranks().several and settings.device != "cpu":
         line = f"several processes run on the CPU alone; leave out --device {settings.device}, or torchrun"
         raise click.UsageError(line)
-    if given.varied:
-        _prune_several(given.build_all(), out, code=code, memory=memory, track=track)
+    if stated.varied:
+        _prune_several(stated.build_all(), out, code=code, memory=memory, track=track)
         return
     from regrow.jobs.prune import run
 
-    with recorded_run("model", _show_result, out, code=code, memory=memory, track=track) as invocation:
+    with recorded_run("model", out, code=code, memory=memory, track=track) as invocation:
         run(settings, invocation)
 
 
-def _check_several(given: Given[Settings], dry_run: Path | None) -> None:
+def _check_several(stated: Stated[Settings], dry_run: Path | None) -> None:
     """Raise UsageError if several plans are asked for where only one can be made."""
-    words = " ".join(f"--{name} {value}" for name, values in given.varied.items() for value in values)
+    words = " ".join(f"--{name} {value}" for name, values in stated.varied.items() for value in values)
     ranks = read_ranks()
     if words and ranks.several:
         line = f"several plans ({words}) are made in one process, and this is {ranks}"
@@ -108,7 +112,7 @@ def _prune_several(runs: list[Settings], out: Path | None, *, code: str, memory:
             say(f"{name}: finished before")
             continue
         say(name)
-        with recorded_run("model", _show_result, out / name, code=code, memory=memory, track=track) as invocation:
+        with recorded_run("model", out / name, code=code, memory=memory, track=track) as invocation:
             run(settings, invocation, shared)
 
 
@@ -126,46 +130,47 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     say(f"apply it with `regrow apply {path} {settings.model} --out FOLDER`")
 
 
-def _show_result(folder: "RunFolder") -> None:
-    rows = folder.metrics()
-    sizes = {row["model"]: row for row in rows if row["what"] == "size"}
-    dense, pruned = sizes["dense"], sizes["pruned"]
-    say(
-        f"kept {pruned['params_counted'] / max(dense['params_counted'], 1):.4f} of the weights "
-        f"({number(pruned['params_counted'])} of {number(dense['params_counted'])}), "
-        f"{pruned['params_all'] / max(dense['params_all'], 1):.4f} of all parameters, "
-        f"{pruned['macs'] / max(dense['macs'], 1):.4f} of the multiply–accumulates"
-    )
-    for row in rows:
-        if row["what"] == "budget":
-            context = f" at {row['context']} tokens" if row["context"] else ""
-            predicted = f" ({number(row['predicted'])} predicted)" if "predicted" in row else ""
-            say(
-                f"{row['measure']}{context}: {number(row['after'])}{predicted}, of {number(row['before'])}; "
-                f"allowed at most {number(row['asked'])}"
-            )
-        elif row["what"] == "verify":
-            difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
-            say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")
-        elif row["what"] == "reconstruction":
-            _show_reconstruction(row)
-    for note in folder.run().get("notes", ()):
-        if "BatchNorm" in note:
-            say(f"note: {note}")
-    say_outcome(folder)
+@click.command(cls=Verb, resumed=("out",), settings=recovery.Settings, distributed=True, epilog=RECOVER_EPILOG)
+@command.run_folder(required=True)
+@command.code
+@command.memory(
+    "How much memory the run may use, like 4GiB. What it needs is printed first, term by term; a run that needs "
+    "more is refused. For text models."
+)
+@command.track
+@click.option(
+    "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
+)
+def recover(stated: Stated[recovery.Settings], code: str, memory: str, track: str, fsdp: bool, out: Path) -> None:
+    """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
+    settings, ranks = stated.build(), read_ranks()
+    if ranks.several and settings.by not in recovery.TRAINED:
+        raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
+    if ranks.several and memory:
+        raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
+    if fsdp and not ranks.several:
+        raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
+    from regrow.jobs.recover import run
+
+    command.say_code(code, settings.by)
+    _check_windows(settings, ranks)
+    if fsdp:
+        from regrow.distributed.fsdp import return_freed_memory
+
+        return_freed_memory()
+    with recorded_run("model", out, code=code, memory=memory, track=track) as invocation:
+        run(settings, invocation, fsdp=fsdp)
 
 
-def _show_reconstruction(row: Mapping[str, Any]) -> None:
-    """Print how far a reconstruction brought the layers to their dense outputs."""
-    layers, where = row.get("layers", []), "left-out sources" if "choose_on" in row else "held-out text"
-    say(f"reconstructed {len(layers)} layers on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
-    if layers:
-        before, after = (sum(layer[name] for layer in layers) / len(layers) for name in ("before", "after"))
-        say(f"mean relative error of their outputs on {where}: {before:.3f} → {after:.3f}")
-        if all("seen" in layer for layer in layers):
-            seen = sum(layer["seen"] for layer in layers) / len(layers)
-            say(f"and on the fitted sources themselves: {before:.3f} → {seen:.3f}")
-    for name, why in row.get("left_out", {}).items():
-        say(f"note: {name} was not reconstructed: {why}")
-    if "note" in row:
-        say(f"note: {row['note']}")
+def _check_windows(settings: recovery.Settings, ranks: ProcessRank) -> None:
+    """Raise UsageError unless the processes can share the batches of a step evenly."""
+    from regrow.methods import MethodKind, find_method
+
+    default = find_method(MethodKind.RECOVERY, settings.by).defaults(()).get("windows", 1)
+    windows = settings.recovery_settings.get("windows", default)
+    if isinstance(windows, int) and windows % ranks.size:
+        even = max(1, round(windows / ranks.size)) * ranks.size
+        raise click.UsageError(
+            f"{ranks.size} processes cannot share the {windows} batches of a step (windows) evenly; use --set "
+            f"windows={even}"
+        )

@@ -1,72 +1,39 @@
-"""Commands that write a run folder with its report page: their options, processes, and course on the screen."""
+"""Commands that write a run folder: their processes, the report page, and what they print of results."""
 
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from regrow.cli import boundary, options, screen
-from regrow.cli.screen import say, working
+from regrow.cli import boundary, screen
+from regrow.cli.screen import say, say_peak, table, working
 from regrow.core.amounts import format_bytes
 from regrow.distributed import ProcessRank, read_ranks
 
 if TYPE_CHECKING:
     from regrow.jobs.recording import Invocation
-    from regrow.store.run_folder import RunFolder
 
 PAGE = "report.html"
 
 
-def run_command(
-    settings: type, epilog: str, *, distributed: bool = False
-) -> Callable[[Callable[..., None]], click.Command]:
-    """Return the decorator of a command that writes a run folder to ``--out``, where a stopped run is resumed.
-
-    Args:
-        settings: The dataclass of the command's settings.
-        epilog: The text below its help.
-        distributed: Whether several processes may run it together.
-    """
-
-    def make(function: Callable[..., None]) -> click.Command:
-        more: dict[str, Any] = {"settings": settings, "epilog": epilog, "distributed": distributed}
-        command = click.command(cls=boundary.Verb, resumed=("out",), **more)
-        return command(options.run_folder(required=True)(function))
-
-    return make
-
-
-@dataclass
 class RunPage:
     """Writes the report page of a run into its folder, as the run finishes.
 
     A run finishes without a page if a package is missing or the page cannot be made; if the disk cannot take the page,
     the run fails and can be resumed.
-
-    Args:
-        what: The name of the folder's other content: ``model`` or ``network``.
-        error: The error that prevented the page, if any.
     """
 
-    what: str
     error: Exception | None = None
+    """What prevented the page."""
 
     def __call__(self, folder: Path) -> None:
-        """Write the page into the folder.
-
-        Args:
-            folder: The complete folder of the run.
-
-        Raises:
-            StoreError: If the disk is full, or the file cannot be written.
-        """
+        """Write the page into the complete folder of a run, or raise StoreError if the file cannot be written."""
         from regrow.reports import write_page
         from regrow.store.errors import StoreError
 
@@ -78,64 +45,40 @@ class RunPage:
         except Exception as error:
             self.error = error
 
-    def tell(self, path: Path, tell_result: "Callable[[RunFolder], None]") -> None:
-        """Print the result of a run, and where its page is, or why there is none.
-
-        Args:
-            path: The folder of the finished run.
-            tell_result: Prints the result.
-
-        Raises:
-            Exception: If writing the page failed for another reason than a missing package.
-        """
-        from regrow.reports import ReportError
-        from regrow.store.run_folder import RunFolder
-
-        folder = RunFolder(path)
-        snapshot = folder.run().get("snapshot")  # an error if the folder was deleted meanwhile
-        tell_result(folder)
-        if snapshot:
-            size = format_bytes(snapshot["bytes"])
-            say(f"{path / 'before'} holds what the run started from, {size}: `regrow undo {path}`")
-        if self.error is not None:
-            say(f"the {self.what} is in {path}; no page was written: {self.error}")
-            if not isinstance(self.error, ReportError):
-                raise self.error
-        elif (path / PAGE).is_file():
-            say(f"{self.what} and page are in {path}; open {path / PAGE}")
-
 
 @contextmanager
 def recorded_run(
-    what: str, tell: "Callable[[RunFolder], None]", out: Path | None, *, code: str = "", memory: str = "", track: str
+    what: str, out: Path | None, *, code: str = "", memory: str = "", track: str
 ) -> "Iterator[Invocation]":
-    """Yield how a command is called, for the ``with`` block to run it; shows progress, and then the result.
+    """Yield how a command is called, for the ``with`` block to run it; then print the result, and where it is.
 
-    Where folder and page are is printed last. Of several processes, only rank 0 prints and writes the page.
-
-    Args:
-        what: The name of the folder's content beside the page: ``model`` or ``network``.
-        tell: Prints the result.
-        out: The run folder, which the block writes.
-        code: The value of ``--code``.
-        memory: The value of ``--memory``.
-        track: The value of ``--track``.
-
-    Raises:
-        UsageError: If there is no folder to write.
+    The result is a folder with a ``what``: a model or a network. Of several processes, only rank 0 prints and writes
+    the page.
     """
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.jobs.recording import Invocation
+    from regrow.reports import ReportError
+    from regrow.store.run_record import read_run
 
-    page = RunPage(what)
+    page = RunPage()
     with processes() as ranks:
         if not ranks.leads:
             yield Invocation(out, code, memory, ranks=ranks)
             return
         with working() as progress:
             yield Invocation(out, code, memory, track, ranks, say, progress, page)
-        page.tell(out, tell)
+        snapshot = read_run(out).get("snapshot")  # an error if the folder was deleted meanwhile
+        say_run(out)
+        if snapshot:
+            size = format_bytes(snapshot["bytes"])
+            say(f"{out / 'before'} holds what the run started from, {size}: `regrow undo {out}`")
+        if page.error is not None:
+            say(f"the {what} is in {out}; no page was written: {page.error}")
+            if not isinstance(page.error, ReportError):
+                raise page.error
+        elif (out / PAGE).is_file():
+            say(f"{what} and page are in {out}; open {out / PAGE}")
 
 
 @contextmanager
@@ -177,3 +120,49 @@ def _end(line: str, folder: str) -> None:
     sys.stderr.flush()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(boundary.ENVIRONMENT)
+
+
+def say_run(path: Path) -> None:
+    """Print what the page of a run says at its head, and the quality of its networks."""
+    from regrow.reports import quantities, summarise, words
+    from regrow.reports.page import describe
+
+    (run,) = summarise([path]).runs
+    text = describe(run)
+    for line in (text.headline, *text.details, *words.reconstruction(run)):
+        say(line)
+    table("Key numbers", ("", "", ""), [(key.label, key.value, key.below) for key in text.keys], numbers=(1,))
+    if run.perplexity:
+        sides = [side for side in ("before", "cut", "fitted", "after") if any(row.ppl(side) for row in run.perplexity)]
+        rows = [
+            (
+                f"{row.source} ({'seen' if row.seen else 'unseen'})",
+                *(quantities.significant(row.ppl(side)) for side in sides),
+                quantities.factor(row.ratio),
+                quantities.percent(row.recovered),
+            )
+            for row in run.perplexity
+        ]
+        columns = ("source", *sides, "change", "loss recovered")
+        table("Perplexity on the evaluation half of each source", columns, rows, numbers=range(1, len(columns)))
+    if run.course:
+        tasks, rows = run.course.matrix.tasks, []
+        sizes = {row.name: f"{row.parameters:,}" for row in run.course.records}
+        for name, row in zip(tasks, run.course.matrix.matrix, strict=False):
+            cells = [f"{100 * value:.1f}" if value is not None else "–" for value in row]
+            rows.append((name, *cells, *[""] * (len(tasks) - len(row)), sizes.get(name, "")))
+        columns = ("after learning", *(f"{i + 1}" for i in range(len(tasks))), "parameters")
+        table("Accuracy on each task, per cent", columns, rows, numbers=range(1, len(columns)))
+    for task in run.choice:
+        known = [row for row in (task.before, task.cut, task.after) if row]
+        accuracies = " → ".join(f"{row.acc:.3f}" for row in known)
+        say(f"accuracy on {task.task}: {accuracies} (n = {known[-1].n})")
+    if done := run.training:
+        loss = f"{quantities.significant(done.loss_before)} → {quantities.significant(done.loss_after)}"
+        say(f"trained {done.train} parameters for {done.steps} steps; loss on the training data {loss}")
+    if repair := run.recovery:
+        say(f"recovered by {repair.by} on {repair.tokens:,} tokens in {repair.seconds:.0f} s")
+    for note in dict.fromkeys([*text.alarms, *run.file.notes]):
+        say(f"note: {note}")
+    if run.file.memory:
+        say_peak(run.file.memory)

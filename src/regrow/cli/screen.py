@@ -8,7 +8,6 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,9 @@ def printable(text: str, keep: str = "") -> str:
 
     >>> print(printable("a" + chr(27) + "[31mb" + chr(10) + "c"))
     a\\x1b[31mb\\nc
-
-    Args:
-        text: A text of any origin: a file's name, a model's reply.
-        keep: Characters that are not escaped: ``TEXT`` for a text of several lines.
     """
     return "".join(
-        one if one in keep or unicodedata.category(one) not in _STEERING else ascii(one)[1:-1] for one in text
+        char if char in keep or unicodedata.category(char) not in _STEERING else ascii(char)[1:-1] for char in text
     )
 
 
@@ -138,50 +133,20 @@ def _plain() -> Progress:
     return tell
 
 
-def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]:
-    """Show texts as they arrive, in columns side by side; one after the other if this is not a terminal.
-
-    Args:
-        titles: The title of each text.
-        streams: The pieces of each text; one is taken from each stream in turn.
-
-    Returns:
-        The complete texts.
-    """
-    texts, streams = [""] * len(streams), [map(partial(printable, keep=TEXT), stream) for stream in streams]
-    if not out.is_terminal:
-        for i, (title, stream) in enumerate(zip(titles, streams, strict=True)):
-            texts[i] = "".join(stream)
-            say(f"{printable(title)}: {texts[i].strip()}", lines=True)
-        return texts
-    from rich.live import Live
-    from rich.panel import Panel
-
-    with Live(console=out, refresh_per_second=12, vertical_overflow="visible") as live:
-        going = dict(enumerate(streams))
-        while going:
-            for i, stream in list(going.items()):
-                piece = next(stream, None)
-                if piece is None:
-                    del going[i]
-                else:
-                    texts[i] += piece
-            panels = [Panel(Text(text.strip()), title=_words(title)) for title, text in zip(titles, texts, strict=True)]
-            shown = Table.grid(expand=True)
-            for _ in panels:
-                shown.add_column(ratio=1)
-            shown.add_row(*panels)
-            live.update(shown)
-    return texts
+def say_pieces(title: str, pieces: Iterator[str]) -> str:
+    """Print a text behind its title as its pieces arrive, and return it whole."""
+    out.print(f"{printable(title)}: ", end="", markup=False)
+    text = ""
+    for piece in pieces:
+        shown = printable(piece, keep=TEXT)
+        out.print(shown if text.strip() else shown.lstrip(), end="", markup=False)
+        text += piece
+    out.print()
+    return text
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a number for people: whole numbers with thousands separators, others with ``digits`` significant digits.
-
-    Args:
-        value: The number; ``None`` becomes a dash.
-        digits: The number of significant digits; numbers with more digits before the point are rounded to whole ones.
-    """
+    """Format a number: whole ones with thousands separators, others with ``digits`` significant digits."""
     if value is None:
         return "–"
     if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e15):

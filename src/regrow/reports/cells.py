@@ -1,9 +1,11 @@
-"""The cells or blocks that a search found, read from the untrusted record of how to build the network, and in words."""
+"""The cells or blocks that a search found, in words and in NAS-Bench-201's notation."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
+
+from regrow.store.schemas import Count
 
 KINDS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
 """Kinds of operations of DARTS-like cells, in the order in which cells list them."""
@@ -19,74 +21,64 @@ BENCH_EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """The edges (source node, target node), in the order of NAS-Bench-201's notation."""
 BLOCK_KINDS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
 """Kinds of operations of inverted-bottleneck blocks, in the order in which a block lists them."""
-MAX_PARTS = 128
+Few = msgspec.Meta(max_length=128)
 
 
-class Operation(msgspec.Struct, frozen=True):
-    """An operation of a node: its kind, its source, channels inside it, and whether it has no weights."""
+class Operation(msgspec.Struct, frozen=True, array_like=True):
+    """An operation of a node: its kind, its source (0 and 1 are the inputs), and the channels inside it."""
 
     kind: str
-    source: int
-    mid: int | None
-    bare: bool
+    source: Count
+    mid: Count | None = None
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A node of a cell, or a block: its width, and the operations that it sums."""
+    """A node of a cell: its width, and the operations that it sums."""
 
-    width: int | None
-    ops: list[Operation]
+    ops: Annotated[list[Operation], Few] = []
+    width: Count | None = None
 
 
 class FoundCell(msgspec.Struct, frozen=True):
-    """A cell: whether it halves the resolution, the widths of its inputs, and its nodes."""
+    """A cell: its nodes, whether it halves the resolution, and the widths of its inputs."""
 
-    reduce: bool
-    inputs: list[int | None]
-    nodes: list[Node]
-
-
-def read_cells(config: Mapping[str, Any]) -> list[FoundCell]:
-    """Return the cells of a found network, as far as its description is valid; sources 0 and 1 are the inputs."""
-    result = []
-    for plan in _objects(config.get("cells")):
-        reduce, inputs, nodes = plan.get("reduce") is True, _list(plan.get("inputs"))[:2], []
-        for i, node in enumerate(_objects(plan.get("nodes"))):
-            ops = {}
-            for op in _list(node.get("ops")):
-                kind, source, mid = op if isinstance(op, list) and len(op) == 3 else ("", None, None)
-                if kind in KINDS and (at := _size(source)) is not None and at <= i + 1:
-                    bare = kind in ("avg", "max") or (kind == "skip" and not (reduce and at < 2))
-                    ops[kind, at] = Operation(kind, at, _size(mid), bare)
-            nodes.append(Node(_size(node.get("width")), list(ops.values())))
-        result.append(FoundCell(reduce, [_size(width) for width in inputs] + [None] * (2 - len(inputs)), nodes))
-    return result
+    nodes: Annotated[list[Node], Few] = []
+    reduce: bool = False
+    inputs: tuple[Count | None, ...] = (None, None)
 
 
-def read_topology(config: Mapping[str, Any]) -> list[FoundCell]:
-    """Return the one cell that a network of NAS-Bench-201's space repeats; empty for other networks."""
-    edges, width = _list(config.get("edges")), _size(config.get("width"))
-    if len(edges) != len(BENCH_EDGES):
-        return []
-    ops: list[list[Operation]] = [[], [], []]
-    for (source, node), names in zip(BENCH_EDGES, edges, strict=True):
-        kept = [kind for kind, name in BENCH_NAMES.items() if name in _list(names)]
-        ops[node - 1] += [Operation(kind, source, None, not kind.startswith("conv")) for kind in kept]
-    return [FoundCell(False, [width], [Node(width, kept) for kept in ops])]
+class BlockOperation(msgspec.Struct, frozen=True, array_like=True):
+    """An operation of a block: its kind, and the channels inside it."""
+
+    kind: str
+    mid: Count | None = None
 
 
-def read_blocks(config: Mapping[str, Any]) -> list[FoundCell]:
-    """Return the blocks of a found network as cells of one node."""
-    result = []
-    for plan in _objects(config.get("blocks")):
-        ops = {}
-        for op in _list(plan.get("ops")):
-            kind, mid = op if isinstance(op, list) and len(op) == 2 else ("", None)
-            if kind in BLOCK_KINDS:
-                ops[kind] = Operation(kind, 0, _size(mid), kind == "skip")
-        node = Node(_size(plan.get("width")), list(ops.values()))
-        result.append(FoundCell(plan.get("stride") == 2, [None], [node]))
-    return result
+class FoundBlock(msgspec.Struct, frozen=True):
+    """An inverted-bottleneck block: the operations that it sums, its width and its stride."""
+
+    ops: Annotated[list[BlockOperation], Few] = []
+    width: Count | None = None
+    stride: Count = 1
+
+
+class FoundParts(msgspec.Struct, frozen=True):
+    """The cells, the edges of one cell, or the blocks of a found network, from the record of how to build it."""
+
+    cells: Annotated[list[FoundCell], Few] = []
+    edges: Annotated[list[list[str]], Few] = []
+    blocks: Annotated[list[FoundBlock], Few] = []
+    width: Count | None = None
+
+    @property
+    def topology(self) -> list[FoundCell]:
+        """The one cell that a network of NAS-Bench-201's space repeats; empty for other networks."""
+        if len(self.edges) != len(BENCH_EDGES):
+            return []
+        ops: list[list[Operation]] = [[], [], []]
+        for (source, node), names in zip(BENCH_EDGES, self.edges, strict=True):
+            ops[node - 1] += [Operation(kind, source) for kind, name in BENCH_NAMES.items() if name in names]
+        return [FoundCell([Node(kept, self.width) for kept in ops], inputs=(self.width,))]
 
 
 def notation(topology: Sequence[FoundCell]) -> str:
@@ -97,19 +89,27 @@ def notation(topology: Sequence[FoundCell]) -> str:
     return "+".join("|" + "".join(f"{BENCH_NAMES[op.kind]}~{op.source}|" for op in ops) for ops in nodes)
 
 
-def operations(parts: Sequence[FoundCell]) -> list[Operation]:
+def operations(cells: Sequence[FoundCell]) -> list[Operation]:
     """Return all operations of some cells in one list."""
-    return [op for cell in parts for node in cell.nodes for op in node.ops]
+    return [op for cell in cells for node in cell.nodes for op in node.ops]
 
 
-def count_kinds(parts: Sequence[FoundCell]) -> dict[str, list[int]]:
+def count_bare(cells: Sequence[FoundCell]) -> int:
+    """Return the number of operations without weights: of skips, those that do not halve the resolution."""
+    skips = sum(
+        op.kind == "skip" and not (cell.reduce and op.source < 2) for cell in cells for op in operations([cell])
+    )
+    return skips + sum(op.kind in ("none", "avg", "max") for op in operations(cells))
+
+
+def count_kinds(cells: Sequence[FoundCell]) -> dict[str, list[int]]:
     """Return kind of operation → how many of it each cell keeps."""
-    return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in parts] for kind in KINDS}
+    return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in cells] for kind in KINDS}
 
 
-def count_skipped(blocks: Sequence[FoundCell]) -> int:
+def count_skipped(blocks: Sequence[FoundBlock]) -> int:
     """Return the number of blocks that only pass their input on."""
-    return sum([op.kind for op in operations([block])] == ["skip"] for block in blocks)
+    return sum([op.kind for op in block.ops] == ["skip"] for block in blocks)
 
 
 def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
@@ -125,16 +125,17 @@ def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
     return rows
 
 
-def describe_block(block: FoundCell) -> str:
+def describe_block(block: FoundBlock) -> str:
     """Return the operations whose outputs a block sums, in words.
 
-    >>> describe_block(read_blocks({"blocks": [{"ops": [["mb3e6", 40], ["skip", 8]]}]})[0])
+    >>> describe_block(FoundBlock([BlockOperation("mb3e6", 40), BlockOperation("skip", 8)]))
     '3 × 3 bottleneck (40 inside); its input'
     """
     words = []
-    for op in operations([block]):
+    for op in block.ops:
         inside = f" ({op.mid} inside)" if op.mid else ""
-        words.append("its input" if op.kind == "skip" else f"{op.kind[2]} × {op.kind[2]} bottleneck{inside}")
+        kernel = f"{op.kind[2]} × {op.kind[2]} bottleneck" if op.kind in BLOCK_KINDS else op.kind
+        words.append("its input" if op.kind == "skip" else f"{kernel}{inside}")
     return "; ".join(words) or "nothing"
 
 
@@ -145,15 +146,3 @@ def name_source(source: int, inputs: int = 2) -> str:
     ('cell before last', 'last cell', 'node 1', 'node 0')
     """
     return ("cell before last", "last cell")[source] if source < inputs == 2 else f"node {source - inputs + 1}"
-
-
-def _list(value: object) -> list[Any]:
-    return value[:1000] if isinstance(value, list) else []
-
-
-def _objects(value: object) -> list[dict[str, Any]]:
-    return [part for part in _list(value)[:MAX_PARTS] if isinstance(part, dict)]
-
-
-def _size(value: object) -> int | None:
-    return value if type(value) is int and 0 <= value < 2**53 else None

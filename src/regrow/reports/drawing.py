@@ -9,7 +9,8 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from regrow.reports.reading import ReportError
@@ -17,51 +18,12 @@ from regrow.reports.reading import ReportError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, MUTED, LINE, FAINT, ACCENT, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"
-COOL, WARM = "#0a0b07", "#0a0b08"
-_VARIABLES = {
-    INK: "currentColor",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
-    FAINT: "var(--faint)",
-    ACCENT: "var(--accent)",
-    PAPER: "var(--paper)",
-    COOL: "var(--cool)",
-    WARM: "var(--warm)",
-}
+INK, MUTED, LINE, FAINT, ACCENT, PAPER, COOL, WARM = (f"#0a0b{i:02}" for i in range(1, 9))
+_NAMES = {MUTED: "muted", LINE: "line", FAINT: "faint", ACCENT: "accent", PAPER: "paper", COOL: "cool", WARM: "warm"}
+_VARIABLES = {INK: "currentColor"} | {colour: f"var(--{name})" for colour, name in _NAMES.items()}
 WIDE, NARROW = 760, 350
 _PIXELS = 72
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 11.5,
-    "font.family": "DejaVu Sans",
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.facecolor": "none",
-    "figure.constrained_layout.h_pad": 0.08,
-    "axes.edgecolor": LINE,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.labelcolor": MUTED,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12.5,
-    "axes.labelsize": 11.5,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": MUTED,
-    "legend.fontsize": 11.5,
-    "lines.markeredgecolor": PAPER,
-    "lines.markersize": 7,
-}
+_STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 
 Paint = Callable[["Figure", bool], None]
 """Draws on an empty figure, for a narrow screen or a wide one."""
@@ -69,15 +31,9 @@ Paint = Callable[["Figure", bool], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as two inline SVGs, one for wide and one for narrow screens.
+    """A figure as two inline SVGs, one for wide and one for narrow screens."""
 
-    Args:
-        name: Prefix of all its ids.
-        wide: The drawing for 760 pixels.
-        narrow: The drawing for 350 pixels.
-    """
-
-    name: str
+    name: str  # prefix of all its ids
     wide: str
     narrow: str
 
@@ -89,16 +45,18 @@ def draw(name: str, title: str, description: str, height: float, paint: Paint) -
         from matplotlib.figure import Figure
     except ImportError:
         raise ReportError("figures need matplotlib: pip install 'regrow[report]'") from None
-    variants = {}
-    for variant, width in (("wide", WIDE), ("narrow", NARROW)):
+    style = mpl.rc_params_from_file(_STYLE, use_default_template=False)
+
+    def draw_at(variant: str, width: int) -> str:
         buffer = io.StringIO()
-        with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        with mpl.rc_context({**style, "svg.hashsalt": name}), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             figure = Figure(figsize=(width / _PIXELS, height / _PIXELS), layout="constrained", facecolor="none")
             paint(figure, width < WIDE)
             figure.savefig(buffer, format="svg", metadata={"Date": None})
-        variants[variant] = _inline(buffer.getvalue(), f"{name}-{variant}", title, description)
-    return Drawing(name, **variants)
+        return _inline(buffer.getvalue(), f"{name}-{variant}", title, description)
+
+    return Drawing(name, draw_at("wide", WIDE), draw_at("narrow", NARROW))
 
 
 def _inline(svg: str, prefix: str, title: str, description: str) -> str:

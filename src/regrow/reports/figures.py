@@ -8,7 +8,8 @@ from regrow.reports import quantities as q
 from regrow.reports.drawing import ACCENT, COOL, FAINT, INK, MUTED, PAPER, WARM, Drawing, draw
 from regrow.reports.findings import rank_means
 from regrow.reports.reading import block_of, depths_of, kind_of
-from regrow.reports.runs import Run, RunFindings
+from regrow.reports.rows import RunFindings
+from regrow.reports.runs import Run
 from regrow.reports.search import unit
 
 if TYPE_CHECKING:
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MAX_ROWS, MAX_PANELS, MAX_CELLS, MAX_LAYERS = 40, 6, 40, 500
+MAX_ROWS, MAX_PANELS, MAX_LAYERS = 40, 6, 500
 
-Panel = tuple[str, Callable[[float | None], str], Sequence[tuple[str, Sequence[float | None]]]]
-"""A title, the format of its values, and its lines: a label and values each."""
+Line = tuple[str, Sequence[float | None]]
+"""A label, and values."""
+Panel = tuple[str, Callable[[float | None], str], Sequence[Line]]
+"""A title, the format of its values, and its lines."""
 Point = tuple[str, float | None, float | None]
 """A label, a horizontal and a vertical value."""
 
@@ -41,13 +44,13 @@ def perplexity(run: Run) -> Drawing | None:
             axes.plot(known, [y] * len(known), color=FAINT, zorder=1)
         for side, colour in sides.items():
             known = [row.ppl(side) or math.nan for row in rows]
-            mark: dict[str, Any] = {"marker": "|", "ms": 14, "mec": INK} if side == "cut" else {"marker": "o", "ms": 9}
+            marker, size, edge = ("|", 14, INK) if side == "cut" else ("o", 9, PAPER)
             label = run.outcome.lower() if side == "after" else side
             if any(row.ppl(side) for row in rows):
-                axes.plot(known, range(len(rows)), ls="", color=colour, label=label, **mark)
+                axes.plot(known, range(len(rows)), marker, color=colour, label=label, ms=size, mec=edge)
             for y, row in enumerate(rows if side != "cut" else []):
-                span = getattr(row, side) and getattr(row, side).ends
-                axes.hlines([y], *(span or (math.nan, math.nan)), color=colour, lw=6, alpha=0.26)
+                low, high = (getattr(row, side) and getattr(row, side).ends) or (math.nan, math.nan)
+                axes.hlines([y], low, high, color=colour, lw=6, alpha=0.26)
         axes.set_xscale("log")
         _format(axes.xaxis, q.tick, narrow)
         names = [f"{q.shorten(row.source, 20)}{'' if row.seen else ' (unseen)'}" for row in rows]
@@ -133,47 +136,12 @@ def spectrum(findings: RunFindings | None) -> Drawing | None:
     return draw("fig-spectrum", title, "; ".join(titles), 400 * len(means) + 90, paint)
 
 
-def matrix(run: Run) -> Drawing | None:
-    """Draw the accuracy matrix as a heat map: rows are tasks learned, columns are tasks evaluated."""
-    learned = run.course.matrix if run.course else None
-    if not learned or not any(value is not None for row in (*learned.matrix, learned.before) for value in row):
-        return None
-    table = [*([("none", learned.before)] if learned.before else []), *zip(learned.tasks, learned.matrix, strict=False)]
-    table = [(name, row[:MAX_CELLS]) for name, row in table[: MAX_CELLS + 1]]
-    wide, first = max(len(row) for _, row in table), len(table) - min(len(learned.matrix), MAX_CELLS)
-    cells = [(x, y, v) for y, (_, row) in enumerate(table) for x, v in enumerate(row) if v is not None]
-
-    def paint(figure: "Figure", narrow: bool) -> None:
-        from matplotlib.collections import PolyCollection
-
-        axes = figure.subplots()
-        corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for x, y, _ in cells]
-        # Half the colour at most, so that numbers can be read on it by light and by dark.
-        strengths = [0.02 + 0.48 * min(v, 1) for _, _, v in cells]
-        axes.add_collection(PolyCollection(corners, facecolors=ACCENT, edgecolors=PAPER, alpha=strengths))
-        for x, y, v in cells if wide <= (9 if narrow else 25) else []:
-            axes.text(x + 0.5, y + 0.5, f"{100 * v:.{int(wide <= 16)}f}", ha="center", va="center")
-        steps = range(min(wide, len(table) - first) + 1)
-        axes.step(steps, [first + step for step in steps], color=INK, lw=1.2)
-        axes.grid(visible=False)
-        axes.set_xlim(0, wide)
-        axes.set_ylim(len(table), 0)
-        axes.xaxis.tick_top()
-        every = max(1, wide // 20)
-        axes.set_xticks([x + 0.5 for x in range(0, wide, every)], labels=[f"{x + 1}" for x in range(0, wide, every)])
-        names = [f"{y - first + 1}{'' if narrow else f'  {q.shorten(n, 16)}'}" for y, (n, _) in enumerate(table)]
-        axes.set_yticks([y + 0.5 for y in range(len(table))], labels=names, color=INK)
-        axes.set_title("after learning ↓   evaluated task →   per cent", color=MUTED)
-
-    description = "; ".join(f"after {name}: {', '.join(q.percent(v) for v in row[:12])}" for name, row in table[:12])
-    return draw("fig-matrix", "Accuracy on every task after each task", description, 60 + 27 * len(table), paint)
-
-
 def learned_size(run: Run) -> Drawing | None:
     """Draw the number of parameters, and of non-zero parameters, after each task."""
     records = run.course.records if run.course else []
-    lines = [("parameters", [row.parameters for row in records]), ("nonzero", [row.nonzero for row in records])]
-    return draw_lines("fig-course-size", "Parameters after each task", "tasks learned", [("", q.count, lines)])
+    sizes: list[Line] = [("parameters", [row.parameters for row in records])]
+    sizes.append(("nonzero", [row.nonzero for row in records]))
+    return draw_lines("fig-course-size", "Parameters after each task", "tasks learned", [("", q.count, sizes)])
 
 
 def search_size(run: Run) -> Drawing | None:

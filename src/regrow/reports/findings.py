@@ -1,55 +1,28 @@
-"""What a pruning method found out: rank changes between text domains, ratios of modules, and the allocation."""
+"""What a pruning method found out: rank changes between text domains, and ratios of modules."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regrow.reports import quantities as q
 from regrow.reports.reading import kind_of
-from regrow.reports.records import ModuleRatio, RankVariation, Values
-from regrow.reports.runs import Run, RunFindings
+from regrow.reports.rows import ModuleRatio, RankVariation, RunFindings
 
 GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
 MAX_CELLS = 24
-STARTS = {
-    "base": "the base method's own allocation",
-    "inner": "the same fraction of every layer outside the first and last blocks",
-    "uniform": "the same fraction of every layer",
-}
-_REASONS = {
-    "ranked": ("scores below the common threshold", "all scores above the common threshold"),
-    "uniform": ("the same fraction as others", "left whole"),
-    "base": ("as the base method", "as the base method"),
-    "inner": ("the same fraction of inner blocks", "first or last block, or few units"),
-    "learned": ("learned ratio", "learned ratio"),
-    "measured": ("as the allocation with the lowest loss", "left whole"),
-}
-"""How the fractions were decided → why an axis was cut, and why it was not."""
-_RULES = {
-    "learned": "The fraction that each module loses was learned by gradients, and judged on held-out text.",
-    "measured": "Three allocations were compared by the loss of the cut network: the same fraction of every candidate, "
-    "the same outside the first and last blocks, and one ranking. A note says which was taken.",
-}
 _RANKS = ("significant", "exceeds", "exceeds_null", "spearman", "spearman_shards", "spearman_within")
+_RATIOS = ("sensitivity", "activity", "switched", "start", "learned", "given")
 
 
 @dataclass(frozen=True)
 class MeanRow:
-    """Means over the units of some ranking spaces or modules.
+    """Means over the units of some ranking spaces or modules, of each value where it is known."""
 
-    Args:
-        name: The kind of axis, or the module.
-        pooled: Whether units of several axes are ranked together.
-        axes: The number of axes.
-        units: The number of units.
-        means: The mean of each value over the units for which it is known.
-    """
-
-    name: str
-    pooled: bool
+    name: str  # the kind of axis, or the module
     axes: int
     units: int
     means: dict[str, float | None]
+    pooled: bool = False  # whether units of several axes are ranked together
 
 
 def rank_means(findings: RunFindings) -> list[MeanRow]:
@@ -58,7 +31,7 @@ def rank_means(findings: RunFindings) -> list[MeanRow]:
     for row in findings.spectrum:
         groups.setdefault((kind_of(row.space, row.label), row.axes > 1), []).append(row)
     return [
-        _mean_row(name, pooled, sum(row.axes for row in rows), rows, {k: [getattr(r, k) for r in rows] for k in _RANKS})
+        replace(_mean_row(name, rows, _RANKS, sum(row.axes for row in rows)), pooled=pooled)
         for (name, pooled), rows in groups.items()
     ]
 
@@ -74,7 +47,7 @@ def module_means(findings: RunFindings) -> list[tuple[str, list[MeanRow]]]:
         cells = sorted({row.cell[1] for row in rows}, key=_order)[:MAX_CELLS]
         parts = [(cell or "One module per layer", [row for row in rows if row.cell[1] == cell]) for cell in cells]
         parts += [("All", rows)] * (len(parts) > 1)
-        result.append((kind, [_module_row(name, members) for name, members in parts]))
+        result.append((kind, [_mean_row(name, members, _RATIOS, len(members)) for name, members in parts]))
     return result
 
 
@@ -114,45 +87,12 @@ def describe_learning(findings: RunFindings) -> list[str]:
     return lines
 
 
-def describe_allocation(run: Run) -> list[str]:
-    """Return sentences on how it was decided how much of each layer is cut; empty if that is not known."""
-    if run.verb != "prune" or not run.scores:
-        return []
-    settings = _settings(run)
-    restrictions = [f"--{name} {value}" for name in ("only", "exclude") if (value := settings.get(name))]
-    lines = [_rule(run, settings)]
-    if restrictions:
-        lines.append(f"Candidates were restricted by {' and '.join(restrictions)}.")
-    return [line for line in lines if line]
-
-
-def explain_widths(run: Run) -> dict[str, str]:
-    """Return axis key → why as much of it was cut as was, in a few words; empty if that is not known."""
-    if run.verb != "prune" or not run.scores:
-        return {}
-    cut, whole = _REASONS.get(_mode(run, _settings(run)), ("", ""))
-    result = {}
-    for row in (row for kind in run.widths for row in kind.rows):
-        reason = whole if row.after == row.before else cut
-        result[row.key] = reason if row.key in run.scores.bounds else "not a candidate"
-    return result
-
-
-def _mean_row(
-    name: str, pooled: bool, axes: int, rows: Sequence[RankVariation | ModuleRatio], values: dict[str, Values]
-) -> MeanRow:
-    units, means = [row.units for row in rows], dict[str, float | None]()
-    for key, column in values.items():
-        known = [(value, n) for value, n in zip(column, units, strict=True) if value is not None and n]
+def _mean_row(name: str, rows: Sequence[RankVariation | ModuleRatio], values: Sequence[str], axes: int) -> MeanRow:
+    means: dict[str, float | None] = {}
+    for key in values:
+        known = [(value, row.units) for row in rows if (value := getattr(row, key)) is not None and row.units]
         means[key] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
-    return MeanRow(name, pooled, axes, sum(units), means)
-
-
-def _module_row(name: str, rows: list[ModuleRatio]) -> MeanRow:
-    names = ("sensitivity", "activity", "start", "learned", "given")
-    values: dict[str, Values] = {key: [getattr(row, key) for row in rows] for key in names}
-    values["switched"] = [None if row.trust is None else 1 - min(row.trust, 1) for row in rows]
-    return _mean_row(name, False, len(rows), rows, values)
+    return MeanRow(name, axes, sum(row.units for row in rows), means)
 
 
 def _order(cell: str) -> tuple[int, int, str]:
@@ -166,41 +106,3 @@ def _best(findings: RunFindings) -> tuple[int, float]:
     steps = [(row.step, row.held_out) for row in findings.history if row.held_out is not None] or [(0, 0.0)]
     kept = [step for step in steps if step[0] == findings.best_step]
     return kept[0] if kept else min(steps, key=lambda step: step[1])
-
-
-def _mode(run: Run, settings: dict[str, str]) -> str:
-    """Return how the fractions were decided: ``ranked``, ``uniform``, ``measured``, ``learned`` or a start's name."""
-    findings, mode = run.findings, settings.get("allocation", "")
-    if findings is None or mode:
-        return mode
-    if findings.history and _best(findings)[0]:
-        return "learned"
-    losses = {name: loss for name, loss in findings.starts.items() if loss is not None}
-    return min(losses, key=lambda name: losses[name]) if losses else settings.get("start", "")
-
-
-def _rule(run: Run, settings: dict[str, str]) -> str:
-    mode = _mode(run, settings)
-    if run.findings and mode in STARTS:
-        return f"The learned allocation was not better on held-out text than its best start, {mode} ({STARTS[mode]})."
-    if mode in _RULES:
-        return _RULES[mode]
-    if mode == "ranked":
-        per_weight = run.scores and run.scores.metric.endswith("/cost")
-        ranking = "the estimated loss per removed weight" if per_weight else "the standardised scores"
-        return f"One ranking of {ranking} of all candidates decides: the lowest go until the budget is met."
-    if mode == "uniform":
-        ends = any(settings.get(name, "0").strip("0.") for name in ("spare_first", "spare_last")) and not run.regular
-        where = " outside the first and last blocks, which stay whole," if ends else ""
-        return f"Every candidate{where} loses the same fraction of its units, those with the lowest scores."
-    if spare := settings.get("spare"):
-        where = {
-            "always": " outside the first and last blocks, which stay whole,",
-            "measured": " (outside the first and last blocks, unless the loss is lower with these cut, too)",
-        }.get("" if run.regular else spare, "")
-        return f"Every candidate{where} loses the same fraction of its units, those whose removal adds least loss."
-    return ""
-
-
-def _settings(run: Run) -> dict[str, str]:
-    return {pair.name: pair.value for pair in (*run.defaults, *run.settings, *run.method_settings)}

@@ -1,47 +1,45 @@
 """The report page of run folders: a single HTML file that needs no network and no script, or Markdown."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from regrow.reports import cells, comparison, figures, findings, quantities, search, words
 from regrow.reports.drawing import Drawing
 from regrow.reports.reading import ReportError
-from regrow.reports.records import KeyNumber
-from regrow.reports.runs import Run, Summary
+from regrow.reports.runs import KeyNumber, Run, Summary
 from regrow.reports.summary import summarise
 from regrow.store.atomic import write_text
-from regrow.store.errors import explain_os_errors
 
 _LAST = {"stages": "History of the network", "ran": "Command and settings", "notes": "Notes and limits"}
-# A section is one file in templates/sections, which finds its drawings in FIGURES under the names used there.
+# A section is one file in templates/sections, which finds its drawings under the names in FIGURES.
 SECTIONS = {
-    "perplexity": "Quality",
-    "behaviour": "Rank changes across text domains",
-    "widths": "Widths",
-    "scores": "Scores",
-    "cost": "Cost",
-    "reconstruction": "Reconstruction",
-    "proof": "Proof",
-    **_LAST,
-}
-LEARNED_SECTIONS = {
-    "known": "Accuracy matrix",
-    "growth": "Growth",
-    "shape": "Widths and size",
-    "owned": "Owned and free weights",
-    **_LAST,
-}
-SEARCHED_SECTIONS = {
-    "found": "Final network",
-    "epochs": "Course of the search",
-    "passed": "Intermediate networks",
-    "levels": "Levels",
-    "memory": "Memory",
-    **_LAST,
+    "prune": {
+        "perplexity": "Quality",
+        "behaviour": "Rank changes across text domains",
+        "widths": "Widths",
+        "cost": "Cost",
+        "reconstruction": "Reconstruction",
+        "proof": "Proof",
+        **_LAST,
+    },
+    "learn": {
+        "known": "Accuracy matrix",
+        "growth": "Growth",
+        "shape": "Widths and size",
+        "owned": "Owned and free weights",
+        **_LAST,
+    },
+    "search": {
+        "found": "Final network",
+        "epochs": "Course of the search",
+        "passed": "Intermediate networks",
+        "levels": "Levels",
+        "memory": "Memory",
+        **_LAST,
+    },
 }
 COMPARED_SECTIONS = {
     "results": "Results",
@@ -50,23 +48,23 @@ COMPARED_SECTIONS = {
     "setup": "Commands and settings",
     "remarks": "Notes and limits",
 }
-Make = Callable[[Run], Drawing | None]
-FIGURES: dict[str, Make] = {
-    "perplexity": figures.perplexity,
-    "spectrum": lambda run: figures.spectrum(run.findings),
-    "widths": figures.widths,
+FIGURES: dict[str, dict[str, Callable[[Run], Drawing | None]]] = {
+    "prune": {
+        "perplexity": figures.perplexity,
+        "spectrum": lambda run: figures.spectrum(run.findings),
+        "widths": figures.widths,
+    },
+    "learn": {"size": figures.learned_size},
+    "search": {"size": figures.search_size, "front": figures.search_front},
 }
-LEARNED_FIGURES: dict[str, Make] = {"matrix": figures.matrix, "size": figures.learned_size}
-SEARCHED_FIGURES: dict[str, Make] = {"size": figures.search_size, "front": figures.search_front}
 
 
-def write_page(folders: Sequence[Path], out: Path, write: Callable[[Path, str], None] | None = None) -> Path:
+def write_page(folders: Sequence[Path], out: Path) -> Path:
     """Write the report page of one run, or of a comparison of several.
 
     Args:
         folders: The run folders; two or more make a comparison.
-        out: The HTML file to write; its folder is made if need be. It is replaced only once the page is complete.
-        write: Writes the text to the file; ``None``: any file of that name is replaced.
+        out: The HTML file to write; it is replaced only once the page is complete.
 
     Returns:
         The file written.
@@ -77,13 +75,11 @@ def write_page(folders: Sequence[Path], out: Path, write: Callable[[Path, str], 
     """
     page = to_html(summarise(folders))
     out = Path(out)
-    with explain_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    (write or write_text)(out, page)
+    write_text(out, page)
     return out
 
 
-def to_html(summary: Mapping[str, Any]) -> str:
+def to_html(summary: Summary) -> str:
     """Return the report page of a summary, as HTML.
 
     Args:
@@ -92,36 +88,30 @@ def to_html(summary: Mapping[str, Any]) -> str:
     Raises:
         ReportError: If jinja2 or matplotlib is not installed.
     """
-    data = msgspec.convert(summary, Summary)
-    if len(data.runs) > 1:
-        context, sections = _compared(data), COMPARED_SECTIONS
-        drawings = {"front": _compared_front(data, context["table"]), "accuracy": comparison.compared_accuracy(data)}
-        absent = {"sizes"} if all(run.course or run.search for run in data.runs) else set()
-        absent |= set() if drawings["front"] else {"front"}
+    shown_if: dict[str, object]
+    if len(summary.runs) > 1:
+        context, sections = _compared(summary), COMPARED_SECTIONS
+        front = comparison.compared_quality(summary, context["table"])
+        drawings = {"front": front, "accuracy": comparison.compared_accuracy(summary)}
+        shown_if = {"front": front, "sizes": not all(run.course or run.search for run in summary.runs)}
     else:
-        (run,) = data.runs
-        context, sections, makers = _single(run), SECTIONS, FIGURES
-        if run.course or run.search:
-            sections = LEARNED_SECTIONS if run.course else SEARCHED_SECTIONS
-            makers = LEARNED_FIGURES if run.course else SEARCHED_FIGURES
-        drawings = {name: make(run) for name, make in makers.items()}
+        (run,) = summary.runs
+        kind = "learn" if run.course else "search" if run.search else "prune"
+        context, sections = _single(run), SECTIONS[kind]
+        drawings = {name: draw(run) for name, draw in FIGURES[kind].items()}
         shown_if = {
             "behaviour": run.findings,
-            "scores": run.scores,
             "reconstruction": run.reconstruction,
             "owned": run.course and any(row.owned or row.free for row in run.course.records),
             "passed": run.search and run.search.front,
             "memory": run.search and run.search.stages,
             "stages": run.stages,
         }
-        absent = {name for name, there in shown_if.items() if not there}
-    shown = [(name, title) for name, title in sections.items() if name not in absent]
-    return str(
-        _environment(html=True).get_template("page.html").render(context | {"figures": drawings, "sections": shown})
-    )
+    shown = [(name, title) for name, title in sections.items() if shown_if.get(name, True)]
+    return _render("page.html", context | {"figures": drawings, "sections": shown})
 
 
-def to_markdown(summary: Mapping[str, Any]) -> str:
+def to_markdown(summary: Summary) -> str:
     """Return the report of a summary as Markdown, without figures.
 
     Args:
@@ -130,69 +120,61 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     Raises:
         ReportError: If jinja2 is not installed.
     """
-    data = msgspec.convert(summary, Summary)
-    context = _compared(data) if len(data.runs) > 1 else _single(data.runs[0])
-    template = "comparison.md" if len(data.runs) > 1 else "report.md"
-    return str(_environment(html=False).get_template(template).render(context)).strip() + "\n"
+    if len(summary.runs) > 1:
+        return _render("comparison.md", _compared(summary)).strip() + "\n"
+    return _render("report.md", _single(summary.runs[0])).strip() + "\n"
+
+
+@dataclass(frozen=True)
+class HeadText:
+    """What the head of a page says."""
+
+    headline: str
+    details: list[str]
+    keys: list[KeyNumber]
+    alarms: list[str]  # what a reader must not overlook
+
+
+def describe(run: Run) -> HeadText:
+    """Return what the head of the page of a run says."""
+    alarms = search.alarms(run)
+    if any(row.holds is False for row in run.verify):
+        alarms.append(words.proof(run))
+    if not run.file.finished:
+        alarms.append("The run is unfinished or was interrupted: this page shows what it has recorded so far.")
+    if course := run.course:
+        details, keys = words.learned_details(run, course), words.learned_numbers(course)
+        return HeadText(words.learned_headline(run, course), details, keys, alarms)
+    if result := run.search:
+        details, keys = search.details(run, result), search.key_numbers(result)
+        return HeadText(search.headline(run, result), details, keys, alarms)
+    return HeadText(words.headline(run), words.details(run), words.key_numbers(run), alarms)
 
 
 def _single(run: Run) -> dict[str, Any]:
-    keys: list[KeyNumber]
-    if run.course:
-        headline, keys = words.learned_headline(run, run.course), words.learned_numbers(run.course)
-        details = words.learned_details(run, run.course)
-    elif run.search:
-        headline, keys = search.headline(run, run.search), search.key_numbers(run.search)
-        details = search.details(run, run.search)
-    else:
-        headline, keys, details = words.headline(run), words.key_numbers(run), words.details(run)
-    return {
-        "title": f"{run.model}: {run.label}",
-        "brand": [part for part in (run.verb, run.name, run.finished[:10]) if part],
-        "headline": headline,
-        "details": details,
-        "alarms": _alarms(run),
-        "keys": keys,
-        "run": run,
-        "runs": [run],
-    }
+    brand = [part for part in (run.file.verb, run.name, (run.file.finished or "")[:10]) if part]
+    return {"title": f"{run.model}: {run.label}", "brand": brand, "head": describe(run), "run": run, "runs": [run]}
 
 
 def _compared(summary: Summary) -> dict[str, Any]:
     table, runs = comparison.compare(summary), summary.runs
+    alarms = [*table.alarms, *(f"{run.label}: {alarm}" for run in runs for alarm in describe(run).alarms)]
     return {
         "title": table.headline,
         "brand": ["comparison"],
-        "headline": table.headline,
-        "details": table.details,
-        "alarms": [*table.alarms, *(f"{run.label}: {alarm}" for run in runs for alarm in _alarms(run))],
-        "keys": [],
+        "head": HeadText(table.headline, table.details, [], alarms),
         "table": table,
         "differences": comparison.differences(runs),
         "runs": runs,
     }
 
 
-def _compared_front(summary: Summary, table: comparison.TableOfRuns) -> Drawing | None:
-    if all(run.course for run in summary.runs):
-        return comparison.compared_sizes(summary)
-    return comparison.compared_perplexity(summary, table.means) if table.means else None
-
-
-def _alarms(run: Run) -> list[str]:
-    """Return warnings that a reader must not overlook."""
-    result = search.alarms(run)
-    if any(row.holds is False for row in run.verify):
-        result.append(words.proof(run))
-    if run.scores and any(unit.kept is False for unit in run.scores.massive):
-        result.append(words.massive(run))
-    if not run.finished:
-        result.append("The run is unfinished or was interrupted: this page shows what it has recorded so far.")
-    return result
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    return str(_environment().get_template(template).render(context))
 
 
 @cache
-def _environment(html: bool) -> Any:
+def _environment() -> Any:
     try:
         import jinja2
         from markupsafe import Markup
@@ -200,7 +182,7 @@ def _environment(html: bool) -> Any:
         raise ReportError("a page needs jinja2: pip install 'regrow[report]'") from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("regrow.reports", "templates"),
-        autoescape=html,
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,6 +1,6 @@
 """Read a run folder that may be hostile or incomplete, and the widths of its axes.
 
-A file that does not fit its schema is left out, and named.
+A file or a line that does not fit its schema is left out, and named.
 """
 
 import contextlib
@@ -13,31 +13,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from regrow.core.errors import ResourceError
-from regrow.reports.records import AxisKind, AxisWidth, Bounds, MassiveActivation, MissingFile, ScoreRows
-from regrow.reports.runs import RunFindings
+from regrow.core.limits import parse_json
+from regrow.reports.cells import FoundParts
+from regrow.reports.rows import ROWS, RunFile, RunFindings
+from regrow.reports.runs import AxisKind, AxisWidth
 from regrow.store.convert import convert, expand_plans, read_json
-from regrow.store.errors import StoreError
-from regrow.store.metrics import Metrics
+from regrow.store.errors import StoreError, check_readable
+from regrow.store.metrics import MetricsRow
 from regrow.store.replacing import WORK, settle
 from regrow.store.run_record import read_run as read_settings
-from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, PlanRecord, RunJson, ScoreSummary, StageJson
+from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, PlanRecord, ScoreSummary
 
 ABSENT = {
-    "ledger.json": "the plan: which units stayed",
+    "ledger.json": "the plan: how many units stayed",
     "axes.json": "the widths before and after",
-    "scores.json": "the scores and the massive-activation units",
+    "scores.json": "the scores on both sides of each cut",
     "metrics.jsonl": "every measurement: perplexity, size, proof",
 }
 """Files of a pruning run → what a page lacks without them."""
-_ABSENT_GROWING = {name: meaning for name, meaning in ABSENT.items() if name != "scores.json"}
-_ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
-_ABSENT_SEARCHING = {
-    "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
-    "shapes.json": "the final network",
+_NEEDED = {
+    "grow": {name: meaning for name, meaning in ABSENT.items() if name != "scores.json"},
+    "learn": {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"},
+    "search": {
+        "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
+        "shapes.json": "the final network",
+    },
 }
-_NEEDED = {"grow": _ABSENT_GROWING, "learn": _ABSENT_LEARNING, "search": _ABSENT_SEARCHING}
 _LONGEST, _LONGEST_COMMAND = 300, 8000
 """Characters of a name, and of a command or a note."""
 
@@ -51,51 +55,25 @@ class ReportError(ValueError):
     """Raised for a folder that is not a run folder, or a page that cannot be written."""
 
 
-class RunFile(RunJson, frozen=True):
-    """``run.json`` with the present run as a stage of its network."""
-
-    stage: StageJson | None = None
-
-
-class FoundOrigin(msgspec.Struct, frozen=True):
-    """How to build the network that a search found."""
-
-    config: dict[str, Any] = {}
-
-
 class FoundShapes(msgspec.Struct, frozen=True):
-    """``shapes.json`` of a search, as far as a page shows it."""
+    """``shapes.json`` of a search, as far as a page shows it: how to build the network."""
 
-    origin: FoundOrigin = FoundOrigin()
+    origin: dict[str, dict[str, Any] | str] = {}
 
 
 @dataclass
-class RunRecord:
-    """The validated content of a run folder; what is missing or damaged is empty.
-
-    Args:
-        path: The folder.
-        run: ``run.json``.
-        plans: The plans of this run in ``ledger.json``, in order; of a recovery, the plan of the cut.
-        axes: ``axes.json``: the axes before and after.
-        scores: ``scores.json``.
-        metrics: The rows of ``metrics.jsonl`` by kind.
-        findings: ``findings.json``, which most methods do not write.
-        origin: How to build the network that a search found, from ``shapes.json``.
-        missing: Files that do not exist, with what the page lacks without them.
-        problems: What is left out, and why.
-    """
+class FolderContent:
+    """The validated content of a run folder; what is missing or damaged is empty."""
 
     path: Path
     run: RunFile
-    plans: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[PlanRecord] = field(default_factory=list)  # of this run, in order; of a recovery, the plan of the cut
     axes: AxisRows | None = None
     scores: ScoreSummary | None = None
-    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: dict[str, list[Any]] = field(default_factory=dict)  # kind → its rows in metrics.jsonl, as records
     findings: RunFindings | None = None
-    origin: FoundOrigin = field(default_factory=FoundOrigin)
-    missing: list[MissingFile] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    found: FoundParts = field(default_factory=FoundParts)  # the parts of the network that a search found
+    problems: list[str] = field(default_factory=list)  # what is left out, and why
 
     @property
     def name(self) -> str:
@@ -103,19 +81,19 @@ class RunRecord:
         path = self.path.resolve()
         return clean(path.parent.name if path.name == WORK else path.name) or "run"
 
-    def rows(self, what: str, kind: type[Kind]) -> list[Kind]:
-        """Return the measurements of a kind as records; none, and a problem, if one does not fit."""
-        return self.each(f"metrics.jsonl: {what}", self.metrics.get(what, []), kind)
+    @property
+    def missing(self) -> dict[str, str]:
+        """The files that the folder lacks, and what a page lacks without each."""
+        needed = _NEEDED.get(self.run.verb, ABSENT)
+        return {name: words for name, words in needed.items() if not (self.path / name).is_file()}
 
-    def each(self, where: str, rows: Sequence[object], kind: type[Kind]) -> list[Kind]:
-        """Return JSON data as records; none, and a problem, if one does not fit."""
-        with self.leave_out():
-            return [convert(row, kind, where, "left out") for row in rows]
-        return []
+    def of(self, what: str) -> list[Any]:
+        """Return the rows of a kind of measurement, as the records of ``ROWS``."""
+        return self.rows.get(what, [])
 
-    def last(self, what: str, kind: type[Kind]) -> Kind | None:
-        """Return the last measurement of a kind; ``None`` if there is none that fits."""
-        return next(reversed(self.rows(what, kind)), None)
+    def last(self, what: str) -> Any:
+        """Return the last row of a kind of measurement; ``None`` if there is none."""
+        return next(reversed(self.of(what)), None)
 
     def table(self, file: str, kind: type[Kind]) -> Kind | None:
         """Return the content of a JSON file as a record; ``None`` if it is missing, or, with a problem, damaged."""
@@ -133,7 +111,7 @@ class RunRecord:
             self.problems.append(clean(str(error).replace(f"{self.path}/", "")))
 
 
-def read_run(path: Path) -> RunRecord:
+def read_run(path: Path) -> FolderContent:
     """Read all files of a run folder that a report needs."""
     settle(path)
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
@@ -142,9 +120,7 @@ def read_run(path: Path) -> RunRecord:
         run = convert(clean(read_settings(path), _LONGEST_COMMAND), RunFile, path / "run.json")
     except StoreError as error:
         raise ReportError(str(error)) from error
-    folder = RunRecord(path, run)
-    needed = _NEEDED.get(run.verb, ABSENT)
-    folder.missing = [MissingFile(name, words) for name, words in needed.items() if not (path / name).is_file()]
+    folder = FolderContent(path, run)
     if not run.finished:
         folder.problems.append("run.json has no finishing time: the run was interrupted or is still in progress")
     with folder.leave_out():
@@ -153,21 +129,49 @@ def read_run(path: Path) -> RunRecord:
     folder.scores = folder.table("scores.json", ScoreSummary)
     folder.findings = folder.table("findings.json", RunFindings)
     if run.verb == "search" and (shapes := folder.table("shapes.json", FoundShapes)):
-        folder.origin = shapes.origin
+        config = shapes.origin.get("config")
+        described = config if isinstance(config, dict) else {}
+        parts = {
+            name: described[name] for name in ("cells", "edges", "blocks") if isinstance(described.get(name), list)
+        }
+        if parts:
+            with folder.leave_out():
+                folder.found = convert(parts | {"width": described.get("width")}, FoundParts, "shapes.json", "left out")
     with folder.leave_out():
-        for row in Metrics(path / "metrics.jsonl").rows():
-            folder.metrics.setdefault(row["what"], []).append(clean(row))
+        _read_rows(folder)
     return folder
 
 
-def _read_plans(folder: RunRecord) -> list[dict[str, Any]]:
+def _read_plans(folder: FolderContent) -> list[PlanRecord]:
     """Return the plans of a ledger, with ranges of units expanded."""
-    path, plans = folder.path / "ledger.json", []
-    if (data := read_json(path)) is not None:
-        plans = expand_plans(convert(data, LedgerJson, path.name).plans, path.stat().st_size)
-        convert({"plans": plans}, dict[str, list[PlanRecord]], path.name)
+    path = folder.path / "ledger.json"
+    if (data := read_json(path)) is None:
+        return []
+    written = expand_plans(convert(data, LedgerJson, path.name).plans, path.stat().st_size)
+    plans = convert({"plans": clean(written)}, dict[str, list[PlanRecord]], path.name)["plans"]
     earlier = folder.run.parent.plans if folder.run.parent else 0
-    return list(clean(plans[-1:] if folder.run.verb == "recover" else plans[earlier:]))
+    return plans[-1:] if folder.run.verb == "recover" else plans[earlier:]
+
+
+def _read_rows(folder: FolderContent) -> None:
+    """Read the measurements; a line that does not fit is left out and named, unless a crash cut the last one short."""
+    path = folder.path / "metrics.jsonl"
+    if not path.is_file():
+        return
+    check_readable(path)
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{path.name}: line {number}"
+        try:
+            row = clean(parse_json(line))
+            what = convert(row, MetricsRow).what
+        except ValueError:
+            if line.strip() and number < len(lines):
+                folder.problems.append(f"{where} is not a measurement; left out")
+            continue
+        if what in ROWS:
+            with folder.leave_out():
+                folder.rows.setdefault(what, []).append(convert(row, ROWS[what], where, "left out"))
 
 
 def clean(value: Any, longest: int = _LONGEST) -> Any:
@@ -186,49 +190,31 @@ def clean(value: Any, longest: int = _LONGEST) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def widths(folder: RunRecord) -> tuple[list[AxisKind], dict[str, int]]:
+def widths(folder: FolderContent) -> tuple[list[AxisKind], dict[str, int]]:
     """Return the widths of the axes that can change, per kind of axis, and reason → number of the frozen ones."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for key, change in _changes(folder.plans):
-        first.setdefault(key, change["size"])
-        last[key] = len(change["keep"]) + len(change.get("restore", ())) + change.get("grow", 0)
+    for plan in folder.plans:
+        for key, change in plan.changes.items():
+            first.setdefault(key, change.size)
+            last[key] = len(change.keep) + len(change.restore) + change.grow
     after = {axis.key: axis.size for axis in folder.axes.after} if folder.axes else {}
     before = (folder.axes.before if folder.axes else []) or [AxisRow(key, size) for key, size in first.items()]
-    rows: dict[str, list[tuple[str, str, int, int]]] = {}
+    rows: dict[str, list[AxisWidth]] = {}
     frozen: Counter[str] = Counter()
     for axis in before:
         if axis.mark == "frozen" and axis.key not in last:
             frozen[axis.reason or "no reason given"] += 1
         elif axis.size:
             left = last.get(axis.key, after.get(axis.key, axis.size))
-            width = (axis.key, axis.block or block_of(axis.key), axis.size, left)
+            width = AxisWidth(axis.key, axis.block or block_of(axis.key), axis.size, left)
             rows.setdefault(kind_of(axis.key, axis.label), []).append(width)
     groups = []
     for kind, members in rows.items():
-        depths, numbered = depths_of([block for _, block, *_ in members])
-        ordered = [AxisWidth(*member, depth) for member, depth in zip(members, depths, strict=True)]
+        depths, numbered = depths_of([row.block for row in members])
+        ordered = [replace(row, depth=depth) for row, depth in zip(members, depths, strict=True)]
         groups.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
     return groups, dict(frozen.most_common())
-
-
-def scores(folder: RunRecord, groups: Sequence[AxisKind]) -> ScoreRows | None:
-    """Return where each axis was cut, and the units with massive activations; ``None`` without ``scores.json``."""
-    if folder.scores is None or not folder.scores.axes:
-        return None
-    survivors, bounds, massive = _survivors(folder.plans), {}, []
-    for kind in groups:
-        for row in kind.rows:
-            if (entry := folder.scores.axes.get(row.key)) is None:
-                continue
-            bounds[row.key] = Bounds(entry.dropped_max, entry.kept_min)
-            for unit in entry.massive:
-                whole = True if row.after == row.before else None
-                kept = unit.unit in survivors[row.key] if row.key in survivors else whole
-                if unit.ratio is not None:
-                    massive.append(MassiveActivation(row.key, row.block, kind.kind, unit.unit, unit.ratio, kept))
-    massive.sort(key=lambda unit: -abs(unit.ratio))
-    return ScoreRows(folder.scores.metric, bounds, massive)
 
 
 def kind_of(key: str, label: str = "") -> str:
@@ -260,18 +246,3 @@ def depths_of(blocks: Sequence[str]) -> tuple[list[int], bool]:
     depths = [int(match.group()[:9]) for match in numbers if match]
     numbered = len(set(depths)) == len(blocks) and max(depths, default=0) < 10 * len(blocks) + 10
     return (depths if numbered else list(range(len(blocks)))), numbered
-
-
-def _changes(plans: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [(key, change) for plan in plans for key, change in plan["changes"].items()]
-
-
-def _survivors(plans: Sequence[Mapping[str, Any]]) -> dict[str, set[int]]:
-    """Return axis key → the ids of the units that every plan kept, or that were restored with their weights."""
-    left: dict[str, set[int]] = {}
-    for key, change in _changes(plans):
-        ids = change.get("ids") or range(change["size"])
-        kept = {ids[unit] for unit in change["keep"] if unit < len(ids)}
-        restored = set() if change.get("fresh") else set(change.get("restore", ()))
-        left[key] = (left[key] & kept if key in left else kept) | restored
-    return left

@@ -1,107 +1,172 @@
-"""Records of what a method found out, of learning runs and searches, and of everything that a page shows of a run."""
+"""What pages show of runs, as frozen records; what is not known is ``None`` or empty."""
 
-from typing import Annotated
+import math
+from collections.abc import Sequence
 
 import msgspec
 
 from regrow.reports import quantities
-from regrow.reports.cells import FoundCell
-from regrow.reports.records import (
+from regrow.reports.cells import FoundBlock, FoundCell
+from regrow.reports.rows import (
     Amount,
-    AxisKind,
-    ChoiceTask,
-    Domain,
+    FoundNetwork,
     Fraction,
+    LearnedTask,
+    LevelTotals,
+    LogRatio,
     MaskingCheck,
-    Mean,
-    MissingFile,
-    ModuleRatio,
-    Pair,
-    RankVariation,
+    PassTimes,
     Reconstruction,
-    ScoreRows,
-    Sizes,
+    RunFile,
+    RunFindings,
+    SearchEpoch,
+    ShapeChange,
+    SourceAccuracy,
+    SourcePerplexity,
     SourceRow,
-    geometric_mean,
+    Spread,
+    StagePeaks,
+    TrainingRow,
 )
-from regrow.store.metrics import BudgetRow, Figure
-from regrow.store.schemas import Count, StageJson
+from regrow.store.metrics import BudgetRow, Figure, RecoveryRow, SizeRow
+from regrow.store.schemas import Count, ScoreSummary, StageJson
 
 
-class HeldOut(msgspec.Struct, frozen=True):
-    """The loss on held-out text at a step of learning."""
+class KeyNumber(msgspec.Struct, frozen=True):
+    """A number at the head of a page, with a line below it."""
 
-    step: Count
-    held_out: Amount
-
-
-class RunFindings(msgspec.Struct, frozen=True):
-    """The tables in which a pruning method explains its choice."""
-
-    method: str
-    sources: list[str] = []
-    spectrum: list[RankVariation] = []
-    modules: list[ModuleRatio] = []
-    starts: dict[str, Amount] = {}
-    history: list[HeldOut] = []
-    best_step: Count | None = None
-    robust_among_cut: dict[str, Fraction] = {}
-    notes: list[str] = []
+    label: str
+    value: str
+    below: str
 
 
-class LearnedTask(msgspec.Struct, frozen=True):
-    """The network after a task: accuracy on every task known by then, size, widths, and what tasks own."""
+class Domain(msgspec.Struct):
+    """The perplexities on a text domain: of the model before a run, after the cut, after the fit and at the end."""
 
-    name: str
-    task: Annotated[int, msgspec.Meta(ge=0, lt=1000)]
-    accuracy: list[Fraction]
-    parameters: Count | None = None
-    nonzero: Count | None = None
-    macs: Count | None = None
-    remembered: Count | None = None
-    seconds: Amount = None
-    widths: dict[str, Amount] = {}
-    owned: dict[str, Fraction] = {}
-    free: dict[str, Fraction] = {}
+    source: str
+    seen: bool = False  # in calibration
+    before: SourcePerplexity | None = None
+    cut: SourcePerplexity | None = None  # if a reconstruction or recovery followed
+    fitted: SourcePerplexity | None = None  # after the reconstruction, if a recovery followed
+    after: SourcePerplexity | None = None
+    delta_nll: LogRatio = None  # the difference of the log-perplexities, paired per window
+    delta_se: Spread = None
 
-
-class ShapeChange(msgspec.Struct, frozen=True):
-    """A change of shape in training: a growth in learning, or a commit in a search."""
-
-    epoch: Count
-    task: Count = 0
-    grown: dict[str, Count] = {}
-    restored: dict[str, Count] = {}
-    cut: dict[str, Count] = {}
-    dropped: list[str] = []
-    back: list[str] = []
-    stood: bool = False
-    accuracy_before: list[Figure] = []
-    accuracy_after: list[Figure] = []
-    logits_moved: Amount = None
-    parameters: Count | None = None
-    newborn_gradient: Fraction = None
-    newborn_entries: Fraction = None
-    recovery_steps: Count | None = None
-    steps_watched: Count | None = None
+    def ppl(self, side: str) -> float | None:
+        """Return the perplexity of one of the models; ``None`` if it was not measured."""
+        measured: SourcePerplexity | None = getattr(self, side)
+        return measured.ppl if measured else None
 
     @property
-    def before(self) -> float | None:
-        """The mean accuracy just before."""
-        return quantities.mean(self.accuracy_before)
+    def ratio(self) -> float | None:
+        """Perplexity after ÷ before."""
+        before, after = self.ppl("before"), self.ppl("after")
+        if self.delta_nll is not None:
+            return math.exp(self.delta_nll)
+        return after / before if before and after else None
 
     @property
-    def after(self) -> float | None:
-        """The mean accuracy just after."""
-        return quantities.mean(self.accuracy_after)
+    def error(self) -> float | None:
+        """Half the 95 % interval of the ratio."""
+        ratio, error = self.ratio, self.delta_se
+        return None if ratio is None or error is None else 1.96 * ratio * error
 
     @property
-    def added(self) -> int:
-        """The number of units that it added or restored."""
-        return sum(self.grown.values()) + sum(self.restored.values())
+    def recovered(self) -> float | None:
+        """The fraction of the log-perplexity lost by the cut that was won back."""
+        return quantities.won_back(self.ppl("before"), self.ppl("cut"), self.ppl("after"))
 
 
-class AccuracyMatrix(msgspec.Struct, frozen=True):
+class Mean(msgspec.Struct, frozen=True):
+    """Geometric means of perplexities over text domains that were measured on both sides, or only after the run."""
+
+    count: int
+    before: float | None
+    cut: float | None
+    after: float
+
+    @property
+    def ratio(self) -> float | None:
+        """After ÷ before."""
+        return self.after / self.before if self.before else None
+
+    @property
+    def recovered(self) -> float | None:
+        """The fraction of the log-perplexity lost by the cut that was won back."""
+        return quantities.won_back(self.before, self.cut, self.after)
+
+
+def geometric_mean(domains: Sequence[Domain]) -> Mean | None:
+    """Return geometric means over the text domains measured on both sides, or after the run only."""
+    after = [row for row in domains if row.ppl("after")]
+    rows = [row for row in after if row.ppl("before")] or after
+    if not rows:
+        return None
+
+    def over(side: str) -> float | None:
+        logs = [math.log(ppl) for row in rows if (ppl := row.ppl(side))]
+        return math.exp(sum(logs) / len(logs)) if len(logs) == len(rows) else None
+
+    return Mean(len(rows), over("before"), over("cut"), over("after") or 0.0)
+
+
+class ChoiceTask(msgspec.Struct):
+    """The accuracies of a run on a task: before it, after the cut if it was fitted, and at the end."""
+
+    task: str
+    before: SourceAccuracy | None = None
+    cut: SourceAccuracy | None = None
+    after: SourceAccuracy | None = None
+
+
+class Sizes(msgspec.Struct):
+    """The size of the model before and after a run."""
+
+    before: SizeRow | None = None
+    after: SizeRow | None = None
+
+    @property
+    def left(self) -> float | None:
+        """The counted weights after ÷ before."""
+        if not (self.before and self.after and self.before.params_counted):
+            return None
+        return self.after.params_counted / self.before.params_counted
+
+
+class AxisWidth(msgspec.Struct, frozen=True):
+    """The width of an axis before and after a run; depth is its block's number, or its place."""
+
+    key: str
+    block: str
+    before: int
+    after: int
+    depth: int = 0
+
+
+class AxisKind(msgspec.Struct, frozen=True):
+    """The axes of one kind in all blocks, in order of depth."""
+
+    kind: str
+    numbered: bool
+    rows: list[AxisWidth]
+
+    @property
+    def before(self) -> int:
+        """The units before."""
+        return sum(row.before for row in self.rows)
+
+    @property
+    def after(self) -> int:
+        """The units after."""
+        return sum(row.after for row in self.rows)
+
+    @property
+    def changed(self) -> int:
+        """The number of axes whose width changed."""
+        return sum(row.before != row.after for row in self.rows)
+
+
+class AccuracyMatrix(msgspec.Struct):
     """The accuracy matrix of a sequence of tasks, and the figures that follow from it."""
 
     tasks: list[str] = []
@@ -135,48 +200,6 @@ class Course(msgspec.Struct, frozen=True):
         return self.records[-1].parameters if self.records else None
 
 
-class SearchEpoch(msgspec.Struct, frozen=True):
-    """The state of a search after an epoch: size, allowed size and validation accuracy of its active part."""
-
-    epoch: Count
-    stage: Count = 0
-    accuracy: Figure = None
-    size: Amount = None
-    allowed: Amount = None
-    nonzero: Count | None = None
-
-
-class StagePeaks(msgspec.Struct, frozen=True):
-    """The memory of a stage: planned before the search, predicted at its start, and measured."""
-
-    stage: Count
-    last: int | None = None
-    planned: Count | None = None
-    predicted: Count | None = None
-    peak: Count | None = None
-    resident: Count | None = None
-    recomputed: bool = False
-
-
-class FoundNetwork(msgspec.Struct, frozen=True):
-    """The network that a search found, or its test: accuracy, examples and size."""
-
-    accuracy: Fraction = None
-    images: Count | None = None
-    parameters: Count | None = None
-    nonzero: Count | None = None
-    macs: Count | None = None
-    bytes: Count | None = None
-
-
-class Level(msgspec.Struct, frozen=True):
-    """A granularity of a search: the size that it removed, and the fraction that it kept."""
-
-    level: str
-    saved: float | None
-    kept: float | None
-
-
 class SearchRun(msgspec.Struct, frozen=True):
     """The measurements of a search; ``asked`` and ``reached`` are sizes in the measure of its target."""
 
@@ -191,24 +214,22 @@ class SearchRun(msgspec.Struct, frozen=True):
     commits: list[ShapeChange]
     stages: list[StagePeaks]
     recomputed: bool
-    budget: Count | None
-    clock: dict[str, Amount]
-    levels: list[Level]
+    budget: int | None
+    latency: PassTimes
+    levels: LevelTotals | None
     network: FoundNetwork
     test: FoundNetwork
     cells: list[FoundCell]
     topology: list[FoundCell]
-    notation: str
-    blocks: list[FoundCell]
+    blocks: list[FoundBlock]
 
 
 class Run(msgspec.Struct, frozen=True):
-    """What a page shows of a run; what is not known is ``None`` or empty."""
+    """What a page shows of a run; settings are in words."""
 
     name: str
     label: str
-    verb: str
-    command: str
+    file: RunFile
     model: str
     method: str
     keep: Fraction
@@ -216,30 +237,31 @@ class Run(msgspec.Struct, frozen=True):
     target: str
     regular: bool
     budget: BudgetRow | None
-    settings: list[Pair]
-    method_settings: list[Pair]
-    defaults: list[Pair]
+    settings: dict[str, str]
+    method_settings: dict[str, str]
+    defaults: dict[str, str]
     sources: list[SourceRow]
-    versions: list[Pair]
-    started: str
-    finished: str
-    seconds: dict[str, float]
-    notes: list[str]
     perplexity: list[Domain]
     outcome: str
     choice: list[ChoiceTask]
     size: Sizes
     verify: list[MaskingCheck]
     reconstruction: Reconstruction | None
+    recovery: RecoveryRow | None
+    training: TrainingRow | None
     widths: list[AxisKind]
     frozen: dict[str, int]
-    scores: ScoreRows | None
+    scores: ScoreSummary | None
     findings: RunFindings | None
     course: Course | None
     search: SearchRun | None
-    stages: list[StageJson]
-    missing: list[MissingFile]
-    problems: list[str]
+    missing: dict[str, str]  # file → what the page lacks without it
+    problems: list[str]  # what is left out, and why
+
+    @property
+    def stages(self) -> list[StageJson]:
+        """The runs that made the network, in order, if it has had more than this one."""
+        return [*self.file.stages, *filter(None, [self.file.stage])] if self.file.stages else []
 
     @property
     def means(self) -> dict[str, Mean | None]:
@@ -260,6 +282,5 @@ class Run(msgspec.Struct, frozen=True):
 class Summary(msgspec.Struct, frozen=True):
     """Several runs, and the text domains on which all were evaluated."""
 
-    format: str
     runs: list[Run]
-    kinds: list[str]
+    domains: list[str]

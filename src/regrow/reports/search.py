@@ -1,18 +1,16 @@
 """The page of a search: the found network, the course of the search, and warnings such as collapse."""
 
-import re
+from contextlib import suppress
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
-from regrow.core.amounts import parse_bytes
+from regrow.core.amounts import Target, parse_bytes
 from regrow.reports import cells
 from regrow.reports import quantities as q
-from regrow.reports.reading import RunRecord
-from regrow.reports.records import Amount, Fraction, KeyNumber
-from regrow.reports.runs import FoundNetwork, Level, Run, SearchEpoch, SearchRun, ShapeChange, StagePeaks
-from regrow.store.schemas import Count
+from regrow.reports.reading import FolderContent
+from regrow.reports.rows import FoundNetwork, LevelTotals, PassTimes, PlannedStages, SearchEpoch, StagePeaks
+from regrow.reports.runs import KeyNumber, Run, SearchRun
 
 LEVELS = ("operations", "filters", "weights")
 
@@ -41,64 +39,39 @@ _UNITS = {
 }
 
 
-class PlannedStages(msgspec.Struct, frozen=True):
-    """The stages that a memory budget planned: the last part of each, and its peak of memory."""
-
-    ends: list[Count] = []
-    peaks: list[Count] = []
-    recomputed: bool = False
-
-
-class LevelTotals(msgspec.Struct, frozen=True):
-    """The size that each level removed, and what the target asked for."""
-
-    saved: dict[str, float] = {}
-    kept: dict[str, Fraction] = {}
-    measure: str = ""
-    asked: Amount = None
-    size: Amount = None
-
-
-class PassTimes(msgspec.Struct, frozen=True):
-    """Measured milliseconds of a pass through the whole space, and through the found network."""
-
-    whole: Amount = None
-    found: Amount = None
-
-
-def search(folder: RunRecord) -> SearchRun | None:
-    """Return the measurements of a search; ``None`` if it is a run of another kind."""
-    if folder.run.verb != "search":
-        return None
-    settings = folder.run.settings
+def read_search(folder: FolderContent) -> SearchRun:
+    """Return the measurements of a search."""
+    settings, levels = folder.run.settings, folder.last("levels")
     target, retrain = q.in_words(settings.get("target")), settings.get("retrain")
-    levels, latency = folder.last("levels", LevelTotals), folder.last("latency", PassTimes) or PassTimes()
-    totals = levels or LevelTotals()
+    totals, network = levels or LevelTotals({}), folder.last("found") or FoundNetwork()
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
-    network = folder.last("found", FoundNetwork) or FoundNetwork()
     counted = getattr(network, {"params": "parameters"}.get(measure, measure), None)
-    planned, memory = folder.last("stages", PlannedStages) or PlannedStages(), folder.rows("memory", StagePeaks)
+    planned, memory = folder.last("stages") or PlannedStages(), folder.of("memory")
+    asked, budget = totals.asked or None, None
+    with suppress(ValueError):
+        asked = asked or Target.parse(target).amount or None
+    with suppress(ValueError):
+        budget = parse_bytes(q.in_words(settings.get("memory")))
     return SearchRun(
         target=target,
         measure=measure,
-        asked=totals.asked or _target_number(target),
+        asked=asked,
         reached=totals.size if counted is None or (measure == "nonzero" and totals.size is not None) else counted,
         retrained=retrain if isinstance(retrain, int) and retrain > 0 else 0,
         inherited=settings.get("inherit") is True,
-        epochs=_last_of_each(folder.rows("epoch", SearchEpoch)),
-        front=_last_of_each(folder.rows("front", SearchEpoch)),
-        commits=folder.rows("commit", ShapeChange),
+        epochs=_last_of_each(folder.of("epoch")),
+        front=_last_of_each(folder.of("front")),
+        commits=folder.of("commit"),
         stages=_stages(planned, memory),
         recomputed=planned.recomputed or any(row.recomputed for row in memory),
-        budget=_budget(settings.get("memory")),
-        clock={"whole": latency.whole, "found": latency.found},
-        levels=[Level(name, totals.saved.get(name), totals.kept.get(name)) for name in LEVELS if levels],
+        budget=budget,
+        latency=folder.last("latency") or PassTimes(),
+        levels=levels,
         network=network,
-        test=folder.last("test", FoundNetwork) or FoundNetwork(),
-        cells=cells.read_cells(folder.origin.config),
-        topology=(topology := cells.read_topology(folder.origin.config)),
-        notation=cells.notation(topology),
-        blocks=cells.read_blocks(folder.origin.config),
+        test=folder.last("test") or FoundNetwork(),
+        cells=folder.found.cells,
+        topology=folder.found.topology,
+        blocks=folder.found.blocks,
     )
 
 
@@ -134,7 +107,7 @@ def details(run: Run, result: SearchRun) -> list[str]:
     if result.epochs:
         n, m = len(result.epochs), len({row.stage for row in result.epochs})
         after = "further training" if result.inherited else "training from scratch"
-        anew = f", and {result.retrained} of {after}" if result.retrained and run.finished else ""
+        anew = f", and {result.retrained} of {after}" if result.retrained and run.file.finished else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
     if result.test.accuracy is not None:
         lines.append("A part of the training data was held out for validation; the test set was used once, at the end.")
@@ -143,7 +116,7 @@ def details(run: Run, result: SearchRun) -> list[str]:
 
 def key_numbers(result: SearchRun) -> list[KeyNumber]:
     """Return the figures at the head of the page."""
-    test, left, ops = result.test, result.network, cells.operations(result.cells or result.topology)
+    test, left, parts = result.test, result.network, result.cells or result.topology
     state = _trained(result) if result.retrained else "after the search"
     shown: list[tuple[str, Any, Any, str]] = [
         ("Test accuracy", test.accuracy, q.percent, f"{state}, on {q.count(test.images)} examples"),
@@ -153,11 +126,11 @@ def key_numbers(result: SearchRun) -> list[KeyNumber]:
     ]
     if result.asked:
         shown.append(("Size", result.reached, q.count, f"of at most {q.count(result.asked)} {unit(result)}"))
-    if whole := result.clock["whole"]:
+    if whole := result.latency.whole:
         below = f"ms per pass, measured; the whole space took {q.significant(whole)}"
-        shown.append(("Time", result.clock["found"], q.significant, below))
-    if ops:
-        skips, bare = sum(op.kind == "skip" for op in ops), sum(op.bare for op in ops)
+        shown.append(("Time", result.latency.found, q.significant, below))
+    if ops := cells.operations(parts):
+        skips, bare = sum(op.kind == "skip" for op in ops), cells.count_bare(parts)
         kinds = "none, skips and pools" if result.topology else "skips and pools"
         shown.append(("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}"))
         shown.append(("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}"))
@@ -167,34 +140,23 @@ def key_numbers(result: SearchRun) -> list[KeyNumber]:
 
 
 def alarms(run: Run) -> list[str]:
-    """Return warnings: collapse, nodes with one operation, missed size or memory, commits that changed outputs."""
-    warnings = (_collapse, _thin, _off, _overshot, _moved, _memory)
+    """Return warnings: collapse, missed size or memory, commits that changed outputs."""
+    warnings = (_collapse, _off, _moved, _memory)
     return [line for warn in warnings if run.search and (line := warn(run.search))]
 
 
 def _collapse(result: SearchRun) -> str:
-    ops, many = cells.operations(result.cells or result.topology), len(result.blocks)
+    parts, many = result.cells or result.topology, len(result.blocks)
     if many and cells.count_skipped(result.blocks) >= COLLAPSE * many:
         return f"The search may have collapsed: {cells.count_skipped(result.blocks)} of {many} blocks do nothing."
-    if not ops:
+    if not (ops := cells.operations(parts)):
         return ""
-    skips, bare = sum(op.kind == "skip" for op in ops) / len(ops), sum(op.bare for op in ops) / len(ops)
+    skips, bare = sum(op.kind == "skip" for op in ops) / len(ops), cells.count_bare(parts) / len(ops)
     if skips >= COLLAPSE:
         return f"The search may have collapsed: {q.percent(skips)} of the kept operations are skips."
     if bare >= BARE:
         return f"The search may have collapsed: {q.percent(bare)} of the kept operations have no weights."
     return ""
-
-
-def _thin(result: SearchRun) -> str:
-    thin = [
-        f"node {j + 1} of cell {i + 1} ({node.ops[0].kind})"
-        for i, cell in enumerate(result.cells)
-        for j, node in enumerate(cell.nodes)
-        if len(node.ops) == 1
-    ]
-    rest = f" and {len(thin) - 12} more" if len(thin) > 12 else ""
-    return f"Only one operation is left in {', '.join(thin[:12])}{rest}." if thin else ""
 
 
 def _off(result: SearchRun) -> str:
@@ -204,20 +166,6 @@ def _off(result: SearchRun) -> str:
     if result.reached > result.asked * (1.01 if result.measure == "ms" else 1):
         return f"The target was missed: {sizes}."
     return f"The target was overshot: {sizes}." if result.reached < OVERSHOT * result.asked else ""
-
-
-def _overshot(result: SearchRun) -> str:
-    """Return a warning about stages that ended with less than their allowed size.
-
-    The final commit restores as much as the target allows, so the final size may hide that masks had removed too much.
-    """
-    ends = list({row.stage: row for row in result.epochs}.values())
-    last_open = not result.levels or _off(result)  # the last stage is unfinished, or warned about already
-    over = [row for row in (ends[:-1] if last_open else ends) if row.allowed and row.size is not None]
-    over = [row for row in over if row.size < OVERSHOT * row.allowed][:12]  # type: ignore[operator]
-    sizes = [f"{q.count(row.size)} of {q.count(row.allowed)} in stage {row.stage + 1}" for row in over]
-    back = " What was restored at the end had not been trained." * (bool(over) and over[-1] is ends[-1])
-    return f"Thresholds removed too much: at the end, {', '.join(sizes)} was left.{back}" if sizes else ""
 
 
 def _moved(result: SearchRun) -> str:
@@ -254,16 +202,3 @@ def _stages(planned: PlannedStages, measured: list[StagePeaks]) -> list[StagePea
 
 def _trained(result: SearchRun) -> str:
     return "trained further" if result.inherited else "retrained from scratch"
-
-
-def _budget(asked: object) -> int | None:
-    try:
-        return parse_bytes(asked) if isinstance(asked, str) else None
-    except ValueError:
-        return None
-
-
-def _target_number(target: str) -> float | None:
-    """Return the number in a target that names its measure."""
-    fit = re.fullmatch(r"(?:params|nonzero|macs|bytes|ms)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
-    return float(fit[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[2]] if fit else None

@@ -1,22 +1,43 @@
 """Sentences and key numbers of the pages of pruning and learning runs: what was done, and what it cost."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 from regrow.reports import quantities as q
-from regrow.reports.records import FittedLayer, KeyNumber
-from regrow.reports.runs import Course, Run, ShapeChange
+from regrow.reports.rows import FittedLayer, ShapeChange
+from regrow.reports.runs import Course, KeyNumber, Run
 
 SEEN = "fitted sources"
 RECONSTRUCTED = (
     "SparseGrow is reconstructed: the paper's body was not available, so it follows the abstracts and the public code "
     "of a predecessor. What these leave open is ours."
 )
+
+
+class MatrixFigure(NamedTuple):
+    """A figure that follows from an accuracy matrix; the higher the better, times ``sign``."""
+
+    name: str
+    label: str
+    write: Callable[[float | None], str]
+    meaning: str
+    sign: int = 1
+
+
+MATRIX_FIGURES = (
+    MatrixFigure("average", "Final average accuracy", q.percent, "over all tasks, after the last"),
+    MatrixFigure("average_along", "Average during learning", q.percent, "over the tasks learned, after each"),
+    MatrixFigure("learning", "Learning accuracy", q.percent, "of each task, just after learning it"),
+    MatrixFigure("backward_transfer", "Backward transfer", q.points, "at the end, minus just after learning"),
+    MatrixFigure("forgetting", "Forgetting", q.points, "best earlier accuracy minus final", sign=-1),
+    MatrixFigure("forward_transfer", "Forward transfer", q.points, "before learning the task, minus untrained"),
+)
 _DOMAINS = {"seen": "on text domains seen in calibration", "unseen": "on unseen ones"}
 
 
 def headline(run: Run) -> str:
     """Return one sentence on what was done to the model, and what it cost in quality."""
-    who = run.method or f"regrow {run.verb}"
+    who = run.method or f"regrow {run.file.verb}"
     if (left := run.size.left) is not None:
         deed = "removed {} of" if left <= 1 else "added {} to"
         weights = "linear weights" if run.perplexity else "convolution and linear weights"
@@ -55,7 +76,7 @@ def key_numbers(run: Run) -> list[KeyNumber]:
     before, after, budget, result = run.size.before, run.size.after, run.budget, list[KeyNumber]()
     if before and after and (left := run.size.left) is not None:
         figures = f"{q.count(after.params_counted)} of {q.count(before.params_counted)}"
-        result.append(KeyNumber("Weights" if run.verb == "grow" else "Weights kept", q.percent(left), figures))
+        result.append(KeyNumber("Weights" if run.file.verb == "grow" else "Weights kept", q.percent(left), figures))
     elif run.keep is not None:
         result.append(KeyNumber("Requested fraction", q.percent(run.keep), f"of {run.measure or 'weights'}"))
     if budget and budget.asked is not None and budget.after is not None:
@@ -83,30 +104,14 @@ def key_numbers(run: Run) -> list[KeyNumber]:
 
 def law(run: Run) -> str:
     """Return the name of the equality that a run checks."""
-    return "Grown = original" if run.verb == "grow" else "Masked = shrunk"
-
-
-def massive(run: Run) -> str:
-    """Return what became of the units with massive activations, in words; empty if there are none."""
-    units = run.scores.massive if run.scores else []
-    if not units:
-        return ""
-    cut, n = sum(unit.kept is False for unit in units), len(units)
-    which = "1 unit has a massive activation" if n == 1 else f"{n} units have massive activations"
-    if cut:
-        fate = f"Of these, {cut} {'was' if cut == 1 else 'were'} cut, which may explain part of the loss."
-    elif any(unit.kept is None for unit in units):
-        fate = "Whether they were cut is unknown without the plan."
-    else:
-        fate = "It was kept." if n == 1 else f"All {n} were kept."
-    return f"{which}, far above the rest of the layer. {fate}"
+    return "Grown = original" if run.file.verb == "grow" else "Masked = shrunk"
 
 
 def proof(run: Run) -> str:
     """Return the result of the masked = shrunk check, in words."""
     rows = [row for row in run.verify if row.holds is not None]
     whole = bool(rows) and all(row.holds for row in rows)
-    if run.verb == "grow":
+    if run.file.verb == "grow":
         return f"The grown model {'computes' if whole else 'was not shown to compute'} what the model computed before."
     if not rows:
         return "This run did not check that the cut model computes what the masked model computes."
@@ -185,17 +190,13 @@ def learned_details(run: Run, course: Course) -> list[str]:
 
 def learned_numbers(course: Course) -> list[KeyNumber]:
     """Return the six figures of the accuracy matrix."""
-    matrix, n, k = course.matrix, len(course.matrix.matrix), course.measured
-    over = "all tasks" if k == n else f"the {k} of {n} tasks that could be evaluated"
-    shown: list[tuple[str, float | None, Any, str]] = [
-        ("Final average accuracy", matrix.average, q.percent, f"over {over}, after the last"),
-        ("Average during learning", matrix.average_along, q.percent, "over the tasks learned, after each"),
-        ("Learning accuracy", matrix.learning, q.percent, "of each task, just after learning it"),
-        ("Backward transfer", matrix.backward_transfer, q.points, "at the end, minus just after learning"),
-        ("Forgetting", matrix.forgetting, q.points, "best earlier accuracy minus final"),
-        ("Forward transfer", matrix.forward_transfer, q.points, "before learning the task, minus untrained"),
+    tasks, measured = len(course.matrix.matrix), course.measured
+    over = "all tasks" if measured == tasks else f"the {measured} of {tasks} tasks that could be evaluated"
+    return [
+        KeyNumber(figure.label, figure.write(value), figure.meaning.replace("all tasks", over))
+        for figure in MATRIX_FIGURES
+        if (value := getattr(course.matrix, figure.name)) is not None
     ]
-    return [KeyNumber(label, unit(value), below) for label, value, unit, below in shown if value is not None]
 
 
 def loss_recovery(event: ShapeChange) -> str:
@@ -215,19 +216,15 @@ def _price(run: Run) -> str:
         return f"Perplexity is now {q.significant(means.after)}."
     if accuracy := _accuracy(run):
         return f"Accuracy went from {q.percent(accuracy[0])} to {q.percent(accuracy[1])}{accuracy[2]}."
-    if run.verb == "grow" and any(row.holds for row in run.verify):
+    if run.file.verb == "grow" and any(row.holds for row in run.verify):
         return "Its outputs are unchanged."
     return "The loss in quality was not measured."
 
 
 def _accuracy(run: Run) -> tuple[float, float, str] | None:
     """Return mean accuracy before and after over the tasks measured on both sides, and on how many if on several."""
-    both = [
-        (row.before.acc, row.after.acc)
-        for row in run.choice
-        if row.before and row.after and row.before.acc is not None and row.after.acc is not None
-    ]
+    both = [(row.before.acc, row.after.acc) for row in run.choice if row.before and row.after]
     if not both:
         return None
-    before, after = (sum(column) / len(both) for column in zip(*both, strict=True))
+    before, after = q.mean([before for before, _ in both]) or 0.0, q.mean([after for _, after in both]) or 0.0
     return before, after, f", the mean of {len(both)} tasks" * (len(both) > 1)

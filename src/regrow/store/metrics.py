@@ -194,7 +194,7 @@ class TestRow(msgspec.Struct, frozen=True):
 
 # Kind of measurement → the schema of its rows, and the fields that, with the kind, identify a row of a run; ``None``:
 # its number does. Rows may have further fields, and rows of other kinds may hold anything.
-_KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
+KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "budget": (BudgetRow, ()),
     "choice": (ChoiceRow, ("model", "task", "round")),
     "commit": (CommitRow, None),
@@ -219,7 +219,7 @@ _KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "training": (MetricsRow, ()),
     "verify": (VerifyRow, ()),
 }
-KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in _KINDS.items() if fields is not None}
+KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in KINDS.items() if fields is not None}
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
@@ -246,8 +246,8 @@ def read(path: Path, *, check: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is not None:
-            if check and row["what"] in _KINDS:
-                convert(row, _KINDS[row["what"]][0], f"{path}: line {number}", "restore it or delete that line")
+            if check and row["what"] in KINDS:
+                convert(row, KINDS[row["what"]][0], f"{path}: line {number}", "restore it or delete that line")
             rows.append(row)
         elif line.strip() and number < len(lines):
             raise StoreError(f"{path}: line {number} is not a measurement; restore it or delete that line")
@@ -343,4 +343,4 @@ def _key(row: Mapping[str, object], number: int | None) -> str | None:
     what = str(row.get("what"))
     if what in KEYS:
         return json.dumps([what, *(row.get(name) for name in KEYS[what])])
-    return json.dumps([what, number]) if what in _KINDS and number is not None else None
+    return json.dumps([what, number]) if what in KINDS and number is not None else None

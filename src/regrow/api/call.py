@@ -1,0 +1,248 @@
+"""Calls from Python: what they are given, and their run folders, ``out=``: what is recorded, and how they resume."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Generator, Tensor, nn
+
+from regrow.api.inputs import (
+    DeviceLike,
+    Inputs,
+    LossLike,
+    ModelLike,
+    choose_reading,
+    generate,
+    no_network,
+    require_weights,
+    to_example,
+)
+from regrow.core.axes import AxisGraph, Example
+from regrow.core.errors import InputError
+from regrow.core.objectives import Objective, choose_objective
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import (
+    Source,
+    device_of,
+    generators_of,
+    moved,
+    preserve_random_state,
+    seed_generators,
+)
+from regrow.data.batch_forms import ReadOptions
+from regrow.data.batches import to_sources
+from regrow.jobs.models import ModelSpec, load_model, with_origin
+from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
+from regrow.jobs.trackers import check_tracker
+from regrow.nets import Loaded
+from regrow.nets.devices import check_precision, choose_device
+from regrow.nets.loaded import WeightFile, guessed_example
+from regrow.reports import ReportError, write_page
+from regrow.store.building import describe_origin
+from regrow.store.errors import StoreError
+from regrow.store.statistics import fingerprint
+from regrow.streaming.opening import OpenedNetwork, open_network
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call from Python is given, as for ``prune``: its network, its data, and where it is written."""
+
+    model: ModelLike
+    data: object = None
+    validation: object = None
+    example: object = None
+    loss: LossLike = None
+    tokenizer: Any = None
+    batch_size: int = 32
+    device: DeviceLike = None
+    precision: str = "float32"
+    axes: AxisGraph | None = None  # their example is then that of the network
+    out: str | Path | None = None
+    track: str = ""
+    checkpoint: str | Path | None = None  # for calls without a folder
+    generators: tuple[Generator, ...] = ()  # of the loaders that are given
+
+    @property
+    def name(self) -> str:
+        """The name of the network in the settings of a run."""
+        return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
+
+    def read(self, progress: Progress = silent, *, generates: bool = False) -> Inputs:
+        """Load the network if it is named, read the data, and choose an example input and an objective.
+
+        If it ``generates``, ``"generated"`` among the data is text of the network itself.
+        """
+        device = None if self.device is None else choose_device(self.device)
+        model, tokenizer, known = self.model, self.tokenizer, None
+        files: tuple[WeightFile, ...] = ()
+        if isinstance(model, str | Path):
+            loaded = load_model(ModelSpec(str(model), device=str(device or "cpu")), progress)
+            model, known, files = with_origin(loaded), None if loaded.guessed else loaded.example, loaded.files
+            tokenizer = tokenizer or loaded.tokenizer
+        if not isinstance(model, nn.Module):
+            raise InputError(no_network(model, self.data))
+        if self.data is not None:
+            require_weights(model)
+        check_precision(model, self.precision)
+        model = model if device is None else model.to(device)
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        example = self.example if self.axes is None else self.axes.example
+        known = known if example is None else to_example(example)
+        guess = known or guessed_example(model)
+        size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
+        reading = choose_reading(model, tokenizer, self.batch_size, size)
+        data = generate(self.data, model, reading, progress) if generates else self.data
+        sources, tests, objective = self._read_data(data, reading)
+        where = ""
+        if known is None:
+            if not sources:
+                raise InputError(
+                    "there is no input to run the network with; give example=, for example "
+                    "example=torch.ones(1, 3, 224, 224), or data"
+                )
+            first = sources[0].batches[0]
+            known, where = Example(first.args, first.kwargs), first.where
+        if (device := device_of(model)).type != "meta":
+            known = Example(moved(known.args, device), moved(dict(known.kwargs), device))
+        network = Loaded(model, tokenizer, known, describe_origin(model), files=files)
+        return Inputs(network, sources, objective, tests, where)
+
+    def open_files(self, memory: str) -> tuple[OpenedNetwork, Inputs]:
+        """Open a network that may be larger than ``memory``, and read the data with its tokenizer."""
+        if not isinstance(self.model, str | Path):
+            raise InputError(
+                f"memory={memory!r} reads a network from its files, got a {type(self.model).__name__}; give the name "
+                "of a model or a folder, or leave memory out"
+            )
+        opened = open_network(str(self.model))
+        model, tokenizer = with_origin(opened.loaded), self.tokenizer or opened.loaded.tokenizer
+        sources, tests, objective = self._read_data(self.data, choose_reading(model, tokenizer, self.batch_size))
+        network = Loaded(model, tokenizer, opened.loaded.example, describe_origin(model), files=opened.loaded.files)
+        return opened, Inputs(network, sources, objective, tests)
+
+    def record_inputs(self, inputs: Inputs, weights: Callable[[], Sequence[float]]) -> dict[str, object] | None:
+        """Return what the result of a call depends on besides settings, as :meth:`record` does."""
+        tests = () if inputs.lenient else inputs.tests
+        validation = (replace(test, name=f"validation {test.name}") for test in tests)
+        return self.record((*inputs.sources, *validation), weights, {})
+
+    def _read_data(
+        self, data: Any, reading: ReadOptions
+    ) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
+        sources = tuple(to_sources(data, reading))
+        tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
+        labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
+        return sources, tests, choose_objective(self.loss, labelled) if labelled is not None else None
+
+    def checked(self, **data: object) -> "Call":
+        """Return this call, or raise an error unless it can be written, and resumed with these data."""
+        if self.out is None:
+            if self.track:
+                raise InputError(f"track={self.track!r} follows a run in a folder; give out=, for example out='runs/a'")
+            return self
+        if self.checkpoint is not None:
+            raise InputError(f"{self.out} has a checkpoint of its own; leave out checkpoint={str(self.checkpoint)!r}")
+        check_tracker(self.track, self.out)
+        generators: list[Generator] = []
+        for name, value in data.items():
+            if once := next((part for part in _parts(value) if isinstance(part, Iterator)), None):
+                raise InputError(
+                    f"out= resumes an interrupted call, and a {type(once).__name__} in {name} can be read only once; "
+                    "give a list, a data set or a DataLoader"
+                )
+            generators += (generator for part in _parts(value) for generator in generators_of(part))
+        return replace(self, generators=tuple(generators))
+
+    def run(self, verb: str, progress: Progress, changed: nn.Module | None = None) -> ActiveRun:
+        """Return the run of a call, which shows its progress; ``changed`` is the network, if not that of the call."""
+        if self.out is None:
+            return ActiveRun(UNRECORDED, progress=progress)
+        model = self.model if changed is None else changed
+        name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
+        command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
+        return ActiveRun(FolderRecorder(self.out, name, command, self.track, write_page=_write_page), progress=progress)
+
+    def record(
+        self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], arguments: Mapping[str, object]
+    ) -> dict[str, object] | None:
+        """Return what the result of a call depends on besides settings, as JSON data; ``None`` without a folder.
+
+        Of each source that is a digest of its first batch, which tells most data apart without reading all. The state
+        of every random generator is afterwards what it was before: a folder changes no result.
+        """
+        if self.out is None:
+            return None
+        with preserve_random_state(*self.generators):
+            seed_generators()
+            data = {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
+        return {"data": data, "loss": name_of(self.loss), **arguments, "weights": digest(weights())}
+
+
+def digest(value: object) -> str:
+    """Return a short digest of JSON data."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def name_of(value: object) -> str:
+    """Return what a run records of an argument that may be code.
+
+    Of a function it is the name, of a ``functools.partial`` the arguments as well, of a lambda a digest of its code.
+
+    >>> name_of(None), name_of("regression"), name_of(len), name_of(partial(round, ndigits=2))
+    ('', 'regression', 'len', 'round(ndigits=2)')
+    >>> name_of(lambda x: x + 1) == name_of(lambda x: x + 1), name_of(lambda x: x + 1) == name_of(lambda x: x + 2)
+    (True, False)
+    """
+    if value is None or isinstance(value, str | int | float):
+        return "" if value is None else str(value)
+    if isinstance(value, partial):
+        words = [*map(_argument, value.args), *(f"{name}={_argument(part)}" for name, part in value.keywords.items())]
+        return f"{name_of(value.func)}({', '.join(words)})"
+    name = str(getattr(value, "__qualname__", type(value).__name__))
+    if isinstance(value, FunctionType) and value.__name__ == "<lambda>":
+        return f"{name} {digest((_instructions(value.__code__), _argument(value.__defaults__)))}"
+    return name
+
+
+def _argument(value: object) -> str:
+    """Return the text of an argument: of plain data their ``repr``, which has no address, else its name."""
+    plain = all(part is None or isinstance(part, str | int | float | list | tuple | Mapping) for part in _parts(value))
+    return repr(value) if plain else name_of(value)
+
+
+def _instructions(code: CodeType) -> tuple[object, ...]:
+    """Return what a function computes, without the file and the line where it is written."""
+    constants = []
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            constants.append(str(_instructions(value)))
+        else:  # the order of a set differs from process to process
+            constants.append(str(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)))
+    return code.co_code.hex(), code.co_names, *constants
+
+
+def _parts(value: object) -> Iterator[object]:
+    """Yield a value and, of lists, tuples and mappings, what is in them."""
+    yield value
+    if isinstance(value, list | tuple | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _parts(part)
+
+
+def _write_page(folder: Path) -> None:
+    """Write the report page; a run is complete without it if a package is missing."""
+    try:
+        write_page([folder], folder / PAGE)
+    except StoreError:
+        raise
+    except ReportError as error:
+        warnings.warn(f"no page was written: {error}", stacklevel=2)
