@@ -98,7 +98,7 @@ def evil(tmp_path):
 
 
 def test_a_page_is_one_file_with_every_section(folder, tmp_path):
-    out = write_page([folder], tmp_path / "new" / "page.html")
+    out = write_page([folder], tmp_path / "page.html")
     text = out.read_text(encoding="utf-8")
     page = check_self_contained(text)
     assert set(SECTIONS + ALL) <= set(page.ids) and not {"behaviour", *LEARNED} & set(page.ids)
