@@ -10,7 +10,7 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
-from regrow.jobs import pruning as prune
+from regrow.jobs import calibration
 from regrow.jobs.pruning import budget_of, read_pruning_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
@@ -73,15 +73,15 @@ def test_times_are_measured_once_for_a_run(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--keep", "1", "--measure", "ms")
-    real = prune.collect_evidence
-    monkeypatch.setattr(prune, "collect_evidence", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = calibration.collect_evidence
+    monkeypatch.setattr(calibration, "collect_evidence", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = regrow(*words, "--out", "run")
     assert code == 130, err
     begun = RunFolder.open_unfinished("run")
     assert begun is not None
     first = begun.run()["timing"]
     assert set(first["names"].values()) == set(first["curves"]) and len(first["names"]) == 4
-    monkeypatch.setattr(prune, "collect_evidence", real)
+    monkeypatch.setattr(calibration, "collect_evidence", real)
     code, out, err = regrow(*words, "--out", "run")
     assert code == 0, err
     assert RunFolder.open("run").run()["timing"] == first

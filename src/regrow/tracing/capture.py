@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from regrow.core.axes import Decision, Example
 from regrow.core.axes.operations import Tracer
-from regrow.tracing.interception import as_exporting, without_collection
+from regrow.tracing.interception import SpellOut, as_exporting, follow_modules, without_collection
 from regrow.tracing.meta_copy import fake_copy, leaves_in
-from regrow.tracing.model_state import OutputError, describe_state, preserve_state
+from regrow.tracing.model_state import OutputError, describe_state, preserve_state, select_state
 from regrow.tracing.nodes import shapes_of
-from regrow.tracing.record import Recorder, record
+from regrow.tracing.record import DivergedError, Recorder, copy_tensor
+from regrow.tracing.repeated_calls import copy_repeats
 
 
 class TraceError(ValueError):
@@ -284,3 +287,55 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def record(
+    model: nn.Module,
+    example: Example,
+    answers: tuple[Decision, ...] = (),
+    orders: Iterable[Tensor] = (),
+    every_name: bool = False,
+    copying: bool = True,
+    lines: bool = False,
+) -> Recorder:
+    """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
+
+    ``answers`` are decisions of an earlier run; after them the data decide. ``orders`` are those of its sorting
+    operations, as two networks may order equal values differently. With ``every_name`` a tied tensor is a placeholder
+    under each of its names, and used under the last, as in ``torch.export``; otherwise under the first only.
+    """
+    leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
+    tensors = (*model.parameters(), *model.buffers(), *leaves)
+    fake = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
+    once = not every_name
+    names = [name for name, _ in (*model.named_parameters("", True, once), *model.named_buffers("", True, once))]
+    before, orders = describe_state(model), list(orders)
+
+    def run() -> Recorder:
+        inputs = [copy_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = tree_unflatten(inputs, spec)
+        with follow_modules(model) as running:
+            recorder = Recorder(answers, orders, running, fake, lines)
+            with torch._C.DisableTorchFunction():
+                for name, tensor in select_state(model, names).items():
+                    recorder.states[recorder.placeholder(tensor)] = name
+                for value in inputs:
+                    recorder.placeholder(value)
+            repeated = copy_repeats(model, recorder) if copying and fake is not None and not lines else nullcontext()
+            with SpellOut(), enable_python_dispatcher(), repeated, recorder:
+                result = model(*args, **kwargs)
+        recorder.end(result)
+        return recorder
+
+    if fake is None and not answers:
+        with torch.no_grad():
+            args, kwargs = tree_map_only(Tensor, copy_tensor, (example.args, dict(example.kwargs)))
+            model(*args, **kwargs)
+        return run()
+    try:
+        recorder = run()
+    except DivergedError:
+        if describe_state(model) == before:
+            raise
+        return run()
+    return recorder if describe_state(model) == before else run()

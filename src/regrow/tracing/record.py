@@ -13,21 +13,19 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from regrow.core.axes import Decision, Example
+from regrow.core.axes import Decision
 from regrow.tracing.forms import ConstantResults, infer_result
-from regrow.tracing.interception import LINE, SpellOut, follow_modules, line_here, most_calls
-from regrow.tracing.model_state import describe_state, output_tensors, select_state
+from regrow.tracing.interception import LINE, line_here, most_calls
+from regrow.tracing.model_state import output_tensors
 from regrow.tracing.nodes import map_arguments
-from regrow.tracing.repeated_calls import copy_repeats
 
 ORDERS = frozenset(
     (
@@ -73,58 +71,6 @@ class TensorMap:
 
     def __contains__(self, key: object) -> bool:
         return id(key) in self._entries
-
-
-def record(
-    model: nn.Module,
-    example: Example,
-    answers: tuple[Decision, ...] = (),
-    orders: Iterable[Tensor] = (),
-    every_name: bool = False,
-    copying: bool = True,
-    lines: bool = False,
-) -> "Recorder":
-    """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
-
-    ``answers`` are decisions of an earlier run; after them the data decide. ``orders`` are those of its sorting
-    operations, as two networks may order equal values differently. With ``every_name`` a tied tensor is a placeholder
-    under each of its names, and used under the last, as in ``torch.export``; otherwise under the first only.
-    """
-    leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
-    tensors = (*model.parameters(), *model.buffers(), *leaves)
-    fake = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
-    once = not every_name
-    names = [name for name, _ in (*model.named_parameters("", True, once), *model.named_buffers("", True, once))]
-    before, orders = describe_state(model), list(orders)
-
-    def run() -> Recorder:
-        inputs = [_copy(x) if isinstance(x, Tensor) else x for x in leaves]
-        args, kwargs = tree_unflatten(inputs, spec)
-        with follow_modules(model) as running:
-            recorder = Recorder(answers, orders, running, fake, lines)
-            with torch._C.DisableTorchFunction():
-                for name, tensor in select_state(model, names).items():
-                    recorder.states[recorder.placeholder(tensor)] = name
-                for value in inputs:
-                    recorder.placeholder(value)
-            repeated = copy_repeats(model, recorder) if copying and fake is not None and not lines else nullcontext()
-            with SpellOut(), enable_python_dispatcher(), repeated, recorder:
-                result = model(*args, **kwargs)
-        recorder.end(result)
-        return recorder
-
-    if fake is None and not answers:
-        with torch.no_grad():
-            args, kwargs = tree_map_only(Tensor, _copy, (example.args, dict(example.kwargs)))
-            model(*args, **kwargs)
-        return run()
-    try:
-        recorder = run()
-    except DivergedError:
-        if describe_state(model) == before:
-            raise
-        return run()
-    return recorder if describe_state(model) == before else run()
 
 
 class Recorder(ProxyTorchDispatchMode):
@@ -231,14 +177,14 @@ class Recorder(ProxyTorchDispatchMode):
             before = f"{known.op} in {known.module or 'the model'}"
             raise DivergedError(f"{where} asks where {before} asked when it was recorded")
         answer = func(*args, **kwargs) if known is None else _cast_answer(read, known.answer)
-        self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, _copy, answer)))
+        self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, copy_tensor, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
         return tree_map_only(Tensor, lambda x: self._constant(x, plain=False), answer)
 
     def _keep_compared(self, node: Node, args: Any, kwargs: Any) -> None:
         if self.real:
             live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            self.values += [_copy(live[operand]) for operand in compared_operands(node)]
+            self.values += [copy_tensor(live[operand]) for operand in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         node = self._add(target, args, kwargs)
@@ -284,11 +230,11 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _constant(self, x: Tensor, plain: bool = True, copied: bool = True) -> Tensor:
         """Add a placeholder for a tensor and return a copy, or the tensor itself unless ``copied``."""
-        flowing = x if not copied else _copy(x) if self.real else self.fake.from_tensor(x)
+        flowing = x if not copied else copy_tensor(x) if self.real else self.fake.from_tensor(x)
         node = self.placeholder(flowing)
-        self.constants[node] = _copy(x)
+        self.constants[node] = copy_tensor(x)
         if plain and not isinstance(x, FakeTensor):
-            self.plain.known[node] = _copy(x)
+            self.plain.known[node] = copy_tensor(x)
         return flowing
 
     def placeholder(self, value: Any) -> Node:
@@ -306,7 +252,8 @@ def _val(node: Node) -> Any:
     return node.meta["val"]
 
 
-def _copy(x: Tensor) -> Tensor:
+def copy_tensor(x: Tensor) -> Tensor:
+    """Return a copy without a history."""
     return x.detach().clone()
 
 
