@@ -95,7 +95,7 @@ from pathlib import Path
 import transformers, regrow.cli
 from regrow.jobs.prune import run
 from regrow.jobs.recording import Invocation
-from regrow.jobs import streamed
+from regrow.jobs import memory_needs as streamed
 from regrow.settings.prune import Settings
 def peak():
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
