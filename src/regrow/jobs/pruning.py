@@ -199,7 +199,7 @@ def split_sources(sources: Sequence[Source], least: int) -> tuple[list[Source], 
     note = (
         f"this method compares at least {least} kinds of text and got {len(sources)}; {longest.name!r} was split "
         f"into {count} parts. Ranks differ between parts of one kind by chance alone, so units that only other kinds "
-        "of text need are not told from the rest. Give more kinds with --source"
+        "of text need are not recognised. Give more kinds with --source"
     )
     return [*sources[:i], *parts, *sources[i + 1 :]], (note,)
 

@@ -38,7 +38,7 @@ class LayerCall:
     name: str  # of its weight
     value: Tensor  # the input of the layer
     dim: int  # the dimension of the input that is contracted with the weight, negative: from the end
-    output: Tensor  # the output of the layer, or a view of it; writing into it changes what the network goes on with
+    output: Tensor  # the output of the layer, or a view of it; writing into it changes what the network computes
     again: Callable[[], Tensor]  # computes the output again, with the current weight
     first: int  # `id` of the output itself
     other: Tensor | None = None  # the tensor that is added to the output, if that is its first use
