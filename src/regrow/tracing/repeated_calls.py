@@ -13,8 +13,8 @@ copied in the graph, without running the module's code. This is done only where 
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,8 @@ NUMBER = "layer_idx"
 """The attribute that numbers the blocks of a network."""
 
 
-def _structure_of(module: nn.Module) -> tuple[object, ...]:
-    """Return what tells a module from others: classes, attributes and tensors."""
+def _structure_of(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
+    """Return what tells a module from others: classes, attributes and tensors, without the numbers of some modules."""
     ids: dict[int, int] = {}
     parts: list[object] = []
     objects: dict[int, object] = {}
@@ -51,7 +51,7 @@ def _structure_of(module: nn.Module) -> tuple[object, ...]:
                     parts.append((path, leaf, None if x is None else _tensor(x, ids.setdefault(id(x), len(ids)))))
             elif name == "_modules":
                 parts.append((path, tuple([(leaf, inner is None) for leaf, inner in value.items()])))
-            else:
+            elif name != NUMBER or child not in numbered:
                 parts.append((path, name, _attribute(value, objects)))
         parts.append(type(child))
     return tuple(parts)
@@ -103,15 +103,16 @@ class _RecordedCall:
 @contextmanager
 def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
     """Context manager in which the operations of repeated modules are copied from the first of them."""
-    repeated = _repeated(model)
+    own = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
+    numbered = {module for module in own if type(vars(module).get(NUMBER)) is int}
+    repeated = _repeated(model, numbered)
     if not repeated:
         yield
         return
     calls = _RepeatedCalls(model, recorder)
     run, find = nn.Module.__call__, nn.Module.__getattr__
-    inside = {module for block in repeated for module in block.modules() if not hasattr(type(module), NUMBER)}
-    numbered = [module for module in inside if type(vars(module).get(NUMBER)) is int]
-    numbers = {module: vars(module).pop(NUMBER) for module in numbered}
+    inside = {module for block in repeated for module in block.modules()}
+    numbers = {module: vars(module).pop(NUMBER) for module in numbered & inside}
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run_module = partial(run, module, *args, **kwargs)
@@ -251,15 +252,19 @@ def _mapping(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Nod
     return mapping if all(mapping.setdefault(a, b) is b for a, b in zip(known, nodes, strict=True)) else None
 
 
-def _repeated(model: nn.Module) -> set[nn.Module]:
-    """Return the modules of lists and sequences of which another one has the same class, or that are alone there."""
+def _repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.Module]:
+    """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
     result: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            alike: dict[object, list[nn.Module]] = {}
             classes = Counter(map(type, stack._modules.values()))
-            many = (child for child in stack._modules.values() if classes[type(child)] > 1 or len(stack) == 1)
-            result |= {child for child in many if child is not None and child._modules}
-    return result
+            for child in stack._modules.values():
+                if child is not None and len(child._modules) and (classes[type(child)] > 1 or len(stack) == 1):
+                    with suppress(TypeError):
+                        alike.setdefault(_structure_of(child, numbered), []).append(child)
+            result |= {child for same in alike.values() for child in same if len(same) > 1 or len(stack) == 1}
+    return frozenset(result)
 
 
 def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
