@@ -31,21 +31,18 @@ GOOD = {
     "evaluate": "resnet18",
     "chat": "smollm2-135m",
     "export": "run --to onnx",
-    "compare": "run run",
     "report": "run",
-    "settings": "run",
-    "history": "run",
     "undo": "run",
     "methods": "",
 }
 """Command → words that it accepts, but for ``--out``."""
 MODELS = (
     *("show", "prune", "grow", "apply", "evaluate", "chat", "export", "recover"),
-    *("compare", "report", "settings", "history", "undo"),
+    *("report", "undo"),
 )
 METHODS = {"prune": "--method", "learn": "--method", "search": "--method", "recover": "--by", "methods": ""}
 FOLDERS = ("prune", "grow", "recover", "learn", "search", "apply", "export")
-FILES = {"show": "--json", "evaluate": "--json", "settings": "--out", "report": "--out", "compare": "--out"}
+FILES = {"evaluate": "--json", "report": "--out"}
 SOURCES = ("prune", "grow", "evaluate")
 DEVICES = ("prune", "learn", "search", "evaluate", "chat")
 

@@ -167,12 +167,6 @@ def test_percent_in_the_place_of_a_fraction_names_the_fraction(keep):
 def test_unknown_arguments_are_named():
     with pytest.raises(TypeError, match="prune has no argument 'ratio'; the size is given by keep"):
         regrow.prune(net(3), INPUTS, ratio=0.5)
-    with pytest.raises(TypeError, match="search has no argument 'keep'; the size is given by target="):
-        regrow.search(net(3), INPUTS, keep=0.5)
-    with pytest.raises(TypeError, match="search has no argument 'scenario'"):
-        regrow.search(net(3), INPUTS, smaller=0.5, scenario=1)
-    with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
-        regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)
 
 
 def test_trace_and_save_name_what_is_mistaken(tmp_path):

@@ -46,7 +46,7 @@ def test_runs_chain_and_their_ledger_is_replayed_from_the_start(chain: Run) -> N
 def test_every_run_can_be_undone_down_to_the_first_weights(chain: Run) -> None:
     import toys
 
-    code, out, err = chain("history", "three")
+    code, out, err = chain("show", "three", "--code", "toys:classifier")
     assert code == 0, err
     assert "three/before/before/before" in out and "units added" in out
     assert "History of the network" in Path("three/report.html").read_text()

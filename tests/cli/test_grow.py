@@ -29,8 +29,10 @@ def test_a_grown_model_loads_computes_the_same_and_grows_again(regrow: Run, tmp_
     code, out, err = regrow("grow", "run", "--code", "toys:classifier", "--axis", "body.0.weight:0=+1", "--out", "two")
     assert code == 0, err
     assert load("two", model=lambda: toys.classifier()).body[0].out_channels == 16
-    code, out, err = regrow("settings", "two")
-    assert '"body.0.weight:0=+1",' in out
+    words = ("--config", "two", "--code", "toys:classifier", "--axis", "body.0.weight:0=+2")
+    code, out, err = regrow("grow", *words, "--out", "three")
+    assert code == 0, err
+    assert load("three", model=lambda: toys.classifier()).body[0].out_channels == 17
 
 
 def test_what_cannot_grow_is_refused_in_one_line(regrow: Run) -> None:
@@ -47,7 +49,7 @@ def test_what_cannot_grow_is_refused_in_one_line(regrow: Run) -> None:
 
 
 def test_a_dry_run_prints_the_plan_that_apply_carries_out(regrow: Run, tmp_path: Path) -> None:
-    code, out, err = regrow("grow", "toys:classifier", "--channels", "+3", "--dry-run", "--plan", "plan.json")
+    code, out, err = regrow("grow", "toys:classifier", "--channels", "+3", "--dry-run", "plan.json")
     assert code == 0, err
     assert "body.0.weight:0" in out and not (tmp_path / "run").exists()
     code, out, err = regrow("apply", "plan.json", "toys:classifier", "--out", "wide")

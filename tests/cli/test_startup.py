@@ -47,9 +47,9 @@ REFUSED = {
     "search cells:4-2-1 --data none --target 0.2 --out new": "no data 'none'",
     "apply plan.json none --out new": "no model 'none'",
     "export run --to onx --out new": "there is no format 'onx'",
-    "compare none run": "none is not a run folder",
-    "report none": "none is not a run folder",
-    "settings none": "none is not a run folder",
+    "report none run": "none is not a run folder",
+    "learn --config none --out new": "none is not a run folder",
+    "learn --config run --out new": "holds a run of 'prune'",
     "methods flop": "did you mean 'flap'?",
 }
 ALL = """

@@ -57,7 +57,6 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     reconstruct: bool | Mapping[str, Any] | None = False,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
     **budget: Any,
 ) -> tuple[nn.Module, Plan]:
@@ -90,7 +89,6 @@ def prune(
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
             all of the data, in memory; or settings of ``refit`` that differ from the defaults of this fit.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
         **budget: More fields of :class:`regrow.core.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to`` ….
 
@@ -107,7 +105,7 @@ def prune(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
-    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     size, timing = _choose_size(keep, target, smaller), budget.pop("timing", None)
     job = _describe(call, method, settings or {}, size, budget, reconstruct)

@@ -47,7 +47,6 @@ def recover(
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Recover a pruned network in place: by least squares (``refit``), new biases, LoRA, or distillation.
@@ -71,7 +70,6 @@ def recover(
         axes: The axes of the dense network, if they are known; it is then not traced.
         settings: Settings of the method that differ from its defaults.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -90,7 +88,7 @@ def recover(
     _check_types(model, dense, plan)
     if precision != "float32" and by in CLOSED_FORM:
         raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     name = call.name
     job = Settings(

@@ -6,10 +6,9 @@ from pathlib import Path
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Stated, Verb
+from regrow.cli.command import Verb
 from regrow.cli.screen import number, say, say_peak, say_pieces, table, working, write_json
 from regrow.settings.evaluate import Settings
-from regrow.settings.shared import check_combination
 
 EPILOG = """\b
 Examples
@@ -30,9 +29,8 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
     "with the same result; how is printed first. For text models in a transformers folder or run folder, or packaged "
     "ones."
 )
-def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory: str) -> None:
+def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
-    settings = stated.build()
     command.say_code(settings.model, code)
     from regrow.jobs.evaluate import run as run_job
     from regrow.jobs.recording import Invocation
@@ -78,7 +76,6 @@ def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory
 )
 @command.dtype
 @command.device
-@command.precision
 def chat(
     model: str,
     other: str | None,
@@ -87,7 +84,6 @@ def chat(
     temperature: float,
     dtype: str,
     device: str,
-    precision: str,
 ) -> None:
     """Chat with MODEL, or with MODEL and OTHER, which both answer each message.
 
@@ -96,9 +92,7 @@ def chat(
     from regrow import store
     from regrow.evaluation.generation import reply
     from regrow.jobs.models import ModelSpec, load_model
-    from regrow.nets.devices import autocasting
 
-    check_combination(precision, dtype=dtype)
     names = [model, *([other] if other else [])]
     command.say_code(model, other or "")
     with working() as progress:
@@ -113,9 +107,8 @@ def chat(
     for question in [prompt] if prompt is not None else _questions(history):
         for name, loaded, messages in zip(names, models, history, strict=True):
             messages.append({"role": "user", "content": question})
-            with autocasting(loaded.model, precision):
-                pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
-                messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
+            pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
+            messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
 
 
 def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:

@@ -2,19 +2,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Flag, Stated, Verb
+from regrow.cli.command import Flag, Verb
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import say
 from regrow.settings import learn as learning
 from regrow.settings import search as searching
-
-if TYPE_CHECKING:
-    pass
 
 LEARN_EPILOG = """\b
 Examples
@@ -39,15 +35,8 @@ Examples
 _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 
 
-@click.command(
-    cls=Verb,
-    resumed=("resume", "out"),
-    settings=learning.Settings,
-    instead="resume",
-    distributed=True,
-    epilog=LEARN_EPILOG,
-)
-@command.run_folder()
+@click.command(cls=Verb, settings=learning.Settings, distributed=True, epilog=LEARN_EPILOG)
+@command.run_folder
 @_resumed("--resume", type=command.PATH, help="Resume the run in this folder, or add tasks to it.")
 @_resumed(
     "--task",
@@ -57,66 +46,49 @@ _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
     help="With --resume: further sequences of tasks to learn. Repeatable.",
 )
 @_resumed(
-    "--total",
-    type=int,
-    help="With --resume: the total number of task sequences after this call; allows a sequence to be learned again.",
-)
-@_resumed(
     "--without-old",
     is_flag=True,
     help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
 )
 @command.code
-@command.track
 def learn(
-    stated: Stated[learning.Settings],
+    settings: learning.Settings | None,
     out: Path | None,
     resume: Path | None,
     added: tuple[str, ...],
     without_old: bool,
-    total: int | None,
     code: str,
-    track: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
     from regrow.jobs.learn import extend, run
 
-    if resume:
-        if "tasks" in stated.values or out:
-            raise click.UsageError(
-                "--resume writes to the folder of its run; leave out TASKS and --out, and give new tasks with --task"
-            )
-        if stated.options:
-            raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(stated.options)}")
+    if settings is None:
+        if out:
+            raise click.UsageError(f"--resume writes to the folder of its run; leave out --out {out}")
         command.say_code(code)
-        call = partial(extend, more=added, without_old=without_old, total=total)
+        call = partial(extend, more=added, without_old=without_old)
     else:
-        if added or without_old or total is not None:
-            raise click.UsageError(
-                "--task, --total and --without-old need --resume RUN; for a new run, give the tasks as TASKS"
-            )
-        settings = stated.build()
+        if added or without_old:
+            raise click.UsageError("--task and --without-old need --resume RUN; for a new run, give the tasks as TASKS")
         command.say_code(settings.model, code, settings.method)
         call = partial(run, settings)
     folder = resume or out
-    with recorded_run("network", folder, code=code, track=track) as invocation:
+    with recorded_run(folder, code=code) as invocation:
         call(invocation)
     say(f"to add tasks: regrow learn --resume {folder} --task TASKS")
 
 
-@click.command(cls=Verb, resumed=("out",), settings=searching.Settings, distributed=True, epilog=SEARCH_EPILOG)
-@command.run_folder(required=True)
+@click.command(cls=Verb, settings=searching.Settings, distributed=True, epilog=SEARCH_EPILOG)
+@command.run_folder
 @command.code
-@command.track
-def search(stated: Stated[searching.Settings], code: str, track: str, out: Path) -> None:
+def search(settings: searching.Settings, code: str, out: Path) -> None:
     """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
 
     A part of the training examples is held out for validation; the test set is used once, at the end.
     """
-    settings = stated.build()
     command.say_code(settings.space, code, settings.method)
     from regrow.jobs.search import run
 
-    with recorded_run("network", out, code=code, track=track) as invocation:
+    with recorded_run(out, code=code) as invocation:
         run(settings, invocation)
     say(f"load it with regrow.load({str(out)!r})")

@@ -9,76 +9,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from regrow.cli import boundary, screen
 from regrow.cli.screen import say, say_peak, table, working
 from regrow.core.amounts import format_bytes
 from regrow.distributed import ProcessRank, read_ranks
+from regrow.store.atomic import PAGE
 
 if TYPE_CHECKING:
     from regrow.jobs.recording import Invocation
 
-PAGE = "report.html"
-
-
-class RunPage:
-    """Writes the report page of a run into its folder, as the run finishes.
-
-    A run finishes without a page if a package is missing or the page cannot be made; if the disk cannot take the page,
-    the run fails and can be resumed.
-    """
-
-    error: Exception | None = None
-    """What prevented the page."""
-
-    def __call__(self, folder: Path) -> None:
-        """Write the page into the complete folder of a run, or raise StoreError if the file cannot be written."""
-        from regrow.reports import write_page
-        from regrow.store.errors import StoreError
-
-        self.error = None
-        try:
-            write_page([folder], folder / PAGE)
-        except StoreError:
-            raise
-        except Exception as error:
-            self.error = error
-
 
 @contextmanager
-def recorded_run(
-    what: str, out: Path | None, *, code: str = "", memory: str = "", track: str
-) -> "Iterator[Invocation]":
+def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iterator[Invocation]":
     """Yield how a command is called, for the ``with`` block to run it; then print the result, and where it is.
 
-    The result is a folder with a ``what``: a model or a network. Of several processes, only rank 0 prints and writes
-    the page.
+    Of several processes, only rank 0 prints and writes the page.
     """
-    if out is None:
-        raise click.UsageError("--out names the folder of the run, for example --out run")
+    assert out is not None  # as `check_words` found
     from regrow.jobs.recording import Invocation
-    from regrow.reports import ReportError
+    from regrow.reports import write_run_page
     from regrow.store.run_record import read_run
 
-    page = RunPage()
     with processes() as ranks:
         if not ranks.leads:
             yield Invocation(out, code, memory, ranks=ranks)
             return
         with working() as progress:
-            yield Invocation(out, code, memory, track, ranks, say, progress, page)
+            yield Invocation(out, code, memory, ranks, say, progress, write_run_page)
         snapshot = read_run(out).get("snapshot")  # an error if the folder was deleted meanwhile
         say_run(out)
         if snapshot:
             size = format_bytes(snapshot["bytes"])
             say(f"{out / 'before'} holds what the run started from, {size}: `regrow undo {out}`")
-        if page.error is not None:
-            say(f"the {what} is in {out}; no page was written: {page.error}")
-            if not isinstance(page.error, ReportError):
-                raise page.error
-        elif (out / PAGE).is_file():
-            say(f"{what} and page are in {out}; open {out / PAGE}")
+        page = out / PAGE
+        say(f"the result is in {out}{f'; open {page}' if page.is_file() else ''}")
 
 
 @contextmanager
@@ -153,15 +117,6 @@ def say_run(path: Path) -> None:
             rows.append((name, *cells, *[""] * (len(tasks) - len(row)), sizes.get(name, "")))
         columns = ("after learning", *(f"{i + 1}" for i in range(len(tasks))), "parameters")
         table("Accuracy on each task, per cent", columns, rows, numbers=range(1, len(columns)))
-    for task in run.choice:
-        known = [row for row in (task.before, task.cut, task.after) if row]
-        accuracies = " → ".join(f"{row.acc:.3f}" for row in known)
-        say(f"accuracy on {task.task}: {accuracies} (n = {known[-1].n})")
-    if done := run.training:
-        loss = f"{quantities.significant(done.loss_before)} → {quantities.significant(done.loss_after)}"
-        say(f"trained {done.train} parameters for {done.steps} steps; loss on the training data {loss}")
-    if repair := run.recovery:
-        say(f"recovered by {repair.by} on {repair.tokens:,} tokens in {repair.seconds:.0f} s")
     for note in dict.fromkeys([*text.alarms, *run.file.notes]):
         say(f"note: {note}")
     if run.file.memory:

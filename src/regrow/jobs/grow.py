@@ -63,19 +63,16 @@ class GrowResult:
     """The result of a growth run."""
 
     plan: Plan
-    axes: AxisGraph
     model: nn.Module
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
 
 
-def carry_out(
-    settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun, *, grows: bool = True
-) -> GrowResult:
+def carry_out(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
     """Grow a network such that its outputs do not change, train it if there are steps, and record it.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
     settings is resumed where the recorder has its folder. If the outputs change by more than rounding, the network is
-    as it was. Unless it ``grows``, the run ends with the plan.
+    as it was.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
@@ -84,15 +81,12 @@ def carry_out(
     loaded, axes = opened.loaded, opened.axes
     with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
-    result = GrowResult(plan, axes, loaded.model, notes)
-    if not grows:
-        return result
     with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
         data = complete_data(run, opened.data, opened.specs, loaded)
         record.update(notes=[*loaded.notes, *notes])
         _grow(settings, replace(opened, data=data), run, plan)
         run.finish()
-    return result
+    return GrowResult(plan, loaded.model, notes)
 
 
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
@@ -282,3 +276,10 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
     inputs = partial(open_named, settings, invocation)
     carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
+
+
+def plan_named(settings: Settings, invocation: Invocation) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan of the growth that settings name, and notes on axes that cannot be widened; nothing grows."""
+    check_settings(settings)
+    opened = open_named(settings, invocation, ActiveRun(progress=invocation.progress))
+    return plan_growth(opened.loaded.model, opened.axes, settings)

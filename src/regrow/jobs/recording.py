@@ -15,7 +15,6 @@ from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.models import record_input
 from regrow.jobs.parents import check_room, describe_stage, start_from
-from regrow.jobs.trackers import tracking
 from regrow.nets import Loaded
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
@@ -91,7 +90,6 @@ class FolderRecorder:
     out: str | Path
     model: str
     command: str
-    track: str = ""  # the name of a tracker that gets every measurement, too; empty: none
     undo: bool = True
     write_page: WritePage | None = None
 
@@ -109,7 +107,7 @@ class FolderRecorder:
         loaded = start.loaded
         if loaded is not None:
             check_room(self.model, loaded, self.out, undo=self.undo)
-        with tracking(RunFolder.create(self.out, **start.identity, command=self.command), self.track) as folder:
+        with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
             recorded = folder.run().get("python")
             if recorded is None and start.call is not None:
                 folder.update(python=start.call)
@@ -173,7 +171,6 @@ class Invocation:
     out: str | Path = ""
     code: str = ""
     memory: str = ""  # how much memory the run may use, such as `4GiB`; empty: any
-    track: str = ""  # the name of a tracker that gets every measurement, too; empty: none
     ranks: ProcessRank = SINGLE  # the processes that share the run; all of them call the command
     announce: Callable[[str], None] = lambda line: None
     progress: Progress = silent
@@ -185,7 +182,7 @@ class Invocation:
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
             command = command_line(settings, *(word for option in options.items() if option[1] for word in option))
-            recorder = FolderRecorder(self.out, model, command, self.track, undo, self.write_page)
+            recorder = FolderRecorder(self.out, model, command, undo, self.write_page)
         return ActiveRun(recorder, self.ranks, self.progress)
 
 

@@ -129,17 +129,10 @@ class SearchRecord:
             self.record.log("memory", number=i, **asdict(stage))
 
 
-def carry_out(
-    settings: Settings,
-    inputs: Callable[[ActiveRun], SearchInputs],
-    run: ActiveRun,
-    *,
-    checkpoint: Path | None = None,
-) -> SearchResult:
+def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record it.
 
-    An interrupted run is resumed, from ``checkpoint`` if it has no folder. All processes of the run call this, and
-    train together.
+    An interrupted run is resumed. All processes of the run call this, and train together.
     """
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
@@ -166,7 +159,7 @@ def carry_out(
             record.log("stages", **asdict(opened.stages))
         before = measure_whole(search.space, (), context)
         with run.stage("search"):
-            fitted, log = _search(settings, opened, search, context, run, checkpoint)
+            fitted, log = _search(settings, opened, search, context, run)
             model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
             measure_statistics(model, context, settings.batch_size)
         example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
@@ -207,11 +200,11 @@ def carry_out(
 
 
 def _search(
-    settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun, checkpoint: Path | None
+    settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun
 ) -> tuple[Fitted[SearchState], SearchRecord]:
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
     record, undo = run.record, context.undo
-    file = checkpoint or record.path / STATISTICS / CHECKPOINT
+    file = record.path / STATISTICS / CHECKPOINT
     if record.kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record, "commit") if file.is_file() else None
@@ -229,10 +222,10 @@ def _search(
             with preserve_random_state(*inputs.generators):
                 _write_passed(record, search, now, there, inputs)
         log.write(now, unfinished=1)
-        if record.kept or checkpoint:
+        if record.kept:
             recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
             now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
-            write_checkpoint(file, there.model, now, undo, logged=log.events if record.kept else None)
+            write_checkpoint(file, there.model, now, undo, logged=log.events)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:

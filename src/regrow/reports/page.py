@@ -1,5 +1,6 @@
 """The report page of run folders: a single HTML file that needs no network and no script, or Markdown."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,8 @@ from regrow.reports.drawing import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.runs import KeyNumber, Run, Summary
 from regrow.reports.summary import summarise
-from regrow.store.atomic import write_text
+from regrow.store.atomic import PAGE, write_text
+from regrow.store.errors import StoreError
 
 _LAST = {"stages": "History of the network", "ran": "Command and settings", "notes": "Notes and limits"}
 # A section is one file in templates/sections, which finds its drawings under the names in FIGURES.
@@ -77,6 +79,16 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     write_text(out, page)
     return out
+
+
+def write_run_page(folder: Path) -> None:
+    """Write the page of a run into its folder, as it finishes; if the page cannot be made, log why and go on."""
+    try:
+        write_page([folder], folder / PAGE)
+    except StoreError:  # such as a full disk: the run fails, too, and can be resumed
+        raise
+    except Exception as error:
+        logging.getLogger("regrow").warning(f"no page was written: {error}; `regrow report RUN` writes it later")
 
 
 def to_html(summary: Summary) -> str:

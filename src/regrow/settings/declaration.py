@@ -47,7 +47,6 @@ class Setting:
     source: bool = False  # its value names sources of data, `NAME` or `NAME=PATH`
     code: bool = False  # its value may name the user's own code, `pkg.mod:NAME`, which no file may
     hidden: bool = False  # it has no option: only `run.json` has it
-    varied: bool = False  # its option may be repeated, for one run with each value
     shown: bool = False  # printed command lines state it even if it has its default
     one_of: str = ""  # the name of a group of settings of which exactly one must be given
 
@@ -72,11 +71,6 @@ class Declared:
     def required(self) -> bool:
         """Whether the setting has no default and must be given."""
         return self.default is MISSING
-
-    @property
-    def key(self) -> str:
-        """The name in a settings file: ``eval_tokens``."""
-        return self.option.removeprefix("--").replace("-", "_").lower()
 
     @property
     def repeated(self) -> bool:
@@ -173,7 +167,9 @@ def _is(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_is(part, get_args(hint)[0]) for part in value)
     if origin is not None:
         return isinstance(value, origin)
-    return type(value) in (int, float) if hint is float else type(value) is hint
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)  # numbers of numpy, too
+    return type(value) is hint
 
 
 def _short(value: Any) -> str:

@@ -48,15 +48,14 @@ class Settings:
         argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
     method: Annotated[str, Setting(
-        "The pruning method; `regrow methods` lists all. Repeatable, like --keep: one run folder per plan, from one "
-        "calibration.",
-        code=True, shown=True, varied=True,
+        "The pruning method; `regrow methods` lists all.",
+        code=True, shown=True,
     )] = "flap"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
-        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays", varied=True,
+        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays",
     )] = 0.8
     measure: Annotated[str, Setting(
         "The quantity of which --keep is a fraction: weights (of linear and convolution layers; of a language model, "
