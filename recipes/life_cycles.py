@@ -7,7 +7,7 @@
 
 Each stage is one command line of ``regrow``, which is printed and recorded, run in FOLDER; a stage that is finished is
 not run again, and a stopped one goes on. After each: parameters, multiply–accumulates, and scores on test data by
-``regrow evaluate``. After the last: the chain of runs that ``regrow show`` prints; a replay of the ledger on a network without
+``regrow evaluate``. After the last: the runs that ``regrow show`` lists; a replay of the ledger on a network without
 weights, whose tensors must have the shapes and types of the last network's; ``regrow undo`` until the start, whose
 tensors must be those of the first network, bit for bit; and ``regrow export``, which reads its file back.
 

@@ -188,7 +188,10 @@ def test_another_call_is_not_resumed() -> None:
         regrow.learn(net(), tasks, **call, **given, progress=interrupt)
     other = [(DATA, (INPUTS.flip(0), DATA[1]))]
     for more, says in (
-        ({"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.8)}, r"optimizer was functools.partial\(<class .*SGD'>, lr=0.1, momentum=0.8\)"),
+        (
+            {"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.8)},
+            r"optimizer was functools.partial\(<class .*SGD'>, lr=0.1, momentum=0.8\)",
+        ),
         ({"loss": lambda output, labels: output.sum()}, "loss was classification, here <function"),
         ({"tasks": other}, r"the first batch of 'task-1 \(test\)' differs .* shuffle=False"),
     ):

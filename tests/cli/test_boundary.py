@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from cli.conftest import Run
@@ -42,7 +41,11 @@ OUTSIDE = {
     "what a command raises on purpose": (ModelError, "no model", 70),  # raised here, not by regrow's own code
     "a missing file": (FileNotFoundError(errno.ENOENT, "No such file", "x.json"), "x.json: no such file", 2),
     "a full disk": (OSError(errno.ENOSPC, "No space left", "x"), "free some space", 4),
-    "a read-only place": (PermissionError(errno.EACCES, "Permission denied", "x"), "check the path and its permissions", 4),
+    "a read-only place": (
+        PermissionError(errno.EACCES, "Permission denied", "x"),
+        "check the path and its permissions",
+        4,
+    ),
     "no memory": (MemoryError(), "not enough memory", 4),
     "no memory in torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory", 4),
     "a missing package": (ModuleNotFoundError("No module named 'peft'", name="peft.tuners"), "regrow[recover]", 4),

@@ -97,7 +97,11 @@ def test_a_deleted_working_directory_is_told(regrow: Run, tmp_path: Path, monkey
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert regrow("show", "toys:classifier") == (2, "", "regrow: no such file or directory; check the path and its permissions\n")
+    assert regrow("show", "toys:classifier") == (
+        2,
+        "",
+        "regrow: no such file or directory; check the path and its permissions\n",
+    )
 
 
 def test_names_and_numbers_are_shown_as_they_are(regrow: Run) -> None:
