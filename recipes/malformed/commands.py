@@ -111,8 +111,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("export learned --to onnx --out out.onnx", (*_json("learned/shapes.json"),
         *_all("learned/model.safetensors", more=WEIGHTS)), ("--to", "--dtype", "--out"), ("learned",)),
     Command("report run --out out.html", RUN, ("RUN", "--out"), ("run",)),
-    Command("report run --markdown", RUN, needs=("run",)),
-    Command("report learned --markdown", _json("learned/run.json", "learned/metrics.jsonl"), needs=("learned",)),
+    Command("report run --out page.html", RUN, needs=("run",)),
+    Command("report learned --out page.html", _json("learned/run.json", "learned/metrics.jsonl"), needs=("learned",)),
     Command("compare run run2 --out out.html", RUN, ("RUNS", "--out"), ("run", "run2")),
     Command("methods flap", options=("NAME",)),
 )  # fmt: skip

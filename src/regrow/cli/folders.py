@@ -43,32 +43,31 @@ Examples
 @click.option("--out", default="comparison.html", show_default=True, type=PATH, help="The HTML file to write.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Compare two or more RUNS on one HTML page, and print the table."""
-    from regrow.reports import summarise, to_html, to_markdown
+    from regrow.reports import comparison, read_runs, to_html
     from regrow.store.atomic import PAGES, write_output
 
     if len(runs) < 2:
         raise click.UsageError("compare takes two runs or more; `regrow report RUN` makes the page of one")
-    summary = summarise(runs)
-    write_output(out, to_html(summary), PAGES)
-    say(to_markdown(summary), lines=True)
+    records = read_runs(runs)
+    write_output(out, to_html(records), PAGES)
+    compared = comparison.compare(records)
+    table(compared.table.title, compared.table.columns, compared.table.rows)
+    for alarm in compared.alarms:
+        say(f"note: {alarm}")
     say(f"page: {out}")
 
 
 @click.command(cls=Verb, needs="regrow.reports")
 @click.argument("run", type=PATH)
 @click.option("--out", type=PATH, help="The HTML file to write; default: RUN/report.html.")
-@click.option("--markdown", is_flag=True, help="Print the report as Markdown instead.")
-def report(run: Path, out: Path | None, markdown: bool) -> None:
+def report(run: Path, out: Path | None) -> None:
     """Write the report page of RUN: one HTML file that needs no internet connection."""
-    from regrow.reports import summarise, to_html, to_markdown, write_page
+    from regrow.reports import read_runs, to_html, write_page
     from regrow.store.atomic import PAGES, write_output
     from regrow.store.run_record import unfinished_folder
 
-    if markdown:
-        say(to_markdown(summarise([run])), lines=True)
-        return
     if out:
-        write_output(out, to_html(summarise([run])), PAGES)
+        write_output(out, to_html(read_runs([run])), PAGES)
     else:
         begun = unfinished_folder(run) if not (run / "run.json").is_file() else None
         out = write_page([run], (begun or run) / PAGE)
