@@ -12,6 +12,7 @@ from regrow.store.convert import expand_plans, from_intervals, to_intervals
 from regrow.store.errors import StoreError
 from regrow.store.ledger import Ledger
 
+
 def plans_of(width):
     """A plan that grows, one that cuts, and one that brings units back, of one network."""
     net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
