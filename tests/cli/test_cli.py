@@ -31,7 +31,7 @@ PRUNE = (
 def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
     code, out, err = regrow(*PRUNE, "--keep", "0.6", "--finetune", "2", "--out", "run")
     assert code == 0, err
-    assert "Masked = shrunk" in out and "Accuracy" in out
+    assert "Masked = shrunk" in out and "Accuracy" in out and "go on with: regrow recover run" in out
     assert (Path("run") / "report.html").stat().st_size > 10_000
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     sizes = {row["model"]: row["params_counted"] for row in rows if row["what"] == "size"}
@@ -151,11 +151,7 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "200", "--test", "50", "--stages", "1", "--epochs", "3", "--retrain", "1")
     code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "0.4", "--stride", "1", "--out", "run")
     assert code == 0, err
-    assert (
-        "operations" in out
-        and "nonzero" in out
-        and "Retrained from scratch, it has a test accuracy" in " ".join(out.split())
-    )
+    assert "operations" in out and "nonzero" in out and "%, retrained from scratch." in " ".join(out.split())
     assert type(load("run")).__name__ == "Cells"
     code, _, err = regrow("search", "cells:3-2-1", *given, "--target", "7", "--out", "other")
     assert code == 2 and "is a share" in err and not Path("other").exists()
@@ -376,7 +372,7 @@ def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     assert code == 0, err
     found = json.loads(Path("whole/findings.json").read_text())
     assert [row["step"] for row in found["history"]] == [0, 2, 4] and found["sources"] == ["manual", "code", "news"]
-    assert "Rank changes across text domains" in Path("whole/report.html").read_text()
+    assert "gprune is reconstructed" in Path("whole/report.html").read_text()
     real = shares.write_checkpoint
 
     def stop_after_two_steps(path: Path, model: Any, state: Any, **more: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from regrow.cli.command import PATH, Verb
+from regrow.cli.runs import say_run
 from regrow.cli.screen import say, table
 from regrow.store.atomic import PAGE, PAGES
 
@@ -27,7 +28,7 @@ Examples
 @click.option("--out", type=PATH, help="The HTML file to write; default: RUN/report.html, of several comparison.html.")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Print the report of RUN, or the comparison of several, and write it as an HTML page that needs no internet."""
-    from regrow.reports import summarise, to_html, to_markdown
+    from regrow.reports import comparison, read_runs, to_html
     from regrow.store.atomic import write_output
     from regrow.store.run_record import unfinished_folder
 
@@ -36,9 +37,15 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     elif out is None:
         finished = (runs[0] / "run.json").is_file()
         out = (runs[0] if finished else unfinished_folder(runs[0]) or runs[0]) / PAGE
-    summary = summarise(runs)
-    write_output(out, to_html(summary), PAGES)
-    say(to_markdown(summary), lines=True)
+    records = read_runs(runs)
+    write_output(out, to_html(records), PAGES)
+    if len(runs) == 1:
+        say_run(runs[0])
+    else:
+        compared = comparison.compare(records)
+        table(compared.table.title, compared.table.columns, compared.table.rows)
+        for alarm in compared.alarms:
+            say(f"note: {alarm}")
     say(f"page: {out}")
 
 

@@ -8,7 +8,6 @@ import click
 from regrow.cli import command
 from regrow.cli.command import Flag, Verb
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import say
 from regrow.settings import learn as learning
 from regrow.settings import search as searching
 
@@ -72,10 +71,8 @@ def learn(
             raise click.UsageError("--task and --without-old need --resume RUN; for a new run, give the tasks as TASKS")
         command.say_code(settings.model, code, settings.method)
         call = partial(run, settings)
-    folder = resume or out
-    with recorded_run(folder, code=code) as invocation:
+    with recorded_run(resume or out, code=code) as invocation:
         call(invocation)
-    say(f"to add tasks: regrow learn --resume {folder} --task TASKS")
 
 
 @click.command(cls=Verb, settings=searching.Settings, distributed=True, epilog=SEARCH_EPILOG)
@@ -91,4 +88,3 @@ def search(settings: searching.Settings, code: str, out: Path) -> None:
 
     with recorded_run(out, code=code) as invocation:
         run(settings, invocation)
-    say(f"load it with regrow.load({str(out)!r})")

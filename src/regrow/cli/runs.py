@@ -87,37 +87,27 @@ def _end(line: str, folder: str) -> None:
 
 
 def say_run(path: Path) -> None:
-    """Print what the page of a run says at its head, and the quality of its networks."""
-    from regrow.reports import quantities, summarise, words
-    from regrow.reports.page import describe
+    """Print what the page of a run says at its head, the quality of its networks, and the command to go on with."""
+    from regrow.reports import read_runs, summary
 
-    (run,) = summarise([path]).runs
-    text = describe(run)
-    for line in (text.headline, *text.details, *words.reconstruction(run)):
+    (run,) = read_runs([path])
+    told = summary.summarise(run)
+    for line in (told.sentence, *told.details):
         say(line)
-    table("Key numbers", ("", "", ""), [(key.label, key.value, key.below) for key in text.keys], numbers=(1,))
-    if run.perplexity:
-        sides = [side for side in ("before", "cut", "fitted", "after") if any(row.ppl(side) for row in run.perplexity)]
-        rows = [
-            (
-                f"{row.source} ({'seen' if row.seen else 'unseen'})",
-                *(quantities.significant(row.ppl(side)) for side in sides),
-                quantities.factor(row.ratio),
-                quantities.percent(row.recovered),
-            )
-            for row in run.perplexity
-        ]
-        columns = ("source", *sides, "change", "loss recovered")
-        table("Perplexity on the evaluation half of each source", columns, rows, numbers=range(1, len(columns)))
-    if run.course:
-        tasks, rows = run.course.matrix.tasks, []
-        sizes = {row.name: f"{row.parameters:,}" for row in run.course.records}
-        for name, row in zip(tasks, run.course.matrix.matrix, strict=False):
-            cells = [f"{100 * value:.1f}" if value is not None else "–" for value in row]
-            rows.append((name, *cells, *[""] * (len(tasks) - len(row)), sizes.get(name, "")))
-        columns = ("after learning", *(f"{i + 1}" for i in range(len(tasks))), "parameters")
-        table("Accuracy on each task, per cent", columns, rows, numbers=range(1, len(columns)))
-    for note in dict.fromkeys([*text.alarms, *run.file.notes]):
+    figures = [(row.label, row.before, row.after, row.remark) for row in told.figures]
+    table("Before and after", ("", "before", "after", ""), figures, numbers=(1, 2))
+    if run.quality:
+        quality = summary.quality_table(run)
+        table(quality.title, quality.columns, quality.rows, numbers=range(1, len(quality.columns)))
+    if run.course.accuracies:
+        known = summary.accuracy_table(run)
+        columns = (known.columns[0], *map(str, range(1, len(known.columns) - 1)), known.columns[-1])
+        table(known.title, columns, known.rows, numbers=range(1, len(columns)))
+    if run.file.verb not in ("learn", "search"):
+        say(summary.describe_proof(run))
+    for note in dict.fromkeys([*told.alarms, *run.file.notes]):
         say(f"note: {note}")
     if run.file.memory:
         say_peak(run.file.memory)
+    if command := summary.next_command(run):
+        say(f"go on with: {command}")
