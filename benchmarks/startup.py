@@ -26,7 +26,7 @@ GOOD = {
     "grow": "resnet18 --channels +32",
     "recover": "run --by bias",
     "learn": "digits --method naive",
-    "search": "cells:4-2-1 --data digits --target 0.2",
+    "search": "cells:4-2-1 --data digits --target params=20%",
     "apply": "plan.json resnet18",
     "evaluate": "resnet18",
     "chat": "smollm2-135m",
@@ -56,8 +56,8 @@ def cases() -> Iterator[tuple[str, str, str]]:
         yield from ((command, case, f"{command} {words}") for case, words in mistakes(command, good, out))
     yield "prune", "bad target", "prune resnet18 --target watts=3 --out new"
     yield "search", "bad target", "search cells:4-2-1 --data digits --target half --out new"
-    yield "search", "missing data", "search cells:4-2-1 --data nowhere/ --target 0.2 --out new"
-    yield "search", "unknown space", "search cels:4-2-1 --data digits --target 0.2 --out new"
+    yield "search", "missing data", "search cells:4-2-1 --data nowhere/ --target params=20% --out new"
+    yield "search", "unknown space", "search cels:4-2-1 --data digits --target params=20% --out new"
     yield "learn", "missing data", "learn split:nowhere/:5 --out new"
 
 

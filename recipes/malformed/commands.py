@@ -15,7 +15,7 @@ TOY = "toys:classifier --method magnitude"
 DIGITS = "--source digits --tokens 64 --eval-tokens 32"
 LEARN = "learn digits --model mlp:8 --method naive --epochs 1 --train 40 --test 20 --batch-size 20"
 SEARCH = (
-    "search cells:4-1-1 --data digits --target 0.5 --train 60 --test 30 --batch-size 30 --epochs 1 --retrain 1 "
+    "search cells:4-1-1 --data digits --target params=50% --train 60 --test 30 --batch-size 30 --epochs 1 --retrain 1 "
     "--set warm=1 --set every=1"
 )
 
@@ -92,7 +92,7 @@ COMMANDS: tuple[Command, ...] = (
         *_all("learned/course.safetensors", more=WEIGHTS)), ("--task", "--resume"), ("learned",)),
     Command(f"{SEARCH} --out out", options=(
         "SPACE", "--data", "--target", "--method", "--stages", "--memory", "--epochs", "--retrain", "--cutout",
-        "--batch-size", "--lr", "--weight-decay", "--train", "--test", "--validation", "--stride", "--set", "--seed",
+        "--batch-size", "--lr", "--weight-decay", "--train", "--test", "--stride", "--set", "--seed",
         "--out")),
     Command(f"{SEARCH.replace('--data digits', '--data mnist')} --out out", _all(*(f"mnist/{one}" for one in IDX)),
         needs=("mnist",)),

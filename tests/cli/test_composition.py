@@ -124,7 +124,7 @@ def test_a_run_is_searched_from_its_weights(chain: Run) -> None:
     import toys
 
     options = ("--data", "digits", "--epochs", "3", "--retrain", "0", "--train", "64", "--test", "16")
-    code, _, err = chain("search", "one", "--target", "0.8", *options, *CODE, "--out", "searched")
+    code, _, err = chain("search", "one", "--target", "params=80%", *options, *CODE, "--out", "searched")
     assert code == 0, err
     ledger = Ledger(Path("searched/ledger.json")).plans()
     fresh, x = toys.classifier()

@@ -177,7 +177,7 @@ def test_an_axis_of_absurd_size_is_named(folder):
 
 def test_nothing_in_a_folder_can_break_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr("reports.folders.LAYERS", 2)
-    monkeypatch.setattr("regrow.reports.page.FIGURES", dict.fromkeys(("quality", "course", "passed"), lambda run: None))
+    monkeypatch.setattr("regrow.reports.page.FIGURES", dict.fromkeys(("quality", "course"), lambda run: None))
     folder = write_run(tmp_path / "run", "gprune")
     rng = random.Random(0)
     names = ["run.json", "axes.json", "metrics.jsonl"]

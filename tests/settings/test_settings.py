@@ -15,7 +15,7 @@ def test_a_size_is_recorded_in_one_way() -> None:
     assert search.Settings("cells:4-2-1", "digits", smaller=0.8).target == "params=20%"
     with pytest.raises(InputError, match="--smaller must be between 0 and 1, got 30; for example --smaller 30%"):
         prune.Settings("m", smaller=30)
-    with pytest.raises(InputError, match="--target: a target is written like"):
+    with pytest.raises(InputError, match="--target: a target is like"):
         search.Settings("cells:4-2-1", "digits", "half")
 
 

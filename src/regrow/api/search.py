@@ -21,12 +21,9 @@ from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import SearchResult, carry_out
-from regrow.jobs.search_inputs import Parts, SearchInputs, make_schedule
+from regrow.jobs.search_inputs import HELD_OUT, Parts, SearchInputs, make_schedule
 from regrow.settings.search import Settings
 from regrow.store.statistics import parameter_sums
-
-HELD_OUT = 0.2
-"""The fraction of the data that is held out where no validation data are given."""
 
 
 def search(
@@ -126,7 +123,6 @@ def _open(call: Call, test: object, job: Settings, optimizer: OptimizerLike, run
         schedule,
         loaded,
         in_place=True,
-        generators=call.generators,
         call=recorded,
     )
 

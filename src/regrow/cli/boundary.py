@@ -83,8 +83,6 @@ def failure_of(error: BaseException) -> Failure:
 
 def _of_usage(error: click.ClickException) -> Failure:
     line = error.format_message()
-    if line.endswith(" is not readable."):
-        return Failure(ENVIRONMENT, f"{line.rstrip('.')}; check its permissions")
     if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
         line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
     return Failure(INTERRUPTED if isinstance(error, Stopped) else USAGE, line)

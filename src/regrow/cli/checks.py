@@ -1,9 +1,8 @@
 """Checks of a command line before torch is imported: names of models, methods and data, devices, files and folders."""
 
+import os
 import re
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from regrow.methods import MethodKind, check_name
 from regrow.settings import export, grow
 from regrow.settings.declaration import options_of
 from regrow.store.atomic import JSON, LEFTOVER, check_output
-from regrow.store.errors import StoreError, explain_os_errors
+from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
 from regrow.store.run_record import RUN, read_run, unfinished_folder
 
@@ -56,8 +55,7 @@ def check_words(command: str, options: Mapping[str, Any]) -> None:
     if command == "methods" and values["name"]:
         check_name(None, values["name"])
     if isinstance(settings, grow.Settings):
-        settings.check_growth()
-        settings.check_training()
+        settings.check()
     for model in filter(None, (values.get("model"), values.get("other")) if command != "learn" else ()):
         if problem := find_problem(model):
             raise InputError(problem)
@@ -73,7 +71,8 @@ def check_words(command: str, options: Mapping[str, Any]) -> None:
             raise InputError(f"--memory: {error}") from None
     if file := values.get("json_file") or values.get("dry_run"):
         others = (value for value in values.values() if value != file)
-        check_json(file, *(str(part) for value in others for part in (value if isinstance(value, tuple) else (value,))))
+        words = [str(part) for value in others for part in (value if isinstance(value, tuple) else (value,))]
+        check_output(file, JSON, [*words, *(word.partition("=")[2] for word in words)], streams=True)
     if isinstance(settings, export.Settings):
         _check_export(settings, values["out"])
     if command in FOLDERS and not values.get("dry_run") and not values.get("resume"):
@@ -101,12 +100,6 @@ def _check_data(values: Mapping[str, object]) -> None:
             raise InputError(problem)
 
 
-def check_json(path: Path, *inputs: str) -> None:
-    """Raise StoreError unless a JSON file can be written that is no input (a file or ``NAME=PATH``) of the command."""
-    files = [part for text in inputs for part in (text, text.partition("=")[2]) if part]
-    check_output(path, JSON, files, streams=True)
-
-
 def check_folder(out: Path) -> None:
     """Raise an error unless a folder can be written: it is new, empty, or holds an unfinished run."""
     check_replaceable(out)
@@ -129,13 +122,9 @@ def _check_export(settings: export.Settings, out: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise an error unless the nearest folder above a path takes new files: one is made and deleted."""
-    target = expanded(path).resolve()
-    parent = next(folder for folder in target.parents if folder.exists())
+    """Raise StoreError unless the nearest folder above a path takes new files."""
+    parent = next(folder for folder in expanded(path).resolve().parents if folder.exists())
     if not parent.is_dir():
         raise StoreError(f"{path} cannot be made, since {parent} is a file; choose another place")
-    probe = parent / f".{target.name}.{secrets.token_hex(4)}.partial"  # if killed, the next command deletes it
-    with explain_os_errors(path):
-        probe.mkdir()
-        with suppress(FileNotFoundError):  # another command took it for a leftover
-            probe.rmdir()
+    if not os.access(parent, os.W_OK):
+        raise StoreError(f"{path} cannot be made, since {parent} may not be written; choose a folder that is yours")

@@ -43,7 +43,7 @@ class FileName(click.Path):
             self.fail(str(error), param, ctx)
 
 
-PATH = FileName()
+PATH = FileName(readable=False)
 
 
 class _Value(click.ParamType):

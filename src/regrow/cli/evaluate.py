@@ -1,5 +1,6 @@
 """``regrow evaluate`` and ``regrow chat``: measure a model, and talk to a language model, or to two of them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import click
 
 from regrow.cli import command
 from regrow.cli.command import Verb
-from regrow.cli.screen import number, say, say_peak, say_pieces, table, working, write_json
+from regrow.cli.screen import number, say, say_peak, say_pieces, table, working
 from regrow.settings.evaluate import Settings
 
 EPILOG = """\b
@@ -34,11 +35,12 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
     command.say_code(settings.model, code)
     from regrow.jobs.evaluate import run as run_job
     from regrow.jobs.recording import Invocation
+    from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
         result = run_job(settings, Invocation("", code, memory, announce=say, progress=progress))
     if json_file:
-        write_json(json_file, result)
+        write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
     size = result["size"]
     say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
     rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]

@@ -15,21 +15,15 @@ LEARN_EPILOG = """\b
 Examples
   regrow learn permuted:digits:5 --method sparsegrow --out RUN
   regrow learn split:fashion/:5 --scenario class --method replay --set memory=500 --out RUN
-  regrow learn digits --model PRUNED_RUN --method naive --out RUN
   regrow learn news code --model smollm2-135m --method naive --batch-size 4 --train 200 --test 50 --out RUN
-  torchrun --no-python --nproc-per-node 2 regrow learn split:fashion/:5 --method ewc --out RUN
   regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
 SEARCH_EPILOG = """\b
 Examples
-  regrow search cells:4-3-2 --data digits --target 0.2 --out RUN
-  regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
+  regrow search cells:4-3-2 --data digits --target params=20% --out RUN
   regrow search mobile:8-2 --data cifar/ --target macs=2M --stride 1 --memory 1GiB --out RUN
-  regrow search resnet:16-3 --data fashion/ --target macs=2M --out RUN
+  regrow search mynets:tiny --data fashion/ --target params=20% --out RUN         your own network
   regrow search RUN --data cifar/ --target macs=50% --epochs 10 --retrain 10 --out RUN2
-  regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
-  torchrun --no-python --nproc-per-node 2 regrow search cells:8-6-3 --data cifar/ --target params=50k --out RUN
-  regrow search smollm2-135m --data news --target 0.9 --epochs 3 --retrain 0 --batch-size 2 --out RUN
 """
 _resumed = partial(click.option, cls=Flag, heading="Resuming a run")
 

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.allocation.widening import PARTS, deepening, widening
-from regrow.core.amounts import Increase
+from regrow.allocation.widening import deepening, widening
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
@@ -98,7 +97,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, proof = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
+            grown, proof = _grow_checked(run, loaded.model, axes, plan, record.kept)
     except BaseException:
         state.restore()
         raise
@@ -117,10 +116,8 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened."""
-    settings.check_growth()
-    parts = {part: Increase.parse(amount) for part in PARTS if (amount := getattr(settings, part))}
-    named = {key: Increase.parse(amount) for key, amount in settings.named().items()}
-    blocks = {stack: Increase.parse(amount) for stack, amount in settings.stacks().items()}
+    settings.check()
+    parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     even, fill = settings.fill == "pair", Fill(settings.fill, settings.seed)
     wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular, even=even)
     with preserve_random_state():
@@ -272,7 +269,6 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
-    settings.check_training()
     inputs = partial(open_named, settings, invocation)
     carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError
-from regrow.reports.records import FoundRow, PassedNetwork, Run, SearchEpoch
+from regrow.reports.records import Run, SearchEpoch
 from regrow.reports.summary import MEASURES, measure_search
 
 if TYPE_CHECKING:
@@ -90,14 +90,6 @@ def draw_course(run: Run) -> Drawing | None:
         sizes.legend()
 
     return _draw("course", f"Size and validation accuracy over {len(epochs)} epochs", 420, paint)
-
-
-def draw_passed(run: Run) -> Drawing | None:
-    """Draw validation accuracy against size of the networks that a search passed, and of the final one."""
-    measure, _, reached = measure_search(run)
-    points: list[Point] = [(f"epoch {row.epoch}", row.size, row.accuracy) for row in run.of(PassedNetwork)]
-    points += [("final", reached, found.accuracy) for found in run.of(FoundRow)]
-    return draw_front(points, MEASURES.get(measure, measure), "validation accuracy, before training")
 
 
 def draw_front(points: Sequence[Point], below: str, beside: str, *, lower: bool = False) -> Drawing | None:

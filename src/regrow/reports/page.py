@@ -17,7 +17,6 @@ from regrow.store.errors import StoreError
 FIGURES: dict[str, Callable[[Run], figures.Drawing | None]] = {
     "quality": figures.draw_quality,
     "course": figures.draw_course,
-    "passed": figures.draw_passed,
 }
 
 

@@ -49,14 +49,6 @@ class SearchEpoch(msgspec.Struct, frozen=True):
     allowed: Amount = None
 
 
-class PassedNetwork(msgspec.Struct, frozen=True):
-    """A network that a search passed on its way to the target."""
-
-    epoch: Count
-    accuracy: Figure = None
-    size: Amount = None
-
-
 class FoundRow(msgspec.Struct, frozen=True):
     """The network that a search found: its size, and its validation accuracy or another score."""
 
@@ -113,7 +105,6 @@ ROWS: dict[str, type[Any]] = {
     "commit": Commit,
     "epoch": SearchEpoch,
     "found": FoundRow,
-    "front": PassedNetwork,
     "growth": Commit,
     "latency": PassTimes,
     "levels": SearchTotals,
