@@ -143,7 +143,7 @@ def learn(
     every = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size))
     names = tuple(task.name for task in every)
     job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
-    job = replace(job, lr=lr, weight_decay=weight_decay, precision=precision, seed=seed)
+    job = replace(job, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
     with nullcontext(progress) if out is None else visible(progress) as shown:
         fitted = carry_out(job, partial(_open, call, job, net, every, optimizer), call.run("learn", shown))
     state = fitted.state

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sysconfig
-import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if before is not signal.default_int_handler:
         yield noted
         return
     signal.signal(signal.SIGINT, note)

@@ -252,11 +252,13 @@ code = click.option(
     help="The function that builds the network, for a run folder whose network your own code builds. It is imported "
     "and called; code named in the folder's files is never run.",
 )
-
-
-def memory(help: str) -> Decorator:
-    """Return the decorator that adds the option ``--memory``, which means something else for each command."""
-    return click.option("--memory", default="", metavar="AMOUNT", help=help)
+memory = click.option(
+    "--memory",
+    default="",
+    metavar="AMOUNT",
+    help="How much memory the command may use, like 4GiB. A text model that does not fit is read one block at a time "
+    "(for gguf one tensor), with the same result; how is printed first.",
+)
 
 
 def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:

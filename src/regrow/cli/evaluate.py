@@ -17,7 +17,7 @@ Examples
   regrow chat smollm2-135m RUN                 the original and the pruned model, in turn
   regrow chat RUN --prompt "What is a river?"  print one answer and exit
 
-End with an empty line or Ctrl-D. /new starts a new conversation.
+End with an empty line or Ctrl-D.
 """
 _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
 
@@ -25,11 +25,7 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @click.command(cls=Verb, settings=Settings)
 @click.option("--json", "json_file", type=command.PATH, help="Also write all results to this JSON file.")
 @command.code
-@command.memory(
-    "How much memory the evaluation may use, like 4GiB. If the model does not fit, it is read one block at a time, "
-    "with the same result; how is printed first. For text models in a transformers folder or run folder, or packaged "
-    "ones."
-)
+@command.memory
 def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     command.say_code(settings.model, code)
@@ -106,14 +102,15 @@ def chat(
         if loaded.tokenizer is None:
             raise click.UsageError(f"{name} {_NO_TOKENIZER}")
     history: list[list[dict[str, str]]] = [[] for _ in models]
-    for question in [prompt] if prompt is not None else _questions(history):
+    for question in [prompt] if prompt is not None else _questions():
         for name, loaded, messages in zip(names, models, history, strict=True):
             messages.append({"role": "user", "content": question})
             pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
             messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
 
 
-def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:
+def _questions() -> Iterator[str]:
+    """Yield what the user types, until an empty line or Ctrl-D."""
     while True:
         try:
             text = click.prompt("you", prompt_suffix=" › ", default="", show_default=False).strip()
@@ -122,8 +119,4 @@ def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:
             return
         if not text:
             return
-        if text == "/new":
-            for messages in history:
-                messages.clear()
-            continue
         yield text

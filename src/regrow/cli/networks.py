@@ -174,10 +174,7 @@ def _write_growth(settings: growing.Settings, path: Path, code: str) -> None:
 @click.command(cls=Verb, settings=exporting.Settings, epilog=EXPORT_EPILOG)
 @click.option("--out", required=True, type=command.PATH, help="The file or folder to write.")
 @command.code
-@command.memory(
-    "For gguf: read, write and compare one tensor at a time; refused if that needs more than this amount, like 1GiB. "
-    "For text models in a transformers folder or a run folder, and packaged ones."
-)
+@command.memory
 def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> None:
     """Export MODEL, and check the written file by loading it."""
     command.say_code(settings.model, code)

@@ -37,10 +37,7 @@ Examples
 @command.run_folder
 @click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @command.code
-@command.memory(
-    "How much memory the run may use, like 4GiB. If the model does not fit, it is read one block at a time, with the "
-    "same result; how is printed first. For text models in a transformers folder or run folder, or packaged ones."
-)
+@command.memory
 def prune(
     settings: Settings,
     out: Path | None,
@@ -85,10 +82,7 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 @click.command(cls=Verb, settings=recovery.Settings, distributed=True, epilog=RECOVER_EPILOG)
 @command.run_folder
 @command.code
-@command.memory(
-    "How much memory the run may use, like 4GiB. What it needs is printed first, term by term; a run that needs "
-    "more is refused. For text models."
-)
+@command.memory
 @click.option(
     "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
 )

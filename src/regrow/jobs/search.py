@@ -304,7 +304,6 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Search the space that settings name, as ``regrow search`` does, and return the folder."""
-    check_settings(settings)
     check_same_settings(invocation.ranks, settings)
     run = invocation.start(settings, settings.space, undo=settings.undo)
     carry_out(settings, partial(open_named, settings, invocation), run)
