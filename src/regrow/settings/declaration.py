@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MANY = 2**31 - 1
 """The largest number of tokens, images or examples."""
 
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 SEED = Range(0, 2**63 - 1)
 
 
@@ -124,8 +125,9 @@ class Declared:
     def _convert(self, value: object, hint: Any, *, strict: bool = True) -> Any:
         try:
             return msgspec.convert(value, hint, strict=strict)
-        except msgspec.ValidationError as error:
-            raise InputError(f"{self.option} {value!r:.60}: {str(error).lower()}; for example {self.example}") from None
+        except msgspec.ValidationError:
+            kind = _KINDS[self.type]
+            raise InputError(f"{self.option} must be {kind}, got {value!r:.60}; for example {self.example}") from None
 
 
 @cache
