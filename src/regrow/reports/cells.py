@@ -73,8 +73,8 @@ class FoundNetwork(msgspec.Struct, frozen=True):
                 sums = [f"{_name(op.kind, op.inside)} of {_name_source(op.source)}" for op in node.ops]
                 rows.append((f"Cell {i}, node {j}", node.width, "; ".join(sums) or "nothing"))
         for i, names in enumerate(self.edges):
-            source, node = BENCH_EDGES[i] if i < len(BENCH_EDGES) else (i, i)
-            rows.append((f"Node {node}, from node {source}", None, "; ".join(names) or "nothing"))
+            source, target = BENCH_EDGES[i] if i < len(BENCH_EDGES) else (i, i)
+            rows.append((f"Node {target}, from node {source}", None, "; ".join(names) or "nothing"))
         for i, block in enumerate(self.blocks, 1):
             sums = [_name(op.kind, op.inside) for op in block.ops]
             rows.append((f"Block {i}", block.width, "; ".join(sums) or "nothing"))

@@ -62,10 +62,10 @@ def to_html(runs: Sequence[Run]) -> str:
     environment = _environment()
     if len(runs) > 1:
         comparison = compare(runs)
-        context = {"comparison": comparison, "front": comparison.draw(), "runs": runs}
-        return str(environment.get_template("comparison.html").render(context))
+        template = environment.get_template("comparison.html")
+        return str(template.render(comparison=comparison, front=comparison.draw(), runs=runs))
     (run,) = runs
-    context = {
+    context: dict[str, Any] = {
         "run": run,
         "summary": summary.summarise(run),
         "command": summary.next_command(run),

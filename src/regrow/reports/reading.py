@@ -16,13 +16,13 @@ from regrow.core.errors import ResourceError
 from regrow.core.limits import parse_json
 from regrow.reports.cells import FoundNetwork, read_found
 from regrow.reports.quantities import in_words
-from regrow.reports.records import ROWS, AxisKind, Course, PairedDifference, Perplexity, Quality, Run, RunFile
+from regrow.reports.records import ROWS, AxisKind, Course, PairedDifference, Perplexity, Quality, Run
 from regrow.store import metrics
 from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, check_readable
 from regrow.store.replacing import WORK, settle
 from regrow.store.run_record import read_run as read_run_json
-from regrow.store.schemas import AxisRows
+from regrow.store.schemas import AxisRows, RunJson
 
 MAX_RUNS = 64
 NEEDED = {"learn": ("metrics.jsonl",), "search": ("metrics.jsonl", "shapes.json")}
@@ -72,7 +72,7 @@ def _read(path: Path) -> Run:
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
     try:
-        file = convert(clean(read_run_json(path), _LONGEST_COMMAND), RunFile, path / "run.json")
+        file = convert(clean(read_run_json(path), _LONGEST_COMMAND), RunJson, path / "run.json")
     except StoreError as error:
         raise ReportError(str(error)) from error
     needed = NEEDED.get(file.verb, ("metrics.jsonl", "axes.json"))

@@ -69,17 +69,10 @@ class SearchTotals(msgspec.Struct, frozen=True):
     size: Amount = None
 
 
-class StagePeak(msgspec.Struct, frozen=True):
+class StageMemory(msgspec.Struct, frozen=True):
     """The peak of memory of a stage of a search, and whether parts were recomputed in the backward pass."""
 
-    stage: Count
     peak: Count | None = None
-    recomputed: bool = False
-
-
-class PlannedStages(msgspec.Struct, frozen=True):
-    """Whether the stages of a search were planned to recompute parts in the backward pass."""
-
     recomputed: bool = False
 
 
@@ -108,30 +101,14 @@ ROWS: dict[str, type[Any]] = {
     "growth": Commit,
     "latency": PassTimes,
     "levels": SearchTotals,
-    "memory": StagePeak,
+    "memory": StageMemory,
     "paired": PairedDifference,
     "perplexity": Perplexity,
     "result": FoundRow,
-    "stages": PlannedStages,
+    "stages": StageMemory,
     "training": TrainingRow,
 }
 """Kind of measurement → the schema of its row, as pages read it."""
-
-
-class SourceRow(msgspec.Struct, frozen=True):
-    """A source of data, and how much of it was read."""
-
-    name: str
-    origin: str = ""
-    calibration_tokens: Count | None = None
-    evaluation_tokens: Count | None = None
-
-
-class RunFile(RunJson, frozen=True):
-    """``run.json`` with the present run as a stage of its network."""
-
-    stage: StageJson | None = None
-    sources: list[SourceRow] = msgspec.field(default_factory=list)
 
 
 @dataclass
@@ -213,7 +190,7 @@ class Run:
     """The content of a run folder; what is missing or damaged is empty, and named in ``problems``."""
 
     name: str
-    file: RunFile
+    file: RunJson
     model: str
     method: str
     code: str  # the function that builds the network, if it is the user's

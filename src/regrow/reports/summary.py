@@ -12,12 +12,11 @@ from regrow.reports.records import (
     Commit,
     FoundRow,
     PassTimes,
-    PlannedStages,
     Quality,
     Run,
     SearchEpoch,
     SearchTotals,
-    StagePeak,
+    StageMemory,
     TrainingRow,
 )
 from regrow.store.metrics import (
@@ -134,7 +133,8 @@ def _summarise_change(run: Run) -> Summary:
     elif quality is None:
         sentence += " The loss in quality was not measured."
     alarms = [describe_proof(run)] if is_broken(run) else []
-    return Summary(sentence, figures, _describe_training(run), after and after.params_all, quality, alarms)
+    size = after.params_all if after else None
+    return Summary(sentence, figures, _describe_training(run), size, quality, alarms)
 
 
 def _describe_training(run: Run) -> list[str]:
@@ -194,7 +194,7 @@ def _summarise_search(run: Run) -> Summary:
         state = trained if run.settings.get("retrain", "0") != "0" else "with the weights of the search"
         sentence += f" Its test accuracy is {q.percent(test.accuracy)}, {state}."
         figures.append(Figures("Test accuracy", q.percent(test.accuracy), remark=f"on {q.count(test.images)} examples"))
-    peaks, alarms = [row.peak for row in run.of(StagePeak) if row.peak is not None], _warn_of_search(run)
+    peaks, alarms = [row.peak for row in run.of(StageMemory) if row.peak is not None], _warn_of_search(run)
     if peaks:
         limit, peak = run.settings.get("memory", q.NONE), q.octets(max(peaks))
         figures.append(Figures("Memory of training", peak, remark=f"allowed at most {limit}"))
@@ -202,9 +202,10 @@ def _summarise_search(run: Run) -> Summary:
             if max(peaks) > parse_bytes(limit):
                 alarms.append(f"The memory budget of {limit} was exceeded: a stage needed {peak}.")
     details = [f"{len(epochs)} epochs of search in {len({row.stage for row in epochs})} stages."] if epochs else []
-    if any(row.recomputed for row in (*run.of(StagePeak), *run.of(PlannedStages))):
+    if any(row.recomputed for row in run.of(StageMemory)):
         details.append("To stay within the memory budget, parts were recomputed in the backward pass.")
-    return Summary(sentence, figures, details, found and found.parameters, test and test.accuracy, alarms)
+    size, quality = found.parameters if found else None, test.accuracy if test else None
+    return Summary(sentence, figures, details, size, quality, alarms)
 
 
 def measure_search(run: Run) -> tuple[str, float | None, float | None]:
@@ -214,8 +215,10 @@ def measure_search(run: Run) -> tuple[str, float | None, float | None]:
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
     with suppress(ValueError):
         asked = asked or Target.parse(target).amount
-    counted = getattr(found, {"params": "parameters"}.get(measure, measure), None)
-    return measure, asked, totals.size if counted is None or measure == "nonzero" else counted
+    reached = getattr(found, {"params": "parameters"}.get(measure, measure), None)
+    if reached is None or (measure == "nonzero" and totals.size is not None):
+        reached = totals.size
+    return measure, asked, reached
 
 
 def _warn_of_search(run: Run) -> list[str]:

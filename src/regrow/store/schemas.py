@@ -52,6 +52,15 @@ class StageJson(msgspec.Struct, frozen=True):
     weights: Digest
 
 
+class SourceJson(msgspec.Struct, frozen=True):
+    """An entry of ``sources`` in ``run.json``: a source of data, and how much of it was read."""
+
+    name: str
+    origin: str = ""
+    calibration_tokens: Count | None = None
+    evaluation_tokens: Count | None = None
+
+
 class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The times in the ``run.json`` of a search: measured milliseconds of operations, sums and layers."""
 
@@ -73,7 +82,7 @@ class RunJson(msgspec.Struct, frozen=True):
     started: str
     finished: str | None = None
     notes: list[str] = []
-    sources: list[dict[str, Any]] = []
+    sources: list[SourceJson] = []
     seconds: dict[str, float] = {}
     timing: dict[str, Any] | None = None
     latency: LatencyJson | None = None
@@ -83,6 +92,7 @@ class RunJson(msgspec.Struct, frozen=True):
     parent: ParentJson | None = None
     snapshot: SnapshotJson | None = None
     stages: list[StageJson] = []
+    stage: StageJson | None = None  # this run
     trackers: dict[str, str] = {}
 
 
