@@ -41,7 +41,7 @@ def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
     model = load("run", model=lambda: toys.classifier()[0])
     assert model.body[0].out_channels < 12
     code, out, _ = regrow("show", "toys:classifier")
-    assert code == 0 and all(word in out for word in ("12", "body.0.weight:0", "body.3.weight:0"))
+    assert code == 0 and "12" in out and "neutral" in out
     code, out, _ = regrow("show", "run", "--code", "toys:classifier")
     assert code == 0 and "History of the network" in out and "regrow prune toys:classifier" in out
 

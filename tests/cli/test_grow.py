@@ -82,7 +82,7 @@ def test_blocks_are_inserted_and_the_model_is_an_ordinary_one(
     words = ("grow", str(tiny_language_model), "--blocks", "+1", "--mlp", "+25%", "--heads", "+2", "--out", "run")
     code, out, err = regrow(*words)
     assert code == 0, err
-    assert "Grown = original" in out and "max difference 0" in out
+    assert "Grown = original" in out and "Largest difference: 0" in out
     assert regrow("export", "run", "--to", "transformers", "--out", "plain")[0] == 0
     assert not (tmp_path / "plain" / "modeling_regrow.py").exists()
     plain, dense = (AutoModelForCausalLM.from_pretrained(one) for one in (tmp_path / "plain", tiny_language_model))
@@ -95,7 +95,7 @@ def test_the_grown_model_is_trained_on_a_source(regrow: Run, tmp_path: Path) -> 
     words = ("grow", "toys:classifier", "--channels", "+4", "--on", "digits", "--tokens", "128", "--eval-tokens", "64")
     code, out, err = regrow(*words, "--steps", "6", "--lr", "0.01", "--train", "all", "--out", "run")
     assert code == 0, err
-    assert "trained all parameters for 6 steps; loss on the training data" in out
+    assert "Trained all" in out
     assert [row["model"] for row in RunFolder.open(tmp_path / "run").metrics() if row["what"] == "choice"] == [
         "before",
         "after",

@@ -32,6 +32,7 @@ def test_figures_that_are_missing_are_dashes(tmp_path, capsys):
         capsys,
         row("recovered", "mail"),
         row("dense", "code"), row("pruned", "code", nll=2.5, ppl=12.0), row("recovered", "code", ppl=10.0),
+        {"what": "choice", "model": "recovered", "task": "piqa", "acc": 0.5, "n": 10},
     )  # fmt: skip
     assert ["mail", "(seen)", "–", "–", "9.50", "–", "–"] in lines
     assert ["code", "(seen)", "9.50", "12.0", "10.0", "×1.05", "78.0", "%"] in lines

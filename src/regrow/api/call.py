@@ -182,6 +182,7 @@ def digest(value: object) -> str:
 def name_of(value: object) -> str:
     """Return what a run records of an argument that may be code: its text, without the address of a function.
 
+    >>> from functools import partial
     >>> name_of(None), name_of("regression"), name_of(partial(round, ndigits=2))
     ('', 'regression', 'functools.partial(<built-in function round>, ndigits=2)')
     """
