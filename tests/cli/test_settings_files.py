@@ -43,7 +43,7 @@ def test_a_run_is_repeated_from_a_file_of_its_settings(regrow: Run) -> None:
 
 
 def test_a_file_names_no_code_and_the_command_line_does(regrow: Run) -> None:
-    words = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.5", "--no-verify")
+    words = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.5")
     assert regrow(*words, "--out", "run")[0] == 0
     code, out, err = regrow("settings", "run", "--out", "run.toml")
     assert code == 0 and "regrow prune toys:classifier --config run.toml --out RUN" in " ".join(out.split()), err

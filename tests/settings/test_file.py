@@ -18,7 +18,7 @@ from regrow.settings.words import (
 )
 
 RUNS = [
-    prune.Settings("smollm2-135m", keep=0.9, sources=("news", "mail=a b/"), proof=False, round_to=8, seed=2**62),
+    prune.Settings("smollm2-135m", keep=0.9, sources=("news", "mail=a b/"), reconstruct=True, round_to=8, seed=2**62),
     prune.Settings("m", method="gprune", method_settings={"base": "flap", "gamma": 0.1}, target="kv_cache=50M@4096"),
     prune.Settings("m", regular=True, marks=("neutral", "folded"), only=("*.mlp.*",), dtype="float16"),
     learn.Settings(("split:digits:5", "größer/\x7f\n"), method_settings={"levels": [1, 2], "named": True}, lr=1e-5),
@@ -102,14 +102,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_names_are_those_of_options(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(
-        'keep = "80%"\nround = 8\neval-tokens = 64\nno-verify = true\nsource = "news"\n'
-        'set = {base = "flap", gamma = 1}\n'
+        'keep = "80%"\nround = 8\neval-tokens = 64\nno-undo = true\nsource = "news"\nset = {base = "flap", gamma = 1}\n'
     )
     assert read_settings(path, prune.Settings) == {
         "keep": 0.8,
         "round_to": 8,
         "eval_tokens": 64,
-        "proof": False,
+        "undo": False,
         "sources": ("news",),
         "method_settings": {"base": "flap", "gamma": 1},
     }
@@ -117,16 +116,14 @@ def test_names_are_those_of_options(tmp_path: Path) -> None:
 
 def test_a_size_is_recorded_in_one_way(tmp_path: Path) -> None:
     target = prune.Settings("m", target="params=70%")
-    assert prune.Settings("m", smaller=0.3) == prune.Settings("m", keep=0.7, measure="params") == target
-    assert (target.keep, target.measure, target.smaller) == (None, "params", None)
+    assert prune.Settings("m", smaller=0.3) == target
+    assert (target.keep, target.smaller) == (None, None)
     assert command_line(target) == "regrow prune m --method flap --target params=70%"
     assert search.Settings("cells:4-2-1", "digits", smaller=0.8).target == "params=20%"
     path = tmp_path / "a.toml"
     for text, means in (
         ('smaller = "30%"', target),
         (format_settings(target), target),
-        ('keep = 0.7\nmeasure = "params"', target),
-        ('keep = 0.7\nmeasure = "macs"', prune.Settings("m", keep=0.7, measure="macs")),
     ):
         path.write_text(text)
         assert build_settings(prune.Settings, {"model": "m"}, read_settings(path, prune.Settings)) == means

@@ -15,7 +15,7 @@ from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.names import DOMAINS, check_evaluated, find_data_problem, find_problem, find_source_problem
 from regrow.methods import MethodKind, check_name
-from regrow.settings import export, grow, prune
+from regrow.settings import export, grow
 from regrow.settings.declaration import options_of
 from regrow.store.atomic import JSON, LEFTOVER, check_output
 from regrow.store.errors import StoreError, explain_os_errors
@@ -47,13 +47,10 @@ FILES = {"show": "json_file", "evaluate": "json_file", "prune": "dry_run", "grow
 _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
 
 
-def check_words(
-    command: str, settings: "DataclassInstance | None", options: Mapping[str, object], *, nested: bool = False
-) -> None:
+def check_words(command: str, settings: "DataclassInstance | None", options: Mapping[str, object]) -> None:
     """Raise ValueError if a command line names something that cannot be used, as far as names and files show it.
 
-    The errors are those that the command itself would raise once it had loaded what it needs. If ``nested``, it makes
-    several runs, in folders below ``--out``.
+    The errors are those that the command itself would raise once it had loaded what it needs.
     """
     values = dict(options)
     if settings:
@@ -104,8 +101,7 @@ def check_words(
     if command == "methods" and values.get("name"):
         _check_method("", str(values["name"]), None)
     if command in FOLDERS and (out := values.get("out")):
-        below = prune.folder_name(settings) if nested and isinstance(settings, prune.Settings) else ""
-        check_folder(Path(str(out)) / below)
+        check_folder(Path(str(out)))
 
 
 def _check_method(kind: str, name: str, settings: object) -> None:

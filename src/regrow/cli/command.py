@@ -5,8 +5,7 @@ import importlib
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -96,15 +95,6 @@ class Stated(Generic[Settings]):
     options: tuple[str, ...]  # as they were typed: --epochs
     file: Path | None  # of --config
     elsewhere: tuple[str, ...]  # options that are not settings, such as --out; a file must not give them
-    varied: Mapping[str, tuple[object, ...]]  # options that were given with several values
-
-    def build_all(self) -> list[Settings]:
-        """Build the settings of each run, where options with several values name several runs."""
-        for name, values in self.varied.items():
-            if twice := next((value for value in values if values.count(value) > 1), None):
-                raise InputError(f"{declared(self.kind)[name].option} {twice} is there twice; leave one out")
-        rows = product(*([(name, value) for value in values] for name, values in self.varied.items()))
-        return [replace(self, values={**self.values, **dict(row)}, varied={}).build() for row in rows]
 
     def build(self) -> Settings:
         """Build the settings of the command from the command line and the settings file, and check them."""
@@ -176,9 +166,7 @@ class Verb(click.Command):
         from regrow.cli.checks import check_words  # what can be wrong is found before anything large is imported
 
         known = self.settings and not ctx.params.get(self.instead)
-        runs = ctx.params["stated"].build_all() if known else [None]
-        for settings in runs:
-            check_words(self.name or "", settings, ctx.params, nested=len(runs) > 1)
+        check_words(self.name or "", ctx.params["stated"].build() if known else None, ctx.params)
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -198,14 +186,9 @@ class Verb(click.Command):
         if not folders:
             return NOTHING_YET
         from regrow.store.run_folder import RunFolder
-        from regrow.store.run_record import RUN
 
         with contextlib.suppress(ValueError, OSError):
-            stated = values.get("stated")
-            names = prune.name_folders(stated.build_all()) if isinstance(stated, Stated) and stated.varied else ()
-            plans = [folders[0] / name for name in names]
-            begun = any(RunFolder.open_unfinished(folder) is not None for folder in (folders[0], *plans))
-            if begun or any((plan / RUN).is_file() for plan in plans):
+            if RunFolder.open_unfinished(folders[0]) is not None:
                 return f"stopped; {folders[0]} keeps what was finished, and the same command resumes from there"
         return NOTHING_YET
 
@@ -222,7 +205,6 @@ def _parameters(kind: type["DataclassInstance"]) -> list[click.Parameter]:
 def _take_stated(kind: type[Settings], context: click.Context) -> Stated[Settings]:
     """Remove the settings from the values of a command's parameters, and return them."""
     values: dict[str, Any] = {}
-    varied: dict[str, tuple[object, ...]] = {}
     words, names = [], {"config"}
     for field in options_of(kind):
         names.add(field.name)
@@ -232,16 +214,13 @@ def _take_stated(kind: type[Settings], context: click.Context) -> Stated[Setting
         words.append(field.option)
         if field.mapping:
             value = parse_pairs(value, field.option)
-        elif field.setting.varied:
-            varied |= {field.name: value} if len(value) > 1 else {}
-            value = value[-1]
         elif field.type is bool:
             value = not field.default
         values[field.name] = value
     file = context.params.pop("config")
     words += ["--config"] if file else []
     elsewhere = [word for other in context.command.params if other.name not in names for word in other.opts]
-    return Stated(kind, values, tuple(words), file, ("--config", *elsewhere), varied)
+    return Stated(kind, values, tuple(words), file, ("--config", *elsewhere))
 
 
 def _attributes(field: Declared) -> dict[str, Any]:
@@ -254,7 +233,7 @@ def _attributes(field: Declared) -> dict[str, Any]:
         text += f"  [default: {default}]"
     if field.type is bool:
         return {"is_flag": True, "help": text, "heading": setting.group}
-    multiple = field.repeated or field.mapping or setting.varied
+    multiple = field.repeated or field.mapping
     choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[field.type]
     return {
         "multiple": multiple,

@@ -233,7 +233,6 @@ class Run(msgspec.Struct, frozen=True):
     model: str
     method: str
     keep: Fraction
-    measure: str
     target: str
     regular: bool
     budget: BudgetRow | None
@@ -276,7 +275,7 @@ class Run(msgspec.Struct, frozen=True):
         """The fraction of weights kept: the measured one, or else the requested one."""
         if (left := self.size.left) is not None:
             return left
-        return self.keep if self.measure in ("", "weights") else None
+        return self.keep
 
 
 class Summary(msgspec.Struct, frozen=True):

@@ -65,7 +65,6 @@ def _run(folder: FolderContent) -> Run:
         model=model.rpartition("/")[2] or "the model",
         method=q.in_words(settings.get("method")),
         keep=float(keep) if isinstance(keep, float | int) and 0 <= keep <= 1 else None,
-        measure=q.in_words(settings.get("measure")),
         target=q.in_words(settings.get("target")) if file.verb == "prune" else "",
         regular=settings.get("regular") is True,
         budget=folder.last("budget"),

@@ -43,7 +43,7 @@ def headline(run: Run) -> str:
         weights = "linear weights" if run.perplexity else "convolution and linear weights"
         deed = f"{who} {deed.format(q.percent(abs(1 - left)))} the {weights} of {run.model}."
     elif run.keep is not None:
-        deed = f"{who} was to keep {q.percent(run.keep)} of the {run.measure or 'weights'} of {run.model}."
+        deed = f"{who} was to keep {q.percent(run.keep)} of the weights of {run.model}."
     else:
         deed = f"{who} on {run.model}."
     return f"{deed} {_price(run)}"
@@ -78,7 +78,7 @@ def key_numbers(run: Run) -> list[KeyNumber]:
         figures = f"{q.count(after.params_counted)} of {q.count(before.params_counted)}"
         result.append(KeyNumber("Weights" if run.file.verb == "grow" else "Weights kept", q.percent(left), figures))
     elif run.keep is not None:
-        result.append(KeyNumber("Requested fraction", q.percent(run.keep), f"of {run.measure or 'weights'}"))
+        result.append(KeyNumber("Requested fraction", q.percent(run.keep), "of weights"))
     if budget and budget.asked is not None and budget.after is not None:
         label = budget.measure + f" at {budget.context:,} tokens" * bool(budget.context)
         was = f", before {q.measured(budget.before, budget.measure)}" * bool(budget.before)

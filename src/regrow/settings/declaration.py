@@ -47,7 +47,6 @@ class Setting:
     source: bool = False  # its value names sources of data, `NAME` or `NAME=PATH`
     code: bool = False  # its value may name the user's own code, `pkg.mod:NAME`, which no file may
     hidden: bool = False  # it has no option: only `run.json` has it
-    varied: bool = False  # its option may be repeated, for one run with each value
     shown: bool = False  # printed command lines state it even if it has its default
     one_of: str = ""  # the name of a group of settings of which exactly one must be given
 
