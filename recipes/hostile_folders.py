@@ -35,7 +35,7 @@ OUT = HERE / "results" / "hostile_folders.jsonl"
 SMALL = "--source digits --tokens 64 --eval-tokens 64"
 COMMANDS: dict[str, str] = {
     "show": "show {model}",
-    "prune": "prune {model} --method magnitude --keep 0.9 --no-verify --out out",
+    "prune": "prune {model} --method magnitude --keep 0.9 --out out",
     "recover": "recover {folder} --by refit --tokens 192 --out out",
     "learn --resume": "learn --resume {folder} --task permuted:digits:1",
     "search": "search cells:4-2-1 --data digits --target params=3k --train 120 --test 60 --out {folder}",

@@ -128,7 +128,6 @@ def test_a_report_reads_what_is_written(run):
     before = trace(net, torch.zeros(1, 4))
     _, after = apply(net, before, Plan.keeping(before, {"0.weight:0": range(7)}))
     run.write_axes(before, after)
-    run.write_scores("wifv", {"0.weight:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
     run.log("size", model="dense", params_all=9, params_counted=8, macs=8, bytes=36)
     run.log("perplexity", model="pruned", source="news", ppl=math.inf, nll=1.0)
     assert read_runs([run.out])[0].name == "run", "also while it goes on"

@@ -46,7 +46,7 @@ def _json(*names: str) -> tuple[tuple[str, tuple[m.Mutation, ...]], ...]:
 
 
 IDX = tuple(f"{half}-{what}" for half in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-RUN = _json("run/run.json", "run/metrics.jsonl", "run/ledger.json", "run/axes.json", "run/scores.json")
+RUN = _json("run/run.json", "run/metrics.jsonl", "run/ledger.json", "run/axes.json")
 MODEL = _json(
     "llama/config.json", "llama/tokenizer.json", "llama/tokenizer_config.json", "llama/generation_config.json"
 )
@@ -54,7 +54,7 @@ WEIGHTS = (*m.BYTES, m.header)
 
 COMMANDS: tuple[Command, ...] = (
     Command(f"prune {TOY} --keep 0.7 --out out", options=(
-        "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--measure", "--set", "--tokens",
+        "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--set", "--tokens",
         "--seed", "--dtype", "--device", "--finetune", "--source", "--unseen",
         "--out", "--seq-len", "--eval-tokens", "MODEL")),
     Command(f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out out", options=(

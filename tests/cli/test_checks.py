@@ -33,7 +33,7 @@ REFUSED = {
     "prune on nonsense": ((*PRUNE, "--device", "nonsense"), "there is no device 'nonsense'", 2),
     "prune images in bfloat16": (
         (*PRUNE, "--dtype", "bfloat16", "--source", "digits"),
-        "images are read in float32, and the model is in bfloat16; leave out --dtype",
+        "channels in float32, and the model takes inputs of shape",
         2,
     ),
     "prune into multiples of 0": ((*PRUNE, "--round", "0"), "--round must be 1 to", 2),

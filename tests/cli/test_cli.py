@@ -218,7 +218,6 @@ MISTAKES = {
     "no keep": ((*PRUNE, "--out", "run"), "--keep 0.8"),
     "keep and target": ((*PRUNE, "--keep", "0.8", "--target", "macs=2M", "--out", "run"), "one of --keep"),
     "target of nothing known": ((*PRUNE, "--target", "watts=3", "--out", "run"), "params=100M"),
-    "target and measure": ((*PRUNE, "--target", "macs=2M", "--measure", "bytes", "--out", "run"), "counts macs"),
     "infeasible target": ((*PRUNE, "--target", "params=10", "--out", "run"), "least possible is params="),
     "cache without attention": ((*PRUNE, "--target", "kv_cache=1M@64", "--out", "run"), "no kv_cache"),
     "tokens of a picture": ((*PRUNE, "--target", "ms=1@64", "--out", "run"), "no rows of tokens"),
@@ -327,7 +326,6 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
         "manual",
         "--source",
         "code",
-        "--no-verify",
     )
     sizes = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
     assert regrow(*words, *sizes, "--out", "whole")[0] == 0
@@ -363,10 +361,9 @@ def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
         "base=wanda_sp",
         "--keep",
         "0.7",
-        "--no-verify",
     ]
     words += ["--source", "manual", "--source", "code", "--source", "news", "--unseen", "talk"]
-    words += ["--no-verify", "--tokens", "512", "--eval-tokens", "128", "--seq-len", "64"]
+    words += ["--tokens", "512", "--eval-tokens", "128", "--seq-len", "64"]
     words += ["--set", "steps=4", "--set", "every=2", "--set", "shards=2"]
     code, _, err = regrow(*words, "--out", "whole")
     assert code == 0, err

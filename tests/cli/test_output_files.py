@@ -13,7 +13,7 @@ from regrow.store.atomic import JSON, PAGES, check_output, write_output
 from regrow.store.errors import StoreError
 
 SIZE = ("evaluate", "toys:classifier", "--json")
-PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--no-verify", "--source", "digits")
+PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--source", "digits")
 FEW = ("--tokens", "64", "--eval-tokens", "64")
 
 

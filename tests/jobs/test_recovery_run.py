@@ -19,9 +19,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
 from regrow.training.schedule import NO_AXES
 
-PRUNING = Settings(
-    "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, proof=False
-)
+PRUNING = Settings("toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +89,9 @@ def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not a run folder"):
         recovery_run.run(recover.Settings(str(tmp_path), "refit"), Invocation(tmp_path / "out"))
     with pytest.raises(ValueError, match="no recovery 'fit'"):
-        recovery_run.run(recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out"))
+        recovery_run.run(recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out", code="toys:classifier"))
     other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
-    with pytest.raises(StoreError, match=r"has cut nothing of this network; .* give the folder of a pruning run"):
+    with pytest.raises(StoreError, match=r"nothing was cut\); give the folder of a pruning run"):
         recovery_run.run(recover.Settings(str(other.path), "refit"), Invocation(tmp_path / "out"))
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):

@@ -19,7 +19,7 @@ from regrow.store.errors import explain_os_errors
 from regrow.store.run_folder import RunFolder
 
 CLOCK = {"seconds", "started", "finished"}
-PRUNE = "prune toys:classifier --method magnitude --keep 0.6 --source digits --tokens 128 --eval-tokens 64 --no-verify"
+PRUNE = "prune toys:classifier --method magnitude --keep 0.6 --source digits --tokens 128 --eval-tokens 64"
 RECOVER = "recover pruned --by refit --tokens 96 --code toys:classifier"
 LEARN = "learn split:digits:2 --model mlp:8 --method naive --epochs 1 --train 60 --test 30"
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
@@ -220,9 +220,7 @@ def test_an_export_that_was_killed_can_be_made_again(here):
 
 
 def test_two_runs_in_one_folder(here):
-    settings = Settings(
-        "toys:classifier", method="magnitude", sources=("digits",), tokens=64, eval_tokens=32, proof=False
-    )
+    settings = Settings("toys:classifier", method="magnitude", sources=("digits",), tokens=64, eval_tokens=32)
 
     def second(*_):
         with pytest.raises(ValueError, match="being written by another process"):

@@ -16,7 +16,6 @@ from regrow.api.inputs import (
     LossLike,
     ModelLike,
     choose_reading,
-    generate,
     no_network,
     require_weights,
     to_example,
@@ -68,11 +67,8 @@ class Call:
         """The name of the network in the settings of a run."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
-    def read(self, progress: Progress = silent, *, generates: bool = False) -> Inputs:
-        """Load the network if it is named, read the data, and choose an example input and an objective.
-
-        If it ``generates``, ``"generated"`` among the data is text of the network itself.
-        """
+    def read(self, progress: Progress = silent) -> Inputs:
+        """Load the network if it is named, read the data, and choose an example input and an objective."""
         device = None if self.device is None else choose_device(self.device)
         model, tokenizer, known = self.model, self.tokenizer, None
         files: tuple[WeightFile, ...] = ()
@@ -92,8 +88,7 @@ class Call:
         guess = known or guessed_example(model)
         size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
         reading = choose_reading(model, tokenizer, self.batch_size, size)
-        data = generate(self.data, model, reading, progress) if generates else self.data
-        sources, tests, objective = self._read_data(data, reading)
+        sources, tests, objective = self._read_data(reading)
         where = ""
         if known is None:
             if not sources:
@@ -117,7 +112,7 @@ class Call:
             )
         opened = open_network(str(self.model))
         model, tokenizer = with_origin(opened.loaded), self.tokenizer or opened.loaded.tokenizer
-        sources, tests, objective = self._read_data(self.data, choose_reading(model, tokenizer, self.batch_size))
+        sources, tests, objective = self._read_data(choose_reading(model, tokenizer, self.batch_size))
         network = Loaded(model, tokenizer, opened.loaded.example, describe_origin(model), files=opened.loaded.files)
         return opened, Inputs(network, sources, objective, tests)
 
@@ -127,10 +122,8 @@ class Call:
         validation = (replace(test, name=f"validation {test.name}") for test in tests)
         return self.record((*inputs.sources, *validation), weights, {})
 
-    def _read_data(
-        self, data: Any, reading: ReadOptions
-    ) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
-        sources = tuple(to_sources(data, reading))
+    def _read_data(self, reading: ReadOptions) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
+        sources = tuple(to_sources(self.data, reading))
         tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
         labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
         return sources, tests, choose_objective(self.loss, labelled) if labelled is not None else None

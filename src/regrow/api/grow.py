@@ -113,7 +113,6 @@ def _open(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
         inputs.trace() if call.axes is None else call.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,
-        lenient=inputs.lenient,
         call=call.record_inputs(inputs, partial(parameter_sums, inputs.model)),
     )
 

@@ -8,8 +8,7 @@ from regrow.cli import command
 from regrow.cli.command import Verb
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import say, working
-from regrow.core.names import names_code
-from regrow.distributed import ProcessRank, read_ranks
+from regrow.distributed import read_ranks
 from regrow.settings import recover as recovery
 from regrow.settings.prune import Settings
 
@@ -19,10 +18,8 @@ Examples
   regrow prune ./my-llama --method fisher --only mlp --keep 0.7 --source mail=letters/ --source code \\
     --source generated --reconstruct --out RUN
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
-  regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
   regrow prune ./llama-8b --memory 6GiB --source mail=letters/ --out RUN        read one block at a time
-  regrow prune RUN --keep 0.9 --source news --out RUN2       prune the result of another run further
   torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --source mail=letters/ --out RUN
 """
 RECOVER_EPILOG = """\b
@@ -38,27 +35,16 @@ Examples
 @click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @command.code
 @command.memory
-def prune(
-    settings: Settings,
-    out: Path | None,
-    dry_run: Path | None,
-    code: str,
-    memory: str,
-) -> None:
+def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str, memory: str) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
-    if names_code(settings.model) and code:
-        raise click.UsageError(
-            f"--code is for a run folder; name the function in the place of MODEL: regrow prune {code}"
-        )
+    several = read_ranks().several
     command.say_code(settings.model, code, settings.method)
+    if several and (dry_run or settings.device != "cpu"):
+        option = "--dry-run" if dry_run else f"--device {settings.device}"
+        raise click.UsageError(f"{option} is for a single process; leave it out, or start without torchrun")
     if dry_run:
-        if read_ranks().several:
-            raise click.UsageError("--dry-run runs in one process; start it without torchrun")
         _write_plan(settings, dry_run, code, memory)
         return
-    if read_ranks().several and settings.device != "cpu":
-        line = f"several processes run on the CPU alone; leave out --device {settings.device}, or torchrun"
-        raise click.UsageError(line)
     from regrow.jobs.prune import run
 
     with recorded_run(out, code=code, memory=memory) as invocation:
@@ -89,7 +75,7 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 def recover(settings: recovery.Settings, code: str, memory: str, fsdp: bool, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     ranks = read_ranks()
-    if ranks.several and settings.by not in recovery.TRAINED:
+    if ranks.several and settings.by in recovery.CLOSED_FORM:
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
     if ranks.several and memory:
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
@@ -98,24 +84,9 @@ def recover(settings: recovery.Settings, code: str, memory: str, fsdp: bool, out
     from regrow.jobs.recover import run
 
     command.say_code(code, settings.by)
-    _check_windows(settings, ranks)
     if fsdp:
         from regrow.distributed.fsdp import return_freed_memory
 
         return_freed_memory()
     with recorded_run(out, code=code, memory=memory) as invocation:
         run(settings, invocation, fsdp=fsdp)
-
-
-def _check_windows(settings: recovery.Settings, ranks: ProcessRank) -> None:
-    """Raise UsageError unless the processes can share the batches of a step evenly."""
-    from regrow.methods import MethodKind, find_method
-
-    default = find_method(MethodKind.RECOVERY, settings.by).defaults(()).get("windows", 1)
-    windows = settings.recovery_settings.get("windows", default)
-    if isinstance(windows, int) and windows % ranks.size:
-        even = max(1, round(windows / ranks.size)) * ranks.size
-        raise click.UsageError(
-            f"{ranks.size} processes cannot share the {windows} batches of a step (windows) evenly; use --set "
-            f"windows={even}"
-        )

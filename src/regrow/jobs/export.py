@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrow.core.amounts import parse_bytes
+from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.errors import InputError
 from regrow.core.process_memory import read_resident, reset_peak
 from regrow.core.progress import Progress, silent
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regrow.core.axes import Example
     from regrow.exporters import Written
     from regrow.jobs.recording import Invocation
-    from regrow.streaming.requirements import MemoryTerms
+    from regrow.streaming.requirements import MemoryPlan
 
 SPARE = 2**27
 """Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
@@ -41,7 +41,7 @@ class ExportInputs:
     example: "Example | None" = None  # an input for the comparison; `None`: a guess
     # Name → parameter, where the network has none of their numbers; `None`: they are in the network
     weights: "Mapping[str, Tensor] | None" = None
-    memory: "MemoryTerms | None" = None  # what the export needs of a limit of memory; `None`: there is none
+    memory: "MemoryPlan | None" = None  # what the export needs of a limit of memory; `None`: there is none
 
 
 def check_out(settings: Settings, out: Path) -> None:
@@ -88,7 +88,7 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     """Open a model whose tensors are read one by one, and check that the memory is enough for that."""
     from regrow.jobs.models import with_origin
     from regrow.streaming.opening import open_network
-    from regrow.streaming.requirements import MemoryTerms
+    from regrow.streaming.requirements import MemoryPlan
 
     if "weights" not in FORMATS[settings.to].takes:
         able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
@@ -100,12 +100,12 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
     block = max(sum(size[key] for key in block.names) for block in network.blocks)
     checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
-    terms = {"the interpreter": read_resident() + SPARE, "one tensor at a time": max(largest, checked)}
-    needs = MemoryTerms(parse_bytes(invocation.memory), terms)
-    needs.check(f"exporting {settings.model}")
+    needed = read_resident() + SPARE + max(largest, checked)
+    plan = MemoryPlan(f"exporting {settings.model}", parse_bytes(invocation.memory), needed, needed)
+    plan.check()
     opened.check_output()
-    invocation.announce(str(needs))
-    return ExportInputs(model, weights=opened.weights.parameters(), memory=needs)
+    invocation.announce(f"memory: about {format_bytes(needed)} of {format_bytes(plan.limit)}, one tensor at a time")
+    return ExportInputs(model, weights=opened.weights.parameters(), memory=plan)
 
 
 def run(settings: Settings, invocation: "Invocation") -> "Written":

@@ -52,7 +52,6 @@ class GrowInputs:
     axes: AxisGraph
     data: SourceHalves
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
-    lenient: bool = False
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     call: dict[str, object] | None = None
 
@@ -91,7 +90,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Grow the network, train it, and save it; measure it before and after."""
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
-    data = EvaluationData(inputs.data, inputs.objective, settings.precision, inputs.lenient)
+    data = EvaluationData(inputs.data, inputs.objective, settings.precision)
     with run.stage("evaluate"):
         measure_run(run, loaded, axes, data, "before")
     state = NetworkState.of(loaded.model)
@@ -258,7 +257,13 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
         loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
         specs = SourceSpecs(
-            settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens, settings.seed
+            settings.eval_tokens,
+            settings.seq_len,
+            settings.on,
+            settings.sources,
+            settings.tokens,
+            settings.seed,
+            generated_tokens=settings.tokens,
         )
         data = read_sources(specs, loaded)
     with run.stage("trace"):

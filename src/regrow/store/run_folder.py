@@ -205,10 +205,6 @@ class RunFolder:
         rows = {"before": before, "after": after}
         self._write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 
-    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
-        """Write ``scores.json``: a summary of the importance scores of every axis."""
-        self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
-
     def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
         """Write ``findings.json``: the tables in which a method explains its choice."""
         self._write("findings.json", {"method": method, **findings})

@@ -93,7 +93,6 @@ class RunJson(msgspec.Struct, frozen=True):
     snapshot: SnapshotJson | None = None
     stages: list[StageJson] = []
     stage: StageJson | None = None  # this run
-    trackers: dict[str, str] = {}
 
 
 class LedgerJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
