@@ -32,7 +32,7 @@ def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
     code, out, err = regrow(*PRUNE, "--keep", "0.6", "--finetune", "2", "--out", "run")
     assert code == 0, err
     assert "Masked = shrunk" in out and "Accuracy" in out and "go on with: regrow recover run" in out
-    assert (Path("run") / "report.html").stat().st_size > 10_000
+    assert (Path("run") / "report.html").stat().st_size > 5_000
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     sizes = {row["model"]: row["params_counted"] for row in rows if row["what"] == "size"}
     assert 0 < sizes["pruned"] <= 0.6 * sizes["dense"]
