@@ -12,7 +12,7 @@ import pytest
 from regrow.reports import ReportError, figures, read_runs, to_html, write_page
 from regrow.reports.page import _environment
 from regrow.store.errors import StoreError
-from reports.folders import write_run
+from reports.folders import KINDS, write_run
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 SECTIONS = {"quality", "network", "use", "record"}
@@ -157,6 +157,13 @@ def test_runs_measured_on_other_windows_are_told_apart(several, tmp_path):
     said = words_of(to_html(read_runs([tmp_path / several[0].name, other])))
     assert "The runs differ in eval_tokens: their quality cannot be compared." in said
     assert "cannot be compared" not in words_of(to_html(read_runs(several)))
+
+
+def test_a_domain_that_one_run_did_not_see_is_unseen(several, tmp_path):
+    other = [(name, dense, pruned, not seen) for name, dense, pruned, seen in KINDS]
+    said = words_of(to_html(read_runs([several[0], write_run(tmp_path / "other", kinds=other)])))
+    assert "unseen is what at least one of them did not see" in said
+    assert "Perplexity, unseen text Accuracy" in said and "Perplexity, seen text" not in said
 
 
 def test_figures_are_text_in_the_pages_colours(several):

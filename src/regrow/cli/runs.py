@@ -98,7 +98,8 @@ def say_run(path: Path) -> None:
     table("Before and after", ("", "before", "after", ""), figures, numbers=(1, 2))
     if run.quality:
         quality = summary.quality_table(run)
-        table(quality.title, quality.columns, quality.rows, numbers=range(1, len(quality.columns)))
+        rows = [[cell.partition(" ± ")[0] for cell in row] for row in quality.rows]
+        table(quality.title, quality.columns, rows, numbers=range(1, len(quality.columns)))
     if run.course.accuracies:
         known = summary.accuracy_table(run)
         columns = (known.columns[0], *map(str, range(1, len(known.columns) - 1)), known.columns[-1])

@@ -19,50 +19,40 @@ class Comparison:
     headline: str
     table: Table
     alarms: list[str]
+    runs: list[Run]
     summaries: list[Summary]
-    lower: bool  # whether quality is a perplexity, which is better the lower it is
 
     def draw(self) -> Drawing | None:
         """Draw quality against size."""
-        points = [(row[0], one.size, one.quality) for row, one in zip(self._runs(), self.summaries, strict=True)]
-        quality = "perplexity, geometric mean (log scale)" if self.lower else "accuracy"
-        return draw_front(points, "parameters", quality, lower=self.lower)
-
-    def _runs(self) -> list[list[str]]:
-        return self.table.rows[-len(self.summaries) :]
+        pairs = zip(self.runs, self.summaries, strict=True)
+        points = [(run.name, summary.size, summary.quality) for run, summary in pairs]
+        lower = any(row.seen is not None for run in self.runs for row in run.quality)
+        quality = "perplexity, geometric mean (log scale)" if lower else "accuracy"
+        return draw_front(points, "parameters", quality, lower=lower)
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs, on the text domains and tasks on which all were evaluated."""
-    shared = [row.name for row in runs[0].quality if all(row.name in measured(run) for run in runs)]
-    runs = [replace(run, quality=[row for row in run.quality if row.name in shared]) for run in runs]
-    summaries, differing = [summarise(run) for run in runs], find_differences(runs)
-    quantities = dict.fromkeys(figures.label for summary in summaries for figures in summary.figures)
-    tables = [{figures.label: figures for figures in summary.figures} for summary in summaries]
-    rows = []
-    for i, (run, table) in enumerate(zip(runs, tables, strict=True)):
-        after = [table[label].after if label in table else q.NONE for label in quantities]
-        rows.append([run.name, *(values[i] for values in differing.values()), *after])
-    sides = [{table[label].before if label in table else q.NONE for table in tables} for label in quantities]
-    before = [values.pop() if len(values) == 1 else q.NONE for values in sides]
-    if any(value != q.NONE for value in before):
-        rows.insert(0, ["before", *[q.NONE] * len(differing), *before])
+    """Compare runs, on the text domains and tasks on which all were evaluated; a domain is seen if all runs saw it."""
+    measured = [{row.name: row.seen for row in run.quality if row.after is not None} for run in runs]
+    shared = {name: [domains[name] for domains in measured] for name in measured[0] if all(name in d for d in measured)}
+    compared = []
+    for run in runs:
+        rows = [row for row in run.quality if row.name in shared]
+        rows = [row if row.seen is None else replace(row, seen=all(shared[row.name])) for row in rows]
+        compared.append(replace(run, quality=rows))
+    summaries, differing = [summarise(run) for run in compared], find_differences(runs)
+    models = {run.model for run in runs}
+    headline = f"{len(runs)} runs of {models.pop() if len(models) == 1 else f'{len(models)} models'}"
+    if shared:
+        headline += f", compared on {', '.join([*shared][:8])}{' and others' * (len(shared) > 8)}"
     alarms = [f"{run.name}: {alarm}" for run, one in zip(runs, summaries, strict=True) for alarm in one.alarms]
     if unfair := [name for name in differing if name in EVALUATION]:
         alarms.insert(0, f"The runs differ in {', '.join(unfair)}: their quality cannot be compared.")
     elif len({_evaluated(run) for run in runs}) > 1:
         alarms.insert(0, "The runs differ in tasks or in what was evaluated: their quality cannot be compared.")
-    models = {run.model for run in runs}
-    headline = f"{len(runs)} runs of {models.pop() if len(models) == 1 else f'{len(models)} models'}"
-    if shared:
-        headline += f", compared on {', '.join(shared[:8])}{' and others' * (len(shared) > 8)}"
-    lower = any(row.seen is not None for run in runs for row in run.quality)
-    return Comparison(headline, Table(headline, ["Run", *differing, *quantities], rows), alarms, summaries, lower)
-
-
-def measured(run: Run) -> set[str]:
-    """Return the text domains and tasks on which a run was evaluated at its end."""
-    return {row.name for row in run.quality if row.after is not None}
+    if any(len(set(seen)) > 1 for seen in shared.values()):
+        alarms.append("The runs were calibrated on different text: unseen is what at least one of them did not see.")
+    return Comparison(headline, _tabulate(headline, runs, summaries, differing), alarms, compared, summaries)
 
 
 def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -71,6 +61,22 @@ def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     columns = {name: [table[name] for table in tables] for name in shared}
     return {name: values for name, values in columns.items() if len(set(values)) > 1 and name != "run"}
+
+
+def _tabulate(title: str, runs: Sequence[Run], summaries: Sequence[Summary], differing: dict[str, list[str]]) -> Table:
+    """Return a row per run, and one of what was before them where that is the same for all."""
+    figures = [{row.label: row for row in summary.figures} for summary in summaries]
+    labels = list(dict.fromkeys(label for known in figures for label in known))
+    rows, before = [], []
+    for i, (run, known) in enumerate(zip(runs, figures, strict=True)):
+        after = [known[label].after if label in known else q.NONE for label in labels]
+        rows.append([run.name, *(values[i] for values in differing.values()), *after])
+    for label in labels:
+        sides = {known[label].before if label in known else q.NONE for known in figures}
+        before.append(sides.pop() if len(sides) == 1 else q.NONE)
+    if any(value != q.NONE for value in before):
+        rows.insert(0, ["before", *[q.NONE] * len(differing), *before])
+    return Table(title, ["Run", *differing, *labels], rows)
 
 
 def _evaluated(run: Run) -> tuple[object, ...]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, LINE, FAINT, ACCENT, PAPER = (f"#0a0b{i:02}" for i in range(1, 7))
-_VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", FAINT: "var(--faint)"}
-_VARIABLES |= {ACCENT: "var(--accent)", PAPER: "var(--paper)"}
+_NAMES = {MUTED: "muted", LINE: "line", FAINT: "faint", ACCENT: "accent", PAPER: "paper"}
+_VARIABLES = {INK: "currentColor"} | {colour: f"var(--{name})" for colour, name in _NAMES.items()}
 _WIDTH, _PIXELS, _MAX_ROWS = 440, 72, 40
 _STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 

@@ -269,7 +269,7 @@ def quality_table(run: Run) -> Table:
         cells.append(_describe_change(row))
         rows.append([*cells, q.percent(row.recovered)] if recovered else cells)
     heads = ["", *models.values(), "Change", *["Loss recovered"] * recovered]
-    return Table("Perplexity of text, accuracy on tasks, with 95 % intervals", heads, rows)
+    return Table("Perplexity of text, accuracy on tasks", heads, rows)
 
 
 def accuracy_table(run: Run) -> Table:
