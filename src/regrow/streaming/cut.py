@@ -30,10 +30,10 @@ from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import Deviation, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import changed_blocks, check_block
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
-from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
+from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import operations, restate_steps
 
 
