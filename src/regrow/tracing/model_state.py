@@ -219,7 +219,7 @@ def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> 
     if isinstance(value, Collection):
         parts = value.values() if isinstance(value, Mapping) else value
     else:
-        state = object.__getstate__(value)  # type: ignore[attr-defined]
+        state = object.__getstate__(value)
         held = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
         parts = [part for entries in held for part in (entries or {}).values()]
     for part in parts:
