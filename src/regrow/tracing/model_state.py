@@ -7,7 +7,7 @@ results. Runs on fake data would leave tensors without numbers in all these plac
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial
@@ -228,8 +228,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return those of some parameters and buffers that a model has, by name."""
-    state = state_of(model)
-    return {name: state[name] for name in names if name in state}
+    state = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        with suppress(AttributeError):
+            module = model.get_submodule(path)
+            tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+            if tensor is not None:
+                state[name] = tensor
+    return state
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:
