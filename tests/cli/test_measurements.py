@@ -50,8 +50,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (None, "holds 0 of the 1 tasks that are over; restore it"),
         ([], "holds 0 of the 1 tasks that are over; restore it"),
         ([{"what": "task"}], "line 1: Object missing required field `name`; restore it or delete that line"),
-        ([TASK | {"accuracy": []}], "line 1: accuracy is []: Expected `array` of length >= 1"),
-        ([TASK | {"accuracy": [1e999]}], "line 1: accuracy.0 is inf: Expected `float` <= 1.0"),
+        ([TASK | {"accuracy": []}], "line 1: Expected `array` of length >= 1 - at `$.accuracy`"),
+        ([TASK | {"accuracy": [1e999]}], "line 1: Expected `float` <= 1.0 - at `$.accuracy[0]`"),
         ([TASK | {"task": 7}], "line 1: Field `accuracy` has 1 entries at task 7"),
         ([TASK, TASK], "row 2 of the kind 'task' is of task 0, not 1; restore it"),
     ],
@@ -77,7 +77,10 @@ def test_a_learning_run_does_not_go_on_with_damaged_measurements(
     [
         ({"what": "choice"}, "line 1: Object missing required field `model`"),
         ({"what": "size", "model": "dense"}, "line 1: Object missing required field `params_all`"),
-        ({"what": "verify", "max_abs_diff": "x", "bound": 1}, "line 1: max_abs_diff is 'x': Expected `float | null`"),
+        (
+            {"what": "verify", "max_abs_diff": "x", "bound": 1},
+            "line 1: Expected `float | null`, got `str`",
+        ),
     ],
 )
 def test_a_pruning_run_does_not_go_on_with_damaged_measurements(

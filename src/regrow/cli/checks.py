@@ -138,7 +138,7 @@ def _check_data(values: Mapping[str, object]) -> None:
 def check_json(path: Path, *inputs: str) -> None:
     """Raise StoreError unless a JSON file can be written that is no input (a file or ``NAME=PATH``) of the command."""
     files = [part for text in inputs for part in (text, text.partition("=")[2]) if part]
-    check_output(path, JSON, files, streams=True)
+    check_output(path, JSON, files)
 
 
 def check_folder(out: Path) -> None:

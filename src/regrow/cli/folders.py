@@ -117,7 +117,7 @@ def settings(run: Path, out: Path | None) -> None:
     from regrow.store.run_record import convert_settings, read_run, unfinished_folder
 
     if out:
-        check_output(out, (".toml",), streams=True)
+        check_output(out, (".toml",))
     settle(run)
     data = read_run(unfinished_folder(run) or run)
     command = data["verb"]

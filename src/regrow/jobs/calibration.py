@@ -28,7 +28,7 @@ from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.replacing import settle
 from regrow.store.run_folder import RunFolder
-from regrow.store.run_record import RUN, is_resumable, read_run, run_identity
+from regrow.store.run_record import RUN, first_difference, is_resumable, read_run
 from regrow.streaming.requirements import MemoryPlan
 
 
@@ -63,10 +63,14 @@ class SharedWork:
 def is_finished(settings: Settings, folder: Path) -> bool:
     """Whether a folder holds the finished pruning run of these settings; StoreError if it holds something else."""
     settle(folder)
-    wanted = run_identity("prune", asdict(settings), None)
+    wanted = {"verb": "prune", "settings": asdict(settings)}
     if (folder / RUN).is_file():
         data = read_run(folder)
-        if data.get("finished") and data["verb"] == "prune" and data["settings"] == wanted["settings"]:
+        if (
+            data.get("finished")
+            and data["verb"] == "prune"
+            and not first_difference(data["settings"], asdict(settings))
+        ):
             return True
     is_resumable(folder, wanted)
     return False
@@ -134,4 +138,4 @@ def write_scores(
         for unit in massive(axes, energy(weights, axes, measured, units=units)):
             if unit.axis in entries:
                 entries[unit.axis]["massive"].append({"unit": unit.unit, "ratio": unit.ratio, "share": unit.share})
-    record.write_scores(scores.metric, entries)
+    record.write("scores.json", {"metric": scores.metric, "axes": entries})

@@ -22,13 +22,12 @@ from regrow.store.replacing import (
     count_bytes,
     record_files,
     replace_folder,
-    shares_blocks,
 )
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
 from regrow.store.state import named_tensors
-from regrow.store.weights import OutsideTensors
+from regrow.store.weights import OutsideTensors, check_file, inside
 
 BEFORE = "before"
 """Name of the folder, inside a run folder, with the model that the run started from."""
@@ -143,7 +142,7 @@ def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True
     disk = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
     source = Path(model)
     if (source / store.SHAPES).is_file():
-        needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
+        needed = count_bytes(source)
     else:
         needed = sum(held.tensor.nbytes for held in named_tensors(loaded.model).values())
     if needed > (free := shutil.disk_usage(disk).free):
@@ -164,10 +163,8 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
             target.mkdir()
             copy_folder(source, target)
         files = record_files(target)
-    shapes = store.read_shapes(target)
-    for name, expected in shapes.files.items():
-        if name not in files or files[name]["sha256"] != expected.sha256:
-            raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
+    for name, expected in store.read_shapes(target).files.items():
+        check_file(inside(target, name), expected)
     return {"bytes": count_bytes(target), "files": files}
 
 

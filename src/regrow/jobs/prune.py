@@ -210,7 +210,7 @@ class PruneJob:
             if isinstance(record, RunFolder):
                 write_scores(record, weights, axes, cut.plan, cut.scores, evidence)
                 if cut.findings:
-                    record.write_findings(settings.method, cut.findings)
+                    record.write("findings.json", {"method": settings.method, **cut.findings})
         broadcast_record(run.ranks, cut.plan.to_json())
         return cut.plan, evidence.notes
 

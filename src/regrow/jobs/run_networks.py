@@ -162,16 +162,13 @@ class StreamedRun:
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan, *, proof: bool, fits: bool) -> AxisGraph:
         """Try a plan, and write the cut network, whose changed blocks are compared with the masked ones for ``proof``.
 
-        The processes of the run share the blocks, and rank 0 writes them. A network whose layers are fitted later goes
-        to a folder of its own.
+        Rank 0 cuts and writes for all. A network whose layers are fitted later goes to a folder of its own.
         """
         with run.stage("apply"):
             self.change = change = propose_cut(self.opened, plan)
             return_memory()
             target = run.record.path / statistics.FOLDER / CUT if fits else run.record.path
-            if not run.ranks.leads:
-                change.share(run.ranks, proof=proof)
-            elif deviations := change.write(target, proof=proof, progress=run.progress, ranks=run.ranks):
+            if run.ranks.leads and (deviations := change.write(target, proof=proof, progress=run.progress)):
                 worst = max(deviations, key=lambda deviation: deviation.largest_difference - deviation.bound)
                 run.record.log(
                     "verify",

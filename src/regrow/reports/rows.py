@@ -100,8 +100,6 @@ class ShapeChange(metrics.CommitRow, frozen=True):
     accuracy_after: list[Figure] = msgspec.field(default_factory=list)
     logits_moved: Amount = None
     parameters: Count | None = None
-    newborn_gradient: Fraction = None
-    newborn_entries: Fraction = None
 
     @property
     def before(self) -> float | None:

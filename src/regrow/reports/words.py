@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from regrow.reports import quantities as q
-from regrow.reports.rows import FittedLayer, ShapeChange
+from regrow.reports.rows import FittedLayer
 from regrow.reports.runs import Course, KeyNumber, Run
 
 SEEN = "fitted sources"
@@ -197,13 +197,6 @@ def learned_numbers(course: Course) -> list[KeyNumber]:
         for figure in MATRIX_FIGURES
         if (value := getattr(course.matrix, figure.name)) is not None
     ]
-
-
-def loss_recovery(event: ShapeChange) -> str:
-    """Return after how many steps the loss had recovered from a growth, in words."""
-    if event.recovery_steps is not None:
-        return q.count(event.recovery_steps)
-    return f"not in {q.count(event.steps_watched)}" if event.steps_watched else q.NONE
 
 
 def _price(run: Run) -> str:

@@ -13,8 +13,6 @@ from regrow import store
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.core.progress import Progress, silent
-from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.parallel import Outbox, receive
 from regrow.nets import Loaded
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
@@ -90,16 +88,13 @@ class StreamedCut:
     loaded: Loaded  # the cut network without numbers, its tokenizer, an example input and its origin
     axes: AxisGraph
 
-    def write(
-        self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: ProcessRank = SINGLE
-    ) -> list[Deviation]:
+    def write(self, folder: Path, *, proof: bool = True, progress: Progress = silent) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self._tensors(proof, deviations, progress, ranks):
-                if name in shapes.tensors:
-                    yield name, tensor
+            made = self._tensors(proof, deviations, progress)
+            return ((name, tensor) for name, tensor in made if name in shapes.tensors)
 
         @contextmanager
         def running(written: Path) -> Iterator[nn.Module]:
@@ -116,20 +111,6 @@ class StreamedCut:
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
-    def share(self, ranks: ProcessRank, *, proof: bool = True) -> None:
-        """Cut and check the blocks of this rank, and send them to rank 0, which writes them."""
-        network, outbox = self.opened.network(), Outbox()
-        blocks, compared = ranks.share(_ordered(network)), self._compared(proof)
-        names = [*(block.names for block in blocks), ()]
-        with network.resident(network.outer, names[0]):
-            for i, block in enumerate(blocks):
-                deviations: list[Deviation] = []
-                with network.resident(block.names, names[i + 1]):
-                    tensors = dict(self._cut(block.path, block.names, compared, deviations))
-                    outbox.flush()  # no more than one block waits
-                    outbox.send({"names": [*tensors], "deviations": deviations}, [*tensors.values()])
-        outbox.flush()
-
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network, to be run one block at a time."""
         made, before = Checkpoint.open(folder).places, self.opened.weights
@@ -142,15 +123,10 @@ class StreamedCut:
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 
-    def _compared(self, proof: bool) -> set[str]:
-        """Return the paths of the blocks that are compared."""
-        return {block.path for block in changed_blocks(self.change)} if proof else set()
-
-    def _tensors(
-        self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, proof: bool, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
-        network, compared, what = self.opened.network(), self._compared(proof), "cutting and checking the blocks"
+        network, what = self.opened.network(), "cutting and checking the blocks"
+        compared = {block.path for block in changed_blocks(self.change)} if proof else set[str]()
         for name, held in named_tensors(self.loaded.model).items():
             if not held.kind.carried:
                 yield name, held.tensor
@@ -160,12 +136,7 @@ class StreamedCut:
             yield from self._cut("", network.outer, compared, deviations)
             for i, block in enumerate(ordered):
                 progress(i + 1, len(ordered) + 1, what)
-                if owner := i % ranks.size:
-                    record, tensors = receive(owner)
-                    deviations += [Deviation(*deviation) for deviation in record["deviations"]]
-                    yield from zip(record["names"], tensors, strict=True)
-                    continue
-                following = ordered[i + ranks.size].names if i + ranks.size < len(ordered) else ()
+                following = ordered[i + 1].names if i + 1 < len(ordered) else ()
                 with network.resident(block.names, following):
                     yield from self._cut(block.path, block.names, compared, deviations)
         progress(len(ordered) + 1, len(ordered) + 1, what)
@@ -195,12 +166,12 @@ def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
     """Try a plan on a copy without numbers of a network that is larger than memory."""
     model, axes = opened.loaded.model, opened.axes
     check(model, axes, plan)
-    if plan.changes_modules or any(change.grow or change.restore for change in plan.changes.values()):
-        raise PlanError("only cuts are made block by block; load the model whole, without --memory")
+    changes = plan.changes.values()
+    if axes.recording is None or plan.changes_modules or any(change.grow or change.restore for change in changes):
+        raise PlanError("only cuts of traced networks are made block by block; load it whole, without --memory")
     ready = prepare(model, axes, plan)
     rehearsal = try_out(model, axes, plan, ready.resizing(axes))
-    if rehearsal is None or axes.recording is None:
-        raise PlanError("a network with declared axes is not cut block by block; load it whole, without --memory")
+    assert rehearsal is not None
     change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready)
     known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
     copied, after = commit(copy_model(model, lambda tensor: tensor), known, plan, ready)
