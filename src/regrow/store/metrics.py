@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,11 +217,11 @@ KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
 KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in KINDS.items() if fields is not None}
 
 
+@dataclass
 class Metrics:
     """The rows of a ``metrics.jsonl`` file, which need not exist; one that is added replaces the whole file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def rows(self) -> list[dict[str, Any]]:
         """Return every row, in order."""

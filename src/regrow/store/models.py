@@ -27,7 +27,7 @@ from regrow.store.portable import main_dtype, read_tokenizer, update_origin, wri
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.run_record import versions
 from regrow.store.shapes import DTYPES, SHAPES, Kind, Probe, Shapes
-from regrow.store.state import all_tensors, attribute_tensors, named_tensors, restore
+from regrow.store.state import all_tensors, named_tensors, restore
 from regrow.store.weights import (
     OutsideTensors,
     check_file,
@@ -211,10 +211,6 @@ def _load(
         reason = shapes.probe.reason
         _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, reason)
     net.to(device, None if transformers else dtype)
-    for name, tensor in attribute_tensors(net).items():  # which `to` leaves where they are
-        if name in tensors:
-            path, _, leaf = name.rpartition(".")
-            vars(net.get_submodule(path))[leaf] = tensor.to(device)
     builds = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
     origin = replace(shapes.origin, builder=model) if builds else shapes.origin
     describe_loaded(net, origin, read_tokenizer(folder) if transformers else None)

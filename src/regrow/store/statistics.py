@@ -62,16 +62,10 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
     tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
-    header: dict[str, object] = {
-        "source": source,
-        "shard": shard,
-        "key": key,
-        "tokens": statistics.tokens,
-        "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
-        "gradients": list(statistics.gradients),
-        "fisher": list(statistics.fisher),
-    }
-    write_tensors(path, tensors, header, FORMAT)
+    moments = [(name, m.count, m.sequences) for name, m in statistics.moments.items()]
+    gradients, fisher = [*statistics.gradients], [*statistics.fisher]
+    header = StatisticsHeader(source, shard, key, statistics.tokens, moments, gradients, fisher)
+    write_tensors(path, tensors, msgspec.to_builtins(header), FORMAT)
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
