@@ -115,13 +115,13 @@ def test_records_know_nothing_of_torch(module):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("axes", lambda d: d["before"][0].update(size="12"), ("before.0.size is '12'", "int")),
+        ("axes", lambda d: d["before"][0].update(size="12"), ("Expected `int`, got `str` - at `$.before[0].size`",)),
         ("axes", lambda d: d["after"][1].update(call="os:abort"), ("unknown field `call`",)),
         ("axes", lambda d: d.pop("after"), ("missing required field `after`",)),
         (
             "scores",
             lambda d: d["axes"]["body.0.weight:0"].update(kept_min="low"),
-            ("0.weight:0.kept_min is",),
+            ("at `$.axes[...].kept_min`",),
         ),
         ("scores", lambda d: d["axes"]["body.0.weight:0"].update(spread=1), ("unknown field `spread`",)),
     ],

@@ -210,10 +210,6 @@ class Parallel:
         dist.all_reduce(total)
         return float(total)
 
-    def decide(self, holds: bool) -> bool:
-        """Return the decision of rank 0."""
-        return bool(broadcast_record(self.ranks, holds))
-
     def check_same(self, what: str, data: object) -> None:
         """Raise ResourceError on every rank unless all have the same data, such as a list of tensors."""
         if not self.ranks.several:

@@ -52,7 +52,9 @@ def check_format(data: object, known: str, where: str | Path, remedy: str = "run
     """Raise StoreError unless JSON data name the format that this version reads."""
     written = data.get("format") if isinstance(data, Mapping) else None
     if written != known:
-        raise StoreError(f"{where} has the format {written!s:.40}, this version of regrow reads {known}; {remedy}")
+        raise StoreError(
+            f"{where} has the format {written!s:.40}, this version of regrow reads {known}; restore it, or {remedy}"
+        )
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:

@@ -195,8 +195,7 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
         if name not in present:
             raise StoreError(f"{shown / name} is missing or a link; put the file of the run there again")
         if present[name] != expected:
-            state = "truncated" if present[name]["bytes"] < expected["bytes"] else "damaged or was changed"
-            raise StoreError(f"{shown / name} is {state}: it does not have the recorded SHA-256; copy it again")
+            raise StoreError(f"{shown / name} does not have the recorded SHA-256: it is damaged; copy it again")
     if other := min(present.keys() - recorded.keys(), default=None):
         raise StoreError(f"{shown / other} is no file of the run; move it elsewhere")
 

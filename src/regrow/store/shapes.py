@@ -130,7 +130,7 @@ class Shapes:
             raise StoreError(str(error)) from None
         check_format(data, FORMAT, "it", "save the model again")
         assert isinstance(data, dict)
-        placeholders = convert({"stands": data.get("stands")}, dict[str, dict[str, Placeholder]])["stands"]
+        placeholders = convert(data.get("stands"), dict[str, Placeholder], "stands")
         shapes = replace(convert(data, Shapes), placeholders=placeholders)
         if check and data.get("sha256") != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")

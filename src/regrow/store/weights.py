@@ -149,8 +149,8 @@ def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
     """Raise StoreError unless a file has the recorded size and header digest."""
     length = path.stat().st_size
     if length != expected.bytes:
-        state = "truncated" if length < expected.bytes else "changed"
-        raise StoreError(f"{path} has {length} bytes, not the recorded {expected.bytes}: it is {state}; copy it again")
+        what = f"{length} bytes, not the recorded {expected.bytes}: it is truncated or was changed"
+        raise StoreError(f"{path} has {what}; copy it again")
     if digests and measure(path).header != expected.header:
         raise StoreError(f"{path} does not have the recorded SHA-256: it is damaged or was changed; copy it again")
 

@@ -16,7 +16,7 @@ from torch import nn
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.progress import Log, Progress, discard, silent
-from regrow.distributed.parallel import ALONE, Parallel, broadcast_tensors
+from regrow.distributed.parallel import ALONE, Parallel, broadcast_record, broadcast_tensors
 from regrow.surgery import UndoStore
 from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
 from regrow.training.schedule import Optimizers, Phase, Schedule
@@ -249,8 +249,8 @@ class _TaskTraining(Generic[S]):
                 text = self.log.notes.get("status", {}).get("text", context.task.name)
                 steps = state.number * total + done + i + 1
                 options.progress(steps, len(self.phases) * total, f"{text}, loss {loss:.3f}")
-            seconds = options.seconds
-            if seconds is not None and options.parallel.decide(time.monotonic() - self.written > seconds):
+            late = options.seconds is not None and time.monotonic() - self.written > options.seconds
+            if options.seconds is not None and broadcast_record(options.parallel.ranks, late):
                 self._write()
         self.state = state
 
