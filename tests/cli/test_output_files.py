@@ -112,7 +112,7 @@ def test_gguf_does_not_overwrite_what_it_exports(regrow, tmp_path, capfd):
     with pytest.raises(StoreError, match="name a new file"):
         write(model, "llama/model.safetensors")
     os.mkfifo("fifo.gguf")
-    refused(regrow(*words, "fifo.gguf"), "name a regular file")
+    refused(regrow(*words, "fifo.gguf"), "give a regular file")
     assert digests(tmp_path) == before
     Path("link.gguf").symlink_to("net.gguf")
     for _ in range(2):
