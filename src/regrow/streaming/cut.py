@@ -1,8 +1,9 @@
 """Cut a network that is larger than memory: block by block its tensors are cut, checked in float64 and written."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,10 +28,10 @@ from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import Deviation, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import changed_blocks, check_block
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
-from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
+from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import operations, restate_steps
 
 
@@ -88,20 +89,24 @@ class StreamedCut:
     loaded: Loaded  # the cut network without numbers, its tokenizer, an example input and its origin
     axes: AxisGraph
 
-    def write(self, folder: Path, *, proof: bool = True, progress: Progress = silent) -> list[Deviation]:
+    @cached_property
+    def changed_paths(self) -> frozenset[str]:
+        """The paths of the blocks that are compared."""
+        return frozenset(block.path for block in changed_blocks(self.change))
+
+    def write(self, folder: Path, *, progress: Progress = silent) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            made = self._tensors(proof, deviations, progress)
+            made = self._tensors(deviations, progress)
             return ((name, tensor) for name, tensor in made if name in shapes.tensors)
 
         @contextmanager
         def running(written: Path) -> Iterator[nn.Module]:
             network, change = self.network(written), self.change
-            if proof:
-                example = cast_example(change.axes.example, change.model)
-                check_streamed_run(network, change.planned, change.recording.blocks, example)
+            example = cast_example(change.axes.example, change.model)
+            check_streamed_run(network, change.planned, change.recording.blocks, example)
             with network.on_demand() as model:
                 yield model
 
@@ -123,10 +128,9 @@ class StreamedCut:
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 
-    def _tensors(self, proof: bool, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
         network, what = self.opened.network(), "cutting and checking the blocks"
-        compared = {block.path for block in changed_blocks(self.change)} if proof else set[str]()
         for name, held in named_tensors(self.loaded.model).items():
             if not held.kind.carried:
                 yield name, held.tensor
@@ -134,22 +138,20 @@ class StreamedCut:
         ordered = sorted(network.blocks, key=lambda block: f"{block.path}.")
         with network.resident(network.outer, ordered[0].names):
             progress(0, len(ordered) + 1, what)
-            yield from self._cut("", network.outer, compared, deviations)
+            yield from self._cut("", network.outer, deviations)
             for i, block in enumerate(ordered):
                 progress(i + 1, len(ordered) + 1, what)
                 following = ordered[i + 1].names if i + 1 < len(ordered) else ()
                 with network.resident(block.names, following):
-                    yield from self._cut(block.path, block.names, compared, deviations)
+                    yield from self._cut(block.path, block.names, deviations)
         progress(len(ordered) + 1, len(ordered) + 1, what)
 
-    def _cut(
-        self, path: str, names: tuple[str, ...], compared: Collection[str], deviations: list[Deviation]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _cut(self, path: str, names: tuple[str, ...], deviations: list[Deviation]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of one block, or of what lies outside the blocks, after the plan."""
         change = self.change
         cut = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
         ready = prepare(change.model, change.axes, change.plan, names=cut)
-        for block in change.recording.blocks if path in compared else ():
+        for block in change.recording.blocks if path in self.changed_paths else ():
             if block.path == path:
                 deviations.append(check_block(replace(change, ready=ready), block))
         for name in sorted(cut):
