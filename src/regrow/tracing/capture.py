@@ -253,12 +253,18 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Context manager in which the model is in one mode and uncompiled; each module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
     compiled = "torch._dynamo" in sys.modules
+    with keep_modes(model), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        model.train(training)
+        yield
+
+
+@contextmanager
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Context manager after which each module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
