@@ -117,7 +117,7 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     settings.check()
     parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     even, fill = settings.fill == "pair", Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular, even=even)
+    wide = widening(axes, parts, named, even=even)
     with preserve_random_state():
         insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
