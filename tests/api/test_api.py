@@ -164,15 +164,6 @@ def test_another_fraction_than_one_between_0_and_1_is_refused(keep):
         regrow.prune(net(3), INPUTS, keep=keep)
 
 
-def test_unknown_arguments_are_named():
-    with pytest.raises(TypeError, match="search has no argument 'keep'; the size is given by target="):
-        regrow.search(net(3), INPUTS, keep=0.5)
-    with pytest.raises(TypeError, match="search has no argument 'scenario'"):
-        regrow.search(net(3), INPUTS, smaller=0.5, scenario=1)
-    with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
-        regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)
-
-
 def test_trace_and_save_name_what_is_mistaken(tmp_path):
     for args in ((), ((1, 6),)):
         with pytest.raises(TraceError, match="does not run without a tensor among its inputs; give"):

@@ -46,7 +46,7 @@ def test_runs_chain_and_their_ledger_is_replayed_from_the_start(chain: Run) -> N
 def test_every_run_can_be_undone_down_to_the_first_weights(chain: Run) -> None:
     import toys
 
-    code, out, err = chain("history", "three")
+    code, out, err = chain("show", "three", "--code", "toys:classifier")
     assert code == 0, err
     assert "three/before/before/before" in out and "units added" in out
     assert "History of the network" in Path("three/report.html").read_text()
@@ -124,7 +124,7 @@ def test_a_run_is_searched_from_its_weights(chain: Run) -> None:
     import toys
 
     options = ("--data", "digits", "--epochs", "3", "--retrain", "0", "--train", "64", "--test", "16")
-    code, _, err = chain("search", "one", "--target", "0.8", *options, *CODE, "--out", "searched")
+    code, _, err = chain("search", "one", "--target", "params=80%", *options, *CODE, "--out", "searched")
     assert code == 0, err
     ledger = Ledger(Path("searched/ledger.json")).plans()
     fresh, x = toys.classifier()

@@ -44,7 +44,6 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     row, recorded = told("smaller"), json.loads(Path("smaller/run.json").read_text())
     assert row["measure"] == "params" and 0.65 < row["after"] / row["before"] <= 0.7
     assert recorded["settings"]["target"] == "params=70%" and "--target params=70%" in recorded["command"]
-    assert regrow("settings", "smaller")[1].count('target = "params=70%"') == 1
     assert "params=70%" in Path("smaller/report.html").read_text()
 
 
@@ -53,7 +52,7 @@ def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model:
     words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--regular")
     code, out, err = regrow(*words, "--target", "kv_cache=10K@64", "--out", "cache")
     assert code == 0, err
-    assert "kv_cache at 64 tokens" in out
+    assert "key-value cache at 64 tokens" in out
     model = load("cache")
     with torch.no_grad():
         layers = model(torch.arange(64)[None], use_cache=True).past_key_values.layers
@@ -64,8 +63,7 @@ def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model:
     (wide,) = {layer.mlp.up_proj.out_features for layer in load("widths").model.layers}
     assert wide % 8 == 0 and wide < 40
     assert "--regular" in json.loads(Path("widths/run.json").read_text())["command"]
-    assert "The plan is regular" in Path("widths/report.html").read_text()
-    assert regrow("compare", "cache", "widths", "--out", "both.html")[0] == 0
+    assert regrow("report", "cache", "widths", "--out", "both.html")[0] == 0
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_a_command_line_gives_the_settings_again(settings, tmp_path: Path, monke
     output = "--json" if isinstance(settings, evaluate.Settings) else "--out"
     name, *words = shlex.split(command_line(settings, output, "x.json"))[1:]
     context = regrow.commands[name].make_context(name, words)
-    assert asdict(context.params["stated"].build()) == asdict(settings)
+    assert asdict(context.params["settings"]) == asdict(settings)
 
 
 def test_only_what_differs_from_the_defaults_is_written() -> None:

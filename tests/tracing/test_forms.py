@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes.operations import Tracer
 from regrow.tracing import record
 from regrow.tracing.capture import capture, example_of, in_training
-from regrow.tracing.forms import infer_result
+from regrow.tracing.meta_copy import infer_result
 from zoo import ZOO
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
     example = example_of(model, args, kwargs)
-    capture(model, example, tracer=Tracer.COPY)
+    capture(model, example, tracer=Tracer.RECORD)
     assert asked
     asked.clear()
     in_training(model, example)

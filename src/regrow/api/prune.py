@@ -51,7 +51,6 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     reconstruct: bool = False,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
     """Prune a network in one call: trace it, measure importance, choose units, cut it, and measure BatchNorms again.
@@ -85,7 +84,6 @@ def prune(
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
             all of the data, in memory.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (batches done, batches in all, what is being done).
 
     Returns:
@@ -101,7 +99,7 @@ def prune(
     """
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
-    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     sizes = {"keep": keep, "target": target or None, "smaller": smaller}
     given = [f"{name}={value}" for name, value in sizes.items() if value is not None]

@@ -47,7 +47,6 @@ def recover(
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Recover a pruned network in place: by least squares (``refit``), new biases, LoRA, or distillation.
@@ -71,7 +70,6 @@ def recover(
         axes: The axes of the dense network, if they are known; it is then not traced.
         settings: Settings of the method that differ from its defaults.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -93,7 +91,7 @@ def recover(
             "recover takes the networks after and before the cut (regrow.load loads one), and the plan that "
             f"regrow.prune returned, got {got}; write recover(model, dense, plan, data)"
         )
-    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     name = call.name
     job = Settings(

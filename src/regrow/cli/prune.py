@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Stated, Verb
+from regrow.cli.command import Verb
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import say, working
 from regrow.distributed import read_ranks
@@ -26,22 +26,18 @@ RECOVER_EPILOG = """\b
 Examples
   regrow recover RUN --by refit --tokens 32768 --out RUN2
   regrow recover RUN2 --by lora --tokens 200000 --set rank=32 --out RUN3
-  torchrun --no-python --nproc-per-node 2 regrow recover RUN --by distil --fsdp --out RUN4
+  torchrun --no-python --nproc-per-node 2 regrow recover RUN --by distil --out RUN4
 """
 
 
-@click.command(cls=Verb, resumed=("out",), settings=Settings, distributed=True, epilog=EPILOG)
-@command.run_folder()
+@click.command(cls=Verb, settings=Settings, distributed=True, epilog=EPILOG)
+@command.run_folder
 @click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @command.code
-@command.memory(
-    "How much memory the run may use, like 4GiB. If the model does not fit, it is read one block at a time, with the "
-    "same result; how is printed first. For text models in a transformers folder or run folder, or packaged ones."
-)
-@command.track
-def prune(stated: Stated[Settings], out: Path | None, dry_run: Path | None, code: str, memory: str, track: str) -> None:
+@command.memory
+def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str, memory: str) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
-    settings, several = stated.build(), read_ranks().several
+    several = read_ranks().several
     command.say_code(settings.model, code, settings.method)
     if several and (dry_run or settings.device != "cpu"):
         option = "--dry-run" if dry_run else f"--device {settings.device}"
@@ -51,7 +47,7 @@ def prune(stated: Stated[Settings], out: Path | None, dry_run: Path | None, code
         return
     from regrow.jobs.prune import run
 
-    with recorded_run("model", out, code=code, memory=memory, track=track) as invocation:
+    with recorded_run(out, code=code, memory=memory) as invocation:
         run(settings, invocation)
 
 
@@ -69,32 +65,19 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
     say(f"apply it with `regrow apply {path} {settings.model} --out FOLDER`")
 
 
-@click.command(cls=Verb, resumed=("out",), settings=recovery.Settings, distributed=True, epilog=RECOVER_EPILOG)
-@command.run_folder(required=True)
+@click.command(cls=Verb, settings=recovery.Settings, distributed=True, epilog=RECOVER_EPILOG)
+@command.run_folder
 @command.code
-@command.memory(
-    "How much memory the run may use, like 4GiB. What it needs is printed first; a run that needs more is refused, "
-    "or, with bias and refit, reads the models one block at a time. For text models."
-)
-@command.track
-@click.option(
-    "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
-)
-def recover(stated: Stated[recovery.Settings], code: str, memory: str, track: str, fsdp: bool, out: Path) -> None:
+@command.memory
+def recover(settings: recovery.Settings, code: str, memory: str, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
-    settings, ranks = stated.build(), read_ranks()
+    ranks = read_ranks()
     if ranks.several and settings.by not in ("lora", "distil"):
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
     if ranks.several and memory:
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
-    if fsdp and not ranks.several:
-        raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
     from regrow.jobs.recover import run
 
     command.say_code(code, settings.by)
-    if fsdp:
-        from regrow.distributed.fsdp import return_freed_memory
-
-        return_freed_memory()
-    with recorded_run("model", out, code=code, memory=memory, track=track) as invocation:
-        run(settings, invocation, fsdp=fsdp)
+    with recorded_run(out, code=code, memory=memory) as invocation:
+        run(settings, invocation)

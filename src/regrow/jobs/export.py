@@ -49,10 +49,10 @@ def check_out(settings: Settings, out: Path) -> None:
     suffix = FORMATS[settings.to].suffix
     if suffix and out.is_dir():
         raise InputError(f"{out} is a folder; name a file, for example {out / f'model{suffix}'}")
-    if settings.run and out.exists() and out.resolve() == Path(settings.run).resolve():
+    if settings.model and out.exists() and out.resolve() == Path(settings.model).resolve():
         raise InputError(f"{out} is the model itself; name another place")
     if suffix:
-        check_output(out, (suffix,), [settings.run] if settings.run else [])
+        check_output(out, (suffix,), [settings.model] if settings.model else [])
 
 
 def carry_out(
@@ -80,7 +80,7 @@ def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
     if invocation.memory:
         return _open_by_tensor(settings, invocation)
     invocation.progress(0, 1, "loading the model")
-    loaded = load_model(ModelSpec(settings.run, input=settings.input), invocation.progress, invocation.code)
+    loaded = load_model(ModelSpec(settings.model, input=settings.input), invocation.progress, invocation.code)
     return ExportInputs(with_origin(loaded), loaded.example)
 
 
@@ -94,14 +94,14 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
         able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
         raise InputError(f"{settings.to} needs the whole network in memory; leave out --memory, or export to {able}")
     reset_peak()
-    opened = open_network(settings.run)
+    opened = open_network(settings.model)
     network, model = opened.network(), with_origin(opened.loaded)
     largest = int(4 * COPIES * max(parameter.numel() for parameter in model.parameters()))
     size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
     block = max(sum(size[key] for key in block.names) for block in network.blocks)
     checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
     needed = read_resident() + SPARE + max(largest, checked)
-    plan = MemoryPlan(f"exporting {settings.run}", parse_bytes(invocation.memory), needed, needed)
+    plan = MemoryPlan(f"exporting {settings.model}", parse_bytes(invocation.memory), needed, needed)
     plan.check()
     opened.check_output()
     invocation.announce(f"memory: about {format_bytes(needed)} of {format_bytes(plan.limit)}, one tensor at a time")

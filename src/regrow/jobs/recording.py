@@ -15,13 +15,12 @@ from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.models import record_input
 from regrow.jobs.parents import describe_stage, start_from
-from regrow.jobs.trackers import tracking
 from regrow.nets import Loaded
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder, WritePage
 from regrow.store.weights import OutsideTensors
-from regrow.training.state import History
+from regrow.training.state import TrainState
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -91,23 +90,19 @@ class FolderRecorder:
     out: str | Path
     model: str
     command: str
-    track: str = ""  # the name of a tracker that gets every measurement, too; empty: none
     undo: bool = True
     write_page: WritePage | None = None
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the interrupted run has recorded, if there is one."""
-        RunFolder.check(
-            self.out, verb=identity["verb"], settings=identity["settings"], defaults=identity.get("defaults")
-        )
-        begun = RunFolder.open_unfinished(self.out)
+        begun = RunFolder.check(self.out, identity)
         return begun.run() if begun else {}
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Begin or resume the run inside the ``with`` block."""
         loaded = start.loaded
-        with tracking(RunFolder.create(self.out, **start.identity, command=self.command), self.track) as folder:
+        with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
             recorded = folder.run().get("python")
             if recorded is None and start.call is not None:
                 folder.update(python=start.call)
@@ -174,7 +169,6 @@ class Invocation:
     out: str | Path = ""
     code: str = ""
     memory: str = ""  # how much memory the run may use, such as `4GiB`; empty: any
-    track: str = ""  # the name of a tracker that gets every measurement, too; empty: none
     ranks: ProcessRank = SINGLE  # the processes that share the run; all of them call the command
     announce: Callable[[str], None] = lambda line: None
     progress: Progress = silent
@@ -186,7 +180,7 @@ class Invocation:
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
             command = command_line(settings, *(word for option in options.items() if option[1] for word in option))
-            recorder = FolderRecorder(self.out, model, command, self.track, undo, self.write_page)
+            recorder = FolderRecorder(self.out, model, command, undo, self.write_page)
         return ActiveRun(recorder, self.ranks, self.progress)
 
 
@@ -203,10 +197,10 @@ def find_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> 
     return f"{name} was {was}, here {now}"
 
 
-def read_history(folder: Record, events: str = "growth") -> History:
+def read_history(folder: Record, events: str = "growth") -> TrainState[None]:
     """Read the plans, the accuracy matrix, the task rows and the rows of changes of shape, for a run's checkpoint."""
     if not isinstance(folder, RunFolder):
-        return History()
+        return TrainState(None)
     metrics = folder.metrics()
     tasks = [dict(row) for row in metrics if row["what"] == "task"]
     if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
@@ -214,7 +208,7 @@ def read_history(folder: Record, events: str = "growth") -> History:
             f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
             f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
         )
-    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
-    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
-    changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
-    return History(folder.own_ledger.plans(), rows, sizes, changes)
+    rows = tuple(tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks)
+    sizes = tuple({name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks)
+    changes = tuple({k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events)
+    return TrainState(None, rows=rows, plans=folder.own_ledger.plans(), events=changes, sizes=sizes)

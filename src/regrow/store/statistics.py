@@ -1,7 +1,6 @@
 """Files of finished calibration shards, from which a killed run resumes bit for bit."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,17 +33,8 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
 
 
 def file_name(source: str, shard: int) -> str:
-    """Return a file name for a shard of a source: safe on every disk, and different for different sources.
-
-    >>> file_name("news", 0), file_name("../News", 0)
-    ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
-    """
-    name = source
-    # Capitals too: some disks do not tell them from small letters.
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", source) or re.search(r"-[0-9a-f]{8}$", source):
-        plain = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[:40]
-        name = f"{plain}-{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
-    return f"{name}-{shard}.safetensors"
+    """Return a file name for a shard of a source: safe on every disk, and different for different sources."""
+    return f"{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{shard}.safetensors"
 
 
 def fingerprint(source: Source, *settings: object) -> str:
@@ -72,16 +62,10 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
     tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
-    header: dict[str, object] = {
-        "source": source,
-        "shard": shard,
-        "key": key,
-        "tokens": statistics.tokens,
-        "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
-        "gradients": list(statistics.gradients),
-        "fisher": list(statistics.fisher),
-    }
-    write_tensors(path, tensors, header, FORMAT)
+    moments = [(name, m.count, m.sequences) for name, m in statistics.moments.items()]
+    gradients, fisher = [*statistics.gradients], [*statistics.fisher]
+    header = StatisticsHeader(source, shard, key, statistics.tokens, moments, gradients, fisher)
+    write_tensors(path, tensors, msgspec.to_builtins(header), FORMAT)
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
