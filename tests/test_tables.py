@@ -13,7 +13,7 @@ from regrow.core.axes import Mark
 from regrow.core.change import Change
 from regrow.core.plan import Plan
 from regrow.core.tables import MOST_ROWS
-from regrow.evaluation.objective import Evaluation
+from regrow.evaluation.quality import Evaluation
 from regrow.store.run_folder import RunFolder
 
 RUN = Path(__file__).parent / "fixtures" / "runs" / "prune"

@@ -72,13 +72,13 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     Path(tmp_path, "my", "model").mkdir(parents=True)
     Path(tmp_path, "private", "letters.txt").write_text("Dear Ada")
     words = ("evaluate", str(tmp_path / "my" / "model"), "--source", f"mail={tmp_path}/private/letters.txt")
-    words += ("--harness", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
+    words += ("--choices", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
     code, _, err = regrow(*words)
     (report,) = tmp_path.glob("regrow-report-*.txt")
     assert code == 70 and str(report) in err and len(err.splitlines()) == 1
     text = report.read_text()
     assert "KeyError: 'x'" in text and "cli/evaluate.py" in text and torch.__version__.split("+")[0] in text
-    assert "evaluate --source --harness --json\n" in text
+    assert "evaluate --source --choices --json\n" in text
     assert not re.search(f"hf_abc|pass@|private|{tmp_path}", text)
     assert report.stat().st_mode & 0o077 == 0
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from regrow.cli.app import regrow
-from regrow.nets import bench201, mobile
+from regrow.nets import mobile
 from regrow.nets.cells import OPERATIONS, supernet
 from regrow.reports import ReportError, cells, figures, summarise, to_html, to_markdown, write_page
 from regrow.reports.search import RECONSTRUCTED
@@ -110,7 +110,6 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
 
 def test_kinds_are_those_of_the_networks():
     assert cells.KINDS == OPERATIONS and cells.BLOCK_KINDS == mobile.OPERATIONS
-    assert tuple(cells.BENCH_NAMES.values()) == bench201.OPERATIONS and cells.BENCH_EDGES == bench201.EDGES
 
 
 def found_as(path, **config):
@@ -118,31 +117,6 @@ def found_as(path, **config):
     told = {"format": "regrow-shapes/2", "origin": {"config": config}}
     (searched(path) / "shapes.json").write_text(json.dumps(told))
     return path
-
-
-def test_the_topology_of_a_search_in_nas_bench_201_is_named(tmp_path):
-    chosen = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
-    edges = [["nor_conv_3x3"], ["none"], ["nor_conv_1x1"], ["skip_connect"], ["avg_pool_3x3"], ["nor_conv_3x3"]]
-    folder = found_as(tmp_path / "run", **bench201.supernet((3, 8, 8), 10, width=8, cells=1) | {"edges": edges})
-    text, words = to_html(summarise([folder])), to_markdown(summarise([folder]))
-    check_self_contained(text)
-    assert f"<code>{chosen}</code>" in text and f"`{chosen}`" in words
-    assert "not made of cells" not in text and not alarms(folder)  # one operation per edge is no thin node
-    assert "* node 3, 8 wide: node 0: skip; node 1: avg; node 2: conv3" in words
-    assert "of operations, 1 of 6</dd>" in text and "of operations, 3 of 6: none, skips and pools" in text
-    assert '<td class="words">node 0: none; node 1: conv1</td>' in text
-
-
-def test_a_collapse_of_a_topology_is_told(tmp_path):
-    space = bench201.supernet((3, 8, 8), 10, width=8, cells=1)
-    (run,) = summarise([found_as(tmp_path / "whole", **space)]).runs
-    assert len(cells.operations(run.search.topology)) == 6 * 5 and not cells.notation(run.search.topology)
-    skips = found_as(tmp_path / "skips", **space | {"edges": [["skip_connect"]] * 3 + [["nor_conv_3x3"]] * 3})
-    assert alarms(skips) == ["The search may have collapsed: 50.0\xa0% of the kept operations are skips."]
-    bare = found_as(tmp_path / "bare", **space | {"edges": [["none"], ["avg_pool_3x3"]] * 2 + [["none"]] * 2})
-    assert "100.0\xa0% of the kept operations have no weights" in "".join(alarms(bare))
-    for edges in ([["none"]] * 5, [3, None, "none", [{}], [["none"]], []], {"a": 1}):
-        check_self_contained(to_html(summarise([found_as(tmp_path / f"{edges}"[:9], edges=edges)])))
 
 
 def test_blocks_are_listed_and_a_collapse_of_them_is_told(tmp_path):

@@ -23,7 +23,7 @@ RUNS = [
     prune.Settings("m", regular=True, marks=("neutral", "folded"), only=("*.mlp.*",), dtype="float16"),
     learn.Settings(("split:digits:5", "größer/\x7f\n"), method_settings={"levels": [1, 2], "named": True}, lr=1e-5),
     search.Settings("cells:4-3-2", "digits", "macs=20%", memory="2GiB", inherit=True, validation=0.25),
-    evaluate.Settings("m", choices=("a.jsonl",), harness=("arc_easy",), speed=True),
+    evaluate.Settings("m", choices=("a.jsonl",), speed=True),
 ]
 
 

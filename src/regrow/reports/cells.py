@@ -1,4 +1,4 @@
-"""The cells or blocks that a search found, in words and in NAS-Bench-201's notation."""
+"""The cells or blocks that a search found, in words."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,16 +9,6 @@ from regrow.store.schemas import Count
 
 KINDS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
 """Kinds of operations of DARTS-like cells, in the order in which cells list them."""
-BENCH_NAMES = {
-    "none": "none",
-    "skip": "skip_connect",
-    "conv1": "nor_conv_1x1",
-    "conv3": "nor_conv_3x3",
-    "avg": "avg_pool_3x3",
-}
-"""Kinds of operations → NAS-Bench-201's names, in the order in which edges list them."""
-BENCH_EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-"""The edges (source node, target node), in the order of NAS-Bench-201's notation."""
 BLOCK_KINDS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
 """Kinds of operations of inverted-bottleneck blocks, in the order in which a block lists them."""
 Few = msgspec.Meta(max_length=128)
@@ -63,30 +53,10 @@ class FoundBlock(msgspec.Struct, frozen=True):
 
 
 class FoundParts(msgspec.Struct, frozen=True):
-    """The cells, the edges of one cell, or the blocks of a found network, from the record of how to build it."""
+    """The cells or the blocks of a found network, from the record of how to build it."""
 
     cells: Annotated[list[FoundCell], Few] = []
-    edges: Annotated[list[list[str]], Few] = []
     blocks: Annotated[list[FoundBlock], Few] = []
-    width: Count | None = None
-
-    @property
-    def topology(self) -> list[FoundCell]:
-        """The one cell that a network of NAS-Bench-201's space repeats; empty for other networks."""
-        if len(self.edges) != len(BENCH_EDGES):
-            return []
-        ops: list[list[Operation]] = [[], [], []]
-        for (source, node), names in zip(BENCH_EDGES, self.edges, strict=True):
-            ops[node - 1] += [Operation(kind, source) for kind, name in BENCH_NAMES.items() if name in names]
-        return [FoundCell([Node(kept, self.width) for kept in ops], inputs=(self.width,))]
-
-
-def notation(topology: Sequence[FoundCell]) -> str:
-    """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation."""
-    nodes = [node.ops for cell in topology for node in cell.nodes]
-    if not nodes or any([op.source for op in ops] != [*range(i + 1)] for i, ops in enumerate(nodes)):
-        return ""
-    return "+".join("|" + "".join(f"{BENCH_NAMES[op.kind]}~{op.source}|" for op in ops) for ops in nodes)
 
 
 def operations(cells: Sequence[FoundCell]) -> list[Operation]:
@@ -99,7 +69,7 @@ def count_bare(cells: Sequence[FoundCell]) -> int:
     skips = sum(
         op.kind == "skip" and not (cell.reduce and op.source < 2) for cell in cells for op in operations([cell])
     )
-    return skips + sum(op.kind in ("none", "avg", "max") for op in operations(cells))
+    return skips + sum(op.kind in ("avg", "max") for op in operations(cells))
 
 
 def count_kinds(cells: Sequence[FoundCell]) -> dict[str, list[int]]:
@@ -114,14 +84,14 @@ def count_skipped(blocks: Sequence[FoundBlock]) -> int:
 
 def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
     """Return the name of each node of a cell, its width, and what it sums, in words."""
-    rows, inputs = [], len(cell.inputs)
+    rows = []
     for i, node in enumerate(cell.nodes):
         sources: dict[int, list[str]] = {}
         for op in node.ops:
             inside = f" ({op.mid} inside)" if op.kind.startswith("sep") and op.mid else ""
             sources.setdefault(op.source, []).append(f"{op.kind}{inside}")
-        sums = "; ".join(f"{name_source(at, inputs)}: {', '.join(ops)}" for at, ops in sorted(sources.items()))
-        rows.append((name_source(i + inputs, inputs), node.width, sums or "nothing"))
+        sums = "; ".join(f"{name_source(at)}: {', '.join(ops)}" for at, ops in sorted(sources.items()))
+        rows.append((name_source(i + 2), node.width, sums or "nothing"))
     return rows
 
 
@@ -139,10 +109,10 @@ def describe_block(block: FoundBlock) -> str:
     return "; ".join(words) or "nothing"
 
 
-def name_source(source: int, inputs: int = 2) -> str:
-    """Return the name of a source of operations; in cells with one input, that is node 0.
+def name_source(source: int) -> str:
+    """Return the name of a source of operations.
 
-    >>> name_source(0), name_source(1), name_source(2), name_source(0, inputs=1)
-    ('cell before last', 'last cell', 'node 1', 'node 0')
+    >>> name_source(0), name_source(1), name_source(2)
+    ('cell before last', 'last cell', 'node 1')
     """
-    return ("cell before last", "last cell")[source] if source < inputs == 2 else f"node {source - inputs + 1}"
+    return ("cell before last", "last cell")[source] if source < 2 else f"node {source - 1}"

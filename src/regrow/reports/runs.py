@@ -220,7 +220,6 @@ class SearchRun(msgspec.Struct, frozen=True):
     network: FoundNetwork
     test: FoundNetwork
     cells: list[FoundCell]
-    topology: list[FoundCell]
     blocks: list[FoundBlock]
 
 

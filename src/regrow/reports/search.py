@@ -70,7 +70,6 @@ def read_search(folder: FolderContent) -> SearchRun:
         network=network,
         test=folder.last("test") or FoundNetwork(),
         cells=folder.found.cells,
-        topology=folder.found.topology,
         blocks=folder.found.blocks,
     )
 
@@ -96,7 +95,7 @@ def headline(run: Run, result: SearchRun) -> str:
 def explain_unsearched(run: Run) -> str:
     """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text."""
     result = run.search
-    if result is None or run.method != "mgas" or result.measure not in ("params", "macs", "bytes") or result.topology:
+    if result is None or run.method != "mgas" or result.measure not in ("params", "macs", "bytes"):
         return ""
     return f"Weights were not searched, since a target in {result.measure} counts weights that are 0; nonzero does not."
 
@@ -116,7 +115,7 @@ def details(run: Run, result: SearchRun) -> list[str]:
 
 def key_numbers(result: SearchRun) -> list[KeyNumber]:
     """Return the figures at the head of the page."""
-    test, left, parts = result.test, result.network, result.cells or result.topology
+    test, left = result.test, result.network
     state = _trained(result) if result.retrained else "after the search"
     shown: list[tuple[str, Any, Any, str]] = [
         ("Test accuracy", test.accuracy, q.percent, f"{state}, on {q.count(test.images)} examples"),
@@ -129,11 +128,11 @@ def key_numbers(result: SearchRun) -> list[KeyNumber]:
     if whole := result.latency.whole:
         below = f"ms per pass, measured; the whole space took {q.significant(whole)}"
         shown.append(("Time", result.latency.found, q.significant, below))
-    if ops := cells.operations(parts):
-        skips, bare = sum(op.kind == "skip" for op in ops), cells.count_bare(parts)
-        kinds = "none, skips and pools" if result.topology else "skips and pools"
+    if ops := cells.operations(result.cells):
+        skips, bare = sum(op.kind == "skip" for op in ops), cells.count_bare(result.cells)
         shown.append(("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}"))
-        shown.append(("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}"))
+        of_all = f"of operations, {bare} of {len(ops)}: skips and pools"
+        shown.append(("Without weights", bare / len(ops), q.percent, of_all))
     if many := len(result.blocks):
         shown.append(("Blocks", many - cells.count_skipped(result.blocks), q.count, f"of {many}"))
     return [KeyNumber(label, write(value), below) for label, value, write, below in shown if value is not None]
@@ -146,7 +145,7 @@ def alarms(run: Run) -> list[str]:
 
 
 def _collapse(result: SearchRun) -> str:
-    parts, many = result.cells or result.topology, len(result.blocks)
+    parts, many = result.cells, len(result.blocks)
     if many and cells.count_skipped(result.blocks) >= COLLAPSE * many:
         return f"The search may have collapsed: {cells.count_skipped(result.blocks)} of {many} blocks do nothing."
     if not (ops := cells.operations(parts)):
