@@ -82,12 +82,6 @@ class CachedColumns(Tensors):
         self.weights = weights
         self.norms: dict[tuple[str, int, int, str], Tensor] = {}
 
-    def over(self, weights: Tensors) -> "CachedColumns":
-        """Return the same norms over other tensors of the same values, such as a network that was loaded again."""
-        result = CachedColumns(weights)
-        result.norms = self.norms
-        return result
-
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name]
 

@@ -73,10 +73,7 @@ def _measured(task: RecoveryTask) -> Statistics:
         for name, total in totals.items():
             blank = torch.zeros_like(total)
             sums[name] = Moments(stored["counts"][name], total, blank, 0, blank, blank)
-    run = CollectionRun(
-        visits=task.streamed.dense if task.streamed else None,
-        progress=lambda name, done, total: task.progress(done, total, f"measuring {name}"),
-    )
+    run = CollectionRun(task.streamed.dense if task.streamed else None, progress=task.progress)
     for number, source in enumerate(task.sources[first:], first + 1):
         measured = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, run=run)
         (shard,) = measured[source.name]

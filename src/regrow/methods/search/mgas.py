@@ -121,7 +121,6 @@ class Settings:
 class Mgas(Search):
     """The MGAS search: a schedule of stages, and a controller, which makes the network smaller by one of two rules."""
 
-    shrinks = True
     restores = True
     trains_thresholds = True
 

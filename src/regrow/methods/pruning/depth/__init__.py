@@ -131,7 +131,7 @@ def _choose(s: Settings, task: PruningTask) -> Removal:
     began = time.monotonic()
     modules = _candidates(s, task.axes, task.budget)
     if not modules:
-        why = "can be dropped whole (`regrow show --branches` says why); only units are cut"
+        why = "can be dropped whole (`regrow.with_branches` says why); only units are cut"
         return Removal(notes=(f"no {_unit_name(s)} of this network {why}",))
     search = DepthSearch(s, task, modules)
     path = search.path()
