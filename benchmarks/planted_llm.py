@@ -145,9 +145,9 @@ class PlantedBench:
         }
         pairs = {name: paired_difference(base[name], one) for name, one in results.items()}
         row: Row = {"perplexity": {name: round(one.ppl, 4) for name, one in results.items()}, "ratio": {}}
-        row["delta_nll"] = {name: [round(one.mean, 5), round(one.error, 5)] for name, one in pairs.items()}
+        row["delta_nll"] = {name: [round(mean, 5), round(error, 5)] for name, (mean, error) in pairs.items()}
         for part, names in (("seen", SEEN), ("unseen", UNSEEN)):
-            row["ratio"][part] = round(math.exp(fmean(pairs[name].mean for name in names)), 5)
+            row["ratio"][part] = round(math.exp(fmean(pairs[name][0] for name in names)), 5)
         return row | ({"windows_nll": stored} if dense is None else {})
 
     def cut(self, arm: Arm, path: Path | None) -> tuple[Plan, float]:

@@ -21,12 +21,12 @@ from regrow.allocation.timed import spread_times
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.evaluation import macs
-from regrow.nets import bench201, cells, mobile
-from regrow.nets.bench201 import Bench201
+from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.surgery.gate import parametrize
 from regrow.tracing.branches import find_placeholders
+from topology import topology
 from zoo import randomise
 
 CONFIGS = {
@@ -298,7 +298,7 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
 
 
 def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
-    net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(topology(3, 4))
     axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
     found = gates(net, axes, parameters, keys, needed, lambda _: True, Measure.NONZERO)
@@ -316,7 +316,7 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
 
 
 def test_what_is_tied_stands_and_falls_together():
-    net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(topology(3, 4))
     axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
     keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
     found = gates(net, axes, parameters, keys, needed, lambda path: True, Measure.PARAMETERS)

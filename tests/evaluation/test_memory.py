@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,8 +14,14 @@ from regrow.allocation.levels import apply_threshold
 from regrow.allocation.stages import MemoryBudgetError, stages
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
-from regrow.evaluation import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training
-from regrow.evaluation.memory import peak_meter
+from regrow.evaluation.memory import (
+    Live,
+    Memory,
+    UnpredictableError,
+    peak_meter,
+    predict_memory,
+    training,
+)
 from regrow.nets.cells import OPERATIONS, Cells, prefix, supernet, thin
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -190,7 +196,11 @@ def test_stages_keep_the_budget_in_the_run_itself() -> None:
     """Planned on shapes alone, then learned: half of what the whole network needs is enough, and is not exceeded."""
     config = supernet((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
     batch, step = images(64), training(SGD)
-    peak = prefix_peaks(partial(prefix, config, share=0.2), batch, step)
+
+    @cache
+    def peak(first: int, last: int) -> int:
+        return predict_memory(partial(prefix, config, first, last, share=0.2), batch, step).peak
+
     budget = peak(0, 3) // 2
     plan = stages(peak, 4, budget)
     begin = 0

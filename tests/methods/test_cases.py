@@ -4,7 +4,7 @@ import pytest
 
 from methods.cases import CASES, Case
 from regrow.methods import TABLES, MethodKind, find_method
-from regrow.testing import LAWS
+from regrow.testing import LAWS, Subject
 
 FURTHER = [
     case
@@ -23,12 +23,12 @@ FURTHER = [
     ],
 )
 def test_a_method_obeys_a_law(case: Case, law: str) -> None:
-    entry = find_method(case.kind, case.name)
+    subject = Subject(find_method(case.kind, case.name), case.settings)
     if law in case.exempt:
         with pytest.raises(AssertionError):
-            LAWS[case.kind][law](entry, case.settings)
+            LAWS[case.kind][law](subject)
     else:
-        LAWS[case.kind][law](entry, case.settings)
+        LAWS[case.kind][law](subject)
 
 
 def test_every_method_has_a_case() -> None:

@@ -14,8 +14,8 @@ from regrow.core.process_memory import read_resident, return_memory
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, logits_in
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.evaluation.generation import predict_generation
+from regrow.evaluation.memory import UnpredictableError, predict_memory
 from regrow.jobs.inputs import count_windows
 from regrow.jobs.models import DTYPES, ModelSpec
 from regrow.jobs.pruning import budget_of, model_spec, pruner_of, source_specs

@@ -18,8 +18,9 @@ from regrow.core.plan import Plan
 from regrow.core.tables import Table, format_html, format_text
 from regrow.core.tasks import first_examples, input_shape
 from regrow.distributed.parallel import Parallel
-from regrow.evaluation import dense, fastest_pass
+from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
+from regrow.evaluation.timing import fastest_pass
 from regrow.jobs.inputs import check_same_settings, check_same_tasks
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_history
 from regrow.jobs.search_inputs import (

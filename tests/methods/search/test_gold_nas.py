@@ -11,13 +11,12 @@ from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples
 from regrow.methods.search.commit import drop_operations
 from regrow.methods.search.gold_nas import Settings, build
-from regrow.nets import bench201
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
+from topology import topology
 
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
@@ -93,7 +92,7 @@ def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
 
 
 def test_operations_that_are_decided_together_count_as_one(task):
-    net = Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1, stride=1))
+    net = topology()
     search = build(Settings(target=100.0, warm=1, drops_per_epoch=2, keep_above=1.0))
     context = Context(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epoch=3, epochs=6)
     state = start(search, context)

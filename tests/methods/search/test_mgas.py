@@ -32,8 +32,6 @@ from regrow.methods.search import commit
 from regrow.methods.search.commit import cut_masked, restore_filters, score_cut_filters
 from regrow.methods.search.mgas import Settings, build, lift_cheap_operations
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
-from regrow.nets import bench201
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.vision import small
 from regrow.surgery import UndoStore
@@ -42,6 +40,7 @@ from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
 from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
 from regrow.training.schedule import Optimizers
+from topology import topology
 
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
@@ -306,13 +305,13 @@ def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, 
     assert ops == weights == (2 if slow else 1) * filters > 0
 
 
-def bench201_network():
+def one_topology():
     torch.manual_seed(0)
-    return Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1))
+    return topology()
 
 
 def ending_with_one():
-    return bench201_network(), axes_of(bench201_network)
+    return one_topology(), axes_of(one_topology)
 
 
 def ending_with_several():
