@@ -197,13 +197,6 @@ def test_rounding_is_part_of_the_allocation() -> None:
     assert cost({key: len(units) for key, units in kept.items()}) <= 0.7 * cost.total
 
 
-def test_minimum_and_share_hold() -> None:
-    _, axes = mlp(20, 10)
-    scores = {A: torch.arange(20).double(), B: 100 + torch.arange(10).double()}
-    assert len(rank(axes, scores, Budget(0.4))[A]) < 8
-    assert len(rank(axes, scores, Budget(0.5), minimum=9)[A]) == 9
-
-
 def test_an_infeasible_budget_names_the_least_keep() -> None:
     _, axes = mlp(20, 10)
     with pytest.raises(BudgetError, match=r"keep 0.01 of weights .*least reachable keep is 0.0259") as info:

@@ -41,7 +41,7 @@ REFUSED = {
     "search with a share of 2": ((*SEARCH, "--validation", "2"), "--validation must be between 0 and 1, got 2", 2),
     "search at a rate of nothing": ((*SEARCH, "--lr", "nan"), "--lr must be between", 2),
     "recover nothing": (
-        ("recover", "none", "--by", "bias", "--tokens", "0", "--out", "a/run"),
+        ("recover", "none", "--by", "refit", "--tokens", "0", "--out", "a/run"),
         "--tokens must be 1",
         2,
     ),
@@ -82,7 +82,7 @@ def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
 def test_every_default_is_in_its_range() -> None:
     for settings in (
         prune.Settings("x"),
-        recover.Settings("run", "bias"),
+        recover.Settings("run", "refit"),
         learn.Settings(("digits",)),
         search.Settings("cells:4-1-1", "digits", "0.5"),
         evaluate.Settings("x"),

@@ -11,7 +11,7 @@ KINDS = (
     ("manual", 14.1, 19.2, False),
     ("talk", 26.4, 37.7, False),
 )
-MASSIVE = ((1, 412, 318.0), (1, 77, 41.0), (29, 1203, 96.5))
+STAYING = ((1, 412), (1, 77), (29, 1203))  # (layer, unit) pairs that no plan drops
 NOTES = (
     "The dense model is a 4-bit file (98 MB) de-quantised to float32; sizes in bytes compare equal dtypes.",
     "Two KV groups were cut; a SmolLM2 layer has three, so each is a third of the layer's attention.",
@@ -34,7 +34,7 @@ def write_run(folder: Path, method="flap", keep=0.9, seed=0, loss=1.0, kinds=KIN
     for layer in range(LAYERS):
         depth = (layer - 13) / 16
         n = min(NEURONS, round(NEURONS * (keep + 0.22 * depth * depth - 0.08 + rng.uniform(-0.03, 0.03))))
-        must = {unit for at, unit, _ in MASSIVE if at == layer}
+        must = {unit for at, unit in STAYING if at == layer}
         others = [unit for unit in range(NEURONS) if unit not in must]
         kept[mlp(layer)] = (NEURONS, sorted(must | set(rng.sample(others, n - len(must)))))
         kept[groups(layer)] = (GROUPS, [0, 2] if layer in (9, 14) else [0, 1, 2])
@@ -161,11 +161,10 @@ def _scores(kept, rng):
             "quantiles": spread,
             "kept_min": cut * 1.002,
             "dropped_max": cut * 0.998,
-            "massive": [{"unit": unit, "ratio": ratio} for at, unit, ratio in MASSIVE if at == layer],
         }
         levels = [40 * scale * (1 + i / 5) for i in range(21)]
         dropped = levels[0] if layer in (9, 14) else None
-        axes[groups(layer)] = {"quantiles": levels, "kept_min": levels[10], "dropped_max": dropped, "massive": []}
+        axes[groups(layer)] = {"quantiles": levels, "kept_min": levels[10], "dropped_max": dropped}
     return axes
 
 
@@ -210,7 +209,7 @@ def _findings(keep, rng):
 def _tested(space, label, units, rho):
     row = {"space": space, "label": label, "units": units, "exceeds": 1 - rho / 3, "exceeds_null": 0.41}
     row |= {"significant": 1.05 - 0.9 * rho, "share": 0.4, "sigma": 0.2, "sigma_between": 0.15, "sigma_within": 0.12}
-    row |= {"spearman": rho, "kendall_w": (3 * rho + 1) / 4}
+    row |= {"spearman": rho}
     return row | {"spearman_shards": rho - 0.12, "spearman_within": min(1.0, rho + 0.14)}
 
 

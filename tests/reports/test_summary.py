@@ -10,7 +10,7 @@ import pytest
 from regrow.reports import ReportError, summarise, to_markdown
 from regrow.reports.findings import module_means, rank_means
 from regrow.reports.reading import ABSENT
-from reports.folders import GROUPS, LAYERS, MASSIVE, NEURONS, mlp, write_run
+from reports.folders import GROUPS, LAYERS, NEURONS, STAYING, mlp, write_run
 
 ODD = (None, True, -1, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 10_000, "<script>alert(1)</script>")
 ODD += ("\ud800", [], {}, [[[]]], {"": None}, [None, 3, "a"], "\x00\x1b[31m\u202e", {"a": {"b": [1]}})
@@ -133,7 +133,7 @@ def test_only_run_json(folder):
 
 
 def test_widths_follow_two_plans_with_units_that_came_back_and_new_ones(folder):
-    layer = MASSIVE[0][0]
+    layer = STAYING[0][0]
 
     def again(ledger):
         first = ledger["plans"][0]["changes"][mlp(layer)]

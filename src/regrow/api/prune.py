@@ -30,8 +30,8 @@ from regrow.jobs.prune import carry_out
 from regrow.jobs.pruning import pruner_of
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
-from regrow.methods.pruning.layer_orders import BATCH
 from regrow.methods.recovery.refit_work import check_lengths
+from regrow.scoring.grams import BATCH
 from regrow.settings.prune import Settings
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.requirements import MemoryPlan

@@ -1,6 +1,6 @@
 """Calibration of a pruning run: each finished shard is stored, so that a killed run, or the next plan, has it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from regrow.jobs.pruning import Measuring, collect_evidence, divide_sources
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import PrunedNetwork
 from regrow.methods.pruning.pruner import Pruner
-from regrow.scoring.metrics import energy, massive
-from regrow.scoring.weights import CachedColumns, readers
 from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.replacing import settle
@@ -53,7 +51,6 @@ class SharedWork:
 
     axes: AxisGraph | None = None
     sums: dict[tuple[str, int], Statistics] = field(default_factory=dict)  # (key of a source, shard) → sums
-    columns: CachedColumns = field(default_factory=lambda: CachedColumns({}))
     weights: Sequence[float] = ()  # a sum of each parameter
     dense: dict[str, evaluation.Perplexity | evaluation.Accuracy] = field(default_factory=dict)
     memory: MemoryPlan | None = None
@@ -110,9 +107,7 @@ def calibrate(
     return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.kept else ""
 
 
-def write_scores(
-    record: RunFolder, weights: Mapping[str, Tensor], axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
-) -> None:
+def write_scores(record: RunFolder, plan: Plan, scores: Scores) -> None:
     """Write a summary of the scores from which a plan was made into a run folder."""
     entries: dict[str, dict[str, Any]] = {}
     for key, values in scores.values.items():
@@ -123,15 +118,5 @@ def write_scores(
             "quantiles": torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist(),
             "kept_min": float(kept.min()),
             "dropped_max": float(dropped.max()) if len(dropped) else None,
-            "massive": [],
         }
-    if evidence.statistics and (measured := evidence.pooled(gradients=False)).moments:
-        units = [
-            axes[key]
-            for key in scores.values
-            if key in axes.axes and all(read.weight in measured.moments for read in readers(axes, [axes[key]]))
-        ]
-        for unit in massive(axes, energy(weights, axes, measured, units=units)):
-            if unit.axis in entries:
-                entries[unit.axis]["massive"].append({"unit": unit.unit, "ratio": unit.ratio, "share": unit.share})
     record.write_scores(scores.metric, entries)

@@ -184,7 +184,6 @@ class PruneJob:
             evidence, key = calibrate(run, inputs, self.method, units, settings.batch_size, shared)
         if not run.ranks.leads:
             return Plan.from_json(broadcast_record(run.ranks)), ()
-        weights = shared.columns.over(inputs.network.parameters())
         checkpoint = record.path / "statistics" / "learned.safetensors" if record.kept else None
         with run.stage("plan"), torch.enable_grad():
             if checkpoint:
@@ -202,13 +201,13 @@ class PruneJob:
                         header=lambda: {"key": key},
                         progress=run.progress,
                         visits=inputs.network.visits,
-                        weights=weights,
+                        weights=inputs.network.parameters(),
                     ),
                 )
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
             if isinstance(record, RunFolder):
-                write_scores(record, weights, axes, cut.plan, cut.scores, evidence)
+                write_scores(record, cut.plan, cut.scores)
                 if cut.findings:
                     record.write_findings(settings.method, cut.findings)
         broadcast_record(run.ranks, cut.plan.to_json())

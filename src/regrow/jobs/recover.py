@@ -167,8 +167,6 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
     source = RunFolder.open(settings.run)
     cut = find_cut(source, invocation.code)
     complete = _complete(settings, source, cut)
-    if settings.by == "bias":
-        _check_untrained(settings, source, cut, complete)
     inputs = partial(open_named, settings, invocation, source, cut)
     carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo), fsdp=fsdp)
     return RunFolder(Path(invocation.out))
@@ -229,17 +227,6 @@ def _plan_memory(
     recovered = open_network(str(source.path), dtype)
     recovered.check_output()
     return plan, StreamedRecovery(dense, recovered, plan, lacking)
-
-
-def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:
-    """Raise ValueError if the network was trained since its cut, which may have moved its biases."""
-    if wanted.before or cut.folder.path != source.path or cut.settings.reconstruct:
-        fitted = ["reconstruction"] if cut.settings.reconstruct else []
-        moved = ", ".join((*fitted, *wanted.before)) or source.run()["verb"]
-        raise ValueError(
-            f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
-            "bias comes first, on the pruned run"
-        )
 
 
 def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:

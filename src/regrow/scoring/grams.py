@@ -20,6 +20,7 @@ ROWS = 4096  # the number of rows summed at a time in float32
 LIMIT = 2 * 2**30
 WIDEST = 16384  # the most inputs of a layer whose products are summed: those of more take over 2 GiB
 ORDERING = 4  # how many matrices of the size of a layer's sums ordering its units takes, beside the sums
+BATCH = 8  # the most windows that should be in a batch of the data
 
 
 @dataclass

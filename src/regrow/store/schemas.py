@@ -132,21 +132,12 @@ class AxisRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after: list[AxisRow]
 
 
-class MassiveUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A unit with massive activations, in ``scores.json``."""
-
-    unit: Count
-    ratio: float | None = None
-    share: float | None = None
-
-
 class AxisScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A summary of the scores of an axis; a number that was not finite is ``None``."""
 
     quantiles: list[float | None]
     kept_min: float | None = None
     dropped_max: float | None = None
-    massive: list[MassiveUnit] = []
 
 
 class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -179,11 +170,3 @@ class CourseHeader(msgspec.Struct, frozen=True):
     plans: list[dict[str, Any]] | Count
     logged: Count | None
     open: list[dict[str, Any]]
-
-
-class RecoveryHeader(msgspec.Struct, frozen=True):
-    """The header of ``recovery.safetensors``, a checkpoint of recovery training."""
-
-    step: Count
-    values: dict[str, Any]
-    key: str = ""
