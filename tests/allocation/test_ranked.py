@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp, slot, timed
 from regrow.allocation.cost import Cost, cost_of
-from regrow.allocation.ranked import BudgetError, allocation, rank, uniform
+from regrow.allocation.ranked import BudgetError, rank, uniform
 from regrow.core.amounts import IN_CONTEXT, STEPS, Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.budget import Budget
@@ -215,8 +215,6 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         rank(axes, {A: torch.zeros(5)}, Budget(0.9))
     with pytest.raises(ValueError, match=f"scores of '{A}' hold NaN"):
         uniform(axes, {A: torch.full((6,), float("nan"))}, Budget(0.9))
-    with pytest.raises(ValueError, match="ranked, uniform"):
-        allocation("best")
 
 
 def test_uniform_takes_the_same_share_everywhere() -> None:

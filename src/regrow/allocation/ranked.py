@@ -182,13 +182,6 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
 
 
-def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
-    """Return the allocation function of a name; raise ValueError if there is none."""
-    if name not in ALLOCATIONS:
-        raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
-    return ALLOCATIONS[name]
-
-
 def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
     """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.allocation.cost import cost_of, payers
-from regrow.allocation.ranked import allocation
+from regrow.allocation.ranked import ALLOCATIONS
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
@@ -161,7 +161,7 @@ def one_score(
     return Pruner(
         needs=frozenset({*needs, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda task: Ranking(score(task)),
-        allocate=allocation(settings.allocation),
+        allocate=ALLOCATIONS[settings.allocation],
         compensate=pooled_means if settings.compensate else None,
         origin={"method": name, "settings": asdict(settings)},
         prune_outer=prune_outer,

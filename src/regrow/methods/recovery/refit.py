@@ -61,6 +61,10 @@ CITATION = (
 )
 # The largest relative root mean square error at which the dense network with the cut layers counts as the cut one.
 CLOSE = 0.01
+UNFIT = (
+    "it is not a linear layer, or a convolution without groups padded with zeros, that runs once per pass and reads "
+    "one axis by a weight of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -165,31 +169,23 @@ def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str
     layers, left_out = [], {}
     for name in sorted(names):
         dim = read_dim(axes, name)
-        problem = _explain_left_out(task, name, dim, times[name])
-        if problem or dim is None:
-            left_out[name] = problem
+        if dim is None or not _can_refit(task, name, times[name]):
+            left_out[name] = UNFIT
             continue
         rows = [lay.source for at, lay in lays[name].items() if at != dim]
         layers.append(Layer(name, dim, lays[name][dim].source, rows[0] if rows else None))
     return layers, left_out, any(added[layer.name] for layer in layers)
 
 
-def _explain_left_out(task: RecoveryTask, name: str, dim: int | None, calls: int) -> str:
-    """Say why a layer cannot be refitted; empty if it can."""
+def _can_refit(task: RecoveryTask, name: str, calls: int) -> bool:
     ties = task.axes.ties
-    if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):
-        return "its weight is shared"
-    if dim is None:
-        return "it reads several axes, or one in several places"
+    shared = name in ties or name in ties.values() or name not in dict(task.model.named_parameters())
+    if shared or calls != 1:
+        return False
     module, weight = task.model.get_submodule(name.rpartition(".")[0]), task.model.get_parameter(name)
-    if calls != 1:
-        return f"its weight is seen at work {calls} times in one pass"
     if isinstance(module, nn.Conv2d):
-        plain = module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
-        return "" if plain else "a convolution in groups, or padded otherwise than with zeros"
-    if weight.dim() != 2 or dim not in (0, 1) or isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
-        return f"a {type(module).__name__} is neither a linear map nor a two-dimensional convolution"
-    return ""
+        return module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+    return weight.dim() == 2 and not isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding)
 
 
 def _refuse_first(left_out: Mapping[str, str]) -> str:

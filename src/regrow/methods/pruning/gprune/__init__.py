@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from regrow.allocation.ranked import BudgetError, allocation, module_costs, rank, ratios, uniform
+from regrow.allocation.ranked import ALLOCATIONS, BudgetError, module_costs, rank, ratios, uniform
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
@@ -268,7 +268,7 @@ def order_modules(
 def _allocate_start(how: str, task: PruningTask, s: Settings, view: View) -> Kept:
     """Return the units of every axis that stay at the start of learning."""
     base, scores = BASES[s.base], view.scores.values
-    allocate = allocation(base.allocation) if how == "base" else uniform
+    allocate = ALLOCATIONS[base.allocation] if how == "base" else uniform
     inside = [task.axes[key] for key in scores]
     if how == "inner" or (how == "base" and not base.prune_outer):
         inside = inside if task.budget.regular else inner(inside)  # a regular plan cuts every block alike
