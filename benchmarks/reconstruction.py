@@ -35,7 +35,7 @@ from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask, refit
-from regrow.settings.prune import RECONSTRUCTION_DEFAULTS
+from regrow.settings.prune import complete_reconstruction
 from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
@@ -54,7 +54,7 @@ ARMS: Mapping[str, Mapping[str, Any] | None] = {
     "held_out": {},
     "left_out": {"choose_on": "left_out_source"},
     "left_out, shrunk": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES},
-    "defaults": RECONSTRUCTION_DEFAULTS,
+    "defaults": complete_reconstruction(()),
     "held_out, dense": {"target": "dense"},
     "left_out, dense": {"choose_on": "left_out_source", "target": "dense"},
     "left_out, shrunk, dense": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES, "target": "dense"},

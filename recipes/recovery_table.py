@@ -51,7 +51,6 @@ def pruning(args: Namespace) -> Settings:
         eval_tokens=args.eval_tokens,
         seq_len=args.seq_len,
         dtype="float32",
-        proof=False,
     )
 
 

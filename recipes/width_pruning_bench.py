@@ -158,10 +158,11 @@ class WidthPruningBench:
             return []
         key = GENERATED, point.generated, point.sample
         if key not in self.tests:
-            specs = SourceSpecs(0, SEQ_LEN, (GENERATED,), tokens=point.generated * SEQ_LEN, seed=point.sample)
+            tokens = point.generated * SEQ_LEN
+            specs = SourceSpecs(0, SEQ_LEN, (GENERATED,), seed=point.sample, generated_tokens=tokens)
             folder = self.args.out.parent / f"generated_{self.args.model}_{point.sample}_{point.generated}"
             folder.mkdir(exist_ok=True)
-            kinds = fill_generated(read_sources(specs, self.loaded), specs, self.loaded, point.generated, folder)
+            kinds = fill_generated(read_sources(specs, self.loaded), specs, self.loaded, folder)
             self.tests[key] = kinds.calibration[0]
         return [self.tests[key]]
 
@@ -188,7 +189,7 @@ class WidthPruningBench:
                 self.evidence = {one: value for one, value in self.evidence.items() if Need.GRADIENTS not in one[1]}
             start = time.perf_counter()
             every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]] + self.prior(point)
-            found = prune.collect_evidence(self.model, self.axes, pruner, every, prune.Measuring(BATCH))
+            found = prune.collect_evidence(self.model, self.axes, pruner, every, batch_size=BATCH)
             self.evidence[key] = found, round(time.perf_counter() - start, 2)
         found, took = self.evidence[key]
         names = [name for name in found.sources if name != point.left_out]

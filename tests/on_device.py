@@ -226,7 +226,7 @@ def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
     for run in (
         lambda: learn.run(LearnSettings(("nowhere",), device="cuda:7"), Invocation(tmp_path / "out")),
         lambda: search.run(
-            SearchSettings("cells:2-1-1", "nowhere", target="0.5", device="cuda:7"), Invocation(tmp_path / "out")
+            SearchSettings("cells:2-1-1", "nowhere", target="params=50%", device="cuda:7"), Invocation(tmp_path / "out")
         ),
     ):
         with pytest.raises(ResourceError, match=r"cuda:7 is not available; this machine has .*; use --device cpu"):

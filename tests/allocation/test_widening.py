@@ -33,7 +33,7 @@ def test_widths_are_rounded_levelled_and_refused_with_the_reason() -> None:
     level = widening(axes, {"mlp": Increase(units=1)}, {first: Increase(units=5)}, regular=True).grow
     assert {sizes[key] + n for key, n in level.items()} == {max(sizes.values()) + 5}
     _, axes = trace_zoo("layernorm_block")
-    under = next(axis.key for axis in axes if "layer norm" in (axis.reason + axis.narrow) or axis.narrow)
+    under = next(axis.key for axis in axes if "layer_norm" in (axis.reason + axis.narrow) or axis.narrow)
     with pytest.raises(ValueError, match="cannot be widened"):
         widening(axes, {}, {under: Increase(units=1)})
     with pytest.raises(ValueError, match="no attention heads"):

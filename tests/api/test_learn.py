@@ -83,22 +83,6 @@ def test_an_optimizer_of_ones_own():
     assert not torch.equal(own[0].weight, other[0].weight)
 
 
-def test_interrupted_learning_resumes_from_its_file(tmp_path):
-    given = tasks(TARGETS["classification"][1])
-    whole = regrow.learn(net(), given, method="ewc", epochs=3)
-
-    def stop(done, total, what):
-        if done == 8:
-            raise KeyboardInterrupt
-
-    file = tmp_path / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        regrow.learn(net(), given, method="ewc", epochs=3, checkpoint=file, progress=stop)
-    resumed = regrow.learn(net(), given, method="ewc", epochs=3, checkpoint=file)
-    assert resumed.scores.rows == whole.scores.rows
-    assert torch.equal(resumed.model[0].weight, whole.model[0].weight)
-
-
 def test_a_network_that_grows_is_the_result():
     model, _ = small("mlp:12", (1, 8, 8), 10, 0)
     learned = regrow.learn(model, permuted_tasks(digits_task(), 2), settings={"grow": "always", "cap": 4.0})

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from cli.conftest import Run
 from regrow import nets
-from regrow.cli.runs import RunPage
 from regrow.core.errors import InputError
 from regrow.jobs import memory_needs, run_networks
 from regrow.nets.loaded import WeightFile, check_unchanged
@@ -121,7 +120,7 @@ def test_weights_that_change_between_two_reads_are_refused(
 
 def at_page(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Act when the page is written, after which the result is saved."""
-    monkeypatch.setattr(RunPage, "__call__", lambda self, folder: act())
+    monkeypatch.setattr("regrow.reports.write_run_page", lambda folder: act())
 
 
 @pytest.mark.parametrize("change", [replaced, disguised])

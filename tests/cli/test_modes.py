@@ -41,6 +41,8 @@ SEARCH = ("search", "toys:residual", "--data", "digits", "--target", "macs=60%",
 SEARCH = (*SEARCH, "--epochs", "3", "--retrain", "0", "--set", "augment=false")
 MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("prune --reconstruct", "two ranks"): ("prune", "toys:residual", "--reconstruct", *DIGITS),
+    ("prune --reconstruct", "streamed"): ("prune", "llama", "--keep", "0.7", "--reconstruct", "--memory", "1GiB"),
+    ("prune", "Python, streamed"): (),
     ("grow", "streamed"): (),
     ("grow", "two ranks"): ("grow", "toys:residual", "--mlp", "+4"),
     ("recover", "Python, streamed"): (),
@@ -56,7 +58,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "prune text": ("prune", "llama", "--keep", "0.7", *WORDS),
     "prune images": ("prune", "toys:residual", "--target", "macs=60%", *DIGITS),
     "prune obs": ("prune", "llama", "--keep", "0.7", "--method", "obs", *WORDS),
-    "prune reconstruct": ("prune", "llama", "--keep", "0.7", "--reconstruct", "--reconstruct-tokens", "512", *WORDS),
+    "prune reconstruct": ("prune", "llama", "--keep", "0.7", "--reconstruct", *WORDS),
     "grow text": ("grow", "llama", "--mlp", "+25%", "--blocks", "+1", *WORDS[:4], *WORDS[6:]),
     "grow images": ("grow", "toys:residual", "--mlp", "+4", "--on", *DIGITS[1:], "--steps", "3"),
     "recover refit": ("recover", "pruned", "--by", "refit", "--tokens", "512"),
@@ -68,14 +70,14 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "evaluate images": ("evaluate", "toys:residual", *DIGITS[:2], *DIGITS[4:]),
 }
 """The command of each row of the table of cells."""
-STREAMED = ("prune text", "prune obs", "prune reconstruct", "recover refit", "evaluate text")
+STREAMED = ("prune text", "prune obs", "recover refit", "evaluate text")
 RANKED = ("prune text", "prune images", "prune obs", "recover distil", "learn naive", "learn sparsegrow", "search")
 CELLS = (
     *((name, "Python") for name in COMMANDS),
     *((name, "streamed") for name in STREAMED),
     *((name, "two ranks") for name in RANKED),
     *((name, "streamed by two ranks") for name in ("prune text", "prune obs")),
-    *((name, "Python, streamed") for name in ("prune text", "evaluate text")),
+    ("evaluate text", "Python, streamed"),
 )
 ASPECTS = ("settings", "plans", "weights", "rows")
 PRUNED = "Python does not know the run that pruned: keep, method, run and pruning are those of the defaults of prune"
@@ -95,9 +97,7 @@ sys.exit(code_of(sys.argv[1:]))
 SHARED_ROWS = 1e-4
 """The tolerance, relative and absolute, for weights and measurements of two processes that learn or search."""
 TIMES = frozenset(("seconds", "ms", "memory"))
-READ = frozenset(
-    ("sources", "on", "tokens", "eval_tokens", "reconstruct_tokens", "seq_len", "tasks", "data", "train", "test")
-)
+READ = frozenset(("sources", "on", "tokens", "eval_tokens", "seq_len", "tasks", "data", "train", "test"))
 """Settings that say which data a command reads, which Python is given."""
 
 
@@ -158,7 +158,6 @@ def python_prune(name: str, out: Path, memory: str) -> None:
         halves.calibration,
         validation=halves.evaluation,
         reconstruct="--reconstruct" in words,
-        memory=memory,
         out=out,
         **settings,
     )

@@ -12,8 +12,8 @@ import pytest
 from regrow.store.atomic import JSON, PAGES, check_output, write_output
 from regrow.store.errors import StoreError
 
-SHOW = ("show", "toys:classifier", "--json")
-PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--no-verify", "--source", "digits")
+SIZE = ("evaluate", "toys:classifier", "--json")
+PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--source", "digits")
 FEW = ("--tokens", "64", "--eval-tokens", "64")
 
 
@@ -37,21 +37,21 @@ def test_a_link_is_followed_and_stays(regrow, tmp_path):
         Path(link).symlink_to(target)
     Path("results/old.json").write_text("old")
     for link in ("link.json", "dangling.json"):
-        assert regrow(*SHOW, link)[0] == 0
-        assert Path(link).is_symlink() and json.loads(Path(link).read_text())["format"] == "regrow-axes/1"
+        assert regrow(*SIZE, link)[0] == 0
+        assert Path(link).is_symlink() and json.loads(Path(link).read_text())["model"] == "toys:classifier"
     assert sorted(path.name for path in Path("results").iterdir()) == ["new.json", "old.json"]
 
 
 def test_a_fifo_takes_text_as_it_comes(regrow, tmp_path):
     os.mkfifo("fifo")
-    code, _, err = regrow(*SHOW, "fifo")
+    code, _, err = regrow(*SIZE, "fifo")
     assert code == 2 and "fifo is a FIFO that no process reads; start its reader first" in err
     found = []
     reader = threading.Thread(target=lambda: found.append(Path("fifo").read_text()))
     reader.start()
-    assert regrow(*SHOW, "fifo")[0] == 0
+    assert regrow(*SIZE, "fifo")[0] == 0
     reader.join()
-    assert json.loads(found[0])["format"] == "regrow-axes/1" and stat.S_ISFIFO(Path("fifo").stat().st_mode)
+    assert json.loads(found[0])["model"] == "toys:classifier" and stat.S_ISFIFO(Path("fifo").stat().st_mode)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo"]
 
 
@@ -123,12 +123,12 @@ def test_no_command_overwrites_a_run_or_its_input(regrow, tmp_path):
     before = digests(tmp_path)
     for file in ("model.safetensors", "run.json", "ledger.json", "metrics.jsonl"):
         refused(regrow("report", "run", "--out", f"run/{file}"), f"run/{file}", "name a new file")
-        refused(regrow("compare", "run", "run2", "--out", f"run/{file}"), f"run/{file}", "name a new file")
+        refused(regrow("report", "run", "run2", "--out", f"run/{file}"), f"run/{file}", "name a new file")
         refused(regrow(*PRUNE, *FEW, "--dry-run", f"run/{file}"), f"run/{file}", "name a new file")
         words = ("evaluate", "run", "--code", "toys:classifier", "--json", f"run/{file}")
         refused(regrow(*words), f"run/{file}", "name a new file")
-    refused(regrow(*SHOW, "run/shapes.json"), "run/shapes.json")
-    refused(regrow("show", "toys_of_mine:classifier", "--json", "toys_of_mine.py"), "toys_of_mine.py")
+    refused(regrow(*SIZE, "run/shapes.json"), "run/shapes.json")
+    refused(regrow("evaluate", "toys_of_mine:classifier", "--json", "toys_of_mine.py"), "toys_of_mine.py")
     refused(regrow("evaluate", "run", "--choices", "items.json", "--json", "items.json"), "an input of this command")
     assert digests(tmp_path) == before
     for out in ("run/report.html", "run/new.html", "page.html", "page.html"):

@@ -14,7 +14,7 @@ from regrow.store import load, replacing
 from regrow.store.errors import StoreError
 
 CODE = ("--code", "toys:classifier")
-PRUNE = ("--method", "magnitude", "--source", "digits", "--eval-tokens", "64", "--no-verify")
+PRUNE = ("--method", "magnitude", "--source", "digits", "--eval-tokens", "64")
 BEFORE = Path("two/before")
 WEIGHTS = BEFORE / "model.safetensors"
 pytestmark = pytest.mark.usefixtures("no_figures")

@@ -8,7 +8,7 @@ from distributed.processes import finish, free_port, start
 
 WORDS = ("--keep", "0.7", "--source", "news", "--source", "code", "--tokens", "160", "--eval-tokens", "96")
 """Five calibration windows and three for evaluation: ranks get unequal shares."""
-FILES = ("ledger.json", "model.safetensors", "shapes.json", "axes.json", "scores.json", "probe.st", "metrics.jsonl")
+FILES = ("ledger.json", "model.safetensors", "shapes.json", "axes.json", "probe.st", "metrics.jsonl")
 TWICE = """
 import os, sys
 from regrow.cli import code_of

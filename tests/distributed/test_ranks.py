@@ -276,5 +276,5 @@ def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert code_of(["history", str(Path(__file__).parent)]) == 2
-    assert "history runs in one process, and this is rank 1 of 2" in capsys.readouterr().err
+    assert code_of(["undo", str(Path(__file__).parent)]) == 2
+    assert "undo runs in one process, and this is rank 1 of 2" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from distributed.processes import finish, start
 
-WORDS = ("search", "cells:4-2-1", "--data", "digits", "--target", "0.3", "--train", "90", "--test", "30")
+WORDS = ("search", "cells:4-2-1", "--data", "digits", "--target", "params=30%", "--train", "90", "--test", "30")
 MORE = ("--stages", "1", "--epochs", "3", "--retrain", "1", "--set", "warm=1", "--set", "every=1", "--batch-size", "24")
 
 

@@ -7,12 +7,14 @@ from torch import nn
 from hand import lm, texts
 from regrow import trace
 from regrow.allocation.cost import cost_of, payers
-from regrow.api.prune import prune
 from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget
+from regrow.core.scores import Evidence
 from regrow.core.sources import Batch
 from regrow.evaluation import fastest_pass, lengthen, timing
-from regrow.jobs.pruning import with_timing
+from regrow.jobs.pruning import build_pruner, with_timing
+from regrow.methods.pruning.pruner import plan_cut
+from regrow.surgery import apply
 
 
 class Deep(nn.Module):
@@ -66,8 +68,8 @@ def test_a_time_target_is_met_as_predicted_and_nearly_in_truth() -> None:
     axes = trace(model, x)
     before = fastest_pass(model, Batch((x,)), repeats=25)
     budget = with_timing(model, axes, Budget(target=Target(Measure.TIME, before * 0.6 / 1e6)))
-    assert budget.timing is not None
-    _, plan = prune(model, method="magnitude", axes=axes, target=budget.target or "", timing=budget.timing)
+    plan = plan_cut(build_pruner("magnitude", {}), model, axes, budget, Evidence()).plan
+    apply(model, axes, plan)
     cost = cost_of(axes, budget)
     assert cost(plan.sizes(axes)) <= budget.limit(cost.total)
     assert fastest_pass(model, Batch((x,)), repeats=25) < 0.85 * before, "a loose bound: other processes are about"

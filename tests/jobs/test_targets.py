@@ -93,8 +93,8 @@ def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
-    parts = read_parts(Settings("cells:4-2-1", "digits", "0.2", **TINY))
-    model, _, _ = searching.build_space(Settings("cells:4-2-1", "digits", "0.2", **TINY), parts.search)
+    parts = read_parts(Settings("cells:4-2-1", "digits", "params=20%", **TINY))
+    model, _, _ = searching.build_space(Settings("cells:4-2-1", "digits", "params=20%", **TINY), parts.search)
     one, two = (trace(model, parts.search.train.inputs[:n]) for n in (1, 2))
     counted = dense(model, parts.search.train.inputs[:2])
     for text, name in (

@@ -193,7 +193,7 @@ def test_a_killed_pass_goes_on_where_it_stopped() -> None:
     whole = collect(model, axes, sources, ACTIVATIONS, shards=2)
     done: dict[tuple[str, int], Statistics] = {}
 
-    def kill(name: str, finished: int, total: int) -> None:
+    def kill(finished: int, total: int, what: str) -> None:
         assert total == 8
         if finished == 7:
             raise KeyboardInterrupt
@@ -206,7 +206,7 @@ def test_a_killed_pass_goes_on_where_it_stopped() -> None:
         collect(model, axes, sources, ACTIVATIONS, shards=2, run=CollectionRun(on_done=keep, progress=kill))
     assert model.training and set(done) == {("a", 0), ("a", 1), ("b", 0)}
     finished: list[int] = []
-    run = CollectionRun(done=done, progress=lambda n, i, t: finished.append(i))
+    run = CollectionRun(done=done, progress=lambda i, total, what: finished.append(i))
     again = collect(model, axes, sources, ACTIVATIONS, shards=2, run=run)
     assert finished[-1] == 8 and len(finished) < 8
     for name in whole:

@@ -64,7 +64,7 @@ def test_a_journal_that_is_no_regular_file(tmp_path, make):
         append(tmp_path / "metrics.jsonl", {"what": "a"})
 
 
-@pytest.mark.parametrize("name", ["", "statistics", "front/0001"])
+@pytest.mark.parametrize("name", ["", "statistics", "found/deeper"])
 def test_folders_of_unfinished_work_that_link_elsewhere(tmp_path, name):
     outside, work = tmp_path / "outside", begun(tmp_path / "run")
     outside.mkdir()

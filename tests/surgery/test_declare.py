@@ -104,7 +104,7 @@ def test_pruning_takes_declared_axes_and_their_means_are_proved() -> None:
 def test_what_no_recording_shows_has_no_known_work() -> None:
     model, axes = two_and_axes()
     with pytest.raises(ValueError, match=r"declared axes hidden cost is not known.*params or bytes"):
-        regrow.prune(model, method="random", keep=0.5, axes=axes, measure="macs")
+        regrow.prune(model, method="random", target="macs=50%", axes=axes)
 
 
 # --- blocks, concatenations, integers -------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
     example = example_of(model, args, kwargs)
-    capture(model, example, tracer=Tracer.COPY)
+    capture(model, example, tracer=Tracer.RECORD)
     assert asked
     asked.clear()
     in_training(model, example)

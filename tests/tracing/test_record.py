@@ -113,7 +113,7 @@ def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     (ours, mine), (theirs, other) = (
-        dry(model, example_of(model, args, kwargs), one) for one in (Tracer.COPY, Tracer.EXPORT)
+        dry(model, example_of(model, args, kwargs), one) for one in (Tracer.RECORD, Tracer.EXPORT)
     )
     assert mine == other
     assert list(ours.axes) == list(theirs.axes) and ours.shapes == theirs.shapes and ours.ties == theirs.ties
@@ -135,7 +135,7 @@ def test_what_asks_or_reads_what_it_kept_is_not_ours_to_record_on_fake_data() ->
 
     for wire, real in ((keeps, False), (reads, True), (lambda m, x: m.two(m.one(x)) * x.sum().item(), True)):
         model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
-        found = capture(model, Example((torch.ones(2, 4),)), tracer=Tracer.COPY)
+        found = capture(model, Example((torch.ones(2, 4),)), tracer=Tracer.RECORD)
         assert (found.decisions is not None) == real
 
 
@@ -149,7 +149,7 @@ def test_a_network_that_asks_whether_it_is_exported_is_traced_as_it_runs() -> No
 
     model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
     example = Example((torch.ones(2, 4),))
-    assert dry(model, example, Tracer.COPY)[1] == dry(model, example, Tracer.EXPORT)[1]
+    assert dry(model, example, Tracer.RECORD)[1] == dry(model, example, Tracer.EXPORT)[1]
     axes = trace(model, torch.ones(2, 4))
     assert axes.tracer == Tracer.PLAIN and "flip" in axes["one.weight:0"].reason
     assert not asked.is_exporting() and not asked.is_compiling()

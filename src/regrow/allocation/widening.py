@@ -11,7 +11,6 @@ from regrow.core.axes import Axis, AxisGraph, Role, axes_in, block, matches
 from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
-PARTS: tuple[Part, ...] = ("mlp", "heads", "channels")
 _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels of convolutions"}
 
 
@@ -25,7 +24,7 @@ class Widening:
 
 def widening(
     axes: AxisGraph,
-    parts: Mapping[Part, Increase],
+    parts: Mapping[str, Increase],
     named: Mapping[str, Increase],
     *,
     round_to: int = 1,

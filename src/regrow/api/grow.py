@@ -50,7 +50,6 @@ def grow(
     precision: str = "float32",
     axes: AxisGraph | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
     """Grow a network such that its outputs do not change, and train it afterwards if there are steps.
@@ -78,7 +77,6 @@ def grow(
         precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
         axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -94,7 +92,7 @@ def grow(
     (10, True)
     """
     names = _check_training(data, steps, train)
-    call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out, track)
+    call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     copies, units = _write_amounts(blocks), _write_amounts(axis)
     settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill, round_to)
@@ -115,7 +113,6 @@ def _open(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
         inputs.trace() if call.axes is None else call.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,
-        lenient=inputs.lenient,
         call=call.record_inputs(inputs, partial(parameter_sums, inputs.model)),
     )
 

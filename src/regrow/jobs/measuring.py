@@ -31,7 +31,6 @@ class EvaluationData:
     halves: SourceHalves  # networks are evaluated on the evaluation halves
     objective: Objective | None = None  # what networks are trained for; `None`: text with a tokenizer, else classes
     precision: str = "float32"  # the precision of forward passes
-    lenient: bool = False  # whether the data need not fit the objective: that gives a warning
 
 
 def measure_run(
@@ -42,14 +41,13 @@ def measure_run(
     name: str,
     *,
     network: StreamedNetwork | None = None,
-    known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
 
-    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time, ``known`` its
-    results by source where it was measured before. Loaders that shuffle give the same order each time, and their random
-    state is restored. Of an objective without rows, only the size is measured.
+    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time. Loaders that
+    shuffle give the same order each time, and their random state is restored. Of an objective without rows, only the
+    size is measured.
     """
     record, objective = run.record, data.objective
     if not record.measured:
@@ -65,9 +63,7 @@ def measure_run(
     with preserve_random_state(*generators), autocasting(loaded.model, data.precision):
         seed_generators(*generators)
         results: Iterable[evaluation.Perplexity | evaluation.Accuracy | Evaluation]
-        if known and all(source.name in known for source in tests):
-            results = [known[source.name] for source in tests]
-        elif objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
+        if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
             results = _evaluate_text(run, loaded, tests, name, network)
         else:
             results = _evaluate(run, loaded, tests, name, objective)
@@ -77,10 +73,8 @@ def measure_run(
                 record.log("perplexity" if isinstance(result, evaluation.Perplexity) else "choice", row)
                 if isinstance(result, evaluation.Perplexity):
                     perplexities[result.source] = result
-                if known is not None and not isinstance(result, Evaluation):
-                    known[result.source] = result
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not data.lenient:
+            if not data.halves.lenient:
                 raise
             line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
             warnings.warn(line, stacklevel=2)

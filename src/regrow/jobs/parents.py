@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.core.amounts import format_bytes
-from regrow.core.errors import ResourceError
 from regrow.core.plan import Plan
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
@@ -22,12 +20,10 @@ from regrow.store.replacing import (
     count_bytes,
     record_files,
     replace_folder,
-    shares_blocks,
 )
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
-from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 
 BEFORE = "before"
@@ -133,24 +129,6 @@ def digest_weights(shapes: Shapes) -> str:
 def count_parameters(shapes: Shapes) -> int:
     """Return the number of parameters of a saved model."""
     return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is Kind.PARAMETER)
-
-
-def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True) -> None:
-    """Raise ResourceError unless the disk has room for the copy of the model that a run starts from."""
-    begun = RunFolder.open_unfinished(out)
-    if not undo or (begun and begun.run().get("parent") is not None):
-        return
-    disk = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
-    source = Path(model)
-    if (source / store.SHAPES).is_file():
-        needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
-    else:
-        needed = sum(held.tensor.nbytes for held in named_tensors(loaded.model).values())
-    if needed > (free := shutil.disk_usage(disk).free):
-        raise ResourceError(
-            f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "
-            "free; choose another disk, or leave the copy out (--no-undo)"
-        )
 
 
 def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> dict[str, Any]:

@@ -38,6 +38,8 @@ from regrow.training.learner import Context
 
 MOST_BATCHES = 100
 """How many batches of training examples the statistics of BatchNorms are measured on."""
+HELD_OUT = 0.2
+"""The fraction of the training examples that is held out for validation."""
 WINDOWS = 4
 """The most windows of text that are evaluated in one pass: each has as many outputs as there are tokens."""
 
@@ -67,7 +69,6 @@ class SearchInputs:
     start: Loaded | None = None
     stages: MemoryStages | None = None
     in_place: bool = False
-    generators: tuple[torch.Generator, ...] = ()
     call: dict[str, object] | None = None
 
 
@@ -83,9 +84,9 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     base, text = read_tasks(specs)[0], specs.tokenizer is not None
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
-    many = max(1, round(settings.validation * n))
+    many = max(1, round(HELD_OUT * n))
     if n - many < 2:
-        raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
+        raise ValueError(f"{n} examples leave {n - many} to learn from; give more data")
     held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
     if text:
         held = ExamplesView(held, most=WINDOWS)

@@ -55,28 +55,28 @@ def build_space(
     The network has random weights, or is the one that is searched instead of a new one (``start``).
     """
     space, stages, seed = settings.space, settings.stages, settings.seed
+    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
+    if (start or not fit) and (settings.memory or stages > 1):
+        option = "memory" if settings.memory else f"stages {stages}"
+        raise ValueError(f"{space} is searched in one stage: no --{option}")
     if start:
-        _refuse_stages(space, settings)
         if start.tokenizer is None:
             check_outputs(start, task, 1 + max(task.classes))
         return start.model, start.origin, None
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
-    if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
-        _refuse_stages(f"{space} has one topology for all cells, so it", settings)
-        edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=settings.stride)
+    if sizes := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
+        edges = bench201.supernet(shape, classes, width=int(sizes[1]), cells=int(sizes[2]), stride=settings.stride)
         check_space_fits(edges, f"a search of {space}")
         return _initialise(Bench201, edges, seed), Origin("bench201", "bench201", edges, space), None
-    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
+    if names_code(space):
+        builder = import_builder(space)
+        return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
     if not fit:
-        _refuse_stages(space, settings)
-        if names_code(space):
-            builder = import_builder(space)
-            return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
     network, supernet, prefix, parts = STAGED[kind]
-    sizes = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
-    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(sizes))
+    named = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
+    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(named))
     whole, plan = describe(), None
     check_space_fits(whole, f"a search of {space}")
     count = len(whole[parts])
@@ -87,13 +87,6 @@ def build_space(
     net = _initialise(network, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(kind, kind, config, space), plan
-
-
-def _refuse_stages(what: str, settings: Settings) -> None:
-    """Raise ValueError if stages or a memory budget are asked for of a network that is searched in one stage."""
-    if settings.memory or settings.stages > 1:
-        option = "memory" if settings.memory else f"stages {settings.stages}"
-        raise ValueError(f"{what} is searched in one stage: no --{option}")
 
 
 def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:

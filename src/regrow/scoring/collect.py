@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.objectives import Objective, choose_objective
+from regrow.core.progress import Progress, silent
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
@@ -53,7 +54,7 @@ class CollectionRun:
     ranks: ProcessRank = SINGLE  # the processes that share the batches and all call `collect`; rank 0 gets the sums
     done: Mapping[Key, Statistics] = field(default_factory=dict)  # finished by an interrupted call, not measured again
     on_done: Callable[[str, int, Statistics], None] = lambda source, shard, sums: None  # called as soon as one is
-    progress: Callable[[str, int, int], None] = lambda source, done, total: None  # called after every batch
+    progress: Progress = silent  # called after every batch
 
 
 def collect(
@@ -139,7 +140,7 @@ class _Walk:
                 batches = source if shards == 1 else source.batches[shard::shards]
                 for _ in self._add_batches(batches, sums):
                     finished += 1
-                    self.run.progress(source.name, finished, total)
+                    self.run.progress(finished, total, f"measuring {source.name}")
                 result[source.name, shard] = self._settle(sums, shard)
         return result
 
@@ -193,7 +194,7 @@ class _Walk:
             else:
                 result[key].accumulate(part)
             finished += 1
-            self.run.progress(key[0], finished, total)
+            self.run.progress(finished, total, f"measuring {key[0]}")
 
         visits.visit([batch for _, batch in mine], names, around)
         if ranks.several:

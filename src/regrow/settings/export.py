@@ -32,7 +32,7 @@ class Settings:
     """Settings of ``regrow export``: the model, and how it is written; each field has its help text."""
 
     # fmt: off
-    run: Annotated[str, Setting(
+    model: Annotated[str, Setting(
         "A run folder, or any model that `regrow prune` takes.",
         argument=True, code=True, example="RUN --to gguf --out model.gguf",
     )]

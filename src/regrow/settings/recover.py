@@ -12,9 +12,6 @@ from regrow.settings.shared import PRECISION, Undo
 CLOSED_FORM = ("refit",)
 """Recoveries that solve for weights instead of training them; their passes run in the format of the weights."""
 
-TRAINED = ("lora", "distil")
-"""Recoveries that several processes train together."""
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -200,7 +200,6 @@ KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "commit": (CommitRow, None),
     "epoch": (MetricsRow, ("epoch",)),
     "found": (SearchResultRow, ()),
-    "front": (MetricsRow, ("epoch",)),
     "gone": (MissingTasksRow, ("tasks",)),
     "growth": (CommitRow, None),
     "latency": (MetricsRow, ()),

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -233,15 +232,6 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
 def count_bytes(folder: Path) -> int:
     """Return how many bytes a copy of a folder takes."""
     return sum(path.stat().st_size for path in _files(folder))
-
-
-def shares_blocks(source: Path, folder: Path) -> bool:
-    """Whether a copy of a file would take no room on the disk, since it shares the blocks of the original."""
-    try:
-        with source.open("rb") as file, tempfile.TemporaryFile(dir=folder) as copy:
-            return _clone(file, copy)
-    except OSError:
-        return False
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -38,7 +38,6 @@ class RunFolder:
         resumed: Whether an earlier process had started this run.
         out: The folder that the finished run will have; ``None`` for a folder that is only read.
         owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
-        send: Called with every row that :meth:`log` adds, such as for a tracker.
         inputs: The files that the run reads, which :meth:`finish` compares with what they were.
     """
 
@@ -46,7 +45,6 @@ class RunFolder:
     resumed: bool = False
     out: Path | None = None
     owner: Lock | None = None
-    send: Callable[[Mapping[str, object]], None] | None = None
     inputs: list[WeightFile] = field(default_factory=list)
     kept: ClassVar[bool] = True
     measured: ClassVar[bool] = True
@@ -186,9 +184,7 @@ class RunFolder:
         self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object
     ) -> None:
         """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns."""
-        entry = {"what": what, **(row or {}), **values}
-        if self._metrics.add(entry, number) and self.send:
-            self.send(entry)
+        self._metrics.add({"what": what, **(row or {}), **values}, number)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out."""
@@ -208,10 +204,6 @@ class RunFolder:
         """Write ``axes.json``: the axes of the model before and after the run."""
         rows = {"before": before, "after": after}
         self._write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
-
-    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
-        """Write ``scores.json``: a summary of the importance scores of every axis."""
-        self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
 
     def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
         """Write ``findings.json``: the tables in which a method explains its choice."""

@@ -1,8 +1,9 @@
 """Cut a network that is larger than memory: block by block its tensors are cut, checked in float64 and written."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,10 +30,10 @@ from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import Deviation, ProposedChange, max_difference, max_magnitude
 from regrow.surgery.proof import changed_blocks, check_block
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
-from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
+from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import operations, restate_steps
 
 
@@ -90,23 +91,25 @@ class StreamedCut:
     loaded: Loaded  # the cut network without numbers, its tokenizer, an example input and its origin
     axes: AxisGraph
 
-    def write(
-        self, folder: Path, *, proof: bool = True, progress: Progress = silent, ranks: ProcessRank = SINGLE
-    ) -> list[Deviation]:
+    @cached_property
+    def changed_paths(self) -> frozenset[str]:
+        """The paths of the blocks that are compared."""
+        return frozenset(block.path for block in changed_blocks(self.change))
+
+    def write(self, folder: Path, *, progress: Progress = silent, ranks: ProcessRank = SINGLE) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self._tensors(proof, deviations, progress, ranks):
+            for name, tensor in self._tensors(deviations, progress, ranks):
                 if name in shapes.tensors:
                     yield name, tensor
 
         @contextmanager
         def running(written: Path) -> Iterator[nn.Module]:
             network, change = self.network(written), self.change
-            if proof:
-                example = cast_example(change.axes.example, change.model)
-                check_streamed_run(network, change.planned, change.recording.blocks, example)
+            example = cast_example(change.axes.example, change.model)
+            check_streamed_run(network, change.planned, change.recording.blocks, example)
             with network.on_demand() as model:
                 yield model
 
@@ -116,16 +119,16 @@ class StreamedCut:
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
-    def share(self, ranks: ProcessRank, *, proof: bool = True) -> None:
+    def share(self, ranks: ProcessRank) -> None:
         """Cut and check the blocks of this rank, and send them to rank 0, which writes them."""
         network, outbox = self.opened.network(), Outbox()
-        blocks, compared = ranks.share(_ordered(network)), self._compared(proof)
+        blocks = ranks.share(_ordered(network))
         names = [*(block.names for block in blocks), ()]
         with network.resident(network.outer, names[0]):
             for i, block in enumerate(blocks):
                 deviations: list[Deviation] = []
                 with network.resident(block.names, names[i + 1]):
-                    tensors = dict(self._cut(block.path, block.names, compared, deviations))
+                    tensors = dict(self._cut(block.path, block.names, deviations))
                     outbox.flush()  # no more than one block waits
                     outbox.send({"names": [*tensors], "deviations": deviations}, [*tensors.values()])
         outbox.flush()
@@ -142,42 +145,36 @@ class StreamedCut:
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 
-    def _compared(self, proof: bool) -> set[str]:
-        """Return the paths of the blocks that are compared."""
-        return {block.path for block in changed_blocks(self.change)} if proof else set()
-
     def _tensors(
-        self, proof: bool, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
+        self, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
-        network, compared, what = self.opened.network(), self._compared(proof), "cutting and checking the blocks"
+        network, what = self.opened.network(), "cutting and checking the blocks"
         for name, held in named_tensors(self.loaded.model).items():
             if not held.kind.carried:
                 yield name, held.tensor
         ordered = _ordered(network)
         with network.resident(network.outer, ordered[0].names):
             progress(0, len(ordered) + 1, what)
-            yield from self._cut("", network.outer, compared, deviations)
+            yield from self._cut("", network.outer, deviations)
             for i, block in enumerate(ordered):
                 progress(i + 1, len(ordered) + 1, what)
                 if owner := i % ranks.size:
                     record, tensors = receive(owner)
-                    deviations += [Deviation(*deviation) for deviation in record["deviations"]]
+                    deviations += map(Deviation._make, record["deviations"])
                     yield from zip(record["names"], tensors, strict=True)
                     continue
                 following = ordered[i + ranks.size].names if i + ranks.size < len(ordered) else ()
                 with network.resident(block.names, following):
-                    yield from self._cut(block.path, block.names, compared, deviations)
+                    yield from self._cut(block.path, block.names, deviations)
         progress(len(ordered) + 1, len(ordered) + 1, what)
 
-    def _cut(
-        self, path: str, names: tuple[str, ...], compared: Collection[str], deviations: list[Deviation]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _cut(self, path: str, names: tuple[str, ...], deviations: list[Deviation]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of one block, or of what lies outside the blocks, after the plan."""
         change = self.change
         cut = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
         ready = prepare(change.model, change.axes, change.plan, names=cut)
-        for block in change.recording.blocks if path in compared else ():
+        for block in change.recording.blocks if path in self.changed_paths else ():
             if block.path == path:
                 deviations.append(check_block(replace(change, ready=ready), block))
         for name in sorted(cut):

@@ -21,13 +21,12 @@ from regrow.surgery.compensate import PlannedTensors, bias_of, check_bias, mean_
 from regrow.surgery.layout import Layout, ids_after, lay_out_dims, next_ids_after
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking, preserve_generators, reseed
 from regrow.surgery.undo_store import UndoStore, locate_entries
-from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_example, map_tensors
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.nodes import op_name
 from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
-from regrow.tracing.readings import Readings, Recording, readings
+from regrow.tracing.readings import GraphBlock, Readings, Recording, blocks, readings
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
 
@@ -308,10 +307,6 @@ def replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Mod
     return copy_model(model, made)
 
 
-class NotAsRecordedError(PlanError):
-    """Raised for a changed network whose own forward pass differs from its recording."""
-
-
 def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """Return a changed network's axes (``unproven``?) after comparing its own forward pass with its recording."""
     if not holds_numbers(model, axes.example):
@@ -332,18 +327,13 @@ def record_run(model: nn.Module, example: Example) -> Capture:
         with preserve_state(model, entries=True):
             return capture(model, example, ())
     except TraceError as error:
-        raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
+        raise PlanError(f"the plan cannot be carried out: {error}") from error
 
 
 def check_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
     """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``."""
     try:
-        result = compare_with_recording(model, recorded, example)
+        return compare_with_recording(model, recorded, example)
     except Exception as error:
-        problem = f"the network does not run: {first_line(error)}"
-        raise NotAsRecordedError(f"the plan cannot be carried out: {problem}; plan other sizes") from error
-    if result.problem:
-        raise NotAsRecordedError(
-            f"the plan cannot be carried out: {result.problem}; leave the axes of that module out of the plan"
-        )
-    return result.unproven
+        problem = f"the network does not run as recorded: {first_line(error)}"
+        raise PlanError(f"the plan cannot be carried out: {problem}; plan other sizes") from error

@@ -32,11 +32,11 @@ from regrow.surgery.output_comparison import (
     run_both,
 )
 from regrow.surgery.runner import LARGE, Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
-from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
+from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import operations
 
 # How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small

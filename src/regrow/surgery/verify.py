@@ -72,7 +72,7 @@ def verify(
     one that compares as −∞; layer and group norms run over the kept units; the output of a dropped branch counts as 0,
     or as its input where that passes through. The masked network is computed by running the recorded operations one by
     one, without surgery; so is the cut one, recorded on a copy of the planned shapes. Both run block by block
-    (:mod:`regrow.tracing.blocks`), each with its own hidden states: one block of the network and its cut copy are in
+    (:mod:`regrow.tracing.readings`), each with its own hidden states: one block of the network and its cut copy are in
     float64 at a time. For declared axes (:func:`regrow.declare`) the masked network is the whole network with 0 in each
     weight that consumes dropped units; it and its cut copy are run as they are, and so are networks in which data
     decide which operations run, and plans that drop branches.

@@ -18,7 +18,9 @@ from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
-from regrow.tracing.repeated_calls import NUMBER
+
+NUMBER = "layer_idx"
+"""The attribute that numbers the blocks of a network."""
 
 
 class PlaceholderModule(nn.Module):
@@ -118,9 +120,8 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     copy, fake = fake_copy(model, cast_example(example, model))
     try:
         calls, answer = record_calls(copy, fake)
-    except Exception as error:
-        reason = f"the network does not run on tensors without numbers: {first_line(error)}"
-        return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
+    except Exception:  # the network does not run on tensors without numbers
+        return {}
     search = _Search(Effects(recorded), copy, fake, calls, answer)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
     result |= search.repetitions(result)

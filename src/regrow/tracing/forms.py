@@ -26,9 +26,6 @@ class ConstantResults:
         self.known: dict[Node, Any] = {}
         self.calls: list[tuple[Node, Any, Any, Any]] = []
 
-    def __contains__(self, node: object) -> bool:
-        return node in self.known
-
     def add_call(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
         """Add an operation on constants; it is run when a value is needed."""
         self.known[node] = None
@@ -81,15 +78,13 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
         return NotImplemented
     device, dtype = operands[0].fake_device, operands[0].dtype
     with no_python_dispatcher():
-        if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in operands):
-            result = rule(*args, **kwargs)
-            if isinstance(result, Tensor):
-                return result
-            if result is not None:
-                shape, *stride = result
-                empty = torch.empty_strided if stride else torch.empty
-                return FakeTensor(mode, empty(shape, *stride, dtype=dtype, device="meta"), device)
-        return _by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
+        if rule is None:
+            return _by_kernel(func, args, kwargs, mode, device)
+        usual = dtype.is_floating_point and all(x.dtype is dtype for x in operands)
+        shape = rule(*args, **kwargs) if usual else None
+        if shape is None:
+            return NotImplemented
+        return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), device)
 
 
 def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
@@ -109,34 +104,7 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
     return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
 
 
-# --- rules return a shape, a shape and strides, the operand that is returned itself, or None if they do not apply ----
-
-
-def _entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
-    tensors = [y for y in others if isinstance(y, Tensor)]
-    if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
-        return None
-    if all(x.shape == y.shape and x.stride() == y.stride() for y in tensors):
-        dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
-        return (x.shape, x.stride()) if dense else None
-    shape = _broadcast(x.shape, tensors[0].shape)
-    return (shape,) if shape is not None and x.is_contiguous() and tensors[0].is_contiguous() else None
-
-
-def _in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
-    tensors = [y for y in others if isinstance(y, Tensor)]
-    numbers = sum(isinstance(y, int | float) for y in others)
-    fits = all(_broadcast(x.shape, y.shape) == x.shape for y in tensors)
-    return x if fits and len(tensors) + numbers == len(others) else None
-
-
-def _broadcast(a: Any, b: Any) -> Any:
-    """Return the shape that two shapes broadcast to, if it is one of the two; else ``None``."""
-    a, b = (a, b) if len(a) >= len(b) else (b, a)
-    padded = (1,) * (len(a) - len(b)) + tuple(b)
-    if all(m in (n, 1) for n, m in zip(a, padded, strict=True)):
-        return a
-    return padded if all(n in (m, 1) for n, m in zip(a, padded, strict=True)) else None
+# --- rules return the shape of a contiguous result, or None if they do not apply -------------------------------------
 
 
 def _convolution(
@@ -158,19 +126,19 @@ def _convolution(
         (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
         for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
     ]
-    return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
+    return (x.shape[0], weight.shape[0], *sides) if min(sides) > 0 and min(pads) >= 0 else None
 
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
     known = mean is not None and variance is not None
     fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
-    return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
+    return x.shape if known and fits and x.dim() > 1 and x.is_contiguous() else None
 
 
 def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
     last = tuple(x.shape[x.dim() - len(over) :])
     fits = last == tuple(over) and _of(weight, last) and _of(bias, last)
-    return (x.shape,) if fits and x.is_contiguous() else None
+    return x.shape if fits and x.is_contiguous() else None
 
 
 def _of(x: Tensor | None, shape: Any) -> bool:
@@ -183,16 +151,7 @@ def _ops(names: str) -> list[Any]:
     return [getattr(getattr(torch.ops.aten, name), overload) for name, overload in split]
 
 
-_ENTRYWISE = (
-    "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt exp cos "
-    "sin square abs pow.Tensor_Scalar rsub.Scalar dropout add.Tensor sub.Tensor mul.Tensor div.Tensor"
-)
-_IN_PLACE = (
-    "relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_ add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"
-)
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_ops(_ENTRYWISE), _entrywise),
-    **dict.fromkeys(_ops(_IN_PLACE), _in_place),
     **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
     **dict.fromkeys(_ops("batch_norm"), _batch_norm),
     **dict.fromkeys(_ops("layer_norm"), _layer_norm),
@@ -203,7 +162,10 @@ _KERNELS = frozenset(
         "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean "
         "mean.dim sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim "
         "expand slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding "
-        "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
+        "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell relu gelu silu sigmoid tanh hardswish "
+        "hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt exp cos sin square abs pow.Tensor_Scalar "
+        "rsub.Scalar dropout relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_ add_.Tensor sub_.Tensor "
+        "mul_.Tensor div_.Tensor"
     )
 )
 """Operations whose meta kernels give the right shape and strides for any device."""

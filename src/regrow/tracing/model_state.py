@@ -7,7 +7,7 @@ results. Runs on fake data would leave tensors without numbers in all these plac
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial
@@ -212,33 +212,18 @@ def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> 
     if id(value) in visited or isinstance(value, without) or type(value).__module__ == "numpy":
         return
     visited.add(id(value))
-    name = type(value).__name__
+    if isinstance(value, Iterator | Set | FunctionType | MethodType | partial):
+        name = type(value).__name__
+        raise OutputError(f"it returns a {name}, in which tensors have no place to compare; return a list or tuple")
     parts: Iterable[object]
-    if isinstance(value, Iterator):
-        raise OutputError(f"it returns a {name}, which can be read only once; return a list or tuple")
-    if isinstance(value, FunctionType | MethodType | partial):
-        if [*find_tensors([contents_of(cell) for cell in getattr(value, "__closure__", None) or ()])]:
-            raise OutputError("it returns a function that holds tensors; return the tensors")
-        return
-    if isinstance(value, Mapping):
-        parts = value.values()
-    elif isinstance(value, Collection):
-        parts = value
-        if isinstance(value, Set) and [*find_tensors([*value])]:
-            raise OutputError(f"it returns a {name} of tensors, which has no order; return a list or tuple")
+    if isinstance(value, Collection):
+        parts = value.values() if isinstance(value, Mapping) else value
     else:
-        names = [slot for kind in type(value).__mro__ for slot in _slots(kind)]
-        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, slot, None) for slot in names)]
+        state = object.__getstate__(value)
+        held = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
+        parts = [part for entries in held for part in (entries or {}).values()]
     for part in parts:
         _collect_tensors(part, result, visited)
-
-
-def _slots(kind: type) -> list[str]:
-    """Return the names of the slots that a class itself declares."""
-    declared = vars(kind).get("__slots__", ())
-    names = [declared] if isinstance(declared, str) else [*declared]
-    private = [f"_{kind.__name__.lstrip('_')}{x}" if x[:2] == "__" and x[-2:] != "__" else x for x in names]
-    return [x for x in private if x not in ("__dict__", "__weakref__")]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -248,8 +233,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return those of some parameters and buffers that a model has, by name."""
-    state = state_of(model)
-    return {name: state[name] for name in names if name in state}
+    state = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        with suppress(AttributeError):
+            module = model.get_submodule(path)
+            tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+            if tensor is not None:
+                state[name] = tensor
+    return state
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:

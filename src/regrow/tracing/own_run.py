@@ -1,12 +1,11 @@
 """Compare a recording with the network's own forward pass: what is recorded must be what runs.
 
-A recording is made on fake tensors, in export mode, and the operations of repeated modules may be copied. Code that
-asks for any of this, or for state that nobody compares, runs otherwise when users run it.
+A recording is made on fake tensors, in export mode. Code that asks for any of this, or for state that nobody compares,
+runs otherwise when users run it.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -101,16 +100,12 @@ ROUNDING = 64
 """The largest difference that counts as rounding, in units in the last place of the largest output."""
 
 
-@dataclass(frozen=True)
-class RunComparison:
-    """The result of running a network itself and its recording."""
-
-    problem: str = ""  # how their outputs differ; empty if they do not
-    unproven: str = ""  # why they could not be compared; empty if they were
+class DeviationError(RuntimeError):
+    """Raised for a network whose own forward pass differs from its recording."""
 
 
-def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> RunComparison:
-    """Run a network itself, and its recording, and compare their outputs.
+def compare_with_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
+    """Run a network itself, and its recording; return why their outputs cannot be compared; empty if they are equal.
 
     Both run without gradients in evaluation mode, with the same random numbers. Outputs that are not equal bit for bit
     may differ by three times the rounding of the recording, and not in float64. In float64 one tensor at a time is in
@@ -131,29 +126,29 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
 
 def _compare(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], outputs: list[Tensor]
-) -> RunComparison:
+) -> str:
     if recorded.decisions is not None:
         # Other kernels may have run under the recorder, and in float64 another decision could be taken.
         outputs, replayed = [x for x in outputs if x.is_floating_point()], [*recorded.values]
         distance, largest = measure_distance(outputs, replayed[: len(outputs)])
         if distance <= max((ROUNDING * torch.finfo(x.dtype).eps for x in outputs), default=0.0) * largest:
-            return RunComparison()
+            return ""
         again = [x for x in run_network(model, example) if x.is_floating_point()]
     else:
         replayed = _replay(model, recorded, example, written)
         if is_equal(outputs, replayed):
-            return RunComparison()
+            return ""
         exact = _replay(model, recorded, example, written, double=True)
         distance, largest = measure_distance(outputs, replayed)
         rounding, _ = measure_distance([x.double() for x in replayed], [x.double() for x in exact])
         if distance <= max(3 * rounding, BOUND * largest):
             distance, largest = measure_distance(run_network(model, example, double=True), exact)
             if distance <= BOUND * largest:
-                return RunComparison()
+                return ""
         again = run_network(model, example)
     if not is_equal(outputs, again):
-        return RunComparison(unproven="the network gives other outputs when it runs again")
-    return RunComparison(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded")
+        return "the network gives other outputs when it runs again"
+    raise DeviationError(f"its outputs differ by {distance:.1e} of {largest:.1e} from what was recorded")
 
 
 def run_network(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:

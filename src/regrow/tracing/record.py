@@ -86,7 +86,6 @@ class Recorder(ProxyTorchDispatchMode):
         orders: Iterable[Tensor],
         running: Callable[[], dict[str, Any]],
         fake: FakeTensorMode | None,
-        lines: bool,
     ) -> None:
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
         self.graph = Graph()  # its placeholders are parameters, buffers, inputs and constants
@@ -94,7 +93,7 @@ class Recorder(ProxyTorchDispatchMode):
         self.constants: dict[Node, Tensor] = {}  # what the network made from numbers, and results of decisions
         self.decisions: list[Decision] = []
         self.values: list[Tensor] = []  # on real tensors: floating-point outputs, then what is compared
-        self.running, self.real, self.lines = running, fake is None, lines
+        self.running, self.real = running, fake is None
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.answers, self.orders = iter(answers), iter(orders)
         self.nodes: TensorMap | WeakTensorKeyDictionary = WeakTensorKeyDictionary() if self.real else TensorMap()
@@ -187,26 +186,14 @@ class Recorder(ProxyTorchDispatchMode):
             self.values += [copy_tensor(live[operand]) for operand in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
-        node = self._add(target, args, kwargs)
-        node.meta |= {"val": val, "nn_module_stack": self.running()}
-        if self.lines:
-            node.meta[LINE] = line_here()
-        return node
-
-    def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
         if len(self.calls) >= most_calls.get():
             raise RuntimeError(f"it runs more than {len(self.calls)} operations")
         if target not in self.labels:
             self.labels[target] = self.graph._target_to_str(target)
         node = self.graph.create_node("call_function", target, args, kwargs, self.labels[target])
         self.calls.append(node)
+        node.meta |= {"val": val, "nn_module_stack": self.running(), LINE: line_here()}
         return node
-
-    def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
-        """Record an operation once more, on other operands and in another module."""
-        made = self._add(node.target, args, kwargs)
-        made.meta |= node.meta | {"nn_module_stack": stack}
-        return made
 
     def _name(self, node: Node, out: Any, form: Any, plain: bool) -> None:
         """Associate the results of an operation with its node."""

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
-from regrow.tracing.branches import ModuleCall, record_calls
+from regrow.tracing.branches import NUMBER, ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line
 from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
-from regrow.tracing.repeated_calls import NUMBER
 
 DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
 """Names of configuration entries that hold how many blocks a stack has."""

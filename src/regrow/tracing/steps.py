@@ -17,6 +17,7 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names
+from regrow.tracing.interception import LINE, describe_line
 from regrow.tracing.nodes import (
     ALIASES,
     as_list,
@@ -122,7 +123,6 @@ class Difference:
     """The first operation in which two recordings of a network differ."""
 
     problem: str
-    step: int  # the number of the operation
     # Whether a constant or an operand differs. Constants also differ between precisions and after a fold, operands
     # after a bias was added, so only a comparison with the present network can tell.
     constant: bool = False
@@ -169,17 +169,18 @@ def difference(
     for i, (step, other) in enumerate(zip_longest(known, resized)):
         if step is None or other is None or step.op != other.op:
             ran, before = ("nothing" if x is None else _where(x) for x in (other, step))
-            return Difference(f"the network runs other operations at that size: {ran} instead of {before}", i)
+            problem = f"the network runs other operations at that size: {ran} instead of {before}"
+            return Difference(problem + _code(nodes[i : i + 1]))
     constant: Difference | None = None
-    for i, (step, other) in enumerate(zip(known, resized, strict=True)):
+    for step, other, node in zip(known, resized, nodes, strict=True):
         for dims, shape in zip(step.shapes, other.shapes, strict=True):
             planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
             if planned is not None and shape is not None and planned != shape:
-                return Difference(f"{_where(step)} has shape {[*shape]} at that size, not {[*planned]}", i)
-        if step.start is not None and bounds(nodes[i])[0] != (start := size_of(step.start, sizes)):
-            return Difference(f"{_where(step)} begins at entry {bounds(nodes[i])[0]} at that size, not at {start}", i)
+                return Difference(f"{_where(step)} has another shape at that size than planned{_code([node])}")
+        if step.start is not None and bounds(node)[0] != size_of(step.start, sizes):
+            return Difference(f"{_where(step)} begins at another entry at that size than planned{_code([node])}")
         planned_operands = tuple(operand for operand in other.operands if operand not in added)
-        constant = constant or _constant(step, replace(other, operands=planned_operands), i)
+        constant = constant or _constant(step, replace(other, operands=planned_operands), node)
     return constant
 
 
@@ -188,12 +189,11 @@ def first_difference(
 ) -> Difference | None:
     """Return the first constant that differs between the recordings before and after sizes were changed, if any."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
-        return Difference(FIRST_RUN, 0)
+        return Difference(FIRST_RUN)
     before, after = (steps_of(recorded, _started(known, recorded)) for recorded in (present, planned))
     if len(before) != len(after):
-        problem = f"the network runs {len(after)} operations at that size, and {len(before)} as it is"
-        return Difference(problem, min(len(before), len(after)))
-    return next(filter(None, map(_constant, before, after, range(len(before)))), None)
+        return Difference(f"the network runs {len(after)} operations at that size, and {len(before)} as it is")
+    return next(filter(None, map(_constant, before, after, operations(planned))), None)
 
 
 def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
@@ -229,18 +229,22 @@ def _where(step: RecordedStep) -> str:
     return f"{step.op or 'the answer'} in {step.module or 'the model'}"
 
 
-def _constant(step: RecordedStep, other: RecordedStep, i: int) -> Difference | None:
+def _code(nodes: Sequence[Node]) -> str:
+    return describe_line(nodes[0].meta.get(LINE)) if nodes else ""
+
+
+def _constant(step: RecordedStep, other: RecordedStep, node: Node) -> Difference | None:
     """Return how an operation's constants or operands differ from those of another one."""
     if step.numbers != other.numbers:
         old, new = step.numbers, other.numbers
         if len(old) == len(new):
             old, new = tuple(x for x in old if x not in new) or old, tuple(x for x in new if x not in old) or new
-        return Difference(
-            f"a number in {_where(step)} depends on the size: {[*old]} becomes {[*new]}", i, constant=True
-        )
-    if step.operands != other.operands:
-        return Difference(f"what {_where(step)} works on depends on the size", i, constant=True)
-    return None
+        problem = f"a number in {_where(step)} depends on the size: {[*old]} becomes {[*new]}"
+    elif step.operands != other.operands:
+        problem = f"what {_where(step)} works on depends on the size"
+    else:
+        return None
+    return Difference(problem + _code([node]), constant=True)
 
 
 def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:

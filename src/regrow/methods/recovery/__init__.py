@@ -82,7 +82,6 @@ class StreamedPair:
     dense: StreamedNetwork  # the network before the cut
     model: StreamedNetwork  # the network after the cut, as it was before the recovery
     changed: ChangedTensors  # what the recovery has made of its tensors
-    lacking: str = ""  # why memory has no room for a block of both at a time, and what to do; empty: it has
 
 
 @dataclass(frozen=True)

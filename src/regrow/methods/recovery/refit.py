@@ -129,8 +129,11 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if problem and wanted == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
         target = "dense" if problem else wanted.replace("auto", "own")
-        if task.streamed and target == "dense" and task.streamed.lacking:
-            raise ResourceError(f"{problem or 'target=dense'}: {task.streamed.lacking}")
+        if task.streamed and target == "dense":
+            raise ResourceError(
+                f"{problem or 'target=dense'}: fitting to what the dense network has needs both networks in memory; "
+                "give more --memory, or recover by bias"
+            )
         biased = _with_biases(task.model, layers)
         work.parameters = dict(task.model.named_parameters())
         work.resume()

@@ -96,21 +96,22 @@ def compare_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
 def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
     """Run the networks until all layers are refitted to ``target``; ``added``: weights of layers that get a bias."""
     task, pair, batches = work.task, work.task.streamed, [part.batch for part in work.batches]
-    dense, model = (pair.dense, pair.model) if pair else (task.dense, task.model)
-    turns, waiting = Turns(len(batches)), work.waiting
+    turns, waiting, own = Turns(len(batches)), work.waiting, _OwnTarget(work)
 
     def run_dense(around: Around, turns: Turns) -> None:
-        _run_together(dense, batches, waiting, around, turns)
+        _run_together(task.dense, batches, waiting, around, turns)
 
     with ExitStack() as stack:
-        fitted: _OwnTarget | _DenseTarget = _OwnTarget(work)
+        fitted: _OwnTarget | _DenseTarget = own
+        running: nn.Module | StreamedNetwork = pair.dense if pair else task.dense
         if target != "own":
             fitted = _DenseTarget(work, stack.enter_context(run_in_thread(run_dense, len(batches))))
+            running = task.model
 
         @contextmanager
         def loading(watched: Mapping[int, str]) -> Iterator[None]:
             assert pair is not None
-            with fitted.resident(pair, watched.values(), added) as work.parameters, torch.no_grad():
+            with own.resident(pair, watched.values(), added) as work.parameters, torch.no_grad():
                 for name in work.parameters:
                     if name in pair.changed:  # refitted before an interruption
                         work.parameters[name].copy_(pair.changed[name])
@@ -130,16 +131,11 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
         def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
             if target != "own":
                 watched = {key: name for key, name in watched.items() if name in waiting}
-            with torch.no_grad(), LayerCalls(watched, partial(refit, number)) as calls:
+            with torch.no_grad(), LayerCalls(watched, partial(refit, number)):
                 yield
-                if target != "own" and pair and (unused := next(iter(calls.waiting.values()), None)):
-                    raise InputError(  # what is added to it outside of the block is a part of the target
-                        f"a block returns the output of {unused.name} as it is, so that refit with target=dense needs "
-                        "both networks in memory; give more memory, or target=own"
-                    )
 
         with suppress(StopRunError):
-            _run_together(dense if target == "own" else model, batches, work.layers, refitting, turns, loading)
+            _run_together(running, batches, work.layers, refitting, turns, loading)
 
 
 def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
@@ -236,27 +232,6 @@ class _DenseTarget:
     def put(self, layer: Layer, call: LayerCall) -> None:
         """Compute the output again, with the fitted weight."""
         call.output.copy_(call.again())
-
-    @contextmanager
-    def resident(
-        self, pair: StreamedPair, weights: Collection[str], added: Sequence[str]
-    ) -> Iterator[dict[str, nn.Parameter]]:
-        """Context manager in which layers of the present block have the biases that they get; gives both by name."""
-        model, biases = pair.model.model, [bias_of(weight) for weight in weights if weight in added]
-        before = {name: model.get_parameter(name) for name in biases}
-        try:
-            for name, empty in before.items():
-                _put(model, name, nn.Parameter(torch.zeros(empty.shape, dtype=empty.dtype), requires_grad=False))
-            every = dict(model.named_parameters())
-            yield {name: every[name] for weight in weights for name in (weight, bias_of(weight)) if name in every}
-        finally:
-            for name, empty in before.items():
-                _put(model, name, empty)
-
-
-def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
 
 
 def _rows(value: Tensor, channel: int, some: Tensor | None = None) -> Tensor:

@@ -40,7 +40,6 @@ class Search(ABC):
     """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need."""
 
     needs_epochs = True  # whether the search has to be trained
-    shrinks = False  # whether masks remove more and more in training, so that the size differs after each epoch
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
     masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
     fills_with_bare = True  # whether a commit that would remove too much may also take back operations without weights

@@ -80,8 +80,6 @@ class Settings:
 class GoldNas(Search):
     """The GOLD-NAS-like search."""
 
-    shrinks = True
-
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices))
         self.s = s

@@ -109,7 +109,6 @@ class Settings:
 class Mgas(Search):
     """The MGAS search: a schedule of stages, and a controller, which makes the network smaller."""
 
-    shrinks = True
     restores = True
     trains_thresholds = True
 

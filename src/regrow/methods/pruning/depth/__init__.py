@@ -117,7 +117,7 @@ def _check(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) 
 def _choose(s: Settings, task: PruningTask) -> Removal:
     modules = _candidates(s, task.axes, task.budget)
     if not modules:
-        note = f"unit={s.unit}: no module can be dropped whole (`regrow show --branches` says why); only units are cut"
+        note = f"unit={s.unit}: no module can be dropped whole (`regrow.with_branches` says why); only units are cut"
         return Removal(notes=(note,))
     search = DepthSearch(s, task, modules)
     path = search.path()
