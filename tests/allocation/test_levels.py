@@ -128,7 +128,6 @@ def test_gradients_are_the_same_every_time_on_several_threads():
         made = found.levels.flat(found.levels.replace_weights({}, flat, masks.filter_scale, masks.over))
         total = total + made.square().sum()
         total = total + found.operation_regularizer(masks, a, torch.arange(len(found.ops)) % 2 == 0)
-        total = total + found.threshold_regularizer(masks, (ops, filters, weights))
         return torch.autograd.grad(total, given)
 
     threads = torch.get_num_threads()

@@ -38,7 +38,7 @@ REFUSED = {
     "prune into multiples of 0": ((*PRUNE, "--round", "0"), "--round must be 1 to", 2),
     "search at a rate of nothing": ((*SEARCH, "--lr", "nan"), "--lr must be between", 2),
     "recover nothing": (
-        ("recover", "none", "--by", "bias", "--tokens", "0", "--out", "a/run"),
+        ("recover", "none", "--by", "refit", "--tokens", "0", "--out", "a/run"),
         "--tokens must be 1",
         2,
     ),
@@ -79,7 +79,7 @@ def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
 def test_every_default_is_in_its_range() -> None:
     for settings in (
         prune.Settings("x"),
-        recover.Settings("run", "bias"),
+        recover.Settings("run", "refit"),
         learn.Settings(("digits",)),
         search.Settings("cells:4-1-1", "digits", "params=50%"),
         evaluate.Settings("x"),

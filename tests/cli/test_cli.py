@@ -229,7 +229,7 @@ MISTAKES = {
     "no source": (("prune", "toys:classifier", "--method", "wanda_sp", "--keep", "0.8", "--out", "run"), "--source"),
     "unknown source": (("prune", "toys:classifier", "--keep", "0.8", "--source", "x", "--out", "run"), "NAME=FOLDER"),
     "unknown setting": ((*PRUNE, "--keep", "0.8", "--set", "formm=token", "--out", "run"), "formm"),
-    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "minimum=two", "--out", "run"), "minimum"),
+    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "compensate=two", "--out", "run"), "compensate"),
     "full folder": ((*PRUNE, "--keep", "0.8", "--out", "full"), "full exists and is not empty"),
     "NaN weights": (
         ("prune", "toys:broken", "--method", "magnitude", "--keep", "0.8", "--out", "run"),

@@ -47,7 +47,7 @@ MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("grow", "two ranks"): ("grow", "toys:residual", "--mlp", "+4"),
     ("recover", "Python, streamed"): (),
     ("recover lora and distil", "streamed"): ("recover", "pruned", "--by", "distil", "--memory", "1MiB"),
-    ("recover bias and refit", "two ranks"): ("recover", "pruned", "--by", "refit"),
+    ("recover refit", "two ranks"): ("recover", "pruned", "--by", "refit"),
     ("learn", "streamed"): (),
     ("search", "streamed"): (),
     ("evaluate", "two ranks"): ("evaluate", "toys:residual", "--source", "digits"),
@@ -62,7 +62,6 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "grow text": ("grow", "llama", "--mlp", "+25%", "--blocks", "+1", *WORDS[:4], *WORDS[6:]),
     "grow images": ("grow", "toys:residual", "--mlp", "+4", "--on", *DIGITS[1:], "--steps", "3"),
     "recover refit": ("recover", "pruned", "--by", "refit", "--tokens", "512"),
-    "recover bias": ("recover", "pruned", "--by", "bias", "--tokens", "512"),
     "recover distil": ("recover", "pruned", "--by", "distil", "--tokens", "512", "--set", "windows=2"),
     "learn naive": (*LEARN, "--method", "naive"),
     "learn sparsegrow": (*LEARN, "--method", "sparsegrow"),
@@ -71,7 +70,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "evaluate images": ("evaluate", "toys:residual", *DIGITS[:2], *DIGITS[4:]),
 }
 """The command of each row of the table of cells."""
-STREAMED = ("prune text", "prune obs", "recover refit", "recover bias", "evaluate text")
+STREAMED = ("prune text", "prune obs", "recover refit", "evaluate text")
 RANKED = ("prune text", "prune images", "prune obs", "recover distil", "learn naive", "learn sparsegrow", "search")
 CELLS = (
     *((name, "Python") for name in COMMANDS),

@@ -21,11 +21,11 @@ from regrow.jobs.models import DTYPES, ModelSpec
 from regrow.jobs.pruning import budget_of, model_spec, pruner_of, source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.recovering import LastCut
-from regrow.methods.pruning.layer_orders import BATCH
 from regrow.methods.pruning.pruner import Pruner
 from regrow.methods.recovery.distil import divergence
 from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS
 from regrow.scoring.collect import differentiated
+from regrow.scoring.grams import BATCH
 from regrow.settings.prune import Settings
 from regrow.settings.recover import CLOSED_FORM
 from regrow.settings.recover import Settings as RecoverSettings

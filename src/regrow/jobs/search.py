@@ -37,7 +37,6 @@ from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
-from regrow.methods.search.retrain import Settings as RetrainSettings
 from regrow.methods.search.space import SearchState, measure_whole
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
@@ -266,7 +265,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
                 reset()
     axes = trace_examples(model, parts.whole, parts)
     context = Context(model, axes, parts.whole, objective=parts.objective)
-    learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
+    learner = build(settings.cutout, context, dict(searched.named_parameters()))
     file = record.path / STATISTICS / RETRAINING
     file.parent.mkdir(exist_ok=True)
 

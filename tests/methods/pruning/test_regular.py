@@ -26,7 +26,7 @@ METHODS = [
     ("wanda_sp", {}),
     ("flap", {}),
     ("llm_pruner", {}),
-    ("llm_pruner", {"allocation": "ranked", "spare_first": 0.4}),
+    ("llm_pruner", {"allocation": "ranked"}),
     ("fisher", {"allocation": "measured"}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
     ("gprune", {"steps": 2, "shards": 2, "base": "llm_pruner", "start": "base"}),
