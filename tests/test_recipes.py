@@ -19,7 +19,6 @@ from regrow.data.streams import digits_task, fewer, permuted_tasks
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "words", "arm"),
     [
@@ -75,7 +74,6 @@ def test_under_the_gate_no_growth_is_shown_that_trained_without_it(monkeypatch: 
     assert not [arm for arm in recipe.OTHER for table in gated if arm in table]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["kronecker", "none"])
 def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way of growing goes through the rest of a task and the next one."""
@@ -206,7 +204,6 @@ def test_random_units_are_compensated_as_the_best_baseline_is(monkeypatch: pytes
         assert (random.only, random.outer) == (best.only, best.outer)
 
 
-@pytest.mark.slow
 def test_a_grid_goes_on_past_a_failure_and_runs_that_row_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

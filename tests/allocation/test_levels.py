@@ -59,7 +59,6 @@ def drawn_masks(found, parameters, seed):
     return found.masks((alpha, level[0]), (kappa, level[1]), (flat, gone, torch.full((len(found.ops) + 1,), 0.3)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     net, axes, x = copy.deepcopy(traced[0]), traced[1], traced[2]
@@ -97,7 +96,6 @@ def after_filters(net, axes):
     return found_in(net, axes)[0].levels.filters
 
 
-@pytest.mark.slow
 def test_multiply_accumulates_are_those_of_the_cut_network(traced):
     net, axes = copy.deepcopy(traced[0]), traced[1]
     found, parameters = found_in(net, axes, Measure.MACS)
@@ -109,7 +107,6 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
     assert float(found.levels.size(masks.ops, masks.filters)) == pytest.approx(macs(after))
 
 
-@pytest.mark.slow
 def test_gradients_are_the_same_every_time_on_several_threads():
     net = randomise(Cells(cells.supernet((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
@@ -140,7 +137,6 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-@pytest.mark.slow
 def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     net, axes, _ = traced
     sums = candidates_in(net)
@@ -207,7 +203,6 @@ def test_a_needed_operation_and_a_last_filter_stay(traced):
     assert all(float(masks.filters[base : base + size].sum()) == min(least, size) for base, size, least in found.spans)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("levels", [(True, True, True), (True, True, False), (True, False, False)])
 def test_what_a_target_asks_for_goes_and_no_more(traced, levels):
     net, axes, _ = traced

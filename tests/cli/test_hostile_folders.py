@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "hostile_folders.py"
 SURE = ("run: model", "run: dense model of a recovery", "shapes: callable", "config: auto_map", "tokenizer: class")

@@ -69,7 +69,6 @@ def test_saving_a_loaded_model_does_not_call_what_shapes_json_names(run, canary,
         assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate run", "export run --to onnx --out m.onnx", "show run", "apply plan run"])
 def test_a_folder_that_needs_code_gets_it_from_the_command_line(command, run, canary, regrow, tmp_path):
     edited(run, "shapes.json", lambda d: d["origin"].update(reference="pwned:boom"))

@@ -19,7 +19,6 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[5])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma3"])
 def test_it_says_what_generate_says(name, tokenizer):
     net = saved.cut(saved.CASES[name])[0] if name != "gpt2" else ZOO[name].build()

@@ -62,7 +62,6 @@ def test_modules_are_timed_with_what_they_get_in_the_network() -> None:
     assert not model.training or model.head_ran, "the network itself ran"
 
 
-@pytest.mark.slow
 def test_a_time_target_is_met_as_predicted_and_nearly_in_truth() -> None:
     model, x = Deep(), torch.randn(256, 64)
     axes = trace(model, x)

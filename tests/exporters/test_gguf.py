@@ -46,7 +46,6 @@ def same(model: nn.Module, path: Path, tokens: int = 9) -> None:
     torch.testing.assert_close(logits(path, ids(tokens)), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_single", "mistral", "qwen2"])
 def test_an_irregular_network_is_written_as_deci(name: str, tmp_path: Path) -> None:
     case = Case(ZOO[name].build, ZOO[name].example, lambda _: None, MEANS)
@@ -112,7 +111,6 @@ DROPS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("drop", DROPS.values(), ids=DROPS.keys())
 def test_dropped_branches(drop: list[str], tmp_path: Path) -> None:
     model = llama()

@@ -54,7 +54,6 @@ def llama() -> tuple[nn.Module, Example]:
     return model, Example(*case.example())
 
 
-@pytest.mark.slow
 def test_a_language_model_cut_irregularly_says_the_same_at_other_sizes(
     llama: tuple[nn.Module, Example], tmp_path: Path
 ) -> None:
@@ -75,7 +74,6 @@ def test_a_language_model_cut_irregularly_says_the_same_at_other_sizes(
     assert told[0][0] == 0 and told[-1][0] == told[-1][1] and left(tmp_path) == ["net.onnx"]
 
 
-@pytest.mark.slow
 def test_eight_bits_tell_what_they_cost(llama: tuple[nn.Module, Example], tmp_path: Path) -> None:
     model, example = llama
     written = write(model, tmp_path / "net.onnx", example=example, dtype="int8")
@@ -96,7 +94,6 @@ def test_layers_with_outliers_stay_in_whole(tmp_path: Path) -> None:
     assert (runs(written.path, input=x)[0] - says(model, x)).abs().max() < 0.05
 
 
-@pytest.mark.slow
 def test_half_precision_is_written_in_whole_and_the_network_stays(
     llama: tuple[nn.Module, Example], tmp_path: Path
 ) -> None:
@@ -134,7 +131,6 @@ def found_cells() -> tuple[Cells, dict[str, Any]]:
     return net, config
 
 
-@pytest.mark.slow
 def test_a_found_network_of_cells_says_the_same(tmp_path: Path) -> None:
     net, config = found_cells()
     written = write(load(save(net, tmp_path / "run", origin=Origin("cells", "", config))), tmp_path / "net.onnx")
@@ -143,7 +139,6 @@ def test_a_found_network_of_cells_says_the_same(tmp_path: Path) -> None:
     assert written.checked["max_abs_diff"] < 1e-4
 
 
-@pytest.mark.slow
 def test_dropped_branches_are_not_in_the_file(tmp_path: Path) -> None:
     net = ZOO["llama_tied"]
     model, example = net.build(), Example(*net.example())
@@ -176,7 +171,6 @@ def test_a_size_that_cannot_be_open_is_fixed_and_told(tmp_path: Path) -> None:
     assert "x [4, 6]" in written.notes[0] and "batch is fixed at 4" in written.notes[1]
 
 
-@pytest.mark.slow
 def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3)), torch.randn(2, 40)
     path = tmp_path / "net.onnx"
@@ -193,7 +187,6 @@ def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
     assert left(tmp_path) == ["net.onnx"], "weights of an earlier file do not stay"
 
 
-@pytest.mark.slow
 def test_no_file_of_the_user_goes_with_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3)), tmp_path / "net.onnx"
     mine = {"net.onnx.data": b"measurements", "net.onnx.1.data": b"more of them"}
@@ -260,7 +253,6 @@ class Choosing(nn.Module):
         return self.layer(x) if x.sum() > 0 else x[:, :3]
 
 
-@pytest.mark.slow
 def test_what_cannot_be_written_is_refused_and_the_old_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

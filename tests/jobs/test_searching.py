@@ -35,7 +35,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
 from regrow.training.learner import Context
 
-pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("plan_once")
 
 SMALL: dict[str, Any] = {
     "train": 240,

@@ -36,7 +36,6 @@ def row(folder: RunFolder, what: str) -> dict[str, Any]:
     return [one for one in folder.metrics() if one["what"] == what][-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "measure", "share", "levels", "seed"),
     [
@@ -76,7 +75,6 @@ def test_no_target_of_a_search_is_exceeded(
     assert file.stat().st_size == counted["bytes"] + header
 
 
-@pytest.mark.slow
 def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> None:
     """At first 0.1 M bought 0.3 M: what was masked cost nothing, and the kernels computed it all the same."""
     folder = run(
@@ -91,7 +89,6 @@ def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> N
         )
 
 
-@pytest.mark.slow
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
     parts = read_parts(Settings("cells:4-2-1", "digits", "params=20%", **TINY))
     model, _, _ = searching.build_space(Settings("cells:4-2-1", "digits", "params=20%", **TINY), parts.search)

@@ -6,21 +6,10 @@ from methods.cases import CASES, Case
 from regrow.methods import TABLES, MethodKind, find_method
 from regrow.testing import LAWS, Subject
 
-FURTHER = [
-    case
-    for i, case in enumerate(CASES)
-    if case.kind is MethodKind.SEARCH and any(case.name == other.name for other in CASES[:i])
-]
-"""Searches with other settings of a method that has been searched with: `make test-fast` leaves them out."""
-
 
 @pytest.mark.parametrize(
     ("case", "law"),
-    [
-        pytest.param(case, law, id=f"{case.title}: {law}", marks=[pytest.mark.slow] if case in FURTHER else [])
-        for case in CASES
-        for law in LAWS[case.kind]
-    ],
+    [pytest.param(case, law, id=f"{case.title}: {law}") for case in CASES for law in LAWS[case.kind]],
 )
 def test_a_method_obeys_a_law(case: Case, law: str) -> None:
     subject = Subject(find_method(case.kind, case.name), case.settings)

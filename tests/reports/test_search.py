@@ -221,7 +221,6 @@ def test_searches_of_other_data_are_told_apart(folder, tmp_path):
     assert compare(read_runs([folder, other])).alarms == ["The runs differ in data: their quality cannot be compared."]
 
 
-@pytest.mark.slow
 def test_a_real_search_leaves_its_page(tmp_path):
     words = (
         "search cells:4-2-1 --data digits --target params=30% --epochs 6 --retrain 1 --stages 2 --train 200 --test 100"

@@ -34,7 +34,6 @@ def run(
     return cut.plan, cut, axes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("base", ["flap", "wanda_sp", "magnitude", "llm_pruner", "fisher"])
 @pytest.mark.parametrize("keep", [0.85, 0.6, 0.45])
 def test_without_its_stages_it_is_the_base_method_unit_for_unit(base: str, keep: float) -> None:

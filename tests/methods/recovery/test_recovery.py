@@ -392,7 +392,6 @@ def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
 # --- LoRA, distillation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_merged_adapters_answer_as_adapters_did():
     pytest.importorskip("peft")
     one = language()
@@ -461,7 +460,6 @@ class KilledError(Exception):
     """Ends a recovery as a kill does: nothing is written any more."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECOVERIES))
 @pytest.mark.parametrize("how", [KilledError, KeyboardInterrupt])
 def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monkeypatch, tmp_path):
@@ -525,7 +523,6 @@ def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-@pytest.mark.slow
 def test_settings_are_checked_and_unknown_names_are_told():
     with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are refit, lora"):
         find_method(MethodKind.RECOVERY, "refti")

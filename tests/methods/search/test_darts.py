@@ -67,7 +67,6 @@ def lies_in(examples, part):
     return (examples.inputs[:, None] == part.inputs[None]).flatten(2).all(2).any(1)
 
 
-@pytest.mark.slow
 def test_one_half_moves_alpha_alone_and_the_other_weights_alone(task, axes):
     halves = {"weights": [], "alpha": []}
 
@@ -147,7 +146,6 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run, task):
     assert all(set(one) & set(context.axes.branches) for one in context.model.needed())
 
 
-@pytest.mark.slow
 def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run, task):
     search, context, state = end(run, task, 1e4)
     whole_size, widths = count_left(context, 1), {key: axis.size for key, axis in context.axes.axes.items()}

@@ -46,7 +46,6 @@ def plan(search, state, context):
     return search.learner.plan(state, replace(context, applied=0))
 
 
-@pytest.mark.slow
 def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.01, keep_above=0.05)
     alpha, first, second = state.alpha.values, state.layout.node == 0, state.layout.node == 1
@@ -60,7 +59,6 @@ def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     assert second_plan.drop and not {*second_plan.drop} & {state.layout.ops[i] for i in one.tolist()}
 
 
-@pytest.mark.slow
 def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     search, state, context = begun(axes, task, target=700.0, drops_per_epoch=2, drop_below=0.01, keep_above=0.05)
     cheap = state.layout.prices() <= 1
@@ -75,7 +73,6 @@ def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     assert size(search, state, context) <= 700
 
 
-@pytest.mark.slow
 def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
     search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.0, keep_above=1.0)
     ops = state.layout.ops
@@ -104,7 +101,6 @@ def test_operations_that_are_decided_together_count_as_one(task):
     assert state.penalty == 0.0 and state.penalty_step == 1e-5  # two went, as many as there were to
 
 
-@pytest.mark.slow
 def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task, axes):
     search, state, context = begun(axes, task, target=10.0, drops_per_epoch=1000, keep_above=1.0)
     drop, state = plan(search, state, context)
@@ -168,7 +164,6 @@ def test_the_gradient_of_alpha_is_that_of_the_loss_with_its_pressure(price, task
     assert float(loss().detach()) - plain == pytest.approx(0.5 * total, rel=1e-9)
 
 
-@pytest.mark.slow
 def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     search, net = search_with(), network()
     context, trained = train(search, net, axes, task, SCHEDULE)

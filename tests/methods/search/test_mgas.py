@@ -100,7 +100,6 @@ def run(task, axes):
     return search, ended(net, fitted.axes, task, SCHEDULE), fitted.state, history
 
 
-@pytest.mark.slow
 def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
     search, context, trained, history = run
     context, trained = copy.deepcopy((context, trained))
@@ -151,7 +150,6 @@ def test_a_commit_changes_no_answer(run):
             assert event["logits_moved"] < 1e-4, event["epoch"]
 
 
-@pytest.mark.slow
 def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypatch):
     collect, seen = Optimizers.collect, []
 
@@ -168,7 +166,6 @@ def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypa
     assert len(set(seen)) > 2
 
 
-@pytest.mark.slow
 def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
     """Held against a network that was never cut, in which the filter stands at a small scale, and at none."""
     net = network()
@@ -228,7 +225,6 @@ def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
 
 
 @pytest.mark.parametrize("level", ["operations", "filters", "weights"])
-@pytest.mark.slow
 def test_one_level_alone_leaves_the_others_whole(task, axes, level):
     target = 5200.0 if level == "operations" else 4000.0
     search = search_with(levels=(level,), target=target, regrow=0.0)
@@ -240,7 +236,6 @@ def test_one_level_alone_leaves_the_others_whole(task, axes, level):
 
 
 @pytest.mark.parametrize("target", [500, 800, 1300])
-@pytest.mark.slow
 def test_commits_of_operations_alone_keep_what_a_tight_target_needs(task, axes, target):
     """The cheapest choice costs 498. What is delivered has no operation that gives nothing."""
     search = search_with(levels=("operations",), target=target, regrow=0.0)
@@ -314,7 +309,6 @@ def test_thresholds_of_filters_learn_at_the_full_rate_where_no_node_may_keep_sev
 
 
 @pytest.mark.parametrize("begun", [ending_with_one, ending_with_several])
-@pytest.mark.slow
 def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
     def loss(**more):
         search, context = build(Settings(target=2500.0, warm=0, **more)), Context(*begun(), task, epochs=4)
