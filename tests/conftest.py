@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 
 # Before torch is imported, and inherited by the processes that tests start: bit-equality needs equal threads, and more
 # threads than cores make everything several times slower. A worker inherits what its controller, which counts no

@@ -1,8 +1,8 @@
-"""Parts of the suite: `--tier fast` and `--tier usual` run the quick cases of every test function, `--tier all` everything.
+"""Parts of the suite: `--tier fast` and `--tier usual` run the quick cases of every test function, `all` everything.
 
-    pytest --tier fast                  # make test-fast
-    pytest --tier usual                 # make test
-    pytest --record-durations           # renews durations.json; on a quiet machine
+    pytest --tier fast             # make test-fast
+    pytest --tier usual            # make test
+    pytest --record-durations      # renews durations.json; on a quiet machine
 
 Of each function the quickest cases run until they have taken the tier's seconds together; the first one always runs,
 unless it alone takes longer than the tier allows. Without an option everything that is named runs.

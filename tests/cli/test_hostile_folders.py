@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-
 RECIPE = Path(__file__).parents[2] / "recipes" / "hostile_folders.py"
 SURE = ("run: model", "run: dense model of a recovery", "shapes: callable", "config: auto_map", "tokenizer: class")
 

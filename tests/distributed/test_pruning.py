@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from distributed.processes import finish, free_port, start
 
 WORDS = ("--keep", "0.7", "--source", "news", "--source", "code", "--tokens", "160", "--eval-tokens", "96")

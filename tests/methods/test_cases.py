@@ -3,7 +3,7 @@
 import pytest
 
 from methods.cases import CASES, Case
-from regrow.methods import TABLES, MethodKind, find_method
+from regrow.methods import TABLES, find_method
 from regrow.testing import LAWS, Subject
 
 

@@ -18,7 +18,6 @@ from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 
-
 METHODS = [
     ("random", {}),
     ("magnitude", {}),

@@ -15,7 +15,6 @@ from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
 from regrow.training.state import axis_tensors, read_checkpoint, values_of, write_checkpoint
 
-
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 WIRED = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
 STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
