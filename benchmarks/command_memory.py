@@ -32,8 +32,6 @@ COMMANDS = {
     "evaluate, whole, bfloat16": f"evaluate smollm2-135m {DATA} --dtype bfloat16 --memory 64GiB",
     "export": "export smollm2-135m --to gguf --memory 64GiB --out model.gguf",
     "prune, llm_pruner": f"{LEARN} --dtype float32 --method llm_pruner --out pruned-gradients",
-    "recover, bias": "recover cut --by bias --tokens 4096 --memory 64GiB --out bias",
-    "recover, bias, one block": "recover cut --by bias --tokens 4096 --memory 1.5GiB --out bias-streamed",
     "recover, refit": "recover cut --by refit --tokens 4096 --memory 64GiB --out refit",
     "recover, refit, one block": "recover cut --by refit --tokens 4096 --memory 1.5GiB --out refit-streamed",
     "recover, lora": "recover cut --by lora --tokens 4096 --memory 64GiB --out lora",

@@ -35,7 +35,7 @@ ARMS = {
         f"{method}, {n} generated windows, reconstructed": (
             f"{method} --source generated --generated-tokens {n * 256} --reconstruct"
         )
-        for method, n in (*product(("flap", "fisher"), (96, 64, 48)), ("fisher_obs", 48), ("obs", 48))
+        for method, n in (*product(("flap", "fisher"), (96, 64, 48)), ("obs", 48))
     },
 }
 """What is compared: name → the method, and further words of the command."""

@@ -9,9 +9,9 @@ last block left as they are; ``all``: all units of all blocks. Of the four inclu
 fitted to, and the calibration half of the fourth judges (its name is the fold): evaluation halves are for tests
 alone. Arms: ``means``: the cut alone; ``held_out``: ``recover --by refit`` with its defaults; ``left_out``: the ridge
 chosen on left-out sources; ``shrunk``: shrinkages too; ``dense``: the dense network's values as the target;
-``defaults``: those of ``--reconstruct``; ``standardized``: with each input penalised in proportion to its own sum of
-squares. One row per arm, as soon as it is measured: the mean negative log-likelihood per token of each window of the
-judging domain, and CPU seconds of the fit on one thread. Rows go to benchmarks/results/reconstruction.jsonl.
+``defaults``: those of ``--reconstruct``. One row per arm, as soon as it is measured: the mean negative log-likelihood
+per token of each window of the judging domain, and CPU seconds of the fit on one thread. Rows go to
+benchmarks/results/reconstruction.jsonl.
 ``--seconds`` ends the run at the first arm after so long.
 """
 
@@ -55,7 +55,6 @@ ARMS: Mapping[str, Mapping[str, Any] | None] = {
     "left_out": {"choose_on": "left_out_source"},
     "left_out, shrunk": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES},
     "defaults": complete_reconstruction(()),
-    "standardized": {**complete_reconstruction(()), "standardize": True},
     "held_out, dense": {"target": "dense"},
     "left_out, dense": {"choose_on": "left_out_source", "target": "dense"},
     "left_out, shrunk, dense": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES, "target": "dense"},

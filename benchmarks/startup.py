@@ -24,7 +24,7 @@ GOOD = {
     "show": "resnet18",
     "prune": "resnet18 --method magnitude --keep 0.8",
     "grow": "resnet18 --channels +32",
-    "recover": "run --by bias",
+    "recover": "run --by refit",
     "learn": "digits --method naive",
     "search": "cells:4-2-1 --data digits --target params=20%",
     "apply": "plan.json resnet18",

@@ -58,7 +58,6 @@ ARMS: Mapping[str, Arm] = {
     "attention": ("depth", {"unit": "attention"}, ()),
     "mlp": ("depth", {"unit": "mlp"}, ()),
     "block": ("depth", {"unit": "block"}, ()),
-    "any, one shot": ("depth", {"unit": "any", "search": "one_shot"}, ()),
     "any, alone": ("depth", {"unit": "any", "fill": "none"}, ()),
     "block, alone": ("depth", {"unit": "block", "fill": "none"}, ()),
 }

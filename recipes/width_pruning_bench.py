@@ -36,7 +36,6 @@ from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
 from regrow.nets.devices import autocasting
-from regrow.scoring.spaces import OUTER_BLOCKS
 
 SEQ_LEN, BATCH = 256, 8
 LEFT_OUT_SEED = 1000
@@ -126,7 +125,7 @@ class WidthPruningBench:
         """The network after the cut and the least squares of a point."""
         pruner = prune.build_pruner(point.method, point.settings)
         if point.outer is not None:
-            pruner = replace(pruner, spare=(0.0, 0.0) if point.outer else OUTER_BLOCKS)
+            pruner = replace(pruner, prune_outer=point.outer)
         budget = Budget(point.keep, only=(point.only,) if point.only else ())
         sources = self.sources(point)
         prune.check_pruning(pruner, self.axes, budget, sources)

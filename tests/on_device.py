@@ -38,7 +38,6 @@ DATA = (IMAGES, LABELS)
 TASKS = [((IMAGES, LABELS % 2), (IMAGES[:16], LABELS[:16] % 2))] * 2
 SETTINGS = {
     "mgas": {"warm": 1, "every": 1, "levels": ("operations", "filters")},
-    "darts": {"edges": True, "partial": 2},
     "gold_nas": {"warm": 1},
     "gprune": {"steps": 4, "every": 2, "shards": 2},
     "replay": {"memory": 40, "logit_weight": 0.5, "asymmetric_loss": True},

@@ -254,7 +254,7 @@ def measured(name, seed=0):
 
 
 def same(a, b):
-    sums = ("count", "sequences", "total", "square", "mean_total", "mean_square")
+    sums = ("count", "total", "square")
     assert (a.source, a.tokens, list(a.moments), list(a.gradients), list(a.fisher)) == (
         *(b.source, b.tokens),
         *(list(b.moments), list(b.gradients), list(b.fisher)),
@@ -339,7 +339,6 @@ def pruned(folder, die_after=0):
     return plan_cut(method, model, axes, Budget(0.7), Evidence(statistics)).plan, len(done)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_calibration_killed_half_way_gives_the_same_plan(tmp_path):
     code = "import pathlib, sys; from test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"

@@ -96,7 +96,7 @@ COMMANDS: tuple[Command, ...] = (
         "--out")),
     Command(f"{SEARCH.replace('--data digits', '--data mnist')} --out out", _all(*(f"mnist/{one}" for one in IDX)),
         needs=("mnist",)),
-    Command("recover run --by bias --tokens 64 --code toys:classifier --out out", (*RUN,
+    Command("recover run --by refit --tokens 64 --code toys:classifier --out out", (*RUN,
         *_json("run/shapes.json"), *_all("run/model.safetensors", more=WEIGHTS)), ("RUN", "--by", "--tokens", "--set",
         "--seed", "--out"), ("run",)),
     Command("evaluate run --code toys:classifier --source digits --eval-tokens 16", (*_json("run/shapes.json",

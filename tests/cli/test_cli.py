@@ -146,7 +146,6 @@ def test_the_settings_of_a_run_give_the_same_plan(regrow: Run) -> None:
     assert code == 0 and Path("both.html").exists() and "one" in out
 
 
-@pytest.mark.slow
 def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "200", "--test", "50", "--stages", "1", "--epochs", "3", "--retrain", "1")
     code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "params=40%", "--stride", "1", "--out", "run")
@@ -161,7 +160,6 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     assert "--set levels=operations,filters,weights" in out.replace("\n", "")
 
 
-@pytest.mark.slow
 def test_what_must_not_be_overlooked_in_a_search_is_noted(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "100", "--test", "50", "--method", "blind", "--set", "what=operations")
     given += ("--stages", "1", "--epochs", "0", "--retrain", "0", "--target", "params=20%")
@@ -230,7 +228,7 @@ MISTAKES = {
     "no source": (("prune", "toys:classifier", "--method", "wanda_sp", "--keep", "0.8", "--out", "run"), "--source"),
     "unknown source": (("prune", "toys:classifier", "--keep", "0.8", "--source", "x", "--out", "run"), "NAME=FOLDER"),
     "unknown setting": ((*PRUNE, "--keep", "0.8", "--set", "formm=token", "--out", "run"), "formm"),
-    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "minimum=two", "--out", "run"), "minimum"),
+    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "compensate=two", "--out", "run"), "compensate"),
     "full folder": ((*PRUNE, "--keep", "0.8", "--out", "full"), "full exists and is not empty"),
     "NaN weights": (
         ("prune", "toys:broken", "--method", "magnitude", "--keep", "0.8", "--out", "run"),
@@ -271,7 +269,6 @@ SOURCES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_language_model: Path) -> None:
     content, says = SOURCES[name]
@@ -283,7 +280,6 @@ def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_langua
     assert not Path("run").exists()
 
 
-@pytest.mark.slow
 def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_language_model: Path) -> None:
     words = (
         "prune",
@@ -312,7 +308,6 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
     assert found == logged[0]
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +342,6 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     assert plans[0] == plans[1]
 
 
-@pytest.mark.slow
 def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,6 @@ def test_what_may_be_replaced(tmp_path):
         assert check_output(folder / "report.html", PAGES) and check_output(folder / "new.json", JSON)
 
 
-@pytest.mark.slow
 def test_no_command_overwrites_a_run_or_its_input(regrow, tmp_path):
     for name in ("run", "run2"):
         assert regrow(*PRUNE, *FEW, "--out", name)[0] == 0

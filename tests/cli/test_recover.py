@@ -46,9 +46,10 @@ def test_a_perplexity_beyond_all_numbers_is_a_dash(tmp_path, capsys):
     assert ["code", "(seen)", "9.50", "9.50", "×1.00"] in lines
 
 
-def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path):
+def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     run = Path(shutil.copytree(FIXTURE, tmp_path / "run"))
     (run / "metrics.jsonl").write_text("{]\n" + (run / "metrics.jsonl").read_text())
     with pytest.raises(StoreError, match="line 1 is not a measurement"):
-        recovery_run.run(Settings(str(run), "bias"), Invocation(tmp_path / "out", code="toys:classifier"))
+        recovery_run.run(Settings(str(run), "refit"), Invocation(tmp_path / "out", code="toys:classifier"))
     assert not (tmp_path / "out").exists()

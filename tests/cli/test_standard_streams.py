@@ -26,7 +26,6 @@ def test_closed_streams_change_nothing(regrow: Run, monkeypatch: pytest.MonkeyPa
     assert Path("size.json").is_file()
 
 
-@pytest.mark.slow
 def test_a_process_goes_on_without_descriptors_and_ends_without_a_reader(tmp_path: Path) -> None:
     paths = {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     for line, code in (

@@ -47,7 +47,6 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     assert "params=70%" in Path("smaller/report.html").read_text()
 
 
-@pytest.mark.slow
 def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model: Path) -> None:
     words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--regular")
     code, out, err = regrow(*words, "--target", "kv_cache=10K@64", "--out", "cache")
@@ -66,7 +65,6 @@ def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model:
     assert regrow("report", "cache", "widths", "--out", "both.html")[0] == 0
 
 
-@pytest.mark.slow
 def test_times_are_measured_once_for_a_run(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,6 @@ def test_two_ranks_have_losses_plans_and_scores_of_one():
     assert one["plans"]
 
 
-@pytest.mark.slow
 def test_a_killed_rank_ends_both_and_the_resumed_run_is_that_of_undisturbed_ones(regrow, tmp_path):
     killed = finish(start("-c", KILLED, str(free_port()), *WORDS, *GROWTH, cwd=tmp_path))
     assert [code for _, _, code in killed] == [4, -9]

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,7 +11,6 @@ WORDS = ("search", "cells:4-2-1", "--data", "digits", "--target", "params=30%", 
 MORE = ("--stages", "1", "--epochs", "3", "--retrain", "1", "--set", "warm=1", "--set", "every=1", "--batch-size", "24")
 
 
-@pytest.mark.slow
 def test_two_ranks_search_the_network_of_one(regrow, tmp_path):
     two = start("-m", "regrow", *WORDS, *MORE, "--out", "two", cwd=tmp_path)
     assert regrow(*WORDS, *MORE, "--out", "one")[0] == 0

@@ -74,7 +74,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_two_ranks_have_the_loss_curve_of_one_and_resume_from_checkpoints(tmp_path):
     two = start("-c", DISTIL, str(tmp_path), cwd=tmp_path)
     names = {"__name__": "distil"}

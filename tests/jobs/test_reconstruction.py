@@ -52,8 +52,6 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     record, taken = folder.run(), {"reconstruct choose_on": "left_out_source"}
     assert record["settings"]["reconstruct"] is True and record["defaults"].items() >= taken.items()
     assert not plain.run()["settings"]["reconstruct"] and "--reconstruct" in record["command"]
-    with pytest.raises(ValueError, match="was trained since its cut"):
-        recovery_run.run(recover.Settings(str(folder.path), "bias"), Invocation(tmp_path / "out", code=PRUNING.model))
     settings = recover.Settings(str(folder.path), "refit", tokens=256)
     assert recovery_run.run(settings, Invocation(tmp_path / "more", code=PRUNING.model)).run()["finished"]
     undone = [undo(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
@@ -70,7 +68,7 @@ def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Pa
 
     with pytest.raises(KeyboardInterrupt):
         run(PRUNING, Invocation(tmp_path / "stopped", progress=stopping))
-    assert (tmp_path / "stopped" / ".work" / "statistics" / "reconstruction.safetensors").exists()
+    assert (tmp_path / "stopped" / ".work" / "statistics" / "reconstruction" / "000000.safetensors").exists()
     seen: list[str] = []
     stopped = run(PRUNING, Invocation(tmp_path / "stopped", progress=lambda done, total, what: seen.append(what)))
     assert weights(stopped) == weights(whole)

@@ -18,15 +18,14 @@ from regrow.core import amounts
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.data.vision import cut_out
-from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
+from regrow.evaluation.timing import Latency
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, run
 from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.methods.search.space import GRANULARITIES, measure_whole
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
@@ -36,7 +35,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
 from regrow.training.learner import Context
 
-pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("plan_once")
 
 SMALL: dict[str, Any] = {
     "train": 240,
@@ -242,10 +241,9 @@ def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> Non
     for space, given, heads in (("cells:4-2-1", 0, 2), ("cells:4-4-1", 0, 3), ("cells:4-4-1", 4, 4)):
         model, _, _ = build_space(replace(SETTINGS, space=space, stages=given), task)
         assert isinstance(model, Cells) and len(model.heads) == heads
-    for space in ("resnet:4-2", "bench201:4-1"):
-        assert build_space(replace(SETTINGS, space=space, stages=0), task)[2] is None
-        with pytest.raises(ValueError, match="one stage: no --stages 2"):
-            build_space(replace(SETTINGS, space=space, stages=2), task)
+    assert build_space(replace(SETTINGS, space="resnet:4-2", stages=0), task)[2] is None
+    with pytest.raises(ValueError, match="one stage: no --stages 2"):
+        build_space(replace(SETTINGS, space="resnet:4-2", stages=2), task)
 
 
 def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None:
@@ -347,35 +345,6 @@ def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None
     folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), Invocation(tmp_path / "run"))
     assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
-
-
-@pytest.mark.parametrize(
-    ("method", "epochs", "given"), [("mgas", 2, {"warm": 0, "every": 9}), ("blind", 0, {"what": "operations"})]
-)
-def test_one_topology_for_all_cells_is_left(method: str, epochs: int, given: dict[str, Any], tmp_path: Path) -> None:
-    more = SMALL | {"epochs": epochs, "retrain": 0, "train": 120, "method": method, "method_settings": given}
-    settings = Settings("bench201:4-1", "digits", "params=14k", **more)
-    folder = run(settings, Invocation(tmp_path / "run"))
-    found = regrow.load(folder.path)
-    assert isinstance(found, Bench201) and all(len(ops) == 1 for ops in found.config["edges"])
-    gone = {tuple(path.split(".")[-4:]) for plan in folder.ledger.plans() for path in plan.drop}
-    assert len(gone) == 6 * 4 and sum(len(plan.drop) for plan in folder.ledger.plans()) == 3 * 6 * 4
-    told, parts = rows(folder, "found")[0], read_parts(settings)
-    assert told["parameters"] == sum(p.numel() for p in found.parameters()) <= 14_000
-    assert told["accuracy"] == share_right(found, parts.search.test)
-    whole = sum(p.numel() for p in build_space(settings, parts.search)[0].parameters())
-    assert rows(folder, "levels")[0]["saved"]["operations"] == whole - told["parameters"]
-
-
-def test_widths_of_a_fixed_skeleton_are_not_searched(tmp_path: Path) -> None:
-    for method, given in (("mgas", {"levels": ("filters",)}), ("blind", {"what": "filters"})):
-        with pytest.raises(ValueError, match="the widths they have"):
-            run(
-                Settings("bench201:4-1", "digits", "params=50%", method=method, method_settings=given, **SMALL),
-                Invocation(tmp_path / "run"),
-            )
-    with pytest.raises(ValueError, match="no --memory"):
-        run(Settings("bench201:4-1", "digits", "params=50%", memory="1GiB", **SMALL), Invocation(tmp_path / "run"))
 
 
 def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:

@@ -16,8 +16,6 @@ from regrow.methods import TABLES, MethodKind
 from regrow.testing import LAWS, check_method
 from regrow.training.learner import PLAIN
 
-pytestmark = pytest.mark.slow
-
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text("utf-8")
 PRUNER, CODE = (part.partition("```")[0] for part in PAGE.split("```python\n")[1:])
 META = {

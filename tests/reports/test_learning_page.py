@@ -89,7 +89,6 @@ def test_damaged_measurements_do_not_break_the_page(several, tmp_path, seed):
     check_self_contained(to_html(read_runs([folder, several[1]])))
 
 
-@pytest.mark.slow
 def test_many_tasks_make_a_page_of_bounded_size(several, tmp_path):
     folder, n = shutil.copytree(several[0], tmp_path / "run"), 150
     task = {"what": "task", "parameters": 10**6, "nonzero": 10**5, "accuracy": [0.5] * n, "seconds": 1.0}

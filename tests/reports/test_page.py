@@ -199,7 +199,6 @@ def test_untrusted_words_stay_words(tmp_path, folder):
         assert "<script" not in text and "<img" not in text and "&lt;script&gt;" in text
 
 
-@pytest.mark.slow
 def test_a_large_network_makes_a_page_of_bounded_size(tmp_path):
     kinds = [(f"kind {i}", 10.0 + i, 12.0 + i, i % 2 == 0) for i in range(300)]
     folder = write_run(tmp_path / "large", "gprune", kinds=kinds)
@@ -245,7 +244,6 @@ onload = () => told.textContent = ["wide", "narrow"].map(id => {{
 </script>"""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH to open the page in")
 def test_a_browser_shows_it_whole_on_wide_and_narrow_screens(folder, several, tmp_path):
     def opened(path):

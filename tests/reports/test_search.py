@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from regrow.cli.app import regrow
-from regrow.nets import bench201, mobile
+from regrow.nets import mobile
 from regrow.nets.cells import supernet
-from regrow.reports import ReportError, cells, read_runs, to_html, write_page
+from regrow.reports import ReportError, read_runs, to_html, write_page
 from regrow.reports.comparison import compare
 from regrow.reports.summary import RECONSTRUCTED, summarise
 from reports.folders import damaged, rows_of, write_rows
@@ -100,27 +100,11 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     assert "over 4 epochs" in course
 
 
-def test_parts_are_those_of_the_networks():
-    assert cells.BENCH_EDGES == bench201.EDGES
-
-
 def found_as(path, **config):
     """A run folder of a search that found what a description says."""
     told = {"format": "regrow-shapes/2", "origin": {"config": config}}
     (searched(path) / "shapes.json").write_text(json.dumps(told))
     return path
-
-
-def test_the_topology_of_a_search_in_nas_bench_201_is_named(tmp_path):
-    chosen = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
-    edges = [["nor_conv_3x3"], ["none"], ["nor_conv_1x1"], ["skip_connect"], ["avg_pool_3x3"], ["nor_conv_3x3"]]
-    space = bench201.supernet((3, 8, 8), 10, width=8, cells=1)
-    text = to_html(read_runs([found_as(tmp_path / "run", **space | {"edges": edges})]))
-    check_self_contained(text)
-    assert f"<code>{chosen}</code>" in text and "Node 3, from node 1 avg_pool_3x3" in words_of(text)
-    assert not read_runs([found_as(tmp_path / "whole", **space)])[0].found.notation
-    for odd in ([["none"]] * 5, [3, None, "none", [{}], [["none"]], []], {"a": 1}):
-        check_self_contained(to_html(read_runs([found_as(tmp_path / f"{odd}"[:9], edges=odd)])))
 
 
 def test_blocks_are_listed(tmp_path):
@@ -237,7 +221,6 @@ def test_searches_of_other_data_are_told_apart(folder, tmp_path):
     assert compare(read_runs([folder, other])).alarms == ["The runs differ in data: their quality cannot be compared."]
 
 
-@pytest.mark.slow
 def test_a_real_search_leaves_its_page(tmp_path):
     words = (
         "search cells:4-2-1 --data digits --target params=30% --epochs 6 --retrain 1 --stages 2 --train 200 --test 100"

@@ -70,7 +70,6 @@ def test_names_of_unfinished_files(tmp_path):
     assert not LEFTOVER.fullmatch("a.json") and not LEFTOVER.fullmatch(".hidden")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount")
 def test_a_disk_that_is_really_full(tmp_path):
     small = tmp_path / "small"

@@ -56,7 +56,6 @@ def dropped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: (*results[name], folders[name], fresh[name]) for name in BRANCHES}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BRANCHES)
 def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(
     name: str, dropped: dict[str, Any], tmp_path: Path

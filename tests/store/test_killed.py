@@ -68,7 +68,6 @@ def killed(words, patch, after):
         code_of(words.split())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "kills"),
     [(PRUNE, (1, 3)), (RECOVER, (0, 3, 5))],
@@ -173,7 +172,6 @@ def ends_at(number, work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.slow
 def test_a_save_over_a_save_leaves_the_old_or_the_new_model_wherever_it_is_killed(here):
     def network(seed, width):
         torch.manual_seed(seed)
@@ -200,7 +198,6 @@ def test_a_save_over_a_save_leaves_the_old_or_the_new_model_wherever_it_is_kille
     assert number > 5
 
 
-@pytest.mark.slow
 def test_an_export_that_was_killed_can_be_made_again(here):
     from transformers import LlamaConfig, LlamaForCausalLM
 

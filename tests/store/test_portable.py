@@ -24,8 +24,6 @@ from regrow.tracing import trace, with_branches
 from store import saved
 from zoo import ZOO
 
-pytestmark = pytest.mark.slow
-
 LANGUAGE = ("llama_tied", "gpt2", "gemma3")
 ALONE = """
 import sys

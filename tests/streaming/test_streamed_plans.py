@@ -13,7 +13,7 @@ from regrow.tracing import trace
 METHODS = [
     ("flap", {}),
     ("wanda_sp", {"allocation": "ranked"}),
-    ("magnitude", {"form": "group"}),
+    ("magnitude", {"allocation": "ranked"}),
     ("gprune", {"steps": 0, "start": "base", "shards": 1}),
     ("obs", {}),
 ]

@@ -13,7 +13,7 @@ from regrow.core.errors import ResourceError
 from regrow.core.progress import silent
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.methods.recovery import REFIT_FIELDS, ChangedTensors, RecoveryTask, StreamedPair
+from regrow.methods.recovery import ChangedTensors, RecoveryTask, StreamedPair
 from regrow.methods.recovery import refit as refitting
 from regrow.methods.recovery.refit import Settings, refit
 from regrow.methods.recovery.refit_work import RefitWork, regroup
@@ -34,7 +34,6 @@ class Cut:
         """Refit block by block, with what an interrupted call left; return the result, and what has changed."""
         dense, cut = open_network(str(self.dense)), open_network(str(self.place / "cut"))
         pair = StreamedPair(dense.network(), cut.network(), ChangedTensors(self.place / "changed"))
-        pair.changed.open("key", REFIT_FIELDS)
         given = cut.loaded.model, dense.loaded.model, dense.axes, self.task.plan, self.task.sources
         return refit(RecoveryTask(*given, progress=progress, streamed=pair), settings), pair.changed
 
@@ -83,7 +82,7 @@ def test_an_interrupted_refit_solves_each_layer_once(cut, monkeypatch):
         raise KeyboardInterrupt
 
     def solve(work, layer, *rest):
-        if work.changed is not None:
+        if work.task.streamed:
             solved.append(layer.name)
         true(work, layer, *rest)
 

@@ -33,7 +33,6 @@ def fake(*shapes: tuple[int, ...]) -> tuple[FakeTensorMode, list[Tensor]]:
     return mode, [mode.from_tensor(torch.ones(shape)) for shape in shapes]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shape, precision, device and memory of every result in a network, and whether it is a tensor that was given.

@@ -130,7 +130,6 @@ TRACED: dict[str, tuple[Callable[[], nn.Module], int]] = {
 """What is made → how to make it, and how many axes it has."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRACED)
 def test_it_is_traced_and_cut_exactly(kind: str) -> None:
     """What hooks and parametrisations compute follows; the network that was cut answers what the masked one does."""

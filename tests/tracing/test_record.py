@@ -106,7 +106,6 @@ def dry(model: nn.Module, example: Example, tracer: Tracer) -> tuple[AxisGraph, 
     return axes, steps(w, names)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
     """Operation by operation; what is traced from the one is what is traced from the other, to the last name."""
@@ -161,7 +160,6 @@ def walked(model: nn.Module, example: Example) -> set[tuple[Mark, frozenset[Slot
     return {(axis.mark, frozenset(axis.slots)) for axis in axes.free()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same operations at the same level: no rule can tell how a network was recorded."""
@@ -173,7 +171,6 @@ def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest
     assert walked(model, example) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["conv_residual", "attention", "channel_shuffle", "size_constant", "llama", "gpt2", "vit"]
 )
@@ -331,7 +328,6 @@ def test_without_numbers_data_cannot_decide() -> None:
         traced(rows(lambda x: x[:, 0] > 0))
 
 
-@pytest.mark.slow
 def test_a_detector(capsys: pytest.CaptureFixture[str]) -> None:
     """Backbone and heads of a real detector are free, and cut by any plan it finds what the masked one finds."""
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large

@@ -103,9 +103,9 @@ def learn(
 
     Args:
         model: The network, changed in place (it may also change its shape); or a model's name or a run folder.
-        tasks: An iterable of (training data, test data), each as for :func:`regrow.prune`; an Avalanche-shaped
-            benchmark; or training data alone, of which a tenth is held out for testing. Data sets and loaders are read
-            batch by batch, so that memory does not grow with the number of tasks.
+        tasks: An iterable of (training data, test data), each as for :func:`regrow.prune`, or of training data alone,
+            of which a tenth is held out for testing. Data sets and loaders are read batch by batch, so that memory does
+            not grow with the number of tasks.
         method: One of ``regrow.methods.LEARNERS``; ``"naive"`` is plain training.
         settings: Settings of the method that differ from its defaults.
         scenario: Predictions are made among all classes (``"domain"``), those seen so far (``"class"``), or those of

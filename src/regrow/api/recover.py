@@ -49,7 +49,7 @@ def recover(
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Recover a pruned network in place: by least squares (``refit``), new biases, LoRA, or distillation.
+    """Recover a pruned network in place: by least squares (``refit``), LoRA, or distillation.
 
     Args:
         model: The network after the cut, changed in place.
@@ -58,7 +58,7 @@ def recover(
         data: The data to learn from, as for :func:`regrow.prune`; the last part of each source is held out.
         validation: With ``out``: labelled data on which the quality of all three networks is measured; ``None``: it is
             not.
-        by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``bias``, ``lora``, ``distil``.
+        by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``lora``, ``distil``.
         example: The input with which the dense network is traced; ``None``: the first batch.
         loss: The loss of methods that train, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``dense.tokenizer``.

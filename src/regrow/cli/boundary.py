@@ -34,7 +34,7 @@ EXTRAS = {
     **dict.fromkeys(("torchvision", "PIL"), "vision"),
     **dict.fromkeys(("jinja2", "matplotlib", "markupsafe"), "report"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
-    **dict.fromkeys(("lm_eval", "datasets"), "harness"),
+    "datasets": "data",
     "peft": "recover",
     "yaml": "demo",
 }

@@ -46,12 +46,6 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
         whole = f"{row['accuracy']:.3f} ± {row['error']:.3f}"
         by_length = f"{row['accuracy_per_byte']:.3f} ± {row['error_per_byte']:.3f}"
         say(f"{row['task']}: accuracy {whole}, length-normalised {by_length} (n = {row['items']})")
-    for row in result["harness"]:
-        metrics, parts = row["metrics"], []
-        for name in (name for name in metrics if not name.endswith("_stderr")):
-            error = metrics.get(f"{name}_stderr")
-            parts.append(f"{name} {metrics[name]:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-        say(f"{row['task']} in lm-eval: {', '.join(parts)} (n = {row['items']})")
     for row in result["accuracy"]:
         say(f"{row['source']}: accuracy {row['accuracy']:.3f} ± {row['error']:.3f} ({row['images']} images)")
     if speed := result["speed"]:

@@ -72,7 +72,7 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 def recover(settings: recovery.Settings, code: str, memory: str, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     ranks = read_ranks()
-    if ranks.several and settings.by in recovery.CLOSED_FORM:
+    if ranks.several and settings.by not in ("lora", "distil"):
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
     if ranks.several and memory:
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")

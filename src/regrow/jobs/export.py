@@ -63,7 +63,7 @@ def carry_out(
     check_out(settings, out)
     opened = inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
-    values = {"dtype": settings.dtype, "cache": settings.cache, "example": opened.example, "weights": opened.weights}
+    values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights}
     taken = FORMATS[settings.to].takes
     written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
     if opened.memory is None:

@@ -14,18 +14,18 @@ from regrow.core.process_memory import read_resident, return_memory
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, logits_in
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation import UnpredictableError, predict_memory
 from regrow.evaluation.generation import predict_generation
+from regrow.evaluation.memory import UnpredictableError, predict_memory
 from regrow.jobs.inputs import count_windows
 from regrow.jobs.models import DTYPES, ModelSpec
 from regrow.jobs.pruning import budget_of, model_spec, pruner_of, source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.recovering import LastCut
-from regrow.methods.pruning.layer_orders import BATCH
 from regrow.methods.pruning.pruner import Pruner
 from regrow.methods.recovery.distil import divergence
 from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS
 from regrow.scoring.collect import differentiated
+from regrow.scoring.grams import BATCH
 from regrow.settings.prune import Settings
 from regrow.settings.recover import CLOSED_FORM
 from regrow.settings.recover import Settings as RecoverSettings

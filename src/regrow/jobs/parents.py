@@ -28,7 +28,7 @@ from regrow.store.weights import OutsideTensors, check_file, inside
 
 BEFORE = "before"
 """Name of the folder, inside a run folder, with the model that the run started from."""
-_REBUILT = ("cells", "mobile", "bench201")
+_REBUILT = ("cells", "mobile")
 """Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them."""
 
 

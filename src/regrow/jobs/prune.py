@@ -48,7 +48,6 @@ from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
 from regrow.scoring.collect import CollectionRun
-from regrow.scoring.weights import CachedColumns
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings, complete_reconstruction
 from regrow.store import statistics
@@ -156,7 +155,7 @@ class PruneJob:
                 header=lambda: {"key": key},
                 progress=run.progress,
                 visits=inputs.network.visits,
-                weights=CachedColumns(inputs.network.parameters()),
+                weights=inputs.network.parameters(),
             )
             with forward():
                 cut = plan_cut(self.method, model, axes, self.budget, evidence, objective=inputs.objective, run=pruning)

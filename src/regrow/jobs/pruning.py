@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from regrow import evaluation
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
@@ -17,6 +16,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
 from regrow.data.batch_streams import join_batches
+from regrow.evaluation.timing import time_widths
 from regrow.jobs.inputs import SourceSpecs
 from regrow.jobs.measuring import timed_input
 from regrow.jobs.models import ModelSpec
@@ -147,7 +147,7 @@ def with_timing(
     if known:
         return replace(budget, timing=Timing.from_record(known))
     batch, units = timed_input(axes, budget), budget.units(axes)
-    timing = evaluation.timing(model, axes, units, batch, round_to=budget.round_to, progress=progress)
+    timing = time_widths(model, axes, units, batch, round_to=budget.round_to, progress=progress)
     return replace(budget, timing=timing)
 
 

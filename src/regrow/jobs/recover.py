@@ -8,7 +8,6 @@ from typing import Any
 
 from regrow import store
 from regrow.core.axes import AxisGraph
-from regrow.core.errors import InputError
 from regrow.core.names import names_code
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
@@ -178,11 +177,6 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
     source = RunFolder.open(settings.run)
     cut = find_cut(source, invocation.code)
     complete = _complete(settings, source, cut)
-    if settings.by == "bias" and (complete.before or cut.folder.path != source.path or cut.settings.reconstruct):
-        raise InputError(
-            f"{settings.run} was trained since its cut, which may have moved its biases; bias comes first, on the "
-            "pruned run"
-        )
     inputs = partial(open_named, settings, invocation, source, cut)
     carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))

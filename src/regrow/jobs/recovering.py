@@ -13,8 +13,8 @@ from regrow.distributed.parallel import broadcast_file
 from regrow.jobs.parents import BEFORE, describe_plans
 from regrow.jobs.pruning import read_pruning_settings
 from regrow.jobs.recording import UNRECORDED, Record
-from regrow.methods import MethodKind, find_method, recovery
-from regrow.methods.recovery import REFIT_FIELDS, Recovery, RecoveryTask
+from regrow.methods import MethodKind, find_method
+from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.nets import ModelError
 from regrow.nets.devices import autocasting
 from regrow.settings.prune import Settings, complete_reconstruction
@@ -53,10 +53,8 @@ def recover(
             sums = [network.weights.sums() for network in (streamed.model, streamed.dense)]
         key = fingerprint(Source("", ()), by, dict(settings), task.seed, str(origin), texts, sums)
         path = record.path / "statistics" / f"{name}.safetensors"
-        spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
+        spent = float(open_checkpoint(path, key, training.FORMAT).get("seconds", 0))
         task = replace(task, checkpoint=path)
-        if streamed is not None:
-            streamed.changed.open(key, REFIT_FIELDS if by == "refit" else ())
     if task.parallel.ranks.several:
         file = broadcast_file(task.parallel.ranks, task.checkpoint or record.path / "recovery.safetensors", record.path)
         task = replace(task, checkpoint=file)

@@ -18,8 +18,9 @@ from regrow.core.plan import Plan
 from regrow.core.tables import Table, format_html, format_text
 from regrow.core.tasks import first_examples, input_shape
 from regrow.distributed.parallel import Parallel
-from regrow.evaluation import dense, fastest_pass
+from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
+from regrow.evaluation.timing import fastest_pass
 from regrow.jobs.inputs import check_same_settings, check_same_tasks
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_history
 from regrow.jobs.search_inputs import (
@@ -36,7 +37,6 @@ from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
-from regrow.methods.search.retrain import Settings as RetrainSettings
 from regrow.methods.search.space import SearchState, measure_whole
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
@@ -265,7 +265,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
                 reset()
     axes = trace_examples(model, parts.whole, parts)
     context = Context(model, axes, parts.whole, objective=parts.objective)
-    learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
+    learner = build(settings.cutout, context, dict(searched.named_parameters()))
     file = record.path / STATISTICS / RETRAINING
     file.parent.mkdir(exist_ok=True)
 

@@ -20,13 +20,12 @@ from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation import Latency, latency
+from regrow.evaluation.timing import Latency, latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
 from regrow.methods.search.space import GRANULARITIES
 from regrow.nets import Loaded
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
@@ -110,7 +109,7 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
     target = parse_search_target(text)
     measure = target.measure
     if measure == Measure.TIME and table is None:
-        raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
+        raise ValueError("how long the space takes was not measured: latency(…) does it")
     counted = Measure.PARAMETERS if measure == Measure.NONZERO else measure
     whole: float = table.total if table else Cost(axes, counted).total
     number = target.amount or target.share * whole
@@ -154,9 +153,7 @@ def build_search(
     if not augments:
         known["augment"] = False
     candidates = candidates_in(model)
-    if isinstance(model, Bench201):
-        known["levels"] = ("operations",)
-    elif measure == Measure.TIME:  # a narrow layer may take longer than a wide one
+    if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
         known["levels"] = ("operations",) if candidates else ("filters",)
     prices = None
     if table:
@@ -167,8 +164,6 @@ def build_search(
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     space = search.space
-    if isinstance(model, Bench201) and "filters" in space.granularities:
-        raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(

@@ -1,7 +1,6 @@
 """The result of loading a model: the network, an example input, how to build it again, and the files of its weights."""
 
 import inspect
-import json
 import logging
 import os
 import re
@@ -22,7 +21,6 @@ from regrow.core.sources import device_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
 _SUFFIXES = (".safetensors", ".gguf")
 TOKENS = 16
 PIXELS = 224
@@ -47,8 +45,7 @@ class Origin:
     """How to build an architecture again, as plain data: no weights and no code.
 
     Args:
-        kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"mobile"``, ``"bench201"`` or
-            ``"callable"``.
+        kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"mobile"`` or ``"callable"``.
         reference: The class (transformers), the model's name (torchvision, small) or ``pkg.mod:fn`` (callable), which
             is informative: it is never imported.
         config: The arguments to build it with: a transformers configuration, the builder's arguments, or nothing.
@@ -71,38 +68,11 @@ class Origin:
     @property
     def normalised_images(self) -> bool:
         """Whether it takes images normalised as torchvision's pretrained networks do, and not of values 0 to 1."""
-        return self.kind not in ("small", "cells", "mobile", "bench201")
+        return self.kind not in ("small", "cells", "mobile")
 
     def record(self) -> dict[str, object]:
         """Return the origin as JSON data, without the function."""
         return {"kind": self.kind, "reference": self.reference, "config": dict(self.config), "name": self.name}
-
-    def to_json(self) -> str:
-        """Return the origin as JSON text."""
-        return json.dumps(self.record(), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Origin":
-        """Parse an origin from JSON text.
-
-        >>> Origin.from_json(Origin("torchvision", "resnet18", {"num_classes": 10}).to_json()).config
-        {'num_classes': 10}
-
-        Args:
-            text: The output of :meth:`to_json`.
-
-        Raises:
-            ModelError: If the text is not an origin.
-        """
-        try:
-            data = json.loads(text)
-            kind, reference, config, name = (data[key] for key in ("kind", "reference", "config", "name"))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"not the origin of a model: {error!r}; restore the run's origin file") from None
-        texts = all(isinstance(value, str) for value in (kind, reference, name))
-        if kind not in KINDS or not texts or not isinstance(config, dict):
-            raise ModelError(f"not the origin of a model: kind {kind!r}; known kinds: {', '.join(KINDS)}")
-        return cls(kind, reference, config, name)
 
 
 class WeightFile:

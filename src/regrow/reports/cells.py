@@ -1,4 +1,4 @@
-"""The cells or blocks that a search found, in words and in NAS-Bench-201's notation."""
+"""The cells or blocks that a search found, in words."""
 
 from typing import Annotated, Any
 
@@ -7,8 +7,6 @@ import msgspec
 from regrow.store.convert import convert
 from regrow.store.schemas import Count
 
-BENCH_EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-"""The edges (source node, target node) of a cell, in the order of NAS-Bench-201's notation."""
 Few = msgspec.Meta(max_length=128)
 
 
@@ -48,33 +46,19 @@ class Block(msgspec.Struct, frozen=True):
 
 
 class FoundNetwork(msgspec.Struct, frozen=True):
-    """The cells, the edges of the one cell, or the blocks of a found network, from the record of how to build it."""
+    """The cells or the blocks of a found network, from the record of how to build it."""
 
     cells: Annotated[list[Cell], Few] = []
-    edges: Annotated[list[list[str]], Few] = []
     blocks: Annotated[list[Block], Few] = []
 
     @property
-    def notation(self) -> str:
-        """The cell in NAS-Bench-201's notation; empty if an edge has not exactly one operation."""
-        if len(self.edges) != len(BENCH_EDGES) or any(len(names) != 1 for names in self.edges):
-            return ""
-        nodes = {node: "|" for _, node in BENCH_EDGES}
-        for (source, node), (name,) in zip(BENCH_EDGES, self.edges, strict=True):
-            nodes[node] += f"{name}~{source}|"
-        return "+".join(nodes.values())
-
-    @property
     def parts(self) -> list[tuple[str, int | None, str]]:
-        """The name, the width and the operations of every node, edge or block, in words."""
+        """The name, the width and the operations of every node or block, in words."""
         rows: list[tuple[str, int | None, str]] = []
         for i, cell in enumerate(self.cells, 1):
             for j, node in enumerate(cell.nodes, 1):
                 sums = [f"{_name(op.kind, op.inside)} of {_name_source(op.source)}" for op in node.ops]
                 rows.append((f"Cell {i}, node {j}", node.width, "; ".join(sums) or "nothing"))
-        for i, names in enumerate(self.edges):
-            source, target = BENCH_EDGES[i] if i < len(BENCH_EDGES) else (i, i)
-            rows.append((f"Node {target}, from node {source}", None, "; ".join(names) or "nothing"))
         for i, block in enumerate(self.blocks, 1):
             sums = [_name(op.kind, op.inside) for op in block.ops]
             rows.append((f"Block {i}", block.width, "; ".join(sums) or "nothing"))
@@ -86,7 +70,7 @@ def read_found(shapes: Any) -> FoundNetwork:
     origin = shapes.get("origin") if isinstance(shapes, dict) else None
     config = origin.get("config") if isinstance(origin, dict) else None
     parts = config if isinstance(config, dict) else {}
-    known = {name: parts[name] for name in ("cells", "edges", "blocks") if isinstance(parts.get(name), list)}
+    known = {name: parts[name] for name in ("cells", "blocks") if isinstance(parts.get(name), list)}
     return convert(known, FoundNetwork, "shapes.json", "left out")
 
 

@@ -33,10 +33,10 @@ class Settings:
 
     # fmt: off
     space: Annotated[str, Setting(
-        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network), mobile:WIDTH-BLOCKS (inverted bottlenecks), "
-        "bench201:WIDTH-N (NAS-Bench-201's); a small network such as resnet:16-3, of which filters and weights are "
-        "searched; pkg.mod:fn, a function of your own code, with operations marked by regrow.Candidates; or, with its "
-        "weights, a run folder or another MODEL that `regrow prune` takes (resnet18, smollm2-135m).",
+        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network) or mobile:WIDTH-BLOCKS (inverted bottlenecks); a small "
+        "network such as resnet:16-3, of which filters and weights are searched; pkg.mod:fn, a function of your own "
+        "code, with operations marked by regrow.Candidates; or, with its weights, a run folder or another MODEL that "
+        "`regrow prune` takes (resnet18, smollm2-135m).",
         argument=True, code=True, example="cells:4-3-2 --data digits --target params=20% --out RUN",
     )]
     data: Annotated[str, Setting(

@@ -47,14 +47,14 @@ def _words(field: Declared, value: Any) -> Iterator[str]:
 def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """Parse ``NAME=VALUE`` texts of an option; values are JSON where that can be parsed, otherwise text.
 
-    >>> parse_pairs(["form=sequence", "minimum=2", "compensate=false"])
-    {'form': 'sequence', 'minimum': 2, 'compensate': False}
+    >>> parse_pairs(["allocation=ranked", "seed=2", "compensate=false"])
+    {'allocation': 'ranked', 'seed': 2, 'compensate': False}
     """
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise InputError(f"{option} takes NAME=VALUE, got {pair!r}; for example {option} minimum=2")
+            raise InputError(f"{option} takes NAME=VALUE, got {pair!r}; for example {option} seed=2")
         try:
             values[key] = json.loads(value)
         except json.JSONDecodeError:

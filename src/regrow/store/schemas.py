@@ -144,11 +144,3 @@ class CourseHeader(msgspec.Struct, frozen=True):
     numbers: dict[str, float]
     course: ProgressJson
     plans: list[dict[str, Any]] | Count
-
-
-class RecoveryHeader(msgspec.Struct, frozen=True):
-    """The header of ``recovery.safetensors``, a checkpoint of recovery training."""
-
-    step: Count
-    values: dict[str, Any]
-    key: str = ""

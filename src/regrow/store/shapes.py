@@ -113,7 +113,8 @@ class Shapes:
             "tensors": self.tensors,
             "inserted": self.inserted,
         }
-        return {"format": FORMAT, "origin": json.loads(self.origin.to_json()), **msgspec.to_builtins(parts)}
+        origin = json.loads(json.dumps(self.origin.record(), sort_keys=True))
+        return {"format": FORMAT, "origin": origin, **msgspec.to_builtins(parts)}
 
     def to_json(self) -> str:
         """Return the record as JSON text, one line per entry, with the digest of its content."""

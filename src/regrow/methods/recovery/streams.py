@@ -94,10 +94,7 @@ def compare_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
 
 
 def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
-    """Run the networks until all layers are refitted to ``target``; a user's interrupt first writes those done so far.
-
-    ``added`` names the weights of the layers that get a bias.
-    """
+    """Run the networks until all layers are refitted to ``target``; ``added``: weights of layers that get a bias."""
     task, pair, batches = work.task, work.task.streamed, [part.batch for part in work.batches]
     turns, waiting, own = Turns(len(batches)), work.waiting, _OwnTarget(work)
 
@@ -137,12 +134,8 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
             with torch.no_grad(), LayerCalls(watched, partial(refit, number)):
                 yield
 
-        try:
-            with suppress(StopRunError):
-                _run_together(running, batches, work.layers, refitting, turns, loading)
-        except KeyboardInterrupt:
-            work.write()
-            raise
+        with suppress(StopRunError):
+            _run_together(running, batches, work.layers, refitting, turns, loading)
 
 
 def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
@@ -151,7 +144,7 @@ def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
     if other := next((layer.name for layer in layers if layer.name not in inside), None):
         raise InputError(
             f"{other}, which reads what was cut, lies outside the blocks, so that refit needs both networks in memory; "
-            "give more memory, or recover by bias"
+            "give more memory"
         )
 
 

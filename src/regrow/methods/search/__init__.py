@@ -270,19 +270,3 @@ class Search(ABC):
             size=self.size(state, context),
             **self.summary(state),
         )
-
-
-def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int = 48, factor: int = 4) -> SearchState:
-    """Return the state with λ changed after a commit, as in MG-DARTS and, with other numbers, GOLD-NAS.
-
-    After ``many`` dropped operations or more, λ is halved and its step is reset. After fewer than ``few``, it rises by
-    ``factor`` times its last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
-    """
-    plain, regularizer = state.losses
-    state = replace(state, penalty_cap=state.penalty if plain < regularizer else state.penalty_cap)
-    if dropped >= many:
-        return replace(state, penalty_step=1e-5, penalty=state.penalty / 2)
-    if dropped < few and state.penalty < state.penalty_cap:
-        step = factor * state.penalty_step
-        return replace(state, penalty_step=step, penalty=state.penalty + step)
-    return state

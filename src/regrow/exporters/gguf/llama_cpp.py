@@ -1,7 +1,13 @@
-"""Describe a Llama-like network in llama.cpp's terms, and reject what llama.cpp would compute differently."""
+"""Describe a Llama-like network and its tokenizer in llama.cpp's terms, and reject what llama.cpp would do differently.
 
+llama.cpp does not read the rule by which a tokenizer splits text; it knows rules by name. The rules here were compared
+with it. Any other is rejected, since a file that splits text in another way than its network learnt gives bad text and
+no error.
+"""
+
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,6 +36,19 @@ PARTS = {
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 _EMPTY = 32  # the width of the MLP of zeros that is written where the network has none
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's numbers for token types
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Steps of a pre-tokenizer → llama.cpp's name of the rule (``words``: GPT-2's regular expression in ByteLevel).
+RULES: Mapping[tuple[str, ...], str] = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", "bytes"): "llama-bpe",
+    (rf"{_WORDS}|\p{{N}}|{_REST}", "bytes"): "qwen2",
+}
+_NOT_PLAIN = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")  # settings of other BPEs
+WHOLE_WORDS = {"llama-bpe"}  # rules for which llama.cpp keeps a word that is a token as it is, before any merge
 
 
 @dataclass(frozen=True)
@@ -167,3 +186,104 @@ def _epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
         values = f"{epsilons[0]:g} to {epsilons[-1]:g}"
         raise ExportError(f"norms have different ε ({values}), of which GGUF has one for all")
     return epsilons[0]
+
+
+def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any], list[str]]:
+    """Convert a tokenizer of transformers to GGUF's metadata; raise ExportError if llama.cpp would split otherwise.
+
+    Returned are what ``gguf.GGUFWriter.add_…`` takes, by the end of its name and in the order of the file, and notes.
+    """
+    if tokenizer is None:
+        return {"tokenizer_model": "no_vocab"}, [
+            "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
+        ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"{type(tokenizer).__name__} is not backed by a tokenizer.json, of which GGUF is made")
+    data = json.loads(backend.to_str())
+    model = data["model"]
+    unlike = f"is {model.get('type')}" if model.get("type") != "BPE" else ""
+    unlike = unlike or next((f"has the setting {name!r}" for name in _NOT_PLAIN if model.get(name)), "")
+    if unlike:
+        raise ExportError(f"the tokenizer {unlike}; GGUF files are written for BPE of bytes: export to transformers")
+    notes = []
+    if any(token.get("lstrip") or token.get("rstrip") for token in data["added_tokens"]):
+        notes.append("some special tokens swallow spaces beside them, which llama.cpp does not do")
+    if normalizer := data.get("normalizer"):
+        if normalizer.get("type") != "NFC":
+            raise ExportError(f"the tokenizer rewrites text ({json.dumps(normalizer):.120}); llama.cpp does not")
+        notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
+    tokens, types = _tokens(data, rows)
+    begins, ends = _ends(tokenizer)
+    metadata = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": _rule(data),
+        "token_list": tokens,
+        "token_types": types,
+        "token_merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        **{f"{role}_token_id": getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")},
+        "add_bos_token": begins,
+        "add_eos_token": ends,
+        "add_space_prefix": False,
+    }
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, str):
+        metadata["chat_template"] = template.encode("utf-8", "replace").decode()
+    return {key: value for key, value in metadata.items() if value not in (None, [], "")}, notes
+
+
+def _tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Return the text and type of the token of every embedding row; rows without a token are marked unused."""
+    known = {number: (text, NORMAL) for text, number in data["model"]["vocab"].items()}
+    for token in data["added_tokens"]:
+        known[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
+    if known and max(known) >= rows:
+        sizes = f"{max(known) + 1} tokens, the embedding {rows} rows"
+        raise ExportError(f"the tokenizer has {sizes}; give the one it was for")
+    texts, types = zip(*(known.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)), strict=True)
+    if len({*texts}) < rows or "" in texts:
+        raise ExportError("two tokens have the same text, or one has none; llama.cpp takes no such tokenizer")
+    return list(texts), list(types)
+
+
+def _rule(data: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of the rule that splits text before merges."""
+    splitting = data.get("pre_tokenizer")
+    rule = RULES.get(tuple(map(_describe_step, _flatten(splitting))), "")
+    if not rule:
+        problem = "the tokenizer splits text by a rule of which we know no name in llama.cpp"
+        raise ExportError(f"{problem} ({json.dumps(splitting):.120}); known are {', '.join(sorted(RULES.values()))}")
+    whole = bool(data["model"].get("ignore_merges"))
+    if whole != (rule in WHOLE_WORDS):
+        how = "takes" if whole else "does not take"
+        raise ExportError(f"the tokenizer {how} words that are tokens before any merge, unlike {rule!r} in llama.cpp")
+    return rule
+
+
+def _flatten(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the steps of a pre-tokenizer as a flat list."""
+    if step and step.get("type") == "Sequence":
+        return [flat for part in step["pretokenizers"] for flat in _flatten(part)]
+    return [step] if step else []
+
+
+def _describe_step(step: Mapping[str, Any]) -> str:
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return "words" if step.get("use_regex", True) else "bytes"
+        case {"type": "Digits", "individual_digits": True}:
+            return "digits"
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return str(pattern)
+    return f"? {step.get('type')}"
+
+
+def _ends(tokenizer: Any) -> tuple[bool, bool]:
+    """Return whether the tokenizer adds its token at the beginning of text, and at the end; it must add no others."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    before, after = (full[:at], full[at + len(bare) :]) if at is not None else (full, [])
+    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+        raise ExportError(f"the tokenizer puts tokens around text ({full} for {bare}) that llama.cpp would not")
+    return bool(before), bool(after)

@@ -2,9 +2,14 @@
 
 import json
 
+from regrow.scoring import spaces
 
-def test_the_losses_of_both_allocations_are_in_the_plan_and_the_report(regrow, tiny_language_model, tmp_path):
-    words = ("--method", "fisher_obs", "--set", "spare_first=0.5", "--only", "mlp", "--keep", "0.9")
+
+def test_the_losses_of_all_allocations_are_in_the_plan_and_the_report(
+    regrow, tiny_language_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(spaces, "OUTER_BLOCKS", (0.5, 0.0))
+    words = ("--method", "fisher", "--set", "allocation=measured", "--only", "mlp", "--keep", "0.9")
     text = ("--source", "news", "--tokens", "512", "--seq-len", "64", "--eval-tokens", "128", "--out", "run")
     code, _, error = regrow("prune", str(tiny_language_model), *words, *text)
     assert code == 0, error

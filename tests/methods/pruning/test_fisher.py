@@ -1,4 +1,4 @@
-"""Fisher OBS cuts what others can stand in for or the loss does not need; it and ``fisher`` compare allocations."""
+"""``fisher`` compares allocations by the loss of the masked network; ``obs`` sees what can stand in for what."""
 
 import math
 import warnings
@@ -19,12 +19,19 @@ from regrow.core.budget import Budget
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning import compared_allocations
-from regrow.methods.pruning.compared_allocations import ALL, INNER, RANKED
+from regrow.methods.pruning import fisher
+from regrow.methods.pruning.fisher import ALL, INNER, RANKED
 from regrow.methods.pruning.pruner import Cut, plan_cut
+from regrow.scoring import spaces
 
 MLP = Budget(0.8, only=("gate", "up", "down"))
-FIRST_HALF = {"spare_first": 0.5, "spare_last": 0.0}
+MEASURED = {"allocation": "measured"}
+
+
+@pytest.fixture(autouse=True)
+def first_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half of the blocks is what may stay unpruned."""
+    monkeypatch.setattr(spaces, "OUTER_BLOCKS", (0.5, 0.0))
 
 
 def cut(
@@ -36,7 +43,7 @@ def cut(
     return plan_cut(pruner, model, axes, budget, collect_evidence(model, axes, pruner, [source]))
 
 
-def test_of_two_duplicates_one_goes_and_so_does_what_the_loss_does_not_depend_on() -> None:
+def test_of_two_duplicates_obs_removes_one_and_fisher_none() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 3))
     with torch.no_grad():
@@ -47,12 +54,10 @@ def test_of_two_duplicates_one_goes_and_so_does_what_the_loss_does_not_depend_on
         net[2].weight[:, 3] = 0
     source = Source("noise", [Batch((torch.randn(256, 6),), labels=torch.randint(3, (256,)))])
     gone = {}
-    for method in ("fisher", "obs", "fisher_obs"):
-        settings = {} if method == "obs" else {"spare_first": 0.0, "spare_last": 0.0}
-        (change,) = cut(net, source, method, Budget(0.8, only=("0", "1")), **settings).plan.changes.values()
+    for method in ("fisher", "obs"):
+        (change,) = cut(net, source, method, Budget(0.8, only=("0", "1")), prune_outer=True).plan.changes.values()
         gone[method] = set(range(6)) - set(change.keep)
-    assert len(gone["fisher_obs"] & {0, 1}) == 1 and 5 in gone["fisher_obs"]
-    assert 5 not in gone["obs"], "its error is the largest"
+    assert len(gone["obs"] & {0, 1}) == 1 and 5 not in gone["obs"], "its error is the largest"
     assert not gone["fisher"] & {0, 1}, "the loss depends on each of them"
 
 
@@ -71,7 +76,7 @@ def test_the_allocation_of_lower_loss_is_taken(inactive: tuple[int, int], name: 
     with torch.no_grad():
         for block, many in zip(model.decoder.blocks, inactive, strict=True):
             block.down.weight[:, :many] = 0
-    found = cut(model, certain_texts(model), "fisher_obs", MLP, axes, **FIRST_HALF)
+    found = cut(model, certain_texts(model), "fisher", MLP, axes, **MEASURED)
     losses = found.findings["starts"]
     assert min(losses, key=losses.__getitem__) == name and max(losses.values()) > 1.001 * min(losses.values())
     assert {key.split(".")[2] for key in found.plan.changes} == ({"1"} if name == INNER else {"0", "1"})
@@ -86,44 +91,26 @@ def test_fisher_takes_one_ranking_where_its_loss_is_lowest() -> None:
         for block, many in zip(model.decoder.blocks, (12, 28), strict=True):
             block.down.weight[:, :many] = 0
     source = certain_texts(model, 5.0)  # of certain predictions the Fisher information is 0
-    found = cut(model, source, "fisher", MLP, axes, **FIRST_HALF, allocation="measured")
+    found = cut(model, source, "fisher", MLP, axes, **MEASURED)
     losses = found.findings["starts"]
     assert set(losses) == {INNER, ALL, RANKED} and min(losses, key=losses.__getitem__) == RANKED
     assert losses[RANKED] < 0.1 * min(losses[INNER], losses[ALL])
-    every = {"spare_first": 0.0, "spare_last": 0.0}
-    alone = cut(model, source, "fisher", MLP, axes, **every, allocation="ranked")
+    alone = cut(model, source, "fisher", MLP, axes, prune_outer=True, allocation="ranked")
     assert found.plan.changes == alone.plan.changes and found.plan.origin["metric"] == alone.plan.origin["metric"]
     assert found.plan.origin["settings"]["allocation"] == "measured"
     assert [64 - len(change.keep) for _, change in sorted(found.plan.changes.items())] == [12, 24]
-    all_blocks = cut(model, source, "fisher", MLP, axes, **every, allocation="measured")
-    assert set(all_blocks.findings["starts"]) == {ALL, RANKED}
-    alike = cut(model, source, "fisher", replace(MLP, regular=True), axes, **FIRST_HALF, allocation="measured")
+    alike = cut(model, source, "fisher", replace(MLP, regular=True), axes, **MEASURED)
     assert not alike.findings, "every block loses as much in any allocation"
 
 
 def test_what_cannot_meet_the_budget_is_left_out_of_the_comparison_and_noted() -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
-    given = {**FIRST_HALF, "allocation": "measured", "compensate": False}
+    given = {**MEASURED, "compensate": False}
     found = cut(model, texts("a"), "fisher", replace(MLP, keep=0.4), axes, **given)
     assert set(found.findings["starts"]) == {ALL, RANKED}
     assert f"{INNER}: cannot meet the budget" in found.plan.origin["notes"]
     with pytest.raises(BudgetError):
         cut(model, texts("a"), "fisher", replace(MLP, keep=0.01), axes, **given)
-
-
-@pytest.mark.parametrize(
-    ("settings", "blocks"), [({**FIRST_HALF, "spare": "always"}, {"1"}), ({"spare": "never"}, {"0", "1"})]
-)
-def test_what_is_decided_by_hand_is_not_compared(settings: dict[str, Any], blocks: set[str]) -> None:
-    model, axes = lm(kv=3, rep=2, size=4, ff=64)
-    found = cut(model, texts("a"), "fisher_obs", MLP, axes, **settings)
-    assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == blocks
-
-
-def test_a_budget_that_the_inner_blocks_cannot_meet_takes_all() -> None:
-    model, axes = lm(kv=3, rep=2, size=4, ff=64)
-    found = cut(model, texts("a"), "fisher_obs", replace(MLP, keep=0.4), axes, **FIRST_HALF)
-    assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"0", "1"}
 
 
 def test_batches_without_labels_are_left_out_and_without_a_loss_the_first_blocks_stay(
@@ -133,10 +120,10 @@ def test_batches_without_labels_are_left_out_and_without_a_loss_the_first_blocks
     batches = texts("a").batches
     none = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in batches]
     some = Source("a", [*none[:-1], batches[-1]])
-    losses = cut(model, some, "fisher_obs", MLP, axes, **FIRST_HALF).findings["starts"]
+    losses = cut(model, some, "fisher", MLP, axes, **MEASURED).findings["starts"]
     assert all(math.isfinite(loss) for loss in losses.values())
-    monkeypatch.setattr(compared_allocations, "_compare", lambda *given: {})
-    found = cut(model, some, "fisher_obs", MLP, axes, **FIRST_HALF)
+    monkeypatch.setattr(fisher, "_compare", lambda *given: {})
+    found = cut(model, some, "fisher", MLP, axes, **MEASURED)
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"1"}
     assert "allocations were not compared: no batch has labels and a finite loss" in found.plan.origin["notes"]
 
@@ -147,15 +134,10 @@ def test_outputs_that_are_no_classes_are_compared_by_their_loss(loss: Any) -> No
     blocks = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)) for _ in range(4)]
     net = nn.Sequential(*blocks, nn.Linear(6, 1), nn.Flatten(0))
     x = torch.randn(128, 6)
-    given: dict[str, Any] = {"method": "fisher_obs", "keep": 0.8, "settings": {"spare_first": 0.25}, "loss": loss}
+    given: dict[str, Any] = {"method": "fisher", "keep": 0.8, "settings": MEASURED, "loss": loss}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, plan = regrow.prune(net, {"a": [(x, net(x).detach())]}, **given)
     (note,) = (note for note in plan.origin["notes"] if "loss before any refit" in note)
-    first, second = (float(part.rsplit(" ", 1)[1]) for part in note.partition("taken: ")[2].split(", "))
-    assert first <= second and (first > 4) == (loss not in (None, F.smooth_l1_loss)), note
-
-
-def test_a_setting_that_has_no_effect_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"spare=never prunes all blocks, got spare_first=0.5"):
-        find_method(MethodKind.PRUNING, "fisher_obs").made("fisher_obs", {"spare": "never", "spare_first": 0.5})
+    losses = [float(part.rsplit(" ", 1)[1]) for part in note.partition("taken: ")[2].split(", ")]
+    assert losses == sorted(losses) and (losses[0] > 4) == (loss not in (None, F.smooth_l1_loss)), note
