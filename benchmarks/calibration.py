@@ -37,7 +37,7 @@ from regrow.jobs import prune
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.settings.prune import Settings
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "calibration.jsonl"
 MODEL, SEQ = "smollm2-135m", 256

@@ -20,7 +20,7 @@ from pathlib import Path
 from shared import Row, arguments, collect
 
 from regrow.core.amounts import parse_bytes
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "command_memory.jsonl"
 DATA = "--source news --eval-tokens 512 --seq-len 256"

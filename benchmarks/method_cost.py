@@ -23,7 +23,7 @@ from statistics import fmean
 import torch
 from shared import Row, add, arguments, last_line, rows, timed
 
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "method_cost.jsonl"
 WORDS = "smollm2-135m --keep 0.8 --only mlp --source news --source code --source manual --tokens 4096"

@@ -57,7 +57,7 @@ from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "planted_llm.jsonl"
 SEEN, UNSEEN = ("news", "manual", "talk"), ("code",)

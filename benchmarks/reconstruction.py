@@ -36,7 +36,7 @@ from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask, refit
 from regrow.settings.prune import complete_reconstruction
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model

@@ -28,7 +28,7 @@ import regrow
 from regrow import evaluation, export, store
 from regrow.evaluation.generation import empty_cache
 from regrow.nets import load
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 from regrow.tracing import trace
 
 OUT = Path(__file__).parent / "results" / "serving.json"

@@ -82,13 +82,13 @@ def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
 
     assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
     assert again(pace=0.25, levels=("a", "b")).resumed
-    for other, words in (({"pace": 1.0}, "pace was 0.25 by default, here 1.0"), ({"floor": 1}, "floor was unknown")):
+    for other, words in (({"pace": 1.0}, "pace was 0.25 by default, here 1.0"), ({"floor": 1}, "floor was null")):
         with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
             again(**{"pace": 0.25, "levels": ("a", "b")} | other)
     for name in ("defaults", "versions"):
         (tmp_path / "odd").mkdir(exist_ok=True)
         (tmp_path / "odd" / "run.json").write_text(json.dumps(again(pace=0.25, levels=("a", "b")).run() | {name: "x"}))
-        with pytest.raises(StoreError, match=r"is .x.: Expected `object`"):
+        with pytest.raises(StoreError, match=r"Expected `object`, got `str` - at `\$\.(defaults|versions)`"):
             RunFolder.create(tmp_path / "odd", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
 
 
@@ -135,48 +135,28 @@ def test_a_report_reads_what_is_written(run):
     (page,) = read_runs([run.path])
     assert not page.problems and page.sizes["before"].params_all == 9
     assert page.widths[0].rows[0] == ("0.weight:0", 9, 7)
-    axes = json.loads((run.path / "axes.json").read_text())
-    assert axes["after"][0]["size"] == 7
+    assert json.loads((run.path / "axes.json").read_text())["after"][0]["size"] == 7
 
 
 # --- the log --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("torn", "left"), [(b'{"what": "b", "v', 1), (b'{"what": "b"}', 2), (b"\xff\xfe", 1)])
-def test_a_torn_last_line_is_tolerated_and_mended(run, torn, left):
-    run.log("a", value=1)
-    path = run.path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + torn)
-    assert [row["what"] for row in run.metrics()] == ["a", "b"][:left]
-    run.log("c")
-    assert [row["what"] for row in run.metrics()] == [*["a", "b"][:left], "c"]
-    assert path.read_bytes().endswith(b"\n")
-
-
-def test_long_torn_lines(run):
-    path = run.path / "metrics.jsonl"
-    path.write_bytes(b'{"what": "' + b"x" * 200_000)
-    run.log("a", text="y" * 100_000)
-    assert [row["what"] for row in run.metrics()] == ["a"]
-
-
-def test_a_damaged_line_elsewhere_is_an_error(run):
-    (run.path / "metrics.jsonl").write_text('{"what": "a"}\nrubbish\n{"what": "b"}\n')
-    with pytest.raises(StoreError, match="line 2"):
-        run.metrics()
+def test_a_damaged_line_is_an_error(run):
+    for rest in ('{"what": "b"}\n', ""):
+        (run.path / "metrics.jsonl").write_text('{"what": "a"}\nrubbish\n' + rest)
+        with pytest.raises(StoreError, match="line 2 is not a measurement"):
+            run.metrics()
 
 
 def test_a_full_disk_leaves_the_log_as_it_was(run, monkeypatch):
     run.log("a")
-    before, real = (run.path / "metrics.jsonl").read_bytes(), os.write
+    before = (run.path / "metrics.jsonl").read_bytes()
 
-    def fills_up(handle, data):
-        if len(data) < 10:
-            raise OSError(28, "No space left on device")
-        return real(handle, bytes(data[:5]))
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full"):
-        patch.setattr("regrow.store.metrics.os.write", fills_up)
+        patch.setattr("regrow.store.atomic.os.fsync", full)
         run.log("b", text="x" * 40)
     assert (run.path / "metrics.jsonl").read_bytes() == before
 

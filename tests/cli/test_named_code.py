@@ -88,7 +88,7 @@ def test_code_that_is_not_needed_is_refused(regrow, tmp_path):
     code, _, err = regrow("show", "resnet18", "--code", "toys:classifier")
     assert code == 2 and "leave it out" in err and "running code" not in err.splitlines()[-1]
     code, _, err = regrow("prune", "toys:classifier", "--code", "toys:classifier", "--keep", "0.5", "--out", "new")
-    assert code == 2 and "--code is for a run folder" in err
+    assert code == 2 and "is for a network that your own code builds" in err
     code, _, err = regrow("show", "toys:classifier")
     assert code == 0 and "running code: toys:classifier (named on the command line)\n" in err
 

@@ -42,8 +42,7 @@ EPOCHS = [
     {"epoch": 4, "stage": 1, "accuracy": 0.65, "size": 510.0, "allowed": 500.0},
 ]
 COMMIT = {"what": "commit", "epoch": 2, "grown": {}, "cut": {"a": 2, "b": 3}, "dropped": ["x", "y"], "back": []}
-COMMIT |= {"task": 0, "steps_watched": 3, "loss_before": 1.0, "recovery_steps": None}
-COMMIT |= {"accuracy_before": [0.45], "accuracy_after": [0.45], "logits_moved": 0.0, "parameters": 1234}
+COMMIT |= {"task": 0, "accuracy_before": [0.45], "accuracy_after": [0.45], "logits_moved": 0.0, "parameters": 1234}
 MEMORY = ((0, 3_100_000, 3_000_000), (1, 3_900_000, 4_000_000))
 
 

@@ -72,7 +72,7 @@ def test_a_short_file_does_not_stand_for_very_many_units(tmp_path):
 def test_a_ledger_of_another_version_is_refused(tmp_path):
     path = written(tmp_path, plans_of(30)[:1]).path
     path.write_text(path.read_text().replace("regrow-ledger/2", "regrow-ledger/1"))
-    says = r"written by another version of regrow \(format regrow-ledger/1, this version reads regrow-ledger/2\)"
+    says = "has the format regrow-ledger/1, this version of regrow reads regrow-ledger/2"
     with pytest.raises(StoreError, match=says):
         Ledger(path).plans()
 

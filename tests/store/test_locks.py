@@ -39,11 +39,11 @@ def test_a_second_writer_is_refused_and_a_killed_one_gives_the_folder_free(holde
     out = tmp_path / "out"
     for write in (
         lambda: RunFolder.create(out, verb="prune", settings={}),
-        lambda: RunFolder.check(out, verb="prune", settings={}),
+        lambda: RunFolder.check(out, {"verb": "prune", "settings": {}}),
         lambda: RunFolder.reopen(out),
         lambda: save(nn.Linear(2, 2), out),
     ):
-        with pytest.raises(StoreError, match=rf"written by another process \(process {holder.pid}\); wait") as caught:
+        with pytest.raises(StoreError, match="written by another process; wait") as caught:
             write()
         assert "\n" not in str(caught.value) and not list(out.iterdir())
     holder.send_signal(signal.SIGKILL)

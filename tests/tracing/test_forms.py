@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes.operations import Tracer
 from regrow.tracing import record
 from regrow.tracing.capture import capture, example_of, in_training
-from regrow.tracing.forms import infer_result
+from regrow.tracing.meta_copy import infer_result
 from zoo import ZOO
 
 aten = torch.ops.aten

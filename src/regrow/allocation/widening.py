@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import ceil, lcm
+from math import ceil
 from typing import Literal
 
 from regrow.core.amounts import Increase
@@ -27,8 +27,6 @@ def widening(
     parts: Mapping[str, Increase],
     named: Mapping[str, Increase],
     *,
-    round_to: int = 1,
-    regular: bool = False,
     even: bool = False,
 ) -> Widening:
     """Return how many units each axis gains."""
@@ -42,17 +40,11 @@ def widening(
         wanted |= dict.fromkeys(_widenable(members, refused, f"the {_NAMES[part]}"), increase)
     for name, increase in named.items():
         wanted |= dict.fromkeys(_widenable(_named(axes, name), refused, f"axis {name!r}"), increase)
-    steps = {key: lcm(axes[key].multiple, round_to) for key in wanted}
+    steps = {key: axes[key].multiple for key in wanted}
     sizes = {key: axes[key].size for key in wanted}
     after = {
         key: -(-(sizes[key] + increase.of(sizes[key])) // steps[key]) * steps[key] for key, increase in wanted.items()
     }
-    if regular:
-        roles: dict[object, list[str]] = {}
-        for key in after:
-            places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1]}
-            roles.setdefault(frozenset(places), []).append(key)
-        after = {key: max(after[other] for other in group) for group in roles.values() for key in group}
     grow = {}
     for key, size in after.items():
         many = size - sizes[key]

@@ -36,8 +36,6 @@ def grow(
     axis: Mapping[str, Amount] | None = None,
     fill: str = "zero_out",
     seed: int = 0,
-    round_to: int = 1,
-    regular: bool = False,
     data: Any = None,
     validation: Any = None,
     steps: int = 0,
@@ -63,8 +61,6 @@ def grow(
         axis: Axis key, or a pattern of keys → how many units such axes gain.
         fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
-        round_to: Widths become multiples of this, rounded up.
-        regular: Whether axes with the same role in several blocks get one width, the largest among them.
         data: What the grown network is trained on, as for :func:`regrow.prune`.
         validation: With ``out``: labelled data on which quality is measured; ``None``: ``data``.
         steps: The number of training steps, of one batch each; 0: it is not trained.
@@ -95,8 +91,8 @@ def grow(
     call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     copies, units = _write_amounts(blocks), _write_amounts(axis)
-    settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill, round_to)
-    settings = replace(settings, regular=regular, seed=seed, on=names, steps=steps, train=train, lr=lr)
+    settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill)
+    settings = replace(settings, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
         result = carry_out(settings, partial(_open, call, steps), call.run("grow", shown))

@@ -72,7 +72,7 @@ def check_words(command: str, options: Mapping[str, Any]) -> None:
     if file := values.get("json_file") or values.get("dry_run"):
         others = (value for value in values.values() if value != file)
         words = [str(part) for value in others for part in (value if isinstance(value, tuple) else (value,))]
-        check_output(file, JSON, [*words, *(word.partition("=")[2] for word in words)], streams=True)
+        check_output(file, JSON, [*words, *(word.partition("=")[2] for word in words)])
     if isinstance(settings, export.Settings):
         _check_export(settings, values["out"])
     if command in FOLDERS and not values.get("dry_run") and not values.get("resume"):

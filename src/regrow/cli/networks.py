@@ -15,7 +15,7 @@ from regrow.settings import grow as growing
 GROW_EPILOG = """\b
 Examples
   regrow grow smollm2-135m --mlp +25% --out RUN
-  regrow grow ./my-llama --heads +1 --mlp +25% --round 64 --source mail=letters/ --out RUN
+  regrow grow ./my-llama --heads +1 --mlp +25% --source mail=letters/ --out RUN
   regrow grow resnet50 --channels +32 --blocks layer3=+2 --out RUN
   regrow grow smollm2-135m --blocks +2 --on mail=letters/ --steps 500 --train new --out RUN
   regrow grow vit_b_16 --axis 'encoder.layers.encoder_layer_0.mlp.*=+64' --dry-run plan.json

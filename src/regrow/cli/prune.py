@@ -26,7 +26,7 @@ RECOVER_EPILOG = """\b
 Examples
   regrow recover RUN --by refit --tokens 32768 --out RUN2
   regrow recover RUN2 --by lora --tokens 200000 --set rank=32 --out RUN3
-  torchrun --no-python --nproc-per-node 2 regrow recover RUN --by distil --fsdp --out RUN4
+  torchrun --no-python --nproc-per-node 2 regrow recover RUN --by distil --out RUN4
 """
 
 
@@ -69,24 +69,15 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 @command.run_folder
 @command.code
 @command.memory
-@click.option(
-    "--fsdp", is_flag=True, help="With torchrun: shard both models and the training state among all processes."
-)
-def recover(settings: recovery.Settings, code: str, memory: str, fsdp: bool, out: Path) -> None:
+def recover(settings: recovery.Settings, code: str, memory: str, out: Path) -> None:
     """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     ranks = read_ranks()
-    if ranks.several and settings.by in recovery.CLOSED_FORM:
+    if ranks.several and settings.by not in ("lora", "distil"):
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
     if ranks.several and memory:
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
-    if fsdp and not ranks.several:
-        raise click.UsageError("--fsdp shards among several processes; start them with torchrun, or leave it out")
     from regrow.jobs.recover import run
 
     command.say_code(code, settings.by)
-    if fsdp:
-        from regrow.distributed.fsdp import return_freed_memory
-
-        return_freed_memory()
     with recorded_run(out, code=code, memory=memory) as invocation:
-        run(settings, invocation, fsdp=fsdp)
+        run(settings, invocation)

@@ -1,15 +1,11 @@
 """Commands that write a run folder: their processes, the report page, and what they print of results."""
 
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrow.cli import boundary, screen
+from regrow.cli import screen
 from regrow.cli.screen import say, say_peak, table, working
 from regrow.core.amounts import format_bytes
 from regrow.distributed import ProcessRank, read_ranks
@@ -49,41 +45,17 @@ def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iter
 def processes() -> Iterator[ProcessRank]:
     """Connect this process with those that torchrun started for its run; yields its rank. Only rank 0 prints results.
 
-    Every rank ends with one line on the error stream once another one has failed or ended. Its temporary files are in a
-    folder of their own, which is deleted then, too.
+    A rank ends with one line on the error stream at its next exchange with one that has failed or ended.
     """
     ranks = read_ranks()
     if not ranks.several:
         yield ranks
         return
-    from regrow.distributed.group import connected
+    from regrow.distributed.parallel import connected
 
     screen.out.quiet = screen.out.quiet or not ranks.leads
-    with (
-        _temporary_files() as folder,
-        connected(ranks, lambda line: _end(line, folder), lambda error: boundary.failure_of(error).line),
-    ):
+    with connected(ranks):
         yield ranks
-
-
-@contextmanager
-def _temporary_files() -> Iterator[str]:
-    """Make the temporary files of this process in a folder of their own, inside the ``with`` block; yields it."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="regrow-", ignore_cleanup_errors=True) as folder:
-        tempfile.tempdir = folder
-        try:
-            yield folder
-        finally:
-            tempfile.tempdir = before
-
-
-def _end(line: str, folder: str) -> None:
-    """End the process, whatever its main thread waits for, and delete its temporary files."""
-    sys.stderr.write(f"regrow: {screen.printable(' '.join(line.split()))}\n")
-    sys.stderr.flush()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(boundary.ENVIRONMENT)
 
 
 def say_run(path: Path) -> None:

@@ -19,19 +19,15 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, device_of
 from regrow.core.tasks import first_tensor, run_network
 from regrow.evaluation.memory import peak_meter
+from regrow.tracing.capture import keep_modes
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Put the model in eval mode without gradients for the block; every module's mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield device_of(model)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with keep_modes(model), torch.no_grad():
+        model.eval()
+        yield device_of(model)
 
 
 @dataclass(frozen=True)

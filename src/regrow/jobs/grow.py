@@ -33,8 +33,7 @@ from regrow.surgery.runner import Answers
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
-from regrow.training.step import added_entries
-from regrow.training.tune import GrowthTraining, mean_loss, train_grown
+from regrow.training.tune import added_entries, mean_loss, train_grown
 
 CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
@@ -118,7 +117,7 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     settings.check()
     parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     even, fill = settings.fill == "pair", Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular, even=even)
+    wide = widening(axes, parts, named, even=even)
     with preserve_random_state():
         insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
@@ -226,7 +225,6 @@ def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Train a network that has grown; log the loss before and after where the run is kept."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
-    training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
     added = added_entries(model, inputs.axes, plan)
 
     def measure_loss() -> float:
@@ -237,7 +235,16 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
 
     with autocasting(model, settings.precision):
         before = measure_loss()
-        train_grown(model, sources, added, training, objective=inputs.objective, progress=run.progress)
+        train_grown(
+            model,
+            sources,
+            inputs.objective,
+            steps=settings.steps,
+            lr=settings.lr,
+            seed=settings.seed,
+            new=added if settings.train == "new" else None,
+            progress=run.progress,
+        )
         record.log(
             "training",
             loss_before=before,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.schedule import NO_AXES
 from regrow.training.state import CHECKPOINT, TrainState, check_checkpoint, read_start, write_checkpoint
-from regrow.training.step import is_settled
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
     def keep(now: TrainState[Any], context: Context) -> None:
         rows.write(now)
         if record.kept:
-            write_checkpoint(file, context.model, now, logged=rows.events)
+            write_checkpoint(file, context.model, now, outside=True)
 
     options = FitOptions(checkpoint=keep, progress=run.progress, parallel=Parallel(ranks, by_rows=True))
     fitted = train_tasks(model, axes, tasks, learner, schedule, state=state, options=options)
@@ -153,9 +151,7 @@ class LearningRecord:
             return
         for plan in now.plans[self.plans :]:
             self.run.own_ledger.append(plan)
-        # The other growth events are watched further, and are logged at the end of their task.
-        settled = len([*takewhile(lambda event: is_settled(event) or event["task"] < now.number, now.events)])
-        for i in range(self.events, settled):
+        for i in range(self.events, len(now.events)):
             self.run.log("growth", number=i, **now.events[i])
         for i in range(self.over, now.number):
             scores = list(now.rows[i])
@@ -163,7 +159,7 @@ class LearningRecord:
             shares = _are_shares(scores)
             row = {"name": self.tasks[i].name, "accuracy": scores if shares else [None] * len(scores), **now.sizes[i]}
             self.run.log("task", row | ({} if shares else {"scores": scores}))
-        self.plans, self.events, self.over = len(now.plans), settled, now.number
+        self.plans, self.events, self.over = len(now.plans), len(now.events), now.number
 
 
 def record_matrix(matrix: Matrix) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from regrow.store.replacing import (
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
-from regrow.store.weights import OutsideTensors
+from regrow.store.weights import OutsideTensors, check_file, inside
 
 BEFORE = "before"
 """Name of the folder, inside a run folder, with the model that the run started from."""
@@ -142,10 +142,8 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
             target.mkdir()
             copy_folder(source, target)
         files = record_files(target)
-    shapes = store.read_shapes(target)
-    for name, expected in shapes.files.items():
-        if name not in files or files[name]["sha256"] != expected.sha256:
-            raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
+    for name, expected in store.read_shapes(target).files.items():
+        check_file(inside(target, name), expected)
     return {"bytes": count_bytes(target), "files": files}
 
 

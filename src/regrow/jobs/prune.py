@@ -162,7 +162,7 @@ class PruneJob:
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
             if cut.findings and isinstance(record, RunFolder):
-                record.write_findings(settings.method, cut.findings)
+                record.write("findings.json", {"method": settings.method, **cut.findings})
         broadcast_record(run.ranks, cut.plan.to_json())
         return cut.plan, evidence.notes
 

@@ -20,7 +20,7 @@ from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder, WritePage
 from regrow.store.weights import OutsideTensors
-from regrow.training.state import History
+from regrow.training.state import TrainState
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -95,10 +95,7 @@ class FolderRecorder:
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the interrupted run has recorded, if there is one."""
-        RunFolder.check(
-            self.out, verb=identity["verb"], settings=identity["settings"], defaults=identity.get("defaults")
-        )
-        begun = RunFolder.open_unfinished(self.out)
+        begun = RunFolder.check(self.out, identity)
         return begun.run() if begun else {}
 
     @contextmanager
@@ -200,10 +197,10 @@ def find_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> 
     return f"{name} was {was}, here {now}"
 
 
-def read_history(folder: Record, events: str = "growth") -> History:
+def read_history(folder: Record, events: str = "growth") -> TrainState[None]:
     """Read the plans, the accuracy matrix, the task rows and the rows of changes of shape, for a run's checkpoint."""
     if not isinstance(folder, RunFolder):
-        return History()
+        return TrainState(None)
     metrics = folder.metrics()
     tasks = [dict(row) for row in metrics if row["what"] == "task"]
     if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
@@ -211,7 +208,7 @@ def read_history(folder: Record, events: str = "growth") -> History:
             f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
             f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
         )
-    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
-    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
-    changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
-    return History(folder.own_ledger.plans(), rows, sizes, changes)
+    rows = tuple(tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks)
+    sizes = tuple({name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks)
+    changes = tuple({k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events)
+    return TrainState(None, rows=rows, plans=folder.own_ledger.plans(), events=changes, sizes=sizes)

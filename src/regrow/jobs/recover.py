@@ -67,12 +67,10 @@ def carry_out(
     settings: Settings,
     inputs: Callable[[ActiveRun], RecoverInputs],
     run: ActiveRun,
-    *,
-    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
 
-    All processes of the run call this, and train together; with ``fsdp`` they share networks and training state.
+    All processes of the run call this, and train together.
     Returns what the method returned, with ``tokens`` and ``seconds``.
     """
     check_settings(settings)
@@ -104,7 +102,7 @@ def carry_out(
                 settings.seed,
                 progress=run.progress,
                 objective=opened.objective,
-                parallel=Parallel(run.ranks, fsdp),
+                parallel=Parallel(run.ranks),
                 streamed=pair,
             )
             origin, number = dense.origin.record(), len(settings.before) + 1
@@ -168,7 +166,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
         log_pairs(record, before, measure_run(alone, loaded, cut, data, "pruned"))
 
 
-def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> RunFolder:
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Recover the model of a finished run, as ``regrow recover`` does, and return the folder.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
@@ -180,7 +178,7 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
     cut = find_cut(source, invocation.code)
     complete = _complete(settings, source, cut)
     inputs = partial(open_named, settings, invocation, source, cut)
-    carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo), fsdp=fsdp)
+    carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 

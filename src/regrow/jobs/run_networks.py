@@ -125,14 +125,12 @@ class StreamedRun:
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
         """Try a plan, and write the cut network, whose changed blocks are compared with the masked ones.
 
-        The processes of the run share the blocks, and rank 0 writes them.
+        Rank 0 cuts and writes for all.
         """
         with run.stage("apply"):
             self.change = change = propose_cut(self.opened, plan)
             return_memory()
-            if not run.ranks.leads:
-                change.share(run.ranks)
-            elif deviations := change.write(run.record.path, progress=run.progress, ranks=run.ranks):
+            if run.ranks.leads and (deviations := change.write(run.record.path, progress=run.progress)):
                 worst = max(deviations, key=lambda deviation: deviation.largest_difference - deviation.bound)
                 row = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}
                 run.record.log("verify", row, blocks=len(deviations), dtype="float64")

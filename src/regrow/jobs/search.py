@@ -48,7 +48,7 @@ from regrow.tracing.meta_copy import clone_model
 from regrow.training.continual import learn
 from regrow.training.fit import FitOptions, Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
-from regrow.training.state import CHECKPOINT, History, TrainState, read_start, write_checkpoint
+from regrow.training.state import CHECKPOINT, TrainState, read_start, write_checkpoint
 
 RETRAINING = "retraining.safetensors"
 GIVEN = ("target", "measure", "stages", "seed")
@@ -215,7 +215,7 @@ def _search(
         if record.kept:
             recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
             now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
-            write_checkpoint(file, there.model, now, undo, logged=log.events)
+            write_checkpoint(file, there.model, now, undo, outside=True)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
@@ -272,7 +272,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
         if record.kept:
             write_checkpoint(file, there.model, now)
 
-    history = History() if file.is_file() else None
+    history = TrainState(None) if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
     options = FitOptions(checkpoint=write, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
     fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, options=options)

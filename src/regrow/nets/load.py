@@ -144,12 +144,10 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
     return guessed_example(model)
 
 
-def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+def check_finite(model: nn.Module, name: str) -> None:
     """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of -inf."""
     for key, parameter in model.named_parameters():
-        if bad := count_nonfinite(parameter.to(dtype) if dtype and parameter.is_floating_point() else parameter):
-            if dtype and not count_nonfinite(parameter):
-                raise ModelError(f"{name}: {bad} entries of {key!r} are too large for {dtype}; use another dtype")
+        if bad := count_nonfinite(parameter):
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
 
 

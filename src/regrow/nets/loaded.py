@@ -1,6 +1,5 @@
 """The result of loading a model: the network, an example input, how to build it again, and the files of its weights."""
 
-import hashlib
 import inspect
 import json
 import logging
@@ -107,29 +106,18 @@ class Origin:
 
 
 class WeightFile:
-    """A file as it was when it was opened: its size, times and inode, and its digest where one is recorded."""
+    """A file as it was when it was opened: its size, times and inode."""
 
-    def __init__(self, path: Path, sha256: str = "", handle: int | None = None, *, held: bool = False) -> None:
-        self.path, self.sha256, self.held = path, sha256, held
+    def __init__(self, path: Path, handle: int | None = None, *, held: bool = False) -> None:
+        self.path, self.held = path, held
         self.status = self._read(handle)
 
     def check(self, handle: int | None = None) -> None:
-        """Raise InputError unless the file is the one that was opened, unchanged.
-
-        A file with a recorded digest that it still has was touched, linked or copied, not changed.
-        """
-        if (now := self._read(handle)) == self.status:
-            return
-        if self.sha256 and now[2] == self.status[2]:
-            with self.path.open("rb") as file:
-                if self._read(file.fileno()) == now and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256:
-                    self.status = now
-                    return
-        raise InputError(f"{self.path} was replaced or written to while it was in use; nothing is saved, start again")
-
-    def unchanged_since(self, status: tuple[int, ...], handle: int) -> bool:
-        """Whether the open file has the given status still, so that what was read meanwhile is of one version."""
-        return self._read(handle) == status
+        """Raise InputError unless the file is the one that was opened, unchanged."""
+        if self._read(handle) != self.status:
+            raise InputError(
+                f"{self.path} was replaced or written to while it was in use; nothing is saved, start again"
+            )
 
     @property
     def record(self) -> dict[str, int]:
@@ -185,12 +173,6 @@ def check_unchanged(files: Iterable[WeightFile]) -> None:
     for file in files:
         if not file.held or file.leads_to_it():
             file.check()
-
-
-def check_same_files(first: Loaded, second: Loaded) -> None:
-    """Raise InputError if a file of a model that was loaded twice was changed in between."""
-    for file in (*first.files, *second.files):
-        file.check()
 
 
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:

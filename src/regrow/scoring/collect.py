@@ -20,7 +20,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.parallel import Outbox, receive
+from regrow.distributed.parallel import receive, send
 from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
@@ -146,7 +146,7 @@ class _Walk:
 
     def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
         """Measure this rank's share of the batches; rank 0 adds the sums of all; yields after each batch."""
-        ranks, outbox = self.run.ranks, Outbox()
+        ranks = self.run.ranks
         for number, batch in enumerate(batches):
             owner = number % ranks.size
             if owner == ranks.rank and ranks.leads:
@@ -154,11 +154,10 @@ class _Walk:
             elif owner == ranks.rank:
                 part = Statistics(sums.source)
                 self._step(batch, part)
-                _send(outbox, part)
+                _send(part)
             elif ranks.leads:
                 sums.accumulate(_receive(owner))
             yield
-        outbox.flush()
 
     def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
         """Run all batches of all unfinished shards through one block after another."""
@@ -268,14 +267,12 @@ def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iter
             owner = number % ranks.size
             yield _receive(owner) if owner else parts[number // ranks.size]
         return
-    outbox = Outbox()
     for part in parts:
-        _send(outbox, part)
-    outbox.flush()
+        _send(part)
 
 
-def _send(outbox: Outbox, sums: Statistics) -> None:
-    outbox.send(sums.header(), to_host(sums.tensors()))
+def _send(sums: Statistics) -> None:
+    send(sums.header(), to_host(sums.tensors()))
 
 
 def _receive(rank: int) -> Statistics:

@@ -48,14 +48,6 @@ class Settings:
         "outgoing weights; pair: equal random units whose outgoing weights cancel.",
         group=NEW, choices=("zero_out", "split", "pair"),
     )] = "zero_out"
-    round_to: Annotated[int, Setting(
-        "Widths become multiples of this (8, 64), rounded up.",
-        option="--round", group=AMOUNT, range=Range(1, 2**20), example="8",
-    )] = 1
-    regular: Annotated[bool, Setting(
-        "One width per kind of axis in all blocks, the largest among them, as an ordinary model has.",
-        group=AMOUNT,
-    )] = False
     sources: Annotated[tuple[str, ...], Setting(
         "A kind of text to measure before and after: news, code, manual, talk, or NAME=PATH. For image models: digits, "
         "or NAME=FOLDER with a folder per class. Repeat it for several.",

@@ -131,7 +131,6 @@ class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: Count
     step: Count
     before: list[Any]
-    loss: float | None
     rows: list[list[Any]] = []
     events: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []
@@ -145,5 +144,3 @@ class CourseHeader(msgspec.Struct, frozen=True):
     numbers: dict[str, float]
     course: ProgressJson
     plans: list[dict[str, Any]] | Count
-    logged: Count | None
-    open: list[dict[str, Any]]

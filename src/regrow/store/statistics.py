@@ -1,7 +1,6 @@
 """Files of finished calibration shards, from which a killed run resumes bit for bit."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,17 +32,8 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
 
 
 def file_name(source: str, shard: int) -> str:
-    """Return a file name for a shard of a source: safe on every disk, and different for different sources.
-
-    >>> file_name("news", 0), file_name("../News", 0)
-    ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
-    """
-    name = source
-    # Capitals too: some disks do not tell them from small letters.
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", source) or re.search(r"-[0-9a-f]{8}$", source):
-        plain = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[:40]
-        name = f"{plain}-{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
-    return f"{name}-{shard}.safetensors"
+    """Return a file name for a shard of a source: safe on every disk, and different for different sources."""
+    return f"{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{shard}.safetensors"
 
 
 def fingerprint(source: Source, *settings: object) -> str:

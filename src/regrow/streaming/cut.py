@@ -14,14 +14,12 @@ from regrow import store
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.core.progress import Progress, silent
-from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.parallel import Outbox, receive
 from regrow.nets import Loaded
 from regrow.store.shapes import Shapes
 from regrow.store.state import named_tensors
 from regrow.store.weights import OutsideTensors
 from regrow.streaming.checkpoint import Checkpoint
-from regrow.streaming.network import StreamedBlock, StreamedNetwork
+from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery.apply import check, try_out
@@ -96,14 +94,13 @@ class StreamedCut:
         """The paths of the blocks that are compared."""
         return frozenset(block.path for block in changed_blocks(self.change))
 
-    def write(self, folder: Path, *, progress: Progress = silent, ranks: ProcessRank = SINGLE) -> list[Deviation]:
+    def write(self, folder: Path, *, progress: Progress = silent) -> list[Deviation]:
         """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self._tensors(deviations, progress, ranks):
-                if name in shapes.tensors:
-                    yield name, tensor
+            made = self._tensors(deviations, progress)
+            return ((name, tensor) for name, tensor in made if name in shapes.tensors)
 
         @contextmanager
         def running(written: Path) -> Iterator[nn.Module]:
@@ -119,20 +116,6 @@ class StreamedCut:
         store.write_model(self.loaded, folder, outside=outside)
         return deviations
 
-    def share(self, ranks: ProcessRank) -> None:
-        """Cut and check the blocks of this rank, and send them to rank 0, which writes them."""
-        network, outbox = self.opened.network(), Outbox()
-        blocks = ranks.share(_ordered(network))
-        names = [*(block.names for block in blocks), ()]
-        with network.resident(network.outer, names[0]):
-            for i, block in enumerate(blocks):
-                deviations: list[Deviation] = []
-                with network.resident(block.names, names[i + 1]):
-                    tensors = dict(self._cut(block.path, block.names, deviations))
-                    outbox.flush()  # no more than one block waits
-                    outbox.send({"names": [*tensors], "deviations": deviations}, [*tensors.values()])
-        outbox.flush()
-
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network, to be run one block at a time."""
         made, before = Checkpoint.open(folder).places, self.opened.weights
@@ -145,26 +128,20 @@ class StreamedCut:
         assert self.change.axes.recording is not None
         return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
 
-    def _tensors(
-        self, deviations: list[Deviation], progress: Progress, ranks: ProcessRank
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
         network, what = self.opened.network(), "cutting and checking the blocks"
         for name, held in named_tensors(self.loaded.model).items():
             if not held.kind.carried:
                 yield name, held.tensor
-        ordered = _ordered(network)
+        # In the order of the files as far as possible: fewer seeks while they are written.
+        ordered = sorted(network.blocks, key=lambda block: f"{block.path}.")
         with network.resident(network.outer, ordered[0].names):
             progress(0, len(ordered) + 1, what)
             yield from self._cut("", network.outer, deviations)
             for i, block in enumerate(ordered):
                 progress(i + 1, len(ordered) + 1, what)
-                if owner := i % ranks.size:
-                    record, tensors = receive(owner)
-                    deviations += map(Deviation._make, record["deviations"])
-                    yield from zip(record["names"], tensors, strict=True)
-                    continue
-                following = ordered[i + ranks.size].names if i + ranks.size < len(ordered) else ()
+                following = ordered[i + 1].names if i + 1 < len(ordered) else ()
                 with network.resident(block.names, following):
                     yield from self._cut(block.path, block.names, deviations)
         progress(len(ordered) + 1, len(ordered) + 1, what)
@@ -183,21 +160,16 @@ class StreamedCut:
             yield name, getattr(change.model.get_submodule(module), leaf).detach() if value is None else value
 
 
-def _ordered(network: StreamedNetwork) -> list[StreamedBlock]:
-    """Return the blocks in the order of the files as far as possible, so that these are hashed as they are written."""
-    return sorted(network.blocks, key=lambda block: f"{block.path}.")
-
-
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
     """Try a plan on a copy without numbers of a network that is larger than memory."""
     model, axes = opened.loaded.model, opened.axes
     check(model, axes, plan)
-    if plan.changes_modules or any(change.grow or change.restore for change in plan.changes.values()):
-        raise PlanError("only cuts are made block by block; load the model whole, without --memory")
+    changes = plan.changes.values()
+    if axes.recording is None or plan.changes_modules or any(change.grow or change.restore for change in changes):
+        raise PlanError("only cuts of traced networks are made block by block; load it whole, without --memory")
     ready = prepare(model, axes, plan)
     rehearsal = try_out(model, axes, plan, ready.resizing(axes))
-    if rehearsal is None or axes.recording is None:
-        raise PlanError("a network with declared axes is not cut block by block; load it whole, without --memory")
+    assert rehearsal is not None
     change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready)
     known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
     copied, after = commit(copy_model(model, lambda tensor: tensor), known, plan, ready)

@@ -69,10 +69,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
                 raise
-            name = type(model).__name__
             raise TraceError(
-                f"{name} does not run without a tensor among its inputs; give what its forward takes, for example "
-                "trace(model, torch.ones(1, 3, 224, 224))"
+                f"{type(model).__name__} does not run without a tensor among its inputs; give what its "
+                "forward takes, for example trace(model, torch.ones(1, 3, 224, 224))"
             ) from error
         except Exception as error:
             problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
@@ -83,11 +82,11 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
 def _traced(model: nn.Module, example: Example) -> AxisGraph:
     recorded, unproven = _recorded(model, example)
     w = walk(recorded)
-    trained = trace_training(model, example, w)
+    trace_training(model, example, w)
     axes, names = assemble(model, w, example)
     axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
     axes = replace(axes, recording=recording(model, w, names), unproven=unproven)
-    return freeze_by_size(model, freeze_failing(model, axes, trained))
+    return freeze_by_size(model, freeze_failing(model, axes))
 
 
 def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
@@ -134,7 +133,6 @@ def _is_converted(module: nn.Module) -> bool:
         any(base.__module__.startswith("torch.") and base.__name__ in _CLASSES for base in kind.__mro__)
         or kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
         or (isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"))
-        or (isinstance(module, nn.DataParallel) and bool(module.device_ids))
         or any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
     )
 

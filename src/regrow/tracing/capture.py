@@ -28,6 +28,7 @@ from regrow.tracing.meta_copy import fake_copy, leaves_in
 from regrow.tracing.model_state import OutputError, describe_state, preserve_state, select_state, state_of
 from regrow.tracing.nodes import shapes_of
 from regrow.tracing.record import DivergedError, Recorder, copy_tensor
+from regrow.tracing.repeated_calls import copy_repeats
 
 
 class TraceError(ValueError):
@@ -106,15 +107,15 @@ def in_training(model: nn.Module, example: Example) -> Capture:
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
-    with torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
+    with torch.enable_grad(), quiet(), without_collection(), preserve_state(model, outside=True):
         yield
+
+
+KEPT = "it reads what it kept when it ran before"
 
 
 class _KeptError(RuntimeError):
     """Raised for a network that reads state of an earlier run, which fake data do not show."""
-
-    def __str__(self) -> str:
-        return "it reads what it kept when it ran before"
 
 
 def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
@@ -138,9 +139,9 @@ def _recorded(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
-        recorder = record(model, example)
+        recorder = record(model, example, copying=tracer == Tracer.RECORD)
     if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
-        raise _KeptError
+        raise _KeptError(KEPT)
     return replace(_captured(model, recorder), decisions=None, tracer=tracer)
 
 
@@ -153,7 +154,7 @@ def _exported(model: nn.Module, example: Example) -> Capture:
     with tracing(TracingContext(_refusing_data())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
         if describe_state(model) != before:
-            raise _KeptError
+            raise _KeptError(KEPT)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
@@ -218,10 +219,8 @@ def _refused(model: nn.Module, error: Exception) -> TraceError:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters."""
-    if isinstance(error, DynamicOutputShapeException):
-        return f"data decide how much {error.func} gives"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
 
@@ -246,19 +245,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def lightly() -> Iterator[None]:
-    """Context manager without garbage collection and torch's stack traces: a third of the time."""
-    fx = torch.fx.config
-    before = getattr(fx, "do_not_emit_stack_traces", False)
-    fx.do_not_emit_stack_traces = True
-    try:
-        with without_collection():
-            yield
-    finally:
-        fx.do_not_emit_stack_traces = before
-
-
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which the model is in evaluation mode; each module gets its own mode back."""
     return in_mode(model, training=False)
@@ -267,12 +253,18 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Context manager in which the model is in one mode and uncompiled; each module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
     compiled = "torch._dynamo" in sys.modules
+    with keep_modes(model), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        model.train(training)
+        yield
+
+
+@contextmanager
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Context manager after which each module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -283,6 +275,7 @@ def record(
     example: Example,
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
+    copying: bool = True,
 ) -> Recorder:
     """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
 
@@ -306,7 +299,8 @@ def record(
                     recorder.states[recorder.placeholder(tensor)] = name
                 for value in inputs:
                     recorder.placeholder(value)
-            with SpellOut(), enable_python_dispatcher(), recorder:
+            repeated = copy_repeats(model, recorder) if copying and fake is not None else nullcontext()
+            with SpellOut(), enable_python_dispatcher(), repeated, recorder:
                 result = model(*args, **kwargs)
         recorder.end(result)
         return recorder

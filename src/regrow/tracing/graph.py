@@ -73,10 +73,6 @@ def _multiple(expr: Expr) -> Multiple | None:
     return None
 
 
-MOST_SLOTS = 64
-"""The most separate places of an axis in one dimension; an axis with more is frozen."""
-
-
 @dataclass(frozen=True)
 class Names:
     """Writes the expressions of a walk in axes: each leaf becomes the key of an axis, or a fixed size."""
@@ -197,9 +193,6 @@ def _slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
                     offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))
                     for at in product(*(range(times) for times, _ in loops[1:]))
                 ]
-                if len(starts) > MOST_SLOTS:
-                    d.freeze(leaf, f"its units lie in {len(starts)} separate places of {name}")
-                    starts = starts[:1]
                 outer, stride = loops[0] if loops else (1, leaf.size * inner)
                 for start in starts:
                     yield leaf, Slot(name, i, outer, stride, inner, start, Role.PRODUCES)

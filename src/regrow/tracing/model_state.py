@@ -86,7 +86,7 @@ class Snapshot:
     def _of_function(self, function: FunctionType) -> Iterator[Any]:
         for cell in function.__closure__ or ():
             self.holders.append((cell, _contents(cell)))
-            yield contents_of(cell)
+            yield from _contents(cell)
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
         for name in names_in(function.__code__):
@@ -130,18 +130,13 @@ def names_in(code: CodeType) -> tuple[str, ...]:
 _UNSET = object()
 
 
-def contents_of(cell: CellType) -> Any:
-    """Return the contents of a closure's cell; a marker if it is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _UNSET
-
-
 def _contents(holder: Any) -> list[Any]:
     """Return what a container, class or cell holds, keys before values; overridden methods are bypassed."""
     if isinstance(holder, CellType):
-        return [contents_of(holder)]
+        try:
+            return [holder.cell_contents]
+        except ValueError:
+            return [_UNSET]
     entries = _attributes(holder) if isinstance(holder, type) else holder
     return [part for entry in dict.items(entries) for part in entry] if isinstance(entries, dict) else list(entries)
 

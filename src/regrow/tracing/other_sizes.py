@@ -12,14 +12,14 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from regrow.core.axes import Axis, AxisGraph, Example, axes_in
+from regrow.core.axes import Axis, AxisGraph, Example
 from regrow.tracing.capture import TraceError, capture
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import limit_calls
 from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
 from regrow.tracing.readings import trace_training
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import difference, steps
+from regrow.tracing.steps import difference, fit_steps, steps
 from regrow.tracing.trial import Resizing, classes_of, deep_cuts, freeze_axes, record_resized
 
 REASON = "what the network does with it depends on the batch size or length of the input"
@@ -44,13 +44,20 @@ def freeze_by_size(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     return axes
 
 
-def _trace_at(model: nn.Module, axes: AxisGraph, example: Example) -> AxisGraph:
-    """Trace the network on another example, unless it runs many more operations (one per token) there."""
+def _trace_at(model: nn.Module, axes: AxisGraph, example: Example, *others: AxisGraph) -> AxisGraph:
+    """Trace the network on another example, unless it runs many more operations (one per token) there.
+
+    Where it runs the operations of a known graph, the axes are those of that graph.
+    """
     copy, fake = fake_copy(model, example)
     with limit_calls(LONGER * len(axes.recording.capture.graph.nodes)):
-        w = walk(capture(copy, fake, tracer=axes.tracer))
-        if axes.trained:
-            trace_training(copy, fake, w)
+        recorded = capture(copy, fake, tracer=axes.tracer)
+    for known in (axes, *others):
+        if (fitted := fit_steps(known.steps, recorded, known.sizes())) is not None:
+            return replace(known, steps=fitted, example=example)
+    w = walk(recorded)
+    if axes.trained:
+        trace_training(copy, fake, w)
     graph, names = assemble(model, w, example)
     return replace(graph, steps=steps(w, names))
 
@@ -64,18 +71,23 @@ class _Probe:
     other: AxisGraph
 
     def freeze(self) -> AxisGraph:
-        axes = self.axes if self._runs_alike(self.axes) else self._with_marks()
+        axes = self.axes if self.is_as_traced else self._with_marks()
         free = [*axes.free()]
         if not free or not self.depends(free):
             return axes
         members = [axis for group in classes_of(free).values() if self.depends(group) for axis in group]
         return _frozen(axes, {axis.key: REASON for axis in members or free})
 
+    @property
+    def is_as_traced(self) -> bool:
+        """Whether the network runs the operations that it runs on the traced example."""
+        return self.other.axes is self.axes.axes
+
     def depends(self, cut: Sequence[Axis]) -> bool:
         """Whether a network that keeps few units of some axes deviates from its plan as it does not when traced."""
         sizes = deep_cuts(self.axes, cut)
         problem = self._problem(self.other, sizes)
-        if not problem and (self._runs_alike(self.axes) or self._runs_alike(self.near)):
+        if not problem and (self.is_as_traced or self.near.axes is self.other.axes):
             return False
         return problem != self._problem(self.near, sizes)
 
@@ -87,12 +99,8 @@ class _Probe:
         if main[0] < 3 or any(main[d] < 3 for d in lengths):
             example = _grown(example, main, max(main[0], 3), {d: max(main[d], 3) for d in lengths})
         with suppress(TraceError):
-            return _trace_at(self.model, self.axes, example)
+            return _trace_at(self.model, self.axes, example, self.other)
         return self.axes
-
-    def _runs_alike(self, graph: AxisGraph) -> bool:
-        """Whether the network runs the same operations on both examples, on the same axes, sizes of the input aside."""
-        return _axes_per_step(graph, self.axes) == _axes_per_step(self.other, self.axes)
 
     def _with_marks(self) -> AxisGraph:
         """Return the graph without the axes to which a trace on the other example gives another mark."""
@@ -115,20 +123,6 @@ class _Probe:
             return "it does not run at that size"
         deviation = difference(graph.steps, small, planned)
         return deviation.problem if deviation is not None else ""
-
-
-def _axes_per_step(graph: AxisGraph, axes: AxisGraph) -> list[tuple[object, ...]]:
-    """Return each operation of a graph with its constants, its operands, and the free axes in its dimensions."""
-    free = {axis.key for axis in axes.free()}
-    return [
-        (
-            step.op,
-            step.numbers,
-            step.operands,
-            [[[key for key in axes_in(dim) if key in free] for dim in dims or ()] for dims in step.shapes],
-        )
-        for step in graph.steps
-    ]
 
 
 def _frozen(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:

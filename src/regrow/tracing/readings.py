@@ -5,7 +5,7 @@ operation, data flow, shapes and constants), so networks without numbers have bl
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Decision, Dim, Example, Product, Sum
+from regrow.core.axes import AxisGraph, Decision, Dim, Example
 from regrow.tracing.capture import Capture, TraceError, capture, in_training
-from regrow.tracing.dimensions import Expr
 from regrow.tracing.folds import size_divided_by
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import leaves_in
@@ -231,17 +230,14 @@ def readings(
     fresh, names = assemble(model, w, example)
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
-
-    def written(expr: Expr | None) -> Dim:
-        return 1 if expr is None else _renamed(names.dim(expr), renamed)
-
+    names = Names({number: renamed[key] for number, key in names.keys.items()})
     return Readings(
         capture=recorded,
         given=leaves_in(example),
-        reads=reads(w, written),
+        reads=reads(w, names),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
         compared=tuple(
-            (node, operand, tuple(map(written, w.of(operand))))
+            (node, operand, names.dims(w.of(operand)))
             for node in (recorded.graph.nodes if recorded.decisions is not None else ())
             for operand in compared_operands(node)
         ),
@@ -252,10 +248,10 @@ def recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
     """Return a walked network's recording; ``None`` where data decide which operations run."""
     if w.capture.decisions is not None:
         return None
-    return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)), code_of(model))
+    return Recording(w.capture, reads(w, names), code_of(model))
 
 
-def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]:
+def reads(w: Walk, names: Names) -> tuple[ReadDim, ...]:
     """Return the dimensions in which a walked network reads its axes."""
     step = {node: i for i, node in enumerate(operations(w.capture))}
     return tuple(
@@ -263,25 +259,16 @@ def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]
             step[r.node],
             operands(r.node).index(r.operand),
             r.dim,
-            written(w.of(r.operand)[r.dim]),
+            names.dim(w.of(r.operand)[r.dim]),
             r.fill,
             r.weight,
-            written(r.groups),
+            1 if r.groups is None else names.dim(r.groups),
         )
         for r in w.readings
     )
 
 
-def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
-    match dim:
-        case str():
-            return names[dim]
-        case Product(parts) | Sum(parts):
-            return type(dim)(tuple(_renamed(part, names) for part in parts))
-    return dim
-
-
-def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | None:
+def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     """Record and walk a network in training mode too, and merge what that ties or freezes into the evaluation walk.
 
     It does so where training uses parameters that evaluation leaves out (auxiliary heads), or where the network's own
@@ -289,14 +276,14 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     ties, freezes or marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
     """
     if w.capture.decisions is not None or not (w.capture.unused or "training" in _names_read(model)):
-        return None
+        return
     try:
         trained = in_training(model, example)
     except TraceError:
-        return None
+        return
     left = tuple(name for name in w.capture.unused if name in trained.unused)
     if len(left) == len(w.capture.unused) and _names(w.capture) == _names(trained):
-        return None
+        return
     second = walk(trained, merged=w)
     alike = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
@@ -304,7 +291,6 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
             second.freeze(node, *size_divided_by(second, node, kind))
     w.also += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
     w.capture = replace(w.capture, unused=left)
-    return trained
 
 
 def _names_read(model: nn.Module) -> set[str]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
-from regrow.tracing.branches import NUMBER, ModuleCall, record_calls
+from regrow.tracing.branches import ModuleCall, record_calls
 from regrow.tracing.capture import TraceError, first_line
 from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
+from regrow.tracing.repeated_calls import NUMBER
 
 DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
 """Names of configuration entries that hold how many blocks a stack has."""
@@ -88,11 +89,10 @@ def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], source
         values: Mapping[str, Any] = getattr(config, "__dict__", {})
         deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
         if deep:
-            rows = [name for name in values if name in PER_BLOCK and isinstance(values[name], list | tuple)]
             for name in deep:
                 setattr(config, name, len(sources))
-            for name in rows:
-                if len(values[name]) == size:
+            for name in PER_BLOCK & values.keys():
+                if isinstance(values[name], list | tuple) and len(values[name]) == size:
                     setattr(config, name, type(values[name])(values[name][i] for i in sources))
             changed |= config is whole or config is text
     return changed

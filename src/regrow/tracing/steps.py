@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Cache, RecordedStep, size_of
+from regrow.core.axes import AxisGraph, Cache, Dim, Product, RecordedStep, axes_in, size_of
 from regrow.core.axes.operations import Number
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
@@ -173,10 +173,10 @@ def difference(
             return Difference(problem + _code(nodes[i : i + 1]))
     constant: Difference | None = None
     for step, other, node in zip(known, resized, nodes, strict=True):
-        for dims, shape in zip(step.shapes, other.shapes, strict=True):
-            planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
-            if planned is not None and shape is not None and planned != shape:
-                return Difference(f"{_where(step)} has another shape at that size than planned{_code([node])}")
+        planned = [None if dims is None else tuple(size_of(dim, sizes) for dim in dims) for dims in step.shapes]
+        pairs = zip(planned, other.shapes, strict=False)
+        if len(planned) != len(other.shapes) or any(None not in (a, b) and a != b for a, b in pairs):
+            return Difference(f"{_where(step)} has another shape at that size than planned{_code([node])}")
         if step.start is not None and bounds(node)[0] != size_of(step.start, sizes):
             return Difference(f"{_where(step)} begins at another entry at that size than planned{_code([node])}")
         planned_operands = tuple(operand for operand in other.operands if operand not in added)
@@ -211,6 +211,36 @@ def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[Rec
     """Return the operations with the constants and operands of a new recording; shapes stay written in axes."""
     rows = zip(known, steps_of(recorded, _started(known, recorded)), strict=True)
     return tuple(replace(step, numbers=new.numbers, operands=new.operands) for step, new in rows)
+
+
+def fit_steps(
+    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]
+) -> tuple[RecordedStep, ...] | None:
+    """Return the operations with the input's sizes of a new recording; ``None`` if it runs others, or on other axes."""
+    others = steps_of(recorded, _started(known, recorded))
+    if [(x.op, x.numbers, x.operands) for x in known] != [(x.op, x.numbers, x.operands) for x in others]:
+        return None
+    result = []
+    for step, other in zip(known, others, strict=True):
+        shapes: list[tuple[Dim, ...] | None] = []
+        for dims, shape in zip_longest(step.shapes, other.shapes, fillvalue=()):
+            fitted = [_fitted(dim, size_of(n, {}), sizes) for dim, n in zip(dims or (), shape or (), strict=False)]
+            if len(dims or ()) != len(shape or ()) or None in fitted:
+                return None
+            shapes.append(None if dims is None else tuple(dim for dim in fitted if dim is not None))
+        result.append(replace(step, shapes=tuple(shapes)))
+    return tuple(result)
+
+
+def _fitted(dim: Dim, n: int, sizes: Mapping[str, int]) -> Dim | None:
+    """Return a dimension of which the factor that no axis makes is another one; ``None`` if no factor fits ``n``."""
+    if not {*axes_in(dim)}:
+        return n
+    if not isinstance(dim, Product):
+        return dim if size_of(dim, sizes) == n else None
+    units = tuple(part for part in dim.parts if {*axes_in(part)})
+    factor, rest = divmod(n, size_of(Product(units), sizes))
+    return None if rest else Product((factor, *units))
 
 
 def operations(recorded: Capture) -> list[Node]:

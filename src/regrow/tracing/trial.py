@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, size_of
 from regrow.core.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
-from regrow.tracing.capture import Capture, TraceError, capture, in_training
+from regrow.tracing.capture import Capture, TraceError, capture, first_line, in_training
 from regrow.tracing.interception import describe_raising
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
 from regrow.tracing.steps import FIRST_RUN, difference, first_difference, refold_steps
@@ -68,24 +68,22 @@ def _step(axis: Axis, axes: AxisGraph) -> int:
     return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
-def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None) -> AxisGraph:
+def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """Return the graph with every axis frozen whose trial cut does not run as planned.
 
     A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
     Where that fails, half of the axes are tried, and so on, down to classes, whose slots differ in layer numbers only.
-    Axes of two units are tried separately: with one unit left, many networks run other operations. ``trained`` is the
-    network's recording in training mode, if there is one.
+    Axes of two units are tried separately: with one unit left, many networks run other operations.
     """
-    trials = _Trials(model, axes, trained)
     full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
     free = [axis for axis in axes.free() if axis.key not in full]
     small = [axis for axis in free if axis.size <= 2]
     bad: dict[str, str] = {}
     for group in (small, [axis for axis in free if axis.size > 2]):
-        if failing := trials.failing([*classes_of(group).values()]):
-            bad |= failing | trials.together([axis for axis in group if axis.key not in failing])
+        if failing := _failing(model, axes, [*classes_of(group).values()]):
+            bad |= failing | _problems(model, axes, [axis for axis in group if axis.key not in failing])
     if small:
-        bad |= trials.together([axis for axis in free if axis.key not in bad])
+        bad |= _problems(model, axes, [axis for axis in free if axis.key not in bad])
     return freeze_axes(axes, full | bad)
 
 
@@ -95,43 +93,32 @@ def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
     return replace(axes, axes={**axes.axes, **frozen}) if frozen else axes
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Trial cuts of a network."""
+def _problems(model: nn.Module, axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, str]:
+    """Return axis key → the problem of cutting a few units of each of some axes; empty if there is none.
 
-    model: nn.Module
-    axes: AxisGraph
-    trained: Capture | None
-
-    def together(self, cut: Sequence[Axis]) -> dict[str, str]:
-        """Return axis key → the problem of cutting a few units of each of some axes; empty if there is none.
-
-        The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
-        another, they must not shrink alike. The copy is recorded as the network was when it was traced.
-        """
-        sizes = _small_cuts(self.axes, cut)
-        if not cut:
-            return {}
-        if any(size < 1 for size in sizes.values()):
-            problem = "it cannot lose what an axis of the same count must lose with it"
-        else:
-            problem = self._deviation(sizes)
-        return {axis.key: problem for axis in cut if problem}
-
-    def _deviation(self, sizes: Mapping[str, int]) -> str:
+    The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
+    another, they must not shrink alike. The copy is recorded as the network was when it was traced.
+    """
+    if not cut:
+        return {}
+    sizes = _small_cuts(axes, cut)
+    problem = "it cannot lose what an axis of the same count must lose with it"
+    if all(size > 0 for size in sizes.values()):
         try:
-            deviation = difference(self.axes.steps, record_resized(self.model, self.axes, Resizing(sizes)), sizes)
+            deviation = difference(axes.steps, record_resized(model, axes, Resizing(sizes)), sizes)
+            problem = deviation.problem if deviation is not None else _untrained(model, axes, sizes)
         except TraceError as error:
-            return _refusal(error)
-        return deviation.problem if deviation is not None else _untrained(self.model, self.axes, sizes, self.trained)
+            problem = _refusal(error)
+    return {axis.key: problem for axis in cut if problem}
 
-    def failing(self, classes: Sequence[Sequence[Axis]]) -> dict[str, str]:
-        """Return axis key → the problem, for the classes of axes whose trial cut fails; they are found by halving."""
-        bad = self.together([axis for members in classes for axis in members])
-        if not bad or len(classes) == 1:
-            return bad
-        half = len(classes) // 2
-        return self.failing(classes[:half]) | self.failing(classes[half:]) or bad
+
+def _failing(model: nn.Module, axes: AxisGraph, classes: Sequence[Sequence[Axis]]) -> dict[str, str]:
+    """Return axis key → the problem, for the classes of axes whose trial cut fails; they are found by halving."""
+    bad = _problems(model, axes, [axis for members in classes for axis in members])
+    if not bad or len(classes) == 1:
+        return bad
+    half = len(classes) // 2
+    return _failing(model, axes, classes[:half]) | _failing(model, axes, classes[half:]) or bad
 
 
 def classes_of(axes: Sequence[Axis]) -> dict[tuple, list[Axis]]:
@@ -190,12 +177,12 @@ def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
     return capture(copy, example, axes.decisions, tracer=axes.tracer)
 
 
-def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], present: Capture | None = None) -> str:
+def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
     """Return the problem of training the network at other sizes; empty if there is none, or training was not traced."""
     if not axes.trained:
         return ""
     try:
-        present = present or in_training(*_resized(model, axes, Resizing(axes.sizes())))
+        present = in_training(*_resized(model, axes, Resizing(axes.sizes())))
         planned = in_training(*_resized(model, axes, Resizing(sizes)))
     except TraceError as error:
         return _refusal(error)
@@ -205,8 +192,7 @@ def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], pres
 
 def _refusal(error: TraceError) -> str:
     cause = error.__cause__ or error
-    line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)
-    return f"the network does not run at that size: {line.strip()[:200]}{describe_raising(cause)}"
+    return f"the network does not run at that size: {first_line(cause)}{describe_raising(cause)}"
 
 
 def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, FakeTensorMode]:

@@ -17,9 +17,9 @@ from regrow.core.axes.axis import Dim
 class Tracer(StrEnum):
     """How the operations of a network are recorded on fake tensors; a later one is tried where an earlier one fails."""
 
-    # In export mode
+    # In export mode; the operations of repeated modules are copied from the first
     RECORD = "record"
-    # As the network runs without gradients, outside export mode
+    # As the network runs without gradients, outside export mode; every module runs
     PLAIN = "plain"
     # By `torch.export`
     EXPORT = "export"

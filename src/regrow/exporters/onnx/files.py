@@ -218,7 +218,7 @@ def clear_abandoned(out: Path) -> None:
     for stage in leftovers(out):
         with contextlib.suppress(LockedError, OSError), lock(stage) as owner:
             left = [file for file in stage.rglob("*.data") if file.is_file() and not file.is_symlink()]
-            if not left or not owner.sure:
+            if not left or owner.handle is None:
                 continue
             used = _weights_of(out)
             for file in out.parent.iterdir():

@@ -1,8 +1,8 @@
 """Recovery of what pruning lost: its input (the networks before and after a cut, text, a file), and its training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import fsum
 from pathlib import Path
@@ -160,53 +160,24 @@ def fit_recovery(
     schedule = Schedule("adamw", s.lr, decay="cosine", warm_up=0.1, clip=1.0, seed=task.seed)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    with _shard(task, _read(task)) as (task, state):
-        learner = with_early_stopping(
-            Learner[Tensors](
-                {},
-                loss=lambda state, context, step: Loss(loss(task, step.batch)),
-                boundary=lambda state, context, boundary: state,
-            ),
-            lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
-        )
+    learner = with_early_stopping(
+        Learner[Tensors](
+            {},
+            loss=lambda state, context, step: Loss(loss(task, step.batch)),
+            boundary=lambda state, context, boundary: state,
+        ),
+        lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
+    )
 
-        def write(state: TrainState[EarlyStopping], context: Context) -> None:
-            leads = task.parallel.ranks.leads
-            if task.checkpoint is not None and (leads or task.parallel.fsdp):
-                write_checkpoint(
-                    task.checkpoint, task.model, state, trained_only=True, header=task.header(), writes=leads
-                )
+    def write(state: TrainState[EarlyStopping], context: Context) -> None:
+        if task.checkpoint is not None and task.parallel.ranks.leads:
+            write_checkpoint(task.checkpoint, task.model, state, trained_only=True, header=task.header())
 
-        options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
-        fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=state, options=options)
-        stopped = fitted.state.learner
-        restore_best(task.model, stopped)
+    options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
+    fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=_read(task), options=options)
+    stopped = fitted.state.learner
+    restore_best(task.model, stopped)
     return {"steps": steps, "best": stopped.best_check.step, "history": [asdict(check) for check in stopped.history]}
-
-
-@contextmanager
-def _shard(
-    task: RecoveryTask, state: TrainState[EarlyStopping] | None
-) -> Iterator[tuple[RecoveryTask, TrainState[EarlyStopping] | None]]:
-    """Shard the networks and the training state among all ranks inside the ``with`` block, if the task asks for it."""
-    if not task.parallel.fsdp:
-        yield task, state
-        return
-    from regrow.distributed.fsdp import shard_like, sharded
-
-    recording = task.axes.recording
-    blocks = [block.path for block in recording.blocks if block.path] if recording else []
-    with sharded([task.model, task.dense], blocks) as (model, dense):
-        if state:
-            parameters = dict(model.named_parameters())
-            best, moments = dict(state.learner.best), {name: dict(memory) for name, memory in state.moments.items()}
-            for name, tensor in best.items():
-                best[name] = replace(tensor, values=shard_like(tensor.values, parameters[name]))
-            for name, memory in moments.items():
-                whole = {key: value for key, value in memory.items() if isinstance(value, Tensor)}
-                memory |= {key: shard_like(value, parameters[name]) for key, value in whole.items()}
-            state = replace(state, learner=replace(state.learner, best=best), moments=moments)
-        yield replace(task, model=model, dense=dense), state
 
 
 def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:

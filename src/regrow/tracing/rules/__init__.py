@@ -5,7 +5,6 @@ the dimensions of the operands, notes which it sums over, and returns the dimens
 several results).
 """
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -31,7 +30,8 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
     w = Walk(capture) if merged is None else merged.merging(capture)
     known = {} if merged is None else {name: merged.of(node) for node, name in merged.capture.states.items()}
     if capture.decisions is not None:
-        w.notes.append(_how(capture))
+        refusal = capture.refusal or "data decide what the network does"
+        w.notes.append(f"recorded from one run, since torch.export refuses: {refusal}; other decisions were not seen")
     for node in capture.graph.nodes:
         if node.op == "placeholder":
             w.dims[node] = _placeholder(w, node, known)
@@ -45,16 +45,6 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
         if cautious and w.decided:
             w.passed_on(node)
     return w
-
-
-def _how(capture: Capture) -> str:
-    counts = Counter((decision.op, decision.module or "the model") for decision in capture.decisions or ())
-    ways = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in counts.most_common(4))
-    others = f" and in {len(counts) - 4} more ways" if len(counts) > 4 else ""
-    return (
-        f"recorded from one run, since torch.export refuses: {capture.refusal or 'data decide what the network does'}. "
-        f"What it does where data decide otherwise than by {ways or 'none'}{others} was not seen"
-    )
 
 
 def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Value:

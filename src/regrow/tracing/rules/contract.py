@@ -1,6 +1,6 @@
 """Rules for operations that multiply and sum: linear and recurrent layers, products, convolutions, attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch.fx import Node
 from torch.fx.node import Argument
@@ -8,7 +8,7 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, argument, module_of, op_name, operand_of, operands_in, uncast, whole
+from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, uncast, whole
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
 ALIGNED = 16
@@ -85,16 +85,13 @@ def einsum(w: Walk, node: Node) -> Dims:
 
 def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """Return the letters of each operand and of the result, with an ellipsis replaced by letters."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
+    assert "->" in equation  # without it, the letters of the result would follow from those of the operands
+    left, _, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     spare = "".join(map(chr, range(0x391, 0x3A0)))  # capital Greek: no equation uses them
     covers = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
     written = [term.replace("...", spare[max(covers) - n : max(covers)]) for term, n in zip(terms, covers, strict=True)]
-    if arrow:
-        return written, right.replace("...", spare[: max(covers)])
-    every = "".join(terms).replace("...", "")
-    once = sorted(letter for letter in set(every) if every.count(letter) == 1)
-    return written, spare[: max(covers) if "..." in left else 0] + "".join(once)
+    return written, right.replace("...", spare[: max(covers)])
 
 
 def _contract(w: Walk, node: Node, *summed: tuple[Node, int]) -> None:
@@ -215,11 +212,7 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 def layers(w: Walk, node: Node) -> Value:
     """Rule for recurrent layers, of any number of layers and directions: freezes time, ties weights and states."""
-    if getattr(node.target, "_overloadname", "") == "data":
-        for operand in node.all_input_nodes:
-            w.freeze(node, *w.of(operand))
-        return w.fresh(node)
-    assert len(node.args) == 9
+    assert getattr(node.target, "_overloadname", "") != "data" and len(node.args) == 9  # not for packed sequences
     x, states, params = operand_of(node), operands_in(node.args[1]), operands_in(node.args[2])
     biased, count, both, batch_first = (whole(node.args[i]) for i in (3, 4, 7, 8))
     ways = 2 if both else 1
@@ -304,28 +297,19 @@ def _stacked(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr])
     """Return the dimensions of a last state; units of several layers are tied unless each layer's is selected alone."""
     results = [user for user in node.users if user.args[1] == position]
     for result in results if len(parts) > 1 else ():
-        if all(_picks(user, result) for user in result.users):
-            w.stacked |= dict.fromkeys(_copies(result), parts)
+        if all(_is_picked(user, result) for user in result.users):
+            w.stacked[result] = parts
         else:
             for other in parts[1:]:
                 w.unify(node, parts[0], other)
     return (w.frozen(node, len(parts)), batch, parts[0])
 
 
-def _picks(user: Node, state: Node) -> bool:
-    """Whether an operation (or those behind copies) selects one layer's state, or starts a layer from all of them."""
-    name = op_name(user)
-    if name in ALIASES:
-        return all(_picks(reader, user) for reader in user.users)
-    starts = name in GATES and state in user.all_input_nodes and state is not user.args[0]
-    return bool(starts or (name == "select" and user.args[1] == 0))
-
-
-def _copies(state: Node) -> Iterator[Node]:
-    yield state
-    for user in state.users:
-        if op_name(user) in ALIASES:
-            yield from _copies(user)
+def _is_picked(user: Node, state: Node) -> bool:
+    """Whether an operation selects one layer's state, or starts a layer from all of them."""
+    if op_name(user) == "select":
+        return whole(user.args[1]) == 0
+    return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]
 
 
 _ALIKE = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"))

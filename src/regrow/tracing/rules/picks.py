@@ -21,7 +21,7 @@ from regrow.tracing.nodes import (
     uncast,
     whole,
 )
-from regrow.tracing.rules.reduce import broadcast, ordered, pointwise
+from regrow.tracing.rules.reduce import broadcast, ordered
 from regrow.tracing.rules.shapes import exchanged, frozen_whole, pick
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
@@ -151,12 +151,6 @@ def constant(w: Walk, node: Node) -> Dims:
     return made
 
 
-def overwrite(w: Walk, node: Node) -> Dims:
-    """Rule for ``copy_``, ``fill_``, ``zero_``: ties the written value to the tensor by broadcasting."""
-    pointwise(w, node)
-    return w.first(node)
-
-
 def weight_norm(w: Walk, node: Node) -> Dims:
     """Rule for weight normalisation ``g · v / ‖v‖``: ties g to one dimension of v and freezes the others."""
     v, g = operand_of(node), operand_of(node, 1)
@@ -174,17 +168,16 @@ def weight_norm(w: Walk, node: Node) -> Dims:
 def topk(w: Walk, node: Node) -> Value:
     """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
     dims, axis = w.along(node, 2, -1)
-    why = w.why(node)
     leaf, k = d.resolve(dims[axis]), whole(node.args[1])
     used = [user for user in node.users if user.args[1] == 1]
     if not isinstance(leaf, d.Leaf) or argument(node, 3) is False or not all(map(_only_counted, used)):
-        d.freeze(dims[axis], why)
+        w.freeze(node, dims[axis])
     else:
         leaf.least = max(leaf.least, k)
-        d.mark(leaf, Mark.COMPETED, why)
+        d.mark(leaf, Mark.COMPETED, w.why(node))
         w.reads(node, operand_of(node), axis, -inf)
         w.picks[node] = dims[axis]
-    out = exchanged(dims, axis, d.frozen(k, why))
+    out = exchanged(dims, axis, w.frozen(node, k))
     return [out, out]
 
 
@@ -245,7 +238,6 @@ RULES: dict[Rule, str] = {
     repeat: "repeat tile repeat_interleave",
     pad: "pad constant_pad_nd reflection_pad2d replication_pad2d",
     constant: "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor",
-    overwrite: "copy fill zero",
     weight_norm: "_weight_norm",
     topk: "topk",
     histogram: "histc bincount",

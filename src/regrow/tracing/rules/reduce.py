@@ -200,7 +200,7 @@ RULES: dict[Rule, str] = {
     ),
     pointwise: (
         "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
-        "log_sigmoid logsigmoid threshold where masked_fill"
+        "log_sigmoid logsigmoid threshold where masked_fill copy fill zero"
     ),
     prelu: "prelu _prelu_kernel",
     total: "sum mean",

@@ -64,16 +64,6 @@ def transpose(w: Walk, node: Node) -> Dims:
     return tuple(dims[i] for i in order)
 
 
-def movedim(w: Walk, node: Node) -> Dims:
-    """Rule for ``movedim``: moves some dimensions; the others keep their order."""
-    dims = w.first(node)
-    source, target = ([i % len(dims) for i in wholes(moved)] for moved in node.args[1:3])
-    order = [i for i in range(len(dims)) if i not in source]
-    for at, i in sorted(zip(target, source, strict=True)):
-        order.insert(at, i)
-    return tuple(dims[i] for i in order)
-
-
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """Rule for ``unsqueeze``: inserts a dimension of size 1."""
     dims = list(w.first(node))
@@ -126,7 +116,7 @@ def split(w: Walk, node: Node) -> Value:
     pieces.append(rest)
     for a, b in pairwise(pieces) if op_name(node) != "split_with_sizes" else ():
         if d.size(a) == d.size(b):
-            w.equal.append((a, b, w.why(node)))
+            w.equal.append((a, b, why))
         else:
             w.freeze(node, dims[axis])
     for length, piece in zip(lengths, pieces, strict=True):
@@ -158,7 +148,7 @@ def piece(w: Walk, node: Node) -> Dims:
     middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
     if n == 2 * (end - start) and (start == 0 or end == n) and not _cut_elsewhere(node, axis, end - start):
         other = after if start == 0 else before
-        w.equal.append((middle, other, w.why(node)))
+        w.equal.append((middle, other, why))
     for number in (start, end, end - start):
         if number > 1:
             w.literal(node, number, middle if number == end - start else before)
@@ -233,8 +223,7 @@ def frozen_whole(w: Walk, node: Node) -> Value:
 
 RULES: dict[Rule, str] = {
     reshape: "view reshape flatten unflatten _unsafe_view view_as reshape_as",
-    transpose: "transpose swapaxes mT mH adjoint t numpy_T permute",
-    movedim: "movedim",
+    transpose: "transpose swapaxes mT mH adjoint t numpy_T permute movedim",
     unsqueeze: "unsqueeze",
     squeeze: "squeeze",
     concatenate: "cat concat concatenate",

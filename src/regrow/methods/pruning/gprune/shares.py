@@ -128,7 +128,6 @@ class ModuleShares:
             ),
             evaluate=lambda tensors, context: self.held_out_loss(self.shares(tensors)),
             snapshot=lambda tensors, context: {"share": as_tensor(self.shares(tensors))},
-            start=state.learner,
         )
 
         def write(now: TrainState[EarlyStopping]) -> None:

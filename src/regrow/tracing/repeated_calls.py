@@ -1,0 +1,289 @@
+"""Record repeated modules once: later calls copy the operations of the first.
+
+A deep network is mostly one block, again and again. Where a module in a list or sequence has the structure of one that
+has run, and is called with operands of the same form, it runs the same operations on its own parameters; so they are
+copied in the graph, without running the module's code. This is done only where nothing else could tell the two apart:
+
+* the modules have the same classes, attributes, and shapes of tensors; what both reach beyond them are the same
+  objects, with the same contents as at the first call. A block's number may differ if the first call did not read it;
+* the first call changed nothing outside, drew no random number in Python, took no data-dependent decision, and gave
+  tensors and plain values only.
+"""
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import no_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from regrow.tracing.model_state import LEAVES, Snapshot, is_plain_object
+from regrow.tracing.nodes import map_arguments, writes
+
+if TYPE_CHECKING:
+    from regrow.tracing.record import Recorder
+
+NUMBER = "layer_idx"
+"""The attribute that numbers the blocks of a network."""
+
+
+def _structure_of(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
+    """Return what tells a module from others: classes, attributes and tensors, without the numbers of some modules."""
+    ids: dict[int, int] = {}
+    parts: list[object] = []
+    objects: dict[int, object] = {}
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if name in _HOOKS:
+                if value:
+                    raise TypeError
+            elif name in ("_parameters", "_buffers"):
+                for leaf, x in value.items():
+                    parts.append((path, leaf, None if x is None else _tensor(x, ids.setdefault(id(x), len(ids)))))
+            elif name == "_modules":
+                parts.append((path, tuple([(leaf, inner is None) for leaf, inner in value.items()])))
+            elif name != NUMBER or child not in numbered:
+                parts.append((path, name, _attribute(value, objects)))
+        parts.append(type(child))
+    return tuple(parts)
+
+
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
+
+
+def _tensor(x: Tensor, index: int) -> object:
+    return (type(x), isinstance(x, nn.Parameter), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, index)
+
+
+def _attribute(value: Any, objects: dict[int, object]) -> object:
+    """Return the contents of a plain attribute or object (a configuration), and the identity of any other."""
+    kind = type(value)
+    if kind in LEAVES:
+        return (kind, value)
+    if kind is tuple or kind is list:
+        return (kind, *[_attribute(part, objects) for part in value])
+    if kind is dict:
+        return (kind, *[(name, _attribute(part, objects)) for name, part in value.items()])
+    if kind is set:
+        return (kind, frozenset(value))
+    if isinstance(value, random.Random) or kind.__module__.startswith("numpy.random"):
+        raise TypeError  # what it gives next is not seen
+    if id(value) not in objects:
+        objects[id(value)] = (kind, id(value))
+        if is_plain_object(value) and not isinstance(value, Tensor | nn.Module) and not callable(value):
+            objects[id(value)] = (kind, *[(name, _attribute(part, objects)) for name, part in vars(value).items()])
+    return objects[id(value)]
+
+
+_TRIES = 3
+"""How many calls of a structure are examined before its modules are run each time."""
+
+
+@dataclass(frozen=True)
+class _RecordedCall:
+    module: nn.Module
+    outer: Mapping[str, Any]  # the modules that ran it
+    before: tuple[Node, ...]  # the nodes of its operands and of its own tensors before the call
+    after: tuple[Node, ...]  # and after it; another one where an operation gave a tensor that it was given
+    calls: tuple[Node, ...]
+    results: tuple[tuple[str, Any], ...]  # per entry of the result: an operand's index, a node or a plain value
+    spec: TreeSpec
+    snapshot: Snapshot  # what the module reaches, as it was before the call
+
+
+@contextmanager
+def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
+    """Context manager in which the operations of repeated modules are copied from the first of them."""
+    own = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
+    numbered = {module for module in own if type(vars(module).get(NUMBER)) is int}
+    repeated = _repeated(model, numbered)
+    if not repeated:
+        yield
+        return
+    calls = _RepeatedCalls(model, recorder)
+    run, find = nn.Module.__call__, nn.Module.__getattr__
+    inside = {module for block in repeated for module in block.modules()}
+    numbers = {module: vars(module).pop(NUMBER) for module in numbered & inside}
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run_module = partial(run, module, *args, **kwargs)
+        return calls.call(run_module, module, args, kwargs) if module in repeated else run_module()
+
+    def read(module: nn.Module, name: str) -> Any:
+        if name == NUMBER:
+            calls.reads += 1  # also where there is none: whether there is one may decide something
+            if module in numbers:
+                return numbers[module]
+        return find(module, name)
+
+    nn.Module.__call__, nn.Module.__getattr__ = call, read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = run, find  # type: ignore[method-assign]
+        for module, number in numbers.items():
+            vars(module).setdefault(NUMBER, number)
+
+
+class _RepeatedCalls:
+    """Runs modules, or copies what an equal call recorded."""
+
+    def __init__(self, model: nn.Module, recorder: "Recorder") -> None:
+        self.recorder = recorder
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.known: dict[object, _RecordedCall] = {}
+        self.tries: Counter[object] = Counter()
+        self.reads = 0
+
+    def call(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        if torch._C._is_any_autocast_enabled():
+            return run()
+        try:
+            modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch._C._len_torch_function_stack()
+            key = (_structure_of(module), spec, self._forms(leaves), modes)
+            hash(key)
+        except TypeError:
+            return run()
+        inputs = [x for x in leaves if isinstance(x, Tensor)]
+        tensors = [*inputs, *module.parameters(), *module.buffers()]
+        nodes = tuple([self.recorder.nodes[x] for x in tensors])
+        known = self.known.get(key)
+        if known is not None and (mapping := _mapping(known.before, nodes)) and known.snapshot.is_unchanged():
+            return self._copy(known, module, mapping, inputs, tensors)
+        if self.tries[key] >= _TRIES:
+            return run()
+        self.tries[key] += 1
+        snapshot, outer, start = Snapshot(module), self.recorder.running(), len(self.recorder.calls)
+        state = self._state()
+        result = run()
+        if self._state() == state and snapshot.is_unchanged():
+            calls = tuple(self.recorder.calls[start:])
+            after = tuple([self.recorder.nodes[x] for x in tensors])
+            leaves, spec = tree_flatten(result)
+            results = tuple([_source(x, inputs, self.recorder.nodes) for x in leaves])
+            made = {value for kind, value in results if kind == "made"}
+            constant = any(node in self.recorder.plain for node in made)
+            whole = made <= {*calls} and not constant and "unknown" not in dict(results)
+            if whole and _is_closed(calls, {*nodes}):
+                self.known[key] = _RecordedCall(module, outer, nodes, after, calls, results, spec, snapshot)
+        return result
+
+    def _state(self) -> tuple[object, ...]:
+        """Return what must not change in a call: numbers read, constants, decisions, and Python's random generators."""
+        numpy = sys.modules.get("numpy")
+        leaves = tree_flatten(numpy.random.get_state(legacy=False))[0] if numpy is not None else []
+        draws = [x.tobytes() if hasattr(x, "tobytes") else x for x in leaves]
+        counts = self.reads, len(self.recorder.constants), len(self.recorder.decisions)
+        return (*counts, random.getstate(), *draws)
+
+    def _copy(
+        self,
+        known: _RecordedCall,
+        module: nn.Module,
+        mapping: dict[Node, Node],
+        inputs: list[Tensor],
+        tensors: list[Tensor],
+    ) -> Any:
+        """Copy the operations of a known call, and return the result of this one."""
+        pairs = zip(known.module.modules(), module.modules(), strict=True)
+        names = {self.paths[a]: self.paths[b] for a, b in pairs if a in self.paths and b in self.paths}
+        stacks: dict[int, dict[str, Any]] = {}
+        for node in known.calls:
+            args, kwargs = map_arguments((node.args, node.kwargs), Node, lambda operand: mapping.get(operand, operand))
+            old = node.meta["nn_module_stack"]
+            if id(old) not in stacks:
+                inner = [(names.get(path, path), kind) for path, (_, kind) in old.items() if path not in known.outer]
+                stacks[id(old)] = self.recorder.running() | {path: (path, kind) for path, kind in inner}
+            mapping[node] = self.recorder.write_copy(node, args, kwargs, stacks[id(old)])
+        for x, before, after in zip(tensors, known.before, known.after, strict=True):
+            if after is not before:
+                self.recorder.nodes[x] = mapping[after]
+        made: dict[Node, Tensor] = {}
+        results = []
+        for kind, value in known.results:
+            if kind == "made" and value not in made:
+                made[value] = self._result(value.meta["val"], mapping[value])
+            results.append(inputs[value] if kind == "operand" else made[value] if kind == "made" else value)
+        return tree_unflatten(results, known.spec)
+
+    def _result(self, like: FakeTensor, node: Node) -> FakeTensor:
+        """Return a new tensor for a copied operation."""
+        with torch._C.DisableTorchFunction(), no_python_dispatcher(), torch._C._DisableTorchDispatch():
+            form = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+            made = FakeTensor(self.recorder.fake, form, like.fake_device)
+        node.meta["val"] = made
+        self.recorder.nodes[made] = node
+        return made
+
+    def _forms(self, leaves: list[Any]) -> tuple[object, ...]:
+        """Return what identifies the operands of a call; raise TypeError where nothing does."""
+        ids: dict[int, int] = {}
+        return tuple([self._form(x, ids.setdefault(id(x), len(ids))) for x in leaves])
+
+    def _form(self, x: Any, index: int) -> object:
+        if type(x) in LEAVES:
+            return (type(x), x)
+        usual = type(x) is FakeTensor and x.fake_mode is self.recorder.fake and x.constant is None and _is_plain(x)
+        if not usual or x not in self.recorder.nodes:
+            raise TypeError
+        node = self.recorder.nodes[x]
+        same = node if node in self.recorder.plain else None  # its value could decide something
+        return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, index, same)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
+    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
+
+
+def _mapping(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
+    """Return node of the known call → that of this one; ``None`` if one node would be two."""
+    mapping: dict[Node, Node] = {}
+    return mapping if all(mapping.setdefault(a, b) is b for a, b in zip(known, nodes, strict=True)) else None
+
+
+def _repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.Module]:
+    """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
+    result: set[nn.Module] = set()
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            alike: dict[object, list[nn.Module]] = {}
+            classes = Counter(map(type, stack._modules.values()))
+            for child in stack._modules.values():
+                if child is not None and len(child._modules) and (classes[type(child)] > 1 or len(stack) == 1):
+                    with suppress(TypeError):
+                        alike.setdefault(_structure_of(child, numbered), []).append(child)
+            result |= {child for same in alike.values() for child in same if len(same) > 1 or len(stack) == 1}
+    return frozenset(result)
+
+
+def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
+    """Return where an entry of a result comes from."""
+    if not isinstance(x, Tensor):
+        return ("plain", x) if type(x) in LEAVES else ("unknown", None)
+    for index, operand in enumerate(inputs):
+        if operand is x:
+            return "operand", index
+    usual = type(x) is FakeTensor and _is_plain(x) and not x.requires_grad
+    node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
+    return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
+
+
+def _is_closed(calls: tuple[Node, ...], known: set[Node]) -> bool:
+    """Whether no operation that reads a tensor from outside of a call writes into a tensor, or returns that one."""
+    inside = {*calls} | known
+    for node in calls:
+        outside = [operand.meta["val"] for operand in node.all_input_nodes if operand not in inside]
+        if outside and (writes(node) or any(value is node.meta["val"] for value in outside)):
+            return False
+    return True
