@@ -25,7 +25,7 @@ def test_the_weights_of_all_operations_are_counted(name, monkeypatch):
     monkeypatch.setattr(limits, "available_memory", lambda: needed)
     check_space_fits(config, "a search")
     monkeypatch.setattr(limits, "available_memory", lambda: needed - 1)
-    with pytest.raises(ResourceError, match=r"a search needs 0\.\d+ GB of memory, and 0.*take a smaller"):
+    with pytest.raises(ResourceError, match=r"a search needs [\d.]+ MiB of memory, and .*take a smaller"):
         check_space_fits(config, "a search")
 
 

@@ -107,7 +107,7 @@ def _run(method, keep, seed, kinds):
     }
 
 
-NOTHING_ADDED = {"grow": 0, "fill": {"rule": "zero_out", "seed": 0}, "restore": [], "fresh": False}
+NOTHING_ADDED = {"grow": 0, "fill": {"rule": "zero_out", "seed": 0}, "restore": []}
 
 
 def _plan(kept):

@@ -30,7 +30,6 @@ def widening(
     *,
     round_to: int = 1,
     regular: bool = False,
-    even: bool = False,
 ) -> Widening:
     """Return how many units each axis gains."""
     wanted: dict[str, Increase] = {}
@@ -54,13 +53,7 @@ def widening(
             places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1]}
             roles.setdefault(frozenset(places), []).append(key)
         after = {key: max(after[other] for other in group) for group in roles.values() for key in group}
-    grow = {}
-    for key, size in after.items():
-        many = size - sizes[key]
-        if even:
-            many += many % 2 * steps[key]
-        if many:
-            grow[key] = many
+    grow = {key: size - sizes[key] for key, size in after.items() if size != sizes[key]}
     return Widening(grow, {key: why for key, why in refused.items() if key not in after})
 
 

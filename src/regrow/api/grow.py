@@ -62,7 +62,7 @@ def grow(
         channels: How many channels the convolutions inside of blocks gain.
         blocks: How many copies of residual blocks, which pass their input on, every stack gains; or path → how many.
         axis: Axis key, or a pattern of keys → how many units such axes gain.
-        fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
+        fill: How new units are initialised: ``"zero_out"`` or ``"split"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
         round_to: Widths become multiples of this, rounded up.
         regular: Whether axes with the same role in several blocks get one width, the largest among them.
@@ -76,7 +76,7 @@ def grow(
         example: The input with which the network is traced; not needed if it is loaded, or ``axes`` are given.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
-        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).

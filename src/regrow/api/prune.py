@@ -85,7 +85,7 @@ def prune(
         memory: With ``out``: how much memory the call may use, such as ``"4GiB"``. A language model that does not fit,
             given by its name or as a folder, is read one block at a time; the network that is returned then has no
             numbers, which are in ``out``. Empty: it is loaded whole.
-        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
             all of the data, in memory; or settings of ``refit`` that differ from the defaults of this fit.

@@ -127,8 +127,8 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     parts = {part: Increase.parse(amount) for part in PARTS if (amount := getattr(settings, part))}
     named = {key: Increase.parse(amount) for key, amount in settings.named().items()}
     blocks = {stack: Increase.parse(amount) for stack, amount in settings.stacks().items()}
-    even, fill = settings.fill == "pair", Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular, even=even)
+    fill = Fill(settings.fill, settings.seed)
+    wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular)
     with preserve_random_state():
         insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}

@@ -1,5 +1,6 @@
 """Prune a network, whether named on the command line or given in Python, whole or block by block, on every rank."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
+from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
 from regrow.streaming.requirements import record_peak
@@ -183,7 +185,7 @@ class PruneJob:
             units = self.budget.units(axes)
             evidence, key = calibrate(run, inputs, self.method, units, settings.batch_size, shared)
         if not run.ranks.leads:
-            return Plan.from_json(broadcast_record(run.ranks)), ()
+            return read_plan(json.loads(broadcast_record(run.ranks))), ()
         weights = shared.columns.over(inputs.network.parameters())
         checkpoint = record.path / "statistics" / "learned.safetensors" if record.kept else None
         with run.stage("plan"), torch.enable_grad():

@@ -215,26 +215,11 @@ def with_timing(
     """Return the budget, with the network's timing if it counts time: ``known`` of an earlier measurement, or new."""
     if budget.measure != Measure.TIME or budget.timing is not None:
         return budget
-    _check_countable(axes, budget)
     if known:
         return replace(budget, timing=Timing.from_record(known))
     batch, units = timed_input(axes, budget), budget.units(axes)
     timing = evaluation.timing(model, axes, units, batch, round_to=budget.round_to, progress=progress)
     return replace(budget, timing=timing)
-
-
-def _check_countable(axes: AxisGraph, budget: Budget) -> None:
-    """Raise ValueError if a budget counts something that is unknown for declared (untraced) axes."""
-    what = {
-        Measure.MACS: "how many multiply–accumulates",
-        Measure.CACHE: "how much of a cache",
-        Measure.TIME: "how much time",
-    }
-    if budget.measure in what and axes.declared:
-        raise ValueError(
-            f"{what[budget.measure]} the declared axes {', '.join(axes.declared)} cost is not known, since no "
-            "recording shows them; budget by params or bytes"
-        )
 
 
 def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
@@ -245,5 +230,4 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
         counted: list[Any] = [range(len(source)) for source in sources]  # the batches are counted, not read
         numbered = [Source(source.name, batches) for source, batches in zip(sources, counted, strict=True)]
         check_sources(split_sources(numbered, pruner.sources)[0], pruner.shards)
-    _check_countable(axes, budget)
     check_pruner(pruner, axes, budget)

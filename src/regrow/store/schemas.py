@@ -23,7 +23,6 @@ class PlannedChange(msgspec.Struct, frozen=True):
     ids: list[Count] = []
     grow: Count = 0
     restore: list[Count] = []
-    fresh: bool = False
 
 
 class PlanRecord(msgspec.Struct, frozen=True):

@@ -225,7 +225,7 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
 def _refused(model: nn.Module, reason: str) -> TraceError:
     return TraceError(
         f"torch.export refuses {type(model).__name__}: {reason}. "
-        "Check that the example input is what the model's forward takes, or name its axes: regrow.declare"
+        "Check that the example input is what the model's forward takes"
     )
 
 

@@ -242,8 +242,8 @@ def read_start(
     if ranks.several:
         stored = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
         if record := broadcast_record(ranks, stored):
-            plans, rows = map(Plan.from_json, record["plans"]), map(tuple, record["rows"])
-            history = History(list(plans), list(rows), record["sizes"], record["events"])
+            plans = [read_plan(json.loads(plan)) for plan in record["plans"]]
+            history = History(plans, list(map(tuple, record["rows"])), record["sizes"], record["events"])
     if history is None:
         return model, axes, TrainState(learner)
     with TemporaryDirectory(prefix="regrow-") if ranks.several else nullcontext("") as folder:

@@ -14,8 +14,7 @@ from regrow.core.scores import Moments, Need, Statistics
 from regrow.methods.recovery import Recovery, RecoveryTask, StreamedPair, set_bias
 from regrow.scoring.collect import CollectionRun, collect
 from regrow.scoring.compensate import means, uncompensated
-from regrow.surgery.compensate import bias_of, offsets
-from regrow.surgery.layout import plan_layouts
+from regrow.surgery.compensate import PlannedTensors, bias_of
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -41,7 +40,8 @@ def bias(task: RecoveryTask) -> dict[str, object]:
     plan = replace(task.plan, means=dropped_means)
     if task.streamed is None:
         now = dict(task.model.named_parameters(remove_duplicate=False))
-        made = offsets(task.dense, task.axes, plan, plan_layouts(task.axes, plan), now)
+        tensors = PlannedTensors(task.dense, task.axes, plan)
+        made = {bias: tensors.compensated(weight, now.get(bias)) for bias, weight in tensors.biases.items()}
     else:
         made = _streamed_offsets(task, task.streamed, plan)
     for name, value in made.items():
@@ -52,14 +52,14 @@ def bias(task: RecoveryTask) -> dict[str, object]:
 
 def _streamed_offsets(task: RecoveryTask, pair: StreamedPair, plan: Plan) -> dict[str, Tensor]:
     """Compute the new biases layer by layer, keep them in files, and return them without numbers."""
-    layouts, result, cut = plan_layouts(task.axes, plan), dict[str, Tensor](), pair.model.weights.parameters()
+    result, cut = dict[str, Tensor](), pair.model.weights.parameters()
     for name, dropped in plan.means.items():
         bias = bias_of(name)
         if bias not in pair.changed:
-            values = {bias: cut[bias]} if bias in cut else {}
             with pair.dense.resident([name]):
-                made = offsets(task.dense, task.axes, replace(plan, means={name: dropped}), layouts, values)
-            pair.changed.write(made, {})
+                tensors = PlannedTensors(task.dense, task.axes, replace(plan, means={name: dropped}))
+                made = tensors.compensated(name, cut.get(bias))
+            pair.changed.write({bias: made}, {})
         result[bias] = task.model.get_parameter(name).new_empty(pair.changed[bias].shape)
     return result
 
