@@ -1,7 +1,7 @@
 # make demo    prune a real language model on four kinds of real text, and write a page about it
-# make test    run the whole suite
-# make test-all    the same with more random plans per network
-# make test-fast   a part of it, in two minutes
+# make test    every test function on its quick cases, in ten minutes
+# make test-all    the whole suite, with more random plans per network
+# make test-fast   what takes less than a second, in 90 seconds
 # make check   style, types, import floors
 # make bench   the law on networks of full size, and what it costs to measure and cut
 #
@@ -30,18 +30,17 @@ demo/report.html: | $(VENV)/demo.stamp
 	$(BIN)/regrow prune smollm2-135m --method fisher --only mlp --keep 0.8 --reconstruct --source generated \
 		--source news --source code --source manual --source talk --out demo
 
+# The parts are chosen by tests/tiers.py, from the seconds in tests/durations.json.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --tier usual
 
-# More random plans per network.
 test-all: export REGROW_SEEDS = 3
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# Every package and one network of each kind; what is marked slow is left out.
 test-fast: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --tier fast
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -12,8 +12,7 @@ layer twice, so it is 2 where one window at a time is as fast as several, and mo
 are written here from the papers' description: layer by layer, every window passes through the layer once with hooks on
 the inputs of its projections, which sum in float32, and once more for the inputs of the next layer; one window at a
 time.
-Six plans are three fractions of two methods from one calibration, beside one; calibration and plans, without evaluation
-and writing. A ratio is the median over rounds of the ratios within a round. Rows go to
+A ratio is the median over rounds of the ratios within a round. Rows go to
 benchmarks/results/calibration.jsonl.
 """
 
@@ -35,18 +34,15 @@ from regrow import data
 from regrow.core.sources import Batch
 from regrow.data.batch_streams import join_batches
 from regrow.jobs import prune
-from regrow.jobs.calibration import SharedWork
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import ActiveRun, Invocation
-from regrow.settings.prune import Settings, folder_name
-from regrow.store.versions import versions
+from regrow.settings.prune import Settings
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "calibration.jsonl"
 MODEL, SEQ = "smollm2-135m", 256
 TOKENS = {"bfloat16": 8192, "float32": 2048}
 SIZES = (1, 2, 4, 8, 16)
-ONE = [("flap", 0.7)]
-SIX = [(method, keep) for method in ("flap", "wanda_sp") for keep in (0.8, 0.7, 0.5)]
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -63,12 +59,9 @@ def plain(model: nn.Module, batches: Sequence[Batch]) -> None:
             model(*batch.args, **batch.kwargs)
 
 
-def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> tuple[float, float]:
-    """CPU seconds of the stages "calibrate" and "plan" of runs of ``regrow prune`` that share their calibration.
-
-    The scores that a run writes for its page are left out of "plan".
-    """
-    seconds, true, write = {"calibrate": 0.0, "plan": 0.0, "write": 0.0}, ActiveRun.stage, prune.write_scores
+def planned(dtype: str, batch_size: int) -> tuple[float, float]:
+    """CPU seconds of the stages "calibrate" and "plan" of ``regrow prune --method flap``."""
+    seconds, true = {"calibrate": 0.0, "plan": 0.0}, ActiveRun.stage
 
     @contextmanager
     def stage(clock: ActiveRun, name: str) -> Iterator[None]:
@@ -79,23 +72,17 @@ def planned(dtype: str, batch_size: int, plans: Sequence[tuple[str, float]]) -> 
         if name == "plan":
             raise InterruptedError
 
-    def write_scores(*given: Any) -> None:
-        seconds["write"] += cpu(lambda: write(*given))
-
-    shared = SharedWork()
-    ActiveRun.stage, prune.write_scores = stage, write_scores  # type: ignore[method-assign]
+    ActiveRun.stage = stage  # type: ignore[method-assign]
     try:
-        with tempfile.TemporaryDirectory() as place:
-            for method, keep in plans:
-                settings = Settings(
-                    MODEL, method, {}, keep, sources=("news",), tokens=TOKENS[dtype], seq_len=SEQ, eval_tokens=SEQ,
-                    dtype=dtype, proof=False, undo=False, batch_size=batch_size,
-                )  # fmt: skip
-                with suppress(InterruptedError):
-                    prune.run(settings, Invocation(Path(place) / folder_name(settings)), shared=shared)
+        with tempfile.TemporaryDirectory() as place, suppress(InterruptedError):
+            settings = Settings(
+                MODEL, "flap", keep=0.7, sources=("news",), tokens=TOKENS[dtype], seq_len=SEQ, eval_tokens=SEQ,
+                dtype=dtype, undo=False, batch_size=batch_size,
+            )  # fmt: skip
+            prune.run(settings, Invocation(Path(place) / "flap"))
     finally:
-        ActiveRun.stage, prune.write_scores = true, write  # type: ignore[method-assign]
-    return seconds["calibrate"], seconds["plan"] - seconds["write"]
+        ActiveRun.stage = true  # type: ignore[method-assign]
+    return seconds["calibrate"], seconds["plan"]
 
 
 class Fluctuation:
@@ -174,8 +161,8 @@ def measure(dtype: str, rounds: int) -> Row:
     best = min(first_round, key=lambda size: first_round[size])
     seconds: dict[str, list[float]] = {}
 
-    def timed(name: str, size: int, plans: Sequence[tuple[str, float]]) -> float:
-        calibration, plan = planned(dtype, size, plans)
+    def timed(name: str, size: int) -> float:
+        calibration, plan = planned(dtype, size)
         seconds.setdefault(name, []).append(calibration + plan)
         return calibration
 
@@ -183,10 +170,9 @@ def measure(dtype: str, rounds: int) -> Row:
         for name, one in {
             "plain": lambda: cpu(lambda: plain(model, joined[best])),
             "plain, without the head": lambda: cpu(lambda: plain(trunk, joined[best])),
-            "regrow": lambda: timed("plan", best, ONE),
-            "regrow, one window at a time": lambda: timed("plan, one window at a time", 1, ONE),
+            "regrow": lambda: timed("plan", best),
+            "regrow, one window at a time": lambda: timed("plan, one window at a time", 1),
             "plain, one window at a time": lambda: cpu(lambda: plain(model, joined[1])),
-            "regrow, six plans": lambda: timed("six plans", best, SIX),
             "FLAP as published": lambda: cpu(lambda: published(model, joined[1], Fluctuation)),
             "Wanda-sp as published": lambda: cpu(lambda: published(model, joined[1], Norm)),
         }.items():
@@ -211,7 +197,6 @@ def measure(dtype: str, rounds: int) -> Row:
         "wanda_sp_over_plain_without_head": ratio("Wanda-sp as published", "plain, without the head"),
         "flap_over_regrow": ratio("FLAP as published", "regrow"),
         "wanda_sp_over_regrow": ratio("Wanda-sp as published", "regrow"),
-        "six_plans_over_one": ratio("six plans", "plan"),
         "cpu_seconds": {name: [round(one, 3) for one in values] for name, values in seconds.items()},
     }
 

@@ -20,20 +20,18 @@ from pathlib import Path
 from shared import Row, arguments, collect
 
 from regrow.core.amounts import parse_bytes
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "command_memory.jsonl"
 DATA = "--source news --eval-tokens 512 --seq-len 256"
-PRUNE = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --dtype float32 --no-verify --out cut"
-LEARN = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --no-verify --no-undo --memory 64GiB"
+PRUNE = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --dtype float32 --out cut"
+LEARN = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --no-undo --memory 64GiB"
 COMMANDS = {
     "evaluate, whole": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 64GiB",
     "evaluate, one block": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 1GiB",
     "evaluate, whole, bfloat16": f"evaluate smollm2-135m {DATA} --dtype bfloat16 --memory 64GiB",
     "export": "export smollm2-135m --to gguf --memory 64GiB --out model.gguf",
     "prune, llm_pruner": f"{LEARN} --dtype float32 --method llm_pruner --out pruned-gradients",
-    "recover, bias": "recover cut --by bias --tokens 4096 --memory 64GiB --out bias",
-    "recover, bias, one block": "recover cut --by bias --tokens 4096 --memory 1.5GiB --out bias-streamed",
     "recover, refit": "recover cut --by refit --tokens 4096 --memory 64GiB --out refit",
     "recover, refit, one block": "recover cut --by refit --tokens 4096 --memory 1.5GiB --out refit-streamed",
     "recover, lora": "recover cut --by lora --tokens 4096 --memory 64GiB --out lora",

@@ -28,7 +28,7 @@ import torch
 from regrow.core.axes import Mark
 from regrow.core.change import FILLS
 from regrow.core.plan import PlanError
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
 

@@ -28,7 +28,7 @@ from regrow.jobs.forward_outputs import measure_change, outputs_of
 from regrow.jobs.grow import plan_growth
 from regrow.nets import load
 from regrow.settings.grow import Settings
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "growth.json"
 

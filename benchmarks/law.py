@@ -25,7 +25,7 @@ from regrow.data import text, windows
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import laws

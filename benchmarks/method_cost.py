@@ -23,7 +23,7 @@ from statistics import fmean
 import torch
 from shared import Row, add, arguments, last_line, rows, timed
 
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "method_cost.jsonl"
 WORDS = "smollm2-135m --keep 0.8 --only mlp --source news --source code --source manual --tokens 4096"
@@ -35,7 +35,7 @@ ARMS = {
         f"{method}, {n} generated windows, reconstructed": (
             f"{method} --source generated --generated-tokens {n * 256} --reconstruct"
         )
-        for method, n in (*product(("flap", "fisher"), (96, 64, 48)), ("fisher_obs", 48), ("obs", 48))
+        for method, n in (*product(("flap", "fisher"), (96, 64, 48)), ("obs", 48))
     },
 }
 """What is compared: name → the method, and further words of the command."""

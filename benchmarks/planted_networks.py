@@ -55,7 +55,7 @@ from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.scoring.spaces import spaces
 from regrow.scoring.weights import scorable
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "planted_networks.jsonl"
 DOMAINS, SEEN, PART, SHARED, CLASSES, BLOCKS = 8, 4, 8, 16, 32, 4

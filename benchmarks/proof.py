@@ -164,7 +164,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tell(verifying() if args.job == "verify" else applying(args.job, Path(folder) / "saved"))
         return
-    from regrow.store.versions import versions
+    from regrow.store.run_record import versions
 
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]}

@@ -16,7 +16,7 @@ import torch
 from shared import Row, add, arguments
 from streamed_pruning import FOLDER, SIZES, made, measured
 
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "pruning_memory.jsonl"
 RUN = """

@@ -9,9 +9,9 @@ last block left as they are; ``all``: all units of all blocks. Of the four inclu
 fitted to, and the calibration half of the fourth judges (its name is the fold): evaluation halves are for tests
 alone. Arms: ``means``: the cut alone; ``held_out``: ``recover --by refit`` with its defaults; ``left_out``: the ridge
 chosen on left-out sources; ``shrunk``: shrinkages too; ``dense``: the dense network's values as the target;
-``defaults``: those of ``--reconstruct``; ``standardized``: with each input penalised in proportion to its own sum of
-squares. One row per arm, as soon as it is measured: the mean negative log-likelihood per token of each window of the
-judging domain, and CPU seconds of the fit on one thread. Rows go to benchmarks/results/reconstruction.jsonl.
+``defaults``: those of ``--reconstruct``. One row per arm, as soon as it is measured: the mean negative log-likelihood
+per token of each window of the judging domain, and CPU seconds of the fit on one thread. Rows go to
+benchmarks/results/reconstruction.jsonl.
 ``--seconds`` ends the run at the first arm after so long.
 """
 
@@ -35,8 +35,8 @@ from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask, refit
-from regrow.settings.prune import RECONSTRUCTION_DEFAULTS
-from regrow.store.versions import versions
+from regrow.settings.prune import complete_reconstruction
+from regrow.store.run_record import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
@@ -54,8 +54,7 @@ ARMS: Mapping[str, Mapping[str, Any] | None] = {
     "held_out": {},
     "left_out": {"choose_on": "left_out_source"},
     "left_out, shrunk": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES},
-    "defaults": RECONSTRUCTION_DEFAULTS,
-    "standardized": {**RECONSTRUCTION_DEFAULTS, "standardize": True},
+    "defaults": complete_reconstruction(()),
     "held_out, dense": {"target": "dense"},
     "left_out, dense": {"choose_on": "left_out_source", "target": "dense"},
     "left_out, shrunk, dense": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES, "target": "dense"},

@@ -22,7 +22,7 @@ import torch
 from shared import Row, again, arguments, peak, rows, run, table, tell, today, write
 
 from regrow.core.amounts import format_bytes
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.requirements import plan_memory
 from regrow.tracing import trace

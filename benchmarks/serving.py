@@ -1,4 +1,4 @@
-"""How fast a pruned SmolLM2-135M is where people run it: prefill and decode in transformers, onnxruntime, llama.cpp.
+"""How fast a pruned SmolLM2-135M is: prefill and decode in transformers and llama.cpp, prefill in onnxruntime.
 
     python benchmarks/serving.py --work FOLDER
     python benchmarks/serving.py --work FOLDER --llama-cpp PYTHON      # an interpreter that has llama-cpp-python
@@ -28,7 +28,7 @@ import regrow
 from regrow import evaluation, export, store
 from regrow.evaluation.generation import empty_cache
 from regrow.nets import load
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 from regrow.tracing import trace
 
 OUT = Path(__file__).parent / "results" / "serving.json"
@@ -108,40 +108,23 @@ def exported(folder: Path, name: str, **options: Any) -> Path:
 
 
 def onnx_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]:
-    """Prefill and decode in onnxruntime, with the graph that has a cache."""
+    """Prefill in onnxruntime, whose graph has no key-value cache."""
     import numpy
     import onnxruntime
 
-    path = exported(folder, "model.onnx", cache=True)
+    path = exported(folder, "model.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     window = (torch.arange(tokens)[None] % 40_000 + 100).numpy()
-    past = {one.name: one.shape for one in session.get_inputs() if one.name.startswith("past_key_values")}
-    empty = {name: numpy.zeros((1, shape[1], 0, shape[3]), numpy.float32) for name, shape in past.items()}
-
-    def given(ids: Any, cache: dict[str, Any]) -> dict[str, Any]:
-        held = next(iter(cache.values())).shape[2]
-        mask = numpy.ones((1, held + ids.shape[1]), numpy.int64)
-        return {"input_ids": ids, "attention_mask": mask, **cache}
-
-    def ask(ids: Any, cache: dict[str, Any]) -> dict[str, Any]:
-        said = session.run(None, given(ids, cache))
-        return dict(zip(cache, said[1:], strict=True))
+    inputs = {"input_ids": window, "attention_mask": numpy.ones_like(window)}
 
     def prefill() -> float:
         start = time.perf_counter()
-        ask(window, empty)
+        session.run(None, inputs)
         return time.perf_counter() - start
 
-    def decode() -> float:
-        cache = ask(window[:, :32], empty)
-        start = time.perf_counter()
-        for i in range(steps):
-            cache = ask(window[:, i : i + 1], cache)
-        return (time.perf_counter() - start) / steps
-
-    return {"prefill": prefill, "decode": decode}
+    return {"prefill": prefill}
 
 
 def summary(took: Sequence[float]) -> Row:

@@ -24,28 +24,25 @@ GOOD = {
     "show": "resnet18",
     "prune": "resnet18 --method magnitude --keep 0.8",
     "grow": "resnet18 --channels +32",
-    "recover": "run --by bias",
+    "recover": "run --by refit",
     "learn": "digits --method naive",
-    "search": "cells:4-2-1 --data digits --target 0.2",
+    "search": "cells:4-2-1 --data digits --target params=20%",
     "apply": "plan.json resnet18",
     "evaluate": "resnet18",
     "chat": "smollm2-135m",
     "export": "run --to onnx",
-    "compare": "run run",
     "report": "run",
-    "settings": "run",
-    "history": "run",
     "undo": "run",
     "methods": "",
 }
 """Command → words that it accepts, but for ``--out``."""
 MODELS = (
     *("show", "prune", "grow", "apply", "evaluate", "chat", "export", "recover"),
-    *("compare", "report", "settings", "history", "undo"),
+    *("report", "undo"),
 )
 METHODS = {"prune": "--method", "learn": "--method", "search": "--method", "recover": "--by", "methods": ""}
 FOLDERS = ("prune", "grow", "recover", "learn", "search", "apply", "export")
-FILES = {"show": "--json", "evaluate": "--json", "settings": "--out", "report": "--out", "compare": "--out"}
+FILES = {"evaluate": "--json", "report": "--out"}
 SOURCES = ("prune", "grow", "evaluate")
 DEVICES = ("prune", "learn", "search", "evaluate", "chat")
 
@@ -59,8 +56,8 @@ def cases() -> Iterator[tuple[str, str, str]]:
         yield from ((command, case, f"{command} {words}") for case, words in mistakes(command, good, out))
     yield "prune", "bad target", "prune resnet18 --target watts=3 --out new"
     yield "search", "bad target", "search cells:4-2-1 --data digits --target half --out new"
-    yield "search", "missing data", "search cells:4-2-1 --data nowhere/ --target 0.2 --out new"
-    yield "search", "unknown space", "search cels:4-2-1 --data digits --target 0.2 --out new"
+    yield "search", "missing data", "search cells:4-2-1 --data nowhere/ --target params=20% --out new"
+    yield "search", "unknown space", "search cels:4-2-1 --data digits --target params=20% --out new"
     yield "learn", "missing data", "learn split:nowhere/:5 --out new"
 
 

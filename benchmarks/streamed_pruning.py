@@ -30,8 +30,8 @@ from shared import Row, add, arguments
 
 from regrow.core.amounts import parse_bytes
 from regrow.nets.packaged import packaged_folder
+from regrow.store.run_record import versions
 from regrow.store.tensors import TensorFile
-from regrow.store.versions import versions
 
 OUT = Path(__file__).parent / "results" / "streamed_pruning.jsonl"
 SIZES = {

@@ -37,7 +37,7 @@ from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import PruningRun, plan_cut
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 from regrow.surgery import apply
 from regrow.tracing import trace, with_branches
 from regrow.tracing.meta_copy import clone_model
@@ -58,7 +58,6 @@ ARMS: Mapping[str, Arm] = {
     "attention": ("depth", {"unit": "attention"}, ()),
     "mlp": ("depth", {"unit": "mlp"}, ()),
     "block": ("depth", {"unit": "block"}, ()),
-    "any, one shot": ("depth", {"unit": "any", "search": "one_shot"}, ()),
     "any, alone": ("depth", {"unit": "any", "fill": "none"}, ()),
     "block, alone": ("depth", {"unit": "block", "fill": "none"}, ()),
 }

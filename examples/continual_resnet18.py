@@ -1,6 +1,4 @@
-"""ResNet-18 learns the tasks of a benchmark shaped like those of Avalanche, with a replay buffer."""
-
-from types import SimpleNamespace
+"""ResNet-18 learns tasks of three new classes each, with a replay buffer."""
 
 import torch
 from torch.utils.data import TensorDataset
@@ -9,12 +7,12 @@ from torchvision.models import resnet18
 import regrow
 
 
-def experience(task: int) -> SimpleNamespace:
+def images(task: int) -> TensorDataset:
     """Images of three new classes: one colour is brighter, by more in the second task."""
     labels = torch.arange(48) % 3
-    images = torch.rand(48, 3, 32, 32) + (0.5 + task) * torch.eye(3)[labels][:, :, None, None]
-    return SimpleNamespace(dataset=TensorDataset(images, labels + 3 * task))
+    pixels = torch.rand(48, 3, 32, 32) + (0.5 + task) * torch.eye(3)[labels][:, :, None, None]
+    return TensorDataset(pixels, labels + 3 * task)
 
 
-benchmark = SimpleNamespace(train_stream=[experience(0), experience(1)], test_stream=[experience(0), experience(1)])
-print(regrow.learn(resnet18(num_classes=6), benchmark, method="replay", scenario="class", epochs=3, batch_size=16))
+tasks = [(images(task), images(task)) for task in range(2)]
+print(regrow.learn(resnet18(num_classes=6), tasks, method="replay", scenario="class", epochs=3, batch_size=16))

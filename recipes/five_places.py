@@ -23,7 +23,7 @@ from harness import Row, arguments, today, write
 import regrow
 from regrow.data import Half, text, windows
 from regrow.store.portable import read_tokenizer
-from regrow.store.versions import versions
+from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "five_places.json"
 GREEDY = 4

@@ -32,13 +32,13 @@ from regrow.core.axes.operations import Placeholder
 from regrow.data import Half, text, windows
 from regrow.data.halves import half_of
 from regrow.exporters.gguf import write
-from regrow.exporters.gguf.tokens import RULES, WHOLE_WORDS
+from regrow.exporters.gguf.llama_cpp import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
 from regrow.tracing.branches import insert_placeholders
 
 KINDS = ("news", "code", "manual", "talk")
 PARTS = ("small", "rules", "pruned", "dense")
-TYPES = ("f32", "f16", "q8_0", "q6_k")
+TYPES = ("f32", "f16", "q8_0")
 WHOLE = 8
 """Prompts of which logits after every token are compared, and that are carried on."""
 

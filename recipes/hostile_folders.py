@@ -35,7 +35,7 @@ OUT = HERE / "results" / "hostile_folders.jsonl"
 SMALL = "--source digits --tokens 64 --eval-tokens 64"
 COMMANDS: dict[str, str] = {
     "show": "show {model}",
-    "prune": "prune {model} --method magnitude --keep 0.9 --no-verify --out out",
+    "prune": "prune {model} --method magnitude --keep 0.9 --out out",
     "recover": "recover {folder} --by refit --tokens 192 --out out",
     "learn --resume": "learn --resume {folder} --task permuted:digits:1",
     "search": "search cells:4-2-1 --data digits --target params=3k --train 120 --test 60 --out {folder}",
@@ -46,10 +46,9 @@ COMMANDS: dict[str, str] = {
     "export onnx": "export {model} --to onnx --out out.onnx",
     "export gguf": "export {model} --to gguf --out out.gguf",
     "export torchvision": "export {model} --to torchvision --out out",
-    "history": "history {folder}",
     "undo": "undo {folder} --out out",
     "report": "report {folder}",
-    "compare": "compare {folder} {folder}",
+    "compare": "report {folder} {folder}",
     "regrow.load": "",
     "regrow.load, save": "",
     "regrow.nets.load": "",

@@ -7,7 +7,7 @@
 
 Each stage is one command line of ``regrow``, which is printed and recorded, run in FOLDER; a stage that is finished is
 not run again, and a stopped one goes on. After each: parameters, multiply–accumulates, and scores on test data by
-``regrow evaluate``. After the last: the chain of ``regrow history``; a replay of the ledger on a network without
+``regrow evaluate``. After the last: the runs that ``regrow show`` lists; a replay of the ledger on a network without
 weights, whose tensors must have the shapes and types of the last network's; ``regrow undo`` until the start, whose
 tensors must be those of the first network, bit for bit; and ``regrow export``, which reads its file back.
 
@@ -186,7 +186,7 @@ def check(cycle: Cycle, name: str, work: Path) -> Row:
     last = [*cycle.stages][-1]
     for left in ("undone", "exported", "export.log", "history.log"):
         shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink(missing_ok=True)
-    run(["history", last], work, "history")
+    run(["show", last], work, "history")
     known = read_stages(work / last)
     result: Row = {
         "cycle": name,
@@ -264,7 +264,7 @@ def show_checks(row: Row) -> Iterator[str]:
     """Yield what was checked after the last stage, as a list in Markdown."""
     runs = row["history"]
     names = ", ".join(f"{one['name']} ({one['changed']})" for one in runs)
-    yield f"* `regrow history`: {names}; {row['snapshots']} of {len(runs)} have the model before them"
+    yield f"* `regrow show`: {names}; {row['snapshots']} of {len(runs)} have the model before them"
     again, back = row["replay"], row["undo"]
     yield (
         f"* replay of {again['plans']} plans on a network on the device meta: {again['tensors']} tensors, "

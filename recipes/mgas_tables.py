@@ -80,8 +80,6 @@ ARMS = (
     Arm("random units, MGAS's shares", ALL, BLIND, split=MGAS.name),
     Arm("random units, shares without the three additions", ALL, BLIND, split=PLAIN.name),
     Arm("DARTS, first order", {}, {"method": "darts"}),
-    Arm("PC-DARTS", {"edges": True, "warm": 0.3, "lr": 2.9, "partial": 4}, {"method": "darts"}),
-    Arm("PC-DARTS without partial channels", {"edges": True, "warm": 0.3, "lr": 2.9}, {"method": "darts"}),
     Arm("GOLD-NAS-like", {}, {"method": "gold_nas"}),
     Arm("operations alone", {"levels": ("operations",)}),
     Arm("filters alone", {"levels": ("filters",)}),
@@ -90,9 +88,7 @@ ARMS = (
     Arm("filters at the full learning rate", {"filter_lr_ratio": 1.0}),
     Arm("nothing regrown", {"regrow": 0.0}),
     Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "reprune": False}),
-    Arm("the authors' controller", {"controller": "feedback"}),
     Arm("filters and weights regrown too", {"regrow_filters": 0.2, "regrow_weights": 0.2}),
-    Arm("operations come back with what they held", {"revive": "old"}),
 )
 
 

@@ -8,22 +8,16 @@ from sampling noise. ``--texts`` is as for ``width_pruning.py``. Nothing is prun
 """
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from harness import Row, arguments, table, write
 from width_pruning_bench import WidthPruningBench
 from width_pruning_points import FOLDS
 
 from regrow.core.scores import Need
-from regrow.reports import figures
-from regrow.reports.drawing import Drawing
-from regrow.reports.rows import RunFindings
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import wanda_sp, wifv
 from regrow.scoring.spaces import ranks, spaces, spectrum
@@ -35,20 +29,6 @@ COLUMNS = (
     *("scores", "units", "F > 1", "beyond noise", "share", "Spearman, domains"),
     *("shards: different / same domain", "sd: all / between / within"),
 )
-
-
-def svg_file(drawing: Drawing, margin: int = 16) -> str:
-    """The wide drawing as the text of an SVG file, with the page's colours for light and dark mode."""
-    css = (resources.files("regrow.reports") / "templates" / "style.css").read_text(encoding="utf-8")
-    rows = re.findall(r"(--paper: [^;]*;) --ink: ([^;]*);([^}]*?)--wash", css)
-    light, dark = (f"{paper}color:{ink};{' '.join(rest.split())}" for paper, ink, rest in rows[:2])
-    head, _, rest = drawing.wide.replace("xlink:", "").partition(">")
-    width, height = (float(side) + 2 * margin for side in re.findall(r"[\d.]+", head)[2:4])
-    box = f'viewBox="{-margin} {-margin} {width:g} {height:g}"'
-    head = re.sub(r'viewBox="[^"]*"', f'xmlns="http://www.w3.org/2000/svg" {box}', head)
-    style = f"svg{{font-family:system-ui,sans-serif;{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
-    paper = f'<rect x="{-margin}" y="{-margin}" width="{width:g}" height="{height:g}" style="fill:var(--paper)"/>'
-    return f"{head}><style>{style}</style>{paper}{rest}\n"
 
 
 def measure(args: Namespace) -> dict[str, Any]:
@@ -97,10 +77,26 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw(out: Path, result: Mapping[str, Any]) -> None:
-    """Draw how far ranks vary in each layer (``wifv``), beside the result."""
-    found = msgspec.convert({"method": "", "spectrum": result["rows"]["wifv"]}, RunFindings)
-    if drawing := figures.spectrum(found):
-        out.with_suffix(".svg").write_text(svg_file(drawing))
+    """Draw how far ranks of MLP neurons vary in each layer (``wifv``), beside the result."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    layers = [row for row in result["rows"]["wifv"] if "down_proj" in row["label"]]
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rank_variation"}):
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        units, orders = figure.subplots(2, sharex=True)
+        for name, label in (("exceeds", "F above 1"), ("significant", "beyond noise"), ("exceeds_null", "by chance")):
+            units.plot([row[name] for row in layers], "o-", label=label)
+        for name, label in (("spearman", "domains"), ("spearman_shards", "parts of different domains"),
+                            ("spearman_within", "parts of one domain")):  # fmt: skip
+            orders.plot([row[name] for row in layers], "o-", label=label)
+        units.set_ylabel("share of the neurons")
+        orders.set_ylabel("rank correlation between")
+        orders.set_xlabel("layer")
+        for axes in (units, orders):
+            axes.set_ylim(0, 1)
+            axes.legend(loc="lower left", ncols=3)
+        figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
 
 
 def main() -> None:

@@ -51,7 +51,6 @@ def pruning(args: Namespace) -> Settings:
         eval_tokens=args.eval_tokens,
         seq_len=args.seq_len,
         dtype="float32",
-        proof=False,
     )
 
 
@@ -122,7 +121,7 @@ def shown(every: list[Row]) -> Iterator[list[object]]:
 def main() -> None:
     """Run, or print the table."""
     tokens = {"tokens": 16384, "prune_tokens": 16384, "eval_tokens": 2048, "seq_len": 256}
-    arms = ["bias", "refit", "lora", "distil"]
+    arms = ["refit", "lora", "distil"]
     args = arguments(__doc__, OUT, work=Path("work"), arms=arms, keep=0.5, seed=0, compensate=True, **tokens)
     if args.show:
         columns = ("keep", "tokens", "recovery", *SEEN, *UNSEEN, "won, seen", "won, unseen", "seconds")

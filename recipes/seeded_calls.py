@@ -6,15 +6,10 @@ from typing import Any
 
 import torch
 import toys
-from seeded_runs import least, without_times
+from seeded_runs import without_times
 from sklearn.datasets import load_digits
 
 import regrow
-
-
-def show(done: int, total: int, line: str) -> None:
-    """Print what is being done."""
-    print(line)
 
 
 def digits(start: int, stop: int) -> tuple[Any, Any]:
@@ -45,15 +40,6 @@ def python_prune(out: str) -> None:
 def python_prune_text(out: str) -> None:
     """Prune a language model."""
     regrow.prune("llama", {"a": [ids(0)], "b": [ids(1)]}, keep=0.7, out=out)
-
-
-def python_prune_streamed(out: str) -> None:
-    """Prune a language model one block at a time, with the memory that a refusal names."""
-    data = {"a": [ids(0)], "b": [ids(1)]}
-    try:
-        regrow.prune("llama", data, keep=0.7, memory="1MiB", out=out)
-    except ValueError as refused:
-        regrow.prune("llama", data, keep=0.7, memory=least(str(refused)), progress=show, out=out)
 
 
 def python_grow(out: str) -> None:
@@ -92,7 +78,6 @@ def python_evaluate(out: str) -> None:
 CALLS: dict[str, Callable[[str], None]] = {
     "Python prune": python_prune,
     "Python prune, text": python_prune_text,
-    "Python prune, streamed": python_prune_streamed,
     "Python grow": python_grow,
     "Python learn": python_learn,
     "Python search": python_search,

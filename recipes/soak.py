@@ -187,7 +187,7 @@ def search(folder: Path, many: int) -> list[Row]:
     from regrow.jobs.search import Settings, run
 
     settings = Settings(
-        "mlp:400-400", "digits", "0.1", method_settings={"warm": 1, "every": 1, "levels": ["filters"]},
+        "mlp:400-400", "digits", "params=10%", method_settings={"warm": 1, "every": 1, "levels": ["filters"]},
         epochs=round(1.65 * many), retrain=1, train=96, test=32, batch_size=48, stages=1,
     )  # fmt: skip
     watch = Watch(folder, "commit")

@@ -36,7 +36,6 @@ from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
 from regrow.nets.devices import autocasting
-from regrow.scoring.spaces import OUTER_BLOCKS
 
 SEQ_LEN, BATCH = 256, 8
 LEFT_OUT_SEED = 1000
@@ -126,7 +125,7 @@ class WidthPruningBench:
         """The network after the cut and the least squares of a point."""
         pruner = prune.build_pruner(point.method, point.settings)
         if point.outer is not None:
-            pruner = replace(pruner, spare=(0.0, 0.0) if point.outer else OUTER_BLOCKS)
+            pruner = replace(pruner, prune_outer=point.outer)
         budget = Budget(point.keep, only=(point.only,) if point.only else ())
         sources = self.sources(point)
         prune.check_pruning(pruner, self.axes, budget, sources)
@@ -159,10 +158,11 @@ class WidthPruningBench:
             return []
         key = GENERATED, point.generated, point.sample
         if key not in self.tests:
-            specs = SourceSpecs(0, SEQ_LEN, (GENERATED,), tokens=point.generated * SEQ_LEN, seed=point.sample)
+            tokens = point.generated * SEQ_LEN
+            specs = SourceSpecs(0, SEQ_LEN, (GENERATED,), seed=point.sample, generated_tokens=tokens)
             folder = self.args.out.parent / f"generated_{self.args.model}_{point.sample}_{point.generated}"
             folder.mkdir(exist_ok=True)
-            kinds = fill_generated(read_sources(specs, self.loaded), specs, self.loaded, point.generated, folder)
+            kinds = fill_generated(read_sources(specs, self.loaded), specs, self.loaded, folder)
             self.tests[key] = kinds.calibration[0]
         return [self.tests[key]]
 
@@ -189,7 +189,7 @@ class WidthPruningBench:
                 self.evidence = {one: value for one, value in self.evidence.items() if Need.GRADIENTS not in one[1]}
             start = time.perf_counter()
             every = [self.calibration(name, point.sample) for name in FOLDS[point.fold]] + self.prior(point)
-            found = prune.collect_evidence(self.model, self.axes, pruner, every, prune.Measuring(BATCH))
+            found = prune.collect_evidence(self.model, self.axes, pruner, every, batch_size=BATCH)
             self.evidence[key] = found, round(time.perf_counter() - start, 2)
         found, took = self.evidence[key]
         names = [name for name in found.sources if name != point.left_out]

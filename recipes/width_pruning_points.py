@@ -189,7 +189,7 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, keeps):
         chosen = replace(best(rows, keep, fold)[0], sample=sample)
-        ours = fisher(keep, fold, sample), fisher_obs(keep, fold, sample), obs(keep, fold, sample)
+        ours = fisher(keep, fold, sample), obs(keep, fold, sample)
         yield from (chosen, *map(with_prior, ours), reconstructed(chosen))
     for sample, fold, keep in product(range(samples), folds, keeps):
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
@@ -217,8 +217,7 @@ def unscreened(keeps: Sequence[float], folds: Sequence[int], samples: int) -> It
     variants = {one.arm: one for one in baselines()}
     for sample, fold, keep in product(range(samples), folds, keeps):
         own = [replace(variants[arm], keep=keep, fold=fold, sample=sample) for arm in UNSCREENED]
-        mine = fisher_obs(keep, fold, sample)
-        yield from (*own[:2], mine, with_prior(mine), *own[2:])
+        yield from own
         yield from (*map(with_prior, (*own[2:4], own[-1])), *map(reconstructed, own), *measured(keep, fold, sample))
         yield with_prior(own[-1], target="own")
 
@@ -235,11 +234,6 @@ def measured(keep: float, fold: int = 0, sample: int = 0) -> Iterator[Point]:
     """Fisher pruning of all units, and of MLP neurons, with the best of three allocations by the calibration loss."""
     for arm, only in MEASURED_FISHER.items():
         yield Point(arm, "fisher", keep, fold, sample, only=only, settings={"allocation": "measured"})
-
-
-def fisher_obs(keep: float, fold: int = 0, sample: int = 0) -> Point:
-    """OBS with costs in loss, with its defaults, of MLP neurons."""
-    return Point("fisher_obs, MLP neurons", "fisher_obs", keep, fold, sample)
 
 
 def obs(keep: float, fold: int = 0, sample: int = 0) -> Point:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from width_pruning_points import BASE_ORDER, DOMAINS, FOLDS, LEARNED, Point, dense
+from width_pruning_points import BASE_ORDER, DOMAINS, LEARNED, Point, dense
 
 NO_STAGE = "no stage (base order, outer blocks unpruned)"
 UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner"}
@@ -20,7 +20,6 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "the same mixture everywhere, no switch": {"switch": "even"},
     "shares of the base method": {"start": "base"},
     "uniform shares": {"start": "uniform"},
-    **{f"modules, switch, scores of {names[0]} alone": {"scores_from": names[0]} for names in FOLDS},
 }
 """What GPrune's stages are compared on: name → settings that differ from the unlearned method."""
 
@@ -40,10 +39,6 @@ CONTRASTS = (
     ("switch against reversed", "modules, switch", "modules, reversed switch"),
     ("switch against the same mixture everywhere", "modules, switch", "the same mixture everywhere, no switch"),
     ("switch of random modules against never", "random modules, switch", "random modules, never switch"),
-    *(
-        ("scores of one domain against pooled", f"modules, switch, scores of {names[0]} alone", "modules, switch")
-        for names in FOLDS
-    ),
     ("shares: base against inner", "shares of the base method", "modules, switch"),
     ("shares: uniform against inner", "uniform shares", "modules, switch"),
     ("shares: learned against inner", "learned shares", "modules, switch"),
@@ -80,5 +75,4 @@ def stages(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterat
     yield dense(DOMAINS)
     for sample, fold, keep in product(range(samples), folds, [one for one in keeps if one in (0.8, 0.7)]):
         for arm, settings in STAGE_ARMS.items():
-            if settings.get("scores_from", FOLDS[fold][0]) == FOLDS[fold][0]:
-                yield Point(arm, "gprune", keep, fold, sample, settings=settings)
+            yield Point(arm, "gprune", keep, fold, sample, settings=settings)

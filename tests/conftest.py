@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 
 # Before torch is imported, and inherited by the processes that tests start: bit-equality needs equal threads, and more
 # threads than cores make everything several times slower. A worker inherits what its controller, which counts no
@@ -20,6 +19,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tiers import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+)
+
 # Machines in CI stall now and then: no deadlines; and a failure there must be one that can be had again.
 settings.register_profile("regrow", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("regrow")
@@ -27,24 +33,6 @@ settings.load_profile("regrow")
 
 collect_ignore = ["on_device.py", "pretend.py"]
 """They register a device when imported, which torch allows once per process: test_devices.py starts one for them."""
-
-FAST_NETWORKS = (
-    *("mlp", "conv_residual", "concat", "grouped", "attention", "tied", "rmsnorm_block", "glu", "chunk_gate"),
-    *("softmax_gate", "group_norm", "topk", "lstm", "llama", "resnet18"),
-)
-"""One network of each kind: `make test-fast` checks the laws on these alone."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of the other networks of the zoo, and of most random ones, as slow."""
-    for item in items:
-        values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        zoo = sys.modules.get("zoo")
-        if zoo and values.get("name") in zoo.ZOO and values["name"] not in FAST_NETWORKS:
-            item.add_marker(pytest.mark.slow)
-        if item.path.name == "test_fuzz.py" and values.get("seed", 0) >= 30:
-            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -38,7 +38,6 @@ DATA = (IMAGES, LABELS)
 TASKS = [((IMAGES, LABELS % 2), (IMAGES[:16], LABELS[:16] % 2))] * 2
 SETTINGS = {
     "mgas": {"warm": 1, "every": 1, "levels": ("operations", "filters")},
-    "darts": {"edges": True, "partial": 2},
     "gold_nas": {"warm": 1},
     "gprune": {"steps": 4, "every": 2, "shards": 2},
     "replay": {"memory": 40, "logit_weight": 0.5, "asymmetric_loss": True},
@@ -227,7 +226,7 @@ def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
     for run in (
         lambda: learn.run(LearnSettings(("nowhere",), device="cuda:7"), Invocation(tmp_path / "out")),
         lambda: search.run(
-            SearchSettings("cells:2-1-1", "nowhere", target="0.5", device="cuda:7"), Invocation(tmp_path / "out")
+            SearchSettings("cells:2-1-1", "nowhere", target="params=50%", device="cuda:7"), Invocation(tmp_path / "out")
         ),
     ):
         with pytest.raises(ResourceError, match=r"cuda:7 is not available; this machine has .*; use --device cpu"):

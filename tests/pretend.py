@@ -17,8 +17,8 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import regrow
+from regrow import tracing
 from regrow.nets import devices
-from regrow.tracing import support
 from regrow.tracing.meta_copy import without_numbers
 
 ROOT = Path(regrow.__file__).parent
@@ -203,12 +203,12 @@ _register()
 @contextmanager
 def pretending() -> Iterator[torch.device]:
     """Context manager in which the device ``acc:0`` exists and networks on it can be traced."""
-    before = devices.devices_here, support.tensor_problem
+    before = devices.devices_here, tracing.tensor_problem
     devices.devices_here = lambda: ["cpu", "acc:0"]
-    support.tensor_problem = lambda tensor: ""
+    tracing.tensor_problem = lambda tensor: ""
     _PRETENDING.append(True)
     try:
         yield torch.device("acc", 0)
     finally:
-        devices.devices_here, support.tensor_problem = before
+        devices.devices_here, tracing.tensor_problem = before
         _PRETENDING.pop()

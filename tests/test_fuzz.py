@@ -37,7 +37,6 @@ def test_a_random_network_is_cut_exactly(seed: int) -> None:
     laws.runs_with_its_ties(model, axes, plan)
 
 
-@pytest.mark.slow
 def test_random_networks_have_axes() -> None:
     """Most random networks have a neutral axis, and all kinds of marks occur: freezing everything would not pass."""
     marks: dict[Mark, int] = dict.fromkeys(Mark, 0)

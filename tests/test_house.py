@@ -169,7 +169,6 @@ def shrinking(found, allowed, limit):
     assert not allowed.keys() - found.keys(), "short now: take it off the list in tests/test_house.py"
 
 
-@pytest.mark.slow
 def test_the_source_does_not_grow(monkeypatch):
     spec = importlib.util.spec_from_file_location("code_counts", ROOT / "benchmarks" / "code_counts.py")
     counts = importlib.util.module_from_spec(spec)

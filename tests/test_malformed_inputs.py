@@ -10,7 +10,6 @@ import pytest
 RECIPE = Path(__file__).parents[1] / "recipes" / "malformed_inputs.py"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every input runs in a forked child")
 def test_a_sample_of_malformed_inputs_leaves_one_line_and_nothing_else(tmp_path):
     words = [

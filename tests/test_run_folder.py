@@ -21,7 +21,7 @@ from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Batch, Source
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
-from regrow.reports import summarise
+from regrow.reports import read_runs
 from regrow.scoring.collect import CollectionRun, collect
 from regrow.store import StoreError
 from regrow.store.ledger import Ledger, replay
@@ -82,13 +82,13 @@ def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
 
     assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
     assert again(pace=0.25, levels=("a", "b")).resumed
-    for other, words in (({"pace": 1.0}, "pace was 0.25 by default, here 1.0"), ({"floor": 1}, "floor was unknown")):
+    for other, words in (({"pace": 1.0}, "pace was 0.25 by default, here 1.0"), ({"floor": 1}, "floor was null")):
         with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
             again(**{"pace": 0.25, "levels": ("a", "b")} | other)
     for name in ("defaults", "versions"):
         (tmp_path / "odd").mkdir(exist_ok=True)
         (tmp_path / "odd" / "run.json").write_text(json.dumps(again(pace=0.25, levels=("a", "b")).run() | {name: "x"}))
-        with pytest.raises(StoreError, match=r"is .x.: Expected `object`"):
+        with pytest.raises(StoreError, match=r"Expected `object`, got `str` - at `\$\.(defaults|versions)`"):
             RunFolder.create(tmp_path / "odd", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
 
 
@@ -128,57 +128,35 @@ def test_a_report_reads_what_is_written(run):
     before = trace(net, torch.zeros(1, 4))
     _, after = apply(net, before, Plan.keeping(before, {"0.weight:0": range(7)}))
     run.write_axes(before, after)
-    run.write_scores("wifv", {"0.weight:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
     run.log("size", model="dense", params_all=9, params_counted=8, macs=8, bytes=36)
     run.log("perplexity", model="pruned", source="news", ppl=math.inf, nll=1.0)
-    assert summarise([run.out]).runs[0].name == "run", "also while it goes on"
+    assert read_runs([run.out])[0].name == "run", "also while it goes on"
     run = run.finish()
-    page = summarise([run.path]).runs[0]
-    assert not page.problems and page.size.before.params_all == 9
-    assert page.widths[0].rows[0].after == 7
-    axes, scores = (json.loads((run.path / name).read_text()) for name in ("axes.json", "scores.json"))
-    assert axes["after"][0]["size"] == 7 and scores["axes"]["0.weight:0"]["dropped_max"] is None
-    assert list(page.missing) == ["ledger.json"]
+    (page,) = read_runs([run.path])
+    assert not page.problems and page.sizes["before"].params_all == 9
+    assert page.widths[0].rows[0] == ("0.weight:0", 9, 7)
+    assert json.loads((run.path / "axes.json").read_text())["after"][0]["size"] == 7
 
 
 # --- the log --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("torn", "left"), [(b'{"what": "b", "v', 1), (b'{"what": "b"}', 2), (b"\xff\xfe", 1)])
-def test_a_torn_last_line_is_tolerated_and_mended(run, torn, left):
-    run.log("a", value=1)
-    path = run.path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + torn)
-    assert [row["what"] for row in run.metrics()] == ["a", "b"][:left]
-    run.log("c")
-    assert [row["what"] for row in run.metrics()] == [*["a", "b"][:left], "c"]
-    assert path.read_bytes().endswith(b"\n")
-
-
-def test_long_torn_lines(run):
-    path = run.path / "metrics.jsonl"
-    path.write_bytes(b'{"what": "' + b"x" * 200_000)
-    run.log("a", text="y" * 100_000)
-    assert [row["what"] for row in run.metrics()] == ["a"]
-
-
-def test_a_damaged_line_elsewhere_is_an_error(run):
-    (run.path / "metrics.jsonl").write_text('{"what": "a"}\nrubbish\n{"what": "b"}\n')
-    with pytest.raises(StoreError, match="line 2"):
-        run.metrics()
+def test_a_damaged_line_is_an_error(run):
+    for rest in ('{"what": "b"}\n', ""):
+        (run.path / "metrics.jsonl").write_text('{"what": "a"}\nrubbish\n' + rest)
+        with pytest.raises(StoreError, match="line 2 is not a measurement"):
+            run.metrics()
 
 
 def test_a_full_disk_leaves_the_log_as_it_was(run, monkeypatch):
     run.log("a")
-    before, real = (run.path / "metrics.jsonl").read_bytes(), os.write
+    before = (run.path / "metrics.jsonl").read_bytes()
 
-    def fills_up(handle, data):
-        if len(data) < 10:
-            raise OSError(28, "No space left on device")
-        return real(handle, bytes(data[:5]))
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full"):
-        patch.setattr("regrow.store.metrics.os.write", fills_up)
+        patch.setattr("regrow.store.atomic.os.fsync", full)
         run.log("b", text="x" * 40)
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
@@ -276,7 +254,7 @@ def measured(name, seed=0):
 
 
 def same(a, b):
-    sums = ("count", "sequences", "total", "square", "mean_total", "mean_square")
+    sums = ("count", "total", "square")
     assert (a.source, a.tokens, list(a.moments), list(a.gradients), list(a.fisher)) == (
         *(b.source, b.tokens),
         *(list(b.moments), list(b.gradients), list(b.fisher)),
@@ -361,7 +339,6 @@ def pruned(folder, die_after=0):
     return plan_cut(method, model, axes, Budget(0.7), Evidence(statistics)).plan, len(done)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_calibration_killed_half_way_gives_the_same_plan(tmp_path):
     code = "import pathlib, sys; from test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"

@@ -124,7 +124,7 @@ LORA = "recover ../in/pruned --by lora --tokens 96 --set passes=2 --set checks=2
 CUT = lambda: llama("../in/cut", cut=True)  # noqa: E731
 COPY = lambda: copied("../in/cut", "net")  # noqa: E731
 ONE, TWO = f"{PRUNE} --out ../in/one", f"{PRUNE} --seed 1 --out ../in/two"
-COMPARE = "compare ../in/one ../in/two --out page.html"
+COMPARE = "report ../in/one ../in/two --out page.html"
 CASES: dict[str, Case] = {
     "prune": Case(f"{PRUNE} --out run", "run"),
     "prune --dry-run": Case(f"{PRUNE} --dry-run plan.json", "plan.json", read=()),
@@ -147,7 +147,7 @@ CASES: dict[str, Case] = {
     "report over a report": Case("report run", "run", (f"{PRUNE} --out run",)),
     "compare": Case(COMPARE, "page.html", (ONE, TWO), ()),
     "compare over a comparison": Case(
-        COMPARE, "page.html", (ONE, TWO, "compare ../in/two ../in/one --out page.html"), ()
+        COMPARE, "page.html", (ONE, TWO, "report ../in/two ../in/one --out page.html"), ()
     ),
 }
 

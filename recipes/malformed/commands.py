@@ -15,7 +15,7 @@ TOY = "toys:classifier --method magnitude"
 DIGITS = "--source digits --tokens 64 --eval-tokens 32"
 LEARN = "learn digits --model mlp:8 --method naive --epochs 1 --train 40 --test 20 --batch-size 20"
 SEARCH = (
-    "search cells:4-1-1 --data digits --target 0.5 --train 60 --test 30 --batch-size 30 --epochs 1 --retrain 1 "
+    "search cells:4-1-1 --data digits --target params=50% --train 60 --test 30 --batch-size 30 --epochs 1 --retrain 1 "
     "--set warm=1 --set every=1"
 )
 
@@ -46,7 +46,7 @@ def _json(*names: str) -> tuple[tuple[str, tuple[m.Mutation, ...]], ...]:
 
 
 IDX = tuple(f"{half}-{what}" for half in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-RUN = _json("run/run.json", "run/metrics.jsonl", "run/ledger.json", "run/axes.json", "run/scores.json")
+RUN = _json("run/run.json", "run/metrics.jsonl", "run/ledger.json", "run/axes.json")
 MODEL = _json(
     "llama/config.json", "llama/tokenizer.json", "llama/tokenizer_config.json", "llama/generation_config.json"
 )
@@ -54,7 +54,7 @@ WEIGHTS = (*m.BYTES, m.header)
 
 COMMANDS: tuple[Command, ...] = (
     Command(f"prune {TOY} --keep 0.7 --out out", options=(
-        "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--measure", "--set", "--tokens",
+        "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--set", "--tokens",
         "--seed", "--dtype", "--device", "--finetune", "--source", "--unseen",
         "--out", "--seq-len", "--eval-tokens", "MODEL")),
     Command(f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out out", options=(
@@ -70,10 +70,11 @@ COMMANDS: tuple[Command, ...] = (
         _json("mail.jsonl"), needs=("llama", "mail.jsonl")),
     Command("recover run --by refit --out out --code toys:classifier", _json("run/run.json"), needs=("run",)),
     Command("show llama",
-        (*MODEL, *_all("llama/model.safetensors", more=WEIGHTS)), ("--dtype", "MODEL", "--json"),
+        (*MODEL, *_all("llama/model.safetensors", more=WEIGHTS)), ("--dtype", "MODEL"),
         ("llama",)),
     Command("show m.gguf", _all("m.gguf", more=(*WEIGHTS, m.header, m.header)), ("MODEL",), ("m.gguf",)),
-    Command("show toys:stepping --branches --json out.json", options=("--json", "--dtype", "MODEL")),
+    Command("show toys:stepping", options=("--dtype", "MODEL")),
+    Command("show learned", _json("learned/run.json"), needs=("learned",)),
     Command("apply plan.json toys:classifier --out out", _json("plan.json"), ("PLAN", "--out", "--dtype", "MODEL"),
         ("plan.json",)),
     Command("apply run/ledger.json toys:classifier --out out", _json("run/ledger.json"), needs=("run",)),
@@ -91,11 +92,11 @@ COMMANDS: tuple[Command, ...] = (
         *_all("learned/course.safetensors", more=WEIGHTS)), ("--task", "--resume"), ("learned",)),
     Command(f"{SEARCH} --out out", options=(
         "SPACE", "--data", "--target", "--method", "--stages", "--memory", "--epochs", "--retrain", "--cutout",
-        "--batch-size", "--lr", "--weight-decay", "--train", "--test", "--validation", "--stride", "--set", "--seed",
+        "--batch-size", "--lr", "--weight-decay", "--train", "--test", "--stride", "--set", "--seed",
         "--out")),
     Command(f"{SEARCH.replace('--data digits', '--data mnist')} --out out", _all(*(f"mnist/{one}" for one in IDX)),
         needs=("mnist",)),
-    Command("recover run --by bias --tokens 64 --code toys:classifier --out out", (*RUN,
+    Command("recover run --by refit --tokens 64 --code toys:classifier --out out", (*RUN,
         *_json("run/shapes.json"), *_all("run/model.safetensors", more=WEIGHTS)), ("RUN", "--by", "--tokens", "--set",
         "--seed", "--out"), ("run",)),
     Command("evaluate run --code toys:classifier --source digits --eval-tokens 16", (*_json("run/shapes.json",
@@ -105,15 +106,15 @@ COMMANDS: tuple[Command, ...] = (
         *_all("learned/model.safetensors", more=WEIGHTS)), ("MODEL", "--source", "--dtype"), ("learned",)),
     Command("evaluate llama --choices items.jsonl --items 2", _json("items.jsonl"), ("--items", "--choices"),
         ("llama", "items.jsonl")),
-    Command("chat llama --prompt hello --longest 2", MODEL, ("--prompt", "--longest", "--temperature", "--seed",
+    Command("chat llama --prompt hello --longest 2", MODEL, ("--prompt", "--longest", "--temperature",
         "--dtype", "--device", "MODEL"), ("llama",)),
-    Command("export llama --to transformers --out out", MODEL, ("--to", "--out", "--dtype", "RUN"), ("llama",)),
+    Command("export llama --to transformers --out out", MODEL, ("--to", "--out", "--dtype", "MODEL"), ("llama",)),
     Command("export learned --to onnx --out out.onnx", (*_json("learned/shapes.json"),
         *_all("learned/model.safetensors", more=WEIGHTS)), ("--to", "--dtype", "--out"), ("learned",)),
     Command("report run --out out.html", RUN, ("RUN", "--out"), ("run",)),
-    Command("report run --markdown", RUN, needs=("run",)),
-    Command("report learned --markdown", _json("learned/run.json", "learned/metrics.jsonl"), needs=("learned",)),
-    Command("compare run run2 --out out.html", RUN, ("RUNS", "--out"), ("run", "run2")),
+    Command("report learned", _json("learned/run.json", "learned/metrics.jsonl"), needs=("learned",)),
+    Command("report run run2 --out out.html", RUN, ("RUNS", "--out"), ("run", "run2")),
+    Command("learn --config learned --out out", _json("learned/run.json"), ("--config",), ("learned",)),
     Command("methods flap", options=("NAME",)),
 )  # fmt: skip
 

@@ -21,12 +21,12 @@ from regrow.allocation.timed import spread_times
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.evaluation import macs
-from regrow.nets import bench201, cells, mobile
-from regrow.nets.bench201 import Bench201
+from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.surgery.gate import parametrize
 from regrow.tracing.branches import find_placeholders
+from topology import topology
 from zoo import randomise
 
 CONFIGS = {
@@ -59,7 +59,6 @@ def drawn_masks(found, parameters, seed):
     return found.masks((alpha, level[0]), (kappa, level[1]), (flat, gone, torch.full((len(found.ops) + 1,), 0.3)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     net, axes, x = copy.deepcopy(traced[0]), traced[1], traced[2]
@@ -97,7 +96,6 @@ def after_filters(net, axes):
     return found_in(net, axes)[0].levels.filters
 
 
-@pytest.mark.slow
 def test_multiply_accumulates_are_those_of_the_cut_network(traced):
     net, axes = copy.deepcopy(traced[0]), traced[1]
     found, parameters = found_in(net, axes, Measure.MACS)
@@ -109,7 +107,6 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
     assert float(found.levels.size(masks.ops, masks.filters)) == pytest.approx(macs(after))
 
 
-@pytest.mark.slow
 def test_gradients_are_the_same_every_time_on_several_threads():
     net = randomise(Cells(cells.supernet((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
@@ -128,7 +125,6 @@ def test_gradients_are_the_same_every_time_on_several_threads():
         made = found.levels.flat(found.levels.replace_weights({}, flat, masks.filter_scale, masks.over))
         total = total + made.square().sum()
         total = total + found.operation_regularizer(masks, a, torch.arange(len(found.ops)) % 2 == 0)
-        total = total + found.threshold_regularizer(masks, (ops, filters, weights))
         return torch.autograd.grad(total, given)
 
     threads = torch.get_num_threads()
@@ -141,7 +137,6 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-@pytest.mark.slow
 def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     net, axes, _ = traced
     sums = candidates_in(net)
@@ -208,7 +203,6 @@ def test_a_needed_operation_and_a_last_filter_stay(traced):
     assert all(float(masks.filters[base : base + size].sum()) == min(least, size) for base, size, least in found.spans)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("levels", [(True, True, True), (True, True, False), (True, False, False)])
 def test_what_a_target_asks_for_goes_and_no_more(traced, levels):
     net, axes, _ = traced
@@ -298,7 +292,7 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
 
 
 def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
-    net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(topology(3, 4))
     axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
     found = gates(net, axes, parameters, keys, needed, lambda _: True, Measure.NONZERO)
@@ -316,7 +310,7 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
 
 
 def test_what_is_tied_stands_and_falls_together():
-    net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(topology(3, 4))
     axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
     keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
     found = gates(net, axes, parameters, keys, needed, lambda path: True, Measure.PARAMETERS)

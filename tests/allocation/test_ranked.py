@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp, slot, timed
 from regrow.allocation.cost import Cost, cost_of
-from regrow.allocation.ranked import BudgetError, allocation, rank, uniform
+from regrow.allocation.ranked import BudgetError, rank, uniform
 from regrow.core.amounts import IN_CONTEXT, STEPS, Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.budget import Budget
@@ -197,13 +197,6 @@ def test_rounding_is_part_of_the_allocation() -> None:
     assert cost({key: len(units) for key, units in kept.items()}) <= 0.7 * cost.total
 
 
-def test_minimum_and_share_hold() -> None:
-    _, axes = mlp(20, 10)
-    scores = {A: torch.arange(20).double(), B: 100 + torch.arange(10).double()}
-    assert len(rank(axes, scores, Budget(0.4))[A]) < 8
-    assert len(rank(axes, scores, Budget(0.5), minimum=9)[A]) == 9
-
-
 def test_an_infeasible_budget_names_the_least_keep() -> None:
     _, axes = mlp(20, 10)
     with pytest.raises(BudgetError, match=r"keep 0.01 of weights .*least reachable keep is 0.0259") as info:
@@ -222,8 +215,6 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         rank(axes, {A: torch.zeros(5)}, Budget(0.9))
     with pytest.raises(ValueError, match=f"scores of '{A}' hold NaN"):
         uniform(axes, {A: torch.full((6,), float("nan"))}, Budget(0.9))
-    with pytest.raises(ValueError, match="ranked, uniform"):
-        allocation("best")
 
 
 def test_uniform_takes_the_same_share_everywhere() -> None:

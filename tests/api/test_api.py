@@ -47,9 +47,7 @@ def test_any_labels_prune_and_evaluate(kind, method):
     assert found.loss == pytest.approx(float(losses[kind](outputs, labels)), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "budget", [{"smaller": "50%"}, {"smaller": 0.5}, {"target": "params=50%"}, {"keep": 0.5, "measure": "params"}]
-)
+@pytest.mark.parametrize("budget", [{"smaller": "50%"}, {"smaller": 0.5}, {"target": "params=50%"}])
 def test_a_share_of_all_parameters(budget):
     whole = sum(p.numel() for p in net(3).parameters())
     model, _ = regrow.prune(net(3), INPUTS, method="magnitude", settings={"compensate": False}, **budget)
@@ -148,8 +146,11 @@ def test_a_saved_network_is_a_model(tmp_path):
         (lambda: regrow.prune(net(3).to("meta"), INPUTS), "has no weights"),
         (lambda: regrow.finetune(net(3).requires_grad_(False), (INPUTS, INPUTS[:, :3])), "requires_grad"),
         (lambda: regrow.recover(net(3), net(2), regrow.Plan(), INPUTS), "dense must be the network before the cut"),
-        (lambda: regrow.recover("run", net(3), regrow.Plan(), INPUTS), r"got a str; write recover\(model, dense, plan"),
-        (lambda: regrow.recover(net(3), net(3), INPUTS, regrow.Plan()), "plan must be the regrow.Plan"),
+        (
+            lambda: regrow.recover("run", net(3), regrow.Plan(), INPUTS),
+            r"got str, .* write recover\(model, dense, plan",
+        ),
+        (lambda: regrow.recover(net(3), net(3), INPUTS, regrow.Plan()), r"got \w+, \w+, Tensor; write"),
     ],
 )
 def test_mistaken_calls_name_the_remedy(call, words):
@@ -158,21 +159,9 @@ def test_mistaken_calls_name_the_remedy(call, words):
 
 
 @pytest.mark.parametrize("keep", [70, "70"])
-def test_percent_in_the_place_of_a_fraction_names_the_fraction(keep):
-    with pytest.raises(ValueError, match=r"got 70; to keep 70 %, use 0\.7"):
+def test_another_fraction_than_one_between_0_and_1_is_refused(keep):
+    with pytest.raises(ValueError, match=r"keep must be .*, got '?70"):
         regrow.prune(net(3), INPUTS, keep=keep)
-    assert regrow.prune(net(3), INPUTS, keep="50%")[0][0].out_features == 8
-
-
-def test_unknown_arguments_are_named():
-    with pytest.raises(TypeError, match="prune has no argument 'ratio'; the size is given by keep"):
-        regrow.prune(net(3), INPUTS, ratio=0.5)
-    with pytest.raises(TypeError, match="search has no argument 'keep'; the size is given by target="):
-        regrow.search(net(3), INPUTS, keep=0.5)
-    with pytest.raises(TypeError, match="search has no argument 'scenario'"):
-        regrow.search(net(3), INPUTS, smaller=0.5, scenario=1)
-    with pytest.raises(TypeError, match="learn has no argument 'momentum'"):
-        regrow.learn(net(3), [(INPUTS, TARGETS["classification"])], method="naive", momentum=0.9)
 
 
 def test_trace_and_save_name_what_is_mistaken(tmp_path):

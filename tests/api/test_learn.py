@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from tests.data.test_datasets import benchmark
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,24 +45,22 @@ def test_any_labels_are_learned(kind):
 
 
 @pytest.mark.parametrize("method", ["sparsegrow", "ewc", "replay"])
-def test_an_avalanche_shaped_benchmark_equals_tasks_in_memory(method):
+def test_data_sets_that_are_read_equal_tasks_in_memory(method):
     """Bit for bit, as does a finished network whose data were read from data sets."""
     base = permuted_tasks(digits_task(), 2)
-    streams = [
-        [[(x, int(y)) for x, y in zip(some.inputs, some.labels, strict=True)] for some in parts]
-        for parts in zip(
-            *([first_examples(part, 200) for part in (task.train, task.test)] for task in base), strict=True
+    read = [
+        tuple(
+            [(x, int(y)) for x, y in zip(some.inputs, some.labels, strict=True)]
+            for some in (first_examples(part, 200) for part in (task.train, task.test))
         )
+        for task in base
     ]
-    shaped = benchmark([])
-    for name, parts in zip(("train_stream", "test_stream"), streams, strict=True):
-        setattr(shaped, name, [type(shaped)(dataset=part) for part in parts])
     memory = [
         regrow.data.streams.Task(one.name, first_examples(one.train, 200), first_examples(one.test, 200), one.classes)
         for one in base
     ]
     found = []
-    for given in (shaped, memory):
+    for given in (read, memory):
         model, _ = small("mlp:20", (1, 8, 8), 10, 0)
         learned = regrow.learn(model, given, method=method, epochs=2)
         found.append((learned.scores.rows, model.state_dict()))
@@ -81,22 +78,6 @@ def test_an_optimizer_of_ones_own():
     other = regrow.learn(net(), given, method="naive", epochs=2, optimizer=partial(torch.optim.Adam, lr=0.1)).model
     assert torch.equal(by_name[0].weight, own[0].weight)
     assert not torch.equal(own[0].weight, other[0].weight)
-
-
-def test_interrupted_learning_resumes_from_its_file(tmp_path):
-    given = tasks(TARGETS["classification"][1])
-    whole = regrow.learn(net(), given, method="ewc", epochs=3)
-
-    def stop(done, total, what):
-        if done == 8:
-            raise KeyboardInterrupt
-
-    file = tmp_path / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        regrow.learn(net(), given, method="ewc", epochs=3, checkpoint=file, progress=stop)
-    resumed = regrow.learn(net(), given, method="ewc", epochs=3, checkpoint=file)
-    assert resumed.scores.rows == whole.scores.rows
-    assert torch.equal(resumed.model[0].weight, whole.model[0].weight)
 
 
 def test_a_network_that_grows_is_the_result():

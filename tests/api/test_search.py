@@ -71,23 +71,6 @@ def test_weights_are_kept_without_training(target):
     assert {tuple(row.flatten().tolist()) for row in net[0].weight} < rows
 
 
-def test_an_interrupted_search_is_resumed_from_its_file(tmp_path):
-    given = {"smaller": "40%", "epochs": 4, "batch_size": 16, "lr": 0.05}
-    whole = regrow.search(network(), images(), **given)
-
-    def stop(done, total, text):
-        if done == 3 * total // 4 + 1:
-            raise KeyboardInterrupt
-
-    file = tmp_path / "search.st"
-    with pytest.raises(KeyboardInterrupt):
-        regrow.search(network(), images(), **given, checkpoint=file, progress=stop)
-    for _ in range(2):
-        resumed = regrow.search(network(), images(), **given, checkpoint=file)
-        assert resumed.score == whole.score and resumed.size == whole.size
-        assert all(map(torch.equal, resumed.model.state_dict().values(), whole.model.state_dict().values()))
-
-
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from cli.conftest import Run
@@ -42,7 +41,11 @@ OUTSIDE = {
     "what a command raises on purpose": (ModelError, "no model", 70),  # raised here, not by regrow's own code
     "a missing file": (FileNotFoundError(errno.ENOENT, "No such file", "x.json"), "x.json: no such file", 2),
     "a full disk": (OSError(errno.ENOSPC, "No space left", "x"), "free some space", 4),
-    "a read-only place": (PermissionError(errno.EACCES, "Permission denied", "x"), "choose a place", 4),
+    "a read-only place": (
+        PermissionError(errno.EACCES, "Permission denied", "x"),
+        "check the path and its permissions",
+        4,
+    ),
     "no memory": (MemoryError(), "not enough memory", 4),
     "no memory in torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory", 4),
     "a missing package": (ModuleNotFoundError("No module named 'peft'", name="peft.tuners"), "regrow[recover]", 4),
@@ -59,34 +62,21 @@ def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: p
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)  # this file is no part of regrow either
     code, out, err = regrow("methods", "flap")
     assert code == expected and says in err and not out, err
-    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    assert (len(err.splitlines()) == 1) == ("Traceback" not in err) == (code != 70)
 
 
-def test_a_bug_leaves_a_report_without_secrets_and_without_values(
-    regrow: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("regrow.jobs.evaluate.run", failing(KeyError("x")))
+def test_a_bug_is_reported_with_its_traceback(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regrow.jobs.evaluate.run", failing(KeyError("x\x1b[31m")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
-    Path(tmp_path, "private").mkdir()
-    Path(tmp_path, "my", "model").mkdir(parents=True)
-    Path(tmp_path, "private", "letters.txt").write_text("Dear Ada")
-    words = ("evaluate", str(tmp_path / "my" / "model"), "--source", f"mail={tmp_path}/private/letters.txt")
-    words += ("--harness", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
-    code, _, err = regrow(*words)
-    (report,) = tmp_path.glob("regrow-report-*.txt")
-    assert code == 70 and str(report) in err and len(err.splitlines()) == 1
-    text = report.read_text()
-    assert "KeyError: 'x'" in text and "cli/evaluate.py" in text and torch.__version__.split("+")[0] in text
-    assert "evaluate --source --harness --json\n" in text
-    assert not re.search(f"hf_abc|pass@|private|{tmp_path}", text)
-    assert report.stat().st_mode & 0o077 == 0
+    code, _, err = regrow("evaluate", "toys:classifier")
+    assert code == 70 and "\nTraceback" in err and "cli/evaluate.py" in err and "\x1b" not in err
+    assert err.splitlines()[-1].startswith("regrow: this is a bug in regrow: KeyError")
 
 
 def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mynets.py").write_text("def net():\n    return {}['mine']\n")
     code, _, err = regrow("show", "mynets:net")
-    assert code == 2 and "KeyError" in err and "mine" in err and "Traceback" not in err
+    assert code == 2 and "KeyError" in err and "mine" in err
 
     def call(*_: object, **__: object) -> None:
         __import__("mynets").net()
@@ -100,7 +90,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
 def test_a_value_error_is_the_users_only_where_regrow_raises_it() -> None:
     with pytest.raises(ValueError) as slip:
         quantities.significant(math.nan)  # which has no logarithm that can be rounded
-    assert boundary.failure_of(slip.value).report
+    assert boundary.failure_of(slip.value).traced
     with pytest.raises(ModelError) as meant:
         __import__("regrow.nets", fromlist=["load"]).load("")
     assert boundary.failure_of(meant.value) == boundary.Failure(2, str(meant.value))
@@ -126,6 +116,8 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
     monkeypatch.setattr("regrow.jobs.prune.run", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.jobs.prune.plan_named", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
+    Path("made/.work").mkdir(parents=True)
+    Path("made/.work/run.json").touch()
     nothing, resumes = "stopped; nothing was written", "run keeps what was finished, and the same command resumes"
     for words, says in (
         (("export", "resnet18", "--to", "onnx", "--out", "y"), nothing),
@@ -133,9 +125,6 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
         ((*prune, "--out", "made"), resumes.replace("run", "made")),
     ):
-        monkeypatch.setattr(
-            "regrow.store.run_folder.RunFolder.open_unfinished", lambda out: out if out.name == "made" else None
-        )
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
 
@@ -145,12 +134,9 @@ def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
 ) -> None:
     def cleaned_up(*_: Any, **__: Any) -> None:
         try:
-            try:
-                raise KeyboardInterrupt
-            finally:
-                raise RuntimeError("the mode is not there")
-        except RuntimeError as error:
-            raise ValueError("the plan cannot be carried out") from error
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise RuntimeError("the mode is not there")
 
     monkeypatch.setattr("regrow.jobs.prune.run", cleaned_up)
     code, _, err = regrow("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "run")
@@ -174,7 +160,7 @@ def test_messages_name_only_options_that_commands_have() -> None:
     there |= {word for command in commands.commands.values() for one in command.params for word in one.secondary_opts}
     house, named = Path(boundary.__file__).parents[1], dict[str, str]()
     for path in house.rglob("*.py"):
-        if path.name != "drawing.py":  # custom properties of CSS look alike
+        if path.name != "figures.py":  # custom properties of CSS look alike
             texts = [one.value for one in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(one, ast.Constant)]
             named |= dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(map(str, texts))), path.name)
     assert not {word: name for word, name in named.items() if word not in there}

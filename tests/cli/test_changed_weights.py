@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from cli.conftest import Run
 from regrow import nets
-from regrow.cli.runs import RunPage
 from regrow.core.errors import InputError
 from regrow.jobs import memory_needs, run_networks
 from regrow.nets.loaded import WeightFile, check_unchanged
@@ -121,7 +120,7 @@ def test_weights_that_change_between_two_reads_are_refused(
 
 def at_page(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Act when the page is written, after which the result is saved."""
-    monkeypatch.setattr(RunPage, "__call__", lambda self, folder: act())
+    monkeypatch.setattr("regrow.reports.write_run_page", lambda folder: act())
 
 
 @pytest.mark.parametrize("change", [replaced, disguised])
@@ -145,25 +144,6 @@ def test_weights_that_change_while_a_run_is_interrupted_are_refused(
     disguised(model / NAME)
     code, _, err = regrow("prune", "model", *SOURCE, *STREAMED, "--out", "out")
     assert code == 2 and "model was changed since this run was started" in err
-
-
-def test_a_saved_model_that_is_touched_or_linked_is_the_same(
-    regrow: Run, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert regrow("prune", "model", *SOURCE, *STREAMED, "--out", "run")[0] == 0
-    shutil.rmtree(model)
-    Path("run").rename(model)
-    words = ("prune", "model", *SOURCE, *STREAMED)
-    assert regrow(*words, "--out", "untouched")[0] == 0
-    for number, act in ((40, (model / NAME).touch), (90, lambda: os.link(model / NAME, "second"))):
-        with monkeypatch.context() as patch:
-            read_then(number, act, patch)
-            code, _, err = regrow(*words, "--out", f"out{number}")
-        assert code == 0, err
-        assert Path(f"out{number}", NAME).read_bytes() == Path("untouched", NAME).read_bytes()
-    read_then(90, lambda: rewritten(model / NAME), monkeypatch)
-    code, _, err = regrow(*words, "--out", "out")
-    assert code == 2 and "while it was in use" in err and not Path("out/run.json").exists()
 
 
 def test_an_evaluation_of_weights_that_change_is_refused(

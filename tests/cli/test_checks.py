@@ -13,18 +13,16 @@ from cli.conftest import Run
 from regrow import load
 from regrow.cli.checks import check_folder
 from regrow.core.errors import InputError, ResourceError
-from regrow.nets import ModelError
 from regrow.nets.devices import choose_device
-from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
+from regrow.nets.files import check_config, check_files, check_safetensors
 from regrow.nets.vision import small
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import check_settings
-from regrow.store.atomic import atomic_write
 from regrow.store.errors import StoreError
 
 LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")
-SEARCH = ("search", "cells:4-1-1", "--data", "digits", "--target", "0.5", "--out", "a/run")
+SEARCH = ("search", "cells:4-1-1", "--data", "digits", "--target", "params=50%", "--out", "a/run")
 REFUSED = {
     "learn at an infinite rate": ((*LEARN, "--lr", "inf"), "--lr must be between 0 and 1,000, got inf", 2),
     "learn at no rate": ((*LEARN, "--lr", "nan"), "--lr must be", 2),
@@ -34,14 +32,13 @@ REFUSED = {
     "prune on nonsense": ((*PRUNE, "--device", "nonsense"), "there is no device 'nonsense'", 2),
     "prune images in bfloat16": (
         (*PRUNE, "--dtype", "bfloat16", "--source", "digits"),
-        "images are read in float32, and the model is in bfloat16; leave out --dtype",
+        "channels in float32, and the model takes inputs of shape",
         2,
     ),
     "prune into multiples of 0": ((*PRUNE, "--round", "0"), "--round must be 1 to", 2),
-    "search with a share of 2": ((*SEARCH, "--validation", "2"), "--validation must be between 0 and 1, got 2", 2),
     "search at a rate of nothing": ((*SEARCH, "--lr", "nan"), "--lr must be between", 2),
     "recover nothing": (
-        ("recover", "none", "--by", "bias", "--tokens", "0", "--out", "a/run"),
+        ("recover", "none", "--by", "refit", "--tokens", "0", "--out", "a/run"),
         "--tokens must be 1",
         2,
     ),
@@ -82,9 +79,9 @@ def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
 def test_every_default_is_in_its_range() -> None:
     for settings in (
         prune.Settings("x"),
-        recover.Settings("run", "bias"),
+        recover.Settings("run", "refit"),
         learn.Settings(("digits",)),
-        search.Settings("cells:4-1-1", "digits", "0.5"),
+        search.Settings("cells:4-1-1", "digits", "params=50%"),
         evaluate.Settings("x"),
     ):
         check_settings(settings)
@@ -164,42 +161,6 @@ def test_a_folder_with_a_pipe_for_a_tokenizer_is_refused(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "tokenizer_config.json")
     with pytest.raises(InputError, match=r"tokenizer_config\.json is no regular file"):
         check_files(tmp_path)
-
-
-def _gguf(
-    pairs: int = 1, tensors: int = 1, length: int = 1, many: int = 2, size: int = 4, empty: bool = False
-) -> bytes:
-    text = struct.pack("<Q", length) + b"a"
-    entry = text + struct.pack("<IIQ", 9, 4, many) + bytes(4 * 2)
-    tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, size, 0, 0)
-    if empty:  # and of sizes beyond any memory
-        tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQQQIQ", 3, size, size, 0, 0, 0)
-    return b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + entry + tensor + bytes(64)
-
-
-def test_counts_of_a_gguf_file_that_do_not_fit_it_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(_gguf())
-    check_gguf(path, "m.gguf")
-    for data in (
-        b"GGUX", b"GGUF", _gguf(pairs=2**60), _gguf(tensors=2**60), _gguf(length=2**62), _gguf(many=2**61),
-        _gguf(size=2**60), _gguf(size=2**59, empty=True), _gguf()[:40],
-    ):  # fmt: skip
-        path.write_bytes(data)
-        with pytest.raises(ModelError, match=r"m\.gguf"):
-            check_gguf(path, "m.gguf")
-
-
-def test_what_a_killed_check_leaves_is_deleted_by_the_next_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rmdir", lambda path: None)  # killed before it
-        check_folder(tmp_path / "run")
-    assert len([*tmp_path.iterdir()]) == 1
-    with atomic_write(tmp_path / "run"):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_what_a_killed_replacement_leaves_is_deleted_by_a_command_that_is_refused(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ PRUNE = (
 def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
     code, out, err = regrow(*PRUNE, "--keep", "0.6", "--finetune", "2", "--out", "run")
     assert code == 0, err
-    assert "Masked = shrunk" in out and "accuracy on digits" in out
-    assert (Path("run") / "report.html").stat().st_size > 10_000
+    assert "Masked = shrunk" in out and "Accuracy" in out and "go on with: regrow recover run" in out
+    assert (Path("run") / "report.html").stat().st_size > 5_000
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     sizes = {row["model"]: row["params_counted"] for row in rows if row["what"] == "size"}
     assert 0 < sizes["pruned"] <= 0.6 * sizes["dense"]
@@ -40,32 +40,23 @@ def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
 
     model = load("run", model=lambda: toys.classifier()[0])
     assert model.body[0].out_channels < 12
-    code, out, _ = regrow("show", "toys:classifier", "--json", "axes.json")
-    assert code == 0 and "12" in out
-    axes = json.loads(Path("axes.json").read_text())["axes"]
-    assert {axis["key"] for axis in axes if axis["mark"] == "neutral"} == {"body.0.weight:0", "body.3.weight:0"}
+    code, out, _ = regrow("show", "toys:classifier")
+    assert code == 0 and "12" in out and "neutral" in out
+    code, out, _ = regrow("show", "run", "--code", "toys:classifier")
+    assert code == 0 and "History of the network" in out and "regrow prune toys:classifier" in out
 
 
 def test_show_says_how_a_network_was_traced(regrow: Run) -> None:
-    for name, how, words in (
-        ("classifier", "export", "on fake data"),
-        ("picking", "eager", "by recording one eager run"),
-    ):
-        code, out, err = regrow("show", f"toys:{name}", "--json", "axes.json")
+    for name, words in (("classifier", "on fake data"), ("picking", "by recording one eager run")):
+        code, out, err = regrow("show", f"toys:{name}")
         assert code == 0, err
         assert f"traced {words}" in " ".join(out.split())
-        assert json.loads(Path("axes.json").read_text())["recorded"] == how
     assert "since torch.export refuses" in " ".join(out.split())
 
 
-def test_a_branch_is_shown_and_dropped(regrow: Run) -> None:
+def test_a_branch_is_dropped(regrow: Run) -> None:
     import toys
 
-    code, out, err = regrow("show", "toys:stepping", "--branches", "--all", "--json", "axes.json")
-    assert code == 0, err
-    assert "zero" in out and "body.2" in out and "goes with body" in " ".join(out.split())
-    branches = json.loads(Path("axes.json").read_text())["branches"]
-    assert branches["body"] == {"gives": "zero", "with": ["body"]} and "reason" in branches["last"]
     whole, example = toys.stepping()
     Path("drop.json").write_text(Plan.dropping(with_branches(whole, trace(whole.eval(), example)), ["body"]).to_json())
     code, _, err = regrow("apply", "drop.json", "toys:stepping", "--out", "less")
@@ -147,37 +138,30 @@ def test_a_plan_that_grows_and_a_ledger_that_restores_are_applied(regrow: Run) -
 
 def test_the_settings_of_a_run_give_the_same_plan(regrow: Run) -> None:
     regrow(*PRUNE, "--keep", "0.5", "--out", "one")
-    assert regrow("settings", "one", "--out", "one.toml")[0] == 0
-    code, _, err = regrow("prune", "toys:classifier", "--config", "one.toml", "--out", "two")
+    code, _, err = regrow("prune", "toys:classifier", "--config", "one", "--out", "two")
     assert code == 0, err
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"][0]["changes"] for name in ("one", "two")]
     assert plans[0] == plans[1]
-    code, out, _ = regrow("compare", "one", "two", "--out", "both.html")
+    code, out, _ = regrow("report", "one", "two", "--out", "both.html")
     assert code == 0 and Path("both.html").exists() and "one" in out
 
 
-@pytest.mark.slow
 def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "200", "--test", "50", "--stages", "1", "--epochs", "3", "--retrain", "1")
-    code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "0.4", "--stride", "1", "--out", "run")
+    code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "params=40%", "--stride", "1", "--out", "run")
     assert code == 0, err
-    assert (
-        "operations" in out
-        and "nonzero" in out
-        and "Retrained from scratch, it has a test accuracy" in " ".join(out.split())
-    )
+    assert "operations" in out and "nonzero" in out and "%, retrained from scratch." in " ".join(out.split())
     assert type(load("run")).__name__ == "Cells"
     code, _, err = regrow("search", "cells:3-2-1", *given, "--target", "7", "--out", "other")
-    assert code == 2 and "is a share" in err and not Path("other").exists()
+    assert code == 2 and "a target is like" in err and not Path("other").exists()
     code, out, _ = regrow("methods", "mgas")
     assert code == 0 and "reconstructed" in out.lower() and "--set controller=dual" in out
     assert "--set levels=operations,filters,weights" in out.replace("\n", "")
 
 
-@pytest.mark.slow
 def test_what_must_not_be_overlooked_in_a_search_is_noted(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "100", "--test", "50", "--method", "blind", "--set", "what=operations")
-    given += ("--stages", "1", "--epochs", "0", "--retrain", "0", "--target", "0.2")
+    given += ("--stages", "1", "--epochs", "0", "--retrain", "0", "--target", "params=20%")
     code, out, err = regrow("search", "cells:3-2-1", *given, "--out", "run")
     assert code == 0, err
     noted = [line.removeprefix("note: ") for line in out.splitlines() if line.startswith("note: ")]
@@ -203,8 +187,8 @@ def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: R
     assert parameters[0] == "610" and all(one.replace(",", "").isdecimal() for one in parameters), "in one column"
     code, _, err = regrow("learn", "digits", "--without-old", "--out", "other")
     assert code == 2 and "--resume RUN" in err
-    code, _, err = regrow("learn", "--resume", "run", "--epochs", "7", "--set", "strength=3")
-    assert code == 2 and "leave out --set, --epochs" in err
+    code, _, err = regrow("learn", "digits", "--resume", "run", "--epochs", "7", "--set", "strength=3")
+    assert code == 2 and "leave out TASKS, --set, --epochs" in err
     code, _, err = regrow("learn", "digits", "--task", "digits", "--out", "other")
     assert code == 2 and "--resume" in err
     code, _, err = regrow("learn", "permuted:digits:2", "--method", "sparsgrow", "--out", "other")
@@ -232,7 +216,6 @@ MISTAKES = {
     "no keep": ((*PRUNE, "--out", "run"), "--keep 0.8"),
     "keep and target": ((*PRUNE, "--keep", "0.8", "--target", "macs=2M", "--out", "run"), "one of --keep"),
     "target of nothing known": ((*PRUNE, "--target", "watts=3", "--out", "run"), "params=100M"),
-    "target and measure": ((*PRUNE, "--target", "macs=2M", "--measure", "bytes", "--out", "run"), "counts macs"),
     "infeasible target": ((*PRUNE, "--target", "params=10", "--out", "run"), "least possible is params="),
     "cache without attention": ((*PRUNE, "--target", "kv_cache=1M@64", "--out", "run"), "no kv_cache"),
     "tokens of a picture": ((*PRUNE, "--target", "ms=1@64", "--out", "run"), "no rows of tokens"),
@@ -244,7 +227,7 @@ MISTAKES = {
     "no source": (("prune", "toys:classifier", "--method", "wanda_sp", "--keep", "0.8", "--out", "run"), "--source"),
     "unknown source": (("prune", "toys:classifier", "--keep", "0.8", "--source", "x", "--out", "run"), "NAME=FOLDER"),
     "unknown setting": ((*PRUNE, "--keep", "0.8", "--set", "formm=token", "--out", "run"), "formm"),
-    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "minimum=two", "--out", "run"), "minimum"),
+    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "compensate=two", "--out", "run"), "compensate"),
     "full folder": ((*PRUNE, "--keep", "0.8", "--out", "full"), "full exists and is not empty"),
     "NaN weights": (
         ("prune", "toys:broken", "--method", "magnitude", "--keep", "0.8", "--out", "run"),
@@ -285,7 +268,6 @@ SOURCES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_language_model: Path) -> None:
     content, says = SOURCES[name]
@@ -297,7 +279,6 @@ def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_langua
     assert not Path("run").exists()
 
 
-@pytest.mark.slow
 def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_language_model: Path) -> None:
     words = (
         "prune",
@@ -326,7 +307,6 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
     assert found == logged[0]
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +321,6 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
         "manual",
         "--source",
         "code",
-        "--no-verify",
     )
     sizes = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
     assert regrow(*words, *sizes, "--out", "whole")[0] == 0
@@ -362,7 +341,6 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     assert plans[0] == plans[1]
 
 
-@pytest.mark.slow
 def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,16 +355,15 @@ def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
         "base=wanda_sp",
         "--keep",
         "0.7",
-        "--no-verify",
     ]
     words += ["--source", "manual", "--source", "code", "--source", "news", "--unseen", "talk"]
-    words += ["--no-verify", "--tokens", "512", "--eval-tokens", "128", "--seq-len", "64"]
+    words += ["--tokens", "512", "--eval-tokens", "128", "--seq-len", "64"]
     words += ["--set", "steps=4", "--set", "every=2", "--set", "shards=2"]
     code, _, err = regrow(*words, "--out", "whole")
     assert code == 0, err
     found = json.loads(Path("whole/findings.json").read_text())
     assert [row["step"] for row in found["history"]] == [0, 2, 4] and found["sources"] == ["manual", "code", "news"]
-    assert "Rank changes across text domains" in Path("whole/report.html").read_text()
+    assert "gprune is reconstructed" in Path("whole/report.html").read_text()
     real = shares.write_checkpoint
 
     def stop_after_two_steps(path: Path, model: Any, state: Any, **more: Any) -> None:

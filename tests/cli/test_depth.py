@@ -25,7 +25,7 @@ def test_a_run_without_a_block_is_recovered_and_exported(
     assert code == 0, err
     with monkeypatch.context() as patch:
         patch.setattr(memory_needs, "SPARE", 2**40)
-        code, _, err = regrow("recover", "run", "--by", "bias", "--memory", "64GiB", "--out", "run3")
+        code, _, err = regrow("recover", "run", "--by", "refit", "--memory", "64GiB", "--out", "run3")
     said = " ".join(err.split())
     assert code == 2 and "the run dropped whole modules" in said and "give more memory" in said
     code, _, err = regrow("export", "run", "--to", "transformers", "--out", "plain")

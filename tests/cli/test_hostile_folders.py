@@ -6,10 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.slow
-
 RECIPE = Path(__file__).parents[2] / "recipes" / "hostile_folders.py"
 SURE = ("run: model", "run: dense model of a recovery", "shapes: callable", "config: auto_map", "tokenizer: class")
 

@@ -69,7 +69,6 @@ def test_saving_a_loaded_model_does_not_call_what_shapes_json_names(run, canary,
         assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate run", "export run --to onnx --out m.onnx", "show run", "apply plan run"])
 def test_a_folder_that_needs_code_gets_it_from_the_command_line(command, run, canary, regrow, tmp_path):
     edited(run, "shapes.json", lambda d: d["origin"].update(reference="pwned:boom"))
@@ -88,7 +87,7 @@ def test_code_that_is_not_needed_is_refused(regrow, tmp_path):
     code, _, err = regrow("show", "resnet18", "--code", "toys:classifier")
     assert code == 2 and "leave it out" in err and "running code" not in err.splitlines()[-1]
     code, _, err = regrow("prune", "toys:classifier", "--code", "toys:classifier", "--keep", "0.5", "--out", "new")
-    assert code == 2 and "--code is for a run folder" in err
+    assert code == 2 and "is for a network that your own code builds" in err
     code, _, err = regrow("show", "toys:classifier")
     assert code == 0 and "running code: toys:classifier (named on the command line)\n" in err
 

@@ -19,7 +19,6 @@ COMMANDS = {
     "prune": ("--method", "llm_pruner", "--keep", "0.9", "--source", MAIL, "--tokens", "64", *AMOUNTS, "--out", "made"),
     "grow": ("--mlp", "+8", "--on", MAIL, "--steps", "1", "--tokens", "64", *AMOUNTS, "--out", "made"),
     "evaluate": ("--source", MAIL, *AMOUNTS),
-    "chat": ("--prompt", "hello", "--longest", "2"),
     "recover": ("--by", "distil", "--tokens", "128", "--out", "made"),
 }
 

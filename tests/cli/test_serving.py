@@ -18,7 +18,6 @@ def test_what_cannot_be_exported_is_told_in_a_line(regrow: Run, tiny_language_mo
     for words, said in (
         (("--to", "pdf", "--out", "x"), "known: transformers, gguf, onnx, torchvision"),
         (("--to", "gguf", "--dtype", "q1", "--out", "x.gguf"), "it stores f16"),
-        (("--to", "gguf", "--cache", "--out", "x.gguf"), "cache is for onnx"),
         (("--to", "torchvision", "--out", "x"), "no torchvision network"),
     ):
         code, _, err = regrow("export", model, *words)

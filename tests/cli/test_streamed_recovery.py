@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from regrow.jobs import memory_needs
-from regrow.methods.recovery import CHANGED_FORMAT as FORMAT
-from regrow.methods.recovery import REFIT_FIELDS, ChangedTensors, refit
+from regrow.methods.recovery import FORMAT, ChangedTensors
 from regrow.methods.recovery.refit_work import RefitWork
 from regrow.store.tensors import write_tensors
 from regrow.streaming.network import StreamedNetwork
@@ -41,16 +40,10 @@ def run(run_once, tiny_language_model):
     return prune
 
 
-WAYS = {"bias": ("--by", "bias"), "refit": ("--by", "refit"), "dense": ("--by", "refit", "--set", "target=dense")}
-
-
-@pytest.mark.parametrize(
-    ("by", "dtype"),
-    [("bias", "float32"), *((by, dtype) for by in ("refit", "dense") for dtype in ("float32", "bfloat16"))],
-)
-def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp_path, streams, by, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp_path, streams, dtype):
     run(*(("--dtype", dtype) if dtype == "bfloat16" else ()))
-    command = ("recover", "run", *WAYS[by], "--tokens", "256", "--out")
+    command = ("recover", "run", "--by", "refit", "--tokens", "256", "--out")
     run_once(*command[:-1], out="whole")
     code, said, error = regrow(*command, "streamed", "--memory", "64GiB")
     assert code == 0, error
@@ -59,7 +52,7 @@ def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
     assert rows(tmp_path / "whole") == rows(tmp_path / "streamed")
     row = next(row for row in rows(tmp_path / "streamed") if row["what"] == "recovery")
-    assert row["biases"] == 4 if by == "bias" else any(layer["ridge"] for layer in row["layers"])
+    assert any(layer["ridge"] for layer in row["layers"])
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {path.name for path in (tmp_path / "streamed").iterdir()}
     record = json.loads((tmp_path / "streamed" / "run.json").read_text())
@@ -67,10 +60,9 @@ def test_a_streamed_recovery_is_that_of_one_in_memory(regrow, run, run_once, tmp
     assert "--memory 64GiB" in record["command"]
 
 
-@pytest.mark.parametrize("by", WAYS)
-def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_path, streams, monkeypatch, by):
+def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_path, streams, monkeypatch):
     run()
-    command = ("recover", "run", *WAYS[by], "--tokens", "256", "--out")
+    command = ("recover", "run", "--by", "refit", "--tokens", "256", "--out")
     run_once(*command[:-1], out="whole")
     monkeypatch.setattr(MemoryPlan, "on_disk", True)
     true, left, killed, solved = StreamedNetwork.resident, [0], 0, []
@@ -98,7 +90,7 @@ def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_p
     assert killed > 1
     every = [name for some in solved for name in some]
     assert len(every) == len({*every})
-    assert by == "bias" or sum(map(bool, solved)) > 1  # a part of the layers was solved before the last call
+    assert sum(map(bool, solved)) > 1  # a part of the layers was solved before the last call
     for name in FILES:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
@@ -107,8 +99,8 @@ def test_a_killed_recovery_ends_as_one_that_was_not(regrow, run, run_once, tmp_p
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--by", "refit", "--memory", "1MiB"), "even one block at a time; use --memory"),
-        (("--by", "refit", "--set", "target=dense", "--memory", "1MiB"), "even one block at a time; use --memory"),
+        (("--by", "refit", "--memory", "1MiB"), "of memory is impossible; use --memory"),
+        (("--by", "refit", "--set", "target=dense"), "fitting to what the dense network has needs the whole network"),
         (("--by", "lora"), "recovery by lora within 64 GiB of memory is impossible"),
     ],
 )
@@ -119,60 +111,30 @@ def test_what_is_not_recovered_block_by_block_is_refused(regrow, run, streams, w
     assert match in error
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_auto_fits_to_the_dense_network_where_own_cannot(regrow, run, run_once, tmp_path, streams, monkeypatch, stored):
-    run(*(("--dtype", stored) if stored == "bfloat16" else ()))
-    monkeypatch.setattr(refit, "CLOSE", -1)
-    command = ("recover", "run", "--by", "refit", "--tokens", "256", "--out")
-    assert regrow(*command, "whole")[0] == 0
-    code, _, error = regrow(*command, "streamed", "--memory", "64GiB")
-    assert code == 0, error
-    for name in FILES:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
-    assert rows(tmp_path / "whole") == rows(tmp_path / "streamed")
-    row = next(row for row in rows(tmp_path / "streamed") if row["what"] == "recovery")
-    assert row["target"] == "dense"
-    assert "differs from the dense one" in row["note"]
-
-
-def test_a_block_of_both_networks_must_fit(regrow, run, streams, monkeypatch):
-    run()
-    monkeypatch.setattr(memory_needs, "predict_pairing", lambda network, tokens, window: 2**37)
-    command = ("recover", "run", "--by", "refit", "--tokens", "256", "--memory", "64GiB", "--out")
-    assert regrow(*command, "own")[0] == 0
-    code, _, error = regrow(*command, "dense", "--set", "target=dense")
-    assert code
-    assert "even one block at a time; use --memory 13" in error
-    monkeypatch.setattr(refit, "CLOSE", -1)
-    code, _, error = regrow(*command, "auto")
-    assert code
-    assert "with a block of both networks in memory, within 64 GiB of memory is impossible; use --memory 13" in error
-
-
 def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):
     run()
-    terms, counts = memory_needs._refit_terms, []
+    predict, counts = memory_needs._refit_bytes, []
 
     def counted(model, tokens, window, parts=3):
         counts.append(parts)
-        return terms(model, tokens, window, parts)
+        return predict(model, tokens, window, parts)
 
-    monkeypatch.setattr(memory_needs, "_refit_terms", counted)
+    monkeypatch.setattr(memory_needs, "_refit_bytes", counted)
     for choose_on, sums in (("held_out", 3), ("left_out_source", 4)):
         counts.clear()
         words = ("--by", "refit", "--set", f"choose_on={choose_on}", "--tokens", "256", "--memory", "64GiB")
         assert regrow("recover", "run", *words, "--out", choose_on)[0] == 0
-        assert counts == [sums, sums]
+        assert counts == [sums]
 
 
 def test_damaged_files_of_an_interrupted_recovery_are_deleted(tmp_path):
     changed, made = ChangedTensors(tmp_path), {"a": torch.ones(2)}
     for record in (None, [], {"weight": "a"}):
         write_tensors(tmp_path / "000000.safetensors", made, {"key": "k", "record": record}, FORMAT)
-        changed.open("k", REFIT_FIELDS)
+        changed.open("k")
         assert not changed.records
         assert not list(tmp_path.glob("*.safetensors"))
     changed.write(made, {"weight": "a", "ridge": 0.1})
-    changed.open("k", REFIT_FIELDS)
+    changed.open("k")
     assert "a" in changed
     assert changed.records == [{"weight": "a", "ridge": 0.1}]

@@ -121,9 +121,9 @@ def check_rows(ranks):
 
 if __name__ == "__main__":
     ranks = read_ranks()
-    from regrow.distributed.group import connected
+    from regrow.distributed.parallel import connected
 
-    with connected(ranks, lambda line: sys.stderr.write(line)):
+    with connected(ranks):
         check_rows(ranks)
         results = {method: train(method, ranks) for method in sys.argv[1:] or METHODS}
         if ranks.leads:

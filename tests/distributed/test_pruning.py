@@ -2,13 +2,11 @@
 
 import json
 
-import pytest
-
 from distributed.processes import finish, free_port, start
 
 WORDS = ("--keep", "0.7", "--source", "news", "--source", "code", "--tokens", "160", "--eval-tokens", "96")
 """Five calibration windows and three for evaluation: ranks get unequal shares."""
-FILES = ("ledger.json", "model.safetensors", "shapes.json", "axes.json", "scores.json", "probe.st", "metrics.jsonl")
+FILES = ("ledger.json", "model.safetensors", "shapes.json", "axes.json", "probe.st", "metrics.jsonl")
 TWICE = """
 import os, sys
 from regrow.cli import code_of
@@ -21,7 +19,6 @@ sys.exit(max(*codes, code_of([*words, "--memory", "64GiB", "--out", "streamed"])
 """
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(regrow, tiny_language_model, tmp_path):
     words = ("prune", str(tiny_language_model), *WORDS, "--seq-len", "32")
     two = start("-c", TWICE, str(free_port()), *words, cwd=tmp_path)

@@ -1,7 +1,5 @@
 """Who a process is among several, and what happens when one of them ends."""
 
-import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -10,8 +8,7 @@ import torch
 
 from distributed.processes import finish, free_port, start
 from regrow.core.errors import InputError, ResourceError
-from regrow.distributed import SINGLE, ProcessRank, choose_backend, choose_rank_device, read_ranks
-from regrow.distributed.group import Watch
+from regrow.distributed import SINGLE, ProcessRank, choose_rank_device, read_ranks
 from regrow.nets.devices import choose_device
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "prune"
@@ -22,12 +19,12 @@ import torch
 from torch import nn
 from regrow.distributed import read_ranks
 from regrow.distributed import parallel
-from regrow.distributed.group import connected
+from regrow.distributed.parallel import connected
 
 ranks = read_ranks()
-with connected(ranks, print):
+with connected(ranks):
     assert parallel.broadcast_record(ranks, {"rank": ranks.rank}) == {"rank": 0}
-    assert parallel.gather_rows(ranks, list(ranks.share("abcde"))) == list("abcde" if ranks.leads else "bd")
+    assert parallel.gather_rows(ranks, list(ranks.share("abcde"))) == list("abcde")
     assert parallel.everywhere(ranks, True) and not parallel.everywhere(ranks, ranks.leads)
     if ranks.leads:
         for number in range(3):
@@ -35,17 +32,12 @@ with connected(ranks, print):
             assert record == number and tensors[1].dtype == torch.bfloat16 and tensors[2].shape == (0, 2)
             assert tensors[0].tolist() == [number] * 3
     else:
-        outbox = parallel.Outbox()
         for number in range(3):
             parts = torch.full((3,), float(number)).double(), torch.ones(2, 2).bfloat16(), torch.ones(0, 2)
-            outbox.send(number, parts)
-        outbox.flush()
-    torch.manual_seed(ranks.rank)
-    model = nn.BatchNorm1d(3)
-    nn.init.normal_(model.weight)
-    parallel.broadcast_model(ranks, model)
-    torch.manual_seed(0)
-    assert torch.equal(model.weight, nn.init.normal_(torch.empty(3)))
+            parallel.send(number, parts)
+    tensors = [torch.full((3,), float(ranks.rank)), torch.full((2,), ranks.rank).bfloat16()]
+    parallel.broadcast_tensors(ranks, tensors)
+    assert not any(tensor.any() for tensor in tensors)
 """
 
 DIFFERENT = """
@@ -84,7 +76,7 @@ def task(train, test):
     return Task("letters", *parts, (0, 1))
 
 ranks = read_ranks()
-with connected(ranks, print):
+with connected(ranks):
     rank = ranks.rank
     assert refuse(check_same_inputs, [network(0)], source(1)) is None
     assert "different weights; seed the function" in refuse(check_same_inputs, [network(rank)], source(1))
@@ -106,26 +98,21 @@ with connected(ranks, print):
 """
 
 KILLED = """
-import os, signal, sys, time
-from regrow.distributed import parallel, group, read_ranks
-from regrow.distributed.group import connected
+import os, signal, sys
+from regrow.core.errors import ResourceError
+from regrow.distributed import parallel, read_ranks
 
-group.SILENCE = 3.0
 ranks = read_ranks()
-
-def lost(line):
-    os.write(2, line.encode())
-    os._exit(4)
-
-with connected(ranks, lost):
-    parallel.broadcast_record(ranks)
-    if ranks.rank == int(sys.argv[1]):
-        if sys.argv[2] == "raise":
-            raise ValueError("the file is missing")
-        os.kill(os.getpid(), signal.SIGKILL)
-    if sys.argv[3] == "wait":
+try:
+    with parallel.connected(ranks):
+        parallel.broadcast_record(ranks)
+        if ranks.rank == int(sys.argv[1]):
+            if sys.argv[2] == "raise":
+                raise ValueError("the file is missing")
+            os.kill(os.getpid(), signal.SIGKILL)
         parallel.receive(int(sys.argv[1]))
-    time.sleep(60)
+except ResourceError as error:
+    sys.exit(f"{error}")
 """
 
 
@@ -176,14 +163,6 @@ def test_a_device_is_chosen_by_rank_only_where_a_run_is_shared(monkeypatch):
     assert str(choose_device("auto", ProcessRank(1, 2, local=1))) == "cuda:1"
 
 
-def test_gpus_are_connected_by_nccl_and_cpus_by_gloo():
-    assert [choose_backend(*given) for given in ((0, True), (2, False), (2, True))] == [
-        "gloo",
-        "gloo",
-        "cpu:gloo,cuda:nccl",
-    ]
-
-
 def test_shares_are_all_items_in_turn():
     assert [list(ProcessRank(rank, 2).share([1, 2, 3])) for rank in (0, 1)] == [[1, 3], [2]]
     assert SINGLE.share("abc") == "abc"
@@ -194,20 +173,13 @@ def test_records_arrive_in_order_different_inputs_are_refused_and_missing_gradie
     assert [code for _, _, code in results] == [0, 0], results
 
 
-@pytest.mark.parametrize(
-    ("rank", "how", "other", "line"),
-    [
-        (1, "kill", "work", "rank 1 of 2 has ended, killed or out of memory"),
-        (0, "kill", "wait", "rank 0 of 2 has ended, killed or out of memory"),
-        (1, "raise", "wait", "rank 1 of 2 failed: the file is missing"),
-    ],
-)
-def test_an_ended_rank_ends_the_others_with_its_name(rank, how, other, line):
+@pytest.mark.parametrize(("rank", "how"), [(1, "kill"), (0, "kill"), (1, "raise")])
+def test_an_ended_rank_ends_those_that_wait_for_it(rank, how):
     began = time.monotonic()
-    results = finish(start("-c", KILLED, str(rank), how, other))
+    results = finish(start("-c", KILLED, str(rank), how))
     _, errors, code = results[1 - rank]
-    assert code == 4
-    assert line in errors
+    assert code == 1
+    assert f"rank {1 - rank} of 2 lost the connection to another rank, which has ended; the same command" in errors
     assert len(errors.splitlines()) == 1
     assert time.monotonic() - began < 40
 
@@ -238,37 +210,11 @@ def test_options_for_one_process_are_refused_in_several(monkeypatch, tmp_path, c
 def test_only_a_broken_connection_counts_as_one():
     import torch.distributed as dist
 
-    from regrow.distributed.group import _is_broken
+    from regrow.distributed.parallel import is_broken
 
-    assert _is_broken(RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer"))
-    assert _is_broken(dist.DistNetworkError("socket"))
-    assert not _is_broken(RuntimeError("the kernel timed out; Socket 3"))
-
-
-def test_a_watch_that_fails_ends_the_process():
-    class Store:
-        def set(self, key, value):
-            raise TypeError("no text")
-
-    lines, (wake, woken) = [], os.pipe()
-    Watch(ProcessRank(0, 2), Store(), lines.append).run(wake)
-    os.close(wake), os.close(woken)
-    assert len(lines) == 1 and "rank 0 of 2 cannot watch the others (TypeError: no text)" in lines[0]
-
-
-def test_temporary_files_are_deleted_before_the_process_ends(monkeypatch, capsys):
-    from regrow.cli import runs as processes
-
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    before = tempfile.gettempdir()
-    with processes._temporary_files() as folder:
-        place = Path(tempfile.mkdtemp(prefix="regrow-"))
-        assert place.parent == Path(folder)
-        processes._end("rank 1 of 2 failed", folder)
-        assert not place.exists()
-    assert codes == [4] and "rank 1 of 2 failed" in capsys.readouterr().err
-    assert tempfile.gettempdir() == before
+    assert is_broken(RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer"))
+    assert is_broken(dist.DistNetworkError("socket"))
+    assert not is_broken(RuntimeError("the kernel timed out; Socket 3"))
 
 
 def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
@@ -276,5 +222,5 @@ def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert code_of(["history", str(Path(__file__).parent)]) == 2
-    assert "history runs in one process, and this is rank 1 of 2" in capsys.readouterr().err
+    assert code_of(["undo", str(Path(__file__).parent)]) == 2
+    assert "undo runs in one process, and this is rank 1 of 2" in capsys.readouterr().err

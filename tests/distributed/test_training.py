@@ -1,4 +1,4 @@
-"""Training by several ranks: the loss curve of a single process, from whole and from sharded networks."""
+"""Training by several ranks: the loss curve of a single process."""
 
 import json
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
 class Killed(Exception):
     pass
 
-def train(ranks, fsdp, folder, end=99):
+def train(ranks, folder, end=99):
     def progress(done, total, what):
         if done > end:
             raise Killed
@@ -44,7 +44,7 @@ def train(ranks, fsdp, folder, end=99):
         model[1].up.weight.mul_(0.1)
     task = RecoveryTask(
         model, dense, axes, Plan(), [Source("a", batches)], 0, folder / "state", progress=progress,
-        parallel=Parallel(ranks, fsdp),
+        parallel=Parallel(ranks),
     )
     history = distil.distil(task, distil.Settings(lr=0.01, passes=3, checks=3))["history"]
     assert all(not one.requires_grad or one.numel() for one in model.parameters())
@@ -52,48 +52,43 @@ def train(ranks, fsdp, folder, end=99):
 
 if __name__ == "__main__":
     ranks, place = read_ranks(), Path(sys.argv[1])
-    from regrow.distributed.group import connected
-    with connected(ranks, print):
-        results = []
-        for fsdp in (False, True):
-            folder = place / f"fsdp{fsdp}"
-            if ranks.leads:
-                folder.mkdir()
-            try:
-                train(ranks, fsdp, folder, 8)
-            except Killed:
-                torch.distributed.barrier()
-                if not ranks.leads:
-                    assert (place / f"fsdp{fsdp}" / "state").is_file()
-            else:
-                raise AssertionError("it was not stopped")
-            results.append(train(ranks, fsdp, folder))
-            own = torch.tensor(results[-1][1], dtype=torch.float64)
-            least = own.clone()
-            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-            assert torch.equal(own, least)  # every rank has the trained network
+    from regrow.distributed.parallel import connected
+    with connected(ranks):
+        folder = place / "two"
         if ranks.leads:
-            print(json.dumps(results))
+            folder.mkdir()
+        try:
+            train(ranks, folder, 8)
+        except Killed:
+            torch.distributed.barrier()
+            assert (folder / "state").is_file()
+        else:
+            raise AssertionError("it was not stopped")
+        history, sums = train(ranks, folder)
+        own = torch.tensor(sums, dtype=torch.float64)
+        least = own.clone()
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        assert torch.equal(own, least)  # every rank has the trained network
+        if ranks.leads:
+            print(json.dumps([history, sums]))
 """
 
 
-@pytest.mark.slow
 def test_two_ranks_have_the_loss_curve_of_one_and_resume_from_checkpoints(tmp_path):
     two = start("-c", DISTIL, str(tmp_path), cwd=tmp_path)
     names = {"__name__": "distil"}
     exec(DISTIL, names)
     (tmp_path / "one").mkdir()
-    history, weights = names["train"](names["SINGLE"], False, tmp_path / "one")
+    history, weights = names["train"](names["SINGLE"], tmp_path / "one")
     (said, errors, code), (_, complaints, other) = finish(two)
     assert (code, other) == (0, 0), errors + complaints
-    for curve, sums in json.loads(said):
-        assert curve == pytest.approx(history, abs=1e-5)
-        assert sums == pytest.approx(weights, abs=1e-3)
+    curve, sums = json.loads(said)
+    assert curve == pytest.approx(history, abs=1e-5)
+    assert sums == pytest.approx(weights, abs=1e-3)
     assert history[-1] < history[0]
     # A finished training is read from the file that two ranks wrote: nothing is trained again.
-    for name in ("fsdpFalse", "fsdpTrue"):
-        resumed, _ = names["train"](names["SINGLE"], False, tmp_path / name)
-        assert resumed == pytest.approx(history, abs=1e-5)
+    resumed, _ = names["train"](names["SINGLE"], tmp_path / "two")
+    assert resumed == pytest.approx(history, abs=1e-5)
 
 
 def test_an_uneven_share_is_refused():

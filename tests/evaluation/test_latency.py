@@ -6,7 +6,7 @@ from torch import nn
 
 from regrow.core.candidates import Candidates
 from regrow.core.sources import Batch
-from regrow.evaluation import latency
+from regrow.evaluation.timing import latency
 
 
 class Unused(nn.Module):

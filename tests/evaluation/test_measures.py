@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph, Product, Work
-from regrow.core.errors import InputError
 from regrow.core.sources import Batch, Source
 from regrow.evaluation import (
     Choices,
@@ -19,15 +17,14 @@ from regrow.evaluation import (
     choice,
     choices,
     items_in,
-    language,
     macs,
-    paired_choices,
     paired_difference,
     perplexity,
+    quality,
     size,
     speed,
 )
-from regrow.evaluation.language import Perplexity, token_losses
+from regrow.evaluation.quality import Perplexity, token_losses
 
 VOCABULARY = 97
 
@@ -128,10 +125,10 @@ def test_token_losses_do_not_depend_on_how_many_rows_are_computed_at_once(
 ) -> None:
     logits = torch.randn(1, 70, vocabulary, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, vocabulary, (1, 70), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(language, "_ENTRIES", 256 * vocabulary)
+    monkeypatch.setattr(quality, "_ENTRIES", 256 * vocabulary)
     whole = [token_losses(logits.to(dtype), labels) for dtype in (torch.float32, torch.bfloat16)]
     for rows in (1, 3, 32):
-        monkeypatch.setattr(language, "_ENTRIES", rows * vocabulary)
+        monkeypatch.setattr(quality, "_ENTRIES", rows * vocabulary)
         parts = [token_losses(logits.to(dtype), labels) for dtype in (torch.float32, torch.bfloat16)]
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
@@ -151,11 +148,10 @@ def test_paired_differences_are_sharper_than_their_parts(llama: nn.Module) -> No
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(0.9)
     before, after = perplexity(llama, source(8, 4)), perplexity(other.eval(), source(8, 4))
-    difference = paired_difference(before, after)
-    assert difference.mean == pytest.approx(after.mean - before.mean, rel=1e-6)
-    assert difference.error < before.error / 2
-    assert difference.t == pytest.approx(difference.mean / difference.error)
-    assert paired_difference(before, before).t == 0
+    mean, error = paired_difference(before, after)
+    assert mean == pytest.approx(after.mean - before.mean, rel=1e-6)
+    assert error < before.error / 2
+    assert paired_difference(before, before) == (0, 0)
     with pytest.raises(ValueError, match="not the same windows"):
         paired_difference(before, perplexity(llama, source(7, 4)))
 
@@ -235,20 +231,9 @@ def test_long_rows_lose_their_beginning(llama: nn.Module, monkeypatch: pytest.Mo
             choices(llama, Letters(), [bad])
 
 
-def test_differences_of_choices_are_paired_and_only_on_the_same_items() -> None:
-    """The error is that of the differences; an item with a single choice has no finite margin."""
-    first = Choices("a", (True, False, True), (True, True, True), 0.5, (1.0, -1.0, 2.0), (0.5, 0.1, 1.0))
-    second = replace(first, right=(True, True, True), margins=(1.5, 0.5, 2.5), margins_per_byte=(0.25, 0.1, 1.25))
-    paired = paired_choices(first, second)
-    assert (paired.task, paired.items) == ("a", 3)
-    assert paired.accuracy == pytest.approx((1 / 3, 1 / 3)) and paired.accuracy_per_byte == (0, 0)
-    assert paired.margin == pytest.approx((2.5 / 3, 1 / 3)) and paired.margin_per_byte[0] == pytest.approx(0)
-    with pytest.raises(ValueError, match="not the same items"):
-        paired_choices(first, replace(second, task="b"))
-    for change in ({"margins": ()}, {"margins_per_byte": (0.25, 0.1)}, {"right_per_byte": (True,) * 4}):
-        with pytest.raises(InputError, match=r"has 3 items, and scores or margins of [024]; run choices"):
-            paired_choices(first, replace(second, **change))
-    assert replace(first, margins=(math.inf, 0.5, 1.0)).record()["margins"] == [None, 0.5, 1.0]
+def test_an_item_with_a_single_choice_has_no_finite_margin() -> None:
+    result = Choices("a", (True, False), (True, True), 0.5, (math.inf, 0.5), (0.5, 0.1))
+    assert result.record()["margins"] == [None, 0.5]
 
 
 def test_items_are_read_from_files(tmp_path: Path) -> None:
@@ -277,35 +262,28 @@ def test_accuracy_counts_labelled_images() -> None:
 
 
 class Busy(nn.Module):
-    """A network that fills so many bytes for a moment, and writes down that it was called."""
+    """A network that fills so many bytes, and writes down that it was called."""
 
     def __init__(self, name: str, bytes_needed: int, calls: list[str]) -> None:
         super().__init__()
         self.name, self.bytes_needed, self.calls = name, bytes_needed, calls
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Need memory."""
         self.calls.append(self.name)
         return torch.ones(self.bytes_needed // 4).sum() + tokens.sum()
 
 
-@pytest.mark.slow
-def test_a_call_is_timed_and_its_memory_is_seen() -> None:
-    """After a call that is not timed; the hungrier network is slower, and shows a greater peak."""
+def test_a_call_is_timed() -> None:
+    """After a call that is not timed; the network with more to do is slower."""
     calls: list[str] = []
-    nets = {"small": Busy("small", 1000, calls), "big": Busy("big", 300_000_000, calls)}
+    nets = {"small": Busy("small", 1000, calls), "big": Busy("big", 30_000_000, calls)}
     batch = Batch((torch.ones(2, 8, dtype=torch.int64),))
     result = {name: speed(net, batch, repeats=3) for name, net in nets.items()}
     assert calls == ["small"] * 4 + ["big"] * 4
     for measured in result.values():
-        assert len(measured.seconds) == 3
-        low, high = measured.spread
-        assert measured.fastest <= low <= measured.median <= high
-        assert measured.per_second == pytest.approx(16 / measured.median)
-    assert result["big"].median > result["small"].median
-    if result["big"].peak_bytes:
-        assert all(280_000_000 < peak < 400_000_000 for peak in result["big"].peak_bytes)
-        assert max(result["small"].peak_bytes) < 100_000_000
+        assert len(measured["seconds"]) == 3
+        assert measured["per_second"] == pytest.approx(16 / measured["seconds_median"])
+    assert result["big"]["seconds_median"] > result["small"]["seconds_median"]
     with pytest.raises(ValueError, match="at least 1 repeat"):
         speed(nets["small"], Batch(), repeats=0)
 
@@ -313,13 +291,13 @@ def test_a_call_is_timed_and_its_memory_is_seen() -> None:
 def test_tied_parameters_count_once(llama: nn.Module, tmp_path: Path) -> None:
     """In the sum, among the counted, and on disk: as many bytes as the file holds, its header aside."""
     measured = size(llama, ["lm_head.weight", "model.embed_tokens.weight"])
-    assert measured.parameters == sum(p.numel() for p in llama.parameters())
-    assert measured.counted == VOCABULARY * 32
+    assert measured["parameters"] == sum(p.numel() for p in llama.parameters())
+    assert measured["counted"] == VOCABULARY * 32
     llama.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
-    assert measured.bytes == file.stat().st_size - header
-    assert size(llama, dtype=torch.bfloat16).bytes == measured.bytes / 2
+    assert measured["bytes"] == file.stat().st_size - header
+    assert size(llama, dtype=torch.bfloat16)["bytes"] == measured["bytes"] / 2
     with pytest.raises(KeyError, match="nothing"):
         size(llama, ["nothing"])
 

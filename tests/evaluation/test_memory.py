@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,8 +14,14 @@ from regrow.allocation.levels import apply_threshold
 from regrow.allocation.stages import MemoryBudgetError, stages
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
-from regrow.evaluation import Live, Memory, UnpredictableError, predict_memory, prefix_peaks, training
-from regrow.evaluation.memory import peak_meter
+from regrow.evaluation.memory import (
+    Live,
+    Memory,
+    UnpredictableError,
+    peak_meter,
+    predict_memory,
+    training,
+)
 from regrow.nets.cells import OPERATIONS, Cells, prefix, supernet, thin
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -100,7 +106,6 @@ def test_what_backward_needs_is_alive_until_it_ran() -> None:
     assert live.peak >= 4 * 4000
 
 
-@pytest.mark.slow
 def test_predicted_is_measured_on_prefixes_of_cells() -> None:
     step = training(SGD)
     cases = [(4, 4, 0), (4, 16, 0), (4, 16, 2), (8, 16, 2)]
@@ -109,7 +114,6 @@ def test_predicted_is_measured_on_prefixes_of_cells() -> None:
     assert agree(cells(4, 0, OPERATIONS), images(4), training(torch.optim.Adam)) > peaks[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD, torch.optim.Adam], ids=["sgd", "adam"])
 def test_predicted_is_measured_on_a_residual_network(optimizer: Any) -> None:
     step = training(optimizer)
@@ -127,7 +131,6 @@ def test_a_network_that_exists_is_left_as_it_is() -> None:
     assert foretold.peak == pytest.approx(measure_memory(model, images(8), step).peak, rel=TOLERANCE)
 
 
-@pytest.mark.slow
 def test_masks_that_stand_in_for_weights_are_counted() -> None:
     """A step of another make: thresholds, masked weights, and a number that it reads."""
 
@@ -185,12 +188,15 @@ def test_thinned_cells_keep_their_share_and_run() -> None:
     assert Cells(small)(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
-@pytest.mark.slow
 def test_stages_keep_the_budget_in_the_run_itself() -> None:
     """Planned on shapes alone, then learned: half of what the whole network needs is enough, and is not exceeded."""
     config = supernet((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
     batch, step = images(64), training(SGD)
-    peak = prefix_peaks(partial(prefix, config, share=0.2), batch, step)
+
+    @cache
+    def peak(first: int, last: int) -> int:
+        return predict_memory(partial(prefix, config, first, last, share=0.2), batch, step).peak
+
     budget = peak(0, 3) // 2
     plan = stages(peak, 4, budget)
     begin = 0

@@ -19,7 +19,6 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[5])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma3"])
 def test_it_says_what_generate_says(name, tokenizer):
     net = saved.cut(saved.CASES[name])[0] if name != "gpt2" else ZOO[name].build()
@@ -32,10 +31,10 @@ def test_it_says_what_generate_says(name, tokenizer):
     assert expected.startswith("".join(pieces)) and len(expected) - len("".join(pieces)) <= expected.count("\ufffd")
 
 
-def test_what_is_drawn_depends_on_the_seed_alone(tokenizer):
+def test_what_is_drawn_is_the_same_each_time(tokenizer):
     net = ZOO["llama_tied"].build()
-    ask = lambda seed: "".join(reply(net, tokenizer, [{"content": "ABC"}], longest=16, temperature=5.0, seed=seed))  # noqa: E731
-    assert ask(0) == ask(0) and len({ask(seed) for seed in range(4)}) > 1
+    told = ["".join(reply(net, tokenizer, [{"content": "ABC"}], longest=16, temperature=t)) for t in (5.0, 5.0, 0.0)]
+    assert told[0] == told[1] != told[2]
 
 
 def test_nothing_to_answer_is_refused(tokenizer):

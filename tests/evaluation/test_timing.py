@@ -7,12 +7,14 @@ from torch import nn
 from hand import lm, texts
 from regrow import trace
 from regrow.allocation.cost import cost_of, payers
-from regrow.api.prune import prune
 from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget
+from regrow.core.scores import Evidence
 from regrow.core.sources import Batch
-from regrow.evaluation import fastest_pass, lengthen, timing
-from regrow.jobs.pruning import with_timing
+from regrow.evaluation.timing import fastest_pass, lengthen, time_widths
+from regrow.jobs.pruning import build_pruner, with_timing
+from regrow.methods.pruning.pruner import plan_cut
+from regrow.surgery import apply
 
 
 class Deep(nn.Module):
@@ -38,7 +40,7 @@ def test_kinds_share_a_curve_and_wide_ones_save_more() -> None:
     model, x = Deep(), torch.randn(64, 64)
     axes = trace(model, x)
     units = [axis for axis in axes.units() if axis.size in (768, 48)]
-    found = timing(model, axes, units, Batch((x,)), repeats=15)
+    found = time_widths(model, axes, units, Batch((x,)), repeats=15)
     assert set(found.names) == {axis.key for axis in units} and len(found.curves) == 2
     wide, narrow = (next(c for c in found.curves.values() if c[-1][0] == n) for n in (768, 48))
     assert [width for width, _ in wide] == [1, 191, 383, 575, 768], "inner widths are odd where nobody rounds"
@@ -47,27 +49,26 @@ def test_kinds_share_a_curve_and_wide_ones_save_more() -> None:
     assert wide[-1][1] - wide[0][1] > 3 * (narrow[-1][1] - narrow[0][1])
     least = cost_of(axes, Budget(measure=Measure.TIME, timing=found))({axis.key: 1 for axis in units})
     assert 0 <= least < 0.7 * found.total
-    rounded = timing(model, axes, units, Batch((x,)), round_to=32, repeats=1)
+    rounded = time_widths(model, axes, units, Batch((x,)), round_to=32, repeats=1)
     assert all(width % 32 == 0 or width in (48, 768) for curve in rounded.curves.values() for width, _ in curve)
 
 
 def test_modules_are_timed_with_what_they_get_in_the_network() -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
     batch = lengthen(Batch(texts("a").batches[0].args), 32)
-    found = timing(model, axes, axes.units(), batch, repeats=2)
+    found = time_widths(model, axes, axes.units(), batch, repeats=2)
     assert found.positions == batch.args[0].numel() == 3 * 32
     assert [len(curve) for curve in found.curves.values()] == [3, 5]
     assert not model.training or model.head_ran, "the network itself ran"
 
 
-@pytest.mark.slow
 def test_a_time_target_is_met_as_predicted_and_nearly_in_truth() -> None:
     model, x = Deep(), torch.randn(256, 64)
     axes = trace(model, x)
     before = fastest_pass(model, Batch((x,)), repeats=25)
     budget = with_timing(model, axes, Budget(target=Target(Measure.TIME, before * 0.6 / 1e6)))
-    assert budget.timing is not None
-    _, plan = prune(model, method="magnitude", axes=axes, target=budget.target or "", timing=budget.timing)
+    plan = plan_cut(build_pruner("magnitude", {}), model, axes, budget, Evidence()).plan
+    apply(model, axes, plan)
     cost = cost_of(axes, budget)
     assert cost(plan.sizes(axes)) <= budget.limit(cost.total)
     assert fastest_pass(model, Batch((x,)), repeats=25) < 0.85 * before, "a loose bound: other processes are about"

@@ -1,6 +1,5 @@
 """Tokenizers in llama.cpp's words: a rule is found by what a tokenizer does; what llama.cpp does not do is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from exporters.deci import File
 from exporters.test_gguf import llama
 from regrow.exporters import ExportError
 from regrow.exporters.gguf import write
-from regrow.exporters.gguf.tokens import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
+from regrow.exporters.gguf.llama_cpp import CONTROL, NORMAL, RULES, UNUSED, USER_DEFINED, describe_tokenizer
 
 TEXT = ["The cat sat on the mat, and the rat sat on the cat.", "12 + 345 = 357 of them, that is that."] * 3
 
@@ -38,22 +37,6 @@ def bytewise(steps: tuple[str, ...], whole: bool = False, **model: Any) -> Token
     return made
 
 
-def sentencepiece(lost: int = -1) -> Tokenizer:
-    """One as Llama-2's: every way to make up a token is listed, best token first."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), SPACE, *"abcehnst"]
-    words = ["th", "he", f"{SPACE}t", f"{SPACE}th", "the", f"{SPACE}the", SPACE * 2, SPACE * 3, SPACE * 4]
-    vocab = {token: n for n, token in enumerate([*tokens, *words])}
-    ways = [(word[:i], word[i:]) for word in words for i in range(1, len(word))]
-    merges = [pair for pair in ways if pair[0] in vocab and pair[1] in vocab]
-    runs = sorted((pair for pair in merges if {*pair[0]} == {SPACE} == {*pair[1]}), key=lambda p: -len(p[0]))
-    merges = [pair for pair in merges if pair not in runs] + runs
-    made = Tokenizer(models.BPE(vocab, merges[:lost] if lost > 0 else merges, byte_fallback=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return made
-
-
 def fast(made: Tokenizer, **roles: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
@@ -63,12 +46,13 @@ def fast(made: Tokenizer, **roles: str) -> Any:
 @pytest.mark.parametrize(("steps", "rule"), RULES.items(), ids=RULES.values())
 def test_the_rule_is_found_by_what_a_tokenizer_does(steps: tuple[str, ...], rule: str) -> None:
     tokenizer = fast(bytewise(steps, whole=rule == "llama-bpe"))
-    words = vocabulary(tokenizer, len(tokenizer))
-    assert (words.model, words.rule, words.begins, words.ends, words.spaced) == ("gpt2", rule, False, False, False)
-    assert [tokenizer.convert_tokens_to_ids(text) for text in words.tokens] == [*range(len(tokenizer))]
-    assert words.types[:2] == [CONTROL, CONTROL] and {*words.types[2:]} == {NORMAL}
-    assert all("".join(pair.split(" ")) in words.tokens for pair in words.merges)
-    assert (words.special["bos"], words.special["eos"]) == (0, 1)
+    said, _ = describe_tokenizer(tokenizer, len(tokenizer))
+    assert (said["tokenizer_model"], said["tokenizer_pre"]) == ("gpt2", rule)
+    assert not said["add_bos_token"] and not said["add_eos_token"]
+    assert [tokenizer.convert_tokens_to_ids(text) for text in said["token_list"]] == [*range(len(tokenizer))]
+    assert said["token_types"][:2] == [CONTROL, CONTROL] and {*said["token_types"][2:]} == {NORMAL}
+    assert all("".join(pair.split(" ")) in said["token_list"] for pair in said["token_merges"])
+    assert (said["bos_token_id"], said["eos_token_id"]) == (0, 1)
 
 
 def test_everything_reaches_the_file(tmp_path: Path) -> None:
@@ -86,24 +70,13 @@ def test_everything_reaches_the_file(tmp_path: Path) -> None:
     assert said["tokenizer.ggml.add_bos_token"] is True and said["tokenizer.ggml.add_eos_token"] is True
     assert said["tokenizer.ggml.padding_token_id"] == said["tokenizer.ggml.eos_token_id"] == 1
     assert said["tokenizer.chat_template"] == tokenizer.chat_template
-    assert said["tokenizer.ggml.merges"] == vocabulary(tokenizer, len(tokenizer)).merges
+    assert said["tokenizer.ggml.merges"] == describe_tokenizer(tokenizer, len(tokenizer))[0]["token_merges"]
 
 
 def test_without_a_tokenizer_a_file_says_so(tmp_path: Path) -> None:
     done = write(llama(1), tmp_path / "model.gguf")
     assert File(done.path).said["tokenizer.ggml.model"] == "no_vocab"
     assert any("takes and gives token numbers" in note for note in done.notes)
-
-
-def test_sentencepiece_has_scores_in_the_order_of_merges() -> None:
-    tokenizer = fast(sentencepiece())
-    words = vocabulary(tokenizer, len(tokenizer))
-    assert (words.model, words.begins, words.spaced) == ("llama", True, True)
-    assert words.types[:4] == [UNKNOWN, CONTROL, CONTROL, BYTE]
-    score = dict(zip(words.tokens, words.scores, strict=True))
-    best = sorted(("th", "he", f"{SPACE}t", f"{SPACE}th", "the", f"{SPACE}the"), key=lambda token: -score[token])
-    assert best == ["th", "he", f"{SPACE}t", f"{SPACE}th", "the", f"{SPACE}the"]
-    assert score[SPACE * 2] == score[SPACE * 4] < score[f"{SPACE}the"]
 
 
 def normalised(normalizer: Any) -> Tokenizer:
@@ -120,7 +93,7 @@ REFUSED = {
     "rewritten": (lambda: normalised(normalizers.Lowercase()), "rewrites text"),
     "dropout": (lambda: bytewise(("words",), dropout=0.1), "has the setting 'dropout'"),
     "kind": (lambda: Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), "is WordPiece"),
-    "a way that is missing": (lambda: sentencepiece(lost=3), "is not made of"),
+    "SentencePiece": (lambda: bytewise(("words",), byte_fallback=True), "has the setting 'byte_fallback'"),
     "too many": (lambda: added(bytewise(("words",))), "tokens, the embedding 302 rows"),
 }
 
@@ -139,22 +112,9 @@ def added(made: Tokenizer) -> Tokenizer:
 @pytest.mark.parametrize(("build", "why"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_llama_cpp_would_split_otherwise_is_refused(build: Any, why: str) -> None:
     with pytest.raises(ExportError, match=why):
-        vocabulary(fast(build()), 302)
+        describe_tokenizer(fast(build()), 302)
 
 
-def test_merges_of_one_token_that_stand_apart_are_refused() -> None:
-    made = sentencepiece()
-    data = json.loads(made.to_str())
-    merges = data["model"]["merges"]
-    merges.append(merges.pop(merges.index([f"{SPACE}t", "he"])))
-    with pytest.raises(ExportError, match="are apart"):
-        vocabulary(fast(Tokenizer.from_str(json.dumps(data))), 300)
-
-
-def test_unicode_form_and_spaces_are_told() -> None:
-    words = vocabulary(fast(normalised(normalizers.NFC())), 400)
-    assert any("NFC" in note for note in words.notes)
-    made = sentencepiece()
-    made.normalizer, made.pre_tokenizer = None, pre_tokenizers.Metaspace(SPACE, "first", split=False)
-    words = vocabulary(fast(made), 400)
-    assert words.spaced and any("begins with one" in note for note in words.notes)
+def test_unicode_form_is_told() -> None:
+    _, notes = describe_tokenizer(fast(normalised(normalizers.NFC())), 400)
+    assert any("NFC" in note for note in notes)

@@ -4,34 +4,31 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
-from regrow.evaluation import prefix_peaks
-from regrow.evaluation.memory import Step
+from regrow.evaluation.memory import Memory, Step, predict_memory
 from regrow.jobs import spaces
 
-PEAKS: dict[tuple[str, bool, tuple[int, ...], int, int], int] = {}
-"""Modules, whether they recompute, shape of the batch, first and last part → the predicted peak in bytes."""
+MEMORY: dict[tuple[str, bool, tuple[int, ...]], Memory] = {}
+"""Modules, whether they recompute, shape of the batch → the predicted memory."""
 
 
 @pytest.fixture(scope="module")
 def plan_once() -> Iterator[None]:
     """Predict the memory of equal prefixes of a space once; a prediction depends on modules and shapes alone."""
 
-    def cached(prefix: Callable[[int, int], Prefix], batch: Batch, step: Step) -> Callable[[int, int], int]:
-        predict = prefix_peaks(prefix, batch, step)
-
-        def peak(first: int, last: int) -> int:
-            with torch.device("meta"):
-                net = prefix(first, last)
-            key = (repr(net), bool(net.net.recomputed), tuple(batch.args[0].shape), first, last)
-            if key not in PEAKS:
-                PEAKS[key] = predict(first, last)
-            return PEAKS[key]
-
-        return peak
+    def cached(model: nn.Module | Callable[[], Prefix], batch: Batch, step: Step) -> Memory:
+        if isinstance(model, nn.Module):
+            return predict_memory(model, batch, step)
+        with torch.device("meta"):
+            net = model()
+        key = (repr(net), bool(net.net.recomputed), tuple(batch.args[0].shape))
+        if key not in MEMORY:
+            MEMORY[key] = predict_memory(model, batch, step)
+        return MEMORY[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spaces, "prefix_peaks", cached)
+        patch.setattr(spaces, "predict_memory", cached)
         yield

@@ -28,7 +28,6 @@ def header(path: Path) -> int:
         return int(struct.unpack("<Q", file.read(8))[0])
 
 
-@pytest.mark.slow
 def test_the_file_that_a_run_goes_on_from_does_not_grow_with_tasks(tmp_path: Path, monkeypatch: Any) -> None:
     write, sizes = learning_run.write_checkpoint, []
 

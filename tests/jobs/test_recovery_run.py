@@ -4,24 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from regrow.cli import code_of
-from regrow.core.plan import Plan
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, run
 from regrow.jobs.recording import Invocation
-from regrow.methods.recovery import FORMAT, RecoveryTask
-from regrow.reports import summarise, to_html, to_markdown
+from regrow.methods.recovery import FORMAT
+from regrow.reports import read_runs, to_html
 from regrow.settings import recover
 from regrow.store import StoreError
 from regrow.store.run_folder import RunFolder
-from regrow.store.tensors import open_checkpoint
-from regrow.training.schedule import NO_AXES
+from regrow.store.tensors import open_checkpoint, write_tensors
 
-PRUNING = Settings(
-    "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, proof=False
-)
+PRUNING = Settings("toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +39,16 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     words += ["--code", CODE]
     code = code_of(words)
     said = " ".join(capfd.readouterr().out.split())
-    assert not code and "recovered by refit on 256 tokens" in said and "accuracy on digits" in said
+    assert not code and "Recovered by refit on 256 tokens" in said and "Before Pruned Recovered" in said
     folder = RunFolder.open(tmp_path / "out")
     rows = folder.metrics()
     assert [row["model"] for row in rows if row["what"] == "choice"] == ["dense", "pruned", "recovered"]
     done = next(row for row in rows if row["what"] == "recovery")
     assert [layer["weight"] for layer in done["layers"]] == ["body.3.weight", "head.weight"]
     assert folder.run()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
-    page = summarise([folder.path]).runs[0]
-    assert page.method == "magnitude+refit" and page.keep == 0.5 and not page.problems
-    more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"train": "cut"})
+    (page,) = read_runs([folder.path])
+    assert page.method == "magnitude+refit" and page.settings["keep"] == "0.5" and not page.problems
+    more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"mix": 0.2})
     again = recovery_run.run(more, Invocation(tmp_path / "more", code=CODE))
     assert again.run()["settings"]["method"] == "magnitude+refit+distil"
     assert again.run()["settings"]["pruning"] == folder.run()["settings"]["pruning"]
@@ -74,7 +69,8 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
 
     with pytest.raises(KeyboardInterrupt):
         recovery_run.run(settings, Invocation(tmp_path / "killed", code=CODE, progress=stopping))
-    assert (tmp_path / "killed" / ".work" / "statistics" / "recovery.safetensors").exists()
+    kept = "recovery/000000.safetensors" if by == "refit" else "recovery.safetensors"
+    assert (tmp_path / "killed" / ".work" / "statistics" / kept).exists()
     told: list[str] = []
     killed = recovery_run.run(
         settings, Invocation(tmp_path / "killed", code=CODE, progress=lambda done, total, what: told.append(what))
@@ -91,9 +87,9 @@ def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not a run folder"):
         recovery_run.run(recover.Settings(str(tmp_path), "refit"), Invocation(tmp_path / "out"))
     with pytest.raises(ValueError, match="no recovery 'fit'"):
-        recovery_run.run(recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out"))
+        recovery_run.run(recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out", code="toys:classifier"))
     other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
-    with pytest.raises(StoreError, match=r"has cut nothing of this network; .* give the folder of a pruning run"):
+    with pytest.raises(StoreError, match=r"nothing was cut\); give the folder of a pruning run"):
         recovery_run.run(recover.Settings(str(other.path), "refit"), Invocation(tmp_path / "out"))
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
@@ -105,26 +101,15 @@ def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
     folder = RunFolder.create(tmp_path / "run", verb="recover", settings={"model": "m", "by": "refit"})
     for model, ppl in (("dense", 10.0), ("pruned", 40.0), ("recovered", 20.0)):
         folder.log("perplexity", model=model, source="news", ppl=ppl, nll=1.0, se=0.1, tokens=8, seen=False)
-    row = summarise([folder.path]).runs[0].perplexity[0]
-    assert [row.ppl(side) for side in ("before", "cut", "after")] == [10.0, 40.0, 20.0]
-    assert "| 40.0 | 20.0 |" in to_markdown(summarise([folder.path]))
-    assert "Recovered</th>" in to_html(summarise([folder.path]))
+    (run,) = read_runs([folder.path])
+    (row,) = run.quality
+    assert [row.value(model) for model in ("before", "changed", "recovered")] == [10.0, 40.0, 20.0]
+    assert "Recovered</th>" in to_html([run]) and "<td>20.0" in to_html([run])
 
 
 def test_a_checkpoint_of_something_else_is_removed(tmp_path):
     path = tmp_path / "in" / "s.safetensors"
     assert open_checkpoint(path, "key", FORMAT) == {} and path.parent.is_dir()
-    task = RecoveryTask(
-        nn.Identity(), nn.Identity(), NO_AXES, Plan(), [], checkpoint=path, header=lambda: {"key": "key"}
-    )
-    assert task.read() is None
-    tensors = {"w a": torch.randn(2, 3)}
-    task.write(3, tensors, {"layers": [{"ridge": 1}]})
+    write_tensors(path, {"w a": torch.randn(2, 3)}, {"key": "key", "step": 3}, FORMAT)
     assert open_checkpoint(path, "key", FORMAT)["step"] == 3
-    step, found, values = task.read()
-    assert step == 3 and torch.equal(found["w a"], tensors["w a"]) and values == {"layers": [{"ridge": 1}]}
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    assert task.read() is None
     assert open_checkpoint(path, "another", FORMAT) == {} and not path.exists()

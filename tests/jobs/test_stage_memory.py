@@ -22,7 +22,7 @@ from regrow.tracing import trace
 from regrow.training.continual import learn
 from regrow.training.fit import FitOptions
 
-pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("plan_once")
 
 SMALL: dict[str, Any] = {"train": 120, "test": 50, "batch_size": 48, "epochs": 4, "retrain": 1, "stride": 1}
 QUICK = {"warm": 1, "every": 1}

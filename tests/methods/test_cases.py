@@ -3,32 +3,21 @@
 import pytest
 
 from methods.cases import CASES, Case
-from regrow.methods import TABLES, MethodKind, find_method
-from regrow.testing import LAWS
-
-FURTHER = [
-    case
-    for i, case in enumerate(CASES)
-    if case.kind is MethodKind.SEARCH and any(case.name == other.name for other in CASES[:i])
-]
-"""Searches with other settings of a method that has been searched with: `make test-fast` leaves them out."""
+from regrow.methods import TABLES, find_method
+from regrow.testing import LAWS, Subject
 
 
 @pytest.mark.parametrize(
     ("case", "law"),
-    [
-        pytest.param(case, law, id=f"{case.title}: {law}", marks=[pytest.mark.slow] if case in FURTHER else [])
-        for case in CASES
-        for law in LAWS[case.kind]
-    ],
+    [pytest.param(case, law, id=f"{case.title}: {law}") for case in CASES for law in LAWS[case.kind]],
 )
 def test_a_method_obeys_a_law(case: Case, law: str) -> None:
-    entry = find_method(case.kind, case.name)
+    subject = Subject(find_method(case.kind, case.name), case.settings)
     if law in case.exempt:
         with pytest.raises(AssertionError):
-            LAWS[case.kind][law](entry, case.settings)
+            LAWS[case.kind][law](subject)
     else:
-        LAWS[case.kind][law](entry, case.settings)
+        LAWS[case.kind][law](subject)
 
 
 def test_every_method_has_a_case() -> None:

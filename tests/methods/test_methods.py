@@ -8,7 +8,6 @@ import torch
 
 from hand import conv, lm, texts
 from regrow.allocation.cost import Cost
-from regrow.allocation.ranked import BudgetError
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
@@ -17,6 +16,7 @@ from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
 from regrow.methods import METHODS, MethodKind, find_method
 from regrow.methods.pruning.pruner import check_pruner, plan_cut
+from regrow.scoring import spaces
 from regrow.scoring.collect import collect
 from regrow.store.ledger import read_plan
 
@@ -34,21 +34,18 @@ VARIANTS = [
     ("random", {}),
     ("random", {"compensate": True, "allocation": "ranked"}),
     ("magnitude", {}),
-    ("magnitude", {"form": "group", "allocation": "ranked", "compensate": True}),
+    ("magnitude", {"allocation": "ranked", "compensate": True}),
     ("wanda_sp", {}),
     ("wanda_sp", {"allocation": "ranked", "compensate": False}),
     ("flap", {}),
-    ("flap", {"allocation": "uniform", "form": "sequence"}),
-    ("flap", {"square_blocks": True}),
+    ("flap", {"allocation": "uniform"}),
     ("llm_pruner", {}),
-    ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
+    ("llm_pruner", {"allocation": "ranked", "compensate": True}),
     ("fisher", {}),
     ("fisher", {"allocation": "ranked", "compensate": False}),
-    ("fisher", {"allocation": "measured", "spare_first": 0.5}),
-    ("fisher_obs", {"spare_first": 0.5}),
-    ("fisher_obs", {"spare": "never", "compensate": False}),
+    ("fisher", {"allocation": "measured"}),
     ("obs", {}),
-    ("obs", {"allocation": "ranked", "spare_first": 0.5}),
+    ("obs", {"allocation": "ranked", "prune_outer": False}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
     ("gprune", {"steps": 0, "base": "wanda_sp", "shards": 2, "instead": "weights", "switch": "always"}),
     ("gprune", {"steps": 2, "base": "llm_pruner", "shards": 2, "partition": "random", "switch": "unreliable"}),
@@ -67,7 +64,7 @@ def test_a_plan_meets_its_budget_and_can_be_made_again(name: str, settings: dict
     row = find_method(MethodKind.PRUNING, name)
     full = row.settings(**settings)
     assert bool(plan.means) is full.compensate
-    assert plan.origin["method"] == name and plan.origin["settings"]["minimum"] == 1
+    assert plan.origin["method"] == name and plan.origin["settings"]["compensate"] is full.compensate
     assert row.citation and row.about
     assert all(field.name in (row.settings.__doc__ or "") for field in fields(row.settings))
 
@@ -79,16 +76,11 @@ def test_switches_change_the_plan() -> None:
     assert proposed("flap")[0].changes != proposed("wanda_sp")[0].changes
 
 
-def test_minimum_is_kept() -> None:
-    plan, _ = proposed("flap", keep=0.85, minimum=3)
-    assert all("gate" in key for key in plan.changes), "three groups are all there are"
-    with pytest.raises(BudgetError):
-        proposed("flap", keep=0.1, minimum=3)
-
-
-def test_llm_pruner_spares_first_and_last_blocks() -> None:
-    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_first=0.5)[0].changes} == {"1"}
-    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_last=0.5)[0].changes} == {"0"}
+def test_llm_pruner_leaves_first_and_last_blocks_unpruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for outer, blocks in (((0.5, 0.0), {"1"}), ((0.0, 0.5), {"0"})):
+        monkeypatch.setattr(spaces, "OUTER_BLOCKS", outer)
+        assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9)[0].changes} == blocks
+    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.7, prune_outer=True)[0].changes} == {"0", "1"}
 
 
 def test_only_and_exclude_choose_axes() -> None:
@@ -140,7 +132,7 @@ def test_several_words_of_a_setting_come_with_commas() -> None:
     assert find_method(MethodKind.SEARCH, "mgas").made("mgas", {"stages": "0,1"}).settings["stages"] == (0, 1)
     made = find_method(MethodKind.SEARCH, "blind").made("blind", {"what": "operations,filters", "split": "0.6, 0.4"})
     assert made.settings["split"] == (0.6, 0.4)
-    with pytest.raises(ValueError, match="split is several of type float; got 'a,b'"):
+    with pytest.raises(ValueError, match=r"blind: split\.0 is 'a': Expected `float`, got `str`"):
         find_method(MethodKind.SEARCH, "blind").made("blind", {"split": "a,b"})
 
 

@@ -16,8 +16,6 @@ from regrow.methods import TABLES, MethodKind
 from regrow.testing import LAWS, check_method
 from regrow.training.learner import PLAIN
 
-pytestmark = pytest.mark.slow
-
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text("utf-8")
 PRUNER, CODE = (part.partition("```")[0] for part in PAGE.split("```python\n")[1:])
 META = {
@@ -101,7 +99,7 @@ def test_a_law_that_is_broken_is_named() -> None:
 
 
 def test_a_method_of_a_users_own_code_is_named_on_the_command_line_alone(tmp_path: Path) -> None:
-    """A name of code in a run folder or a settings file is never imported."""
+    """A name of code in a run folder is never imported."""
     (tmp_path / "mine.py").write_text(CODE)
     code = "from regrow.cli import main; raise SystemExit(main())"
     run = python("-c", code, *LEARN, "--method", "mine:ANCHORED", "--out", "run", site=None, cwd=tmp_path)
@@ -109,9 +107,8 @@ def test_a_method_of_a_users_own_code_is_named_on_the_command_line_alone(tmp_pat
     (tmp_path / "mine.py").write_text("raise SystemExit('code named in a file has run')")
     refused = python("-c", code, "learn", "--resume", "run", "--task", "digits", site=None, cwd=tmp_path)
     assert refused.returncode == 2 and "a name in a file is never imported" in refused.stderr
-    (tmp_path / "run.toml").write_text('tasks = ["digits"]\nmethod = "mine:ANCHORED"\n')
-    refused = python("-c", code, "learn", "--config", "run.toml", "--out", "other", site=None, cwd=tmp_path)
-    assert refused.returncode == 2 and "code named in a file" not in refused.stderr, refused.stderr
+    refused = python("-c", code, "learn", "--config", "run", "--out", "other", site=None, cwd=tmp_path)
+    assert refused.returncode == 2 and "only the command line names code" in refused.stderr, refused.stderr
     for name, told in (("mine:NONE", "NONE"), ("os:path", "not a regrow.methods.MethodEntry"), ("toi", "did you mean")):
         (tmp_path / "mine.py").write_text(CODE)
         refused = python("-c", code, *LEARN, "--method", name, "--out", "third", site=None, cwd=tmp_path)

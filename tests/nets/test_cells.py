@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from regrow.core.candidates import Candidates, fold_scales
-from regrow.nets import bench201, mobile
-from regrow.nets.bench201 import Bench201
+from regrow.nets import mobile
 from regrow.nets.cells import OPERATIONS, Cells, describe, operation, supernet
 from regrow.nets.loaded import ModelError
 from regrow.nets.mobile import Mobile
@@ -51,7 +50,6 @@ def test_a_stage_runs_what_lies_within_it_and_nothing_else():
 SPACES = (
     (Cells, small()),
     (Mobile, mobile.supernet((3, 32, 32), 5, width=4, blocks=1)),
-    (Bench201, bench201.supernet((3, 16, 16), 5, width=4, cells=1)),
 )
 
 

@@ -103,7 +103,7 @@ def test_earlier_blocks_are_thinned_evenly_and_the_prefix_runs():
 
 
 def test_an_origin_builds_it():
-    again = build(Origin.from_json(Origin("mobile", "mobile", CONFIG).to_json()))
+    again = build(Origin("mobile", "mobile", json.loads(json.dumps(CONFIG))))
     assert again.state_dict().keys() == Mobile(CONFIG).state_dict().keys()
 
 

@@ -14,12 +14,14 @@ from regrow.settings.words import command_line
 
 RUNS = [
     prune.Settings("m", keep=1 / 3, sources=("news", "mail=a b/"), unseen=("talk",), round_to=8, dtype="float64"),
-    prune.Settings("m", target="ms=7.5@64", regular=True, proof=False, marks=("folded", "competed"), input="1x3x8x8"),
+    prune.Settings(
+        "m", target="ms=7.5@64", regular=True, reconstruct=True, marks=("folded", "competed"), input="1x3x8x8"
+    ),
     prune.Settings("m", method="gprune", method_settings={"base": "flap", "on": True, "names": ["a", "b"], "x": None}),
     recover.Settings("runs/a b", "lora", tokens=64, recovery_settings={"rank": 4}, seed=2**63 - 1),
     learn.Settings(("permuted:digits:5", "mail box"), scenario="class", lr=1e-7, classes=20, precision="bfloat16"),
     search.Settings("cells:4-3-2", "a b/", "macs=20%", memory="2 GiB", inherit=True, weight_decay=0.0),
-    evaluate.Settings("m", sources=("news",), items=3, speed=True, harness=("arc_easy", "piqa")),
+    evaluate.Settings("m", sources=("news",), items=3, speed=True),
 ]
 
 
@@ -30,7 +32,7 @@ def test_a_command_line_gives_the_settings_again(settings, tmp_path: Path, monke
     output = "--json" if isinstance(settings, evaluate.Settings) else "--out"
     name, *words = shlex.split(command_line(settings, output, "x.json"))[1:]
     context = regrow.commands[name].make_context(name, words)
-    assert asdict(context.params["stated"].build()) == asdict(settings)
+    assert asdict(context.params["settings"]) == asdict(settings)
 
 
 def test_only_what_differs_from_the_defaults_is_written() -> None:

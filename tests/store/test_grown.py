@@ -51,7 +51,6 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: (*results[name], folders[name], fresh[name]) for name in NETS}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, grown: dict[str, Any]) -> None:
     model, axes, folder, in_a_fresh_process = grown[name]

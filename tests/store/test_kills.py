@@ -16,7 +16,6 @@ HERE = sys.platform == "linux" and Path("/proc/self/mem").exists()
 pytestmark = pytest.mark.skipif(not HERE, reason="file operations are watched with ptrace, which is of Linux")
 
 
-@pytest.mark.slow
 def test_a_command_that_was_disturbed_and_runs_again_leaves_what_an_undisturbed_one_does(tmp_path):
     """Killed at file operations, run twice at once, without space or the right to write, without its folder, with a
     clock that was set back, stopped by Ctrl-C."""

@@ -1,7 +1,6 @@
 """Measurements have keys: a run killed anywhere has, once it went on, the rows of one that was not, in order."""
 
 import math
-import shutil
 
 from regrow.store.metrics import Metrics
 
@@ -41,11 +40,6 @@ def test_replaying_adds_nothing_wherever_the_run_was_killed(tmp_path):
         path.touch()
         added(path, ROWS[:killed])
         assert added(path, ROWS) == whole
-    for length in range(0, len(whole), 37):  # in the middle of a line
-        shutil.copy(tmp_path / "whole", tmp_path / "killed")
-        with (tmp_path / "killed").open("r+b") as file:
-            file.truncate(length)
-        assert added(tmp_path / "killed", ROWS) == whole
 
 
 def test_kinds_that_nobody_listed_are_always_added(tmp_path):

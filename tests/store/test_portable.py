@@ -24,8 +24,6 @@ from regrow.tracing import trace, with_branches
 from store import saved
 from zoo import ZOO
 
-pytestmark = pytest.mark.slow
-
 LANGUAGE = ("llama_tied", "gpt2", "gemma3")
 ALONE = """
 import sys
@@ -76,10 +74,6 @@ def test_the_configuration_tells_every_width(shop):
     root, _ = shop
     config = json.loads((root / "llama_tied" / "config.json").read_text())
     model = load(root / "llama_tied")
-    layers = model.model.layers
-    assert [one["ffn"]["intermediate_size"] for one in config["block_configs"]] == [
-        layer.mlp.gate_proj.out_features for layer in layers
-    ]
     shapes = dict(model.named_parameters())
     assert config["regrow"]["tensors"]
     assert all(list(shapes[name].shape) == shape for name, shape in config["regrow"]["tensors"].items())
@@ -120,7 +114,6 @@ def test_a_dropped_layer_travels(tmp_path):
     apply(net, axes, Plan.dropping(axes, ["model.layers.0.mlp"]))
     written = to_transformers.write(net, tmp_path / "m")
     assert written.checked == {"max_abs_diff": 0.0, "loaded_as": "RegrownLlamaForCausalLM"}
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["block_configs"][0]["ffn"]["no_op"]
 
 
 def regular():

@@ -49,13 +49,10 @@ def test_nothing_changes_if_the_block_fails(tmp_path, system):
     with pytest.raises(ZeroDivisionError), replace_folder(tmp_path / "out") as new:
         (new / "a").write_text("second")
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), replace_folder(tmp_path / "new" / "out"):
-        raise ZeroDivisionError
     assert held(tmp_path / "out") == {"a": "first", "in/b": "first"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the folder around a new one goes too"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", range(40))
 def test_a_kill_at_any_rename_leaves_the_old_or_the_new_folder_and_nothing_else(tmp_path, killed, system):
     """In a child process that ends at its Nth file operation; the next command clears up."""
@@ -109,7 +106,6 @@ def test_a_reader_completes_two_renames_of_a_killed_process(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
-@pytest.mark.slow
 def test_readers_never_fail_while_a_model_is_saved_over_another(tmp_path):
     torch.manual_seed(0)
     save(nn.Sequential(nn.Linear(3, 3)), tmp_path / "net")

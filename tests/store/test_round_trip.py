@@ -19,7 +19,6 @@ from regrow.store.models import read_shapes
 from regrow.store.state import find_numbers, find_ties, named_tensors
 from store import saved
 
-pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
 
 

@@ -81,7 +81,7 @@ def fewer_layers(path, change):
 def test_weights_that_the_configuration_does_not_describe_are_an_error(llama):
     load_by_name(str(llama))
     fewer_layers(llama / "config.json", lambda d: d.update(num_hidden_layers=1))
-    with pytest.raises(ModelError, match=r"9 tensors that config\.json does not describe, 'model\.layers\.1"):
+    with pytest.raises(ModelError, match=r"9 tensors are in the weights or in config\.json alone, 'model\.layers\.1"):
         load_by_name(str(llama))
 
 
@@ -151,44 +151,22 @@ def test_a_tensor_that_is_a_plain_attribute_comes_back(tmp_path, known):
     assert record["scale"]["kind"] == "attribute" and "probe.st" in {p.name for p in tmp_path.iterdir()}
 
 
-class Packing(Holding):
-    """A net with constants in a tuple, a list and a dict."""
+@pytest.mark.parametrize("built", [torch.ones(2), None])
+def test_a_tensor_in_a_list_that_a_new_network_has_not_is_refused(tmp_path, built):
+    def other():
+        made = holding()
+        made.first.masks = {"a": [built]}
+        return made
 
-    def __init__(self, size=8):
-        super().__init__()
-        self.first.masks = {"a": [torch.ones(size)], "b.c": (0, torch.zeros(size))}
-
-    def forward(self, x):
-        masks = self.first.masks
-        return (self.first(x) * masks["a"][0] + masks["b.c"][1]) @ self.second.weight.t()
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_a_tensor_in_a_list_or_mapping_comes_back(tmp_path, known):
-    def packing():
-        torch.manual_seed(1)
-        return Packing().eval()
-
-    net, x = packing(), torch.linspace(-1, 1, 12).reshape(2, 6)
-    net.first.masks["a"][0] = torch.linspace(0.5, 2, 8)
-    net.first.masks["b.c"] = (0, torch.arange(8.0))
-    save(net, tmp_path, origin=Origin("callable", "", builder=packing) if known else None, example=x)
-    again = load(tmp_path, model=packing)
-    assert torch.equal(again.first.masks["b.c"][1], torch.arange(8.0)) and again.first.masks["b.c"][0] == 0
-    assert torch.equal(again(x), net(x))
-    with pytest.raises(ValueError, match=r"a tensor of shape \(7,\) in the place"):
-        load(tmp_path, model=lambda: Packing(7))
-
-
-def test_a_tensor_in_a_list_that_the_architecture_has_not_is_refused(tmp_path):
     net = holding()
-    net.first.masks = {"a": [torch.ones(2)]}
+    net.first.masks = {"a": [torch.zeros(2)]}
     with pytest.raises(ValueError, match=r"first\.masks\['a'\]\[0\] is a tensor in a list.*register_buffer"):
-        save(net, tmp_path / "m", origin=Origin("callable", "", builder=holding))
+        save(net, tmp_path / "m", origin=Origin("callable", "", builder=other))
     assert not (tmp_path / "m").exists()
-    save(net, tmp_path / "m", example=torch.ones(1, 6))
-    with pytest.raises(ValueError, match=r"no tensor in the place \"first\.masks\['a'\]\[0\]\""):
-        load(tmp_path / "m", model=holding)
+    net.first.masks = {"a": [torch.ones(2)]}
+    if built is not None:
+        save(net, tmp_path / "m", origin=Origin("callable", "", builder=other), example=torch.ones(1, 6))
+        assert torch.equal(load(tmp_path / "m", model=other).first.masks["a"][0], built)
 
 
 @pytest.mark.parametrize("name", ["first.forward", "first.__class__", "first.weight", "first._buffers", "no.where", ""])
@@ -197,7 +175,7 @@ def test_a_record_puts_no_attribute_in_another_place(tmp_path, name):
     net.scale = torch.zeros(8)
     save(net, tmp_path)
     fewer_layers(tmp_path / "shapes.json", lambda d: d["tensors"].update({name: d["tensors"].pop("scale")}))
-    with pytest.raises(ValueError, match="no place for a tensor"):
+    with pytest.raises(ValueError, match="no place for the tensor"):
         load(tmp_path, model=holding)
 
 
@@ -212,7 +190,7 @@ def test_a_changed_tensor_is_named(tmp_path):
     file = measure(tmp_path / "model.safetensors")
     fewer_layers(
         tmp_path / "shapes.json",
-        lambda d: d["files"].update({"model.safetensors": msgspec.structs.asdict(file)}),
+        lambda d: d["files"].update({"model.safetensors": msgspec.to_builtins(file)}),
     )
     with pytest.raises(ValueError, match=r"'second\.weight' does not have the recorded SHA-256"):
         load(tmp_path, model=holding)
@@ -267,7 +245,7 @@ def test_how_near_an_answer_must_be(tmp_path, conditions, change, fits):
     kept = {key: value for key, value in header.items() if key not in ("format", "names", "sha256")}
     write_tensors(tmp_path / FILE, tensors, kept, FORMAT)
     file = measure(tmp_path / FILE)
-    fewer_layers(tmp_path / "shapes.json", lambda d: d.update(probe=msgspec.structs.asdict(file)))
+    fewer_layers(tmp_path / "shapes.json", lambda d: d.update(probe=msgspec.to_builtins(file)))
     if fits:
         load(tmp_path, model=other)
     else:
@@ -278,10 +256,10 @@ def test_how_near_an_answer_must_be(tmp_path, conditions, change, fits):
 def test_a_network_without_a_known_input_says_so(tmp_path, caplog):
     net = nn.Bilinear(2, 3, 4)
     save(net, tmp_path)
-    why = "no example input is known; give one: save(…, example=input)"
+    why = "no example input is known; give one that it takes: save(…, example=input)"
     assert caplog.messages == [f"the output of the saved model is not recorded, so that load cannot check it: {why}"]
     told = json.loads((tmp_path / "shapes.json").read_text())["probe"]
-    assert told == {"reason": "no example input is known; give one: save(…, example=input)"}
+    assert told == {"reason": "no example input is known; give one that it takes: save(…, example=input)"}
     caplog.clear()
     load(tmp_path, model=lambda: nn.Bilinear(2, 3, 4))
     assert caplog.messages == [
@@ -306,57 +284,11 @@ class Keyworded(nn.Module):
 def test_a_network_that_does_not_take_the_guessed_input_says_what_to_give(tmp_path, caplog):
     net = Keyworded().eval()
     save(net, tmp_path / "a")
-    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; give one: save(…, example=input)")
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; give one that it takes: save(…, example=input)")
     caplog.clear()
     save(net, tmp_path / "b", example=Example((), {"batch": {"x": torch.ones(1, 2)}}))
     load(tmp_path / "b", model=Keyworded)
     assert not caplog.messages
-
-
-class Switched(nn.Module):
-    """A net that does what its attributes say, of kinds that no file keeps."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.act = nn.Linear(6, 6), nn.ReLU()
-        self.squared, self.how, self.scales, self.table = False, "sum", (0.5, 2.0), {"shift": 1}
-        self.power, self.unread = None, None
-
-    def forward(self, x):
-        y = self.act(self.layer(x)) * self.scales[0] + self.table["shift"]
-        y = y**2 if self.squared else y
-        y = y if self.power is None else y**self.power
-        return y + getattr(self, "late", "").count("a") if self.how == "sum" else -y
-
-
-@pytest.mark.parametrize(
-    ("change", "where"),
-    [
-        (lambda m: setattr(m, "squared", True), "squared"),
-        (lambda m: setattr(m, "how", "mean"), "how"),
-        (lambda m: setattr(m, "scales", (0.25, 2.0)), "scales"),
-        (lambda m: m.table.update(shift=2), "table"),
-        (lambda m: setattr(m, "late", "aa"), "late"),
-        (lambda m: setattr(m, "act", nn.Tanh()), r"act (a Tanh, not a ReLU)"),
-        (lambda m: m.layer.register_forward_hook(lambda *a: a[2] + 1), "layer._forward_hooks"),
-        (lambda m: setattr(m, "unread", "x"), ""),
-        (lambda m: setattr(m, "power", 3), ""),
-        (lambda m: m.layer.weight.data.mul_(2), ""),
-    ],
-)
-def test_a_change_that_no_file_keeps_is_told_when_the_model_is_saved(tmp_path, change, where, caplog):
-    """What is loaded otherwise; an attribute that decides nothing, and a number that is recorded, are no matter."""
-    net = Switched().eval()
-    change(net)
-    save(net, tmp_path, origin=Origin("callable", "", builder=Switched), example=torch.linspace(-1, 1, 12).view(2, 6))
-    if not where:
-        assert not caplog.messages
-        load(tmp_path, model=Switched)
-        return
-    (line,) = caplog.messages
-    assert f"no file keeps {where}, in which it differs" in line and "\n" not in line
-    with pytest.raises(ValueError, match="answers otherwise"):
-        load(tmp_path, model=Switched)
 
 
 class Counting(nn.Module):

@@ -32,15 +32,24 @@ def edited(path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d["settings"].update(keep="0.5"), ("keep is '0.5'", "float")),
-        (lambda d: d["settings"].update(seed=True), ("seed is True", "int")),
-        (lambda d: d["settings"].update(sources="digits"), ("sources is 'digits'", "array")),
-        (lambda d: d["settings"].update(sources=[{}]), ("sources.0 is {}", "str")),
+        (lambda d: d["settings"].update(keep="0.5"), ("float", "keep`")),
+        (lambda d: d["settings"].update(seed=True), ("int", "seed`")),
+        (lambda d: d["settings"].update(sources="digits"), ("array", "sources`")),
+        (lambda d: d["settings"].update(sources=[{}]), ("str", "sources[0]`")),
         (lambda d: d["settings"].update(builder="pwned:boom"), ("'builder' is unknown", "version of regrow")),
-        (lambda d: d.update(versions=["x"]), ("run.json: versions is ['x']", "restore it")),
-        (lambda d: d.update(seconds={"load": "long"}), ("run.json: seconds.load is 'long'", "float", "restore it")),
-        (lambda d: d.update(notes=[1]), ("notes.0 is 1",)),
-        (lambda d: d.update(format="regrow-run/9"), ("regrow-run/9, this version reads regrow-run/2", "run it again")),
+        (
+            lambda d: d.update(versions=["x"]),
+            ("run.json: Expected `object`, got `array`", "restore it"),
+        ),
+        (
+            lambda d: d.update(seconds={"load": "long"}),
+            ("run.json: Expected `float`", "$.seconds[...]", "restore it"),
+        ),
+        (lambda d: d.update(notes=[1]), ("Expected `str`, got `int` - at `$.notes[0]`",)),
+        (
+            lambda d: d.update(format="regrow-run/9"),
+            ("regrow-run/9, this version of regrow reads regrow-run/2", "run it again"),
+        ),
     ],
 )
 def test_run_json(run, change, words):
@@ -57,17 +66,17 @@ def change_of(data):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: change_of(d).update(size=3.5), ("size is 3.5", "int")),
-        (lambda d: change_of(d)["keep"].append("1"), ("keep.", "is '1'")),
-        (lambda d: change_of(d)["slots"][0].update(role="runs"), ("slots.0.role is 'runs'", "enum")),
+        (lambda d: change_of(d).update(size=3.5), ("int", "size`")),
+        (lambda d: change_of(d)["keep"].append("1"), ("int", "keep[")),
+        (lambda d: change_of(d)["slots"][0].update(role="runs"), ("enum value 'runs'", "slots[0].role`")),
         (lambda d: change_of(d).update(call="pwned:boom"), ("unknown field `call`",)),
         (
             lambda d: d["plans"][0].update(drop={"a": {"a": {"gives": "code", "takes": 0}}}),
-            ("drop.a.a.gives is 'code'",),
+            ("enum value 'code'", "gives`"),
         ),
-        (lambda d: d["plans"][0].update(means={"w": {"0": None}}), ("means.w.0 is None",)),
+        (lambda d: d["plans"][0].update(means={"w": {"0": None}}), ("Expected `float`, got `null`",)),
         (lambda d: d.update(code="pwned:boom"), ("unknown field `code`",)),
-        (lambda d: d.update(plans={}), ("plans is {}",)),
+        (lambda d: d.update(plans={}), ("Expected `array`, got `object` - at `$.plans`",)),
     ],
 )
 def test_ledger(run, change, words):
@@ -76,12 +85,6 @@ def test_ledger(run, change, words):
         Ledger(run / "ledger.json").plans()
     line = str(caught.value)
     assert all(word in line for word in (*words, "ledger.json", "restore")) and "\n" not in line, line
-
-
-def test_the_entry_of_a_mapping_is_named():
-    data = {"a": {"sizes": [1, 2]}, "b.c": {"sizes": [1, -2]}}
-    with pytest.raises(StoreError, match=r"f: b\.c\.sizes\.1 is -2: Expected `int` >= 0"):
-        convert(data, dict[str, dict[str, list[schemas.Size]]], "f")
 
 
 def test_depth_and_rows(run):
@@ -112,24 +115,17 @@ def test_records_know_nothing_of_torch(module):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("axes", lambda d: d["before"][0].update(size="12"), ("before.0.size is '12'", "int")),
+        ("axes", lambda d: d["before"][0].update(size="12"), ("Expected `int`, got `str` - at `$.before[0].size`",)),
         ("axes", lambda d: d["after"][1].update(call="os:abort"), ("unknown field `call`",)),
         ("axes", lambda d: d.pop("after"), ("missing required field `after`",)),
-        (
-            "scores",
-            lambda d: d["axes"]["body.0.weight:0"].update(kept_min="low"),
-            ("0.weight:0.kept_min is",),
-        ),
-        ("scores", lambda d: d["axes"]["body.0.weight:0"].update(spread=1), ("unknown field `spread`",)),
     ],
 )
 def test_records_that_inform(tmp_path, name, change, words):
     path = Path(shutil.copytree(FIXTURES / "gprune", tmp_path / "run")) / f"{name}.json"
-    schema = {"axes": schemas.AxisRows, "scores": schemas.ScoreSummary}[name]
-    assert convert(read_json(path), schema, path)
+    assert convert(read_json(path), schemas.AxisRows, path)
     edited(path, change)
     with pytest.raises(StoreError) as caught:
-        convert(read_json(path), schema, path)
+        convert(read_json(path), schemas.AxisRows, path)
     line = str(caught.value)
     assert all(word in line for word in (*words, f"{name}.json", "restore it")) and "\n" not in line, line
 

@@ -53,9 +53,9 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"format": "f/2"}, "another version of regrow \\(format f/2, this version reads f/1\\); run it again"),
-        ({"format": "g/1"}, "not of the format 'f/1'"),
-        ({"format": None}, "not of the format 'f/1'"),
+        ({"format": "f/2"}, "has the format f/2, this version of regrow reads f/1; restore it, or run it again"),
+        ({"format": "g/1"}, "has the format g/1, this version of regrow reads f/1"),
+        ({"format": None}, "has the format None, this version of regrow reads f/1"),
         ({"names": ["a"]}, "names 1 tensors and holds 2"),
         ({"names": ["a", "a"]}, "names of tensors are damaged"),
         ({"names": [1, 2]}, "names of tensors are damaged"),

@@ -17,7 +17,7 @@ def test_the_amount_that_is_named_is_enough_for_a_process_that_has_more(folder, 
     for resident in (123_456_789, 987_654_321, 5_678_901_234):
         monkeypatch.setattr(requirements, "read_resident", lambda resident=resident: resident)
         with pytest.raises(ResourceError) as refused:
-            plan_memory(network, 1, windows=2, tokens=8)
+            plan_memory(network, 1, windows=2, tokens=8).check()
         limit = parse_bytes(re.search(r"--memory (\S+)", str(refused.value))[1])
         monkeypatch.setattr(requirements, "read_resident", lambda resident=resident: int(1.02 * resident))
         assert plan_memory(network, limit, windows=2, tokens=8).least <= limit

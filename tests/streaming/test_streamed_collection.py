@@ -27,7 +27,7 @@ def test_streamed_sums_are_those_of_the_whole_network(folder, sources, on_disk, 
             assert one.tokens == other.tokens
             assert list(one.moments) == list(other.moments)
             for weight, sums in one.moments.items():
-                for part in ("count", "total", "square", "sequences", "mean_total", "mean_square"):
+                for part in ("count", "total", "square"):
                     assert torch.equal(*(torch.as_tensor(getattr(m, part)) for m in (sums, other.moments[weight])))
 
 

@@ -142,7 +142,7 @@ def as_a_new_trace(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
 
 DROPS = [
     ("resnet18", ["layer2.1.bn2", "layer4.1.bn2"]),
-    pytest.param("mobilenet_v2", ["features.3", "features.13"], marks=pytest.mark.slow),
+    pytest.param("mobilenet_v2", ["features.3", "features.13"]),
     ("vit", ["encoder.layers.encoder_layer_0.self_attention", "encoder.layers.encoder_layer_1.mlp"]),
     ("vit", ["encoder.layers.encoder_layer_0"]),
     ("convnext", ["features.3.0.block"]),
@@ -158,7 +158,6 @@ DROPS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "modules"), DROPS)
 def test_dropped_is_the_network_without_that_summand(name: str, modules: list[str]) -> None:
     holds(name, modules)
@@ -179,7 +178,6 @@ def test_what_goes_with_a_branch_is_what_nothing_else_uses() -> None:
     assert "takes away what features.3 does" in traced("mobilenet_v2")[1].branches["features.3.conv"].reason
 
 
-@pytest.mark.slow
 def test_a_concatenation_and_a_changed_shape_say_so() -> None:
     dense = traced("densenet121")[1].branches
     assert not any(branch.free for branch in dense.values()) and all(branch.reason for branch in dense.values())
@@ -365,7 +363,6 @@ def test_the_first_attention_of_a_kind_stays_for_caches_count_by_it() -> None:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_units_and_branches_in_one_plan_or_one_after_the_other() -> None:
     model, axes = traced("llama")
     double = laws.in_double(model)
@@ -519,7 +516,6 @@ def fields_of(axes: AxisGraph) -> list[str]:
     return [name for name in vars(axes) if name not in ("axes", "example", "decisions", "recording")]
 
 
-@pytest.mark.slow
 def test_units_cut_inside_and_outside_come_back_after_the_branch() -> None:
     """Cut in the branch, drop it, cut elsewhere: what was cut elsewhere does not matter, and all can be undone."""
     model, axes = traced("llama")
@@ -545,7 +541,6 @@ def cut_ids(before: AxisGraph, after: AxisGraph, key: str) -> tuple[int, ...]:
     return tuple(one for one in before[key].ids if one not in after[key].ids)
 
 
-@pytest.mark.slow
 def test_a_branch_that_cannot_come_back_says_why() -> None:
     model, axes = traced("llama")
     net, undo = deepcopy(model), UndoStore()

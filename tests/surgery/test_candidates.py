@@ -30,7 +30,6 @@ def dropped(net, every=2):
     return paths, masked
 
 
-@pytest.mark.slow
 def test_without_candidates_a_network_computes_the_sum_of_the_others(traced):
     net, axes, x = traced
     net = copy.deepcopy(net)
@@ -42,7 +41,6 @@ def test_without_candidates_a_network_computes_the_sum_of_the_others(traced):
     assert not after.branches.keys() & set(paths)
 
 
-@pytest.mark.slow
 def test_the_axes_after_it_are_those_of_a_new_trace_where_a_cell_stays_tied(traced):
     net, axes, x = traced
     net = copy.deepcopy(net)
@@ -53,7 +51,6 @@ def test_the_axes_after_it_are_those_of_a_new_trace_where_a_cell_stays_tied(trac
         assert own in fresh or own == frozenset().union(*(one for one in fresh if one <= own))
 
 
-@pytest.mark.slow
 def test_filters_are_cut_beside_candidates_that_went(traced):
     net, axes, _ = traced
     net = copy.deepcopy(net)
@@ -63,7 +60,6 @@ def test_filters_are_cut_beside_candidates_that_went(traced):
     assert found.ok
 
 
-@pytest.mark.slow
 def test_what_went_comes_back_as_it_was(traced):
     net, axes, x = traced
     net, undo = copy.deepcopy(net), UndoStore()
@@ -75,7 +71,6 @@ def test_what_went_comes_back_as_it_was(traced):
     assert {axis.key: axis.slots for axis in back.free()} == {axis.key: axis.slots for axis in axes.free()}
 
 
-@pytest.mark.slow
 def test_what_comes_back_was_cut_with_the_rest(traced):
     net, axes, x = traced
     net, other, undo = copy.deepcopy(net), copy.deepcopy(net), UndoStore()
@@ -91,7 +86,6 @@ def test_what_comes_back_was_cut_with_the_rest(traced):
     assert torch.equal(restored(x), traced[0](x))
 
 
-@pytest.mark.slow
 def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     net, axes, _ = traced
     net, undo = copy.deepcopy(net), UndoStore()
@@ -104,7 +98,6 @@ def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     assert sum(tensor.numel() for tensor in undo.contents().values()) <= supernet
 
 
-@pytest.mark.slow
 def test_one_candidate_stays(traced):
     net, axes, _ = traced
     own = next(iter(candidates_in(net).values()))

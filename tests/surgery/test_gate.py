@@ -18,7 +18,6 @@ from regrow.scoring.metrics import random
 from regrow.surgery.gate import gate_inputs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compensated", [False, True])
 def test_gates_of_zero_and_one_are_the_cut(compensated: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM

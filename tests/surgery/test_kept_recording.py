@@ -13,8 +13,7 @@ import laws
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery import apply
-from regrow.tracing import readings, trace
-from regrow.tracing.capture import capture
+from regrow.tracing import trace
 from zoo import Wired, randomise
 
 KEY = "a.weight:0"
@@ -73,15 +72,3 @@ def test_other_operations_are_refused(change: Callable[[Any], None], double: boo
     change(model)
     with laws.untouched(model), pytest.raises(PlanError):
         apply(model, axes, plan)
-
-
-def test_a_cast_network_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts of copies of one cast network share its recording; one of another precision gets its own."""
-    model, axes, plan = traced(double=True)
-    made = []
-    monkeypatch.setattr(readings, "capture", lambda *args, **more: made.append(1) or capture(*args, **more))
-    for _ in range(2):
-        apply(deepcopy(model), axes, plan)
-    assert not made
-    apply(deepcopy(model).to(torch.bfloat16), axes, plan)
-    assert len(made) == 1

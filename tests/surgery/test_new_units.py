@@ -177,7 +177,6 @@ def test_an_axis_that_no_layer_makes_is_refused() -> None:
         fit_new_units(model, left, plan, [Batch((ids,))])
 
 
-@pytest.mark.slow
 def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
     """Five draws of a network on handwritten digits, grown in the middle of training, 60 steps more."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()

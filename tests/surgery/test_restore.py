@@ -166,7 +166,6 @@ def entries(model: nn.Module, axes: AxisGraph) -> dict[tuple, float]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "flatten", "conv_residual", "glu"])
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: int) -> None:

@@ -16,7 +16,6 @@ from regrow.tracing import trace
 from zoo import trace_zoo
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "softmax_gate", "softmax_twice", "gpt2"])
 def test_many_plans_are_compared_as_each_alone(name: str) -> None:
     model, axes = trace_zoo(name)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import capture, example_of
+from regrow.tracing.readings import GraphBlock, blocks
 from regrow.tracing.steps import operations
 from zoo import trace_zoo
 

@@ -42,7 +42,6 @@ def held(model: nn.Module, tokens: int) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_polynomial_is_what_the_cache_holds_before_and_after_a_cut(attention: str, dtype: torch.dtype) -> None:
@@ -72,7 +71,6 @@ def test_a_cache_of_a_window_holds_less_than_is_counted() -> None:
     assert priced_at[0] == held(model, 99) < priced_at[1]
 
 
-@pytest.mark.slow
 def test_a_cache_target_is_met_by_key_value_groups_alone() -> None:
     model, example = llama(), Example((TOKENS,), {"use_cache": False})
     whole = held(model, 100)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes.operations import Tracer
 from regrow.tracing import record
 from regrow.tracing.capture import capture, example_of, in_training
-from regrow.tracing.forms import infer_result
+from regrow.tracing.meta_copy import infer_result
 from zoo import ZOO
 
 aten = torch.ops.aten
@@ -33,7 +33,6 @@ def fake(*shapes: tuple[int, ...]) -> tuple[FakeTensorMode, list[Tensor]]:
     return mode, [mode.from_tensor(torch.ones(shape)) for shape in shapes]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shape, precision, device and memory of every result in a network, and whether it is a tensor that was given.
@@ -53,7 +52,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
     example = example_of(model, args, kwargs)
-    capture(model, example, tracer=Tracer.COPY)
+    capture(model, example, tracer=Tracer.RECORD)
     assert asked
     asked.clear()
     in_training(model, example)

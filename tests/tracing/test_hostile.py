@@ -25,7 +25,6 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.slow
 def test_a_sample_is_cut_exactly_or_refused_in_one_line(recipe: Any) -> None:
     """Families and variants by a seed; together the seeds of a few months would see all of them."""
     families = Random(24).sample(sorted(recipe.FAMILIES), SAMPLE)

@@ -91,14 +91,6 @@ def test_every_cut_is_right_at_any_size(name: str, example: tuple[int, int]) -> 
                     assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-9, (batch, length)
 
 
-def test_examples_of_the_user_are_tried() -> None:
-    net = network(lambda m, x, h: m.b(h.flip(-1) if x.shape[1] == 5 else h))
-    assert trace(net, torch.randn(2, 3, 7, dtype=torch.float64))[KEY].free
-    example = torch.randn(2, 5, 7, dtype=torch.float64)
-    axes = trace(net, torch.randn(2, 3, 7, dtype=torch.float64), examples=[example])
-    assert "flip" in axes[KEY].reason and "another size" in axes[KEY].reason
-
-
 def test_verify_compares_on_another_example() -> None:
     net = network(INDEPENDENT["mean"])
     x = torch.randn(2, 3, 7, dtype=torch.float64)

@@ -106,14 +106,13 @@ def dry(model: nn.Module, example: Example, tracer: Tracer) -> tuple[AxisGraph, 
     return axes, steps(w, names)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
     """Operation by operation; what is traced from the one is what is traced from the other, to the last name."""
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     (ours, mine), (theirs, other) = (
-        dry(model, example_of(model, args, kwargs), one) for one in (Tracer.COPY, Tracer.EXPORT)
+        dry(model, example_of(model, args, kwargs), one) for one in (Tracer.RECORD, Tracer.EXPORT)
     )
     assert mine == other
     assert list(ours.axes) == list(theirs.axes) and ours.shapes == theirs.shapes and ours.ties == theirs.ties
@@ -135,7 +134,7 @@ def test_what_asks_or_reads_what_it_kept_is_not_ours_to_record_on_fake_data() ->
 
     for wire, real in ((keeps, False), (reads, True), (lambda m, x: m.two(m.one(x)) * x.sum().item(), True)):
         model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
-        found = capture(model, Example((torch.ones(2, 4),)), tracer=Tracer.COPY)
+        found = capture(model, Example((torch.ones(2, 4),)), tracer=Tracer.RECORD)
         assert (found.decisions is not None) == real
 
 
@@ -149,7 +148,7 @@ def test_a_network_that_asks_whether_it_is_exported_is_traced_as_it_runs() -> No
 
     model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
     example = Example((torch.ones(2, 4),))
-    assert dry(model, example, Tracer.COPY)[1] == dry(model, example, Tracer.EXPORT)[1]
+    assert dry(model, example, Tracer.RECORD)[1] == dry(model, example, Tracer.EXPORT)[1]
     axes = trace(model, torch.ones(2, 4))
     assert axes.tracer == Tracer.PLAIN and "flip" in axes["one.weight:0"].reason
     assert not asked.is_exporting() and not asked.is_compiling()
@@ -161,7 +160,6 @@ def walked(model: nn.Module, example: Example) -> set[tuple[Mark, frozenset[Slot
     return {(axis.mark, frozenset(axis.slots)) for axis in axes.free()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same operations at the same level: no rule can tell how a network was recorded."""
@@ -173,7 +171,6 @@ def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest
     assert walked(model, example) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["conv_residual", "attention", "channel_shuffle", "size_constant", "llama", "gpt2", "vit"]
 )
@@ -331,7 +328,6 @@ def test_without_numbers_data_cannot_decide() -> None:
         traced(rows(lambda x: x[:, 0] > 0))
 
 
-@pytest.mark.slow
 def test_a_detector(capsys: pytest.CaptureFixture[str]) -> None:
     """Backbone and heads of a real detector are free, and cut by any plan it finds what the masked one finds."""
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Example
+from regrow.core.axes.operations import Tracer
 from regrow.tracing import trace
 from regrow.tracing.capture import Capture, capture
 
@@ -154,7 +155,7 @@ def text(recorded: Capture) -> list[tuple[str, ...]]:
 )
 def test_the_recording_is_that_of_every_block_run(kind: type[Block], runs: int) -> None:
     net, example = Net(kind), Example((torch.ones(1, 6),))
-    whole = capture(net, example, lines=True)  # with lines every module runs
+    whole = capture(net, example, tracer=Tracer.PLAIN)
     start = next(RUNS)
     copied = capture(net, example)
     assert text(copied) == text(whole)
@@ -164,7 +165,7 @@ def test_the_recording_is_that_of_every_block_run(kind: type[Block], runs: int) 
 
 def test_blocks_of_other_shapes_run_once_per_shape() -> None:
     net, example = Net(Block, (12, 8, 12, 8, 12, 12)), Example((torch.ones(1, 6),))
-    whole = capture(net, example, lines=True)
+    whole = capture(net, example, tracer=Tracer.PLAIN)
     start = next(RUNS)
     assert text(capture(net, example)) == text(whole)
     assert next(RUNS) - start - 1 == 2
@@ -183,7 +184,7 @@ def test_trial_cuts_run_as_many_blocks_in_a_network_of_twice_the_depth() -> None
 def test_hooks_of_a_block_run() -> None:
     net, seen = Net(Block), []
     net.blocks[3].register_forward_hook(lambda module, given, result: seen.append(1) or result * 2)
-    whole = capture(net, Example((torch.ones(1, 6),)), lines=True)
+    whole = capture(net, Example((torch.ones(1, 6),)), tracer=Tracer.PLAIN)
     assert text(capture(net, Example((torch.ones(1, 6),)))) == text(whole)
 
 
@@ -191,7 +192,7 @@ def test_tied_blocks_and_shared_operands_are_kept_apart() -> None:
     net = Net(Block)
     net.blocks[4].wide.weight = net.blocks[1].wide.weight
     net.blocks[3] = net.blocks[0]
-    whole = capture(net, Example((torch.ones(1, 6),)), lines=True)
+    whole = capture(net, Example((torch.ones(1, 6),)), tracer=Tracer.PLAIN)
     assert text(capture(net, Example((torch.ones(1, 6),)))) == text(whole)
 
 
@@ -200,7 +201,7 @@ def test_blocks_that_decide_by_another_label_run_each_by_themselves(labels: Any)
     net, example = Net(Labelled), Example((torch.ones(1, 6),))
     for block, label in zip(net.blocks, labels, strict=True):
         block.layer_idx = label
-    whole = capture(net, example, lines=True)
+    whole = capture(net, example, tracer=Tracer.PLAIN)
     assert text(capture(net, example)) == text(whole)
     assert [block.layer_idx for block in net.blocks] == [*labels]
 
@@ -208,17 +209,17 @@ def test_blocks_that_decide_by_another_label_run_each_by_themselves(labels: Any)
 @pytest.mark.parametrize("kind", [Missing, Defaulting, Assigned])
 def test_blocks_whose_number_comes_from_elsewhere_run_each_by_themselves(kind: type[Block]) -> None:
     net, example = Net(kind), Example((torch.ones(1, 6),))
-    whole = capture(net, example, lines=True)
+    whole = capture(net, example, tracer=Tracer.PLAIN)
     assert text(capture(net, example)) == text(whole)
 
 
 @pytest.mark.parametrize("kind", [Dropping, DroppingNumpy, DroppingOwn])
 def test_blocks_that_draw_random_numbers_draw_each_by_themselves(kind: type[Dropping]) -> None:
     recordings = []
-    for lines in (True, False):
+    for tracer in (Tracer.PLAIN, Tracer.RECORD):
         random.seed(3)
         np.random.seed(3)
         DroppingOwn.generator.seed(3)
-        recordings.append(text(capture(Net(kind), Example((torch.ones(1, 6),)), lines=lines)))
+        recordings.append(text(capture(Net(kind), Example((torch.ones(1, 6),)), tracer=tracer)))
     assert recordings[0] == recordings[1]
     assert 0 < sum("sigmoid" in str(row) for row in recordings[0]) < 10

@@ -19,7 +19,7 @@ Act = Callable[[Any, Tensor], Tensor]
 
 BY_SIZE: Mapping[str, tuple[Act, str]] = {
     "factor": (lambda m, h: h * h.shape[-1], "in training, a number in mul in the model depends on the size"),
-    "centred": (lambda m, h: h - h.mean(-1, keepdim=True), "its size is divided by in training"),
+    "centred": (lambda m, h: h - h.mean(-1, keepdim=True), "mean in the model"),
 }
 MARKED: Mapping[str, tuple[Act, Mark]] = {
     "layer norm": (lambda m, h: F.layer_norm(h, (h.shape[-1],)), Mark.RESTATED),

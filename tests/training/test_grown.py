@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import regrow
-from regrow.training.step import added_entries
+from regrow.training.tune import added_entries
 
 
 def network() -> nn.Module:

@@ -37,7 +37,7 @@ class Cost:
         self.present = np.array([*axes.sizes().values(), 1], dtype=np.int64)
         if measure == Measure.TIME:
             if timing is None:
-                raise ValueError("how long the network takes was not measured: Budget(timing=evaluation.timing(…))")
+                raise ValueError("how long the network takes was not measured: Budget(timing=time_widths(…))")
             self._terms = [_time_term(self.index, timing)]
         else:
             self._terms = [_polynomial_term(self.index, _tensors(axes, measure, tokens))]

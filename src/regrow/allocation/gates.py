@@ -169,19 +169,6 @@ class Gates:
         active, share, many = self.shares(masks, alpha)
         return torch.where(active & among, torch.log1p(many * share), 0.0).sum()
 
-    def threshold_regularizer(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return the regulariser Σ exp(−t) over the thresholds t of what is active; it raises thresholds.
-
-        They are those of operations, of the axes in ``keys``, and of the weights in each operation.
-
-        Source: the authors' code (model_search.py, after Dynamic Sparse Training).
-        """
-        active = self._active(masks)
-        ops, filters, weights = thresholds
-        present = torch.zeros_like(filters, dtype=torch.bool).index_fill(0, self.axis, True)
-        each = torch.exp(-torch.cat([ops.index_select(0, self.tied), filters, weights[:-1]]))
-        return torch.where(torch.cat([active, present, active]), each, 0.0).sum()
-
     def _last(self, margin: Tensor) -> Tensor:
         """Return the operations that stay because all others of a needed set are below their thresholds."""
         result = torch.zeros_like(margin, dtype=torch.bool)

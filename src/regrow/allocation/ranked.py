@@ -40,13 +40,7 @@ class Lane:
     values: np.ndarray
 
 
-def rank(
-    axes: AxisGraph,
-    scores: Scores | Tensors,
-    budget: Budget,
-    *,
-    minimum: int = 1,
-) -> dict[str, tuple[int, ...]]:
+def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str, tuple[int, ...]]:
     """Keep the best units of all scored axes in one global ranking, so that the network's cost fits the budget.
 
     Units are sorted by score (equal ones by axis key, then unit), the longest affordable tail is found by bisection
@@ -61,7 +55,7 @@ def rank(
     values = scores.values if isinstance(scores, Scores) else scores
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
-    lanes = list(_lanes(axes, values, budget, minimum, cost))
+    lanes = list(_lanes(axes, values, budget, cost))
     owner = np.concatenate([np.full(len(lane.values), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
     order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
     owner = owner[order].astype(np.int64)
@@ -100,9 +94,7 @@ def rank(
     return kept
 
 
-def uniform(
-    axes: AxisGraph, scores: Scores | Tensors, budget: Budget, *, minimum: int = 1
-) -> dict[str, tuple[int, ...]]:
+def uniform(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str, tuple[int, ...]]:
     """Keep the same fraction of the units of every scored axis, the best of each, so that the budget is met.
 
     Scores, which need not be comparable between axes, are replaced by percentiles within the axis, (rank + ½) / n, and
@@ -113,10 +105,10 @@ def uniform(
     finite = {key: bool(torch.isfinite(value).all()) for key, value in values.items()}
     # The ranking refuses the others, with the axis's name.
     shares = {key: rank_order(value) if finite[key] else value for key, value in values.items()}
-    return rank(axes, shares, budget, minimum=minimum)
+    return rank(axes, shares, budget)
 
 
-def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int, cost: Cost) -> Iterator[Lane]:
+def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iterator[Lane]:
     """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
@@ -127,7 +119,7 @@ def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, minimum: int, cost:
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
-        least = max(minimum, *(axes[key].least for key in keys))
+        least = max(1, *(axes[key].least for key in keys))
         multiple = lcm(*(axes[key].multiple for key in keys))
         rounded = lcm(budget.round_to, multiple)
         sizes = _reachable_sizes(size, min(least, size), rounded if size >= rounded else multiple)
@@ -186,15 +178,8 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
     return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)
 
 
-# Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept
+# Name → allocation function: (axes, scores, budget) → axis key → units kept
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
-
-
-def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
-    """Return the allocation function of a name; raise ValueError if there is none."""
-    if name not in ALLOCATIONS:
-        raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
-    return ALLOCATIONS[name]
 
 
 def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:

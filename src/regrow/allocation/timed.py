@@ -72,7 +72,7 @@ def split_cost(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Col
         case Measure.TIME if timed is not None:
             return timed
         case Measure.TIME:
-            raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
+            raise ValueError("how long operations take was not measured: latency(…) does it")
     raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
 
 

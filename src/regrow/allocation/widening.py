@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import ceil, lcm
+from math import ceil
 from typing import Literal
 
 from regrow.core.amounts import Increase
@@ -11,7 +11,6 @@ from regrow.core.axes import Axis, AxisGraph, Role, axes_in, block, matches
 from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
-PARTS: tuple[Part, ...] = ("mlp", "heads", "channels")
 _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels of convolutions"}
 
 
@@ -23,14 +22,7 @@ class Widening:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def widening(
-    axes: AxisGraph,
-    parts: Mapping[Part, Increase],
-    named: Mapping[str, Increase],
-    *,
-    round_to: int = 1,
-    regular: bool = False,
-) -> Widening:
+def widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
     """Return how many units each axis gains."""
     wanted: dict[str, Increase] = {}
     refused: dict[str, str] = {}
@@ -42,17 +34,11 @@ def widening(
         wanted |= dict.fromkeys(_widenable(members, refused, f"the {_NAMES[part]}"), increase)
     for name, increase in named.items():
         wanted |= dict.fromkeys(_widenable(_named(axes, name), refused, f"axis {name!r}"), increase)
-    steps = {key: lcm(axes[key].multiple, round_to) for key in wanted}
+    steps = {key: axes[key].multiple for key in wanted}
     sizes = {key: axes[key].size for key in wanted}
     after = {
         key: -(-(sizes[key] + increase.of(sizes[key])) // steps[key]) * steps[key] for key, increase in wanted.items()
     }
-    if regular:
-        roles: dict[object, list[str]] = {}
-        for key in after:
-            places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1]}
-            roles.setdefault(frozenset(places), []).append(key)
-        after = {key: max(after[other] for other in group) for group in roles.values() for key in group}
     grow = {key: size - sizes[key] for key, size in after.items() if size != sizes[key]}
     return Widening(grow, {key: why for key, why in refused.items() if key not in after})
 

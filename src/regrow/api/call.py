@@ -1,13 +1,11 @@
 """Calls from Python: what they are given, and their run folders, ``out=``: what is recorded, and how they resume."""
 
 import hashlib
-import warnings
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Generator, Tensor, nn
@@ -18,7 +16,6 @@ from regrow.api.inputs import (
     LossLike,
     ModelLike,
     choose_reading,
-    generate,
     no_network,
     require_weights,
     to_example,
@@ -39,17 +36,13 @@ from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources
 from regrow.jobs.models import ModelSpec, load_model, with_origin
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
-from regrow.jobs.trackers import check_tracker
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
 from regrow.nets.loaded import WeightFile, guessed_example
-from regrow.reports import ReportError, write_page
+from regrow.reports import write_run_page
 from regrow.store.building import describe_origin
-from regrow.store.errors import StoreError
 from regrow.store.statistics import fingerprint
 from regrow.streaming.opening import OpenedNetwork, open_network
-
-PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -67,8 +60,6 @@ class Call:
     precision: str = "float32"
     axes: AxisGraph | None = None  # their example is then that of the network
     out: str | Path | None = None
-    track: str = ""
-    checkpoint: str | Path | None = None  # for calls without a folder
     generators: tuple[Generator, ...] = ()  # of the loaders that are given
 
     @property
@@ -76,11 +67,8 @@ class Call:
         """The name of the network in the settings of a run."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
-    def read(self, progress: Progress = silent, *, generates: bool = False) -> Inputs:
-        """Load the network if it is named, read the data, and choose an example input and an objective.
-
-        If it ``generates``, ``"generated"`` among the data is text of the network itself.
-        """
+    def read(self, progress: Progress = silent) -> Inputs:
+        """Load the network if it is named, read the data, and choose an example input and an objective."""
         device = None if self.device is None else choose_device(self.device)
         model, tokenizer, known = self.model, self.tokenizer, None
         files: tuple[WeightFile, ...] = ()
@@ -100,8 +88,7 @@ class Call:
         guess = known or guessed_example(model)
         size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
         reading = choose_reading(model, tokenizer, self.batch_size, size)
-        data = generate(self.data, model, reading, progress) if generates else self.data
-        sources, tests, objective = self._read_data(data, reading)
+        sources, tests, objective = self._read_data(reading)
         where = ""
         if known is None:
             if not sources:
@@ -125,7 +112,7 @@ class Call:
             )
         opened = open_network(str(self.model))
         model, tokenizer = with_origin(opened.loaded), self.tokenizer or opened.loaded.tokenizer
-        sources, tests, objective = self._read_data(self.data, choose_reading(model, tokenizer, self.batch_size))
+        sources, tests, objective = self._read_data(choose_reading(model, tokenizer, self.batch_size))
         network = Loaded(model, tokenizer, opened.loaded.example, describe_origin(model), files=opened.loaded.files)
         return opened, Inputs(network, sources, objective, tests)
 
@@ -135,10 +122,8 @@ class Call:
         validation = (replace(test, name=f"validation {test.name}") for test in tests)
         return self.record((*inputs.sources, *validation), weights, {})
 
-    def _read_data(
-        self, data: Any, reading: ReadOptions
-    ) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
-        sources = tuple(to_sources(data, reading))
+    def _read_data(self, reading: ReadOptions) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
+        sources = tuple(to_sources(self.data, reading))
         tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
         labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
         return sources, tests, choose_objective(self.loss, labelled) if labelled is not None else None
@@ -146,12 +131,7 @@ class Call:
     def checked(self, **data: object) -> "Call":
         """Return this call, or raise an error unless it can be written, and resumed with these data."""
         if self.out is None:
-            if self.track:
-                raise InputError(f"track={self.track!r} follows a run in a folder; give out=, for example out='runs/a'")
             return self
-        if self.checkpoint is not None:
-            raise InputError(f"{self.out} has a checkpoint of its own; leave out checkpoint={str(self.checkpoint)!r}")
-        check_tracker(self.track, self.out)
         generators: list[Generator] = []
         for name, value in data.items():
             if once := next((part for part in _parts(value) if isinstance(part, Iterator)), None):
@@ -169,7 +149,7 @@ class Call:
         model = self.model if changed is None else changed
         name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__}()"
         command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
-        return ActiveRun(FolderRecorder(self.out, name, command, self.track, write_page=_write_page), progress=progress)
+        return ActiveRun(FolderRecorder(self.out, name, command, write_page=write_run_page), progress=progress)
 
     def record(
         self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], arguments: Mapping[str, object]
@@ -193,41 +173,13 @@ def digest(value: object) -> str:
 
 
 def name_of(value: object) -> str:
-    """Return what a run records of an argument that may be code.
+    """Return what a run records of an argument that may be code: its text, without the address of a function.
 
-    Of a function it is the name, of a ``functools.partial`` the arguments as well, of a lambda a digest of its code.
-
-    >>> name_of(None), name_of("regression"), name_of(len), name_of(partial(round, ndigits=2))
-    ('', 'regression', 'len', 'round(ndigits=2)')
-    >>> name_of(lambda x: x + 1) == name_of(lambda x: x + 1), name_of(lambda x: x + 1) == name_of(lambda x: x + 2)
-    (True, False)
+    >>> from functools import partial
+    >>> name_of(None), name_of("regression"), name_of(partial(round, ndigits=2))
+    ('', 'regression', 'functools.partial(<built-in function round>, ndigits=2)')
     """
-    if value is None or isinstance(value, str | int | float):
-        return "" if value is None else str(value)
-    if isinstance(value, partial):
-        words = [*map(_argument, value.args), *(f"{name}={_argument(part)}" for name, part in value.keywords.items())]
-        return f"{name_of(value.func)}({', '.join(words)})"
-    name = str(getattr(value, "__qualname__", type(value).__name__))
-    if isinstance(value, FunctionType) and value.__name__ == "<lambda>":
-        return f"{name} {digest((_instructions(value.__code__), _argument(value.__defaults__)))}"
-    return name
-
-
-def _argument(value: object) -> str:
-    """Return the text of an argument: of plain data their ``repr``, which has no address, else its name."""
-    plain = all(part is None or isinstance(part, str | int | float | list | tuple | Mapping) for part in _parts(value))
-    return repr(value) if plain else name_of(value)
-
-
-def _instructions(code: CodeType) -> tuple[object, ...]:
-    """Return what a function computes, without the file and the line where it is written."""
-    constants = []
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            constants.append(str(_instructions(value)))
-        else:  # the order of a set differs from process to process
-            constants.append(str(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)))
-    return code.co_code.hex(), code.co_names, *constants
+    return "" if value is None else re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _parts(value: object) -> Iterator[object]:
@@ -236,13 +188,3 @@ def _parts(value: object) -> Iterator[object]:
     if isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _parts(part)
-
-
-def _write_page(folder: Path) -> None:
-    """Write the report page; a run is complete without it if a package is missing."""
-    try:
-        write_page([folder], folder / PAGE)
-    except StoreError:
-        raise
-    except ReportError as error:
-        warnings.warn(f"no page was written: {error}", stacklevel=2)

@@ -7,7 +7,7 @@ from regrow.api.call import Call
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.evaluation.objective import Evaluation
+from regrow.evaluation.quality import Evaluation
 from regrow.jobs.evaluate import EvaluateInputs, carry_out, plan_evaluation
 from regrow.jobs.memory_needs import start_streaming
 from regrow.settings.evaluate import Settings

@@ -21,7 +21,6 @@ def export(
     *,
     format: str,
     dtype: str = "",
-    cache: bool = False,
     example: Any = None,
     progress: Progress = silent,
 ) -> Written:
@@ -33,9 +32,8 @@ def export(
         format: ``"transformers"`` (a folder for ``from_pretrained``), ``"gguf"`` (a file for llama.cpp), ``"onnx"`` or
             ``"torchvision"`` (a ``state_dict`` and code that builds the network).
         dtype: The dtype in which weights are stored; empty: the first of the format. ``"gguf"``: ``"f16"``, ``"f32"``,
-            ``"bf16"``, ``"q8_0"``, ``"q6_k"``; ``"onnx"``: ``"float32"``, ``"int8"``; ``"transformers"``: that of the
+            ``"bf16"``, ``"q8_0"``; ``"onnx"``: ``"float32"``, ``"int8"``; ``"transformers"``: that of the
             network, or ``"float32"``, ``"bfloat16"``, ``"float16"``.
-        cache: For ``"onnx"``: whether the graph takes and returns a key-value cache, for generating text.
         example: For ``"onnx"``: the input with which the network is recorded, a tensor, a tuple of inputs, or a dict of
             inputs by name; ``None``: that of the model that is loaded, or a guess.
         progress: Called with (steps done, steps in all, what is being done).
@@ -58,7 +56,7 @@ def export(
     if not isinstance(model, nn.Module | str | Path):
         got = type(model).__name__
         raise InputError(f"model must be a torch.nn.Module, a model's name or a run folder, got a {got}")
-    settings = Settings("" if isinstance(model, nn.Module) else str(model), format, dtype, cache)
+    settings = Settings("" if isinstance(model, nn.Module) else str(model), format, dtype)
 
     def inputs() -> ExportInputs:
         opened = (

@@ -36,8 +36,6 @@ def grow(
     axis: Mapping[str, Amount] | None = None,
     fill: str = "zero_out",
     seed: int = 0,
-    round_to: int = 1,
-    regular: bool = False,
     data: Any = None,
     validation: Any = None,
     steps: int = 0,
@@ -50,7 +48,6 @@ def grow(
     precision: str = "float32",
     axes: AxisGraph | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
     """Grow a network such that its outputs do not change, and train it afterwards if there are steps.
@@ -64,8 +61,6 @@ def grow(
         axis: Axis key, or a pattern of keys → how many units such axes gain.
         fill: How new units are initialised: ``"zero_out"`` or ``"split"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
-        round_to: Widths become multiples of this, rounded up.
-        regular: Whether axes with the same role in several blocks get one width, the largest among them.
         data: What the grown network is trained on, as for :func:`regrow.prune`.
         validation: With ``out``: labelled data on which quality is measured; ``None``: ``data``.
         steps: The number of training steps, of one batch each; 0: it is not trained.
@@ -78,7 +73,6 @@ def grow(
         precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
         axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -94,11 +88,11 @@ def grow(
     (10, True)
     """
     names = _check_training(data, steps, train)
-    call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out, track)
+    call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     copies, units = _write_amounts(blocks), _write_amounts(axis)
-    settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill, round_to)
-    settings = replace(settings, regular=regular, seed=seed, on=names, steps=steps, train=train, lr=lr)
+    settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill)
+    settings = replace(settings, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
         result = carry_out(settings, partial(_open, call, steps), call.run("grow", shown))
@@ -115,7 +109,6 @@ def _open(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
         inputs.trace() if call.axes is None else call.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,
-        lenient=inputs.lenient,
         call=call.record_inputs(inputs, partial(parameter_sums, inputs.model)),
     )
 

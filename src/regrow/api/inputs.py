@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
-from regrow.core.names import GENERATED
 from regrow.core.objectives import LossFunction, Objective
-from regrow.core.progress import Progress
 from regrow.core.sources import Batch, Source, device_of
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import INPUTS
-from regrow.evaluation.generation import generate_source
 from regrow.nets import Loaded, Origin
 from regrow.tracing import TraceError, trace
 
@@ -24,8 +21,6 @@ ModelLike = nn.Module | str | Path
 """A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
 DeviceLike = str | torch.device | None
 """A device, ``"auto"`` for the best one of this machine, or ``None``: where the network is."""
-TOKENS = 4096
-"""How many tokens a network generates where its own text is among the data."""
 LossLike = str | LossFunction | Objective | None
 """A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels."""
 
@@ -77,30 +72,6 @@ class Inputs:
             named = {name: part[:2] for name, part in example.kwargs.items()}
             example = Example(tuple(part[:2] for part in example.args), named)
         return replace(self.loaded, example=example)
-
-
-def generate(data: Any, model: nn.Module, reading: ReadOptions, progress: Progress) -> Any:
-    """Return the data with text that the network generates in the place of ``"generated"``."""
-    if not names_generated(data):
-        return data
-    if isinstance(data, Mapping):
-        return {
-            name: replace(generate(part, model, reading, progress), name=str(name)) if _is_generated(part) else part
-            for name, part in data.items()
-        }
-    if reading.tokenizer is None:
-        raise InputError(f"{GENERATED!r} is text that the model generates, and it has no tokenizer; give tokenizer=")
-    return generate_source(model, reading.tokenizer, TOKENS // reading.seq_len, reading.seq_len, progress=progress)
-
-
-def names_generated(data: object) -> bool:
-    """Return whether ``"generated"`` is among the data."""
-    parts = data.values() if isinstance(data, Mapping) else [data]
-    return any(_is_generated(part) for part in parts)
-
-
-def _is_generated(data: object) -> bool:
-    return isinstance(data, str) and data == GENERATED and not Path(data).exists()
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:

@@ -1,6 +1,6 @@
 """``regrow.learn``: train a network on one task after the other, with any data, loss and method."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,19 +26,16 @@ from regrow.evaluation.measure import evaluating
 from regrow.jobs.learn import LearnInputs, build_learner, carry_out
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
-from regrow.settings.declaration import declared
+from regrow.jobs.starting import make_task_schedule
 from regrow.settings.learn import Settings
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.store.statistics import parameter_sums
 from regrow.training.continual import TaskSchedule, accuracy_matrix
-from regrow.training.learner import Learner
 from regrow.training.schedule import NO_AXES
 from regrow.training.state import CHECKPOINT
 
 OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
 """``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer."""
-MORE = ("scenario", "weight_decay", "decay", "precision")
-"""The further arguments of :func:`learn`."""
 
 
 @dataclass(frozen=True)
@@ -86,48 +83,48 @@ def learn(
     *,
     method: str = "sparsegrow",
     settings: Mapping[str, Any] | None = None,
+    scenario: str = "domain",
     loss: LossLike = None,
     epochs: int = 5,
     batch_size: int = 64,
     optimizer: OptimizerLike = "sgd",
     lr: float = 0.01,
+    weight_decay: float = 0.0,
     device: DeviceLike = None,
+    precision: str = "float32",
     seed: int = 0,
     example: Any = None,
     axes: AxisGraph | None = None,
     tokenizer: Any = None,
-    checkpoint: str | Path | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
-    **training: Any,
 ) -> Learned:
     """Train a network on one task after the other, and measure the score on all tasks after each one.
 
     Args:
         model: The network, changed in place (it may also change its shape); or a model's name or a run folder.
-        tasks: An iterable of (training data, test data), each as for :func:`regrow.prune`; an Avalanche-shaped
-            benchmark; or training data alone, of which a tenth is held out for testing. Data sets and loaders are read
-            batch by batch, so that memory does not grow with the number of tasks.
+        tasks: An iterable of (training data, test data), each as for :func:`regrow.prune`, or of training data alone,
+            of which a tenth is held out for testing. Data sets and loaders are read batch by batch, so that memory does
+            not grow with the number of tasks.
         method: One of ``regrow.methods.LEARNERS``; ``"naive"`` is plain training.
         settings: Settings of the method that differ from its defaults.
+        scenario: Predictions are made among all classes (``"domain"``), those seen so far (``"class"``), or those of
+            the task (``"task"``).
         loss: The loss, as for :func:`regrow.prune`. Methods that need class probabilities refuse other losses.
         epochs: Passes over each task.
         batch_size: Examples per step.
         optimizer: ``"sgd"`` (momentum 0.9, Nesterov), ``"adamw"``, or a function (parameter groups) → optimizer, such
             as ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.8)``.
         lr: Learning rate.
+        weight_decay: Weight decay.
         device: The device to train on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
         seed: Seed of the order of examples and of everything random.
         example: The input with which the network is traced; ``None``: two examples of the first task.
         axes: The network's axes, if they are known; it is then not traced.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
-        checkpoint: A file that is written after each epoch, and from which the same call resumes; ``out`` has its own.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
-        **training: More fields of :class:`regrow.training.continual.TaskSchedule`: ``scenario``, ``weight_decay``,
-            ``decay``, ``precision``.
 
     Raises:
         ValueError: If the method or a setting is unknown, a task has no labels, or the loss is not finite.
@@ -139,51 +136,40 @@ def learn(
     >>> len(learned.scores.rows), learned.tasks
     (2, ('task-1', 'task-2'))
     """
-    check_arguments("learn", training, MORE)
-    call = Call(model, None, None, example, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
-    call = replace(call, checkpoint=checkpoint).checked(tasks=tasks)
+    call = Call(model, None, None, example, loss, tokenizer, batch_size, device, axes=axes, out=out)
+    call = call.checked(tasks=tasks)
     net = replace(call, example=Example() if example is None else example, axes=None).read(progress)
     require_weights(net.model)
     every = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size))
-    learner = build_learner(method, settings or {}, seed)
-    schedule = build_schedule(optimizer, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **training)
     names = tuple(task.name for task in every)
-    job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), **_shared_settings(schedule))
-    recorded = {"optimizer": name_of(optimizer), "training": training}
-    open_inputs = partial(_open, call, method, net, every, learner, schedule, recorded)
+    job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
+    job = replace(job, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = carry_out(job, open_inputs, call.run("learn", shown))
+        fitted = carry_out(job, partial(_open, call, job, net, every, optimizer), call.run("learn", shown))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 
 
 def _open(
-    call: Call,
-    method: str,
-    net: Inputs,
-    tasks: list[Task],
-    learner: Learner[Any],
-    schedule: TaskSchedule,
-    recorded: Mapping[str, Any],
-    run: ActiveRun,
+    call: Call, job: Settings, net: Inputs, tasks: list[Task], optimizer: OptimizerLike, run: ActiveRun
 ) -> LearnInputs:
-    """Return the inputs of a run, checked, with what is ``recorded`` of them, and where its checkpoint is."""
+    """Return the inputs of a run, checked, with what is recorded of them."""
+    learner = build_learner(job.method, job.method_settings, job.seed)
     batch = first_batch(tasks[0])
     objective = find_objective(net.model, call.loss, batch)
     if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
         find_objective(net.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
+    schedule = with_optimizer(make_task_schedule(job, objective), optimizer)
     inputs = net.with_example(batch) if call.example is None else net
-    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), recorded)
-    file = None if call.checkpoint is None else Path(call.checkpoint).absolute()
-    if record is not None:
-        file = Path(STATISTICS, CHECKPOINT)  # not part of the finished run, whose data have no names
+    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), {"optimizer": name_of(optimizer)})
     axes = NO_AXES if call.axes is None else call.axes
     if call.axes is None and learner.uses_axes:
         try:
             axes = inputs.trace()
         except ValueError as error:
-            raise InputError(f"{method} needs the network's axes, and it cannot be traced: {error}") from error
-    schedule = replace(schedule, objective=objective)
+            raise InputError(f"{job.method} needs the network's axes, and it cannot be traced: {error}") from error
+    # The checkpoint is not part of the finished run, whose data have no names.
+    file = Path(STATISTICS, CHECKPOINT)
     return LearnInputs(inputs.saved(), axes, tasks, learner, schedule, file, call=record)
 
 
@@ -202,21 +188,16 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
     return objective
 
 
-def check_arguments(name: str, arguments: Mapping[str, object], known: Sequence[str], remedy: str = "") -> None:
-    """Raise TypeError, as Python does, for an argument that a function does not have."""
-    if unknown := arguments.keys() - known:
-        raise TypeError(f"{name} has no argument {min(unknown)!r}; {remedy}further arguments are {', '.join(known)}")
-
-
-def build_schedule(optimizer: OptimizerLike, **fields: Any) -> TaskSchedule:
-    """Return how each task is trained, by the name of an optimizer or a function that builds one."""
-    if not isinstance(optimizer, str) and not callable(optimizer):
-        raise InputError(
-            "optimizer must be 'sgd', 'adamw' or a function from parameter groups to an optimizer, got "
-            f"a {type(optimizer).__name__}; write functools.partial(torch.optim.{type(optimizer).__name__}, lr=0.1)"
-        )
-    choice = {"optimizer" if isinstance(optimizer, str) else "build_optimizer": optimizer}
-    return TaskSchedule(**{**fields, **choice})
+def with_optimizer(schedule: TaskSchedule, optimizer: OptimizerLike) -> TaskSchedule:
+    """Return a schedule with an optimizer, by its name or by a function that builds one."""
+    if isinstance(optimizer, str):
+        return replace(schedule, optimizer=optimizer)
+    if callable(optimizer):
+        return replace(schedule, build_optimizer=optimizer)
+    raise InputError(
+        f"optimizer must be 'sgd', 'adamw' or a function from parameter groups to an optimizer, got a "
+        f"{type(optimizer).__name__}; write functools.partial(torch.optim.{type(optimizer).__name__}, lr=0.1)"
+    )
 
 
 def first_batch(task: Task) -> Batch:
@@ -227,12 +208,6 @@ def first_batch(task: Task) -> Batch:
         return Batch((), first.inputs, first.labels, where)
     inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
     return Batch(inputs, {}, first.labels, where)
-
-
-def _shared_settings(schedule: TaskSchedule) -> dict[str, Any]:
-    """Return the settings of the command that a schedule has, too; numbers of numpy as those of Python."""
-    known = declared(Settings).items()
-    return {name: field.type(getattr(schedule, name)) for name, field in known if hasattr(schedule, name)}
 
 
 def _first_batches(tasks: list[Task]) -> Iterator[Source]:

@@ -22,7 +22,7 @@ from regrow.jobs.recording import ActiveRun
 from regrow.jobs.recover import RecoverInputs, carry_out
 from regrow.nets.devices import autocasting
 from regrow.settings import prune
-from regrow.settings.recover import CLOSED_FORM, Settings
+from regrow.settings.recover import Settings
 from regrow.store.building import describe_origin
 from regrow.store.ledger import with_branches_of
 from regrow.store.statistics import parameter_sums
@@ -47,10 +47,9 @@ def recover(
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Recover a pruned network in place: by least squares (``refit``), new biases, LoRA, or distillation.
+    """Recover a pruned network in place: by least squares (``refit``), LoRA, or distillation.
 
     Args:
         model: The network after the cut, changed in place.
@@ -59,7 +58,7 @@ def recover(
         data: The data to learn from, as for :func:`regrow.prune`; the last part of each source is held out.
         validation: With ``out``: labelled data on which the quality of all three networks is measured; ``None``: it is
             not.
-        by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``bias``, ``lora``, ``distil``.
+        by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``lora``, ``distil``.
         example: The input with which the dense network is traced; ``None``: the first batch.
         loss: The loss of methods that train, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``dense.tokenizer``.
@@ -71,7 +70,6 @@ def recover(
         axes: The axes of the dense network, if they are known; it is then not traced.
         settings: Settings of the method that differ from its defaults.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -87,10 +85,13 @@ def recover(
     >>> summary = recover(small, dense, plan, inputs, by="refit", batch_size=64)
     >>> before, after = (torch.dist(one(inputs), dense(inputs)) for one in (small, dense))
     """
-    _check_types(model, dense, plan)
-    if precision != "float32" and by in CLOSED_FORM:
-        raise InputError(f"{by} solves for weights in their own format; leave out precision={precision!r}, or use lora")
-    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out, track)
+    if not (isinstance(model, nn.Module) and isinstance(dense, nn.Module) and isinstance(plan, Plan)):
+        got = ", ".join(type(argument).__name__ for argument in (model, dense, plan))
+        raise InputError(
+            "recover takes the networks after and before the cut (regrow.load loads one), and the plan that "
+            f"regrow.prune returned, got {got}; write recover(model, dense, plan, data)"
+        )
+    call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
     name = call.name
     job = Settings(
@@ -105,13 +106,13 @@ def recover(
         precision="" if precision == "float32" else precision,
     )
     with visible(progress) as shown:
-        row = carry_out(job, partial(_open, call, model, plan), call.run("recover", shown, model))
-    return {name: value for name, value in row.items() if name not in ("by", "tokens", "seconds")}
+        summary = carry_out(job, partial(_open, call, model, plan), call.run("recover", shown, model))
+    return {name: value for name, value in summary.items() if name not in ("tokens", "seconds")}
 
 
 def _open(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverInputs:
     """Read the data, and trace the dense network."""
-    inputs = call.read(run.progress, generates=True)
+    inputs = call.read(run.progress)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     dense = inputs.model
@@ -126,22 +127,6 @@ def _open(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverIn
     return RecoverInputs(
         replace(small, model=dense), small, axes, plan, halves, objective=inputs.objective, call=recorded
     )
-
-
-def _check_types(model: object, dense: object, plan: object) -> None:
-    """Raise InputError if one of the first arguments is of another kind, as where one is left out."""
-    for name, network in (("model", model), ("dense", dense)):
-        if not isinstance(network, nn.Module):
-            load = f"; regrow.load({str(network)!r}) loads a network" if isinstance(network, str | Path) else ""
-            raise InputError(
-                f"{name} must be a torch.nn.Module, got a {type(network).__name__}; write "
-                f"recover(model, dense, plan, data) with the networks after and before the cut{load}"
-            )
-    if not isinstance(plan, Plan):
-        raise InputError(
-            f"plan must be the regrow.Plan that regrow.prune returned, got a {type(plan).__name__}; write "
-            "recover(model, dense, plan, data)"
-        )
 
 
 def _check_dense(model: nn.Module, dense: nn.Module) -> None:

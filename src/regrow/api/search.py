@@ -10,7 +10,7 @@ import torch
 
 from regrow.api.call import Call, name_of
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading
-from regrow.api.learn import OptimizerLike, build_schedule, check_arguments, find_objective, first_batch
+from regrow.api.learn import OptimizerLike, find_objective, first_batch, with_optimizer
 from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
@@ -21,14 +21,9 @@ from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import SearchResult, carry_out
-from regrow.jobs.search_inputs import Parts, SearchInputs
+from regrow.jobs.search_inputs import HELD_OUT, Parts, SearchInputs, make_schedule
 from regrow.settings.search import Settings
 from regrow.store.statistics import parameter_sums
-
-HELD_OUT = 0.2
-"""The fraction of the data that is held out where no validation data are given."""
-MORE = ("weight_decay", "decay", "precision")
-"""The further arguments of :func:`search`."""
 
 
 def search(
@@ -46,16 +41,15 @@ def search(
     batch_size: int = 64,
     optimizer: OptimizerLike = "sgd",
     lr: float = 0.01,
+    weight_decay: float = 0.0,
     device: DeviceLike = None,
+    precision: str = "float32",
     seed: int = 0,
     example: Any = None,
     axes: AxisGraph | None = None,
     tokenizer: Any = None,
-    checkpoint: str | Path | None = None,
     out: str | Path | None = None,
-    track: str = "",
     progress: Progress = silent,
-    **training: Any,
 ) -> SearchResult:
     """Search a network for the widths and operations that serve its loss best within a target size.
 
@@ -77,16 +71,15 @@ def search(
         batch_size: Examples per step.
         optimizer: As for :func:`regrow.learn`.
         lr: Learning rate of the network's parameters.
+        weight_decay: Weight decay.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
+        precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
         seed: Seed of the order of examples and of everything random.
         example: The input with which the network is traced; ``None``: two examples of the data.
         axes: The network's axes, if they are known; it is then not traced.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
-        checkpoint: A file that is written after each epoch, and from which the same call resumes; ``out`` has its own.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
-        track: With ``out``: a tracker that gets every measurement, too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
         progress: Called with (steps done, steps in all, what is being done).
-        **training: ``weight_decay``, ``decay`` and ``precision``, as for :func:`regrow.learn`.
 
     Raises:
         ValueError: If the method or a setting is unknown, the target cannot be met, or the data have no labels.
@@ -97,48 +90,30 @@ def search(
     >>> result.size <= result.target, result.model[0].out_features < 32
     (True, True)
     """
-    check_arguments("search", training, MORE, "the size is given by target='macs=50%' or smaller='30%'; ")
-    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, axes=axes, out=out, track=track)
-    call = replace(call, checkpoint=checkpoint).checked(data=data, validation=validation, test=test)
+    call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, axes=axes, out=out)
+    call = call.checked(data=data, validation=validation, test=test)
     job = Settings(call.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
     job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
-    job = replace(job, **{name: training[name] for name in ("weight_decay", "precision") if name in training})
+    job = replace(job, weight_decay=weight_decay, precision=precision)
     with visible(progress) as shown:
-        inputs = partial(_open, call, test, job, optimizer, training)
-        file = None if checkpoint is None else Path(checkpoint)
-        return carry_out(job, inputs, call.run("search", shown), checkpoint=file)
+        return carry_out(job, partial(_open, call, test, job, optimizer), call.run("search", shown))
 
 
-def _open(
-    call: Call,
-    test: object,
-    job: Settings,
-    optimizer: OptimizerLike,
-    training: Mapping[str, Any],
-    run: ActiveRun,
-) -> SearchInputs:
+def _open(call: Call, test: object, job: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:
     """Open the network and read the data."""
     shown = Example() if call.example is None else call.example
     net = replace(call, data=None, validation=None, example=shown, axes=None).read(run.progress)
     task, tested = _read_task(net, (call.data, call.validation, test), job.batch_size, job.seed)
     first = first_batch(task)
     objective = find_objective(net.model, call.loss, first)
-    schedule = build_schedule(
-        optimizer,
-        epochs=max(1, job.epochs),
-        batch_size=job.batch_size,
-        lr=job.lr,
-        seed=job.seed,
-        objective=objective,
-        **training,
-    )
+    schedule = with_optimizer(make_schedule(job, objective, job.epochs), optimizer)
     inputs = net.with_example(first) if call.example is None else net
     loaded = inputs.saved()
     both = {"data": task, "validation": replace(task, train=task.test)}
     recorded = call.record(
         (Source(name, [first_batch(part)]) for name, part in both.items()),
         partial(parameter_sums, net.model),
-        {"optimizer": name_of(optimizer), "training": training},
+        {"optimizer": name_of(optimizer)},
     )
     return SearchInputs(
         net.model,
@@ -148,7 +123,6 @@ def _open(
         schedule,
         loaded,
         in_place=True,
-        generators=call.generators,
         call=recorded,
     )
 

@@ -1,4 +1,4 @@
-"""The boundary of the command line: every failure becomes one line and an exit code; a bug also a report file."""
+"""The boundary of the command line: every failure becomes one line and an exit code."""
 
 import contextlib
 import dis
@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sysconfig
-import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ EXIT_CODES = {
     USAGE: "an option, a file or a setting cannot be used",
     REFUSED: "a check of the result failed, so it was not kept",
     ENVIRONMENT: "the machine lacks something: disk space, memory, a permission, a device, a package",
-    BUG: "a bug in regrow; a report was written to a file",
+    BUG: "a bug in regrow; its traceback is printed, too",
     INTERRUPTED: "stopped by Ctrl-C",
 }
 """Exit code → its meaning."""
@@ -35,7 +34,7 @@ EXTRAS = {
     **dict.fromkeys(("torchvision", "PIL"), "vision"),
     **dict.fromkeys(("jinja2", "matplotlib", "markupsafe"), "report"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
-    **dict.fromkeys(("lm_eval", "datasets"), "harness"),
+    "datasets": "data",
     "peft": "recover",
     "yaml": "demo",
 }
@@ -46,15 +45,6 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _MACHINE = _NO_ROOM | {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.EAGAIN
 }  # fmt: skip
-_REMEDIES = {
-    **dict.fromkeys(_NO_ROOM, "free some space, or choose another disk"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions, or choose a place that is yours"),
-    errno.EROFS: "choose a place that may be written",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), "check the path"),
-    errno.EISDIR: "name a file",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|cannot allocate memory", re.IGNORECASE)
 
 
@@ -64,7 +54,7 @@ class Failure:
 
     code: int
     line: str
-    report: bool = False  # whether a file with the traceback is written
+    traced: bool = False  # whether the traceback is printed, too
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -86,14 +76,12 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, ValueError) and _on_purpose(error):
         return Failure(_code_of(error), str(error))
     if where := _foreign(error.__traceback__):
-        return Failure(USAGE, f"{where} failed: {describe(error)}; it is not part of regrow: fix it there", report=True)
-    return Failure(BUG, f"this is a bug in regrow: {describe(error)}", report=True)
+        return Failure(USAGE, f"{where} failed: {describe(error)}; it is not part of regrow: fix it there", traced=True)
+    return Failure(BUG, f"this is a bug in regrow: {describe(error)}; please report it with the traceback", traced=True)
 
 
 def _of_usage(error: click.ClickException) -> Failure:
     line = error.format_message()
-    if line.endswith(" is not readable."):
-        return Failure(ENVIRONMENT, f"{line.rstrip('.')}; check its permissions")
     if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
         line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
     return Failure(INTERRUPTED if isinstance(error, Stopped) else USAGE, line)
@@ -121,7 +109,7 @@ def interrupts() -> Iterator[list[int]]:
         signal.default_int_handler(number, frame)
 
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if before is not signal.default_int_handler:
         yield noted
         return
     signal.signal(signal.SIGINT, note)
@@ -129,11 +117,6 @@ def interrupts() -> Iterator[list[int]]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def is_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C caused an error: code that it interrupts while it cleans up may fail in its own way."""
-    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -151,7 +134,7 @@ def _of_system(error: OSError) -> Failure:
     name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
     where = f"{name}: " if name else ""
     what = (os.strerror(number) if number else describe(error)).rstrip(".")
-    remedy = _REMEDIES.get(number, "check the path and the disk")
+    remedy = "free some space, or choose another disk" if number in _NO_ROOM else "check the path and its permissions"
     return Failure(ENVIRONMENT if number in _MACHINE else USAGE, f"{where}{what[:1].lower()}{what[1:]}; {remedy}")
 
 
@@ -179,15 +162,8 @@ def _foreign(tb: TracebackType | None) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an error as ``KeyError: 'x'``, on one line, with the user's home folder replaced by ``~``."""
-    text = hide_home(" ".join(str(error).split())[:200])
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def hide_home(text: str) -> str:
-    """Return a text with the user's home folder replaced by ``~``."""
-    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
-    return text.replace(home, "~") if home.strip("/~") else text
+    """Return an error as ``KeyError: 'x'``, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 
 
 NOTHING_YET = "stopped; nothing was written"

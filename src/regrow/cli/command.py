@@ -1,20 +1,17 @@
 """The class of commands: options derived from the declaration of their settings, early checks, and Ctrl-C."""
 
-import contextlib
 import importlib
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from regrow.cli import stop_at_once
-from regrow.cli.boundary import NOTHING_YET, Stopped, interrupts, is_interrupted
+from regrow.cli.boundary import NOTHING_YET, Stopped, interrupts
 from regrow.cli.screen import err
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
@@ -22,15 +19,13 @@ from regrow.core.names import names_code
 from regrow.distributed import read_ranks
 from regrow.settings import prune
 from regrow.settings.declaration import Declared, declared, options_of
-from regrow.settings.words import build_settings, parse_pairs, read_settings
+from regrow.settings.words import build_settings, command_of, parse_pairs
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_CONFIG = "TOML file of settings, named like the options; options on the command line take precedence."
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
-Settings = TypeVar("Settings", bound="DataclassInstance")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -48,7 +43,7 @@ class FileName(click.Path):
             self.fail(str(error), param, ctx)
 
 
-PATH = FileName()
+PATH = FileName(readable=False)
 
 
 class _Value(click.ParamType):
@@ -87,53 +82,24 @@ class Flag(click.Option):
         self.heading = heading or "Options"
 
 
-@dataclass(frozen=True)
-class Stated(Generic[Settings]):
-    """The settings stated on a command line, with the settings file that gives others."""
-
-    kind: type[Settings]
-    values: Mapping[str, object]
-    options: tuple[str, ...]  # as they were typed: --epochs
-    file: Path | None  # of --config
-    elsewhere: tuple[str, ...]  # options that are not settings, such as --out; a file must not give them
-    varied: Mapping[str, tuple[object, ...]]  # options that were given with several values
-
-    def build_all(self) -> list[Settings]:
-        """Build the settings of each run, where options with several values name several runs."""
-        for name, values in self.varied.items():
-            if twice := next((value for value in values if values.count(value) > 1), None):
-                raise InputError(f"{declared(self.kind)[name].option} {twice} is there twice; leave one out")
-        rows = product(*([(name, value) for value in values] for name, values in self.varied.items()))
-        return [replace(self, values={**self.values, **dict(row)}, varied={}).build() for row in rows]
-
-    def build(self) -> Settings:
-        """Build the settings of the command from the command line and the settings file, and check them."""
-        file = read_settings(self.file, self.kind, self.elsewhere) if self.file else {}
-        return build_settings(self.kind, self.values, file)
-
-
 class Verb(click.Command):
-    """A command of regrow, with the options of its ``settings``, which it gets as ``stated``.
+    """A command of regrow, with the options of its ``settings``.
 
-    ``needs`` is the module that is imported before it runs, so that Ctrl-C does not interrupt its import; ``resumed``
-    are the options that name the run folder in which the same command resumes; ``instead`` is the option that takes the
-    settings of an earlier run; ``distributed`` says whether several processes may run it together.
+    ``needs`` is the module that is imported before it runs, so that Ctrl-C does not interrupt its import;
+    ``distributed`` says whether several processes may run it together.
     """
 
     def __init__(
         self,
         *,
         needs: str = "regrow.jobs.prune",
-        resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
-        instead: str = "",
         distributed: bool = False,
         params: list[click.Parameter],
         **attributes: Any,
     ) -> None:
         super().__init__(params=[*_parameters(settings), *params] if settings else params, **attributes)
-        self.needs, self.resumed, self.settings = needs, resumed, settings
-        self.instead, self.distributed = instead, distributed
+        self.needs, self.settings, self.distributed = needs, settings, distributed
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line, after checking that every word can be encoded as UTF-8."""
@@ -145,7 +111,7 @@ class Verb(click.Command):
                 raise click.UsageError(line, ctx) from None
         rest = super().parse_args(ctx, args)
         if self.settings:
-            ctx.params["stated"] = _take_stated(self.settings, ctx)
+            ctx.params["settings"] = _take_settings(self.settings, ctx)
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -169,16 +135,10 @@ class Verb(click.Command):
             raise click.UsageError(f"{line}; start it without torchrun, or unset WORLD_SIZE", ctx)
         if ranks.several:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost connection, not torch
-        try:
-            Path.cwd()
-        except FileNotFoundError:  # compiled code may end the process over it
-            raise click.UsageError("the working directory was deleted; change to one that is there", ctx) from None
+        Path.cwd()  # fails if the folder was deleted, over which compiled code may end the process
         from regrow.cli.checks import check_words  # what can be wrong is found before anything large is imported
 
-        known = self.settings and not ctx.params.get(self.instead)
-        runs = ctx.params["stated"].build_all() if known else [None]
-        for settings in runs:
-            check_words(self.name or "", settings, ctx.params, nested=len(runs) > 1)
+        check_words(self.name or "", ctx.params)
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -186,62 +146,73 @@ class Verb(click.Command):
             try:
                 return super().invoke(ctx)
             except (KeyboardInterrupt, Exception) as error:
-                if noted or is_interrupted(error) or isinstance(error, click.exceptions.Abort):
+                if noted or isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
                     raise Stopped(self._explain_stop(ctx.params)) from None
                 if isinstance(error, EOFError):  # which click takes for Ctrl-D
                     raise RuntimeError(f"a file ended too early ({error})") from error
                 raise
 
-    def _explain_stop(self, values: Mapping[str, object]) -> str:
+    def _explain_stop(self, values: Mapping[str, Any]) -> str:
         """Return the message of a stopped command: whether anything was kept, and how to resume."""
-        folders = [Path(str(values[name])) for name in self.resumed if values.get(name) and not values.get("dry_run")]
-        if not folders:
-            return NOTHING_YET
-        from regrow.store.run_folder import RunFolder
+        from regrow.store.replacing import WORK
         from regrow.store.run_record import RUN
 
-        with contextlib.suppress(ValueError, OSError):
-            stated = values.get("stated")
-            names = prune.name_folders(stated.build_all()) if isinstance(stated, Stated) and stated.varied else ()
-            plans = [folders[0] / name for name in names]
-            begun = any(RunFolder.open_unfinished(folder) is not None for folder in (folders[0], *plans))
-            if begun or any((plan / RUN).is_file() for plan in plans):
-                return f"stopped; {folders[0]} keeps what was finished, and the same command resumes from there"
+        folder = values.get("resume") or values.get("out")
+        if folder and not values.get("dry_run") and (folder / WORK / RUN).is_file():
+            return f"stopped; {folder} keeps what was finished, and the same command resumes from there"
         return NOTHING_YET
 
 
 def _parameters(kind: type["DataclassInstance"]) -> list[click.Parameter]:
-    """Return the click parameters by which a command gets its settings, including ``--config``."""
-    parameters = [
+    """Return the click parameters by which a command gets its settings."""
+    return [
         Position(field) if field.setting.argument else Flag([field.option, field.name], **_attributes(field))
         for field in options_of(kind)
     ]
-    return [*parameters, Flag(["--config"], type=PATH, metavar="FILE", help=_CONFIG)]
 
 
-def _take_stated(kind: type[Settings], context: click.Context) -> Stated[Settings]:
-    """Remove the settings from the values of a command's parameters, and return them."""
-    values: dict[str, Any] = {}
-    varied: dict[str, tuple[object, ...]] = {}
-    words, names = [], {"config"}
+def _take_settings(kind: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
+    """Build the settings that a command line states, and remove them from its values; ``None`` for ``--resume``."""
+    stated: dict[str, Any] = {}
+    options = []
     for field in options_of(kind):
-        names.add(field.name)
         value = context.params.pop(field.name)
         if context.get_parameter_source(field.name) != ParameterSource.COMMANDLINE:
             continue
-        words.append(field.option)
+        options.append(field.option)
         if field.mapping:
             value = parse_pairs(value, field.option)
-        elif field.setting.varied:
-            varied |= {field.name: value} if len(value) > 1 else {}
-            value = value[-1]
         elif field.type is bool:
             value = not field.default
-        values[field.name] = value
-    file = context.params.pop("config")
-    words += ["--config"] if file else []
-    elsewhere = [word for other in context.command.params if other.name not in names for word in other.opts]
-    return Stated(kind, values, tuple(words), file, ("--config", *elsewhere), varied)
+        stated[field.name] = value
+    config = context.params.pop("config", None)
+    if context.params.get("resume"):
+        options += ["--config"] if config else []
+        if options:
+            raise click.UsageError(f"--resume takes the settings of its run; leave out {', '.join(options)}", context)
+        return None
+    return build_settings(kind, stated, _read_config(config, kind, stated) if config else {})
+
+
+def _read_config(run: Path, kind: type["DataclassInstance"], stated: Mapping[str, object]) -> dict[str, Any]:
+    """Return the settings of a run by field name; raise ValueError for code that the command line does not name."""
+    from regrow.cli.checks import read_recorded
+    from regrow.store.run_record import check_repeatable, convert_settings
+
+    record, command = read_recorded(run), command_of(kind)
+    if record["verb"] != command:
+        raise InputError(f"{run} holds a run of {record['verb']!r}; give a run of `regrow {command}` to --config")
+    check_repeatable(run, record)
+    recorded = convert_settings(record["settings"], kind)
+    values = {field.name: getattr(recorded, field.name) for field in options_of(kind)}
+    for field in options_of(kind):
+        if field.setting.code and field.name not in stated and names_code(name := values[field.name]):
+            word = name if field.setting.argument else f"{field.option} {name}"
+            raise InputError(
+                f"{run}: {field.option} is {name!r:.80}, which names code, and only the command line names code; "
+                f"add {word} to the command if you trust it"
+            )
+    return values
 
 
 def _attributes(field: Declared) -> dict[str, Any]:
@@ -254,7 +225,7 @@ def _attributes(field: Declared) -> dict[str, Any]:
         text += f"  [default: {default}]"
     if field.type is bool:
         return {"is_flag": True, "help": text, "heading": setting.group}
-    multiple = field.repeated or field.mapping or setting.varied
+    multiple = field.repeated or field.mapping
     choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[field.type]
     return {
         "multiple": multiple,
@@ -273,7 +244,7 @@ def _option_of(name: str) -> Decorator:
 
 
 MODEL_HELP = f"MODEL: {declared(prune.Settings)['model'].setting.help}"
-dtype, device, precision, input_shape = map(_option_of, ("dtype", "device", "precision", "input"))
+dtype, device, input_shape = map(_option_of, ("dtype", "device", "input"))
 code = click.option(
     "--code",
     default="",
@@ -281,24 +252,21 @@ code = click.option(
     help="The function that builds the network, for a run folder whose network your own code builds. It is imported "
     "and called; code named in the folder's files is never run.",
 )
-track = click.option(
-    "--track",
+memory = click.option(
+    "--memory",
     default="",
-    metavar="TRACKER",
-    help="Also give every measurement to a tracker: tensorboard (files beside the run folder), mlflow or wandb, which "
-    "sends them to its server.",
+    metavar="AMOUNT",
+    help="How much memory the command may use, like 4GiB. A text model that does not fit is read one block at a time "
+    "(for gguf one tensor), with the same result; how is printed first.",
 )
 
 
-def memory(help: str) -> Decorator:
-    """Return the decorator that adds the option ``--memory``, which means something else for each command."""
-    return click.option("--memory", default="", metavar="AMOUNT", help=help)
-
-
-def run_folder(*, required: bool = False) -> Decorator:
-    """Return the decorator that adds the option ``--out`` for the folder of a run."""
+def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options ``--out``, the folder of a run, and ``--config``."""
+    help = "A run of this command, whose settings are taken; options on the command line take precedence."
+    config = click.option("--config", type=PATH, metavar="RUN", help=help)
     help = "The run folder to write. If the run was stopped, the same command resumes it."
-    return click.option("--out", type=PATH, help=help, required=required)
+    return config(click.option("--out", type=PATH, help=help)(command))
 
 
 def say_code(*names: str) -> None:

@@ -1,15 +1,15 @@
 """``regrow evaluate`` and ``regrow chat``: measure a model, and talk to a language model, or to two of them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Stated, Verb
-from regrow.cli.screen import number, say, say_peak, say_pieces, table, working, write_json
+from regrow.cli.command import Verb
+from regrow.cli.screen import number, say, say_peak, say_pieces, table, working
 from regrow.settings.evaluate import Settings
-from regrow.settings.shared import check_combination
 
 EPILOG = """\b
 Examples
@@ -17,7 +17,7 @@ Examples
   regrow chat smollm2-135m RUN                 the original and the pruned model, in turn
   regrow chat RUN --prompt "What is a river?"  print one answer and exit
 
-End with an empty line or Ctrl-D. /new starts a new conversation.
+End with an empty line or Ctrl-D.
 """
 _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
 
@@ -25,22 +25,18 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @click.command(cls=Verb, settings=Settings)
 @click.option("--json", "json_file", type=command.PATH, help="Also write all results to this JSON file.")
 @command.code
-@command.memory(
-    "How much memory the evaluation may use, like 4GiB. If the model does not fit, it is read one block at a time, "
-    "with the same result; how is printed first. For text models in a transformers folder or run folder, or packaged "
-    "ones."
-)
-def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory: str) -> None:
+@command.memory
+def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
-    settings = stated.build()
     command.say_code(settings.model, code)
     from regrow.jobs.evaluate import run as run_job
     from regrow.jobs.recording import Invocation
+    from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
         result = run_job(settings, Invocation("", code, memory, announce=say, progress=progress))
     if json_file:
-        write_json(json_file, result)
+        write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
     size = result["size"]
     say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
     rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]
@@ -50,12 +46,6 @@ def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory
         whole = f"{row['accuracy']:.3f} ± {row['error']:.3f}"
         by_length = f"{row['accuracy_per_byte']:.3f} ± {row['error_per_byte']:.3f}"
         say(f"{row['task']}: accuracy {whole}, length-normalised {by_length} (n = {row['items']})")
-    for row in result["harness"]:
-        metrics, parts = row["metrics"], []
-        for name in (name for name in metrics if not name.endswith("_stderr")):
-            error = metrics.get(f"{name}_stderr")
-            parts.append(f"{name} {metrics[name]:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-        say(f"{row['task']} in lm-eval: {', '.join(parts)} (n = {row['items']})")
     for row in result["accuracy"]:
         say(f"{row['source']}: accuracy {row['accuracy']:.3f} ± {row['error']:.3f} ({row['images']} images)")
     if speed := result["speed"]:
@@ -78,7 +68,6 @@ def evaluate(stated: Stated[Settings], json_file: Path | None, code: str, memory
 )
 @command.dtype
 @command.device
-@command.precision
 def chat(
     model: str,
     other: str | None,
@@ -87,7 +76,6 @@ def chat(
     temperature: float,
     dtype: str,
     device: str,
-    precision: str,
 ) -> None:
     """Chat with MODEL, or with MODEL and OTHER, which both answer each message.
 
@@ -96,9 +84,7 @@ def chat(
     from regrow import store
     from regrow.evaluation.generation import reply
     from regrow.jobs.models import ModelSpec, load_model
-    from regrow.nets.devices import autocasting
 
-    check_combination(precision, dtype=dtype)
     names = [model, *([other] if other else [])]
     command.say_code(model, other or "")
     with working() as progress:
@@ -110,15 +96,15 @@ def chat(
         if loaded.tokenizer is None:
             raise click.UsageError(f"{name} {_NO_TOKENIZER}")
     history: list[list[dict[str, str]]] = [[] for _ in models]
-    for question in [prompt] if prompt is not None else _questions(history):
+    for question in [prompt] if prompt is not None else _questions():
         for name, loaded, messages in zip(names, models, history, strict=True):
             messages.append({"role": "user", "content": question})
-            with autocasting(loaded.model, precision):
-                pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
-                messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
+            pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
+            messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
 
 
-def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:
+def _questions() -> Iterator[str]:
+    """Yield what the user types, until an empty line or Ctrl-D."""
     while True:
         try:
             text = click.prompt("you", prompt_suffix=" › ", default="", show_default=False).strip()
@@ -127,8 +113,4 @@ def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:
             return
         if not text:
             return
-        if text == "/new":
-            for messages in history:
-                messages.clear()
-            continue
         yield text

@@ -1,38 +1,31 @@
 """Commands on one network: ``regrow show``, ``apply``, ``grow`` and ``export``."""
 
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Stated, Verb
+from regrow.cli.command import Verb
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, say_peak, table, working, write_json
+from regrow.cli.screen import number, say, say_peak, table, working
 from regrow.settings import export as exporting
 from regrow.settings import grow as growing
-
-if TYPE_CHECKING:
-    pass
 
 GROW_EPILOG = """\b
 Examples
   regrow grow smollm2-135m --mlp +25% --out RUN
-  regrow grow ./my-llama --heads +1 --mlp +25% --round 64 --source mail=letters/ --out RUN
-  regrow grow resnet50 --channels +32 --fill split --out RUN
-  regrow grow ./my-llama --blocks +4 --out RUN
-  regrow grow resnet50 --blocks layer3=+2 --out RUN
+  regrow grow ./my-llama --heads +1 --mlp +25% --source mail=letters/ --out RUN
+  regrow grow resnet50 --channels +32 --blocks layer3=+2 --out RUN
   regrow grow smollm2-135m --blocks +2 --on mail=letters/ --steps 500 --train new --out RUN
-  regrow grow PRUNED_RUN --mlp +10% --regular --out RUN
-  regrow grow vit_b_16 --axis 'encoder.layers.encoder_layer_0.mlp.*=+64' --dry-run
+  regrow grow vit_b_16 --axis 'encoder.layers.encoder_layer_0.mlp.*=+64' --dry-run plan.json
 """
 EXPORT_EPILOG = """\b
 Formats
   transformers   a folder that from_pretrained loads without regrow; if layers differ in width, it contains a small
                  modelling file and loads with trust_remote_code=True
-  gguf           a file for llama.cpp; --dtype f16 (default), f32, bf16, q8_0 or q6_k
-  onnx           a file for onnxruntime; --dtype int8 quantises the weights, --cache adds a key-value cache
+  gguf           a file for llama.cpp; --dtype f16 (default), f32, bf16 or q8_0
+  onnx           a file for onnxruntime; --dtype int8 quantises the weights
   torchvision    a state_dict, and a Python file that builds the network with torchvision
 
 \b
@@ -44,32 +37,24 @@ Examples
 
 @click.command(cls=Verb, epilog=command.MODEL_HELP)
 @click.argument("model")
-@click.option("--json", "json_file", type=command.PATH, help="Also write the whole inventory to this JSON file.")
 @click.option("--all", "everything", is_flag=True, help="List every frozen axis, instead of one row per reason.")
-@click.option("--branches", is_flag=True, help="Also list the modules that can be removed as a whole.")
 @command.code
 @command.dtype
 @command.input_shape
-def show(
-    model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
-) -> None:
-    """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
+def show(model: str, everything: bool, code: str, dtype: str, input: str) -> None:
+    """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen.
+
+    Of a run folder, the runs that made its network are listed too, with what each changed and the copy of the model
+    before it.
+    """
     from regrow.jobs.models import ModelSpec, trace_model
     from regrow.nets.loaded import written_shape
-    from regrow.tracing import with_branches
 
     command.say_code(model, code)
     with working() as progress:
         loaded, axes = trace_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
-        if branches:
-            axes = with_branches(loaded.model, axes)
-    if json_file:
-        write_json(json_file, _describe(axes, model))
-        say(f"written to {json_file}")
     for part in axes.tables(everything=everything):
         table(part.title, part.columns, part.rows, part.numbers)
-    if branches:
-        _branches_table(axes, everything)
     how = "on fake data, as torch.export does" if axes.recorded == "export" else "by recording one eager run"
     say(f"traced {how}")
     say(f"MACs are those of one example, with dense kernels, of an input of {written_shape(loaded.example)}")
@@ -78,44 +63,24 @@ def show(
     if axes.unreached:
         say(f"not reached by the example: {len(axes.unreached)} parameters, {', '.join(axes.unreached[:3])} …")
     say(axes.summary())
+    if Path(model, "run.json").is_file():
+        _say_history(Path(model))
 
 
-def _branches_table(axes: Any, everything: bool) -> None:
-    from regrow.core.axes import size_of
+def _say_history(run: Path) -> None:
+    """Print the runs that made the network of a run."""
+    from regrow.jobs.parents import read_stages
 
-    rows, sizes = [], axes.sizes()
-    for path, branch in axes.branches.items():
-        if branch.free:
-            names = [name for name in axes.parameters if name not in axes.ties and branch.holds(name)]
-            count = sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in names)
-            others = ", ".join(other for other in branch.placeholders if other != path)
-            rows.append((path, branch.gives, number(count), others))
-    columns = ("module", "its placeholder", "parameters", "goes with it")
-    table("What can be dropped whole", columns, rows, numbers=(2,))
-    if everything:
-        rest = [(path, branch.reason) for path, branch in axes.branches.items() if not branch.free]
-        table("What cannot", ("module", "why"), rest)
-
-
-def _describe(axes: Any, model: str) -> dict[str, Any]:
-    """Return the inventory as JSON data."""
-    from dataclasses import asdict
-
-    return {
-        "format": "regrow-axes/1",
-        "model": model,
-        "recorded": axes.recorded,
-        "axes": [asdict(row) | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in axes.inventory()],
-        "branches": {
-            path: {"gives": branch.gives, "with": sorted(branch.placeholders)}
-            if branch.free
-            else {"reason": branch.reason}
-            for path, branch in axes.branches.items()
-        },
-        "counted": list(axes.counted),
-        "unreached": list(axes.unreached),
-        "notes": list(axes.notes),
-    }
+    stages = read_stages(run)
+    rows = []
+    for row in (stage.record for stage in stages):
+        sizes = number(row["before"] or None), number(row["parameters"])
+        rows.append((row["name"], row["verb"], row["changed"], *sizes))
+    columns = ("run", "command", "changed", "parameters before", "after")
+    table("History of the network", columns, rows, numbers=(3, 4))
+    for stage in stages:
+        say(f"{stage.record['name']}: {stage.record['command']}")
+        say(f"  the model before it: {stage.snapshot or 'not kept'}")
 
 
 @click.command(cls=Verb, name="apply", epilog=command.MODEL_HELP)
@@ -167,67 +132,52 @@ def _plans(path: Path) -> list[Any]:
         raise click.UsageError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
 
 
-@click.command(cls=Verb, resumed=("out",), settings=growing.Settings, epilog=GROW_EPILOG)
-@command.run_folder()
-@click.option("--dry-run", is_flag=True, help="Only print what would grow.")
-@click.option("--plan", type=command.PATH, help="With --dry-run: also write the plan here; `regrow apply` runs it.")
+@click.command(cls=Verb, settings=growing.Settings, epilog=GROW_EPILOG)
+@command.run_folder
+@click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @command.code
-@command.track
-def grow(
-    stated: Stated[growing.Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str, track: str
-) -> None:
+def grow(settings: growing.Settings, out: Path | None, dry_run: Path | None, code: str) -> None:
     """Widen or deepen MODEL such that its outputs do not change; writes a folder with the model and a report.
 
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
     Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
     """
-    settings = stated.build()
-    if plan and not dry_run:
-        raise click.UsageError("--plan is for --dry-run, a run keeps its plan in ledger.json; add --dry-run")
     command.say_code(settings.model, code)
     if dry_run:
-        _show_growth(settings, plan, code)
+        _write_growth(settings, dry_run, code)
         return
     from regrow.jobs.grow import run
 
-    with recorded_run("model", out, code=code, track=track) as invocation:
+    with recorded_run(out, code=code) as invocation:
         run(settings, invocation)
 
 
-def _show_growth(settings: growing.Settings, path: Path | None, code: str) -> None:
-    from functools import partial
-
-    from regrow.jobs.grow import carry_out, open_named
-    from regrow.jobs.recording import ActiveRun, Invocation
+def _write_growth(settings: growing.Settings, path: Path, code: str) -> None:
+    from regrow.jobs.grow import plan_named
+    from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output
 
     with working() as progress:
-        inputs = partial(open_named, settings, Invocation(code=code, progress=progress))
-        result = carry_out(settings, inputs, ActiveRun(progress=progress), grows=False)
-    plan, axes = result.plan, result.axes
+        plan, notes = plan_named(settings, Invocation(code=code, progress=progress))
     rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]
     if rows:
         table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))
-    say(f"{len(rows)} of {len(axes)} axes grow")
+    for note in notes:
+        say(f"note: {note}")
     for stack, insertion in plan.insert.items():
         copies = ", ".join(f"{copy.of} → {copy.position}" for copy in insertion.copies)
         say(f"{stack}: {insertion.size} → {insertion.after} blocks; copies (block → its new place): {copies}")
-    if path:
-        write_output(path, plan.to_json() + "\n", JSON)
-        say(f"plan written to {path}; run it with `regrow apply {path} {settings.model} --out FOLDER`")
+    write_output(path, plan.to_json() + "\n", JSON)
+    say(f"plan written to {path}; apply it with `regrow apply {path} {settings.model} --out FOLDER`")
 
 
 @click.command(cls=Verb, settings=exporting.Settings, epilog=EXPORT_EPILOG)
 @click.option("--out", required=True, type=command.PATH, help="The file or folder to write.")
 @command.code
-@command.memory(
-    "For gguf: read, write and compare one tensor at a time; refused if that needs more than this amount, like 1GiB. "
-    "For text models in a transformers folder or a run folder, and packaged ones."
-)
-def export(stated: Stated[exporting.Settings], out: Path, code: str, memory: str) -> None:
-    """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""
-    settings = stated.build()
-    command.say_code(settings.run, code)
+@command.memory
+def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> None:
+    """Export MODEL, and check the written file by loading it."""
+    command.say_code(settings.model, code)
     from regrow.jobs.export import run
     from regrow.jobs.recording import Invocation
 

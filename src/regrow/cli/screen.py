@@ -1,14 +1,12 @@
 """Terminal output: tables, progress with the time left, and errors in one line; no other module prints."""
 
 import io
-import json
 import logging
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -67,13 +65,6 @@ def failure(text: str, code: int) -> int:
 def say(text: str, *, lines: bool = False) -> None:
     """Print a result: one line, or a text of several ``lines``, whose ends and tabs are printed as they are."""
     out.print(printable(text, keep=TEXT if lines else ""), markup=False)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON data to a file that the user names."""
-    from regrow.store.atomic import JSON, write_output
-
-    write_output(path, json.dumps(data, indent=1) + "\n", JSON)
 
 
 def say_peak(row: Mapping[str, Any]) -> None:

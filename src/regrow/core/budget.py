@@ -48,7 +48,7 @@ class Budget:
         target: An upper limit on a measure, in its units or as a share, instead of a fraction.
         compensated: Weights of layers without a bias, which get one once an input is dropped (bias compensation); it
             counts.
-        timing: The measured time of the network, where milliseconds are limited (:func:`regrow.evaluation.timing`).
+        timing: The measured time of the network, where milliseconds are limited (``evaluation.timing.time_widths``).
     """
 
     keep: float = 1.0

@@ -257,7 +257,7 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
     if branch is None and all(other.gives == "nothing" for other in axes.branches.values()):
         raise PlanError(f"whether {path} can be dropped was not looked for: axes = regrow.with_branches(model, axes)")
     if branch is None:
-        raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")
+        raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow.with_branches` lists them")
     if not branch.free:
         raise PlanError(f"{path} cannot be dropped: {branch.reason}{remedy}")
     return branch

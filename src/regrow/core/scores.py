@@ -1,7 +1,7 @@
 """Unit scores of pruning methods, and the activation and gradient statistics that they are computed from."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -12,7 +12,6 @@ from regrow.core.sources import Source
 
 # Axis key, or name of a parameter → tensor
 Tensors = Mapping[str, Tensor]
-SUMS = ("total", "square", "mean_total", "mean_square")
 
 
 class Need(StrEnum):
@@ -49,26 +48,20 @@ def rank_order(values: Tensor) -> Tensor:
 class Moments:
     """Running sums of a weight's inputs, from which means and variances per input feature are computed.
 
-    A *position* is a token of a text or a pixel of a picture; a *sequence* is one text window or one picture.
+    A *position* is a token of a text or a pixel of a picture.
 
     Args:
         count: How many positions were seen.
         total: Σ x.
         square: Σ x².
-        sequences: How many sequences were seen.
-        mean_total: Σ over sequences of the sequence's mean.
-        mean_square: Σ over sequences of the squared mean of the sequence.
     """
 
     count: int
     total: Tensor
     square: Tensor
-    sequences: int
-    mean_total: Tensor
-    mean_square: Tensor
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+        return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
 
     @property
     def mean(self) -> Tensor:
@@ -79,11 +72,6 @@ class Moments:
     def variance(self) -> Tensor:
         """Variance of each input feature over positions, ``[C]`` (population form, never negative)."""
         return (self.square / self.count - self.mean**2).clamp_min(0)
-
-    @property
-    def sequence_variance(self) -> Tensor:
-        """Variance of the per-sequence means of each input feature, ``[C]`` (population form, never negative)."""
-        return (self.mean_square / self.sequences - (self.mean_total / self.sequences) ** 2).clamp_min(0)
 
 
 @dataclass
@@ -114,14 +102,14 @@ class Statistics:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the order that :meth:`assemble` takes."""
-        moments = [getattr(moments, name) for moments in self.moments.values() for name in SUMS]
+        moments = [tensor for moments in self.moments.values() for tensor in (moments.total, moments.square)]
         return [*moments, *self.gradients.values(), *self.fisher.values()]
 
     def header(self) -> dict[str, Any]:
         """Return everything but the tensors and the name of the source, as JSON data."""
         return {
             "tokens": self.tokens,
-            "moments": [[name, moments.count, moments.sequences] for name, moments in self.moments.items()],
+            "moments": {name: moments.count for name, moments in self.moments.items()},
             "gradients": list(self.gradients),
             "fisher": list(self.fisher),
         }
@@ -130,10 +118,7 @@ class Statistics:
     def assemble(cls, source: str, header: Mapping[str, Any], tensors: Iterable[Tensor]) -> "Statistics":
         """Return statistics made of a header and tensors."""
         left = iter(tensors)
-        moments = {}
-        for name, count, sequences in header["moments"]:
-            total, square, mean_total, mean_square = (next(left) for _ in SUMS)
-            moments[name] = Moments(count, total, square, sequences, mean_total, mean_square)
+        moments = {name: Moments(count, next(left), next(left)) for name, count in header["moments"].items()}
         gradients, fisher = ({name: next(left) for name in header[kind]} for kind in ("gradients", "fisher"))
         return cls(source, header["tokens"], moments, gradients, fisher)
 

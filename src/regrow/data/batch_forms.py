@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,6 @@ from regrow.data.halves import SourceError
 
 LABELS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
 TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)  # tokenizers return lists under these keys
-
-
-class IndexedData(Protocol):
-    """A data set that is read by index, or by slices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from regrow.core.errors import InputError, first_line
 from regrow.core.limits import available_memory
 from regrow.core.sources import Batch, Source, generators_of, preserve_random_state
-from regrow.data.batch_forms import DEFAULTS, ReadOptions, check_batch, is_entry, to_batch
+from regrow.data.batch_forms import DEFAULTS, ReadOptions, check_batch, to_batch
 from regrow.data.halves import SourceError
 
 MOST = 10_000  # batches of an iterable without a length that are read before it is taken for endless
@@ -94,8 +94,6 @@ def read_stream(data: Iterable[Any], name: str, reading: ReadOptions) -> BatchSt
         stream = BatchStream(data, name, reading, claimed)
         next(iter(stream), None)
         return stream
-    if isinstance(data, IterableDataset):
-        data = _EntryGroups(data, reading.batch_size)
     stream = BatchStream(data, name, reading)
     if isinstance(data, list | tuple):
         return _hold(list(stream), name)
@@ -156,19 +154,6 @@ def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
                 problem = f"{lines[-1]:.200}"  # of the traceback of a worker
             raise SourceError(f"source {name!r}, batch {i} cannot be read: {problem}; mend the loader") from error
         yield item
-
-
-@dataclass(frozen=True)
-class _EntryGroups:
-    """The single examples of an iterable data set as batches; what gives batches is left as it is."""
-
-    items: Iterable[Any]
-    size: int
-
-    def __iter__(self) -> Iterator[Any]:
-        items = iter(self.items)
-        for first in items:
-            yield default_collate([first, *islice(items, self.size - 1)]) if is_entry(first) else first
 
 
 def _is_counted(loader: DataLoader[Any]) -> bool:

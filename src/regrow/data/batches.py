@@ -1,9 +1,9 @@
-"""Read users' data as batches: tensors, loaders, data sets, data frames' rows, folders, tables and text."""
+"""Read users' data as batches: tensors, loaders, data sets, rows with columns, folders and text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regrow.core.sources import Batch, Source
-from regrow.data.batch_forms import DEFAULTS, LABELS, IndexedData, ReadOptions, from_array, is_entries
+from regrow.data.batch_forms import DEFAULTS, LABELS, ReadOptions, from_array, is_entries
 from regrow.data.batch_streams import BatchStream, read_stream
 from regrow.data.halves import Half, SourceError
 from regrow.data.text import Text, chat_text, read, text, windows
-from regrow.data.vision import ImageRows, image_table, images
+from regrow.data.vision import ImageRows, images
 
 # The keys by which a dict of tensors is recognised as a batch, and not as named sources.
 INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
 EXPECTED = (
     "a tensor, a pair (inputs, labels), a DataLoader, a data set, an iterable of batches, strings, or a path to a "
-    "folder of class folders, a .csv or a .jsonl file"
+    "folder of class folders or a .jsonl file"
 )
 
 
@@ -60,8 +60,6 @@ def to_source(data: Any, name: str = "data", reading: ReadOptions = DEFAULTS) ->
             return _in_memory(name, _split([data], name, reading.batch_size)[0], reading)
         case tuple() if data and all(isinstance(part, Tensor | np.ndarray) for part in data):
             return _in_memory(name, [*zip(*_split(data, name, reading.batch_size), strict=True)], reading)
-        case (Tensor() | np.ndarray(), [int() | float() | np.generic(), *_]):
-            return to_source((data[0], torch.tensor(data[1])), name, reading)
         case list() if len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             if data[0].dim() != data[1].dim() or data[0].dtype != data[1].dtype:
                 raise SourceError(f"source {name!r}: inputs and labels come as a tuple (inputs, labels), got a list")
@@ -119,19 +117,14 @@ def _split(parts: Sequence[Any], name: str, size: int) -> list[tuple[Tensor, ...
 
 def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     """Read a file, a folder, or a named text domain."""
-    path, size, batch_size = Path(data).expanduser(), reading.size, reading.batch_size
-    if path.suffix == ".csv" and path.is_file():
-        return image_table(path, name, size, batch_size, normalised=reading.normalised)
+    path = Path(data).expanduser()
     if reading.tokenizer is not None:
         return _tokenize(read(name, path) if path.exists() else text(str(data)), reading)
     if path.is_dir():
-        half, normalised = Half.WHOLE, reading.normalised
-        return images(name, path, size=size, batch_size=batch_size, half=half, normalised=normalised)
-    problem = f"{str(data)!r} is no folder of class folders and no .csv file; if it is text, the model"
-    if not path.exists():
-        problem = f"there is no file or folder {str(data)!r}; give the path of class folders or of a .csv; for the "
-        problem += "name of a text domain, the model"
-    raise SourceError(f"source {name!r}: {problem} needs a tokenizer (tokenizer=, or model.tokenizer)")
+        size, batch_size, normalised = reading.size, reading.batch_size, reading.normalised
+        return images(name, path, size=size, batch_size=batch_size, half=Half.WHOLE, normalised=normalised)
+    problem = f"{str(data)!r} is no folder of class folders"
+    raise SourceError(f"source {name!r}: {problem}; for text, give tokenizer=, or set model.tokenizer")
 
 
 def _tokenize(text: Text, reading: ReadOptions) -> Source:
@@ -173,7 +166,7 @@ def _is_numeric(value: object) -> bool:
 class _ColumnBatches:
     """Batches of rows of a columned data set, as dicts of tensors."""
 
-    data: IndexedData
+    data: Sequence[Any]  # which gives columns for a slice
     columns: tuple[str, ...]
     size: int
 
@@ -182,5 +175,5 @@ class _ColumnBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.data), self.size):
-            rows = self.data[start : start + self.size]
+            rows = cast(Mapping[str, Any], self.data[start : start + self.size])
             yield {name: torch.as_tensor(rows[name]) for name in self.columns}

@@ -53,8 +53,9 @@ class StreamedExamples:
 
     def take(self, indices: Tensor) -> Examples:
         """Return some of the examples, in memory."""
-        entries = guarded((self.dataset[i] for i in self._positions(indices).tolist()), self.name)
-        return self._check(self._join(list(entries)), f"source {self.name!r}")
+        batches = [self._positions(indices).tolist()]
+        read = (self._join([self.dataset[i] for i in positions]) for positions in batches)
+        return self._check(next(guarded(read, self.name)), f"source {self.name!r}")
 
     def subset(self, indices: Tensor) -> "StreamedExamples":
         """Return some of the examples as a set that is read in the same way."""
@@ -187,16 +188,8 @@ def _stack_inputs(inputs: list[Any]) -> Any:
     """Return inputs as a batch, ``[N, ...]``; tensors of one type are stacked before they are converted, in one go."""
     if not all(isinstance(x, Tensor) for x in inputs) or len({x.dtype for x in inputs}) > 1:
         inputs = [_to_input(x) for x in inputs]
-    if not isinstance(inputs[0], Tensor):
-        return default_collate(inputs)
-    try:
-        return _to_input(torch.stack(inputs))
-    except RuntimeError:
-        sizes = sorted({str(tuple(x.shape)) for x in inputs})
-        if len(sizes) == 1:
-            raise
-        problem = f"pictures differ in size: {', '.join(sizes)}"
-        raise SourceError(f"{problem}; resize them in the data set's transform") from None
+    stacked = default_collate(inputs)
+    return _to_input(stacked) if isinstance(stacked, Tensor) else stacked
 
 
 def _stack_labels(labels: list[Any]) -> Tensor:
@@ -229,7 +222,7 @@ def _takes_each_once(loader: DataLoader[Any]) -> bool:
 
 
 def to_tasks(tasks: Any, reading: ReadOptions = DEFAULTS) -> list[Task]:
-    """Return a user's sequence of tasks: pairs of training and test data, or a benchmark shaped like Avalanche's.
+    """Return a user's sequence of tasks: pairs of training and test data, or data of which a tenth is held out.
 
     >>> data = torch.eye(20), torch.arange(20) % 2
     >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
@@ -240,100 +233,54 @@ def to_tasks(tasks: Any, reading: ReadOptions = DEFAULTS) -> list[Task]:
         match task:
             case Task():
                 result.append(task)
-            case {"train": train, "test": test}:
-                result.append(_to_task(str(task.get("name", name)), train, test, reading))
-            case [first, second] if isinstance(task, list) and _is_ambiguous(first, second):
+            case [_, _] if isinstance(task, list) and not is_entries(task):
                 problem = f"{name}: a list of two may be inputs and labels, two batches, or training and test data"
                 remedy = "a tuple (inputs, labels) or (training data, test data), or a DataLoader of the batches"
                 raise SourceError(f"{problem}; give {remedy}")
-            case (train, test) if not are_labels(test) and not is_entries(task):
+            case (train, test) if isinstance(task, tuple) and not are_labels(test):
                 result.append(_to_task(name, train, test, reading))
             case _:
-                data, untransformed = _dataset_of(task, "train"), _dataset_of(task, "eval")
-                whole = fix_order(to_examples(data, reading, name))
-                tested = whole if untransformed is data else to_examples(untransformed, reading, name)
+                whole = fix_order(to_examples(task, reading, name))
                 order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
                 test, train = order.split([n := max(1, round(HELD_OUT * len(whole))), len(whole) - n])
-                result.append(_to_task(name, whole.subset(train.sort()[0]), tested.subset(test.sort()[0]), reading))
+                result.append(_to_task(name, whole.subset(train.sort()[0]), whole.subset(test.sort()[0]), reading))
     if not result:
         raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
     return result
 
 
-def _is_ambiguous(first: Any, second: Any) -> bool:
-    """Whether a list of two may be inputs and labels, or two batches, and not only training and test data."""
-    if are_labels(second):
-        return isinstance(first, Tensor | np.ndarray)
-    labels = [part[-1] if isinstance(part, tuple | list) and part else None for part in (first, second)]
-    labelled = [isinstance(part, Tensor) and part.dim() > 0 for part in labels]
-    return all(
-        known or isinstance(part, Batch | Mapping) for known, part in zip(labelled, (first, second), strict=True)
-    )
-
-
 def _to_task(name: str, train: Any, test: Any, reading: ReadOptions) -> Task:
-    """Return a task from training and test data, or experiences with a ``dataset``."""
-    learned = to_examples(_dataset_of(train, "train"), reading, name)
-    tested = to_examples(_dataset_of(test, "eval"), reading, f"{name} (test)")
-    classes = getattr(train, "classes_in_this_experience", None)
-    if classes is None:
-        classes = _classes(learned) | _classes(tested)
-    if (least := min(classes, default=0)) < 0:
-        raise SourceError(f"source {name!r}: label {least} is no class; give labels from 0, or {IGNORED} to ignore")
-    return Task(name, learned, tested, tuple(sorted(map(int, classes))))
+    """Return a task from training and test data."""
+    learned, tested = to_examples(train, reading, name), to_examples(test, reading, f"{name} (test)")
+    classes = sorted(_classes(learned) | _classes(tested))
+    if classes and classes[0] < 0:
+        raise SourceError(
+            f"source {name!r}: label {classes[0]} is no class; give labels from 0, or {IGNORED} to ignore"
+        )
+    return Task(name, learned, tested, tuple(classes))
 
 
 def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
     """Yield the name and the data of each task."""
-    single = not isinstance(tasks, Sequence | Iterator) and hasattr(tasks, "__getitem__")
     match tasks:
         case {"train": _, "test": _}:
-            raise SourceError("the tasks are a dict of one task; give a list of tasks: [task]")
+            raise SourceError("the tasks are a dict of one task; give a list of tasks: [(training data, test data)]")
         case Mapping():
             yield from ((str(name), task) for name, task in tasks.items())
             return
         case str() | Path() | DataLoader():
             single = True
-        case tuple() if len(tasks) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in tasks):
-            single = True
-        case tuple() if len(tasks) == 2 and not any(isinstance(part, tuple | list | Mapping | Task) for part in tasks):
-            remedy = "for one task give [(training data, test data)], for two tasks a list: [first, second]"
-            raise SourceError(f"the tasks are a tuple of two sets of data; {remedy}")
-        case _ if single:  # unless indices give experiences, as those of a benchmark's stream do, and not examples
-            single = not hasattr(next(iter(tasks), None), "dataset")
-    if single or not (isinstance(tasks, Iterable) or hasattr(tasks, "train_stream")):
+        case tuple() if len(tasks) == 2:
+            single = not any(isinstance(part, tuple | list | Mapping | Task) for part in tasks)
+        case _:
+            single = not isinstance(tasks, Sequence | Iterator) and hasattr(tasks, "__getitem__")
+    if single or not isinstance(tasks, Iterable):
         remedy = "give [(training data, test data)], or [data], of which a tenth is held out for testing"
         raise SourceError(f"the tasks must be a list of tasks, got one {type(tasks).__name__}; {remedy}")
-    every = _pair_streams(tasks) if hasattr(tasks, "train_stream") else tasks
-    yield from ((f"task-{i + 1}", task) for i, task in enumerate([*_bounded(every)]))
-
-
-def _bounded(tasks: Iterable[Any]) -> Iterator[Any]:
-    """Yield the tasks of an iterable, which must end."""
     for i, task in enumerate(tasks):
         if i == batch_streams.MOST:
             raise SourceError(f"the tasks do not end within {i:,}; give a part, such as itertools.islice(tasks, 9)")
-        yield task
-
-
-def _pair_streams(benchmark: Any) -> list[Any]:
-    """Return the (training, test) experiences of a benchmark; a single test experience is that of every task."""
-    train, test = list(_bounded(benchmark.train_stream)), list(_bounded(getattr(benchmark, "test_stream", ())))
-    if not test:
-        return train
-    if len(test) not in (1, len(train)):
-        counts = f"{len(train)} training and {len(test)} test experiences"
-        raise SourceError(f"the benchmark has {counts}; give a list of pairs (training experience, test experience)")
-    return [*zip(train, test * len(train) if len(test) == 1 else test, strict=True)]
-
-
-def _dataset_of(data: Any, group: str) -> Any:
-    """Return the data set of an Avalanche-shaped experience, with its transforms of a group; other data as they are."""
-    inner = getattr(data, "dataset", None)
-    if inner is not None and not isinstance(data, DataLoader | ExampleSet) and not hasattr(data, "__getitem__"):
-        data = inner
-    switches = all(callable(getattr(data, name, None)) for name in ("train", "eval"))
-    return getattr(data, group)() if switches else data
+        yield f"task-{i + 1}", task
 
 
 def _classes(examples: ExampleSet) -> set[int]:

@@ -113,13 +113,10 @@ def idx(folder: str | Path, name: str = "images") -> Task:
         check_memory(8 * pixels.numel(), f"the {half} set of {folder}", "take a smaller data set")
         halves.append(Examples(pixels.float().unsqueeze(1) / 255, labels.long()))
     train, test = halves
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        sizes = [" × ".join(map(str, part.inputs.shape[2:])) for part in (train, test)]
-        raise SourceError(f"{folder}: training images have {sizes[0]} pixels, test images {sizes[1]}; fetch them again")
-    known = train.labels.unique()
-    if strange := sorted(set(test.labels.tolist()) - set(known.tolist())):
-        raise SourceError(f"{folder}: test images have class {strange[0]}, of which there is no training image")
-    return Task(name, train, test, tuple(sorted(map(int, known))))
+    known, tested = (set(half.labels.tolist()) for half in halves)
+    if train.inputs.shape[1:] != test.inputs.shape[1:] or not tested <= known:
+        raise SourceError(f"{folder}: training and test images are not of one size and classes; fetch them again")
+    return Task(name, train, test, tuple(sorted(known)))
 
 
 def pictures(

@@ -1,9 +1,8 @@
-"""Images: folders with one sub-folder per class, tables of paths, rows of data sets, digits; and augmentation."""
+"""Images: folders with one sub-folder per class, rows of data sets, digits; and augmentation."""
 
-import csv
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,11 @@ from torch import Tensor
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_PIXELS, check_regular, expanded, reason
 from regrow.core.sources import Batch, Source
-from regrow.data.batch_forms import IndexedData
 from regrow.data.batch_streams import LazyBatches
 from regrow.data.halves import Half, SourceError
 
 SAMPLED = 32  # images of a folder that are looked at to learn their size, spread over all
 SHIFT = 4  # pixels, the largest shift in both directions
-# Names that the columns of paths and of classes may have in a table.
-PATHS = ("path", "file", "filename", "image", "image_path", "img")
-CLASSES = ("label", "class", "target", "y", "category")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per colour, as torchvision's pretrained networks expect
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
@@ -181,41 +176,11 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
 
 
-def image_table(file: Path, name: str, size: int, batch_size: int, *, normalised: bool) -> Source:
-    """Return a source of the images that a CSV file lists, with their class labels.
-
-    The first row names the columns (``PATHS`` and ``CLASSES``); without such a row, the first column holds paths and
-    the second labels. Paths are relative to the file's folder. Labels that are whole numbers stay; others are numbered
-    in the order of their names.
-    """
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        rows = [row for row in csv.reader(opened) if row]
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    where = next((header.index(key) for key in PATHS if key in header), None)
-    label = next((header.index(key) for key in CLASSES if key in header), None)
-    if where is not None and label is not None:
-        rows = rows[1:]
-    else:
-        where, label = 0, 1
-    if not rows or any(len(row) <= max(where, label) for row in rows):
-        raise SourceError(f"source {name!r}: {file} must have a column of image paths and one of labels: path,label")
-    paths = [file.parent / row[where].strip() for row in rows]
-    if missing := next((path for path in paths if not path.is_file()), None):
-        raise SourceError(f"source {name!r}: {file} lists {missing}, which does not exist; paths are relative to it")
-    labels = [row[label].strip() for row in rows]
-    numbers = {name: i for i, name in enumerate(sorted(set(labels)))}
-    if all(name.isdecimal() for name in labels):
-        numbers = {name: int(name) for name in labels}
-    files = tuple((path, numbers[label]) for path, label in zip(paths, labels, strict=True))
-    pictures = ImageFiles(PictureFiles(files, (size, size), normalised), batch_size)
-    return Source(name, pictures, f"{file.name}; {len(files)} images of {size} pixels")
-
-
 @dataclass(frozen=True)
 class ImageRows:
     """Rows of a data set as pairs (image ``[3, size, size]``, class)."""
 
-    data: IndexedData
+    data: Sequence[Any]
     image: str
     label: str
     size: int
@@ -227,10 +192,8 @@ class ImageRows:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image and its class."""
         row = self.data[index]
-        image, name = row[self.image], "an image"
-        if isinstance(image, str | Path):
-            image, name = open_image(Path(image)), str(image)
-        return picture_tensor(image, self.size, name, normalised=self.normalised), int(row[self.label])
+        picture = picture_tensor(row[self.image], self.size, "an image", normalised=self.normalised)
+        return picture, int(row[self.label])
 
 
 def picture_tensor(picture: Any, size: int, name: str, *, normalised: bool) -> Tensor:

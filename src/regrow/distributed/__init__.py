@@ -1,7 +1,7 @@
 """Several processes on one run: torchrun or accelerate starts them, rank 0 leads and writes, all share the work.
 
-Who this process is needs no torch; ``group`` connects the processes and notices a rank that has ended, ``parallel``
-passes records and tensors between them and trains one network by all.
+Who this process is needs no torch; ``parallel`` connects the processes, passes records and tensors between them and
+trains one network by all.
 """
 
 import os
@@ -95,8 +95,3 @@ def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Ma
             f"{ranks} needs {device}, and this machine has {gpus} GPUs; start a process per GPU, or use --device cpu"
         )
     return device
-
-
-def choose_backend(gpus: int, nccl: bool) -> str:
-    """Return the backends that connect the processes: gloo for tensors on the CPU, NCCL for those on GPUs."""
-    return "cpu:gloo,cuda:nccl" if gpus and nccl else "gloo"

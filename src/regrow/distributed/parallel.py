@@ -1,56 +1,76 @@
-"""Training of one network by several ranks: each takes its share of a step's data, and gradients are summed.
+"""The connection of the processes that share a run, and training of one network by all of them.
 
+Each takes its share of a step's data, and gradients are summed.
 The shares are batches, or the examples of each batch (``by_rows``).
-Either every rank holds the whole network (data parallel), or its parameters, gradients and optimizer state are sharded
-by block among the ranks (FSDP2, ``torch.distributed.fsdp.fully_shard``).
+Every rank holds the whole network.
 """
 
 import json
+import re
 import zlib
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from regrow.core.errors import ResourceError
 from regrow.distributed import SINGLE, ProcessRank
 
-PENDING = 2**28
-"""The most bytes that wait to be sent; a rank that is further ahead waits."""
+MEETING = timedelta(minutes=5)
+"""How long the processes wait for one another at the start."""
+WORK = timedelta(days=7)
+"""How long a rank waits for another one."""
+_BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer|Broken pipe")
+"""What gloo says, which raises RuntimeError, of a broken connection: its source file, or the system's words."""
 
 
-class Outbox:
-    """Sends messages to rank 0 while the next ones are computed; they arrive in order."""
+@contextmanager
+def connected(ranks: ProcessRank) -> Iterator[None]:
+    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together."""
+    try:
+        store = next(rendezvous("env://", ranks.rank, ranks.size, timeout=MEETING))[0]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ResourceError(
+            f"{ranks} cannot reach the others ({' '.join(str(error).split())[:120]}); start {ranks.size} processes "
+            "with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
+        ) from error
+    try:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
+        yield
+        dist.barrier()
+    except RuntimeError as error:
+        if not is_broken(error):
+            raise
+        raise ResourceError(
+            f"{ranks} lost the connection to another rank, which has ended; the same command resumes the run"
+        ) from error
+    dist.destroy_process_group()
 
-    def __init__(self) -> None:
-        self.waiting: deque[tuple[Any, Tensor]] = deque()
-        self.bytes = 0
 
-    def send(self, record: object, tensors: Sequence[Tensor] = ()) -> None:
-        """Send a record and tensors to rank 0."""
-        plain = [tensor.contiguous() for tensor in tensors]
-        forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
-        text = _text({"record": record, "tensors": forms})
-        for part in (torch.tensor([len(text)]), text, *(as_bytes(tensor) for tensor in plain if tensor.numel())):
-            self.waiting.append((dist.isend(part, 0), part))
-            self.bytes += part.nbytes
-        while self.bytes > PENDING:
-            self._wait()
+def is_broken(error: RuntimeError) -> bool:
+    """Whether an error says that the connection to another rank broke."""
+    return isinstance(error, dist.DistError) or bool(_BROKEN.search(str(error)))
 
-    def flush(self) -> None:
-        """Wait until everything is sent."""
-        while self.waiting:
-            self._wait()
 
-    def _wait(self) -> None:
-        work, part = self.waiting.popleft()
-        work.wait()
-        self.bytes -= part.nbytes
+PART = 2**28
+"""The most bytes of a file that are sent in one message."""
+
+
+def send(record: object, tensors: Sequence[Tensor] = ()) -> None:
+    """Send a record and tensors to rank 0, and wait until it receives them."""
+    plain = [tensor.contiguous() for tensor in tensors]
+    forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
+    text = _text({"record": record, "tensors": forms})
+    for part in (torch.tensor([len(text)]), text, *(as_bytes(tensor) for tensor in plain if tensor.numel())):
+        dist.send(part, 0)
 
 
 def receive(rank: int) -> tuple[Any, list[Tensor]]:
@@ -67,27 +87,22 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
     return message["record"], tensors
 
 
-def broadcast_record(ranks: ProcessRank, record: object = None) -> Any:
-    """Return the record of rank 0 on every rank."""
+def broadcast_record(ranks: ProcessRank, record: object = None, source: int = 0) -> Any:
+    """Return the record of one rank on every rank."""
     if not ranks.several:
         return record
-    text = _text(record) if ranks.leads else torch.empty(0, dtype=torch.uint8)
+    text = _text(record) if ranks.rank == source else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([len(text)])
-    dist.broadcast(length, 0)
-    if not ranks.leads:
+    dist.broadcast(length, source)
+    if ranks.rank != source:
         text = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(text, 0)
+    dist.broadcast(text, source)
     return json.loads(text.numpy().tobytes())
 
 
 def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
-    """Return the rows of all ranks on rank 0, in the order of the items that :meth:`ProcessRank.share` dealt out."""
-    if not ranks.leads:
-        outbox = Outbox()
-        outbox.send(list(rows))
-        outbox.flush()
-        return list(rows)
-    parts = [list(rows), *(receive(rank)[0] for rank in range(1, ranks.size))]
+    """Return the rows of all ranks, in the order of the items that :meth:`ProcessRank.share` dealt out."""
+    parts = [broadcast_record(ranks, list(rows), rank) for rank in range(ranks.size)]
     return [parts[i % ranks.size][i // ranks.size] for i in range(sum(map(len, parts)))]
 
 
@@ -98,11 +113,6 @@ def everywhere(ranks: ProcessRank, holds: bool) -> bool:
     least = torch.tensor([int(holds)])
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return bool(least)
-
-
-def broadcast_model(ranks: ProcessRank, model: nn.Module) -> None:
-    """Set the parameters and buffers of a network to those of rank 0, in place."""
-    broadcast_tensors(ranks, [*model.parameters(), *model.buffers()])
 
 
 def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
@@ -128,7 +138,7 @@ def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
         return target
     with target.open("rb" if ranks.leads else "wb") as file:
         while left:
-            size = min(left, PENDING)
+            size = min(left, PART)
             part = torch.frombuffer(bytearray(file.read(size) if ranks.leads else size), dtype=torch.uint8)
             dist.broadcast(part, 0)
             if not ranks.leads:
@@ -167,13 +177,11 @@ class Parallel:
 
     Args:
         ranks: The processes.
-        fsdp: Whether parameters, gradients and optimizer state are sharded among them.
         by_rows: Whether they share the examples of each batch (:func:`regrow.training.shared_rows.sharing_rows`), so
             that every rank computes the whole loss, instead of the batches of a step.
     """
 
     ranks: ProcessRank = SINGLE
-    fsdp: bool = False
     by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
@@ -187,10 +195,6 @@ class Parallel:
             )
         return self.ranks.share(batches)
 
-    def divisor(self, many: int) -> float:
-        """Return by what the loss of each batch is divided, so that gradients add up to that of the mean."""
-        return many / self.ranks.size if self.fsdp else many  # FSDP takes the mean over ranks
-
     def reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the gradients of all ranks, in place, and return the mean loss of a step over all batches.
 
@@ -198,20 +202,13 @@ class Parallel:
         """
         if not self.ranks.several:
             return loss
-        if not self.fsdp:
-            _sum_gradients(
-                [parameter for parameter in parameters if parameter.requires_grad],
-                self.ranks.size if self.by_rows else 1,
-            )
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        _sum_gradients(trained, self.ranks.size if self.by_rows else 1)
         if self.by_rows:
             return loss
         total = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(total)
-        return float(total) / (self.ranks.size if self.fsdp else 1)
-
-    def decide(self, holds: bool) -> bool:
-        """Return the decision of rank 0."""
-        return bool(broadcast_record(self.ranks, holds))
+        return float(total)
 
     def check_same(self, what: str, data: object) -> None:
         """Raise ResourceError on every rank unless all have the same data, such as a list of tensors."""
@@ -228,7 +225,7 @@ class Parallel:
     def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
         """Return the value of each item, on all ranks; each rank computes its share."""
         size, last = self.ranks.size, len(items) - 1
-        # All ranks call the function equally often: a sharded network runs on all of them at once.
+        # Rows of equal length are gathered.
         computed = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
         if size == 1:
             return computed
@@ -240,12 +237,6 @@ class Parallel:
 
 ALONE = Parallel()
 """Training by a single process."""
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the shards of all ranks, which all call this; others are returned unchanged."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:

@@ -1,4 +1,4 @@
-"""Multiple-choice accuracy: whether a model gives the right ending the highest likelihood; and differences of two."""
+"""Multiple-choice accuracy: whether a model gives the right ending the highest likelihood."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.core.sources import Batch, logits_in
 from regrow.data.text import find_start
-from regrow.evaluation.language import finite, mean_and_error, share_error, token_losses
 from regrow.evaluation.measure import evaluating
+from regrow.evaluation.quality import finite, share_error, token_losses
 
 LONGEST = 2048  # tokens per row, at most
 CHOICE_TOKENS = 1024  # per forward pass of choices: the logits of a 262,144-token vocabulary take 1 GB
@@ -77,62 +77,6 @@ class Choices:
         }
 
 
-@dataclass(frozen=True)
-class PairedChoices:
-    """The difference of two models on the same multiple-choice items: the second minus the first.
-
-    Accuracy changes on the few items near a tie alone, margins on every item: their error is the smaller one.
-
-    Args:
-        task: The task's name.
-        items: The number of items.
-        accuracy: Of the accuracy: mean over items and standard error.
-        accuracy_per_byte: Of the accuracy per byte.
-        margin: Of the margins, in nats.
-        margin_per_byte: Of the margins per byte, in nats per byte.
-    """
-
-    task: str
-    items: int
-    accuracy: tuple[float, float]
-    accuracy_per_byte: tuple[float, float]
-    margin: tuple[float, float]
-    margin_per_byte: tuple[float, float]
-
-
-def paired_choices(before: Choices, after: Choices) -> PairedChoices:
-    """Return the differences after − before per item, with their standard errors over items.
-
-    >>> first = Choices("a", (True, False), (True, False), 0.5, (1.0, -2.0), (0.5, -1.0))
-    >>> second = Choices("a", (True, True), (True, False), 0.5, (2.0, 1.0), (0.5, -0.5))
-    >>> paired_choices(first, second).accuracy, paired_choices(first, second).margin
-    ((0.5, 0.5), (2.0, 1.0))
-
-    Raises:
-        ValueError: If the two were not measured on the same items, or one lacks margins.
-    """
-    n = len(before.right)
-    if (before.task, n) != (after.task, len(after.right)):
-        sizes = f"{before.task!r} ({n} items) and {after.task!r} ({len(after.right)} items)"
-        remedy = "evaluate both models on the same file, with the same --items"
-        raise InputError(f"{sizes} are not the same items; {remedy}")
-
-    def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-        if odd := sorted({len(first), len(second)} - {n}):
-            problem = f"{before.task!r} has {n} items, and scores or margins of {odd[0]}"
-            raise InputError(f"{problem}; run choices on both again")
-        return mean_and_error([b - a for a, b in zip(first, second, strict=True)])
-
-    return PairedChoices(
-        before.task,
-        n,
-        accuracy=difference(before.right, after.right),
-        accuracy_per_byte=difference(before.right_per_byte, after.right_per_byte),
-        margin=difference(before.margins, after.margins),
-        margin_per_byte=difference(before.margins_per_byte, after.margins_per_byte),
-    )
-
-
 def items_in(path: Path, n: int | None = None) -> list[Item]:
     """Read multiple-choice items from a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them, or all.
 
@@ -172,8 +116,10 @@ def choices(
     Raises:
         ValueError: If there is no item, or one is malformed.
     """
+    if not items:
+        raise ValueError(f"task {task!r} has no items; give at least one")
     scores: dict[int, float] = {}
-    groups = _batches(model, encode_choices(tokenizer, items))
+    groups = _batches(model, tokenizer, items)
     batches = [batch for _, batch in groups]
     with evaluating(model) as device:
         answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs(batches)
@@ -181,17 +127,10 @@ def choices(
             assert batch.labels is not None
             losses = token_losses(logits_in(answer), batch.labels.to(device)).sum(-1).tolist()
             scores.update((i, -loss) for i, loss in zip(group, losses, strict=True))
-    return rate_choices(task, items, [scores[i] for i in range(len(scores))])
-
-
-def rate_choices(task: str, items: Sequence[Item], scores: Sequence[float]) -> Choices:
-    """Return the result of a task from Σ log p of each choice of each item, in order."""
-    if not items:
-        raise ValueError(f"task {task!r} has no items")
     totals, per_byte, start, chance = list[tuple[bool, float]](), list[tuple[bool, float]](), 0, 0.0
     for item in items:
         pairs, gold = _pairs(item), item["gold"]
-        sums = scores[start : start + len(pairs)]
+        sums = [scores[start + i] for i in range(len(pairs))]
         totals.append(_judge(sums, gold))
         sizes = [max(len(ending.strip().encode()), 1) for _, ending in pairs]
         per_byte.append(_judge([value / size for value, size in zip(sums, sizes, strict=True)], gold))
@@ -204,14 +143,13 @@ def rate_choices(task: str, items: Sequence[Item], scores: Sequence[float]) -> C
 
 def _judge(values: Sequence[float], gold: int) -> tuple[bool, float]:
     """Return whether the right choice has the greatest value, and its lead on the greatest of the others."""
-    return values.index(max(values)) == gold, values[gold] - max(
-        (*values[:gold], *values[gold + 1 :]), default=-math.inf
-    )
+    others = (*values[:gold], *values[gold + 1 :])
+    return values.index(max(values)) == gold, values[gold] - max(others, default=-math.inf)
 
 
 def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> int:
     """Return how many tokens :func:`choices` runs through a model, padding included."""
-    return sum(batch.args[0].numel() for _, batch in _batches(model, encode_choices(tokenizer, items)))
+    return sum(batch.args[0].numel() for _, batch in _batches(model, tokenizer, items))
 
 
 def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
@@ -229,9 +167,10 @@ def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
     return rows
 
 
-def _batches(model: nn.Module, rows: list[Row]) -> list[tuple[list[int], Batch]]:
-    """Return (numbers of rows, batch of them) for all rows."""
+def _batches(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], Batch]]:
+    """Return (numbers of rows, batch of them) for the rows of all items."""
     # Rows of like length go together, so that little is computed for padding.
+    rows = encode_choices(tokenizer, items)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     result, first = [], 0
     while first < len(order):

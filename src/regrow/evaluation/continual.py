@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.core.objectives import CLASSIFICATION, IGNORED, Objective, Score
+from regrow.core.objectives import CLASSIFICATION, Objective, Score
 from regrow.core.sources import Batch, logits_in
 from regrow.core.tasks import ExampleSet, among, run_network
 from regrow.evaluation.measure import evaluating
@@ -87,22 +87,16 @@ def _mean(values: Iterable[float]) -> float:
 
 def share_right(model: nn.Module, examples: ExampleSet, classes: Tensor | None = None) -> float:
     """Return the accuracy: the fraction of examples whose greatest logit, among ``classes``, is that of their label."""
-    right = counted = 0
-    with evaluating(model) as device:
-        for batch in examples.batches(BATCH):
-            answer = logits_in(run_network(model, batch.inputs, device, batch.where))
-            right += int((among(answer, classes).argmax(-1).cpu() == batch.labels.cpu()).sum())
-            counted += int((batch.labels != IGNORED).sum())
-    return right / counted if counted else nan
+    return mean_score(model, examples, CLASSIFICATION, classes)
 
 
 def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
-    """Return the mean score of a network on examples; of classes, the accuracy."""
-    if objective is CLASSIFICATION:
-        return share_right(model, examples, classes)
+    """Return the mean score of a network on examples; ``classes`` are those that may be predicted."""
     total = Score()
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):
             output = run_network(model, batch.inputs, device, batch.where)
+            if objective is CLASSIFICATION:
+                output = among(logits_in(output), classes)
             total += objective.compute_score(output, Batch(labels=batch.labels.to(device), where=batch.where))
     return total.mean

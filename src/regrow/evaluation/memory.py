@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,18 +188,6 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
         except DynamicOutputShapeException as error:
             raise UnpredictableError(f"data decide how much {error.func} gives: no prediction without them") from error
     return Memory(live.held, live.peak)
-
-
-def prefix_peaks(prefix: Callable[[int, int], nn.Module], batch: Batch, step: Step) -> Callable[[int, int], int]:
-    """Return a function (first whole part, last part that runs) → predicted peak bytes of training; cached.
-
-    Args:
-        prefix: Builds the network that runs: parts before the first keep a fraction of their operations; parts behind
-            the last only have their parameters.
-        batch: The training batch; only its shapes matter.
-        step: The training step, called with such a network and the batch.
-    """
-    return cache(lambda first, last: predict_memory(partial(prefix, first, last), batch, step).peak)
 
 
 def peak_meter(device: torch.device) -> Callable[[], int | None]:

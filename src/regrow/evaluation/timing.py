@@ -5,10 +5,11 @@ thread, which does not run while other processes have the CPU.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import lcm
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Timing
 from regrow.core.candidates import candidates_in
+from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch
 from regrow.evaluation.measure import count_positions, evaluating, pause_collection, wait_for
@@ -27,7 +29,7 @@ from regrow.tracing.trial import Resizing, resize_copy
 SHARES = (0.25, 0.5, 0.75)  # of an axis's width that are measured, besides its full and its least width
 
 
-def timing(
+def time_widths(
     model: nn.Module,
     axes: AxisGraph,
     units: Sequence[Axis],
@@ -65,7 +67,10 @@ def timing(
         batch = batch.to(device)
         whole = _Call(model, batch.args, dict(batch.kwargs))
         calls: dict[tuple[str, int], _Call] = {}
-        for key, call in zip(members, _find_calls(whole, [_holders(axes, axes[key]) for key in members]), strict=True):
+        holders = {key: _holders(axes, axes[key]) for key in members}
+        seen = _record_calls(whole, chain.from_iterable(holders.values()))
+        for key, paths in holders.items():
+            call = next(seen[path] for path in paths if path in seen)
             for width in _widths(axes[key], round_to):
                 calls[key, width] = _resize_call(model, axes, axes[key], width, call)
         fastest = _rounds([whole, *calls.values()], device, repeats, progress)
@@ -89,7 +94,7 @@ def timing(
 
 
 def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
-    """Return the nanoseconds of the fastest of some passes after a warm-up, with the clock of :func:`timing`."""
+    """Return the nanoseconds of the fastest of some passes after a warm-up, with the clock of :func:`time_widths`."""
     with evaluating(model) as device:
         batch = batch.to(device)
         return _rounds([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)[0]
@@ -142,24 +147,20 @@ def _holders(axes: AxisGraph, axis: Axis) -> list[str]:
     return [".".join(paths[0][:n]) for n in range(shared, -1, -1)]
 
 
-def _find_calls(whole: _Call, holders: list[list[str]]) -> list[_Call]:
-    """Return, for each list of modules, the first that is called in a pass, with the input of its first call."""
+def _record_calls(whole: _Call, paths: Iterable[str]) -> dict[str, _Call]:
+    """Return path → call of each module that is called in a pass, with the input of its first call."""
     seen: dict[str, _Call] = {"": whole}
 
     def note(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         first = seen.get(path)
         seen[path] = replace(first, times=first.times + 1) if first else _Call(module, args, kwargs, path)
 
-    hooks = []
-    for path in {path for row in holders for path in row if path}:
-        module = whole.module.get_submodule(path)
-        hooks.append(module.register_forward_pre_hook(partial(note, path), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for path in {*paths} - {""}:
+            module = whole.module.get_submodule(path)
+            hooks.callback(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
         whole()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [next(seen[path] for path in row if path in seen) for row in holders]
+    return seen
 
 
 def _widths(axis: Axis, round_to: int) -> list[int]:
@@ -190,11 +191,8 @@ def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call
     try:
         resized()
     except Exception as error:
-        problem = (
-            f"{call.path or 'the network'} does not run at {width} units of {axis.key!r}, so its time is not known"
-        )
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        raise ValueError(f"{problem}; leave that axis out with --exclude ({reason})") from error
+        problem = f"{call.path or 'the network'} does not run at {width} units of {axis.key!r} ({first_line(error)})"
+        raise ValueError(f"{problem}, so its time is not known; leave that axis out with --exclude") from error
     return resized
 
 
@@ -212,13 +210,9 @@ def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress
     return fastest
 
 
-def _clock(device: torch.device) -> Callable[[], int]:
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.thread_time_ns if alone else time.perf_counter_ns
-
-
 def _time_call(call: _Call, device: torch.device) -> int:
-    clock = _clock(device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time_ns if alone else time.perf_counter_ns
     wait_for(device)
     begin = clock()
     call()
@@ -263,13 +257,13 @@ class Latency:
 def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
     """Measure the milliseconds of each candidate operation, each sum of them, and each layer outside.
 
-    All are timed by hooks in the same forward passes; passes without hooks in between give the total. The fastest of
-    all repeats counts. Candidates within an operation are a part of it.
+    Each is called with the input that it gets in the network, in alternation with the whole; the fastest of all repeats
+    counts. Candidates within an operation are a part of it.
 
     Args:
         model: The network, on the device to measure.
         batch: The inputs of the pass.
-        repeats: The number of timed passes of both kinds, after a warm-up pass.
+        repeats: The number of timed calls of each, after a warm-up call.
 
     >>> table = latency(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), Batch((torch.ones(8, 4),)))
     >>> list(table.layers), table.total >= sum(table.layers.values())
@@ -287,47 +281,15 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
         and name not in sums
         and not f"{name}.".startswith(inside)
     ]
-    with evaluating(model) as device, pause_collection():
+    with evaluating(model) as device:
         batch = batch.to(device)
-        call, total, fastest = _Call(model, batch.args, dict(batch.kwargs)), float("inf"), dict[str, float]()
-        for turn in range(1 + repeats):
-            taken = _time_call(call, device)
-            total = min(total, taken) if turn else total
-            with _timing_calls(model, [*ops, *sums, *layers], device, fastest):
-                call()
-            if not turn:
-                fastest.clear()
+        calls = _record_calls(_Call(model, batch.args, dict(batch.kwargs)), [*ops, *sums, *layers])
+        fastest = dict(zip(calls, _rounds([*calls.values()], device, repeats, silent), strict=True))
     # What is never called takes no time.
-    times = {path: fastest.get(path, 0.0) for path in (*ops, *sums, *layers)}
+    times = {path: fastest[path] * calls[path].times if path in calls else 0 for path in (*ops, *sums, *layers)}
     for path, paths in sums.items():
-        times[path] = max(0.0, times[path] - sum(times[op] for op in paths))
-    # Clocks inside take time themselves: together, parts are no more than the whole.
-    part = min(1.0, total / (sum(times.values()) or 1.0)) / 1e6
+        times[path] = max(0, times[path] - sum(times[op] for op in paths))
+    # Together, parts are no more than the whole.
+    part = min(1.0, fastest[""] / (sum(times.values()) or 1.0)) / 1e6
     tables = [{path: times[path] * part for path in paths} for paths in (ops, sums, layers)]
-    return Latency(total / 1e6, tables[0], tables[1], tables[2])
-
-
-@contextmanager
-def _timing_calls(
-    model: nn.Module, paths: Iterable[str], device: torch.device, fastest: dict[str, float]
-) -> Iterator[None]:
-    """Record the nanoseconds of the fastest call of each module in the block."""
-    clock, begun, hooks = _clock(device), dict[str, int](), []
-
-    def begin(path: str, *_: Any) -> None:
-        wait_for(device)
-        begun[path] = clock()
-
-    def end(path: str, *_: Any) -> None:
-        wait_for(device)
-        fastest[path] = min(fastest.get(path, float("inf")), clock() - begun[path])
-
-    for path in paths:
-        module = model.get_submodule(path)
-        hooks += [module.register_forward_pre_hook(partial(begin, path))]
-        hooks += [module.register_forward_hook(partial(end, path))]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return Latency(fastest[""] / 1e6, tables[0], tables[1], tables[2])

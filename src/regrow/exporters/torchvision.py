@@ -28,7 +28,7 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Writte
         store.write_model(model, folder, origin=origin)
         record = portable.record(model, store.read_shapes(folder))
         if record is None:
-            modules = "modules that torchvision has not (attention that was opened)"
+            modules = "modules that torchvision has not (opened attention, inserted blocks)"
             raise ExportError(f"{origin.name} has {modules}; export it to onnx")
         settings = unweighted_arguments(origin.reference) | dict(origin.config)
         build = {"builder": origin.reference, "settings": settings, "regrow": record}

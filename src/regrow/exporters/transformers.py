@@ -80,12 +80,8 @@ def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     The network built from those settings is compared with ``model``, tensor by tensor.
     """
     try:
-        settings = _settings(model, decoder_layers(model), origin)
-    except ModelError:
-        settings = _hidden_settings(model, origin)
-    if settings is None:
-        return None
-    try:
+        if (settings := _settings(model, decoder_layers(model), origin)) is None:
+            return None
         original, fresh = build(origin), build(replace(origin, config=settings))
     except ModelError:
         return None
@@ -136,14 +132,6 @@ def _settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin) -> dic
         if setting in settings and biased & {*parts}:  # families without the setting have the biases that they have
             settings[setting] = True
     return settings
-
-
-def _hidden_settings(model: nn.Module, origin: Origin) -> dict[str, Any] | None:
-    """Return the settings of a GPT-2-like network with its width of the hidden layers; ``None`` if they differ."""
-    widths = {len(entry.tensor) for name, entry in named_tensors(model).items() if name.endswith("mlp.c_fc.bias")}
-    if len(widths) != 1 or "n_inner" not in origin.config:
-        return None
-    return {**origin.config, "n_inner": widths.pop()}
 
 
 def _load(folder: Path, has_code: bool, attention: str) -> Any:

@@ -19,7 +19,8 @@ from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
-from regrow.evaluation.objective import Evaluation, evaluate_objective
+from regrow.evaluation.choice import CHOICE_TOKENS, count_choice_tokens
+from regrow.evaluation.quality import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.memory_needs import needs_of_model, start_streaming
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
@@ -53,8 +54,7 @@ class EvaluateResult:
     model: nn.Module
     sources: tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]
     choices: tuple[evaluation.Choices, ...]
-    harness: tuple[evaluation.Harnessed, ...]
-    speed: evaluation.Speed | None
+    speed: Mapping[str, Any] | None
     memory: Mapping[str, int | None] | None
 
     def record(self, name: str) -> dict[str, Any]:
@@ -64,12 +64,11 @@ class EvaluateResult:
         accuracies = [row.record() for row in self.sources if isinstance(row, evaluation.Accuracy)]
         result = {
             "model": name,
-            "size": size.record(),
+            "size": size,
             "perplexity": perplexities,
             "accuracy": accuracies,
             "choices": [row.record() for row in self.choices],
-            "harness": [row.record() for row in self.harness],
-            "speed": self.speed.record() if self.speed else None,
+            "speed": self.speed,
         }
         return result if self.memory is None else {**result, "memory": self.memory}
 
@@ -93,9 +92,6 @@ def carry_out(
                 raise ValueError(f"--choices {file} needs a tokenizer, and {settings.model} has none; leave it out")
             items, outputs = evaluation.items_in(file, settings.items), network.outputs if network else None
             choices.append(evaluation.choices(model, tokenizer, items, task=file.name.split(".")[0], outputs=outputs))
-        harness: list[evaluation.Harnessed] = []
-        for task in settings.harness:
-            harness += evaluation.harness(model, tokenizer, task, items=settings.items, progress=progress)
         speed = None
         if settings.speed:
             example = Batch(loaded.example.args, loaded.example.kwargs)
@@ -103,7 +99,7 @@ def carry_out(
             speed = evaluation.speed(model, batch, progress=progress)
     check_unchanged(loaded.files)
     memory = record_peak(plan) if plan else None
-    return EvaluateResult(model, sources, tuple(choices), tuple(harness), speed, memory)
+    return EvaluateResult(model, sources, tuple(choices), speed, memory)
 
 
 def _measure_sources(
@@ -134,8 +130,7 @@ def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
         opened = open_network(spec.name, DTYPES.get(spec.dtype))
         tests = _read_tests(settings, opened.loaded)
         plan = plan_evaluation(opened, tests, invocation.memory, settings)
-        needs = {"--harness": bool(settings.harness), "--speed": settings.speed}
-        needs |= needs_of_model(spec, settings.precision, opened)
+        needs = {"--speed": settings.speed} | needs_of_model(spec, settings.precision, opened)
         if start_streaming(opened, plan, needs, invocation.announce):
             return EvaluateInputs(opened.loaded, tests, opened=opened, memory=plan)
     loaded = load_model(spec, invocation.progress, invocation.code)
@@ -154,10 +149,10 @@ def plan_evaluation(opened: OpenedNetwork, tests: Sequence[Source], memory: str,
     positions = [count_positions(batch) for test in tests for batch in test]
     longest, total = max(positions, default=settings.seq_len * settings.batch_size), sum(positions)
     if settings.choices and opened.loaded.tokenizer is not None:
-        longest = max(longest, evaluation.CHOICE_TOKENS)
+        longest = max(longest, CHOICE_TOKENS)
         for path in map(Path, settings.choices):
             items = evaluation.items_in(path, settings.items)
-            tokens = evaluation.count_choice_tokens(opened.loaded.model, opened.loaded.tokenizer, items)
+            tokens = count_choice_tokens(opened.loaded.model, opened.loaded.tokenizer, items)
             total = max(total, tokens)
     return plan_memory(opened.network(), parse_bytes(memory), -(-total // longest), longest, what="evaluating")
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrow.core.amounts import parse_bytes
+from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.errors import InputError
 from regrow.core.process_memory import read_resident, reset_peak
 from regrow.core.progress import Progress, silent
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regrow.core.axes import Example
     from regrow.exporters import Written
     from regrow.jobs.recording import Invocation
-    from regrow.streaming.requirements import MemoryTerms
+    from regrow.streaming.requirements import MemoryPlan
 
 SPARE = 2**27
 """Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
@@ -41,7 +41,7 @@ class ExportInputs:
     example: "Example | None" = None  # an input for the comparison; `None`: a guess
     # Name → parameter, where the network has none of their numbers; `None`: they are in the network
     weights: "Mapping[str, Tensor] | None" = None
-    memory: "MemoryTerms | None" = None  # what the export needs of a limit of memory; `None`: there is none
+    memory: "MemoryPlan | None" = None  # what the export needs of a limit of memory; `None`: there is none
 
 
 def check_out(settings: Settings, out: Path) -> None:
@@ -49,10 +49,10 @@ def check_out(settings: Settings, out: Path) -> None:
     suffix = FORMATS[settings.to].suffix
     if suffix and out.is_dir():
         raise InputError(f"{out} is a folder; name a file, for example {out / f'model{suffix}'}")
-    if settings.run and out.exists() and out.resolve() == Path(settings.run).resolve():
+    if settings.model and out.exists() and out.resolve() == Path(settings.model).resolve():
         raise InputError(f"{out} is the model itself; name another place")
     if suffix:
-        check_output(out, (suffix,), [settings.run] if settings.run else [])
+        check_output(out, (suffix,), [settings.model] if settings.model else [])
 
 
 def carry_out(
@@ -63,7 +63,7 @@ def carry_out(
     check_out(settings, out)
     opened = inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
-    values = {"dtype": settings.dtype, "cache": settings.cache, "example": opened.example, "weights": opened.weights}
+    values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights}
     taken = FORMATS[settings.to].takes
     written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
     if opened.memory is None:
@@ -80,7 +80,7 @@ def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
     if invocation.memory:
         return _open_by_tensor(settings, invocation)
     invocation.progress(0, 1, "loading the model")
-    loaded = load_model(ModelSpec(settings.run, input=settings.input), invocation.progress, invocation.code)
+    loaded = load_model(ModelSpec(settings.model, input=settings.input), invocation.progress, invocation.code)
     return ExportInputs(with_origin(loaded), loaded.example)
 
 
@@ -88,24 +88,24 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     """Open a model whose tensors are read one by one, and check that the memory is enough for that."""
     from regrow.jobs.models import with_origin
     from regrow.streaming.opening import open_network
-    from regrow.streaming.requirements import MemoryTerms
+    from regrow.streaming.requirements import MemoryPlan
 
     if "weights" not in FORMATS[settings.to].takes:
         able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
         raise InputError(f"{settings.to} needs the whole network in memory; leave out --memory, or export to {able}")
     reset_peak()
-    opened = open_network(settings.run)
+    opened = open_network(settings.model)
     network, model = opened.network(), with_origin(opened.loaded)
     largest = int(4 * COPIES * max(parameter.numel() for parameter in model.parameters()))
     size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
     block = max(sum(size[key] for key in block.names) for block in network.blocks)
     checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
-    terms = {"the interpreter": read_resident() + SPARE, "one tensor at a time": max(largest, checked)}
-    needs = MemoryTerms(parse_bytes(invocation.memory), terms)
-    needs.check(f"exporting {settings.run}")
+    needed = read_resident() + SPARE + max(largest, checked)
+    plan = MemoryPlan(f"exporting {settings.model}", parse_bytes(invocation.memory), needed, needed)
+    plan.check()
     opened.check_output()
-    invocation.announce(str(needs))
-    return ExportInputs(model, weights=opened.weights.parameters(), memory=needs)
+    invocation.announce(f"memory: about {format_bytes(needed)} of {format_bytes(plan.limit)}, one tensor at a time")
+    return ExportInputs(model, weights=opened.weights.parameters(), memory=plan)
 
 
 def run(settings: Settings, invocation: "Invocation") -> "Written":

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.allocation.widening import PARTS, deepening, widening
-from regrow.core.amounts import Increase
+from regrow.allocation.widening import deepening, widening
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
@@ -34,8 +33,7 @@ from regrow.surgery.runner import Answers
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
-from regrow.training.step import added_entries
-from regrow.training.tune import GrowthTraining, mean_loss, train_grown
+from regrow.training.tune import added_entries, mean_loss, train_grown
 
 CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
@@ -53,7 +51,6 @@ class GrowInputs:
     axes: AxisGraph
     data: SourceHalves
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
-    lenient: bool = False
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     call: dict[str, object] | None = None
 
@@ -63,19 +60,16 @@ class GrowResult:
     """The result of a growth run."""
 
     plan: Plan
-    axes: AxisGraph
     model: nn.Module
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
 
 
-def carry_out(
-    settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun, *, grows: bool = True
-) -> GrowResult:
+def carry_out(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
     """Grow a network such that its outputs do not change, train it if there are steps, and record it.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
     settings is resumed where the recorder has its folder. If the outputs change by more than rounding, the network is
-    as it was. Unless it ``grows``, the run ends with the plan.
+    as it was.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
@@ -84,27 +78,24 @@ def carry_out(
     loaded, axes = opened.loaded, opened.axes
     with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
-    result = GrowResult(plan, axes, loaded.model, notes)
-    if not grows:
-        return result
     with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
         data = complete_data(run, opened.data, opened.specs, loaded)
         record.update(notes=[*loaded.notes, *notes])
         _grow(settings, replace(opened, data=data), run, plan)
         run.finish()
-    return result
+    return GrowResult(plan, loaded.model, notes)
 
 
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Grow the network, train it, and save it; measure it before and after."""
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
-    data = EvaluationData(inputs.data, inputs.objective, settings.precision, inputs.lenient)
+    data = EvaluationData(inputs.data, inputs.objective, settings.precision)
     with run.stage("evaluate"):
         measure_run(run, loaded, axes, data, "before")
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, proof = _grow_checked(run, loaded.model, axes, plan, settings.proof and record.kept)
+            grown, proof = _grow_checked(run, loaded.model, axes, plan, record.kept)
     except BaseException:
         state.restore()
         raise
@@ -123,12 +114,10 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened."""
-    settings.check_growth()
-    parts = {part: Increase.parse(amount) for part in PARTS if (amount := getattr(settings, part))}
-    named = {key: Increase.parse(amount) for key, amount in settings.named().items()}
-    blocks = {stack: Increase.parse(amount) for stack, amount in settings.stacks().items()}
+    settings.check()
+    parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     fill = Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named, round_to=settings.round_to, regular=settings.regular)
+    wide = widening(axes, parts, named)
     with preserve_random_state():
         insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
@@ -236,7 +225,6 @@ def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Train a network that has grown; log the loss before and after where the run is kept."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
-    training = GrowthTraining(settings.steps, settings.lr, settings.train == "new", settings.seed)
     added = added_entries(model, inputs.axes, plan)
 
     def measure_loss() -> float:
@@ -247,7 +235,16 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
 
     with autocasting(model, settings.precision):
         before = measure_loss()
-        train_grown(model, sources, added, training, objective=inputs.objective, progress=run.progress)
+        train_grown(
+            model,
+            sources,
+            inputs.objective,
+            steps=settings.steps,
+            lr=settings.lr,
+            seed=settings.seed,
+            new=added if settings.train == "new" else None,
+            progress=run.progress,
+        )
         record.log(
             "training",
             loss_before=before,
@@ -267,7 +264,13 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
         loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
         specs = SourceSpecs(
-            settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens, settings.seed
+            settings.eval_tokens,
+            settings.seq_len,
+            settings.on,
+            settings.sources,
+            settings.tokens,
+            settings.seed,
+            generated_tokens=settings.tokens,
         )
         data = read_sources(specs, loaded)
     with run.stage("trace"):
@@ -278,7 +281,13 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
 
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
-    settings.check_training()
     inputs = partial(open_named, settings, invocation)
     carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
+
+
+def plan_named(settings: Settings, invocation: Invocation) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan of the growth that settings name, and notes on axes that cannot be widened; nothing grows."""
+    check_settings(settings)
+    opened = open_named(settings, invocation, ActiveRun(progress=invocation.progress))
+    return plan_growth(opened.loaded.model, opened.axes, settings)

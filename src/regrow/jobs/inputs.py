@@ -1,7 +1,7 @@
 """The data of a run: halves of its sources, and text that its model generates; the same for all of its processes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -50,12 +50,12 @@ class SourceSpecs:
     unseen: tuple[str, ...] = ()
     tokens: int = 0
     seed: int = 0
-    generated_tokens: int = 0  # calibration tokens of text that the model generates; 0: as many as of other sources
+    generated_tokens: int = 0  # calibration tokens of text that the model generates
 
     @property
     def generated_windows(self) -> int:
         """How many windows of generated text are used."""
-        return count_windows(self.generated_tokens or self.tokens, self.seq_len)
+        return count_windows(self.generated_tokens, self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,16 @@ class SourceHalves:
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
-    # The tokens of all windows that the model generated, of which `calibration` may have the first; `None`: none yet
-    generated: Tensor | None = field(default=None, compare=False)
 
     @property
     def seen(self) -> frozenset[str]:
         """The names of the calibration sources."""
         return frozenset(source.name for source in self.calibration)
+
+    @property
+    def lenient(self) -> bool:
+        """Whether networks are measured on the calibration data, whose labels need not fit: that gives a warning."""
+        return self.evaluation is self.calibration
 
     @property
     def pending(self) -> bool:
@@ -101,7 +104,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
     return max(1, tokens // seq_len)
 
 
-def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = None) -> SourceHalves:
+def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
     """Read the calibration and evaluation halves of every named source; generated text has no evaluation half."""
     check_evaluated(specs.unseen)
     every = (*specs.sources, *specs.unseen)
@@ -112,7 +115,7 @@ def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = 
         raise InputError(f"source {GENERATED!r} is text that the model generates; give {GENERATED}=PATH another name")
     return SourceHalves(
         tuple(
-            _generated_source(specs, loaded, generated)
+            _generated_source(specs, loaded)
             if spec == GENERATED
             else _read_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
             for spec in specs.sources
@@ -120,7 +123,6 @@ def read_sources(specs: SourceSpecs, loaded: Loaded, generated: Tensor | None = 
         tuple(
             _read_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every if spec != GENERATED
         ),
-        generated,
     )
 
 
@@ -144,20 +146,13 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
     """Return the shape ``[N, C, H, W]`` of the images that a model takes."""
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
-    if len(shape) != 4:
-        raise InputError(
-            f"source {spec!r} holds images, and the model takes inputs of shape {list(shape)}, which no source has; "
-            "leave --source out"
-        )
-    height, width = shape[2:]
-    if height != width or (spec != "digits" and shape[1] not in (1, 3)):
-        raise InputError(
-            f"source {spec!r} gives square images of 1 or 3 channels, and the model takes "
-            f"{shape[1]} × {height} × {width}; use regrow.prune in Python with batches of your own"
-        )
     dtype = next(loaded.model.parameters()).dtype
-    if dtype != torch.float32:
-        raise InputError(f"images are read in float32, and the model is in {str(dtype)[6:]}; leave out --dtype")
+    channels = len(shape) == 4 and (spec == "digits" or shape[1] in (1, 3))
+    if not channels or shape[2] != shape[3] or dtype != torch.float32:
+        raise InputError(
+            f"source {spec!r} gives square images of 1 or 3 channels in float32, and the model takes inputs of shape "
+            f"{list(shape)} in {str(dtype)[6:]}; leave --source out, or use regrow.prune in Python with your own data"
+        )
     return shape
 
 
@@ -175,8 +170,8 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
     return rows
 
 
-def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None) -> Source:
-    """Return the source of text that the model generated, of at least as many windows; ``None``: they are pending."""
+def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None = None) -> Source:
+    """Return the source of text that the model generated; ``None``: its windows are pending."""
     if loaded.tokenizer is None:
         raise InputError(
             f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
@@ -188,26 +183,25 @@ def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None)
     if tokens is None:
         return Source(GENERATED, PendingWindows(n))
     origin = describe_generated(n, specs.seq_len, specs.seed)
-    return token_windows(GENERATED, tokens[:n], find_start(loaded.tokenizer), origin)
+    return token_windows(GENERATED, tokens, find_start(loaded.tokenizer), origin)
 
 
 def fill_generated(
     halves: SourceHalves,
     specs: SourceSpecs,
     loaded: Loaded,
-    n: int = 0,
     folder: Path | None = None,
     *,
-    known: Sequence[Path | Tensor] = (),
+    known: Sequence[Path] = (),
     weights: Sequence[float] | None = None,
     run: ActiveRun | None = None,
 ) -> SourceHalves:
-    """Generate the text of a run, or read what its folder has of it; without a source that is pending, do nothing."""
-    if not halves.pending:
-        return halves
-    n = n or specs.generated_windows
-    tokens = torch.full((n, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
+    """Generate the text of a run, or read what its folder, and those of ``known`` runs, have of it.
+
+    ``weights`` has a sum of each parameter of a model without numbers.
+    """
     run = run or ActiveRun()
+    tokens = _pending_windows(specs, loaded)
     if run.ranks.leads:
         header = _describe_windows(specs, loaded, weights)
         _copy_known(tokens, (*known, *([folder] if folder else [])), header)
@@ -227,7 +221,7 @@ def fill_generated(
         _generated_source(specs, loaded, tokens) if isinstance(source.batches, PendingWindows) else source
         for source in halves.calibration
     )
-    return replace(halves, calibration=tuple(calibration), generated=tokens)
+    return replace(halves, calibration=tuple(calibration))
 
 
 def complete_data(
@@ -235,9 +229,8 @@ def complete_data(
     halves: SourceHalves,
     specs: SourceSpecs | None,
     loaded: Loaded,
-    n: int = 0,
     *,
-    known: Sequence[Path | Tensor] = (),
+    known: Sequence[Path] = (),
     weights: Sequence[float] | None = None,
 ) -> SourceHalves:
     """Generate the text of a run by :func:`fill_generated`, and record its sources; data without names are complete."""
@@ -246,9 +239,14 @@ def complete_data(
     if halves.pending:
         folder = run.record.path if run.record.kept else None
         with run.stage("generate"):
-            halves = fill_generated(halves, specs, loaded, n, folder, known=known, weights=weights, run=run)
+            halves = fill_generated(halves, specs, loaded, folder, known=known, weights=weights, run=run)
     run.record.update(sources=describe_sources(specs, halves))
     return halves
+
+
+def _pending_windows(specs: SourceSpecs, loaded: Loaded) -> Tensor:
+    """Return the tokens of the windows to generate, ``[windows, tokens]``, each -1."""
+    return torch.full((specs.generated_windows, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
 
 
 def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
@@ -256,13 +254,12 @@ def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weig
 
     ``weights`` has a sum of each parameter of the model, which has no numbers.
     """
-    n = specs.generated_windows
-    tokens = torch.full((n, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
+    tokens = _pending_windows(specs, loaded)
     _copy_known(tokens, known, _describe_windows(specs, loaded, weights))
     if missing := int((tokens < 0).any(1).sum()):
         raise InputError(
-            f"source 'generated' lacks {missing} of {n} windows, and a network that is read one block at a time cannot "
-            "generate them; give more --memory, or fewer --tokens"
+            f"source 'generated' lacks {missing} of {len(tokens)} windows, and a network that is read one block at a "
+            "time cannot generate them; give more --memory, or fewer --tokens"
         )
 
 
@@ -276,10 +273,10 @@ def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[floa
     }
 
 
-def _copy_known(tokens: Tensor, known: Sequence[Path | Tensor], header: Mapping[str, object]) -> None:
-    """Fill in windows that are known, as far as they have the same length."""
-    for source in known:
-        stored = source if isinstance(source, Tensor) else _read_windows(source / FILE, header)
+def _copy_known(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, object]) -> None:
+    """Fill in windows that run folders have, as far as they have the same length."""
+    for folder in folders:
+        stored = _read_windows(folder / FILE, header)
         if stored is not None and stored.shape[1] == tokens.shape[1]:
             n = min(len(tokens), len(stored))
             tokens[:n] = torch.where(stored[:n] >= 0, stored[:n], tokens[:n])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from regrow.jobs.starting import (
     record_tasks,
     select_known,
 )
-from regrow.jobs.trackers import tracking
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_files
@@ -47,7 +45,6 @@ from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.schedule import NO_AXES
 from regrow.training.state import CHECKPOINT, TrainState, check_checkpoint, read_start, write_checkpoint
-from regrow.training.step import is_settled
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ class LearnInputs:
     tasks: Sequence[Task]
     learner: Learner[Any]
     schedule: TaskSchedule
-    # The file with the state of the training, relative to the run folder; `None`: there is none
-    checkpoint: Path | None = Path(CHECKPOINT)
+    checkpoint: Path = Path(CHECKPOINT)  # the file with the state of the training, relative to the run folder
     # Returns the network before the run once more; `None`: no tasks are added to the run
     untrained: Callable[[], Loaded] | None = None
     new: bool = False
@@ -110,7 +106,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], ru
 def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
     """Train the network on all tasks, or resume."""
     learner, tasks, schedule, record, ranks = inputs.learner, inputs.tasks, inputs.schedule, run.record, run.ranks
-    file = record.path / (inputs.checkpoint or CHECKPOINT)
+    file = record.path / inputs.checkpoint
     if record.kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record) if file.is_file() else None
@@ -123,8 +119,8 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
 
     def keep(now: TrainState[Any], context: Context) -> None:
         rows.write(now)
-        if ranks.leads and inputs.checkpoint:
-            write_checkpoint(file, context.model, now, logged=rows.events if record.kept else None)
+        if record.kept:
+            write_checkpoint(file, context.model, now, outside=True)
 
     options = FitOptions(checkpoint=keep, progress=run.progress, parallel=Parallel(ranks, by_rows=True))
     fitted = train_tasks(model, axes, tasks, learner, schedule, state=state, options=options)
@@ -155,9 +151,7 @@ class LearningRecord:
             return
         for plan in now.plans[self.plans :]:
             self.run.own_ledger.append(plan)
-        # The other growth events are watched further, and are logged at the end of their task.
-        settled = len([*takewhile(lambda event: is_settled(event) or event["task"] < now.number, now.events)])
-        for i in range(self.events, settled):
+        for i in range(self.events, len(now.events)):
             self.run.log("growth", number=i, **now.events[i])
         for i in range(self.over, now.number):
             scores = list(now.rows[i])
@@ -165,7 +159,7 @@ class LearningRecord:
             shares = _are_shares(scores)
             row = {"name": self.tasks[i].name, "accuracy": scores if shares else [None] * len(scores), **now.sizes[i]}
             self.run.log("task", row | ({} if shares else {"scores": scores}))
-        self.plans, self.events, self.over = len(now.plans), settled, now.number
+        self.plans, self.events, self.over = len(now.plans), len(now.events), now.number
 
 
 def record_matrix(matrix: Matrix) -> dict[str, Any]:
@@ -275,19 +269,17 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
     return RunFolder(Path(invocation.out))
 
 
-def extend(
-    invocation: Invocation, more: Sequence[str], *, without_old: bool = False, total: int | None = None
-) -> RunFolder:
+def extend(invocation: Invocation, more: Sequence[str], *, without_old: bool = False) -> RunFolder:
     """Train the network of a run on further tasks, possibly much later and in another process; all ranks call this.
 
     A finished run does not change until they are learned. An interrupted call is resumed when it is repeated; a
-    completed call is refused when it is repeated, unless ``total``, the number of sequences that the run has in the
-    end, says that the same come once more. Data of finished tasks may be missing ``without_old``; the network is then
-    not evaluated on these.
+    completed one changes nothing. Data of finished tasks may be missing ``without_old``; the network is then not
+    evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
-    known = broadcast_record(ranks, _read_begun(out, tuple(more), total) if ranks.leads else None)
+    known = broadcast_record(ranks, _read_begun(out, tuple(more)) if ranks.leads else None)
     if known is None:
+        invocation.announce(f"{out} has learned {', '.join(more) or 'all its tasks'}: nothing is left to do")
         return RunFolder(out)
     (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(out)
     was = convert_settings(record["settings"], Settings)
@@ -298,7 +290,7 @@ def extend(
     run = invocation.start(settings, was.model, undo=False)
     if isinstance(made := run.recorder, FolderRecorder):
         run.recorder = ExtensionRecorder(
-            made.out, made.model, made.command, made.track, False, made.write_page, record, tuple(more)
+            made.out, made.model, made.command, False, made.write_page, record, tuple(more)
         )
     carry_out(settings, partial(open_named, whole, invocation, begun), run)
     return RunFolder(out)
@@ -318,7 +310,7 @@ class ExtensionRecorder(FolderRecorder):
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Open the run for writing inside the ``with`` block, unless another process has changed it since."""
-        with tracking(RunFolder.reopen(self.out), self.track) as folder:
+        with RunFolder.reopen(self.out) as folder:
             if folder.run() != self.known:
                 raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
             defaults = {**start.identity["defaults"], **self.known.get("defaults", {})}
@@ -332,10 +324,11 @@ class ExtensionRecorder(FolderRecorder):
             yield folder
 
 
-def _read_begun(
-    out: Path, sequences: tuple[str, ...], total: int | None
-) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
-    """Return ``run.json``, the number of tasks that are over, and the sequences to add; ``None`` if all is learned."""
+def _read_begun(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
+    """Return ``run.json``, the number of tasks that are over, and the sequences to add; ``None`` if all is learned.
+
+    Sequences that the last call has added are those of this call, which is repeated.
+    """
     if out.is_dir():
         check_files(out)
     clear_leftovers(out)
@@ -344,29 +337,7 @@ def _read_begun(
     if record["verb"] != "learn":
         raise StoreError(f"{out} holds a run of {record['verb']!r}; give the folder of `regrow learn`")
     check_repeatable(out, record)
-    was = convert_settings(record["settings"], Settings)
-    refuse_recorded_code(was.method, record["command"])
+    refuse_recorded_code(convert_settings(record["settings"], Settings).method, record["command"])
     done = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
-    added = _added(record.get("extension"), was.tasks, sequences, total)
-    if added or not record.get("finished") or folder.path != out:
-        return record, done, added
-    if sequences:
-        raise StoreError(
-            f"{out} has learned {', '.join(sequences)} by this very command; to learn the same once more, add "
-            f"--total {len(was.tasks) + len(sequences)}"
-        )
-    return None
-
-
-def _added(last: object, tasks: tuple[str, ...], sequences: tuple[str, ...], total: int | None) -> tuple[str, ...]:
-    """Return the sequences that a call adds to those of a run: none if this very call, its last one, has added them."""
-    if total is None:
-        return () if last == list(sequences) else sequences
-    if total == len(tasks) and tasks[len(tasks) - len(sequences) :] == sequences:
-        return ()
-    if total != len(tasks) + len(sequences):
-        raise ValueError(
-            f"total must be how many sequences of tasks the run has in the end, got {total}; it has {len(tasks)} and "
-            f"{len(sequences)} are to come: --total {len(tasks) + len(sequences)}"
-        )
-    return sequences
+    added = () if record.get("extension") == list(sequences) else sequences
+    return (record, done, added) if added or not record.get("finished") or folder.path != out else None

@@ -15,7 +15,8 @@ from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
-from regrow.evaluation.objective import Evaluation, evaluate_objective
+from regrow.evaluation.quality import Evaluation, evaluate_objective
+from regrow.evaluation.timing import fastest_pass, lengthen
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
@@ -31,7 +32,6 @@ class EvaluationData:
     halves: SourceHalves  # networks are evaluated on the evaluation halves
     objective: Objective | None = None  # what networks are trained for; `None`: text with a tokenizer, else classes
     precision: str = "float32"  # the precision of forward passes
-    lenient: bool = False  # whether the data need not fit the objective: that gives a warning
 
 
 def measure_run(
@@ -42,14 +42,13 @@ def measure_run(
     name: str,
     *,
     network: StreamedNetwork | None = None,
-    known: dict[str, evaluation.Perplexity | evaluation.Accuracy] | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
 
-    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time, ``known`` its
-    results by source where it was measured before. Loaders that shuffle give the same order each time, and their random
-    state is restored. Of an objective without rows, only the size is measured.
+    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time. Loaders that
+    shuffle give the same order each time, and their random state is restored. Of an objective without rows, only the
+    size is measured.
     """
     record, objective = run.record, data.objective
     if not record.measured:
@@ -57,17 +56,15 @@ def measure_run(
     loaded = loaded if network is None else replace(loaded, model=network.model)
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
-    counts = {"params_all": size.parameters, "params_counted": size.counted, "macs": evaluation.macs(axes)}
-    record.log("size", columns | counts, bytes=size.bytes, dtype=size.dtype)
+    counts = {"params_all": size["parameters"], "params_counted": size["counted"], "macs": evaluation.macs(axes)}
+    record.log("size", columns | counts, bytes=size["bytes"], dtype=size["dtype"])
     tests = data.halves.evaluation if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
     generators = [generator for source in tests for generator in source.generators]
     perplexities: dict[str, evaluation.Perplexity] = {}
     with preserve_random_state(*generators), autocasting(loaded.model, data.precision):
         seed_generators(*generators)
         results: Iterable[evaluation.Perplexity | evaluation.Accuracy | Evaluation]
-        if known and all(source.name in known for source in tests):
-            results = [known[source.name] for source in tests]
-        elif objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
+        if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
             results = _evaluate_text(run, loaded, tests, name, network)
         else:
             results = _evaluate(run, loaded, tests, name, objective)
@@ -77,10 +74,8 @@ def measure_run(
                 record.log("perplexity" if isinstance(result, evaluation.Perplexity) else "choice", row)
                 if isinstance(result, evaluation.Perplexity):
                     perplexities[result.source] = result
-                if known is not None and not isinstance(result, Evaluation):
-                    known[result.source] = result
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not data.lenient:
+            if not data.halves.lenient:
                 raise
             line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
             warnings.warn(line, stacklevel=2)
@@ -145,8 +140,8 @@ def log_pairs(
 ) -> None:
     """Log paired differences in log-perplexity of a model to an earlier one, on each source that both have."""
     for name in (name for name in before if name in after):
-        pair = evaluation.paired_difference(before[name], after[name])
-        record.log("paired", {"source": name, "delta_nll": pair.mean, "se": pair.error, **(columns or {})})
+        mean, error = evaluation.paired_difference(before[name], after[name])
+        record.log("paired", {"source": name, "delta_nll": mean, "se": error, **(columns or {})})
 
 
 def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
@@ -159,7 +154,7 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
     was, now = (cost_of(axes, budget).total for axes in (before, after))
     amounts: dict[str, float] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
-        amounts |= {"predicted": now, "after": evaluation.fastest_pass(model, timed_input(before, budget))}
+        amounts |= {"predicted": now, "after": fastest_pass(model, timed_input(before, budget))}
         amounts = {name: steps / STEPS[Measure.TIME] for name, steps in amounts.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""
@@ -170,4 +165,4 @@ def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
     """Return the input of a timed pass: the traced example, or as many tokens as a target names."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
-    return evaluation.lengthen(batch, tokens) if tokens else batch
+    return lengthen(batch, tokens) if tokens else batch

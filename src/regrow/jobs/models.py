@@ -64,13 +64,13 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         raise ModelError(f"{folder}: {error}") from None
     builder = import_builder(code) if code else None
     built, shown = call_builder(builder, code) if builder else (None, None)
-    digests = {folder / name: file.sha256 for name, file in shapes.files.items()}
-    files = tuple(WeightFile(path, digest, held=True) for path, digest in digests.items() if path.is_file())
+    paths = (folder / name for name in shapes.files)
+    files = tuple(WeightFile(path, held=True) for path in paths if path.is_file())
     model = store.load(folder, model=built, device=device, dtype=dtype)
     origin = replace(shapes.origin, name=folder.name, builder=builder)
     if spec.input:
         shown = shaped_example(model, read_shape(spec.input))
-    probed = shapes.probe.file is not None
+    probed = bool(shapes.probe.header)
     example = shown or _find_example(model, origin, folder, spec.sources, probed)
     example = Example(moved(example.args, device), moved(dict(example.kwargs), device))
     return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)

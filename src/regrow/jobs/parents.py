@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.core.amounts import format_bytes
-from regrow.core.errors import ResourceError
 from regrow.core.plan import Plan
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
@@ -22,17 +20,15 @@ from regrow.store.replacing import (
     count_bytes,
     record_files,
     replace_folder,
-    shares_blocks,
 )
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes
-from regrow.store.state import named_tensors
-from regrow.store.weights import OutsideTensors
+from regrow.store.weights import OutsideTensors, check_file, inside
 
 BEFORE = "before"
 """Name of the folder, inside a run folder, with the model that the run started from."""
-_REBUILT = ("cells", "mobile", "bench201")
+_REBUILT = ("cells", "mobile")
 """Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them."""
 
 
@@ -135,24 +131,6 @@ def count_parameters(shapes: Shapes) -> int:
     return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is Kind.PARAMETER)
 
 
-def check_room(model: str, loaded: Loaded, out: str | Path, *, undo: bool = True) -> None:
-    """Raise ResourceError unless the disk has room for the copy of the model that a run starts from."""
-    begun = RunFolder.open_unfinished(out)
-    if not undo or (begun and begun.run().get("parent") is not None):
-        return
-    disk = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
-    source = Path(model)
-    if (source / store.SHAPES).is_file():
-        needed = 0 if shares_blocks(source / store.SHAPES, disk) else count_bytes(source)
-    else:
-        needed = sum(held.tensor.nbytes for held in named_tensors(loaded.model).values())
-    if needed > (free := shutil.disk_usage(disk).free):
-        raise ResourceError(
-            f"{out}: the copy of {model} for `regrow undo` takes {format_bytes(needed)}, and {format_bytes(free)} are "
-            "free; choose another disk, or leave the copy out (--no-undo)"
-        )
-
-
 def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> dict[str, Any]:
     """Copy a saved model to a new folder, or write the model there; return the record of its files, as JSON data."""
     with explain_os_errors(target):
@@ -164,10 +142,8 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
             target.mkdir()
             copy_folder(source, target)
         files = record_files(target)
-    shapes = store.read_shapes(target)
-    for name, expected in shapes.files.items():
-        if name not in files or files[name]["sha256"] != expected.sha256:
-            raise StoreError(f"{(source or target) / name} was changed while it was copied; run again")
+    for name, expected in store.read_shapes(target).files.items():
+        check_file(inside(target, name), expected)
     return {"bytes": count_bytes(target), "files": files}
 
 

@@ -1,55 +1,77 @@
 """Prune a network, whether named on the command line or given in Python, whole or block by block, on every rank."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from regrow import evaluation
-from regrow.core.axes import AxisGraph
+from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.errors import InputError, ResourceError
+from regrow.core.errors import InputError
+from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
+from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Source
+from regrow.distributed import SINGLE
 from regrow.distributed.parallel import broadcast_record
-from regrow.jobs.calibration import PruneInputs, SharedWork, calibrate, write_scores
-from regrow.jobs.inputs import check_same_inputs, check_same_settings, complete_data, read_sources
+from regrow.jobs.inputs import (
+    SourceHalves,
+    SourceSpecs,
+    check_same_inputs,
+    check_same_settings,
+    complete_data,
+    read_sources,
+)
 from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_run
 from regrow.jobs.memory_needs import open_to_prune
 from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning import (
     budget_of,
     check_pruning,
-    count_calibration,
-    count_generated,
-    count_tokens,
+    collect_evidence,
+    divide_sources,
     model_spec,
     pruner_of,
-    record_defaults,
     source_specs,
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
-from regrow.jobs.run_networks import StreamedRun, WholeNetwork
+from regrow.jobs.recovering import reconstruct
+from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, PruningRun, check_objective, plan_cut, with_modules
+from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
+from regrow.scoring.collect import CollectionRun
 from regrow.settings.declaration import check_settings
-from regrow.settings.prune import RECONSTRUCTION, Settings, complete_reconstruction
+from regrow.settings.prune import Settings, complete_reconstruction
+from regrow.store import statistics
 from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
-from regrow.streaming.requirements import record_peak
+from regrow.streaming.requirements import MemoryPlan, record_peak
+from regrow.tracing.meta_copy import copy_model
 from regrow.training import tune
 from regrow.training.state import FORMAT
 
-Perplexities = Mapping[str, evaluation.Perplexity]
+
+@dataclass(frozen=True)
+class PruneInputs:
+    """What a run prunes, and on which data."""
+
+    network: PrunedNetwork
+    axes: AxisGraph
+    data: SourceHalves
+    specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
+    objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
+    call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
+    memory: MemoryPlan | None = None  # how the run stays within a limit of memory; `None`: there is none
 
 
 @dataclass(frozen=True)
@@ -62,69 +84,49 @@ class PruneResult:
 
 
 def carry_out(
-    settings: Settings,
-    inputs: Callable[[ActiveRun], PruneInputs],
-    run: ActiveRun,
-    *,
-    shared: SharedWork | None = None,
-    cuts: bool = True,
+    settings: Settings, inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, *, cuts: bool = True
 ) -> PruneResult:
     """Prune a network, and record it; all mistakes in the settings and inputs are found before that.
 
     An interrupted run with the same settings is resumed where the recorder has its folder. All processes of the run
-    call this. ``inputs`` opens the network and the data; ``shared`` is what earlier runs of this process, which differ
-    in method and keep alone, need not do again. Without ``cuts`` the run ends with the plan.
+    call this. ``inputs`` opens the network and the data. Without ``cuts`` the run ends with the plan.
     """
-    job = prepare(settings, inputs, run, shared or SharedWork())
-    network, axes = job.inputs.network, job.inputs.axes
-    with run.begin(RunStart(job.identity, network.loaded, network.outside, job.inputs.call)) as record:
-        network.use_folder(record.path)
-        job = job.with_generated()
-        record.update(timing=job.budget.timing.record() if job.budget.timing else None)
-        plan, notes = job.plan()
-        if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
-            dense = job.measure(axes, "dense")
-            after = network.cut(run, axes, plan, proof=settings.proof, fits=settings.reconstruct)
-            run.record_plan(plan, axes, after)
-            notes += job.repair(after, plan, dense)
-        if job.inputs.memory:
-            record.update(memory=record_peak(job.inputs.memory))
-        if cuts:
-            run.finish()
-        return PruneResult(plan, network.loaded, notes)
-
-
-def prepare(
-    settings: Settings, inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, shared: SharedWork
-) -> "PruneJob":
-    """Open the network and the data, and find all mistakes in them and in the settings."""
     check_settings(settings)
-    method = pruner_of(settings)
-    check_reconstruction(settings, several=run.ranks.several)
-    identity = {"verb": "prune", "settings": asdict(settings), "defaults": record_defaults(settings)}
+    method, budget = pruner_of(settings), budget_of(settings)
+    defaults = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
+    if settings.reconstruct:
+        fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | complete_reconstruction(settings.sources)
+        defaults |= {f"reconstruct {name}": value for name, value in fit.items()}
+    identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults}
     recorded = run.recorder.check(identity)
     reset_peak()
     opened = inputs(run)
-    model, budget = opened.network.loaded.model, replace(budget_of(settings), timing=opened.timing)
+    network, data = opened.network, opened.data
+    model = network.loaded.model
     check_precision(model, settings.precision)
-    job = PruneJob(settings, identity, method, budget, opened, shared, run)
-    job.check_data()
+    if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
+        raise InputError(
+            f"reconstruct fits on data of which it holds a part out, and there are {batches} batches; give more data"
+        )
     axes = with_modules(method, model, opened.axes)
-    check_same_inputs(run.ranks, [opened.network.identity], opened.data)
+    check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, StreamedRun) else model], data)
     with run.stage("time"):
         budget = with_timing(model, axes, budget, known=recorded.get("timing"), progress=run.progress)
-    check_pruning(method, axes, budget, opened.data.calibration)
+    check_pruning(method, axes, budget, data.calibration)
     check_objective(method, (), opened.objective)
-    return replace(job, budget=budget, inputs=replace(opened, axes=axes))
-
-
-def check_reconstruction(settings: Settings, *, several: bool = False) -> None:
-    """Raise ValueError unless the reconstruction of a run, of ``several`` processes, can be done."""
-    if settings.reconstruct:
-        fit = complete_reconstruction(settings.reconstruct_settings, settings.sources)
-        find_method(MethodKind.RECOVERY, RECONSTRUCTION).made(RECONSTRUCTION, fit)
-        if several:
-            raise InputError("--reconstruct runs in one process; leave out --reconstruct, or start without torchrun")
+    with run.begin(RunStart(identity, network.loaded, network.outside, opened.call)) as record:
+        network.use_folder(record.path)
+        data = complete_data(run, data, opened.specs, network.loaded)
+        record.update(timing=budget.timing.record() if budget.timing else None)
+        job = PruneJob(settings, method, budget, replace(opened, axes=axes, data=data), run)
+        plan, notes = job.plan()
+        if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
+            notes += job.cut(plan)
+        if opened.memory:
+            record.update(memory=record_peak(opened.memory))
+        if cuts:
+            run.finish()
+        return PruneResult(plan, network.loaded, notes)
 
 
 @dataclass(frozen=True)
@@ -132,176 +134,158 @@ class PruneJob:
     """A pruning run whose settings and inputs are checked."""
 
     settings: Settings
-    identity: Mapping[str, Any]
     method: Pruner
     budget: Budget
     inputs: PruneInputs
-    shared: SharedWork
     run: ActiveRun
-
-    def check_data(self) -> None:
-        """Raise InputError if there is too little data to reconstruct on."""
-        settings, calibration = self.settings, self.inputs.data.calibration
-        if not settings.reconstruct:
-            return
-        if not calibration:
-            raise InputError("reconstruct fits on data, and there are none; give --source news, or data= in Python")
-        left_out = complete_reconstruction(settings.reconstruct_settings, ())["choose_on"] == "left_out_source"
-        if left_out and len(calibration) > 1:
-            return  # the ridge is not chosen on a held-out part of each source
-        for source in self._fitted_sources():
-            if len(source) < 2:
-                raise InputError(
-                    f"source {source.name!r} has {len(source)} batches, and reconstruct holds one out; give more data "
-                    "(a larger --reconstruct-tokens), or a second source"
-                )
-
-    def with_generated(self) -> "PruneJob":
-        """Return the job with the text that the network generates, if that is a source."""
-        inputs, shared = self.inputs, self.shared
-        known, n = () if shared.generated is None else (shared.generated,), count_generated(self.settings)
-        data = complete_data(self.run, inputs.data, inputs.specs, inputs.network.loaded, n, known=known)
-        shared.generated = data.generated
-        return replace(self, inputs=replace(inputs, data=data))
-
-    def measure(self, axes: AxisGraph, name: str) -> Perplexities:
-        """Measure and log the network in its present state, under a name."""
-        inputs, network = self.inputs, self.inputs.network
-        ranks = network.evaluators(self.run.ranks)
-        if ranks is None:
-            return {}
-        data = EvaluationData(inputs.data, inputs.objective, self.settings.precision, inputs.lenient)
-        known = self.shared.dense if name == "dense" else None
-        with self.run.stage("evaluate"):
-            run = replace(self.run, ranks=ranks)
-            return measure_run(run, network.loaded, axes, data, name, network=network.visits, known=known)
 
     def plan(self) -> tuple[Plan, tuple[str, ...]]:
         """Calibrate, choose the units that stay on rank 0, and return the plan and notes on the data."""
-        run, inputs, settings, shared = self.run, self.inputs, self.settings, self.shared
+        run, inputs, settings = self.run, self.inputs, self.settings
         model, axes, record = inputs.network.loaded.model, inputs.axes, run.record
         forward = partial(autocasting, model, settings.precision)
         with run.stage("calibrate"), torch.enable_grad(), forward():
-            units = self.budget.units(axes)
-            evidence, key = calibrate(run, inputs, self.method, units, settings.batch_size, shared)
+            evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size)
         if not run.ranks.leads:
             return read_plan(json.loads(broadcast_record(run.ranks))), ()
-        weights = shared.columns.over(inputs.network.parameters())
         checkpoint = record.path / "statistics" / "learned.safetensors" if record.kept else None
         with run.stage("plan"), torch.enable_grad():
             if checkpoint:
                 open_checkpoint(checkpoint, key, FORMAT)
+            pruning = PruningRun(
+                checkpoint=checkpoint,
+                header=lambda: {"key": key},
+                progress=run.progress,
+                visits=inputs.network.visits,
+                weights=inputs.network.parameters(),
+            )
             with forward():
-                cut = plan_cut(
-                    self.method,
-                    model,
-                    axes,
-                    self.budget,
-                    evidence,
-                    objective=inputs.objective,
-                    run=PruningRun(
-                        checkpoint=checkpoint,
-                        header=lambda: {"key": key},
-                        progress=run.progress,
-                        visits=inputs.network.visits,
-                        weights=weights,
-                    ),
-                )
+                cut = plan_cut(self.method, model, axes, self.budget, evidence, objective=inputs.objective, run=pruning)
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
-            if isinstance(record, RunFolder):
-                write_scores(record, weights, axes, cut.plan, cut.scores, evidence)
-                if cut.findings:
-                    record.write_findings(settings.method, cut.findings)
+            if cut.findings and isinstance(record, RunFolder):
+                record.write("findings.json", {"method": settings.method, **cut.findings})
         broadcast_record(run.ranks, cut.plan.to_json())
         return cut.plan, evidence.notes
 
-    def repair(self, after: AxisGraph, plan: Plan, dense: Perplexities) -> tuple[str, ...]:
-        """Repair the cut network as the settings say, save and measure it; return what a user must know."""
+    def cut(self, plan: Plan) -> tuple[str, ...]:
+        """Carry out a plan, repair, save and measure the network; return what a user must know."""
         run, settings, network, record = self.run, self.settings, self.inputs.network, self.run.record
         axes, model = self.inputs.axes, network.loaded.model
-        fitted: Perplexities = {}
-        if settings.reconstruct:
-            fitted = self.measure(after, "cut")
+        before, fitted = self._measure(axes, "dense"), dict[str, evaluation.Perplexity]()
+        # Weights are shared: a cut makes new ones, which alone are fitted. Vectors are copied: biases are fitted.
+        dense = copy_model(model, lambda x: x if x.dim() > 1 else x.detach().clone()) if settings.reconstruct else None
+        after = network.cut(run, axes, plan)
+        run.record_plan(plan, axes, after)
+        if dense is not None:
+            fitted = self._measure(after, "cut")
+            sources = self.inputs.data.calibration
             with run.stage("reconstruct"):
-                network.reconstruct(run, axes, plan, self._fitted_sources(), settings.reconstruct_settings)
+                reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
         notes = self._tune(plan)
         if record.kept:
             with run.stage("save"):
                 network.save(record)
-        pruned = self.measure(after, "pruned")
-        log_budget(record, model, axes, after, self.budget)
+        pruned = self._measure(after, "pruned")
+        log_budget(record, network.loaded.model, axes, after, self.budget)
         log_pairs(record, fitted, pruned, {"of": ["cut", "pruned"]})
-        log_pairs(record, dense, pruned)
+        log_pairs(record, before, pruned)
         if notes:
             record.update(notes=[*record.run().get("notes", ()), *notes])
         return notes
 
+    def _measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
+        """Measure and log the network in its present state, under a name."""
+        inputs, network, run = self.inputs, self.inputs.network, self.run
+        if not network.shared:
+            if not run.ranks.leads:
+                return {}
+            run = replace(run, ranks=SINGLE)
+        data = EvaluationData(inputs.data, inputs.objective, self.settings.precision)
+        with self.run.stage("evaluate"):
+            return measure_run(run, network.loaded, axes, data, name, network=network.visits)
+
     def _tune(self, plan: Plan) -> tuple[str, ...]:
         """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
         settings, loaded, calibration = self.settings, self.inputs.network.loaded, self.inputs.data.calibration
-        trains = settings.finetune and loaded.tokenizer is None
-        if not trains and not tune.find_running(loaded.model):
-            return ()
+        epochs, seed, progress = settings.finetune, settings.seed, self.run.progress
         with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
-            for source in calibration if trains else ():
-                tune.finetune(
-                    loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=self.run.progress
-                )
+            for source in calibration if epochs and loaded.tokenizer is None else ():
+                tune.finetune(loaded.model, source, epochs=epochs, seed=seed, progress=progress)
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
 
-    def _fitted_sources(self) -> Sequence[Source]:
-        """Return the data that layers are fitted on; data without names are all."""
-        data, loaded = self.inputs.data, self.inputs.network.loaded
-        tokens = count_tokens(self.settings, loaded.tokenizer is not None)
-        if self.inputs.specs is None or tokens == count_calibration(self.settings):
-            return data.calibration
-        return read_sources(source_specs(self.settings, tokens), loaded, data.generated).calibration
+
+def _calibrate(
+    run: ActiveRun, inputs: PruneInputs, pruner: Pruner, units: Sequence[Axis], batch_size: int
+) -> tuple[Evidence, str]:
+    """Measure what a method needs, or resume that; return it, and a digest of what it depends on if that is recorded.
+
+    The processes of the run share the batches, and rank 0 gets the sums.
+    """
+    network, record, ranks = inputs.network, run.record, run.ranks
+    sources, notes = divide_sources(pruner, inputs.data.calibration)
+    keys: dict[str, str] = {}
+    done: dict[tuple[str, int], Statistics] = {}
+    if record.kept:
+        needs, measured = sorted({*pruner.needs} - {Need.WEIGHTS}), [axis.key for axis in units]
+        origin, sums = str(network.loaded.origin.record()), network.sums()
+        keys = {
+            source.name: statistics.fingerprint(source, pruner.shards, needs, origin, sums, batch_size, measured)
+            for source in sources
+        }
+        done = statistics.read_finished_shards(record.path, keys, pruner.shards)
+
+    def keep(source: str, shard: int, sums: Statistics) -> None:
+        if record.kept:
+            statistics.save_statistics(record.path, source, shard, sums, key=keys[source])
+
+    finished = broadcast_record(ranks, [[*key] for key in done])
+    if not ranks.leads:
+        done = {(source, shard): Statistics(source) for source, shard in finished}
+    evidence = collect_evidence(
+        network.loaded.model,
+        inputs.axes,
+        pruner,
+        sources,
+        batch_size=batch_size,
+        units=units,
+        objective=inputs.objective,
+        run=CollectionRun(network.visits, ranks, done, keep, run.progress),
+    )
+    return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.kept else ""
 
 
-def open_named(settings: Settings, invocation: Invocation, shared: SharedWork, run: ActiveRun) -> PruneInputs:
+def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:
     """Open the network and the data that settings name; a network that is too large is read one block at a time."""
     check_same_settings(run.ranks, settings, invocation.memory)
+    if settings.reconstruct and (invocation.memory or run.ranks.several):
+        raise InputError(
+            "--reconstruct runs in one process without --memory; leave it out, and use `regrow recover RUN --by refit`"
+        )
     network: WholeNetwork | StreamedRun | None = None
-    axes = shared.axes
+    memory, axes = None, None
     with run.stage("load"):
         if invocation.memory:
-            opened, shared.memory = open_to_prune(settings, invocation, shared.memory)
-            if shared.memory.streams:
-                network, axes = StreamedRun(opened, shared.memory), opened.axes
+            opened, memory = open_to_prune(settings, invocation)
+            if memory.streams:
+                network, axes = StreamedRun(opened, memory), opened.axes
         network = network or WholeNetwork(load_model(model_spec(settings), invocation.progress, invocation.code))
-        loaded, specs = network.loaded, source_specs(settings)
-        check_precision(loaded.model, settings.precision)
-        data = read_sources(specs, loaded)
+        specs = source_specs(settings)
+        data = read_sources(specs, network.loaded)
     with run.stage("trace"):
-        if axes is None:
-            axes = trace_loaded(loaded)
-    if isinstance(network, WholeNetwork):
-        shared.axes = axes
-    return PruneInputs(network, axes, data, specs, memory=shared.memory)
+        axes = trace_loaded(network.loaded) if axes is None else axes
+    return PruneInputs(network, axes, data, specs, memory=memory)
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:
     """Return the plan that a pruning run would make, and record nothing."""
-    inputs = partial(open_named, settings, invocation, SharedWork())
+    inputs = partial(open_named, settings, invocation)
     return carry_out(settings, inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
 
 
-def check_plans(plans: Mapping[str, Settings], invocation: Invocation, shared: SharedWork) -> None:
-    """Raise an error that names the plan unless all plans of one calibration can be made; nothing is recorded."""
-    for name, settings in plans.items():
-        inputs = partial(open_named, settings, invocation, shared)
-        try:
-            prepare(settings, inputs, ActiveRun(ranks=invocation.ranks), shared)
-        except ValueError as error:
-            kind = ResourceError if isinstance(error, ResourceError) else InputError
-            raise kind(f"{name}: {error}") from error
-
-
-def run(settings: Settings, invocation: Invocation, shared: SharedWork | None = None) -> RunFolder:
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Prune the model that settings name, as ``regrow prune`` does, and return the folder."""
-    shared = shared or SharedWork()
-    inputs = partial(open_named, settings, invocation, shared)
-    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo), shared=shared)
+    inputs = partial(open_named, settings, invocation)
+    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

@@ -14,14 +14,13 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.models import record_input
-from regrow.jobs.parents import check_room, describe_stage, start_from
-from regrow.jobs.trackers import tracking
+from regrow.jobs.parents import describe_stage, start_from
 from regrow.nets import Loaded
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder, WritePage
 from regrow.store.weights import OutsideTensors
-from regrow.training.state import History
+from regrow.training.state import TrainState
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -91,31 +90,28 @@ class FolderRecorder:
     out: str | Path
     model: str
     command: str
-    track: str = ""  # the name of a tracker that gets every measurement, too; empty: none
     undo: bool = True
     write_page: WritePage | None = None
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the interrupted run has recorded, if there is one."""
-        RunFolder.check(
-            self.out, verb=identity["verb"], settings=identity["settings"], defaults=identity.get("defaults")
-        )
-        begun = RunFolder.open_unfinished(self.out)
+        begun = RunFolder.check(self.out, identity)
         return begun.run() if begun else {}
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Begin or resume the run inside the ``with`` block."""
         loaded = start.loaded
-        if loaded is not None:
-            check_room(self.model, loaded, self.out, undo=self.undo)
-        with tracking(RunFolder.create(self.out, **start.identity, command=self.command), self.track) as folder:
+        with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
             recorded = folder.run().get("python")
             if recorded is None and start.call is not None:
                 folder.update(python=start.call)
             elif recorded is not None and recorded != start.call:
                 difference = find_difference(recorded, start.call or {})
-                raise StoreError(f"{self.out} holds another run: {difference}, or choose another folder")
+                raise StoreError(
+                    f"{self.out} holds another run: {difference}; give what the interrupted call had (a network of the "
+                    "same seed, loaders with shuffle=False), or choose another folder"
+                )
             if loaded is not None:
                 start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
                 folder.update(notes=list(loaded.notes), **record_input(loaded))
@@ -173,7 +169,6 @@ class Invocation:
     out: str | Path = ""
     code: str = ""
     memory: str = ""  # how much memory the run may use, such as `4GiB`; empty: any
-    track: str = ""  # the name of a tracker that gets every measurement, too; empty: none
     ranks: ProcessRank = SINGLE  # the processes that share the run; all of them call the command
     announce: Callable[[str], None] = lambda line: None
     progress: Progress = silent
@@ -185,38 +180,27 @@ class Invocation:
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
             command = command_line(settings, *(word for option in options.items() if option[1] for word in option))
-            recorder = FolderRecorder(self.out, model, command, self.track, undo, self.write_page)
+            recorder = FolderRecorder(self.out, model, command, undo, self.write_page)
         return ActiveRun(recorder, self.ranks, self.progress)
 
 
 def find_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Return the first input in which a call differs from the interrupted one, and the remedy.
+    """Return the first input in which a call differs from the interrupted one.
 
-    >>> find_difference({"loss": "L1Loss"}, {"loss": "MSELoss"})
-    'loss was L1Loss, here MSELoss; give what the interrupted call had'
+    >>> find_difference({"loss": "L1Loss", "data": {"a": "1"}}, {"loss": "L1Loss", "data": {"a": "2"}})
+    'data a was 1, here 2'
     """
     name = next(name for name in {**recorded, **present} if recorded.get(name) != present.get(name))
     was, now = recorded.get(name), present.get(name)
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        part = next(part for part in {**was, **now} if was.get(part) != now.get(part))
-        was, now = was.get(part), now.get(part)
-        if name == "data" and was is not None and now is not None:
-            return (
-                f"the first batch of {part!r} differs (digest {was:.8}, here {now:.8}); the likely cause is a loader "
-                "that shuffles: give prune, grow and recover a loader with shuffle=False"
-            )
-        name = f"{name} {part!r}"
-    if name in ("weights", "dense"):
-        whose = "weights" if name == "weights" else "weights of dense"
-        return f"the {whose} differ (digest {was}, here {now}); build the network with the same seed"
-    was, now = ("not given" if value is None else value for value in (was, now))
-    return f"{name} was {was}, here {now}; give what the interrupted call had"
+        return f"{name} {find_difference(was, now)}"
+    return f"{name} was {was}, here {now}"
 
 
-def read_history(folder: Record, events: str = "growth") -> History:
+def read_history(folder: Record, events: str = "growth") -> TrainState[None]:
     """Read the plans, the accuracy matrix, the task rows and the rows of changes of shape, for a run's checkpoint."""
     if not isinstance(folder, RunFolder):
-        return History()
+        return TrainState(None)
     metrics = folder.metrics()
     tasks = [dict(row) for row in metrics if row["what"] == "task"]
     if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
@@ -224,7 +208,7 @@ def read_history(folder: Record, events: str = "growth") -> History:
             f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
             f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
         )
-    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
-    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
-    changes = [{k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events]
-    return History(folder.own_ledger.plans(), rows, sizes, changes)
+    rows = tuple(tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks)
+    sizes = tuple({name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks)
+    changes = tuple({k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events)
+    return TrainState(None, rows=rows, plans=folder.own_ledger.plans(), events=changes, sizes=sizes)

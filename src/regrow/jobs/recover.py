@@ -1,13 +1,12 @@
 """Recover a network whose last change of shape was a cut, whether a run folder or given in Python, on every rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from regrow import store
-from regrow.core.amounts import parse_bytes
 from regrow.core.axes import AxisGraph
 from regrow.core.names import names_code
 from regrow.core.objectives import Objective
@@ -15,6 +14,7 @@ from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
 from regrow.distributed import SINGLE
 from regrow.distributed.parallel import Parallel
+from regrow.evaluation import Perplexity
 from regrow.jobs.inputs import (
     SourceHalves,
     SourceSpecs,
@@ -25,22 +25,21 @@ from regrow.jobs.inputs import (
     read_sources,
 )
 from regrow.jobs.measuring import EvaluationData, log_pairs, measure_run
-from regrow.jobs.memory_needs import needs_of_model, plan_recovery, predict_recovery, start_streaming
-from regrow.jobs.models import DTYPES, load_model, trace_loaded
+from regrow.jobs.memory_needs import open_to_recover
+from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning import model_spec, source_specs
-from regrow.jobs.recording import ActiveRun, Invocation, RunStart
-from regrow.jobs.recovering import LastCut, find_cut, log_differences, recover
+from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart
+from regrow.jobs.recovering import LastCut, find_cut, recover
 from regrow.jobs.run_networks import StreamedRecovery
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
 from regrow.settings.declaration import check_settings
-from regrow.settings.recover import CLOSED_FORM, Settings
+from regrow.settings.recover import Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.run_folder import RunFolder
-from regrow.streaming.opening import open_network
-from regrow.streaming.requirements import MemoryPlan, MemoryTerms, record_peak
+from regrow.streaming.requirements import MemoryPlan, record_peak
 from regrow.surgery import verify
 
 
@@ -61,20 +60,18 @@ class RecoverInputs:
     measured: Sequence[dict[str, Any]] | None = None
     call: dict[str, object] | None = None
     streamed: StreamedRecovery | None = None  # both networks one block at a time; `None`: they are in memory
-    memory: MemoryTerms | MemoryPlan | None = None  # what the run needs of a limit of memory; `None`: there is none
+    memory: MemoryPlan | None = None  # what the run needs of a limit of memory; `None`: there is none
 
 
 def carry_out(
     settings: Settings,
     inputs: Callable[[ActiveRun], RecoverInputs],
     run: ActiveRun,
-    *,
-    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
 
-    All processes of the run call this, and train together; with ``fsdp`` they share networks and training state.
-    Returns what the method returned, with ``by``, ``tokens`` and ``seconds``.
+    All processes of the run call this, and train together.
+    Returns what the method returned, with ``tokens`` and ``seconds``.
     """
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
@@ -105,11 +102,12 @@ def carry_out(
                 settings.seed,
                 progress=run.progress,
                 objective=opened.objective,
-                parallel=Parallel(run.ranks, fsdp),
+                parallel=Parallel(run.ranks),
                 streamed=pair,
             )
-            origin, changed, number = dense.origin.record(), settings.recovery_settings, len(settings.before) + 1
-            row = recover(record, task, settings.by, changed, origin=origin, number=number, precision=precision)
+            origin, number = dense.origin.record(), len(settings.before) + 1
+            summary = recover(record, task, settings.by, settings.recovery_settings, origin=origin, precision=precision)
+            record.log("recovery", {"by": settings.by, **summary, **({"round": number} if number > 1 else {})})
         if record.kept:
             outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
             with run.stage("save"):
@@ -119,7 +117,7 @@ def carry_out(
                 _measure_recovered(run, replace(opened, data=data), number)
         record.update(memory=record_peak(opened.memory) if opened.memory else None)
         run.finish()
-        return row
+        return summary
 
 
 def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> None:
@@ -131,7 +129,20 @@ def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> No
     network = streamed.recovered(loaded, after, record.path) if streamed else None
     data = EvaluationData(inputs.data, inputs.objective, inputs.evaluated)
     perplexities = measure_run(run, loaded, after, data, "recovered", network=network, recoveries=number)
-    log_differences(record, perplexities, number)
+    _log_differences(record, perplexities, number)
+
+
+def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], number: int) -> None:
+    """Log the paired difference in log-perplexity of the recovered model to the pruned and dense ones in the run."""
+    columns: dict[str, object] = {"round": number} if number > 1 else {}
+    rows = {(row["model"], row["source"]): row for row in record.metrics() if row["what"] == "perplexity"}
+    for name, after in perplexities.items():
+        for model in ("pruned", "dense"):  # a page takes the last: what is left of the damage
+            row = rows.get((model, name), {})
+            nll = row.get("nll_per_window", [])
+            if row.get("tokens") == sum(after.tokens) and len(nll) == len(after.nll) and None not in nll:
+                before = Perplexity(name, tuple(nll), after.tokens, after.bytes, after.origin)
+                log_pairs(record, {name: before}, {name: after}, {"of": [model, "recovered"], **columns})
 
 
 def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
@@ -155,7 +166,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
         log_pairs(record, before, measure_run(alone, loaded, cut, data, "pruned"))
 
 
-def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> RunFolder:
+def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Recover the model of a finished run, as ``regrow recover`` does, and return the folder.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
@@ -163,14 +174,11 @@ def run(settings: Settings, invocation: Invocation, *, fsdp: bool = False) -> Ru
     more memory than it may use is refused if it trains; any other reads the networks one block at a time, with the same
     result.
     """
-    find_method(MethodKind.RECOVERY, settings.by).made(settings.by, settings.recovery_settings)
     source = RunFolder.open(settings.run)
     cut = find_cut(source, invocation.code)
     complete = _complete(settings, source, cut)
-    if settings.by == "bias":
-        _check_untrained(settings, source, cut, complete)
     inputs = partial(open_named, settings, invocation, source, cut)
-    carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo), fsdp=fsdp)
+    carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 
@@ -179,7 +187,7 @@ def open_named(
 ) -> RecoverInputs:
     """Open the networks before and after the cut behind a run, and the data."""
     check_same_settings(run.ranks, settings)
-    needs, streamed = _plan_memory(settings, source, cut, invocation)
+    memory, streamed = _open_streamed(settings, source, cut, invocation)
     dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)
     if streamed:
         axes = streamed.dense.axes
@@ -201,45 +209,24 @@ def open_named(
         known=known,
         measured=cut.folder.metrics(),
         streamed=streamed,
-        memory=needs,
+        memory=memory,
     )
 
 
-def _plan_memory(
+def _open_streamed(
     settings: Settings, source: RunFolder, cut: LastCut, invocation: Invocation
-) -> tuple[MemoryTerms | MemoryPlan | None, StreamedRecovery | None]:
+) -> tuple[MemoryPlan | None, StreamedRecovery | None]:
     """Predict and announce what a recovery needs of a limit of memory, if there is one; open it block by block."""
     if not invocation.memory:
         return None, None
     reset_peak()
-    terms = predict_recovery(settings, source.path, cut, parse_bytes(invocation.memory))
-    if terms.needed <= terms.limit or settings.by not in CLOSED_FORM:
-        terms.check(f"recovery by {settings.by}")
-        invocation.announce(str(terms))
-        return terms, None
-    spec = model_spec(cut.settings)
-    dtype = DTYPES.get(spec.dtype)
-    dense = open_network(str(cut.before or spec.name), dtype)
+    dense, small, plan = open_to_recover(settings, source, cut, invocation)
+    if not plan.streams:
+        return plan, None
     if cut.before:
-        origin = replace(dense.loaded.origin, name=Path(spec.name).name)
+        origin = replace(dense.loaded.origin, name=Path(cut.settings.model).name)
         dense = replace(dense, loaded=replace(dense.loaded, origin=origin))
-    plan, lacking = plan_recovery(settings, cut, dense, terms)
-    needs = {"recovery where the run dropped whole modules": bool(cut.plan.drop)}
-    start_streaming(dense, plan, needs | needs_of_model(spec, cut.settings.precision, dense), invocation.announce)
-    recovered = open_network(str(source.path), dtype)
-    recovered.check_output()
-    return plan, StreamedRecovery(dense, recovered, plan, lacking)
-
-
-def _check_untrained(settings: Settings, source: RunFolder, cut: LastCut, wanted: Settings) -> None:
-    """Raise ValueError if the network was trained since its cut, which may have moved its biases."""
-    if wanted.before or cut.folder.path != source.path or cut.settings.reconstruct:
-        fitted = ["reconstruction"] if cut.settings.reconstruct else []
-        moved = ", ".join((*fitted, *wanted.before)) or source.run()["verb"]
-        raise ValueError(
-            f"{settings.run} was trained by {moved} since its cut, which may have moved its biases; "
-            "bias comes first, on the pruned run"
-        )
+    return plan, StreamedRecovery(dense, small, plan)
 
 
 def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import inf, nan
+from math import nan
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +15,12 @@ from regrow.core.amounts import parse_bytes, short
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import Staged, fold_scales
 from regrow.core.plan import Plan
-from regrow.core.sources import preserve_random_state
 from regrow.core.tables import Table, format_html, format_text
 from regrow.core.tasks import first_examples, input_shape
 from regrow.distributed.parallel import Parallel
-from regrow.evaluation import dense, fastest_pass
+from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
+from regrow.evaluation.timing import fastest_pass
 from regrow.jobs.inputs import check_same_settings, check_same_tasks
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_history
 from regrow.jobs.search_inputs import (
@@ -37,9 +37,7 @@ from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
-from regrow.methods.search.retrain import Settings as RetrainSettings
-from regrow.methods.search.space import SearchState, copy_state, measure_whole
-from regrow.nets import Loaded
+from regrow.methods.search.space import SearchState, measure_whole
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
 from regrow.settings.declaration import check_settings
@@ -51,15 +49,11 @@ from regrow.tracing.meta_copy import clone_model
 from regrow.training.continual import learn
 from regrow.training.fit import FitOptions, Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
-from regrow.training.state import CHECKPOINT, History, TrainState, read_start, write_checkpoint
+from regrow.training.state import CHECKPOINT, TrainState, read_start, write_checkpoint
 
 RETRAINING = "retraining.safetensors"
 GIVEN = ("target", "measure", "stages", "seed")
 """Names of method settings that the run sets from its own settings."""
-
-
-FOLDER = "front"
-"""The folder of the networks that a search passed on the way to its target, a Pareto front."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +123,10 @@ class SearchRecord:
             self.record.log("memory", number=i, **asdict(stage))
 
 
-def carry_out(
-    settings: Settings,
-    inputs: Callable[[ActiveRun], SearchInputs],
-    run: ActiveRun,
-    *,
-    checkpoint: Path | None = None,
-) -> SearchResult:
+def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record it.
 
-    An interrupted run is resumed, from ``checkpoint`` if it has no folder. All processes of the run call this, and
-    train together.
+    An interrupted run is resumed. All processes of the run call this, and train together.
     """
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
@@ -166,7 +153,7 @@ def carry_out(
             record.log("stages", **asdict(opened.stages))
         before = measure_whole(search.space, (), context)
         with run.stage("search"):
-            fitted, log = _search(settings, opened, search, context, run, checkpoint)
+            fitted, log = _search(settings, opened, search, context, run)
             model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
             measure_statistics(model, context, settings.batch_size)
         example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
@@ -207,11 +194,11 @@ def carry_out(
 
 
 def _search(
-    settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun, checkpoint: Path | None
+    settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun
 ) -> tuple[Fitted[SearchState], SearchRecord]:
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
     record, undo = run.record, context.undo
-    file = checkpoint or record.path / STATISTICS / CHECKPOINT
+    file = record.path / STATISTICS / CHECKPOINT
     if record.kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record, "commit") if file.is_file() else None
@@ -225,14 +212,11 @@ def _search(
     log = SearchRecord(record, watch, [("epoch", dict(row)) for row in state.learner.history], len(state.plans))
 
     def write(now: TrainState[SearchState], there: Context) -> None:
-        if isinstance(record, RunFolder) and now.epoch:
-            with preserve_random_state(*inputs.generators):
-                _write_passed(record, search, now, there, inputs)
         log.write(now, unfinished=1)
-        if record.kept or checkpoint:
+        if record.kept:
             recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
             now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
-            write_checkpoint(file, there.model, now, undo, logged=log.events if record.kept else None)
+            write_checkpoint(file, there.model, now, undo, outside=True)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
@@ -263,36 +247,6 @@ def _search(
     return fitted, log
 
 
-def _write_passed(
-    folder: RunFolder, search: Search, state: TrainState[SearchState], context: Context, inputs: SearchInputs
-) -> None:
-    """Write the network that the masks keep at the end of an epoch of the last stage to ``front/EPOCH``, and a row."""
-    space, searched = search.space, state.learner
-    if not search.shrinks or space.part(searched.stage) != space.part(-1) or not search.trains(searched, context):
-        return
-    sizes: list[float] = []
-
-    def log(kind: str, /, **row: Any) -> None:
-        if kind == "levels":
-            sizes.append(row["size"])
-
-    model, epoch = clone_model(context.model), context.epoch + 1
-    there = replace(context, model=model, epoch=epoch, undo=UndoStore(), log=log)
-    learner = replace(search.learner, plan=lambda reached, end: search.finalize(reached, end, inf))
-    fitted, _ = finish(learner, Fitted(model, context.axes, replace(state, learner=copy_state(searched))), there)
-    net, origin = extract_network(fitted.model, inputs.origin, in_place=inputs.in_place)
-    measure_statistics(net, context, inputs.schedule.batch_size)
-    _write_network(net, folder.path / FOLDER / f"{epoch:04d}", origin, inputs)
-    folder.log(
-        "front",
-        epoch=epoch,
-        size=sizes[-1],
-        accuracy=mean_score(net, context.task.test, context.objective),
-        parameters=sum(p.numel() for p in net.parameters()),
-        nonzero=sum(int(p.count_nonzero()) for p in net.parameters()),
-    )
-
-
 def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: SearchInputs) -> None:
     """Write a network that a search left into a folder, with the tokenizer of the network that it started from."""
     start = inputs.start
@@ -311,7 +265,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
                 reset()
     axes = trace_examples(model, parts.whole, parts)
     context = Context(model, axes, parts.whole, objective=parts.objective)
-    learner = build(RetrainSettings(cutout=settings.cutout), context, dict(searched.named_parameters()))
+    learner = build(settings.cutout, context, dict(searched.named_parameters()))
     file = record.path / STATISTICS / RETRAINING
     file.parent.mkdir(exist_ok=True)
 
@@ -319,7 +273,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
         if record.kept:
             write_checkpoint(file, there.model, now)
 
-    history = History() if file.is_file() else None
+    history = TrainState(None) if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
     options = FitOptions(checkpoint=write, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
     fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, options=options)
@@ -333,7 +287,8 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
     with run.stage("load"):
         start = find_start(settings.space, settings.data, settings.input, invocation)
         device = choose_device(settings.device, run.ranks)
-        _check_retraining(settings, start)
+        if settings.cutout and start and start.tokenizer is not None:
+            raise ValueError(f"--cutout {settings.cutout} is of images, and the data are text: drop it")
         parts = read_parts(settings, start)
         if settings.cutout and settings.cutout >= (side := min(input_shape(parts.whole.train)[1:])):
             raise ValueError(
@@ -347,18 +302,8 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
     return SearchInputs(model, origin, axes, parts, schedule, start, stages)
 
 
-def _check_retraining(settings: Settings, start: Loaded | None) -> None:
-    """Raise ValueError if a setting of the training after the search means nothing."""
-    for name in ("cutout", "inherit"):
-        if getattr(settings, name) and not settings.retrain:
-            raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
-    if settings.cutout and start and start.tokenizer is not None:
-        raise ValueError(f"--cutout {settings.cutout} is of images, and the data are text: drop it")
-
-
 def run(settings: Settings, invocation: Invocation) -> RunFolder:
     """Search the space that settings name, as ``regrow search`` does, and return the folder."""
-    check_settings(settings)
     check_same_settings(invocation.ranks, settings)
     run = invocation.start(settings, settings.space, undo=settings.undo)
     carry_out(settings, partial(open_named, settings, invocation), run)

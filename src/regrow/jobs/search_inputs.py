@@ -20,13 +20,12 @@ from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation import Latency, latency
+from regrow.evaluation.timing import Latency, latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
 from regrow.methods.search.space import GRANULARITIES
 from regrow.nets import Loaded
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
@@ -38,6 +37,8 @@ from regrow.training.learner import Context
 
 MOST_BATCHES = 100
 """How many batches of training examples the statistics of BatchNorms are measured on."""
+HELD_OUT = 0.2
+"""The fraction of the training examples that is held out for validation."""
 WINDOWS = 4
 """The most windows of text that are evaluated in one pass: each has as many outputs as there are tokens."""
 
@@ -67,7 +68,6 @@ class SearchInputs:
     start: Loaded | None = None
     stages: MemoryStages | None = None
     in_place: bool = False
-    generators: tuple[torch.Generator, ...] = ()
     call: dict[str, object] | None = None
 
 
@@ -83,9 +83,9 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     base, text = read_tasks(specs)[0], specs.tokenizer is not None
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
-    many = max(1, round(settings.validation * n))
+    many = max(1, round(HELD_OUT * n))
     if n - many < 2:
-        raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
+        raise ValueError(f"{n} examples leave {n - many} to learn from; give more data")
     held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
     if text:
         held = ExamplesView(held, most=WINDOWS)
@@ -109,7 +109,7 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
     target = parse_search_target(text)
     measure = target.measure
     if measure == Measure.TIME and table is None:
-        raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
+        raise ValueError("how long the space takes was not measured: latency(…) does it")
     counted = Measure.PARAMETERS if measure == Measure.NONZERO else measure
     whole: float = table.total if table else Cost(axes, counted).total
     number = target.amount or target.share * whole
@@ -153,9 +153,7 @@ def build_search(
     if not augments:
         known["augment"] = False
     candidates = candidates_in(model)
-    if isinstance(model, Bench201):
-        known["levels"] = ("operations",)
-    elif measure == Measure.TIME:  # a narrow layer may take longer than a wide one
+    if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
         known["levels"] = ("operations",) if candidates else ("filters",)
     prices = None
     if table:
@@ -166,8 +164,6 @@ def build_search(
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     space = search.space
-    if isinstance(model, Bench201) and "filters" in space.granularities:
-        raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(

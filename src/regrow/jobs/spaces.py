@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -17,14 +17,12 @@ from regrow.core.candidates import Prefix, Staged, fold_scales
 from regrow.core.names import names_code
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
-from regrow.evaluation import Live, predict_memory, prefix_peaks, training
-from regrow.evaluation.memory import peak_meter
+from regrow.evaluation.memory import Live, peak_meter, predict_memory, training
 from regrow.jobs.search_inputs import make_search
 from regrow.jobs.starting import check_outputs
 from regrow.methods.search import Search
 from regrow.methods.search.space import SearchState, StageMemory
-from regrow.nets import Loaded, bench201, cells, mobile
-from regrow.nets.bench201 import Bench201
+from regrow.nets import Loaded, cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.load import Builder, call_builder, import_builder
 from regrow.nets.loaded import Origin
@@ -43,8 +41,6 @@ STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]
 MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
 """The memory of a step with masks, relative to one without: a factor, and additional bytes per weight; and further
 bytes per weight for each granularity that is searched."""
-SpaceNetwork = Cells | Mobile | Bench201
-"""A network of one of the built-in search spaces."""
 
 
 def build_space(
@@ -55,30 +51,26 @@ def build_space(
     The network has random weights, or is the one that is searched instead of a new one (``start``).
     """
     space, stages, seed = settings.space, settings.stages, settings.seed
+    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
+    if (start or not fit) and (settings.memory or stages > 1):
+        option = "memory" if settings.memory else f"stages {stages}"
+        raise ValueError(f"{space} is searched in one stage: no --{option}")
     if start:
-        _refuse_stages(space, settings)
         if start.tokenizer is None:
             check_outputs(start, task, 1 + max(task.classes))
         return start.model, start.origin, None
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
-    if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
-        _refuse_stages(f"{space} has one topology for all cells, so it", settings)
-        edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=settings.stride)
-        check_space_fits(edges, f"a search of {space}")
-        return _initialise(Bench201, edges, seed), Origin("bench201", "bench201", edges, space), None
-    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
+    if names_code(space):
+        builder = import_builder(space)
+        return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
     if not fit:
-        _refuse_stages(space, settings)
-        if names_code(space):
-            builder = import_builder(space)
-            return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
     network, supernet, prefix, parts = STAGED[kind]
-    sizes = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
-    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(sizes))
+    named = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
+    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(named))
     whole, plan = describe(), None
-    check_space_fits(whole, f"a search of {space}")
+    check_space_fits(network, whole, f"a search of {space}")
     count = len(whole[parts])
     if settings.memory:
         # Where stages end is not known yet: a classifier behind every part is no less than there will be.
@@ -87,13 +79,6 @@ def build_space(
     net = _initialise(network, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(kind, kind, config, space), plan
-
-
-def _refuse_stages(what: str, settings: Settings) -> None:
-    """Raise ValueError if stages or a memory budget are asked for of a network that is searched in one stage."""
-    if settings.memory or settings.stages > 1:
-        option = "memory" if settings.memory else f"stages {settings.stages}"
-        raise ValueError(f"{what} is searched in one stage: no --{option}")
 
 
 def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
@@ -127,7 +112,7 @@ def _plan_stages(settings: Settings, task: Task, build: Callable[..., Prefix], p
         return replace(cut(peaks[1], parts, budget), recomputed=True)
 
 
-def _initialise(network: type[SpaceNetwork], config: Mapping[str, Any], seed: int) -> SpaceNetwork:
+def _initialise(network: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return network(config)
@@ -156,18 +141,15 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
             config = cells.describe(model, origin.config, gone)
         case Mobile():
             config = mobile.describe(model, origin.config, gone)
-        case Bench201():
-            config = bench201.describe(origin.config, gone)
         case _:
             return model.eval(), origin
     return rebuild(config, model), replace(origin, config=config)
 
 
-def rebuild(config: Mapping[str, Any], model: SpaceNetwork) -> SpaceNetwork:
+def rebuild(config: Mapping[str, Any], model: Cells | Mobile) -> Cells | Mobile:
     """Build the network that a description gives, with the parameters of the searched super-network (``model``)."""
     network = type(model)(config)
-    if isinstance(model, Cells | Mobile):
-        network.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
+    network.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
     names = network.state_dict().keys()
     state = {name: value for name, value in model.state_dict().items() if name in names}
     for path, node in model.named_modules():
@@ -184,12 +166,14 @@ def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix],
 
     ``masked`` are the granularities whose masks need memory; ``prefix`` returns the part that runs in a stage.
     """
-    plain = prefix_peaks(prefix, batch, _step())
+    step = _step()
 
+    @cache
     def peak(first: int, last: int) -> int:
+        plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
             many = prefix(first, last).many()
-        return _add_masks(masked, plain(first, last), many)
+        return _add_masks(masked, plain, many)
 
     return peak
 

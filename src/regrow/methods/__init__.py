@@ -14,9 +14,10 @@ from difflib import get_close_matches
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from regrow.core.names import names_code
+from regrow.settings.words import parse_pairs
 
 GROUP = "regrow.methods"  # the group of entry points by which packages add methods
 
@@ -52,7 +53,7 @@ class MethodEntry:
         """Return the default of every setting not in ``chosen``; a run records them, since another version may differ.
 
         >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(chosen={"compensate"})
-        {'allocation': 'uniform', 'minimum': 1}
+        {'allocation': 'uniform'}
         """
         return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
@@ -63,30 +64,16 @@ class MethodEntry:
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
-        defaults = self.defaults(())
-        checked = {}
+        from regrow.store.convert import convert
+
+        defaults, values = self.defaults(()), dict(settings)
         for key, value in settings.items():
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
-            wanted = type(defaults[key])
-            if type(value) is int and wanted is float:
-                value = float(value)
-            if isinstance(value, str | list) and wanted is tuple:
-                value = self._parse_tuple(name, key, value)
-            if type(value) is not wanted:
-                default = f"{wanted.__name__}, like its default {defaults[key]!r}"
-                raise ValueError(f"{name}: {key} is of type {default}; got {value!r}")
-            checked[key] = value
-        return self.build(self.settings(**checked), **inputs)
-
-    def _parse_tuple(self, name: str, key: str, value: str | list[object]) -> tuple[Any, ...]:
-        """Return a setting of several values as a tuple of the right type; a string is split at commas."""
-        parts = value.split(",") if isinstance(value, str) else value
-        kind = get_args(get_type_hints(self.settings)[key])[0]
-        try:
-            return tuple(kind(part.strip() if isinstance(part, str) else part) for part in parts)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name}: {key} is several of type {kind.__name__}; got {value!r}") from None
+            if isinstance(value, str) and isinstance(defaults[key], tuple):  # several values with commas
+                values[key] = [parse_pairs([f"{key}={part.strip()}"])[key] for part in value.split(",")]
+        remedy = f"`regrow methods {name}` explains the settings"
+        return self.build(convert(values, self.settings, name, remedy), **inputs)
 
 
 class MethodTable(Mapping[str, MethodEntry]):
@@ -122,10 +109,10 @@ class MethodTable(Mapping[str, MethodEntry]):
 
 
 _NAMES = {
-    MethodKind.PRUNING: "random magnitude wanda_sp flap gprune llm_pruner obs depth fisher fisher_obs",
+    MethodKind.PRUNING: "random magnitude wanda_sp flap gprune llm_pruner obs depth fisher",
     MethodKind.CONTINUAL: "naive ewc si lwf replay packnet wsn sparsegrow",
     MethodKind.SEARCH: "mgas blind darts gold_nas",
-    MethodKind.RECOVERY: "bias refit lora distil",
+    MethodKind.RECOVERY: "refit lora distil",
 }
 TABLES: Mapping[MethodKind, MethodTable] = {kind: MethodTable(kind, names.split()) for kind, names in _NAMES.items()}
 METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)

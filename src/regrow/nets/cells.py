@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.core.candidates import Candidates, Prefix, candidates_in
+from regrow.core.candidates import Candidates, Prefix
 from regrow.nets import staged
 from regrow.nets.loaded import ModelError
 from regrow.nets.staged import StagedNetwork, norm_widths
@@ -131,15 +131,6 @@ class Cells(StagedNetwork):
                 reads.setdefault((path.partition(".nodes.")[0], source), []).append(f"{path}.ops.{key}")
         return super().needed() + [tuple(paths) for (_, source), paths in reads.items() if source < 2]
 
-    def alike(self) -> dict[str, str]:
-        """Return path of each node → ``normal n`` or ``reducing n``, equal for nodes at one place of alike cells."""
-        result = {}
-        for path in candidates_in(self):
-            cell, _, number = path.partition(".nodes.")
-            strides = [getattr(part, "stride", 1) for part in self.get_submodule(f"{cell}.nodes").modules()]
-            result[path] = f"{'reducing' if 2 in strides or (2, 2) in strides else 'normal'} {number}"
-        return result
-
 
 def supernet(
     shape: Sequence[int],
@@ -202,7 +193,6 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
 
 def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
     """Return the configuration that builds exactly what is left of a network, with its last classifier alone."""
-    check_description(config)
     cells = list[dict[str, Any]]()
     for i, plan in enumerate(config["cells"]):
         widths = [norm_widths(net.get_submodule(f"cells.{i}.inputs.{k}"))[-1] for k in range(2)]

@@ -1,11 +1,10 @@
 """Check model files before loading: that they are complete, of plausible size, fit into memory, and name no code."""
 
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from regrow.core.errors import first_line
 from regrow.core.limits import MAX_LAYERS, MAX_WIDTH, check_memory, check_regular, read_json
@@ -111,84 +110,29 @@ def check_config(path: Path, name: str) -> dict[str, object]:
     return config
 
 
-_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value in GGUF → its bytes
-_TEXT, _ARRAY, _MOST_TENSORS = 8, 9, 2**16
+def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
+    """Return tensor → number of entries of a GGUF file; raise an error unless it is whole and fits into memory."""
+    import gguf
 
+    class Reader(gguf.GGUFReader):
+        """Refuses to read behind the end, where the package goes on with nothing, as often as a damaged file says."""
 
-def check_gguf(path: Path, name: str) -> None:
-    """Raise ModelError unless the header of a GGUF file is consistent with the file's length."""
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) < count:
+                raise ValueError("it ends too early")
+            return values
+
     check_regular(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelError(f"{name}: not a GGUF file (its first bytes are not 'GGUF'); download it again")
-            needed = _header(file, size)
-    except ModelError:
-        raise
-    except (struct.error, ValueError, OSError) as error:
-        raise ModelError(f"{name}: truncated or damaged ({first_line(error)}); download it again") from None
-    check_memory(needed, f"loading {name} as float32", "take a smaller model")
-
-
-def _header(file: BinaryIO, size: int) -> int:
-    """Parse the header of a GGUF file and return how many bytes its tensors take as float32."""
-    version, tensors, pairs = _read(file, "<I"), _read(file, "<Q"), _read(file, "<Q")
-    if version not in (2, 3):
-        raise ValueError(f"its version is {version}, known are 2 and 3")
-    if tensors > _MOST_TENSORS or pairs > _MOST_TENSORS:
-        raise ValueError(f"its header tells of {tensors:,} tensors and {pairs:,} entries")
-    for _ in range(pairs):
-        _skip_text(file, size)
-        _skip_value(file, _read(file, "<I"), size)
-    numbers = 0
-    for _ in range(tensors):
-        _skip_text(file, size)
-        rank = _read(file, "<I")
-        if rank > 8:
-            raise ValueError(f"a tensor of {rank} dimensions")
-        shape = [_read(file, "<Q") for _ in range(rank)]
-        if not is_possible(shape):
-            raise ValueError(f"a tensor of the shape {shape!s:.60}")
-        if (count := prod(shape)) > 64 * size:  # no kind of number takes less than a bit or two
-            raise ValueError(f"a tensor of {count:,} numbers in a file of {size:,} bytes")
-        numbers += count
-        _read(file, "<I")
-        if _read(file, "<Q") > size:
-            raise ValueError("a tensor that begins behind the end of the file")
-    return 4 * numbers
-
-
-def _read(file: BinaryIO, form: str) -> int:
-    return int(struct.unpack(form, file.read(struct.calcsize(form)))[0])
-
-
-def _skip(file: BinaryIO, many: int, size: int) -> None:
-    if many > size - file.tell():
-        raise ValueError(f"an entry of {many:,} bytes in a file of {size:,}")
-    file.seek(many, 1)
-
-
-def _skip_text(file: BinaryIO, size: int) -> None:
-    _skip(file, _read(file, "<Q"), size)
-
-
-def _skip_value(file: BinaryIO, kind: int, size: int, inner: bool = False) -> None:
-    if kind == _TEXT:
-        _skip_text(file, size)
-    elif kind == _ARRAY and not inner:
-        of, many = _read(file, "<I"), _read(file, "<Q")
-        if many > size:
-            raise ValueError(f"a list of {many:,} entries in a file of {size:,} bytes")
-        if of in _NUMBERS:
-            _skip(file, many * _NUMBERS[of], size)
-        else:
-            for _ in range(many):
-                _skip_value(file, of, size, inner=True)
-    elif kind in _NUMBERS:
-        _skip(file, _NUMBERS[kind], size)
-    else:
-        raise ValueError(f"an entry of the unknown kind {kind}")
+        tensors = Reader(path).tensors
+        if odd := [tensor.name for tensor in tensors if not is_possible(tensor.shape.tolist())]:
+            raise ValueError(f"no memory holds the tensor {odd[0]!r:.60}")
+    except Exception as error:  # a damaged header may raise anything
+        raise ModelError(f"{name}: no whole GGUF file ({first_line(error)}); download it again") from None
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in tensors}
+    check_memory(4 * sum(sizes.values()), f"loading {name} as float32", "take a smaller model")
+    return sizes
 
 
 def library_class(name: str, modules: str) -> type | None:

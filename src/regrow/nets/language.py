@@ -22,12 +22,12 @@ from regrow.core.errors import first_line
 from regrow.nets.files import (
     check_config,
     check_files,
-    check_gguf,
     check_settings,
     check_tokenizer,
     check_weight_names,
     check_weights,
     model_class,
+    read_gguf_sizes,
 )
 from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, needs, text_example
 
@@ -75,15 +75,15 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     """Load a model from a GGUF file, with its quantised weights converted to dense ones."""
-    check_gguf(path, name)
     for package in ("gguf", "accelerate"):
         _require(package)
+    sizes = read_gguf_sizes(path, name)
     with tempfile.TemporaryDirectory(prefix="regrow-") as alone:
         # transformers takes a folder, and would read configurations and tokenizers that happen to lie beside the file.
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
         loaded = _load(_Checkpoint(alone, name, {"gguf_file": "model.gguf"}), dtype or torch.float32)
     model = cast("PreTrainedModel", loaded.model)
-    _check_surplus(path, model, name)
+    _check_surplus(sizes, model, name)
     # save_pretrained refuses a model that still calls itself quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -168,14 +168,9 @@ def _load(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> Loaded:
         raise
     except Exception as error:
         raise ModelError(f"cannot load {name}: {_explained(error)}") from None
-    if missing := sorted(info["missing_keys"]):
-        problem = f"the weights lack {len(missing)} parameters, {missing[0]!r} first"
-        remedy = "the file is incomplete or belongs to another configuration: download it again"
-        raise ModelError(f"{name}: {problem}; {remedy}")
-    if unexpected := sorted(info["unexpected_keys"]):
-        problem = f"the weights hold {len(unexpected)} tensors that config.json does not describe"
-        remedy = "the configuration belongs to another model: download both again"
-        raise ModelError(f"{name}: {problem}, {unexpected[0]!r} first; {remedy}")
+    if wrong := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]:
+        problem = f"{len(wrong)} tensors are in the weights or in config.json alone, {wrong[0]!r} first"
+        raise ModelError(f"{name}: {problem}; download both again")
     return _complete(model, checkpoint)
 
 
@@ -240,14 +235,12 @@ def _check_folder(folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _check_surplus(path: Path, model: "PreTrainedModel", name: str) -> None:
+def _check_surplus(sizes: Mapping[str, int], model: "PreTrainedModel", name: str) -> None:
     """Raise ModelError if a GGUF file holds weights that its metadata do not name: transformers leaves them out."""
-    import gguf
-
     embeddings = cast(Any, model.get_output_embeddings())
     tied = embeddings is not None and embeddings.weight is cast(Any, model.get_input_embeddings()).weight
     spare = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
-    held = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors if not tensor.name.startswith(spare))
+    held = sum(size for tensor, size in sizes.items() if not tensor.startswith(spare))
     taken = sum(parameter.numel() for parameter in model.parameters())
     if held > taken:
         problem = f"the file holds {held:,} weights, of which its metadata describe {taken:,}"

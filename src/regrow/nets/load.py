@@ -20,7 +20,6 @@ from regrow.core.limits import expanded
 from regrow.core.names import HUB, find_problem, names_code
 from regrow.core.progress import Progress, silent
 from regrow.nets.attention import replace_attention
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.devices import choose_device
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
@@ -50,7 +49,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    example: Example | Tensor | Sequence[Any] | None = None,
+    example: Example | Sequence[int] | None = None,
     pixels: int = 0,
     progress: Progress = silent,
 ) -> Loaded:
@@ -64,8 +63,7 @@ def load(
         dtype: The dtype of the weights; as stored if ``None``. Transformers models are loaded in it, so that rotary
             buffers stay exact; casting a loaded model there and back would round them.
         device: The device of the model and its example input.
-        example: An input to trace it with: one tensor, several, an ``Example``, or a shape such as ``(1, 3, 32, 32)``;
-            chosen by the model if ``None``.
+        example: An input to trace it with, or its shape, such as ``(1, 3, 32, 32)``; chosen by the model if ``None``.
         pixels: Height and width of the images it will see, for a model without an example input; if it does not run on
             them, the guess stays and is logged.
         progress: Called with (steps done, steps in all, description) while loading takes seconds.
@@ -128,7 +126,6 @@ _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
     "small": build_small,
     "cells": lambda origin: Cells(origin.config).eval(),
     "mobile": lambda origin: Mobile(origin.config).eval(),
-    "bench201": lambda origin: Bench201(origin.config).eval(),
 }
 
 
@@ -139,17 +136,15 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
             return example_of_transformers(model)
         case "torchvision":
             return example_of(origin.reference, model)
-        case "small" | "cells" | "mobile" | "bench201":
+        case "small" | "cells" | "mobile":
             return image_example(model, *origin.input_shape)
     return guessed_example(model)
 
 
-def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+def check_finite(model: nn.Module, name: str) -> None:
     """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of -inf."""
     for key, parameter in model.named_parameters():
-        if bad := count_nonfinite(parameter.to(dtype) if dtype and parameter.is_floating_point() else parameter):
-            if dtype and not count_nonfinite(parameter):
-                raise ModelError(f"{name}: {bad} entries of {key!r} are too large for {dtype}; use another dtype")
+        if bad := count_nonfinite(parameter):
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
 
 
@@ -226,16 +221,8 @@ def _from_callable(name: str, example: Any, pixels: int) -> Loaded:
     return Loaded(model, None, chosen, origin, guessed=guessed)
 
 
-def _input(model: nn.Module, value: Example | Tensor | Sequence[Any]) -> Example:
-    """Convert an example as users pass it (tensor, tensors or shape) to an ``Example``."""
-    match value:
-        case Example():
-            return value
-        case Tensor():
-            return Example((value,))
-    if all(isinstance(size, int) for size in value):
-        return shaped_example(model, tuple(value))
-    return Example(tuple(value))
+def _input(model: nn.Module, example: Example | Sequence[int]) -> Example:
+    return example if isinstance(example, Example) else shaped_example(model, example)
 
 
 def import_builder(name: str) -> Builder:
@@ -254,8 +241,6 @@ def import_object(name: str) -> Any:
         where = "modules are searched in the current folder and among installed packages"
         remedy = f"{where}, and named without .py, for example mynets:tiny"
         raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)}); {remedy}") from None
-    except AttributeError as error:
-        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
         raise ModelError(f"{name}: importing it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
 

@@ -1,8 +1,6 @@
 """The result of loading a model: the network, an example input, how to build it again, and the files of its weights."""
 
-import hashlib
 import inspect
-import json
 import logging
 import os
 import re
@@ -23,7 +21,6 @@ from regrow.core.sources import device_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
 _SUFFIXES = (".safetensors", ".gguf")
 TOKENS = 16
 PIXELS = 224
@@ -48,8 +45,7 @@ class Origin:
     """How to build an architecture again, as plain data: no weights and no code.
 
     Args:
-        kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"mobile"``, ``"bench201"`` or
-            ``"callable"``.
+        kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"mobile"`` or ``"callable"``.
         reference: The class (transformers), the model's name (torchvision, small) or ``pkg.mod:fn`` (callable), which
             is informative: it is never imported.
         config: The arguments to build it with: a transformers configuration, the builder's arguments, or nothing.
@@ -72,64 +68,26 @@ class Origin:
     @property
     def normalised_images(self) -> bool:
         """Whether it takes images normalised as torchvision's pretrained networks do, and not of values 0 to 1."""
-        return self.kind not in ("small", "cells", "mobile", "bench201")
+        return self.kind not in ("small", "cells", "mobile")
 
     def record(self) -> dict[str, object]:
         """Return the origin as JSON data, without the function."""
         return {"kind": self.kind, "reference": self.reference, "config": dict(self.config), "name": self.name}
 
-    def to_json(self) -> str:
-        """Return the origin as JSON text."""
-        return json.dumps(self.record(), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Origin":
-        """Parse an origin from JSON text.
-
-        >>> Origin.from_json(Origin("torchvision", "resnet18", {"num_classes": 10}).to_json()).config
-        {'num_classes': 10}
-
-        Args:
-            text: The output of :meth:`to_json`.
-
-        Raises:
-            ModelError: If the text is not an origin.
-        """
-        try:
-            data = json.loads(text)
-            kind, reference, config, name = (data[key] for key in ("kind", "reference", "config", "name"))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"not the origin of a model: {error!r}; restore the run's origin file") from None
-        texts = all(isinstance(value, str) for value in (kind, reference, name))
-        if kind not in KINDS or not texts or not isinstance(config, dict):
-            raise ModelError(f"not the origin of a model: kind {kind!r}; known kinds: {', '.join(KINDS)}")
-        return cls(kind, reference, config, name)
-
 
 class WeightFile:
-    """A file as it was when it was opened: its size, times and inode, and its digest where one is recorded."""
+    """A file as it was when it was opened: its size, times and inode."""
 
-    def __init__(self, path: Path, sha256: str = "", handle: int | None = None, *, held: bool = False) -> None:
-        self.path, self.sha256, self.held = path, sha256, held
+    def __init__(self, path: Path, handle: int | None = None, *, held: bool = False) -> None:
+        self.path, self.held = path, held
         self.status = self._read(handle)
 
     def check(self, handle: int | None = None) -> None:
-        """Raise InputError unless the file is the one that was opened, unchanged.
-
-        A file with a recorded digest that it still has was touched, linked or copied, not changed.
-        """
-        if (now := self._read(handle)) == self.status:
-            return
-        if self.sha256 and now[2] == self.status[2]:
-            with self.path.open("rb") as file:
-                if self._read(file.fileno()) == now and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256:
-                    self.status = now
-                    return
-        raise InputError(f"{self.path} was replaced or written to while it was in use; nothing is saved, start again")
-
-    def unchanged_since(self, status: tuple[int, ...], handle: int) -> bool:
-        """Whether the open file has the given status still, so that what was read meanwhile is of one version."""
-        return self._read(handle) == status
+        """Raise InputError unless the file is the one that was opened, unchanged."""
+        if self._read(handle) != self.status:
+            raise InputError(
+                f"{self.path} was replaced or written to while it was in use; nothing is saved, start again"
+            )
 
     @property
     def record(self) -> dict[str, int]:
@@ -185,12 +143,6 @@ def check_unchanged(files: Iterable[WeightFile]) -> None:
     for file in files:
         if not file.held or file.leads_to_it():
             file.check()
-
-
-def check_same_files(first: Loaded, second: Loaded) -> None:
-    """Raise InputError if a file of a model that was loaded twice was changed in between."""
-    for file in (*first.files, *second.files):
-        file.check()
 
 
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:

@@ -146,7 +146,6 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
 
 def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
     """Return the configuration that builds exactly what is left of a network, with its last classifier alone."""
-    check_description(config)
     stem, blocks = norm_widths(net.stem), list[dict[str, Any]]()
     width = stem[-1]
     for i, plan in enumerate(config["blocks"]):
@@ -166,16 +165,13 @@ def check_description(config: Mapping[str, Any]) -> None:
         blocks = config["blocks"]
         sizes = [*config["shape"], config["classes"], *config["stem"], config["stride"], config["mix"]]
         valid = 0 < len(blocks) <= 128 and len(config["stem"]) == 2 and staged.heads_fit(config, len(blocks))
-        before, skips_fit = config["stem"][-1], True
+        before = config["stem"][-1]
         for plan in blocks:
             width, stride, names = plan["width"], plan["stride"], [name for name, _ in plan["ops"]]
             sizes += [width, stride, *(mid for _, mid in plan["ops"])]
             valid &= stride in (1, 2) and 0 < len(names) == len({*names} & {*OPERATIONS})
-            skips_fit &= "skip" not in names or (stride == 1 and width == before)
+            valid &= "skip" not in names or (stride == 1 and width == before)
             before = width
         staged.check_sizes("blocks", sizes)
         if not valid:
-            what = "not the description of a network of blocks"
-            raise ModelError(f"{what}: see regrow.nets.mobile.Mobile for what it holds")
-        if not skips_fit:
-            raise ModelError("skip is for blocks of stride 1 as wide as what they read; leave it out elsewhere")
+            raise ModelError("not the description of a network of blocks: see regrow.nets.mobile.Mobile")

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -64,18 +63,13 @@ def packaged_folder(name: str, progress: Progress) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    except OSError as error:
-        raise ModelError(f"cannot write the cache {folder.parent} ({error.strerror}); set REGROW_CACHE") from None
-    try:
-        _convert(entry, name, scratch, progress)
-        (scratch / "model").rename(folder)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            _convert(entry, name, Path(scratch), progress)
+            Path(scratch, "model").rename(folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have been faster; its folder is as good
             problem = f"cannot write the cache {folder.parent} ({error.strerror or error})"
             raise ModelError(f"{problem}; set REGROW_CACHE") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

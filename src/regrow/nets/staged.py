@@ -157,46 +157,16 @@ def heads_fit(config: Mapping[str, Any], parts: int) -> bool:
     return len(config["shape"]) == 3 and known and parts - 1 in heads
 
 
-def check_space_fits(config: Mapping[str, Any], what: str) -> None:
-    """Raise ResourceError unless the super-network of a search space fits into memory, by its configuration.
+def check_space_fits(network: Callable[[Mapping[str, Any]], nn.Module], config: Mapping[str, Any], what: str) -> None:
+    """Raise ResourceError unless the super-network of a search space fits into memory (a search needs more).
 
-    Only the weights of the operations and the modules that hold them are counted, which is less than the search will
-    need.
+    First the modules of its operations are counted, by its description; then its weights, on the meta device.
     """
-    sizes = _of_blocks if "blocks" in config else _of_edges if "edges" in config else _of_cells
-    needed = sum(4 * COPIES * size + OPERATION_BYTES for size in sizes(config))
-    check_memory(needed, what, "take a smaller width, or fewer cells, nodes or blocks")
-
-
-def _of_cells(config: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the number of weights of each operation, as ``cells.operation`` builds it."""
-    for cell in config["cells"]:
-        widths = [*cell["inputs"], *(node["width"] for node in cell["nodes"])]
-        for node in cell["nodes"]:
-            for name, source, mid in node["ops"]:
-                before, after = widths[source], node["width"]
-                match name[:3]:
-                    case "sep":
-                        yield int(name[3]) ** 2 * (before + mid) + mid * (before + after)
-                    case "dil":
-                        yield int(name[3]) ** 2 * before + before * after
-                    case _:
-                        yield before * after if name == "skip" and cell["reduce"] and source < 2 else 0
-
-
-def _of_blocks(config: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the number of weights of each operation, as ``mobile.block`` builds it."""
-    before = config["stem"][-1]
-    for block in config["blocks"]:
-        for name, mid in block["ops"]:
-            yield 0 if name == "skip" else mid * (before + block["width"] + int(name[2]) ** 2)
-        before = block["width"]
-
-
-def _of_edges(config: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the number of weights of each operation, as ``bench201.operation`` builds it."""
-    for stage in range(3):
-        for names in config["cells"] * config["edges"]:
-            for name in names:
-                convolved = name.startswith("nor_conv")
-                yield (config["width"] << stage) ** 2 * int(name[-1]) ** 2 if convolved else 0
+    parts = config.get("cells") or config["blocks"]
+    nodes = [node for part in parts for node in part.get("nodes", [part])]
+    remedy = "take a smaller width, or fewer cells, nodes or blocks"
+    needed = OPERATION_BYTES * sum(len(node["ops"]) for node in nodes)
+    check_memory(needed, what, remedy)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in network(config).parameters())
+    check_memory(needed + 4 * COPIES * weights, what, remedy)

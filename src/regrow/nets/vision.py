@@ -1,6 +1,5 @@
 """Networks for images by name: torchvision's, and small multilayer perceptrons and residual networks."""
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -80,9 +79,7 @@ def _build(name: str, arguments: Mapping[str, object]) -> nn.Module:
     except ImportError:
         raise needs("vision", "torchvision") from None
     if name not in known_names():
-        near = difflib.get_close_matches(name, known_names(), n=1)
-        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
-        raise ModelError(f"torchvision has no model {name!r}{hint}")
+        raise ModelError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

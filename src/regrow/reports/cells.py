@@ -1,35 +1,28 @@
-"""The cells or blocks that a search found, in words and in NAS-Bench-201's notation."""
+"""The cells or blocks that a search found, in words."""
 
-from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
+from regrow.store.convert import convert
 from regrow.store.schemas import Count
 
-KINDS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
-"""Kinds of operations of DARTS-like cells, in the order in which cells list them."""
-BENCH_NAMES = {
-    "none": "none",
-    "skip": "skip_connect",
-    "conv1": "nor_conv_1x1",
-    "conv3": "nor_conv_3x3",
-    "avg": "avg_pool_3x3",
-}
-"""Kinds of operations → NAS-Bench-201's names, in the order in which edges list them."""
-BENCH_EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-"""The edges (source node, target node), in the order of NAS-Bench-201's notation."""
-BLOCK_KINDS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
-"""Kinds of operations of inverted-bottleneck blocks, in the order in which a block lists them."""
 Few = msgspec.Meta(max_length=128)
 
 
 class Operation(msgspec.Struct, frozen=True, array_like=True):
-    """An operation of a node: its kind, its source (0 and 1 are the inputs), and the channels inside it."""
+    """An operation of a node: its kind, its source (0 and 1 are the cells before), and the channels inside it."""
 
     kind: str
     source: Count
-    mid: Count | None = None
+    inside: Count | None = None
+
+
+class BlockOperation(msgspec.Struct, frozen=True, array_like=True):
+    """An operation of a block: its kind, and the channels inside it."""
+
+    kind: str
+    inside: Count | None = None
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -39,110 +32,57 @@ class Node(msgspec.Struct, frozen=True):
     width: Count | None = None
 
 
-class FoundCell(msgspec.Struct, frozen=True):
-    """A cell: its nodes, whether it halves the resolution, and the widths of its inputs."""
+class Cell(msgspec.Struct, frozen=True):
+    """A cell: its nodes."""
 
     nodes: Annotated[list[Node], Few] = []
-    reduce: bool = False
-    inputs: tuple[Count | None, ...] = (None, None)
 
 
-class BlockOperation(msgspec.Struct, frozen=True, array_like=True):
-    """An operation of a block: its kind, and the channels inside it."""
-
-    kind: str
-    mid: Count | None = None
-
-
-class FoundBlock(msgspec.Struct, frozen=True):
-    """An inverted-bottleneck block: the operations that it sums, its width and its stride."""
+class Block(msgspec.Struct, frozen=True):
+    """An inverted-bottleneck block: the operations that it sums, and its width."""
 
     ops: Annotated[list[BlockOperation], Few] = []
     width: Count | None = None
-    stride: Count = 1
 
 
-class FoundParts(msgspec.Struct, frozen=True):
-    """The cells, the edges of one cell, or the blocks of a found network, from the record of how to build it."""
+class FoundNetwork(msgspec.Struct, frozen=True):
+    """The cells or the blocks of a found network, from the record of how to build it."""
 
-    cells: Annotated[list[FoundCell], Few] = []
-    edges: Annotated[list[list[str]], Few] = []
-    blocks: Annotated[list[FoundBlock], Few] = []
-    width: Count | None = None
+    cells: Annotated[list[Cell], Few] = []
+    blocks: Annotated[list[Block], Few] = []
 
     @property
-    def topology(self) -> list[FoundCell]:
-        """The one cell that a network of NAS-Bench-201's space repeats; empty for other networks."""
-        if len(self.edges) != len(BENCH_EDGES):
-            return []
-        ops: list[list[Operation]] = [[], [], []]
-        for (source, node), names in zip(BENCH_EDGES, self.edges, strict=True):
-            ops[node - 1] += [Operation(kind, source) for kind, name in BENCH_NAMES.items() if name in names]
-        return [FoundCell([Node(kept, self.width) for kept in ops], inputs=(self.width,))]
+    def parts(self) -> list[tuple[str, int | None, str]]:
+        """The name, the width and the operations of every node or block, in words."""
+        rows: list[tuple[str, int | None, str]] = []
+        for i, cell in enumerate(self.cells, 1):
+            for j, node in enumerate(cell.nodes, 1):
+                sums = [f"{_name(op.kind, op.inside)} of {_name_source(op.source)}" for op in node.ops]
+                rows.append((f"Cell {i}, node {j}", node.width, "; ".join(sums) or "nothing"))
+        for i, block in enumerate(self.blocks, 1):
+            sums = [_name(op.kind, op.inside) for op in block.ops]
+            rows.append((f"Block {i}", block.width, "; ".join(sums) or "nothing"))
+        return rows
 
 
-def notation(topology: Sequence[FoundCell]) -> str:
-    """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation."""
-    nodes = [node.ops for cell in topology for node in cell.nodes]
-    if not nodes or any([op.source for op in ops] != [*range(i + 1)] for i, ops in enumerate(nodes)):
-        return ""
-    return "+".join("|" + "".join(f"{BENCH_NAMES[op.kind]}~{op.source}|" for op in ops) for ops in nodes)
+def read_found(shapes: Any) -> FoundNetwork:
+    """Return the parts of a found network from the content of its ``shapes.json``; other networks have none."""
+    origin = shapes.get("origin") if isinstance(shapes, dict) else None
+    config = origin.get("config") if isinstance(origin, dict) else None
+    parts = config if isinstance(config, dict) else {}
+    known = {name: parts[name] for name in ("cells", "blocks") if isinstance(parts.get(name), list)}
+    return convert(known, FoundNetwork, "shapes.json", "left out")
 
 
-def operations(cells: Sequence[FoundCell]) -> list[Operation]:
-    """Return all operations of some cells in one list."""
-    return [op for cell in cells for node in cell.nodes for op in node.ops]
+def _name(kind: str, inside: int | None) -> str:
+    """Return an operation in words.
 
-
-def count_bare(cells: Sequence[FoundCell]) -> int:
-    """Return the number of operations without weights: of skips, those that do not halve the resolution."""
-    skips = sum(
-        op.kind == "skip" and not (cell.reduce and op.source < 2) for cell in cells for op in operations([cell])
-    )
-    return skips + sum(op.kind in ("none", "avg", "max") for op in operations(cells))
-
-
-def count_kinds(cells: Sequence[FoundCell]) -> dict[str, list[int]]:
-    """Return kind of operation → how many of it each cell keeps."""
-    return {kind: [sum(op.kind == kind for op in operations([cell])) for cell in cells] for kind in KINDS}
-
-
-def count_skipped(blocks: Sequence[FoundBlock]) -> int:
-    """Return the number of blocks that only pass their input on."""
-    return sum([op.kind for op in block.ops] == ["skip"] for block in blocks)
-
-
-def describe_nodes(cell: FoundCell) -> list[tuple[str, int | None, str]]:
-    """Return the name of each node of a cell, its width, and what it sums, in words."""
-    rows, inputs = [], len(cell.inputs)
-    for i, node in enumerate(cell.nodes):
-        sources: dict[int, list[str]] = {}
-        for op in node.ops:
-            inside = f" ({op.mid} inside)" if op.kind.startswith("sep") and op.mid else ""
-            sources.setdefault(op.source, []).append(f"{op.kind}{inside}")
-        sums = "; ".join(f"{name_source(at, inputs)}: {', '.join(ops)}" for at, ops in sorted(sources.items()))
-        rows.append((name_source(i + inputs, inputs), node.width, sums or "nothing"))
-    return rows
-
-
-def describe_block(block: FoundBlock) -> str:
-    """Return the operations whose outputs a block sums, in words.
-
-    >>> describe_block(FoundBlock([BlockOperation("mb3e6", 40), BlockOperation("skip", 8)]))
-    '3 × 3 bottleneck (40 inside); its input'
+    >>> _name("mb3e6", 40), _name("skip", 8), _name("sep5", 3)
+    ('3 × 3 bottleneck (40 inside)', 'skip', 'sep5 (3 inside)')
     """
-    words = []
-    for op in block.ops:
-        inside = f" ({op.mid} inside)" if op.mid else ""
-        kernel = f"{op.kind[2]} × {op.kind[2]} bottleneck" if op.kind in BLOCK_KINDS else op.kind
-        words.append("its input" if op.kind == "skip" else f"{kernel}{inside}")
-    return "; ".join(words) or "nothing"
+    name = f"{kind[2]} × {kind[2]} bottleneck" if kind.startswith("mb") and len(kind) > 2 else kind
+    return f"{name} ({inside} inside)" if inside and kind.startswith(("mb", "sep")) else name
 
 
-def name_source(source: int, inputs: int = 2) -> str:
-    """Return the name of a source of operations; in cells with one input, that is node 0.
-
-    >>> name_source(0), name_source(1), name_source(2), name_source(0, inputs=1)
-    ('cell before last', 'last cell', 'node 1', 'node 0')
-    """
-    return ("cell before last", "last cell")[source] if source < inputs == 2 else f"node {source - inputs + 1}"
+def _name_source(source: int) -> str:
+    return ("the cell before last", "the last cell")[source] if source < 2 else f"node {source - 1}"

@@ -1,4 +1,4 @@
-"""Read a run folder that may be hostile or incomplete, and the widths of its axes.
+"""Read run folders, which may be hostile or incomplete, into typed records.
 
 A file or a line that does not fit its schema is left out, and named.
 """
@@ -8,154 +8,122 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
-from msgspec.structs import replace
+from typing import Any
 
 from regrow.core.errors import ResourceError
 from regrow.core.limits import parse_json
-from regrow.reports.cells import FoundParts
-from regrow.reports.rows import ROWS, RunFile, RunFindings
-from regrow.reports.runs import AxisKind, AxisWidth
-from regrow.store.convert import convert, expand_plans, read_json
+from regrow.reports.cells import FoundNetwork, read_found
+from regrow.reports.quantities import in_words
+from regrow.reports.records import ROWS, AxisKind, Course, PairedDifference, Perplexity, Quality, Run
+from regrow.store import metrics
+from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, check_readable
-from regrow.store.metrics import MetricsRow
 from regrow.store.replacing import WORK, settle
-from regrow.store.run_record import read_run as read_settings
-from regrow.store.schemas import AxisRow, AxisRows, LedgerJson, PlanRecord, ScoreSummary
+from regrow.store.run_record import read_run as read_run_json
+from regrow.store.schemas import AxisRows, RunJson
 
-ABSENT = {
-    "ledger.json": "the plan: how many units stayed",
-    "axes.json": "the widths before and after",
-    "scores.json": "the scores on both sides of each cut",
-    "metrics.jsonl": "every measurement: perplexity, size, proof",
+MAX_RUNS = 64
+NEEDED = {"learn": ("metrics.jsonl",), "search": ("metrics.jsonl", "shapes.json")}
+"""Command → the files that its page needs; of other commands metrics.jsonl and axes.json."""
+_MODELS = {
+    "dense": "before",
+    "before": "before",
+    "cut": "cut",
+    "pruned": "changed",
+    "after": "changed",
+    "recovered": "recovered",
 }
-"""Files of a pruning run → what a page lacks without them."""
-_NEEDED = {
-    "grow": {name: meaning for name, meaning in ABSENT.items() if name != "scores.json"},
-    "learn": {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"},
-    "search": {
-        "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
-        "shapes.json": "the final network",
-    },
-}
+"""Name of a model in metrics.jsonl → the step of which it is the result; ``cut``: before its layers are fitted."""
 _LONGEST, _LONGEST_COMMAND = 300, 8000
 """Characters of a name, and of a command or a note."""
-
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+"
 )
-Kind = TypeVar("Kind")
+_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class ReportError(ValueError):
     """Raised for a folder that is not a run folder, or a page that cannot be written."""
 
 
-class FoundShapes(msgspec.Struct, frozen=True):
-    """``shapes.json`` of a search, as far as a page shows it: how to build the network."""
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders for :func:`to_html`.
 
-    origin: dict[str, dict[str, Any] | str] = {}
+    Args:
+        folders: The run folders, in the order of a comparison. Only ``run.json`` must exist in each.
 
+    Returns:
+        What is known of each run; ``problems`` of a run says in words what is not.
 
-@dataclass
-class FolderContent:
-    """The validated content of a run folder; what is missing or damaged is empty."""
-
-    path: Path
-    run: RunFile
-    plans: list[PlanRecord] = field(default_factory=list)  # of this run, in order; of a recovery, the plan of the cut
-    axes: AxisRows | None = None
-    scores: ScoreSummary | None = None
-    rows: dict[str, list[Any]] = field(default_factory=dict)  # kind → its rows in metrics.jsonl, as records
-    findings: RunFindings | None = None
-    found: FoundParts = field(default_factory=FoundParts)  # the parts of the network that a search found
-    problems: list[str] = field(default_factory=list)  # what is left out, and why
-
-    @property
-    def name(self) -> str:
-        """The name of the run folder, also for an unfinished run in its working area."""
-        path = self.path.resolve()
-        return clean(path.parent.name if path.name == WORK else path.name) or "run"
-
-    @property
-    def missing(self) -> dict[str, str]:
-        """The files that the folder lacks, and what a page lacks without each."""
-        needed = _NEEDED.get(self.run.verb, ABSENT)
-        return {name: words for name, words in needed.items() if not (self.path / name).is_file()}
-
-    def of(self, what: str) -> list[Any]:
-        """Return the rows of a kind of measurement, as the records of ``ROWS``."""
-        return self.rows.get(what, [])
-
-    def last(self, what: str) -> Any:
-        """Return the last row of a kind of measurement; ``None`` if there is none."""
-        return next(reversed(self.of(what)), None)
-
-    def table(self, file: str, kind: type[Kind]) -> Kind | None:
-        """Return the content of a JSON file as a record; ``None`` if it is missing, or, with a problem, damaged."""
-        with self.leave_out():
-            if (data := read_json(self.path / file)) is not None:
-                return convert(clean(data), kind, file, "left out")
-        return None
-
-    @contextlib.contextmanager
-    def leave_out(self) -> Iterator[None]:
-        """Record an error of reading in the block as a problem."""
-        try:
-            yield
-        except (StoreError, ResourceError) as error:
-            self.problems.append(clean(str(error).replace(f"{self.path}/", "")))
+    Raises:
+        ReportError: If there is no folder, more than 64, or one without a valid ``run.json``.
+    """
+    if not 0 < len(folders) <= MAX_RUNS:
+        raise ReportError(f"a report is made of 1 to {MAX_RUNS} run folders; got {len(folders)}")
+    runs = [_read(Path(folder)) for folder in folders]
+    names = Counter(run.name for run in runs)
+    return [replace(run, name=f"{run.name} #{i}") if names[run.name] > 1 else run for i, run in enumerate(runs, 1)]
 
 
-def read_run(path: Path) -> FolderContent:
-    """Read all files of a run folder that a report needs."""
+def _read(path: Path) -> Run:
     settle(path)
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
     try:
-        run = convert(clean(read_settings(path), _LONGEST_COMMAND), RunFile, path / "run.json")
+        file = convert(clean(read_run_json(path), _LONGEST_COMMAND), RunJson, path / "run.json")
     except StoreError as error:
         raise ReportError(str(error)) from error
-    folder = FolderContent(path, run)
-    if not run.finished:
-        folder.problems.append("run.json has no finishing time: the run was interrupted or is still in progress")
-    with folder.leave_out():
-        folder.plans = _read_plans(folder)
-    folder.axes = folder.table("axes.json", AxisRows)
-    folder.scores = folder.table("scores.json", ScoreSummary)
-    folder.findings = folder.table("findings.json", RunFindings)
-    if run.verb == "search" and (shapes := folder.table("shapes.json", FoundShapes)):
-        config = shapes.origin.get("config")
-        described = config if isinstance(config, dict) else {}
-        parts = {
-            name: described[name] for name in ("cells", "edges", "blocks") if isinstance(described.get(name), list)
-        }
-        if parts:
-            with folder.leave_out():
-                folder.found = convert(parts | {"width": described.get("width")}, FoundParts, "shapes.json", "left out")
-    with folder.leave_out():
-        _read_rows(folder)
-    return folder
+    needed = NEEDED.get(file.verb, ("metrics.jsonl", "axes.json"))
+    problems = [f"{name} is missing" for name in needed if not (path / name).is_file()]
+
+    @contextlib.contextmanager
+    def leave_out() -> Iterator[None]:
+        try:
+            yield
+        except (StoreError, ResourceError) as error:
+            problems.append(clean(str(error).replace(f"{path}/", "")))
+
+    rows, axes, found = list[Any](), AxisRows([], []), FoundNetwork()
+    with leave_out():
+        for where, what, row in _read_lines(path / "metrics.jsonl", problems):
+            with leave_out():
+                rows.append(convert(row, ROWS[what], where, "left out"))
+    with leave_out():
+        if (data := read_json(path / "axes.json")) is not None:
+            axes = convert(clean(data), AxisRows, "axes.json", "left out")
+    with leave_out():
+        if file.verb == "search" and (data := read_json(path / "shapes.json")) is not None:
+            found = read_found(clean(data))
+    here, settings = path.resolve(), file.settings
+    model = in_words(settings.get("model", settings.get("space"))).rstrip("/\\").replace("\\", "/")
+    method = settings.get("method_settings", settings.get("recovery_settings"))
+    given = {name: value for name, value in settings.items() if name not in ("pruning", "method_settings")}
+    return Run(
+        name=clean(here.parent.name if here.name == WORK else here.name) or "run",
+        file=file,
+        model=model.rpartition("/")[2],
+        method=in_words(settings.get("method", f"regrow {file.verb}")),
+        code=model if _CODE.fullmatch(model) else "",
+        is_text=(path / "tokenizer_config.json").is_file(),
+        settings=_in_words(given | (method if isinstance(method, dict) else {})),
+        defaults=_in_words(file.defaults),
+        rows=rows,
+        quality=_collect_quality(rows),
+        sizes={_MODELS[row.model]: row for row in rows if isinstance(row, metrics.SizeRow) and row.model in _MODELS},
+        widths=_collect_widths(axes, retraced=file.verb == "recover"),
+        course=_read_course(rows),
+        found=found,
+        problems=problems[:20],
+    )
 
 
-def _read_plans(folder: FolderContent) -> list[PlanRecord]:
-    """Return the plans of a ledger, with ranges of units expanded."""
-    path = folder.path / "ledger.json"
-    if (data := read_json(path)) is None:
-        return []
-    written = expand_plans(convert(data, LedgerJson, path.name).plans, path.stat().st_size)
-    plans = convert({"plans": clean(written)}, dict[str, list[PlanRecord]], path.name)["plans"]
-    earlier = folder.run.parent.plans if folder.run.parent else 0
-    return plans[-1:] if folder.run.verb == "recover" else plans[earlier:]
+def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield the place, the kind and the content of each line that a page reads.
 
-
-def _read_rows(folder: FolderContent) -> None:
-    """Read the measurements; a line that does not fit is left out and named, unless a crash cut the last one short."""
-    path = folder.path / "metrics.jsonl"
+    A line that is not a measurement is left out and named, unless it is the last one, which a crash may have cut short.
+    """
     if not path.is_file():
         return
     check_readable(path)
@@ -164,14 +132,13 @@ def _read_rows(folder: FolderContent) -> None:
         where = f"{path.name}: line {number}"
         try:
             row = clean(parse_json(line))
-            what = convert(row, MetricsRow).what
+            what = convert(row, metrics.MetricsRow).what
         except ValueError:
             if line.strip() and number < len(lines):
-                folder.problems.append(f"{where} is not a measurement; left out")
+                problems.append(f"{where} is not a measurement; left out")
             continue
         if what in ROWS:
-            with folder.leave_out():
-                folder.rows.setdefault(what, []).append(convert(row, ROWS[what], where, "left out"))
+            yield where, what, row
 
 
 def clean(value: Any, longest: int = _LONGEST) -> Any:
@@ -190,59 +157,49 @@ def clean(value: Any, longest: int = _LONGEST) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def widths(folder: FolderContent) -> tuple[list[AxisKind], dict[str, int]]:
-    """Return the widths of the axes that can change, per kind of axis, and reason → number of the frozen ones."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for plan in folder.plans:
-        for key, change in plan.changes.items():
-            first.setdefault(key, change.size)
-            last[key] = len(change.keep) + len(change.restore) + change.grow
-    after = {axis.key: axis.size for axis in folder.axes.after} if folder.axes else {}
-    before = (folder.axes.before if folder.axes else []) or [AxisRow(key, size) for key, size in first.items()]
-    rows: dict[str, list[AxisWidth]] = {}
-    frozen: Counter[str] = Counter()
-    for axis in before:
-        if axis.mark == "frozen" and axis.key not in last:
-            frozen[axis.reason or "no reason given"] += 1
-        elif axis.size:
-            left = last.get(axis.key, after.get(axis.key, axis.size))
-            width = AxisWidth(axis.key, axis.block or block_of(axis.key), axis.size, left)
-            rows.setdefault(kind_of(axis.key, axis.label), []).append(width)
-    groups = []
-    for kind, members in rows.items():
-        depths, numbered = depths_of([row.block for row in members])
-        ordered = [replace(row, depth=depth) for row, depth in zip(members, depths, strict=True)]
-        groups.append(AxisKind(kind, numbered, sorted(ordered, key=lambda row: row.depth)))
-    return groups, dict(frozen.most_common())
+def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
+    """Return one record per text domain and task."""
+    texts: dict[str, Quality] = {}
+    tasks: dict[str, Quality] = {}
+    for row in rows:
+        if isinstance(row, Perplexity) and row.model in _MODELS:
+            quality = texts.setdefault(row.source, Quality(row.source))
+            quality.seen, quality.models[_MODELS[row.model]] = row.seen, row
+        elif isinstance(row, metrics.ChoiceRow) and row.model in _MODELS:
+            tasks.setdefault(row.task, Quality(row.task)).models[_MODELS[row.model]] = row
+        elif isinstance(row, PairedDifference) and row.source in texts:
+            texts[row.source].paired = row
+    return [*texts.values(), *tasks.values()]
 
 
-def kind_of(key: str, label: str = "") -> str:
-    """Return the name that axes of one kind share in all blocks: the label, or the key with ``*`` for block numbers.
+def _collect_widths(axes: AxisRows, *, retraced: bool) -> list[AxisKind]:
+    """Return the widths of the axes that can change, per kind of axis.
 
-    >>> kind_of("layers.3.mlp.w:0"), kind_of("layers.3.mlp.w:0", "MLP neurons")
-    ('layers.*.mlp.w:0', 'MLP neurons')
+    An axis that is not there afterwards was removed with its block; in a network that was traced again, it may have
+    another name.
     """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", label or key)
+    after = {axis.key: axis.size for axis in axes.after}
+    kinds: dict[str, list[tuple[str, int, int]]] = {}
+    for axis in axes.before:
+        left = after.get(axis.key, axis.size if axis.mark == "frozen" else 0)
+        if (axis.mark != "frozen" or left != axis.size) and not (retraced and axis.key not in after):
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", axis.label or axis.key)
+            kinds.setdefault(name, []).append((axis.key, axis.size, left))
+    return [AxisKind(name, members) for name, members in kinds.items()]
 
 
-def block_of(key: str) -> str:
-    """Return the block of an axis whose block is not recorded: its key up to the first number.
+def _read_course(rows: Sequence[Any]) -> Course:
+    """Return the accuracies after each task, from the matrix of the run and of tasks that came later."""
+    records = {row.task: row for row in rows if isinstance(row, metrics.TaskRow)}
+    end = next((row for row in reversed(rows) if isinstance(row, metrics.MatrixRow)), None)
+    learned = {i: row.accuracy for i, row in records.items()} | dict(enumerate(end.matrix if end else []))
+    count = next(i for i in range(len(learned) + 1) if i not in learned)
+    accuracies, names = [learned[i] for i in range(count)], list(end.tasks if end else [])
+    for i in range(len(names), max([count, *map(len, accuracies)])):
+        names.append(records[i].name if i in records else f"task {i + 1}")
+    finished = end if end and len(end.matrix) == count else None
+    return Course(names, accuracies, [records[i] for i in range(count) if i in records], finished)
 
-    >>> block_of("layers.3.mlp.w:0"), block_of("head.weight:0")
-    ('layers.3', 'head')
-    """
-    match = re.match(r".*?\.\d+(?=\.)", key)
-    return match.group() if match else key.rpartition(".")[0] or key
 
-
-def depths_of(blocks: Sequence[str]) -> tuple[list[int], bool]:
-    """Return the depth of each block, and whether that is its number; else it is its place.
-
-    >>> depths_of(["layers.1", "layers.7"]), depths_of(["stem", "layers.1"])
-    (([1, 7], True), ([0, 1], False))
-    """
-    numbers = [re.search(r"\d+", block) for block in blocks]
-    depths = [int(match.group()[:9]) for match in numbers if match]
-    numbered = len(set(depths)) == len(blocks) and max(depths, default=0) < 10 * len(blocks) + 10
-    return (depths if numbered else list(range(len(blocks)))), numbered
+def _in_words(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: in_words(value) for name, value in list(values.items())[:200]}

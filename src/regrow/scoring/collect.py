@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.objectives import Objective, choose_objective
+from regrow.core.progress import Progress, silent
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.distributed.parallel import Outbox, receive
+from regrow.distributed.parallel import receive, send
 from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, trunk_of
 from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
@@ -53,7 +54,7 @@ class CollectionRun:
     ranks: ProcessRank = SINGLE  # the processes that share the batches and all call `collect`; rank 0 gets the sums
     done: Mapping[Key, Statistics] = field(default_factory=dict)  # finished by an interrupted call, not measured again
     on_done: Callable[[str, int, Statistics], None] = lambda source, shard, sums: None  # called as soon as one is
-    progress: Callable[[str, int, int], None] = lambda source, done, total: None  # called after every batch
+    progress: Progress = silent  # called after every batch
 
 
 def collect(
@@ -139,13 +140,13 @@ class _Walk:
                 batches = source if shards == 1 else source.batches[shard::shards]
                 for _ in self._add_batches(batches, sums):
                     finished += 1
-                    self.run.progress(source.name, finished, total)
+                    self.run.progress(finished, total, f"measuring {source.name}")
                 result[source.name, shard] = self._settle(sums, shard)
         return result
 
     def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
         """Measure this rank's share of the batches; rank 0 adds the sums of all; yields after each batch."""
-        ranks, outbox = self.run.ranks, Outbox()
+        ranks = self.run.ranks
         for number, batch in enumerate(batches):
             owner = number % ranks.size
             if owner == ranks.rank and ranks.leads:
@@ -153,11 +154,10 @@ class _Walk:
             elif owner == ranks.rank:
                 part = Statistics(sums.source)
                 self._step(batch, part)
-                _send(outbox, part)
+                _send(part)
             elif ranks.leads:
                 sums.accumulate(_receive(owner))
             yield
-        outbox.flush()
 
     def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
         """Run all batches of all unfinished shards through one block after another."""
@@ -193,7 +193,7 @@ class _Walk:
             else:
                 result[key].accumulate(part)
             finished += 1
-            self.run.progress(key[0], finished, total)
+            self.run.progress(finished, total, f"measuring {key[0]}")
 
         visits.visit([batch for _, batch in mine], names, around)
         if ranks.several:
@@ -267,14 +267,12 @@ def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iter
             owner = number % ranks.size
             yield _receive(owner) if owner else parts[number // ranks.size]
         return
-    outbox = Outbox()
     for part in parts:
-        _send(outbox, part)
-    outbox.flush()
+        _send(part)
 
 
-def _send(outbox: Outbox, sums: Statistics) -> None:
-    outbox.send(sums.header(), to_host(sums.tensors()))
+def _send(sums: Statistics) -> None:
+    send(sums.header(), to_host(sums.tensors()))
 
 
 def _receive(rank: int) -> Statistics:

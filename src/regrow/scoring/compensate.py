@@ -82,7 +82,13 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
     >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
     (True, False)
     """
-    return not _obstacle(model, name, held)
+    owner = _owner(model, name)
+    # Units of a recurrent layer have means of their own at the first step.
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase) or sharing_module(model, name, held) is not None:
+        return False
+    if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return model.get_parameter(name).dim() == 2
+    return owner.groups == 1 and (owner.padding == "valid" or not any(owner.padding))
 
 
 def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
@@ -92,33 +98,16 @@ def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[st
 
 
 def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
-    """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means, one per reason."""
-    reasons: dict[str, list[str]] = {}
+    """Return a note on the weights that read dropped inputs and whose bias cannot absorb their means, if any."""
     held = holders(model)
-    for name in dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept])):
-        if obstacle := _obstacle(model, name, held):
-            reasons.setdefault(obstacle, []).append(name)
-    return tuple(
-        f"no bias compensation for {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {obstacle}"
-        for obstacle, names in reasons.items()
-    )
+    names = dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept]))
+    left_out = [name for name in names if not takes_constant(model, name, held)]
+    if not left_out:
+        return ()
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    why = "it is exact only for unshared weights of linear layers and of convolutions without groups and padding"
+    return (f"no bias compensation for {left_out[0]}{more}: {why}",)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
-
-
-def _obstacle(model: nn.Module, name: str, held: Holders) -> str:
-    """Return why a constant input to a weight cannot be moved exactly into a bias; empty if it can."""
-    owner = _owner(model, name)
-    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
-        return "a recurrent layer's units have means of their own at the first step"
-    if sharing_module(model, name, held) is not None:
-        return "several modules share the weight, and each has a bias of its own"
-    if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "" if model.get_parameter(name).dim() == 2 else "its layer is neither linear nor a plain convolution"
-    if owner.groups != 1:
-        return "a grouped convolution reads each input in one group only"
-    if owner.padding == "valid" or not any(owner.padding):
-        return ""
-    return "a padded convolution reads zeros at the borders, not the mean"

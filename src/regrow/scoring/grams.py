@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.sources import Batch, device_of, visible_positions
-from regrow.scoring.collect import BlockVisits, count_sequences
+from regrow.core.sources import Batch, device_of
+from regrow.scoring.collect import BlockVisits
 from regrow.scoring.gradients import evaluation_mode, trunk_of
-from regrow.scoring.watch import Feed, rows_of
+from regrow.scoring.watch import Feed, visible_rows
 from regrow.scoring.weights import Reader, readers
 
 ROWS = 4096  # the number of rows summed at a time in float32
@@ -20,6 +20,7 @@ ROWS = 4096  # the number of rows summed at a time in float32
 LIMIT = 2 * 2**30
 WIDEST = 16384  # the most inputs of a layer whose products are summed: those of more take over 2 GiB
 ORDERING = 4  # how many matrices of the size of a layer's sums ordering its units takes, beside the sums
+BATCH = 8  # the most windows that should be in a batch of the data
 
 
 @dataclass
@@ -164,14 +165,12 @@ class _GramFeed(Feed):
 
     def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram], batch: Batch) -> None:
         super().__init__(watched)
-        self.sums, self.sequences, self.mask = sums, count_sequences(batch), visible_positions(batch)
+        self.sums, self.batch = sums, batch
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        rows, channels = rows_of(value.detach(), dim, self.sequences)
-        if self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape:
-            rows = rows[self.mask.to(rows.device)]
-        else:
-            rows = rows.movedim(channels, -1).flatten(0, -2)
+        rows = value.detach().movedim(dim, -1).reshape(-1, value.shape[dim])
+        if (shown := visible_rows(value, dim, self.batch)) is not None:
+            rows = rows[shown.to(rows.device)]
         if name not in self.sums:
             self.sums[name] = Gram.empty(rows.shape[1], rows.device)
         self.sums[name].add(rows)

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.scores import Moments, Need, Scores, Statistics, Tensors
-from regrow.scoring.spaces import OUTER_BLOCKS, normalise, standardise
-from regrow.scoring.weights import CachedColumns, Reader, columns, readers, scorable, tensors
+from regrow.scoring.spaces import standardise, z_scores
+from regrow.scoring.weights import Reader, columns, readers, scorable, tensors
 
 Units = Sequence[Axis] | None
-SHARE = 0.1  # the least fraction of its axis's total energy from which a unit is called massive
-FEWEST = 16  # axes with fewer units are not searched for massive ones: a large fraction is nothing special there
 
 
 def wanda_sp(
@@ -39,24 +37,18 @@ def wifv(
     statistics: Statistics | None,
     *,
     units: Units = None,
-    form: str = "token",
     pool: str = "sum",
-    square_blocks: bool = False,
 ) -> Scores:
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
-    It estimates the output energy that is lost if channel j is replaced by its mean. The paper's variance is over
-    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``).
+    It estimates the output energy that is lost if channel j is replaced by its mean. The variance is over positions, as
+    in the paper's code; its text has per-sequence means.
 
-    Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), paper and code.
+    Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), code.
     """
-
-    def factor(moments: Moments) -> Tensor:
-        return moments.variance if form == "token" else moments.sequence_variance
-
     reads = readers(axes, scorable(axes, units))
-    channels = _score_channels(weights, reads, statistics, "square", factor)
-    return _finish(f"wifv/{form}", to_units(channels, reads, pool, square_blocks=square_blocks), statistics)
+    channels = _score_channels(weights, reads, statistics, "square", lambda moments: moments.variance)
+    return _finish("wifv/token", to_units(channels, reads, pool), statistics)
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
@@ -86,13 +78,11 @@ def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
     return _finish("fisher", {axis.key: statistics.fisher[axis.key] / (2 * tokens) for axis in chosen}, statistics)
 
 
-def taylor(
-    weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None, form: str = "element1"
-) -> Scores:
+def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
 
-    ``element1``: Σ abs(w · g) over the unit's parameters; ``vector``: Σ over its channels of abs(Σ w · g), with g the
-    gradient of the mean loss. Without statistics: Σ w². Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code.
+    Σ abs(w · g) over the unit's parameters, with g the gradient of the mean loss. Without statistics: Σ w². Source: Ma
+    et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
     """
     values: dict[str, Tensor] = {}
     for axis in scorable(axes, units):
@@ -106,11 +96,10 @@ def taylor(
             else:
                 raise ValueError(f"source {statistics.source!r} gave no gradient for the parameter {name!r}")
             rest = [dim for dim in range(weight.dim()) if dim != slot.dim]
-            product = product.abs() if form == "element1" else product
-            channels = (product.sum(rest) if rest else product).abs().cpu()
-            total += channels[where].sum(1)
+            channels = product.abs().sum(rest) if rest else product.abs()
+            total += channels.cpu()[where].sum(1)
         values[axis.key] = total
-    return _finish(f"taylor/{form}", values, statistics)
+    return _finish("taylor/element1", values, statistics)
 
 
 def magnitude(
@@ -119,25 +108,13 @@ def magnitude(
     statistics: Statistics | None = None,
     *,
     units: Units = None,
-    form: str = "columns",
 ) -> Scores:
-    """Score units by the norm of their weights; needs no data.
-
-    ``columns``: Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read it (FLAP's code, "mag-sp").
-    ``group``: the root of Σ w² over every parameter entry the unit owns (Fang et al., DepGraph, arXiv 2301.12900).
-    """
+    """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp")."""
     values: dict[str, Tensor] = {}
-    chosen = scorable(axes, units)
-    if form == "columns":
-        for reader in readers(axes, chosen):
-            norms = columns(weights[reader.weight], reader.slot.dim, form="norm")
-            values[reader.axis] = values.get(reader.axis, 0) + norms[reader.positions(len(norms))].sum(1)
-    else:
-        for axis in chosen:
-            parts = tensors(axes, axis, weights)
-            squares = [columns(weights[name], slot.dim)[where].sum(1) for name, slot, where in parts]
-            values[axis.key] = torch.stack(squares).sum(0).sqrt()
-    return _check(Scores(values, f"magnitude/{form}"))
+    for reader in readers(axes, scorable(axes, units)):
+        norms = columns(weights[reader.weight], reader.slot.dim, form="norm")
+        values[reader.axis] = values.get(reader.axis, 0) + norms[reader.positions(len(norms))].sum(1)
+    return _check(Scores(values, "magnitude/columns"))
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
@@ -171,46 +148,23 @@ class Base:
     need: Need  # what the metric has to be measured from, besides weights
     allocation: str  # its name in :data:`regrow.allocation.ranked.ALLOCATIONS`
     standardised: bool = False  # whether the metric pools channels to comparable scores; others are z-scored per axis
-    spare: tuple[float, float] = (0.0, 0.0)  # the fractions of blocks, first and last, that are not pruned
+    prune_outer: bool = True  # whether the first and last blocks are pruned, too
 
     def score(self, weights: Tensors, axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]) -> Scores:
         """Return scores that are comparable between axes; without statistics, scores by the weights alone."""
         if self.standardised:
             return self.metric(weights, axes, statistics, units=units, pool="standardised")
-        return normalise(self.metric(weights, axes, statistics, units=units), "zscore")
+        return z_scores(self.metric(weights, axes, statistics, units=units))
 
 
 # Name of a pruning method → the baseline that it is.
 BASES: Mapping[str, Base] = {
     "flap": Base(wifv, Need.ACTIVATIONS, "ranked", standardised=True),
     "wanda_sp": Base(wanda_sp, Need.ACTIVATIONS, "uniform", standardised=True),
-    "llm_pruner": Base(taylor, Need.GRADIENTS, "uniform", spare=OUTER_BLOCKS),
+    "llm_pruner": Base(taylor, Need.GRADIENTS, "uniform", prune_outer=False),
     "magnitude": Base(magnitude, Need.WEIGHTS, "uniform"),
-    "fisher": Base(fisher, Need.FISHER, "uniform", spare=OUTER_BLOCKS),
+    "fisher": Base(fisher, Need.FISHER, "uniform", prune_outer=False),
 }
-
-
-@dataclass(frozen=True)
-class Massive:
-    """A unit with massive activations: its axis, its id, its fraction of the axis's energy, and over the median's."""
-
-    axis: str
-    unit: int
-    share: float
-    ratio: float
-
-
-def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
-    """Return the units with over a tenth of their axis's ``energy``, largest first (Sun et al., arXiv 2402.17762)."""
-    result = []
-    for key, values in energy.values.items():
-        axis, total, middle = axes[key], float(values.sum()), float(values.median())
-        if axis.size < FEWEST or total <= 0:
-            continue
-        for unit in (values > SHARE * total).nonzero().flatten().tolist():
-            ratio = float(values[unit]) / middle if middle > 0 else float("inf")
-            result.append(Massive(key, axis.ids[unit], float(values[unit]) / total, ratio))
-    return sorted(result, key=lambda unit: -unit.share)
 
 
 def moments_of(statistics: Statistics, weight: str) -> Moments:
@@ -223,21 +177,18 @@ def moments_of(statistics: Statistics, weight: str) -> Moments:
     return statistics.moments[weight]
 
 
-def to_units(
-    channels: Tensors, reads: Sequence[Reader], pool: str = "sum", *, square_blocks: bool = False
-) -> dict[str, Tensor]:
+def to_units(channels: Tensors, reads: Sequence[Reader], pool: str = "sum") -> dict[str, Tensor]:
     """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
 
     ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's AL-AM): each weight's
-    channels are z-scored among themselves, then averaged, so that units of different layers can be ranked together;
-    ``square_blocks`` squares those of units with several channels before.
+    channels are z-scored among themselves, then averaged, so that units of different layers can be ranked together.
     """
     parts: dict[str, list[Tensor]] = {}
     for reader in reads:
         scores = channels[reader.weight]
         where = reader.positions(len(scores))
         if pool == "standardised":
-            scores = standardise(scores.square() if square_blocks and where.shape[1] > 1 else scores)
+            scores = standardise(scores)
         each = scores[where]
         parts.setdefault(reader.axis, []).append(each.sum(1) if pool == "sum" else each.mean(1))
     stacked = {key: torch.stack(values) for key, values in parts.items()}
@@ -252,15 +203,17 @@ def _score_channels(
     factor: Callable[[Moments], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return a norm of each input channel of the weights, times a factor from its moments, weight → ``[C]`` float64."""
-    cached = weights if isinstance(weights, CachedColumns) else CachedColumns(weights)
     channels: dict[str, Tensor] = {}
     for reader in reads:
-        weight, dim = reader.weight, reader.slot.dim
+        if reader.weight in channels:
+            continue
+        weight, dim = weights[reader.weight], reader.slot.dim
         if statistics is None or factor is None:
-            channels[weight] = cached.columns(weight, dim, form=form)
-        elif weight not in channels:
-            activations = factor(moments_of(statistics, weight)).cpu()
-            channels[weight] = activations * cached.columns(weight, dim, len(activations) // reader.width, form=form)
+            channels[reader.weight] = columns(weight, dim, form=form)
+        else:
+            activations = factor(moments_of(statistics, reader.weight)).cpu()
+            norms = columns(weight, dim, len(activations) // reader.width, form=form)
+            channels[reader.weight] = activations * norms
     return channels
 
 

@@ -14,7 +14,7 @@ Row = dict[str, str | int | float]  # a row of a table in a report: column → v
 
 FEW = 16  # axes with fewer units than this are ranked together with others of their kind: three ranks say little
 SHUFFLES = 20  # how often shards are shuffled for the null distribution of :func:`spectrum`
-# The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned by default.
+# The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned.
 OUTER_BLOCKS = (0.125, 0.0625)
 
 
@@ -41,12 +41,10 @@ def percentile(values: Tensor) -> Tensor:
     return (below + upto).double() / (2 * values.shape[-1])
 
 
-def normalise(scores: Scores, how: str) -> Scores:
-    """Return scores made comparable between axes: z-scores (``zscore``), or unchanged (``none``)."""
-    if how == "none":
-        return scores
+def z_scores(scores: Scores) -> Scores:
+    """Return scores made comparable between axes: z-scores within each axis."""
     values = {key: standardise(value) for key, value in scores.values.items()}
-    return replace(scores, values=values, metric=f"{scores.metric}/{how}")
+    return replace(scores, values=values, metric=f"{scores.metric}/zscore")
 
 
 @dataclass(frozen=True)
@@ -97,17 +95,17 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     )
 
 
-def inner(units: Sequence[Axis], spare: tuple[float, float]) -> list[Axis]:
-    """Return the axes that lie neither in the first nor in the last blocks of the network.
+def inner(units: Sequence[Axis]) -> list[Axis]:
+    """Return the axes that lie neither in the first nor in the last blocks of the network (:data:`OUTER_BLOCKS`).
 
-    ``spare`` are their fractions of the blocks; a block is the first number in a tensor's dotted name. Axes that lie in
-    no block are always returned.
+    A block is the first number in a tensor's dotted name. Axes that lie in no block are always returned.
 
     >>> from regrow.core.axes import Axis
-    >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], (0.4, 0.0))]
-    ['h.1.w', 'h.2.w', 'head']
+    >>> blocks = [Axis(f"h.{i}.w", 4, ()) for i in range(5)]
+    >>> [axis.key for axis in inner([*blocks, Axis("head", 4, ())])]
+    ['h.1.w', 'h.2.w', 'h.3.w', 'h.4.w', 'head']
     """
-    first, last = spare
+    first, last = OUTER_BLOCKS
     matches = [re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units]
     blocks = sorted({int(match[1]) for match in matches if match})
     chosen = blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))]
@@ -196,7 +194,6 @@ def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
                 "sigma_between": float(between.sqrt().median()),
                 "sigma_within": float(noise.sqrt().median()),
                 "spearman": float(rho),
-                "kendall_w": float(((m - 1) * rho + 1) / m),
                 "spearman_shards": float(other),
                 "spearman_within": float(same),
             }

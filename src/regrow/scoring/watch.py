@@ -223,13 +223,9 @@ def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
     sums = [_sums(strip, channels, step, hidden, reuse) for strip in rows.split(_strip(rows, channels), channels)]
     total, square = torch.cat([totals for totals, _ in sums], 1), torch.cat([squares for _, squares in sums])
-    if mask is None:
-        means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
-    else:
-        lengths = mask.sum(1)  # where the mask is on the CPU, the host waits for no device
-        means = total / lengths.to(total.device, torch.float64).clamp_min(1)[:, None]
-        count, sequences = int(lengths.sum()), int((lengths > 0).sum())
-    return Moments(count, total.sum(0), square, sequences, means.sum(0), means.square().sum(0))
+    # Where the mask is on the CPU, the host waits for no device.
+    count = len(rows) * rows.shape[positions] if mask is None else int(mask.sum())
+    return Moments(count, total.sum(0), square)
 
 
 def _strip(rows: Tensor, channels: int) -> int:

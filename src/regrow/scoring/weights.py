@@ -75,39 +75,6 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-class CachedColumns(Tensors):
-    """Weights (parameter name → tensor) whose column norms are computed once, though several scores need them."""
-
-    def __init__(self, weights: Tensors) -> None:
-        self.weights = weights
-        self.norms: dict[tuple[str, int, int, str], Tensor] = {}
-
-    def over(self, weights: Tensors) -> "CachedColumns":
-        """Return the same norms over other tensors of the same values, such as a network that was loaded again."""
-        result = CachedColumns(weights)
-        result.norms = self.norms
-        return result
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.weights[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def columns(self, name: str, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
-        """Return what :func:`columns` does for a weight."""
-        key = name, dim, groups, form
-        if key not in self.norms:
-            self.norms[key] = columns(self.weights[name], dim, groups, form=form)
-        return self.norms[key]
-
-
 def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
     """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 

@@ -16,7 +16,8 @@ from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
-from regrow.core.amounts import parse_share
+import msgspec
+
 from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MANY = 2**31 - 1
 """The largest number of tokens, images or examples."""
 
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 SEED = Range(0, 2**63 - 1)
 
 
@@ -47,7 +49,6 @@ class Setting:
     source: bool = False  # its value names sources of data, `NAME` or `NAME=PATH`
     code: bool = False  # its value may name the user's own code, `pkg.mod:NAME`, which no file may
     hidden: bool = False  # it has no option: only `run.json` has it
-    varied: bool = False  # its option may be repeated, for one run with each value
     shown: bool = False  # printed command lines state it even if it has its default
     one_of: str = ""  # the name of a group of settings of which exactly one must be given
 
@@ -72,11 +73,6 @@ class Declared:
     def required(self) -> bool:
         """Whether the setting has no default and must be given."""
         return self.default is MISSING
-
-    @property
-    def key(self) -> str:
-        """The name in a settings file: ``eval_tokens``."""
-        return self.option.removeprefix("--").replace("-", "_").lower()
 
     @property
     def repeated(self) -> bool:
@@ -104,33 +100,34 @@ class Declared:
 
     def check(self, value: Any) -> None:
         """Raise InputError unless a value has the setting's type, is among its choices and lies in its range."""
-        if not _is(value, self.hint):
-            raise InputError(f"{self.option} must be {_words_of(self.hint)}, got {_short(value)}; correct it")
+        self._convert(value, self.hint)
         if value is None:
             return
         choices, numbers = self.setting.choices, self.setting.range
         for text in (value if self.repeated else (value,)) if choices else ():
             if text not in choices and text != self.default:
                 raise InputError(
-                    f"{self.option} must be one of {', '.join(choices)}, got {_short(text)}; for example {self.example}"
+                    f"{self.option} must be one of {', '.join(choices)}, got {text!r:.60}; for example {self.example}"
                 )
         if numbers and not numbers.holds(value):
             raise InputError(f"{self.option} must be {numbers}, got {value}; for example {self.example}")
 
     def parse(self, text: str) -> Any:
         """Convert one value from the text on the command line, and check it."""
-        value: object = text
         if self.mapping:
             return text
-        if self.type is not str:
-            try:
-                value = parse_share(text) if self.type is float and text.endswith("%") else self.type(text)
-            except ValueError:
-                raise InputError(
-                    f"{self.option} must be {_words_of(self.type)}, got {_short(text)}; for example {self.example}"
-                ) from None
+        share = self.type is float and text.endswith("%")
+        value = self._convert(text[:-1] if share else text, self.type, strict=False)
+        value = value / 100 if share else value
         self.check((value,) if self.repeated else value)
         return value
+
+    def _convert(self, value: object, hint: Any, *, strict: bool = True) -> Any:
+        try:
+            return msgspec.convert(value, hint, strict=strict)
+        except msgspec.ValidationError:
+            kind = _KINDS[self.type]
+            raise InputError(f"{self.option} must be {kind}, got {value!r:.60}; for example {self.example}") from None
 
 
 @cache
@@ -155,27 +152,3 @@ def check_settings(settings: "DataclassInstance") -> None:
     """Raise InputError unless every setting has its type, is among its choices and lies in its range."""
     for field in declared(type(settings)).values():
         field.check(getattr(settings, field.name))
-
-
-def _words_of(hint: Any) -> str:
-    """Return a type in words for error messages."""
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
-    if isinstance(hint, UnionType):
-        return " or ".join(map(_words_of, get_args(hint)))
-    return "a list of texts" if get_origin(hint) is tuple else names.get(hint, "an object of names and values")
-
-
-def _is(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin is UnionType:
-        return any(_is(value, part) for part in get_args(hint))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is(part, get_args(hint)[0]) for part in value)
-    if origin is not None:
-        return isinstance(value, origin)
-    return type(value) in (int, float) if hint is float else type(value) is hint
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -28,12 +28,7 @@ class Settings:
         "A file of multiple-choice items, one JSON object per line (.jsonl[.gz]). Repeatable.",
         metavar="PATH", group=TASKS, path=True,
     )] = ()
-    harness: Annotated[tuple[str, ...], Setting(
-        "A task of EleutherAI's lm-eval (arc_easy), which downloads its data, or a file of items as for --choices, "
-        "which needs no network. Repeatable.",
-        metavar="TASK|FILE", group=TASKS,
-    )] = ()
-    items: Annotated[int, Setting("Number of items per file or task.", group=TASKS, range=Range(1, MANY))] = 200
+    items: Annotated[int, Setting("Number of items per file.", group=TASKS, range=Range(1, MANY))] = 200
     speed: Annotated[bool, Setting("Also measure the time of a forward pass.")] = False
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256

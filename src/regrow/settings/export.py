@@ -21,8 +21,8 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "transformers": Format(("", "float32", "bfloat16", "float16"), ("dtype", "example")),
-    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ("dtype", "weights"), ".gguf"),
-    "onnx": Format(("float32", "int8"), ("dtype", "example", "cache"), ".onnx"),
+    "gguf": Format(("f16", "f32", "bf16", "q8_0"), ("dtype", "weights"), ".gguf"),
+    "onnx": Format(("float32", "int8"), ("dtype", "example"), ".onnx"),
     "torchvision": Format(("",), ()),
 }
 
@@ -32,7 +32,7 @@ class Settings:
     """Settings of ``regrow export``: the model, and how it is written; each field has its help text."""
 
     # fmt: off
-    run: Annotated[str, Setting(
+    model: Annotated[str, Setting(
         "A run folder, or any model that `regrow prune` takes.",
         argument=True, code=True, example="RUN --to gguf --out model.gguf",
     )]
@@ -40,7 +40,6 @@ class Settings:
         "The format: transformers, gguf, onnx or torchvision.", metavar="FORMAT", example="gguf",
     )]
     dtype: Annotated[str, Setting("Number format of the weights; see below.", metavar="DTYPE")] = ""
-    cache: Annotated[bool, Setting("For onnx: a graph with a key-value cache, for generating text.")] = False
     input: Input = ""
     # fmt: on
 
@@ -48,10 +47,8 @@ class Settings:
         """Check the format and its dtype, and complete the dtype."""
         if self.to not in FORMATS:
             raise InputError(f"there is no format {self.to!r}; known: {', '.join(FORMATS)}")
-        dtypes, takes = FORMATS[self.to].dtypes, FORMATS[self.to].takes
+        dtypes = FORMATS[self.to].dtypes
         if self.dtype and self.dtype not in dtypes:
             stored = ", ".join(filter(None, dtypes)) or "weights as they are"
             raise InputError(f"{self.to} does not store {self.dtype!r}; it stores {stored}")
-        if self.cache and "cache" not in takes:
-            raise InputError(f"{self.to} has no graph with a cache to choose; cache is for onnx")
         object.__setattr__(self, "dtype", self.dtype or dtypes[0])

@@ -9,7 +9,7 @@ from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination
 
-AMOUNT, NEW, DATA, TRAINING, AFTER = "What grows", "New units", "Data", "Training", "After the growth"
+AMOUNT, NEW, DATA, TRAINING = "What grows", "New units", "Data", "Training"
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,6 @@ class Settings:
         "outgoing weights.",
         group=NEW, choices=("zero_out", "split"),
     )] = "zero_out"
-    round_to: Annotated[int, Setting(
-        "Widths become multiples of this (8, 64), rounded up.",
-        option="--round", group=AMOUNT, range=Range(1, 2**20), example="8",
-    )] = 1
-    regular: Annotated[bool, Setting(
-        "One width per kind of axis in all blocks, the largest among them, as an ordinary model has.",
-        group=AMOUNT,
-    )] = False
     sources: Annotated[tuple[str, ...], Setting(
         "A kind of text to measure before and after: news, code, manual, talk, or NAME=PATH. For image models: digits, "
         "or NAME=FOLDER with a folder per class. Repeat it for several.",
@@ -85,10 +77,6 @@ class Settings:
     tokens: Annotated[int, Setting(
         "Training tokens per source; or images.", group=TRAINING, range=Range(1, MANY),
     )] = 65536
-    proof: Annotated[bool, Setting(
-        "Skip the comparison of the outputs in float64 (16 bytes per parameter of a block).",
-        option="--no-verify", group=AFTER,
-    )] = True
     undo: Undo = True
     # fmt: on
 
@@ -98,41 +86,41 @@ class Settings:
             raise InputError(
                 f"--precision {self.precision} is for passes over data, and there are none; leave it out, or add --on"
             )
-        for option, amount in (("--mlp", self.mlp), ("--heads", self.heads), ("--channels", self.channels)):
-            if amount:
-                _check(option, amount)
-        for text in self.axis if isinstance(self.axis, tuple) else ():
-            key, equals, amount = str(text).rpartition("=")
-            if not equals or not key.strip():
-                raise InputError(f"--axis takes KEY=AMOUNT, got {text!r:.60}; for example --axis '*.mlp.*=+64'")
-            _check(f"--axis {key}", amount)
-        for text in self.blocks if isinstance(self.blocks, tuple) else ():
-            _check("--blocks", str(text).rpartition("=")[2])
+        self.parts(), self.axes(), self.stacks()  # raise InputError for an amount that cannot be read
 
-    def check_growth(self) -> None:
-        """Raise InputError if no amount is given."""
+    def check(self) -> None:
+        """Raise InputError if nothing grows, there are steps without data, or data without steps."""
         if not any((self.mlp, self.heads, self.channels, self.blocks, self.axis)):
             raise InputError(
                 "nothing grows: give --mlp, --heads, --channels, --blocks or --axis, for example --mlp +25%"
             )
-
-    def named(self) -> dict[str, str]:
-        """Return axis key or pattern → its amount."""
-        return {key: amount for key, _, amount in (text.rpartition("=") for text in self.axis)}
-
-    def check_training(self) -> None:
-        """Raise InputError if there are steps without data, or data without steps."""
         if bool(self.on) != bool(self.steps):
             has, lacks = ("--on", "--steps 200") if self.on else ("--steps", "--on news")
             raise InputError(f"{has} trains the grown model and needs the other, too; add {lacks}")
 
-    def stacks(self) -> dict[str, str]:
-        """Return path or pattern of a stack of blocks → its amount; ``"*"`` is every stack."""
-        return {stack or "*": amount for stack, _, amount in (text.rpartition("=") for text in self.blocks)}
+    def parts(self) -> dict[str, Increase]:
+        """Return part (``mlp``, ``heads``, ``channels``) → what it gains."""
+        amounts = {"mlp": self.mlp, "heads": self.heads, "channels": self.channels}
+        return {part: _parse(f"--{part}", amount) for part, amount in amounts.items() if amount}
+
+    def axes(self) -> dict[str, Increase]:
+        """Return axis key or pattern → what it gains."""
+        increases = {}
+        for text in self.axis:
+            key, _, amount = text.rpartition("=")
+            if not key.strip():
+                raise InputError(f"--axis takes KEY=AMOUNT, got {text!r:.60}; for example --axis '*.mlp.*=+64'")
+            increases[key] = _parse(f"--axis {key}", amount)
+        return increases
+
+    def stacks(self) -> dict[str, Increase]:
+        """Return path or pattern of a stack of blocks → what it gains; ``"*"`` is every stack."""
+        pairs = (text.rpartition("=") for text in self.blocks)
+        return {stack or "*": _parse("--blocks", amount) for stack, _, amount in pairs}
 
 
-def _check(option: str, amount: object) -> None:
+def _parse(option: str, amount: str) -> Increase:
     try:
-        Increase.parse(amount if isinstance(amount, str) else "")
+        return Increase.parse(amount)
     except ValueError as error:
         raise InputError(f"{option}: {error}") from None

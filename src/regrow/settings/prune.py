@@ -1,10 +1,10 @@
 """The settings of ``regrow prune``."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
-from regrow.core.amounts import Measure, Target
+from regrow.core.amounts import Target
 from regrow.core.errors import InputError
 from regrow.core.names import GENERATED
 from regrow.settings import shared
@@ -13,28 +13,23 @@ from regrow.settings.declaration import MANY, SEED, Setting, declared
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
-RECONSTRUCTION = "refit"
-"""The recovery by which ``--reconstruct`` fits layers."""
-RECONSTRUCTION_DEFAULTS: Mapping[str, object] = {
-    "choose_on": "left_out_source",
-    "ridges": (0.03, 0.1, 0.3, 1.0, 3.0),
-    "shrinkages": (0.5, 0.75, 1.0),
-}
-"""The defaults of ``--reconstruct`` that differ from those of ``recover --by refit``."""
 
-
-def complete_reconstruction(changed: Mapping[str, object], sources: Collection[str]) -> dict[str, object]:
-    """Return settings of ``--reconstruct`` with its defaults.
+def complete_reconstruction(sources: Collection[str]) -> dict[str, object]:
+    """Return the settings of ``refit`` with which ``--reconstruct`` fits layers.
 
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
     they make up for the errors of earlier layers, if at least one writes to a residual stream directly (``residual``);
     the two are measured together.
 
-    >>> complete_reconstruction({}, ["news", "generated"])["target"]
+    >>> complete_reconstruction(["news", "generated"])["target"]
     'residual'
     """
-    target = {"target": "residual"} if GENERATED in sources else {}
-    return {**RECONSTRUCTION_DEFAULTS, **target, **changed}
+    return {
+        "choose_on": "left_out_source",
+        "ridges": (0.03, 0.1, 0.3, 1.0, 3.0),
+        "shrinkages": (0.5, 0.75, 1.0),
+        "target": "residual" if GENERATED in sources else "auto",
+    }
 
 
 @dataclass(frozen=True)
@@ -48,21 +43,15 @@ class Settings:
         argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
     method: Annotated[str, Setting(
-        "The pruning method; `regrow methods` lists all. Repeatable, like --keep: one run folder per plan, from one "
-        "calibration.",
-        code=True, shown=True, varied=True,
+        "The pruning method; `regrow methods` lists all.",
+        code=True, shown=True,
     )] = "flap"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
-        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays", varied=True,
+        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays",
     )] = 0.8
-    measure: Annotated[str, Setting(
-        "The quantity of which --keep is a fraction: weights (of linear and convolution layers; of a language model, "
-        "of its decoder's linear layers), params (all parameters), macs, bytes, kv_cache or ms.",
-        group=AMOUNT, choices=("weights", "params", "macs", "bytes", "kv_cache", "ms"),
-    )] = "weights"
     target: Annotated[str, Setting(
         "The largest allowed size, instead of --keep: params=100M (all parameters), macs=2G (of one example), "
         "bytes=200M (of the weight file, in the dtype given by --dtype), kv_cache=50M@4096 (bytes of the key-value "
@@ -119,8 +108,8 @@ class Settings:
         group=DATA, range=Range(1, MANY),
     )] = 4096
     generated_tokens: Annotated[int, Setting(
-        "Tokens of --source generated; 0: as many as of other sources.",
-        group=DATA, range=Range(0, MANY), example="8192",
+        "Tokens of --source generated.",
+        group=DATA, range=Range(1, MANY),
     )] = 12288
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
@@ -138,78 +127,20 @@ class Settings:
         "on each source in turn, left out of the fit (of a single source: on held-out text).",
         group=AFTER,
     )] = False
-    reconstruct_tokens: Annotated[int, Setting(
-        "Tokens (image models: images) that --reconstruct fits on, over all sources together. Default: those of the "
-        "calibration; of text at least 8192.",
-        group=AFTER, range=Range(0, MANY), example="16384",
-    )] = 0
-    reconstruct_settings: Annotated[Mapping[str, Any], Setting(
-        "A setting of --reconstruct; `regrow methods refit` lists them. Repeatable.",
-        option="--reconstruct-set", metavar="NAME=VALUE", group=AFTER,
-    )] = field(default_factory=dict)
-    proof: Annotated[bool, Setting(
-        "Skip the check that the cut model computes what the masked one computes (16 bytes per parameter of a block).",
-        option="--no-verify", group=AFTER,
-    )] = True
     undo: shared.Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Restate ``smaller``, and a ``keep`` of all parameters, as the target that is recorded, and check it."""
-        if not self.reconstruct and (self.reconstruct_tokens or self.reconstruct_settings):
-            option = "--reconstruct-tokens" if self.reconstruct_tokens else "--reconstruct-set"
-            raise InputError(f"{option} says how --reconstruct fits layers, which is off; add --reconstruct")
-        target, measure = self.target, self.measure
+        """Restate ``smaller`` as the target that is recorded, and check it."""
+        target, unit = self.target, ""
         if self.smaller is not None:
             declared(Settings)["smaller"].check(self.smaller)
             target = str(Target.smaller(self.smaller))
-            object.__setattr__(self, "smaller", None)
-        elif measure == "params" and self.keep and not target:
-            declared(Settings)["keep"].check(self.keep)
-            target = str(Target(Measure.PARAMETERS, share=self.keep))
         if target and isinstance(target, str):
             try:
-                unit = str(Target.parse(target).measure)
+                unit = Target.parse(target).measure
             except ValueError as error:
                 raise InputError(f"--target: {error}") from None
-            if unit == "nonzero":
-                raise InputError(
-                    "--target nonzero counts weights that a search masks; pruning removes units: use params"
-                )
-            if measure not in ("weights", unit):
-                raise InputError(
-                    f"--measure {measure} says what --keep counts, and the target counts {unit}; leave out --measure"
-                )
-            measure = unit
-            for name, value in (("target", target), ("keep", None), ("measure", unit)):
+            for name, value in (("target", target), ("keep", None), ("smaller", None)):
                 object.__setattr__(self, name, value)
-        shared.check_combination(self.precision, dtype=self.dtype, measure=measure)
-
-
-def folder_name(settings: Settings) -> str:
-    """Return the name of a run's folder among those of other methods and fractions.
-
-    >>> folder_name(Settings("m", "wanda_sp", keep=0.55)), folder_name(Settings("m", target="bytes=2G"))
-    ('wanda_sp-0.55', 'flap-bytes=2G')
-    """
-    if not settings.method.isidentifier():
-        raise InputError(f"several plans are made by methods of regrow; prune with {settings.method} alone")
-    if settings.keep is None:
-        return f"{settings.method}-{settings.target}"
-    short = f"{settings.keep:g}"
-    return f"{settings.method}-{short if float(short) == settings.keep else repr(settings.keep)}"
-
-
-def name_folders(runs: Iterable[Settings]) -> dict[str, Settings]:
-    """Return the name of each run's folder among the others → its settings.
-
-    >>> list(name_folders(Settings("m", keep=keep) for keep in (0.3333333, 0.3333334, 0.8)))
-    ['flap-0.3333333', 'flap-0.3333334', 'flap-0.8']
-    """
-    folders: dict[str, Settings] = {}
-    for settings in runs:
-        name = folder_name(settings)
-        if name in folders:
-            raise InputError(f"two plans have the name {name}; leave out one of their values of --keep")
-        folders[name] = settings
-    return folders
+        shared.check_combination(self.precision, dtype=self.dtype, measure=unit)

@@ -9,11 +9,8 @@ from regrow.settings.constraints import Range
 from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.shared import PRECISION, Undo
 
-CLOSED_FORM = ("bias", "refit")
+CLOSED_FORM = ("refit",)
 """Recoveries that solve for weights instead of training them; their passes run in the format of the weights."""
-
-TRAINED = ("lora", "distil")
-"""Recoveries that several processes train together."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Settings:
         argument=True, path=True, example="RUN --by refit --out RUN2",
     )]
     by: Annotated[str, Setting(
-        "The recovery method: bias, refit, lora or distil; `regrow methods NAME` explains one.",
+        "The recovery method: refit, lora or distil; `regrow methods NAME` explains one.",
         code=True, example="refit",
     )]
     tokens: Annotated[int, Setting(

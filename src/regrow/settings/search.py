@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regrow.core.amounts import Measure, Target, parse_share
+from regrow.core.amounts import Measure, Target
 from regrow.core.errors import InputError
 from regrow.settings import shared
 from regrow.settings.constraints import Range
@@ -14,33 +14,16 @@ SEARCH, RETRAIN = "Search", "Training of the final network"
 SIZES = (Measure.PARAMETERS, Measure.NONZERO, Measure.MACS, Measure.BYTES, Measure.TIME)
 """The measures that a search can use for single weights and operations."""
 
-_LIKE = (
-    "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
-    "macs=20%, or a share of its parameters such as 0.2; got {!r:.60}"
-)
-
 
 def parse_search_target(text: str) -> Target:
-    """Parse the target of a search; a number without a measure is a share of all parameters.
+    """Parse the target of a search.
 
-    >>> str(parse_search_target("0.2")), str(parse_search_target("macs=3M"))
-    ('params=20%', 'macs=3000000')
+    >>> str(parse_search_target("macs=3M"))
+    'macs=3000000'
     """
-    unit, equals, _ = text.partition("=")
-    if equals and (unit.strip() not in SIZES or "@" in text):
-        raise ValueError(_LIKE.format(text))
-    if equals:
-        target = Target.parse(text)
-    else:
-        try:
-            share = parse_share(text)
-        except ValueError:
-            raise ValueError(_LIKE.format(text)) from None
-        if not 0 < share < 1:
-            raise ValueError(f"a target without a measure is a share, between 0 and 1, got {text}; or write params=50k")
-        target = Target(Measure.PARAMETERS, share=share)
-    if target.share == 1:
-        raise ValueError(f"a target of 100% removes nothing; got {text}: take a smaller one, such as {unit}=20%")
+    target = Target.parse(text)
+    if target.measure not in SIZES or target.context or target.share == 1:
+        raise ValueError(f"a search takes a share below 100 % or an amount of {', '.join(SIZES)}; got {text!r:.60}")
     return target
 
 
@@ -50,11 +33,11 @@ class Settings:
 
     # fmt: off
     space: Annotated[str, Setting(
-        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network), mobile:WIDTH-BLOCKS (inverted bottlenecks), "
-        "bench201:WIDTH-N (NAS-Bench-201's); a small network such as resnet:16-3, of which filters and weights are "
-        "searched; pkg.mod:fn, a function of your own code, with operations marked by regrow.Candidates; or, with its "
-        "weights, a run folder or another MODEL that `regrow prune` takes (resnet18, smollm2-135m).",
-        argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
+        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network) or mobile:WIDTH-BLOCKS (inverted bottlenecks); a small "
+        "network such as resnet:16-3, of which filters and weights are searched; pkg.mod:fn, a function of your own "
+        "code, with operations marked by regrow.Candidates; or, with its weights, a run folder or another MODEL that "
+        "`regrow prune` takes (resnet18, smollm2-135m).",
+        argument=True, code=True, example="cells:4-3-2 --data digits --target params=20% --out RUN",
     )]
     data: Annotated[str, Setting(
         "digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…; for a language model text: news, "
@@ -63,8 +46,8 @@ class Settings:
     )]
     target: Annotated[str, Setting(
         "The largest allowed size: params=50k (all parameters), nonzero=50k (parameters that are not 0), macs=3M "
-        "(of one example), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), a share of "
-        "what the whole space has (macs=20%), or of its parameters (0.2).",
+        "(of one example), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), or a share "
+        "of what the whole space has (macs=20%).",
         example="params=50k", one_of="how large the result may be",
     )] = ""
     smaller: Annotated[float | None, Setting(
@@ -105,10 +88,6 @@ class Settings:
     weight_decay: shared.WeightDecay = 3e-4
     train: shared.Train = 0
     test: shared.Test = 0
-    validation: Annotated[float, Setting(
-        "Fraction of the training examples held out for validation during the search.",
-        group="Data", range=Range(0, 1, above=True, below=True),
-    )] = 0.2
     stride: Annotated[int, Setting("Stride of the first convolution.", group=shared.TRAINING, range=Range(1, 4))] = 2
     precision: shared.Precision = "float32"
     device: shared.TrainingDevice = "cpu"

@@ -3,13 +3,12 @@
 Unfinished files lie in a folder ``.NAME.<hex>.partial`` that the writing process has locked. If the process is killed,
 the next command that writes ``NAME`` finds the folder unlocked and deletes it.
 
-Of output files that a user names, a symbolic link is followed: its target is replaced as a whole. A character device, a
-FIFO and the standard output are written to directly. An existing file is replaced only if its suffix is one of the
-output's and if it is not part of a run folder or model folder.
+Of output files that a user names, a symbolic link is followed: its target is replaced as a whole. An existing file is
+replaced only if its suffix is one of the output's and if it is not part of a run folder or model folder.
 """
 
 import contextlib
-import errno
+import fcntl
 import os
 import re
 import secrets
@@ -19,11 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 class LockedError(StoreError):
@@ -37,7 +31,7 @@ class Lock:
     """
 
     def __init__(self, handle: int | None) -> None:
-        self.handle, self.sure = handle, handle is not None
+        self.handle = handle
 
     def release(self) -> None:
         """Release the lock; releasing it twice is no error."""
@@ -55,16 +49,13 @@ class Lock:
 def lock(folder: Path) -> Lock:
     """Lock a folder exclusively, or raise LockedError if another process holds its lock."""
     while True:
-        if fcntl is None:
-            return Lock(None)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(handle)
             os.close(handle)
             raise LockedError(
-                f"{folder} is being written by another process{holder}; wait for it, or choose another folder"
+                f"{folder} is being written by another process; wait for it, or choose another folder"
             ) from None
         except OSError:  # a file system without locks
             os.close(handle)
@@ -77,20 +68,6 @@ def lock(folder: Path) -> Lock:
             os.close(handle)
             raise
         os.close(handle)
-
-
-def _holder(handle: int) -> str:
-    """Return `` (process N)`` for the process that has locked an open folder; empty if it is not known."""
-    status = os.fstat(handle)
-    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    try:
-        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
-            parts = line.split()
-            if len(parts) > 5 and parts[1] == "FLOCK" and parts[5] == wanted and int(parts[4]) > 0:
-                return f" (process {parts[4]})"
-    except (OSError, ValueError):
-        pass
-    return ""
 
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
@@ -122,15 +99,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     >>> path.read_bytes(), len(list(path.parent.iterdir()))
     (b'whole', 1)
     """
-    with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
-        write_all(file.fileno(), data)
-
-
-def write_all(handle: int, data: bytes) -> None:
-    """Write bytes to an open file, in as many pieces as the system takes."""
-    left = memoryview(data)
-    while left:
-        left = left[os.write(handle, left) :]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,10 +110,7 @@ def write_text(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk (fsync)."""
-    # Windows cannot open a folder; a rename there is durable in its own time.
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -183,7 +150,7 @@ def sweep(path: Path) -> None:
     """Delete the unfinished folders that killed processes left beside ``path``."""
     for leftover in leftovers(path):
         with contextlib.suppress(LockedError, FileNotFoundError), lock(leftover) as owner:
-            if owner.sure:
+            if owner.handle is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -195,9 +162,7 @@ _RECORDS = ("run.json", "shapes.json", "config.json")
 """A folder that holds one of these files is a run folder or a model folder."""
 
 
-def check_output(
-    path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = (), *, streams: bool = False
-) -> Path:
+def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = ()) -> Path:
     """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed."""
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
@@ -207,10 +172,6 @@ def check_output(
             if not target.parent.is_dir():
                 raise StoreError(f"{path}: there is no folder {target.parent}; make it, or choose another") from None
             return target
-    if _is_stream(status):
-        if streams:
-            return path
-        raise StoreError(f"{path} is a device, a FIFO or the standard output; name a regular file")
     if not stat.S_ISREG(status.st_mode):
         check_readable(path)
     if any(_is_same(status, file) for file in inputs):
@@ -223,41 +184,8 @@ def check_output(
 
 
 def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
-    """Write text in UTF-8 to a file that the user names: atomically, or directly if it is a stream."""
-    target = check_output(path, suffixes, streams=True)
-    with explain_os_errors(path):
-        status = path.stat() if path.exists() else None
-    if status is None or not _is_stream(status):
-        write_text(target, text)
-        return
-    with explain_os_errors(path):
-        descriptor = _descriptor(status)
-        try:
-            # A FIFO that no process reads is refused instead of waited for.
-            flags = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-            handle = os.open(path, flags) if descriptor is None else os.dup(descriptor)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise StoreError(f"{path} is a FIFO that no process reads; start its reader first") from None
-        try:
-            os.set_blocking(handle, True)
-            write_all(handle, text.encode("utf-8"))
-        finally:
-            os.close(handle)
-
-
-def _is_stream(status: os.stat_result) -> bool:
-    return stat.S_ISCHR(status.st_mode) or stat.S_ISFIFO(status.st_mode) or _descriptor(status) is not None
-
-
-def _descriptor(status: os.stat_result) -> int | None:
-    """Return the descriptor of standard output or error if a file is the same one, else ``None``."""
-    for number in (1, 2):
-        with contextlib.suppress(OSError):  # closed
-            if os.path.samestat(status, os.fstat(number)):
-                return number
-    return None
+    """Write text in UTF-8 to a file that the user names, atomically."""
+    write_text(check_output(path, suffixes), text)
 
 
 def _is_same(status: os.stat_result, name: str | Path) -> bool:

@@ -1,8 +1,7 @@
 """Tell how a network differs from its newly built architecture, build that again, and check that it fits."""
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,17 @@ from regrow.core.errors import first_line
 from regrow.core.names import names_code
 from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.language import origin_of
-from regrow.store import probe
 from regrow.store.errors import StoreError
 from regrow.store.portable import check_configuration, is_pretrained
 from regrow.store.shapes import DTYPES, MOST, SHAPES, Kind, Number, Shapes, Stored
 from regrow.store.state import (
     USUAL,
     Held,
-    all_tensors,
     attribute_tensors,
     find_numbers,
     find_ties,
-    is_place,
     named_tensors,
     packed_tensors,
-    restore,
     same_number,
     same_tensor,
     settable_numbers,
@@ -39,8 +34,7 @@ from regrow.tracing.branches import find_placeholders, insert_placeholders
 from regrow.tracing.stacks import StackError, find_insertions, insert_copies
 
 Builder = Callable[[], Any]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OTHER_CODE = "it was built by other code or settings"
+_OTHER_CODE = "it was built by other code or settings, or shapes.json was changed"
 
 
 def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
@@ -81,22 +75,19 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
 
 
 def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors in attributes, lists and mappings that a newly built network does not have so."""
+    """Return the tensors in attributes that a newly built network does not have so."""
     names = {id(held.tensor): name for name, held in named_tensors(model).items()}
-    packed = {place: tensor for place, tensor in packed_tensors(model).items() if id(tensor) not in names}
     if fresh is None:
-        return packed | attribute_tensors(model)
+        return attribute_tensors(model)
     fresh_names = {id(held.tensor): name for name, held in named_tensors(fresh).items()}
     fresh_packed, fresh_attributes = packed_tensors(fresh), attribute_tensors(fresh)
-    result = {}
-    for place, tensor in packed.items():
-        if place not in fresh_packed or fresh_packed[place].shape != tensor.shape:
+    for place, tensor in packed_tensors(model).items():
+        if id(tensor) not in names and not (place in fresh_packed and same_tensor(tensor, fresh_packed[place])):
             raise StoreError(
-                f"{place} is a tensor in a list or mapping of a module, where a newly built network has none of its "
-                "shape; make it a buffer (register_buffer), or delete it"
+                f"{place} is a tensor in a list or mapping of a module, which a newly built network does not have so; "
+                "make it a buffer (register_buffer)"
             )
-        if not same_tensor(tensor, fresh_packed[place]):
-            result[place] = tensor
+    result = {}
     for name, tensor in attribute_tensors(model).items():
         old = fresh_attributes.get(name)
         alias = id(tensor) in names and old is not None and names[id(tensor)] == fresh_names.get(id(old))
@@ -119,29 +110,31 @@ def _stored_dtype(name: str, held: Held, dtype: torch.dtype | None) -> str:
 
 def check(fresh: nn.Module, shapes: Shapes) -> None:
     """Raise StoreError unless a newly built network, with its modules dropped, fits the record."""
-    there, packed, modules = named_tensors(fresh), packed_tensors(fresh), dict(fresh.named_modules())
-    for name, stored in shapes.tensors.items():
-        if stored.kind is not Kind.ATTRIBUTE:
-            _check_tensor(fresh, there.get(name), name, stored, shapes.compared)
-        elif not is_place(name):
-            _check_attribute(modules, name)
-        elif name not in packed or packed[name].shape != stored.shape:
-            has = f"a tensor of shape {tuple(packed[name].shape)}" if name in packed else "no tensor"
-            raise StoreError(
-                f"the architecture has {has} in the place {name!r}, the record one of shape {stored.shape}; make it in "
-                "the function that builds the network"
-            )
+    there, modules = named_tensors(fresh), dict(fresh.named_modules(remove_duplicate=False))
+    recorded = dict(shapes.tensors)
     for name, first in shapes.ties.items():
         if first not in shapes.tensors or name in shapes.tensors:
             raise StoreError(f"{name!r} is tied to {first!r}, which is not stored; restore shapes.json")
-        _check_tensor(fresh, there.get(name), name, shapes.tensors[first], shapes.compared)
-    known = {*shapes.tensors, *shapes.ties, *shapes.dropped}
-    for name, held in there.items():
-        if name not in known and held.kind is not Kind.DERIVED:
-            raise StoreError(f"the architecture has a tensor {name!r} that is not stored; restore shapes.json")
-    for name in shapes.dropped:
-        if name not in there:
-            raise StoreError(f"the architecture has no tensor {name!r} to drop; restore shapes.json")
+        recorded[name] = shapes.tensors[first]
+    for name, stored in recorded.items():
+        path, _, leaf = name.rpartition(".")
+        held, module = there.get(name), modules.get(path)
+        if stored.kind is Kind.ATTRIBUTE:
+            fits = module is not None and _takes_attribute(module, leaf)
+        elif held is None:
+            free = module is not None and leaf in {**module._parameters, **module._buffers}
+            fits = free and (stored.added or not shapes.compared)
+        else:
+            fits = _is_like(held, stored, shapes.compared)
+        if not fits:
+            has = "nothing" if held is None else f"{held.kind} {tuple(held.tensor.shape)}"
+            raise StoreError(
+                f"the architecture has no place for the tensor {name!r}: it has {has} there, the record says "
+                f"{stored.kind} {stored.was or stored.shape}; {_OTHER_CODE}"
+            )
+    required = {name for name, held in there.items() if held.kind.carried}
+    if other := (required - {*recorded, *shapes.dropped}) | ({*shapes.dropped} - there.keys()):
+        raise StoreError(f"shapes.json and the architecture disagree about the tensor {min(other)!r}; restore it")
     numbers = settable_numbers(fresh)
     for place, value in shapes.attributes.items():
         # Without a comparison everything is listed, numbers too that a module first sets when it runs.
@@ -150,49 +143,35 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
             _check_number(place, value, value if unset else numbers.get(place))
 
 
-def _check_tensor(fresh: nn.Module, held: Held | None, name: str, stored: Stored, compared: bool) -> None:
-    if held is None:
-        path, _, leaf = name.rpartition(".")
-        module = dict(fresh.named_modules(remove_duplicate=False)).get(path)
-        registered = {} if module is None else {**module._parameters, **module._buffers}
-        if leaf not in registered or (compared and not stored.added):
-            raise StoreError(f"the architecture has no place for the tensor {name!r}; {_OTHER_CODE}")
-        return
+def _is_like(held: Held, stored: Stored, compared: bool) -> bool:
+    """Whether a tensor of a newly built network is what the record says of it."""
     shape = tuple(held.tensor.shape)
-    if held.kind is not stored.kind:
-        raise StoreError(f"{name!r} is a {held.kind} in the architecture, {stored.kind} in the record")
-    if stored.added or (compared and shape != (stored.was or stored.shape)):
-        expected = "no such tensor" if stored.added else (stored.was or stored.shape)
-        raise StoreError(
-            f"the architecture has {name!r} with shape {shape}, the record says {expected}; {_OTHER_CODE}, or "
-            "shapes.json was changed"
-        )
-    if len(shape) != len(stored.shape):
-        raise StoreError(f"{name!r} has {len(shape)} dimensions in the architecture, {len(stored.shape)} in the record")
+    if held.kind is not stored.kind or stored.added or len(shape) != len(stored.shape):
+        return False
+    return not compared or shape == (stored.was or stored.shape)
 
 
-def _check_attribute(modules: Mapping[str, nn.Module], name: str) -> None:
-    """Raise StoreError unless a tensor may be assigned to a plain attribute of this name."""
-    path, _, leaf = name.rpartition(".")
-    module = modules.get(path)
-    parts = () if module is None else (*module._parameters, *module._buffers, *module._modules, *USUAL)
-    free = module is not None and leaf.isidentifier() and not leaf.startswith("__") and leaf not in parts
-    held = (getattr(type(module), leaf, None), vars(module).get(leaf) if free else None)
-    if not free or not all(isinstance(value, Tensor | None) for value in held):
-        raise StoreError(f"the architecture has no place for a tensor {name!r} as an attribute; restore shapes.json")
+def _takes_attribute(module: nn.Module, leaf: str) -> bool:
+    """Whether a tensor may be assigned to a plain attribute of this name."""
+    taken = (*module._parameters, *module._buffers, *module._modules, *USUAL)
+    if not leaf.isidentifier() or leaf.startswith("__") or leaf in taken:
+        return False
+    return all(
+        isinstance(value, Tensor | None) for value in (getattr(type(module), leaf, None), vars(module).get(leaf))
+    )
 
 
 def _check_number(place: str, value: Number, old: Number | None) -> None:
-    if old is None or isinstance(value, tuple) != isinstance(old, tuple):
-        raise StoreError(f"the architecture has no number {place!r}; {_OTHER_CODE}")
-    news, olds = (v if isinstance(v, tuple) else (v,) for v in (value, old))
-    if len(news) != len(olds):
-        raise StoreError(f"{place!r} holds {len(olds)} numbers in the architecture, {len(news)} in the record")
-    for new, was in zip(news, olds, strict=True):
-        if math.isfinite(was) and not math.isfinite(new):
-            raise StoreError(f"{place!r} is {new} in the record; restore shapes.json")
-        if (was > 0 and new < 0 and isinstance(was, int)) or (abs(was) < MOST <= abs(new)):
-            raise StoreError(f"{place!r} is {new} in the record; a size is from 0 to {MOST - 1}: restore shapes.json")
+    news, olds = (v if isinstance(v, tuple) else (v,) for v in (value, 0 if old is None else old))
+    alike = old is not None and isinstance(value, tuple) == isinstance(old, tuple) and len(news) == len(olds)
+    if not alike or not all(map(_may_become, olds, news)):
+        raise StoreError(f"{place!r} is {old} in the architecture, {value} in the record; {_OTHER_CODE}")
+
+
+def _may_become(was: float, new: float) -> bool:
+    """Whether a number may have changed so: it stays finite, and a size from 0 to 2^31 - 1."""
+    finite = math.isfinite(new) or not math.isfinite(was)
+    return finite and not (isinstance(was, int) and was > 0 > new) and not abs(was) < MOST <= abs(new)
 
 
 def _insert_and_drop(
@@ -287,63 +266,5 @@ def describe_origin(model: nn.Module) -> Origin:
         return origin_of(model, type(model).__name__)
     kind = type(model)
     reference = f"{kind.__module__}:{kind.__qualname__}"
-    parameters = inspect.signature(kind).parameters.values()
-    needed = any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     importable = kind.__module__.partition(".")[0] not in ("__main__", "torch", "torchvision")
-    return Origin(
-        "callable", reference if importable and not needed and names_code(reference) else "", {}, kind.__name__
-    )
-
-
-def unsaved_change(model: nn.Module, fresh: nn.Module, shapes: Shapes, folder: Path) -> str:
-    """Return the first attribute that no file stores, if loading would fail because of it; else ``""``."""
-    kept = {place.replace(":", ".").removeprefix(".") for place in shapes.attributes}
-    changed = next((place for place in _differences(model, fresh) if place not in kept), "")
-    if not changed:
-        return ""
-    present, tensors = all_tensors(model), dict[str, Tensor]()
-    for name, stored in shapes.tensors.items():
-        tensor = present[name].detach().to("cpu", DTYPES[stored.dtype])
-        tensors[name] = tensor if stored.kind is Kind.PARAMETER else tensor.clone()
-    restore(fresh, shapes, tensors)
-    try:
-        probe.check_probe(fresh.eval(), folder / probe.FILE, stored={DTYPES[s.dtype] for s in shapes.tensors.values()})
-    except StoreError:
-        return changed
-    return ""
-
-
-def _differences(model: nn.Module, fresh: nn.Module) -> Iterator[str]:
-    """Yield the attributes of modules that differ from a newly built network, except tensors and numbers."""
-    others = dict(fresh.named_modules())
-    usual = USUAL | {"origin", "tokenizer"}
-    for path, module in model.named_modules():
-        other = others.get(path)
-        if other is None:
-            continue
-        if type(module) is not type(other):
-            yield f"{path or 'the model'} (a {type(module).__name__}, not a {type(other).__name__})"
-            continue
-        dot = f"{path}." if path else ""
-        now, before = ({k: v for k, v in vars(part).items() if k not in usual} for part in (module, other))
-        yield from (f"{dot}{name}" for name in {**before, **now} if not _alike(now, before, name))
-        yield from (f"{dot}{name}" for name in _HOOKS if len(vars(module)[name]) != len(vars(other)[name]))
-
-
-def _alike(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -> bool:
-    """Whether an attribute is the same in two networks, as far as that can be decided."""
-    if (name in now) != (name in before):
-        return False
-    a, b = now[name], before[name]
-    if isinstance(a, Tensor | nn.Module) or (type(a) in (int, float) and type(b) is type(a)):
-        return True  # what files keep
-    if type(a) is not type(b):
-        return False
-    if callable(a) and hasattr(a, "__qualname__"):
-        return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
-    if "__eq__" not in {name for kind in type(a).__mro__[:-1] for name in vars(kind)}:
-        return True  # equal to nothing but itself
-    try:
-        return bool(a == b)
-    except (RuntimeError, ValueError, TypeError):  # tensors in lists
-        return True
+    return Origin("callable", reference if importable and names_code(reference) else "", {}, kind.__name__)

@@ -94,7 +94,7 @@ def read_plan(data: object) -> Plan:
     """Read a plan from JSON data strictly: missing, unknown and mistyped fields are errors that name the field."""
     if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
         raise PlanError(f"not a plan: expected the format {PLAN_FORMAT!r}")
-    drop = convert({"drop": data.get("drop")}, dict[str, dict[str, dict[str, Placeholder]]])["drop"]
+    drop = convert(data.get("drop"), dict[str, dict[str, Placeholder]], "drop")
     plan = convert(data | {"drop": {}}, Plan)
     plan = replace(plan, drop={path: Branch(path, placeholders) for path, placeholders in drop.items()})
     check_fields(data, json.loads(plan.to_json()))

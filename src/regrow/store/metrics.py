@@ -1,11 +1,9 @@
 """``metrics.jsonl``: the measurements of a run; each has a key, so that a resumed run adds none a second time."""
 
-import contextlib
 import json
-import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +12,9 @@ import msgspec
 
 from regrow.core.errors import InputError
 from regrow.core.limits import parse_json
-from regrow.store.atomic import write_all, write_bytes
+from regrow.store.atomic import write_bytes
 from regrow.store.convert import convert, replace_nonfinite
-from regrow.store.errors import StoreError, check_readable, explain_os_errors
+from regrow.store.errors import StoreError, check_readable
 from regrow.store.schemas import Count
 
 Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
@@ -132,13 +130,10 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class CommitRow(msgspec.Struct, frozen=True):
-    """A change of shape during training, with the loss before it and the steps until it was reached again."""
+    """A change of shape during training."""
 
     task: Count  # the index of the task during which the shape changed
     epoch: Count  # the epoch after which it changed
-    steps_watched: Count  # the steps for which the loss was watched afterwards
-    loss_before: Figure  # the smoothed loss before the change
-    recovery_steps: Count | None  # the steps until the loss was at most loss_before again; None if it was not
     grown: dict[str, Count] = {}  # axis key → units added
     cut: dict[str, Count] = {}  # axis key → units removed
     dropped: list[str] = []
@@ -200,7 +195,6 @@ KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "commit": (CommitRow, None),
     "epoch": (MetricsRow, ("epoch",)),
     "found": (SearchResultRow, ()),
-    "front": (MetricsRow, ("epoch",)),
     "gone": (MissingTasksRow, ("tasks",)),
     "growth": (CommitRow, None),
     "latency": (MetricsRow, ()),
@@ -222,97 +216,20 @@ KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
 KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in KINDS.items() if fields is not None}
 
 
-def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append a line of JSON and flush it to the disk; if that fails, truncate the file to its former end."""
-    line = json.dumps(row, allow_nan=False) + "\n"
-    with _opened(path) as handle:
-        end = _repair_end(handle)
-        try:
-            os.lseek(handle, end, os.SEEK_SET)
-            write_all(handle, line.encode())
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, end)
-            raise
-
-
-def read(path: Path, *, check: bool = False) -> list[dict[str, Any]]:
-    """Read all rows in order; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    check_readable(path)
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = _row(line)
-        if row is not None:
-            if check and row["what"] in KINDS:
-                convert(row, KINDS[row["what"]][0], f"{path}: line {number}", "restore it or delete that line")
-            rows.append(row)
-        elif line.strip() and number < len(lines):
-            raise StoreError(f"{path}: line {number} is not a measurement; restore it or delete that line")
-    return rows
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """Open a file for changes in place; one with a second name (a hard link, of a killed process) is copied first."""
-    flags = os.O_RDWR | os.O_CREAT
-    for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):  # opening a device or FIFO must not wait
-        flags |= getattr(os, name, 0)
-    with explain_os_errors(path):
-        if path.is_symlink():
-            raise StoreError(f"{path} is a symbolic link, and the file it leads to is not changed; delete the link")
-        if path.exists() and not path.is_file():
-            raise StoreError(f"{path} is not a regular file; delete it")
-        if path.exists() and path.stat().st_nlink > 1:
-            write_bytes(path, path.read_bytes())
-        handle = os.open(path, flags, 0o666)
-        try:
-            opened = os.fstat(handle)  # another one may have taken its place since
-            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
-                raise StoreError(f"{path} was exchanged while it was opened; run this again")
-            yield handle
-        finally:
-            os.close(handle)
-
-
-def _repair_end(handle: int) -> int:
-    """Repair the end of a file and return where the next line begins."""
-    end = os.lseek(handle, 0, os.SEEK_END)
-    start, tail = end, b""
-    while start and b"\n" not in tail:
-        start = max(0, start - 2**16)
-        os.lseek(handle, start, os.SEEK_SET)
-        tail = os.read(handle, end - start)
-    last = tail.rpartition(b"\n")[2]
-    if not last:
-        return end
-    if _row(last) is None:
-        os.ftruncate(handle, end - len(last))
-        return end - len(last)
-    os.lseek(handle, end, os.SEEK_SET)
-    return end + os.write(handle, b"\n")
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = parse_json(line)
-        convert(row, MetricsRow)
-    except (ValueError, InputError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
+@dataclass
 class Metrics:
-    """The rows of a ``metrics.jsonl`` file, which need not exist, read and appended."""
+    """The rows of a ``metrics.jsonl`` file, which need not exist; one that is added replaces the whole file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every row, in order; a last line that a crash truncated is left out."""
-        return read(self.path, check=True)
+        """Return every row, in order."""
+        rows = []
+        for where, row in self._lines():
+            if row["what"] in KINDS:
+                convert(row, KINDS[row["what"]][0], where, "restore it or delete that line")
+            rows.append(row)
+        return rows
 
     def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
         """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns."""
@@ -320,22 +237,42 @@ class Metrics:
         key = _key(plain, number)
         if key is not None and key in self._keys:
             return False
-        append(self.path, plain)
+        lines = self._read()
+        separator = b"\n" if lines and not lines.endswith(b"\n") else b""
+        write_bytes(self.path, lines + separator + json.dumps(plain, allow_nan=False).encode() + b"\n")
         if key is not None:
             self._keys.add(key)
         return True
 
     @cached_property
     def _keys(self) -> set[str | None]:
-        if os.path.lexists(self.path):
-            with _opened(self.path) as handle:
-                _repair_end(handle)  # which a crash may have cut short
         counts: Counter[str] = Counter()
         keys = set()
-        for row in read(self.path):
+        for _, row in self._lines():
             keys.add(_key(row, counts[row["what"]]))
             counts[row["what"]] += 1
         return keys
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield where each row stands, and the row."""
+        for number, line in enumerate(self._read().split(b"\n"), 1):
+            where = f"{self.path}: line {number}"
+            if line.strip():
+                try:
+                    row = parse_json(line)
+                    convert(row, MetricsRow)
+                except (ValueError, InputError):
+                    raise StoreError(f"{where} is not a measurement; restore it or delete that line") from None
+                assert isinstance(row, dict)
+                yield where, row
+
+    def _read(self) -> bytes:
+        if self.path.is_symlink():
+            raise StoreError(f"{self.path} is a symbolic link; put the file itself there")
+        if not self.path.exists():
+            return b""
+        check_readable(self.path)
+        return self.path.read_bytes()
 
 
 def _key(row: Mapping[str, object], number: int | None) -> str | None:

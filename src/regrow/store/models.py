@@ -18,17 +18,16 @@ from regrow.core.axes import Example
 from regrow.core.errors import InputError
 from regrow.core.limits import read_text
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
-from regrow.nets.load import check_finite
 from regrow.nets.loaded import check_unchanged
 from regrow.store import probe
 from regrow.store.atomic import write_text
-from regrow.store.building import Builder, build_checked, build_fresh, describe, describe_origin, unsaved_change
+from regrow.store.building import Builder, build_checked, build_fresh, describe, describe_origin
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.portable import main_dtype, read_tokenizer, update_origin, write_pretrained, write_tokenizer
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
+from regrow.store.run_record import versions
 from regrow.store.shapes import DTYPES, SHAPES, Kind, Probe, Shapes
-from regrow.store.state import all_tensors, attribute_tensors, named_tensors, restore
-from regrow.store.versions import versions
+from regrow.store.state import all_tensors, named_tensors, restore
 from regrow.store.weights import (
     OutsideTensors,
     check_file,
@@ -89,8 +88,6 @@ def save(
             in the dtype it would be stored in (buffers may), the folder holds a model that regrow did not write, or the
             disk is full.
     """
-    if not isinstance(folder, str | Path):
-        raise StoreError(f"folder must be a path, got a {type(folder).__name__}; write save(model, folder)")
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / SHAPES).exists():
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
@@ -125,10 +122,6 @@ def write_model(
     origin = replace(origin, name=Path(origin.name).name)  # no paths of this machine
     if origin.kind == "transformers":
         origin = update_origin(origin, net, dtype or main_dtype(net))
-    try:
-        check_finite(net, origin.name or "the model", dtype)
-    except ModelError as error:
-        raise StoreError(str(error)) from None
     fresh = build_fresh(origin)
     fresh = fresh and replace_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
     shapes = describe(net, fresh, origin, dtype)
@@ -141,17 +134,11 @@ def write_model(
         shapes = write_weights(((name, tensors[name]) for name in shapes.tensors), shapes, folder)
         kept = _write_probe(net, shapes, example, folder)
     else:
-        shapes = write_weights(outside.each(shapes), shapes, folder, check=True, ahead=outside.ahead)
+        shapes = write_weights(outside.each(shapes), shapes, folder, ahead=outside.ahead)
         with outside.running(folder) as running:
             kept = _write_probe(running, shapes, example, folder, outside.aligned)
-    if kept.file is None:
+    if not kept.header:
         _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", kept.reason)
-    elif outside is None and fresh is not None and (changed := unsaved_change(net, fresh, shapes, folder)):
-        _log.warning(
-            "the saved model will be refused by load: no file keeps %s, in which it differs from a newly built model; "
-            "make the change in the function that builds it, and give load that: load(folder, model=function)",
-            changed,
-        )
     if origin.kind == "transformers":
         write_pretrained(net, shapes, folder)
     if hasattr(tokenizer, "save_pretrained"):
@@ -216,18 +203,14 @@ def _load(
                 tensors[name] = tensor.to(dtype)
     restore(net, shapes, tensors)
     net.eval()
-    if check and (recorded := shapes.probe.file) is not None:
-        check_file(inside(folder, probe.FILE), recorded)
+    if check and shapes.probe.header:
+        check_file(inside(folder, probe.FILE), shapes.probe)
         dtypes = {DTYPES[stored.dtype] for stored in shapes.tensors.values()}
         probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
     elif check:
         reason = shapes.probe.reason
         _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, reason)
     net.to(device, None if transformers else dtype)
-    for name, tensor in attribute_tensors(net).items():  # which `to` leaves where they are
-        if name in tensors:
-            path, _, leaf = name.rpartition(".")
-            vars(net.get_submodule(path))[leaf] = tensor.to(device)
     builds = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
     origin = replace(shapes.origin, builder=model) if builds else shapes.origin
     describe_loaded(net, origin, read_tokenizer(folder) if transformers else None)
@@ -267,23 +250,19 @@ def _write_probe(
     net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path, aligned: bool | None = None
 ) -> Probe:
     """Write an input and the network's output for it; return its record, or why there is none."""
-    if isinstance(example, Tensor):
-        example = Example((example,))
-    guessed = example is None
     try:
-        example = example or example_for(net, shapes.origin)
+        example = Example((example,)) if isinstance(example, Tensor) else example or example_for(net, shapes.origin)
         if example is None:
-            raise probe.UnprobedError("no example input is known; give one: save(…, example=input)")
+            raise probe.UnprobedError("no example input is known")
         there = named_tensors(net)
         cast = any(
             str(there[n].tensor.dtype) != f"torch.{stored.dtype}" for n, stored in shapes.tensors.items() if n in there
         )
         probe.write_probe(net, example, folder / probe.FILE, cast=cast, aligned=aligned)
     except (probe.UnprobedError, ModelError) as error:
-        remedy = "; give one: save(…, example=input)"
-        return Probe(reason=str(error) + (remedy if guessed and remedy not in str(error) else ""))
+        return Probe(reason=f"{error}; give one that it takes: save(…, example=input)")
     file = measure(folder / probe.FILE)
-    return Probe(file.bytes, file.sha256, file.header)
+    return Probe(file.bytes, file.header)
 
 
 def _files_of_a_model(folder: Path) -> list[Path]:

@@ -19,10 +19,10 @@ from regrow.core.sources import device_of
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.schemas import Shape
-from regrow.store.shapes import DTYPES, PROBE
+from regrow.store.shapes import DTYPES
 from regrow.store.tensors import digest, read_tensors, write_tensors
 
-FILE, FORMAT = PROBE, "regrow-probe/1"
+FILE, FORMAT = "probe.st", "regrow-probe/1"
 """A safetensors file with another suffix: some tools take every ``*.safetensors`` for weights of the model."""
 MOST = 2**16
 """The most numbers of an input tensor that are stored; a larger one is replaced by a fixed pattern of its shape."""
@@ -86,16 +86,10 @@ def _is_aligned(tensor: Tensor) -> bool:
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], cast: bool = False) -> None:
     """Raise StoreError unless a loaded network gives the output that was recorded when it was saved."""
     header, inputs, before = _read(path)
-    fitting = _fitting(inputs, model)
-    inputs = fitting if cast else inputs
+    if cast or not header.exact:  # the weights have, or were stored in, another dtype than the recorded input
+        inputs = _fitting(inputs, model)
     try:
-        try:
-            digests, samples = compute_answer(model, header.inputs, inputs)
-        except Exception:
-            if header.exact or [x.dtype for x in inputs] == [x.dtype for x in fitting]:
-                raise
-            inputs = fitting  # its weights were stored in another dtype than it answered in when it was saved
-            digests, samples = compute_answer(model, header.inputs, inputs)
+        digests, samples = compute_answer(model, header.inputs, inputs)
     except Exception as error:
         raise StoreError(
             f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); {_REMEDY}"

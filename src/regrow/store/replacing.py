@@ -12,10 +12,9 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from regrow.store.atomic import LEFTOVER, PAGE, Lock, LockedError, leftovers, lock, staging_folder, sweep, sync
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
@@ -31,7 +30,8 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
     """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error."""
     target = folder.resolve()
     check_replaceable(folder)
-    with explain_os_errors(folder), _parents(target), contextlib.ExitStack() as stack:
+    with explain_os_errors(folder), contextlib.ExitStack() as stack:
+        target.parent.mkdir(parents=True, exist_ok=True)
         settle(target)
         if owner is None and target.is_dir():
             stack.enter_context(lock(target))
@@ -82,11 +82,8 @@ def clear_leftovers(folder: Path) -> None:
     sweep(folder.resolve())
 
 
-def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:
-    """Hard-link the files of a folder into another one, or copy them where links are not supported.
-
-    Those called ``copy`` will be written to in place, and so are copied.
-    """
+def link_tree(source: Path, target: Path, skip: Collection[str] = ()) -> None:
+    """Hard-link the files of a folder into another one, or copy them where links are not supported."""
     for path in sorted(source.iterdir()):
         copied = target / path.name
         if path.name in skip or LEFTOVER.fullmatch(path.name):
@@ -94,8 +91,8 @@ def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Coll
         if path.is_dir() and not path.is_symlink():
             copied.mkdir(exist_ok=True)
             link_tree(path, copied)
-        elif not copied.exists() and (path.name in copy or not _link(path, copied)):
-            shutil.copy2(path, copied, follow_symlinks=path.name in copy)
+        elif not copied.exists() and not _link(path, copied):
+            shutil.copy2(path, copied, follow_symlinks=False)
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
@@ -153,20 +150,6 @@ def _exchange_atomically(new: Path, target: Path) -> bool:
     raise OSError(number, os.strerror(number), str(target))
 
 
-@contextlib.contextmanager
-def _parents(target: Path) -> Iterator[None]:
-    """Create the parent folders of a new folder; remove them again if the block fails."""
-    missing = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
 def _sync_tree(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -174,15 +157,6 @@ def _sync_tree(folder: Path) -> None:
         elif path.is_file():
             sync(path)
     sync(folder)
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_CLONE = 0x40049409
-"""The request FICLONE of Linux: share the blocks of another file."""
 
 
 def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
@@ -199,10 +173,7 @@ def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
             continue
         check_readable(path)
         if not (link and path.lstat().st_nlink == 1 and not path.is_symlink() and _link(path, target / name)):
-            with path.open("rb") as file, (target / name).open("xb") as copy:
-                if not _clone(file, copy):
-                    shutil.copyfileobj(file, copy, 2**22)
-            shutil.copystat(path, target / name)
+            shutil.copy2(path, target / name)
 
 
 def record_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -224,8 +195,7 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
         if name not in present:
             raise StoreError(f"{shown / name} is missing or a link; put the file of the run there again")
         if present[name] != expected:
-            state = "truncated" if present[name]["bytes"] < expected["bytes"] else "damaged or was changed"
-            raise StoreError(f"{shown / name} is {state}: it does not have the recorded SHA-256; copy it again")
+            raise StoreError(f"{shown / name} does not have the recorded SHA-256: it is damaged; copy it again")
     if other := min(present.keys() - recorded.keys(), default=None):
         raise StoreError(f"{shown / other} is no file of the run; move it elsewhere")
 
@@ -233,15 +203,6 @@ def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: 
 def count_bytes(folder: Path) -> int:
     """Return how many bytes a copy of a folder takes."""
     return sum(path.stat().st_size for path in _files(folder))
-
-
-def shares_blocks(source: Path, folder: Path) -> bool:
-    """Whether a copy of a file would take no room on the disk, since it shares the blocks of the original."""
-    try:
-        with source.open("rb") as file, tempfile.TemporaryFile(dir=folder) as copy:
-            return _clone(file, copy)
-    except OSError:
-        return False
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -253,17 +214,6 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(path)
         elif path.is_file():
             yield path
-
-
-def _clone(source: BinaryIO, target: Any) -> bool:
-    """Let an empty file share the blocks of another one; ``False`` where the file system cannot."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.ioctl(target.fileno(), _CLONE, source.fileno())
-    except OSError:
-        return False
-    return True
 
 
 def _link(source: Path, target: Path) -> bool:

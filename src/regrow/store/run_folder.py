@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from regrow.core.axes import AxisGraph
-from regrow.core.tables import Table, format_html
 from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.store import run_record
 from regrow.store.atomic import Lock, lock, write_text
@@ -23,7 +22,6 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
 from regrow.store.metrics import Metrics
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
-from regrow.store.versions import versions
 
 WritePage = Callable[[Path], object]
 """Writes the report page of a run into the folder that it is given."""
@@ -38,7 +36,6 @@ class RunFolder:
         resumed: Whether an earlier process had started this run.
         out: The folder that the finished run will have; ``None`` for a folder that is only read.
         owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
-        send: Called with every row that :meth:`log` adds, such as for a tracker.
         inputs: The files that the run reads, which :meth:`finish` compares with what they were.
     """
 
@@ -46,7 +43,6 @@ class RunFolder:
     resumed: bool = False
     out: Path | None = None
     owner: Lock | None = None
-    send: Callable[[Mapping[str, object]], None] | None = None
     inputs: list[WeightFile] = field(default_factory=list)
     kept: ClassVar[bool] = True
     measured: ClassVar[bool] = True
@@ -62,8 +58,9 @@ class RunFolder:
         command: str = "",
     ) -> "RunFolder":
         """Start a run in a new or empty folder, or resume the same run if it was interrupted."""
-        out, wanted = Path(out), run_record.run_identity(verb, settings, defaults)
-        cls.check(out, verb=verb, settings=settings, defaults=defaults)
+        out, wanted = Path(out), dict[str, Any](verb=verb, settings=settings)
+        wanted |= {} if defaults is None else {"defaults": defaults}
+        cls.check(out, wanted)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
@@ -73,20 +70,13 @@ class RunFolder:
             folder = cls(out / WORK if resumed else run_record.make_area(out), resumed, out, owner)
             if not resumed:
                 record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
-                folder._write(run_record.RUN, record | {"versions": versions(), "started": _now()})
+                folder.write(run_record.RUN, record | {"versions": run_record.versions(), "started": _now()})
             stack.pop_all()
         return folder
 
     @classmethod
-    def check(
-        cls,
-        out: str | Path,
-        *,
-        verb: str,
-        settings: Mapping[str, object],
-        defaults: Mapping[str, object] | None = None,
-    ) -> bool:
-        """Whether :meth:`create` with these arguments would resume an interrupted run (``False``: start a new one).
+    def check(cls, out: str | Path, wanted: Mapping[str, Any]) -> "RunFolder | None":
+        """Return the interrupted run that :meth:`create` would resume, for reading; ``None``: it would start a new one.
 
         What killed processes left beside the folder is deleted; nothing else is changed.
         """
@@ -95,11 +85,10 @@ class RunFolder:
         clear_leftovers(out)
         if out.is_dir():
             lock(out).release()
-        if not run_record.is_resumable(out, run_record.run_identity(verb, settings, defaults)):
-            return False
-        if begun := cls.open_unfinished(out):
+        begun = cls.open_unfinished(out) if run_record.is_resumable(out, wanted) else None
+        if begun:
             begun.metrics()  # what goes on with damaged measurements ends with them
-        return True
+        return begun
 
     @classmethod
     def reopen(cls, out: str | Path) -> "RunFolder":
@@ -134,15 +123,6 @@ class RunFolder:
         area = run_record.unfinished_folder(Path(path))
         return cls(area) if area else None
 
-    def _repr_html_(self) -> str:
-        """Return what the run is and the sizes that it measured as HTML tables, for notebooks."""
-        run = self.run()
-        facts = [(name, run[name]) for name in ("verb", "command", "started", "finished") if run.get(name)]
-        columns = ("model", "params_all", "params_counted", "macs", "bytes")
-        rows = [tuple(row.get(name, "–") for name in columns) for row in self.metrics() if row["what"] == "size"]
-        heads = ("model", "parameters", "weights", "MACs", "bytes")
-        return format_html([Table(str(self.path), ("", ""), facts), Table("", heads, rows, (1, 2, 3, 4))])
-
     def __enter__(self) -> "RunFolder":
         return self
 
@@ -156,13 +136,14 @@ class RunFolder:
 
     def update(self, **fields: object) -> None:
         """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed."""
-        self._update(fields)
+        run = {**self.run(), **fields}
+        self.write(run_record.RUN, {name: value for name, value in run.items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
         """Complete the run: its files replace the folder for which it was started, atomically."""
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
-        self._update(fields | {"finished": _now()})
+        self.update(**fields, finished=_now())
         if write_page:
             write_page(self.path)
         check_unchanged(self.inputs)
@@ -186,12 +167,10 @@ class RunFolder:
         self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object
     ) -> None:
         """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns."""
-        entry = {"what": what, **(row or {}), **values}
-        if self._metrics.add(entry, number) and self.send:
-            self.send(entry)
+        self._metrics.add({"what": what, **(row or {}), **values}, number)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out."""
+        """Return every measurement of ``metrics.jsonl``, in order."""
         return self._metrics.rows()
 
     def last(self, what: str) -> dict[str, Any]:
@@ -207,21 +186,10 @@ class RunFolder:
     def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
         """Write ``axes.json``: the axes of the model before and after the run."""
         rows = {"before": before, "after": after}
-        self._write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
+        self.write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 
-    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
-        """Write ``scores.json``: a summary of the importance scores of every axis."""
-        self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
-
-    def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
-        """Write ``findings.json``: the tables in which a method explains its choice."""
-        self._write("findings.json", {"method": method, **findings})
-
-    def _update(self, fields: Mapping[str, object]) -> None:
-        run = {**self.run(), **fields}
-        self._write(run_record.RUN, {name: value for name, value in run.items() if value is not None})
-
-    def _write(self, name: str, data: Mapping[str, object]) -> None:
+    def write(self, name: str, data: Mapping[str, object]) -> None:
+        """Write a JSON file of the run, such as ``scores.json``."""
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
 

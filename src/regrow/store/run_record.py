@@ -6,9 +6,11 @@ result. The ``run.json`` at the top of a folder is that of a finished run.
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,11 +42,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
     """Convert the recorded settings of a run to the dataclass of its command, and check them."""
     known = {field.name for field in fields(kind)}
-    if unknown := sorted(values.keys() - known):
-        raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
-    if missing := sorted(known - values.keys()):
-        raise StoreError(f"settings: {missing[0]!r} is missing; restore run.json")
-    settings: Settings = convert({"settings": values}, dict[str, kind], "run.json")["settings"]  # type: ignore[valid-type]
+    if other := min(known ^ values.keys(), default=""):
+        what = "unknown here" if other in values else "missing"
+        raise StoreError(f"settings: {other!r:.60} is {what}; use the version of regrow that wrote the run")
+    settings = convert(values, kind, "run.json: settings")
     check_settings(settings)
     return settings
 
@@ -58,24 +59,18 @@ def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[str, object] | None) -> dict[str, Any]:
-    """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``."""
-    identity = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
-    return dict(json.loads(json.dumps(identity)))
-
-
 def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise StoreError unless the run in a folder is the wanted one, and not finished."""
     if run["verb"] != wanted["verb"]:
         raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
-    if difference := _first_difference(run["settings"], wanted["settings"]):
+    if difference := first_difference(run["settings"], wanted["settings"]):
         name, was, now = difference
         raise StoreError(
             f"{path} holds another run ({name} was {was}, here {now}); choose another folder, or delete it"
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    if difference := _first_difference(run["defaults"], wanted.get("defaults", run["defaults"]), strict=True):
+    if difference := first_difference(run["defaults"], wanted.get("defaults", run["defaults"])):
         name, was, now = difference
         raise StoreError(
             f"{path} was begun by regrow {run['versions'].get('regrow')}, where {name} was {was} by default, "
@@ -83,18 +78,12 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
 
 
-def _first_difference(
-    old: Mapping[str, object], new: Mapping[str, object], *, strict: bool = False
-) -> tuple[str, str, str] | None:
-    """Return the name of the first setting that differs, and both values in short; ``None`` if all are equal.
-
-    If ``strict``, one that the old settings do not have differs from one that is ``None``.
-    """
+def first_difference(old: Mapping[str, object], new: Mapping[str, object]) -> tuple[str, str, str] | None:
+    """Return the name of the first setting that differs, and both values in short; ``None`` if all are equal."""
     for name in {**new, **old}:
-        if old.get(name) != new.get(name) or (strict and name not in old):
-            missing = "unknown" if strict else "null"
-            was, now = (json.dumps(values[name])[:60] if name in values else missing for values in (old, new))
-            return name, was, now
+        was, now = (json.dumps(values.get(name), sort_keys=True) for values in (old, new))
+        if was != now:
+            return name, was[:60], now[:60]
     return None
 
 
@@ -104,7 +93,7 @@ def unfinished_folder(out: Path) -> Path | None:
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
-def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
+def is_resumable(out: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused."""
     if not out.is_dir():
         return False
@@ -143,5 +132,23 @@ def copy_into_area(out: Path) -> None:
     """Fill the working area with the files of the finished run in a folder, so that they can be changed there."""
     area = make_area(out)
     with explain_os_errors(out):
-        link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
+        link_tree(out, area, skip={WORK, RUN})
     write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run
+
+
+PACKAGES = ("regrow", "torch", "transformers", "tokenizers", "torchvision", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are installed.
+
+    >>> sorted({"python", "torch", "regrow"} & versions().keys())
+    ['python', 'regrow', 'torch']
+    """
+    result = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            result[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return result

@@ -15,22 +15,6 @@ Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class PlannedChange(msgspec.Struct, frozen=True):
-    """What a report shows of what a plan does to one axis."""
-
-    size: Count
-    keep: list[Count]
-    ids: list[Count] = []
-    grow: Count = 0
-    restore: list[Count] = []
-
-
-class PlanRecord(msgspec.Struct, frozen=True):
-    """What a report shows of a plan; plans that change networks are read by :func:`regrow.store.ledger.read_plan`."""
-
-    changes: dict[str, PlannedChange]
-
-
 class ParentJson(msgspec.Struct, frozen=True):
     """The ``parent`` of ``run.json``: the model that a run started from."""
 
@@ -68,6 +52,15 @@ class StageJson(msgspec.Struct, frozen=True):
     weights: Digest
 
 
+class SourceJson(msgspec.Struct, frozen=True):
+    """An entry of ``sources`` in ``run.json``: a source of data, and how much of it was read."""
+
+    name: str
+    origin: str = ""
+    calibration_tokens: Count | None = None
+    evaluation_tokens: Count | None = None
+
+
 class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The times in the ``run.json`` of a search: measured milliseconds of operations, sums and layers."""
 
@@ -89,7 +82,7 @@ class RunJson(msgspec.Struct, frozen=True):
     started: str
     finished: str | None = None
     notes: list[str] = []
-    sources: list[dict[str, Any]] = []
+    sources: list[SourceJson] = []
     seconds: dict[str, float] = {}
     timing: dict[str, Any] | None = None
     latency: LatencyJson | None = None
@@ -99,7 +92,7 @@ class RunJson(msgspec.Struct, frozen=True):
     parent: ParentJson | None = None
     snapshot: SnapshotJson | None = None
     stages: list[StageJson] = []
-    trackers: dict[str, str] = {}
+    stage: StageJson | None = None  # this run
 
 
 class LedgerJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,30 +124,6 @@ class AxisRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after: list[AxisRow]
 
 
-class MassiveUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A unit with massive activations, in ``scores.json``."""
-
-    unit: Count
-    ratio: float | None = None
-    share: float | None = None
-
-
-class AxisScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A summary of the scores of an axis; a number that was not finite is ``None``."""
-
-    quantiles: list[float | None]
-    kept_min: float | None = None
-    dropped_max: float | None = None
-    massive: list[MassiveUnit] = []
-
-
-class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``scores.json``: the metric, and a summary of the scores of every axis."""
-
-    metric: str
-    axes: dict[str, AxisScores]
-
-
 class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The progress of continual learning: the present task and epoch, and what was measured so far."""
 
@@ -162,7 +131,6 @@ class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: Count
     step: Count
     before: list[Any]
-    loss: float | None
     rows: list[list[Any]] = []
     events: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []
@@ -176,13 +144,3 @@ class CourseHeader(msgspec.Struct, frozen=True):
     numbers: dict[str, float]
     course: ProgressJson
     plans: list[dict[str, Any]] | Count
-    logged: Count | None
-    open: list[dict[str, Any]]
-
-
-class RecoveryHeader(msgspec.Struct, frozen=True):
-    """The header of ``recovery.safetensors``, a checkpoint of recovery training."""
-
-    step: Count
-    values: dict[str, Any]
-    key: str = ""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -20,21 +19,17 @@ from regrow.nets import Origin
 from regrow.store.convert import check_fields, check_format, convert
 from regrow.store.errors import StoreError
 from regrow.store.schemas import Count, Digest, Shape, Whole
+from regrow.store.tensors import DTYPE_NAMES
 
 FORMAT = "regrow-shapes/2"
-DTYPES: Mapping[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64),
-    )
-}
+DTYPES: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
 """The dtypes that can be stored, by name."""
 
 MOST = 2**31
-PROBE = "probe.st"
 SHAPES = "shapes.json"
-FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.safetensors")
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w-]*\.safetensors\Z")]
+Place = Annotated[str, msgspec.Meta(pattern="^[^:]*:[^:]*$")]  # module:attribute
+DType = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(DTYPES)})$")]
 
 Number = Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]
 """The values of module attributes that are recorded: sizes, and constants such as epsilons."""
@@ -57,7 +52,7 @@ class Kind(StrEnum):
 class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The record of one stored tensor."""
 
-    dtype: str
+    dtype: DType
     shape: Shape
     kind: Kind = Kind.PARAMETER
     trains: bool = True  # whether a parameter requires gradients
@@ -71,26 +66,18 @@ class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The size of a file in bytes, and its SHA-256; ``header`` is that of a safetensors file's header alone."""
-
-    bytes: Count
-    sha256: Digest
-    header: Digest | Literal[""] = ""
-
-
-class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The record of ``probe.st``, with the fields of a :class:`File`, or the reason why there is none."""
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The size of a safetensors file in bytes, and the SHA-256 of its header; each tensor has a digest of its own."""
 
     bytes: Count = 0
-    sha256: Digest | Literal[""] = ""
     header: Digest | Literal[""] = ""
-    reason: str = ""
+    sha256: Digest | Literal[""] = ""  # of the whole file, which earlier versions wrote; it is not compared
 
-    @property
-    def file(self) -> File | None:
-        """The record of the file; ``None`` if there is none."""
-        return File(self.bytes, self.sha256, self.header) if self.sha256 else None
+
+class Probe(File, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The record of ``probe.st``, or the reason why there is none."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,12 +86,12 @@ class Shapes:
 
     origin: Origin
     tensors: Mapping[str, Stored]  # tied tensors under their first name alone
-    attributes: Mapping[str, Number] = field(default_factory=dict)  # module:attribute → number, where it differs
+    attributes: Mapping[Place, Number] = field(default_factory=dict)  # where they differ
     ties: Mapping[str, str] = field(default_factory=dict)  # further name of a tied tensor → its first name
     dropped: tuple[str, ...] = ()  # tensors that a newly built network has and this one lacks
     # Whether a newly built network was there to compare with; if not, everything is listed, without a ``was``.
     compared: bool = True
-    files: Mapping[str, File] = field(default_factory=dict)
+    files: Mapping[FileName, File] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     # Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
@@ -126,7 +113,8 @@ class Shapes:
             "tensors": self.tensors,
             "inserted": self.inserted,
         }
-        return {"format": FORMAT, "origin": json.loads(self.origin.to_json()), **msgspec.to_builtins(parts)}
+        origin = json.loads(json.dumps(self.origin.record(), sort_keys=True))
+        return {"format": FORMAT, "origin": origin, **msgspec.to_builtins(parts)}
 
     def to_json(self) -> str:
         """Return the record as JSON text, one line per entry, with the digest of its content."""
@@ -143,7 +131,7 @@ class Shapes:
             raise StoreError(str(error)) from None
         check_format(data, FORMAT, "it", "save the model again")
         assert isinstance(data, dict)
-        placeholders = convert({"stands": data.get("stands")}, dict[str, dict[str, Placeholder]])["stands"]
+        placeholders = convert(data.get("stands"), dict[str, Placeholder], "stands")
         shapes = replace(convert(data, Shapes), placeholders=placeholders)
         if check and data.get("sha256") != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
@@ -161,16 +149,6 @@ class Shapes:
                     insertion.check(path)
         except ValueError as error:
             raise StoreError(f"inserted: {error}; restore it") from None
-        for place in self.attributes:
-            if place.count(":") != 1:
-                raise StoreError(f"attribute {place!r:.80} is not named module:attribute; restore it")
-        for name, stored in self.tensors.items():
-            if stored.dtype not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise StoreError(f"tensor {name!r} has the dtype {stored.dtype!r:.80}; known dtypes: {known}")
-        for name in self.files:
-            if not FILE_NAME.fullmatch(name):
-                raise StoreError(f"{name!r:.80} is no name of a safetensors file in this folder; restore it")
 
 
 def content_digest(data: Any) -> str:

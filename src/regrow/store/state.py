@@ -1,7 +1,6 @@
 """The state of a network besides its code: named tensors, ties, and the numbers in module attributes.
 
-Tensors may lie outside parameters and buffers: as plain attributes, whose names are dotted, or in lists and dicts,
-whose places end in a bracket (``anchors[0]``).
+Tensors may lie outside parameters and buffers: as plain attributes, or in lists and dicts, which are not stored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from regrow.store.errors import StoreError
 from regrow.store.shapes import Kind, Number, Shapes
 from regrow.store.tensors import as_bytes
 from regrow.tracing import attributes as named
@@ -95,18 +93,9 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return name or place → tensor, for every tensor that a network holds."""
+    """Return name → tensor, for every tensor that a network holds under a name."""
     held = {name: held.tensor for name, held in named_tensors(model).items()}
-    return held | attribute_tensors(model) | packed_tensors(model)
-
-
-def is_place(name: str) -> bool:
-    """Whether the name of a stored tensor is a place inside a list or mapping, instead of a dotted name.
-
-    >>> is_place("anchors[0]"), is_place("layer.scale")
-    (True, False)
-    """
-    return name.endswith("]")
+    return held | attribute_tensors(model)
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -190,22 +179,17 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
     """Give a newly built and checked network the recorded tensors and numbers, in place."""
-    before = {name: held.tensor for name, held in named_tensors(model).items()} | packed_tensors(model)
+    before = {name: held.tensor for name, held in named_tensors(model).items()}
     made = {name: tensors[name] for name in shapes.tensors}
     for name, stored in shapes.tensors.items():
         if stored.kind is Kind.PARAMETER:
             made[name] = nn.Parameter(tensors[name], stored.trains)
     made |= {name: made[first] for name, first in shapes.ties.items()}
     # Assigned as a user would, not through the dictionaries: some modules keep a second list of their weights.
-    places = {name for name, stored in shapes.tensors.items() if stored.kind is Kind.ATTRIBUTE and is_place(name)}
     for name in (*made, *shapes.dropped):
-        if name not in places:
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, made.get(name))
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, made.get(name))
     replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
-    packed = packed_tensors(model)
-    if lost := next((name for name in places if not same_tensor(packed[name], made[name])), ""):
-        raise StoreError(f"{lost!r} is in a mapping or tuple whose entries cannot be replaced; make it a buffer")
     present = settable_numbers(model)
     for place, number in shapes.attributes.items():
         if place in present and not same_number(number, present[place]):

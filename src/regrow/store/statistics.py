@@ -1,14 +1,13 @@
 """Files of finished calibration shards, from which a killed run resumes bit for bit."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-from torch import Tensor, nn
+from torch import nn
 
-from regrow.core.scores import Moments, Statistics
+from regrow.core.scores import Statistics
 from regrow.core.sources import Source, preserve_random_state
 from regrow.store.convert import convert
 from regrow.store.errors import explain_os_errors
@@ -17,8 +16,7 @@ from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FOLDER = "statistics"
 """Where a run keeps what it needs to resume; not part of a finished run."""
-FORMAT = "regrow-statistics/2"
-_SUMS = ("total", "square", "mean_total", "mean_square")
+FORMAT = "regrow-statistics/3"
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):
@@ -28,23 +26,14 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
     shard: Count
     key: str
     tokens: Count
-    moments: list[tuple[str, Count, Count]]
+    moments: dict[str, Count]
     gradients: list[str]
     fisher: list[str]
 
 
 def file_name(source: str, shard: int) -> str:
-    """Return a file name for a shard of a source: safe on every disk, and different for different sources.
-
-    >>> file_name("news", 0), file_name("../News", 0)
-    ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
-    """
-    name = source
-    # Capitals too: some disks do not tell them from small letters.
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", source) or re.search(r"-[0-9a-f]{8}$", source):
-        plain = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[:40]
-        name = f"{plain}-{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
-    return f"{name}-{shard}.safetensors"
+    """Return a file name for a shard of a source: safe on every disk, and different for different sources."""
+    return f"{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{shard}.safetensors"
 
 
 def fingerprint(source: Source, *settings: object) -> str:
@@ -69,19 +58,8 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
     path = run / FOLDER / file_name(source, shard)
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
-    tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
-    tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
-    tensors |= {f"f{i}": squares for i, squares in enumerate(statistics.fisher.values())}
-    header: dict[str, object] = {
-        "source": source,
-        "shard": shard,
-        "key": key,
-        "tokens": statistics.tokens,
-        "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
-        "gradients": list(statistics.gradients),
-        "fisher": list(statistics.fisher),
-    }
-    write_tensors(path, tensors, header, FORMAT)
+    tensors = {f"{i:06}": tensor for i, tensor in enumerate(statistics.tensors())}
+    write_tensors(path, tensors, {"source": source, "shard": shard, "key": key, **statistics.header()}, FORMAT)
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
@@ -95,21 +73,12 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
             try:
                 header, tensors = read_tensors(run / FOLDER / file_name(source, shard), FORMAT)
                 record = convert(header, StatisticsHeader)
-                if (record.source, record.shard, record.key) == (source, shard, key):
-                    finished[source, shard] = _statistics(record, tensors)
+                many = 2 * len(record.moments) + len(record.gradients) + len(record.fisher)
+                if (record.source, record.shard, record.key, len(tensors)) == (source, shard, key, many):
+                    finished[source, shard] = Statistics.assemble(source, header, tensors.values())
             except (ValueError, KeyError, TypeError):
                 continue
     return finished
-
-
-def _statistics(record: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Statistics:
-    moments = {}
-    for i, (name, count, sequences) in enumerate(record.moments):
-        total, square, mean_total, mean_square = (tensors[f"m{i}.{part}"] for part in _SUMS)
-        moments[name] = Moments(count, total, square, sequences, mean_total, mean_square)
-    gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
-    fisher = {name: tensors[f"f{i}"] for i, name in enumerate(record.fisher)}
-    return Statistics(record.source, record.tokens, moments, gradients, fisher)
 
 
 def parameter_sums(model: nn.Module) -> list[float]:

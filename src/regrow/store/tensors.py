@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regrow.core.sources import to_host
-from regrow.distributed.parallel import whole
 from regrow.store.atomic import atomic_write
 from regrow.store.convert import check_format
 from regrow.store.errors import StoreError, explain_os_errors
@@ -95,34 +94,25 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str, *, writes: bool = True
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str) -> None:
     """Write named tensors and a JSON header to one file atomically."""
     names = list(tensors)
     # The file format restricts names: tensors are numbered.
     here = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
-    hasher = hashlib.sha256()
-    for name in sorted(here):
-        add_to_digest(hasher, (name, whole(here[name])))
-    record = {"format": kind, **header, "names": names, "sha256": hasher.hexdigest()}
-    if not writes:
-        for name in sorted(here):
-            whole(here[name])
-        return
+    record = {"format": kind, **header, "names": names, "sha256": digest(here)}
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in here.items()}
     with (
         atomic_write(path) as temporary,
         TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file,
     ):
-        for name in sorted(here):
-            file.write(name, whole(here[name]))
+        for name, tensor in here.items():
+            file.write(name, tensor)
 
 
-def read_header(path: Path, kind: str) -> dict[str, Any]:
+def read_header(path: Path, *formats: str) -> dict[str, Any]:
     """Read the header of a file written by :func:`write_tensors`, without its tensors."""
     with _telling(path), safe_open(path, framework="pt") as content:
-        return _header(content, (kind,))
+        return _header(content, formats)
 
 
 def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
@@ -130,8 +120,7 @@ def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
-        with _telling(path), safe_open(path, framework="pt") as content:
-            header = _header(content, formats)
+        header = read_header(path, *formats)
     except StoreError:
         header = {}
     if header.get("key") == key:

@@ -27,7 +27,6 @@ AHEAD = 2**26
 """The most bytes of tensors that wait to be written."""
 FLUSHED = 2**27
 """After how many bytes the disk is waited for: what the system keeps in memory until then counts for a limit."""
-_READ = 2**24
 _LONGEST = 2**28
 
 
@@ -41,39 +40,35 @@ class OutsideTensors:
     ahead: int = AHEAD  # the most bytes of tensors that wait to be written while the next ones are made
 
 
-def write_weights(
-    tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, *, check: bool = False, ahead: int = AHEAD
-) -> Shapes:
-    """Write every recorded tensor, given in any order, and return the record with the digests of files and tensors.
+def write_weights(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, *, ahead: int = AHEAD) -> Shapes:
+    """Write every recorded tensor, given in any order, and return the record with the digests of tensors and headers.
 
-    A model's own go to ``model.safetensors``, others to ``buffers.safetensors``; ``check``: parameters that would hold
-    NaN or infinity are refused.
+    A model's own go to ``model.safetensors``, others to ``buffers.safetensors``. Parameters that would hold NaN or
+    infinity are refused.
     """
     files = _files(shapes)
     places: dict[str, TensorFile] = {}
-    names: dict[Path, str] = {}
     with ExitStack() as stack:
         for name, part in files.items():
             entries = {key: (DTYPES[stored.dtype], stored.shape) for key, stored in part.items()}
             temporary = stack.enter_context(atomic_write(folder / name))
             file = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
-            names[temporary] = name
             places |= dict.fromkeys(part, file)
         with TensorWriter(places, ahead) as writer:
             for key, tensor in tensors:
                 stored = shapes.tensors[key]
                 tensor = tensor.detach().to("cpu", DTYPES[stored.dtype]).contiguous()
-                if check and stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
-                    raise StoreError(f"{bad} entries of {key!r} would be NaN or infinite; use another dtype")
+                if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
+                    raise StoreError(f"{bad} entries of {key!r} are NaN or infinite; use another dtype or model")
                 writer.write(key, tensor)
-            digests, written = writer.finish()
+            digests = writer.finish()
     shards = {key: name for name, part in files.items() for key, stored in part.items() if stored.kind.carried}
     if len({*shards.values()}) > 1:
         size = sum(shapes.tensors[key].bytes for key in shards)
         index = {"metadata": {"total_size": size}, "weight_map": shards}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     records = {name: msgspec.structs.replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
-    return replace(shapes, tensors=records, files={name: written[path] for path, name in names.items()})
+    return replace(shapes, tensors=records, files={name: measure(folder / name) for name in files})
 
 
 def _files(shapes: Shapes) -> dict[str, dict[str, Stored]]:
@@ -134,9 +129,11 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def measure(path: Path) -> File:
-    """Return the size of a file, its SHA-256 and that of its header."""
+    """Return the size of a safetensors file, and the SHA-256 of its header."""
     with explain_os_errors(path), path.open("rb") as file:
-        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), _header(path))
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), _LONGEST))
+        return File(path.stat().st_size, hashlib.sha256(length + header).hexdigest())
 
 
 def digest(tensor: Tensor) -> str:
@@ -148,23 +145,13 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest()
 
 
-def _header(path: Path) -> str:
-    """Return the SHA-256 of the header of a safetensors file."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), _LONGEST))).hexdigest()
-
-
 def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
     """Raise StoreError unless a file has the recorded size and header digest."""
     length = path.stat().st_size
     if length != expected.bytes:
-        state = "truncated" if length < expected.bytes else "changed"
-        raise StoreError(f"{path} has {length} bytes, not the recorded {expected.bytes}: it is {state}; copy it again")
-    if not digests:
-        return
-    # What each tensor holds is compared with a digest of its own, so that it can be named.
-    if _header(path) != expected.header if expected.header else measure(path).sha256 != expected.sha256:
+        what = f"{length} bytes, not the recorded {expected.bytes}: it is truncated or was changed"
+        raise StoreError(f"{path} has {what}; copy it again")
+    if digests and measure(path).header != expected.header:
         raise StoreError(f"{path} does not have the recorded SHA-256: it is damaged or was changed; copy it again")
 
 
@@ -184,47 +171,12 @@ def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -
     return tensor
 
 
-class FileDigest:
-    """The SHA-256 of a file that is written tensor by tensor, in any order."""
-
-    def __init__(self, file: TensorFile) -> None:
-        self.path, self.start = file.path, len(file.header)
-        self.header = hashlib.sha256(file.header).hexdigest()
-        self.sha256 = hashlib.sha256(file.header)
-        self.todo = deque(sorted((span, name) for name, span in file.places.items()))
-        self.early: set[str] = set()
-
-    def add(self, name: str, data: memoryview) -> None:
-        """Add a tensor that was written to the file."""
-        if self.todo[0][1] != name:
-            self.early.add(name)
-            return
-        self.todo.popleft()
-        self.sha256.update(data)
-        while self.todo and self.todo[0][1] in self.early:
-            (begin, end), _ = self.todo.popleft()
-            self._read(begin, end)
-
-    def result(self) -> File:
-        """Return the size and the digests of the file, once all tensors were added."""
-        assert not self.todo
-        return File(self.path.stat().st_size, self.sha256.hexdigest(), self.header)
-
-    def _read(self, begin: int, end: int) -> None:
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + begin)
-            while begin < end and (part := file.read(min(_READ, end - begin))):
-                self.sha256.update(part)
-                begin += len(part)
-
-
 class TensorWriter:
-    """Writes tensors to their files in threads, and takes the digests of tensors and files."""
+    """Writes tensors to their files in threads, and takes their digests."""
 
     def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
         self.files, self.ahead = files, ahead
-        self.digests: dict[Path, FileDigest] = {file.path: FileDigest(file) for file in files.values()}
-        self.tensors: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self.waiting: deque[tuple[int, tuple[Future[None], ...]]] = deque()
         self.unflushed = 0
         self.pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -235,14 +187,14 @@ class TensorWriter:
         while self.waiting and size + sum(other for other, _ in self.waiting) > self.ahead:
             self._wait()
         data = as_bytes(tensor)
-        work = self.pools[0].submit(self._write, name, tensor, data), self.pools[1].submit(self._digest, name, data)
+        work = self.pools[0].submit(self._write, name, tensor), self.pools[1].submit(self._digest, name, data)
         self.waiting.append((size, work))
 
-    def finish(self) -> tuple[Mapping[str, str], Mapping[Path, File]]:
-        """Wait until all is written; return the SHA-256 of each tensor, and the size and digests of each file."""
+    def finish(self) -> Mapping[str, str]:
+        """Wait until all is written; return the SHA-256 of each tensor."""
         while self.waiting:
             self._wait()
-        return self.tensors, {path: digest.result() for path, digest in self.digests.items()}
+        return self.digests
 
     def __enter__(self) -> "TensorWriter":
         return self
@@ -255,14 +207,13 @@ class TensorWriter:
         for work in self.waiting.popleft()[1]:
             work.result()
 
-    def _write(self, name: str, tensor: Tensor, data: Tensor) -> None:
+    def _write(self, name: str, tensor: Tensor) -> None:
         file = self.files[name]
         file.write(name, tensor)
-        self.digests[file.path].add(name, memoryview(data.numpy().data))
         self.unflushed += tensor.nbytes
         if self.unflushed > FLUSHED:
             os.fsync(file.file.fileno())
             self.unflushed = 0
 
     def _digest(self, name: str, data: Tensor) -> None:
-        self.tensors[name] = hashlib.sha256(data.numpy().data).hexdigest()
+        self.digests[name] = hashlib.sha256(data.numpy().data).hexdigest()

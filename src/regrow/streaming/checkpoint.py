@@ -116,34 +116,34 @@ def read_tensor(
     view = memoryview(made.numpy().data)
     try:
         with place.file.open("rb", buffering=0) as file:
-            while not _read_into(view, place, file):  # touched or linked while it was read
-                pass
+            _read_into(view, place, file)
     except OSError as error:
         raise StoreError(f"{place.file} cannot be read ({error.strerror}); copy it again") from None
     flat = made.view(place.dtype) if length else torch.empty(0, dtype=place.dtype)
     return flat if most is not None else flat.view(place.shape)
 
 
-def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> bool:
-    """Fill a buffer from where a tensor lies in an open file; whether nothing happened to the file meanwhile."""
+def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> None:
+    """Fill a buffer from where a tensor lies in an open file, to which nothing may happen meanwhile."""
     if place.opened:
         place.opened.check(file.fileno())
-    status, done = place.opened.status if place.opened else (), 0
+    done = 0
     file.seek(place.start)
     while done < len(view):
         many = file.readinto(view[done:])
         if not many:
             raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
         done += many
-    return place.opened is None or place.opened.unchanged_since(status, file.fileno())
+    if place.opened:
+        place.opened.check(file.fileno())
 
 
-def read_places(path: Path, sha256: str = "") -> dict[str, TensorPlace]:
+def read_places(path: Path) -> dict[str, TensorPlace]:
     """Read the header of a safetensors file and return where its tensors lie."""
     try:
         check_regular(path)
         with path.open("rb") as file:
-            opened = WeightFile(path, sha256, file.fileno())
+            opened = WeightFile(path, file.fileno())
             with safe_open(path, framework="np"):  # refuses what is no complete file of the format
                 pass
             length = int.from_bytes(file.read(8), "little")

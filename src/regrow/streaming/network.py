@@ -22,7 +22,7 @@ from regrow.core.process_memory import return_memory
 from regrow.core.sources import Batch
 from regrow.core.turns import Turns
 from regrow.streaming.weights import BlockResults, ReadAhead, StoredWeights
-from regrow.tracing.blocks import GraphBlock
+from regrow.tracing.readings import GraphBlock
 
 Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
 """Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs."""

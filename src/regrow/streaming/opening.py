@@ -96,16 +96,16 @@ def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNet
     """Open a model that regrow saved; its tensors begin at cache lines, as copies of those in files do."""
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
     places: dict[str, TensorPlace] = {}
-    for file, recorded in shapes.files.items():
-        in_file = read_places(inside(folder, file), recorded.sha256)
+    for file in shapes.files:
+        in_file = read_places(inside(folder, file))
         places |= {key: place for key, place in in_file.items() if shapes.tensors[key].kind.carried}
     digests = {key: shapes.tensors[key].sha256 for key in places}
     weights = StoredWeights(Checkpoint(places, places), loaded.model, name, digests)
     loaded = replace(loaded, files=weights.checkpoint.files)
     probe = None
-    if shapes.probe.file is not None:
+    if shapes.probe.header:
         probe = inside(folder, FILE)
-        check_file(probe, shapes.probe.file)
+        check_file(probe, shapes.probe)
     return OpenedNetwork(loaded, _traced(loaded), weights, probe)
 
 

@@ -31,12 +31,12 @@ MARGIN = 1.05
 class MemoryPlan:
     """How a run stays within a limit of memory."""
 
+    what: str  # the run, for messages
     limit: int
     whole: int  # what the run would need with the whole network in memory
     least: int  # what it needs with one block in memory
-    results: int  # what the results of blocks for all windows take; in files if there is no room for them
-    blocks: int
-    held: int  # what the process held before the run
+    results: int = 0  # what the results of blocks for all windows take; in files if there is no room for them
+    blocks: int = 0
     decision: bool | None = None
 
     @property
@@ -57,50 +57,29 @@ class MemoryPlan:
         return self.least + self.results > self.limit
 
     def __str__(self) -> str:
+        text = f"memory: about {format_bytes(self.needed)} of {format_bytes(self.limit)}"
         if not self.streams:
-            return f"memory: about {format_bytes(self.whole)} of {format_bytes(self.limit)}, with all blocks in memory"
-        where, needed = "in files" if self.on_disk else "in memory", format_bytes(self.needed)
+            return f"{text}, with all blocks in memory"
+        where = "in files" if self.on_disk else "in memory"
         return (
-            f"memory: about {needed} of {format_bytes(self.limit)}, with one of {self.blocks} blocks at a "
-            f"time and hidden states {where} (all at once: {format_bytes(self.whole)})"
+            f"{text}, with one of {self.blocks} blocks at a time and hidden states {where} (all at once: "
+            f"{format_bytes(self.whole)})"
         )
 
-
-@dataclass(frozen=True)
-class MemoryTerms:
-    """What a run with whole networks in memory is predicted to need of a limit."""
-
-    limit: int
-    terms: Mapping[str, int]  # what takes memory → how many bytes
-
-    @property
-    def needed(self) -> int:
-        """What all terms need together, in bytes."""
-        return sum(self.terms.values())
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(many)}" for name, many in self.terms.items() if many)
-        return f"memory: about {format_bytes(self.needed)} of {format_bytes(self.limit)}: {parts}"
-
-    def check(self, what: str) -> None:
-        """Raise ResourceError if the limit does not suffice."""
-        if self.needed > self.limit:
-            largest = max(self.terms, key=lambda name: self.terms[name])
-            why = f": it needs about {format_bytes(self.needed)}, most of it {largest}"
-            raise ResourceError(explain_refusal(what, self.needed, self.limit, why))
+    def check(self) -> None:
+        """Raise ResourceError, with an amount that is enough, if the limit suffices neither way."""
+        if self.streams and self.least > self.limit:
+            enough = format_bytes(int(MARGIN * self.least)).replace(" ", "")
+            raise ResourceError(
+                f"{self.what} within {format_bytes(self.limit)} of memory is impossible; use --memory {enough}"
+            )
 
 
 def plan_memory(
-    network: StreamedNetwork,
-    limit: int,
-    windows: int,
-    tokens: int,
-    *,
-    what: str = "pruning",
-    held: int | None = None,
+    network: StreamedNetwork, limit: int, windows: int, tokens: int, *, what: str = "pruning"
 ) -> MemoryPlan:
     """Predict the memory that pruning or evaluating a network needs, and decide how it stays within a limit."""
-    weights, model = network.weights, network.model
+    weights, model, held = network.weights, network.model, read_resident()
     size = {name: weights.bytes_of(name) for name in weights.stored}
     inside = [weights.like[name] for block in network.blocks for name in block.names]
     item = next(model.parameters()).element_size()
@@ -108,7 +87,7 @@ def plan_memory(
     hidden = max((p.shape[-1] for p in model.parameters() if p.dim() == 1), default=1)
     entries = max(sum(weights.like[name].numel() for name in block.names) for block in network.blocks)
     exact = int(8 * EXACT * entries) if what == "pruning" else 0
-    held, running = read_resident() if held is None else held, SPARE[what] + 3 * tokens * width * max(item, 4)
+    running = SPARE[what] + 3 * tokens * width * max(item, 4)
     # Files that are mapped while they are read.
     mapped = sum(place.bytes for _, place in weights.places()) if weights.cast else 0
     whole = held + max(running + exact, mapped) + int((WHOLE - (what != "pruning")) * sum(size.values()))
@@ -116,13 +95,11 @@ def plan_memory(
     outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item
     blocks = BLOCKS[what] * network.largest_block + ACTIVATIONS * tokens * inner * item
     least = held + LIBRARIES + outer + max(blocks, outputs)
-    plan = MemoryPlan(limit, whole, least, 2 * windows * tokens * hidden * item, len(network.blocks), held)
-    if plan.streams and least > limit:
-        raise ResourceError(explain_refusal(f"{what} {weights.name}", least, limit))
-    return plan
+    results = 2 * windows * tokens * hidden * item
+    return MemoryPlan(f"{what} {weights.name}", limit, whole, least, results, len(network.blocks))
 
 
-def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
+def add_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
     """Return the prediction with the sums of products of a method that takes them."""
     model = network.model
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -130,27 +107,12 @@ def with_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, u
         name: (reader.width, shapes[name][1 - reader.slot.dim]) for name, reader in linear_readers(axes, units).items()
     }
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    whole = plan.held + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)
-    plan = replace(plan, whole=max(plan.whole, whole))
-    if not plan.streams:
-        return plan
+    whole = read_resident() + SPARE["pruning"] + weights + predict_products([*every.values()], together=False)
     blocks = ([every[name] for name in block.names if name in every] for block in network.blocks)
-    plan = replace(plan, least=plan.least + max(predict_products(sizes, together=True) for sizes in blocks))
-    if plan.least > plan.limit:
-        raise ResourceError(explain_refusal("summing products", plan.least, plan.limit) + ", or another method")
-    return plan
+    least = plan.least + max(predict_products(sizes, together=True) for sizes in blocks)
+    return replace(plan, whole=max(plan.whole, whole), least=least)
 
 
-def explain_refusal(what: str, needed: int, limit: int, why: str = ", even one block at a time") -> str:
-    """Return why a limit of memory does not suffice, with an amount that is enough."""
-    return f"{what} within {format_bytes(limit)} of memory is impossible{why}; use --memory {enough(needed)}"
-
-
-def record_peak(plan: MemoryPlan | MemoryTerms) -> dict[str, int | None]:
+def record_peak(plan: MemoryPlan) -> dict[str, int | None]:
     """Return the limit, the prediction and the most resident memory of this process, as JSON-able data."""
     return {"limit": plan.limit, "predicted": plan.needed, "peak": read_peak()}
-
-
-def enough(least: int) -> str:
-    """Return the amount of memory that a refusal names, like ``2.1GiB``."""
-    return format_bytes(int(MARGIN * least)).replace(" ", "")

@@ -9,14 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.axes import AxisGraph, size_of
-from regrow.core.axes.operations import Tracer
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import ProposedChange, commit, prepare, resizing
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.insert import with_copies
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
-    NotAsRecordedError,
     check_own_run,
     max_difference,
     max_magnitude,
@@ -24,7 +22,7 @@ from regrow.surgery.output_comparison import (
 )
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.undo_store import UndoStore
-from regrow.tracing.capture import Capture, holds_numbers
+from regrow.tracing.capture import Capture, capture, holds_numbers
 from regrow.tracing.interception import without_collection
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of
@@ -79,17 +77,6 @@ def apply(
     if torch.is_inference_mode_enabled():
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check(model, axes, plan)
-    try:
-        return _apply(model, axes, plan, optimizers, undo)
-    except NotAsRecordedError:
-        if axes.tracer != Tracer.COPY:
-            raise
-        return _apply(model, replace(axes, tracer=Tracer.FULL, recording=None), plan, optimizers, undo)
-
-
-def _apply(
-    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
-) -> tuple[nn.Module, AxisGraph]:
     if plan.insert:
         with with_copies(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, left, rest, undo=kept)
@@ -130,9 +117,10 @@ def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -
     if recording is None:
         fresh = readings(model, axes, example)
         return Recording(fresh.capture, fresh.reads, code_of(model))
-    if present is not None:
-        return Recording(present, recording.reads, code_of(model))
-    return recording if recording.fits(model, example) else recording.renew(model, example, axes.tracer)
+    if present is None and not recording.fits(model, example):
+        present = capture(model, example, tracer=axes.tracer)
+    # A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
+    return recording if present is None else Recording(present, recording.reads, code_of(model))
 
 
 def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

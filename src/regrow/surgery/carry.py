@@ -6,6 +6,9 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import Optimizer
 
 from regrow.core.axes import Axis, AxisGraph, Fold, Role, size_of
@@ -18,7 +21,6 @@ from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.capture import Capture
 from regrow.tracing.model_state import Snapshot, state_of
 from regrow.tracing.readings import Recording
-from regrow.tracing.support import recompute_weights
 from regrow.tracing.trial import Resizing, planned_integers
 
 
@@ -143,7 +145,7 @@ def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
         module = model.get_submodule(path)
         old_value = get_attribute(module, name)
         set_attribute(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
-    recompute_weights(model)
+    _recompute_weights(model)
 
 
 def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
@@ -254,3 +256,13 @@ def _state(what: str, value: object, exchange: Exchange) -> object:
         )
     with torch.no_grad():
         return resize_moment(value, exchange.lays, mean=what in SECOND)
+
+
+def _recompute_weights(model: nn.Module) -> None:
+    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks)."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, WeightNorm | BasePruningMethod):
+                hook(module, None)

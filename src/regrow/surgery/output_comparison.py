@@ -126,10 +126,6 @@ def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions,
             return floats(model(*example.args, **example.kwargs))
 
 
-class NotAsRecordedError(PlanError):
-    """Raised for a changed network whose own forward pass differs from its recording."""
-
-
 def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """Return a changed network's axes (``unproven``?) after comparing its own forward pass with its recording."""
     if not holds_numbers(model, axes.example):
@@ -145,18 +141,13 @@ def record_run(model: nn.Module, example: Example) -> Capture:
         with preserve_state(model, entries=True):
             return capture(model, example, ())
     except TraceError as error:
-        raise NotAsRecordedError(f"the plan cannot be carried out: {error}") from error
+        raise PlanError(f"the plan cannot be carried out: {error}") from error
 
 
 def check_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
     """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``."""
     try:
-        result = compare_with_recording(model, recorded, example)
+        return compare_with_recording(model, recorded, example)
     except Exception as error:
-        problem = f"the network does not run: {first_line(error)}"
-        raise NotAsRecordedError(f"the plan cannot be carried out: {problem}; plan other sizes") from error
-    if result.problem:
-        raise NotAsRecordedError(
-            f"the plan cannot be carried out: {result.problem}; leave the axes of that module out of the plan"
-        )
-    return result.unproven
+        problem = f"the network does not run as recorded: {first_line(error)}"
+        raise PlanError(f"the plan cannot be carried out: {problem}; plan other sizes") from error

@@ -28,11 +28,11 @@ from regrow.surgery.output_comparison import (
     measure_magnitude,
 )
 from regrow.surgery.runner import LARGE, Load, Masking, Runner, loader, masking, preserve_generators, reseed, run_both
-from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
+from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import operations
 
 # How many units in the last place a tensor may differ from its value in float64

@@ -13,13 +13,12 @@ from torch.fx.node import map_aggregate
 from regrow.core.axes import Dim, size_of
 from regrow.core.axes.operations import Branch
 from regrow.surgery.layout import Layout, lay_out
-from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects, locate_branches
 from regrow.tracing.model_state import output_tensors, state_of
 from regrow.tracing.nodes import op_name, operands
 from regrow.tracing.own_run import as_double, grouped_product, made_in_double, widen_dtype
-from regrow.tracing.readings import ReadDim
+from regrow.tracing.readings import GraphBlock, ReadDim
 from regrow.tracing.record import ORDERS
 from regrow.tracing.steps import operations
 

@@ -22,12 +22,11 @@ from regrow.surgery.output_comparison import (
     run_whole_pair,
 )
 from regrow.surgery.runner import Answers, Runner, loader, masking, run_both
-from regrow.tracing.blocks import blocks
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import cast_example, leaves_in
 from regrow.tracing.model_state import Snapshot
 from regrow.tracing.nodes import op_name
-from regrow.tracing.readings import Readings, readings
+from regrow.tracing.readings import Readings, blocks, readings
 from regrow.tracing.trial import record_resized
 
 
@@ -64,7 +63,7 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     one that compares as −∞; layer and group norms run over the kept units; the output of a dropped branch counts as 0,
     or as its input where that passes through. The masked network is computed by running the recorded operations one by
     one, without surgery; so is the cut one, recorded on a copy of the planned shapes. Both run block by block
-    (:mod:`regrow.tracing.blocks`), each with its own hidden states: one block of the network and its cut copy are in
+    (:mod:`regrow.tracing.readings`), each with its own hidden states: one block of the network and its cut copy are in
     float64 at a time. Networks in which data decide which operations run, and plans that drop branches, are run as a
     whole, and the cut copy as it is.
 

@@ -1,16 +1,17 @@
 """The conformance suite: laws that every method must obey, for methods of this package and of others.
 
 ``check_method("ewc")`` runs every law of the method's kind and raises an ``AssertionError`` that names the law that was
-broken. In a test suite of your own, parametrize over :data:`LAWS` and call each law with the method and its settings.
+broken. In a test suite of your own, parametrize over :data:`LAWS` and call
+each law with a :class:`Subject`: the method and its settings.
 """
 
 from collections.abc import Mapping
 
 from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.testing import continual, pruning, search
-from regrow.testing.continual import Law
+from regrow.testing.continual import Law, Subject
 
-__all__ = ["LAWS", "check_method"]
+__all__ = ["LAWS", "Subject", "check_method"]
 
 LAWS: Mapping[MethodKind, Mapping[str, Law]] = {
     MethodKind.PRUNING: pruning.LAWS,
@@ -37,7 +38,7 @@ def check_method(method: MethodEntry | str, settings: Mapping[str, object] | Non
     entry = method if isinstance(method, MethodEntry) else find_method(None, method)
     for name, law in LAWS[entry.kind].items():
         try:
-            law(entry, settings or {})
+            law(Subject(entry, settings or {}))
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     return tuple(LAWS[entry.kind])

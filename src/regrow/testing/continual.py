@@ -2,9 +2,8 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass, replace
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,20 @@ CLASSES, SIDE = 4, 6
 SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
 
 
-Law = Callable[[MethodEntry, Mapping[str, object]], None]
-"""(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
+@dataclass(frozen=True)
+class Subject:
+    """A method and the settings with which the laws run on it."""
+
+    entry: MethodEntry
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def build(self, **defaults: object) -> Any:
+        """Build the method anew; its settings go before the defaults."""
+        return self.entry.made("the method", {**defaults, **self.settings})
+
+
+Law = Callable[[Subject], None]
+"""Raises ``AssertionError`` if the method breaks the law."""
 
 
 class StoppedError(Exception):
@@ -45,38 +56,30 @@ def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         patterns = torch.randn(CLASSES, 1, side, side, generator=generator)
-        train, test = (_noisy(patterns, many, generator) for many in (96, 48))
+        train, test = (_noisy(patterns, size, generator) for size in (96, 48))
         tasks.append(Task(f"patterns-{number + 1}", train, test, tuple(range(CLASSES))))
     return tasks
 
 
-def _noisy(patterns: Tensor, many: int, generator: torch.Generator) -> Examples:
-    labels = torch.arange(many) % CLASSES
-    noise = torch.randn(many, *patterns.shape[1:], generator=generator)
+def _noisy(patterns: Tensor, size: int, generator: torch.Generator) -> Examples:
+    labels = torch.arange(size) % CLASSES
+    noise = torch.randn(size, *patterns.shape[1:], generator=generator)
     return Examples(patterns[labels] + 0.5 * noise, labels)
 
 
-def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
+def make_network() -> tuple[nn.Module, AxisGraph]:
     """Return a small network with random weights, and its axes."""
     model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
-    return model, trace(model, first_examples(tasks[0].train, 2).inputs)
+    return model, trace(model, torch.zeros(2, 1, SIDE, SIDE))
 
 
-def _fit(
-    method: MethodEntry,
-    settings: Mapping[str, object],
-    tasks: list[Task],
-    schedule: TaskSchedule = SCHEDULE,
-    checkpoint: Callable[[TrainState[Any], Context], None] | None = None,
-) -> tuple[Learner[Any], Fitted[Any]]:
-    learner = method.made("the method", settings)
-    model, axes = make_network(tasks)
-    return learner, learn(model, axes, tasks, learner, schedule, options=FitOptions(checkpoint=checkpoint))
+def _fit(learner: Learner[Any], tasks: list[Task], schedule: TaskSchedule = SCHEDULE) -> Fitted[Any]:
+    return learn(*make_network(), tasks, learner, schedule)
 
 
-def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the learner is a :class:`Learner`, and its state is a frozen dataclass."""
-    learner = method.made("the method", settings)
+def check_record(subject: Subject) -> None:
+    """The method is a :class:`Learner`, and its state is a frozen dataclass."""
+    learner = subject.build()
     assert isinstance(learner, Learner), f"build returns a {type(learner).__name__}, not a Learner"
     assert_frozen(learner.state)
 
@@ -87,75 +90,74 @@ def assert_frozen(state: object) -> None:
     assert frozen, f"the state is a {type(state).__name__}, not a frozen dataclass"
 
 
-def check_learning(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the first task is learned to more than twice the accuracy of chance."""
-    _, fitted = _fit(method, settings, make_tasks(1), schedule=replace(SCHEDULE, epochs=6))
-    accuracy = fitted.state.rows[0][0]
+def check_learning(subject: Subject) -> None:
+    """The first task is learned to more than twice the accuracy of chance."""
+    accuracy = _fit(subject.build(), make_tasks(1), replace(SCHEDULE, epochs=6)).state.rows[0][0]
     assert accuracy > 2 / CLASSES, f"accuracy {accuracy:.2f} on the first task; chance is {1 / CLASSES:.2f}"
 
 
-def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: two runs with the same seed give the same weights, bit for bit."""
-    first, second = (_fit(method, settings, make_tasks())[1].model for _ in range(2))
-    assert_equal_tensors(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
+def check_seed(subject: Subject) -> None:
+    """Two runs with the same seed give the same weights, bit for bit."""
+    first, second = (_fit(subject.build(), make_tasks()).model.state_dict() for _ in range(2))
+    assert_equal_tensors(first, second, "two runs with the same seed differ")
 
 
-def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: training that is stopped after any epoch and resumed from its checkpoint ends with the same bits."""
+def check_resume(subject: Subject) -> None:
+    """Training that is stopped after each epoch in turn, and resumed from its checkpoint, ends with the same bits."""
     tasks = make_tasks()
-    _, whole = _fit(method, settings, tasks)
-    for stop in range(1, 2 * SCHEDULE.epochs):
-        model, axes, state = _stop_and_read(method, settings, tasks, stop)
-        learner = method.made("the method", settings)
-        resumed = learn(model, axes, tasks, learner, SCHEDULE, state=state)
-        where = f"resumed after epoch {stop}"
-        assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), where)
-        assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
-        assert values_of(whole.state.learner) == values_of(resumed.state.learner), f"{where}: another state"
+    resumed = train_in_pieces(subject.build, make_network, tasks, SCHEDULE)
+    assert_same_training(_fit(subject.build(), tasks), resumed)
 
 
-def _stop_and_read(
-    method: MethodEntry, settings: Mapping[str, object], tasks: list[Task], stop: int
-) -> tuple[nn.Module, AxisGraph, TrainState[Any]]:
-    """Train, stop at a checkpoint, and read it as a new process would."""
+def train_in_pieces(
+    build: Callable[[], Learner[Any]],
+    make_network: Callable[[], tuple[nn.Module, AxisGraph]],
+    tasks: Sequence[Task],
+    schedule: TaskSchedule,
+) -> Fitted[Any]:
+    """Train, but stop after each epoch, and go on from its checkpoint as a new process would."""
+    (model, axes), undo, state = make_network(), UndoStore(), None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
-        with contextlib.suppress(StoppedError):
-            _fit(method, settings, tasks, checkpoint=stop_at(path, stop))
-        model, axes = make_network(tasks)
-        return read_checkpoint(path, model, axes, method.made("the method", settings).state)
 
-
-def stop_at(path: Path, number: int, undo: UndoStore | None = None) -> Callable[[TrainState[Any], Context], None]:
-    """Return a callback that writes a checkpoint at its ``number``-th call, and stops training there."""
-    calls = count(1)
-
-    def write(state: TrainState[Any], context: Context) -> None:
-        if next(calls) == number:
+        def stop(state: TrainState[Any], context: Context) -> None:
             write_checkpoint(path, context.model, state, undo)
             raise StoppedError
 
-    return write
+        for _ in range(1, len(tasks) * schedule.epochs):
+            options = FitOptions(undo=undo, checkpoint=stop)
+            with contextlib.suppress(StoppedError):
+                learn(model, axes, tasks, build(), schedule, state=state, options=options)
+            (model, axes), undo = make_network(), UndoStore()
+            model, axes, state = read_checkpoint(path, model, axes, build().state, undo=undo)
+    return learn(model, axes, tasks, build(), schedule, state=state, options=FitOptions(undo=undo))
 
 
-def check_stored_state(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: a state that is restored from its tensors and values equals the original."""
-    learner, fitted = _fit(method, settings, make_tasks())
-    state = fitted.state.learner
+def assert_same_training(whole: Fitted[Any], resumed: Fitted[Any]) -> None:
+    """Raise an ``AssertionError`` unless training in pieces gave what training in one went gave."""
+    where = "resumed after every epoch"
+    assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), where)
+    assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
+    assert values_of(whole.state.learner) == values_of(resumed.state.learner), f"{where}: another state"
+
+
+def check_stored_state(subject: Subject) -> None:
+    """A state that is restored from its tensors and values equals the original."""
+    learner = subject.build()
+    state = _fit(learner, make_tasks()).state.learner
     restored = restore_state(learner.state, axis_tensors(state), values_of(state))
     assert values_of(restored) == values_of(state), "the values changed"
     assert axis_tensors(restored).keys() == axis_tensors(state).keys(), "tensors are missing"
 
 
-def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the state follows plans of other origin that cut and widen the network, and it trains further."""
-    tasks = make_tasks()
-    learner, fitted = _fit(method, settings, tasks[:1])
+def check_plans(subject: Subject) -> None:
+    """The state follows plans of other origin that cut and widen the network, and it trains further."""
+    learner, tasks = subject.build(), make_tasks()
+    fitted = _fit(learner, tasks[:1])
     context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner
     key = next(axis.key for axis in fitted.axes.units())
     for change in ("cut", "widen"):
-        size = context.axes[key].size
-        kept = Plan.keeping(context.axes, {key: [*range(1, size)]})
+        kept = Plan.keeping(context.axes, {key: [*range(1, context.axes[key].size)]})
         plan = kept if change == "cut" else Plan.growing(context.axes, {key: 2})
         context, state = apply_plan(learner, state, context, plan)
         for name, tensor in axis_tensors(state).items():
@@ -166,18 +168,18 @@ def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
     assert all(bool(p.isfinite().all()) for p in after.model.parameters()), "weights are not finite after a plan"
 
 
-def check_mixed_precision(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32."""
-    _, fitted = _fit(method, settings, make_tasks(), schedule=replace(SCHEDULE, precision="bfloat16"))
+def check_mixed_precision(subject: Subject) -> None:
+    """With losses computed in bfloat16, parameters and the learner's state stay in float32."""
+    fitted = _fit(subject.build(), make_tasks(), replace(SCHEDULE, precision="bfloat16"))
     assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}, "parameters changed their precision"
     dtypes = {tensor.values.dtype for tensor in axis_tensors(fitted.state.learner).values()}
     assert torch.bfloat16 not in dtypes, "a tensor of the state is in bfloat16"
 
 
-def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the network that is saved, without its learner, has the logits of the network that was evaluated."""
-    tasks = make_tasks()
-    learner, fitted = _fit(method, settings, tasks)
+def check_finished(subject: Subject) -> None:
+    """The network that is saved, without its learner, has the logits of the network that was evaluated."""
+    learner, tasks = subject.build(), make_tasks()
+    fitted = _fit(learner, tasks)
     state, last = fitted.state.learner, len(tasks) - 1
     context = Context(fitted.model, fitted.axes, tasks[last], last, answered=last)
     plain = clone_model(fitted.model).eval()

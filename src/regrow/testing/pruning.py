@@ -18,12 +18,11 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import collect_evidence
-from regrow.methods import MethodEntry
-from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.methods.pruning.pruner import Cut, Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.store.ledger import read_plan
 from regrow.surgery import apply, verify
-from regrow.testing.continual import Law, StoppedError, assert_equal_tensors
+from regrow.testing.continual import Law, StoppedError, Subject, assert_equal_tensors
 from regrow.tracing import trace
 
 INPUTS, CLASSES, WIDTHS = 6, 4, (24, 16)
@@ -65,57 +64,47 @@ def make_sources() -> list[Source]:
     return sources
 
 
-def make_plan(
-    method: MethodEntry, settings: Mapping[str, object], model: nn.Module, axes: AxisGraph, keep: float = 0.5
-) -> Plan:
-    """Return the method's plan for a network."""
-    pruner = method.made("the method", settings)
-    evidence = collect_evidence(model, axes, pruner, make_sources())
-    return plan_cut(pruner, model, axes, Budget(keep), evidence).plan
+def _cut(subject: Subject, model: nn.Module, axes: AxisGraph, keep: float = 0.5) -> Cut:
+    pruner: Pruner = subject.build()
+    return plan_cut(pruner, model, axes, Budget(keep), collect_evidence(model, axes, pruner, make_sources()))
 
 
-def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the method is a :class:`Pruner`, and every setting is documented in the docstring of its settings."""
-    pruner = method.made("the method", settings)
+def check_record(subject: Subject) -> None:
+    """The method is a :class:`Pruner`, and every setting is documented in the docstring of its settings."""
+    pruner = subject.build()
     assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
-    page = method.settings.__doc__ or ""
-    missing = [field.name for field in fields(method.settings) if f"{field.name}:" not in page]
+    settings = subject.entry.settings
+    missing = [field.name for field in fields(settings) if f"{field.name}:" not in (settings.__doc__ or "")]
     assert not missing, f"settings without a sentence in the docstring of Settings: {', '.join(missing)}"
 
 
-def check_budget(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: a budget is met within one unit, and never exceeded."""
+def check_budget(subject: Subject) -> None:
+    """A budget is met within one unit, and never exceeded."""
     model, axes = make_network()
-    cost = Cost(axes)
+    cost, sizes = Cost(axes), axes.sizes()
+    unit = max(cost.total - cost({**sizes, axis.key: axis.size - 1}) for axis in axes.units()) / cost.total
     for keep in KEEPS:
-        plan = make_plan(method, settings, model, axes, keep)
-        share, unit = cost(plan.sizes(axes)) / cost.total, _largest_unit(cost, axes) / cost.total
+        share = cost(_cut(subject, model, axes, keep).plan.sizes(axes)) / cost.total
         assert share <= keep, f"keep {keep:g}: {share:.4f} stays"
         assert share > keep - unit, f"keep {keep:g}: only {share:.4f} stays, and a unit costs {unit:.4f} at most"
 
 
-def _largest_unit(cost: Cost, axes: AxisGraph) -> float:
-    sizes = axes.sizes()
-    return max(cost.total - cost({**sizes, axis.key: axis.size - 1}) for axis in axes.units())
-
-
-def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network."""
+def check_seed(subject: Subject) -> None:
+    """The same seed gives the same plan, the plan survives JSON, and planning does not change the network."""
     model, axes = make_network()
     before = copy.deepcopy(model.state_dict())
-    first, second = (make_plan(method, settings, model, axes) for _ in range(2))
+    first, second = (_cut(subject, model, axes).plan for _ in range(2))
     assert first == second, "two plans with the same seed differ"
     assert read_plan(json.loads(first.to_json())) == first, "the plan does not survive JSON"
-    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert not changed, f"planning changed {', '.join(changed)}"
+    assert_equal_tensors(model.state_dict(), before, "planning changed the network")
 
 
-def check_cut(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: the plan is valid, the cut network computes what the masked one does, and its outputs are finite."""
+def check_cut(subject: Subject) -> None:
+    """The plan is valid, the cut network computes what the masked one does, and its outputs are finite."""
     model, axes = make_network()
     inputs = torch.randn(5, INPUTS, dtype=torch.float64)
     for keep in KEEPS:
-        plan = make_plan(method, settings, model, axes, keep)
+        plan = _cut(subject, model, axes, keep).plan
         plan.check(axes)
         result = verify(model, axes, plan, Example((inputs,)))
         assert result.ok, f"keep {keep:g}: {result}"
@@ -123,24 +112,22 @@ def check_cut(method: MethodEntry, settings: Mapping[str, object]) -> None:
         assert bool(small(inputs).isfinite().all()), f"keep {keep:g}: the cut network gives numbers that are not finite"
 
 
-def check_scores(method: MethodEntry, settings: Mapping[str, object]) -> None:
+def check_scores(subject: Subject) -> None:
     """Every axis that may be cut is scored, one finite number per unit, also where two layers share a weight."""
     for tied in (False, True):
         model, axes = make_network(tied=tied)
-        pruner: Pruner = method.made("the method", settings)
-        evidence = collect_evidence(model, axes, pruner, make_sources())
-        cut = plan_cut(pruner, model, axes, Budget(0.5), evidence)
+        values = _cut(subject, model, axes).scores.values
         for axis in axes.units():
-            assert axis.key in cut.scores.values, f"the axis {axis.key} has no scores"
-            scores = cut.scores.values[axis.key]
+            assert axis.key in values, f"the axis {axis.key} has no scores"
+            scores = values[axis.key]
             assert isinstance(scores, Tensor) and scores.shape == (axis.size,), f"{axis.key}: not one number per unit"
             assert bool(scores.isfinite().all()), f"{axis.key}: scores are not finite"
 
 
-def check_compensation(method: MethodEntry, settings: Mapping[str, object]) -> None:
+def check_compensation(subject: Subject) -> None:
     """Compensation, if there is any, moves the network's outputs closer to those of the dense network."""
     model, axes = make_network()
-    plan = make_plan(method, settings, model, axes)
+    plan = _cut(subject, model, axes).plan
     if not plan.means:
         return
     inputs = torch.cat([batch.args[0] for source in make_sources() for batch in source])
@@ -153,10 +140,10 @@ def check_compensation(method: MethodEntry, settings: Mapping[str, object]) -> N
     assert after < before, f"compensation moves the mean output from {before:.3g} to {after:.3g} of the dense one"
 
 
-def check_permutation(method: MethodEntry, settings: Mapping[str, object]) -> None:
-    """Law: permuting the units of a network permutes the plan."""
+def check_permutation(subject: Subject) -> None:
+    """Permuting the units of a network permutes the plan."""
     order = torch.randperm(WIDTHS[0], generator=torch.Generator().manual_seed(1)).tolist()
-    plans = [make_plan(method, settings, *make_network(which)) for which in (None, order)]
+    plans = [_cut(subject, *make_network(units)).plan for units in (None, order)]
     key = "0.weight:0"
     kept, moved = ([*plan.changes[key].keep] if key in plan.changes else [*range(WIDTHS[0])] for plan in plans)
     assert sorted(order[unit] for unit in moved) == sorted(kept), "other units are kept of a permuted network"
@@ -174,65 +161,59 @@ LAWS: Mapping[str, Law] = {
 
 
 def make_task(checkpoint: Path | None = None, progress: Progress = silent) -> RecoveryTask:
-    """Return a small classifier of which a third of the units was cut, and inputs of several distributions."""
+    """Return a small classifier of which a third of the units was cut, and inputs with the dense one's classes."""
     model, axes = make_network()
     keep = {axis.key: [*range(axis.size * 2 // 3)] for axis in axes.units()}
     plan, dense = Plan.keeping(axes, keep), copy.deepcopy(model)
     apply(model, axes, plan)
-    sources = [_label(source, dense) for source in make_sources()]
+    with torch.no_grad():
+        sources = [
+            Source(source.name, [replace(batch, labels=dense(*batch.args).argmax(-1)) for batch in source])
+            for source in make_sources()
+        ]
     return RecoveryTask(model, dense, axes, plan, sources, checkpoint=checkpoint, progress=progress)
 
 
-def _label(source: Source, dense: nn.Module) -> Source:
-    """The inputs of a source with the classes that the dense network predicts."""
-    with torch.no_grad():
-        batches = [Batch(batch.args, labels=dense(*batch.args).argmax(-1)) for batch in source]
-    return Source(source.name, batches)
+def _recover(subject: Subject, task: RecoveryTask) -> dict[str, Tensor]:
+    subject.build()(task)
+    return task.model.state_dict()
 
 
-def _recover(method: MethodEntry, settings: Mapping[str, object], task: RecoveryTask) -> nn.Module:
-    method.made("the method", settings)(task)
-    return task.model
-
-
-def check_recovery_shapes(method: MethodEntry, settings: Mapping[str, object]) -> None:
+def check_recovery_shapes(subject: Subject) -> None:
     """The network keeps its shapes (biases may be added), its numbers stay finite, and the dense one stays as it is."""
     task = make_task()
-    before = {name: tuple(p.shape) for name, p in task.model.named_parameters()}
-    dense = copy.deepcopy(task.dense.state_dict())
-    model = _recover(method, settings, task)
-    after = dict(model.named_parameters())
-    changed = [name for name, shape in before.items() if name not in after or tuple(after[name].shape) != shape]
+    before, dense = copy.deepcopy(task.model.state_dict()), copy.deepcopy(task.dense.state_dict())
+    after = _recover(subject, task)
+    changed = [name for name, value in before.items() if name not in after or after[name].shape != value.shape]
     assert not changed, f"shapes changed: {', '.join(changed)}"
     added = [name for name in after if name not in before and not name.endswith("bias")]
     assert not added, f"parameters were added: {', '.join(added)}"
-    broken = [name for name, p in after.items() if not bool(p.isfinite().all())]
+    broken = [name for name, value in after.items() if not bool(value.isfinite().all())]
     assert not broken, f"numbers are not finite: {', '.join(broken)}"
     assert_equal_tensors(dense, task.dense.state_dict(), "the dense network was changed")
 
 
-def check_recovery_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
+def check_recovery_seed(subject: Subject) -> None:
     """The same seed gives the same weights, bit for bit, and a cut network is changed."""
-    first, second = (_recover(method, settings, make_task()).state_dict() for _ in range(2))
+    first, second = (_recover(subject, make_task()) for _ in range(2))
     assert_equal_tensors(first, second, "two runs with the same seed differ")
     cut = make_task().model.state_dict()
     assert any(name not in cut or not first[name].equal(cut[name]) for name in first), "nothing was recovered"
 
 
-def check_recovery_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
+def check_recovery_resume(subject: Subject) -> None:
     """Stopped in the middle and resumed from its checkpoint, a recovery ends with the same bits."""
-    whole = _recover(method, settings, make_task()).state_dict()
+
+    def stop(done: int, total: int, what: str) -> None:
+        if 2 * done >= total:
+            raise StoppedError
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
-
-        def stop(done: int, total: int, what: str) -> None:
-            if 2 * done >= total:
-                raise StoppedError
-
         with contextlib.suppress(StoppedError):
-            _recover(method, settings, make_task(path, stop))
-        resumed = _recover(method, settings, make_task(path)).state_dict()
-    assert_equal_tensors(whole, resumed, "resumed")
+            _recover(subject, make_task(path, stop))
+        resumed = _recover(subject, make_task(path))
+    assert_equal_tensors(_recover(subject, make_task()), resumed, "resumed")
 
 
 RECOVERY_LAWS: Mapping[str, Law] = {

@@ -1,12 +1,14 @@
 """Trace networks: find which tensor dimensions belong together (the axes) by running the network on an example."""
 
-import inspect
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Example
@@ -28,13 +30,12 @@ from regrow.tracing.own_run import compare_with_recording
 from regrow.tracing.readings import recording, trace_training
 from regrow.tracing.rules import walk
 from regrow.tracing.steps import caches, steps
-from regrow.tracing.support import check_traceable, with_remedies
 from regrow.tracing.trial import freeze_failing
 
 __all__ = ["TraceError", "trace", "with_branches"]
 
 
-def trace(model: nn.Module, *args: Any, examples: Sequence[Any] | None = None, **kwargs: Any) -> AxisGraph:
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     """Run a network once on an example input and return its axes: the sets of dimensions that change together.
 
     The model is recorded on fake data, as ``torch.export`` does, or, where data decide which operations run, in one
@@ -46,7 +47,6 @@ def trace(model: nn.Module, *args: Any, examples: Sequence[Any] | None = None, *
     Args:
         model: Any network that runs. It is traced in evaluation mode.
         *args: Positional inputs, as for ``model(...)``.
-        examples: Inputs of other sizes, each a tensor, a tuple or a dict; none: a larger one is made.
         **kwargs: Inputs by name.
 
     Returns:
@@ -62,40 +62,30 @@ def trace(model: nn.Module, *args: Any, examples: Sequence[Any] | None = None, *
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, got a {type(model).__name__}; load it first (regrow.load)")
-    check_traceable(model)
-    if examples is not None and "examples" in inspect.signature(model.forward).parameters:
-        kwargs, examples = {**kwargs, "examples": examples}, None  # an input of this network
+    _check_traceable(model)
     with preserve_state(model, entries=True), without_collection():
         try:
-            others = []
-            for other in examples or ():
-                named = other if isinstance(other, Mapping) else {}
-                positional = () if isinstance(other, Mapping) else other if isinstance(other, tuple) else (other,)
-                others.append(example_of(model, positional, named))
-            return with_remedies(model, _traced(model, example_of(model, args, kwargs), others))
+            return _traced(model, example_of(model, args, kwargs))
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
                 raise
-            name = type(model).__name__
             raise TraceError(
-                f"{name} does not run without a tensor among its inputs; give what its forward takes, for example "
-                "trace(model, torch.ones(1, 3, 224, 224))"
+                f"{type(model).__name__} does not run without a tensor among its inputs; give what its "
+                "forward takes, for example trace(model, torch.ones(1, 3, 224, 224))"
             ) from error
         except Exception as error:
             problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
             raise TraceError(f"{problem}; please report this: it is a fault of regrow") from error
 
 
-def _traced(model: nn.Module, example: Example, others: Sequence[Example]) -> AxisGraph:
+def _traced(model: nn.Module, example: Example) -> AxisGraph:
     recorded, unproven = _recorded(model, example)
     w = walk(recorded)
-    trained = trace_training(model, example, w)
+    trace_training(model, example, w)
     axes, names = assemble(model, w, example)
     axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
     axes = replace(axes, recording=recording(model, w, names), unproven=unproven)
-    for other in others:
-        _compare(model, capture(model, other, tracer=axes.tracer), other)
-    return freeze_by_size(model, freeze_failing(model, axes, trained), others)
+    return freeze_by_size(model, freeze_failing(model, axes))
 
 
 def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
@@ -104,28 +94,55 @@ def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
     if not holds_numbers(model, example):
         return recorded, "the network or its example has no numbers"
     try:
-        return recorded, _compare(model, recorded, example)
-    except TraceError:
-        for tracer in (Tracer.FULL, Tracer.PLAIN) if recorded.tracer == Tracer.COPY else ():
-            recorded = capture(model, example, tracer=tracer)
-            with suppress(TraceError):
-                return recorded, _compare(model, recorded, example)
-        raise
-
-
-def _compare(model: nn.Module, recorded: Capture, example: Example) -> str:
-    """Raise TraceError unless the network's own forward pass gives what its recording does; return what is unproven."""
-    name = type(model).__name__
-    try:
-        result = compare_with_recording(model, recorded, example)
+        return recorded, compare_with_recording(model, recorded, example)
     except Exception as error:
+        if recorded.tracer == Tracer.RECORD:
+            with suppress(Exception):
+                recorded = capture(model, example, tracer=Tracer.PLAIN)
+                return recorded, compare_with_recording(model, recorded, example)
         raise TraceError(
-            f"{name} does not run on the example input: {first_line(error)}. "
-            "Give an input of the shape and type that its forward takes"
+            f"{type(model).__name__} does not run as it is recorded: {first_line(error)}; give an input that its "
+            "forward takes, and remove what its code asks of the mode (export, gradients, types of tensors) or of "
+            "hidden state"
         ) from error
-    if result.problem:
-        raise TraceError(
-            f"{name} does not run as it is recorded: {result.problem}; remove what its code asks of the mode (export, "
-            "gradients, types of tensors) or of hidden state"
+
+
+_CLASSES = frozenset(
+    ("ScriptModule", "ObserverBase", "FakeQuantizeBase", "DistributedDataParallel", "FullyShardedDataParallel")
+)
+"""Classes of torch whose modules cannot be traced; importing them would take longer than most traces."""
+
+
+def _check_traceable(model: nn.Module) -> None:
+    """Raise :class:`TraceError` for a network that cannot be traced, naming the module and the remedy."""
+    for path, module in model.named_modules():
+        if _is_converted(module):
+            raise TraceError(
+                f"{path or 'the model'} is a {type(module).__name__}: scripted, exported, quantised and wrapped "
+                "modules cannot be cut; trace the plain module that it was made from, and convert it after the cut"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if problem := tensor_problem(tensor):
+            raise TraceError(f"{name} {problem}")
+
+
+def _is_converted(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        any(base.__module__.startswith("torch.") and base.__name__ in _CLASSES for base in kind.__mro__)
+        or kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+        or (isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"))
+        or any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+    )
+
+
+def tensor_problem(tensor: Tensor) -> str:
+    """Return why a parameter or buffer cannot be cut, and the remedy; empty if it can."""
+    kind = type(tensor.data)
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return "has no shape yet; run the model once on an example, then trace it"
+    if kind not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor) or tensor.is_quantized:
+        return (
+            f"is no plain tensor (a {kind.__name__} of {tensor.dtype}); trace the float model, convert it after the cut"
         )
-    return result.unproven
+    return ""

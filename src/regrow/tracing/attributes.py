@@ -31,13 +31,6 @@ OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
 }
 """Attributes that hold a size of a tensor of their module: name → (tensor, dimension), the first of that size."""
 
-PAIRS: tuple[tuple[str, str, str], ...] = (
-    ("out_features", "in_features", "out_features"),
-    ("num_embeddings", "embedding_dim", "embedding_dim"),
-    ("nx", "nf", "nf"),
-)
-"""Attributes that hold dimensions 0 and 1 of ``weight`` (or 1 and 0, if transposed), and which is the output's."""
-
 _WIDTHS = (
     "head_dim head_size attention_head_size d_head d_kv dim_head hidden_size hidden_dim embed_dim split_size "
     "all_head_size inner_dim inner_size d_model dim width channels intermediate_size kv_dim q_dim num_hidden "
@@ -99,12 +92,10 @@ def restated_sizes(
     """
     candidates = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
     weight = shapes.get("weight", ())
-    for first, second, produced in PAIRS:
-        if len(weight) == 2 and {first, second} <= candidates.keys():
-            values = vars(module)[first], vars(module)[second]
-            square = values == weight and (output is None or output == (first, second).index(produced))
-            if {*map(type, values)} == {int} and values == weight[::-1] and not square:
-                candidates |= {first: (("weight", 1),), second: (("weight", 0),)}
+    values = (vars(module).get("in_features"), vars(module).get("out_features"))
+    square = values == weight[::-1] and output != 1
+    if values == weight and {*map(type, values)} == {int} and not square:  # stored input by output
+        candidates |= {"in_features": (("weight", 0),), "out_features": (("weight", 1),)}
     result = {}
     for name, spots in candidates.items():
         value = vars(module)[name]

@@ -13,7 +13,7 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
+from regrow.tracing.capture import Capture, capture, evaluating, first_line, quiet
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
@@ -46,10 +46,6 @@ class PlaceholderModule(nn.Module):
         if placeholder.gives == "zero":
             value = torch.zeros_like(value)
         return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
-
-    def extra_repr(self) -> str:
-        """Return what the placeholder gives: ``zero``, ``input`` or ``nothing``."""
-        return self.placeholder.gives
 
 
 def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
@@ -118,9 +114,8 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     copy, fake = fake_copy(model, cast_example(example, model))
     try:
         calls, answer = record_calls(copy, fake)
-    except Exception as error:
-        reason = f"the network does not run on tensors without numbers: {first_line(error)}"
-        return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
+    except Exception:  # the network does not run on tensors without numbers
+        return {}
     search = _Search(Effects(recorded), copy, fake, calls, answer)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
     result |= search.repetitions(result)
@@ -136,7 +131,7 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
     hooks = [m.register_forward_hook(noting(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
-        with evaluating(model), torch.no_grad(), quiet(), lightly():
+        with evaluating(model), torch.no_grad(), quiet():
             return calls, model(*example.args, **example.kwargs)
     finally:
         for hook in hooks:
@@ -216,13 +211,11 @@ class _Search:
         """Return how many parts a module's output has (0: it is one tensor), and which of them is used."""
         if isinstance(answer, Tensor):
             return 0, 0
-        if type(answer) is not tuple:
-            raise BranchError(f"it answers with a {type(answer).__name__}")
-        tensors = [i for i, x in enumerate(answer) if isinstance(x, Tensor)]
-        alike = [i for i in tensors if form is None or answer[i].shape == form.shape]
-        if len(alike) != 1 or any(x is not None and not isinstance(x, Tensor) for x in answer):
+        parts = answer if type(answer) is tuple else ()
+        alike = [i for i, x in enumerate(parts) if isinstance(x, Tensor) and (form is None or x.shape == form.shape)]
+        if len(alike) != 1 or any(x is not None and not isinstance(x, Tensor) for x in parts):
             raise BranchError("which part of its answer is used is not clear")
-        return len(answer), alike[0]
+        return len(parts), alike[0]
 
     def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
         """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""

@@ -25,7 +25,7 @@ from regrow.core.axes import Decision, Example
 from regrow.core.axes.operations import Tracer
 from regrow.tracing.interception import SpellOut, as_exporting, follow_modules, without_collection
 from regrow.tracing.meta_copy import fake_copy, leaves_in
-from regrow.tracing.model_state import OutputError, describe_state, preserve_state, select_state
+from regrow.tracing.model_state import OutputError, describe_state, preserve_state, select_state, state_of
 from regrow.tracing.nodes import shapes_of
 from regrow.tracing.record import DivergedError, Recorder, copy_tensor
 from regrow.tracing.repeated_calls import copy_repeats
@@ -46,7 +46,7 @@ class Capture:
     decisions: tuple[Decision, ...] | None = None  # of an eager run; None where fake data were enough
     refusal: str = ""  # why fake data were not enough
     values: tuple[Tensor, ...] = ()  # of an eager run on real tensors: its outputs, and what decisions were based on
-    tracer: Tracer = Tracer.COPY
+    tracer: Tracer = Tracer.RECORD
     root: nn.Module = field(default_factory=nn.Module)  # the module that holds the attributes named in the graph
 
     @cached_property
@@ -71,7 +71,6 @@ def capture(
     decisions: tuple[Decision, ...] | None = None,
     orders: Iterable[Tensor] = (),
     tracer: Tracer | None = None,
-    lines: bool = False,
 ) -> Capture:
     """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
 
@@ -79,31 +78,22 @@ def capture(
     (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
     and lets the data decide. The model's state is restored.
     """
-    name, refusal, refused = type(model).__name__, "", None
     with in_mode(model, training=False), _recording(model):
+        refused: Exception | None = None
         if decisions is None:
             try:
-                return _on_fake_data(model, example, tracer, lines)
-            except OutputError as error:
-                raise TraceError(f"{name} cannot be traced: {error}") from error
+                return _on_fake_data(model, example, tracer)
             except Exception as error:
-                refusal, refused = first_line(error), error
-                if not holds_numbers(model, example):
-                    raise _refused(model, refusal) from error
+                if isinstance(error, OutputError) or not holds_numbers(model, example):
+                    raise _refused(model, error) from error
+                refused = error
         try:
-            recorded = replace(
-                _captured(model, record(model, example, decisions or (), orders, lines=lines)), refusal=refusal
-            )
-            return recorded if decisions is not None else _again(model, example, recorded)
+            recorded = _captured(model, record(model, example, decisions or (), orders))
         except Exception as error:
-            if refused is None:
-                raise TraceError(f"{name} cannot be run again as recorded: {first_line(error)}") from error
-            if first_line(error) == refusal:
-                raise TraceError(
-                    f"{name} does not run on the example input: {refusal}. "
-                    "Give an input of the shape and type that its forward takes"
-                ) from refused
-            raise _refused(model, f"{refusal}. Nor does it run: {first_line(error)}") from refused
+            raise _refused(model, refused or error) from error
+        if refused is None:
+            return recorded
+        return replace(_again(model, example, recorded), refusal=first_line(refused))
 
 
 def in_training(model: nn.Module, example: Example) -> Capture:
@@ -112,27 +102,27 @@ def in_training(model: nn.Module, example: Example) -> Capture:
         try:
             return _on_fake_data(model, example, None)
         except Exception as error:
-            raise _refused(model, first_line(error)) from error
+            raise _refused(model, error) from error
 
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
-    with torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
+    with torch.enable_grad(), quiet(), without_collection(), preserve_state(model, outside=True):
         yield
+
+
+KEPT = "it reads what it kept when it ran before"
 
 
 class _KeptError(RuntimeError):
     """Raised for a network that reads state of an earlier run, which fake data do not show."""
 
-    def __str__(self) -> str:
-        return "it reads what it kept when it ran before"
 
-
-def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None, lines: bool = False) -> Capture:
+def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
     """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
     if tracer != Tracer.EXPORT:
         try:
-            return _recorded(model, example, tracer or Tracer.COPY, lines)
+            return _recorded(model, example, tracer or Tracer.RECORD)
         except Exception as error:
             if tracer is not None or isinstance(error, _KeptError | OutputError):
                 raise
@@ -141,7 +131,7 @@ def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None, lin
     return _exported(model, example)
 
 
-def _recorded(model: nn.Module, example: Example, tracer: Tracer, lines: bool) -> Capture:
+def _recorded(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
     leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
@@ -149,9 +139,9 @@ def _recorded(model: nn.Module, example: Example, tracer: Tracer, lines: bool) -
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
-        recorder = record(model, example, every_name=True, copying=tracer == Tracer.COPY, lines=lines)
+        recorder = record(model, example, copying=tracer == Tracer.RECORD)
     if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
-        raise _KeptError
+        raise _KeptError(KEPT)
     return replace(_captured(model, recorder), decisions=None, tracer=tracer)
 
 
@@ -164,7 +154,7 @@ def _exported(model: nn.Module, example: Example) -> Capture:
     with tracing(TracingContext(_refusing_data())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
         if describe_state(model) != before:
-            raise _KeptError
+            raise _KeptError(KEPT)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
@@ -217,22 +207,20 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     try:
         copy, fake = fake_copy(model, example)
         again = _captured(copy, record(copy, fake, recorded.decisions or ()))
-        return replace(again, refusal=recorded.refusal, values=recorded.values)
+        return replace(again, values=recorded.values)
     except Exception:
         return recorded
 
 
-def _refused(model: nn.Module, reason: str) -> TraceError:
+def _refused(model: nn.Module, error: Exception) -> TraceError:
     return TraceError(
-        f"torch.export refuses {type(model).__name__}: {reason}. "
+        f"torch.export refuses {type(model).__name__}: {first_line(error)}. "
         "Check that the example input is what the model's forward takes"
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters."""
-    if isinstance(error, DynamicOutputShapeException):
-        return f"data decide how much {error.func} gives"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
 
@@ -257,19 +245,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def lightly() -> Iterator[None]:
-    """Context manager without garbage collection and torch's stack traces: a third of the time."""
-    fx = torch.fx.config
-    before = getattr(fx, "do_not_emit_stack_traces", False)
-    fx.do_not_emit_stack_traces = True
-    try:
-        with without_collection():
-            yield
-    finally:
-        fx.do_not_emit_stack_traces = before
-
-
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which the model is in evaluation mode; each module gets its own mode back."""
     return in_mode(model, training=False)
@@ -278,12 +253,18 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Context manager in which the model is in one mode and uncompiled; each module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
     compiled = "torch._dynamo" in sys.modules
+    with keep_modes(model), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        model.train(training)
+        yield
+
+
+@contextmanager
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Context manager after which each module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -294,34 +275,31 @@ def record(
     example: Example,
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
-    every_name: bool = False,
     copying: bool = True,
-    lines: bool = False,
 ) -> Recorder:
     """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
 
     ``answers`` are decisions of an earlier run; after them the data decide. ``orders`` are those of its sorting
-    operations, as two networks may order equal values differently. With ``every_name`` a tied tensor is a placeholder
-    under each of its names, and used under the last, as in ``torch.export``; otherwise under the first only.
+    operations, as two networks may order equal values differently. A tied tensor is a placeholder under each of its
+    names, and used under the last, as in ``torch.export``.
     """
     leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
     tensors = (*model.parameters(), *model.buffers(), *leaves)
     fake = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
-    once = not every_name
-    names = [name for name, _ in (*model.named_parameters("", True, once), *model.named_buffers("", True, once))]
+    names = [*state_of(model)]
     before, orders = describe_state(model), list(orders)
 
     def run() -> Recorder:
         inputs = [copy_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(inputs, spec)
         with follow_modules(model) as running:
-            recorder = Recorder(answers, orders, running, fake, lines)
+            recorder = Recorder(answers, orders, running, fake)
             with torch._C.DisableTorchFunction():
                 for name, tensor in select_state(model, names).items():
                     recorder.states[recorder.placeholder(tensor)] = name
                 for value in inputs:
                     recorder.placeholder(value)
-            repeated = copy_repeats(model, recorder) if copying and fake is not None and not lines else nullcontext()
+            repeated = copy_repeats(model, recorder) if copying and fake is not None else nullcontext()
             with SpellOut(), enable_python_dispatcher(), repeated, recorder:
                 result = model(*args, **kwargs)
         recorder.end(result)

@@ -225,9 +225,6 @@ def _align(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plu
             unify(small.pop(0), large.pop(0), why)
         elif kind is Times and m % n == 0 and isinstance(first, Leaf) and not _overlap(small, first):
             large[:1] = _replace(first, Times, (n, m // n))
-        elif kind is Times and (taken := _prefix(small, m)) is not None:
-            unify(times(*small[:taken]), large.pop(0), why)
-            del small[:taken]
         elif kind is Plus and not _overlap(small, first) and (pieces := _cut(first, n)) is not None:
             large[:1] = pieces
         else:
@@ -240,16 +237,6 @@ def _overlap(parts: Iterable[Expr], expr: Expr) -> bool:
     """Whether a leaf of a dimension occurs in others, too."""
     numbers = {leaf.number for leaf in leaves(expr)}
     return any(leaf.number in numbers for part in parts for leaf in leaves(part))
-
-
-def _prefix(parts: list[Expr], n: int) -> int | None:
-    """Return how many leading factors multiply to ``n``; ``None`` if no number of them does."""
-    total = 1
-    for taken, part in enumerate(parts, 1):
-        total *= size(part)
-        if total == n:
-            return taken
-    return None
 
 
 def _distribute(product: Times, sum_: Expr, why: str) -> None:

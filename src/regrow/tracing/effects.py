@@ -157,9 +157,7 @@ class Effects:
             raise BranchError("nothing is recorded in it: it hands on what it is given")
         outputs = [node for node in known if not known.keys() >= {*self.users.get(node, ())}]
         if len(outputs) != 1:
-            raise BranchError(
-                "several things in it are used outside of it" if outputs else "nothing uses what it gives"
-            )
+            raise BranchError("several things in it are used outside of it, or none")
         (node,) = outputs
         if not isinstance(node.meta.get("val"), Tensor):
             raise BranchError("what it gives is no tensor")
@@ -239,14 +237,12 @@ def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: 
     if len(mine) != len(its):
         return f"the answers rest on {len(its)} operations, not on {len(mine)}"
     for node, twin in zip([*mine, ours.end], [*its, theirs.end], strict=True):
-        where = f"{op_name(twin) or 'the answer'} in {module_of(twin) or 'the model'}"
-        if node.target != twin.target or shapes_of(node) != shapes_of(twin):
-            return f"{where} runs where {op_name(node)} did, or has another shape"
-        takes_ours = map_arguments(
+        read = map_arguments(
             (node.args, node.kwargs), Node, lambda x: partner.get(replacement_of(ours.same(x), replaced))
         )
-        if takes_ours != map_arguments((twin.args, twin.kwargs), Node, theirs.same):
-            return f"{where} is given something else"
+        same = node.target == twin.target and shapes_of(node) == shapes_of(twin)
+        if not same or read != map_arguments((twin.args, twin.kwargs), Node, theirs.same):
+            return f"{op_name(twin) or 'the answer'} in {module_of(twin) or 'the model'} is another operation there"
         partner[node] = twin
     return ""
 

@@ -6,7 +6,6 @@ up to one that is not known to map 0 to 0.
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +39,14 @@ def folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
         over = size_divided_by(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
-        make, without, reader = _KINDS[kind]
-        made = make(model, w, node, over)
+        made = _FOLDS[kind](model, w, node, over)
         if made and weights.isdisjoint(fold.weight for fold in made):
             for expr in over:
-                d.mark(expr, Mark.FOLDED, w.why(node, reader))
+                d.mark(expr, Mark.FOLDED, w.why(node))
             result += [(over, fold) for fold in made]
             weights |= {fold.weight for fold in made}
         else:
-            w.freeze(node, without, *over)
+            w.freeze(node, *over)
     return result
 
 
@@ -106,17 +104,8 @@ def _query(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
 
 _RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))
 
-_ROOT = "a root-mean-square norm runs over it"
-_KINDS = {
-    "mean": (_spelled_out, "a mean runs over it, and no gain and constant take up its size", _ROOT),
-    "rms_norm": (_one_operation, "a norm without a gain of its own runs over it", _ROOT),
-    "scale": (
-        _query,
-        "attention is scaled by its size, and no linear layer of its own makes the query",
-        "attention is scaled by its size",
-    ),
-}
-"""Kind of division by a size → its folds, why it freezes without one, and what reads a folded axis."""
+_FOLDS = {"mean": _spelled_out, "rms_norm": _one_operation, "scale": _query}
+"""Kind of division by a size → the function that finds its folds."""
 
 
 def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
@@ -156,8 +145,8 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
     result: dict[int, str] = {}
     for reading in w.readings:
         for leaf in d.leaves(w.of(reading.operand)[reading.dim]):
-            if reason := _reason(w, reading, leaf, zeros):
-                result.setdefault(leaf.number, reason)
+            if _disturbs(w, reading, leaf, zeros):
+                result.setdefault(leaf.number, w.why(reading.node))
     for expr, weight in w.also:
         for number in () if weight else _numbers((expr,)):
             result.setdefault(number, "in training it is read with no weight that could be 0")
@@ -168,20 +157,14 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
     return result
 
 
-def _reason(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:
-    why = partial(w.why, reading.node)
+def _disturbs(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> bool:
+    """Whether new units would change the result of an operation that reads them, or could never learn there."""
     if reading.groups is not None and leaf in d.leaves(reading.groups):
-        return ""  # a new group is normed by itself
-    if reading.fill != 0:
-        return why("it would be taken over new units too")
-    meeting = op_name(reading.node) in _MEETINGS
-    if meeting and not reading.weight:
-        return why("its units meet units there, not weights")
-    if meeting and w.source(reading.operand):
-        return why("weights meet weights there, and neither makes its units")
-    if leaf.mark is Mark.FOLDED:
-        return "" if leaf.number in zeros[reading.operand] else why("new units are not known to be 0 there")
-    return "" if reading.weight else why("it reads new units with no weight that could be 0")
+        return False  # a new group is normed by itself
+    met = op_name(reading.node) in _MEETINGS and (not reading.weight or bool(w.source(reading.operand)))
+    if reading.fill != 0 or met:
+        return True
+    return leaf.number not in zeros[reading.operand] if leaf.mark is Mark.FOLDED else not reading.weight
 
 
 def _zeros(w: Walk) -> dict[Node, frozenset[int]]:

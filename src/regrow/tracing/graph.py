@@ -4,7 +4,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Example, Mark, Product, Role, Slot, Sum, Work, axes_in, size_of
 from regrow.core.axes.axis import occurrences
@@ -13,7 +17,6 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.folds import folds, not_zero_initialisable
 from regrow.tracing.model_state import state_of
-from regrow.tracing.support import unalterable
 from regrow.tracing.walk import Dims, Walk, all_dims
 
 Multiple = tuple[Leaf, int]
@@ -70,10 +73,6 @@ def _multiple(expr: Expr) -> Multiple | None:
     return None
 
 
-MOST_SLOTS = 64
-"""The most separate places of an axis in one dimension; an axis with more is frozen."""
-
-
 @dataclass(frozen=True)
 class Names:
     """Writes the expressions of a walk in axes: each leaf becomes the key of an axis, or a fixed size."""
@@ -105,7 +104,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     unreached = tuple(name for name in w.capture.unused if {*w.capture.unused}.issuperset(aliases.get(name, ())))
     _freeze_unreachable(model, w, unreached)
     _freeze_unsettable(model, w)
-    for name, reason in unalterable(model):
+    for name, reason in _unalterable(model):
         for expr in state.get(name, ()):
             d.freeze(expr, reason)
     divisors = folds(model, w)
@@ -194,9 +193,6 @@ def _slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
                     offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))
                     for at in product(*(range(times) for times, _ in loops[1:]))
                 ]
-                if len(starts) > MOST_SLOTS:
-                    d.freeze(leaf, f"its units lie in {len(starts)} separate places of {name}")
-                    starts = starts[:1]
                 outer, stride = loops[0] if loops else (1, leaf.size * inner)
                 for start in starts:
                     yield leaf, Slot(name, i, outer, stride, inner, start, Role.PRODUCES)
@@ -283,3 +279,42 @@ def _counted(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]) -> tup
         if first not in tables and not head and len(state[name]) > 1:
             counted[first] = None
     return tuple(counted)
+
+
+def _unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory."""
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        for name in _spectral(module):
+            yield f"{dot}{name}", f"a spectral norm of {path or 'the model'} divides it; remove the norm first"
+    for name, other in _overlapping(model):
+        yield name, f"it shares memory with {other}, which a cut would end; tie them, or clone one"
+
+
+def _spectral(module: nn.Module) -> Iterator[str]:
+    """Yield the tensors from which a module computes a weight that a spectral norm divides."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            yield f"{hook.name}_orig"
+    chains = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
+    assert isinstance(chains, nn.ModuleDict)
+    for name, chain in chains.items():
+        if any(isinstance(child, _SpectralNorm) for child in chain.children()):
+            yield from (f"parametrizations.{name}.{leaf}" for leaf in state_of(chain))
+
+
+def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield pairs of tensors whose ranges of memory overlap, each pair in both orders."""
+    stores: dict[int, list[tuple[int, int, str]]] = {}
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.layout is torch.strided and x.numel():
+            start = int(x.storage_offset()) * x.element_size()
+            extent = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
+            stores.setdefault(x.untyped_storage()._cdata, []).append((start, start + extent * x.element_size(), name))
+    for extents in stores.values():
+        extents.sort()
+        for i, (_, end, name) in enumerate(extents):
+            for start, _, other in extents[i + 1 :]:
+                if start >= end:
+                    break
+                yield from ((name, other), (other, name))

@@ -4,13 +4,11 @@ import gc
 import linecache
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -20,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-
-from regrow.core.axes import Example
 
 Line = tuple[str, int]
 """A file name and a line number."""
@@ -35,55 +31,26 @@ def line_here() -> Line | None:
     return _first_own(traceback.walk_stack(sys._getframe(1)))
 
 
-def line_raised(error: BaseException) -> Line | None:
-    """Return the innermost line of a network's own code in an error's traceback; ``None`` if there is none."""
-    return _first_own(reversed([*traceback.walk_tb(error.__traceback__)]))
+def describe_line(line: Line | None) -> str:
+    """Return a clause that names a line of code; empty if there is none.
+
+    >>> describe_line(("net.py", 12))
+    '; it is the code at net.py:12'
+    """
+    if line is None:
+        return ""
+    text = linecache.getline(*line).strip()
+    return f"; it is the code at {Path(line[0]).name}:{line[1]}" + (f": {text}" if text else "")
+
+
+def describe_raising(error: BaseException) -> str:
+    """Return a clause that names the innermost line of a network's own code in an error's traceback."""
+    return describe_line(_first_own(reversed([*traceback.walk_tb(error.__traceback__)])))
 
 
 def _first_own(frames: Iterable[tuple[FrameType, int]]) -> Line | None:
     lines = ((frame.f_code.co_filename, number) for frame, number in frames)
     return next((line for line in lines if _is_own(line[0])), None)
-
-
-def parting_line(runs: tuple[tuple[nn.Module, Example], tuple[nn.Module, Example]]) -> Line | None:
-    """Return the last common line of two runs of a network's code, behind which they differ, if they do."""
-    last: Line | None = None
-    for line, other in zip_longest(*(_lines_run(model, example) for model, example in runs)):
-        if line != other:
-            return last
-        last = line
-    return None
-
-
-def format_line(line: Line) -> str:
-    """Format a line as ``net.py:12: h = h * 2``."""
-    name, number = line
-    text = linecache.getline(name, number).strip()
-    return f"{Path(name).name}:{number}" + (f": {text}" if text else "")
-
-
-def _lines_run(model: nn.Module, example: Example) -> list[Line]:
-    """Return each line of its own code that a network runs, in order, until it ends or fails."""
-    lines: list[Line] = []
-
-    def local(frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
-            lines.append((frame.f_code.co_filename, frame.f_lineno))
-        return local
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        return local if _is_own(frame.f_code.co_filename) else None
-
-    before = sys.gettrace()
-    # What a collection calls runs in between, and is no line of the network; where the network fails it may still have
-    # taken another path before.
-    with without_collection(), torch.no_grad(), suppress(Exception):
-        sys.settrace(trace)
-        try:
-            model(*example.args, **example.kwargs)
-        finally:
-            sys.settrace(before)
-    return lines
 
 
 @contextmanager
@@ -100,18 +67,12 @@ def without_collection() -> Iterator[None]:
 
 @lru_cache(maxsize=20_000)
 def _is_own(name: str) -> bool:
-    """Whether a file may hold a network's own code."""
-    if name.startswith(("<", *_FOREIGN)):
-        return False
-    return not name.startswith(_PYTHON) or "site-packages" in name or "dist-packages" in name
+    """Whether a file may hold a network's own code: it is of neither torch nor this package."""
+    return not name.startswith(("<", *_FOREIGN))
 
 
 _HERE = Path(__file__).parents[1]
 _FOREIGN = tuple(f"{path}{os.sep}" for path in (_HERE / "tracing", _HERE / "surgery", Path(torch.__file__).parent))
-"""Folders whose code is never a network's own: this package's and torch's."""
-
-_PYTHON = tuple(path for name in ("stdlib", "platstdlib") if (path := sysconfig.get_path(name)))
-"""Folders of Python's standard library, in which packages may be installed."""
 
 
 class SpellOut(TorchFunctionMode):

@@ -1,19 +1,27 @@
-"""Copy networks and examples without their numbers: such copies need no memory, and run on fake tensors."""
+"""Copy networks and examples without their numbers, and infer what operations give on such fake tensors.
+
+Fake tensors infer results too, but check each operation for other needs (data, other devices, symbols, casts), and many
+of their kernels are written in Python. The operations here are those that most of a network consists of, for operands
+on one device; fake tensors handle all others, and whatever fails here.
+"""
 
 import copy
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from math import prod
 from operator import is_not
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.axes import Example
 from regrow.tracing.model_state import find_tensors, state_of
+from regrow.tracing.nodes import leaves_of, map_arguments
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -103,17 +111,15 @@ class _Copy:
             if kind is set or any(map(is_not, members, value)):
                 return self.memo.setdefault(id(value), members)
             return value
-        if kind not in (dict, OrderedDict, list, deque):
+        if kind not in (dict, OrderedDict, list):
             return self.other(value)
-        if isinstance(value, dict):
-            entries: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
-            self.memo[id(value)] = entries
-            entries.update((self.value(key), self.value(part)) for key, part in value.items())
-            return entries
-        parts: deque[Any] | list[Any] = deque(maxlen=value.maxlen) if isinstance(value, deque) else []
-        self.memo[id(value)] = parts
-        parts.extend(map(self.value, value))
-        return parts
+        made: Any = kind()
+        self.memo[id(value)] = made
+        if kind is list:
+            made.extend(map(self.value, value))
+        else:
+            made.update((self.value(key), self.value(part)) for key, part in value.items())
+        return made
 
     def tensor(self, tensor: Tensor) -> Tensor:
         made = self.made(tensor)
@@ -170,3 +176,142 @@ def fake_copy(model: M, example: Example) -> tuple[M, Example]:
     """Return a copy of a model without numbers, and an example for it."""
     copied, mode = meta_copy(model, {})
     return copied, fake_example(example, mode)
+
+
+def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:
+    """Infer what an operation gives by a rule, faster than torch; ``NotImplemented`` without one."""
+    rule = _RULES.get(func)
+    if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
+        return NotImplemented
+    tensors = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
+    operands = [x for x in tensors if type(x) is FakeTensor and x.fake_mode is mode and x.layout is torch.strided]
+    if len({x.fake_device for x in operands}) != 1 or len(operands) < len(tensors):
+        return NotImplemented
+    device, dtype = operands[0].fake_device, operands[0].dtype
+    with no_python_dispatcher():
+        if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in operands):
+            result = rule(*args, **kwargs)
+            if isinstance(result, Tensor):
+                return result
+            if result is not None:
+                shape, *stride = result
+                empty = torch.empty_strided if stride else torch.empty
+                return FakeTensor(mode, empty(shape, *stride, dtype=dtype, device="meta"), device)
+        return _by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
+
+
+def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    """Return the result of the operation's kernel for meta tensors."""
+    known: dict[int, Tensor] = {}  # an operation may give what it was given
+
+    def form(x: Tensor) -> Tensor:
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        known[id(made)] = x
+        return made
+
+    operands = map_arguments((args, kwargs), Tensor, form)
+    try:
+        out = func(*operands[0], **operands[1])
+    except Exception:
+        return NotImplemented
+    return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
+
+
+# --- rules return a shape, a shape and strides, the operand that is returned itself, or None if they do not apply ----
+
+
+def _entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
+    tensors = [y for y in others if isinstance(y, Tensor)]
+    if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
+        return None
+    if all(x.shape == y.shape and x.stride() == y.stride() for y in tensors):
+        dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
+        return (x.shape, x.stride()) if dense else None
+    shape = _broadcast(x.shape, tensors[0].shape)
+    return (shape,) if shape is not None and x.is_contiguous() and tensors[0].is_contiguous() else None
+
+
+def _in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
+    tensors = [y for y in others if isinstance(y, Tensor)]
+    numbers = sum(isinstance(y, int | float) for y in others)
+    fits = all(_broadcast(x.shape, y.shape) == x.shape for y in tensors)
+    return x if fits and len(tensors) + numbers == len(others) else None
+
+
+def _broadcast(a: Any, b: Any) -> Any:
+    """Return the shape that two shapes broadcast to, if it is one of the two; else ``None``."""
+    a, b = (a, b) if len(a) >= len(b) else (b, a)
+    padded = (1,) * (len(a) - len(b)) + tuple(b)
+    if all(m in (n, 1) for n, m in zip(a, padded, strict=True)):
+        return a
+    return padded if all(n in (m, 1) for n, m in zip(a, padded, strict=True)) else None
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> Any:
+    n = weight.dim() - 2
+    if x.dim() != n + 2 or not (x.is_contiguous() and weight.is_contiguous()) or x.shape[1] != weight.shape[1] * groups:
+        return None
+    if weight.shape[0] % groups or not _of(bias, weight.shape[:1]) or not prod(x.shape) or not prod(weight.shape):
+        return None
+    steps, pads, gaps = (list(part) * n if len(part) == 1 else part for part in (stride, padding, dilation))
+    sides = [
+        (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
+    ]
+    return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
+
+
+def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
+    known = mean is not None and variance is not None
+    fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
+    return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
+
+
+def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
+    last = tuple(x.shape[x.dim() - len(over) :])
+    fits = last == tuple(over) and _of(weight, last) and _of(bias, last)
+    return (x.shape,) if fits and x.is_contiguous() else None
+
+
+def _of(x: Tensor | None, shape: Any) -> bool:
+    """Whether a tensor has a shape, or is ``None``."""
+    return x is None or tuple(x.shape) == tuple(shape)
+
+
+def _ops(names: str) -> list[Any]:
+    split = [(*name.split("."), "default")[:2] for name in names.split()]
+    return [getattr(getattr(torch.ops.aten, name), overload) for name, overload in split]
+
+
+_ENTRYWISE = (
+    "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu softplus elu mish neg rsqrt sqrt exp cos "
+    "sin square abs pow.Tensor_Scalar rsub.Scalar dropout add.Tensor sub.Tensor mul.Tensor div.Tensor"
+)
+_IN_PLACE = (
+    "relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_ add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"
+)
+_RULES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_ops(_ENTRYWISE), _entrywise),
+    **dict.fromkeys(_ops(_IN_PLACE), _in_place),
+    **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
+    **dict.fromkeys(_ops("batch_norm"), _batch_norm),
+    **dict.fromkeys(_ops("layer_norm"), _layer_norm),
+}
+
+_KERNELS = frozenset(
+    _ops(
+        "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean "
+        "mean.dim sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim "
+        "expand slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding "
+        "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
+    )
+)
+"""Operations whose meta kernels give the right shape and strides for any device."""

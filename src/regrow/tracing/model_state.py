@@ -7,7 +7,7 @@ results. Runs on fake data would leave tensors without numbers in all these plac
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial
@@ -86,7 +86,7 @@ class Snapshot:
     def _of_function(self, function: FunctionType) -> Iterator[Any]:
         for cell in function.__closure__ or ():
             self.holders.append((cell, _contents(cell)))
-            yield contents_of(cell)
+            yield from _contents(cell)
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
         for name in names_in(function.__code__):
@@ -130,18 +130,13 @@ def names_in(code: CodeType) -> tuple[str, ...]:
 _UNSET = object()
 
 
-def contents_of(cell: CellType) -> Any:
-    """Return the contents of a closure's cell; a marker if it is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _UNSET
-
-
 def _contents(holder: Any) -> list[Any]:
     """Return what a container, class or cell holds, keys before values; overridden methods are bypassed."""
     if isinstance(holder, CellType):
-        return [contents_of(holder)]
+        try:
+            return [holder.cell_contents]
+        except ValueError:
+            return [_UNSET]
     entries = _attributes(holder) if isinstance(holder, type) else holder
     return [part for entry in dict.items(entries) for part in entry] if isinstance(entries, dict) else list(entries)
 
@@ -212,33 +207,18 @@ def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> 
     if id(value) in visited or isinstance(value, without) or type(value).__module__ == "numpy":
         return
     visited.add(id(value))
-    name = type(value).__name__
+    if isinstance(value, Iterator | Set | FunctionType | MethodType | partial):
+        name = type(value).__name__
+        raise OutputError(f"it returns a {name}, in which tensors have no place to compare; return a list or tuple")
     parts: Iterable[object]
-    if isinstance(value, Iterator):
-        raise OutputError(f"it returns a {name}, which can be read only once; return a list or tuple")
-    if isinstance(value, FunctionType | MethodType | partial):
-        if [*find_tensors([contents_of(cell) for cell in getattr(value, "__closure__", None) or ()])]:
-            raise OutputError("it returns a function that holds tensors; return the tensors")
-        return
-    if isinstance(value, Mapping):
-        parts = value.values()
-    elif isinstance(value, Collection):
-        parts = value
-        if isinstance(value, Set) and [*find_tensors([*value])]:
-            raise OutputError(f"it returns a {name} of tensors, which has no order; return a list or tuple")
+    if isinstance(value, Collection):
+        parts = value.values() if isinstance(value, Mapping) else value
     else:
-        names = [slot for kind in type(value).__mro__ for slot in _slots(kind)]
-        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, slot, None) for slot in names)]
+        state = object.__getstate__(value)
+        held = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
+        parts = [part for entries in held for part in (entries or {}).values()]
     for part in parts:
         _collect_tensors(part, result, visited)
-
-
-def _slots(kind: type) -> list[str]:
-    """Return the names of the slots that a class itself declares."""
-    declared = vars(kind).get("__slots__", ())
-    names = [declared] if isinstance(declared, str) else [*declared]
-    private = [f"_{kind.__name__.lstrip('_')}{x}" if x[:2] == "__" and x[-2:] != "__" else x for x in names]
-    return [x for x in private if x not in ("__dict__", "__weakref__")]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -248,8 +228,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return those of some parameters and buffers that a model has, by name."""
-    state = state_of(model)
-    return {name: state[name] for name in names if name in state}
+    state = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        with suppress(AttributeError):
+            module = model.get_submodule(path)
+            tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+            if tensor is not None:
+                state[name] = tensor
+    return state
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:

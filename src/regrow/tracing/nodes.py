@@ -172,6 +172,11 @@ def permutation(node: Node, rank: int) -> list[int] | None:
         case "transpose" | "swapaxes":
             a, b = axis_of(node, 1, rank), axis_of(node, 2, rank)
             order[a], order[b] = order[b], order[a]
+        case "movedim":
+            source, target = ([i % rank for i in wholes(moved)] for moved in node.args[1:3])
+            order = [i for i in order if i not in source]
+            for at, i in sorted(zip(target, source, strict=True)):
+                order.insert(at, i)
         case "permute":
             order = [i % rank for i in wholes(node.args[1])]
         case _:

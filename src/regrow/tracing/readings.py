@@ -1,27 +1,157 @@
-"""Record where a network reads its axes, so that it can be run with dropped units replaced there."""
+"""Record where a network reads its axes, so that it can be run with dropped units replaced there, block by block.
 
-from collections.abc import Callable, Mapping, Sequence
+Blocks end where repeated modules meet. Only the structure of the recording tells where (which module runs which
+operation, data flow, shapes and constants), so networks without numbers have blocks too.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from types import CodeType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Decision, Dim, Example, Product, Sum
-from regrow.core.axes.operations import Tracer
-from regrow.tracing.blocks import GraphBlock, blocks
+from regrow.core.axes import AxisGraph, Decision, Dim, Example
 from regrow.tracing.capture import Capture, TraceError, capture, in_training
-from regrow.tracing.dimensions import Expr
 from regrow.tracing.folds import size_divided_by
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import leaves_in
 from regrow.tracing.model_state import code_of, names_in, state_of
-from regrow.tracing.nodes import module_of, op_name, operands
+from regrow.tracing.nodes import module_of, modules_around, op_name, operands, shape_of
 from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import operations
+from regrow.tracing.steps import operations, steps_of
 from regrow.tracing.walk import Walk
+
+
+@dataclass(frozen=True)
+class GraphBlock:
+    """A contiguous run of operations in a recording, with the values that cross its boundaries.
+
+    Operations are numbered as in ``AxisGraph.steps``, so that a block of a network is one of its cut copy too.
+    """
+
+    path: str  # the module whose operations they are; empty between repeated modules
+    start: int
+    stop: int
+    inputs: tuple[int | str, ...] = ()  # numbers of earlier operations, and the network's inputs and constants
+    outputs: tuple[int, ...] = ()  # operations whose results are read later, or are outputs of the network
+    states: tuple[str, ...] = ()  # parameters and buffers that it reads
+    # Its class: blocks of one class run the same operations with the same constants in the same wiring, at any widths.
+    kind: int = 0
+
+
+def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
+    """Divide a recorded network into blocks: its outermost repeated modules, and the operations between two of them.
+
+    A module is repeated if another one in the same parent runs the same operations on the same shapes, or is of its
+    class and both have operations of their own beside those of their children (a residual block of another width). It
+    is a block if it reads two weights or more and its operations are contiguous.
+    """
+    net = _Net(recorded)
+    end = len(net.steps)
+    repeated = sorted(net.repeated(range(end)), key=lambda block: block.start)
+    result: list[GraphBlock] = []
+    numbers: dict[int, int] = {}
+    at = 0
+    for block in (*repeated, GraphBlock("", end, end)):
+        for path, start, stop in (("", at, block.start), (block.path, block.start, block.stop)):
+            if start < stop:
+                form = net.form(start, stop, sized=False)
+                kind = numbers.setdefault(form, len(numbers))
+                inputs, outputs, states = net.seams(start, stop)
+                result.append(GraphBlock(path, start, stop, inputs, outputs, states, kind))
+        at = block.stop
+    return tuple(result)
+
+
+class _Net:
+    """A recording as a list of operations, with the modules around each and its last reader."""
+
+    def __init__(self, recorded: Capture) -> None:
+        self.steps = steps_of(recorded)
+        self.modules = [[(path, kind) for path, kind in modules_around(n) if path] for n in operations(recorded)]
+        self.shapes = {name: shape_of(node) for node, name in recorded.states.items()}
+        self.readers = {operand: i for i, step in enumerate(self.steps) for operand in step.operands}
+
+    def repeated(self, numbers: Sequence[int], depth: int = 0) -> list[GraphBlock]:
+        """Return the repeated modules among those that run some operations.
+
+        A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
+        blocks); parallel modules, such as experts, are no chain.
+        """
+        children: dict[str, list[int]] = {}
+        for i in numbers:
+            if len(self.modules[i]) > depth:
+                children.setdefault(self.modules[i][depth][0], []).append(i)
+        forms: dict[str, int] = {}
+        kinds: dict[str, type] = {}
+        for path, part in children.items():
+            if self._is_block(part):
+                forms[path] = self.form(part[0], part[-1] + 1)
+                if any(len(self.modules[i]) == depth + 1 for i in part):
+                    kinds[path] = self.modules[part[0]][depth][1]
+        alike, same = Counter(forms.values()), Counter(kinds.values())
+        result = []
+        for path, part in children.items():
+            parts = self.repeated(part, depth + 1)
+            is_repeated = path in forms and (alike[forms[path]] > 1 or (path in kinds and same[kinds[path]] > 1))
+            covered = sum(block.stop - block.start for block in parts)
+            if is_repeated and not (2 * covered > len(part) and self._is_chain(parts)):
+                result.append(GraphBlock(path, part[0], part[-1] + 1))
+            else:
+                result += parts
+        return result
+
+    def _is_chain(self, parts: Sequence[GraphBlock]) -> bool:
+        """Whether each of some modules works on the output of the one before it."""
+        for block, other in pairwise(parts):
+            reached = {*range(block.start, block.stop)}
+            for i in range(block.stop, other.stop):
+                if not reached.isdisjoint(self.steps[i].operands):
+                    reached.add(i)
+            if reached.isdisjoint(range(other.start, other.stop)):
+                return False
+        return True
+
+    def _is_block(self, numbers: Sequence[int]) -> bool:
+        if numbers[-1] - numbers[0] + 1 != len(numbers):
+            return False
+        read = {operand for i in numbers for operand in self.steps[i].operands if isinstance(operand, str)}
+        return sum(len(self.shapes.get(name, ())) > 1 for name in read) > 1
+
+    def form(self, start: int, stop: int, sized: bool = True) -> int:
+        """Return a hash of what some operations compute, independent of names and of where their inputs come from."""
+        outside: dict[int | str, int] = {}
+        form = []
+        for step in self.steps[start:stop]:
+            operands: list[object] = []
+            for operand in step.operands:
+                if isinstance(operand, int) and operand >= start:
+                    operands.append(operand - start)
+                else:
+                    shape = self.shapes.get(operand) if isinstance(operand, str) else None
+                    number = outside.setdefault(operand, len(outside))
+                    operands.append((number, shape if sized else _unsized(shape)))
+            form.append((step.op, step.shapes if sized else _unsized(step.shapes), step.numbers, tuple(operands)))
+        return hash(tuple(form))
+
+    def seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
+        """Return the inputs, outputs and states of a run of operations, as in :class:`GraphBlock`."""
+        read = dict.fromkeys(operand for step in self.steps[start:stop] for operand in step.operands)
+        states = tuple(x for x in read if isinstance(x, str) and x in self.shapes)
+        inputs = tuple(x for x in read if x not in self.shapes and not (isinstance(x, int) and x >= start))
+        outputs = tuple(i for i in range(start, stop) if self.readers.get(i, -1) >= stop)
+        return inputs, outputs, states
+
+
+def _unsized(shape: Any) -> Any:
+    """Return a shape, or several, with every size above 1 replaced by 2."""
+    return tuple(map(_unsized, shape)) if isinstance(shape, list | tuple) else shape if shape is None else min(shape, 2)
 
 
 @dataclass(frozen=True)
@@ -67,18 +197,6 @@ class Recording:
             and all(_is_alike(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
         )
 
-    def renew(self, model: nn.Module, example: Example, tracer: Tracer) -> "Recording":
-        """Return a recording of a model that was cast, moved or changed since; made once for all that are alike."""
-        # A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
-        if not (self._renewed and self._renewed[-1].fits(model, example)):
-            recorded = capture(model, example, tracer=tracer)
-            self._renewed[:] = [Recording(recorded, self.reads, code_of(model))]
-        return self._renewed[-1]
-
-    @cached_property
-    def _renewed(self) -> list["Recording"]:
-        return []
-
 
 def _is_alike(value: object, form: object) -> bool:
     """Whether a value is what a placeholder stands for: a tensor of that shape, dtype and device, or an equal value."""
@@ -112,17 +230,14 @@ def readings(
     fresh, names = assemble(model, w, example)
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
-
-    def written(expr: Expr | None) -> Dim:
-        return 1 if expr is None else _renamed(names.dim(expr), renamed)
-
+    names = Names({number: renamed[key] for number, key in names.keys.items()})
     return Readings(
         capture=recorded,
         given=leaves_in(example),
-        reads=reads(w, written),
+        reads=reads(w, names),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
         compared=tuple(
-            (node, operand, tuple(map(written, w.of(operand))))
+            (node, operand, names.dims(w.of(operand)))
             for node in (recorded.graph.nodes if recorded.decisions is not None else ())
             for operand in compared_operands(node)
         ),
@@ -133,10 +248,10 @@ def recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
     """Return a walked network's recording; ``None`` where data decide which operations run."""
     if w.capture.decisions is not None:
         return None
-    return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)), code_of(model))
+    return Recording(w.capture, reads(w, names), code_of(model))
 
 
-def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]:
+def reads(w: Walk, names: Names) -> tuple[ReadDim, ...]:
     """Return the dimensions in which a walked network reads its axes."""
     step = {node: i for i, node in enumerate(operations(w.capture))}
     return tuple(
@@ -144,25 +259,16 @@ def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]
             step[r.node],
             operands(r.node).index(r.operand),
             r.dim,
-            written(w.of(r.operand)[r.dim]),
+            names.dim(w.of(r.operand)[r.dim]),
             r.fill,
             r.weight,
-            written(r.groups),
+            1 if r.groups is None else names.dim(r.groups),
         )
         for r in w.readings
     )
 
 
-def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
-    match dim:
-        case str():
-            return names[dim]
-        case Product(parts) | Sum(parts):
-            return type(dim)(tuple(_renamed(part, names) for part in parts))
-    return dim
-
-
-def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | None:
+def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     """Record and walk a network in training mode too, and merge what that ties or freezes into the evaluation walk.
 
     It does so where training uses parameters that evaluation leaves out (auxiliary heads), or where the network's own
@@ -170,30 +276,21 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> Capture | Non
     ties, freezes or marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
     """
     if w.capture.decisions is not None or not (w.capture.unused or "training" in _names_read(model)):
-        return None
+        return
     try:
         trained = in_training(model, example)
     except TraceError:
-        return None
+        return
     left = tuple(name for name in w.capture.unused if name in trained.unused)
     if len(left) == len(w.capture.unused) and _names(w.capture) == _names(trained):
-        return None
-    second = walk(trained, known={name: w.of(node) for node, name in w.capture.states.items()})
+        return
+    second = walk(trained, merged=w)
     alike = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
         if (module_of(node), kind) not in alike:
-            second.freeze(node, "its size is divided by in training", *size_divided_by(second, node, kind))
-    for parameter, roles in second.roles.items():
-        w.roles.setdefault(parameter, set()).update(roles)
+            second.freeze(node, *size_divided_by(second, node, kind))
     w.also += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
-    w.literals += second.literals
-    w.groups += second.groups
-    w.equal += second.equal
-    w.weights |= second.weights
-    w.tables += [name for name in second.tables if name not in w.tables]
-    w.notes += second.notes
     w.capture = replace(w.capture, unused=left)
-    return trained
 
 
 def _names_read(model: nn.Module) -> set[str]:

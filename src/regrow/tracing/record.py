@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.core.axes import Decision
-from regrow.tracing.forms import ConstantResults, infer_result
 from regrow.tracing.interception import LINE, line_here, most_calls
+from regrow.tracing.meta_copy import infer_result
 from regrow.tracing.model_state import output_tensors
-from regrow.tracing.nodes import map_arguments
+from regrow.tracing.nodes import map_arguments, operands_in
 
 ORDERS = frozenset(
     (
@@ -73,6 +74,57 @@ class TensorMap:
         return id(key) in self._entries
 
 
+class ConstantResults:
+    """The nodes of a recording whose values are made of constants alone, and their values once they are needed."""
+
+    def __init__(self) -> None:
+        self.known: dict[Node, Any] = {}
+        self.calls: list[tuple[Node, Any, Any, Any]] = []
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.known
+
+    def add_call(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
+        """Add an operation on constants; it is run when a value is needed."""
+        self.known[node] = None
+        self.calls.append((node, func, args, kwargs))
+
+    def holds(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an operation works on constants alone, and draws no random numbers."""
+        constant = all(node in self.known for node in operands_in((args, kwargs)))
+        return constant and torch.Tag.nondeterministic_seeded not in func.tags
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on constants and return its result."""
+        with no_python_dispatcher(), unset_fake_temporarily():
+            self._catch_up()
+            return self._result(func, args, kwargs)
+
+    def forget(self, args: Any, kwargs: Any) -> None:
+        """Forget constants that an operation on other tensors too may write into, and all that share their storage."""
+        nodes = [node for node in operands_in((args, kwargs)) if node in self.known]
+        if not nodes:
+            return
+        with no_python_dispatcher(), unset_fake_temporarily():
+            self._catch_up()
+        written = {address for node in nodes for address in _storages(self.known[node])}
+        self.known = {node: x for node, x in self.known.items() if written.isdisjoint(_storages(x))}
+
+    def _catch_up(self) -> None:
+        """Run the operations that were added since."""
+        for node, func, args, kwargs in self.calls:
+            self.known[node] = self._result(func, args, kwargs)
+        self.calls.clear()
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        values, named = map_arguments((args, kwargs), Node, self.known.__getitem__)
+        return func(*values, **named)
+
+
+def _storages(value: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
+
+
 class Recorder(ProxyTorchDispatchMode):
     """Torch dispatch mode that records operations before autograd and decompositions, as ``torch.export`` does.
 
@@ -86,7 +138,6 @@ class Recorder(ProxyTorchDispatchMode):
         orders: Iterable[Tensor],
         running: Callable[[], dict[str, Any]],
         fake: FakeTensorMode | None,
-        lines: bool,
     ) -> None:
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
         self.graph = Graph()  # its placeholders are parameters, buffers, inputs and constants
@@ -94,12 +145,11 @@ class Recorder(ProxyTorchDispatchMode):
         self.constants: dict[Node, Tensor] = {}  # what the network made from numbers, and results of decisions
         self.decisions: list[Decision] = []
         self.values: list[Tensor] = []  # on real tensors: floating-point outputs, then what is compared
-        self.running, self.real, self.lines = running, fake is None, lines
+        self.running, self.real = running, fake is None
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.answers, self.orders = iter(answers), iter(orders)
         self.nodes: TensorMap | WeakTensorKeyDictionary = WeakTensorKeyDictionary() if self.real else TensorMap()
         self.plain = ConstantResults()
-        self.labels: dict[Any, str] = {}
         self.calls: list[Node] = []
 
     @classmethod
@@ -170,12 +220,8 @@ class Recorder(ProxyTorchDispatchMode):
         node.meta["asks"] = str(func)
         self._keep_compared(node, args, kwargs)
         module, known = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
-        where = f"{func} in {module or 'the model'}"
-        if known is None and not self.real:
-            raise DivergedError(f"{where} asks what the recorded run did not ask")
-        if known is not None and (known.op, known.module) != (str(func), module):
-            before = f"{known.op} in {known.module or 'the model'}"
-            raise DivergedError(f"{where} asks where {before} asked when it was recorded")
+        if not self.real if known is None else (known.op, known.module) != (str(func), module):
+            raise DivergedError(f"{func} in {module or 'the model'} asks what the recorded run did not ask there")
         answer = func(*args, **kwargs) if known is None else _cast_answer(read, known.answer)
         self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, copy_tensor, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
@@ -188,17 +234,13 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         node = self._add(target, args, kwargs)
-        node.meta |= {"val": val, "nn_module_stack": self.running()}
-        if self.lines:
-            node.meta[LINE] = line_here()
+        node.meta |= {"val": val, "nn_module_stack": self.running(), LINE: line_here()}
         return node
 
     def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
         if len(self.calls) >= most_calls.get():
             raise RuntimeError(f"it runs more than {len(self.calls)} operations")
-        if target not in self.labels:
-            self.labels[target] = self.graph._target_to_str(target)
-        node = self.graph.create_node("call_function", target, args, kwargs, self.labels[target])
+        node = self.graph.create_node("call_function", target, args, kwargs)
         self.calls.append(node)
         return node
 

@@ -27,7 +27,7 @@ from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from regrow.tracing.model_state import LEAVES, Snapshot, is_plain_object
-from regrow.tracing.nodes import map_arguments, operands_in, parameters_of, writes
+from regrow.tracing.nodes import map_arguments, writes
 
 if TYPE_CHECKING:
     from regrow.tracing.record import Recorder
@@ -146,8 +146,11 @@ class _RepeatedCalls:
 
     def call(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
+        if torch._C._is_any_autocast_enabled():
+            return run()
         try:
-            key = (_structure_of(module), spec, self._forms(leaves), _context())
+            modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch._C._len_torch_function_stack()
+            key = (_structure_of(module), spec, self._forms(leaves), modes)
             hash(key)
         except TypeError:
             return run()
@@ -160,12 +163,8 @@ class _RepeatedCalls:
         if self.tries[key] >= _TRIES:
             return run()
         self.tries[key] += 1
-        snapshot, outer, start, state = (
-            Snapshot(module),
-            self.recorder.running(),
-            len(self.recorder.calls),
-            self._state(),
-        )
+        snapshot, outer, start = Snapshot(module), self.recorder.running(), len(self.recorder.calls)
+        state = self._state()
         result = run()
         if self._state() == state and snapshot.is_unchanged():
             calls = tuple(self.recorder.calls[start:])
@@ -175,7 +174,7 @@ class _RepeatedCalls:
             made = {value for kind, value in results if kind == "made"}
             constant = any(node in self.recorder.plain for node in made)
             whole = made <= {*calls} and not constant and "unknown" not in dict(results)
-            if whole and not _reaches_others(calls, {*nodes}):
+            if whole and _is_closed(calls, {*nodes}):
                 self.known[key] = _RecordedCall(module, outer, nodes, after, calls, results, spec, snapshot)
         return result
 
@@ -268,18 +267,6 @@ def _repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.
     return frozenset(result)
 
 
-def _context() -> tuple[object, ...]:
-    """Return what a run depends on beside the network."""
-    if torch._C._is_any_autocast_enabled():
-        raise TypeError
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-        torch._C._len_torch_function_stack(),
-    )
-
-
 def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
     """Return where an entry of a result comes from."""
     if not isinstance(x, Tensor):
@@ -292,17 +279,11 @@ def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
     return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
 
 
-def _reaches_others(calls: tuple[Node, ...], known: set[Node]) -> bool:
-    """Whether an operation writes into a tensor that is not of the call, or gives one."""
+def _is_closed(calls: tuple[Node, ...], known: set[Node]) -> bool:
+    """Whether no operation that reads a tensor from outside of a call writes into a tensor, or returns that one."""
     inside = {*calls} | known
     for node in calls:
-        outside = {id(operand.meta["val"]) for operand in node.all_input_nodes if operand not in inside}
-        if id(node.meta["val"]) in outside:
-            return True
-        if outside and writes(node):
-            takes = parameters_of(node.target)
-            values = {**dict(zip((taken.name for taken in takes), node.args, strict=False)), **node.kwargs}
-            written = [values.get(taken.name) for taken in takes if taken.alias_info and taken.alias_info.is_write]
-            if any(operand not in inside for operand in operands_in(written)):
-                return True
-    return False
+        outside = [operand.meta["val"] for operand in node.all_input_nodes if operand not in inside]
+        if outside and (writes(node) or any(value is node.meta["val"] for value in outside)):
+            return False
+    return True

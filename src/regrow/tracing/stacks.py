@@ -89,11 +89,10 @@ def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], source
         values: Mapping[str, Any] = getattr(config, "__dict__", {})
         deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
         if deep:
-            rows = [name for name in values if name in PER_BLOCK and isinstance(values[name], list | tuple)]
             for name in deep:
                 setattr(config, name, len(sources))
-            for name in rows:
-                if len(values[name]) == size:
+            for name in PER_BLOCK & values.keys():
+                if isinstance(values[name], list | tuple) and len(values[name]) == size:
                     setattr(config, name, type(values[name])(values[name][i] for i in sources))
             changed |= config is whole or config is text
     return changed

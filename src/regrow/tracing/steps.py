@@ -11,12 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from regrow.core.axes import AxisGraph, Cache, RecordedStep, size_of
+from regrow.core.axes import AxisGraph, Cache, Dim, Product, RecordedStep, axes_in, size_of
 from regrow.core.axes.operations import Number
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names
+from regrow.tracing.interception import LINE, describe_line
 from regrow.tracing.nodes import (
     ALIASES,
     as_list,
@@ -122,7 +123,6 @@ class Difference:
     """The first operation in which two recordings of a network differ."""
 
     problem: str
-    step: int  # the number of the operation
     # Whether a constant or an operand differs. Constants also differ between precisions and after a fold, operands
     # after a bias was added, so only a comparison with the present network can tell.
     constant: bool = False
@@ -169,17 +169,18 @@ def difference(
     for i, (step, other) in enumerate(zip_longest(known, resized)):
         if step is None or other is None or step.op != other.op:
             ran, before = ("nothing" if x is None else _where(x) for x in (other, step))
-            return Difference(f"the network runs other operations at that size: {ran} instead of {before}", i)
+            problem = f"the network runs other operations at that size: {ran} instead of {before}"
+            return Difference(problem + _code(nodes[i : i + 1]))
     constant: Difference | None = None
-    for i, (step, other) in enumerate(zip(known, resized, strict=True)):
-        for dims, shape in zip(step.shapes, other.shapes, strict=True):
-            planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
-            if planned is not None and shape is not None and planned != shape:
-                return Difference(f"{_where(step)} has shape {[*shape]} at that size, not {[*planned]}", i)
-        if step.start is not None and bounds(nodes[i])[0] != (start := size_of(step.start, sizes)):
-            return Difference(f"{_where(step)} begins at entry {bounds(nodes[i])[0]} at that size, not at {start}", i)
+    for step, other, node in zip(known, resized, nodes, strict=True):
+        planned = [None if dims is None else tuple(size_of(dim, sizes) for dim in dims) for dims in step.shapes]
+        pairs = zip(planned, other.shapes, strict=False)
+        if len(planned) != len(other.shapes) or any(None not in (a, b) and a != b for a, b in pairs):
+            return Difference(f"{_where(step)} has another shape at that size than planned{_code([node])}")
+        if step.start is not None and bounds(node)[0] != size_of(step.start, sizes):
+            return Difference(f"{_where(step)} begins at another entry at that size than planned{_code([node])}")
         planned_operands = tuple(operand for operand in other.operands if operand not in added)
-        constant = constant or _constant(step, replace(other, operands=planned_operands), i)
+        constant = constant or _constant(step, replace(other, operands=planned_operands), node)
     return constant
 
 
@@ -188,12 +189,11 @@ def first_difference(
 ) -> Difference | None:
     """Return the first constant that differs between the recordings before and after sizes were changed, if any."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
-        return Difference(FIRST_RUN, 0)
+        return Difference(FIRST_RUN)
     before, after = (steps_of(recorded, _started(known, recorded)) for recorded in (present, planned))
     if len(before) != len(after):
-        problem = f"the network runs {len(after)} operations at that size, and {len(before)} as it is"
-        return Difference(problem, min(len(before), len(after)))
-    return next(filter(None, map(_constant, before, after, range(len(before)))), None)
+        return Difference(f"the network runs {len(after)} operations at that size, and {len(before)} as it is")
+    return next(filter(None, map(_constant, before, after, operations(planned))), None)
 
 
 def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
@@ -213,6 +213,36 @@ def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[Rec
     return tuple(replace(step, numbers=new.numbers, operands=new.operands) for step, new in rows)
 
 
+def fit_steps(
+    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]
+) -> tuple[RecordedStep, ...] | None:
+    """Return the operations with the input's sizes of a new recording; ``None`` if it runs others, or on other axes."""
+    others = steps_of(recorded, _started(known, recorded))
+    if [(x.op, x.numbers, x.operands) for x in known] != [(x.op, x.numbers, x.operands) for x in others]:
+        return None
+    result = []
+    for step, other in zip(known, others, strict=True):
+        shapes: list[tuple[Dim, ...] | None] = []
+        for dims, shape in zip_longest(step.shapes, other.shapes, fillvalue=()):
+            fitted = [_fitted(dim, size_of(n, {}), sizes) for dim, n in zip(dims or (), shape or (), strict=False)]
+            if len(dims or ()) != len(shape or ()) or None in fitted:
+                return None
+            shapes.append(None if dims is None else tuple(dim for dim in fitted if dim is not None))
+        result.append(replace(step, shapes=tuple(shapes)))
+    return tuple(result)
+
+
+def _fitted(dim: Dim, n: int, sizes: Mapping[str, int]) -> Dim | None:
+    """Return a dimension of which the factor that no axis makes is another one; ``None`` if no factor fits ``n``."""
+    if not {*axes_in(dim)}:
+        return n
+    if not isinstance(dim, Product):
+        return dim if size_of(dim, sizes) == n else None
+    units = tuple(part for part in dim.parts if {*axes_in(part)})
+    factor, rest = divmod(n, size_of(Product(units), sizes))
+    return None if rest else Product((factor, *units))
+
+
 def operations(recorded: Capture) -> list[Node]:
     """Return the operations that compute something, and the output; without casts, copies and assertions."""
     every = (node for node in recorded.graph.nodes if node.op in ("call_function", "output"))
@@ -229,18 +259,22 @@ def _where(step: RecordedStep) -> str:
     return f"{step.op or 'the answer'} in {step.module or 'the model'}"
 
 
-def _constant(step: RecordedStep, other: RecordedStep, i: int) -> Difference | None:
+def _code(nodes: Sequence[Node]) -> str:
+    return describe_line(nodes[0].meta.get(LINE)) if nodes else ""
+
+
+def _constant(step: RecordedStep, other: RecordedStep, node: Node) -> Difference | None:
     """Return how an operation's constants or operands differ from those of another one."""
     if step.numbers != other.numbers:
         old, new = step.numbers, other.numbers
         if len(old) == len(new):
             old, new = tuple(x for x in old if x not in new) or old, tuple(x for x in new if x not in old) or new
-        return Difference(
-            f"a number in {_where(step)} depends on the size: {[*old]} becomes {[*new]}", i, constant=True
-        )
-    if step.operands != other.operands:
-        return Difference(f"what {_where(step)} works on depends on the size", i, constant=True)
-    return None
+        problem = f"a number in {_where(step)} depends on the size: {[*old]} becomes {[*new]}"
+    elif step.operands != other.operands:
+        problem = f"what {_where(step)} works on depends on the size"
+    else:
+        return None
+    return Difference(problem + _code([node]), constant=True)
 
 
 def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:

@@ -2,22 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from regrow.core.axes import Axis, AxisGraph, Example, size_of
+from regrow.core.axes import Axis, AxisGraph, Example, Mark, size_of
 from regrow.core.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
-from regrow.tracing.capture import Capture, TraceError, capture, evaluating, in_training, quiet
-from regrow.tracing.interception import LINE, Line, as_exporting, format_line, line_raised, parting_line
+from regrow.tracing.capture import Capture, TraceError, capture, first_line, in_training
+from regrow.tracing.interception import describe_raising
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
-from regrow.tracing.model_state import preserve_state
-from regrow.tracing.steps import FIRST_RUN, Difference, difference, first_difference, operations, refold_steps
-from regrow.tracing.support import freeze_axes
+from regrow.tracing.steps import FIRST_RUN, difference, first_difference, refold_steps
 
 
 @dataclass(frozen=True)
@@ -69,93 +67,57 @@ def _step(axis: Axis, axes: AxisGraph) -> int:
     return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
-def freeze_failing(model: nn.Module, axes: AxisGraph, trained: Capture | None) -> AxisGraph:
+def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """Return the graph with every axis frozen whose trial cut does not run as planned.
 
     A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
-    Where that fails, axes are tried class by class: axes are of one class if their slots differ in layer numbers only.
-    Axes of two units are tried separately: with one unit left, many networks run other operations. ``trained`` is the
-    network's recording in training mode, if there is one.
+    Where that fails, half of the axes are tried, and so on, down to classes, whose slots differ in layer numbers only.
+    Axes of two units are tried separately: with one unit left, many networks run other operations.
     """
-    trials = _Trials(model, axes, trained)
     full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
     free = [axis for axis in axes.free() if axis.key not in full]
     small = [axis for axis in free if axis.size <= 2]
     bad: dict[str, str] = {}
     for group in (small, [axis for axis in free if axis.size > 2]):
-        if group and trials.problem(group):
-            bad |= trials.one_by_one(group)
+        if failing := _failing(model, axes, [*classes_of(group).values()]):
+            bad |= failing | _problems(model, axes, [axis for axis in group if axis.key not in failing])
     if small:
-        bad |= trials.together([axis for axis in free if axis.key not in bad])
-    for problem in set(bad.values()):
-        members = [axis for axis in free if bad.get(axis.key) == problem]
-        bad |= dict.fromkeys((axis.key for axis in members), problem + _at(trials.line(members)))
+        bad |= _problems(model, axes, [axis for axis in free if axis.key not in bad])
     return freeze_axes(axes, full | bad)
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Trial cuts of a network."""
+def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
+    """Return the graph with some axes frozen for other reasons (axis key → reason)."""
+    frozen = {key: replace(axes[key], mark=Mark.FROZEN, reason=reason) for key, reason in reasons.items()}
+    return replace(axes, axes={**axes.axes, **frozen}) if frozen else axes
 
-    model: nn.Module
-    axes: AxisGraph
-    trained: Capture | None
 
-    def problem(self, cut: Sequence[Axis]) -> str:
-        """Return the problem of cutting a few units of each of some axes; empty if there is none.
+def _problems(model: nn.Module, axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, str]:
+    """Return axis key → the problem of cutting a few units of each of some axes; empty if there is none.
 
-        The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
-        another, they must not shrink alike. The copy is recorded as the network was when it was traced.
-        """
-        sizes = _small_cuts(self.axes, cut)
-        if any(size < 1 for size in sizes.values()):
-            return "it cannot lose what an axis of the same count must lose with it"
+    The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
+    another, they must not shrink alike. The copy is recorded as the network was when it was traced.
+    """
+    if not cut:
+        return {}
+    sizes = _small_cuts(axes, cut)
+    problem = "it cannot lose what an axis of the same count must lose with it"
+    if all(size > 0 for size in sizes.values()):
         try:
-            deviation = difference(self.axes.steps, record_resized(self.model, self.axes, Resizing(sizes)), sizes)
+            deviation = difference(axes.steps, record_resized(model, axes, Resizing(sizes)), sizes)
+            problem = deviation.problem if deviation is not None else _untrained(model, axes, sizes)
         except TraceError as error:
-            return _refusal(error)
-        return deviation.problem if deviation is not None else _untrained(self.model, self.axes, sizes, self.trained)
+            problem = _refusal(error)
+    return {axis.key: problem for axis in cut if problem}
 
-    def together(self, group: Sequence[Axis]) -> dict[str, str]:
-        """Return axis key → the problem, if axes cannot be cut together: as each alone is sound, rather none is."""
-        problem = self.problem(group) if group else ""
-        return {axis.key: problem for axis in group if problem}
 
-    def one_by_one(self, group: Sequence[Axis]) -> dict[str, str]:
-        """Return axis key → the problem, for the axes of the classes whose trial cut fails."""
-        families: dict[tuple, list[list[Axis]]] = {}
-        for (_, slots), members in classes_of(group).items():
-            alike = tuple((name, dim, outer > 1, inner > 1) for name, dim, outer, _, inner, *_ in slots)
-            families.setdefault(alike, []).append(members)
-        bad: dict[str, str] = {}
-        for classes in families.values():
-            bad |= self.of_family(classes)
-        if bad:
-            bad |= self.together([axis for axis in group if axis.key not in bad])
-        return bad or {axis.key: "it survives alone, but not together with others" for axis in group}
-
-    def of_family(self, classes: Sequence[Sequence[Axis]]) -> dict[str, str]:
-        """Return axis key → the problem; equally named classes, one per stage of a network, mostly fail alike."""
-        every = [axis for members in classes for axis in members]
-        bad = self.together(every)
-        if not bad or len(classes) == 1:
-            return bad
-        alone = self.problem(classes[0])
-        if _unnumbered(alone) == _unnumbered(bad[every[0].key]):
-            return bad
-        apart = {axis.key: alone for axis in classes[0] if alone}
-        for members in classes[1:]:
-            apart |= self.together(members)
-        return apart or bad
-
-    def line(self, cut: Sequence[Axis]) -> Line | None:
-        """Return the line of the network's code that makes a trial cut fail, if one is there."""
-        to = Resizing(_small_cuts(self.axes, cut))
-        try:
-            deviation = difference(self.axes.steps, record_resized(self.model, self.axes, to), to.sizes)
-        except (TraceError, RuntimeError):
-            return None
-        return None if deviation is None else _line(self.model, self.axes, to, deviation)
+def _failing(model: nn.Module, axes: AxisGraph, classes: Sequence[Sequence[Axis]]) -> dict[str, str]:
+    """Return axis key → the problem, for the classes of axes whose trial cut fails; they are found by halving."""
+    bad = _problems(model, axes, [axis for members in classes for axis in members])
+    if not bad or len(classes) == 1:
+        return bad
+    half = len(classes) // 2
+    return _failing(model, axes, classes[:half]) | _failing(model, axes, classes[half:]) or bad
 
 
 def classes_of(axes: Sequence[Axis]) -> dict[tuple, list[Axis]]:
@@ -183,8 +145,7 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
     try:
         planned = record_resized(model, axes, to)
     except TraceError as error:
-        line = line_raised(error.__cause__ or error)
-        raise PlanError(_cannot(_refusal(error), line)) from error
+        raise PlanError(_cannot(_refusal(error))) from error
     present, bare = None, Resizing(to.sizes)
     deviation = difference(refold_steps(axes, to.constants), planned, to.sizes, to.added)
     if deviation is not None and deviation.constant:  # constants differ between precisions too
@@ -193,32 +154,15 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
     if deviation is not None and deviation.problem == FIRST_RUN:
         raise PlanError(f"the plan cannot be carried out: {FIRST_RUN} on the example input")
     if deviation is not None:
-        raise PlanError(_cannot(deviation.problem, _line(model, axes, bare, deviation)))
+        raise PlanError(_cannot(deviation.problem))
     if problem := _untrained(model, axes, to.sizes):
-        raise PlanError(_cannot(problem, None))
+        raise PlanError(_cannot(problem))
     return Rehearsal(planned, present)
 
 
-def _cannot(problem: str, line: Line | None) -> str:
-    remedy = "write it without the size" if line else "plan other sizes"
-    axes = "leave the axes that it reads out of the plan"
-    return f"the plan cannot be carried out: {problem}{_at(line)}; {remedy}, or {axes}"
-
-
-def _at(line: Line | None) -> str:
-    return f"; it is the code at {format_line(line)}" if line else ""
-
-
-def _line(model: nn.Module, axes: AxisGraph, to: Resizing, deviation: Difference) -> Line | None:
-    """Return the line of the network's code that causes a difference: where runs diverge, or that of the operation."""
-    present, planned = _resized(model, axes, Resizing(axes.sizes())), _resized(model, axes, to)
-    states = preserve_state(present[0], outside=True), preserve_state(planned[0], outside=True)
-    with evaluating(present[0]), evaluating(planned[0]), as_exporting(), quiet(), states[0], states[1]:
-        parting = parting_line((present, planned))
-    if parting is not None:
-        return parting
-    nodes = operations(record_resized(model, axes, to, lines=True))
-    return nodes[deviation.step].meta.get(LINE) if deviation.step < len(nodes) else None
+def _cannot(problem: str) -> str:
+    remedy = "plan other sizes, or write that code without the size"
+    return f"the plan cannot be carried out: {problem}; {remedy}"
 
 
 def _resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, Example]:
@@ -226,18 +170,18 @@ def _resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module
     return copy, fake_example(cast_example(axes.example, model), mode)
 
 
-def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
+def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
     """Record the network at other sizes, on a copy without numbers, as it was recorded when it was traced."""
     copy, example = _resized(model, axes, to)
-    return capture(copy, example, axes.decisions, tracer=axes.tracer, lines=lines)
+    return capture(copy, example, axes.decisions, tracer=axes.tracer)
 
 
-def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], present: Capture | None = None) -> str:
+def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
     """Return the problem of training the network at other sizes; empty if there is none, or training was not traced."""
     if not axes.trained:
         return ""
     try:
-        present = present or in_training(*_resized(model, axes, Resizing(axes.sizes())))
+        present = in_training(*_resized(model, axes, Resizing(axes.sizes())))
         planned = in_training(*_resized(model, axes, Resizing(sizes)))
     except TraceError as error:
         return _refusal(error)
@@ -247,8 +191,7 @@ def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], pres
 
 def _refusal(error: TraceError) -> str:
     cause = error.__cause__ or error
-    line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)
-    return f"the network does not run at that size: {line.strip()[:200]}"
+    return f"the network does not run at that size: {first_line(cause)}{describe_raising(cause)}"
 
 
 def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, FakeTensorMode]:

@@ -1,8 +1,9 @@
 """State of a walk over a recorded graph, in which every dimension of every tensor gets a symbolic expression."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import Any
 
 from torch.fx import Node
 
@@ -61,6 +62,14 @@ class Walk:
     decided: dict[str, str] = field(default_factory=dict)  # module → what gave its code a data-dependent number
     also: list[tuple[Expr, str]] = field(default_factory=list)  # read in training, and the weight multiplied with
     computed: dict[Node, bool] = field(default_factory=dict)
+
+    def merging(self, capture: Capture) -> "Walk":
+        """Return the state of a walk over another recording of the network, which adds to what this one found.
+
+        Both have the roles, ties and weights; readings, norms and work are those of one recording alone.
+        """
+        mappings: dict[str, Any] = {name: {} for name in ("dims", "starts", "picks", "stacked", "computed")}
+        return replace(self, capture=capture, readings=[], work=[], norms=[], **mappings)
 
     def of(self, node: Node) -> Dims:
         """Return the dimensions of a node's value, which must be one tensor."""
@@ -145,26 +154,27 @@ class Walk:
                 for expr in all_dims(self.dims[operand]):
                     d.freeze(expr, why)
 
-    def why(self, node: Node, what: str) -> str:
-        """Return the reason ``what`` with the operation and the module added, for reports of frozen axes."""
-        return f"{what} ({op_name(node)} in {module_of(node) or 'the model'})"
+    def why(self, node: Node) -> str:
+        """Return why an operation restricts a dimension, for reports of frozen axes."""
+        return f"the number or order of its units matters to {op_name(node)} in {module_of(node) or 'the model'}"
 
-    def unify(self, node: Node, a: Expr, b: Expr, why: str) -> None:
+    def unify(self, node: Node, a: Expr, b: Expr) -> None:
         """Make two dimensions equal, entry by entry; where their forms cannot agree, freeze both."""
-        d.unify(a, b, self.why(node, why))
+        d.unify(a, b, self.why(node))
 
-    def freeze(self, node: Node, why: str, *exprs: Expr) -> None:
+    def freeze(self, node: Node, *exprs: Expr) -> None:
         """Freeze dimensions, since an operation reads them so that their sizes cannot change."""
         for expr in exprs:
-            d.freeze(expr, self.why(node, why))
+            d.freeze(expr, self.why(node))
 
-    def frozen(self, node: Node, n: int, why: str) -> Expr:
+    def frozen(self, node: Node, n: int) -> Expr:
         """Return a new dimension of size ``n`` that cannot change."""
-        return d.frozen(n, self.why(node, why))
+        return d.frozen(n, self.why(node))
 
-    def fresh(self, node: Node, what: str) -> Value:
-        """Return new dimensions in the shape of the node's value, frozen for the reason ``what``."""
-        made = [None if s is None else tuple(d.frozen(n, what) for n in s) for s in as_list(shapes_of(node))]
+    def fresh(self, node: Node, why: str = "") -> Value:
+        """Return new dimensions in the shape of the node's value, frozen for a reason."""
+        why = why or self.why(node)
+        made = [None if s is None else tuple(d.frozen(n, why) for n in s) for s in as_list(shapes_of(node))]
         return made if isinstance(shapes_of(node), list) else made[0]
 
 

@@ -21,6 +21,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.evaluation.continual import Matrix, mean_score
 from regrow.settings.constraints import OneOf, Range
 from regrow.surgery.gate import parametrize
+from regrow.tracing.capture import keep_modes
 from regrow.training.fit import FitOptions, Fitted, Observer, fit
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.schedule import NO_AXES, Phase, Schedule
@@ -165,16 +166,12 @@ class _TaskObserver(Observer[S]):
 
     def before_plan(self, state: S, context: Context) -> tuple[list[float], Tensor]:
         """Return, within a task, the accuracy on tasks so far and the logits of some test examples."""
-        model, was = context.model, context.model.training
-        values = self.learner.parametrize(state, context).values
-        with torch.no_grad(), sharing_rows(model, self.ranks), parametrize(model, values):
+        model, values = context.model, self.learner.parametrize(state, context).values
+        with torch.no_grad(), keep_modes(model), sharing_rows(model, self.ranks), parametrize(model, values):
             scores = [self._score(context, number) for number in probed_tasks(context.number)]
             model.eval()
-            try:
-                inputs = next(context.task.test.batches(256)).inputs
-                return scores, context.logits(inputs).nan_to_num(neginf=0.0)
-            finally:
-                model.train(was)
+            inputs = next(context.task.test.batches(256)).inputs
+            return scores, context.logits(inputs).nan_to_num(neginf=0.0)
 
     def after_plan(self, state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
         probed, after = probed_tasks(context.number), self.before_plan(state, context)
@@ -204,10 +201,9 @@ class _TaskObserver(Observer[S]):
 
 def measure_sizes(context: Context, tensors: Mapping[str, AxisTensor]) -> dict[str, Any]:
     """Return the size of a network at the end of a task: parameters, multiply–accumulates, widths, bytes of state."""
-    parameters, was = context.parameters(), context.model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    parameters = context.parameters()
+    with torch.no_grad(), keep_modes(context.model), FlopCounterMode(display=False) as counter:
         run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)
-    context.model.train(was)
     held = [tensor.values for tensor in tensors.values()]
     return {
         "task": context.number,

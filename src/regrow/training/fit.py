@@ -11,26 +11,17 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.progress import Log, Progress, discard, silent
-from regrow.distributed.parallel import ALONE, Parallel, broadcast_tensors
+from regrow.distributed.parallel import ALONE, Parallel, broadcast_record, broadcast_tensors
 from regrow.surgery import UndoStore
 from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
 from regrow.training.schedule import Optimizers, Phase, Schedule
 from regrow.training.state import TrainState, axis_tensors
-from regrow.training.step import (
-    added_entries,
-    apply_plan,
-    compute_gradients,
-    gradient_shares,
-    hold_interrupts,
-    smooth,
-    start_watch,
-    watch,
-)
+from regrow.training.step import apply_plan, compute_gradients, hold_interrupts
 
 S = TypeVar("S")
 
@@ -117,7 +108,23 @@ def fit(
     if learner.restores and options.undo is None:
         options = replace(options, undo=UndoStore())
     while state.number < len(phases):
-        training = _TaskTraining(phases, learner, schedule, options, model, axes, state)
+        phase, log = phases[state.number], _TaskLog(options.log)
+        context = Context(
+            model,
+            axes,
+            phase.task,
+            state.number,
+            state.epoch,
+            len(phase.epochs),
+            phase.epochs[0] if phase.epochs else 0,
+            phase.classes,
+            schedule.seed,
+            tuple(past.task for past in phases[: state.number]),
+            undo=options.undo,
+            log=log,
+            objective=phase.objective,
+        )
+        training = _TaskTraining(phases, learner, schedule, options, state, context, log)
         training.run()
         model, axes, state = training.context.model, training.context.axes, training.state
     return Fitted(model, axes, state)
@@ -137,40 +144,21 @@ class _TaskLog:
             self.log(kind, **row)
 
 
+@dataclass
 class _TaskTraining(Generic[S]):
     """The training of one task."""
 
-    def __init__(
-        self,
-        phases: Sequence[Phase],
-        learner: Learner[S],
-        schedule: Schedule,
-        options: FitOptions[S],
-        model: nn.Module,
-        axes: AxisGraph,
-        state: TrainState[S],
-    ) -> None:
-        self.phases, self.phase = phases, phases[state.number]
-        self.learner, self.schedule, self.options = learner, schedule, options
-        self.state = state
-        self.written = 0.0
-        self.log = _TaskLog(options.log)
-        self.optimizers = Optimizers(schedule, learner)
-        self.context = Context(
-            model,
-            axes,
-            self.phase.task,
-            state.number,
-            state.epoch,
-            len(self.phase.epochs),
-            self.phase.epochs[0] if self.phase.epochs else 0,
-            self.phase.classes,
-            schedule.seed,
-            tuple(past.task for past in phases[: state.number]),
-            undo=options.undo,
-            log=self.log,
-            objective=self.phase.objective,
-        )
+    phases: Sequence[Phase]
+    learner: Learner[S]
+    schedule: Schedule
+    options: FitOptions[S]
+    state: TrainState[S]
+    context: Context
+    log: _TaskLog
+    written: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.phase, self.optimizers = self.phases[self.state.number], Optimizers(self.schedule, self.learner)
 
     def run(self) -> None:
         """Train, and leave the state after the task."""
@@ -181,8 +169,9 @@ class _TaskTraining(Generic[S]):
         self.optimizers.restore(self.context.parameters(), tensors, self.state.moments)
         for epoch in range(self.state.epoch, len(self.phase.epochs)):
             self.context = replace(self.context, epoch=epoch, steps=self.phase.epochs[epoch])
-            new = {} if self.state.step else self._apply_plans()
-            self._run_epoch(new)
+            if not self.state.step:
+                self._apply_plans()
+            self._run_epoch()
             if self.options.checkpoint and self.state.epoch < len(self.phase.epochs):
                 self.options.checkpoint(self.state, self.context)
         learned = self._pass_boundary(Event.TASK_END)
@@ -195,7 +184,6 @@ class _TaskTraining(Generic[S]):
             rows=(*self.state.rows, row),
             sizes=(*self.state.sizes, sizes | self.log.notes.get("task", {})),
             moments={},
-            loss=None,
         )
         if self.options.checkpoint:
             self.options.checkpoint(self.state, self.context)
@@ -204,43 +192,39 @@ class _TaskTraining(Generic[S]):
         """Return the learner's state after an event."""
         return self.learner.boundary(self.state.learner, self.context, Boundary(event))
 
-    def _apply_plans(self) -> dict[str, Tensor]:
-        """Apply the learner's plans between two epochs; return the entries that the last one has added."""
-        observer, new = self.options.observer, dict[str, Tensor]()
+    def _apply_plans(self) -> None:
+        """Apply the learner's plans between two epochs."""
+        observer = self.options.observer
         while True:
             plan, learned = self.learner.plan(self.state.learner, self.context)
             self.state = replace(self.state, learner=learned)
             self.options.parallel.check_same("changes of shape", plan and plan.to_json())
             if plan is None:
                 break
-            measured, axes = observer.before_plan(learned, self.context), self.context.axes
+            measured = observer.before_plan(learned, self.context)
             self.context, learned = apply_plan(self.learner, learned, self.context, plan, self.optimizers)
             row = observer.after_plan(learned, self.context, plan, measured)
-            event = {"task": self.context.number, "epoch": self.context.epoch, **row, **start_watch(self.state.loss)}
+            event = {"task": self.context.number, "epoch": self.context.epoch, **row}
             plans, events = (*self.state.plans, plan), (*self.state.events, event)
             self.state = replace(self.state, learner=learned, plans=plans, events=events)
-            grew = any(change.grow for change in plan.changes.values())
-            added = added_entries(self.context.model, axes, plan) if grew else {}
-            new = {name: entries.flatten().nonzero().flatten() for name, entries in added.items()}
         self.optimizers.collect(self.context.parameters(), axis_tensors(self.state.learner))
         self.context = replace(self.context, applied=0)
-        return new
 
-    def _run_epoch(self, new: dict[str, Tensor]) -> None:
-        """Take the remaining steps of an epoch, and leave the state after it; ``new``: entries that were just added."""
+    def _run_epoch(self) -> None:
+        """Take the remaining steps of an epoch, and leave the state after it."""
         self.written = time.monotonic()
         try:
-            self._take_steps(new)
+            self._take_steps()
             learned = self._pass_boundary(Event.EPOCH_END)
             self._check_ranks(learned)
         except KeyboardInterrupt:
-            if self.options.seconds is not None and not self.options.parallel.fsdp:  # others have stopped anywhere
+            if self.options.seconds is not None:
                 self._write()
             raise
         moments = self.optimizers.moments(self.context.parameters(), axis_tensors(learned))
         self.state = replace(self.state, learner=learned, epoch=self.context.epoch + 1, step=0, moments=moments)
 
-    def _take_steps(self, new: dict[str, Tensor]) -> None:
+    def _take_steps(self) -> None:
         context, options, state, clip = self.context, self.options, self.state, self.schedule.clip
         if self.phase.seeded:
             torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
@@ -254,23 +238,19 @@ class _TaskTraining(Generic[S]):
                 step, loss = compute_gradients(
                     self.learner, state.learner, context, i, batches, second, self.schedule.precision, options.parallel
                 )
-                if new:
-                    event = {**state.events[-1], **gradient_shares(context, new)}
-                    state, new = replace(state, events=(*state.events[:-1], event)), {}
                 learned = self.learner.project(state.learner, context, step)
                 if clip:
                     nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], clip)
                 with hold_interrupts():
                     self.optimizers.step()
-                    learned, smoothed = self.learner.after_step(learned, context, step), smooth(state.loss, loss)
-                    events = watch(state.events, state.number, smoothed)
-                    self.state = state = replace(state, learner=learned, step=i + 1, loss=smoothed, events=events)
+                    learned = self.learner.after_step(learned, context, step)
+                    self.state = state = replace(state, learner=learned, step=i + 1)
             if options.progress is not silent:
                 text = self.log.notes.get("status", {}).get("text", context.task.name)
                 steps = state.number * total + done + i + 1
                 options.progress(steps, len(self.phases) * total, f"{text}, loss {loss:.3f}")
-            seconds = options.seconds
-            if seconds is not None and options.parallel.decide(time.monotonic() - self.written > seconds):
+            late = options.seconds is not None and time.monotonic() - self.written > options.seconds
+            if options.seconds is not None and broadcast_record(options.parallel.ranks, late):
                 self._write()
         self.state = state
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.tracing.capture import keep_modes
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -28,28 +29,13 @@ S = TypeVar("S")
 @contextmanager
 def freeze(*models: nn.Module) -> Iterator[None]:
     """Put networks in evaluation mode and turn off their gradients inside the ``with`` block; restore both after it."""
-    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(keep_modes(model))
+            for parameter in model.parameters():
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
             model.eval().requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-
-@contextmanager
-def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the modes of all modules after the ``with`` block."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
         yield
-    finally:
-        for module, mode in modes:
-            if module.training != mode:
-                module.training = mode
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -189,7 +175,6 @@ def with_early_stopping(
     learner: Learner[Tensors],
     evaluate: Callable[[Tensors, Context], float],
     snapshot: Callable[[Tensors, Context], Tensors] = trained_parameters,
-    start: EarlyStopping | None = None,
 ) -> Learner[EarlyStopping]:
     """Return a learner that is also evaluated on held-out data before the first step and after every epoch."""
 
@@ -209,7 +194,7 @@ def with_early_stopping(
         return state
 
     return Learner(
-        start or EarlyStopping(learner.state),
+        EarlyStopping(learner.state),
         loss=lambda state, context, step: learner.loss(state.tensors, context, step),
         boundary=boundary,
         scheduled=learner.scheduled,

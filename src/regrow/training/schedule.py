@@ -133,9 +133,6 @@ class Optimizers:
         for optimizer in self.all:
             for lost in [one for one in optimizer.state if id(one) not in known]:
                 del optimizer.state[lost]
-            for group in optimizer.param_groups:
-                if group.get("foreach", False) is None and all(one.device.type == "cpu" for one in group["params"]):
-                    group["foreach"] = False  # as torch decides for a CPU, but not anew in every step
 
     def follow(self, old: Mapping[str, AxisTensor], new: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> None:
         """Resize the optimizer state of the learner's tensors; surgery does so for the network's parameters."""

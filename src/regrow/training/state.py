@@ -9,7 +9,7 @@ A run that is killed and resumed from its checkpoint ends with the same bits as 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -39,10 +39,7 @@ from regrow.training.schedule import Moments
 S = TypeVar("S")
 
 CHECKPOINT = "course.safetensors"
-FORMAT = "regrow-course/3"
-
-GrowthEvent = Mapping[str, Any]
-"""The record of one change of shape, as JSON data."""
+FORMAT = "regrow-course/4"
 
 _ONE, _SEVERAL = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], dict[str, AxisTensor])
 
@@ -133,20 +130,9 @@ class TrainState(Generic[S]):
     rows: tuple[tuple[float, ...], ...] = ()  # the accuracy matrix so far, one row per finished task
     before: tuple[float, ...] = ()  # the accuracy of the untrained network on every task
     plans: tuple[Plan, ...] = ()  # every plan that was applied, in order
-    events: tuple[GrowthEvent, ...] = ()  # one row per change of shape
+    events: tuple[Mapping[str, Any], ...] = ()  # one row per change of shape
     sizes: tuple[dict[str, Any], ...] = ()  # one row per finished task: parameters, MACs and bytes of state
     moments: Moments = field(default_factory=dict)  # the state of the optimizers
-    loss: float | None = None  # the smoothed training loss of the current task
-
-
-@dataclass(frozen=True)
-class History:
-    """The parts of a training state that grow with the number of tasks, stored outside the checkpoint of a run."""
-
-    plans: Sequence[Plan] = ()  # every plan that was applied, in order
-    rows: Sequence[tuple[float, ...]] = ()  # the accuracy matrix, one row per finished task
-    sizes: Sequence[dict[str, Any]] = ()  # one row per finished task: parameters, MACs and bytes of state
-    events: Sequence[dict[str, Any]] = ()  # one row per change of shape, as far as they were logged
 
 
 def write_checkpoint(
@@ -155,12 +141,11 @@ def write_checkpoint(
     state: TrainState[S],
     undo: UndoStore | None = None,
     *,
-    logged: int | None = None,
+    outside: bool = False,
     trained_only: bool = False,
     header: Mapping[str, object] | None = None,
-    writes: bool = True,
 ) -> None:
-    """Write a checkpoint of a network and its training, atomically: the whole file, or nothing."""
+    """Write a checkpoint of a network and its training, atomically; ``outside``: its history is stored elsewhere."""
     tensors = axis_tensors(state.learner)
     weights = _trained(model) if trained_only else model.state_dict()
     parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
@@ -169,20 +154,18 @@ def write_checkpoint(
     parts |= {f"optimiser {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     if undo is not None:
         parts |= {f"undo_store {name}": value for name, value in undo.contents().items()}
-    fields: tuple[str, ...] = ("number", "epoch", "step", "before", "loss")
-    if logged is None:
+    fields: tuple[str, ...] = ("number", "epoch", "step", "before")
+    if not outside:
         fields += ("rows", "sizes", "events")
-    whole: dict[str, Any] = {
+    record: dict[str, Any] = {
         **(header or {}),
         "along": {name: [_to_json(tensor.dims), tensor.lr] for name, tensor in tensors.items()},
         "values": values_of(state.learner),
         "numbers": {name: value for name, value in moments.items() if not isinstance(value, Tensor | None)},
         "course": {name: getattr(state, name) for name in fields},
-        "plans": [json.loads(plan.to_json()) for plan in state.plans] if logged is None else len(state.plans),
-        "logged": logged,
-        "open": state.events[logged:] if logged is not None else [],
+        "plans": len(state.plans) if outside else [json.loads(plan.to_json()) for plan in state.plans],
     }
-    write_tensors(path, parts, whole, FORMAT, writes=writes)
+    write_tensors(path, parts, record, FORMAT)
 
 
 def read_checkpoint(
@@ -190,16 +173,19 @@ def read_checkpoint(
     model: nn.Module,
     axes: AxisGraph,
     learner: S,
-    history: History | None = None,
+    history: TrainState[None] | None = None,
     undo: UndoStore | None = None,
     *,
     trained_only: bool = False,
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
-    """Read a checkpoint, apply its plans to the network, and return network, axes and training state."""
+    """Read a checkpoint, apply its plans to the network, and return network, axes and training state.
+
+    ``history`` has what was stored elsewhere: plans, rows, sizes and events.
+    """
     try:
         header, tensors = read_tensors(path, FORMAT)
         record = convert(header, schemas.CourseHeader)
-        state = _progress(record, history or History(), learner)
+        state = _progress(record, history, learner)
         model, axes = replay(model, axes, state.plans, undo)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "undo_store": {}}
         for name, value in tensors.items():
@@ -228,7 +214,7 @@ def read_checkpoint(
 
 def read_start(
     ranks: ProcessRank,
-    history: History | None,
+    history: TrainState[None] | None,
     checkpoint: Path,
     model: nn.Module,
     axes: AxisGraph,
@@ -242,8 +228,8 @@ def read_start(
     if ranks.several:
         stored = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
         if record := broadcast_record(ranks, stored):
-            plans = [read_plan(json.loads(plan)) for plan in record["plans"]]
-            history = History(plans, list(map(tuple, record["rows"])), record["sizes"], record["events"])
+            plans = tuple(read_plan(json.loads(plan)) for plan in record["plans"])
+            history = TrainState(**record | {"plans": plans})
     if history is None:
         return model, axes, TrainState(learner)
     with TemporaryDirectory(prefix="regrow-") if ranks.several else nullcontext("") as folder:
@@ -251,7 +237,7 @@ def read_start(
         return read_checkpoint(path, model, axes, learner, history, undo)
 
 
-def check_checkpoint(path: Path, history: History) -> int:
+def check_checkpoint(path: Path, history: TrainState[None]) -> int:
     """Return the number of finished tasks of a checkpoint; 0 if there is none."""
     if not path.is_file():
         return 0
@@ -267,32 +253,19 @@ def check_checkpoint(path: Path, history: History) -> int:
     return state.number
 
 
-def _progress(record: schemas.CourseHeader, history: History, learner: S) -> TrainState[S]:
+def _progress(record: schemas.CourseHeader, history: TrainState[None] | None, learner: S) -> TrainState[S]:
     """Return the stored training state with the learner's initial state, and without moments."""
     course = record.course
-    if isinstance(record.plans, int):
-        many, logged = record.plans, record.logged or 0
-        plans, changes = history.plans[:many], history.events[:logged]
-        for name, logs, expected in (("ledger.json", plans, many), ("metrics.jsonl", changes, logged)):
-            if len(logs) < expected:
-                raise ValueError(f"{name} holds {len(logs)} of the {expected} changes of shape that it relies on")
-        rows: Sequence[Sequence[float]] = history.rows[: course.number]
-        sizes, events = history.sizes[: course.number], [*changes, *record.open]
-    else:
-        plans = [read_plan(plan) for plan in record.plans]
-        rows, sizes, events = course.rows, course.sizes, course.events
-    return TrainState(
-        learner,
-        course.number,
-        course.epoch,
-        course.step,
-        tuple(map(tuple, rows)),
-        tuple(course.before),
-        tuple(plans),
-        tuple(events),
-        tuple(sizes),
-        loss=course.loss,
-    )
+    state = TrainState(learner, course.number, course.epoch, course.step, before=tuple(course.before))
+    if not isinstance(record.plans, int):
+        rows, plans = tuple(map(tuple, course.rows)), tuple(map(read_plan, record.plans))
+        return replace(state, rows=rows, plans=plans, events=tuple(course.events), sizes=tuple(course.sizes))
+    past = history or TrainState(None)
+    for name, logs in (("ledger.json", past.plans), ("metrics.jsonl", past.events)):
+        if len(logs) < record.plans:
+            raise ValueError(f"{name} holds {len(logs)} of the {record.plans} changes of shape that it relies on")
+    plans, events = past.plans[: record.plans], past.events[: record.plans]
+    return replace(state, rows=past.rows[: state.number], sizes=past.sizes[: state.number], plans=plans, events=events)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """Training after a change of shape: BatchNorm recalibration, fine-tuning, and training of what a growth has added."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regrow.core.axes import AxisGraph, size_of
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
@@ -15,9 +17,10 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
-from regrow.tracing.capture import evaluating
+from regrow.surgery.insert import renaming
+from regrow.surgery.layout import resize_axis_tensor
+from regrow.tracing.capture import evaluating, keep_modes
 from regrow.training.fit import FitOptions, fit
-from regrow.training.hooks import keep_modes
 from regrow.training.learner import PLAIN, Boundary, Context, Loss, NoState, Step, set_train_mode
 from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
 
@@ -136,53 +139,65 @@ def _shuffle(count: int, epochs: int, seed: int) -> list[int]:
     return [i for _ in range(epochs) for i in torch.randperm(count, generator=generator).tolist()]
 
 
-@dataclass(frozen=True)
-class GrowthTraining:
-    """How a grown network is trained, by AdamW with a learning rate that falls as a half cosine."""
-
-    steps: int  # the number of steps, of one batch each
-    lr: float  # the first learning rate
-    new_only: bool
-    seed: int  # seed of the order of batches, and of Dropout
+def added_entries(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
+    """Return name of a parameter → which of its entries a growth has added; parameters without any are left out."""
+    rename = renaming(model, plan)
+    old = {rename(name): name for name in axes.shapes}
+    result: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name not in old:
+            result[name] = torch.ones_like(parameter, dtype=torch.bool)
+            continue
+        dims = axes.shapes[old[name]]
+        before = torch.ones([size_of(dim, axes.sizes()) for dim in dims], dtype=torch.bool)
+        new = ~resize_axis_tensor(AxisTensor(before, dims), axes, plan).values
+        if bool(new.any()):
+            result[name] = new.to(parameter.device)
+    return result
 
 
 def train_grown(
     model: nn.Module,
     sources: Sequence[Source],
-    new: Mapping[str, Tensor],
-    training: GrowthTraining,
-    objective: Objective | None,
-    progress: Progress,
+    objective: Objective | None = None,
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    new: Mapping[str, Tensor] | None = None,
+    progress: Progress = silent,
 ) -> None:
-    """Train a grown network on the labels of sources, in place; it is left in the mode it was in."""
+    """Train a grown network, or its ``new`` entries alone, by AdamW with a rate that falls as a half cosine."""
     batches = [batch for source in sources for batch in source.batches]
     if not batches:
         raise InputError("there is nothing to train on; give a source with batches")
-    order = _shuffle(len(batches), -(-training.steps // len(batches)), training.seed)
-    phase = source_phase("training", [training.steps], lambda step: [batches[order[step]]])
-    schedule = Schedule("adamw", training.lr, decay="cosine", clip=1.0, seed=training.seed)
+    order = _shuffle(len(batches), -(-steps // len(batches)), seed)
+    phase = source_phase("training", [steps], lambda step: [batches[order[step]]])
+    schedule = Schedule("adamw", lr, decay="cosine", clip=1.0, seed=seed)
     learner = replace(PLAIN, loss=_objective_loss(objective or choose_objective(None, batches[0])))
+
+    entries = new or {}
 
     def mask_old(state: NoState, context: Context, step: Step) -> NoState:
         for name, parameter in context.parameters().items():
-            if name in new and parameter.grad is not None:
-                parameter.grad.mul_(new[name])
+            if name in entries and parameter.grad is not None:
+                parameter.grad.mul_(entries[name])
         return state
 
     def keep_statistics(state: NoState, context: Context, event: Boundary) -> NoState:
         """Set training mode, but for BatchNorms without new channels."""
         state = set_train_mode(state, context, event)
         for path, module in context.model.named_modules():
-            if isinstance(module, _BatchNorm) and f"{path}.weight" not in new:
+            if isinstance(module, _BatchNorm) and f"{path}.weight" not in entries:
                 module.eval()
         return state
 
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    if training.new_only:
+    if new is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
         learner = replace(learner, project=mask_old, boundary=keep_statistics)
-    torch.manual_seed(training.seed)
+    torch.manual_seed(seed)
     try:
         with keep_modes(model):
             fit(model, NO_AXES, [phase], learner, schedule, options=FitOptions(progress=progress))

@@ -35,7 +35,6 @@ def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16",
 TWO = permuted_tasks(fewer(digits_task(), 200, 80), 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp:16", "resnet:8-2"])
 @pytest.mark.parametrize("method", sorted(LEARNERS))
 def test_learns_in_mixed_precision(method: str, model: str) -> None:

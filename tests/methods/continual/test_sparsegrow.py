@@ -55,7 +55,6 @@ def continued(state: TrainState[Any]) -> TrainState[Any]:
     return replace(state, before=(0.1, 0.1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["mlp:24-16", "resnet:8-2"])
 def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
     """1: at every growth accuracies and logits stay what they were, to rounding."""
@@ -66,7 +65,6 @@ def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
     assert all(axis.size > 8 for axis in axes.units() if axis.key in course.events[0]["grown"])
 
 
-@pytest.mark.slow
 def test_a_network_with_group_norms_grows_by_whole_groups(tasks: list[Task]) -> None:
     """1, where norms rest on the input alone: logits stay, and every hidden axis has a group more."""
     model, _, _, course = learned(tasks[:2], Settings(multiple=1, cap=2.0), "resnet-gn:8-2", epochs=2)
@@ -118,7 +116,6 @@ def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str, precision:
     assert moved > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["kronecker", "hard"])
 @pytest.mark.parametrize("spec", ["mlp:100-100", "resnet:8-2"])
 def test_newborn_units_learn(tasks: list[Task], spec: str, gate: str) -> None:
@@ -189,7 +186,6 @@ def test_the_loss_moves_thresholds_where_it_should(tasks: list[Task], mode: str)
     assert gradient is not None and bool(gradient[:, 0].any())
 
 
-@pytest.mark.slow
 def test_adaptcl_keeps_what_its_thresholds_predict(tasks: list[Task]) -> None:
     """5: where weights hardly move, 1 − t·√fan_in of a Kaiming-uniform layer is kept."""
     model, _, state, _ = learned(
@@ -338,7 +334,6 @@ def test_hidden_units_that_were_silent_are_held_and_outputs_are_not(tasks: list[
     assert held["1.weight"] < 0.5 and held["5.weight"] == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "loud"), [("resnet-gn:8-2", True), ("resnet:8-2", False), ("mlp:24-16", False)])
 def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
     tasks: list[Task], spec: str, loud: bool

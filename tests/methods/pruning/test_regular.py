@@ -18,15 +18,13 @@ from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 
-pytestmark = pytest.mark.slow
-
 METHODS = [
     ("random", {}),
     ("magnitude", {}),
     ("wanda_sp", {}),
     ("flap", {}),
     ("llm_pruner", {}),
-    ("llm_pruner", {"allocation": "ranked", "spare_first": 0.4}),
+    ("llm_pruner", {"allocation": "ranked"}),
     ("fisher", {"allocation": "measured"}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
     ("gprune", {"steps": 2, "shards": 2, "base": "llm_pruner", "start": "base"}),

@@ -11,13 +11,12 @@ from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples
 from regrow.methods.search.commit import drop_operations
 from regrow.methods.search.gold_nas import Settings, build
-from regrow.nets import bench201
-from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
+from topology import topology
 
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
@@ -47,7 +46,6 @@ def plan(search, state, context):
     return search.learner.plan(state, replace(context, applied=0))
 
 
-@pytest.mark.slow
 def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.01, keep_above=0.05)
     alpha, first, second = state.alpha.values, state.layout.node == 0, state.layout.node == 1
@@ -61,7 +59,6 @@ def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     assert second_plan.drop and not {*second_plan.drop} & {state.layout.ops[i] for i in one.tolist()}
 
 
-@pytest.mark.slow
 def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     search, state, context = begun(axes, task, target=700.0, drops_per_epoch=2, drop_below=0.01, keep_above=0.05)
     cheap = state.layout.prices() <= 1
@@ -76,7 +73,6 @@ def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     assert size(search, state, context) <= 700
 
 
-@pytest.mark.slow
 def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
     search, state, context = begun(axes, task, target=100.0, drops_per_epoch=2, drop_below=0.0, keep_above=1.0)
     ops = state.layout.ops
@@ -93,7 +89,7 @@ def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
 
 
 def test_operations_that_are_decided_together_count_as_one(task):
-    net = Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1, stride=1))
+    net = topology()
     search = build(Settings(target=100.0, warm=1, drops_per_epoch=2, keep_above=1.0))
     context = Context(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epoch=3, epochs=6)
     state = start(search, context)
@@ -105,7 +101,6 @@ def test_operations_that_are_decided_together_count_as_one(task):
     assert state.penalty == 0.0 and state.penalty_step == 1e-5  # two went, as many as there were to
 
 
-@pytest.mark.slow
 def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task, axes):
     search, state, context = begun(axes, task, target=10.0, drops_per_epoch=1000, keep_above=1.0)
     drop, state = plan(search, state, context)
@@ -169,7 +164,6 @@ def test_the_gradient_of_alpha_is_that_of_the_loss_with_its_pressure(price, task
     assert float(loss().detach()) - plain == pytest.approx(0.5 * total, rel=1e-9)
 
 
-@pytest.mark.slow
 def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     search, net = search_with(), network()
     context, trained = train(search, net, axes, task, SCHEDULE)

@@ -118,7 +118,7 @@ class AxisGraph:
     branches: Mapping[str, Branch] = field(default_factory=dict)
     steps: tuple[RecordedStep, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
-    tracer: Tracer = field(default=Tracer.COPY, compare=False, repr=False)
+    tracer: Tracer = field(default=Tracer.RECORD, compare=False, repr=False)
     unproven: str = field(default="", compare=False, repr=False)
     trained: bool = False
     example: Example = field(default_factory=Example, compare=False, repr=False)

@@ -15,12 +15,10 @@ from regrow.core.axes.axis import Dim
 
 
 class Tracer(StrEnum):
-    """How the operations of a network are recorded on fake tensors; later ones are slower and assume less."""
+    """How the operations of a network are recorded on fake tensors; a later one is tried where an earlier one fails."""
 
     # In export mode; the operations of repeated modules are copied from the first
-    COPY = "copy"
-    # In export mode; every module runs
-    FULL = "full"
+    RECORD = "record"
     # As the network runs without gradients, outside export mode; every module runs
     PLAIN = "plain"
     # By `torch.export`

@@ -31,8 +31,14 @@ from torch import Tensor, nn
 
 from regrow.core.progress import Progress, silent
 from regrow.exporters import CheckError, ExportError, Written
-from regrow.exporters.gguf.network import NORMS, PARTS, Decoder, describe_decoder, query_scale
-from regrow.exporters.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
+from regrow.exporters.gguf.llama_cpp import (
+    NORMS,
+    PARTS,
+    Decoder,
+    describe_decoder,
+    describe_tokenizer,
+    query_scale,
+)
 from regrow.nets.language import ATTENTION, MLP, DecoderLayer
 from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write, check_output
@@ -41,12 +47,10 @@ __all__ = ["write"]
 Floats: TypeAlias = NDArray[np.float32]
 Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
 
-TYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K"}  # dtype → GGUF type
-BLOCK = {"Q8_0": 32, "Q6_K": 256}  # GGUF type → what the row length must be a multiple of
-FALLBACK = {"Q6_K": "Q8_0", "Q8_0": "F16"}  # GGUF type → the one that is used if the row length does not fit
-_SUPER, _PART = 256, 16
-_STEPS = np.linspace(29.5, 35.5, 9, dtype=np.float32)
-_CHUNK, _Q6_CHUNK = 1 << 22, 1 << 20  # numbers that are checked, or quantised, at a time
+TYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}  # dtype → GGUF type
+BLOCK = {"Q8_0": 32}  # GGUF type → what the row length must be a multiple of
+WIDER = "F16"  # the type of matrices whose row length does not fit
+_CHUNK = 1 << 22  # numbers that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def write(
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
     Only one tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row
-    length does not fit a type (Q6_K: multiples of 256, Q8_0: of 32) are stored in the next wider one.
+    length does not fit the type (Q8_0: multiples of 32) are stored in F16.
     """
     try:
         import gguf
@@ -83,7 +87,7 @@ def write(
     out = Path(out)
     check_output(out, (".gguf",))
     decoder = describe_decoder(model)
-    words = vocabulary(getattr(model, "tokenizer", None), rows=len(decoder.embedding))
+    vocabulary, notes = describe_tokenizer(getattr(model, "tokenizer", None), rows=len(decoder.embedding))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def read(tensor: Tensor) -> Tensor:
@@ -91,10 +95,10 @@ def write(
 
     pieces = list(_pieces(decoder, TYPES[dtype], read))
     with atomic_write(check_output(out, (".gguf",))) as temporary:
-        _write_file(gguf, temporary, decoder, words, pieces, progress)
+        _write_file(gguf, temporary, decoder, vocabulary, pieces, progress)
         checked = _check_file(gguf, temporary, decoder, pieces, progress)
-    notes = (*decoder.notes, *words.notes, *_explain_types(decoder, pieces, TYPES[dtype]))
-    return Written(out, out.stat().st_size, checked, notes)
+    notes = [*decoder.notes, *notes, *_explain_types(pieces, TYPES[dtype])]
+    return Written(out, out.stat().st_size, checked, tuple(notes))
 
 
 def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> Iterator[Piece]:
@@ -102,7 +106,7 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
     width, embedding = len(decoder.norm), decoder.embedding
 
     def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor]) -> Piece:
-        return Piece(f"{name}.weight", tuple(shape), fitting_type(type, shape[1]), values)
+        return Piece(f"{name}.weight", tuple(shape), WIDER if shape[1] % BLOCK.get(type, 1) else type, values)
 
     def plain(name: str, values: Tensor) -> Piece:
         return Piece(name, tuple(values.shape), "F32", lambda: read(values))
@@ -148,7 +152,12 @@ def _read_permuted(
 
 
 def _write_file(
-    gguf: Any, path: Path, decoder: Decoder, words: Vocabulary, pieces: Sequence[Piece], progress: Progress
+    gguf: Any,
+    path: Path,
+    decoder: Decoder,
+    vocabulary: Mapping[str, Any],
+    pieces: Sequence[Piece],
+    progress: Progress,
 ) -> None:
     """Write the file: its metadata, then tensor after tensor."""
     (main, _), *_ = Counter(piece.type for piece in pieces if len(piece.shape) == 2).most_common(1)
@@ -167,7 +176,8 @@ def _write_file(
         writer.add_rope_freq_base(decoder.base)
         for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
             add(decoder.head_dim)
-        write_vocabulary(words, writer)
+        for key, value in vocabulary.items():
+            getattr(writer, f"add_{key}")(value)
         for piece in pieces:
             stored = gguf.GGMLQuantizationType[piece.type]
             block, size = gguf.GGML_QUANT_SIZES[stored]
@@ -247,100 +257,29 @@ def _rounded(values: Floats, type: str) -> Floats:
     return torch.from_numpy(values).to(dtypes[type]).float().numpy()
 
 
-def _explain_types(decoder: Decoder, pieces: Sequence[Piece], type: str) -> Iterator[str]:
-    """Yield a note on matrices that are stored in another type than requested."""
-    matrices = [piece for piece in pieces if len(piece.shape) == 2]
-    wider = [piece for piece in matrices if piece.type != type]
-    if not wider:
-        return
-    rows, width = sorted({piece.shape[1] for piece in wider}), len(decoder.norm)
-    lengths = ", ".join(map(str, rows[:4])) + (", …" if len(rows) > 4 else "")
-    types = " or ".join(sorted({piece.type for piece in wider}))
-    note = f"{len(wider)} of {len(matrices)} matrices are {types}: their rows ({lengths} numbers) are no multiple of "
-    note += f"{BLOCK[type]}; widths pruned with --round {BLOCK[type]} are"
-    yield f"{note}, but the network's own width, {width}, is not" if width in rows else note
-
-
-def fitting_type(type: str, row: int) -> str:
-    """Return the number type for rows of a length: the requested one, or the next one whose blocks fill the row.
-
-    >>> [fitting_type("Q6_K", row) for row in (512, 576, 1229)]
-    ['Q6_K', 'Q8_0', 'F16']
-    """
-    while row % BLOCK.get(type, 1):
-        type = FALLBACK[type]
-    return type
+def _explain_types(pieces: Sequence[Piece], type: str) -> list[str]:
+    """Return a note on matrices that are stored in another type than requested, if there are any."""
+    matrices = [piece.type for piece in pieces if len(piece.shape) == 2]
+    if not (wider := len(matrices) - matrices.count(type)):
+        return []
+    rows = f"their rows are no multiple of {BLOCK[type]}; widths pruned with --round {BLOCK[type]} are"
+    return [f"{wider} of {len(matrices)} matrices are {WIDER}: {rows}"]
 
 
 def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
     """Return a tensor in a GGUF type: float32 or float16, or bytes with the same number of rows."""
-    if type != "Q6_K":
-        with np.errstate(over="ignore"):
-            return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
-    rows = values.reshape(-1, values.shape[-1])
-    out = np.empty((len(rows), values.shape[-1] // _SUPER * 210), np.uint8)
-    step = max(1, _Q6_CHUNK // values.shape[-1])
-    for start in range(0, len(rows), step):
-        blocks = rows[start : start + step].reshape(-1, _SUPER)
-        out[start : start + step] = q6_k(blocks).reshape(-1, out.shape[-1])
-    return out.reshape(*values.shape[:-1], -1)
-
-
-def q6_k(blocks: Floats) -> NDArray[np.uint8]:
-    """Quantise blocks of 256 numbers to Q6_K, which package ``gguf`` does not write: x ≈ d·s·q.
-
-    A block keeps one d (float16), 16 whole numbers s (8 bits, one for 16 numbers) and 256 whole numbers q (6 bits).
-
-    The scale of 16 numbers is searched among a few, by the squared error weighted with x² (what is large matters more);
-    for given whole numbers q the best scale is Σx³q / Σx²q². The 210 bytes of a block are low halves of q, its high
-    bits, s, d.
-    """
-    n = len(blocks)
-    parts = np.ascontiguousarray(blocks, np.float32).reshape(n, _SUPER // _PART, _PART)
-    scales = _scales(parts)
-    widest = np.take_along_axis(scales, np.abs(scales).argmax(-1, keepdims=True), -1)
-    d = (widest / -128).astype(np.float16)
-    s = np.clip(np.rint(_over(scales, d.astype(np.float32))), -128, 127)
-    q = np.clip(np.rint(_over(parts, (d.astype(np.float32) * s)[..., None])), -32, 31).astype(np.int8) + 32
-    # A half of 128 numbers is four rows of 32; two rows share a byte for low bits, all four share one for high bits.
-    four = q.reshape(n, 2, 4, 32).astype(np.uint8)
-    low = four & 15
-    low = np.stack([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], axis=2)
-    high = np.bitwise_or.reduce((four >> 4) << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
-    pieces = (low.reshape(n, -1), high.reshape(n, -1), s.astype(np.int8).view(np.uint8), d.view(np.uint8))
-    return np.concatenate(pieces, axis=1)
-
-
-def _scales(parts: Floats) -> Floats:
-    """Return the best scale of each 16 numbers, ``[blocks, 16]``."""
-    peak = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)
-    weights = parts * parts
-    best = np.zeros(parts.shape[:-1], np.float32)
-    gained = np.full(parts.shape[:-1], -1, np.float32)
-    for step in _STEPS:
-        # The largest number of the 16 goes to the negative side, which reaches one further.
-        q = np.clip(np.rint(_over(parts, peak / -step)), -32, 31)
-        cross, square = (weights * parts * q).sum(-1), (weights * q * q).sum(-1)
-        scale = _over(cross, square)
-        better = cross * scale > gained
-        best, gained = np.where(better, scale, best), np.where(better, cross * scale, gained)
-    return best
-
-
-def _over(a: Floats, b: Floats) -> Floats:
-    """Divide elementwise; 0 where the divisor is 0."""
-    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
+    with np.errstate(over="ignore"):
+        return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
 
 
 def allowed_error(values: Floats, type: str) -> Floats | None:
     """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
 
-    With the largest magnitude m in a block: Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
-    adds an error of 2⁻¹¹ m; Q6_K has 32 steps, whose scale is itself an integer of 8 bits.
+    With the largest magnitude m in a block, Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
+    adds an error of 2⁻¹¹ m.
     """
     if type not in BLOCK:
         return None
-    size = BLOCK[type]
-    largest = np.abs(values.reshape(-1, size)).max(-1, keepdims=True)
-    share, least = (1 / 254 + 2**-11, 127 * 2.0**-25) if type == "Q8_0" else (1 / 36, 128 * 32 * 2.0**-25)
-    return np.broadcast_to(largest * share + least, (len(largest), size)).reshape(values.shape)
+    blocks = values.reshape(-1, BLOCK[type])
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    return np.broadcast_to(largest * (1 / 254 + 2**-11) + 127 * 2.0**-25, blocks.shape).reshape(values.shape)

@@ -1,16 +1,19 @@
 """Export to ONNX: a graph for onnxruntime and many other tools, compared with torch before it is moved into place.
 
 The network is recorded by ``torch.export``, written by torch's exporter and read back by onnxruntime. Language models
-take ``input_ids`` and ``attention_mask`` and return ``logits``; the graph has a key-value cache only on request.
+take ``input_ids`` and ``attention_mask`` and return ``logits``.
 """
 
 import contextlib
 import copy
 import importlib.util
 import logging
+import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +27,20 @@ from regrow.evaluation.measure import evaluating
 from regrow.exporters import ExportError, Written
 from regrow.exporters.onnx.calls import (
     BATCH,
-    PAST,
     SEQUENCE,
-    TOTAL,
+    Checked,
     ExportedCall,
     Labels,
+    OnnxSession,
+    compare_predictions,
     describe_call,
     label_sizes,
+    quantise,
     resize_inputs,
     sizes_of,
 )
-from regrow.exporters.onnx.files import (
-    Checked,
-    OnnxSession,
-    clear_abandoned,
-    compare_predictions,
-    place_file,
-    quantise,
-)
 from regrow.nets.loaded import guessed_example, needs, noise_example
-from regrow.store.atomic import check_output, staging_folder
+from regrow.store.atomic import check_output, staging_folder, sync
 from regrow.store.errors import explain_os_errors
 
 __all__ = ["OPSET", "write"]
@@ -51,7 +48,7 @@ __all__ = ["OPSET", "write"]
 OPSET = 20  # the operator set that torch's exporter recommends; onnxruntime supports it since 1.17
 LARGEST = 2_000_000_000  # bytes of weights inside the file itself; protobuf is limited to 2 GiB
 TOLERANCE = 1e-3  # the largest allowed difference to torch, relative to the largest output
-DYNAMIC = ((BATCH, SEQUENCE, PAST, TOTAL), (BATCH,), ())  # sets of sizes that are tried as dynamic, one after the other
+DYNAMIC = ((BATCH, SEQUENCE), (BATCH,), ())  # sets of sizes that are tried as dynamic, one after the other
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ def write(
     *,
     dtype: str = "float32",
     example: Example | None = None,
-    cache: bool = False,
     progress: Progress = silent,
 ) -> Written:
     """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch."""
@@ -83,12 +79,10 @@ def write(
     target = check_output(out, (".onnx",))
     net, notes = _plain(model)
     tokenizer = getattr(model, "tokenizer", None)
-    with explain_os_errors(target):
-        clear_abandoned(target)
     with explain_os_errors(target), staging_folder(target) as stage, _quiet(), evaluating(net):
         progress(0, steps, "recording the network")
-        call = describe_call(net, _example(net, example), cache=cache)
-        path = stage / "float32" / target.name
+        call = describe_call(net, _example(net, example))
+        path = stage / "float32" / unused_name(target)
         recorded = _record(call, path, progress, steps)
         checked = {"opset": OPSET, "dtype": dtype, **recorded.checked}
         notes += recorded.notes
@@ -97,11 +91,11 @@ def write(
             checked |= compare_predictions(recorded.session, tokenizer, recorded.fixed)
         if dtype == "int8":
             progress(3, steps, "weights in 8 bits")
-            source, path = path, stage / "int8" / target.name
+            source, path = path, stage / "int8" / path.name
             notes.append(quantise(source, path, call, LARGEST))
             checked |= _compare_int8(OnnxSession(path, call), tokenizer, recorded.fixed)
         progress(steps - 1, steps, "writing")
-        size = place_file(path, stage, check_output(out, (".onnx",)))
+        size = place_file(path, check_output(out, (".onnx",)))
         progress(steps, steps, "written")
     return Written(out, size, checked, tuple(notes))
 
@@ -144,7 +138,7 @@ def _record(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _
             checked = _compare(session, labels)
         except Exception as error:
             reason = first_line(error)[:300]
-            if dynamic == () or call.cached:  # the cache is longer at each step
+            if dynamic == ():
                 raise ExportError(f"the network cannot be written as ONNX: {reason}") from None
             reasons = {**dict.fromkeys(sizes, reason), **reasons}
             continue
@@ -195,13 +189,13 @@ def _compare(session: OnnxSession, labels: Labels) -> Checked:
 def _other_inputs(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield further inputs for the comparison: other values of all dynamic sizes."""
     known = sizes_of(call, labels)
-    for batch, longer, past in ((3, 5, 7), (1, -3, 0)) if known else ():
-        sizes = {label: max(1, size + longer) if label.endswith(SEQUENCE) else size for label, size in known.items()}
-        if call.max_length and past + max(sizes.values()) > call.max_length:
-            sizes = {label: 1 if label.endswith(SEQUENCE) else size for label, size in sizes.items()}
-        chosen = {BATCH: batch, PAST: past, TOTAL: past + sizes.get(SEQUENCE, 0)}
-        sizes |= {label: size for label, size in chosen.items() if label in known}
-        words = ", ".join(f"{label} {size}" for label, size in sizes.items() if label != TOTAL)
+    for batch, longer in ((3, 5), (1, -3)) if known else ():
+        sizes = {label: max(1, size + longer) for label, size in known.items()}
+        if call.max_length and max(sizes.values()) > call.max_length:
+            sizes = dict.fromkeys(known, 1)
+        if BATCH in known:
+            sizes[BATCH] = batch
+        words = ", ".join(f"{label} {size}" for label, size in sizes.items())
         yield f" at {words}", resize_inputs(call, labels, sizes)
 
 
@@ -209,15 +203,9 @@ def _describe_signature(call: ExportedCall, labels: Labels) -> str:
     """Return a note on the inputs and outputs of the file."""
     takes = []
     for name, tensor in call.inputs.items():
-        if not name.startswith("past_key_values"):
-            sizes = ", ".join(labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
-            takes.append(f"{name} [{sizes}] {str(tensor.dtype).removeprefix('torch.')}")
-    gives = [name for name in call.outputs if not name.startswith("present")]
-    if call.cached:
-        layers = (len(call.inputs) - 2) // 2
-        takes.append(f"past_key_values.0.key … {layers - 1}.value [batch, heads, past, size of a head] float32")
-        gives.append(f"present.0.key … {layers - 1}.value")
-    return f"opset {OPSET}; takes {'; '.join(takes)}; gives {', '.join(gives)}"
+        sizes = ", ".join(labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
+        takes.append(f"{name} [{sizes}] {str(tensor.dtype).removeprefix('torch.')}")
+    return f"opset {OPSET}; takes {'; '.join(takes)}; gives {', '.join(call.outputs)}"
 
 
 def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
@@ -240,3 +228,41 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def unused_name(out: Path) -> str:
+    """Return a ``NAME`` of which no ``NAME.data``, where exporters put large weights, lies beside ``out``."""
+    names = (f"{out.name}.{n}" if n else out.name for n in count())
+    return next(name for name in names if not os.path.lexists(out.with_name(f"{name}.data")))
+
+
+def place_file(path: Path, out: Path) -> int:
+    """Move a new ONNX file, and the weights beside it if any, into place; return their size in bytes.
+
+    Weights come first, under their unused name, so that the old file stays whole until the new one replaces it; then
+    the weights of the old one are deleted.
+    """
+    weights, old, size = path.with_name(f"{path.name}.data"), _weights_of(out), path.stat().st_size
+    if weights.exists():
+        size += weights.stat().st_size
+        sync(weights)
+        weights.replace(out.with_name(weights.name))
+        sync(out.parent)
+    sync(path)
+    path.replace(out)
+    sync(out.parent)
+    for file in old:
+        file.unlink(missing_ok=True)
+    return size
+
+
+def _weights_of(out: Path) -> list[Path]:
+    """Return the files of weights that an export put beside an ONNX file; none if it does not exist."""
+    import onnx
+
+    names: set[str] = set()
+    with contextlib.suppress(Exception):  # whatever else the file is, it is replaced
+        for tensor in onnx.load(out, load_external_data=False).graph.initializer:
+            names |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    ours = re.compile(rf"{re.escape(out.name)}(\.\d+)?\.data")
+    return [out.with_name(name) for name in sorted(names) if ours.fullmatch(name)]

@@ -1,8 +1,16 @@
-"""Describe how an exported network is called: named input and output tensors, and which sizes are dynamic."""
+"""Call an exported network in torch and in onnxruntime, compare the two, and quantise its file to int8.
 
+Int8 quantisation is dynamic: weights in 8 bits, activations rounded to 8 bits at run time. There is one scale per
+column of a weight, and one per input tensor. Where one number of an input is far larger than the others (the massive
+activations of large language models), all others would be rounded to 0; such layers stay in float32.
+"""
+
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +20,16 @@ from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, t
 from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.sources import Batch, logits_in
+from regrow.data import Half, text, windows
 from regrow.exporters import ExportError
 
-# Names of dynamic sizes. The total counts past and new tokens, both of which the attention mask covers.
-BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
+BATCH, SEQUENCE = "batch", "sequence"  # names of dynamic sizes
 Labels = Mapping[str, Mapping[int, str]]  # name of an input → dimension → name of its dynamic size
+Checked = dict[str, float | int | str]
+
+OUTLIER = 100.0  # a layer is quantised if the largest magnitude in its input is at most this many times the mean
+WINDOWS, TOKENS = 16, 64
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,6 @@ class ExportedCall:
     outputs: tuple[str, ...]
     text: bool = False  # whether it is a language model that predicts the next token
     max_length: int = 0  # of a sequence; 0 if unknown
-
-    @property
-    def cached(self) -> bool:
-        """Whether it takes keys and values of earlier tokens."""
-        return any(name.startswith("past_key_values") for name in self.inputs)
 
 
 class Flat(nn.Module):
@@ -64,29 +72,7 @@ class Flat(nn.Module):
         return {f"output_{i}": leaf for i, leaf in enumerate(tree_leaves(output)) if isinstance(leaf, Tensor)}
 
 
-class Cached(nn.Module):
-    """Wraps a transformers language model so that it takes and returns keys and values as plain tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return logits ``[batch, sequence, vocabulary]``, then keys and values per layer, new tokens included.
-
-        ``tensors`` are tokens, the attention mask, and keys and values per layer.
-        """
-        from transformers import DynamicCache
-
-        input_ids, attention_mask, *past = tensors
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
-            cache.update(keys, values, layer)
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        return output.logits, *_keys_and_values(output.past_key_values)
-
-
-def describe_call(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
+def describe_call(model: nn.Module, example: Example) -> ExportedCall:
     """Describe how a network is called, by running it once on an example."""
     parameters = inspect.signature(model.forward).parameters
     args, kwargs = example.args, dict(example.kwargs)
@@ -98,8 +84,6 @@ def describe_call(model: nn.Module, example: Example, *, cache: bool = False) ->
         kwargs["attention_mask"] = torch.ones_like(tokens)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
     max_length = limit if type(limit) is int else 0
-    if cache:
-        return _cached_call(model, tokens, max_length)
     pairs, spec = tree_flatten_with_path((args, kwargs))
     leaves, inputs = [], {}
     for path, leaf in pairs:
@@ -133,11 +117,7 @@ def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
     result: dict[str, dict[int, str]] = {}
     for name, tensor in call.inputs.items():
         labels = {0: BATCH} if tensor.dim() and len(batch) == 1 else {}
-        if name.startswith("past_key_values"):
-            labels[2] = PAST
-        elif name == "attention_mask" and call.cached:
-            labels[1] = TOTAL
-        elif tensor.dim() == 2 and not tensor.is_floating_point():
+        if tensor.dim() == 2 and not tensor.is_floating_point():
             # What a decoder reads is as long as it likes.
             labels[1] = f"decoder {SEQUENCE}" if name.startswith("decoder") else SEQUENCE
         result[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in dynamic}
@@ -168,32 +148,6 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
     return result
 
 
-def _cached_call(model: nn.Module, tokens: Tensor | None, max_length: int) -> ExportedCall:
-    """Describe a call in the middle of a text: the example's first half is in the cache, the second half is new."""
-    if tokens is None or not hasattr(model, "config") or tokens.shape[1] < 6:
-        raise ExportError("only a language model of transformers has keys and values to take; write without a cache")
-    tokens = tokens.cpu()
-    half = tokens.shape[1] // 2 - 1  # at least 2, and fewer than are new: neither is to be taken for the other
-    try:
-        with torch.no_grad():
-            cache = model(input_ids=tokens[:, :half], use_cache=True).past_key_values
-        classes = {type(layer).__name__ for layer in cache.layers}
-        if classes != {"DynamicLayer"}:
-            names = ", ".join(sorted(classes))
-            raise ExportError(f"its cache is made of {names}, which no file holds yet; write without")
-        past = _keys_and_values(cache)
-    except (AttributeError, TypeError) as error:
-        raise ExportError(f"its cache cannot be read ({first_line(error)}); write without a cache") from None
-    inputs = {"input_ids": tokens[:, half:], "attention_mask": torch.ones_like(tokens)}
-    entries = [f"{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
-    inputs |= {f"past_key_values.{name}": tensor for name, tensor in zip(entries, past, strict=True)}
-    return ExportedCall(Cached(model), inputs, ("logits", *(f"present.{name}" for name in entries)), True, max_length)
-
-
-def _keys_and_values(cache: Any) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
 def _vary(row: Tensor, number: int) -> Tensor:
     if not number or row.dtype == torch.bool:
         return row
@@ -206,3 +160,138 @@ def _name(path: tuple[Any, ...], names: list[str]) -> str:
     if where == 0:
         first = names[first] if first < len(names) else f"input_{first}"
     return "_".join(map(str, [first, *rest]))
+
+
+class OnnxSession:
+    """An ONNX file opened in onnxruntime on the CPU, with the call of the network that it was written from."""
+
+    def __init__(self, path: Path, call: ExportedCall) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot open the file ({str(error)[:200]})") from None
+        self.call = call
+        self.takes = {entry.name for entry in self.session.get_inputs()}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the file and return its outputs, in the order of the call's outputs."""
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items() if name in self.takes}
+        try:
+            return [torch.from_numpy(output) for output in self.session.run(list(self.call.outputs), arrays)]
+        except Exception as error:
+            raise ExportError(f"onnxruntime fails on the file ({str(error)[:200]})") from None
+
+    def run_torch(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the network in torch and return its outputs."""
+        with torch.no_grad():
+            return [*self.call.run(*inputs.values())]
+
+    def compare(self, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Return the largest output difference between file and network, and the network's largest output.
+
+        Positions that an ``attention_mask`` hides (padding) do not count.
+        """
+        gaps, sizes = [0.0], [0.0]
+        mask = inputs.get("attention_mask")
+        for name, ours, theirs in zip(self.call.outputs, self.run(inputs), self.run_torch(inputs), strict=True):
+            if ours.shape != theirs.shape:
+                raise ExportError(f"{name} has the shape {[*ours.shape]} in onnxruntime, {[*theirs.shape]} in torch")
+            gap, size = (ours.double() - theirs.double()).abs(), theirs.double().abs()
+            gap[ours == theirs] = 0  # two infinities as well
+            if mask is not None and name == "logits":
+                counted = mask[:, -theirs.shape[1] :].bool()
+                gap, size = gap[counted], size[counted]
+            gaps.append(_largest(gap))
+            sizes.append(_largest(size[size.isfinite()]))
+        return _largest(torch.tensor(gaps)), max(sizes)
+
+
+def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mapping[str, int]) -> Checked:
+    """Compare next-token predictions and log-likelihoods of file and network on text."""
+    tokens, differ, nats = 0, 0, torch.zeros(2, dtype=torch.float64)
+    rows, text_name = _token_rows(session.call, tokenizer, lengths)
+    for row in rows:
+        inputs = {name: torch.ones_like(row) if name == "attention_mask" else row for name in session.call.inputs}
+        ours, theirs = session.run(inputs)[0], session.run_torch(inputs)[0]
+        tokens += row.numel()
+        differ += int((theirs.argmax(-1) != ours.argmax(-1)).sum())
+        for i, logits in enumerate((theirs, ours)):
+            chances = logits[:, :-1].double().log_softmax(-1)
+            nats[i] -= chances.gather(-1, row[:, 1:, None]).sum() / (row.numel() - len(row))
+    result: Checked = {"next_tokens": tokens, "next_tokens_differ": differ, "next_tokens_on": text_name}
+    if tokenizer is not None:
+        result |= {"nats_torch": float(nats[0]) / len(rows), "nats_onnx": float(nats[1]) / len(rows)}
+    return result
+
+
+def _token_rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
+    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.max_length or TOKENS))
+    n = max(2, WINDOWS // batch) * batch
+    if tokenizer is None:
+        known = next(iter(call.inputs.values())).flatten()
+        drawn = torch.randint(len(known), (n, length), generator=torch.Generator().manual_seed(0))
+        return list(known[drawn].split(batch)), "drawn tokens"
+    domain = text("manual")
+    source = windows(domain, tokenizer, n=n, seq_len=length, half=Half.EVALUATION, batch_size=batch)
+    return [row.args[0] for row in source if len(row.args[0]) == batch], domain.origin
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest of some numbers; NaN if one is NaN, 0 if there are none."""
+    return float(values.max()) if values.numel() else 0.0
+
+
+def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
+    """Write an ONNX file again with linear layers in int8, and return a note that says which."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    to.parent.mkdir()
+    size = path.stat().st_size + sum(data.stat().st_size for data in path.parent.glob("*.data"))
+    graph = onnx.load(path, load_external_data=False).graph
+    wide = {f"'{name}'" for name, ratio in _spread(call).items() if ratio > OUTLIER}
+    excluded = []
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.name:
+            scopes = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
+            if any(name in scope for scope in scopes for name in wide):
+                excluded.append(node.name)
+    quantize_dynamic(
+        path,
+        to,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QUInt8,  # with signed weights, sums overflow 16 bits on processors without VNNI
+        nodes_to_exclude=[*excluded, *(f"{name}_MatMul" for name in excluded)],  # what becomes of a Gemm
+        use_external_data_format=size > largest,
+    )
+    operations = [node.op_type for node in onnx.load(to, load_external_data=False).graph.node]
+    if not (quantised := operations.count("MatMulInteger")):
+        raise ExportError("no linear layer of the network can be written in 8 bits; write it in float32")
+    note = f"int8: {quantised} linear layers multiply in 8 bits"
+    if excluded:
+        note += f"; {len(excluded)} stay in float32, for their inputs have numbers {OUTLIER:g} times as large as usual"
+    if convolutions := operations.count("Conv"):
+        note += f"; {convolutions} convolutions stay in float32"
+    return f"{note}; what it costs is under int8_… in what was checked, and on your own data only you can tell"
+
+
+def _spread(call: ExportedCall) -> dict[str, float]:
+    """Return path of each linear layer → largest magnitude in its input over the mean magnitude, on the example."""
+    result: dict[str, float] = {}
+
+    def measure(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].float().abs()
+        result[name] = max(result.get(name, 0.0), float(values.max() / values.mean().clamp(min=1e-30)))
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in call.run.named_modules():
+            if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_pre_hook(partial(measure, name)).remove)
+        call.run(*call.inputs.values())
+    return result

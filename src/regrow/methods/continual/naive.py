@@ -74,7 +74,7 @@ def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
             parts.append(task.train.take(picked).to(batch.labels.device))
     inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
     logits = context.replay_logits(inputs, labels)
-    weight = [1.0 / len(past), 1.0]
+    weight = 1 / len(past)
     new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
     old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
-    return Loss((weight[0] * new + weight[1] * old) / sum(weight))
+    return Loss((weight * new + old) / (weight + 1))

@@ -4,26 +4,38 @@ Like Kwon et al.: the squared gradient of a mask per unit, from one forward and 
 Unlike them: the gradient is taken per token, with labels that are drawn from the network's own predictions (there: per
 example, with the labels of the data); their mask rearrangement and tuning are left out, and dropped inputs are replaced
 by their mean unless switched off. The first eighth and the last sixteenth of the blocks are not pruned, as in
-``llm_pruner``, unless ``allocation=measured`` finds a lower loss with them pruned.
+``llm_pruner``, unless ``allocation=measured`` (ours) finds a lower loss of the masked network with them pruned.
 """
 
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated
 
+import torch
+
 from regrow.allocation.cost import cost_of
-from regrow.allocation.ranked import rank
+from regrow.allocation.ranked import BudgetError, rank, uniform
+from regrow.core.axes import Mark
+from regrow.core.objectives import choose_objective
 from regrow.core.scores import Need, Scores
-from regrow.methods.pruning.compared_allocations import RANKED, choose_allocation, uniform_candidates
-from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, one_score
+from regrow.core.sources import Batch, device_of
+from regrow.methods.pruning.pruner import Kept, Pruner, PruningTask, Ranking, one_score
+from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import fisher
-from regrow.scoring.spaces import OUTER_BLOCKS
-from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf
+from regrow.scoring.spaces import inner
+from regrow.settings.constraints import CheckedSettings, OneOf
+from regrow.surgery.gate import gate_inputs, gates_of
 
 CITATION = (
     "Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; for masks as "
     "in Kwon et al., A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022, arXiv:2204.09656"
 )
+
+# How many labels of each source (without labels: examples) allocations are compared on, in whole batches.
+LABELS = 2000
+ALL, INNER, RANKED = "all blocks pruned", "first and last blocks unpruned", "one ranking of all units"
 
 
 @dataclass(frozen=True)
@@ -36,29 +48,24 @@ class Settings(CheckedSettings):
             in all blocks, and one ranking of all blocks, the one with the lowest loss of the cut network on 2,000
             labels of each source, before any refit.
         compensate: Whether the mean of dropped inputs is added to biases.
-        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned; with ``measured``, in
-            the first of the three allocations.
-        spare_last: The fraction of the numbered blocks, at the end, that is not pruned; with ``measured`` likewise.
-        minimum: The smallest number of units that stay in an axis.
+        prune_outer: Whether the first eighth and the last sixteenth of the blocks are pruned, too; ``measured`` decides
+            it by itself.
     """
 
     allocation: Annotated[str, OneOf("uniform", "ranked", "measured")] = "uniform"
     compensate: bool = True
-    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
-    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
-    minimum: Count = 1
+    prune_outer: bool = False
 
 
 def build(settings: Settings) -> Pruner:
     """Return the pruner that removes the units of least Fisher information."""
-    spare, needs = (settings.spare_first, settings.spare_last), {Need.WEIGHTS, Need.FISHER}
-    score = partial(_score, per_weight=settings.allocation == "ranked")
+    needs, score = {Need.WEIGHTS, Need.FISHER}, partial(_score, per_weight=settings.allocation == "ranked")
     if settings.allocation != "measured":
-        return one_score("fisher", settings, needs, score, spare)
+        return one_score("fisher", settings, needs, score, settings.prune_outer)
     uniform_of_all = replace(settings, allocation="uniform")  # whose budget is checked before anything is measured
     pruner = one_score("fisher", uniform_of_all, needs, score)
     origin = {"method": "fisher", "settings": asdict(settings)}
-    return replace(pruner, score=partial(_compare, settings=settings), origin=origin, runs_network=True)
+    return replace(pruner, score=partial(_rank_measured, settings=settings), origin=origin, runs_network=True)
 
 
 def _score(task: PruningTask, per_weight: bool) -> Scores:
@@ -76,10 +83,78 @@ def _per_weight(task: PruningTask, scores: Scores) -> Scores:
     return replace(scores, values=values, metric=f"{scores.metric}/cost")
 
 
-def _compare(task: PruningTask, settings: Settings) -> Ranking:
-    """Return the scores of the allocation with the lowest loss, and the units that stay in it."""
+def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
+    """Return the scores and units of the allocation under which the masked network has the lowest loss.
+
+    Allocations that cannot meet the budget are left out. Where the losses cannot be compared, the first is taken. A
+    note says either. Leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
+    """
     scores = _score(task, per_weight=False)
-    ranked = _per_weight(task, scores)
-    candidates = uniform_candidates(task, scores, (settings.spare_first, settings.spare_last), settings.minimum)
-    candidates[RANKED] = ranked, partial(rank, task.axes, ranked, task.budget, minimum=settings.minimum)
-    return choose_allocation(task, candidates, compensate=settings.compensate)
+    inside = {axis.key for axis in inner(task.units)}
+    candidates: dict[str, tuple[Scores, Callable[..., Kept]]] = {}
+    if not task.budget.regular and len(inside) < len(task.units):
+        values = {key: value for key, value in scores.values.items() if key in inside}
+        candidates[INNER] = replace(scores, values=values), uniform
+    candidates |= {ALL: (scores, uniform), RANKED: (_per_weight(task, scores), rank)}
+    kept: dict[str, Kept] = {}
+    cuts: list[Kept] = []
+    notes: list[str] = []
+    for name, (its_scores, allocate) in candidates.items():
+        try:
+            units = allocate(task.axes, its_scores, task.budget)
+        except BudgetError:
+            if not kept and len(notes) == len(candidates) - 1:
+                raise
+            notes.append(f"{name}: cannot meet the budget")
+            continue
+        cut = {key: those for key, those in units.items() if len(those) < task.axes[key].size}
+        if cut not in cuts:
+            cuts.append(cut)
+            kept[name] = units
+    losses: dict[str, float] = {}
+    if len(kept) > 1:
+        note = "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
+        if all(axis.mark is Mark.NEUTRAL for axis in task.units):
+            losses = _compare(task, kept, settings.compensate)
+            note = "allocations were not compared: no batch has labels and a finite loss"
+        if losses:
+            listed = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
+            note = f"the allocation with the lowest loss before any refit was taken: {listed}"
+        notes.append(note)
+    best = min(losses, key=lambda name: losses[name]) if losses else next(iter(kept))
+    chosen = candidates[best][0]
+    return Ranking(
+        replace(chosen, notes=(*chosen.notes, *notes)), lambda _: {"starts": losses} if losses else {}, kept[best]
+    )
+
+
+def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
+    """Return the mean loss per label under each mask, of batches on which one of them is finite; empty if none is."""
+    masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
+    fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
+    sums, measured, seen = dict.fromkeys(masks, 0.0), 0, 0
+    sources = list(task.evidence.data.values())
+    for batch in (batch for source in sources for batch in _first(source)):
+        task.run.progress(seen, max(seen + 1, LABELS * len(sources)), "comparing allocations")
+        seen += batch.size
+        objective, here = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
+        row = {}
+        for name, gates in masks.items():
+            with torch.no_grad(), gate_inputs(task.model, task.axes, gates, fills):
+                loss = float(objective.compute_loss(here.run(task.model), here))
+            row[name] = loss if math.isfinite(loss) else math.inf
+        if min(row.values()) < math.inf:
+            measured += batch.size
+            sums = {name: sums[name] + row[name] * batch.size for name in masks}
+    return {name: total / measured for name, total in sums.items()} if measured else {}
+
+
+def _first(source: Iterable[Batch]) -> Iterator[Batch]:
+    """Return the first batches that have enough labels together, or all; those without any are left out."""
+    labels = 0
+    for batch in source:
+        if batch.size:
+            yield batch
+        labels += batch.size
+        if labels >= LABELS:
+            return

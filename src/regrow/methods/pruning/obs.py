@@ -11,17 +11,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-from regrow.core.scores import Need, Scores
-from regrow.methods.pruning.layer_orders import order_layers
+import torch
+from torch import Tensor, nn
+
+from regrow.core.scores import Need, Scores, Statistics
+from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scoring.metrics import energy, wifv
-from regrow.scoring.spaces import normalise
-from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf, Positive
+from regrow.scoring.grams import BATCH, Gram, linear_readers, sum_products
+from regrow.scoring.metrics import energy, moments_of, wifv
+from regrow.scoring.spaces import z_scores
+from regrow.settings.constraints import CheckedSettings, OneOf, Positive
 
 CITATION = (
     "Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992; for units as "
     "in Kurtic et al., ZipLM, NeurIPS 2023, arXiv:2302.04089"
 )
+
+PART = 128  # of the units that are left, 1 / PART is eliminated in a step, where a unit is a single channel
+TIE = 1e-12  # by which fraction a unit scores higher than the one removed before it, if both add the same
+# What is added to the diagonal, as a fraction of its mean, so that inputs that are always 0 can be solved for.
+NEVER = 1e-9
+WIDE = 4  # how many times as many candidates as eliminated units are updated exactly in a step
 
 
 @dataclass(frozen=True)
@@ -33,23 +43,19 @@ class Settings(CheckedSettings):
             costs about 2 · ridge times its energy, so that a large ridge keeps them.
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of z-scores.
         compensate: Whether the mean of dropped inputs is added to biases.
-        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned.
-        spare_last: The fraction of the numbered blocks, at the end, that is not pruned.
-        minimum: The smallest number of units that stay in an axis.
+        prune_outer: Whether the first eighth and the last sixteenth of the blocks are pruned, too.
     """
 
     ridge: Positive = 0.001
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    spare_first: FractionBelowOne = 0.0
-    spare_last: FractionBelowOne = 0.0
-    minimum: Count = 1
+    prune_outer: bool = True
 
 
 def build(settings: Settings) -> Pruner:
     """Return the pruner that removes units in the order of their second-order cost."""
-    needs, spare = {Need.WEIGHTS, Need.ACTIVATIONS}, (settings.spare_first, settings.spare_last)
-    return replace(one_score("obs", settings, needs, partial(_score, settings=settings), spare), products=True)
+    needs, score = {Need.WEIGHTS, Need.ACTIVATIONS}, partial(_score, settings=settings)
+    return replace(one_score("obs", settings, needs, score, settings.prune_outer), products=True)
 
 
 def _score(task: PruningTask, settings: Settings) -> Scores:
@@ -61,4 +67,165 @@ def _score(task: PruningTask, settings: Settings) -> Scores:
     values |= {key: order.scores() for key, order in orders.items()}
     values = {axis.key: values[axis.key] for axis in task.units if axis.key in values}
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)
-    return normalise(scores, "zscore" if settings.allocation == "ranked" else "none")
+    return z_scores(scores) if settings.allocation == "ranked" else scores
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The order in which the units of a layer are removed, and the error that each removal adds."""
+
+    order: Tensor  # the units, first removed first, [size] int64
+    losses: Tensor  # what each removal adds to the squared change of the layer's output, [size] float64
+
+    def scores(self) -> Tensor:
+        """Return one score per unit, ``[size]``: what its removal adds, at least what earlier removals added.
+
+        A unit that is removed later has a higher score, if only by rounding, so that scores keep the order.
+
+        >>> scores = Elimination(torch.tensor([2, 1, 0]), torch.tensor([0.5, 3.0, 2.0])).scores()
+        >>> [round(float(one), 6) for one in scores], bool(scores[1] < scores[0])
+        ([3.0, 3.0, 0.5], True)
+        """
+        rising = self.losses.double().cummax(0).values
+        rising = rising * (1 + TIE * torch.arange(len(rising), dtype=torch.float64))
+        return torch.zeros_like(rising).index_put((self.order,), rising)
+
+
+def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> Elimination:
+    """Remove the units of a linear layer one after the other, each time the one whose removal costs least.
+
+    With H = Σ x xᵀ + ridge · diag(Σ x xᵀ), removing the channels u costs tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ), after the
+    other columns of W have been changed by −W_u ((H⁻¹)_uu)⁻¹ (H⁻¹)_u: units that others can stand in for cost little.
+    Single channels are removed in small groups, within which the order is exact among the candidates.
+
+    ``gram`` is Σ x xᵀ ``[k, k]``, with means subtracted where a bias makes up for these; ``weight`` is ``[out, k]``;
+    ``channels`` are the inputs of each unit ``[size, c]``; ``ridge``, above 0, is a fraction of each input's Σ x².
+
+    Source: Hassibi and Stork, Optimal Brain Surgeon (NIPS 1992); groups of weights as in ZipLM (arXiv 2302.04089).
+
+    >>> x = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 4.0]])  # two inputs are equal
+    >>> eliminate(x.T @ x, torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[0], [1], [2]]), 1e-6).order.tolist()
+    [0, 2, 1]
+    """
+    hessian = gram.to("cpu", torch.float64, copy=True)
+    columns = weight.T.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
+    mean = hessian.diagonal().mean()
+    if not bool(torch.isfinite(hessian).all()) or not mean > 0:
+        raise ValueError("the inputs hold NaN or infinity, or none of them varies; check the data")
+    hessian.diagonal().mul_(1 + ridge).add_(NEVER * mean)
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        raise ValueError(f"the inputs depend on one another too closely for ridge {ridge:g}; give {10 * ridge:g}")
+    inverse = torch.cholesky_inverse(factor)
+    del hessian, factor
+    if channels.shape[1] > 1:
+        return _eliminate_groups(inverse, columns, channels)
+    return _eliminate_channels(inverse, columns, channels[:, 0])
+
+
+def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
+    """Remove units of several channels, exactly one at a time; ``columns`` is ``[k, out]`` and is changed."""
+    alive, order, losses = list(range(len(channels))), [], []
+    while alive:
+        costs = []
+        for unit in alive:
+            where = channels[unit]
+            part = columns[where]
+            costs.append((part * torch.linalg.solve(inverse[where][:, where], part)).sum())
+        best = min(range(len(alive)), key=lambda i: float(costs[i]))
+        unit = alive.pop(best)
+        order.append(unit)
+        losses.append(costs[best])
+        if alive:
+            _remove(inverse, columns, channels[unit])
+    return Elimination(torch.tensor(order), torch.stack(losses))
+
+
+def _remove(inverse: Tensor, columns: Tensor, where: Tensor) -> None:
+    """Change the columns and the inverse to those without the channels ``where``; these rows are not read again."""
+    rows = inverse[where]
+    scaled = torch.linalg.solve(rows[:, where], torch.cat([columns[where], rows], 1))
+    out = columns.shape[1]
+    columns.addmm_(rows.T, scaled[:, :out], alpha=-1)
+    inverse.addmm_(rows.T, scaled[:, out:], alpha=-1)
+
+
+def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
+    """Remove units of one channel each, in small groups; what is removed stays in the tensors for a few steps."""
+    alive = torch.arange(len(channels))
+    if not torch.equal(channels, torch.arange(len(inverse))):
+        inverse, columns = inverse[channels][:, channels], columns[channels]
+    gone = torch.zeros(len(alive), dtype=torch.bool)
+    order: list[Tensor] = []
+    losses: list[Tensor] = []
+    left = len(alive)
+    while True:
+        count = max(1, left // PART)
+        costs = (columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
+        candidates = costs.topk(min(left, WIDE * count), largest=False).indices.sort().values
+        chosen, added = _order_among(inverse[candidates][:, candidates], columns[candidates], count)
+        where = candidates[chosen]
+        order.append(alive[where])
+        losses.append(added)
+        left -= count
+        if not left:
+            return Elimination(torch.cat(order), torch.cat(losses))
+        _remove(inverse, columns, where)
+        gone[where] = True
+        if 8 * left < 7 * len(alive):
+            stay = (~gone).nonzero()[:, 0]
+            alive, inverse, columns = alive[stay], inverse[stay][:, stay], columns[stay]
+            gone = torch.zeros(left, dtype=torch.bool)
+
+
+def _order_among(inverse: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` candidates whose removal, one after the other, costs least, and the costs."""
+    inverse, columns, gone = inverse.clone(), columns.clone(), torch.zeros(len(inverse), dtype=torch.bool)
+    order, costs = [], []
+    for _ in range(count):
+        each = (columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
+        best = int(each.argmin())
+        order.append(best)
+        costs.append(each[best])
+        gone[best] = True
+        row = inverse[best].clone()
+        scale = row / row[best]
+        columns -= torch.outer(scale, columns[best].clone())
+        inverse -= torch.outer(scale, row)
+        inverse.diagonal().masked_fill_(gone, 1.0)
+    return torch.tensor(order), torch.stack(costs)
+
+
+def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre: bool) -> dict[str, Elimination]:
+    """Remove the units of every axis that one linear layer reads, one after the other, as :func:`eliminate` does.
+
+    ``pooled``: the sums over all sources; ``centre``: whether a bias makes up for the means of dropped inputs. Other
+    axes, and inputs that do not vary, have no entry.
+    """
+    parameters = dict(task.model.named_parameters(remove_duplicate=False))
+    recurrent = [module for module in task.model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
+    inside = {id(weight) for module in recurrent for weight in module.parameters(recurse=False)}  # cannot be watched
+    layers = {
+        name: reader
+        for name, reader in linear_readers(task.axes, task.units).items()
+        if id(parameters[name]) not in inside
+        and len(moments_of(pooled, name).total) == reader.width
+        and float(pooled.moments[name].variance.sum()) > 0
+    }
+    result: dict[str, Elimination] = {}
+
+    def order(name: str, gram: Gram) -> None:
+        task.run.progress(len(result), len(layers), "ordering the units of layers")
+        reader, weight = layers[name], task.weights[name].detach()
+        rows = weight if reader.slot.dim else weight.T
+        products, channels = gram.mean_products(centre=centre), reader.positions(reader.width)
+        try:
+            result[reader.axis] = eliminate(products, rows, channels, ridge)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    batches = join_sources(task.evidence.data.values(), BATCH)
+    if layers and not len(batches):
+        raise ValueError("this method reads the data itself, got none; give Evidence with data=")
+    sum_products(task.model, {name: reader.width for name, reader in layers.items()}, batches, order, task.run.visits)
+    return result

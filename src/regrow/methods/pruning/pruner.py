@@ -5,7 +5,6 @@ Most pruning papers are a choice of these functions; :class:`Pruner` is a record
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.allocation.cost import cost_of, payers
-from regrow.allocation.ranked import allocation
+from regrow.allocation.ranked import ALLOCATIONS
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
@@ -24,7 +23,7 @@ from regrow.core.scores import Evidence, Need, Scores
 from regrow.core.sources import Source
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.compensate import means, uncompensated, weights_without_bias
-from regrow.scoring.metrics import random
+from regrow.scoring.metrics import BASES, random
 from regrow.scoring.spaces import inner
 from regrow.scoring.weights import weights_of
 from regrow.tracing import with_branches
@@ -32,6 +31,25 @@ from regrow.training.hooks import freeze
 
 NOT_FINITE = "the predictions hold NaN or infinity; try float32 or bfloat16"
 Kept = Mapping[str, tuple[int, ...]]  # axis key → the units that are kept
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """Where an interrupted run resumes from, how a network larger than memory runs, and whom to tell.
+
+    Args:
+        checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
+        header: Returns JSON data for the header of that file.
+        progress: Called with (steps done, steps in all, what is being done).
+        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
+        weights: Parameter name → tensor; ``None``: those of the model.
+    """
+
+    checkpoint: Path | None = None
+    header: Callable[[], Mapping[str, object]] = dict
+    progress: Progress = silent
+    visits: BlockVisits | None = None
+    weights: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +63,8 @@ class PruningTask:
         units: The axes that may be cut.
         budget: How much of the network may stay.
         evidence: The measured activations and gradients, per source.
-        checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
-        header: Returns JSON data for the header of that file.
-        progress: Called with (steps done, steps in all, what is being done).
-        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
         objective: What the network is trained for; ``None``: it follows from the labels.
+        run: How the run resumes, runs a network larger than memory, and reports its progress.
     """
 
     model: nn.Module
@@ -58,11 +73,8 @@ class PruningTask:
     units: Sequence[Axis]
     budget: Budget
     evidence: Evidence
-    checkpoint: Path | None = None
-    header: Callable[[], Mapping[str, object]] = dict
-    progress: Progress = silent
-    visits: BlockVisits | None = None
     objective: Objective | None = None
+    run: PruningRun = PruningRun()
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ class Pruner:
         origin: Data recorded in the plan: the method's name and its settings.
         shards: The number of disjoint parts into which each source is split.
         sources: The smallest number of sources that the method needs.
-        spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
-            plan prunes these too, since it cuts every block alike.
+        prune_outer: Whether the first eighth and the last sixteenth of the numbered blocks are pruned, too; a regular
+            plan prunes them in any case, since it cuts every block alike.
         runs_network: Whether scoring calls ``task.model``, which must be in memory for that.
         compares_classes: Whether scoring compares predicted probabilities of classes; other outputs are refused.
         products: Whether scoring calls :func:`regrow.scoring.grams.sum_products`, whose memory is then predicted.
@@ -121,7 +133,7 @@ class Pruner:
     origin: Mapping[str, object] = field(default_factory=dict)
     shards: int = 1
     sources: int = 1
-    spare: tuple[float, float] = (0.0, 0.0)
+    prune_outer: bool = True
     runs_network: bool = False
     compares_classes: bool = False
     products: bool = False
@@ -143,17 +155,29 @@ def one_score(
     settings: Any,
     needs: Collection[Need],
     score: Callable[[PruningTask], Scores],
-    spare: tuple[float, float] = (0.0, 0.0),
+    prune_outer: bool = True,
 ) -> Pruner:
     """Return the pruner that ranks units by one score, and allocates and compensates as its settings say."""
     return Pruner(
         needs=frozenset({*needs, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda task: Ranking(score(task)),
-        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
+        allocate=ALLOCATIONS[settings.allocation],
         compensate=pooled_means if settings.compensate else None,
         origin={"method": name, "settings": asdict(settings)},
-        spare=spare,
+        prune_outer=prune_outer,
     )
+
+
+def baseline(name: str, settings: Any, prune_outer: bool = True) -> Pruner:
+    """Return the pruner that ranks units by the metric of a baseline, made comparable for one ranking of all units."""
+    base = BASES[name]
+    metric = base.score if settings.allocation == "ranked" else base.metric
+
+    def score(task: PruningTask) -> Scores:
+        statistics = None if base.need == Need.WEIGHTS else task.evidence.pooled()
+        return metric(task.weights, task.axes, statistics, units=task.units)
+
+    return one_score(name, settings, {Need.WEIGHTS, base.need}, score, prune_outer)
 
 
 def pooled_means(
@@ -186,17 +210,6 @@ def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Object
             )
 
 
-@dataclass(frozen=True)
-class PruningRun:
-    """Where an interrupted run resumes from, how a network larger than memory runs, and whom to tell."""
-
-    checkpoint: Path | None = None
-    header: Callable[[], Mapping[str, object]] = dict
-    progress: Progress = silent
-    visits: BlockVisits | None = None
-    weights: Mapping[str, Tensor] | None = None  # ``None``: those of the model
-
-
 def plan_cut(
     pruner: Pruner,
     model: nn.Module,
@@ -213,19 +226,8 @@ def plan_cut(
     units, whole, limit = _units(pruner, axes, budget), axes, budget
     check_objective(pruner, evidence.data.values(), objective)
     with freeze(model):
-        task = PruningTask(
-            model,
-            axes,
-            weights_of(model) if run.weights is None else run.weights,
-            units,
-            budget,
-            evidence,
-            run.checkpoint,
-            run.header,
-            run.progress,
-            run.visits,
-            objective,
-        )
+        weights = weights_of(model) if run.weights is None else run.weights
+        task = PruningTask(model, axes, weights, units, budget, evidence, objective, run)
         if pruner.drop is not None:
             removal = pruner.drop(task)
             axes, budget = without_modules(axes, budget, removal.modules)
@@ -265,4 +267,4 @@ def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -
 
 def _units(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
     units = payers(axes, budget)
-    return units if budget.regular else inner(units, pruner.spare)
+    return units if budget.regular or pruner.prune_outer else inner(units)

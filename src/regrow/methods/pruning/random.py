@@ -5,7 +5,7 @@ from typing import Annotated
 
 from regrow.methods.pruning.pruner import Pruner, one_score
 from regrow.scoring.metrics import random
-from regrow.settings.constraints import CheckedSettings, Count, OneOf
+from regrow.settings.constraints import CheckedSettings, OneOf
 
 CITATION = "No paper: uniform random scores, a control."
 
@@ -18,13 +18,11 @@ class Settings(CheckedSettings):
         seed: Seed of the scores; each axis has its own random stream, so the order of axes does not matter.
         allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of all units.
         compensate: Whether the mean of dropped inputs is added to biases (needs sources).
-        minimum: The smallest number of units that stay in an axis.
     """
 
     seed: int = 0
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = False
-    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:

@@ -8,10 +8,8 @@ inputs are replaced by their mean unless switched off.
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.core.scores import Need, Scores
-from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
-from regrow.scoring.metrics import wanda_sp
-from regrow.settings.constraints import CheckedSettings, Count, OneOf
+from regrow.methods.pruning.pruner import Pruner, baseline
+from regrow.settings.constraints import CheckedSettings, OneOf
 
 CITATION = (
     "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv:2306.11695; "
@@ -27,20 +25,12 @@ class Settings(CheckedSettings):
         allocation: ``uniform``: the same fraction of each axis (original); ``ranked``: one ranking of z-scores.
         compensate: Whether the mean of dropped inputs is added to the biases of the layers that read them (original:
             off).
-        minimum: The smallest number of units that stay in an axis.
     """
 
     allocation: Annotated[str, OneOf("uniform", "ranked")] = "uniform"
     compensate: bool = True
-    minimum: Count = 1
 
 
 def build(settings: Settings) -> Pruner:
     """Return the Wanda-sp pruner: mean abs(W) · rms(x) per unit, the same fraction of every axis, bias compensation."""
-    pool = "standardised" if settings.allocation == "ranked" else "sum"
-
-    def score(task: PruningTask) -> Scores:
-        weights, statistics = task.weights, task.evidence.pooled()
-        return wanda_sp(weights, task.axes, statistics, units=task.units, pool=pool)
-
-    return one_score("wanda_sp", settings, {Need.WEIGHTS, Need.ACTIVATIONS}, score)
+    return baseline("wanda_sp", settings)

@@ -1,14 +1,13 @@
 """Recovery of what pruning lost: its input (the networks before and after a cut, text, a file), and its training."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import fsum
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
@@ -17,8 +16,6 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of, drawn
 from regrow.distributed.parallel import ALONE, Parallel, everywhere
-from regrow.store import schemas
-from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 from regrow.streaming.network import StreamedNetwork
@@ -28,9 +25,8 @@ from regrow.training.learner import Context, Learner, Loss
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState, read_checkpoint, write_checkpoint
 
-FORMAT, CHANGED_FORMAT = "regrow-recovery/1", "regrow-changed/1"
-# What the record of a layer that refit has solved has, as far as a resumed refit reads it.
-REFIT_FIELDS = ("weight", "ridge")
+FORMAT = "regrow-changed/1"
+FIELDS = {"weight", "ridge"}  # what a resumed refit reads of the record of a layer
 
 
 class ChangedTensors:
@@ -41,17 +37,17 @@ class ChangedTensors:
         self.records: list[dict[str, Any]] = []
         self.places: dict[str, Path] = {}
 
-    def open(self, key: str, fields: Collection[str] = ()) -> None:
+    def open(self, key: str) -> None:
         """Find the steps of an interrupted recovery; files of another one, and damaged ones, are deleted."""
         self.key, self.records, self.places = key, [], {}
         for i, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
             try:
-                header = read_header(path, CHANGED_FORMAT)
+                header = read_header(path, FORMAT)
             except StoreError:
                 header = {}
             names, record = header.get("names"), header.get("record")
             expected = header.get("key") == key and path == self._path(i) and len(self.records) == i
-            if expected and isinstance(names, list) and isinstance(record, dict) and record.keys() >= set(fields):
+            if expected and isinstance(names, list) and isinstance(record, dict) and record.keys() >= FIELDS:
                 self._add(path, names, record)
             else:
                 path.unlink()
@@ -61,7 +57,7 @@ class ChangedTensors:
         path = self._path(len(self.records))
         with explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, tensors, {"key": self.key, "record": dict(record)}, CHANGED_FORMAT)
+        write_tensors(path, tensors, {"key": self.key, "record": dict(record)}, FORMAT)
         self._add(path, [*tensors], dict(record))
 
     def __contains__(self, name: object) -> bool:
@@ -69,7 +65,7 @@ class ChangedTensors:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the new value of a tensor."""
-        return read_tensors(self.places[name], CHANGED_FORMAT)[1][name]
+        return read_tensors(self.places[name], FORMAT)[1][name]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
@@ -86,7 +82,6 @@ class StreamedPair:
     dense: StreamedNetwork  # the network before the cut
     model: StreamedNetwork  # the network after the cut, as it was before the recovery
     changed: ChangedTensors  # what the recovery has made of its tensors
-    lacking: str = ""  # why memory has no room for a block of both at a time, and what to do; empty: it has
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,8 @@ class RecoveryTask:
         plan: The plan of the cut.
         sources: Text or images; the last part of each source is held out for evaluation.
         seed: Seed of all random choices.
-        checkpoint: The file from which an interrupted call resumes; ``None``: it starts again.
+        checkpoint: The file from which an interrupted call resumes (or, without its suffix, the folder); ``None``: it
+            starts again.
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
         objective: What the network is trained for; ``None``: what fits the labels.
@@ -138,38 +134,9 @@ class RecoveryTask:
         halves = [source.held_out(share) for source in self.sources]
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
 
-    def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
-        """Write the progress of a closed-form recovery to the checkpoint, if the task has one."""
-        if self.checkpoint is not None:
-            write_tensors(self.checkpoint, tensors, {**self.header(), "step": step, "values": dict(values)}, FORMAT)
-
-    def read(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Return the step, tensors and values of the checkpoint; ``None`` if there is none, or it cannot be used."""
-        if self.checkpoint is None or not self.checkpoint.is_file():
-            return None
-        try:
-            header, tensors = read_tensors(self.checkpoint, FORMAT)
-            record = convert(header, schemas.RecoveryHeader)
-        except (StoreError, ValueError):
-            return None
-        return record.step, tensors, record.values
-
 
 # Changes a task's network in place, and returns a summary as JSON data.
 Recovery = Callable[[RecoveryTask], dict[str, object]]
-
-
-def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
-    """Set the bias of a layer, in place; a layer that has none gets one."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = module._parameters.get(leaf)
-    if old is None:
-        trains = next(model.parameters()).requires_grad
-        setattr(module, leaf, nn.Parameter(value.clone(), requires_grad=trains))
-    else:
-        with torch.no_grad():
-            old.copy_(value)
 
 
 SECONDS = 120.0  # the longest time between two checkpoints, in seconds; one is also written after every evaluation
@@ -193,53 +160,24 @@ def fit_recovery(
     schedule = Schedule("adamw", s.lr, decay="cosine", warm_up=0.1, clip=1.0, seed=task.seed)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    with _shard(task, _read(task)) as (task, state):
-        learner = with_early_stopping(
-            Learner[Tensors](
-                {},
-                loss=lambda state, context, step: Loss(loss(task, step.batch)),
-                boundary=lambda state, context, boundary: state,
-            ),
-            lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
-        )
+    learner = with_early_stopping(
+        Learner[Tensors](
+            {},
+            loss=lambda state, context, step: Loss(loss(task, step.batch)),
+            boundary=lambda state, context, boundary: state,
+        ),
+        lambda state, context: fsum(task.parallel.values(lambda batch: float(loss(task, batch)), held)) / len(held),
+    )
 
-        def write(state: TrainState[EarlyStopping], context: Context) -> None:
-            leads = task.parallel.ranks.leads
-            if task.checkpoint is not None and (leads or task.parallel.fsdp):
-                write_checkpoint(
-                    task.checkpoint, task.model, state, trained_only=True, header=task.header(), writes=leads
-                )
+    def write(state: TrainState[EarlyStopping], context: Context) -> None:
+        if task.checkpoint is not None and task.parallel.ranks.leads:
+            write_checkpoint(task.checkpoint, task.model, state, trained_only=True, header=task.header())
 
-        options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
-        fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=state, options=options)
-        stopped = fitted.state.learner
-        restore_best(task.model, stopped)
+    options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
+    fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=_read(task), options=options)
+    stopped = fitted.state.learner
+    restore_best(task.model, stopped)
     return {"steps": steps, "best": stopped.best_check.step, "history": [asdict(check) for check in stopped.history]}
-
-
-@contextmanager
-def _shard(
-    task: RecoveryTask, state: TrainState[EarlyStopping] | None
-) -> Iterator[tuple[RecoveryTask, TrainState[EarlyStopping] | None]]:
-    """Shard the networks and the training state among all ranks inside the ``with`` block, if the task asks for it."""
-    if not task.parallel.fsdp:
-        yield task, state
-        return
-    from regrow.distributed.fsdp import shard_like, sharded
-
-    recording = task.axes.recording
-    blocks = [block.path for block in recording.blocks if block.path] if recording else []
-    with sharded([task.model, task.dense], blocks) as (model, dense):
-        if state:
-            parameters = dict(model.named_parameters())
-            best, moments = dict(state.learner.best), {name: dict(memory) for name, memory in state.moments.items()}
-            for name, tensor in best.items():
-                best[name] = replace(tensor, values=shard_like(tensor.values, parameters[name]))
-            for name, memory in moments.items():
-                whole = {key: value for key, value in memory.items() if isinstance(value, Tensor)}
-                memory |= {key: shard_like(value, parameters[name]) for key, value in whole.items()}
-            state = replace(state, learner=replace(state.learner, best=best), moments=moments)
-        yield replace(task, model=model, dense=dense), state
 
 
 def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:

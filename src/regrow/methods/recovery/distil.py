@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from regrow.core.sources import Batch, labelled_logits, logits_in
 from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
-from regrow.settings.constraints import CheckedSettings, Count, Fraction, OneOf, OpenFraction, Positive
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, OpenFraction, Positive
 from regrow.training.hooks import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
@@ -26,13 +25,12 @@ CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Netwo
 
 @dataclass(frozen=True)
 class Settings(CheckedSettings):
-    """Settings of ``distil``: learning rate, loss, trained parameters, and evaluation on held-out text.
+    """Settings of ``distil``: learning rate, loss, and evaluation on held-out text.
 
     Args:
         lr: The peak learning rate.
         temperature: T, above 0; a higher one gives tokens of low probability more influence.
         mix: The weight of the text's own cross-entropy in the loss, 0 to 1.
-        train: ``all`` parameters, or ``cut``: the tensors that the plan cut, and all vectors (gains of norms, biases).
         passes: The number of passes over the training batches.
         windows: Batches per step.
         checks: The number of evaluations on the held-out part of the text; the best evaluated network is kept.
@@ -42,7 +40,6 @@ class Settings(CheckedSettings):
     lr: float = 1e-4
     temperature: Positive = 1.0
     mix: Fraction = 0.1
-    train: Annotated[str, OneOf("all", "cut")] = "all"
     passes: Count = 2
     windows: Count = 4
     checks: Count = 4
@@ -57,10 +54,6 @@ def build(settings: Settings) -> Recovery:
 def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Train the cut network to predict what the dense one predicts, in place."""
     parameters = dict(task.model.named_parameters())
-    if settings.train == "cut":
-        changed = [task.axes[key] for key, change in task.plan.changes.items() if not change.idle]
-        cut = {task.axes.ties.get(slot.name, slot.name) for axis in changed for slot in axis.slots}
-        parameters = {name: p for name, p in parameters.items() if name in cut or p.dim() < 2}
     with freeze(task.model, task.dense), precise(task.model):
         summary = fit_recovery(task, parameters, partial(_loss, settings=settings), settings)
     return {**summary, "trained": sum(p.numel() for p in parameters.values())}
@@ -90,22 +83,12 @@ def _loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
 @contextmanager
 def precise(model: nn.Module) -> Iterator[None]:
     """Convert a half-precision network to float32 inside the ``with`` block; its own precision returns after it."""
-    half = (torch.float16, torch.bfloat16)
-    parameters = [(p, p.dtype) for p in model.parameters() if p.dtype in half]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.dtype in half
-    ]
-    for parameter, _ in parameters:
-        parameter.data = parameter.data.float()
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer.float()
+    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    before = [(tensor, tensor.dtype) for tensor in half]
+    for tensor in half:
+        tensor.data = tensor.data.float()
     try:
         yield
     finally:
-        for parameter, dtype in parameters:
-            parameter.data = parameter.data.to(dtype)
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)

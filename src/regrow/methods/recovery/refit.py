@@ -21,11 +21,11 @@ towards the one that changes the bias alone. A layer that no candidate brings cl
 Biases are fitted too, and layers that can have one get one. Where nothing was cut, D = 0.
 
 All the text runs through the network once, in batches of at least 2,048 tokens (at most 16 batches) that wait for
-one another at each layer; a network that keeps what it computes in its modules, or runs other layers for other data,
-takes all in one. Memory: both networks, inputs and outputs of the present layer at all positions, what one batch needs
-between two layers, and 8 (k² + k · out) bytes of sums, three times (with left-out sources: two times more than
-there are sources), for the present layer with k inputs. Of a network that is read one block at a time, the present
-block and the next one are in memory instead. A resumed run repeats the forward pass, but solves no layer twice.
+one another at each layer; a network that keeps what it computes in its modules takes all in one. Memory: both networks,
+inputs and outputs of the present layer at all positions, what one batch needs between two layers, and
+8 (k² + k · out) bytes of sums, three times (with left-out sources: two times more than there are sources), for the
+present layer with k inputs. Of a network that is read one block at a time, the present block and the next one are in
+memory instead. A resumed run repeats the forward pass, but solves no layer twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.errors import ResourceError
 from regrow.core.sources import Batch, device_of
-from regrow.methods.recovery import Recovery, RecoveryTask, set_bias
+from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery.refit_work import (
+    BATCHES,
     Layer,
     LayerOrderError,
     RefitWork,
-    join_all,
     keeps_state,
     read_state,
     regroup,
@@ -61,6 +61,10 @@ CITATION = (
 )
 # The largest relative root mean square error at which the dense network with the cut layers counts as the cut one.
 CLOSE = 0.01
+UNFIT = (
+    "it is not a linear layer, or a convolution without groups padded with zeros, that runs once per pass and reads "
+    "one axis by a weight of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,6 @@ class Settings:
             source in turn, left out of the fit; with a single source, on held-out text.
         shrinkages: The candidate factors, above 0 and at most 1, by which the least squares solution is shrunk towards
             the one that changes the bias alone; 1: it is not.
-        standardize: Whether each input's weights are penalised in proportion to its own Σ x², as if inputs were scaled
-            alike, and biases are not; otherwise in proportion to the mean, which few strong inputs dominate.
     """
 
     target: Annotated[str, OneOf("auto", "own", "dense", "residual")] = "auto"
@@ -86,7 +88,6 @@ class Settings:
     held_out: OpenFraction = 0.125
     choose_on: Annotated[str, OneOf("held_out", "left_out_source")] = "held_out"
     shrinkages: tuple[float, ...] = (1.0,)
-    standardize: bool = False
 
     def __post_init__(self) -> None:
         check_constraints(self)
@@ -104,7 +105,7 @@ def build(settings: Settings) -> Recovery:
 def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Refit the layers of the cut network that read cut units, by least squares and in place."""
     left_out_source = settings.choose_on == "left_out_source" and len(task.sources) > 1
-    candidates = RidgeCandidates(settings.ridges, settings.shrinkages, left_out_source, settings.standardize)
+    candidates = RidgeCandidates(settings.ridges, settings.shrinkages, left_out_source)
     if left_out_source:
         parts = [list(source) for source in task.sources]
     else:
@@ -119,7 +120,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
             raise ValueError(f"{_refuse_first(left_out)}; recover by distil")
         if task.streamed:
             check_places(task.streamed, layers)
-        batches = join_all(parts) if keeps_state(task.model, state) else regroup(parts)
+        batches = regroup(parts, 1 if keeps_state(task.model, state) else BATCHES)
         parameters = dict(task.model.named_parameters())
         work = RefitWork(task, {layer.name: layer for layer in layers}, candidates, batches, parameters)
         no_stream = settings.target == "residual" and bool(layers) and not added
@@ -128,20 +129,26 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if problem and wanted == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
         target = "dense" if problem else wanted.replace("auto", "own")
-        if task.streamed and target == "dense" and task.streamed.lacking:
-            raise ResourceError(f"{problem or 'target=dense'}: {task.streamed.lacking}")
+        if task.streamed and target == "dense":
+            raise ResourceError(
+                f"{problem or 'target=dense'}: fitting to what the dense network has needs both networks in memory; "
+                "give more --memory, or recover by bias"
+            )
         biased = _with_biases(task.model, layers)
         work.parameters = dict(task.model.named_parameters())
         work.resume()
-        joined = not work.done and _refit(work, parts, target, biased)
+        try:
+            if not work.done:
+                refit_layers(work, target, biased)
+        except LayerOrderError as error:
+            raise ValueError(f"{error}: which layers run depends on the data; recover by distil") from None
     for name in biased:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
             task.model.get_parameter(bias_of(name)).requires_grad_(trains)
         else:
             setattr(task.model.get_submodule(path), leaf, None)
-    notes = ["which layers run depends on the data, so that all of it ran in one batch"] if joined else []
-    notes += [f"{problem}; fitted to what the dense network has there"] if problem else []
+    notes = [f"{problem}; fitted to what the dense network has there"] if problem else []
     if no_stream and not problem:
         notes.append("no fitted layer's output is added to a residual stream directly, so target=own")
     if settings.choose_on == "left_out_source" and not left_out_source:
@@ -165,52 +172,28 @@ def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str
     layers, left_out = [], {}
     for name in sorted(names):
         dim = read_dim(axes, name)
-        problem = _explain_left_out(task, name, dim, times[name])
-        if problem or dim is None:
-            left_out[name] = problem
+        if dim is None or not _can_refit(task, name, times[name]):
+            left_out[name] = UNFIT
             continue
         rows = [lay.source for at, lay in lays[name].items() if at != dim]
         layers.append(Layer(name, dim, lays[name][dim].source, rows[0] if rows else None))
     return layers, left_out, any(added[layer.name] for layer in layers)
 
 
-def _explain_left_out(task: RecoveryTask, name: str, dim: int | None, calls: int) -> str:
-    """Say why a layer cannot be refitted; empty if it can."""
+def _can_refit(task: RecoveryTask, name: str, calls: int) -> bool:
     ties = task.axes.ties
-    if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):
-        return "its weight is shared"
-    if dim is None:
-        return "it reads several axes, or one in several places"
+    shared = name in ties or name in ties.values() or name not in dict(task.model.named_parameters())
+    if shared or calls != 1:
+        return False
     module, weight = task.model.get_submodule(name.rpartition(".")[0]), task.model.get_parameter(name)
-    if calls != 1:
-        return f"its weight is seen at work {calls} times in one pass"
     if isinstance(module, nn.Conv2d):
-        plain = module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
-        return "" if plain else "a convolution in groups, or padded otherwise than with zeros"
-    if weight.dim() != 2 or dim not in (0, 1) or isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
-        return f"a {type(module).__name__} is neither a linear map nor a two-dimensional convolution"
-    return ""
+        return module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+    return weight.dim() == 2 and not isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding)
 
 
 def _refuse_first(left_out: Mapping[str, str]) -> str:
     name, why = next(iter(left_out.items()))
     return f"{name}, which reads what was cut, cannot be refitted: {why}"
-
-
-def _refit(work: RefitWork, parts: Sequence[Sequence[Batch]], target: str, biased: Sequence[str]) -> bool:
-    """Refit all layers; returns whether the data had to run in one batch, since not all of them run every layer."""
-    try:
-        refit_layers(work, target, biased)
-        return False
-    except LayerOrderError:
-        work.start_again(regroup(parts, most=1))
-    try:
-        refit_layers(work, target, biased)
-    except LayerOrderError as error:
-        raise ValueError(
-            f"{error}, also in one batch; give data with the same arguments, or recover by distil"
-        ) from None
-    return True
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
@@ -239,6 +222,7 @@ def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
         path, _, leaf = layer.name.rpartition(".")
         module, weight = model.get_submodule(path), model.get_parameter(layer.name)
         if leaf == "weight" and "bias" in module._parameters and module._parameters["bias"] is None:
-            set_bias(model, bias_of(layer.name), weight.new_zeros(weight.shape[1 - layer.dim]).detach())
+            zeros = weight.new_zeros(weight.shape[1 - layer.dim]).detach()
+            module.bias = nn.Parameter(zeros, requires_grad=False)
             added.append(layer.name)
     return added

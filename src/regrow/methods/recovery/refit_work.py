@@ -1,6 +1,5 @@
 """The progress of a refit: the data in batches, the layers, the sums of the present one, and what is solved."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,7 +16,6 @@ from regrow.methods.recovery import ChangedTensors, RecoveryTask
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.surgery.compensate import bias_of
 
-SECONDS = 60.0  # the longest time between two checkpoints, in seconds, as long as layers are handled
 # The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
 # batches the data are divided at most.
 ELEMENTS, BATCHES = 2048, 16
@@ -33,8 +31,10 @@ class FitBatch:
     parts: tuple[tuple[int, int], ...]
 
 
-def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: int = BATCHES) -> list[FitBatch]:
+def regroup(parts: Sequence[Sequence[Batch]], most: int = BATCHES, elements: int = ELEMENTS) -> list[FitBatch]:
     """Return the data in larger batches, which may hold the end of one part and the beginning of the next.
+
+    A single one (``most=1``) is for a network that keeps tensors of a forward pass in its modules.
 
     >>> text = [Batch((torch.zeros(1, 4),))] * 3
     >>> [one.parts for one in regroup([text, text[:1]], elements=8)]
@@ -52,6 +52,11 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
             size, last, joined = 0, form, joins
         groups[-1].append((part, batch))
         size += _size(batch)[1]
+    if most == 1 < len(groups):
+        raise ValueError(
+            f"this network keeps tensors in its modules, so that all data must run in one batch, and {len(groups)} of "
+            "these cannot be joined; give batches with the same arguments, or recover by distil"
+        )
     result = []
     for group in groups:
         examples, ends = 0, dict[int, int]()
@@ -60,17 +65,6 @@ def regroup(parts: Sequence[Sequence[Batch]], elements: int = ELEMENTS, most: in
             ends[part] = examples
         result.append(FitBatch(concatenate([batch for _, batch in group]), tuple(ends.items())))
     return result
-
-
-def join_all(parts: Sequence[Sequence[Batch]]) -> list[FitBatch]:
-    """Return the data as a single batch, for a network that keeps tensors of a forward pass in its modules."""
-    batches = regroup(parts, most=1)
-    if len(batches) > 1:
-        raise ValueError(
-            f"this network keeps tensors in its modules, so that all data must run in one batch, and {len(batches)} of "
-            "these cannot be joined; give batches with the same arguments, or recover by distil"
-        )
-    return batches
 
 
 def _size(batch: Batch) -> tuple[int, int]:
@@ -134,13 +128,8 @@ class RefitWork:
     records: list[dict[str, Any]] = field(default_factory=list)  # per finished layer, in the order in which they run
     _sums: dict[int, Sums] = field(default_factory=dict)
     _reached: list[str] = field(default_factory=list)
+    changed: ChangedTensors | None = None  # where each layer is kept once it is solved
     _added: int = 0
-    _written: float = field(default_factory=time.monotonic)
-
-    @property
-    def changed(self) -> ChangedTensors | None:
-        """Where each layer is kept once it is solved, if the networks are larger than memory; else the checkpoint."""
-        return self.task.streamed.changed if self.task.streamed else None
 
     @property
     def refitted(self) -> set[str]:
@@ -158,27 +147,18 @@ class RefitWork:
         return len(self.records) == len(self.layers)
 
     def resume(self) -> None:
-        """Load the layers that an interrupted call had solved, from the task's checkpoint."""
-        if self.changed is not None:
-            self.records = list(self.changed.records)
-        elif (done := self.task.read()) is not None:
-            _, tensors, stored = done
-            self.records = [dict(row) for row in stored["layers"]]
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    self.parameters[name].copy_(tensor)
-
-    def write(self) -> None:
-        """Write a checkpoint of the layers that are done, unless each is kept on its own."""
-        if self.changed is not None:
+        """Find the layers that an interrupted call had solved, and load them if the networks are in memory."""
+        task = self.task
+        if task.streamed:
+            self.changed = task.streamed.changed
+        elif task.checkpoint is not None:
+            self.changed = ChangedTensors(task.checkpoint.with_suffix(""))
+        if self.changed is None:
             return
-        names = [n for weight in sorted(self.refitted) for n in (weight, bias_of(weight)) if n in self.parameters]
-        tensors = {name: self.parameters[name].detach() for name in names}
-        self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
-
-    def start_again(self, batches: Sequence[FitBatch]) -> None:
-        """Divide the data otherwise; layers that are done stay so."""
-        self.batches, self._sums, self._reached, self._added = batches, {}, [], 0
+        self.changed.open(str(task.header().get("key", "")))
+        self.records = list(self.changed.records)
+        for name in () if task.streamed else self.changed.places:
+            self.parameters[name].copy_(self.changed[name])
 
     def reach(self, layer: Layer) -> None:
         """Note that a batch has reached a layer."""
@@ -214,9 +194,6 @@ class RefitWork:
                 last = self.records[-1]
                 words = f"refitting, error {last['before']:.3f} → {last['after']:.3f}"
                 self.task.progress(len(self.records), len(self.layers), words)
-            if self.done or time.monotonic() - self._written > SECONDS:
-                self.write()
-                self._written = time.monotonic()
         if self.done:
             raise StopRunError
 

@@ -70,10 +70,8 @@ def _energy(rows: Tensor) -> float:
     return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 
-def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = False) -> Tensor:
-    """Return the change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · Σ_i s_i · |D_i|².
-
-    s_i is the mean diagonal of Σ x xᵀ; or, if ``standardize``, (Σ x xᵀ)_ii, and 0 for the bias.
+def ridged(sums: Sums, ridge: float) -> Tensor:
+    """Return the change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · mean(diag Σ x xᵀ) · |D|².
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     >>> wanted = torch.tensor([[3.0], [-1.0]])
@@ -81,12 +79,7 @@ def ridged(sums: Sums, ridge: float, *, standardize: bool = False, bias: bool = 
     True
     """
     gram = sums.gram.clone()
-    if standardize:
-        squares = gram.diagonal()[: len(gram) - bias]
-        # The change of an input that is always 0 is 0.
-        squares.copy_(torch.where(squares > 0, squares * (1 + ridge), 1.0))
-    else:
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):  # no ridge, and inputs that depend on one another
         return torch.linalg.pinv(gram, hermitian=True) @ sums.cross
@@ -134,7 +127,6 @@ class RidgeCandidates:
     # Whether the parts of the text are sources, of which one is left out at a time; else there are two, and the second
     # is held out.
     left_out: bool = False
-    standardize: bool = False  # as for :func:`ridged`
 
     def sum_rows(self, inputs: Tensor, target: Tensor, missing: Tensor, onto: Sums | None) -> Sums:
         """Return the sums over rows, as precise as the candidates need."""
@@ -154,7 +146,7 @@ class RidgeCandidates:
             fit = reduce(add, [*parts[:m], *parts[m + 1 :]])
             start = _bias_alone(fit, bias)
             for ridge in self.ridges:
-                change = self._solve(fit, ridge, bias)
+                change = ridged(fit, ridge)
                 for shrinkage, left in _left(held, start, change, self.shrinkages).items():
                     errors.setdefault((ridge, shrinkage), []).append(held.relative(left))
         losses = {key: math.fsum(several) / len(several) for key, several in errors.items()}
@@ -162,15 +154,12 @@ class RidgeCandidates:
         choice = Choice(None, 0.0, 0.0, before, before, before)
         if losses[best] < before:
             (ridge, shrinkage), total = best, reduce(add, parts)
-            change = self._solve(total, ridge, bias)
+            change = ridged(total, ridge)
             if shrinkage != 1:
                 change = torch.lerp(_bias_alone(total, bias), change, shrinkage)
             seen = [part.relative(part.left(change)) for part in parts] if self.left_out else [math.nan]
             choice = Choice(change, ridge, shrinkage, before, losses[best], math.fsum(seen) / len(seen))
         return choice
-
-    def _solve(self, sums: Sums, ridge: float, bias: bool) -> Tensor:
-        return ridged(sums, ridge, standardize=self.standardize, bias=bias)
 
     def record(self, name: str, choice: Choice) -> dict[str, Any]:
         """Return what is recorded of a layer, as JSON data."""

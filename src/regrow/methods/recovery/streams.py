@@ -4,7 +4,6 @@ Networks that are larger than memory run one block at a time. The text runs thro
 through a network in memory, and so the results are the same bit for bit.
 """
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from regrow.core.errors import InputError
 from regrow.core.sources import Batch, device_of
@@ -96,28 +94,24 @@ def compare_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
 
 
 def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
-    """Run the networks until all layers are refitted to ``target``; a user's interrupt first writes those done so far.
-
-    ``added`` names the weights of the layers that get a bias.
-    """
+    """Run the networks until all layers are refitted to ``target``; ``added``: weights of layers that get a bias."""
     task, pair, batches = work.task, work.task.streamed, [part.batch for part in work.batches]
-    dense, model = (pair.dense, pair.model) if pair else (task.dense, task.model)
-    turns, waiting = Turns(len(batches)), work.waiting
+    turns, waiting, own = Turns(len(batches)), work.waiting, _OwnTarget(work)
 
     def run_dense(around: Around, turns: Turns) -> None:
-        _run_together(dense, batches, waiting, around, turns)
+        _run_together(task.dense, batches, waiting, around, turns)
 
     with ExitStack() as stack:
-        fitted: _OwnTarget | _DenseTarget = _OwnTarget(work)
-        modes = threading.local()
+        fitted: _OwnTarget | _DenseTarget = own
+        running: nn.Module | StreamedNetwork = pair.dense if pair else task.dense
         if target != "own":
             fitted = _DenseTarget(work, stack.enter_context(run_in_thread(run_dense, len(batches))))
-            modes = stack.enter_context(_results_used(pair)) if pair else modes
+            running = task.model
 
         @contextmanager
         def loading(watched: Mapping[int, str]) -> Iterator[None]:
             assert pair is not None
-            with fitted.resident(pair, watched.values(), added) as work.parameters, torch.no_grad():
+            with own.resident(pair, watched.values(), added) as work.parameters, torch.no_grad():
                 for name in work.parameters:
                     if name in pair.changed:  # refitted before an interruption
                         work.parameters[name].copy_(pair.changed[name])
@@ -137,15 +131,11 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
         def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
             if target != "own":
                 watched = {key: name for key, name in watched.items() if name in waiting}
-            with torch.no_grad(), LayerCalls(watched, partial(refit, number)) as modes.present:
+            with torch.no_grad(), LayerCalls(watched, partial(refit, number)):
                 yield
 
-        try:
-            with suppress(StopRunError):
-                _run_together(dense if target == "own" else model, batches, work.layers, refitting, turns, loading)
-        except KeyboardInterrupt:
-            work.write()
-            raise
+        with suppress(StopRunError):
+            _run_together(running, batches, work.layers, refitting, turns, loading)
 
 
 def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
@@ -154,7 +144,7 @@ def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
     if other := next((layer.name for layer in layers if layer.name not in inside), None):
         raise InputError(
             f"{other}, which reads what was cut, lies outside the blocks, so that refit needs both networks in memory; "
-            "give more memory, or recover by bias"
+            "give more memory"
         )
 
 
@@ -243,27 +233,6 @@ class _DenseTarget:
         """Compute the output again, with the fitted weight."""
         call.output.copy_(call.again())
 
-    @contextmanager
-    def resident(
-        self, pair: StreamedPair, weights: Collection[str], added: Sequence[str]
-    ) -> Iterator[dict[str, nn.Parameter]]:
-        """Context manager in which layers of the present block have the biases that they get; gives both by name."""
-        model, biases = pair.model.model, [bias_of(weight) for weight in weights if weight in added]
-        before = {name: model.get_parameter(name) for name in biases}
-        try:
-            for name, empty in before.items():
-                _put(model, name, nn.Parameter(torch.zeros(empty.shape, dtype=empty.dtype), requires_grad=False))
-            every = dict(model.named_parameters())
-            yield {name: every[name] for weight in weights for name in (weight, bias_of(weight)) if name in every}
-        finally:
-            for name, empty in before.items():
-                _put(model, name, empty)
-
-
-def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
-
 
 def _rows(value: Tensor, channel: int, some: Tensor | None = None) -> Tensor:
     """Reshape a tensor to ``[positions, channels]`` in float32 (float64 stays), with only some channels if asked."""
@@ -279,38 +248,3 @@ def _inputs(model: nn.Module, layer: Layer, value: Tensor, dim: int) -> Tensor:
         return _rows(value, value.dim() + dim)
     assert not isinstance(module.padding, str)
     return _rows(F.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride), 1)
-
-
-@contextmanager
-def _results_used(pair: StreamedPair) -> Iterator[threading.local]:
-    """Context manager in which no block may return a layer's output as it is; gives the place of each thread's mode.
-
-    What is added to it later is a part of the target, and lies outside the block.
-    """
-    modes = threading.local()
-
-    def checked(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            for leaf in tree_leaves(result):
-                if call := modes.present.waiting.get(id(leaf)):
-                    raise InputError(
-                        f"{path} returns the output of {call.name} as it is, so that refit with target=dense needs "
-                        "both networks in memory; give more memory, or target=own"
-                    )
-            return result
-
-        return run
-
-    modules = [pair.model.model.get_submodule(block.path) for block in pair.model.blocks]
-    before = [vars(module).get("forward") for module in modules]
-    try:
-        for block, module in zip(pair.model.blocks, modules, strict=True):
-            module.forward = checked(block.path, module.forward)
-        yield modes
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward

@@ -40,7 +40,6 @@ class Search(ABC):
     """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need."""
 
     needs_epochs = True  # whether the search has to be trained
-    shrinks = False  # whether masks remove more and more in training, so that the size differs after each epoch
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
     masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
     fills_with_bare = True  # whether a commit that would remove too much may also take back operations without weights
@@ -271,19 +270,3 @@ class Search(ABC):
             size=self.size(state, context),
             **self.summary(state),
         )
-
-
-def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int = 48, factor: int = 4) -> SearchState:
-    """Return the state with λ changed after a commit, as in MG-DARTS and, with other numbers, GOLD-NAS.
-
-    After ``many`` dropped operations or more, λ is halved and its step is reset. After fewer than ``few``, it rises by
-    ``factor`` times its last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
-    """
-    plain, regularizer = state.losses
-    state = replace(state, penalty_cap=state.penalty if plain < regularizer else state.penalty_cap)
-    if dropped >= many:
-        return replace(state, penalty_step=1e-5, penalty=state.penalty / 2)
-    if dropped < few and state.penalty < state.penalty_cap:
-        step = factor * state.penalty_step
-        return replace(state, penalty_step=step, penalty=state.penalty + step)
-    return state

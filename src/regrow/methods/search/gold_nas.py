@@ -27,7 +27,7 @@ from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.candidates import candidates_in
 from regrow.core.sources import to_host
-from regrow.methods.search import Commit, Search, raise_penalty
+from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import drop_operations, fit_to_budget, select_lowest
 from regrow.methods.search.space import SearchSpace, SearchState
 from regrow.settings.constraints import NonNegative, Positive, Range, check_constraints
@@ -80,8 +80,6 @@ class Settings:
 class GoldNas(Search):
     """The GOLD-NAS-like search."""
 
-    shrinks = True
-
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices))
         self.s = s
@@ -127,7 +125,10 @@ class GoldNas(Search):
 
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
         """Add up the losses of the epoch."""
-        return state.with_losses([float(loss) for loss in to_host(step.aux)])
+        if not step.aux:
+            return state
+        plain, regularizer = (float(loss) for loss in to_host(step.aux))
+        return replace(state, losses=(state.losses[0] + plain, state.losses[1] + regularizer))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
         """Start the sums of losses again in each epoch."""
@@ -145,7 +146,7 @@ class GoldNas(Search):
             return None, replace(state, penalty=0.0)
         each = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
         left, many = select_lowest(self, state, context, s.drop_below, s.keep_above, each)
-        return drop_operations(self, raise_penalty(state, many, few=each, many=2 * each, factor=2), context, left)
+        return drop_operations(self, _update_penalty(state, many, each), context, left)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
         """Drop what exceeds the target by the size of α."""
@@ -153,3 +154,19 @@ class GoldNas(Search):
 
 
 build = GoldNas
+
+
+def _update_penalty(state: SearchState, dropped: int, wanted: int) -> SearchState:
+    """Return the state with λ changed after a number of operations was dropped.
+
+    After twice as many as wanted, λ is halved and its step is reset. After fewer than wanted, it rises by twice its
+    last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
+    """
+    plain, regularizer = state.losses
+    state = replace(state, penalty_cap=state.penalty if plain < regularizer else state.penalty_cap)
+    if dropped >= 2 * wanted:
+        return replace(state, penalty_step=1e-5, penalty=state.penalty / 2)
+    if dropped < wanted and state.penalty < state.penalty_cap:
+        step = 2 * state.penalty_step
+        return replace(state, penalty_step=step, penalty=state.penalty + step)
+    return state

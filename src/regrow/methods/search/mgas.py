@@ -12,13 +12,12 @@ With a = σ(α) of an operation, b = σ(κ) of a filter, r = |w| / mean |w| of a
 
 replace the network's own parameters, while everything, thresholds included, learns
 
-    cross-entropy + μ ((size + lifted) / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
+    cross-entropy + μ ((size + lifted) / allowed − 1) + λ Σ log(1 + N a / Σ a);
 
-size is the size under the masks, and allowed falls until the target is reached. Under ``dual`` μ follows the excess of
-size over allowed (ours), lifted is by how much kept operations cost less than ``min_cost`` (ours), and λ is constant,
-without its second sum, since μ raises thresholds; nodes of which only one operation may remain are in neither term.
-Under ``feedback`` μ is 0 and λ follows the authors' controller. Filters are the units of an axis, so what is masked can
-always be cut.
+size is the size under the masks, and allowed falls until the target is reached. μ follows the excess of size over
+allowed (ours; the authors' controller moves λ), and lifted is by how much kept operations cost less than ``min_cost``
+(ours). Nodes of which only one operation may remain are in neither term. Filters are the units of an axis, so what is
+masked can always be cut.
 
 Every other epoch, what is masked is cut from the network. A stage runs the network up to one of its classifiers; when
 the next one begins, thresholds start at 0, and a fraction of the operations dropped in the stage is restored, sampled
@@ -37,10 +36,9 @@ from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.sources import to_host
-from regrow.methods.search import Commit, Search, commit, raise_penalty
+from regrow.methods.search import Commit, Search, commit
 from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout, measure_masked
-from regrow.settings.constraints import Count, Fraction, NonNegative, OneOf, Positive, Range, check_constraints
+from regrow.settings.constraints import Count, Fraction, NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
 CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
@@ -59,24 +57,19 @@ class Settings:
         share: The fraction of its size that a stage leaves, except the last one.
         warm: The number of epochs at the start of a stage in which only weights are trained.
         every: The number of epochs between two commits, which cut what is masked, after the ``warm`` ones.
-        controller: ``dual``: the weight μ of the size in the loss follows the excess; ``feedback``: λ follows the
-            number of dropped operations, as in the authors' code.
         gain: How fast μ follows the excess: the value that it would reach in a stage at a constant excess of 1.
-        sparsity_penalty: Under ``dual``, λ, the weight of the regulariser that favours few operations per node.
-        min_cost: Under ``dual``, the least cost at which an operation counts in the size term of the loss, as a
-            fraction of the mean cost of its node's operations with weights (ours). Without effect if ``measure`` is
-            ``ms``.
+        sparsity_penalty: λ, the weight of the regulariser that favours few operations per node.
+        min_cost: The least cost at which an operation counts in the size term of the loss, as a fraction of the mean
+            cost of its node's operations with weights (ours). Without effect if ``measure`` is ``ms``.
         reprune: Whether a stage prunes further what earlier stages kept; if not, only weights outside their operations,
             and at the very end what exceeds the target.
-        regrow: The fraction of a stage's dropped operations that is restored at its end.
+        regrow: The fraction of a stage's dropped operations that is restored at its end, re-initialised.
         regrow_filters: The fraction of a stage's cut filters that is restored, by the size of the gradient of their
             scale.
         regrow_weights: The fraction of the weights set to 0 that may train again, by the size of their gradient.
-        revive: ``old``: operations come back with the weights that they had; ``fresh``: re-initialised, as in the
-            authors' code.
         lr: The learning rate of α and κ times the number of steps in which a stage trains them: how far they can move.
         lr_threshold: The learning rate of thresholds, times the same number of steps.
-        filter_lr_ratio: Under ``dual``, the factor on ``lr_threshold`` for filters, where a node may keep several
+        filter_lr_ratio: The factor on ``lr_threshold`` for filters, where a node may keep several
             operations (ours): below 1, more operations are dropped, and the remaining ones are wider.
         clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
         augment: Whether images are shifted and mirrored at random.
@@ -90,7 +83,6 @@ class Settings:
     share: Fraction = 0.5
     warm: Annotated[int, Range(0)] = 2
     every: Count = 2
-    controller: Annotated[str, OneOf("dual", "feedback")] = "dual"
     gain: NonNegative = 40.0
     sparsity_penalty: NonNegative = 0.05
     min_cost: NonNegative = 1.0
@@ -98,7 +90,6 @@ class Settings:
     regrow: Fraction = 0.2
     regrow_filters: Fraction = 0.0
     regrow_weights: Fraction = 0.0
-    revive: Annotated[str, OneOf("old", "fresh")] = "fresh"
     lr: NonNegative = 8.0
     lr_threshold: NonNegative = 2.0
     filter_lr_ratio: NonNegative = 0.25
@@ -110,30 +101,24 @@ class Settings:
         if not self.levels or not set(self.levels) <= set(GRANULARITIES):
             raise ValueError(f"levels are some of {', '.join(GRANULARITIES)}; got {', '.join(self.levels) or 'none'}")
         check_constraints(self)
-        for name, off in (("sparsity_penalty", 0), ("min_cost", 0), ("filter_lr_ratio", 1)):
-            if self.controller != "dual" and getattr(self, name) not in (off, getattr(Settings, name)):
-                raise ValueError(f"{name} applies to controller=dual, got controller={self.controller}; drop {name}")
         if list(self.stages) != sorted({*self.stages}):
             raise ValueError(f"stages end at parts in ascending order; got {self.stages}")
         check_levels(self.levels, Measure(self.measure))
 
 
 class Mgas(Search):
-    """The MGAS search: a schedule of stages, and a controller, which makes the network smaller by one of two rules."""
+    """The MGAS search: a schedule of stages, and a controller, which makes the network smaller."""
 
-    shrinks = True
     restores = True
     trains_thresholds = True
 
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
         self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
-        self.dual = s.controller == "dual"
-        # Whether the regulariser favours few operations per node, and not high thresholds.
-        self.thins = self.dual and "operations" in s.levels
+        self.thins = "operations" in s.levels  # whether a term of the loss favours few operations per node
         self.min_cost = s.min_cost if self.thins else 0.0
         self.fills_with_bare = not self.min_cost
-        if "operations" in s.levels:
+        if self.thins:
             self.stage_share = s.share + s.regrow * (1 - s.share)
 
     def bounds(self, context: Context, stage: int) -> tuple[int, int]:
@@ -171,10 +156,8 @@ class Mgas(Search):
     def allowed(self, state: SearchState, context: Context, target: float) -> float:
         """Return the allowed size of the trained part now: from its initial size to the stage's goal, log-linearly.
 
-        It is reached a fifth of the stage before its end. The authors' controller has no schedule.
+        It is reached a fifth of the stage before its end.
         """
-        if not self.dual:
-            return state.goal
         first, end = self.bounds(context, state.stage)
         training = max(1, end - first - self.s.warm)
         done = context.epoch - first - self.s.warm + state.examples / len(context.task.train)
@@ -184,27 +167,18 @@ class Mgas(Search):
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
         """Return cross-entropy + μ ((size + lifted) / allowed − 1) + λ · regulariser.
 
-        ``aux`` has the excess of the size, if it has a weight in the loss, cross-entropy, and regulariser, if any.
+        ``aux`` has the excess of the size, in epochs that train masks.
         """
-        plain = loss = self.compute_loss(context, step.batch)
-        masks, layout, aux = step.replaced.aux, state.layout, list[Tensor]()
+        loss = self.compute_loss(context, step.batch)
+        masks, layout = step.replaced.aux, state.layout
         if not self.trains(state, context):
-            return Loss(loss, aux)
-        if self.dual:
-            allowed = self.allowed(replace(state, examples=state.examples + len(step.batch)), context, 0.0)
-            over = measure_masked(state, masks) / allowed - 1
-            aux.append(over.detach())
-            loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, self.min_cost) / allowed)
+            return Loss(loss)
+        allowed = self.allowed(replace(state, examples=state.examples + len(step.batch)), context, 0.0)
+        over = measure_masked(state, masks) / allowed - 1
+        loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, self.min_cost) / allowed)
         if state.penalty:
-            among = ~layout.single if self.thins else torch.ones_like(layout.single)
-            regularizer = layout.operation_regularizer(masks, state.alpha.values, among)
-            if not self.thins:  # otherwise μ raises thresholds
-                ops, filters, weights = (thresholds.values for thresholds in state.thresholds)
-                regularizer = regularizer + layout.threshold_regularizer(masks, (ops, filters, weights))
-            regularizer = state.penalty * regularizer
-            loss = loss + regularizer
-            aux += [plain.detach(), regularizer.detach()]
-        return Loss(loss, aux)
+            loss = loss + state.penalty * layout.operation_regularizer(masks, state.alpha.values, ~layout.single)
+        return Loss(loss, over.detach())
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
         """Clip gradients, and update the moving average of the gradient of α, s ← 0.9 s + gradient."""
@@ -223,15 +197,14 @@ class Mgas(Search):
             state.operation_thresholds.values.masked_fill_(ops, 0.0)
             state.weight_thresholds.values[:-1].masked_fill_(ops, 0.0)
             state.filter_thresholds.values.index_fill_(0, axes, 0.0)
-        multiplier, losses = state.multiplier, [float(number) for number in to_host(step.aux)]
-        if self.dual and self.trains(state, context):
-            multiplier = max(0.0, multiplier + self.s.gain / self._steps(context) * losses.pop(0))
-        state = replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
-        return state.with_losses(losses)
+        multiplier = state.multiplier
+        if self.trains(state, context):
+            multiplier = max(0.0, multiplier + self.s.gain / self._steps(context) * float(step.aux))
+        return replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Start stages, re-initialise what is restored, and start sums of an epoch again."""
-        if self.s.revive == "fresh" and boundary.plan:
+        """Start stages, and re-initialise what is restored."""
+        if boundary.plan:
             commit.reset_modules(context, boundary.plan.back)
         state = super().boundary(state, context, boundary)
         match boundary.event:
@@ -243,8 +216,6 @@ class Mgas(Search):
                 return self._start_stage(replace(state, drift=drift, filter_thresholds=filters), context, 0)
             case Event.RESUME:
                 return self._protect_earlier(state, context)
-            case Event.EPOCH_START:
-                return replace(state, losses=(0.0, 0.0))
             case Event.EPOCH_END:
                 return replace(state, examples=0)
         return state
@@ -252,8 +223,7 @@ class Mgas(Search):
     def _start_stage(self, state: SearchState, context: Context, stage: int) -> SearchState:
         """Return the state at the start of a stage, with thresholds at 0 and the size that the stage has to reach."""
         penalty = self.s.sparsity_penalty if self.thins else 0.0
-        state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0)
-        state = replace(state, penalty=penalty, penalty_step=1e-5, penalty_cap=100.0)
+        state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0, penalty=penalty)
         state.clear_thresholds()
         state = self._protect_earlier(self.update_layout(state, context), context)
         size = self.size(state, context)
@@ -289,10 +259,7 @@ class Mgas(Search):
         return None, state
 
     def _cut(self, state: SearchState, context: Context) -> Commit:
-        """Plan the removal of what is masked, and update λ under ``feedback``."""
-        before = len(state.dropped)
-        plan, state = commit.cut_masked(self, state, context, self.masks(state, context), self.s.target)
-        return plan, state if self.dual else raise_penalty(state, len(state.dropped) - before)
+        return commit.cut_masked(self, state, context, self.masks(state, context), self.s.target)
 
     def _restore(self, state: SearchState, context: Context) -> Commit:
         state = commit.release_weights(self, self.s.regrow_weights, state, context)

@@ -18,19 +18,7 @@ from regrow.training.learner import Context, Learner, Loss, Replacements, Step, 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the retraining of a found network.
-
-    Args:
-        clip: The largest norm of the gradient; larger ones are scaled down to it.
-        augment: Whether images are shifted and mirrored at random.
-        cutout: The side of the square that is blanked in each image, in pixels; 0: none.
-    """
-
-    clip: float = 5.0
-    augment: bool = True
-    cutout: int = 0
+CLIP = 5.0  # the largest norm of the gradient; larger ones are scaled down to it
 
 
 @dataclass(frozen=True)
@@ -41,16 +29,14 @@ class RetrainState:
     masks: Mapping[str, AxisTensor] = field(default_factory=dict)
 
 
-def build(settings: Settings, context: Context, weights: Mapping[str, Tensor]) -> Learner[RetrainState]:
-    """Return the learner that retrains a found network."""
+def build(cutout: int, context: Context, weights: Mapping[str, Tensor]) -> Learner[RetrainState]:
+    """Return the learner that retrains a found network; ``cutout`` pixels is the side of a square that is blanked."""
     masks = {
         name: AxisTensor(weights[name].detach() != 0, context.axes.shapes[name])
         for name in context.weights
         if not bool(weights[name].all())
     }
-    return Learner(
-        RetrainState(masks), parametrize=_mask, loss=partial(_compute_loss, settings), project=partial(_clip, settings)
-    )
+    return Learner(RetrainState(masks), parametrize=_mask, loss=partial(_compute_loss, cutout), project=_clip)
 
 
 def _mask(state: RetrainState, context: Context) -> Replacements:
@@ -58,14 +44,13 @@ def _mask(state: RetrainState, context: Context) -> Replacements:
     return Replacements({name: parameters[name] * mask.values for name, mask in state.masks.items()})
 
 
-def _compute_loss(settings: Settings, state: RetrainState, context: Context, step: Step) -> Loss:
+def _compute_loss(cutout: int, state: RetrainState, context: Context, step: Step) -> Loss:
     batch = step.batch
     if is_images(batch.inputs):
-        inputs = shift_and_flip(batch.inputs) if settings.augment else batch.inputs
-        batch = Examples(cut_out(inputs, settings.cutout), batch.labels)
+        batch = Examples(cut_out(shift_and_flip(batch.inputs), cutout), batch.labels)
     return task_loss(state, context, replace(step, batch=batch))
 
 
-def _clip(settings: Settings, state: RetrainState, context: Context, step: Step) -> RetrainState:
-    nn.utils.clip_grad_norm_(context.parameters().values(), settings.clip)
+def _clip(state: RetrainState, context: Context, step: Step) -> RetrainState:
+    nn.utils.clip_grad_norm_(context.parameters().values(), CLIP)
     return state

@@ -1,12 +1,11 @@
 """The space of a search: what may be removed, what it costs, the importance of its parts, and the search's state."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from regrow.allocation.commits import least
 from regrow.allocation.darts import Edges
@@ -93,7 +92,6 @@ class SearchState:
     weight_thresholds: AxisTensor = field(default_factory=_empty)  # one per operation; the last for other weights
     zeros: Mapping[str, AxisTensor] = field(default_factory=dict)  # weight → which entries are fixed at 0
     drift: AxisTensor | None = None  # the smoothed gradient of α (MGAS)
-    beta: AxisTensor | None = None  # β, the importance of edges (PC-DARTS)
     axes: tuple[str, ...] = ()  # the keys of the axes when the search began
     stage: int = 0
     whole: float = 0.0  # the size of the network as it is, without classifiers of earlier stages
@@ -118,20 +116,12 @@ class SearchState:
     examples: int = derived(int)  # training examples seen in this epoch
     turn: int = derived(int)  # commit steps taken at this boundary
     edges: Edges = derived(lambda: None)  # where operations lie on the edges of cells (DARTS)
-    edge_weights: list[Tensor] = derived(list)  # of the edges into each node in this pass; changed in place (PC-DARTS)
-    handles: tuple[RemovableHandle, ...] = derived(tuple)  # hooks that let channels bypass operations (PC-DARTS)
     chosen: float | None = derived(lambda: None)  # the size right after operations were chosen (DARTS)
 
     @property
     def thresholds(self) -> tuple[AxisTensor, AxisTensor, AxisTensor]:
         """The thresholds of operations, filters and weights."""
         return self.operation_thresholds, self.filter_thresholds, self.weight_thresholds
-
-    def with_losses(self, losses: Sequence[float]) -> "SearchState":
-        """Return the state with the cross-entropy and the regulariser of one more step, if any, added to its sums."""
-        if not losses:
-            return self
-        return replace(self, losses=(self.losses[0] + losses[0], self.losses[1] + losses[1]))
 
     def with_zeros(self, mask: Tensor) -> "SearchState":
         """Return the state with another set of weights fixed at 0."""

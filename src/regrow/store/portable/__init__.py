@@ -19,7 +19,7 @@ from regrow.core.errors import first_line
 from regrow.nets import ModelError, Origin
 from regrow.nets.attention import Attention
 from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
-from regrow.nets.language import DecoderLayer, decoder_layers, parse_configuration, quiet, require_transformers
+from regrow.nets.language import parse_configuration, quiet, require_transformers
 from regrow.store.atomic import staging_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.shapes import Kind, Shapes
@@ -54,12 +54,12 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds."""
     tensors = named_tensors(model)
     derived = {name: stored for name, stored in shapes.tensors.items() if stored.kind is Kind.DERIVED}
-    nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
+    empty = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     loose = any(stored.kind is Kind.ATTRIBUTE for stored in shapes.tensors.values())
-    if nothing or foreign or loose or sum(tensors[name].tensor.numel() for name in derived) > MOST_DERIVED:
+    many = sum(tensors[name].tensor.numel() for name in derived) > MOST_DERIVED
+    if foreign or empty or loose or many or shapes.inserted:
         return None
-    inserted = {path: [asdict(insertion) for insertion in row] for path, row in shapes.inserted.items()}
     return {
         "tensors": {
             name: list(stored.shape)
@@ -69,7 +69,6 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
         "stands": {path: asdict(placeholder) for path, placeholder in shapes.placeholders.items()},
-        **({"inserted": inserted} if inserted else {}),
         "derived": {
             name: {
                 "dtype": stored.dtype,
@@ -95,7 +94,7 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration."""
     reference = shapes.origin.reference
     automatic = dict.fromkeys(_automatic(reference), reference)
-    changes = record(model, shapes) if automatic and not shapes.inserted else None
+    changes = record(model, shapes) if automatic else None
     if changes is None:
         return None
     if within := inner(model):
@@ -103,11 +102,7 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     names = {
         name: f"modeling_regrow.{class_name(reference_name)}" for name, reference_name in sorted(automatic.items())
     }
-    data: dict[str, Any] = {"regrow": changes, "auto_map": names}
-    try:
-        return data | {"block_configs": [_block_config(block) for block in decoder_layers(model)]}
-    except ModelError:
-        return data
+    return {"regrow": changes, "auto_map": names}
 
 
 def class_name(reference: str) -> str:
@@ -158,13 +153,6 @@ def _automatic(reference: str) -> list[str]:
             if any(reference in (known if isinstance(known, tuple) else (known,)) for known in classes.values()):
                 result.append(name)
     return sorted(result)
-
-
-def _block_config(block: DecoderLayer) -> dict[str, Any]:
-    attention: dict[str, Any] = {"no_op": not block.heads}
-    if block.heads:
-        attention |= {"n_heads_in_group": block.heads // block.kv_heads, "num_key_value_heads": block.kv_heads}
-    return {"attention": attention, "ffn": {"no_op": not block.width, "intermediate_size": block.width}}
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
@@ -239,20 +227,12 @@ def read_tokenizer(folder: Path) -> Any | None:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        settings = json.loads(inside(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
-        check_tokenizer(settings)
-    except ModelError as error:
-        raise StoreError(f"{folder}: tokenizer_config.json: {error}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{folder}: tokenizer_config.json cannot be read ({first_line(error)}); restore it") from None
-    transformers = require_transformers()
-    try:
+        check_tokenizer(json.loads(inside(folder, "tokenizer_config.json").read_text(encoding="utf-8")))
+        automatic = require_transformers().AutoTokenizer
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
+            return automatic.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise StoreError(f"{folder}: the tokenizer cannot be read ({first_line(error)}); restore its files") from None
+        raise StoreError(f"{folder}: tokenizer_config.json cannot be used ({first_line(error)}); restore it") from None
 
 
 def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:

@@ -18,17 +18,11 @@ sys.path.insert(0, str(HERE))  # the file beside this one
 from reshape_regrow import finish, reshape  # noqa: E402
 
 
-def build() -> nn.Module:
-    """Build the network in its changed shape, without its weights."""
+def load() -> nn.Module:
+    """Load the network with its weights, in eval mode; its ``state_dict`` is that of ``model.safetensors``."""
     made = json.loads((HERE / "network.json").read_text(encoding="utf-8"))
     net = get_model(made["builder"], weights=None, **made["settings"])
     reshape(net, made["regrow"])
-    return net
-
-
-def load() -> nn.Module:
-    """Load the network with its weights, in eval mode; its ``state_dict`` is that of ``model.safetensors``."""
-    net = build()
     net.load_state_dict(load_file(HERE / "model.safetensors"), strict=True)
-    finish(net, json.loads((HERE / "network.json").read_text(encoding="utf-8"))["regrow"])
+    finish(net, made["regrow"])
     return net.eval()

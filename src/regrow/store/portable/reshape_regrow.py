@@ -39,22 +39,6 @@ def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def insert(stack: nn.Module, copies: list[dict[str, Any]]) -> None:
-    """Put copies of blocks into a stack of blocks, whose names are numbered.
-
-    Args:
-        stack: The stack; changed in place.
-        copies: For each copy, by ascending position: its ``position``, and the block that it is a copy ``of``.
-    """
-    blocks, first = list(stack.children()), next(iter(stack._modules))
-    prefix = first.rstrip("0123456789")
-    start, new, left = int(first[len(prefix) :]), {one["position"]: one["of"] for one in copies}, iter(blocks)
-    stack._modules.clear()
-    for i in range(len(blocks) + len(new)):
-        module = copy.deepcopy(blocks[new[i]]) if i in new else next(left)
-        stack.add_module(f"{prefix}{start + i}", module)
-
-
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
     """Give every tensor its recorded shape (weights are loaded later), drop modules and tensors, set numbers.
 
@@ -62,9 +46,6 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
         model: The newly built network; changed in place.
         record: The recorded differences, as in ``network.json`` or ``config.json``.
     """
-    for path, insertions in record.get("inserted", {}).items():
-        for insertion in insertions:
-            insert(model.get_submodule(path), insertion["copies"])
     for path, stand in record["stands"].items():
         module, leaf = place(model, path)
         setattr(module, leaf, Dropped(stand, model.get_submodule(path)))

@@ -5,7 +5,6 @@ the dimensions of the operands, notes which it sums over, and returns the dimens
 several results).
 """
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -22,38 +21,30 @@ RULES: dict[str, Rule] = {name: rule for table in _TABLES for rule, names in tab
 """Operation name → rule. Operations that torch tags as pointwise need no entry."""
 
 
-def walk(capture: Capture, cautious: bool = True, known: Mapping[str, Dims] | None = None) -> Walk:
+def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) -> Walk:
     """Walk over a recorded graph and give every dimension an expression, by the rules of its operations.
 
-    ``cautious``: freeze dimensions in data-dependent code, which may run other operations on other data. ``known``:
-    parameters and buffers whose dimensions are those of an earlier walk.
+    ``cautious``: freeze dimensions in data-dependent code, which may run other operations on other data. ``merged``:
+    an earlier walk over another recording of the network, into which this one is merged.
     """
-    w = Walk(capture)
+    w = Walk(capture) if merged is None else merged.merging(capture)
+    known = {} if merged is None else {name: merged.of(node) for node, name in merged.capture.states.items()}
     if capture.decisions is not None:
-        w.notes.append(_how(capture))
+        refusal = capture.refusal or "data decide what the network does"
+        w.notes.append(f"recorded from one run, since torch.export refuses: {refusal}; other decisions were not seen")
     for node in capture.graph.nodes:
         if node.op == "placeholder":
-            w.dims[node] = _placeholder(w, node, known or {})
+            w.dims[node] = _placeholder(w, node, known)
         elif node.op == "output":
             for expr in (expr for out in node.all_input_nodes for expr in all_dims(w.dims[out])):
                 d.freeze(expr, "it is an output of the model")
         elif node.op == "call_function":
             w.dims[node] = _call(w, node)
         else:
-            w.dims[node] = w.fresh(node, f"made by {node.op}")
+            w.dims[node] = w.fresh(node)
         if cautious and w.decided:
             w.passed_on(node)
     return w
-
-
-def _how(capture: Capture) -> str:
-    counts = Counter((decision.op, decision.module or "the model") for decision in capture.decisions or ())
-    ways = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in counts.most_common(4))
-    others = f" and in {len(counts) - 4} more ways" if len(counts) > 4 else ""
-    return (
-        f"recorded from one run, since torch.export refuses: {capture.refusal or 'data decide what the network does'}. "
-        f"What it does where data decide otherwise than by {ways or 'none'}{others} was not seen"
-    )
 
 
 def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Value:
@@ -83,9 +74,9 @@ def _call(w: Walk, node: Node) -> Value:
         return None
     free = [expr for read in node.all_input_nodes for expr in all_dims(w.dims[read]) if d.is_free(expr)]
     if free:
-        w.freeze(node, "an operation without a rule reads it", *free)
+        w.freeze(node, *free)
         w.notes.append(f"no rule fits {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")
-    return w.fresh(node, f"made by {name}")
+    return w.fresh(node)
 
 
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)

@@ -1,6 +1,6 @@
 """Rules for operations that multiply and sum: linear and recurrent layers, products, convolutions, attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch.fx import Node
 from torch.fx.node import Argument
@@ -8,7 +8,7 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, argument, module_of, op_name, operand_of, operands_in, uncast, whole
+from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, uncast, whole
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
 ALIGNED = 16
@@ -45,7 +45,7 @@ def matmul(w: Walk, node: Node, first: int = 0) -> Dims:
     for i in range(-max(map(len, batches)), 0):
         pair = [batch[i] for batch in batches if len(batch) >= -i and d.size(batch[i]) != 1]
         if len(pair) == 2:
-            w.unify(node, pair[0], pair[1], "batch dimensions of a product have no common form")
+            w.unify(node, pair[0], pair[1])
         out.append(pair[0] if pair else d.ONE)
     out += left[-2:-1] if len(left) > 1 else ()
     out += right[-1:] if len(right) > 1 else ()
@@ -63,11 +63,11 @@ def einsum(w: Walk, node: Node) -> Dims:
     for tensor, term in zip(tensors, terms, strict=True):
         for letter, expr in zip(term, w.of(tensor), strict=True):
             if term.count(letter) > 1:
-                w.freeze(node, "a diagonal of it is taken", expr)
+                w.freeze(node, expr)
             if d.size(known.get(letter, d.ONE)) == 1:
                 known[letter] = expr
             elif d.size(expr) > 1:
-                w.unify(node, known[letter], expr, "dimensions of one letter have no common form")
+                w.unify(node, known[letter], expr)
     for letter, expr in known.items():
         holders = {i: tensor for i, tensor in enumerate(tensors) if letter in terms[i]}
         summed = letter not in result and d.size(expr) > 1
@@ -85,39 +85,36 @@ def einsum(w: Walk, node: Node) -> Dims:
 
 def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """Return the letters of each operand and of the result, with an ellipsis replaced by letters."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
+    assert "->" in equation  # without it, the letters of the result would follow from those of the operands
+    left, _, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     spare = "".join(map(chr, range(0x391, 0x3A0)))  # capital Greek: no equation uses them
     covers = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
     written = [term.replace("...", spare[max(covers) - n : max(covers)]) for term, n in zip(terms, covers, strict=True)]
-    if arrow:
-        return written, right.replace("...", spare[: max(covers)])
-    every = "".join(terms).replace("...", "")
-    once = sorted(letter for letter in set(every) if every.count(letter) == 1)
-    return written, spare[: max(covers) if "..." in left else 0] + "".join(once)
+    return written, right.replace("...", spare[: max(covers)])
 
 
 def _contract(w: Walk, node: Node, *summed: tuple[Node, int]) -> None:
     (x, i), (other, k) = summed
-    w.unify(node, w.of(x)[i], w.of(other)[k], "the two sides of a sum have no common form")
+    w.unify(node, w.of(x)[i], w.of(other)[k])
     w.reads(node, x, i, weight=w.source(other))
     for operand, dim in summed:
         w.role(operand, dim, Role.CONSUMES)
 
 
-def _align(w: Walk, node: Node, operand: Node, dims: Dims, why: str) -> None:
+def _align(w: Walk, node: Node, operand: Node, dims: Dims) -> None:
     """Tie an operand, whose dimensions of size 1 are broadcast, to the last dimensions of a tensor."""
     shape = w.of(operand)
     for expr, other in zip(shape, dims[len(dims) - len(shape) :], strict=True):
         if d.size(expr) > 1:
-            w.unify(node, other, expr, why)
+            w.unify(node, other, expr)
 
 
 def _add_bias(w: Walk, node: Node, bias: Argument, out: Dims) -> None:
     if isinstance(bias, Node):
         for i in range(len(w.of(bias))):
             w.role(bias, i, Role.SHIFTS)
-        _align(w, node, bias, out, "a bias has another form than its layer's output")
+        _align(w, node, bias, out)
 
 
 def convolution(w: Walk, node: Node) -> Dims:
@@ -128,7 +125,7 @@ def convolution(w: Walk, node: Node) -> Dims:
     *batch, channels = dims[: len(dims) - space]
     for expr in kernel[2:]:
         d.freeze(expr, "it is a kernel's extent")
-    w.freeze(node, "a convolution runs along it", *dims[len(dims) - space :])
+    w.freeze(node, *dims[len(dims) - space :])
     transposed = "transpose" in op_name(node)
     groups = whole(argument(node, 6, "groups") or 1)
     made = _grouped(w, node, channels, kernel, groups, transposed)
@@ -136,7 +133,7 @@ def convolution(w: Walk, node: Node) -> Dims:
     w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
     if not (groups > 1 and d.size(kernel[1]) == 1 and d.size(kernel[0]) == groups):
         w.reads(node, x, len(dims) - space - 1, weight=w.source(weight))
-    out = (*batch, made, *(w.frozen(node, n, "made by a convolution") for n in node.meta["val"].shape[-space:]))
+    out = (*batch, made, *(w.frozen(node, n) for n in node.meta["val"].shape[-space:]))
     _add_bias(w, node, argument(node, 2, "bias"), (made,))
     w.contracts(node, (weight,), (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
     return out
@@ -144,19 +141,18 @@ def convolution(w: Walk, node: Node) -> Dims:
 
 def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, transposed: bool) -> Expr:
     """Tie the input channels to the kernel and return the output channels."""
-    why = "a convolution's channels have no common form with its input's"
     first, second = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
     if groups == 1:
-        w.unify(node, channels, second, why)
+        w.unify(node, channels, second)
         return first
     if transposed:
-        w.freeze(node, "a grouped transposed convolution reads it", channels, *kernel[:2])
-        return w.frozen(node, d.size(kernel[1]) * groups, "made by a grouped transposed convolution")
+        w.freeze(node, channels, *kernel[:2])
+        return w.frozen(node, d.size(kernel[1]) * groups)
     group = d.Leaf(groups)
     inner, outer = d.new(d.size(channels) // groups), d.new(d.size(first) // groups)
-    w.unify(node, channels, d.times(group, inner), why)
-    w.unify(node, first, d.times(group, outer), why)
-    w.unify(node, inner, second, why)
+    w.unify(node, channels, d.times(group, inner))
+    w.unify(node, first, d.times(group, outer))
+    w.unify(node, inner, second)
     w.groups.append((module_of(node), group))
     return first
 
@@ -165,19 +161,18 @@ def attention(w: Walk, node: Node) -> Dims:
     """Rule for fused attention: ties query, key and value per head, and freezes the sequence that is attended over."""
     query = operand_of(node)
     q, k, v = w.of(query), w.of(operand_of(node, 1)), w.of(operand_of(node, 2))
-    why = "query, key and value have no common form"
-    w.unify(node, q[-1], k[-1], why)
-    w.unify(node, k[-2], v[-2], why)
-    d.mark(k[-2], Mark.COMPETED, w.why(node, why))
-    w.freeze(node, "attention is taken over it", k[-2])
+    w.unify(node, q[-1], k[-1])
+    w.unify(node, k[-2], v[-2])
+    d.mark(k[-2], Mark.COMPETED, w.why(node))
+    w.freeze(node, k[-2])
     grouped = bool(argument(node, 7, "enable_gqa"))
     for i in range(len(q) - 2):
-        w.unify(node, k[i], v[i], why)
+        w.unify(node, k[i], v[i])
         repeated = grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i])
-        w.unify(node, q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))) if repeated else k[i], why)
+        w.unify(node, q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))) if repeated else k[i])
     out = (*q[:-1], v[-1])
     if isinstance(mask := argument(node, 3), Node):
-        _align(w, node, mask, (*q[:-1], k[-2]), "a mask has another form than the attention")
+        _align(w, node, mask, (*q[:-1], k[-2]))
     w.reads(node, query, len(q) - 1)
     if argument(node, 6, "scale") is None:
         w.norms.append((node, "scale"))
@@ -188,7 +183,7 @@ def attention(w: Walk, node: Node) -> Dims:
 def embedding(w: Walk, node: Node) -> Dims:
     """Rule for embeddings: freezes the vocabulary, and appends ``W``'s second dimension to the index's."""
     table, index = operand_of(node), operand_of(node, 1)
-    w.freeze(node, "it is a vocabulary, looked up by number", w.of(table)[0])
+    w.freeze(node, w.of(table)[0])
     w.role(table, 1, Role.PRODUCES)
     if name := w.source(table):
         w.tables.append(name)
@@ -200,7 +195,7 @@ def grouped_product(w: Walk, node: Node) -> Dims:
     x, weight, ends = (operand_of(node, i) for i in range(3))
     rows, kernel = w.of(x), w.of(weight)
     _contract(w, node, (x, 1), (weight, 1))
-    w.unify(node, kernel[0], w.of(ends)[0], "experts and their rows have no common form")
+    w.unify(node, kernel[0], w.of(ends)[0])
     for expr in kernel[1:]:
         d.in_multiples(expr, max(1, ALIGNED // node.meta["val"].itemsize))
     w.role(weight, 0, Role.SCALES)
@@ -217,19 +212,15 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 def layers(w: Walk, node: Node) -> Value:
     """Rule for recurrent layers, of any number of layers and directions: freezes time, ties weights and states."""
-    if getattr(node.target, "_overloadname", "") == "data":
-        for operand in node.all_input_nodes:
-            w.freeze(node, "a recurrent layer reads packed sequences", *w.of(operand))
-        return w.fresh(node, w.why(node, "made of packed sequences"))
-    assert len(node.args) == 9
+    assert getattr(node.target, "_overloadname", "") != "data" and len(node.args) == 9  # not for packed sequences
     x, states, params = operand_of(node), operands_in(node.args[1]), operands_in(node.args[2])
     biased, count, both, batch_first = (whole(node.args[i]) for i in (3, 4, 7, 8))
     ways = 2 if both else 1
     each = len(params) // (count * ways)
     *lead, read = w.of(x)
     time, batch = lead[::-1] if batch_first else lead
-    w.freeze(node, "a recurrent layer runs along it", time)
-    w.unify(node, batch, w.of(states[0])[1], "a state has another form than the sequences")
+    w.freeze(node, time)
+    w.unify(node, batch, w.of(states[0])[1])
     results: list[Expr] = []
     hidden: list[Expr] = []
     for i in range(count * ways):
@@ -242,9 +233,8 @@ def layers(w: Walk, node: Node) -> Value:
         if (i + 1) % ways == 0:
             read = d.plus(*results[-ways:])
     parts = [results, hidden][: len(states)]
-    why = w.why(node, "the layers and directions of a recurrent layer must keep equally many units")
     for units_of in parts:
-        w.equal += [(units_of[0], other, why) for other in units_of[1:]]
+        w.equal += [(units_of[0], other, w.why(node)) for other in units_of[1:]]
     for state, units_of in zip(states, parts, strict=True):
         _begin(w, node, state, units_of)
     return [(*lead, read), *(_stacked(w, node, i, batch, units_of) for i, units_of in enumerate(parts, 1))]
@@ -261,7 +251,7 @@ def cell(w: Walk, node: Node) -> Value:
     out = (batch, units)
     for before in states:
         for expr, other in zip(w.of(before), out, strict=True):
-            w.unify(node, expr, other, "a state has another form than the hidden units")
+            w.unify(node, expr, other)
     return [out, out] if len(states) > 1 else out
 
 
@@ -272,20 +262,19 @@ def _tied(
     inner, back, *rest = params
     biases, projection = rest[: 2 * biased], rest[2 * biased :]
     units = d.Leaf(d.size(w.of(inner)[0]) // gates)
-    why = "the weights of a recurrent layer have no common form"
-    rows = d.times(w.frozen(node, gates, "it is the number of gates"), units)
+    rows = d.times(w.frozen(node, gates), units)
     for param in (inner, back, *biases):
-        w.unify(node, w.of(param)[0], rows, why)
+        w.unify(node, w.of(param)[0], rows)
         w.role(param, 0, Role.SHIFTS if param in biases else Role.PRODUCES)
     result: Expr = units
     for param in projection:
         result = w.of(param)[0]
-        w.unify(node, w.of(param)[1], units, why)
+        w.unify(node, w.of(param)[1], units)
         w.role(param, 0, Role.PRODUCES)
         w.role(param, 1, Role.CONSUMES)
         w.reads(node, param, 1, weight=w.source(param))
-    w.unify(node, w.of(inner)[1], read, "a recurrent layer reads another form than it is given")
-    w.unify(node, w.of(back)[1], result, why)
+    w.unify(node, w.of(inner)[1], read)
+    w.unify(node, w.of(back)[1], result)
     w.role(inner, 1, Role.CONSUMES)
     w.role(back, 1, Role.CONSUMES)
     # Reads inside the fused operation can only be masked in the weights.
@@ -301,35 +290,26 @@ def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
     if held is None:
         held = [w.of(state)[-1]] * (1 if op_name(uncast(state)) in _ALIKE else len(parts))
     for expr, part in zip(held, parts, strict=False):
-        w.unify(node, expr, part, "a state has another form than the hidden units")
+        w.unify(node, expr, part)
 
 
 def _stacked(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr]) -> Dims:
     """Return the dimensions of a last state; units of several layers are tied unless each layer's is selected alone."""
     results = [user for user in node.users if user.args[1] == position]
     for result in results if len(parts) > 1 else ():
-        if all(_picks(user, result) for user in result.users):
-            w.stacked |= dict.fromkeys(_copies(result), parts)
+        if all(_is_picked(user, result) for user in result.users):
+            w.stacked[result] = parts
         else:
             for other in parts[1:]:
-                w.unify(node, parts[0], other, "states of several layers have no common form")
-    return (w.frozen(node, len(parts), "it is the number of layers and directions"), batch, parts[0])
+                w.unify(node, parts[0], other)
+    return (w.frozen(node, len(parts)), batch, parts[0])
 
 
-def _picks(user: Node, state: Node) -> bool:
-    """Whether an operation (or those behind copies) selects one layer's state, or starts a layer from all of them."""
-    name = op_name(user)
-    if name in ALIASES:
-        return all(_picks(reader, user) for reader in user.users)
-    starts = name in GATES and state in user.all_input_nodes and state is not user.args[0]
-    return bool(starts or (name == "select" and user.args[1] == 0))
-
-
-def _copies(state: Node) -> Iterator[Node]:
-    yield state
-    for user in state.users:
-        if op_name(user) in ALIASES:
-            yield from _copies(user)
+def _is_picked(user: Node, state: Node) -> bool:
+    """Whether an operation selects one layer's state, or starts a layer from all of them."""
+    if op_name(user) == "select":
+        return whole(user.args[1]) == 0
+    return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]
 
 
 _ALIKE = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"))

@@ -21,17 +21,15 @@ from regrow.tracing.nodes import (
     uncast,
     whole,
 )
-from regrow.tracing.rules.reduce import broadcast, ordered, pointwise
+from regrow.tracing.rules.reduce import broadcast, ordered
 from regrow.tracing.rules.shapes import exchanged, frozen_whole, pick
 from regrow.tracing.walk import Dims, Rule, Value, Walk
-
-BY_TENSOR = "its entries are picked by a tensor of numbers"
 
 
 def select(w: Walk, node: Node) -> Value:
     """Rule for ``select``: freezes the dimension, since the index of the entry matters, and removes it."""
     dims, axis = w.along(node, 1)
-    w.freeze(node, "one of its entries is picked by number", dims[axis])
+    w.freeze(node, dims[axis])
     if operand_of(node) in w.stacked and axis == 0:
         return (*dims[1:-1], w.stacked[operand_of(node)][whole(node.args[2])])
     return exchanged(dims, axis)
@@ -40,7 +38,7 @@ def select(w: Walk, node: Node) -> Value:
 def unbind(w: Walk, node: Node) -> Value:
     """Rule for ``unbind``: freezes the dimension whose entries become separate tensors."""
     dims, axis = w.along(node, 1)
-    w.freeze(node, "its entries are picked one by one", dims[axis])
+    w.freeze(node, dims[axis])
     return [exchanged(dims, axis) for _ in result_shapes(node)]
 
 
@@ -49,7 +47,7 @@ def index(w: Walk, node: Node) -> Value:
     dims, entries = w.first(node), node.args[1]
     assert isinstance(entries, list | tuple)
     picks, picked = operands_in(entries), [i for i, entry in enumerate(entries) if entry is not None]
-    w.freeze(node, BY_TENSOR, *(dims[i] for i in picked))
+    w.freeze(node, *(dims[i] for i in picked))
     apart = picked != list(range(picked[0], picked[-1] + 1))
     if apart or any(entry.meta["val"].dtype.is_floating_point for entry in picks):
         return frozen_whole(w, node)
@@ -62,7 +60,7 @@ def index(w: Walk, node: Node) -> Value:
 def pick_by_tensor(w: Walk, node: Node) -> Value:
     """Rule for ``index_select`` and ``gather``: freezes the dimension picked from."""
     _, axis = w.along(node, 1)
-    picked = pick(w, node, axis, BY_TENSOR)
+    picked = pick(w, node, axis)
     return picked if op_name(node) == "index_select" else frozen_whole(w, node)
 
 
@@ -76,25 +74,26 @@ def put(w: Walk, node: Node) -> Dims:
     covered = len(picks) + masks if len(named) == len(picks) else len(dims)
     tied = min(len(dims) - covered, len(written))
     indices = (expr for entry in named for expr in w.of(entry))
-    w.freeze(node, BY_TENSOR, *dims[:covered], *written[: len(written) - tied], *indices)
+    w.freeze(node, *dims[:covered], *written[: len(written) - tied], *indices)
     for i in range(1, tied + 1):
         if d.size(written[-i]) > 1:
-            w.unify(node, dims[-i], written[-i], "what is put has another form than where it is put")
+            w.unify(node, dims[-i], written[-i])
     return dims
 
 
 def region(w: Walk, node: Node) -> Dims:
     """Rule for RoI pooling: passes the channels, freezes batch and space; regions are new dimensions."""
     batch, channels, *space = w.first(node)
-    w.freeze(node, "regions are taken from it", batch, *space)
-    count, _, *out = (w.frozen(node, n, "made of regions") for n in shape_of(node))
+    w.freeze(node, batch, *space)
+    count, _, *out = (w.frozen(node, n) for n in shape_of(node))
     return (count, channels, *out)
 
 
 def decision(w: Walk, node: Node) -> Value:
     """Rule for data-dependent decisions: freezes what they read; a decided number is noted for the module using it."""
     read = [w.of(operand) for operand in node.all_input_nodes]
-    w.freeze(node, f"data decide on it, by `{node.meta['asks']}`", *(expr for dims in read for expr in dims))
+    for expr in (expr for dims in read for expr in dims):
+        d.freeze(expr, f"data decide on it, by `{node.meta['asks']}`")
     if node.meta["number"]:
         w.decided.setdefault(module_of(node), node.meta["asks"])
     return list(read)
@@ -139,8 +138,8 @@ def _repeated(w: Walk, node: Node, n: int) -> Expr:
 def pad(w: Walk, node: Node) -> Dims:
     """Rule for padding: freezes padded dimensions, passes the others."""
     padded = [(expr, n) for expr, n in zip(w.first(node), shape_of(node), strict=True)]
-    w.freeze(node, "it is padded", *(expr for expr, n in padded if d.size(expr) != n))
-    return tuple(expr if d.size(expr) == n else w.frozen(node, n, "it is padded") for expr, n in padded)
+    w.freeze(node, *(expr for expr, n in padded if d.size(expr) != n))
+    return tuple(expr if d.size(expr) == n else w.frozen(node, n) for expr, n in padded)
 
 
 def constant(w: Walk, node: Node) -> Dims:
@@ -152,40 +151,33 @@ def constant(w: Walk, node: Node) -> Dims:
     return made
 
 
-def overwrite(w: Walk, node: Node) -> Dims:
-    """Rule for ``copy_``, ``fill_``, ``zero_``: ties the written value to the tensor by broadcasting."""
-    pointwise(w, node)
-    return w.first(node)
-
-
 def weight_norm(w: Walk, node: Node) -> Dims:
     """Rule for weight normalisation ``g · v / ‖v‖``: ties g to one dimension of v and freezes the others."""
     v, g = operand_of(node), operand_of(node, 1)
     along = whole(node.args[2]) if len(node.args) > 2 else 0
     for i, expr in enumerate(w.of(v)):  # along = -1: one gain for the whole weight
         if i == along:
-            w.unify(node, expr, w.of(g)[i], "a weight's gain has another form than the weight")
+            w.unify(node, expr, w.of(g)[i])
             w.role(v, i, Role.PRODUCES)
             w.role(g, i, Role.SCALES)
         else:
-            w.freeze(node, "a weight is normalised over it", expr)
+            w.freeze(node, expr)
     return w.of(v)
 
 
 def topk(w: Walk, node: Node) -> Value:
     """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
     dims, axis = w.along(node, 2, -1)
-    why = w.why(node, "its largest entries are picked")
     leaf, k = d.resolve(dims[axis]), whole(node.args[1])
     used = [user for user in node.users if user.args[1] == 1]
     if not isinstance(leaf, d.Leaf) or argument(node, 3) is False or not all(map(_only_counted, used)):
-        d.freeze(dims[axis], why)
+        w.freeze(node, dims[axis])
     else:
         leaf.least = max(leaf.least, k)
-        d.mark(leaf, Mark.COMPETED, why)
+        d.mark(leaf, Mark.COMPETED, w.why(node))
         w.reads(node, operand_of(node), axis, -inf)
         w.picks[node] = dims[axis]
-    out = exchanged(dims, axis, d.frozen(k, why))
+    out = exchanged(dims, axis, w.frozen(node, k))
     return [out, out]
 
 
@@ -214,7 +206,7 @@ def histogram(w: Walk, node: Node) -> Dims:
     bins = shape_of(node)[0]
     picked = _picked(w, node.args[0])
     if picked is None or d.size(picked) != bins:
-        return constant(w, node) if bins == 1 else (w.frozen(node, bins, "it counts how often values occur"),)
+        return constant(w, node) if bins == 1 else (w.frozen(node, bins),)
     w.literal(node, bins, picked)
     return (picked,)
 
@@ -246,7 +238,6 @@ RULES: dict[Rule, str] = {
     repeat: "repeat tile repeat_interleave",
     pad: "pad constant_pad_nd reflection_pad2d replication_pad2d",
     constant: "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor",
-    overwrite: "copy fill zero",
     weight_norm: "_weight_norm",
     topk: "topk",
     histogram: "histc bincount",

@@ -1,6 +1,5 @@
 """Rules for entrywise operations, and for those that sum, compare, order or normalise the entries of a dimension."""
 
-from dataclasses import replace
 from math import inf
 
 from torch.fx import Node
@@ -41,7 +40,7 @@ def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
             if d.size(out[at]) == 1:
                 out[at] = expr
             elif d.size(expr) > 1:
-                w.unify(node, out[at], expr, "two dimensions meet that have no common form")
+                w.unify(node, out[at], expr)
     return tuple(out)
 
 
@@ -51,7 +50,7 @@ def prelu(w: Walk, node: Node) -> Dims:
     slopes = w.of(slope)
     if slopes and d.size(slopes[0]) > 1:
         w.role(slope, 0, Role.SCALES)
-        w.unify(node, dims[min(1, len(dims) - 1)], slopes[0], "slopes have another form than the channels")
+        w.unify(node, dims[min(1, len(dims) - 1)], slopes[0])
     return dims
 
 
@@ -69,10 +68,13 @@ def _left(w: Walk, node: Node, over: list[int]) -> Dims:
 
 
 def total(w: Walk, node: Node) -> Dims:
-    """Rule for sums: dropped units count as 0."""
+    """Rule for sums and means: dropped units count as 0; a mean's divisor needs a fold (found later)."""
     over = _over(w, node)
-    for i in over:
+    free = [i for i in over if d.is_free(w.first(node)[i])]
+    for i in free:
         w.reads(node, operand_of(node), i)
+    if free and op_name(node) == "mean":
+        w.norms.append((node, "mean"))
     return _left(w, node, over)
 
 
@@ -83,7 +85,7 @@ def _measure(w: Walk, node: Node, over: list[int]) -> None:
         if order in (1, 2):
             w.reads(node, operand_of(node), i)
         else:
-            w.freeze(node, f"a norm of order {order} runs over it", w.first(node)[i])
+            w.freeze(node, w.first(node)[i])
 
 
 def vector_norm(w: Walk, node: Node) -> Dims:
@@ -100,46 +102,28 @@ def renorm(w: Walk, node: Node) -> Dims:
     return dims
 
 
-def mean(w: Walk, node: Node) -> Dims:
-    """Rule for means: dropped units count as 0; since the size is a divisor, a fold must compensate (found later)."""
-    over = _over(w, node)
-    free = [i for i in over if d.is_free(w.first(node)[i])]
-    for i in free:
-        w.reads(node, operand_of(node), i)
-    if free:
-        w.norms.append((node, "mean"))
-    return _left(w, node, over)
-
-
 def softmax(w: Walk, node: Node) -> Dims:
     """Rule for softmax: marks the dimension as competed; dropped units count as −∞."""
     for i in _over(w, node):
-        d.mark(w.first(node)[i], Mark.COMPETED, w.why(node, "a softmax runs over it"))
+        d.mark(w.first(node)[i], Mark.COMPETED, w.why(node))
         w.reads(node, operand_of(node), i, -inf)
     return w.first(node)
 
 
-def largest(w: Walk, node: Node) -> Value:
-    """Rule for maxima: dropped units count as −∞; the dimension is frozen if the position of the maximum is used."""
+def extreme(w: Walk, node: Node) -> Value:
+    """Rule for maxima and minima: dropped units count as ∓∞; used positions freeze it."""
     if len(node.args) > 1 and isinstance(node.args[1], Node):
         return pointwise(w, node)
     over, dims = _over(w, node), w.first(node)
+    fill = inf if op_name(node) in ("amin", "min") else -inf
     several = isinstance(shapes_of(node), list)
     if several and any(user.args[1] == 1 and user.users for user in node.users):
-        w.freeze(node, "the position of the maximum in it is used", *(dims[i] for i in over))
+        w.freeze(node, *(dims[i] for i in over))
     for i in over:
-        d.mark(dims[i], Mark.COMPETED, w.why(node, "a maximum is taken over it"))
-        w.reads(node, operand_of(node), i, -inf)
+        d.mark(dims[i], Mark.COMPETED, w.why(node))
+        w.reads(node, operand_of(node), i, fill)
     left = _left(w, node, over)
     return [left, left] if several else left
-
-
-def smallest(w: Walk, node: Node) -> Value:
-    """Rule for minima: as for maxima, but dropped units count as +∞."""
-    before = len(w.readings)
-    out = largest(w, node)
-    w.readings[before:] = [replace(reading, fill=inf) for reading in w.readings[before:]]
-    return out
 
 
 def ordered(w: Walk, node: Node) -> Value:
@@ -149,10 +133,10 @@ def ordered(w: Walk, node: Node) -> Value:
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     last = name in ("sort", "argsort", "kthvalue", "median", "mode") and not named
     over = [len(dims) - 1] if last else _over(w, node, position)
-    w.freeze(node, f"`{name}` runs along it", *(dims[i] for i in over))
+    w.freeze(node, *(dims[i] for i in over))
     shapes = as_list(shapes_of(node))
     if shapes[0] != tuple(map(d.size, dims)):
-        return w.fresh(node, w.why(node, "made by an ordering"))
+        return w.fresh(node)
     return [dims for _ in shapes] if isinstance(shapes_of(node), list) else dims
 
 
@@ -160,38 +144,29 @@ def batch_norm(w: Walk, node: Node) -> Dims:
     """Rule for batch and instance norm: ties gain, bias and running statistics to the channels."""
     dims = w.first(node)
     if node.args[3] is None or node.args[5]:  # statistics are taken from the entries, of a weight, say
-        w.freeze(node, f"`{op_name(node)}` takes mean and variance over it", *dims[:1], *dims[2:])
+        w.freeze(node, *dims[:1], *dims[2:])
     roles = (Role.SCALES, Role.SHIFTS, Role.SHIFTS, Role.SCALES)  # gain, bias, running mean and variance
     for role, arg in zip(roles, node.args[1:5], strict=False):
         if isinstance(arg, Node):
             w.role(arg, 0, role)
-            w.unify(node, dims[1], w.of(arg)[0], "a norm's channels have another form than its input's")
+            w.unify(node, dims[1], w.of(arg)[0])
     return dims
 
 
-def layer_norm(w: Walk, node: Node) -> Dims:
-    """Rule for layer norm: marks the last dimensions as restated, since mean and variance are taken over kept units."""
-    return _norm(w, node, Mark.RESTATED, "a layer norm runs over it", None)
-
-
-def rms_norm(w: Walk, node: Node) -> Dims:
-    """Rule for root-mean-square norm: marks the last dimensions as folded, since their size is a divisor."""
-    dims = _norm(w, node, Mark.FOLDED, "a root-mean-square norm runs over it", 0.0)
-    w.norms.append((node, "rms_norm"))
-    return dims
-
-
-def _norm(w: Walk, node: Node, mark: Mark, why: str, fill: float | None) -> Dims:
-    dims, rank = w.first(node), len(wholes(node.args[1]))
+def norm(w: Walk, node: Node) -> Dims:
+    """Rule for layer norm, taken over the kept units (restated), and root-mean-square norm, divided by their number."""
+    dims, rank, root = w.first(node), len(wholes(node.args[1])), op_name(node) == "rms_norm"
     over = dims[len(dims) - rank :]
     _gains(w, node, over)
     if rank == 1:
         w.literal(node, d.size(over[0]), over[0], last=True)
     else:
-        w.freeze(node, "a norm runs over several dimensions at once", *over)
+        w.freeze(node, *over)
     for i, expr in enumerate(over, len(dims) - rank):
-        d.mark(expr, mark, w.why(node, why))
-        w.reads(node, operand_of(node), i, fill)
+        d.mark(expr, Mark.FOLDED if root else Mark.RESTATED, w.why(node))
+        w.reads(node, operand_of(node), i, 0.0 if root else None)
+    if root:
+        w.norms.append((node, "rms_norm"))
     return dims
 
 
@@ -201,7 +176,7 @@ def _gains(w: Walk, node: Node, over: Dims) -> None:
         if isinstance(arg, Node):
             for i, (expr, gain) in enumerate(zip(over, w.of(arg), strict=True)):
                 w.role(arg, i, role)
-                w.unify(node, expr, gain, "a norm's gain has another form than its input")
+                w.unify(node, expr, gain)
 
 
 def group_norm(w: Walk, node: Node) -> Dims:
@@ -209,9 +184,9 @@ def group_norm(w: Walk, node: Node) -> Dims:
     groups, dims = whole(node.args[1]), w.first(node)
     group, inner = d.new(groups), d.new(d.size(dims[1]) // groups)
     channels = d.times(group, inner)
-    w.unify(node, dims[1], channels, "a norm's groups do not divide its input")
+    w.unify(node, dims[1], channels)
     _gains(w, node, (channels,))
-    d.mark(inner, Mark.RESTATED, w.why(node, "a group norm runs over it inside each group"))
+    d.mark(inner, Mark.RESTATED, w.why(node))
     if groups > 1:
         w.groups.append((module_of(node), group))
     w.reads(node, operand_of(node), 1, None, groups=group)
@@ -225,22 +200,19 @@ RULES: dict[Rule, str] = {
     ),
     pointwise: (
         "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
-        "log_sigmoid logsigmoid threshold where masked_fill"
+        "log_sigmoid logsigmoid threshold where masked_fill copy fill zero"
     ),
     prelu: "prelu _prelu_kernel",
-    total: "sum",
+    total: "sum mean",
     vector_norm: "linalg_vector_norm norm",
     renorm: "renorm",
-    mean: "mean",
     softmax: "softmax log_softmax _softmax _log_softmax",
-    largest: "amax max logsumexp",
-    smallest: "amin min",
+    extreme: "amax max logsumexp amin min",
     ordered: (
         "cumprod logcumsumexp cummax cummin flip roll sort argsort kthvalue median mode var std var_mean std_mean "
         "argmax argmin prod any all nanmean diff"
     ),
     batch_norm: "batch_norm instance_norm",
-    layer_norm: "layer_norm",
-    rms_norm: "rms_norm",
+    norm: "layer_norm rms_norm",
     group_norm: "group_norm",
 }

@@ -26,7 +26,7 @@ from regrow.tracing.walk import Dims, Rule, Value, Walk
 def reshape(w: Walk, node: Node) -> Dims:
     """Rule for reshapes: neighbouring dimensions are grouped so that sizes match, and tied as products."""
     dims, shape = w.first(node), shape_of(node)
-    why = w.why(node, "a reshape mixes it with its neighbours")
+    why = w.why(node)
     filled = iter(_regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why))
     result = tuple(d.ONE if n == 1 else next(filled) for n in shape)
     if op_name(node) == "unflatten":
@@ -64,16 +64,6 @@ def transpose(w: Walk, node: Node) -> Dims:
     return tuple(dims[i] for i in order)
 
 
-def movedim(w: Walk, node: Node) -> Dims:
-    """Rule for ``movedim``: moves some dimensions; the others keep their order."""
-    dims = w.first(node)
-    source, target = ([i % len(dims) for i in wholes(moved)] for moved in node.args[1:3])
-    order = [i for i in range(len(dims)) if i not in source]
-    for at, i in sorted(zip(target, source, strict=True)):
-        order.insert(at, i)
-    return tuple(dims[i] for i in order)
-
-
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """Rule for ``unsqueeze``: inserts a dimension of size 1."""
     dims = list(w.first(node))
@@ -98,7 +88,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
     for other in dims[1:]:
         for i, expr in enumerate(other):
             if i != axis and d.size(expr) > 1:
-                w.unify(node, out[i], expr, "joined tensors have no common form")
+                w.unify(node, out[i], expr)
     out[axis] = d.plus(*(part[axis] for part in dims))
     return tuple(out)
 
@@ -109,8 +99,8 @@ def stack(w: Walk, node: Node) -> Dims:
     out = list(w.of(parts[0]))
     for part in parts[1:]:
         for a, b in zip(out, w.of(part), strict=True):
-            w.unify(node, a, b, "stacked tensors have no common form")
-    out.insert(axis_of(node, 1, len(out) + 1), w.frozen(node, len(parts), "made by stacking"))
+            w.unify(node, a, b)
+    out.insert(axis_of(node, 1, len(out) + 1), w.frozen(node, len(parts)))
     return tuple(out)
 
 
@@ -118,7 +108,7 @@ def split(w: Walk, node: Node) -> Value:
     """Rule for ``split`` and ``chunk``: cuts a dimension into pieces; equal pieces must keep equally many units."""
     dims, axis = w.along(node, 2)
     lengths = [shape[axis] for shape in result_shapes(node)]
-    why = w.why(node, "it is cut into pieces at a place that is inside a unit")
+    why = w.why(node)
     pieces, rest = [], dims[axis]
     for length in lengths[:-1]:
         piece, rest = d.halves(rest, length, why)
@@ -126,9 +116,9 @@ def split(w: Walk, node: Node) -> Value:
     pieces.append(rest)
     for a, b in pairwise(pieces) if op_name(node) != "split_with_sizes" else ():
         if d.size(a) == d.size(b):
-            w.equal.append((a, b, w.why(node, "its equal pieces must keep equally many units")))
+            w.equal.append((a, b, why))
         else:
-            w.freeze(node, "it is cut into pieces of unequal size", dims[axis])
+            w.freeze(node, dims[axis])
     for length, piece in zip(lengths, pieces, strict=True):
         w.literal(node, length, piece)
     return [exchanged(dims, axis, piece) for piece in pieces]
@@ -148,28 +138,28 @@ def piece(w: Walk, node: Node) -> Dims:
     if start == 0 and end == n and step == 1:
         return dims
     if start >= end:
-        return exchanged(dims, axis, w.frozen(node, 0, "it is empty"))
+        return exchanged(dims, axis, w.frozen(node, 0))
     if step != 1 or not d.is_free(dims[axis]):
-        return pick(w, node, axis, "some of its entries are picked by number")
-    why = w.why(node, "it is cut at a place that is inside a unit")
+        return pick(w, node, axis)
+    why = w.why(node)
     before, rest = d.halves(dims[axis], start, why) if start else (d.ONE, dims[axis])
     if start:
         w.starts[node] = before
     middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
     if n == 2 * (end - start) and (start == 0 or end == n) and not _cut_elsewhere(node, axis, end - start):
         other = after if start == 0 else before
-        w.equal.append((middle, other, w.why(node, "its halves must keep equally many units")))
+        w.equal.append((middle, other, why))
     for number in (start, end, end - start):
         if number > 1:
             w.literal(node, number, middle if number == end - start else before)
     return exchanged(dims, axis, middle)
 
 
-def pick(w: Walk, node: Node, axis: int, why: str) -> Dims:
+def pick(w: Walk, node: Node, axis: int) -> Dims:
     """Freeze a dimension from which an operation picks entries, and return the dimensions of its result."""
     dims = w.first(node)
-    w.freeze(node, why, dims[axis])
-    return exchanged(dims, axis, w.frozen(node, shape_of(node)[axis], why))
+    w.freeze(node, dims[axis])
+    return exchanged(dims, axis, w.frozen(node, shape_of(node)[axis]))
 
 
 def _cut_elsewhere(node: Node, axis: int, half: int) -> bool:
@@ -194,7 +184,7 @@ def bounds(node: Node) -> tuple[int, int]:
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
     """Rule for pixel shuffle: ``C·r²`` channels become ``C`` channels on a finer grid; the factor r² is frozen."""
     dims, shape = w.first(node), shape_of(node)
-    why = w.why(node, "a pixel shuffle lays it out in space")
+    why = w.why(node)
     channels, factor = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
     d.freeze(factor, why)
     return (*dims[:-3], channels, *(d.frozen(n, why) for n in shape[-2:]))
@@ -204,38 +194,36 @@ def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
     dims = w.first(node)
     outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)
-    w.freeze(node, "a window slides along it", *dims[outer:])
+    w.freeze(node, *dims[outer:])
     out: list[Dims | None] = [
-        (*dims[:outer], *(w.frozen(node, n, "made by a sliding window") for n in shape[outer:]))
-        for shape in result_shapes(node)
+        (*dims[:outer], *(w.frozen(node, n) for n in shape[outer:])) for shape in result_shapes(node)
     ]
     return out if isinstance(shapes_of(node), list) else out[0]
 
 
 def triangle(w: Walk, node: Node) -> Dims:
     """Rule for ``tril`` and ``triu``: freezes the last two dimensions, since the diagonal depends on positions."""
-    w.freeze(node, "a diagonal runs through it", *w.first(node)[-2:])
+    w.freeze(node, *w.first(node)[-2:])
     return w.first(node)
 
 
 def glu(w: Walk, node: Node) -> Dims:
     """Rule for GLU, where the second half gates the first: ties both halves, unit by unit."""
     dims, axis = w.along(node, 1, -1)
-    first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
-    w.unify(node, first, second, "its halves have no common form")
+    first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node))
+    w.unify(node, first, second)
     return exchanged(dims, axis, first)
 
 
 def frozen_whole(w: Walk, node: Node) -> Value:
     """Freeze all dimensions of the operand and return new frozen ones for the result."""
-    w.freeze(node, "its entries are picked or moved by number", *w.first(node))
-    return w.fresh(node, w.why(node, "made by picking entries"))
+    w.freeze(node, *w.first(node))
+    return w.fresh(node)
 
 
 RULES: dict[Rule, str] = {
     reshape: "view reshape flatten unflatten _unsafe_view view_as reshape_as",
-    transpose: "transpose swapaxes mT mH adjoint t numpy_T permute",
-    movedim: "movedim",
+    transpose: "transpose swapaxes mT mH adjoint t numpy_T permute movedim",
     unsqueeze: "unsqueeze",
     squeeze: "squeeze",
     concatenate: "cat concat concatenate",

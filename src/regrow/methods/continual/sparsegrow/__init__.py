@@ -43,7 +43,7 @@ from regrow.methods.continual.sparsegrow.gate import SparseGrowState
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery import fit_new_units
 from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
-from regrow.training.hooks import draw_rows, freeze_norms, offer_rows
+from regrow.training.hooks import draw_rows, offer_rows
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -89,7 +89,6 @@ class Settings(CheckedSettings):
         every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
         project_new_units: Whether, under that gate, new units are projected away from the inputs that earlier tasks fed
             their layer.
-        norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
         memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
         strength_factor: With a memory, in class-incremental learning, the factor on the gate's strength, which then
             leaves the output layer alone: old classes must give way to new ones, and the memory limits how far. 1: the
@@ -118,7 +117,6 @@ class Settings(CheckedSettings):
     samples: Count = 2000
     every: Count = 4
     project_new_units: bool = True
-    norms: Annotated[str, OneOf("update", "freeze")] = "update"
     memory: Annotated[int, Range(0)] = 0
     strength_factor: Fraction = 0.01
     asymmetric_loss: bool = True
@@ -145,19 +143,12 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
     match boundary.event:
         case Event.TASK_START:
             return _freeze(s, state if context.number else _start(s, state, context), context)
-        case Event.EPOCH_START if s.norms == "freeze" and context.number:
-            freeze_norms(context.model)
         case Event.PLAN_APPLIED if boundary.plan and boundary.plan.origin.get("method") == "sparsegrow":
             return _initialise_new_units(s, state, context, boundary.plan)
         case Event.RESUME | Event.PLAN_APPLIED:  # a plan from elsewhere
             return _freeze(s, state, context)
         case Event.EPOCH_END:
             gate.apply_gates(state, context)
-            kept = {
-                name: {"threshold": round(float(threshold.mean()), 6), "density": round(float(mask.double().mean()), 6)}
-                for name, _, threshold, mask in state.thresholded(context)
-            }
-            return replace(state, kept={**state.kept, **kept})
         case Event.TASK_END:
             return _end_task(s, state, context)
     return state
@@ -298,7 +289,7 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
     if s.gate == "kronecker":
         state = gate.add_factors(state, context, s.samples)
     shares = {name: round(float(state.owned[name].values.double().mean()), 4) for name in context.weights}
-    context.log("task", owned=shares, free=dict(state.free), kept=dict(state.kept))
+    context.log("task", owned=shares, free=dict(state.free))
     return replace(state, old={}, frozen={}, gates={}, last={})
 
 

@@ -92,7 +92,6 @@ class SparseGrowState:
     labels: AxisTensor | None = None
     base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
     steps: int = 0
-    kept: dict[str, dict[str, float]] = field(default_factory=dict)  # after the last epoch: threshold and density
     free: dict[str, float] = field(default_factory=dict)  # the fraction of directions that a layer's gate lets through
     seen: int = 0  # examples offered to the memory
     recalled: int = 0  # draws from the memory

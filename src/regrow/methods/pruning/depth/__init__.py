@@ -8,8 +8,8 @@ BlockPruner: divergence in place of perplexity, rises are divided by what a modu
 smallest is not measured again, and the budget is exact.
 """
 
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
@@ -26,13 +26,13 @@ from regrow.core.scores import Need, Scores
 from regrow.core.sources import Batch
 from regrow.data.batch_streams import join_batches
 from regrow.evaluation.measure import evaluating
-from regrow.methods.pruning.depth.replay import (
+from regrow.methods.pruning.depth.predictions import (
     DivergenceJournal,
-    Outputs,
     Predictions,
-    Replay,
     Window,
+    divergence,
     first_batches,
+    predict,
     without,
 )
 from regrow.methods.pruning.pruner import (
@@ -46,9 +46,8 @@ from regrow.methods.pruning.pruner import (
 )
 from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import wifv
-from regrow.scoring.spaces import OUTER_BLOCKS
 from regrow.scoring.weights import readers
-from regrow.settings.constraints import CheckedSettings, Count, FractionBelowOne, OneOf
+from regrow.settings.constraints import CheckedSettings, Count, OneOf
 from regrow.surgery.gate import gate_inputs, gates_of
 
 CITATION = (
@@ -56,9 +55,7 @@ CITATION = (
     "in Men et al., ShortGPT, arXiv:2403.03853"
 )
 
-NAMED = 12  # the most modules that the note of a plan names
 POSITIONS = 2048  # the most positions that run at a time: their logits are in memory
-MEMORY = 2**30  # the most bytes of outputs of blocks that are cached
 
 
 @dataclass(frozen=True)
@@ -68,25 +65,19 @@ class Settings(CheckedSettings):
     Args:
         unit: The modules that may be dropped: ``block`` (attention and MLP together), ``attention``, ``mlp``, or
             ``any`` (attentions and MLPs, each on its own).
-        search: ``greedy``: measured again after each removal; ``one_shot``: each measured once, alone.
         fill: ``neurons``: MLP neurons are cut to meet the budget exactly, in the order of FLAP, and the number of
             modules is chosen by measurement; ``none``: modules alone, as few as meet the budget.
         tokens: The tokens of each source on which a removal is measured; at least one window. How many modules are
             dropped is judged on the next windows, of twice as many; in a source without further windows, on the same.
         compensate: Whether the mean of dropped neurons is added to biases.
-        spare_first: The fraction of the numbered blocks, at the beginning, whose neurons are not cut.
-        spare_last: The fraction of the numbered blocks, at the end, whose neurons are not cut.
-        minimum: The smallest number of neurons that stay in an MLP.
+        prune_outer: Whether neurons of the first eighth and the last sixteenth of the blocks are cut, too.
     """
 
     unit: Annotated[str, OneOf("block", "attention", "mlp", "any")] = "block"
-    search: Annotated[str, OneOf("greedy", "one_shot")] = "greedy"
     fill: Annotated[str, OneOf("neurons", "none")] = "neurons"
     tokens: Count = 512
     compensate: bool = True
-    spare_first: FractionBelowOne = OUTER_BLOCKS[0]
-    spare_last: FractionBelowOne = OUTER_BLOCKS[1]
-    minimum: Count = 1
+    prune_outer: bool = False
 
 
 def build(settings: Settings) -> Pruner:
@@ -94,10 +85,10 @@ def build(settings: Settings) -> Pruner:
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
         score=lambda task: Ranking(_score_neurons(settings, task)),
-        allocate=partial(uniform, minimum=settings.minimum),
+        allocate=uniform,
         compensate=pooled_means if settings.compensate else None,
         origin={"method": "depth", "settings": asdict(settings)},
-        spare=(settings.spare_first, settings.spare_last),
+        prune_outer=settings.prune_outer,
         runs_network=True,
         compares_classes=True,
         drop=partial(_choose, settings),
@@ -117,33 +108,26 @@ def _check(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) 
         wanted = str(budget.target) if budget.target else f"keep {budget.keep:g}"
         least, word = budget.least(steps, total), "target" if budget.target else "keep"
         raise BudgetError(
-            f"{wanted} cannot be met: without every {_unit_name(s)} that can be dropped, {100 * steps / total:.2f} % "
+            f"{wanted} cannot be met: without every module that can be dropped, {100 * steps / total:.2f} % "
             f"of {budget.measure} stays; use {word} {least:g}, or let more be cut (unit=any, fill=neurons)",
             least,
         )
 
 
-def _unit_name(s: Settings) -> str:
-    return "module" if s.unit == "any" else s.unit
-
-
 def _choose(s: Settings, task: PruningTask) -> Removal:
-    began = time.monotonic()
     modules = _candidates(s, task.axes, task.budget)
     if not modules:
-        why = "can be dropped whole (`regrow show --branches` says why); only units are cut"
-        return Removal(notes=(f"no {_unit_name(s)} of this network {why}",))
+        note = f"unit={s.unit}: no module can be dropped whole (`regrow.with_branches` says why); only units are cut"
+        return Removal(notes=(note,))
     search = DepthSearch(s, task, modules)
     path = search.path()
     counts = search.counts(path) if s.fill == "neurons" else {}
     best = min(counts, key=lambda number: (counts[number], number)) if counts else len(path)
     chosen = tuple(step.module for step in path[:best])
     left = path[best - 1].left if best else 1.0
-    names = ", ".join(chosen[:NAMED]) + (f" and {best - NAMED} more" if best > NAMED else "")
-    notes = [
-        f"modules dropped whole: {best} of {len(modules)}, which leaves {100 * left:.2f} % of {task.budget.measure}"
-    ]
-    notes[0] += f" ({names})" if names else ""
+    names = f" ({', '.join(chosen)})" if chosen else ""
+    share = f"{100 * left:.2f} % of {task.budget.measure}"
+    notes = [f"modules dropped whole: {best} of {len(modules)}, which leaves {share}{names}"]
     if counts and search.short:
         notes.append(
             "how many modules are dropped was judged on the windows on which removals were measured, since there are "
@@ -154,7 +138,6 @@ def _choose(s: Settings, task: PruningTask) -> Removal:
         "unit": s.unit,
         "path": [asdict(step) for step in path],
         "counts": [{"modules": number, "divergence": loss} for number, loss in counts.items()],
-        "seconds": round(time.monotonic() - began, 2),
         "measured": len(search.journal.values),
     }
     return Removal(chosen, {"depth": tables}, tuple(notes))
@@ -205,7 +188,7 @@ def _neurons(s: Settings, axes: AxisGraph, units: Sequence[Axis]) -> Sequence[Ax
 def _least_cost(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> int:
     """Return what is left of the measure once as many neurons are cut as may be, in whole steps."""
     cut = _neurons(s, axes, [axes[axis.key] for axis in units if axis.key in axes.axes])
-    return cost_of(axes, budget)({axis.key: min(axis.size, max(axis.least, s.minimum)) for axis in cut})
+    return cost_of(axes, budget)({axis.key: min(axis.size, max(axis.least, 1)) for axis in cut})
 
 
 def _score_neurons(s: Settings, task: PruningTask) -> Scores:
@@ -242,12 +225,10 @@ class DepthSearch:
             if not others:
                 self.short.append(source.name)
         with evaluating(task.model):
-            self.replay = Replay(task.model, near[0])
             self.near, self.held_out = map(self._with_predictions, (near, held_out))
-        self.cached: tuple[tuple[str, ...], list[Outputs]] = (), []
 
     def _with_predictions(self, batches: Sequence[Batch]) -> list[Window]:
-        result = [(batch, Predictions.of(self.replay.run(batch))) for batch in batches]
+        result = [(batch, Predictions.of(predict(self.task.model, batch))) for batch in batches]
         if not all(bool(dense.chances.isfinite().all()) for _, dense in result):
             raise RefusedError(NOT_FINITE)
         return result
@@ -280,9 +261,10 @@ class DepthSearch:
             if not finite:
                 raise RefusedError(NOT_FINITE)
             best = min(fits or finite, key=lambda path: rises[path] / saved[path])
-            if measured[best] != len(dropped) and not (self.s.search == "one_shot" and measured[best] == 0):
-                self.task.progress(whole - left, whole - limit, f"measuring without {best}")
-                rises[best] = self._divergence(dropped, best) - now
+            if measured[best] != len(dropped):
+                self.task.run.progress(whole - left, whole - limit, f"measuring without {best}")
+                less = [*dropped, best]
+                rises[best] = self._divergence(" ".join(sorted(less)), less, self.near) - now
                 measured[best] = len(dropped)
                 continue
             dropped.append(best)
@@ -300,14 +282,13 @@ class DepthSearch:
         wanted = {round(i * len(path) / 4) for i in range(5)}
         while wanted:
             for number in sorted(wanted):
-                self.task.progress(number, len(path) + 1, "judging numbers of modules")
+                self.task.run.progress(number, len(path) + 1, "judging numbers of modules")
                 losses[number] = self._filled([step.module for step in path[:number]], scores)
             known = {number: inf if loss is None else loss for number, loss in sorted(losses.items())}
             best = min(known, key=lambda number: known[number])
-            beside = [number for number in known if number < best][-1:] + [number for number in known if number > best][
-                :1
-            ]
-            wanted = {(best + number) // 2 for number in beside} - known.keys()
+            numbers = [*known]
+            at = numbers.index(best)
+            wanted = {(best + number) // 2 for number in numbers[max(0, at - 1) : at + 2]} - known.keys()
         finite = {number: loss for number, loss in known.items() if loss < inf}
         if not finite and any(loss is not None for loss in losses.values()):
             raise RefusedError(NOT_FINITE)
@@ -318,31 +299,29 @@ class DepthSearch:
         model, (rest, budget) = self.task.model, without_modules(self.task.axes, self.task.budget, dropped)
         values = {key: value for key, value in scores.values.items() if key in rest.axes}
         try:
-            kept = uniform(rest, values, budget, minimum=self.s.minimum)
+            kept = uniform(rest, values, budget)
         except BudgetError:
             return None
         cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
         moments = self.task.evidence.pooled(gradients=False).moments if self.s.compensate else {}
         reads = {reader.weight for reader in readers(rest, [rest[key] for key in cut])}
         fills = constant_inputs(model, {name: moments[name] for name in reads & moments.keys()})
-
-        def measure() -> float:
-            modules = [self.modules[path] for path in dropped]
-            with evaluating(model), without(model, modules), gate_inputs(model, rest, gates_of(rest, cut), fills):
-                return self.replay.divergence(self.held_out)
-
+        masked = gate_inputs(model, rest, gates_of(rest, cut), fills)
         limit = budget.limit(cost_of(rest, budget).total)
-        return self.journal.take(f"neurons to {limit}: {' '.join(sorted(dropped))}", measure)
+        return self._divergence(f"neurons to {limit}: {' '.join(sorted(dropped))}", dropped, self.held_out, masked)
 
-    def _divergence(self, dropped: Sequence[str], other: str) -> float:
-        """Return the divergence without some modules and another one; passes begin at the block of that one."""
+    def _divergence(
+        self,
+        key: str,
+        dropped: Sequence[str],
+        windows: Sequence[Window],
+        masked: AbstractContextManager[object] | None = None,
+    ) -> float:
+        """Return the divergence without some modules; the journal has it under ``key``."""
 
         def measure() -> float:
             model = self.task.model
-            with evaluating(model), without(model, [self.modules[path] for path in dropped]):
-                if self.cached[0] != tuple(dropped) or not self.cached[1]:
-                    self.cached = tuple(dropped), self.replay.record_all(self.near, MEMORY)
-                with without(model, [self.modules[other]]):
-                    return self.replay.divergence(self.near, self.cached[1], self.replay.block_of(other))
+            with evaluating(model), without(model, [self.modules[path] for path in dropped]), masked or nullcontext():
+                return divergence(model, windows)
 
-        return self.journal.take(" ".join(sorted([*dropped, other])), measure)
+        return self.journal.take(key, measure)

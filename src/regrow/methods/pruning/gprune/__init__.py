@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from regrow.allocation.ranked import BudgetError, allocation, module_costs, rank, ratios, uniform
+from regrow.allocation.ranked import ALLOCATIONS, BudgetError, module_costs, rank, ratios, uniform
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
@@ -30,7 +30,6 @@ from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import BASES, peak_to_peak
 from regrow.scoring.spaces import (
     FEW,
-    OUTER_BLOCKS,
     Ranks,
     Space,
     inner,
@@ -76,10 +75,6 @@ class Settings(CheckedSettings):
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
         instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
             weight-only part of the base metric).
-        scores_from: ``pooled``: units are scored on all sources together; the name of a source: on that one alone (on
-            the next one, where that one is left out), while sensitivity and the means of dropped inputs are of all.
-        cross: Whether each source is trained and judged with the order and the means of the other sources alone, as if
-            it were a text domain that calibration never saw.
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
             axis outside the first and last blocks; axes of few units are not pruned), ``uniform`` (the same fraction of
             every axis), or the ``best`` of these three on held-out text.
@@ -93,7 +88,6 @@ class Settings(CheckedSettings):
         most: The largest fraction of a module that may be cut while learning.
         memory: GiB of the dense network's predictions that may be cached instead of computed again.
         compensate: Whether the mean of dropped inputs is added to biases; the masked network in learning does the same.
-        minimum: The smallest number of units that stay in an axis.
         seed: Seed of random partitions and of the order of windows.
     """
 
@@ -103,8 +97,6 @@ class Settings(CheckedSettings):
     switch: Annotated[str, OneOf("unreliable", "blend", "even", "never", "always", "reversed")] = "blend"
     switch_most: Fraction = 0.25
     instead: Annotated[str, OneOf("peaks", "weights")] = "peaks"
-    scores_from: str = "pooled"
-    cross: bool = True
     start: Annotated[str, OneOf("base", "inner", "uniform", "best")] = "best"
     steps: Annotated[int, Range(0)] = 40
     windows: Count = 2
@@ -116,7 +108,6 @@ class Settings(CheckedSettings):
     most: OpenFraction = 0.95
     memory: NonNegative = 3.0
     compensate: bool = True
-    minimum: Count = 1
     seed: int = 0
 
 
@@ -126,7 +117,7 @@ def build(settings: Settings) -> Pruner:
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, BASES[settings.base].need}),
         score=partial(score_units, s=settings),
-        allocate=partial(rank, minimum=settings.minimum),
+        allocate=rank,
         compensate=pooled_means if settings.compensate else None,
         origin={"method": "gprune", "settings": asdict(settings)},
         shards=settings.shards,
@@ -148,7 +139,7 @@ def _check(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: B
 
 def score_units(task: PruningTask, s: Settings) -> Ranking:
     """Learn the pruning ratio of each module, and score units by how far their relative rank lies above it."""
-    task.progress(0, 1, "forming modules")
+    task.run.progress(0, 1, "forming modules")
     units = scorable(task.axes, task.units)
     seen, among = measure(task, s, units), spaces(units, parts=4)
     first = seen[0]
@@ -170,7 +161,7 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     losses, state = read_learning(task) if s.steps else ({}, None)
     if state is None and (s.steps or s.start == "best"):
         for i, (name, share) in enumerate(starts.items()):
-            task.progress(i, len(starts), f"evaluating the start {name}")
+            task.run.progress(i, len(starts), f"evaluating the start {name}")
             losses[name] = shares.held_out_loss(share)
     start = s.start
     if losses:
@@ -227,7 +218,7 @@ class View:
 
 
 def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
-    """Score and rank the units with all sources and, under ``cross``, without each source in turn.
+    """Score and rank the units with all sources, and without each source in turn.
 
     A decision made without a source can be evaluated on that source as an unseen text domain.
     """
@@ -236,24 +227,13 @@ def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]
     def score(shards: Sequence[Statistics]) -> Scores:
         return BASES[s.base].score(task.weights, task.axes, merged(shards), units)
 
-    sources = tuple(sums)
-    if s.scores_from not in ("pooled", *sources):
-        raise ValueError(
-            f"scores_from must be pooled or a source, one of {', '.join(sources)}; got {s.scores_from!r}: name one of "
-            "these"
-        )
     by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
     result = []
-    for left_out in (None, *(sources if s.cross else ())):
-        names = [name for name in sources if name != left_out]
+    for left_out in (None, *sums):
+        names = [name for name in sums if name != left_out]
         pooled = [shard for name in names for shard in sums[name]]
         ranking = ranks({name: by_source[name] for name in names}, groups)
-        if s.scores_from == "pooled":
-            scores = score(pooled)
-        else:  # of a source, or the next one where it is left out
-            after = sources[(sources.index(s.scores_from) + 1) % len(sources)]
-            scores = by_source[after if left_out == s.scores_from else s.scores_from][0]
-        result.append(View(merged(pooled), scores, ranking, sensitivity(ranking)))
+        result.append(View(merged(pooled), score(pooled), ranking, sensitivity(ranking)))
     return result
 
 
@@ -288,13 +268,13 @@ def order_modules(
 def _allocate_start(how: str, task: PruningTask, s: Settings, view: View) -> Kept:
     """Return the units of every axis that stay at the start of learning."""
     base, scores = BASES[s.base], view.scores.values
-    allocate = allocation(base.allocation) if how == "base" else uniform
-    outer = {"base": base.spare, "inner": OUTER_BLOCKS}.get(how, (0.0, 0.0))
-    outer = (0.0, 0.0) if task.budget.regular else outer  # every block gives alike
-    inside = inner([task.axes[key] for key in scores], outer)
+    allocate = ALLOCATIONS[base.allocation] if how == "base" else uniform
+    inside = [task.axes[key] for key in scores]
+    if how == "inner" or (how == "base" and not base.prune_outer):
+        inside = inside if task.budget.regular else inner(inside)  # a regular plan cuts every block alike
     chosen = {axis.key: scores[axis.key] for axis in inside if how != "inner" or axis.size >= FEW}
     try:
-        kept = allocate(task.axes, chosen, task.budget, minimum=s.minimum)
+        kept = allocate(task.axes, chosen, task.budget)
     except BudgetError:  # blocks that stay whole otherwise are cut, too
-        kept = allocate(task.axes, scores, task.budget, minimum=s.minimum)
+        kept = allocate(task.axes, scores, task.budget)
     return {key: kept.get(key, tuple(range(len(row)))) for key, row in scores.items()}

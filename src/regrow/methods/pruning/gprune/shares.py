@@ -96,8 +96,8 @@ class ModuleShares:
         s, task = self.settings, self.task
         losses: list[float] = []
         for i, source in enumerate(task.evidence.data.values()):
-            view, batches = self._view(i), source.held_out(s.held_out)[1]
-            kept = rank(task.axes, self.masks.margins(share, view), task.budget, minimum=s.minimum)
+            view, batches = i + 1, source.held_out(s.held_out)[1]
+            kept = rank(task.axes, self.masks.margins(share, view), task.budget)
             gates = gates_of(task.axes, {key: kept[key] for key in self.masks.places})
             with torch.no_grad():
                 each = [self.compare(batch, gates, view) for batch in batches]
@@ -105,14 +105,10 @@ class ModuleShares:
         return sum(losses) / len(losses)
 
     def windows(self, step: int) -> list[Window]:
-        """Return the windows of text that a training step uses."""
+        """Return the windows of text that a training step uses, each with the ranking made without its source."""
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
-        return [Window(batch, self._view(i)) for i, batch in drawn(sources, s.windows, step, s.seed)]
-
-    def _view(self, source: int) -> int:
-        """Return the ranking that is used on a source's windows: the one without that source, under ``cross``."""
-        return source + 1 if self.settings.cross else 0
+        return [Window(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
 
     def _loss(self, tensors: Tensors, window: Window) -> Loss:
         gates = self.masks.gates(self.shares(tensors, window.view), window.view)
@@ -132,13 +128,12 @@ class ModuleShares:
             ),
             evaluate=lambda tensors, context: self.held_out_loss(self.shares(tensors)),
             snapshot=lambda tensors, context: {"share": as_tensor(self.shares(tensors))},
-            start=state.learner,
         )
 
         def write(now: TrainState[EarlyStopping]) -> None:
-            if task.checkpoint is not None:
-                header = {**task.header(), "starts": dict(starts)}
-                write_checkpoint(task.checkpoint, task.model, now, trained_only=True, header=header)
+            if task.run.checkpoint is not None:
+                header = {**task.run.header(), "starts": dict(starts)}
+                write_checkpoint(task.run.checkpoint, task.model, now, trained_only=True, header=header)
 
         if not (state.epoch or state.step or state.number):
             write(state)
@@ -149,17 +144,18 @@ class ModuleShares:
             learner,
             Schedule("adamw", s.lr, decay="cosine", seed=s.seed),
             state=state,
-            options=FitOptions(checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.progress),
+            options=FitOptions(checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.run.progress),
         ).state
 
 
 def read_learning(task: PruningTask) -> tuple[dict[str, float], TrainState[EarlyStopping] | None]:
     """Return the losses of the starts and the training state from the checkpoint; ``({}, None)`` if there is none."""
-    if task.checkpoint is None or not task.checkpoint.is_file():
+    path = task.run.checkpoint
+    if path is None or not path.is_file():
         return {}, None
     try:
-        losses = dict(read_header(task.checkpoint, FORMAT)["starts"])
-        _, _, state = read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)
+        losses = dict(read_header(path, FORMAT)["starts"])
+        _, _, state = read_checkpoint(path, task.model, NO_AXES, EarlyStopping(), trained_only=True)
     except (StoreError, KeyError, TypeError):
         return {}, None
     return losses, state

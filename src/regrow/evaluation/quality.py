@@ -1,0 +1,336 @@
+"""Quality of a network on a source, with standard errors: perplexity, accuracy, and loss and score of any objective."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
+from regrow.core.progress import Progress, silent
+from regrow.core.sources import Source, logits_in
+from regrow.core.tables import Table, format_html
+from regrow.distributed import SINGLE, ProcessRank
+from regrow.distributed.parallel import gather_rows
+from regrow.evaluation.measure import evaluating
+
+_ENTRIES = 2**22  # of logits turned into float32 at a time (16 MB): 32 rows of a 131,072-token vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The negative log-likelihood of a language model on each window of a source.
+
+    Args:
+        source: The name of the source.
+        nll: Per window, −Σ log p(token) over its labelled positions, in nats.
+        tokens: Per window, the number of its labelled positions.
+        bytes: Per window, the number of UTF-8 bytes of those tokens; empty if unknown.
+        origin: Where the source comes from.
+    """
+
+    source: str
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    bytes: tuple[int, ...] = ()
+    origin: str = ""
+
+    @property
+    def mean(self) -> float:
+        """The mean negative log-likelihood in nats per token: Σ nll / Σ tokens."""
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def error(self) -> float:
+        """The standard error of :attr:`mean` over windows (of a ratio; NaN for a single window).
+
+        √(n/(n−1) · Σ (nllᵢ − mean · tokensᵢ)²) / Σ tokens
+        """
+        n = len(self.nll)
+        if n < 2:
+            return math.nan
+        squares = sum((x - self.mean * t) ** 2 for x, t in zip(self.nll, self.tokens, strict=True))
+        return math.sqrt(n / (n - 1) * squares) / sum(self.tokens)
+
+    @property
+    def ppl(self) -> float:
+        """The perplexity, e^mean; infinite where it exceeds a float.
+
+        >>> round(Perplexity("a", (10.0, 14.0), (4, 4)).ppl, 3)
+        20.086
+        """
+        return math.exp(self.mean) if not self.mean > 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte, Σ nll / (ln 2 · Σ bytes), comparable between tokenizers; ``None`` if unknown."""
+        return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
+
+    def record(self) -> dict[str, object]:
+        """Return the result as JSON-able data; numbers that are not finite become ``None``."""
+        summary = {
+            "mean_nll": self.mean,
+            "error": self.error,
+            "ppl": self.ppl,
+            "ppl_error": self.ppl * self.error,
+            "bits_per_byte": self.bits_per_byte,
+        }
+        return {
+            "source": self.source,
+            "origin": self.origin,
+            "windows": len(self.nll),
+            "tokens": sum(self.tokens),
+            "bytes": sum(self.bytes) or None,
+            **{key: finite(value) for key, value in summary.items()},
+            "nll_per_window": [finite(value) for value in self.nll],
+            "tokens_per_window": list(self.tokens),
+        }
+
+
+def perplexity(
+    model: nn.Module,
+    source: Source,
+    *,
+    tokenizer: Any | None = None,
+    outputs: Iterable[object] | None = None,
+    ranks: ProcessRank = SINGLE,
+) -> Perplexity:
+    """Measure the perplexity of a language model on a source.
+
+    Args:
+        model: Called with the inputs of each batch; returns logits ``[batch, tokens, vocabulary]``.
+        source: Windows of text with shifted labels.
+        tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
+        outputs: The model's output for each batch of this rank, where it does not run as a whole; ``None``: it is
+            called.
+        ranks: The processes that share the batches; all of them call this function, and rank 0 gets the result.
+
+    Raises:
+        ValueError: If the source has no labelled position.
+    """
+    # Of each window in a batch: the negative log-likelihood, the number of labelled positions, and of bytes.
+    rows, batches = list[tuple[list[float], list[int], list[int]]](), ranks.share(source.batches)
+    with evaluating(model) as device:
+        answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs
+        for batch, answer in zip(batches, answers, strict=False):
+            if batch.labels is None:
+                raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
+            losses = token_losses(logits_in(answer), batch.labels.to(device))
+            counts = (batch.labels != -100).sum(-1).tolist()
+            lengths = [] if tokenizer is None else [_count_bytes(row, tokenizer) for row in batch.labels]
+            rows.append((losses.sum(-1).tolist(), counts, lengths))
+    rows = gather_rows(ranks, rows)
+    nll = tuple(loss for losses, _, _ in rows for loss in losses)
+    tokens = tuple(count for _, counts, _ in rows for count in counts)
+    sizes = tuple(length for _, _, lengths in rows for length in lengths)
+    if not sum(tokens) and ranks.leads:
+        raise ValueError(f"source {source.name!r} has no labelled position; give longer windows")
+    return Perplexity(source.name, nll, tokens, sizes, source.origin)
+
+
+def paired_difference(before: Perplexity, after: Perplexity) -> tuple[float, float]:
+    """Return the mean over windows of after − before, in nats per token, and its standard error over windows.
+
+    The paired error is much smaller than the errors of the two perplexities.
+
+    >>> paired_difference(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4)))[0]
+    0.375
+
+    Raises:
+        ValueError: If the two were not measured on the same windows.
+    """
+    same = (before.source, before.origin, before.tokens) == (after.source, after.origin, after.tokens)
+    if not same or not before.tokens:
+        sizes = f"{before.source!r} ({sum(before.tokens)} tokens) and {after.source!r} ({sum(after.tokens)} tokens)"
+        remedy = "evaluate both models with the same sources, windows and tokenizer"
+        raise ValueError(f"{sizes} are not the same windows; {remedy}")
+    rows = zip(before.nll, after.nll, before.tokens, strict=True)
+    return mean_and_error([(b - a) / t for a, b, t in rows if t])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of one or more independent values and its standard error, s / √n; NaN for a single value.
+
+    >>> mean_and_error([1.0, 3.0])
+    (2.0, 1.0)
+    """
+    n = len(values)
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else math.nan
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label."""
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    losses = torch.zeros(wanted.shape, dtype=torch.float64, device=logits.device)
+    for rows in (wanted != -100).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):
+        block = flat[rows]
+        precise = block if block.dtype == torch.float64 else block.float()
+        losses[rows] = nn.functional.cross_entropy(precise, wanted[rows], reduction="none").double()
+    return losses.reshape(labels.shape)
+
+
+def _count_bytes(labels: Tensor, tokenizer: Any) -> int:
+    return len(tokenizer.decode(labels[labels != -100].tolist(), clean_up_tokenization_spaces=False).encode())
+
+
+def finite(value: float | None) -> float | None:
+    """Return the number if it is finite, else ``None``, as JSON has it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def share_error(share: float, n: int) -> float:
+    """Return the standard error of a proportion, √(p(1−p)/n).
+
+    >>> share_error(0.5, 100)
+    0.05
+    """
+    return math.sqrt(share * (1 - share) / n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and score of a network on a source."""
+
+    source: str  # the name of the source
+    objective: str  # the name of the objective
+    loss: float  # the mean loss per labelled position (of text: nats per token)
+    loss_error: float  # the standard error of the loss over batches, or windows of text; NaN for a single one
+    metric: str  # the name of the score
+    score: float  # the mean score per labelled position; higher is better
+    score_error: float  # the standard error of the score
+    count: int  # the number of labelled positions
+
+    @property
+    def perplexity(self) -> float | None:
+        """The perplexity of a language model, e^loss; ``None`` for other objectives."""
+        return math.exp(min(self.loss, 700.0)) if self.objective == NEXT_TOKEN.name else None
+
+    def __str__(self) -> str:
+        loss = f"loss {self.loss:.4g}" + ("" if math.isnan(self.loss_error) else f" ± {self.loss_error:.2g}")
+        perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity:.4g}"
+        score = f", {self.metric} {self.score:.4g} ± {self.score_error:.2g}" if self.objective != "own" else ""
+        return f"{self.source}: {loss}{perplexity}{score} ({self.count:,} examples)"
+
+    def _repr_html_(self) -> str:
+        """Return the measurements as an HTML table, for notebooks."""
+        rows = [("loss", f"{self.loss:.4g}", f"{self.loss_error:.2g}")]
+        rows += [] if self.perplexity is None else [("perplexity", f"{self.perplexity:.4g}", "")]
+        rows += [] if self.objective == OWN.name else [(self.metric, f"{self.score:.4g}", f"{self.score_error:.2g}")]
+        return format_html([Table(self.source, ("", "mean", "± se"), rows, (1, 2))], f"{self.count:,} examples")
+
+
+def evaluate_objective(
+    model: nn.Module,
+    source: Source,
+    objective: Objective,
+    *,
+    outputs: Iterator[Any] | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure the loss and the score of a network on a source, one batch at a time."""
+    total, rows, windows = Score(), list[tuple[float, int]](), list[tuple[float, int]]()
+    measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
+    with evaluating(model) as device:
+        if objective is OWN:  # such a network returns its losses in training mode
+            for module in model.modules():
+                module.training = not isinstance(module, _BatchNorm | _DropoutNd)
+        for done, batch in enumerate(source, start=1):
+            batch = batch.to(device)
+            output = batch.run(model) if outputs is None else next(outputs)
+            if n := batch.size:  # of a batch without a label there is no mean
+                rows.append((float(measured.compute_loss(output, batch)), n))
+                total += objective.compute_score(output, batch)
+            progress(done, len(source), f"evaluating on {source.name}")
+    count = sum(n for _, n in rows)
+    if not count:
+        raise ValueError(f"source {source.name!r} has no labelled example; give one with labels")
+    mean = sum(loss * n for loss, n in rows) / count
+    k = len(rows)
+    squares = sum(((loss - mean) * n) ** 2 for loss, n in rows)
+    error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
+    if windows:
+        text = Perplexity(source.name, tuple(loss for loss, _ in windows), tuple(n for _, n in windows))
+        mean, error = text.mean, text.error
+    return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
+
+
+def _window_loss(windows: list[tuple[float, int]], output: object, labels: object) -> Tensor:
+    """Return the mean loss of text; ``windows`` gets the sum of each window, and its number of labelled positions."""
+    logits = logits_in(output)
+    assert isinstance(labels, Tensor)
+    if logits.shape[:-1] != labels.shape:
+        logits = logits.movedim(1, -1)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}")
+    sums = torch.atleast_2d(token_losses(logits, labels)).flatten(1).sum(-1)
+    counts = torch.atleast_2d(labels != -100).flatten(1).sum(-1)
+    windows += zip(sums.tolist(), counts.tolist(), strict=True)
+    return sums.sum() / counts.sum()
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The result of an image classifier on a source: whether each image was classified correctly.
+
+    Args:
+        source: The name of the source.
+        right: Per labelled position, in order, whether the greatest logit is that of the label.
+        origin: Where the source comes from.
+    """
+
+    source: str
+    right: tuple[bool, ...]
+    origin: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of images classified correctly."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the accuracy, √(p(1−p)/n)."""
+        return share_error(self.accuracy, len(self.right))
+
+    def record(self) -> dict[str, object]:
+        """Return a summary as JSON-able data."""
+        return {
+            "source": self.source,
+            "origin": self.origin,
+            "images": len(self.right),
+            "accuracy": self.accuracy,
+            "error": self.error,
+        }
+
+
+def accuracy(model: nn.Module, source: Source) -> Accuracy:
+    """Measure the accuracy of an image classifier on a source.
+
+    Args:
+        model: Called with the inputs of each batch; returns logits ``[batch, classes]``.
+        source: Batches with a class per image, ``[batch]``; −100 leaves an image out.
+
+    Raises:
+        ValueError: If no image has a label, or a label is not one of the model's classes.
+    """
+    right: list[bool] = []
+    with evaluating(model) as device:
+        for batch in source:
+            if batch.labels is None:
+                raise ValueError(f"source {source.name!r} has no labels")
+            labels = batch.labels.to(device)
+            logits = logits_in(batch.to(device).run(model))
+            if int(labels.max()) >= logits.shape[-1]:
+                classes = f"class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
+                raise ValueError(f"source {source.name!r} has {classes}")
+            labelled = labels != -100
+            right += (logits.argmax(-1)[labelled] == labels[labelled]).tolist()
+    if not right:
+        raise ValueError(f"source {source.name!r} has no labelled image")
+    return Accuracy(source.name, tuple(right), source.origin)

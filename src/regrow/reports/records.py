@@ -1,0 +1,227 @@
+"""What pages read of run folders, as typed records: rows of ``metrics.jsonl``, and whole runs."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from regrow.reports.cells import FoundNetwork
+from regrow.store import metrics
+from regrow.store.metrics import Figure
+from regrow.store.schemas import Count, RunJson, StageJson
+
+Record = TypeVar("Record")
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1.001)] | None
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)] | None
+Spread = Annotated[float, msgspec.Meta(ge=0, le=60)] | None
+
+
+class Perplexity(metrics.PerplexityRow, frozen=True):
+    """The perplexity of a model on a text domain, within the bounds of a figure."""
+
+    ppl: Annotated[float, msgspec.Meta(gt=0, le=1e200)] | None
+    se: Spread = None
+
+
+class PairedDifference(metrics.PairedRow, frozen=True):
+    """The difference of the log-perplexities of two models on a text domain, within the bounds of a figure."""
+
+    delta_nll: Annotated[float, msgspec.Meta(ge=-60, le=60)] | None
+    se: Spread = None
+
+
+class Commit(metrics.CommitRow, frozen=True):
+    """A change of shape in training: a growth, or a commit of a search, which may restore units."""
+
+    restored: dict[str, Count] = msgspec.field(default_factory=dict)
+    stood: bool = False  # whether what it removed was active before
+    logits_moved: Amount = None
+
+
+class SearchEpoch(msgspec.Struct, frozen=True):
+    """The state of a search after an epoch: size, allowed size and validation accuracy of its active part."""
+
+    epoch: Count
+    stage: Count = 0
+    accuracy: Figure = None
+    size: Amount = None
+    allowed: Amount = None
+
+
+class FoundRow(msgspec.Struct, frozen=True):
+    """The network that a search found: its size, and its validation accuracy or another score."""
+
+    parameters: Count
+    nonzero: Count
+    macs: Count
+    bytes: Count
+    accuracy: Fraction = None
+    metric: str = "accuracy"
+    score: Figure = None
+
+
+class SearchTotals(msgspec.Struct, frozen=True):
+    """The size that a search was to reach, and the size that it reached, in its measure."""
+
+    measure: str = ""
+    asked: Amount = None
+    size: Amount = None
+
+
+class StageMemory(msgspec.Struct, frozen=True):
+    """The peak of memory of a stage of a search, and whether parts were recomputed in the backward pass."""
+
+    peak: Count | None = None
+    recomputed: bool = False
+
+
+class PassTimes(msgspec.Struct, frozen=True):
+    """Measured milliseconds of a pass through the whole space, and through the found network."""
+
+    whole: Amount = None
+    found: Amount = None
+
+
+class TrainingRow(msgspec.Struct, frozen=True):
+    """The training of a grown network: of which parameters, its steps, and the loss before and after."""
+
+    train: str
+    steps: Count
+    loss_before: Figure
+    loss_after: Figure
+
+
+ROWS: dict[str, type[Any]] = {
+    what: row for what, (row, _) in metrics.KINDS.items() if row is not metrics.MetricsRow
+} | {
+    "commit": Commit,
+    "epoch": SearchEpoch,
+    "found": FoundRow,
+    "growth": Commit,
+    "latency": PassTimes,
+    "levels": SearchTotals,
+    "memory": StageMemory,
+    "paired": PairedDifference,
+    "perplexity": Perplexity,
+    "result": FoundRow,
+    "stages": StageMemory,
+    "training": TrainingRow,
+}
+"""Kind of measurement → the schema of its row, as pages read it."""
+
+
+@dataclass
+class Quality:
+    """The perplexity on a text domain, or the accuracy on a task, of the models of a run."""
+
+    name: str
+    seen: bool | None = None  # in calibration; None for a task
+    models: dict[str, Perplexity | metrics.ChoiceRow] = field(default_factory=dict)  # before, cut, changed, recovered
+    paired: PairedDifference | None = None
+
+    def value(self, model: str) -> float | None:
+        """Return the perplexity or accuracy of a model; ``None`` if it was not measured."""
+        row = self.models.get(model)
+        return row.ppl if isinstance(row, Perplexity) else row.acc if row else None
+
+    def error(self, model: str) -> float | None:
+        """Return half the 95 % interval of :meth:`value`."""
+        row = self.models.get(model)
+        if isinstance(row, Perplexity):
+            return None if row.ppl is None or row.se is None else row.ppl * math.expm1(1.96 * row.se)
+        return None if row is None or row.acc_se is None else 1.96 * row.acc_se
+
+    @property
+    def after(self) -> float | None:
+        """The value at the end of the run."""
+        return self.value("recovered" if "recovered" in self.models else "changed")
+
+    @property
+    def lost(self) -> float | None:
+        """The log-perplexity at the end minus that before, paired per window; of a task the difference in accuracy."""
+        if self.paired and self.paired.delta_nll is not None:
+            return self.paired.delta_nll
+        before, after = self.value("before"), self.after
+        if before is None or after is None:
+            return None
+        return after - before if self.seen is None else math.log(after) - math.log(before)
+
+    @property
+    def recovered(self) -> float | None:
+        """The fraction of the log-perplexity lost by the cut that was won back."""
+        before, after, cut = self.value("before"), self.after, self.value("cut" if "cut" in self.models else "changed")
+        if self.seen is None or len(self.models) < 3 or not (before and cut and after):
+            return None
+        lost = math.log(cut) - math.log(before)
+        return (math.log(cut) - math.log(after)) / lost if lost > 0 else None
+
+
+@dataclass(frozen=True)
+class AxisKind:
+    """The axes of one kind in all blocks, in order of depth."""
+
+    name: str
+    rows: list[tuple[str, int, int]]  # key, units before and after
+
+    @property
+    def before(self) -> int:
+        """The units before."""
+        return sum(before for _, before, _ in self.rows)
+
+    @property
+    def after(self) -> int:
+        """The units after."""
+        return sum(after for _, _, after in self.rows)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What was known after each task of a learning run."""
+
+    tasks: list[str]
+    accuracies: list[list[Fraction]]  # after each task that was learned, on every task
+    records: list[metrics.TaskRow]
+    end: metrics.MatrixRow | None  # the figures of the matrix, once the last task is done
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of a run folder; what is missing or damaged is empty, and named in ``problems``."""
+
+    name: str
+    file: RunJson
+    model: str
+    method: str
+    code: str  # the function that builds the network, if it is the user's
+    is_text: bool  # whether it holds a language model with its tokenizer
+    settings: dict[str, str]  # of the command and the method, in words
+    defaults: dict[str, str]
+    rows: list[Any]  # of metrics.jsonl, in order, as the records of ROWS
+    quality: list[Quality]
+    sizes: dict[str, metrics.SizeRow]  # before, cut, changed, recovered
+    widths: list[AxisKind]
+    course: Course
+    found: FoundNetwork  # the network that a search found
+    problems: list[str]
+
+    def of(self, kind: type[Record]) -> list[Record]:
+        """Return the rows of a kind, in order."""
+        return [row for row in self.rows if isinstance(row, kind)]
+
+    def last(self, kind: type[Record]) -> Record | None:
+        """Return the last row of a kind; ``None`` if there is none."""
+        return next(reversed(self.of(kind)), None)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models whose quality was measured, in order, and their names in tables."""
+        known = {name for row in self.quality for name in row.models if row.value(name) is not None}
+        changed = "Grown" if self.file.verb == "grow" else "Reconstructed" if "cut" in known else "Pruned"
+        names = {"before": "Before", "cut": "Cut", "changed": changed, "recovered": "Recovered"}
+        return {name: title for name, title in names.items() if name in known}
+
+    @property
+    def stages(self) -> list[StageJson]:
+        """The runs that made the network, in order, if it has had more than this one."""
+        return [*self.file.stages, *filter(None, [self.file.stage])] if self.file.stages else []
