@@ -57,6 +57,7 @@ from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
+from regrow.store.ledger import read_plan
 from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "planted_llm.jsonl"
@@ -151,7 +152,7 @@ class PlantedBench:
         """Plan the cut of the widened network back to its size; return the plan and the CPU seconds."""
         if path is not None and path.is_file():
             stored = json.loads(path.read_text())
-            return Plan.from_json(stored["plan"]), stored["cpu_seconds"]
+            return read_plan(json.loads(stored["plan"])), stored["cpu_seconds"]
         start = time.process_time()
         seed = {"seed": self.seed} if arm.method == "random" else {}
         pruner = build_pruner(arm.method, {**arm.settings, **seed})

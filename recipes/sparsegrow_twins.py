@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from harness import Row, add, arguments, difference, rows, spread, table
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from regrow.core.axes import AxisGraph
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.change import Fill
+from regrow.core.objectives import class_loss
 from regrow.core.plan import Plan
 from regrow.core.sources import Batch
 from regrow.core.tasks import Task
@@ -36,8 +38,9 @@ from regrow.data.streams import fewer, idx, permuted_tasks, rotated_tasks
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import SparseGrowState, weigh_new_units
 from regrow.nets.vision import small
-from regrow.surgery.new_units import align_new_units, new_units, split_entries
+from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing import trace
+from regrow.tracing.capture import evaluating
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
 from regrow.training.learner import Boundary, Context, Event, Learner, flags_along
@@ -109,6 +112,57 @@ def net2wider(learner: Learner[SparseGrowState], settings: Settings) -> Learner[
         return learner.boundary(state, context, Boundary(Event.RESUME))
 
     return replace(after_growth(learner, react), plan=plan)
+
+
+def align_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: list[Batch]) -> None:
+    """Turn the weights of new units such that the loss has a large gradient in their zero weights.
+
+    With zero outgoing weights, G = ∂L/∂W_out depends on the incoming weights w of a new unit. A step of the power
+    method turns w halfway to ∂‖G‖²/∂w, these directions made orthogonal to one another; it takes two ordinary backward
+    passes, the second with W_out moved a little along G. New units also get the spread of the old ones.
+    """
+    drawn, zero = split_entries(model, axes, new_units(model, axes, plan))
+    fit_new_units(model, axes, plan, batches)
+    gradients = sum_gradients(model, zero, batches)
+    for key in {entries.axis for entries in gradients}:
+        steps = {entries: gradient for entries, gradient in gradients.items() if entries.axis == key}
+        size = max(root_mean_square(model.get_parameter(entries.name)) for entries in steps)
+        largest = max(map(root_mean_square, steps.values()))
+        for entries, gradient in steps.items():
+            entries.set(model, gradient * (1e-3 * (size or 1.0) / largest))
+    directions = sum_gradients(model, drawn, batches)
+    for entries in zero:
+        entries.set(model, torch.zeros(()))
+    for entries, direction in directions.items():
+        now = entries.of(model.get_parameter(entries.name).detach()).movedim(entries.dim, 0)
+        rows, old = (x.double().flatten(1) for x in (direction.movedim(entries.dim, 0), now))
+        left, _, right = torch.linalg.svd(normalize(rows), full_matrices=False)
+        turned = normalize(normalize(old) + normalize(left @ right)) * old.norm(dim=1, keepdim=True)
+        turned = torch.where(rows.any(1, keepdim=True), turned, old)
+        entries.set(model, turned.reshape(now.shape).movedim(0, entries.dim))
+    for entries in zero:  # some new units of one axis are made by those of another
+        entries.set(model, torch.zeros(()))
+    fit_new_units(model, axes, plan, batches)
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """The root of the mean of squares."""
+    return float(tensor.detach().double().square().mean().sqrt())
+
+
+def sum_gradients(model: nn.Module, entries: list[Entries], batches: list[Batch]) -> dict[Entries, Tensor]:
+    """The gradient of the cross entropy, summed over the batches, in entries of parameters."""
+    parameters = {part.name: model.get_parameter(part.name) for part in entries}
+    total: dict[Entries, Tensor] = {}
+    for batch in batches:
+        with evaluating(model), torch.enable_grad():
+            value = class_loss(batch.run(model), batch.labels)
+            gradients = torch.autograd.grad(value, [*parameters.values()], materialize_grads=True)
+        whole = dict(zip(parameters, gradients, strict=True))
+        for part in entries:
+            gradient = part.of(whole[part.name]).float()
+            total[part] = total[part] + gradient if part in total else gradient
+    return total
 
 
 def gradmax(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:

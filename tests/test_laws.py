@@ -193,7 +193,7 @@ FITTED = "mlp depthwise concat flatten grouped transposed attention glu chunk_ga
 
 
 def fitting_new_units_keeps_the_function(net: Net, model: nn.Module, axes: AxisGraph) -> None:
-    """Fitted and aligned on data, nothing has changed in what the network answers: not one bit."""
+    """Fitted on data, nothing has changed in what the network answers: not one bit."""
     laws.fitting_keeps_function(model, axes, laws.joint_growing_plan(axes, "zero_out"))
 
 
@@ -209,7 +209,7 @@ def axes_after_a_cut_are_those_of_a_new_trace(net: Net, model: nn.Module, axes: 
 def restored_is_what_was_cut(net: Net, model: nn.Module, axes: AxisGraph) -> None:
     """Cut all axes at once, then again, then restore: the old network, bit for bit."""
     generator = torch.Generator().manual_seed(4)
-    cuts = [lambda left: laws.random_plan(left, generator)] * (1 if net.heavy else 2)
+    cuts = [lambda left: laws.random_plan(left, generator, marks=laws.UNFOLDED)] * (1 if net.heavy else 2)
     laws.restored_is_what_was_cut(model, axes, cuts)
 
 

@@ -79,11 +79,6 @@ def test_json_that_no_one_writes_is_refused_in_one_line(data, says):
     assert "\n" not in str(caught.value) and str(caught.value).startswith("x.json")
 
 
-def test_a_plan_nested_beyond_reason_is_no_plan():
-    with pytest.raises(PlanError, match="the plan is JSON nested deeper than 100 levels"):
-        Plan.from_json("[" * 100_000)
-
-
 def test_a_plan_for_billions_of_units_is_refused_at_once():
     for size in (0, 2**31, 2**62):
         with pytest.raises(PlanError, match="an axis has 1 to 67,108,864 units"):
@@ -130,7 +125,7 @@ def test_images_beyond_the_limits_are_refused_before_they_are_decoded(tmp_path, 
     Image.new("L", (1, 1)).save(dot)
     assert picture_tensor(open_image(dot), 8, "dot", normalised=True).shape == (3, 8, 8)
     monkeypatch.setattr(limits, "available_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"needs .* GB of memory, and .* GB are free"):
+    with pytest.raises(ResourceError, match=r"needs .* of memory, and .* bytes are free"):
         read_images([thin] * 3)
 
 
@@ -174,7 +169,7 @@ def test_free_memory_is_known_and_compared():
     assert there is None or 0 < there < 2**50
     limits.check_memory(1, "nothing", "go on")
     if there is not None:
-        with pytest.raises(ResourceError, match=r"a network needs 1,126 TB|a network needs [\d,]+ GB of memory"):
+        with pytest.raises(ResourceError, match=r"a network needs [\d.]+ TiB of memory"):
             limits.check_memory(2**50, "a network", "take a smaller one")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regrow.core.sources import Batch, Source
     from regrow.jobs.search import SearchResult
     from regrow.store import load, save
-    from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
+    from regrow.surgery import UndoStore, apply, fit_new_units, verify
     from regrow.tracing import trace, with_branches
 
 __all__ = [
@@ -32,9 +32,7 @@ __all__ = [
     "SearchResult",
     "Source",
     "UndoStore",
-    "align_new_units",
     "apply",
-    "declare",
     "evaluate",
     "export",
     "finetune",
@@ -63,7 +61,7 @@ _MODULES = {
     **dict.fromkeys(("Batch", "Source"), "regrow.core.sources"),
     **dict.fromkeys(("Fill", "Plan"), "regrow.core.plan"),
     **dict.fromkeys(("load", "save"), "regrow.store"),
-    **dict.fromkeys(("UndoStore", "align_new_units", "apply", "declare", "fit_new_units", "verify"), "regrow.surgery"),
+    **dict.fromkeys(("UndoStore", "apply", "fit_new_units", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),
 }
 """Public name → the module that has it; imported when it is first used, since that imports torch."""

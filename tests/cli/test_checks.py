@@ -152,14 +152,14 @@ def test_configurations_beyond_the_limits_are_refused(text: str, tmp_path: Path)
 
 def test_weights_that_are_no_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"is a pipe \(FIFO\); give a regular file"):
+    with pytest.raises(InputError, match=r"is no regular file .*; give a regular file"):
         check_safetensors(tmp_path / "model.safetensors")
 
 
 def test_a_folder_with_a_pipe_for_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "tokenizer_config.json")
-    with pytest.raises(InputError, match=r"tokenizer_config\.json is a pipe"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is no regular file"):
         check_files(tmp_path)
 
 

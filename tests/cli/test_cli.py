@@ -12,7 +12,7 @@ import torch
 from cli.conftest import Run
 from regrow import Plan, load, trace, with_branches
 from regrow.core.plan import PlanError
-from regrow.store.ledger import Ledger, replay
+from regrow.store.ledger import Ledger, read_plan, replay
 
 PRUNE = (
     "prune",
@@ -69,7 +69,7 @@ def test_a_branch_is_dropped(regrow: Run) -> None:
 def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
     code, _, err = regrow(*PRUNE, "--keep", "0.5", "--dry-run", "plan.json")
     assert code == 0, err
-    plan = Plan.from_json(Path("plan.json").read_text())
+    plan = read_plan(json.loads(Path("plan.json").read_text()))
     code, _, err = regrow("apply", "plan.json", "toys:classifier", "--out", "cut")
     assert code == 0, err
     import toys

@@ -143,7 +143,7 @@ def test_a_reader_that_is_read_once_is_counted_in_whole():
         ("data set fails", "batch 2 cannot be read: KeyError: 'column'"),
         ("NaN", "batch 2: an input holds NaN"),
         ("infinity", "batch 2: an input holds infinity"),
-        ("label 4", "batch 2: label 4 is no class of a network with 4 outputs"),
+        ("label 4", "batch 2: labels .* do not fit the loss: IndexError: Target 4 is out of bounds"),
         ("too few", "batch 2: labels \\(int64 \\[5\\]\\) do not fit the loss"),
         ("none in one batch", "batch 2 has no labels, and the first batch labels of whole numbers"),
         ("wrong key in one batch", "batch 2: the network does not take its inputs \\(wrong=float32 \\[8, 8\\]\\)"),

@@ -18,6 +18,8 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
+from regrow.store.errors import StoreError
+from regrow.store.ledger import read_plan
 from regrow.surgery import UndoStore, apply, verify
 from regrow.tracing import trace, with_branches
 from zoo import ZOO, Wired, randomise, trace_zoo
@@ -106,7 +108,7 @@ def by_hand(model: nn.Module, branches: list[Branch]) -> nn.Module:
 def holds(name: str, modules: list[str]) -> None:
     """Dropped = the network with that replaced by hand, verify agrees, and the axes are those of a new trace."""
     model, axes = traced(name)
-    plan = Plan.from_json(Plan.dropping(axes, modules).to_json())
+    plan = read_plan(json.loads(Plan.dropping(axes, modules).to_json()))
     double = laws.in_double(model)
     expected = laws.outputs(by_hand(double, [axes.branches[module] for module in modules]), axes)
     small, _ = laws.shrunk(double, axes, plan)
@@ -424,8 +426,8 @@ def test_a_damaged_branch_is_refused(value: Any) -> None:
     plan = json.loads(Plan.dropping(traced("own_scale")[1], ["fall"]).to_json())
     whole = {"gives": "zero", "takes": 0, "of": 0, "at": 0}
     plan["drop"]["fall"]["fall"] = whole | value if isinstance(value, dict) else value
-    with pytest.raises(PlanError):
-        Plan.from_json(json.dumps(plan))
+    with pytest.raises((PlanError, StoreError)):
+        read_plan(plan)
 
 
 @pytest.mark.parametrize("stand", [Placeholder("input", 0), Placeholder("zero", 0, 2, 0), Placeholder("zero", 3)])
@@ -499,10 +501,8 @@ def test_brought_back_is_what_was_dropped(name: str, modules: list[str]) -> None
     net, left = apply(net, axes, Plan.dropping(axes, modules[:1]), undo=undo)
     if modules[1:]:
         net, left = apply(net, left, Plan.dropping(left, modules[1:]), undo=undo)
-    with pytest.raises(PlanError, match="no file keeps"):
-        undo.record()
     for back in [modules[:1], modules[1:]]:
-        plan = Plan.from_json(Plan(back=tuple(back)).to_json())
+        plan = read_plan(json.loads(Plan(back=tuple(back)).to_json()))
         net, left = apply(net, left, plan, undo=undo)
     assert undo == UndoStore(next_ids=undo.next_ids)
     laws.same_network(net, model)
@@ -560,9 +560,6 @@ def test_a_branch_that_cannot_come_back_says_why() -> None:
     grown, more = apply(deepcopy(net), left, Plan.growing(left, {width: 2}))
     with laws.untouched(grown), pytest.raises(PlanError, match="has other units than when"):
         apply(grown, more, Plan(back=(mlp,)), undo=deepcopy(undo))
-    wide, same = apply(narrow, less, Plan.restoring(less, store.restorable), undo=store)
-    wide, same = apply(wide, same, Plan(back=(mlp,)), undo=store)
-    laws.same_network(wide, model)
     net, left = apply(net, left, Plan.dropping(left, [layer]), undo=undo)
     with laws.untouched(net), pytest.raises(PlanError, match="bring back what it lies in first"):
         apply(net, left, Plan(back=(mlp,)), undo=undo)

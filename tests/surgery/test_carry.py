@@ -88,7 +88,7 @@ def test_a_bias_that_compensates_trains_as_the_weight_beside_it(trains: bool) ->
     model[0].requires_grad_(not trains)
     model[2].requires_grad_(trains)
     plan = Plan.keeping(axes, {"0.weight:0": range(5)}, means={"2.weight": {5: 0.1, 6: 0.2, 7: 0.3}})
-    commit(model, axes, plan, prepare(model, axes, plan))
+    commit(model, axes, prepare(model, axes, plan))
     assert model[2].bias.requires_grad is trains and model[0].weight.requires_grad is not trains
 
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laws
-from regrow import Fill, Plan, align_new_units, apply, fit_new_units
+from regrow import Fill, Plan, apply, fit_new_units
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import PlanError
 from regrow.core.sources import Batch
 from regrow.surgery.new_units import new_units, split_entries
 from regrow.tracing import trace
-from zoo import Wired, trace_zoo
+from zoo import Wired
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 
@@ -84,32 +84,22 @@ def grown(name: str, units: int = 3, fill: Fill | None = None) -> tuple[nn.Modul
     )
 
 
-def silent_gradient(model: nn.Module, axes: AxisGraph, plan: Plan, batches: list[Batch]) -> float:
-    """How large the gradient is in the entries that are 0."""
-    model = copy.deepcopy(model).eval()
-    for batch in batches:
-        F.cross_entropy(model(*batch.args), batch.labels[: len(model(*batch.args))]).backward()
-    _, mute = split_entries(model, axes, new_units(model, axes, plan))
-    return sum(float(one.of(model.get_parameter(one.name).grad).square().sum()) for one in mute)
-
-
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     answer = model(*batch.args)
     return F.cross_entropy(answer, batch.labels[: len(answer)])
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_fitting_and_aligning_keep_the_function_bit_for_bit(name: str) -> None:
+def test_fitting_keeps_the_function_bit_for_bit(name: str) -> None:
     model, axes, plan, batches = grown(name)
     nn.Module.train(model)
     dropped = {module: module.training for module in model.modules()}
     said = [copy.deepcopy(model).train(train)(NETS[name][2]) for train in (False, True)]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for change in (fit_new_units, lambda *given: align_new_units(*given, loss=loss)):
-        change(model, axes, plan, batches)
-        for train, answer in zip((False, True), said, strict=True):
-            assert torch.equal(copy.deepcopy(model).train(train)(NETS[name][2]), answer)
-        assert {module: module.training for module in model.modules()} == dropped
+    fit_new_units(model, axes, plan, batches)
+    for train, answer in zip((False, True), said, strict=True):
+        assert torch.equal(copy.deepcopy(model).train(train)(NETS[name][2]), answer)
+    assert {module: module.training for module in model.modules()} == dropped
     key = NETS[name][1]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     made = {slot.name for slot in axes[key].slots if slot.role == "produces" and slot.name.endswith("weight")}
@@ -130,31 +120,10 @@ def test_newborn_units_get_the_spread_of_the_old_and_the_statistics_of_the_data(
     assert torch.allclose(model[2].running_var[5:].double(), out.var((0, 2, 3))[5:], rtol=1e-5)
 
 
-def test_between_linear_layers_aligned_units_are_the_leading_singular_vectors() -> None:
-    """The span that GradMax takes, from the matrix Σ δ xᵀ written down by hand."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    axes = trace(model, X)
-    plan = Plan.growing(axes, {"0.weight:0": 2})
-    model, left = apply(model, axes, plan)
-    labels = torch.arange(len(X)) % 4
-    delta = torch.autograd.grad(F.cross_entropy(out := model(X), labels), out)[0]
-    # The bias of new units is that of old ones and takes part, so what is fed counts as it is.
-    _, _, right = torch.linalg.svd((delta.T @ X).double())
-    with torch.no_grad():
-        model[0].bias[5:] = 0
-    align_new_units(model, left, plan, [Batch((X,), labels=labels)], steps=60)
-    rows, _ = torch.linalg.qr(model[0].weight[5:].detach().double().T)
-    assert torch.linalg.svdvals(right[:2] @ rows).min() > 0.999
-
-
 @pytest.mark.parametrize("name", NETS)
-def test_the_silent_side_learns_faster_and_no_newborn_unit_is_dead(name: str) -> None:
+def test_no_newborn_unit_is_dead(name: str) -> None:
     model, axes, plan, batches = grown(name)
     fit_new_units(model, axes, plan, batches)
-    drawn = silent_gradient(model, axes, plan, batches)
-    align_new_units(model, axes, plan, batches, loss=loss, steps=3)
-    assert silent_gradient(model, axes, plan, batches) > drawn
     loud, mute = split_entries(model, axes, new_units(model, axes, plan))
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     moved = []
@@ -168,8 +137,8 @@ def test_the_silent_side_learns_faster_and_no_newborn_unit_is_dead(name: str) ->
         assert bool((both > 0).all()), f"{one.name}: a new unit has no gradient in two steps"
 
 
-def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
-    """Nothing writes new units there, so this is GradMax itself; there is no spread to fit."""
+def test_on_a_residual_stream_there_is_no_spread_to_fit() -> None:
+    """Nothing writes new units there."""
     torch.manual_seed(0)
     model = Gated()
     axes = trace(model, X)
@@ -179,48 +148,15 @@ def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
     batches = [Batch((X,), labels=torch.arange(len(X)) % 4)]
     with laws.untouched(model), pytest.raises(PlanError, match="nothing writes its new units yet"):
         fit_new_units(model, left, plan, batches)
-    said, drawn = model(X), silent_gradient(model, left, plan, batches)
-    align_new_units(model, left, plan, batches)
-    assert torch.equal(model(X), said)
-    assert not model.inp.weight[9:].any() and not model.down.weight[9:].any()
-    assert silent_gradient(model, left, plan, batches) > 1.1 * drawn
-
-
-def test_a_language_model_is_fitted_and_aligned() -> None:
-    model, axes = trace_zoo("llama")
-    plan = Plan.growing(axes, {axis.key: 2 for axis in axes.units() if "mlp" in axis.key})
-    model, left = apply(copy.deepcopy(model), axes, plan)
-    ids = axes.example.kwargs["input_ids"]
-    batches = [Batch((), {"input_ids": ids}, labels=ids.roll(-1, 1))]
-    said = model(input_ids=ids).logits
-    fit_new_units(model, left, plan, batches)
-    drawn = _language_gradient(model, left, plan, batches)
-    align_new_units(model, left, plan, batches)
-    assert torch.equal(model(input_ids=ids).logits, said)
-    assert _language_gradient(model, left, plan, batches) > drawn
-
-
-def _language_gradient(model: nn.Module, axes: AxisGraph, plan: Plan, batches: list[Batch]) -> float:
-    model = copy.deepcopy(model)
-    logits = model(**batches[0].kwargs).logits
-    F.cross_entropy(logits.flatten(0, 1), batches[0].labels.flatten()).backward()
-    _, mute = split_entries(model, axes, new_units(model, axes, plan))
-    return sum(float(one.of(model.get_parameter(one.name).grad).square().sum()) for one in mute)
 
 
 def test_what_cannot_be_fitted_is_refused_by_name_and_nothing_changes() -> None:
-    for rule in ("split", "pair"):
-        model, axes, plan, batches = grown("relu", 2, Fill(rule))
-        for change in (fit_new_units, align_new_units):
-            with laws.untouched(model), pytest.raises(PlanError, match=rf"added by '{rule}' are read already"):
-                change(model, axes, plan, batches)
+    model, axes, plan, batches = grown("relu", 2, Fill("split"))
+    with laws.untouched(model), pytest.raises(PlanError, match="added by 'split' are read already"):
+        fit_new_units(model, axes, plan, batches)
     model, axes, plan, batches = grown("relu")
     with pytest.raises(PlanError, match="adds no units"):
         fit_new_units(model, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), batches)
-    with laws.untouched(model), pytest.raises(ValueError, match="needs batches with labels"):
-        align_new_units(model, axes, plan, [Batch((X,))])
-    with laws.untouched(model), pytest.raises(PlanError, match="no gradient of these batches reaches"):
-        align_new_units(model, axes, plan, batches, loss=lambda net, batch: net(*batch.args).sum() * 0)
     _, later = apply(copy.deepcopy(model), axes, Plan.growing(axes, {"0.weight:0": 1}))
     with pytest.raises(PlanError, match="not as this plan left it"):
         fit_new_units(model, later, plan, batches)
@@ -245,7 +181,7 @@ def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
     """Five draws of a network on handwritten digits, grown in the middle of training, 60 steps more."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, y = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target)
-    after: dict[str, list[float]] = {"zero_out": [], "fitted": [], "aligned": []}
+    after: dict[str, list[float]] = {"zero_out": [], "fitted": []}
     for seed in range(5):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 10))
@@ -253,13 +189,13 @@ def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
         plan = Plan.growing(axes, {"2.weight:0": 12}, Fill(seed=seed))
         model, left = apply(model, axes, plan)
         batches = [Batch((x[i : i + 64],), labels=y[i : i + 64]) for i in range(0, 256, 64)]
-        for name, change in (("zero_out", None), ("fitted", fit_new_units), ("aligned", align_new_units)):
+        for name in after:
             net = copy.deepcopy(model)
-            if change is not None:
-                change(net, left, plan, batches)
+            if name == "fitted":
+                fit_new_units(net, left, plan, batches)
             after[name].append(float(F.cross_entropy(_trained(net, x, y, 50 + seed, 60)(x), y).detach()))
     mean = {name: sum(values) / len(values) for name, values in after.items()}
-    assert mean["fitted"] < mean["zero_out"] and mean["aligned"] < mean["zero_out"], mean
+    assert mean["fitted"] < mean["zero_out"], mean
 
 
 def _trained(model: nn.Module, x: Tensor, y: Tensor, seed: int, steps: int) -> nn.Module:

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from regrow.surgery import declare
 
 
 class InOut(nn.Module):
@@ -48,14 +47,6 @@ def test_a_layer_stored_input_by_output_states_its_new_sizes(width: int) -> None
     """The two sizes say which is which; where they are equal, the bias does."""
     model = cut(nn.Sequential(InOut(width, 8), nn.ReLU(), InOut(8, 3)), width)
     assert [(m.in_features, m.out_features) for m in (model[0], model[2])] == [(width, 6), (6, 3)]
-
-
-def test_a_declared_axis_states_the_sizes_of_such_layers() -> None:
-    """Declared axes find the attributes as traced ones do."""
-    model = nn.Sequential(InOut(8, 8), nn.ReLU(), InOut(8, 3))
-    axes = declare(model, {"hidden": "0.weight:1 0.bias:0 -> 2.weight:0"}, torch.randn(2, 8))
-    regrow.apply(model, axes, regrow.Plan.keeping(axes, {"hidden": range(5)}))
-    assert [(m.in_features, m.out_features) for m in (model[0], model[2])] == [(8, 5), (5, 3)]
 
 
 def test_a_number_of_another_value_is_no_size() -> None:

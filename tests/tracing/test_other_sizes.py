@@ -91,14 +91,14 @@ def test_every_cut_is_right_at_any_size(name: str, example: tuple[int, int]) -> 
                     assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-9, (batch, length)
 
 
-def test_verify_compares_on_further_examples() -> None:
+def test_verify_compares_on_another_example() -> None:
     net = network(INDEPENDENT["mean"])
     x = torch.randn(2, 3, 7, dtype=torch.float64)
     axes = trace(net, x)
     plan = Plan.keeping(axes, {KEY: range(5)})
     one = verify(net, axes, plan)
-    three = verify(net, axes, plan, examples=[Example((torch.randn(4, 9, 7).double(),)), Example((x[:1],))])
-    assert one.ok and three.ok and three.positions == one.positions + 4 + 1
+    other = verify(net, axes, plan, Example((torch.randn(4, 9, 7).double(),)))
+    assert one.ok and other.ok and (one.positions, other.positions) == (2, 4)
 
 
 def test_a_function_that_has_cached_the_example_leaves_axes_free() -> None:

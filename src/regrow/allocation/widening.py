@@ -22,13 +22,7 @@ class Widening:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def widening(
-    axes: AxisGraph,
-    parts: Mapping[str, Increase],
-    named: Mapping[str, Increase],
-    *,
-    even: bool = False,
-) -> Widening:
+def widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
     """Return how many units each axis gains."""
     wanted: dict[str, Increase] = {}
     refused: dict[str, str] = {}
@@ -45,13 +39,7 @@ def widening(
     after = {
         key: -(-(sizes[key] + increase.of(sizes[key])) // steps[key]) * steps[key] for key, increase in wanted.items()
     }
-    grow = {}
-    for key, size in after.items():
-        many = size - sizes[key]
-        if even:
-            many += many % 2 * steps[key]
-        if many:
-            grow[key] = many
+    grow = {key: size - sizes[key] for key, size in after.items() if size != sizes[key]}
     return Widening(grow, {key: why for key, why in refused.items() if key not in after})
 
 

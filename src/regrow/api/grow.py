@@ -59,7 +59,7 @@ def grow(
         channels: How many channels the convolutions inside of blocks gain.
         blocks: How many copies of residual blocks, which pass their input on, every stack gains; or path → how many.
         axis: Axis key, or a pattern of keys → how many units such axes gain.
-        fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
+        fill: How new units are initialised: ``"zero_out"`` or ``"split"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
         data: What the grown network is trained on, as for :func:`regrow.prune`.
         validation: With ``out``: labelled data on which quality is measured; ``None``: ``data``.
@@ -71,7 +71,7 @@ def grow(
         example: The input with which the network is traced; not needed if it is loaded, or ``axes`` are given.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
-        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (steps done, steps in all, what is being done).
 

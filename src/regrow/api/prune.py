@@ -74,7 +74,7 @@ def prune(
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16.
-        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
         only: Patterns; only axes all of whose tensors match one are cut; empty: all.
         exclude: Patterns; axes with a tensor that matches one are left uncut.
         marks: Which marks of axes are cut.

@@ -27,14 +27,10 @@ class PlanError(ValueError):
 class Fill:
     """How new units are initialised such that the network's outputs do not change.
 
-    New units can be fitted to data afterwards, with the outputs unchanged: :func:`regrow.fit_new_units` and
-    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
-
     Args:
         rule: ``zero_out``: random incoming weights, outgoing weights 0 (on the residual stream that root-mean-square
-            norms run over: incoming weights 0). ``split``: copies of kept units, which share the outgoing weights
-            (Net2Wider, Chen et al., 2016). ``pair``: pairs of equal random units with outgoing weights of opposite
-            sign.
+            norms run over: incoming weights 0); :func:`regrow.fit_new_units` fits such units to data. ``split``: copies
+            of kept units, which share the outgoing weights (Net2Wider, Chen et al., 2016).
         seed: Seed of the random weights, and of the choice of units to copy.
     """
 
@@ -42,26 +38,8 @@ class Fill:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class FillRule:
-    """What plans must know about a rule that fills new units.
-
-    Args:
-        unread: Whether new units change nothing because weights of 0 make or read them: they can then be fitted to
-            data, and added where weights that read the units also do something else with them.
-        in_pairs: Whether units are added two by two.
-    """
-
-    unread: bool = False
-    in_pairs: bool = False
-
-
-# `Fill.rule` → what plans must know about it; `regrow.surgery.layout.units_after` carries it out
-FILLS: Mapping[str, FillRule] = {
-    "zero_out": FillRule(unread=True),
-    "split": FillRule(),
-    "pair": FillRule(in_pairs=True),
-}
+# The values of `Fill.rule`; `regrow.surgery.layout.units_after` carries them out
+FILLS = ("zero_out", "split")
 
 
 @dataclass(frozen=True)
@@ -77,8 +55,6 @@ class Change:
         fill: How new units are initialised.
         restore: The ids of units cut earlier that come back, ascending. Each returns to its old place: units lie in the
             order of their ids.
-        fresh: Whether restored units are initialised like new ones (``fill``) instead of with the weights they had when
-            cut.
     """
 
     size: int
@@ -88,7 +64,6 @@ class Change:
     grow: int = 0
     fill: Fill = field(default_factory=Fill)
     restore: tuple[int, ...] = ()
-    fresh: bool = False
 
     @property
     def after(self) -> int:
@@ -99,16 +74,6 @@ class Change:
     def alive(self) -> tuple[int, ...]:
         """The ids of the units before the change."""
         return self.ids or tuple(range(self.size))
-
-    @property
-    def new_units(self) -> int:
-        """The number of units that are initialised by ``fill``: added units, and restored ones if ``fresh``."""
-        return self.grow + (len(self.restore) if self.fresh else 0)
-
-    @property
-    def recalled(self) -> tuple[int, ...]:
-        """The ids of the units that come back with the weights they had when cut."""
-        return () if self.fresh else self.restore
 
     @property
     def idle(self) -> bool:
@@ -137,11 +102,8 @@ class Change:
             return f"it can grow by 0 to {MOST} units, a whole number; the plan says {str(self.grow)[:40]!r}"
         if not 0 <= self.fill.seed < 2**63:
             return f"a seed is a whole number from 0, below 2**63; got {self.fill.seed}"
-        rule = FILLS.get(self.fill.rule)
-        if rule is None:
+        if self.fill.rule not in FILLS:
             return f"new units are filled by {', '.join(FILLS)}; got {self.fill.rule!r}"
-        if rule.in_pairs and self.new_units % 2:
-            return f"pairs are added two by two; {self.new_units} is odd"
         if self.ids and len(self.ids) != self.size:
             return f"{len(self.ids)} unit ids for {self.size} units"
         if list(self.restore) != sorted(set(self.restore)) or min(self.restore, default=0) < 0:
@@ -175,7 +137,7 @@ def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> st
     """Return why an axis cannot get the units that a change adds; empty if it can."""
     if axis.narrow:
         return axis.narrow
-    unread, folded = FILLS[change.fill.rule].unread, axis.mark is Mark.FOLDED
+    unread, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
     if folded and not unread:
         return f"{axis.reason}, which only new units of value 0 leave as it was; take the fill 'zero_out'"
     made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))

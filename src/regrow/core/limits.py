@@ -8,6 +8,7 @@ import stat
 import zlib
 from pathlib import Path
 
+from regrow.core.amounts import format_bytes
 from regrow.core.errors import InputError, ResourceError
 
 # The largest JSON file that is read; a ledger has its own, larger limit
@@ -25,13 +26,6 @@ MAX_LAYERS = 1024
 # The largest size in a configuration file: hidden units, vocabulary, positions
 MAX_WIDTH = 2**24
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe (FIFO)",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 _MIB = 2**20
 _DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -45,8 +39,7 @@ def check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)}); check the path") from None
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
-        raise InputError(f"{path} is {kind}; give a regular file")
+        raise InputError(f"{path} is no regular file but a folder, pipe, socket or device; give a regular file")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; check its permissions") from _DENIED
 
@@ -160,16 +153,9 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; pass if that is unknown."""
     there = available_memory()
     if there is not None and needed > there:
-        raise ResourceError(f"{what} needs {gigabytes(needed)} of memory, and {gigabytes(there)} are free; {remedy}")
-
-
-def gigabytes(number: int) -> str:
-    """Format a number of bytes in gigabytes (powers of 1000).
-
-    >>> gigabytes(1_500_000_000), gigabytes(20_000_000)
-    ('1.5 GB', '0.02 GB')
-    """
-    return f"{number / 1e9:.2g} GB" if number < 1e10 else f"{number / 1e9:,.0f} GB"
+        raise ResourceError(
+            f"{what} needs {format_bytes(needed)} of memory, and {format_bytes(there)} are free; {remedy}"
+        )
 
 
 def problem(error: BaseException) -> str:

@@ -65,13 +65,12 @@ class Objective:
         except InputError as error:
             raise InputError(f"{at}{error}") from error
         except MISFITS as error:
-            known = self.name in OBJECTIVES and type(error) is not TypeError
-            problem = describe_misfit(output, batch.labels, self.name) if known else ""
-            if not problem and (not at or type(error) not in MISFITS):
+            if not at or type(error) not in MISFITS:
                 raise
-            got, what = describe(batch.labels), f"{type(error).__name__}: {first_line(error):.200}"
-            problem = problem or f"labels ({got}) do not fit the loss: {what}; give labels as the loss takes them"
-            raise InputError(f"{at}{problem}") from error
+            raise InputError(
+                f"{at}labels ({describe(batch.labels)}) do not fit the loss: {type(error).__name__}: "
+                f"{first_line(error):.200}; give labels as the loss takes them"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss must be a scalar tensor, got {shape}; reduce it, for example with .mean()")
@@ -84,32 +83,6 @@ class Objective:
             return Score(value * n, value**2 * n, n)
         scores = self.score(output, batch.labels).double()
         return Score(float(scores.sum()), float(scores.square().sum()), scores.numel())
-
-
-def describe_misfit(output: object, labels: object, name: str) -> str:
-    """Return why labels do not fit what a network returned, and what would; empty if nothing is known against them.
-
-    >>> describe_misfit(torch.zeros(2, 3), torch.tensor([0, 3]), "classification")
-    'label 3 is no class of a network with 3 outputs; give labels from 0 to 2, or a network with more outputs'
-    """
-    logits = logits_in(output)
-    if not isinstance(labels, Tensor) or not logits.dim():
-        return ""
-    shapes = f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)}"
-    if labels.is_floating_point():
-        misfit = labels.numel() != logits.numel()
-        return f"{shapes}; give a value per output, or whole numbers (labels.long()) for classes" if misfit else ""
-    if labels.dim() > 1 and labels.shape == logits.shape:
-        return f"{shapes}; give class numbers (labels.argmax(-1)), or floats for labels of which several may hold"
-    if name != "multi-label" and labels.dim() == 2 and labels.shape[1] == 1:
-        return f"{shapes}; give one class number per example (labels.squeeze(1))"
-    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
-    if not len(wrong) or logits.dim() > 2:
-        return ""
-    return (
-        f"label {int(wrong[0])} is no class of a network with {logits.shape[-1]} outputs; "
-        f"give labels from 0 to {logits.shape[-1] - 1}, or a network with more outputs"
-    )
 
 
 def class_loss(output: object, labels: object) -> Tensor:

@@ -10,8 +10,6 @@ import msgspec
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.change import MOST, Change, Fill, Insertion, PlanError, growth_problem, unit_positions
-from regrow.core.errors import InputError
-from regrow.core.limits import parse_json
 from regrow.core.tables import Table, format_html
 
 __all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
@@ -121,24 +119,20 @@ class Plan:
         return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
-    def restoring(
-        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, *, origin: Origin = NONE
-    ) -> "Plan":
-        """Return a plan that restores units that were cut (for whole modules use ``Plan(back=[path])``).
+    def restoring(cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], *, origin: Origin = NONE) -> "Plan":
+        """Return a plan that restores units with the weights they had when cut (whole modules: ``Plan(back=[path])``).
 
         Args:
             axes: The network's current axes.
             restore: Axis key → the ids of the units to restore (``Axis.ids`` has those that were not cut).
-            fill: Initialise the restored units like new ones; ``None``: with the weights that the undo store has of
-                them.
             origin: As in :class:`Plan`.
 
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        fresh, fill, changes = fill is not None, fill or Fill(), {}
-        for key, ids in restore.items():
-            changes[key] = replace(_unchanged(axes, key), restore=unit_positions(key, ids), fresh=fresh, fill=fill)
+        changes = {
+            key: replace(_unchanged(axes, key), restore=unit_positions(key, ids)) for key, ids in restore.items()
+        }
         return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
@@ -181,8 +175,8 @@ class Plan:
         _check_alone(
             {
                 "compensates for what it drops": self.means,
-                "restores units with their weights": any(change.recalled for change in self.changes.values()),
-                "adds units": any(change.new_units for change in self.changes.values()),
+                "restores units": any(change.restore for change in self.changes.values()),
+                "adds units": any(change.grow for change in self.changes.values()),
             }
         )
         if self.drop:
@@ -225,36 +219,17 @@ class Plan:
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
-        """Return the plan as JSON text."""
+        """Return the plan as JSON text, which :func:`regrow.store.ledger.read_plan` reads."""
+        # Of an object that was read, msgspec writes no field that was missing there, so each is named.
+        names = [part.name for part in fields(Change)]
         parts = {
-            "changes": self.changes,
+            "changes": {key: {name: getattr(change, name) for name in names} for key, change in self.changes.items()},
             "means": self.means,
             "drop": {path: branch.placeholders for path, branch in self.drop.items()},
             "back": self.back,
             **({"insert": self.insert} if self.insert else {}),
         }
         return json.dumps({"format": FORMAT, "origin": self.origin, **msgspec.to_builtins(parts, str_keys=True)})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """Read a plan from what :meth:`to_json` returned; :func:`regrow.store.ledger.read_plan` is stricter."""
-        try:
-            data = parse_json(text, "the plan")
-        except InputError as error:
-            raise PlanError(str(error)) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise PlanError(f"not a plan: expected the format {FORMAT!r}")
-        try:
-            for change in data["changes"].values():
-                if missing := {field.name for field in fields(Change)} - change.keys():
-                    raise PlanError(f"a damaged plan: a change lacks {min(missing)}")
-            drop = {path: {"module": path, "placeholders": parts} for path, parts in data["drop"].items()}
-            return msgspec.convert(data | {"drop": drop}, cls, str_keys=True)
-        except msgspec.ValidationError as error:
-            problem = error.__cause__ if isinstance(error.__cause__, PlanError) else f"a damaged plan: {error}"
-            raise PlanError(str(problem)) from None
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"a damaged plan: {error!r}") from None
 
 
 def _unchanged(axes: AxisGraph, key: str) -> Change:
@@ -290,14 +265,14 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
 
 def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
     """Return why a change does not fit an axis, to follow its name; empty if it does."""
-    staying = len(change.keep) + len(change.recalled)
+    staying = len(change.keep) + len(change.restore)
     if staying < min(axis.least, axis.size):
         return f"must keep at least {axis.least} units; the plan keeps {staying}"
     if not axis.free:
         return f"is frozen: {axis.reason}"
     if change.after % axis.multiple:
         return f"must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
-    if change.new_units and (problem := growth_problem(axis, change, parameters)):
+    if change.grow and (problem := growth_problem(axis, change, parameters)):
         return f"cannot be widened: {problem}"
     if axis.size != change.size:
         return f"has {axis.size} units here, the plan was made for {change.size}"

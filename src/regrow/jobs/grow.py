@@ -116,8 +116,8 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened."""
     settings.check()
     parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
-    even, fill = settings.fill == "pair", Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named, even=even)
+    fill = Fill(settings.fill, settings.seed)
+    wide = widening(axes, parts, named)
     with preserve_random_state():
         insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}

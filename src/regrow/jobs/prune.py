@@ -1,5 +1,6 @@
 """Prune a network, whether named on the command line or given in Python, whole or block by block, on every rank."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -51,6 +52,7 @@ from regrow.scoring.collect import CollectionRun
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings, complete_reconstruction
 from regrow.store import statistics
+from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
 from regrow.streaming.requirements import MemoryPlan, record_peak
@@ -145,7 +147,7 @@ class PruneJob:
         with run.stage("calibrate"), torch.enable_grad(), forward():
             evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size)
         if not run.ranks.leads:
-            return Plan.from_json(broadcast_record(run.ranks)), ()
+            return read_plan(json.loads(broadcast_record(run.ranks))), ()
         checkpoint = record.path / "statistics" / "learned.safetensors" if record.kept else None
         with run.stage("plan"), torch.enable_grad():
             if checkpoint:

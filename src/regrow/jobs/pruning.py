@@ -9,7 +9,6 @@ from torch import nn
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
-from regrow.core.errors import InputError
 from regrow.core.names import names_code
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
@@ -137,11 +136,6 @@ def with_timing(
     model: nn.Module, axes: AxisGraph, budget: Budget, known: Any = None, progress: Progress = silent
 ) -> Budget:
     """Return the budget, with the network's timing if it counts time: ``known`` of an earlier measurement, or new."""
-    if budget.measure in (Measure.MACS, Measure.CACHE, Measure.TIME) and axes.declared:
-        raise InputError(
-            f"how many {budget.measure} the declared axes {', '.join(axes.declared)} cost is not known, since no "
-            "recording shows them; budget by params or bytes"
-        )
     if budget.measure != Measure.TIME:
         return budget
     if known:

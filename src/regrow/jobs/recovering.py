@@ -113,7 +113,7 @@ def find_cut(source: RunFolder, code: str = "") -> LastCut:
     except ModelError as error:
         raise ModelError(f"{source.path}: {error}") from None
     plans = folder.ledger.plans()
-    if not plans or plans[-1].back or any(change.new_units for change in plans[-1].changes.values()):
+    if not plans or plans[-1].back or any(change.grow for change in plans[-1].changes.values()):
         raise StoreError(f"{folder.path}: recovery needs a run whose last plan only cuts; restore ledger.json")
     before, at = folder.path / BEFORE, folder
     while at.run()["verb"] != "prune" and (before / RUN).is_file():

@@ -45,8 +45,8 @@ class Settings:
     )] = ()
     fill: Annotated[str, Setting(
         "zero_out: random weights that make new units, 0 that read them; split: copies of old units, which share their "
-        "outgoing weights; pair: equal random units whose outgoing weights cancel.",
-        group=NEW, choices=("zero_out", "split", "pair"),
+        "outgoing weights.",
+        group=NEW, choices=("zero_out", "split"),
     )] = "zero_out"
     sources: Annotated[tuple[str, ...], Setting(
         "A kind of text to measure before and after: news, code, manual, talk, or NAME=PATH. For image models: digits, "

@@ -109,7 +109,7 @@ def replay(
     A plan that restores units restores those that the plans before it cut, with the weights that this model has.
     """
     plans = list(plans)
-    back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
+    back = any(plan.back or any(change.restore for change in plan.changes.values()) for plan in plans)
     undo = UndoStore() if undo is None and back else undo
     axes = with_branches_of(plans, model, axes)
     for plan in plans:

@@ -23,16 +23,16 @@ from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery.apply import check, try_out
-from regrow.surgery.carry import commit, prepare
+from regrow.surgery.carry import ProposedChange, commit, prepare
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.output_comparison import Deviation, ProposedChange, max_difference, max_magnitude
-from regrow.surgery.proof import changed_blocks, check_block
+from regrow.surgery.output_comparison import max_difference, max_magnitude
+from regrow.surgery.proof import Deviation, changed_blocks, check_block
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
 from regrow.tracing.readings import GraphBlock
-from regrow.tracing.steps import operations, restate_steps
+from regrow.tracing.steps import restate_steps
 
 
 def check_streamed_run(
@@ -67,7 +67,6 @@ def _replay(
         tensor = getattr(network.model.get_submodule(path), leaf).detach()
         return as_double(tensor) if double else tensor
 
-    nodes = operations(recorded)
     names = {block.path: block.names for block in network.blocks}
     leaves = tree_leaves((example.args, dict(example.kwargs)))
     with network.resident(network.outer), preserve_generators():
@@ -75,7 +74,7 @@ def _replay(
         runner = Runner(recorded, leaves, load, double)
         for block in blocks:
             with network.resident(names.get(block.path, ())):
-                runner.run_until(nodes[block.stop] if block.stop < len(nodes) else None)
+                runner.run_until(runner.nodes[block.stop] if block.stop < len(runner.nodes) else None)
         runner.run_until()
     return runner.answers
 
@@ -105,7 +104,7 @@ class StreamedCut:
         @contextmanager
         def running(written: Path) -> Iterator[nn.Module]:
             network, change = self.network(written), self.change
-            example = cast_example(change.axes.example, change.model)
+            example = cast_example(change.tensors.axes.example, change.tensors.model)
             check_streamed_run(network, change.planned, change.recording.blocks, example)
             with network.on_demand() as model:
                 yield model
@@ -125,8 +124,7 @@ class StreamedCut:
         aligned = {*changed, *(name for name in left if before.stored[name] in before.checkpoint.aligned)}
         weights = StoredWeights(Checkpoint({**made, **left}, aligned), self.loaded.model, before.name)
         weights.finite.update(changed & made.keys())  # checked when they were written
-        assert self.change.axes.recording is not None
-        return StreamedNetwork(self.loaded.model, weights, self.change.axes.recording.blocks, results)
+        return StreamedNetwork(self.loaded.model, weights, self.change.recording.blocks, results)
 
     def _tensors(self, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
@@ -148,16 +146,16 @@ class StreamedCut:
 
     def _cut(self, path: str, names: tuple[str, ...], deviations: list[Deviation]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of one block, or of what lies outside the blocks, after the plan."""
-        change = self.change
-        cut = {*names, *(bias_of(weight) for weight in change.plan.means if weight in names)}
-        ready = prepare(change.model, change.axes, change.plan, names=cut)
+        change, whole = self.change, self.change.tensors
+        cut = {*names, *(bias_of(weight) for weight in whole.plan.means if weight in names)}
+        ready = prepare(whole.model, whole.axes, whole.plan, names=cut)
         for block in change.recording.blocks if path in self.changed_paths else ():
             if block.path == path:
                 deviations.append(check_block(replace(change, ready=ready), block))
         for name in sorted(cut):
             value = ready.values.get(name)
             module, _, leaf = name.rpartition(".")
-            yield name, getattr(change.model.get_submodule(module), leaf).detach() if value is None else value
+            yield name, getattr(whole.model.get_submodule(module), leaf).detach() if value is None else value
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
@@ -168,9 +166,8 @@ def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
     if axes.recording is None or plan.changes_modules or any(change.grow or change.restore for change in changes):
         raise PlanError("only cuts of traced networks are made block by block; load it whole, without --memory")
     ready = prepare(model, axes, plan)
-    rehearsal = try_out(model, axes, plan, ready.resizing(axes))
-    assert rehearsal is not None
-    change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready)
+    rehearsal = try_out(model, axes, plan)
+    change = ProposedChange(ready, axes.recording, rehearsal.planned)
     known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
-    copied, after = commit(copy_model(model, lambda tensor: tensor), known, plan, ready)
+    copied, after = commit(copy_model(model, lambda tensor: tensor), known, ready)
     return StreamedCut(opened, change, replace(opened.loaded, model=copied), after)

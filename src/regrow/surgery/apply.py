@@ -10,17 +10,15 @@ from torch.optim import Optimizer
 
 from regrow.core.axes import AxisGraph, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import commit, prepare
+from regrow.surgery.carry import ProposedChange, commit, prepare, resizing
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.insert import with_copies
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
-    ProposedChange,
     check_own_run,
     max_difference,
     max_magnitude,
     run_whole_pair,
-    trial_error,
 )
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.undo_store import UndoStore
@@ -30,7 +28,7 @@ from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import code_of, state_of
 from regrow.tracing.readings import Recording, readings
 from regrow.tracing.steps import restate_steps
-from regrow.tracing.trial import Rehearsal, Resizing, rehearse
+from regrow.tracing.trial import Rehearsal, rehearse
 
 
 def apply(
@@ -49,8 +47,8 @@ def apply(
     must give their input unchanged, and the network is traced anew. Everything is computed and tried on a copy first:
     on fake tensors, the cut network must run the same operations on the same operands with the same constants; in
     float64 it must compute what the masked one does, on blocks of each class (:mod:`regrow.surgery.proof`), or as a
-    whole where there are none; for declared axes it is run on the example. Then the model is changed, in place, and its
-    own forward pass must give what the recording of the planned network gives; otherwise the model is restored.
+    whole where there are none. Then the model is changed, in place, and its own forward pass must give what the
+    recording of the planned network gives; otherwise the model is restored.
 
     Args:
         model: The traced model; changed in place.
@@ -87,49 +85,33 @@ def apply(
     if plan.drop:
         with without_branches(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, check_own_run(model, left), rest, optimizers=optimizers, undo=kept)
-    if undo is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
+    if undo is None and (lost := next((key for key, change in plan.changes.items() if change.restore), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no undo store; give the one that was there when they "
-            "were cut, apply(..., undo=undo), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
+            "were cut, apply(..., undo=undo), or add new units: Plan.growing"
         )
     if all(change.idle for change in plan.changes.values()):
         return model, axes
     ready = prepare(model, axes, plan, undo)
-    rehearsal = try_out(model, axes, plan, ready.resizing(axes), undo)
-    known = axes
-    if rehearsal is not None:
-        known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
+    rehearsal = try_out(model, axes, plan)
+    known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
     if holds_numbers(model, axes.example):
-        if rehearsal is not None and not axes.declared and axes.decisions is None:
-            recording = _recorded(model, axes, rehearsal.present)
-            check_blocks(ProposedChange(model, axes, plan, recording, rehearsal.planned, ready, undo))
+        if axes.decisions is None:
+            recording = record_present(model, axes, rehearsal.present)
+            check_blocks(ProposedChange(ready, recording, rehearsal.planned))
             known = replace(known, recording=Recording(rehearsal.planned, recording.reads, recording.code))
-        elif known.recording is None:
-            _compare(model, axes, plan)
-    return commit(model, known, plan, ready, optimizers, undo, partial(check_own_run, model))
+        else:
+            _check_whole(model, axes, plan)
+    return commit(model, known, ready, optimizers, undo, partial(check_own_run, model))
 
 
-def try_out(
-    model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, undo: UndoStore | None = None
-) -> Rehearsal | None:
-    """Check on a copy that the network runs as planned; return the recordings of that, if there are any.
-
-    Where axes were traced, the copy has no numbers and is recorded; for declared axes it is run on the example.
-    """
-    rehearsal = None
-    if axes.steps or not axes.declared:
-        # No recording shows the sizes of declared axes, so they are unchanged in it.
-        sizes = {**to.sizes, **{key: axes[key].size for key in axes.declared}}
-        with without_collection():
-            rehearsal = rehearse(model, axes, replace(to, sizes=sizes))
-    if axes.declared and (problem := trial_error(model, axes, plan, undo)):
-        changed = [key for key in axes.declared if key in plan.changes]
-        hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
-        raise PlanError(f"the plan cannot be carried out: {problem}{hint}")
-    return rehearsal
+def try_out(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
+    """Check on a copy without numbers that the network runs as planned; return the recordings of that."""
+    with without_collection():
+        return rehearse(model, axes, resizing(model, axes, plan))
 
 
-def _recorded(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
+def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
     """Return a recording of the network as it is now: that of its axes, unless the network has changed since."""
     example, recording = cast_example(axes.example, model), axes.recording
     if recording is None:
@@ -141,19 +123,16 @@ def _recorded(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Rec
     return recording if present is None else Recording(present, recording.reads, code_of(model))
 
 
-def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Compare the masked network with its cut copy as a whole in float64, where no blocks can be compared.
+def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Compare the masked network with its cut copy as a whole in float64, where data decide what the network does.
 
-    That is where data decide what the network does, and for declared axes. Plans that restore units are not compared:
-    no plan of the present network cuts those.
+    Plans that restore units are not compared: no plan of the present network cuts those.
     """
     if any(change.restore for change in plan.changes.values()):
         return
-    decisions = None if axes.decisions is None else ()
-    masked, shrunk, _ = run_whole_pair(model, axes, plan, cast_example(axes.example, model), True, decisions)
+    masked, shrunk, _ = run_whole_pair(model, axes, plan, cast_example(axes.example, model), True, ())
     if not (distance := max_difference(masked, shrunk)) <= RELATIVE_BOUND * max_magnitude(masked):
-        undeclared = f"is something of {' or '.join(axes.declared)} not declared?" if axes.declared else ""
-        raise PlanError(describe_difference(distance, max_magnitude(masked), undeclared))
+        raise PlanError(describe_difference(distance, max_magnitude(masked)))
 
 
 def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

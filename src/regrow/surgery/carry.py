@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,22 @@ from regrow.core.plan import Plan, PlanError
 from regrow.core.process_memory import release_pages
 from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, fold_constants
 from regrow.surgery.layout import Layout, ids_after, next_ids_after, resize_moment, slots_after, slots_in
-from regrow.surgery.restore import plan_with_undo
-from regrow.surgery.undo_store import UndoStore
+from regrow.surgery.undo_store import UndoStore, plan_with_undo
 from regrow.tracing.attributes import get_attribute, set_attribute
+from regrow.tracing.capture import Capture
 from regrow.tracing.model_state import Snapshot, state_of
+from regrow.tracing.readings import Recording
 from regrow.tracing.trial import Resizing, planned_integers
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The computed result of a plan, before anything is changed.
-
-    ``values`` are the tensors to set; ``removed`` biases that only compensation had added; ``undo`` the later store.
-    """
+    """The computed result of a plan, before anything is changed: the tensors to set, and the later undo store."""
 
     tensors: PlannedTensors
     values: Mapping[str, Tensor]
-    constants: Mapping[str, float | None]
+    constants: Mapping[str, float]
     folds: tuple[Fold, ...]
-    removed: tuple[str, ...] = ()
     undo: UndoStore | None = None
 
     @property
@@ -44,17 +39,26 @@ class Prepared:
         """Axis key → its number of units after the plan."""
         return self.tensors.sizes
 
-    def resizing(self, axes: AxisGraph) -> Resizing:
-        """Return the sizes, constants and biases of the planned network, without the values of its tensors."""
-        added = {name: len(value) for name, value in self.values.items() if name not in axes.shapes}
-        return Resizing(self.sizes, self.constants, added, self.removed)
+
+@dataclass(frozen=True)
+class ProposedChange:
+    """A plan whose result is computed but not yet written, and the network recorded before and after it."""
+
+    ready: Prepared
+    recording: Recording
+    planned: Capture
+
+    @property
+    def tensors(self) -> PlannedTensors:
+        """The tensors after the plan, with the model, its axes and the plan."""
+        return self.ready.tensors
 
 
 def carry_out(
     model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
     """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after."""
-    return commit(model, axes, plan, prepare(model, axes, plan, undo), undo=undo)
+    return commit(model, axes, prepare(model, axes, plan, undo), undo=undo)
 
 
 def prepare(
@@ -68,26 +72,21 @@ def prepare(
     if names is not None:
         plan = replace(plan, means={weight: row for weight, row in plan.means.items() if bias_of(weight) in names})
     tensors = PlannedTensors(model, axes, plan)
-    # The undo store folds by itself, from what it has of the time before earlier folds.
-    unfolded = tensors if undo is None else PlannedTensors(model, replace(axes, folds=()), plan)
     known = dict.fromkeys((*state_of(model), *tensors.biases) if names is None else names)
     with torch.no_grad():
-        values = {name: unfolded.load(name) for name in known if unfolded.changes(name)}
-        if undo is None:
-            constants, folds, _ = fold_constants(model, axes, tensors.sizes)
-            ready = Prepared(tensors, values, constants, folds)
-        else:
-            ready = Prepared(tensors, *plan_with_undo(undo, tensors, values))
-    for name, value in ready.values.items():
-        if list(value.shape) != [size_of(dim, ready.sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
+        values = {name: tensors.load(name) for name in known if tensors.changes(name)}
+        if undo is not None:
+            values, undo = plan_with_undo(undo, tensors, values)
+    for name, value in values.items():
+        if list(value.shape) != [size_of(dim, tensors.sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
-    return ready
+    return Prepared(tensors, values, *fold_constants(model, axes, tensors.sizes), undo)
 
 
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
     """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
     sizes = plan.sizes(axes)
-    constants, *_ = fold_constants(model, axes, sizes)
+    constants, _ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)
@@ -96,7 +95,6 @@ def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
 def commit(
     model: nn.Module,
     axes: AxisGraph,
-    plan: Plan,
     ready: Prepared,
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
@@ -104,8 +102,8 @@ def commit(
 ) -> tuple[nn.Module, AxisGraph]:
     """Write a prepared plan into the model, the optimisers and the undo store, in place; return model and axes."""
     parameters = dict(model.named_parameters())
-    replaced = [name for name in (*ready.values, *ready.removed) if name in parameters]
-    exchanged = [Exchange(name, parameters[name], ready.tensors.lays(name)) for name in replaced]
+    replaced = {name: parameters[name] for name in ready.values if name in parameters}
+    exchanged = [Exchange(name, old, ready.tensors.lays(name)) for name, old in replaced.items()]
     for exchange in exchanged:
         if exchange.old._backward_hooks or exchange.old._post_accumulate_grad_hooks:
             raise PlanError(
@@ -115,19 +113,20 @@ def commit(
     remember = follow(optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes])
     before = Snapshot(model)
     try:
-        _write(model, axes, ready)
-        after = prove(_after(axes, plan, ready))
+        write(model, axes, ready)
+        after = prove(_after(axes, ready))
     except BaseException:
         before.restore()
         raise
     remember(dict(model.named_parameters()))
     release_pages(exchange.old for exchange in exchanged)
-    if undo is not None:
-        vars(undo).update(vars(ready.undo))
+    if undo is not None and ready.undo is not None:
+        undo.become(replace(ready.undo, network=after.network))
     return model, after
 
 
-def _write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
+def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
+    """Write a prepared plan into the model alone, in place."""
     made: dict[str, nn.Parameter | Tensor] = {}
     for name, value in ready.values.items():
         path, _, leaf = name.rpartition(".")
@@ -141,9 +140,6 @@ def _write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
             else:
                 made[first] = _successor(old, value, ready.tensors.lays(name))
         setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
-    for name in ready.removed:
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, None)
     for attribute, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
         path, name = attribute.split(":")
         module = model.get_submodule(path)
@@ -171,32 +167,26 @@ def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
     return value.contiguous(memory_format=order) if like.is_contiguous(memory_format=order) else value
 
 
-def _after(axes: AxisGraph, plan: Plan, ready: Prepared) -> AxisGraph:
+def _after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
+    plan = ready.tensors.plan
     added = {name: (bias_dim(axes, name),) for name in ready.values if name not in axes.shapes}
     ids, next_ids = ids_after(axes, plan), next_ids_after(axes, plan)
 
     def changed(axis: Axis) -> Axis:
         key = axis.key
-        moved = slots_after(axis, axes, ready.tensors.lays, ready.sizes)
-        slots = [slot for slot in moved if slot.name not in ready.removed]
+        slots = [*slots_after(axis, axes, ready.tensors.lays, ready.sizes)]
         for name, (dim,) in added.items():
             slots += slots_in(name, 0, Role.SHIFTS, dim, key, ready.sizes)
         return replace(axis, size=ready.sizes[key], slots=tuple(slots), ids=ids[key], next_id=next_ids[key])
 
-    def left(entries: Mapping[str, T]) -> dict[str, T]:
-        return {name: entry for name, entry in entries.items() if name not in ready.removed}
-
-    # Declared sizes are in no recording.
-    moves_declared = not plan.changes.keys().isdisjoint(axes.declared)
     return replace(
         axes,
         axes={key: changed(axis) for key, axis in axes.axes.items()},
-        shapes=left({**axes.shapes, **added}),
-        parameters=(axes.parameters | added.keys()) - set(ready.removed),
-        itemsize=left({**axes.itemsize, **{name: ready.values[name].element_size() for name in added}}),
+        shapes={**axes.shapes, **added},
+        parameters=axes.parameters | added.keys(),
+        itemsize={**axes.itemsize, **{name: ready.values[name].element_size() for name in added}},
         folds=ready.folds,
-        recording=None if moves_declared else axes.recording,
-        steps=() if moves_declared else axes.steps,
+        network=uuid4().hex if ready.tensors.rewrites else axes.network,  # what was cut before fits it no more
     )
 
 
@@ -259,16 +249,10 @@ def follow(
 def _state(what: str, value: object, exchange: Exchange) -> object:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    name, old = exchange.name, exchange.old
-    if value.shape != old.shape:
+    if value.shape != exchange.old.shape or what not in FIRST | SECOND:
         raise PlanError(
-            f"the optimiser's {what!r} of {name} has shape {tuple(value.shape)}, not its parameter's "
-            f"{tuple(old.shape)}: it cannot follow a change of shape; make a new optimiser after the change"
-        )
-    if what not in FIRST | SECOND:
-        raise PlanError(
-            f"the optimiser keeps {what!r} for {name}; what new or kept units should have of it is not known; "
-            "make a new optimiser after the change"
+            f"the optimiser's {what!r} of {exchange.name}, of shape {tuple(value.shape)}, cannot follow a change of "
+            "shape; make a new optimiser after the change"
         )
     with torch.no_grad():
         return resize_moment(value, exchange.lays, mean=what in SECOND)

@@ -85,7 +85,7 @@ def without_branches(
         branches = dict(kept.branches)
         for path, branch in stowed.items():
             branches[path] = replace(branch, modules={at: modules[at] for at in branch.branch.placeholders})
-        vars(undo).update(vars(replace(kept, branches=branches, network=axes.network)))
+        undo.become(replace(kept, branches=branches, network=kept.network or axes.network))
 
 
 def bring_back(
@@ -126,7 +126,7 @@ def bring_back(
         if isinstance(error, TraceError):
             raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
         raise
-    vars(undo).update(vars(again))
+    undo.become(again)
     return model, left
 
 

@@ -16,11 +16,9 @@ from regrow.core.change import Change, Insertion
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
-from regrow.tracing import TraceError, trace, with_branches
-from regrow.tracing.branches import record_calls
+from regrow.tracing import trace, with_branches
 from regrow.tracing.capture import evaluating, first_line, holds_numbers
-from regrow.tracing.effects import tensor_forms
-from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
+from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, measure_distance, run_network
 from regrow.tracing.stacks import StackError, insert_copies, remove_copies
@@ -43,13 +41,10 @@ def with_copies(
             "no optimiser can follow blocks that are inserted, for no group of theirs is known; apply the plan "
             "without, then give the optimiser their parameters (add_param_group)"
         )
-    if axes.declared:
-        raise PlanError("the axes of this network are declared, so that those of new blocks are not known; trace it")
     if undo is not None:
         undo.check_network(axes)
         if undo.branches:
             raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
-    _dry_run(model, axes, plan.insert)
     example = cast_example(axes.example, model)
     before = run_network(model, example) if holds_numbers(model, axes.example) else None
     inserted = []
@@ -57,40 +52,24 @@ def with_copies(
         for path, insertion in plan.insert.items():
             _insert(model, path, insertion)
             inserted.append(path)
-        if before is not None:
-            _check_identity(model, example, plan.insert)
-            _check_outputs(model, example, before, plan)
         rename = renaming(model, plan)
-        left, keys = _retraced(model, axes, example, rename)
+        try:
+            if before is not None:
+                _check_identity(model, example, plan.insert)
+                _check_outputs(model, example, before, plan)
+            left, keys = _retraced(model, axes, example, rename)
+        except PlanError:
+            raise
+        except Exception as error:
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
         kept = None if undo is None else undo.renamed(rename, keys.get)
         yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
-    except BaseException as error:
+    except BaseException:
         for path in reversed(inserted):
             remove_copies(model, path, plan.insert[path])
-        if isinstance(error, TraceError):
-            raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from None
         raise
-    if undo is not None:
-        vars(undo).update(vars(kept))
-
-
-def _dry_run(model: nn.Module, axes: AxisGraph, insert: Mapping[str, Insertion]) -> None:
-    """Run the network with the new blocks on a copy without numbers."""
-    if axes.decisions is not None:  # which fake data cannot take
-        return
-    bare, mode = meta_copy(model, {})
-    example = fake_example(cast_example(axes.example, model), mode)
-    try:
-        _, before = record_calls(bare, example)
-        for path, insertion in insert.items():
-            _insert(bare, path, insertion)
-        _, after = record_calls(bare, example)
-    except PlanError:
-        raise
-    except Exception as error:
-        raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
-    if tensor_forms(before) != tensor_forms(after):
-        raise PlanError("the plan cannot be carried out: the network would answer in another shape")
+    if undo is not None and kept is not None:
+        undo.become(kept)
 
 
 def _insert(model: nn.Module, path: str, insertion: Insertion) -> None:

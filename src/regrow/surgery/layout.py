@@ -21,7 +21,6 @@ class Layout:
         source: The index of the entry before the plan, or of the entry that a new one copies.
         is_new: Whether it is new (bool).
         drawn: Whether it is new and randomly initialised instead of copied (bool).
-        twin: The index of the new entry whose random values it shares; mostly its own.
         inward: The factor on weights that make the entry (float64).
         outward: The factor on weights that consume the entry (float64).
     """
@@ -29,7 +28,6 @@ class Layout:
     source: Tensor
     is_new: Tensor
     drawn: Tensor
-    twin: Tensor
     inward: Tensor
     outward: Tensor
 
@@ -38,7 +36,7 @@ class Layout:
         """Return the layout in which old entries stay, in the given order, and none is new."""
         no = torch.zeros(len(source), dtype=torch.bool)
         ones = torch.ones(len(source), dtype=torch.float64)
-        return cls(source, no, no, torch.arange(len(source)), ones, ones)
+        return cls(source, no, no, ones, ones)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -49,10 +47,7 @@ class Layout:
         return self.source[~self.is_new]
 
 
-Layouts = Mapping[str, Mapping[int, Layout]]
-
-
-def plan_layouts(axes: AxisGraph, plan: Plan) -> Layouts:
+def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     """Return tensor name → dimension → its layout after the plan, for every dimension that the plan changes."""
     sizes = axes.sizes()
     used = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
@@ -80,11 +75,11 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
                 whole = _nested(whole, lay_out(part, sizes, units), size_of(part, sizes))
             return whole
         case Sum(parts):
-            before, after, pieces = 0, 0, []
+            before, pieces = 0, []
             for part in parts:
                 piece = lay_out(part, sizes, units)
-                pieces.append(replace(piece, source=piece.source + before, twin=piece.twin + after))
-                before, after = before + size_of(part, sizes), after + len(piece)
+                pieces.append(replace(piece, source=piece.source + before))
+                before += size_of(part, sizes)
             return Layout(*(torch.cat([vars(piece)[name] for piece in pieces]) for name in vars(pieces[0])))
 
 
@@ -98,7 +93,6 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
         torch.add(*pairs(outer.source * size, inner.source)),
         torch.logical_or(*pairs(outer.is_new, inner.is_new)),
         torch.logical_or(*pairs(outer.drawn, inner.drawn)),
-        torch.add(*pairs(outer.twin * len(inner), inner.twin)),
         torch.mul(*pairs(outer.inward, inner.inward)),
         torch.mul(*pairs(outer.outward, inner.outward)),
     )
@@ -117,8 +111,7 @@ def units_after(change: Change, axis: Axis) -> Layout:
     if not change.restore:
         return units
     order = torch.tensor(unit_ids_after(change, axis)).argsort()
-    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
-    return Layout(*(rank[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))
+    return Layout(*(part[order] for part in vars(units).values()))
 
 
 def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
@@ -128,26 +121,16 @@ def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
     rounds = [torch.randperm(kept, generator=generator) for _ in range(-(-added // kept))]
     donors = torch.cat(rounds)[:added]  # every kept unit about equally often
     units = replace(Layout.of(torch.cat([keep, keep[donors]])), is_new=torch.arange(total) >= kept)
-    match "zero_out" if change.recalled else change.fill.rule:
-        case "zero_out":
-            zeroed = torch.where(units.is_new, 0.0, units.outward)
-            if axis.mark is Mark.FOLDED:  # a norm divides by the number of units: the units themselves must be 0
-                return replace(units, drawn=units.is_new, inward=zeroed)
-            return replace(units, drawn=units.is_new, outward=zeroed)
-        case "split":
-            # Unequal shares; with equal ones a unit and its copy would get equal gradients for ever.
-            share = 0.5 + torch.rand(total, dtype=torch.float64, generator=generator)
-            owner = torch.cat([torch.arange(kept), donors])
-            sums = torch.zeros(kept, dtype=torch.float64).index_add(0, owner, share)
-            return replace(units, outward=share / sums[owner])
-        case "pair":
-            second = kept + added // 2
-            twin, sign = torch.arange(total), torch.ones(total, dtype=torch.float64)
-            twin[second:], sign[second:] = torch.arange(kept, second), -1
-            source = torch.cat([keep, keep[donors[: added // 2].repeat(2)]])
-            return replace(units, source=source, drawn=units.is_new, twin=twin, outward=sign)
-        case rule:
-            raise ValueError(f"no rule fills new units by {rule!r}")
+    if change.fill.rule == "split":
+        # Unequal shares; with equal ones a unit and its copy would get equal gradients for ever.
+        share = 0.5 + torch.rand(total, dtype=torch.float64, generator=generator)
+        owner = torch.cat([torch.arange(kept), donors])
+        sums = torch.zeros(kept, dtype=torch.float64).index_add(0, owner, share)
+        return replace(units, outward=share / sums[owner])
+    zeroed = torch.where(units.is_new, 0.0, units.outward)
+    if axis.mark is Mark.FOLDED:  # a norm divides by the number of units: the units themselves must be 0
+        return replace(units, drawn=units.is_new, inward=zeroed)
+    return replace(units, drawn=units.is_new, outward=zeroed)
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
@@ -244,7 +227,7 @@ def _filled(
         else:  # a layer that starts at 0
             drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
             drawn = drawn * (part.shape[dim] / part.numel()) ** 0.5
-        tensor = tensor.index_copy(dim, new, drawn).index_select(dim, lay.twin.to(tensor.device))
+        tensor = tensor.index_copy(dim, new, drawn)
     factor = torch.ones(len(lay), dtype=torch.float64)
     factor = factor * lay.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
     factor = factor * lay.outward if Role.CONSUMES in roles else factor

@@ -1,4 +1,4 @@
-"""New units after a plan: fit their weights to data, make them sparse, turn them; the network's outputs stay."""
+"""New units after a plan: fit their weights to data, make them sparse; the network's outputs stay."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,21 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from regrow.core.axes import AxisGraph, Mark, Role
-from regrow.core.change import FILLS
-from regrow.core.objectives import class_loss
 from regrow.core.plan import Plan, PlanError
 from regrow.core.sources import Batch, device_of
 from regrow.scoring.watch import find_inputs
 from regrow.surgery.compensate import bias_of
 from regrow.tracing.capture import evaluating
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-STEP = 1e-3  # of the finite difference in zero-initialised weights, relative to the RMS of the parameter
 
 
 @dataclass(frozen=True)
@@ -47,19 +40,6 @@ class Entries:
         tensor = model.get_parameter(self.name).detach()
         part = value.to(tensor).expand_as(self.of(tensor))
         tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
-
-    def turn(self, model: nn.Module, direction: Tensor) -> None:
-        """Turn each row halfway to another direction and keep its norm; a row whose direction is 0 stays.
-
-        The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
-        otherwise all rows would take the one best direction, and learn the same.
-        """
-        now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
-        rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
-        left, _, right = torch.linalg.svd(normalize(rows), full_matrices=False)
-        turned = normalize(normalize(old) + normalize(left @ right)) * old.norm(dim=1, keepdim=True)
-        turned = torch.where(rows.any(1, keepdim=True), turned, old)
-        self.set(model, turned.reshape(now.shape).movedim(0, self.dim))
 
 
 def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
@@ -111,102 +91,6 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     return model
 
 
-def align_new_units(
-    model: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    batches: Iterable[Batch],
-    *,
-    loss: Loss | None = None,
-    steps: int = 1,
-) -> nn.Module:
-    """Turn the weights of new units so that the loss has a large gradient in their zero weights, and they learn fast.
-
-    With zero outgoing weights, ``G = ∂L/∂W_out`` depends on the incoming weights w of a new unit, and w is chosen to
-    make ``‖G‖²`` large at the norm that w has. A step of the power method turns w halfway to ``∂‖G‖²/∂w``, these
-    directions made orthogonal to one another; it takes two ordinary backward passes, the second with ``W_out`` moved a
-    little along G. New units also get the spread that :func:`fit_new_units` gives them.
-
-    Args:
-        model: The network after the plan; changed in place.
-        axes: Its axes after the plan.
-        plan: The plan that added the units, by ``zero_out``.
-        batches: Batches to take the gradients on.
-        loss: (model, batch) → scalar; cross entropy with the batch's labels unless given.
-        steps: Steps of the power method. With one, units keep half of their random directions, and learn longest.
-
-    Raises:
-        PlanError: As :func:`fit_new_units`; or if no gradient reaches the units.
-
-    Source: Evci et al., GradMax (arXiv 2201.05125).
-    """
-    new, batches = new_units(model, axes, plan), list(batches)
-    drawn, zero = split_entries(model, axes, new)
-    spread = Plan({key: plan.changes[key] for key in new if axes[key].mark is not Mark.FOLDED})
-    gradients = _sum_gradients(model, zero, batches, loss)
-    for key in new:
-        if not any(bool(gradient.any()) for entries, gradient in gradients.items() if entries.axis == key):
-            raise PlanError(f"axis {key!r}: no gradient of these batches reaches its new units")
-    for step in range(steps + 1):
-        if step:
-            gradients = _sum_gradients(model, zero, batches, loss)
-            _move(model, gradients)
-            try:
-                directions = _sum_gradients(model, drawn, batches, loss)
-            finally:
-                _set_zero(model, zero)
-            for entries, direction in directions.items():
-                entries.turn(model, direction)
-            _set_zero(model, zero)  # some new units of one axis are made by those of another
-        if spread.changes:
-            fit_new_units(model, axes, spread, batches)
-    return model
-
-
-def _sum_gradients(
-    model: nn.Module, entries: Sequence[Entries], batches: Sequence[Batch], loss: Loss | None
-) -> dict[Entries, Tensor]:
-    """Return the gradient of the loss, summed over the batches, in entries of parameters."""
-    parameters = {part.name: model.get_parameter(part.name) for part in entries}
-    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
-    total: dict[Entries, Tensor] = {}
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for batch in batches:
-            with evaluating(model), torch.enable_grad():
-                moved = batch.to(device_of(model))
-                if loss is None and batch.labels is None:
-                    raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
-                value = loss(model, moved) if loss else class_loss(moved.run(model), moved.labels)
-                gradients = torch.autograd.grad(value, [*parameters.values()], materialize_grads=True)
-            whole = dict(zip(parameters, gradients, strict=True))
-            for part in entries:
-                gradient = part.of(whole[part.name]).float()
-                total[part] = total[part] + gradient if part in total else gradient
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return total
-
-
-def _move(model: nn.Module, gradients: Mapping[Entries, Tensor]) -> None:
-    """Set entries to a small step along their gradients, of one length relative to the weights of each axis."""
-    for key in {entries.axis for entries in gradients}:
-        steps = {entries: gradient for entries, gradient in gradients.items() if entries.axis == key}
-        size, largest = (
-            max(float(tensor.detach().double().square().mean().sqrt()) for tensor in tensors)
-            for tensors in ([model.get_parameter(entries.name) for entries in steps], steps.values())
-        )
-        for entries, gradient in steps.items():
-            entries.set(model, gradient * (STEP * (size or 1.0) / largest))
-
-
-def _set_zero(model: nn.Module, zero: Iterable[Entries]) -> None:
-    for entries in zero:
-        entries.set(model, torch.zeros(()))
-
-
 def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
@@ -221,18 +105,18 @@ def sparsify_new_units(
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return axis key → the positions of the units that a plan added or restored afresh."""
+    """Return axis key → the positions of the units that a plan added."""
     result = {}
     for key, change in plan.changes.items():
-        if not change.new_units:
+        if not change.grow:
             continue
-        if not FILLS[change.fill.rule].unread:
+        if change.fill.rule != "zero_out":
             raise PlanError(
                 f"axis {key!r}: units added by {change.fill.rule!r} are read already, so a change would be heard; "
                 "take the fill 'zero_out'"
             )
         axis = axes[key]
-        ids = {*range(axis.next_id - change.grow, axis.next_id), *(change.restore if change.fresh else ())}
+        ids = {*range(axis.next_id - change.grow, axis.next_id)}
         if not ids <= set(axis.ids) or axis.size != change.after:
             raise PlanError(f"axis {key!r} is not as this plan left it; give the axes that apply returned for it")
         result[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])

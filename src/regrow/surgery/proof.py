@@ -7,37 +7,36 @@ as the operations need it, and that is the same for all blocks of one class.
 
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.axes import Role, axes_in
-from regrow.core.plan import PlanError
+from regrow.core.axes import Dim, Role, axes_in
+from regrow.core.plan import NONE, PlanError
+from regrow.surgery.carry import ProposedChange
 from regrow.surgery.compensate import PlannedTensors, bias_of
-from regrow.surgery.layout import resize
+from regrow.surgery.layout import Layout, lay_out_dims, resize
 from regrow.surgery.output_comparison import (
-    ROUNDING,
-    Deviation,
-    ProposedChange,
+    RELATIVE_BOUND,
     all_true,
-    computed_tensors,
     max_difference,
     max_magnitude,
     measure_difference,
     measure_magnitude,
-    restored_means,
-    run_both,
 )
-from regrow.surgery.runner import LARGE, Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.runner import LARGE, Load, Masking, Runner, loader, masking, preserve_generators, reseed, run_both
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
 from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import operations
+
+# How many units in the last place a tensor may differ from its value in float64
+ROUNDING = 16
 
 # How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small
 PER_CLASS = 4
@@ -47,6 +46,13 @@ SMALL = 2**18
 
 # Entries of each spatial dimension that a block is tested with, if its operations allow any size
 CROP = 3
+
+
+class Deviation(NamedTuple):
+    """How far a block of the cut network is from the masked one, in float64, and how far it may be."""
+
+    largest_difference: float
+    bound: float
 
 
 class _NotAloneError(Exception):
@@ -65,14 +71,14 @@ def check_blocks(change: ProposedChange) -> None:
         if len(change.recording.blocks) > 1 and all(pair.same(block) for block in select_blocks(change)):
             return
         try:
-            ours, theirs = pair.whole()
+            ours, theirs = pair.run_whole()
         except RuntimeError as error:
             why = " ".join(str(error).split())[:200]
             raise PlanError(
                 f"the plan cannot be carried out: what it leaves does not run in float64 ({why}); plan other sizes"
             ) from error
-    if not (distance := max_difference(ours, theirs)) <= change.bound * max_magnitude(ours):
-        raise PlanError(describe_difference(distance, max_magnitude(ours)))
+    if not (distance := max_difference(ours.answers, theirs.answers)) <= RELATIVE_BOUND * max_magnitude(ours.answers):
+        raise PlanError(describe_difference(distance, max_magnitude(ours.answers)))
 
 
 def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
@@ -85,15 +91,15 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
         raise PlanError(f"{where} cannot be compared by itself; load the model whole, without --memory")
     gap, largest = max(((float(one), float(other)) for one, other in pair.gaps), key=lambda row: row[0] - row[1])
     if not same:
-        raise PlanError(f"{where}: {describe_difference(gap, largest / change.bound)}")
+        raise PlanError(f"{where}: {describe_difference(gap, largest / RELATIVE_BOUND)}")
     return Deviation(gap, largest)
 
 
-def describe_difference(distance: float, largest: float, remedy: str = "") -> str:
+def describe_difference(distance: float, largest: float) -> str:
     """Return the error message for a planned network whose outputs differ from those of the masked one."""
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
-        f"largest output is {largest:.1e} (float64); {remedy or 'a fault of regrow, please report it'}"
+        f"largest output is {largest:.1e} (float64); a fault of regrow, please report it"
     )
 
 
@@ -102,7 +108,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
     Where all are equally wide, the first is both.
     """
-    sizes = {name: value.numel() for name, value in {**state_of(change.model), **change.ready.values}.items()}
+    sizes = {name: value.numel() for name, value in {**state_of(change.tensors.model), **change.ready.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in changed_blocks(change):
         classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
@@ -119,8 +125,8 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
 def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
     """Return the blocks that a plan changes: those with operations on its axes, or with tensors that it computes."""
-    moved, made = change.units.keys(), change.ready.values.keys()
-    steps = change.axes.steps
+    moved, made = change.tensors.units.keys(), change.ready.values.keys()
+    steps = change.tensors.axes.steps
     reach = [any(not moved.isdisjoint(axes_in(dim)) for row in step.shapes for dim in row or ()) for step in steps]
     blocks = change.recording.blocks
     return [block for block in blocks if any(reach[block.start : block.stop]) or not made.isdisjoint(block.states)]
@@ -132,27 +138,35 @@ class _Pair:
     def __init__(self, change: ProposedChange, only: GraphBlock | None = None) -> None:
         self.change = change
         self.gaps: list[tuple[Tensor, Tensor]] = []
-        model, plan, recorded, ready = change.model, change.plan, change.recording, change.ready
-        self.rounded = computed_tensors(change)
+        recorded, ready, tensors = change.recording, change.ready, change.tensors
+        self.axes, self.plan, model = tensors.axes, tensors.plan, tensors.model
+        self.rounded = set(filter(tensors.computes, ready.values))  # computed instead of selected
+        self.restores = any(units.restore for units in self.plan.changes.values())
         self.exact: dict[str, Tensor] = {}
         reads = tuple(read for read in recorded.reads if only is None or only.start <= read.step < only.stop)
-        keep = {key: units.keep for key, units in plan.changes.items()}
-        mask = masking(recorded.capture, reads, change.axes.sizes(), keep, plan.means)
+        keep = {key: units.keep for key, units in self.plan.changes.items()}
+        mask = masking(recorded.capture, reads, self.axes.sizes(), keep, self.plan.means)
         load = loader(model, ready.values)
         back: Masking | None = None
-        if change.recalls:
-            old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in change.units.items()}
-            back = masking(change.planned, reads, ready.sizes, old, restored_means(change))
+        if self.restores:
+            old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in tensors.units.items()}
+            back = masking(change.planned, reads, tensors.sizes, old, NONE)
         else:
-            load = _exact_loader(load, ready.tensors, self.rounded, self.exact)
+            load = _exact_loader(load, tensors, self.rounded, self.exact)
         self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = (
             (recorded.capture, loader(model), mask),
             (change.planned, load, back),
         )
-        self.nodes = tuple(operations(capture) for capture, *_ in self.sides)
-        self.steps = {node: i for nodes in self.nodes for i, node in enumerate(nodes)}
-        example = cast_example(change.axes.example, model)
+        example = cast_example(self.axes.example, model)
         self.given = tree_leaves((example.args, dict(example.kwargs)))
+
+    def _lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
+        return lay_out_dims(dims, self.axes.sizes(), self.change.tensors.units)
+
+    @cached_property
+    def steps(self) -> dict[Node, int]:
+        """Operation of either network → its number."""
+        return {node: i for runner in self.runners for i, node in enumerate(runner.nodes)}
 
     def _fresh(self) -> tuple[Runner, Runner]:
         (whole, load, mask), (planned, load_cut, mask_cut) = self.sides
@@ -165,20 +179,20 @@ class _Pair:
         """Runners of both networks, with every value computed that depends on no parameter."""
         pair = self._fresh()
         for runner, (capture, *_) in zip(pair, self.sides, strict=True):
-            runner.run_only(_past_parameters(capture, self.change.axes.parameters, runner.writers))
+            runner.run_only(_past_parameters(capture, self.axes.parameters, runner.writers))
         return pair
 
-    def whole(self) -> tuple[Answers, Answers]:
-        """Run both networks on the example and return their outputs."""
+    def run_whole(self) -> tuple[Runner, Runner]:
+        """Run both networks on the example."""
         self.exact.clear()
         self._check_rounding(self.rounded)
-        ours, theirs = self._fresh()
-        run_both(ours, theirs, self.change.recording.blocks, self.nodes[0], self.nodes[1])
-        return ours.answers, theirs.answers
+        pair = self._fresh()
+        run_both(*pair, self.change.recording.blocks)
+        return pair
 
     def same(self, block: GraphBlock) -> bool:
         """Whether both networks are known to compute the same in a block from the same inputs."""
-        ours = self.nodes[0][block.start : block.stop]
+        ours = operations(self.change.recording.capture)[block.start : block.stop]
         local = all(op_name(node) in _LOCAL or torch.Tag.pointwise in getattr(node.target, "tags", ()) for node in ours)
         for crop in (CROP, None) if local else (None,):
             try:
@@ -193,15 +207,15 @@ class _Pair:
     def _same(self, block: GraphBlock, crop: int | None) -> bool:
         self.gaps.clear()
         generator = torch.Generator().manual_seed(block.start)
-        known = self.runners[0].env
+        runner = self.runners[0]
         seams = {
             step: self._seam(step, generator, crop)
             for step in block.inputs
-            if isinstance(step, int) and self.nodes[0][step] not in known
+            if isinstance(step, int) and runner.nodes[step] not in runner.env
         }
-        names = self.rounded.intersection({*block.states, *map(bias_of, self.change.plan.means.keys() & block.states)})
+        names = self.rounded.intersection({*block.states, *map(bias_of, self.plan.means.keys() & block.states)})
         small = [name for name in names if self.change.ready.values[name].numel() <= LARGE]
-        self.exact |= {name: self.change.ready.tensors.load(name, exact=True) for name in small}
+        self.exact |= {name: self.change.tensors.load(name, exact=True) for name in small}
         try:
             self._check_rounding(small)
             ours, theirs = (self._run(i, block, {step: pair[i] for step, pair in seams.items()}) for i in (0, 1))
@@ -211,18 +225,19 @@ class _Pair:
 
     def _seam(self, step: int, generator: torch.Generator, crop: int | None) -> tuple[Tensor, Tensor]:
         """Return random numbers for a value between two blocks, and the same after the plan."""
-        form, dims = self.nodes[0][step].meta.get("val"), self.change.axes.steps[step].shapes[0]
+        form, dims = self.runners[0].nodes[step].meta.get("val"), self.axes.steps[step].shapes[0]
         if not isinstance(form, Tensor) or not form.is_floating_point() or dims is None:
             raise _NotAloneError
         few = [crop if crop and i > 1 and isinstance(dim, int) and dim > crop else None for i, dim in enumerate(dims)]
         shape = [n or int(whole) for n, whole in zip(few, form.shape, strict=True)]
         made = torch.randn(shape, dtype=torch.float64, generator=generator).to(form.device)
-        lays = self.change.lays(dims)
+        lays = self._lays(dims)
         return made, resize(f"seam {step}", made, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
 
     def _run(self, side: int, block: GraphBlock, seams: Mapping[int, Tensor]) -> dict[int, Any]:
         """Return the results of a block's operations that later ones read, or the network's outputs."""
-        runner, nodes = self.runners[side], self.nodes[side]
+        runner = self.runners[side]
+        nodes = runner.nodes
         inside = _between(nodes, block)
         before = {}
         for node in dict.fromkeys(one for other in inside for one in other.all_input_nodes):
@@ -243,18 +258,18 @@ class _Pair:
 
     def _alike(self, step: int, ours: Any, theirs: Any) -> Tensor:
         """Return whether a result is the same in both networks, ``[]`` bool."""
-        steps = self.change.axes.steps
+        steps = self.axes.steps
         dims = steps[step].shapes[0] if step < len(steps) else ()
         if not isinstance(ours, Tensor) or dims is None:
             raise _NotAloneError
-        for dim, lay in self.change.lays(dims).items():
+        for dim, lay in self._lays(dims).items():
             stays = (~lay.is_new).nonzero().flatten()
             ours = ours.index_select(dim, lay.source[stays].to(ours.device))
             theirs = theirs.index_select(dim, stays.to(theirs.device))
         if not ours.is_floating_point():
             same = ours.shape == theirs.shape
             return (ours == theirs).all() if same else torch.tensor(False)
-        largest = self.change.bound * measure_magnitude([ours])
+        largest = RELATIVE_BOUND * measure_magnitude([ours])
         gap = measure_difference([ours], [theirs]).to(largest.device)
         self.gaps.append((gap, largest))
         return ours.isfinite().all() & (gap <= largest)
@@ -262,17 +277,13 @@ class _Pair:
     def _check_rounding(self, names: Iterable[str]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
-        if change.recalls:
+        if self.restores:  # restored entries are not computed
             return
-        # The undo store computes these from values stored before earlier cuts, which were rounded only once.
-        stored = set[str]()
-        if change.undo is not None:
-            stored = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means)}
         verdicts = {}
-        for name in sorted(set(names) - stored):
+        for name in sorted(names):
             written = change.ready.values[name]
             exact = self.exact.get(name)
-            exact = change.ready.tensors.load(name, exact=True) if exact is None else exact
+            exact = change.tensors.load(name, exact=True) if exact is None else exact
             bound = ROUNDING * torch.finfo(written.dtype).eps * measure_magnitude([exact])
             verdicts[name] = measure_difference([exact], [written]).to(bound.device) <= bound
         if not all_true([*verdicts.values()]):

@@ -18,7 +18,7 @@ from regrow.tracing.effects import Effects, locate_branches
 from regrow.tracing.model_state import output_tensors, state_of
 from regrow.tracing.nodes import op_name, operands
 from regrow.tracing.own_run import as_double, grouped_product, made_in_double, widen_dtype
-from regrow.tracing.readings import ReadDim
+from regrow.tracing.readings import GraphBlock, ReadDim
 from regrow.tracing.record import ORDERS
 from regrow.tracing.steps import operations
 
@@ -104,6 +104,7 @@ class Runner(Interpreter):
     ) -> None:
         super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
         self.states, self.load, self.double, self.masking = recorded.states, load, double, masking or Masking()
+        self.nodes = operations(recorded)
         self.exact = exact
         self.orders: list[Tensor] = []
         self.judged: Answers = []
@@ -264,6 +265,17 @@ class Runner(Interpreter):
         rest[0] = [len(index)] if isinstance(rest[0], list | tuple) else self.masking.groups[n]
         out = n.target(part, *rest, **kwargs)  # type: ignore[operator]
         return torch.zeros_like(x, dtype=out.dtype).index_copy(read.axis, index, out)
+
+
+def run_both(masked: Runner, shrunk: Runner, cut: Sequence[GraphBlock]) -> None:
+    """Run two recorded networks to their ends, block by block in turns, each block from the same random seed."""
+    with preserve_generators():
+        for block in cut:
+            for runner in (masked, shrunk):
+                reseed(block.start)
+                runner.run_until(runner.nodes[block.stop] if block.stop < len(runner.nodes) else None)
+        masked.run_until()
+        shrunk.run_until()
 
 
 @contextmanager

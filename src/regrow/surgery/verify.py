@@ -1,7 +1,6 @@
 """Verify a cut for any network and plan: the cut network must compute what the masked network computes."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -9,8 +8,9 @@ from torch import nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan
-from regrow.surgery.apply import apply, check, try_out
-from regrow.surgery.carry import carry_out, commit, prepare, resizing
+from regrow.surgery.apply import apply, check, record_present, try_out
+from regrow.surgery.carry import carry_out, prepare, resizing, write
+from regrow.surgery.compensate import PlannedTensors
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
     Decisions,
@@ -18,18 +18,16 @@ from regrow.surgery.output_comparison import (
     common_outputs,
     max_difference,
     max_magnitude,
-    record_planned,
     record_run,
-    run_pair,
     run_whole_pair,
-    shallow_copy,
 )
-from regrow.surgery.runner import Answers
+from regrow.surgery.runner import Answers, Runner, loader, masking, run_both
 from regrow.tracing.capture import Capture, holds_numbers
-from regrow.tracing.meta_copy import leaves_in
-from regrow.tracing.readings import Readings, readings
-from regrow.tracing.steps import difference, refold_steps
-from regrow.tracing.trial import Resizing
+from regrow.tracing.meta_copy import cast_example, leaves_in
+from regrow.tracing.model_state import Snapshot
+from regrow.tracing.nodes import op_name
+from regrow.tracing.readings import Readings, blocks, readings
+from regrow.tracing.trial import record_resized
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,7 @@ class Verification:
     unproven: str = ""
 
 
-def verify(
-    model: nn.Module,
-    axes: AxisGraph,
-    plan: Plan,
-    example: Example | None = None,
-    *,
-    examples: Iterable[Example] = (),
-) -> Verification:
+def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | None = None) -> Verification:
     """Compare the network cut by a plan with the same network masked by it, in float64 and in its own precision.
 
     Masked means: in every operation that sums over an axis its dropped units count as 0 (or as the plan's means), in
@@ -73,9 +64,8 @@ def verify(
     or as its input where that passes through. The masked network is computed by running the recorded operations one by
     one, without surgery; so is the cut one, recorded on a copy of the planned shapes. Both run block by block
     (:mod:`regrow.tracing.readings`), each with its own hidden states: one block of the network and its cut copy are in
-    float64 at a time. For declared axes (:func:`regrow.declare`) the masked network is the whole network with 0 in each
-    weight that consumes dropped units; it and its cut copy are run as they are, and so are networks in which data
-    decide which operations run, and plans that drop branches.
+    float64 at a time. Networks in which data decide which operations run, and plans that drop branches, are run as a
+    whole, and the cut copy as it is.
 
     Where data decide what a network does (which boxes overlap), both networks get the decisions of the uncut one, so
     that their outputs have one shape; then the values on which the decisions are based are compared too: the scores and
@@ -86,124 +76,94 @@ def verify(
         model: The traced model; it is left unchanged.
         axes: Its axes.
         plan: The plan.
-        example: The input to compare on; the traced one unless given.
-        examples: Further inputs to compare on, of any batch size and length.
+        example: The input to compare on, of any batch size and length; the traced one unless given.
 
     Returns:
-        The differences, and whether they are within their bound; of several inputs, the largest.
+        The differences, and whether they are within their bound.
 
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
     check(model, axes, plan)
-    results = [_verify(model, axes, plan, inputs) for inputs in (example or axes.example, *examples)]
-    worst = max(results, key=lambda result: result.max_abs_diff / (result.bound or 1.0))
-    return replace(
-        worst,
-        ok=all(result.ok for result in results),
-        float32_diff=max(result.float32_diff for result in results),
-        rounding=max(result.rounding for result in results),
-        argmax_flips=sum(result.argmax_flips for result in results),
-        positions=sum(result.positions for result in results),
-    )
-
-
-def _verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> Verification:
-    runs = _Runs(model, axes, example)
-    exact_masked, exact_shrunk, decisions = runs.both(plan, double=True)
-    masked, shrunk, _ = runs.both(plan, double=False, decisions=decisions)
+    runs = _Runs(model, axes, plan, example or axes.example)
+    exact_masked, exact_shrunk, decisions = runs.both(double=True)
+    masked, shrunk, _ = runs.both(double=False, decisions=decisions)
     difference, largest = max_difference(exact_masked, exact_shrunk), max_magnitude(exact_masked)
-    holds = difference <= RELATIVE_BOUND * largest
-    if not holds:
-        _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
     rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.shape == b.shape]
     positions = sum(a[..., 0].numel() if a.dim() else 1 for a, _ in rows)
     return Verification(
-        ok=holds and positions > 0,
+        ok=difference <= RELATIVE_BOUND * largest and positions > 0,
         max_abs_diff=difference,
         bound=RELATIVE_BOUND * largest,
         float32_diff=max_difference(masked, shrunk),
         rounding=max_difference(masked, exact_masked),
         argmax_flips=sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in rows if a.dim()),
         positions=positions,
-        unproven=runs.check_own_run(plan),
+        unproven=runs.check_own_run(),
     )
 
 
 def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
     """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
-    runs = _Runs(model, axes, axes.example)
     for plan in plans:
         check(model, axes, plan)
-        masked, shrunk, _ = runs.both(plan, double=True)
+        masked, shrunk, _ = _Runs(model, axes, plan, axes.example).both(double=True)
         compared = bool(common_outputs(masked, shrunk))
-        distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
-        if not distance <= RELATIVE_BOUND:
-            _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
-        yield plan, distance
-
-
-def _refuse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Raise :class:`PlanError` if :func:`regrow.apply` would not try the plan."""
-    if plan.changes_modules:
-        apply(shallow_copy(model), axes, plan)
-    else:
-        try_out(model, axes, plan, resizing(model, axes, plan))
-
-
-class _Checked(Exception):  # noqa: N818
-    """Raised when a cut network has been checked, to have the model restored."""
+        yield plan, max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
 
 
 class _Runs:
-    """Runs of the network masked and cut by several plans: recorded once, and once per plan."""
+    """Runs of the network masked and cut by a plan, after the checks that :func:`regrow.apply` makes on a copy."""
 
-    def __init__(self, model: nn.Module, axes: AxisGraph, example: Example) -> None:
-        self.model, self.axes, self.example = model, axes, example
+    def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> None:
+        self.model, self.axes, self.plan, self.example = model, axes, plan, cast_example(example, model)
         self.recorded: Readings | None = None
-        self.planned: tuple[Plan, Capture] | None = None
+        self.planned: Capture | None = None  # where a recording is run instead of the cut network
+        if plan.changes_modules:
+            return
+        rehearsal = try_out(model, axes, plan)
+        if axes.decisions is not None:
+            return
+        if example is axes.example:
+            known = record_present(model, axes, rehearsal.present)
+            self.recorded = Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())
+            self.planned = rehearsal.planned
+        else:
+            self.recorded = readings(model, axes, self.example)
+            there = replace(axes, example=self.example)
+            self.planned = record_resized(model, there, resizing(model, axes, plan))
 
-    def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
+    def both(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
         """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
-        model, axes = self.model, self.axes
-        moved = any(change.restore for change in plan.changes.values())
-        if axes.declared or axes.decisions is not None or plan.changes_modules or moved:
+        model, axes, plan, known = self.model, self.axes, self.plan, self.recorded
+        if known is None or self.planned is None:
             taken = None if axes.decisions is None else decisions
             carried = apply if plan.changes_modules else carry_out
             return run_whole_pair(model, axes, plan, self.example, double, taken, carried)
-        if self.planned is None or self.planned[0] is not plan:
-            to = resizing(model, axes, plan)
-            self.planned = plan, record_planned(model, axes, to, self.example)
-            self.recorded = self.recorded or self._present(to, self.planned[1])
-        assert self.recorded is not None
-        return *run_pair(model, axes, plan, self.recorded, self.planned[1], double), None
+        keep = {key: change.keep for key, change in plan.changes.items()}
+        mask = masking(known.capture, known.reads, known.sizes, keep, plan.means)
+        masked = Runner(known.capture, known.given, loader(model), double, mask, exact=lambda name: True)
+        cut = PlannedTensors(model, axes, plan)
+        shrunk = Runner(self.planned, known.given, cut.load, double, exact=lambda name: not cut.computes(name))
+        alike = [op_name(node) for node in masked.nodes] == [op_name(node) for node in shrunk.nodes]
+        # If the network runs other operations at other sizes, the two have no common blocks.
+        run_both(masked, shrunk, blocks(known.capture) if alike else ())
+        return masked.answers, shrunk.answers, None
 
-    def check_own_run(self, plan: Plan) -> str:
+    def check_own_run(self) -> str:
         """Compare the cut network's own forward pass with its recording; return why that could not be done.
 
         The model itself is cut for that, and restored: a copy may run otherwise.
         """
-        model, axes = self.model, self.axes
+        model, axes, plan = self.model, self.axes, self.plan
         if not holds_numbers(model, axes.example):
             return "the network or its example has no numbers"
-        if plan.changes_modules or (self.planned is None and axes.decisions is None):
+        if plan.changes_modules:
             return ""  # the cut network itself was run
 
-        def check(after: AxisGraph) -> AxisGraph:
-            recorded = record_run(model, self.example) if self.planned is None else self.planned[1]
-            unproven.append(check_recording(model, recorded, self.example))
-            raise _Checked
-
-        unproven: list[str] = []
-        with suppress(_Checked):
-            commit(model, axes, plan, prepare(model, axes, plan), prove=check)
-        return unproven[0]
-
-    def _present(self, to: Resizing, planned: Capture) -> Readings:
-        """Return the recording that the axes have, if the planned network shows that it still holds, or a new one."""
-        axes, known = self.axes, self.axes.recording
-        if known is None or not known.fits(self.model, self.example):
-            return readings(self.model, axes, self.example)
-        if difference(refold_steps(axes, to.constants), planned, to.sizes, to.added) is not None:
-            return readings(self.model, axes, self.example)
-        return Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())
+        before = Snapshot(model)
+        try:
+            write(model, axes, prepare(model, axes, plan))
+            return check_recording(model, self.planned or record_run(model, self.example), self.example)
+        finally:
+            before.restore()

@@ -75,8 +75,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
             ) from error
         except Exception as error:
             problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
-            remedy = "name the axes yourself with regrow.declare, and please report this: it is a fault of regrow"
-            raise TraceError(f"{problem}; {remedy}") from error
+            raise TraceError(f"{problem}; please report this: it is a fault of regrow") from error
 
 
 def _traced(model: nn.Module, example: Example) -> AxisGraph:

@@ -215,7 +215,7 @@ def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
 def _refused(model: nn.Module, error: Exception) -> TraceError:
     return TraceError(
         f"torch.export refuses {type(model).__name__}: {first_line(error)}. "
-        "Check that the example input is what the model's forward takes, or name its axes: regrow.declare"
+        "Check that the example input is what the model's forward takes"
     )
 
 

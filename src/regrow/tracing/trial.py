@@ -23,9 +23,8 @@ class Resizing:
     """The sizes, constants and biases that a plan leads to, without the values of tensors."""
 
     sizes: Mapping[str, int]  # axis key → its number of units
-    constants: Mapping[str, float | None] = field(default_factory=dict)  # module:attribute → the number that folds set
+    constants: Mapping[str, float] = field(default_factory=dict)  # module:attribute → the number that folds set
     added: Mapping[str, int] = field(default_factory=dict)  # name of a bias that is added → its size
-    removed: tuple[str, ...] = ()  # names of biases
 
 
 @dataclass(frozen=True)
@@ -204,11 +203,10 @@ def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Mod
         module = copy.get_submodule(path)
         old = get_attribute(module, name)
         set_attribute(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
-    for bias in (*to.added, *to.removed):
+    for bias, size in to.added.items():
         path, _, leaf = bias.rpartition(".")
         parameters: dict[str, Any] = copy.get_submodule(path)._parameters
-        added = bias in to.added
-        parameters[leaf] = without_numbers(mode, (to.added[bias],), parameters["weight"]) if added else None
+        parameters[leaf] = without_numbers(mode, (size,), parameters["weight"])
     return copy, mode
 
 

@@ -228,7 +228,8 @@ def read_start(
     if ranks.several:
         stored = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
         if record := broadcast_record(ranks, stored):
-            history = TrainState(**record | {"plans": tuple(map(Plan.from_json, record["plans"]))})
+            plans = tuple(read_plan(json.loads(plan)) for plan in record["plans"])
+            history = TrainState(**record | {"plans": plans})
     if history is None:
         return model, axes, TrainState(learner)
     with TemporaryDirectory(prefix="regrow-") if ranks.several else nullcontext("") as folder:

@@ -97,7 +97,6 @@ class AxisGraph:
         tracer: How the network was recorded on fake data.
         unproven: Why the recording was not compared with the network's own forward pass; empty: it was, and is equal.
         trained: Whether training mode was traced too, since it reaches more parameters.
-        declared: The keys of the axes that the user declared instead of tracing.
         example: The traced input, for verifying.
         recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), to prove a
             change; ``None``: the proof makes a new one.
@@ -122,7 +121,6 @@ class AxisGraph:
     tracer: Tracer = field(default=Tracer.RECORD, compare=False, repr=False)
     unproven: str = field(default="", compare=False, repr=False)
     trained: bool = False
-    declared: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)
     recording: Any = field(default=None, compare=False, repr=False)
     network: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
@@ -150,9 +148,7 @@ class AxisGraph:
 
     @property
     def recorded(self) -> str:
-        """How the graph was obtained: ``"export"``, one ``"eager"`` run, or ``"not"`` traced but all declared."""
-        if self.declared and self.axes.keys() <= set(self.declared):
-            return "not"
+        """How the network was recorded: on fake data (``"export"``), or in one ``"eager"`` run."""
         return "export" if self.decisions is None else "eager"
 
     @cached_property

@@ -251,7 +251,7 @@ def plan_cut(
 def with_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """Return the axes with the modules that can be dropped, if a method drops some and they are not known yet."""
     known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
-    return with_branches(model, axes) if pruner.drop and axes.steps and not (known or axes.declared) else axes
+    return with_branches(model, axes) if pruner.drop and axes.steps and not known else axes
 
 
 def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
