@@ -146,6 +146,13 @@ def test_weights_that_change_while_a_run_is_interrupted_are_refused(
     assert code == 2 and "model was changed since this run was started" in err
 
 
+def test_weights_that_get_a_hard_link_are_the_same(regrow: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        read_then(90, lambda: os.link(model / NAME, "second"), patch)
+        code, _, err = regrow("prune", "model", *SOURCE, *STREAMED, "--out", "out")
+    assert code == 0 and Path("second").exists(), err
+
+
 def test_an_evaluation_of_weights_that_change_is_refused(
     regrow: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

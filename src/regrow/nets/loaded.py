@@ -83,16 +83,19 @@ class WeightFile:
         self.status = self._read(handle)
 
     def check(self, handle: int | None = None) -> None:
-        """Raise InputError unless the file is the one that was opened, unchanged."""
-        if self._read(handle) != self.status:
+        """Raise InputError unless the file is the one that was opened, unchanged; it may get or lose hard links."""
+        now = self._read(handle)
+        linked = now[:4] == self.status[:4] and now[5] != self.status[5]  # which changes the time of the inode, too
+        if now != self.status and not linked:
             raise InputError(
                 f"{self.path} was replaced or written to while it was in use; nothing is saved, start again"
             )
+        self.status = now
 
     @property
     def record(self) -> dict[str, int]:
         """What tells a later process whether the file is the same, as JSON data; times in nanoseconds."""
-        return dict(zip(("inode", "bytes", "modified", "changed"), self.status[1:], strict=True))
+        return dict(zip(("inode", "bytes", "modified", "changed"), self.status[1:5], strict=True))
 
     def leads_to_it(self) -> bool:
         """Whether the path still leads to the file that was opened."""
@@ -106,7 +109,7 @@ class WeightFile:
             now = os.stat(self.path) if handle is None else os.fstat(handle)  # noqa: PTH116 (alike for both)
         except OSError as error:
             raise InputError(f"{self.path} cannot be read any more ({reason(error)}); put it back") from None
-        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_nlink
 
 
 @dataclass(frozen=True)

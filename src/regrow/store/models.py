@@ -88,6 +88,8 @@ def save(
             in the dtype it would be stored in (buffers may), the folder holds a model that regrow did not write, or the
             disk is full.
     """
+    if not isinstance(model, nn.Module | Loaded):
+        raise StoreError(f"got a {type(folder).__name__} as the folder; write save(model, folder)")
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / SHAPES).exists():
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
