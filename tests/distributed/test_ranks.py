@@ -187,14 +187,13 @@ def test_an_ended_rank_ends_those_that_wait_for_it(rank, how):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("prune", str(RUN), "--keep", "0.5", "--device", "cuda"), "the CPU alone; leave out --device cuda"),
+        (
+            ("prune", str(RUN), "--keep", "0.5", "--device", "cuda"),
+            "--device cuda is for a single process; leave it out",
+        ),
         (("recover", str(RUN), "--by", "refit"), "--by refit runs in one process, unlike lora and distil"),
         (("recover", str(RUN), "--by", "my.own:recovery"), "--by my.own:recovery runs in one process"),
         (("recover", str(RUN), "--by", "distil", "--memory", "4GiB"), "--memory predicts a recovery in one process"),
-        (
-            ("recover", str(RUN), "--by", "distil"),
-            "share the 4 batches of a step (windows) evenly; use --set windows=3",
-        ),
     ],
 )
 def test_options_for_one_process_are_refused_in_several(monkeypatch, tmp_path, capsys, words, line):
