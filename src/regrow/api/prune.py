@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -61,15 +62,14 @@ def prune(
             a dict of such by name. Methods that score by weights need none.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction that stays of the weights of linear layers and convolutions (of a language model: of its
-            decoder); ``None``: 0.8, unless there is a target.
+        keep: The fraction of the weights of linear layers and convolutions (of a decoder) that stays; ``None``: 0.8.
         target: A size instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
             ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
             network has, ``"params=70%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
-        loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or
-            the name of one of ``regrow.core.objectives.OBJECTIVES`` (``"next-token"``); ``None``: what fits the labels.
+        loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or a
+            name such as ``"next-token"``; ``None``: what fits the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
@@ -81,8 +81,7 @@ def prune(
         round_to: Widths are multiples of this number where an axis has that many units.
         regular: Whether every block gets the same widths.
         settings: Settings of the method that differ from its defaults.
-        reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut, on
-            all of the data, in memory.
+        reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
 
@@ -101,30 +100,24 @@ def prune(
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.checked(data=data, validation=validation)
-    sizes = {"keep": keep, "target": target or None, "smaller": smaller}
-    given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"keep, target and smaller exclude each other, got {' and '.join(given)}; give one of them")
-    job = Settings(
-        call.name,
-        method,
-        dict(settings or {}),
-        keep=keep if given else 0.8,
-        target=target,
-        smaller=None if smaller is None else parse_share(str(smaller)),
-        regular=regular,
-        only=tuple(only),
-        exclude=tuple(exclude),
-        marks=tuple(sorted(map(str, marks))),
-        round_to=round_to,
-        precision=precision,
-        reconstruct=reconstruct,
-    )
+    job = Settings(call.name, method, dict(settings or {}), regular=regular, only=tuple(only), exclude=tuple(exclude))
+    job = replace(job, marks=tuple(sorted(map(str, marks))), round_to=round_to)
+    job = replace(_with_size(job, keep, target, smaller), precision=precision, reconstruct=reconstruct)
     with visible(progress) as shown:
         result = carry_out(job, partial(_open, call, reconstruct), call.run("prune", shown))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
+
+
+def _with_size(job: Settings, keep: float | None, target: str, smaller: str | float | None) -> Settings:
+    """Return the settings with a size that is given in at most one of three ways; without one, 0.8 of the weights."""
+    sizes = {"keep": keep, "target": target or None, "smaller": smaller}
+    given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"keep, target and smaller exclude each other, got {' and '.join(given)}; give one of them")
+    share = None if smaller is None else parse_share(str(smaller))
+    return replace(job, keep=keep if given else 0.8, target=target, smaller=share)
 
 
 def _open(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
