@@ -101,11 +101,11 @@ def mean_without_a_fold(m: Any, h: Tensor) -> Tensor:
 SIZED: Mapping[Callable[[Any, Tensor], Tensor], str] = {
     branch_on_a_factor: "return h * (2.0 if h.shape[-1] >= 12 else 1.0)",
     least_of_width_and_number: "return h * min(h.shape[-1], 8)",
-    branch_on_a_weight: "if m.a.weight.shape[0] > 6:",
+    branch_on_a_weight: "m.b(wire(m, m.a(x).relu()))",  # what runs instead of the branch
     factor_by_a_weight: "return h * (2.0 if m.a.weight.shape[0] > 6 else 1.0)",
     largest_of_width_and_number: "return h / max(h.shape[-1], 12)",
     width_divided_without_rest: "return h * (h.shape[-1] // 10)",
-    loop_over_a_share_of_the_width: "for _ in range(-(-h.shape[-1] // 8)):",
+    loop_over_a_share_of_the_width: "m.b(wire(m, m.a(x).relu()))",  # what runs instead of the next turn
     table_by_size: "return h + (0.5, 1.0)[h.shape[-1] > 10]",
     slice_of_a_constant: "return h * m.table[h.shape[-1] // 10 : h.shape[-1] // 10 + 1]",
     one_of_two_values: "m.b(wire(m, m.a(x).relu()))",  # where what it chose is read
@@ -117,7 +117,7 @@ SIZED: Mapping[Callable[[Any, Tensor], Tensor], str] = {
     whole_number_filled_in: "return h * torch.full((1,), h.shape[-1] // 10)",
     mean_without_a_fold: "return h * (1 / h.shape[-1])",
 }
-"""Networks whose Python looks at a width, and the line that does."""
+"""Networks whose Python looks at a width, and the line of the operation that differs."""
 
 
 def net(wire: Callable[[Any, Tensor], Tensor]) -> tuple[nn.Module, AxisGraph]:

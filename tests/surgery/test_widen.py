@@ -69,7 +69,7 @@ def test_an_axis_that_cannot_grow_says_why() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     axes = trace(model, torch.randn(2, 4))
-    with pytest.raises(PlanError, match=r"cannot be widened: it would be taken over new units too \(layer_norm"):
+    with pytest.raises(PlanError, match=r"cannot be widened: .* layer_norm in 1"):
         Plan.growing(axes, {"0.weight:0": 1})
     with pytest.raises(PlanError, match="is frozen: it is an output"):
         Plan.growing(axes, {"2.weight:0": 1})
@@ -92,7 +92,7 @@ def test_group_norms_take_whole_newborn_groups(rule: str, groups: int) -> None:
     wide, _ = apply(copy.deepcopy(model), axes, Plan.growing(axes, {whole.key: 2}, Fill(rule)))
     assert wide[1].num_groups == groups + 2 and wide[1].num_channels == 12 + 2 * 12 // groups
     if groups == 3:
-        with pytest.raises(PlanError, match=r"cannot be widened: it would be taken over new units too \(group_norm"):
+        with pytest.raises(PlanError, match=r"cannot be widened: .* group_norm in 1"):
             Plan.growing(axes, {"0.weight:0": 1})
 
 
@@ -280,7 +280,7 @@ def test_two_readers_that_meet_are_no_place_for_newborn_units() -> None:
         c=nn.Linear(6, 3),
     )
     axes = trace(model, torch.randn(2, 4))
-    with pytest.raises(PlanError, match="weights meet weights"):
+    with pytest.raises(PlanError, match=r"cannot be widened: .* matmul in the model"):
         Plan.growing(axes, {"a.weight:0": 2}, Fill("split"))
 
 
