@@ -26,10 +26,10 @@ def regrow(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], t
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["regrow", *words])
-        handler = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a command that is over leaves it ignored
         with pytest.raises(SystemExit) as stop:
             main()
-        signal.signal(signal.SIGINT, handler)  # which is ignored when a command is over
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         captured = capfd.readouterr()
         return int(stop.value.code or 0), captured.out, captured.err
 

@@ -140,7 +140,7 @@ def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
 
     monkeypatch.setattr("regrow.jobs.prune.run", cleaned_up)
     code, _, err = regrow("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "run")
-    assert code == 130 and "stopped; nothing was written" in err
+    assert code == 130 and "stopped; nothing was written" in err, err
 
 
 def test_usage_errors_name_the_help(regrow: Run) -> None:
