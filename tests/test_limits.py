@@ -182,7 +182,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
         "a.txt": limits.read_text,
         "a.txt.gz": lambda path: limits.read_content(path, 9),
         "run.json": lambda path: read_run(path.parent),
-        "metrics.jsonl": metrics.read,
+        "metrics.jsonl": lambda path: metrics.Metrics(path).rows(),
         "ledger.json": lambda path: Ledger(path).plans(),
         "m.gguf": lambda path: read_gguf_sizes(path, "m"),
         "model.safetensors": check_safetensors,
