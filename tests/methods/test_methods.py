@@ -132,7 +132,7 @@ def test_several_words_of_a_setting_come_with_commas() -> None:
     assert find_method(MethodKind.SEARCH, "mgas").made("mgas", {"stages": "0,1"}).settings["stages"] == (0, 1)
     made = find_method(MethodKind.SEARCH, "blind").made("blind", {"what": "operations,filters", "split": "0.6, 0.4"})
     assert made.settings["split"] == (0.6, 0.4)
-    with pytest.raises(ValueError, match=r"blind: split\.0 is 'a': Expected `float`, got `str`"):
+    with pytest.raises(ValueError, match=r"blind: Expected `float`, got `str` - at `\$\.split\[0\]`"):
         find_method(MethodKind.SEARCH, "blind").made("blind", {"split": "a,b"})
 
 
