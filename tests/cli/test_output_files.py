@@ -43,7 +43,7 @@ def test_a_link_is_followed_and_stays(regrow, tmp_path):
 def test_a_fifo_is_refused(regrow):
     os.mkfifo("fifo")
     code, _, err = regrow(*SIZE, "fifo")
-    assert code == 2 and "fifo is a pipe (FIFO)" in err
+    assert code == 2 and "fifo is no regular file" in err
 
 
 def test_what_may_be_replaced(tmp_path):
@@ -56,7 +56,7 @@ def test_what_may_be_replaced(tmp_path):
     for name in ("toys.py", "data", "page.html", "latest.json"):
         with pytest.raises(StoreError, match=r"exists and is not a \.json file; name a new file"):
             check_output(tmp_path / name, JSON)
-    with pytest.raises(StoreError, match="is a folder"):
+    with pytest.raises(StoreError, match="is no regular file but a folder"):
         check_output(tmp_path, JSON)
     with pytest.raises(StoreError, match="symbolic links"):
         check_output(tmp_path / "loop.json", JSON)

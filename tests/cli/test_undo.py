@@ -140,7 +140,7 @@ def test_a_damaged_copy_is_refused_and_the_run_stays(chain: Run, what: str) -> N
 def test_the_command_says_in_a_line_what_is_damaged(chain: Run) -> None:
     DAMAGE["a bit of the weights"]()
     code, _, err = chain("undo", "two")
-    assert code == 2 and err.count("regrow: ") == 1 and "two/before/model.safetensors is damaged" in err
+    assert code == 2 and err.count("regrow: ") == 1 and "two/before/model.safetensors does not have" in err
     assert "kept" not in err and load("two", model=_classifier()).training is False
 
 
@@ -185,17 +185,6 @@ def test_a_second_name_from_elsewhere_is_not_kept(chain: Run) -> None:
     undo(Path("two"))
     os.truncate("twin", 0)
     assert load("two", model=_classifier())
-
-
-def test_too_small_a_disk_is_noticed_before_the_run(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(".")._replace(free=100)
-    monkeypatch.setattr(parents.shutil, "disk_usage", lambda path: usage)
-    for model, code in (("two", CODE), ("toys:classifier", ())):
-        words = ("grow", model, "--channels", "+1", *code, "--out", "three")
-        status, _, err = chain(*words)
-        assert status == 4 and "--no-undo" in err and "100 bytes are free" in err, err
-        assert not Path("three").exists()
-    assert chain(*words, "--no-undo")[0] == 0
 
 
 def test_what_a_run_starts_from_may_not_change_while_it_is_copied(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
     one, two = (trace(model, parts.search.train.inputs[:n]) for n in (1, 2))
     counted = dense(model, parts.search.train.inputs[:2])
     for text, name in (
-        ("0.25", "parameters"),
+        ("params=25%", "parameters"),
         ("nonzero=25%", "parameters"),
         ("macs=25%", "macs"),
         ("bytes=25%", "bytes"),
