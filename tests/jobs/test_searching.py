@@ -225,7 +225,6 @@ def _same(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
     for more, told in (
         ({"epochs": 0}, "take --epochs 1"),
-        ({"validation": 0.999}, "leaves 0"),
         ({"train": -5}, "train must be 0 to"),
         ({"epochs": 3}, "a stage of 2 no epoch to learn masks in, .* use --epochs 4 or more"),
         ({"target": "params=60", "method_settings": QUICK | {"levels": ("operations",)}}, "below what is left"),
