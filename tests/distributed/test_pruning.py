@@ -27,7 +27,7 @@ def test_two_processes_write_the_files_of_one(regrow, tiny_language_model, tmp_p
     assert (code, other) == (0, 0), errors + complaints
     assert not silence and not complaints
     for out in ("whole", "streamed"):
-        assert f"model and page are in {out}" in said
+        assert f"the result is in {out}" in said
         both = tmp_path / "one", tmp_path / out
         assert {path.name for path in both[0].iterdir()} == {path.name for path in both[1].iterdir()}
         for name in FILES[: -1 if out == "streamed" else None]:
