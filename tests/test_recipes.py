@@ -214,7 +214,7 @@ def test_a_grid_goes_on_past_a_failure_and_runs_that_row_again(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root / "src"), str(root / "tests" / "cli")]))
     Path("grid.toml").write_text(
         'command = ["prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--tokens", "64", '
-        '"--eval-tokens", "64"]\ngrid = {no_verify = [true], source = [["digits"], ["mine=pictures"]]}\n'
+        '"--eval-tokens", "64"]\ngrid = {no_undo = [true], source = [["digits"], ["mine=pictures"]]}\n'
     )
     monkeypatch.setattr("sys.argv", ["grid_on_ray.py", "grid.toml", "--out", "grid", "--local", "2"])
     assert recipe.main() == 1 and "2 runs, 1 failed" in capsys.readouterr().out
