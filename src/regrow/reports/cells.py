@@ -32,7 +32,7 @@ class Node(msgspec.Struct, frozen=True):
     width: Count | None = None
 
 
-class Cell(msgspec.Struct, frozen=True):
+class FoundCell(msgspec.Struct, frozen=True):
     """A cell: its nodes."""
 
     nodes: Annotated[list[Node], Few] = []
@@ -48,7 +48,7 @@ class Block(msgspec.Struct, frozen=True):
 class FoundNetwork(msgspec.Struct, frozen=True):
     """The cells or the blocks of a found network, from the record of how to build it."""
 
-    cells: Annotated[list[Cell], Few] = []
+    cells: Annotated[list[FoundCell], Few] = []
     blocks: Annotated[list[Block], Few] = []
 
     @property

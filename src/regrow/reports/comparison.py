@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from regrow.reports import quantities as q
 from regrow.reports.figures import Drawing, draw_front
 from regrow.reports.records import Run
-from regrow.reports.summary import Summary, Table, summarise
+from regrow.reports.summary import Summary, SummaryTable, summarise
 
 EVALUATION = ("tasks", "data", "scenario", "train", "test", "validation", "eval_tokens", "seq_len")
 """Settings in which runs must agree, or their quality cannot be compared."""
@@ -17,7 +17,7 @@ class Comparison:
     """What the page of several runs shows."""
 
     headline: str
-    table: Table
+    table: SummaryTable
     alarms: list[str]
     runs: list[Run]
     summaries: list[Summary]
@@ -63,7 +63,9 @@ def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: values for name, values in columns.items() if len(set(values)) > 1 and name != "run"}
 
 
-def _tabulate(title: str, runs: Sequence[Run], summaries: Sequence[Summary], differing: dict[str, list[str]]) -> Table:
+def _tabulate(
+    title: str, runs: Sequence[Run], summaries: Sequence[Summary], differing: dict[str, list[str]]
+) -> SummaryTable:
     """Return a row per run, and one of what was before them where that is the same for all."""
     figures = [{row.label: row for row in summary.figures} for summary in summaries]
     labels = list(dict.fromkeys(label for known in figures for label in known))
@@ -76,7 +78,7 @@ def _tabulate(title: str, runs: Sequence[Run], summaries: Sequence[Summary], dif
         before.append(sides.pop() if len(sides) == 1 else q.NONE)
     if any(value != q.NONE for value in before):
         rows.insert(0, ["before", *[q.NONE] * len(differing), *before])
-    return Table(title, ["Run", *differing, *labels], rows)
+    return SummaryTable(title, ["Run", *differing, *labels], rows)
 
 
 def _evaluated(run: Run) -> tuple[object, ...]:

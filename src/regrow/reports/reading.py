@@ -16,7 +16,7 @@ from regrow.core.errors import ResourceError
 from regrow.core.limits import parse_json
 from regrow.reports.cells import FoundNetwork, read_found
 from regrow.reports.quantities import in_words
-from regrow.reports.records import ROWS, AxisKind, Course, PairedDifference, Perplexity, Quality, Run
+from regrow.reports.records import ROWS, AxisKind, BoundedPerplexity, Course, PairedDifference, Quality, Run
 from regrow.store import metrics
 from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, check_readable
@@ -162,7 +162,7 @@ def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
     texts: dict[str, Quality] = {}
     tasks: dict[str, Quality] = {}
     for row in rows:
-        if isinstance(row, Perplexity) and row.model in _MODELS:
+        if isinstance(row, BoundedPerplexity) and row.model in _MODELS:
             quality = texts.setdefault(row.source, Quality(row.source))
             quality.seen, quality.models[_MODELS[row.model]] = row.seen, row
         elif isinstance(row, metrics.ChoiceRow) and row.model in _MODELS:

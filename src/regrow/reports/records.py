@@ -17,7 +17,7 @@ Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)] | None
 Spread = Annotated[float, msgspec.Meta(ge=0, le=60)] | None
 
 
-class Perplexity(metrics.PerplexityRow, frozen=True):
+class BoundedPerplexity(metrics.PerplexityRow, frozen=True):
     """The perplexity of a model on a text domain, within the bounds of a figure."""
 
     ppl: Annotated[float, msgspec.Meta(gt=0, le=1e200)] | None
@@ -69,7 +69,7 @@ class SearchTotals(msgspec.Struct, frozen=True):
     size: Amount = None
 
 
-class StageMemory(msgspec.Struct, frozen=True):
+class StageMemoryRow(msgspec.Struct, frozen=True):
     """The peak of memory of a stage of a search, and whether parts were recomputed in the backward pass."""
 
     peak: Count | None = None
@@ -101,11 +101,11 @@ ROWS: dict[str, type[Any]] = {
     "growth": Commit,
     "latency": PassTimes,
     "levels": SearchTotals,
-    "memory": StageMemory,
+    "memory": StageMemoryRow,
     "paired": PairedDifference,
-    "perplexity": Perplexity,
+    "perplexity": BoundedPerplexity,
     "result": FoundRow,
-    "stages": StageMemory,
+    "stages": StageMemoryRow,
     "training": TrainingRow,
 }
 """Kind of measurement → the schema of its row, as pages read it."""
@@ -117,18 +117,20 @@ class Quality:
 
     name: str
     seen: bool | None = None  # in calibration; None for a task
-    models: dict[str, Perplexity | metrics.ChoiceRow] = field(default_factory=dict)  # before, cut, changed, recovered
+    models: dict[str, BoundedPerplexity | metrics.ChoiceRow] = field(
+        default_factory=dict
+    )  # before, cut, changed, recovered
     paired: PairedDifference | None = None
 
     def value(self, model: str) -> float | None:
         """Return the perplexity or accuracy of a model; ``None`` if it was not measured."""
         row = self.models.get(model)
-        return row.ppl if isinstance(row, Perplexity) else row.acc if row else None
+        return row.ppl if isinstance(row, BoundedPerplexity) else row.acc if row else None
 
     def error(self, model: str) -> float | None:
         """Return half the 95 % interval of :meth:`value`."""
         row = self.models.get(model)
-        if isinstance(row, Perplexity):
+        if isinstance(row, BoundedPerplexity):
             return None if row.ppl is None or row.se is None else row.ppl * math.expm1(1.96 * row.se)
         return None if row is None or row.acc_se is None else 1.96 * row.acc_se
 

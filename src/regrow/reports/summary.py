@@ -16,7 +16,7 @@ from regrow.reports.records import (
     Run,
     SearchEpoch,
     SearchTotals,
-    StageMemory,
+    StageMemoryRow,
     TrainingRow,
 )
 from regrow.store.metrics import (
@@ -45,7 +45,7 @@ MOVED = 1e-3
 
 
 @dataclass(frozen=True)
-class Table:
+class SummaryTable:
     """A table in words; the first cell of a row is its label."""
 
     title: str
@@ -194,7 +194,7 @@ def _summarise_search(run: Run) -> Summary:
         state = trained if run.settings.get("retrain", "0") != "0" else "with the weights of the search"
         sentence += f" Its test accuracy is {q.percent(test.accuracy)}, {state}."
         figures.append(Figures("Test accuracy", q.percent(test.accuracy), remark=f"on {q.count(test.images)} examples"))
-    peaks, alarms = [row.peak for row in run.of(StageMemory) if row.peak is not None], _warn_of_search(run)
+    peaks, alarms = [row.peak for row in run.of(StageMemoryRow) if row.peak is not None], _warn_of_search(run)
     if peaks:
         limit, peak = run.settings.get("memory", q.NONE), q.octets(max(peaks))
         figures.append(Figures("Memory of training", peak, remark=f"allowed at most {limit}"))
@@ -202,7 +202,7 @@ def _summarise_search(run: Run) -> Summary:
             if max(peaks) > parse_bytes(limit):
                 alarms.append(f"The memory budget of {limit} was exceeded: a stage needed {peak}.")
     details = [f"{len(epochs)} epochs of search in {len({row.stage for row in epochs})} stages."] if epochs else []
-    if any(row.recomputed for row in run.of(StageMemory)):
+    if any(row.recomputed for row in run.of(StageMemoryRow)):
         details.append("To stay within the memory budget, parts were recomputed in the backward pass.")
     size, quality = found.parameters if found else None, test.accuracy if test else None
     return Summary(sentence, figures, details, size, quality, alarms)
@@ -257,7 +257,7 @@ def next_command(run: Run) -> str:
     return f"regrow export {name} --to onnx{code} --out {shlex.quote(f'{run.name}.onnx')}"
 
 
-def quality_table(run: Run) -> Table:
+def quality_table(run: Run) -> SummaryTable:
     """Return the perplexity on every text domain, and the accuracy on every task, of each model of the run."""
     models, rows, recovered = run.models, [], any(row.recovered is not None for row in run.quality)
     for row in run.quality[:200]:
@@ -269,10 +269,10 @@ def quality_table(run: Run) -> Table:
         cells.append(_describe_change(row))
         rows.append([*cells, q.percent(row.recovered)] if recovered else cells)
     heads = ["", *models.values(), "Change", *["Loss recovered"] * recovered]
-    return Table("Perplexity of text, accuracy on tasks", heads, rows)
+    return SummaryTable("Perplexity of text, accuracy on tasks", heads, rows)
 
 
-def accuracy_table(run: Run) -> Table:
+def accuracy_table(run: Run) -> SummaryTable:
     """Return the accuracy on each task after learning each task."""
     course, most = run.course, 40
     names = course.tasks[:most]
@@ -285,7 +285,7 @@ def accuracy_table(run: Run) -> Table:
         values = [*row[:most], *[None] * (len(names) - len(row))]
         rows.append([name, *map(q.percent, values), size])
         shades.append([None, *values, None])
-    return Table("Accuracy on each task", columns, rows, shades)
+    return SummaryTable("Accuracy on each task", columns, rows, shades)
 
 
 def describe_proof(run: Run) -> str:
