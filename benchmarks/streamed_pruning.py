@@ -112,7 +112,8 @@ start = time.time(), time.process_time()
 announce = lambda line: print(json.dumps({"plan": line}), flush=True)
 done = run(settings, Invocation(out, memory=memory, announce=announce))
 row = {"wall": time.time() - start[0], "cpu": time.process_time() - start[1], "peak": peak()}
-row |= {"seconds": done.run()["seconds"], "verify": done.last("verify"), "predicted": done.run()["memory"]["predicted"]}
+record = done.read_record()
+row |= {"seconds": record["seconds"], "verify": done.last("verify"), "predicted": record["memory"]["predicted"]}
 print(json.dumps(row), flush=True)
 """
 

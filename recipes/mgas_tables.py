@@ -132,7 +132,7 @@ def measured(arm: Arm, target: float, seed: int, args: Namespace) -> Row:
     if arm.draws > 1:
         settings = best(settings, place, arm.draws)
     folder = once(settings, place)
-    seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.run()["seconds"].values())
+    seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.read_record()["seconds"].values())
     by = {row["what"]: row for row in folder.metrics()}
     one, net = read_parts(settings).test.inputs[:1], regrow.load(folder.path)
     return {

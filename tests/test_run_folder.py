@@ -48,7 +48,7 @@ def test_a_run_that_was_interrupted_goes_on(run):
     run.owner.release()
     with RunFolder.create(run.out, verb="prune", settings=dict(reversed(SETTINGS.items()))) as again:
         assert again.resumed and not run.resumed and again.path == run.path
-        assert again.run()["command"] == "regrow prune m" and again.run()["versions"]["torch"]
+        assert again.read_record()["command"] == "regrow prune m" and again.read_record()["versions"]["torch"]
         again.finish()
     assert [path.name for path in run.out.iterdir()] == ["run.json"] and len([*run.out.parent.iterdir()]) == 1
 
@@ -80,14 +80,16 @@ def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
         with RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, defaults=defaults) as folder:
             return folder
 
-    assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
+    assert again(pace=0.25, levels=("a", "b")).read_record()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
     assert again(pace=0.25, levels=("a", "b")).resumed
     for other, words in (({"pace": 1.0}, "pace was 0.25 by default, here 1.0"), ({"floor": 1}, "floor was null")):
         with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
             again(**{"pace": 0.25, "levels": ("a", "b")} | other)
     for name in ("defaults", "versions"):
         (tmp_path / "odd").mkdir(exist_ok=True)
-        (tmp_path / "odd" / "run.json").write_text(json.dumps(again(pace=0.25, levels=("a", "b")).run() | {name: "x"}))
+        (tmp_path / "odd" / "run.json").write_text(
+            json.dumps(again(pace=0.25, levels=("a", "b")).read_record() | {name: "x"})
+        )
         with pytest.raises(StoreError, match=r"Expected `object`, got `str` - at `\$\.(defaults|versions)`"):
             RunFolder.create(tmp_path / "odd", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
 
@@ -117,8 +119,8 @@ def test_finishing(run):
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
         RunFolder.open(run.out)
     finished = run.finish(seconds={"load": 1.5})
-    done = RunFolder.open(run.out).run()
-    assert done == finished.run()
+    done = RunFolder.open(run.out).read_record()
+    assert done == finished.read_record()
     assert done["seconds"] == {"load": 1.5} and done["notes"] == ["a word"] and done["started"] <= done["finished"]
     assert [path.name for path in run.out.iterdir()] == ["run.json"]
 

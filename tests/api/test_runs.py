@@ -48,7 +48,10 @@ def test_each_call_writes_a_run_that_commands_take(capsys: pytest.CaptureFixture
     widths = {"pruned": 8, "recovered": 8, "grown": 12, "learned": 12}
     for name, width in widths.items():
         folder = RunFolder.open(name)
-        assert folder.run()["verb"] in f"{name}|prune|grow|learn|recover" and (folder.path / "report.html").is_file()
+        assert (
+            folder.read_record()["verb"] in f"{name}|prune|grow|learn|recover"
+            and (folder.path / "report.html").is_file()
+        )
         loaded = regrow.load(name, model=net)
         assert loaded[0].out_features == width
     assert torch.equal(regrow.load("learned", model=net)(INPUTS), model(INPUTS))

@@ -44,7 +44,7 @@ def test_windows_are_stored_and_used_again(
         assert code == 0, err
     assert torch.equal(tokens("one"), first)
     folder = RunFolder.open("one")
-    rows = folder.run()["sources"]
+    rows = folder.read_record()["sources"]
     assert [(row["name"], row["calibration_tokens"], row["evaluation_tokens"]) for row in rows] == [
         ("news", 93, 62),
         ("generated", 124, 0),

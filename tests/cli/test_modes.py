@@ -174,7 +174,7 @@ def python_grow(name: str, out: Path, memory: str) -> None:
 def python_recover(name: str, out: Path, memory: str) -> None:
     cut, by = RunFolder.open("pruned"), name.split()[1]
     loaded, dense = (load_model(ModelSpec(one)) for one in ("pruned", "llama"))
-    halves = read_sources(source_specs(read_pruning_settings(cut.run()["settings"], ""), 512), loaded)
+    halves = read_sources(source_specs(read_pruning_settings(cut.read_record()["settings"], ""), 512), loaded)
     data = {"data": halves.calibration, "validation": halves.evaluation}
     data |= {"tokenizer": dense.tokenizer, "example": dense.example}
     settings = {"windows": 2} if by == "distil" else {}
@@ -221,7 +221,7 @@ PYTHON: Mapping[str, Callable[[str, Path, str], None]] = {
 
 
 def settings_of(out: Path) -> Mapping[str, Any]:
-    run = RunFolder.open(out).run()
+    run = RunFolder.open(out).read_record()
     return {**run["settings"], "defaults": run.get("defaults")}
 
 

@@ -107,7 +107,7 @@ def test_settings_from_a_file_give_no_code(run):
     from regrow.nets import ModelError
     from regrow.store.run_folder import RunFolder
 
-    values = RunFolder.open(run).run()["settings"]
+    values = RunFolder.open(run).read_record()["settings"]
     with pytest.raises(ModelError, match="never imported"):
         read_pruning_settings(values)
     assert (

@@ -130,7 +130,7 @@ def test_learn(model: str, method: str) -> None:
     assert {"task", "matrix"} <= {row["what"] for row in command.metrics()}
     assert_same_runs(command, RunFolder.open("python"), learned.model)
     same = ("method", "method_settings", "epochs", "batch_size", "lr", "seed", "scenario", "precision", "optimizer")
-    recorded = [folder.run() for folder in (command, RunFolder.open("python"))]
+    recorded = [folder.read_record() for folder in (command, RunFolder.open("python"))]
     assert recorded[0]["defaults"] == recorded[1]["defaults"]
     assert all(recorded[0]["settings"].get(name) == recorded[1]["settings"].get(name) for name in same)
 

@@ -71,7 +71,7 @@ def test_passes_compute_in_bfloat16(regrow: Run, model: Path, products: set[torc
     if "made" in COMMANDS[command]:
         assert {tensor.dtype for tensor in load_file("made/model.safetensors").values()} == {torch.float32}
         run = library.store.run_folder.RunFolder.open("made")
-        assert run.run()["settings"]["precision"] == "bfloat16"
+        assert run.read_record()["settings"]["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

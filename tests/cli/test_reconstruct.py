@@ -33,7 +33,7 @@ def test_layers_are_fitted_on_left_out_sources(regrow: Run, tiny_language_model:
     assert all(
         layer["after"] <= layer["before"] and layer["ridge"] in (0, 0.03, 0.1, 0.3, 1, 3) for layer in layers.values()
     )
-    settings = read_pruning_settings(folder.run()["settings"])
+    settings = read_pruning_settings(folder.read_record()["settings"])
     loaded = load_model(ModelSpec(str(folder.path)))
     assert torch.count_nonzero(loaded.model.get_parameter("model.layers.1.mlp.down_proj.bias"))
     for source in read_sources(source_specs(settings), loaded).evaluation:

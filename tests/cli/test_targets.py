@@ -75,12 +75,12 @@ def test_times_are_measured_once_for_a_run(
     assert code == 130, err
     begun = RunFolder.open_unfinished("run")
     assert begun is not None
-    first = begun.run()["timing"]
+    first = begun.read_record()["timing"]
     assert set(first["names"].values()) == set(first["curves"]) and len(first["names"]) == 4
     monkeypatch.setattr(prune_run, "collect_evidence", real)
     code, out, err = regrow(*words, "--out", "run")
     assert code == 0, err
-    assert RunFolder.open("run").run()["timing"] == first
+    assert RunFolder.open("run").read_record()["timing"] == first
     row = told("run")
     assert row["predicted"] <= row["asked"] == row["before"] and row["after"] > 0
     assert "predicted" in out
@@ -136,11 +136,11 @@ def test_an_input_is_that_of_the_source_as_told_or_a_guess_that_is_printed(regro
     code, _, err = regrow(*words, "--target", "macs=3k", "--out", "run")
     assert code == 0 and "example input" not in err, err
     assert told("run")["before"] == 8 * 8 * 8 * 9 + 80 and told("run")["after"] <= 3000
-    assert RunFolder.open("run").run()["input"] == "1x1x8x8"
+    assert RunFolder.open("run").read_record()["input"] == "1x1x8x8"
     code, _, err = regrow("evaluate", "run", "--code", "own_small:net")
     assert code == 0 and "example input" not in err
     code, _, err = regrow(*words, "--target", "macs=9k", "--input", "1x1x16x16", "--out", "larger")
     assert code == 0 and told("larger")["before"] == 16 * 16 * 8 * 9 + 80, err
-    assert "--input 1x1x16x16" in RunFolder.open("larger").run()["command"]
+    assert "--input 1x1x16x16" in RunFolder.open("larger").read_record()["command"]
     code, _, err = regrow("show", "own_small:net", "--input", "8,8")
     assert code == 2 and "like 1x3x32x32; got '8,8'" in err

@@ -49,11 +49,11 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert "least squares" not in to_html(read_runs([plain.path]))
     accuracy = [[one["acc"] for one in of.metrics() if one["what"] == "choice"] for of in (plain, folder)]
     assert accuracy[1][0] == accuracy[0][0] and weights(folder) != weights(plain)
-    record, taken = folder.run(), {"reconstruct choose_on": "left_out_source"}
+    record, taken = folder.read_record(), {"reconstruct choose_on": "left_out_source"}
     assert record["settings"]["reconstruct"] is True and record["defaults"].items() >= taken.items()
-    assert not plain.run()["settings"]["reconstruct"] and "--reconstruct" in record["command"]
+    assert not plain.read_record()["settings"]["reconstruct"] and "--reconstruct" in record["command"]
     settings = recover.Settings(str(folder.path), "refit", tokens=256)
-    assert recovery_run.run(settings, Invocation(tmp_path / "more", code=PRUNING.model)).run()["finished"]
+    assert recovery_run.run(settings, Invocation(tmp_path / "more", code=PRUNING.model)).read_record()["finished"]
     undone = [undo(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
     assert undone[0].read_bytes() == undone[1].read_bytes()
 

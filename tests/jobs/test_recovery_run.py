@@ -45,13 +45,13 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     assert [row["model"] for row in rows if row["what"] == "choice"] == ["dense", "pruned", "recovered"]
     done = next(row for row in rows if row["what"] == "recovery")
     assert [layer["weight"] for layer in done["layers"]] == ["body.3.weight", "head.weight"]
-    assert folder.run()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
+    assert folder.read_record()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
     (page,) = read_runs([folder.path])
     assert page.method == "magnitude+refit" and page.settings["keep"] == "0.5" and not page.problems
     more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"mix": 0.2})
     again = recovery_run.run(more, Invocation(tmp_path / "more", code=CODE))
-    assert again.run()["settings"]["method"] == "magnitude+refit+distil"
-    assert again.run()["settings"]["pruning"] == folder.run()["settings"]["pruning"]
+    assert again.read_record()["settings"]["method"] == "magnitude+refit+distil"
+    assert again.read_record()["settings"]["pruning"] == folder.read_record()["settings"]["pruning"]
 
 
 @pytest.mark.parametrize("by", ["refit", "distil"])

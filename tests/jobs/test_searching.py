@@ -166,12 +166,12 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
 
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
-    taken = done.run()["defaults"]
+    taken = done.read_record()["defaults"]
     assert taken["filter_lr_ratio"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
     assert not {*QUICK, "target", "stages", "seed"} & {*taken}
     place, area = tmp_path / "run", tmp_path / "run" / ".work"
     area.mkdir(parents=True)
-    told = {name: value for name, value in done.run().items() if name != "finished"}
+    told = {name: value for name, value in done.read_record().items() if name != "finished"}
     (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
     with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 by default, here 0\.25"):
         run(SETTINGS, Invocation(place))

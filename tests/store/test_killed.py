@@ -110,7 +110,7 @@ def test_a_page_that_fails_keeps_no_run_from_its_end(here, monkeypatch, capsys):
     monkeypatch.setattr("regrow.reports.page.write_page", fails)
     assert code_of([*LEARN.split(), "--out", "run"]) == 0
     assert "no page was written: a page needs jinja2" in " ".join(capsys.readouterr().err.split())
-    assert load("run") is not None and RunFolder.open("run").run()["finished"]
+    assert load("run") is not None and RunFolder.open("run").read_record()["finished"]
 
 
 def test_a_run_whose_page_fills_the_disk_fails_and_goes_on_from_there(here, monkeypatch, capsys):
@@ -223,4 +223,4 @@ def test_two_runs_in_one_folder(here):
         with pytest.raises(ValueError, match="being written by another process"):
             run(settings, Invocation("run"))
 
-    assert run(settings, Invocation("run", progress=second)).run()["finished"]
+    assert run(settings, Invocation("run", progress=second)).read_record()["finished"]

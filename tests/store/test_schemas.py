@@ -55,7 +55,7 @@ def edited(path, change):
 def test_run_json(run, change, words):
     edited(run / "run.json", change)
     with pytest.raises(StoreError) as caught:
-        read_pruning_settings(RunFolder.open(run).run()["settings"], "toys:classifier")
+        read_pruning_settings(RunFolder.open(run).read_record()["settings"], "toys:classifier")
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
 
 

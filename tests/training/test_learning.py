@@ -155,7 +155,7 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     """Another version may have others."""
     own = replace(SETTINGS, epochs=1, method="ewc", method_settings={"decay": 0.5})
     folder = run(own, Invocation(tmp_path / "run"))
-    began = folder.run()["defaults"]
+    began = folder.read_record()["defaults"]
     assert "decay" not in began and began["strength"] == find_method(MethodKind.CONTINUAL, "ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
     seen, build = [], learning_run.build_learner
@@ -167,7 +167,7 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     monkeypatch.setattr(learning_run, "build_learner", watched)
     extend(Invocation(tmp_path / "run"), ("rotated:digits:2",))
     assert (seen[0]["strength"], seen[0]["decay"]) == (7.0, 0.5)
-    assert folder.run()["defaults"] == began | {"strength": 7.0}
+    assert folder.read_record()["defaults"] == began | {"strength": 7.0}
 
 
 def test_classes_that_come_later_need_outputs(tmp_path: Path) -> None:

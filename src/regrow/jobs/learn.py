@@ -311,7 +311,7 @@ class ExtensionRecorder(FolderRecorder):
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Open the run for writing inside the ``with`` block, unless another process has changed it since."""
         with RunFolder.reopen(self.out) as folder:
-            if folder.run() != self.known:
+            if folder.read_record() != self.known:
                 raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
             defaults = {**start.identity["defaults"], **self.known.get("defaults", {})}
             folder.update(
@@ -333,7 +333,7 @@ def _read_begun(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str, Any], 
         check_files(out)
     clear_leftovers(out)
     folder = RunFolder.open_unfinished(out) or RunFolder.open(out)
-    record = folder.run()
+    record = folder.read_record()
     if record["verb"] != "learn":
         raise StoreError(f"{out} holds a run of {record['verb']!r}; give the folder of `regrow learn`")
     check_repeatable(out, record)

@@ -48,7 +48,7 @@ def start_from(
     """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it."""
     source, saved = Path(model), Path(model, store.SHAPES).is_file()
     parent = read_parent(source) if saved else Parent(source.name, "", (), ())
-    recorded, files = folder.run().get("parent"), {file.path.name: file.record for file in loaded.files}
+    recorded, files = folder.read_record().get("parent"), {file.path.name: file.record for file in loaded.files}
     folder.inputs.extend(loaded.files)
     if recorded is not None:
         known = recorded.get("files", {})
@@ -88,7 +88,7 @@ def read_parent(folder: Path) -> Parent:
 def describe_stage(folder: RunFolder) -> dict[str, Any]:
     """Return the record of a run among the stages of its network, as JSON data; its model is saved."""
     shapes = store.read_shapes(folder.path)
-    run = folder.run()
+    run = folder.read_record()
     plans = folder.own_ledger.plans()
     return {
         "name": (folder.out or folder.path).resolve().name,
@@ -158,7 +158,7 @@ class Stage:
 def read_stages(run: Path) -> list[Stage]:
     """Return the runs that made the network of a finished run folder, in order."""
     folder = RunFolder.open(run)
-    records = [*folder.run().get("stages", ()), describe_stage(folder)]
+    records = [*folder.read_record().get("stages", ()), describe_stage(folder)]
     stages, at = [], folder.path
     for record in reversed(records):
         at = at / BEFORE
@@ -169,9 +169,9 @@ def read_stages(run: Path) -> list[Stage]:
 def undo(run: Path, out: Path | None = None) -> Path:
     """Replace a run by what it started from: the earlier run, or the model as it was loaded, bit for bit."""
     folder = RunFolder.open(run)
-    before, snapshot = run / BEFORE, folder.run().get("snapshot")
+    before, snapshot = run / BEFORE, folder.read_record().get("snapshot")
     if snapshot is None:
-        why = "it was started with --no-undo" if "parent" in folder.run() else "the network was new"
+        why = "it was started with --no-undo" if "parent" in folder.read_record() else "the network was new"
         raise StoreError(f"{run} holds no model from before the run ({why}); give a run folder with {BEFORE}/")
     if before.is_symlink() or not before.is_dir():
         raise StoreError(f"{before} is no folder any more; put the one of the run there again")

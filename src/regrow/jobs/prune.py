@@ -191,7 +191,7 @@ class PruneJob:
         log_pairs(record, fitted, pruned, {"of": ["cut", "pruned"]})
         log_pairs(record, before, pruned)
         if notes:
-            record.update(notes=[*record.run().get("notes", ()), *notes])
+            record.update(notes=[*record.read_record().get("notes", ()), *notes])
         return notes
 
     def _measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:

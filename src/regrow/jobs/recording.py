@@ -61,7 +61,7 @@ class Unrecorded:
     def finish(self, record: "Record", seconds: Mapping[str, float]) -> None:
         """Do nothing."""
 
-    def run(self) -> dict[str, Any]:
+    def read_record(self) -> dict[str, Any]:
         """Return nothing."""
         return {}
 
@@ -96,14 +96,14 @@ class FolderRecorder:
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the interrupted run has recorded, if there is one."""
         begun = RunFolder.check(self.out, identity)
-        return begun.run() if begun else {}
+        return begun.read_record() if begun else {}
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Begin or resume the run inside the ``with`` block."""
         loaded = start.loaded
         with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
-            recorded = folder.run().get("python")
+            recorded = folder.read_record().get("python")
             if recorded is None and start.call is not None:
                 folder.update(python=start.call)
             elif recorded is not None and recorded != start.call:

@@ -150,7 +150,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
     record = run.record
     if inputs.call is not None and isinstance(record, RunFolder) and not len(record.ledger):
         record.ledger.append(inputs.plan)  # the ledger begins with the cut that is made up for
-        record.update(parent={**record.run()["parent"], "plans": 1})
+        record.update(parent={**record.read_record()["parent"], "plans": 1})
     recoveries = 0
     for row in inputs.measured or ():
         recoveries += row["what"] == "recovery"
@@ -231,7 +231,7 @@ def _open_streamed(
 
 def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     """Return the settings, completed from the folder of the run to recover and the cut behind it."""
-    data = cut.folder.run()
+    data = cut.folder.read_record()
     known = data["settings"]
     pruning, before = (known, ()) if data["verb"] == "prune" else (known["pruning"], (*known["before"], known["by"]))
     return replace(
@@ -251,7 +251,7 @@ def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tup
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))
     if cut.before:
-        recorded = str(cut.folder.run().get("input", ""))
+        recorded = str(cut.folder.read_record().get("input", ""))
         dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), invocation.progress, code)
         dense = replace(dense, origin=replace(dense.origin, name=Path(spec.name).name))
     else:

@@ -80,7 +80,7 @@ def reconstruct(
     row = recover(record, task, "refit", settings, name="reconstruction")
     record.log("reconstruction", row)
     if "note" in row:
-        record.update(notes=[*record.run().get("notes", ()), f"reconstruction: {row['note']}"])
+        record.update(notes=[*record.read_record().get("notes", ()), f"reconstruction: {row['note']}"])
     return row
 
 
@@ -97,7 +97,7 @@ class LastCut:
 def find_cut(source: RunFolder, code: str = "") -> LastCut:
     """Return the cut that a recovery of a finished run makes up for."""
     folder = source
-    while (verb := folder.run()["verb"]) not in ("prune", "recover"):
+    while (verb := folder.read_record()["verb"]) not in ("prune", "recover"):
         changed = describe_plans(folder.own_ledger.plans())
         if changed or not (folder.path / BEFORE / RUN).is_file():
             raise StoreError(
@@ -105,7 +105,7 @@ def find_cut(source: RunFolder, code: str = "") -> LastCut:
                 f"`regrow {verb}` ({changed or 'nothing was cut'}); give the folder of a pruning run"
             )
         folder = RunFolder(folder.path / BEFORE)
-    data = folder.run()
+    data = folder.read_record()
     check_repeatable(folder.path, data)
     values = data["settings"] if verb == "prune" else convert_settings(data["settings"], RecoverSettings).pruning
     try:
@@ -116,6 +116,6 @@ def find_cut(source: RunFolder, code: str = "") -> LastCut:
     if not plans or plans[-1].back or any(change.grow for change in plans[-1].changes.values()):
         raise StoreError(f"{folder.path}: recovery needs a run whose last plan only cuts; restore ledger.json")
     before, at = folder.path / BEFORE, folder
-    while at.run()["verb"] != "prune" and (before / RUN).is_file():
+    while at.read_record()["verb"] != "prune" and (before / RUN).is_file():
         at, before = RunFolder(before), before / BEFORE
     return LastCut(folder, settings, plans[-1], before if (before / store.SHAPES).is_file() else None)

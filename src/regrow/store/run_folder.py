@@ -111,10 +111,12 @@ class RunFolder:
         path = Path(path)
         settle(path)
         folder = cls(path)
-        if not (path / run_record.RUN).is_file() or not folder.run().get("finished"):
+        if not (path / run_record.RUN).is_file() or not folder.read_record().get("finished"):
             if begun := cls.open_unfinished(path):
-                raise StoreError(f"{path}: the run is not finished; resume it first: {begun.run().get('command')}")
-            folder.run()
+                raise StoreError(
+                    f"{path}: the run is not finished; resume it first: {begun.read_record().get('command')}"
+                )
+            folder.read_record()
         return folder
 
     @classmethod
@@ -130,13 +132,13 @@ class RunFolder:
         if self.owner:
             self.owner.release()
 
-    def run(self) -> dict[str, Any]:
+    def read_record(self) -> dict[str, Any]:
         """Return the content of ``run.json``."""
         return run_record.read_run(self.path)
 
     def update(self, **fields: object) -> None:
         """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed."""
-        run = {**self.run(), **fields}
+        run = {**self.read_record(), **fields}
         self.write(run_record.RUN, {name: value for name, value in run.items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
@@ -161,7 +163,7 @@ class RunFolder:
     @property
     def own_ledger(self) -> Ledger:
         """The plans of this run alone, behind those of the runs that it started from."""
-        return Ledger(self.path / "ledger.json", int((self.run().get("parent") or {}).get("plans", 0)))
+        return Ledger(self.path / "ledger.json", int((self.read_record().get("parent") or {}).get("plans", 0)))
 
     def log(
         self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object

@@ -105,7 +105,7 @@ def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
         Settings(("permuted:digits:2",), "mlp:16", method, epochs=3, train=200, test=80, lr=0.05), Invocation(tmp_path)
     )
     rows = [row for row in folder.metrics() if row["what"] == "matrix"][-1]["matrix"]
-    tasks = read_tasks(specs_of(convert_settings(folder.run()["settings"], Settings)))
+    tasks = read_tasks(specs_of(convert_settings(folder.read_record()["settings"], Settings)))
     assert [share_right(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]
 
 
