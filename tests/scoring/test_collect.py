@@ -11,7 +11,7 @@ from regrow.core.scores import Moments, Need, Statistics, merged
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import Live
 from regrow.scoring import watch
-from regrow.scoring.collect import CollectionRun, collect
+from regrow.scoring.collect import CollectionOptions, collect
 from regrow.scoring.gradients import add_gradients
 
 ACTIVATIONS = {Need.ACTIVATIONS}
@@ -203,11 +203,11 @@ def test_a_killed_pass_goes_on_where_it_stopped() -> None:
 
     model.train()
     with pytest.raises(KeyboardInterrupt):
-        collect(model, axes, sources, ACTIVATIONS, shards=2, run=CollectionRun(on_done=keep, progress=kill))
+        collect(model, axes, sources, ACTIVATIONS, shards=2, options=CollectionOptions(on_done=keep, progress=kill))
     assert model.training and set(done) == {("a", 0), ("a", 1), ("b", 0)}
     finished: list[int] = []
-    run = CollectionRun(done=done, progress=lambda i, total, what: finished.append(i))
-    again = collect(model, axes, sources, ACTIVATIONS, shards=2, run=run)
+    run = CollectionOptions(done=done, progress=lambda i, total, what: finished.append(i))
+    again = collect(model, axes, sources, ACTIVATIONS, shards=2, options=run)
     assert finished[-1] == 8 and len(finished) < 8
     for name in whole:
         for a, b in zip(whole[name], again[name], strict=True):

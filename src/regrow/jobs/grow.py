@@ -95,7 +95,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, proof = _grow_checked(run, loaded.model, axes, plan, record.kept)
+            grown, proof = _grow_checked(run, loaded.model, axes, plan, record.is_kept)
     except BaseException:
         state.restore()
         raise
@@ -105,7 +105,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
     if settings.steps:
         with run.stage("train"):
             _train(settings, inputs, run, plan)
-    if record.kept:
+    if record.is_kept:
         with run.stage("save"):
             store.write_model(loaded, record.path)
     with run.stage("evaluate"):
@@ -228,7 +228,7 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
     added = added_entries(model, inputs.axes, plan)
 
     def measure_loss() -> float:
-        if not record.kept:
+        if not record.is_kept:
             return 0.0
         with preserve_random_state(generator for source in sources for generator in source.generators):
             return mean_loss(model, sources, inputs.objective)

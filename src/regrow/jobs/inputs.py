@@ -237,7 +237,7 @@ def complete_data(
     if specs is None:
         return halves
     if halves.pending:
-        folder = run.record.path if run.record.kept else None
+        folder = run.record.path if run.record.is_kept else None
         with run.stage("generate"):
             halves = fill_generated(halves, specs, loaded, folder, known=known, weights=weights, run=run)
     run.record.update(sources=describe_sources(specs, halves))

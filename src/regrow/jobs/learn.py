@@ -93,7 +93,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], ru
         with run.stage("learn"):
             fitted = _learn(opened, run)
         fitted.model.eval()
-        if record.kept:
+        if record.is_kept:
             with run.stage("save"):
                 store.write_model(replace(loaded, model=fitted.model), record.path)
         if missing := [task.name for task in tasks if task.gone]:
@@ -107,7 +107,7 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
     """Train the network on all tasks, or resume."""
     learner, tasks, schedule, record, ranks = inputs.learner, inputs.tasks, inputs.schedule, run.record, run.ranks
     file = record.path / inputs.checkpoint
-    if record.kept:
+    if record.is_kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record) if file.is_file() else None
     model, axes, state = read_start(ranks, history, file, inputs.loaded.model, inputs.axes, learner.state)
@@ -119,7 +119,7 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
 
     def keep(now: TrainState[Any], context: Context) -> None:
         rows.write(now)
-        if record.kept:
+        if record.is_kept:
             write_checkpoint(file, context.model, now, outside=True)
 
     options = FitOptions(checkpoint=keep, progress=run.progress, parallel=Parallel(ranks, by_rows=True))

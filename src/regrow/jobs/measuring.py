@@ -51,7 +51,7 @@ def measure_run(
     size is measured.
     """
     record, objective = run.record, data.objective
-    if not record.measured:
+    if not record.wants_measurements:
         return {}
     loaded = loaded if network is None else replace(loaded, model=network.model)
     columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})

@@ -42,13 +42,13 @@ from regrow.jobs.pruning import (
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.jobs.recovering import reconstruct
-from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
+from regrow.jobs.run_networks import BlockwiseNetwork, PrunedNetwork, WholeNetwork
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning.pruner import Pruner, PruningRun, check_objective, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_modules
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
-from regrow.scoring.collect import CollectionRun
+from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings, complete_reconstruction
 from regrow.store import statistics
@@ -109,7 +109,7 @@ def carry_out(
             f"reconstruct fits on data of which it holds a part out, and there are {batches} batches; give more data"
         )
     axes = with_modules(method, model, opened.axes)
-    check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, StreamedRun) else model], data)
+    check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
     with run.stage("time"):
         budget = with_timing(model, axes, budget, known=recorded.get("timing"), progress=run.progress)
     check_pruning(method, axes, budget, data.calibration)
@@ -148,19 +148,21 @@ class PruneJob:
             evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size)
         if not run.ranks.leads:
             return read_plan(json.loads(broadcast_record(run.ranks))), ()
-        checkpoint = record.path / "statistics" / "learned.safetensors" if record.kept else None
+        checkpoint = record.path / "statistics" / "learned.safetensors" if record.is_kept else None
         with run.stage("plan"), torch.enable_grad():
             if checkpoint:
                 open_checkpoint(checkpoint, key, FORMAT)
-            pruning = PruningRun(
+            pruning = PruningContext(
                 checkpoint=checkpoint,
                 header=lambda: {"key": key},
                 progress=run.progress,
-                visits=inputs.network.visits,
+                block_runner=inputs.network.streamed,
                 weights=inputs.network.parameters(),
             )
             with forward():
-                cut = plan_cut(self.method, model, axes, self.budget, evidence, objective=inputs.objective, run=pruning)
+                cut = plan_cut(
+                    self.method, model, axes, self.budget, evidence, objective=inputs.objective, context=pruning
+                )
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
             if cut.findings and isinstance(record, RunFolder):
@@ -183,7 +185,7 @@ class PruneJob:
             with run.stage("reconstruct"):
                 reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
         notes = self._tune(plan)
-        if record.kept:
+        if record.is_kept:
             with run.stage("save"):
                 network.save(record)
         pruned = self._measure(after, "pruned")
@@ -203,7 +205,7 @@ class PruneJob:
             run = replace(run, ranks=SINGLE)
         data = EvaluationData(inputs.data, inputs.objective, self.settings.precision)
         with self.run.stage("evaluate"):
-            return measure_run(run, network.loaded, axes, data, name, network=network.visits)
+            return measure_run(run, network.loaded, axes, data, name, network=network.streamed)
 
     def _tune(self, plan: Plan) -> tuple[str, ...]:
         """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
@@ -227,7 +229,7 @@ def _calibrate(
     sources, notes = divide_sources(pruner, inputs.data.calibration)
     keys: dict[str, str] = {}
     done: dict[tuple[str, int], Statistics] = {}
-    if record.kept:
+    if record.is_kept:
         needs, measured = sorted({*pruner.needs} - {Need.WEIGHTS}), [axis.key for axis in units]
         origin, sums = str(network.loaded.origin.record()), network.sums()
         keys = {
@@ -237,7 +239,7 @@ def _calibrate(
         done = statistics.read_finished_shards(record.path, keys, pruner.shards)
 
     def keep(source: str, shard: int, sums: Statistics) -> None:
-        if record.kept:
+        if record.is_kept:
             statistics.save_statistics(record.path, source, shard, sums, key=keys[source])
 
     finished = broadcast_record(ranks, [[*key] for key in done])
@@ -251,9 +253,9 @@ def _calibrate(
         batch_size=batch_size,
         units=units,
         objective=inputs.objective,
-        run=CollectionRun(network.visits, ranks, done, keep, run.progress),
+        options=CollectionOptions(network.streamed, ranks, done, keep, run.progress),
     )
-    return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.kept else ""
+    return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.is_kept else ""
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:
@@ -263,13 +265,13 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
         raise InputError(
             "--reconstruct runs in one process without --memory; leave it out, and use `regrow recover RUN --by refit`"
         )
-    network: WholeNetwork | StreamedRun | None = None
+    network: WholeNetwork | BlockwiseNetwork | None = None
     memory, axes = None, None
     with run.stage("load"):
         if invocation.memory:
             opened, memory = open_to_prune(settings, invocation)
             if memory.streams:
-                network, axes = StreamedRun(opened, memory), opened.axes
+                network, axes = BlockwiseNetwork(opened, memory), opened.axes
         network = network or WholeNetwork(load_model(model_spec(settings), invocation.progress, invocation.code))
         specs = source_specs(settings)
         data = read_sources(specs, network.loaded)

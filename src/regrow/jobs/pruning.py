@@ -22,7 +22,7 @@ from regrow.jobs.models import ModelSpec
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.nets.load import check_code
-from regrow.scoring.collect import CollectionRun, check_sources, collect
+from regrow.scoring.collect import CollectionOptions, check_sources, collect
 from regrow.settings.prune import Settings
 from regrow.store.run_record import convert_settings
 
@@ -91,7 +91,7 @@ def collect_evidence(
     batch_size: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
-    run: CollectionRun | None = None,
+    options: CollectionOptions | None = None,
 ) -> Evidence:
     """Measure what a method needs on the sources; a source is split if the method compares more than there are.
 
@@ -103,7 +103,7 @@ def collect_evidence(
     batch_size = 1 if Need.GRADIENTS in pruner.needs else batch_size
     joined = [join_batches(source, batch_size, pruner.shards) for source in divided]
     statistics = collect(
-        model, axes, joined, pruner.needs, shards=pruner.shards, units=units, objective=objective, run=run
+        model, axes, joined, pruner.needs, shards=pruner.shards, units=units, objective=objective, options=options
     )
     return Evidence(statistics, {source.name: source for source in divided}, notes=notes)
 

@@ -41,12 +41,12 @@ class RunStart:
 class Unrecorded:
     """A run of which nothing is kept, as its recorder and its record: a stand-in for a folder.
 
-    ``measured``: whether quality is measured, on another rank, which shares the work of rank 0.
+    ``wants_measurements``: whether quality is measured, on another rank, which shares the work of rank 0.
     """
 
-    measured: bool = False
+    wants_measurements: bool = False
     path: Path = Path()  # a temporary folder, once it has begun
-    kept: ClassVar[bool] = False
+    is_kept: ClassVar[bool] = False
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Return nothing: there is no earlier run."""
@@ -176,7 +176,7 @@ class Invocation:
 
     def start(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
         """Return the run that starts from a network of this name; of several processes, rank 0 has the folder."""
-        recorder: Recorder = Unrecorded(measured=True)
+        recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
             command = command_line(settings, *(word for option in options.items() if option[1] for word in option))

@@ -108,11 +108,11 @@ def carry_out(
             origin, number = dense.origin.record(), len(settings.before) + 1
             summary = recover(record, task, settings.by, settings.recovery_settings, origin=origin, precision=precision)
             record.log("recovery", {"by": settings.by, **summary, **({"round": number} if number > 1 else {})})
-        if record.kept:
+        if record.is_kept:
             outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
             with run.stage("save"):
                 store.write_model(loaded, record.path, outside=outside)
-        if record.measured and (run.ranks.leads or loaded.tokenizer is not None):
+        if record.wants_measurements and (run.ranks.leads or loaded.tokenizer is not None):
             with run.stage("evaluate"):
                 _measure_recovered(run, replace(opened, data=data), number)
         record.update(memory=record_peak(opened.memory) if opened.memory else None)
@@ -156,7 +156,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
         recoveries += row["what"] == "recovery"
         if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
             record.log(row["what"], {**({"round": recoveries} if recoveries > 1 else {}), **row})
-    if inputs.measured is None and record.kept:
+    if inputs.measured is None and record.is_kept:
         dense, loaded = inputs.dense, inputs.loaded
         cut = trace_loaded(loaded)
         data, alone = EvaluationData(inputs.data, inputs.objective), replace(run, ranks=SINGLE)

@@ -45,7 +45,7 @@ def recover(
     """
     work: Recovery = find_method(MethodKind.RECOVERY, by).made(by, settings)
     key, spent, start, streamed = "", 0.0, time.perf_counter(), task.streamed
-    if record.kept:
+    if record.is_kept:
         texts = [fingerprint(source) for source in task.sources]
         if streamed is None:
             sums = [parameter_sums(network) for network in (task.model, task.dense)]

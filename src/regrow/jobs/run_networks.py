@@ -44,7 +44,7 @@ class WholeNetwork:
     """A network in memory as a pruning run uses it; it is cut in place."""
 
     loaded: Loaded
-    visits: ClassVar[None] = None
+    streamed: ClassVar[None] = None
     outside: ClassVar[None] = None
     shared: ClassVar[bool] = True
 
@@ -62,7 +62,7 @@ class WholeNetwork:
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
         """Prove a plan, if the run is kept, and carry it out; return the axes after it."""
         model = self.loaded.model
-        if run.record.kept:
+        if run.record.is_kept:
             with run.stage("verify"):
                 run.progress(0, 1, "proving that masked = shrunk")
                 result = verify(model, axes, plan)
@@ -82,7 +82,7 @@ class WholeNetwork:
 
 
 @dataclass(eq=False)
-class StreamedRun:
+class BlockwiseNetwork:
     """A network that is pruned one block at a time; it has the interface of a network in memory."""
 
     opened: OpenedNetwork
@@ -98,7 +98,7 @@ class StreamedRun:
         return self.opened.loaded if self.change is None else self.change.loaded
 
     @property
-    def visits(self) -> StreamedNetwork:
+    def streamed(self) -> StreamedNetwork:
         """The network as it is now, to be run block by block."""
         if self.change is None or self.written is None:
             return self.opened.network(self.results)
@@ -144,7 +144,7 @@ class StreamedRun:
         """Do nothing: the network was written as it was cut."""
 
 
-PrunedNetwork = WholeNetwork | StreamedRun
+PrunedNetwork = WholeNetwork | BlockwiseNetwork
 """The network of a pruning run: in memory, or read one block at a time."""
 
 

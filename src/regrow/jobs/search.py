@@ -159,7 +159,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], r
         example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
         with run.stage("evaluate"):
             score = mean_score(model, parts.search.test, parts.objective) if run.ranks.leads else nan
-            if record.kept:
+            if record.is_kept:
                 _write_network(model, record.path / "found", origin, opened)
                 if 0 <= score <= 1:
                     record.log("found", accuracy=score, **dense(model, example))
@@ -170,7 +170,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], r
             with run.stage("retrain"):
                 model = retrain(run, replace(settings, inherit=inherit), parts, model)
         with run.stage("evaluate"):
-            if record.kept:
+            if record.is_kept:
                 _write_network(model, record.path, origin, opened)
                 if table and batch:
                     record.log("latency", whole=table.total, found=fastest_pass(model, batch) / 1e6)
@@ -199,7 +199,7 @@ def _search(
     """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
     record, undo = run.record, context.undo
     file = record.path / STATISTICS / CHECKPOINT
-    if record.kept:
+    if record.is_kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record, "commit") if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, context.model, context.axes, search.learner.state, undo)
@@ -213,7 +213,7 @@ def _search(
 
     def write(now: TrainState[SearchState], there: Context) -> None:
         log.write(now, unfinished=1)
-        if record.kept:
+        if record.is_kept:
             recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
             now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
             write_checkpoint(file, there.model, now, undo, outside=True)
@@ -270,7 +270,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
     file.parent.mkdir(exist_ok=True)
 
     def write(now: TrainState[RetrainState], there: Context) -> None:
-        if record.kept:
+        if record.is_kept:
             write_checkpoint(file, there.model, now)
 
     history = TrainState(None) if file.is_file() else None

@@ -47,10 +47,10 @@ class BlockVisits(Protocol):
 
 
 @dataclass(frozen=True)
-class CollectionRun:
+class CollectionOptions:
     """How the data run: as a whole or block by block, by which processes, and on from what."""
 
-    visits: BlockVisits | None = None  # runs a network that does not fit into memory; the sums are the same
+    block_runner: BlockVisits | None = None  # runs a network that does not fit into memory; the sums are the same
     ranks: ProcessRank = SINGLE  # the processes that share the batches and all call `collect`; rank 0 gets the sums
     done: Mapping[Key, Statistics] = field(default_factory=dict)  # finished by an interrupted call, not measured again
     on_done: Callable[[str, int, Statistics], None] = lambda source, shard, sums: None  # called as soon as one is
@@ -66,7 +66,7 @@ def collect(
     shards: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
-    run: CollectionRun | None = None,
+    options: CollectionOptions | None = None,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
@@ -79,7 +79,7 @@ def collect(
         shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
         units: The axes whose weights are measured; ``axes.units()`` if none are named.
         objective: The loss whose gradients are summed; ``None``: what fits the labels.
-        run: How the data run; ``None``: here, as a whole.
+        options: How the data run; ``None``: here, as a whole.
 
     Returns:
         Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
@@ -91,16 +91,16 @@ def collect(
     check_sources(sources, shards)
     if set(needs) <= {Need.WEIGHTS}:
         return {}
-    run = run or CollectionRun()
-    known = dict(run.done)
+    options = options or CollectionOptions()
+    known = dict(options.done)
     left = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in known]
     if left:
         objective = objective or choose_objective(None, sources[0].batches[0])
-        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective, run)
-        if run.visits is None:
+        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective, options)
+        if options.block_runner is None:
             known |= walk.run_whole(left, shards, sum(map(len, sources)))
         else:
-            known |= walk.run_blocks(left, shards, run.visits)
+            known |= walk.run_blocks(left, shards, options.block_runner)
     return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
 
 
@@ -114,11 +114,11 @@ class _Walk:
         units: Sequence[Axis],
         needs: frozenset[Need],
         objective: Objective,
-        run: CollectionRun,
+        options: CollectionOptions,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         reads = readers(axes, units)
-        self.model, self.trunk, self.objective, self.run = model, model, objective, run
+        self.model, self.trunk, self.objective, self.options = model, model, objective, options
         self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
         self.names = [reader.slot.name for reader in reads]
         self.differentiated = differentiated(model, axes, units) if Need.GRADIENTS in needs else []
@@ -140,13 +140,13 @@ class _Walk:
                 batches = source if shards == 1 else source.batches[shard::shards]
                 for _ in self._add_batches(batches, sums):
                     finished += 1
-                    self.run.progress(finished, total, f"measuring {source.name}")
+                    self.options.progress(finished, total, f"measuring {source.name}")
                 result[source.name, shard] = self._settle(sums, shard)
         return result
 
     def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
         """Measure this rank's share of the batches; rank 0 adds the sums of all; yields after each batch."""
-        ranks = self.run.ranks
+        ranks = self.options.ranks
         for number, batch in enumerate(batches):
             owner = number % ranks.size
             if owner == ranks.rank and ranks.leads:
@@ -165,7 +165,7 @@ class _Walk:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
         result = {(source.name, shard): Statistics(source.name) for source, shard in left}
         rows = [((source.name, shard), batch) for source, shard in left for batch in source.batches[shard::shards]]
-        names, counted, ranks = {*self.watched.values()}, set[tuple[int, str]](), self.run.ranks
+        names, counted, ranks = {*self.watched.values()}, set[tuple[int, str]](), self.options.ranks
         mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
         total, finished = visits.passes(names) * len(mine), 0
         for key, batch in rows:
@@ -193,7 +193,7 @@ class _Walk:
             else:
                 result[key].accumulate(part)
             finished += 1
-            self.run.progress(finished, total, f"measuring {key[0]}")
+            self.options.progress(finished, total, f"measuring {key[0]}")
 
         visits.visit([batch for _, batch in mine], names, around)
         if ranks.several:
@@ -232,7 +232,7 @@ class _Walk:
                 f"the {what} holds NaN or infinity on source {sums.source!r}; the weights before it are damaged, or "
                 "overflow in this dtype (try float32 or bfloat16)"
             )
-        self.run.on_done(sums.source, shard, statistics)
+        self.options.on_done(sums.source, shard, statistics)
         return statistics
 
     def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:

@@ -44,8 +44,8 @@ class RunFolder:
     out: Path | None = None
     owner: Lock | None = None
     inputs: list[WeightFile] = field(default_factory=list)
-    kept: ClassVar[bool] = True
-    measured: ClassVar[bool] = True
+    is_kept: ClassVar[bool] = True
+    wants_measurements: ClassVar[bool] = True
 
     @classmethod
     def create(

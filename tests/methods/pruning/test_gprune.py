@@ -15,7 +15,7 @@ from regrow.core.plan import Plan
 from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import gprune
-from regrow.methods.pruning.pruner import Cut, PruningRun, plan_cut
+from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut
 from regrow.store.tensors import open_checkpoint
 from regrow.training.state import FORMAT
 
@@ -30,7 +30,7 @@ def run(
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
     evidence = collect_evidence(model, axes, built, sources)
     check_pruning(built, axes, Budget(keep), sources)
-    cut = plan_cut(built, model, axes, Budget(keep), evidence, run=PruningRun(**more))
+    cut = plan_cut(built, model, axes, Budget(keep), evidence, context=PruningContext(**more))
     return cut.plan, cut, axes
 
 

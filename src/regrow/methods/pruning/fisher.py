@@ -135,7 +135,7 @@ def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> d
     sums, measured, seen = dict.fromkeys(masks, 0.0), 0, 0
     sources = list(task.evidence.data.values())
     for batch in (batch for source in sources for batch in _first(source)):
-        task.run.progress(seen, max(seen + 1, LABELS * len(sources)), "comparing allocations")
+        task.context.progress(seen, max(seen + 1, LABELS * len(sources)), "comparing allocations")
         seen += batch.size
         objective, here = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
         row = {}

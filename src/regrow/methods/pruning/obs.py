@@ -215,7 +215,7 @@ def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre:
     result: dict[str, Elimination] = {}
 
     def order(name: str, gram: Gram) -> None:
-        task.run.progress(len(result), len(layers), "ordering the units of layers")
+        task.context.progress(len(result), len(layers), "ordering the units of layers")
         reader, weight = layers[name], task.weights[name].detach()
         rows = weight if reader.slot.dim else weight.T
         products, channels = gram.mean_products(centre=centre), reader.positions(reader.width)
@@ -227,5 +227,7 @@ def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre:
     batches = join_sources(task.evidence.data.values(), BATCH)
     if layers and not len(batches):
         raise ValueError("this method reads the data itself, got none; give Evidence with data=")
-    sum_products(task.model, {name: reader.width for name, reader in layers.items()}, batches, order, task.run.visits)
+    sum_products(
+        task.model, {name: reader.width for name, reader in layers.items()}, batches, order, task.context.block_runner
+    )
     return result

@@ -34,21 +34,21 @@ Kept = Mapping[str, tuple[int, ...]]  # axis key → the units that are kept
 
 
 @dataclass(frozen=True)
-class PruningRun:
-    """Where an interrupted run resumes from, how a network larger than memory runs, and whom to tell.
+class PruningContext:
+    """Where an interrupted run resumes from, how a network larger than memory runs, and where progress is reported.
 
     Args:
         checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
-        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
+        block_runner: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
         weights: Parameter name → tensor; ``None``: those of the model.
     """
 
     checkpoint: Path | None = None
     header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
-    visits: BlockVisits | None = None
+    block_runner: BlockVisits | None = None
     weights: Mapping[str, Tensor] | None = None
 
 
@@ -64,7 +64,7 @@ class PruningTask:
         budget: How much of the network may stay.
         evidence: The measured activations and gradients, per source.
         objective: What the network is trained for; ``None``: it follows from the labels.
-        run: How the run resumes, runs a network larger than memory, and reports its progress.
+        context: How the run resumes, runs a network larger than memory, and reports its progress.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class PruningTask:
     budget: Budget
     evidence: Evidence
     objective: Objective | None = None
-    run: PruningRun = PruningRun()
+    context: PruningContext = PruningContext()
 
 
 @dataclass(frozen=True)
@@ -218,16 +218,16 @@ def plan_cut(
     evidence: Evidence | None = None,
     *,
     objective: Objective | None = None,
-    run: PruningRun | None = None,
+    context: PruningContext | None = None,
 ) -> Cut:
     """Score units, choose which stay within the budget, and return the plan; the model is unchanged."""
-    evidence, run, removal = evidence or Evidence(), run or PruningRun(), Removal()
+    evidence, context, removal = evidence or Evidence(), context or PruningContext(), Removal()
     axes = with_modules(pruner, model, axes)
     units, whole, limit = _units(pruner, axes, budget), axes, budget
     check_objective(pruner, evidence.data.values(), objective)
     with freeze(model):
-        weights = weights_of(model) if run.weights is None else run.weights
-        task = PruningTask(model, axes, weights, units, budget, evidence, objective, run)
+        weights = weights_of(model) if context.weights is None else context.weights
+        task = PruningTask(model, axes, weights, units, budget, evidence, objective, context)
         if pruner.drop is not None:
             removal = pruner.drop(task)
             axes, budget = without_modules(axes, budget, removal.modules)

@@ -262,7 +262,7 @@ class DepthSearch:
                 raise RefusedError(NOT_FINITE)
             best = min(fits or finite, key=lambda path: rises[path] / saved[path])
             if measured[best] != len(dropped):
-                self.task.run.progress(whole - left, whole - limit, f"measuring without {best}")
+                self.task.context.progress(whole - left, whole - limit, f"measuring without {best}")
                 less = [*dropped, best]
                 rises[best] = self._divergence(" ".join(sorted(less)), less, self.near) - now
                 measured[best] = len(dropped)
@@ -282,7 +282,7 @@ class DepthSearch:
         wanted = {round(i * len(path) / 4) for i in range(5)}
         while wanted:
             for number in sorted(wanted):
-                self.task.run.progress(number, len(path) + 1, "judging numbers of modules")
+                self.task.context.progress(number, len(path) + 1, "judging numbers of modules")
                 losses[number] = self._filled([step.module for step in path[:number]], scores)
             known = {number: inf if loss is None else loss for number, loss in sorted(losses.items())}
             best = min(known, key=lambda number: known[number])

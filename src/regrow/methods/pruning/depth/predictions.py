@@ -82,7 +82,7 @@ class DivergenceJournal:
     written: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        path = self.task.run.checkpoint
+        path = self.task.context.checkpoint
         if path is not None and path.is_file():
             try:
                 divergences = read_header(path, FORMAT)["divergences"]
@@ -105,7 +105,7 @@ class DivergenceJournal:
 
     def write(self) -> None:
         """Write the divergences to the checkpoint."""
-        run = self.task.run
+        run = self.task.context
         if run.checkpoint is not None:
             write_tensors(run.checkpoint, {}, {**run.header(), "divergences": self.values}, FORMAT)
         self.written = time.monotonic()

@@ -139,7 +139,7 @@ def _check(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: B
 
 def score_units(task: PruningTask, s: Settings) -> Ranking:
     """Learn the pruning ratio of each module, and score units by how far their relative rank lies above it."""
-    task.run.progress(0, 1, "forming modules")
+    task.context.progress(0, 1, "forming modules")
     units = scorable(task.axes, task.units)
     seen, among = measure(task, s, units), spaces(units, parts=4)
     first = seen[0]
@@ -161,7 +161,7 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     losses, state = read_learning(task) if s.steps else ({}, None)
     if state is None and (s.steps or s.start == "best"):
         for i, (name, share) in enumerate(starts.items()):
-            task.run.progress(i, len(starts), f"evaluating the start {name}")
+            task.context.progress(i, len(starts), f"evaluating the start {name}")
             losses[name] = shares.held_out_loss(share)
     start = s.start
     if losses:

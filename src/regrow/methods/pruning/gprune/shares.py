@@ -131,9 +131,9 @@ class ModuleShares:
         )
 
         def write(now: TrainState[EarlyStopping]) -> None:
-            if task.run.checkpoint is not None:
-                header = {**task.run.header(), "starts": dict(starts)}
-                write_checkpoint(task.run.checkpoint, task.model, now, trained_only=True, header=header)
+            if task.context.checkpoint is not None:
+                header = {**task.context.header(), "starts": dict(starts)}
+                write_checkpoint(task.context.checkpoint, task.model, now, trained_only=True, header=header)
 
         if not (state.epoch or state.step or state.number):
             write(state)
@@ -144,13 +144,15 @@ class ModuleShares:
             learner,
             Schedule("adamw", s.lr, decay="cosine", seed=s.seed),
             state=state,
-            options=FitOptions(checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.run.progress),
+            options=FitOptions(
+                checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.context.progress
+            ),
         ).state
 
 
 def read_learning(task: PruningTask) -> tuple[dict[str, float], TrainState[EarlyStopping] | None]:
     """Return the losses of the starts and the training state from the checkpoint; ``({}, None)`` if there is none."""
-    path = task.run.checkpoint
+    path = task.context.checkpoint
     if path is None or not path.is_file():
         return {}, None
     try:
