@@ -79,7 +79,7 @@ def planned(dtype: str, batch_size: int) -> tuple[float, float]:
                 MODEL, "flap", keep=0.7, sources=("news",), tokens=TOKENS[dtype], seq_len=SEQ, eval_tokens=SEQ,
                 dtype=dtype, undo=False, batch_size=batch_size,
             )  # fmt: skip
-            prune.run(settings, Invocation(Path(place) / "flap"))
+            prune.prune_named(settings, Invocation(Path(place) / "flap"))
     finally:
         ActiveRun.stage = true  # type: ignore[method-assign]
     return seconds["calibrate"], seconds["plan"]

@@ -22,7 +22,7 @@ from regrow import Plan, trace, verify
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.data import text, windows
-from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.run_record import versions

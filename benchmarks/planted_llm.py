@@ -52,8 +52,8 @@ from regrow.core.budget import Budget
 from regrow.core.plan import Plan
 from regrow.data import Half, text, windows
 from regrow.evaluation import Perplexity, paired_difference, perplexity
-from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.jobs.recovering import reconstruct
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
+from regrow.jobs.recovery_steps import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load

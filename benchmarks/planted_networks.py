@@ -47,8 +47,8 @@ from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
-from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.jobs.recovering import reconstruct
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
+from regrow.jobs.recovery_steps import reconstruct
 from regrow.methods.pruning.gprune import Settings, form_modules, measure, order_modules
 from regrow.methods.pruning.gprune.modules import reliability
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut

@@ -24,7 +24,7 @@ import json, sys, time
 from contextlib import contextmanager
 import regrow.cli
 from regrow.jobs.recording import ActiveRun
-from regrow.jobs.prune import run
+from regrow.jobs.prune import prune_named
 from regrow.jobs.recording import Invocation
 from regrow.settings.prune import Settings
 surgery = sys.modules["regrow.surgery.apply"]
@@ -46,7 +46,7 @@ ActiveRun.stage, surgery.check_blocks = stage, check_blocks
 folder, out, tokens, seq = sys.argv[1:5]
 settings = Settings(folder, "flap", {}, 0.7, sources=("news",), tokens=int(tokens), eval_tokens=int(seq),
                     seq_len=int(seq), undo=False)
-done = run(settings, Invocation(out))
+done = prune_named(settings, Invocation(out))
 print(json.dumps({"peaks": peaks, "peak": max(peaks.values()), "cpu": cpu, "proof": proof[0],
                   "total_cpu": time.process_time(), "verify": done.last("verify")}))
 """

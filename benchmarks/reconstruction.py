@@ -32,7 +32,7 @@ from regrow import data, evaluation
 from regrow.core.budget import Budget
 from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask, refit
 from regrow.settings.prune import complete_reconstruction

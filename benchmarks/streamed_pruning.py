@@ -93,7 +93,7 @@ RUN = """
 import json, sys, time, torch
 from pathlib import Path
 import transformers, regrow.cli
-from regrow.jobs.prune import run
+from regrow.jobs.prune import prune_named
 from regrow.jobs.recording import Invocation
 from regrow.jobs import memory_needs as streamed
 from regrow.settings.prune import Settings
@@ -110,7 +110,7 @@ settings = Settings(folder, "flap", {}, float(keep), sources=("news",), tokens=i
                     seq_len=int(seq), dtype=dtype, undo=False)
 start = time.time(), time.process_time()
 announce = lambda line: print(json.dumps({"plan": line}), flush=True)
-done = run(settings, Invocation(out, memory=memory, announce=announce))
+done = prune_named(settings, Invocation(out, memory=memory, announce=announce))
 row = {"wall": time.time() - start[0], "cpu": time.process_time() - start[1], "peak": peak()}
 record = done.read_record()
 row |= {"seconds": record["seconds"], "verify": done.last("verify"), "predicted": record["memory"]["predicted"]}

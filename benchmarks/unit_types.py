@@ -35,7 +35,7 @@ from regrow.allocation.ranked import BudgetError
 from regrow.core.budget import Budget
 from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import PruningContext, plan_cut
 from regrow.store.run_record import versions
 from regrow.surgery import apply

@@ -40,7 +40,7 @@ from regrow.core.candidates import candidates_in
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.jobs.recording import ActiveRun, Invocation
-from regrow.jobs.search import Settings, retrain, run
+from regrow.jobs.search import Settings, retrain, search_named
 from regrow.jobs.search_inputs import read_parts
 from regrow.store.run_folder import RunFolder
 
@@ -94,7 +94,9 @@ ARMS = (
 
 def once(settings: Settings, place: Path) -> RunFolder:
     """The run of a folder: gone on with, or as it is if it is over."""
-    return replace(RunFolder.open(place), resumed=True) if finished(place) else run(settings, Invocation(place))
+    return (
+        replace(RunFolder.open(place), resumed=True) if finished(place) else search_named(settings, Invocation(place))
+    )
 
 
 def best(settings: Settings, place: Path, draws: int) -> Settings:

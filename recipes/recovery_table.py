@@ -26,7 +26,7 @@ from harness import Row, add, arguments, finished, rows, table
 from regrow.cli.screen import working
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings
-from regrow.jobs.prune import run as prune
+from regrow.jobs.prune import prune_named as prune
 from regrow.jobs.recording import Invocation
 from regrow.settings import recover
 from regrow.settings.words import parse_pairs
@@ -99,7 +99,7 @@ def run(args: Namespace) -> None:
             if not finished(place):
                 settings = parse_pairs([pair for pair in words.split(",") if pair])
                 asked = recover.Settings(str(base), by, args.tokens, settings, seed=args.seed)
-                recovery_run.run(asked, Invocation(place, progress=progress))
+                recovery_run.recover_named(asked, Invocation(place, progress=progress))
             row = add(args.out, row_of(args, arm, RunFolder.open(place)))
             print(f"{arm}: won {row['won_seen']:.3f} seen, {row['won_unseen']:.3f} unseen", flush=True)
 

@@ -169,7 +169,7 @@ def bend(rows: list[Row], name: str) -> float:
 
 def learn(folder: Path, many: int, width: float = 0.01, cap: float = 1000) -> list[Row]:
     """A stream of so many small tasks, of which each makes a layer wider by a share of its first size, up to a cap."""
-    from regrow.jobs.learn import Settings, run
+    from regrow.jobs.learn import Settings, learn_named
     from regrow.jobs.recording import Invocation
 
     settings = Settings(
@@ -177,21 +177,21 @@ def learn(folder: Path, many: int, width: float = 0.01, cap: float = 1000) -> li
         epochs=2, train=96, test=32, batch_size=32, lr=0.05,
     )  # fmt: skip
     watch = Watch(folder, "task")
-    run(settings, Invocation(folder, progress=watch))
+    learn_named(settings, Invocation(folder, progress=watch))
     return watch.rows
 
 
 def search(folder: Path, many: int) -> list[Row]:
     """A search that changes the network's shape so many times."""
     from regrow.jobs.recording import Invocation
-    from regrow.jobs.search import Settings, run
+    from regrow.jobs.search import Settings, search_named
 
     settings = Settings(
         "mlp:400-400", "digits", "params=10%", method_settings={"warm": 1, "every": 1, "levels": ["filters"]},
         epochs=round(1.65 * many), retrain=1, train=96, test=32, batch_size=48, stages=1,
     )  # fmt: skip
     watch = Watch(folder, "commit")
-    run(settings, Invocation(folder, progress=watch))
+    search_named(settings, Invocation(folder, progress=watch))
     return watch.rows
 
 

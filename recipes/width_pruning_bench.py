@@ -28,9 +28,9 @@ from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
 from regrow.data import Half, windows
 from regrow.evaluation import choices, items_in, perplexity
-from regrow.jobs import pruning as prune
+from regrow.jobs import pruning_inputs as prune
 from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
-from regrow.jobs.recovering import reconstruct
+from regrow.jobs.recovery_steps import reconstruct
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask

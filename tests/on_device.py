@@ -188,7 +188,7 @@ def test_batches_on_another_device_follow_the_network(device, home):
 def test_learn_command(device, tmp_path):
     settings = LearnSettings(("permuted:digits:2",), "mlp:16", epochs=1, train=80, test=40)
     for place in ("cpu", "acc"):
-        learn.run(replace(settings, device=place), Invocation(tmp_path / place))
+        learn.learn_named(replace(settings, device=place), Invocation(tmp_path / place))
     assert same_files(tmp_path)
 
 
@@ -224,8 +224,8 @@ def test_search(device, method):
 
 def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
     for run in (
-        lambda: learn.run(LearnSettings(("nowhere",), device="cuda:7"), Invocation(tmp_path / "out")),
-        lambda: search.run(
+        lambda: learn.learn_named(LearnSettings(("nowhere",), device="cuda:7"), Invocation(tmp_path / "out")),
+        lambda: search.search_named(
             SearchSettings("cells:2-1-1", "nowhere", target="params=50%", device="cuda:7"), Invocation(tmp_path / "out")
         ),
     ):

@@ -66,7 +66,7 @@ def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: p
 
 
 def test_a_bug_is_reported_with_its_traceback(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.jobs.evaluate.run", failing(KeyError("x\x1b[31m")))
+    monkeypatch.setattr("regrow.jobs.evaluate.evaluate_named", failing(KeyError("x\x1b[31m")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
     code, _, err = regrow("evaluate", "toys:classifier")
     assert code == 70 and "\nTraceback" in err and "cli/evaluate.py" in err and "\x1b" not in err
@@ -112,8 +112,8 @@ def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None
 
 
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.jobs.export.run", failing(KeyboardInterrupt()))
-    monkeypatch.setattr("regrow.jobs.prune.run", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.jobs.export.export_named", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.jobs.prune.prune_named", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.jobs.prune.plan_named", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
     Path("made/.work").mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
         finally:
             raise RuntimeError("the mode is not there")
 
-    monkeypatch.setattr("regrow.jobs.prune.run", cleaned_up)
+    monkeypatch.setattr("regrow.jobs.prune.prune_named", cleaned_up)
     code, _, err = regrow("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "run")
     assert code == 130 and "stopped; nothing was written" in err, err
 

@@ -60,7 +60,7 @@ def test_a_dry_run_prints_the_plan_that_apply_carries_out(regrow: Run, tmp_path:
 def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = Settings("toys:classifier", channels="+2", fill="split")
-    whole = growth.run(settings, Invocation(tmp_path / "whole"))
+    whole = growth.grow_named(settings, Invocation(tmp_path / "whole"))
 
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -68,8 +68,8 @@ def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with monkeypatch.context() as patch:
         patch.setattr("regrow.store.write_model", killed)
         with pytest.raises(KeyboardInterrupt):
-            growth.run(settings, Invocation(tmp_path / "run"))
-    again = growth.run(settings, Invocation(tmp_path / "run"))
+            growth.grow_named(settings, Invocation(tmp_path / "run"))
+    again = growth.grow_named(settings, Invocation(tmp_path / "run"))
     for name in ("model.safetensors", "ledger.json", "metrics.jsonl"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
 
@@ -110,7 +110,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_an_error(regrow: Run, monkeypatch
         shutil.rmtree(folder.path)
         return folder
 
-    run = growth.run
-    monkeypatch.setattr(growth, "run", deleted)
+    run = growth.grow_named
+    monkeypatch.setattr(growth, "grow_named", deleted)
     code, _, err = regrow("grow", "toys:residual", "--mlp", "+4", "--out", "run")
     assert code == 2 and "run is not a run folder" in err

@@ -35,11 +35,11 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unfinished learning run of one task that is over."""
-    from regrow.jobs.learn import Settings, run
+    from regrow.jobs.learn import Settings, learn_named
     from regrow.jobs.recording import Invocation
 
     out = tmp_path_factory.mktemp("learned") / "learned"
-    run(Settings(("permuted:digits:1",), model="mlp:8", epochs=1, train=64, test=32), Invocation(out))
+    learn_named(Settings(("permuted:digits:1",), model="mlp:8", epochs=1, train=64, test=32), Invocation(out))
     unfinished(out)
     return out
 

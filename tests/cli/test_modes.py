@@ -26,7 +26,7 @@ from regrow.cli import code_of
 from regrow.jobs import memory_needs
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.pruning import read_pruning_settings, source_specs
+from regrow.jobs.pruning_inputs import read_pruning_settings, source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search_inputs import read_parts
 from regrow.jobs.starting import TaskSpecs, find_start, read_tasks

@@ -68,7 +68,7 @@ def test_prune(name: str, method: str, fit: bool) -> None:
     settings = PruneSettings(
         f"toys:{name}", method, target="macs=60%", keep=None, sources=("digits",), reconstruct=fit, **SIZES
     )
-    command = prune.run(settings, Invocation("command"))
+    command = prune.prune_named(settings, Invocation("command"))
     models = []
     for out in (None, "python"):
         loaded, halves = read(name)
@@ -99,7 +99,7 @@ def test_grow(amounts: dict[str, str], steps: int) -> None:
     texts: dict[str, Any] = {**amounts}
     texts |= {"blocks": (f"*={amounts['blocks']}",)} if "blocks" in amounts else {}
     training = {"on": ("digits",), "steps": steps} if steps else {"sources": ("digits",)}
-    command = grow.run(GrowSettings("toys:residual", **texts, **training, **SIZES), Invocation("command"))
+    command = grow.grow_named(GrowSettings("toys:residual", **texts, **training, **SIZES), Invocation("command"))
     models = []
     for out in (None, "python"):
         loaded, halves = read("residual")
@@ -119,7 +119,7 @@ def test_learn(model: str, method: str) -> None:
     tasks = ("permuted:digits:2",) if model.startswith("mlp") else ("digits", "rotated:digits:1")
     more: dict[str, Any] = {"method": method, "epochs": 2, "batch_size": 32, "lr": 0.05}
     settings = LearnSettings(tasks, model, method_settings=given, train=128, test=64, **more)
-    command = learn.run(settings, Invocation("command"))
+    command = learn.learn_named(settings, Invocation("command"))
     for out in (None, "python"):
         start = None if model.startswith("mlp") else load_model(ModelSpec(model))
         every = read_tasks(specs_of(settings, start))
@@ -137,7 +137,7 @@ def test_learn(model: str, method: str) -> None:
 
 def test_prune_of_a_language_model(tiny_language_model: Path) -> None:
     given: dict[str, Any] = {"sources": ("news", "code"), "tokens": 512, "eval_tokens": 256, "seq_len": 64}
-    command = prune.run(PruneSettings(str(tiny_language_model), keep=0.7, **given), Invocation("command"))
+    command = prune.prune_named(PruneSettings(str(tiny_language_model), keep=0.7, **given), Invocation("command"))
     loaded = load_model(ModelSpec(str(tiny_language_model)))
     halves = read_sources(SourceSpecs(256, 64, ("news", "code"), (), 512), loaded)
     model, _ = regrow.prune(
@@ -162,7 +162,7 @@ def test_search(target: str, method: str) -> None:
     steps: dict[str, Any] = {"method": method, "epochs": 3 if method == "mgas" else 0, "batch_size": 16}
     known = {"warm": 0, "every": 1, "augment": True} if method == "mgas" else {"what": "filters"}
     settings = SearchSettings("saved", "digits", target, method_settings=known, retrain=0, train=96, test=32, **steps)
-    command = search.run(settings, Invocation("command", code="toys:residual"))
+    command = search.search_named(settings, Invocation("command", code="toys:residual"))
     parts = read_parts(settings, load_model(ModelSpec("saved"), code="toys:residual")).search
     for out in (None, "python"):
         result = regrow.search(

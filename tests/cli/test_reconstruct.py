@@ -9,7 +9,7 @@ from cli.conftest import Run
 from regrow.evaluation import perplexity
 from regrow.jobs.inputs import read_sources
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.pruning import read_pruning_settings, source_specs
+from regrow.jobs.pruning_inputs import read_pruning_settings, source_specs
 from regrow.store.run_folder import RunFolder
 
 DATA = ("--source", "news", "--source", "code", "--tokens", "256", "--eval-tokens", "64", "--seq-len", "32")

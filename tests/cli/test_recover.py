@@ -51,5 +51,5 @@ def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path, monk
     run = Path(shutil.copytree(FIXTURE, tmp_path / "run"))
     (run / "metrics.jsonl").write_text("{]\n" + (run / "metrics.jsonl").read_text())
     with pytest.raises(StoreError, match="line 1 is not a measurement"):
-        recovery_run.run(Settings(str(run), "refit"), Invocation(tmp_path / "out", code="toys:classifier"))
+        recovery_run.recover_named(Settings(str(run), "refit"), Invocation(tmp_path / "out", code="toys:classifier"))
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 from cli.conftest import Run
 from regrow import load
 from regrow.jobs import prune as prune_run
-from regrow.jobs.pruning import budget_of, read_pruning_settings
+from regrow.jobs.pruning_inputs import budget_of, read_pruning_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.store import StoreError

@@ -12,7 +12,7 @@ from regrow.core.budget import Budget
 from regrow.core.scores import Evidence
 from regrow.core.sources import Batch
 from regrow.evaluation.timing import fastest_pass, lengthen, time_widths
-from regrow.jobs.pruning import build_pruner, with_timing
+from regrow.jobs.pruning_inputs import build_pruner, with_timing
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.surgery import apply
 

@@ -7,7 +7,7 @@ import torch
 
 import regrow
 from regrow.exporters import ExportError
-from regrow.jobs.export import run
+from regrow.jobs.export import export_named
 from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
 
@@ -50,5 +50,5 @@ def test_the_recorded_input_of_a_saved_folder_is_used(tmp_path: Path) -> None:
 
         regrow.save(saved_network.build(), tmp_path / "net", example=torch.randn(1, 3, 8, 8))
         call = Invocation(tmp_path / "net.onnx", "saved_network:build")
-        written = run(Settings(str(tmp_path / "net"), "onnx"), call)
+        written = export_named(Settings(str(tmp_path / "net"), "onnx"), call)
     assert "input [batch, 3, 8, 8]" in written.notes[0]

@@ -10,7 +10,7 @@ import torch
 
 import regrow
 from regrow.jobs import learn as learning_run
-from regrow.jobs.learn import Settings, run
+from regrow.jobs.learn import Settings, learn_named
 from regrow.jobs.recording import Invocation
 from regrow.store.run_folder import RunFolder
 from regrow.training.continual import PROBED, probed_tasks
@@ -36,7 +36,7 @@ def test_the_file_that_a_run_goes_on_from_does_not_grow_with_tasks(tmp_path: Pat
         sizes.append(header(path))
 
     monkeypatch.setattr(learning_run, "write_checkpoint", watched)
-    folder = run(settings(24), Invocation(tmp_path / "run"))
+    folder = learn_named(settings(24), Invocation(tmp_path / "run"))
     late, early = sizes[-2], sizes[8]  # both behind a first epoch
     assert late < 1.1 * early, (early, late)
     rows = folder.metrics()
@@ -51,7 +51,7 @@ def test_killed_between_logging_and_storing_a_run_goes_on_as_if_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measurements and plans are then ahead of the file that a run goes on from."""
-    whole = run(settings(3), Invocation(tmp_path / "whole"))
+    whole = learn_named(settings(3), Invocation(tmp_path / "whole"))
     write, seen = learning_run.write_checkpoint, []
 
     def stopping(*given: Any, **more: Any) -> None:
@@ -62,9 +62,9 @@ def test_killed_between_logging_and_storing_a_run_goes_on_as_if_never_stopped(
 
     monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(settings(3), Invocation(tmp_path / "killed"))
+        learn_named(settings(3), Invocation(tmp_path / "killed"))
     monkeypatch.undo()
-    killed = run(settings(3), Invocation(tmp_path / "killed"))
+    killed = learn_named(settings(3), Invocation(tmp_path / "killed"))
     assert (killed.path / "ledger.json").read_bytes() == (whole.path / "ledger.json").read_bytes()
     told = [[{k: v for k, v in row.items() if k != "seconds"} for row in one.metrics()] for one in (whole, killed)]
     assert told[0] == told[1]
@@ -73,7 +73,7 @@ def test_killed_between_logging_and_storing_a_run_goes_on_as_if_never_stopped(
 
 
 def test_a_ledger_that_lost_a_plan_is_told_as_damaged(tmp_path: Path) -> None:
-    folder = run(settings(2), Invocation(tmp_path / "run"))
+    folder = learn_named(settings(2), Invocation(tmp_path / "run"))
     path = folder.path / "ledger.json"
     text = json.loads(path.read_text())
     path.write_text(json.dumps(text | {"plans": text["plans"][:-1]}))

@@ -12,7 +12,7 @@ import regrow
 from regrow.core.errors import InputError
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.parents import undo
-from regrow.jobs.prune import run
+from regrow.jobs.prune import prune_named
 from regrow.jobs.recording import Invocation
 from regrow.reports import read_runs, to_html
 from regrow.settings import recover
@@ -34,8 +34,8 @@ def weights(folder: RunFolder) -> bytes:
 
 
 def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> None:
-    plain = run(replace(PRUNING, reconstruct=False), Invocation(tmp_path / "plain"))
-    folder = run(PRUNING, Invocation(tmp_path / "run"))
+    plain = prune_named(replace(PRUNING, reconstruct=False), Invocation(tmp_path / "plain"))
+    folder = prune_named(PRUNING, Invocation(tmp_path / "run"))
     rows = folder.metrics()
     assert [row["what"] for row in rows] == [
         *("size", "choice", "verify"),
@@ -53,13 +53,15 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert record["settings"]["reconstruct"] is True and record["defaults"].items() >= taken.items()
     assert not plain.read_record()["settings"]["reconstruct"] and "--reconstruct" in record["command"]
     settings = recover.Settings(str(folder.path), "refit", tokens=256)
-    assert recovery_run.run(settings, Invocation(tmp_path / "more", code=PRUNING.model)).read_record()["finished"]
+    assert recovery_run.recover_named(settings, Invocation(tmp_path / "more", code=PRUNING.model)).read_record()[
+        "finished"
+    ]
     undone = [undo(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
     assert undone[0].read_bytes() == undone[1].read_bytes()
 
 
 def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    whole, steps = run(PRUNING, Invocation(tmp_path / "whole")), []
+    whole, steps = prune_named(PRUNING, Invocation(tmp_path / "whole")), []
 
     def stopping(done: int, total: int, what: str) -> None:
         if what.startswith("refitting"):
@@ -67,20 +69,22 @@ def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(PRUNING, Invocation(tmp_path / "stopped", progress=stopping))
+        prune_named(PRUNING, Invocation(tmp_path / "stopped", progress=stopping))
     assert (tmp_path / "stopped" / ".work" / "statistics" / "reconstruction" / "000000.safetensors").exists()
     seen: list[str] = []
-    stopped = run(PRUNING, Invocation(tmp_path / "stopped", progress=lambda done, total, what: seen.append(what)))
+    stopped = prune_named(
+        PRUNING, Invocation(tmp_path / "stopped", progress=lambda done, total, what: seen.append(what))
+    )
     assert weights(stopped) == weights(whole)
     assert len([what for what in seen if what.startswith("refitting")]) == steps[0] - 1
 
 
 def test_too_little_data_is_found_before_the_folder_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there are 0 batches; give more data"):
-        run(replace(PRUNING, sources=()), Invocation(tmp_path / "run"))
+        prune_named(replace(PRUNING, sources=()), Invocation(tmp_path / "run"))
     few = replace(PRUNING, tokens=16)
     with pytest.raises(InputError, match="there are 1 batches"):
-        run(few, Invocation(tmp_path / "run"))
+        prune_named(few, Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     before = copy.deepcopy(net.state_dict())

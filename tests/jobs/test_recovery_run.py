@@ -7,7 +7,7 @@ import torch
 
 from regrow.cli import code_of
 from regrow.jobs import recover as recovery_run
-from regrow.jobs.prune import Settings, run
+from regrow.jobs.prune import Settings, prune_named
 from regrow.jobs.recording import Invocation
 from regrow.methods.recovery import FORMAT
 from regrow.reports import read_runs, to_html
@@ -23,7 +23,7 @@ PRUNING = Settings("toys:classifier", method="magnitude", keep=0.5, sources=("di
 def pruned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "cli"))
-        yield run(PRUNING, Invocation(tmp_path_factory.mktemp("runs") / "pruned")).path
+        yield prune_named(PRUNING, Invocation(tmp_path_factory.mktemp("runs") / "pruned")).path
 
 
 CODE = "toys:classifier"
@@ -49,7 +49,7 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     (page,) = read_runs([folder.path])
     assert page.method == "magnitude+refit" and page.settings["keep"] == "0.5" and not page.problems
     more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"mix": 0.2})
-    again = recovery_run.run(more, Invocation(tmp_path / "more", code=CODE))
+    again = recovery_run.recover_named(more, Invocation(tmp_path / "more", code=CODE))
     assert again.read_record()["settings"]["method"] == "magnitude+refit+distil"
     assert again.read_record()["settings"]["pruning"] == folder.read_record()["settings"]["pruning"]
 
@@ -58,7 +58,7 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
 def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, by):
     passes = {"passes": 4} if by == "distil" else {}
     settings = recover.Settings(str(pruned), by, tokens=256, seed=3, recovery_settings=passes)
-    whole = recovery_run.run(settings, Invocation(tmp_path / "whole", code=CODE))
+    whole = recovery_run.recover_named(settings, Invocation(tmp_path / "whole", code=CODE))
 
     steps = []
 
@@ -68,11 +68,11 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recovery_run.run(settings, Invocation(tmp_path / "killed", code=CODE, progress=stopping))
+        recovery_run.recover_named(settings, Invocation(tmp_path / "killed", code=CODE, progress=stopping))
     kept = "recovery/000000.safetensors" if by == "refit" else "recovery.safetensors"
     assert (tmp_path / "killed" / ".work" / "statistics" / kept).exists()
     told: list[str] = []
-    killed = recovery_run.run(
+    killed = recovery_run.recover_named(
         settings, Invocation(tmp_path / "killed", code=CODE, progress=lambda done, total, what: told.append(what))
     )
     assert weights(killed.path) == weights(whole.path)
@@ -85,15 +85,17 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
 
 def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not a run folder"):
-        recovery_run.run(recover.Settings(str(tmp_path), "refit"), Invocation(tmp_path / "out"))
+        recovery_run.recover_named(recover.Settings(str(tmp_path), "refit"), Invocation(tmp_path / "out"))
     with pytest.raises(ValueError, match="no recovery 'fit'"):
-        recovery_run.run(recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out", code="toys:classifier"))
+        recovery_run.recover_named(
+            recover.Settings(str(pruned), "fit"), Invocation(tmp_path / "out", code="toys:classifier")
+        )
     other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
     with pytest.raises(StoreError, match=r"nothing was cut\); give the folder of a pruning run"):
-        recovery_run.run(recover.Settings(str(other.path), "refit"), Invocation(tmp_path / "out"))
+        recovery_run.recover_named(recover.Settings(str(other.path), "refit"), Invocation(tmp_path / "out"))
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
-        recovery_run.run(recover.Settings(str(half.out), "refit"), Invocation(tmp_path / "out"))
+        recovery_run.recover_named(recover.Settings(str(half.out), "refit"), Invocation(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -23,7 +23,7 @@ from regrow.evaluation.timing import Latency
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
 from regrow.jobs.recording import ActiveRun, Invocation
-from regrow.jobs.search import Settings, build_search, build_space, retrain, run
+from regrow.jobs.search import Settings, build_search, build_space, retrain, search_named
 from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.cells import Cells
@@ -51,7 +51,7 @@ SETTINGS = Settings("cells:4-2-1", "digits", "nonzero=3k", method_settings=QUICK
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run(SETTINGS, Invocation(tmp_path_factory.mktemp("search") / "run"))
+    return search_named(SETTINGS, Invocation(tmp_path_factory.mktemp("search") / "run"))
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
@@ -96,7 +96,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     axes = trace(model, read_parts(SETTINGS).search.train.inputs[:2])
     target = f"{measure}={'3k' if measure == 'nonzero' else '30k'}"
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
-    folder = run(own, Invocation(tmp_path / "run"))
+    folder = search_named(own, Invocation(tmp_path / "run"))
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
     space = build_search(own, model, axes).space
     whole = measure_whole(space, (), Context(model, axes, read_parts(own).search))
@@ -109,7 +109,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
 def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
     said: list[str] = []
     settings = replace(SETTINGS, retrain=1)
-    folder = run(settings, Invocation(tmp_path / "run", progress=lambda done, total, what: said.append(what)))
+    folder = search_named(settings, Invocation(tmp_path / "run", progress=lambda done, total, what: said.append(what)))
     told = [*dict.fromkeys(line.rpartition(", loss ")[0] for line in said)]
     first, _, second, _ = rows(folder, "epoch")
     assert told[0] == "search, stage 1" and told[2] == "search, stage 2" and told[4:] == ["retraining"]
@@ -133,7 +133,7 @@ def test_what_means_nothing_in_the_training_anew_is_refused(
     given: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run(replace(SETTINGS, **given), Invocation(tmp_path / "run"))
+        search_named(replace(SETTINGS, **given), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -174,11 +174,11 @@ def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: An
     told = {name: value for name, value in done.read_record().items() if name != "finished"}
     (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
     with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 by default, here 0\.25"):
-        run(SETTINGS, Invocation(place))
+        search_named(SETTINGS, Invocation(place))
     assert [one.name for one in area.iterdir()] == ["run.json"]
     (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
     with pytest.raises(StoreError, match="inherit was true, here false"):
-        run(SETTINGS, Invocation(place))
+        search_named(SETTINGS, Invocation(place))
 
 
 def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
     found = []
     for i, more in enumerate(({}, {"seed": 0}, {"seed": 1})):
         given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind"}
-        folder = run(
+        folder = search_named(
             Settings("cells:4-2-1", "digits", "params=30%", method_settings=more, **given),
             Invocation(tmp_path / f"{i}"),
         )
@@ -209,8 +209,8 @@ def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypa
     stopped(monkeypatch, 3, 5)  # once in the search, once in the training after it
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(SETTINGS, Invocation(tmp_path / "killed"))
-    again = run(SETTINGS, Invocation(tmp_path / "killed"))
+            search_named(SETTINGS, Invocation(tmp_path / "killed"))
+    again = search_named(SETTINGS, Invocation(tmp_path / "killed"))
     whole, other = regrow.load(done.path), regrow.load(again.path)
     assert same_parameters(whole, other)
     assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
@@ -231,7 +231,7 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
         ({"target": "params=60", "method": "darts", "method_settings": {}}, "below what is left whatever goes"),
     ):
         with pytest.raises(ValueError, match=told):
-            run(replace(SETTINGS, **more), Invocation(tmp_path / "run"))
+            search_named(replace(SETTINGS, **more), Invocation(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
 
@@ -249,7 +249,7 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
     own = {"what": "operations,filters,weights", "split": "0.5,0.3,0.2"}
     given = SMALL | {"epochs": 0, "retrain": 1, "method": "blind", "method_settings": own}
     settings = Settings("cells:4-2-1", "digits", "nonzero=40%", **given)
-    folder = run(settings, Invocation(tmp_path / "run"))
+    folder = search_named(settings, Invocation(tmp_path / "run"))
     told, levels = rows(folder, "test")[0], rows(folder, "levels")[0]
     goes = sum(levels["saved"].values())
     assert [levels["saved"][level] / goes for level in GRANULARITIES] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
@@ -263,7 +263,7 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
         ({"what": "filters", "keep_bare": True}, "keep_bare keeps operations"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(
+            search_named(
                 Settings("cells:4-2-1", "digits", "nonzero=40%", **given | {"method_settings": wrong}),
                 Invocation(tmp_path / "wrong"),
             )
@@ -272,7 +272,7 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
 @pytest.mark.parametrize("what", ["operations", "filters"])
 def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
-    folder = run(Settings("cells:4-2-1", "digits", "params=40%", **given), Invocation(tmp_path / "run"))
+    folder = search_named(Settings("cells:4-2-1", "digits", "params=40%", **given), Invocation(tmp_path / "run"))
     told = rows(folder, "found")[0]
     whole = sum(p.numel() for p in build_space(SETTINGS, read_parts(SETTINGS).search)[0].parameters())
     assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
@@ -282,7 +282,7 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
 def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bool, tmp_path: Path) -> None:
     own = {"what": "operations", "keep_bare": keeps}
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": own}
-    folder = run(Settings("cells:4-2-1", "digits", "params=40%", **given), Invocation(tmp_path / "run"))
+    folder = search_named(Settings("cells:4-2-1", "digits", "params=40%", **given), Invocation(tmp_path / "run"))
     left = [path for paths in candidates_in(regrow.load(folder.path)).values() for path in paths]
     assert (len([path for path in left if kind_of(path) in ("avg", "max")]) == 8) == keeps
 
@@ -290,7 +290,7 @@ def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bo
 @pytest.mark.parametrize("most", [1700, 4000])
 def test_what_darts_leaves_is_cut_to_the_target_or_told_to_be_below_it(most: int, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 1, "retrain": 0, "method": "darts"}
-    folder = run(Settings("cells:4-2-1", "digits", f"params={most}", **given), Invocation(tmp_path / "run"))
+    folder = search_named(Settings("cells:4-2-1", "digits", f"params={most}", **given), Invocation(tmp_path / "run"))
     told, levels = rows(folder, "found")[0], rows(folder, "levels")[0]
     assert told["parameters"] == told["nonzero"] <= most
     assert levels["below"] == (levels["discretised"] <= most) == (levels["saved"]["filters"] == 0)
@@ -322,7 +322,7 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
     (tmp_path / "own_nets.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     given = SMALL | {"method_settings": {"warm": 0, "every": 1}}
-    folder = run(Settings("own_nets:tiny", "digits", "params=30%", **given), Invocation(tmp_path / "run"))
+    folder = search_named(Settings("own_nets:tiny", "digits", "params=30%", **given), Invocation(tmp_path / "run"))
     levels = rows(folder, "levels")[0]
     assert (
         levels["saved"]["operations"] > 0 and levels["size"] == rows(folder, "found")[0]["nonzero"] <= levels["asked"]
@@ -336,12 +336,12 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
         == (rows(folder, "test")[0]["accuracy"])
     )
     with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
-        run(Settings("own_nets:wrong", "digits", "params=30%", **given), Invocation(tmp_path / "other"))
+        search_named(Settings("own_nets:wrong", "digits", "params=30%", **given), Invocation(tmp_path / "other"))
 
 
 def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
     given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
-    folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), Invocation(tmp_path / "run"))
+    folder = search_named(Settings("resnet:4-2", "digits", "macs=10k", **given), Invocation(tmp_path / "run"))
     assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
 
@@ -365,11 +365,11 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
         "method_settings": QUICK,
         **SMALL | {"batch_size": 192, "epochs": 2, "retrain": 0, "stages": 1},
     }
-    plain = run(Settings("cells:4-4-1", "digits", "params=30%", **given), Invocation(tmp_path / "plain"))
+    plain = search_named(Settings("cells:4-4-1", "digits", "params=30%", **given), Invocation(tmp_path / "plain"))
     ample = Settings("cells:4-4-1", "digits", "params=30%", memory="64MiB", **given)
     _, _, plan = build_space(ample, read_parts(ample).search)
     assert plan is not None and not plan.recomputed
-    small = run(
+    small = search_named(
         Settings("cells:4-4-1", "digits", "params=30%", memory="17MiB", **given), Invocation(tmp_path / "small")
     )
     (planned,) = rows(small, "stages")
@@ -393,7 +393,7 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
     method: str, space: str, memory: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
     given = SMALL | {"method": method, "memory": f"{memory}MiB", "train": 120, "epochs": 1, "retrain": 0} | more
-    done = run(Settings(space, "digits", "params=50%", **given), Invocation(tmp_path / "done"))
+    done = search_named(Settings(space, "digits", "params=50%", **given), Invocation(tmp_path / "done"))
     plan = rows(done, "stages")[0]
     assert len(plan["ends"]) == 1 and plan["recomputed"]
     assert [row["stage"] for row in rows(done, "memory")] == [0]
@@ -401,9 +401,11 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
     commits = rows(done, "commit")
     assert (method == "gold_nas") is bool(commits) and all(row["stood"] and row["dropped"] for row in commits)
     with pytest.raises(ValueError, match="do not suffice"):
-        run(Settings(space, "digits", "params=30%", **given | {"memory": "3MiB"}), Invocation(tmp_path / "run"))
+        search_named(
+            Settings(space, "digits", "params=30%", **given | {"memory": "3MiB"}), Invocation(tmp_path / "run")
+        )
     with pytest.raises(ValueError, match="one stage: no --memory"):
-        run(Settings("resnet:4-2", "digits", "params=30%", **given), Invocation(tmp_path / "run"))
+        search_named(Settings("resnet:4-2", "digits", "params=30%", **given), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     model, parts = (
         build_space(Settings(space, "digits", "params=30%"), read_parts(SETTINGS).search)[0],
@@ -422,7 +424,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
         method_settings=QUICK | {"filter_lr_ratio": 1.0},
         **SMALL | {"retrain": 1},
     )
-    done = run(settings, Invocation(tmp_path / "run"))
+    done = search_named(settings, Invocation(tmp_path / "run"))
     net, told = regrow.load(done.path), rows(done, "test")[0]
     assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_parts(settings).test)
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
@@ -431,8 +433,8 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     assert "Block 6" in page and "allowed at most 70,000" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, Invocation(tmp_path / "killed"))
-    again = run(settings, Invocation(tmp_path / "killed"))
+        search_named(settings, Invocation(tmp_path / "killed"))
+    again = search_named(settings, Invocation(tmp_path / "killed"))
     other = regrow.load(again.path)
     assert same_parameters(net, other)
     assert _same(rows(done, "test")[-1]) == _same(rows(again, "test")[-1])
@@ -480,7 +482,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
     monkeypatch.setattr(search_inputs, "latency", lambda *_: table)
-    done = run(settings, Invocation(tmp_path / "run"))
+    done = search_named(settings, Invocation(tmp_path / "run"))
     told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
     assert told["whole"] == table.total and told["found"] > 0
     assert levels["measure"] == "ms" and levels["size"] <= levels["asked"] == pytest.approx(0.5 * table.total, abs=1e-3)
@@ -489,16 +491,16 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     assert f"allowed at most {levels['asked']:.3g}\N{NO-BREAK SPACE}ms" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, Invocation(tmp_path / "killed"))
+        search_named(settings, Invocation(tmp_path / "killed"))
     monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
     kept = tmp_path / "killed" / ".work" / "run.json"
     text = kept.read_text()
     for damaged in ('"total": -', '"wrong": '):
         kept.write_text(text.replace('"total": ', damaged))
         with pytest.raises(StoreError, match=r"run\.json.*latency"):
-            run(settings, Invocation(tmp_path / "killed"))
+            search_named(settings, Invocation(tmp_path / "killed"))
     kept.write_text(text)
-    again = run(settings, Invocation(tmp_path / "killed"))
+    again = search_named(settings, Invocation(tmp_path / "killed"))
     both = [regrow.load(folder.path) for folder in (done, again)]
     assert same_parameters(*both)
 
@@ -509,13 +511,15 @@ def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model))
     for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
-            run(Settings("cells:4-2-1", "digits", target_, **SMALL), Invocation(tmp_path / "run"))
+            search_named(Settings("cells:4-2-1", "digits", target_, **SMALL), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_space_and_a_method_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no small network 'cells:8'"):
-        run(Settings("cells:8", "digits", "params=30%", **SMALL), Invocation(tmp_path / "run"))
+        search_named(Settings("cells:8", "digits", "params=30%", **SMALL), Invocation(tmp_path / "run"))
     with pytest.raises(ValueError, match="did you mean 'mgas'"):
-        run(Settings("cells:4-2-1", "digits", "params=30%", method="mgass", **SMALL), Invocation(tmp_path / "run"))
+        search_named(
+            Settings("cells:4-2-1", "digits", "params=30%", method="mgass", **SMALL), Invocation(tmp_path / "run")
+        )
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from regrow.allocation.stages import MemoryBudgetError
 from regrow.core.objectives import CLASSIFICATION
 from regrow.jobs import search, spaces
 from regrow.jobs.recording import Invocation
-from regrow.jobs.search import Settings, build_search, build_space, run
+from regrow.jobs.search import Settings, build_search, build_space, search_named
 from regrow.jobs.search_inputs import make_schedule, read_parts
 from regrow.jobs.spaces import MemoryWatch
 from regrow.methods import MethodKind, find_method
@@ -52,7 +52,7 @@ def run_and_watch(settings: Settings, place: Path) -> tuple[Any, list[bool]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "learn", watched)
-        return run(settings, Invocation(place)), recomputed
+        return search_named(settings, Invocation(place)), recomputed
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_where_a_stage_left_more_than_was_planned_parts_are_computed_anew(tight:
     """The same search, number by number, as in these stages without a budget."""
     assert [row["recomputed"] for row in kept(tight)] == [False, True]
     assert not rows(tight, "stages")[0]["recomputed"]
-    plain = run(replace(TIGHT, memory="", stages=2), Invocation(tmp_path / "plain"))
+    plain = search_named(replace(TIGHT, memory="", stages=2), Invocation(tmp_path / "plain"))
     assert same_parameters(plain.path / "found", tight.path / "found") and same_parameters(plain.path, tight.path)
     pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, tight)]
     assert ["recomputed in the backward pass" in page for page in pages] == [False, True]
@@ -115,9 +115,9 @@ def test_a_run_that_goes_on_measures_each_stage_once(
     monkeypatch.setattr(search, "write_checkpoint", stopping)
     for epochs in (1, 3):
         with pytest.raises(KeyboardInterrupt):
-            run(TIGHT, Invocation(tmp_path / "killed"))
+            search_named(TIGHT, Invocation(tmp_path / "killed"))
         assert len(seen) == epochs
-    again = run(TIGHT, Invocation(tmp_path / "killed"))
+    again = search_named(TIGHT, Invocation(tmp_path / "killed"))
     told = [
         [{name: row[name] for name in ("stage", "epoch", "peak", "recomputed")} for row in kept(folder)]
         for folder in (tight, again)
@@ -151,7 +151,11 @@ def test_what_settings_tell_of_earlier_stages_is_planned_with() -> None:
 @pytest.mark.parametrize("more", [{"levels": "weights"}, {"share": 0.9}])
 def test_where_earlier_stages_leave_much_the_budget_is_kept(more: dict[str, Any], tmp_path: Path) -> None:
     target = "nonzero=80%" if "share" in more else "nonzero=30%"
-    kept(run(replace(TIGHT, target=target, method_settings=QUICK | more, retrain=0), Invocation(tmp_path / "run")))
+    kept(
+        search_named(
+            replace(TIGHT, target=target, method_settings=QUICK | more, retrain=0), Invocation(tmp_path / "run")
+        )
+    )
 
 
 def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
@@ -163,6 +167,6 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     monkeypatch.setattr(spaces, "predict_stage", much)
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
-            run(TIGHT, Invocation(tmp_path / "run"))
+            search_named(TIGHT, Invocation(tmp_path / "run"))
     found = regrow.store.run_folder.RunFolder.open_unfinished(tmp_path / "run")
     assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]

@@ -19,7 +19,7 @@ from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
 from regrow.jobs import search as searching
 from regrow.jobs.recording import Invocation
-from regrow.jobs.search import Settings, run
+from regrow.jobs.search import Settings, search_named
 from regrow.jobs.search_inputs import parse_target, read_parts
 from regrow.settings.search import parse_search_target
 from regrow.store import save
@@ -57,7 +57,7 @@ def test_no_target_of_a_search_is_exceeded(
     """Counted on the found network as dense kernels run it, and by the size of its file."""
     own = QUICK | ({"levels": levels} if levels else {})
     settings = Settings(space, "digits", f"{measure}={share}%", method_settings=own, seed=seed, **TINY)
-    folder = run(settings, Invocation(tmp_path / "run"))
+    folder = search_named(settings, Invocation(tmp_path / "run"))
     levels_row, net = row(folder, "levels"), regrow.load(folder.path / "found")
     counted = dense(net, read_parts(settings).test.inputs[:1])
     assert levels_row["measure"] == measure
@@ -77,14 +77,14 @@ def test_no_target_of_a_search_is_exceeded(
 
 def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> None:
     """At first 0.1 M bought 0.3 M: what was masked cost nothing, and the kernels computed it all the same."""
-    folder = run(
+    folder = search_named(
         Settings("cells:4-2-1", "digits", "macs=20k", method_settings=QUICK, **TINY), Invocation(tmp_path / "run")
     )
     net = regrow.load(folder.path)
     assert dense(net, torch.zeros(1, 1, 8, 8))["macs"] == macs(trace(net, torch.zeros(3, 1, 8, 8))) <= 20_000
     with pytest.raises(ValueError, match="take a target in nonzero"):
         wrong = QUICK | {"levels": ("filters", "weights")}
-        run(
+        search_named(
             Settings("cells:4-2-1", "digits", "macs=20k", method_settings=wrong, **TINY), Invocation(tmp_path / "other")
         )
 

@@ -13,7 +13,7 @@ from regrow.core.budget import Budget
 from regrow.core.plan import Plan
 from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Batch, Source
-from regrow.jobs.pruning import collect_evidence
+from regrow.jobs.pruning_inputs import collect_evidence
 from regrow.methods import METHODS, MethodKind, find_method
 from regrow.methods.pruning.pruner import check_pruner, plan_cut
 from regrow.scoring import spaces

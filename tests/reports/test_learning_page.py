@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from regrow.jobs.learn import Settings, extend, run
+from regrow.jobs.learn import Settings, extend, learn_named
 from regrow.jobs.recording import Invocation
 from regrow.reports import read_runs, to_html, write_page
 from regrow.reports.comparison import compare
@@ -18,7 +18,7 @@ def learned(path, method="sparsegrow", tasks=3, **settings):
     asked = Settings(
         (f"permuted:digits:{tasks}",), model="mlp:16-16", method=method, method_settings=given, epochs=2, lr=0.05
     )
-    return run(asked, Invocation(path / method)).path
+    return learn_named(asked, Invocation(path / method)).path
 
 
 @pytest.fixture(scope="module")

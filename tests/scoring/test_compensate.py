@@ -7,7 +7,7 @@ from hand import conv, lm, stored, texts
 from regrow.core.budget import Budget
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
-from regrow.jobs.pruning import collect_evidence
+from regrow.jobs.pruning_inputs import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring.collect import collect

@@ -12,7 +12,7 @@ from torch import nn
 
 from regrow import export, load
 from regrow.cli import code_of
-from regrow.jobs.prune import Settings, run
+from regrow.jobs.prune import Settings, prune_named
 from regrow.jobs.recording import Invocation
 from regrow.store import save
 from regrow.store.errors import explain_os_errors
@@ -221,6 +221,6 @@ def test_two_runs_in_one_folder(here):
 
     def second(*_):
         with pytest.raises(ValueError, match="being written by another process"):
-            run(settings, Invocation("run"))
+            prune_named(settings, Invocation("run"))
 
-    assert run(settings, Invocation("run", progress=second)).read_record()["finished"]
+    assert prune_named(settings, Invocation("run", progress=second)).read_record()["finished"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from regrow.jobs.pruning import read_pruning_settings
+from regrow.jobs.pruning_inputs import read_pruning_settings
 from regrow.store import StoreError, schemas
 from regrow.store import convert as convert_module
 from regrow.store.convert import convert, read_json

@@ -10,7 +10,7 @@ from regrow import nets, store
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan, PlanError
 from regrow.evaluation import perplexity
-from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.streaming.cut import propose_cut
 from regrow.streaming.opening import open_network

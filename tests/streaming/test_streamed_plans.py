@@ -4,7 +4,7 @@ import pytest
 
 from regrow import nets
 from regrow.core.budget import Budget
-from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import PruningContext, plan_cut
 from regrow.scoring.collect import CollectionOptions
 from regrow.streaming.opening import open_network

@@ -11,7 +11,7 @@ from regrow import nets, store
 from regrow.core.budget import Budget
 from regrow.core.errors import ResourceError
 from regrow.core.progress import silent
-from regrow.jobs.pruning import build_pruner, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import ChangedTensors, RecoveryTask, StreamedPair
 from regrow.methods.recovery import refit as refitting

@@ -11,7 +11,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.plan import Fill, Plan
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.jobs import learn as learning_run
-from regrow.jobs.learn import Settings, run
+from regrow.jobs.learn import Settings, learn_named
 from regrow.jobs.recording import Invocation
 from regrow.methods import LEARNERS
 from regrow.nets.vision import small
@@ -54,7 +54,7 @@ def test_what_is_told_changes_no_step() -> None:
 def test_a_growth_is_told_once_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"late_phase": 0.75}
     settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
-    run(settings, Invocation(tmp_path / "whole"))
+    learn_named(settings, Invocation(tmp_path / "whole"))
     write, seen = learning_run.write_checkpoint, []
 
     def stopping(path: Path, model: Any, state: TrainState[Any], **more: Any) -> None:
@@ -65,10 +65,10 @@ def test_a_growth_is_told_once_after_a_stop(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, Invocation(tmp_path / "killed"))
+        learn_named(settings, Invocation(tmp_path / "killed"))
     assert seen[-1] == 1, "past its growth"
     monkeypatch.undo()
-    run(settings, Invocation(tmp_path / "killed"))
+    learn_named(settings, Invocation(tmp_path / "killed"))
     rows = [RunFolder.open(tmp_path / name).metrics() for name in ("whole", "killed")]
     told = [[{k: v for k, v in r.items() if k != "time"} for r in some if r["what"] == "growth"] for some in rows]
     assert len(told[0]) == 1 and told[0] == told[1]

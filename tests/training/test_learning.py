@@ -18,7 +18,7 @@ from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.evaluation.continual import Matrix, share_right
 from regrow.jobs import learn as learning_run
-from regrow.jobs.learn import Settings, extend, run
+from regrow.jobs.learn import Settings, extend, learn_named
 from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import TaskSpecs, read_tasks
 from regrow.methods import LEARNERS, MethodKind, find_method
@@ -67,7 +67,7 @@ def test_killed_and_resumed_is_never_stopped(
     """Stopped in the middle of the second task, after growth where there is any: the same numbers, bit for bit."""
     own: Any = {"model": model, "method": name, "method_settings": given}
     settings = Settings(("permuted:digits:2",), epochs=4, train=200, test=80, **own)
-    whole = regrow.load(run(settings, Invocation(tmp_path / "whole")).path)
+    whole = regrow.load(learn_named(settings, Invocation(tmp_path / "whole")).path)
     write, seen = learning_run.write_checkpoint, []
 
     def stopping(path: Path, model: Any, state: Any, **more: Any) -> None:
@@ -78,15 +78,15 @@ def test_killed_and_resumed_is_never_stopped(
 
     monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, Invocation(tmp_path / "killed"))
+        learn_named(settings, Invocation(tmp_path / "killed"))
     assert seen[-1][:2] == (1, 3) and (1 in seen[-1][2]) == bool(given), "in the middle of a task, past its growth"
     monkeypatch.undo()
     if model == "mlp:16-16":
-        run(settings, Invocation(tmp_path / "killed"))
+        learn_named(settings, Invocation(tmp_path / "killed"))
     else:  # a fresh process
         out = str(tmp_path / "killed")
-        imports = "from regrow.jobs.learn import Settings, run; from regrow.jobs.recording import Invocation"
-        call = f"{imports}; run({settings!r}, Invocation({out!r}))"
+        imports = "from regrow.jobs.learn import Settings, learn_named; from regrow.jobs.recording import Invocation"
+        call = f"{imports}; learn_named({settings!r}, Invocation({out!r}))"
         subprocess.run([sys.executable, "-c", call], check=True, timeout=300)
     again = regrow.load(tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
@@ -131,7 +131,7 @@ def accuracy_matrix_of(row: dict[str, Any]) -> Matrix:
 
 def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     """Learned in two calls, the first tasks end as they did, and the figures are those of the saved matrix."""
-    folder = run(SETTINGS, Invocation(tmp_path / "run"))
+    folder = learn_named(SETTINGS, Invocation(tmp_path / "run"))
     first = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
     folder = extend(Invocation(tmp_path / "run"), ("rotated:digits:2",))
     last = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
@@ -154,7 +154,7 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
 def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Path, monkeypatch: Any) -> None:
     """Another version may have others."""
     own = replace(SETTINGS, epochs=1, method="ewc", method_settings={"decay": 0.5})
-    folder = run(own, Invocation(tmp_path / "run"))
+    folder = learn_named(own, Invocation(tmp_path / "run"))
     began = folder.read_record()["defaults"]
     assert "decay" not in began and began["strength"] == find_method(MethodKind.CONTINUAL, "ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
@@ -173,12 +173,12 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
 def test_classes_that_come_later_need_outputs(tmp_path: Path) -> None:
     """Refused before anything is written; with outputs from the start they are learned."""
     few = replace(SETTINGS, tasks=("split:digits:5",), epochs=1, method="naive", method_settings={})
-    run(few, Invocation(tmp_path / "few"))
+    learn_named(few, Invocation(tmp_path / "few"))
     told = (tmp_path / "few" / "run.json").read_bytes()
     with pytest.raises(ValueError, match="outputs for 2: begin a run with --classes 10"):
         extend(Invocation(tmp_path / "few"), ("digits",))
     assert (tmp_path / "few" / "run.json").read_bytes() == told
-    run(replace(few, classes=10), Invocation(tmp_path / "many"))
+    learn_named(replace(few, classes=10), Invocation(tmp_path / "many"))
     matrix = [row for row in extend(Invocation(tmp_path / "many"), ("digits",)).metrics() if row["what"] == "matrix"][
         -1
     ]
@@ -186,7 +186,7 @@ def test_classes_that_come_later_need_outputs(tmp_path: Path) -> None:
 
 
 def test_batches_of_one_are_learned_from(tmp_path: Path) -> None:
-    folder = run(
+    folder = learn_named(
         replace(SETTINGS, tasks=("digits",), train=60, epochs=4, batch_size=1, method="naive", method_settings={}),
         Invocation(tmp_path / "run"),
     )
@@ -199,7 +199,7 @@ def test_a_later_set_of_pictures_takes_the_form_of_the_first(tmp_path: Path) -> 
         for label in "0123456789":
             (tmp_path / "large" / half / label).mkdir(parents=True)
             Image.new("RGB", (12, 12), (int(label) * 25, 0, 90)).save(tmp_path / "large" / half / label / "one.png")
-    run(replace(SETTINGS, tasks=("digits",)), Invocation(tmp_path / "run"))
+    learn_named(replace(SETTINGS, tasks=("digits",)), Invocation(tmp_path / "run"))
     matrix = [
         row
         for row in extend(Invocation(tmp_path / "run"), (str(tmp_path / "large"),)).metrics()
@@ -211,7 +211,7 @@ def test_a_later_set_of_pictures_takes_the_form_of_the_first(tmp_path: Path) -> 
 def test_data_of_tasks_that_are_over_may_be_gone(tmp_path: Path) -> None:
     """Months later: what is there is learned and measured, what is gone is not, and nothing is made up for it."""
     old = dots(tmp_path / "old")
-    folder = run(replace(SETTINGS, tasks=(str(old),)), Invocation(tmp_path / "run"))
+    folder = learn_named(replace(SETTINGS, tasks=(str(old),)), Invocation(tmp_path / "run"))
     first = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
     shutil.rmtree(old)
     with pytest.raises(SourceError, match=r"no data .*old.*; with --without-old, tasks that are over need no data"):
@@ -232,7 +232,7 @@ def test_data_of_tasks_that_are_over_may_be_gone(tmp_path: Path) -> None:
     assert grown[-1]["shock"] is not None
     text = write_page([folder.path], tmp_path / "page.html").read_text().replace("\n", " ")
     assert "over the 3 tasks that could be evaluated" in text and "Data of old were missing" in text
-    run(replace(SETTINGS, tasks=("digits",)), Invocation(tmp_path / "other"))
+    learn_named(replace(SETTINGS, tasks=("digits",)), Invocation(tmp_path / "other"))
     text = write_page([folder.path, tmp_path / "other"], tmp_path / "both.html").read_text()
     assert "quality cannot be compared" in text
 
@@ -270,9 +270,9 @@ def test_what_cannot_go_on_without_data_is_refused_and_stays_as_it_was(
     if "stopped" in given:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(learning_run, "write_checkpoint", stopping)
-            run(settings, Invocation(tmp_path / "run"))
+            learn_named(settings, Invocation(tmp_path / "run"))
     else:
-        run(settings, Invocation(tmp_path / "run"))
+        learn_named(settings, Invocation(tmp_path / "run"))
     told = next((tmp_path / "run").rglob("run.json"))  # of a stopped run it lies in its working area
     if "sequence" in given:
         told.write_text(json.dumps({n: v for n, v in json.loads(told.read_text()).items() if n != "sequence"}))
@@ -307,10 +307,10 @@ def test_what_a_file_says_of_tasks_that_are_gone_is_checked(sequence: Any, tmp_p
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no data 'fashoin'"):
-        run(Settings(("permuted:fashoin:3",)), Invocation(tmp_path / "a"))
+        learn_named(Settings(("permuted:fashoin:3",)), Invocation(tmp_path / "a"))
     with pytest.raises(ValueError, match="no small network 'mpl:3'"):
-        run(Settings(("digits",), model="mpl:3", epochs=1), Invocation(tmp_path / "b"))
+        learn_named(Settings(("digits",), model="mpl:3", epochs=1), Invocation(tmp_path / "b"))
     with pytest.raises(ValueError, match="did you mean 'sparsegrow'"):
-        run(Settings(("digits",), method="sparsgrow"), Invocation(tmp_path / "c"))
+        learn_named(Settings(("digits",), method="sparsgrow"), Invocation(tmp_path / "c"))
     with pytest.raises(StoreError, match="is not a run folder"):
         extend(Invocation(tmp_path), ("digits",))

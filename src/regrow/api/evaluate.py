@@ -8,7 +8,7 @@ from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.quality import Evaluation
-from regrow.jobs.evaluate import EvaluateInputs, carry_out, plan_evaluation
+from regrow.jobs.evaluate import EvaluateInputs, evaluate_network, plan_evaluation
 from regrow.jobs.memory_needs import start_streaming
 from regrow.settings.evaluate import Settings
 
@@ -55,7 +55,7 @@ def evaluate(
     """
     call = Call(model, data, None, None, loss, tokenizer, batch_size, device, precision)
     settings = Settings(call.name, precision=precision)
-    result = carry_out(settings, partial(_open, call, settings, memory, progress), progress=progress)
+    result = evaluate_network(settings, partial(_open, call, settings, memory, progress), progress=progress)
     return {row.source: row for row in result.sources if isinstance(row, Evaluation)}
 
 

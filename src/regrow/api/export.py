@@ -10,7 +10,7 @@ from regrow.api.inputs import ModelLike, to_example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.exporters import Written
-from regrow.jobs.export import ExportInputs, carry_out, open_named
+from regrow.jobs.export import ExportInputs, export_network, open_named
 from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
 
@@ -64,4 +64,4 @@ def export(
         )
         return opened if example is None else replace(opened, example=to_example(example))
 
-    return carry_out(settings, inputs, Path(out), progress=progress)
+    return export_network(settings, inputs, Path(out), progress=progress)

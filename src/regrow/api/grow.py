@@ -15,7 +15,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.jobs.grow import GrowInputs, carry_out
+from regrow.jobs.grow import GrowInputs, grow_network
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
@@ -95,7 +95,7 @@ def grow(
     settings = replace(settings, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
     with visible(progress) as shown:
-        result = carry_out(settings, partial(_open, call, steps), call.run("grow", shown))
+        result = grow_network(settings, partial(_open, call, steps), call.run("grow", shown))
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan

@@ -23,7 +23,7 @@ from regrow.core.tasks import Task, first_examples
 from regrow.data.datasets import to_tasks
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.measure import evaluating
-from regrow.jobs.learn import LearnInputs, build_learner, carry_out
+from regrow.jobs.learn import LearnInputs, build_learner, learn_tasks
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.starting import make_task_schedule
@@ -145,7 +145,7 @@ def learn(
     job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
     job = replace(job, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
     with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = carry_out(job, partial(_open, call, job, net, every, optimizer), call.run("learn", shown))
+        fitted = learn_tasks(job, partial(_open, call, job, net, every, optimizer), call.run("learn", shown))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 

@@ -21,7 +21,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
-from regrow.jobs.prune import PruneInputs, carry_out
+from regrow.jobs.prune import PruneInputs, prune_network
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import WholeNetwork
 from regrow.methods.recovery.refit_work import check_lengths
@@ -104,7 +104,7 @@ def prune(
     job = replace(job, marks=tuple(sorted(map(str, marks))), round_to=round_to)
     job = replace(_with_size(job, keep, target, smaller), precision=precision, reconstruct=reconstruct)
     with visible(progress) as shown:
-        result = carry_out(job, partial(_open, call, reconstruct), call.run("prune", shown))
+        result = prune_network(job, partial(_open, call, reconstruct), call.run("prune", shown))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan

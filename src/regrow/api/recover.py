@@ -19,7 +19,7 @@ from regrow.core.sources import device_of
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
-from regrow.jobs.recover import RecoverInputs, carry_out
+from regrow.jobs.recover import RecoverInputs, recover_network
 from regrow.nets.devices import autocasting
 from regrow.settings import prune
 from regrow.settings.recover import Settings
@@ -106,7 +106,7 @@ def recover(
         precision="" if precision == "float32" else precision,
     )
     with visible(progress) as shown:
-        summary = carry_out(job, partial(_open, call, model, plan), call.run("recover", shown, model))
+        summary = recover_network(job, partial(_open, call, model, plan), call.run("recover", shown, model))
     return {name: value for name, value in summary.items() if name not in ("tokens", "seconds")}
 
 

@@ -20,7 +20,7 @@ from regrow.core.tasks import ExampleSet, ExamplesView, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import visible
 from regrow.jobs.recording import ActiveRun
-from regrow.jobs.search import SearchResult, carry_out
+from regrow.jobs.search import SearchResult, search_network
 from regrow.jobs.search_inputs import HELD_OUT, Parts, SearchInputs, make_schedule
 from regrow.settings.search import Settings
 from regrow.store.statistics import parameter_sums
@@ -96,7 +96,7 @@ def search(
     job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     job = replace(job, weight_decay=weight_decay, precision=precision)
     with visible(progress) as shown:
-        return carry_out(job, partial(_open, call, test, job, optimizer), call.run("search", shown))
+        return search_network(job, partial(_open, call, test, job, optimizer), call.run("search", shown))
 
 
 def _open(call: Call, test: object, job: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:

@@ -29,7 +29,7 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     command.say_code(settings.model, code)
-    from regrow.jobs.evaluate import run as run_job
+    from regrow.jobs.evaluate import evaluate_named as run_job
     from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output
 

@@ -53,7 +53,7 @@ def learn(
     code: str,
 ) -> None:
     """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
-    from regrow.jobs.learn import extend, run
+    from regrow.jobs.learn import extend, learn_named
 
     if settings is None:
         if out:
@@ -64,7 +64,7 @@ def learn(
         if added or without_old:
             raise click.UsageError("--task and --without-old need --resume RUN; for a new run, give the tasks as TASKS")
         command.say_code(settings.model, code, settings.method)
-        call = partial(run, settings)
+        call = partial(learn_named, settings)
     with recorded_run(resume or out, code=code) as invocation:
         call(invocation)
 
@@ -78,7 +78,7 @@ def search(settings: searching.Settings, code: str, out: Path) -> None:
     A part of the training examples is held out for validation; the test set is used once, at the end.
     """
     command.say_code(settings.space, code, settings.method)
-    from regrow.jobs.search import run
+    from regrow.jobs.search import search_named
 
     with recorded_run(out, code=code) as invocation:
-        run(settings, invocation)
+        search_named(settings, invocation)

@@ -146,10 +146,10 @@ def grow(settings: growing.Settings, out: Path | None, dry_run: Path | None, cod
     if dry_run:
         _write_growth(settings, dry_run, code)
         return
-    from regrow.jobs.grow import run
+    from regrow.jobs.grow import grow_named
 
     with recorded_run(out, code=code) as invocation:
-        run(settings, invocation)
+        grow_named(settings, invocation)
 
 
 def _write_growth(settings: growing.Settings, path: Path, code: str) -> None:
@@ -178,11 +178,11 @@ def _write_growth(settings: growing.Settings, path: Path, code: str) -> None:
 def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> None:
     """Export MODEL, and check the written file by loading it."""
     command.say_code(settings.model, code)
-    from regrow.jobs.export import run
+    from regrow.jobs.export import export_named
     from regrow.jobs.recording import Invocation
 
     with working() as progress:
-        written = run(settings, Invocation(out, code, memory, announce=say, progress=progress))
+        written = export_named(settings, Invocation(out, code, memory, announce=say, progress=progress))
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")

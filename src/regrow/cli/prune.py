@@ -45,10 +45,10 @@ def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str,
     if dry_run:
         _write_plan(settings, dry_run, code, memory)
         return
-    from regrow.jobs.prune import run
+    from regrow.jobs.prune import prune_named
 
     with recorded_run(out, code=code, memory=memory) as invocation:
-        run(settings, invocation)
+        prune_named(settings, invocation)
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
@@ -76,8 +76,8 @@ def recover(settings: recovery.Settings, code: str, memory: str, out: Path) -> N
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")
     if ranks.several and memory:
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
-    from regrow.jobs.recover import run
+    from regrow.jobs.recover import recover_named
 
     command.say_code(code, settings.by)
     with recorded_run(out, code=code, memory=memory) as invocation:
-        run(settings, invocation)
+        recover_named(settings, invocation)

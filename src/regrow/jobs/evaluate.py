@@ -73,7 +73,7 @@ class EvaluateResult:
         return result if self.memory is None else {**result, "memory": self.memory}
 
 
-def carry_out(
+def evaluate_network(
     settings: Settings, inputs: Callable[[], EvaluateInputs], *, progress: Progress = silent
 ) -> EvaluateResult:
     """Evaluate a network."""
@@ -164,7 +164,7 @@ def count_positions(batch: Batch) -> int:
     return batch.size if ids is None else ids.numel()
 
 
-def run(settings: Settings, invocation: Invocation) -> dict[str, Any]:
+def evaluate_named(settings: Settings, invocation: Invocation) -> dict[str, Any]:
     """Evaluate the model that settings name, as ``regrow evaluate`` does."""
-    result = carry_out(settings, partial(open_named, settings, invocation), progress=invocation.progress)
+    result = evaluate_network(settings, partial(open_named, settings, invocation), progress=invocation.progress)
     return result.record(Path(settings.model).name)

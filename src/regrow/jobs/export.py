@@ -55,7 +55,7 @@ def check_out(settings: Settings, out: Path) -> None:
         check_output(out, (suffix,), [settings.model] if settings.model else [])
 
 
-def carry_out(
+def export_network(
     settings: Settings, inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
 ) -> "Written":
     """Write a network in a format of other tools, read it back, and compare it with the network."""
@@ -108,7 +108,7 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     return ExportInputs(model, weights=opened.weights.parameters(), memory=plan)
 
 
-def run(settings: Settings, invocation: "Invocation") -> "Written":
+def export_named(settings: Settings, invocation: "Invocation") -> "Written":
     """Export the model that settings name, as ``regrow export`` does."""
     inputs = partial(open_named, settings, invocation)
-    return carry_out(settings, inputs, Path(invocation.out), progress=invocation.progress)
+    return export_network(settings, inputs, Path(invocation.out), progress=invocation.progress)

@@ -64,7 +64,7 @@ class GrowResult:
     warnings: tuple[str, ...]
 
 
-def carry_out(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
+def grow_network(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
     """Grow a network such that its outputs do not change, train it if there are steps, and record it.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
@@ -279,10 +279,10 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
     return GrowInputs(loaded, axes, data, specs=specs)
 
 
-def run(settings: Settings, invocation: Invocation) -> RunFolder:
+def grow_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
     inputs = partial(open_named, settings, invocation)
-    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
+    grow_network(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 

@@ -75,7 +75,7 @@ class BegunRun:
     recorded: object
 
 
-def carry_out(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], run: ActiveRun) -> Fitted[Any]:
+def learn_tasks(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], run: ActiveRun) -> Fitted[Any]:
     """Learn tasks one after the other, and record it; return the network and what was measured.
 
     All mistakes in the settings and inputs are found before anything is recorded. An interrupted run is resumed. All
@@ -257,7 +257,7 @@ def _read_old(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[A
     return old
 
 
-def run(settings: Settings, invocation: Invocation) -> RunFolder:
+def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder."""
 
     def open_inputs(run: ActiveRun) -> LearnInputs:
@@ -265,7 +265,7 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
             check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
         return open_named(settings, invocation, None, run)
 
-    carry_out(settings, open_inputs, invocation.start(settings, settings.model, undo=settings.undo))
+    learn_tasks(settings, open_inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 
@@ -292,7 +292,7 @@ def extend(invocation: Invocation, more: Sequence[str], *, without_old: bool = F
         run.recorder = ExtensionRecorder(
             made.out, made.model, made.command, False, made.write_page, record, tuple(more)
         )
-    carry_out(settings, partial(open_named, whole, invocation, begun), run)
+    learn_tasks(settings, partial(open_named, whole, invocation, begun), run)
     return RunFolder(out)
 
 

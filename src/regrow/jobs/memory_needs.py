@@ -18,9 +18,9 @@ from regrow.evaluation.generation import predict_generation
 from regrow.evaluation.memory import UnpredictableError, predict_memory
 from regrow.jobs.inputs import count_windows
 from regrow.jobs.models import DTYPES, ModelSpec
-from regrow.jobs.pruning import budget_of, model_spec, pruner_of, source_specs
+from regrow.jobs.pruning_inputs import budget_of, model_spec, pruner_of, source_specs
 from regrow.jobs.recording import Invocation
-from regrow.jobs.recovering import LastCut
+from regrow.jobs.recovery_steps import LastCut
 from regrow.methods.pruning.pruner import Pruner
 from regrow.methods.recovery.distil import divergence
 from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS

@@ -30,7 +30,7 @@ from regrow.jobs.inputs import (
 from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_run
 from regrow.jobs.memory_needs import open_to_prune
 from regrow.jobs.models import load_model, trace_loaded
-from regrow.jobs.pruning import (
+from regrow.jobs.pruning_inputs import (
     budget_of,
     check_pruning,
     collect_evidence,
@@ -41,7 +41,7 @@ from regrow.jobs.pruning import (
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
-from regrow.jobs.recovering import reconstruct
+from regrow.jobs.recovery_steps import reconstruct
 from regrow.jobs.run_networks import BlockwiseNetwork, PrunedNetwork, WholeNetwork
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_modules
@@ -83,7 +83,7 @@ class PruneResult:
     warnings: tuple[str, ...] = ()  # what a user must know of the data
 
 
-def carry_out(
+def prune_network(
     settings: Settings, inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, *, cuts: bool = True
 ) -> PruneResult:
     """Prune a network, and record it; all mistakes in the settings and inputs are found before that.
@@ -283,11 +283,11 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:
     """Return the plan that a pruning run would make, and record nothing."""
     inputs = partial(open_named, settings, invocation)
-    return carry_out(settings, inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
+    return prune_network(settings, inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
 
 
-def run(settings: Settings, invocation: Invocation) -> RunFolder:
+def prune_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Prune the model that settings name, as ``regrow prune`` does, and return the folder."""
     inputs = partial(open_named, settings, invocation)
-    carry_out(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
+    prune_network(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

@@ -27,9 +27,9 @@ from regrow.jobs.inputs import (
 from regrow.jobs.measuring import EvaluationData, log_pairs, measure_run
 from regrow.jobs.memory_needs import open_to_recover
 from regrow.jobs.models import load_model, trace_loaded
-from regrow.jobs.pruning import model_spec, source_specs
+from regrow.jobs.pruning_inputs import model_spec, source_specs
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart
-from regrow.jobs.recovering import LastCut, find_cut, recover
+from regrow.jobs.recovery_steps import LastCut, find_cut, recover
 from regrow.jobs.run_networks import StreamedRecovery
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
@@ -63,7 +63,7 @@ class RecoverInputs:
     memory: MemoryPlan | None = None  # what the run needs of a limit of memory; `None`: there is none
 
 
-def carry_out(
+def recover_network(
     settings: Settings,
     inputs: Callable[[ActiveRun], RecoverInputs],
     run: ActiveRun,
@@ -166,7 +166,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
         log_pairs(record, before, measure_run(alone, loaded, cut, data, "pruned"))
 
 
-def run(settings: Settings, invocation: Invocation) -> RunFolder:
+def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Recover the model of a finished run, as ``regrow recover`` does, and return the folder.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
@@ -178,7 +178,7 @@ def run(settings: Settings, invocation: Invocation) -> RunFolder:
     cut = find_cut(source, invocation.code)
     complete = _complete(settings, source, cut)
     inputs = partial(open_named, settings, invocation, source, cut)
-    carry_out(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo))
+    recover_network(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 

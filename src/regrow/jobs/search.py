@@ -123,7 +123,7 @@ class SearchRecord:
             self.record.log("memory", number=i, **asdict(stage))
 
 
-def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun) -> SearchResult:
+def search_network(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record it.
 
     An interrupted run is resumed. All processes of the run call this, and train together.
@@ -302,9 +302,9 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
     return SearchInputs(model, origin, axes, parts, schedule, start, stages)
 
 
-def run(settings: Settings, invocation: Invocation) -> RunFolder:
+def search_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Search the space that settings name, as ``regrow search`` does, and return the folder."""
     check_same_settings(invocation.ranks, settings)
     run = invocation.start(settings, settings.space, undo=settings.undo)
-    carry_out(settings, partial(open_named, settings, invocation), run)
+    search_network(settings, partial(open_named, settings, invocation), run)
     return RunFolder(Path(invocation.out))

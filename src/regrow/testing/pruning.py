@@ -17,7 +17,7 @@ from regrow.core.budget import Budget
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
-from regrow.jobs.pruning import collect_evidence
+from regrow.jobs.pruning_inputs import collect_evidence
 from regrow.methods.pruning.pruner import Cut, Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.store.ledger import read_plan

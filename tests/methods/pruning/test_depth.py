@@ -18,7 +18,7 @@ from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Evidence
 from regrow.core.sources import Batch, Source, labelled_logits
-from regrow.jobs.pruning import build_pruner, check_pruning, collect_evidence
+from regrow.jobs.pruning_inputs import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth
 from regrow.methods.pruning.depth import modules_of, predictions
 from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut, with_modules

@@ -17,7 +17,7 @@ from regrow.allocation.ranked import BudgetError
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.sources import Batch, Source
-from regrow.jobs.pruning import collect_evidence
+from regrow.jobs.pruning_inputs import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import fisher
 from regrow.methods.pruning.fisher import ALL, INNER, RANKED

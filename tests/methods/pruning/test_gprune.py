@@ -12,7 +12,7 @@ from regrow.allocation.cost import Cost
 from regrow.api.prune import prune
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
-from regrow.jobs.pruning import check_pruning, collect_evidence
+from regrow.jobs.pruning_inputs import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import gprune
 from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut

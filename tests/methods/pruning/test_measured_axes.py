@@ -17,7 +17,7 @@ from regrow.core.budget import Budget
 from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import BatchStream
-from regrow.jobs.pruning import build_pruner, collect_evidence, divide_sources
+from regrow.jobs.pruning_inputs import build_pruner, collect_evidence, divide_sources
 from regrow.methods.pruning.obs import order_layers
 from regrow.methods.pruning.pruner import PruningTask, plan_cut
 from regrow.scoring.collect import collect

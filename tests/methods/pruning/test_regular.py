@@ -14,7 +14,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.scores import Evidence
 from regrow.core.sources import Source
-from regrow.jobs.pruning import check_pruning, collect_evidence
+from regrow.jobs.pruning_inputs import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 

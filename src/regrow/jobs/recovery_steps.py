@@ -11,7 +11,7 @@ from regrow.core.plan import Plan
 from regrow.core.sources import Source
 from regrow.distributed.parallel import broadcast_file
 from regrow.jobs.parents import BEFORE, describe_plans
-from regrow.jobs.pruning import read_pruning_settings
+from regrow.jobs.pruning_inputs import read_pruning_settings
 from regrow.jobs.recording import UNRECORDED, Record
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
