@@ -24,7 +24,7 @@ from regrow.core.axes import Example
 from regrow.exporters import ExportError
 from regrow.exporters import torchvision as torchvision_export
 from regrow.exporters import transformers as transformers_export
-from regrow.jobs.forward_outputs import measure_change, outputs_of
+from regrow.jobs.forward_outputs import compute_outputs, measure_change
 from regrow.jobs.grow import plan_growth
 from regrow.nets import load
 from regrow.settings.grow import Settings
@@ -137,7 +137,7 @@ def row(name: str, amounts: dict[str, str]) -> Row:
     start = time.perf_counter()
     axes = trace(model, *example.args, **example.kwargs)
     traced = time.perf_counter() - start
-    before = outputs_of(model, axes.example)
+    before = compute_outputs(model, axes.example)
     start = time.perf_counter()
     plan, notes = plan_growth(model, axes, settings_of(name, amounts))
     planned = time.perf_counter() - start
@@ -146,7 +146,7 @@ def row(name: str, amounts: dict[str, str]) -> Row:
     start = time.perf_counter()
     apply(model, axes, plan)
     seconds = time.perf_counter() - start
-    change, size = measure_change(before, outputs_of(model, axes.example))
+    change, size = measure_change(before, compute_outputs(model, axes.example))
     return {
         "net": name,
         **amounts,

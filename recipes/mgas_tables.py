@@ -41,7 +41,7 @@ from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, retrain, search_named
-from regrow.jobs.search_inputs import read_parts
+from regrow.jobs.search_inputs import read_search_data
 from regrow.store.run_folder import RunFolder
 
 OUT = Path(__file__).parent / "results" / "mgas.jsonl"
@@ -101,7 +101,7 @@ def once(settings: Settings, place: Path) -> RunFolder:
 
 def best(settings: Settings, place: Path, draws: int) -> Settings:
     """Of some networks drawn at random the one that, trained on the training part, is best on the validation part."""
-    parts, found = read_parts(settings), {}
+    parts, found = read_search_data(settings), {}
     for i in range(draws):
         # Others than the one draw of *random operations*, whose seed is the run's.
         drawn = replace(settings, method_settings={**settings.method_settings, "seed": 1000 + 100 * settings.seed + i})
@@ -136,7 +136,7 @@ def measured(arm: Arm, target: float, seed: int, args: Namespace) -> Row:
     folder = once(settings, place)
     seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.read_record()["seconds"].values())
     by = {row["what"]: row for row in folder.metrics()}
-    one, net = read_parts(settings).test.inputs[:1], regrow.load(folder.path)
+    one, net = read_search_data(settings).test.inputs[:1], regrow.load(folder.path)
     return {
         "accuracy": by["test"]["accuracy"],
         "found": by["found"]["accuracy"],

@@ -19,7 +19,7 @@ from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources
 from regrow.jobs import learn, search
 from regrow.jobs.recording import Invocation
-from regrow.jobs.search_inputs import make_schedule, read_parts
+from regrow.jobs.search_inputs import make_schedule, read_search_data
 from regrow.methods import LEARNERS, METHODS, RECOVERIES, SEARCHERS
 from regrow.nets import devices
 from regrow.nets.devices import choose_device
@@ -200,7 +200,7 @@ def test_search(device, method):
     states = []
     for place in ("cpu", "acc"):
         settings = SearchSettings("cells:2-1-1", "digits", target="params=60%", method=method, device=place, **quick)
-        parts, where = read_parts(settings), choose_device(place)
+        parts, where = read_search_data(settings), choose_device(place)
         model = search.build_space(settings, parts.search)[0].to(where)
         axes = regrow.trace(model, parts.search.train.take(torch.arange(2)).inputs.to(where))
         found = search.build_search(settings, model, axes)

@@ -80,7 +80,7 @@ def test_a_recovery_makes_up_for_the_last_cut_or_is_refused(chain: Run) -> None:
 def test_a_run_is_not_resumed_from_another_model(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("grow", "one", "--channels", "+1", *CODE, "--out", "six")
     with monkeypatch.context() as patch:
-        patch.setattr("regrow.jobs.grow.outputs_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("regrow.jobs.grow.compute_outputs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert chain(*words)[0] != 0
     Path("one").rename("old")
     Path("three").rename("one")

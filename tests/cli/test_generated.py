@@ -9,7 +9,7 @@ import torch
 from cli.conftest import Run
 from regrow.jobs import inputs as run_data
 from regrow.jobs import memory_needs
-from regrow.jobs.inputs import FILE
+from regrow.jobs.inputs import GENERATED_FILE
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import unfinished_folder
 from regrow.store.tensors import read_tensors, write_tensors
@@ -21,7 +21,7 @@ WORDS = (
 
 
 def tokens(folder: str) -> torch.Tensor:
-    return read_tensors(Path(folder) / FILE, run_data.FORMAT)[1]["tokens"]
+    return read_tensors(Path(folder) / GENERATED_FILE, run_data.GENERATED_FORMAT)[1]["tokens"]
 
 
 def stop(*_: object, **__: object) -> None:
@@ -73,11 +73,11 @@ def test_windows_are_stored_and_used_again(
 
 def test_windows_of_another_model_or_vocabulary_are_not_used(tmp_path: Path) -> None:
     path, header = tmp_path / "windows", {"seed": 0, "separator": 1, "vocabulary": 8, "weights": [0.5]}
-    write_tensors(path, {"tokens": torch.tensor([[7, -1]])}, header, run_data.FORMAT)
+    write_tensors(path, {"tokens": torch.tensor([[7, -1]])}, header, run_data.GENERATED_FORMAT)
     assert run_data._read_windows(path, header) is not None
     for name, value in (("seed", 1), ("separator", 2), ("vocabulary", 9), ("weights", [0.25])):
         assert run_data._read_windows(path, header | {name: value}) is None
-    write_tensors(path, {"tokens": torch.tensor([[8, 7]])}, header, run_data.FORMAT)
+    write_tensors(path, {"tokens": torch.tensor([[8, 7]])}, header, run_data.GENERATED_FORMAT)
     assert run_data._read_windows(path, header) is None
 
 

@@ -272,7 +272,7 @@ def test_gradients_count(regrow, tiny_language_model, monkeypatch, words, match)
 def test_the_terms_of_recovery_and_gradients_follow_the_weights(tiny_language_model):
     model = open_network(str(tiny_language_model)).loaded.model
     own = sum(4 * one.numel() for one in model.parameters())
-    recoveries = {by: memory_needs._recovery_bytes(by, model, 32) for by in ("refit", "lora", "distil")}
+    recoveries = {by: memory_needs._predict_recovery_bytes(by, model, 32) for by in ("refit", "lora", "distil")}
     assert own < recoveries["refit"] < recoveries["lora"]
     assert recoveries["distil"] > 5 * own  # weights, gradients, two moments, the best values
 

@@ -26,10 +26,10 @@ from regrow.cli import code_of
 from regrow.jobs import memory_needs
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.pruning_inputs import read_pruning_settings, source_specs
+from regrow.jobs.pruning_inputs import make_source_specs, read_pruning_settings
 from regrow.jobs.recording import Invocation
-from regrow.jobs.search_inputs import read_parts
-from regrow.jobs.starting import TaskSpecs, find_start, read_tasks
+from regrow.jobs.search_inputs import read_search_data
+from regrow.jobs.starting import TaskSpecs, find_space_start, read_tasks
 from regrow.settings.search import Settings as SearchSettings
 from regrow.store.run_folder import RunFolder
 from regrow.streaming import requirements
@@ -174,7 +174,7 @@ def python_grow(name: str, out: Path, memory: str) -> None:
 def python_recover(name: str, out: Path, memory: str) -> None:
     cut, by = RunFolder.open("pruned"), name.split()[1]
     loaded, dense = (load_model(ModelSpec(one)) for one in ("pruned", "llama"))
-    halves = read_sources(source_specs(read_pruning_settings(cut.read_record()["settings"], ""), 512), loaded)
+    halves = read_sources(make_source_specs(read_pruning_settings(cut.read_record()["settings"], ""), 512), loaded)
     data = {"data": halves.calibration, "validation": halves.evaluation}
     data |= {"tokenizer": dense.tokenizer, "example": dense.example}
     settings = {"windows": 2} if by == "distil" else {}
@@ -190,7 +190,7 @@ def python_learn(name: str, out: Path, memory: str) -> None:
 
 def python_search(name: str, out: Path, memory: str) -> None:
     settings = SearchSettings("toys:residual", "digits", "macs=60%", train=200, test=50)
-    parts = read_parts(settings, find_start("toys:residual", "digits", "", Invocation()))
+    parts = read_search_data(settings, find_space_start("toys:residual", "digits", "", Invocation()))
     data = {
         part: (torch.as_tensor(one.inputs), torch.as_tensor(one.labels))
         for part, one in (("data", parts.search.train), ("validation", parts.search.test), ("test", parts.test))

@@ -103,7 +103,7 @@ def test_a_run_is_recovered_with_code_from_the_command_line(run, canary, regrow,
 
 
 def test_settings_from_a_file_give_no_code(run):
-    from regrow.jobs.pruning_inputs import model_spec, read_pruning_settings
+    from regrow.jobs.pruning_inputs import make_model_spec, read_pruning_settings
     from regrow.nets import ModelError
     from regrow.store.run_folder import RunFolder
 
@@ -111,7 +111,8 @@ def test_settings_from_a_file_give_no_code(run):
     with pytest.raises(ModelError, match="never imported"):
         read_pruning_settings(values)
     assert (
-        load_model(model_spec(read_pruning_settings(values, "toys:classifier"))).origin.reference == "toys:classifier"
+        load_model(make_model_spec(read_pruning_settings(values, "toys:classifier"))).origin.reference
+        == "toys:classifier"
     )
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import regrow
 from regrow.jobs import grow, learn, prune, search
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
-from regrow.jobs.learn import specs_of
+from regrow.jobs.learn import make_task_specs
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.recording import Invocation
-from regrow.jobs.search_inputs import read_parts
+from regrow.jobs.search_inputs import read_search_data
 from regrow.jobs.starting import read_tasks
 from regrow.nets import Loaded
 from regrow.nets.vision import small
@@ -122,7 +122,7 @@ def test_learn(model: str, method: str) -> None:
     command = learn.learn_named(settings, Invocation("command"))
     for out in (None, "python"):
         start = None if model.startswith("mlp") else load_model(ModelSpec(model))
-        every = read_tasks(specs_of(settings, start))
+        every = read_tasks(make_task_specs(settings, start))
         net = start.model if start else small(model, (1, 8, 8), 10)[0]
         learned = regrow.learn(net, every, settings=given, example=start and start.example, out=out, **more)
         assert [*learned.plans] == [*command.own_ledger.plans()] and bool(learned.plans) == bool(given)
@@ -163,7 +163,7 @@ def test_search(target: str, method: str) -> None:
     known = {"warm": 0, "every": 1, "augment": True} if method == "mgas" else {"what": "filters"}
     settings = SearchSettings("saved", "digits", target, method_settings=known, retrain=0, train=96, test=32, **steps)
     command = search.search_named(settings, Invocation("command", code="toys:residual"))
-    parts = read_parts(settings, load_model(ModelSpec("saved"), code="toys:residual")).search
+    parts = read_search_data(settings, load_model(ModelSpec("saved"), code="toys:residual")).search
     for out in (None, "python"):
         result = regrow.search(
             regrow.load("saved", model=toys.residual),

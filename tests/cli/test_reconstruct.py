@@ -9,7 +9,7 @@ from cli.conftest import Run
 from regrow.evaluation import perplexity
 from regrow.jobs.inputs import read_sources
 from regrow.jobs.models import ModelSpec, load_model
-from regrow.jobs.pruning_inputs import read_pruning_settings, source_specs
+from regrow.jobs.pruning_inputs import make_source_specs, read_pruning_settings
 from regrow.store.run_folder import RunFolder
 
 DATA = ("--source", "news", "--source", "code", "--tokens", "256", "--eval-tokens", "64", "--seq-len", "32")
@@ -36,5 +36,5 @@ def test_layers_are_fitted_on_left_out_sources(regrow: Run, tiny_language_model:
     settings = read_pruning_settings(folder.read_record()["settings"])
     loaded = load_model(ModelSpec(str(folder.path)))
     assert torch.count_nonzero(loaded.model.get_parameter("model.layers.1.mlp.down_proj.bias"))
-    for source in read_sources(source_specs(settings), loaded).evaluation:
+    for source in read_sources(make_source_specs(settings), loaded).evaluation:
         assert perplexity(loaded.model, source).mean == pytest.approx(nll["pruned", source.name], rel=1e-6)

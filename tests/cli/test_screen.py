@@ -36,7 +36,7 @@ def test_a_bar_shows_a_name_like_markup_as_it_is(monkeypatch: pytest.MonkeyPatch
 def test_a_bar_begins_anew_with_what_is_done_and_not_with_how_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[object] = []
     monkeypatch.setattr(screen, "err", Console(file=io.StringIO(), force_terminal=True))
-    monkeypatch.setattr(progress_bar.Bar, "reset", lambda self, task, **more: begun.append(task))
+    monkeypatch.setattr(progress_bar.ProgressBar, "reset", lambda self, task, **more: begun.append(task))
     with screen.working() as tell:
         for what in ("search", "search, stage 1", "search, stage 2", "retraining", "retraining"):
             tell(1, 2, what)

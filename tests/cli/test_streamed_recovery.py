@@ -113,13 +113,13 @@ def test_what_is_not_recovered_block_by_block_is_refused(regrow, run, streams, w
 
 def test_sums_of_left_out_sources_count(regrow, run, streams, monkeypatch):
     run()
-    predict, counts = memory_needs._refit_bytes, []
+    predict, counts = memory_needs._predict_refit_bytes, []
 
     def counted(model, tokens, window, parts=3):
         counts.append(parts)
         return predict(model, tokens, window, parts)
 
-    monkeypatch.setattr(memory_needs, "_refit_bytes", counted)
+    monkeypatch.setattr(memory_needs, "_predict_refit_bytes", counted)
     for choose_on, sums in (("held_out", 3), ("left_out_source", 4)):
         counts.clear()
         words = ("--by", "refit", "--set", f"choose_on={choose_on}", "--tokens", "256", "--memory", "64GiB")

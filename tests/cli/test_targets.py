@@ -11,7 +11,7 @@ import torch
 from cli.conftest import Run
 from regrow import load
 from regrow.jobs import prune as prune_run
-from regrow.jobs.pruning_inputs import budget_of, read_pruning_settings
+from regrow.jobs.pruning_inputs import make_budget, read_pruning_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.store import StoreError
@@ -94,13 +94,13 @@ def test_recorded_settings_are_read_and_gone_on_with() -> None:
     with pytest.raises(StoreError, match="settings: 'regular' is missing; use the version"):
         read_pruning_settings({name: value for name, value in recorded.items() if name != "regular"})
     assert read_pruning_settings(recorded) == settings
-    budget = budget_of(settings)
+    budget = make_budget(settings)
     assert budget.target is None and not budget.regular and budget.keep == 0.7
     new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
     assert read_pruning_settings(json.loads(json.dumps(asdict(new)))) == new
     again = "regrow prune m --method flap --target kv_cache=5M@64 --regular --round 8 --out o"
     assert command_line(new, "--out", "o") == again
-    assert budget_of(new).measure == "kv_cache" and new.keep is None
+    assert make_budget(new).measure == "kv_cache" and new.keep is None
 
 
 OWN = """

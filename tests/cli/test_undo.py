@@ -9,7 +9,7 @@ import pytest
 
 from cli.conftest import Run, RunOnce
 from regrow.jobs import parents
-from regrow.jobs.parents import undo
+from regrow.jobs.parents import undo_run
 from regrow.store import load, replacing
 from regrow.store.errors import StoreError
 
@@ -131,7 +131,7 @@ def test_a_damaged_copy_is_refused_and_the_run_stays(chain: Run, what: str) -> N
     there = content(Path("two"))
     for out in (None, Path("new")):
         with pytest.raises(StoreError) as refused:
-            undo(Path("two"), out)
+            undo_run(Path("two"), out)
         assert "two/before" in str(refused.value) and "\n" not in str(refused.value)
     assert content(Path("two")) == there and not Path("new").exists()
     assert {path.name for path in Path().iterdir()} <= {"one", "two", "away", "twin"}
@@ -155,8 +155,8 @@ def test_a_copy_shares_no_file_with_a_run(chain: Run) -> None:
         return [(path.stat().st_ino, path.stat().st_nlink) for path in Path().rglob("*") if path.is_file()]
 
     assert {links for _, links in files()} == {1}
-    undo(Path("two"), Path("new"))
-    undo(Path("two"))
+    undo_run(Path("two"), Path("new"))
+    undo_run(Path("two"))
     assert {links for _, links in files()} == {1}
     with Path("one/model.safetensors").open("r+b") as file:  # as a program that writes in place
         file.write(b"\0" * 100)
@@ -168,21 +168,21 @@ def test_a_link_beside_its_file_becomes_a_file(chain: Run) -> None:
     Path("one/model.safetensors").symlink_to("weights.safetensors")
     assert chain("grow", "one", "--channels", "+1", *CODE, "--out", "three")[0] == 0
     assert not Path("three/before/model.safetensors").is_symlink()
-    undo(Path("three"))
+    undo_run(Path("three"))
     assert load("three", model=_classifier())
 
 
 def test_a_new_page_of_the_copy_is_no_damage(chain: Run) -> None:
     (BEFORE / "report.html").write_text("of another version")
-    undo(Path("two"), Path("new"))
+    undo_run(Path("two"), Path("new"))
     (BEFORE / "report.html").unlink()
-    undo(Path("two"))
+    undo_run(Path("two"))
     assert load("two", model=_classifier()) and load("new", model=_classifier())
 
 
 def test_a_second_name_from_elsewhere_is_not_kept(chain: Run) -> None:
     os.link(WEIGHTS, "twin")
-    undo(Path("two"))
+    undo_run(Path("two"))
     os.truncate("twin", 0)
     assert load("two", model=_classifier())
 

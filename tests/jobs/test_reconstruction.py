@@ -11,7 +11,7 @@ from torch import nn
 import regrow
 from regrow.core.errors import InputError
 from regrow.jobs import recover as recovery_run
-from regrow.jobs.parents import undo
+from regrow.jobs.parents import undo_run
 from regrow.jobs.prune import prune_named
 from regrow.jobs.recording import Invocation
 from regrow.reports import read_runs, to_html
@@ -56,7 +56,7 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert recovery_run.recover_named(settings, Invocation(tmp_path / "more", code=PRUNING.model)).read_record()[
         "finished"
     ]
-    undone = [undo(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
+    undone = [undo_run(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
     assert undone[0].read_bytes() == undone[1].read_bytes()
 
 

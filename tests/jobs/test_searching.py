@@ -24,7 +24,7 @@ from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, search_named
-from regrow.jobs.search_inputs import parse_target, read_parts
+from regrow.jobs.search_inputs import parse_target, read_search_data
 from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
@@ -68,7 +68,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
 
 def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
     net = regrow.load(done.path)
-    parts = read_parts(SETTINGS)
+    parts = read_search_data(SETTINGS)
     told = rows(done, "test")[0]
     assert told["accuracy"] == share_right(net, parts.test) and told["images"] == 100
     assert told["nonzero"] <= 3000
@@ -91,15 +91,15 @@ def test_what_is_told_of_it_fits(done: Any) -> None:
 def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     """What the levels left out and what is left make the whole space, but for classifiers of earlier stages."""
     more = QUICK | {"regrow": 0.9, "regrow_filters": 0.5, "warm": 0}
-    model, _, _ = build_space(SETTINGS, read_parts(SETTINGS).search)
+    model, _, _ = build_space(SETTINGS, read_search_data(SETTINGS).search)
     assert isinstance(model, Cells)
-    axes = trace(model, read_parts(SETTINGS).search.train.inputs[:2])
+    axes = trace(model, read_search_data(SETTINGS).search.train.inputs[:2])
     target = f"{measure}={'3k' if measure == 'nonzero' else '30k'}"
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
     folder = search_named(own, Invocation(tmp_path / "run"))
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
     space = build_search(own, model, axes).space
-    whole = measure_whole(space, (), Context(model, axes, read_parts(own).search))
+    whole = measure_whole(space, (), Context(model, axes, read_search_data(own).search))
     levels = rows(folder, "levels")[-1]
     assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(whole, rel=1e-9)
     assert min(levels["saved"].values()) >= 0
@@ -145,14 +145,14 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
         return cut_out(pictures, side)
 
     monkeypatch.setattr("regrow.methods.search.retrain.cut_out", watched)
-    parts = read_parts(SETTINGS)
+    parts = read_search_data(SETTINGS)
     net = regrow.load(done.path / "found")
     retrain(ActiveRun(record=RunFolder.create(tmp_path / "run", verb="t", settings={})), SETTINGS, parts, net)
     assert set(sides) == {3}
 
 
 def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, tmp_path: Path) -> None:
-    parts, net, began = read_parts(SETTINGS), regrow.load(done.path / "found"), []
+    parts, net, began = read_search_data(SETTINGS), regrow.load(done.path / "found"), []
     for inherit in (True, False):
         # At a rate this low it ends as it begins.
         own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
@@ -195,7 +195,7 @@ def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
 
 
 def test_parts_are_disjoint() -> None:
-    parts = read_parts(SETTINGS)
+    parts = read_search_data(SETTINGS)
     learned, held, test = (
         {tuple(one.flatten().tolist()) for one in part.inputs}
         for part in (parts.search.train, parts.search.test, parts.test)
@@ -236,7 +236,7 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> None:
-    task = read_parts(SETTINGS).search
+    task = read_search_data(SETTINGS).search
     for space, given, heads in (("cells:4-2-1", 0, 2), ("cells:4-4-1", 0, 3), ("cells:4-4-1", 4, 4)):
         model, _, _ = build_space(replace(SETTINGS, space=space, stages=given), task)
         assert isinstance(model, Cells) and len(model.heads) == heads
@@ -274,7 +274,7 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
     folder = search_named(Settings("cells:4-2-1", "digits", "params=40%", **given), Invocation(tmp_path / "run"))
     told = rows(folder, "found")[0]
-    whole = sum(p.numel() for p in build_space(SETTINGS, read_parts(SETTINGS).search)[0].parameters())
+    whole = sum(p.numel() for p in build_space(SETTINGS, read_search_data(SETTINGS).search)[0].parameters())
     assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
 
 
@@ -332,7 +332,7 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
 
     net = regrow.load(folder.path, model=own_nets.tiny)
     assert (
-        share_right(net, read_parts(Settings("own_nets:tiny", "digits", "params=30%", **given)).test)
+        share_right(net, read_search_data(Settings("own_nets:tiny", "digits", "params=30%", **given)).test)
         == (rows(folder, "test")[0]["accuracy"])
     )
     with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
@@ -348,14 +348,14 @@ def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None
 
 def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
     settings = Settings("cells:4-3-1", "digits", "params=30%", memory="8MiB", **SMALL)
-    model, _, plan = build_space(settings, read_parts(settings).search)
+    model, _, plan = build_space(settings, read_search_data(settings).search)
     assert isinstance(model, Cells) and plan is not None
     assert plan.peak <= 8 * 2**20 and plan.ends[-1] == 2 and sorted(map(int, model.heads)) == list(plan.ends)
     assert not plan.recomputed and not model.recomputed
     with pytest.raises(ValueError, match="do not suffice"):
         build_space(
             Settings("cells:4-3-1", "digits", "params=30%", memory="100KiB", **SMALL),
-            read_parts(SETTINGS).search,
+            read_search_data(SETTINGS).search,
         )
 
 
@@ -367,7 +367,7 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     }
     plain = search_named(Settings("cells:4-4-1", "digits", "params=30%", **given), Invocation(tmp_path / "plain"))
     ample = Settings("cells:4-4-1", "digits", "params=30%", memory="64MiB", **given)
-    _, _, plan = build_space(ample, read_parts(ample).search)
+    _, _, plan = build_space(ample, read_search_data(ample).search)
     assert plan is not None and not plan.recomputed
     small = search_named(
         Settings("cells:4-4-1", "digits", "params=30%", memory="17MiB", **given), Invocation(tmp_path / "small")
@@ -408,8 +408,8 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
         search_named(Settings("resnet:4-2", "digits", "params=30%", **given), Invocation(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     model, parts = (
-        build_space(Settings(space, "digits", "params=30%"), read_parts(SETTINGS).search)[0],
-        read_parts(SETTINGS),
+        build_space(Settings(space, "digits", "params=30%"), read_search_data(SETTINGS).search)[0],
+        read_search_data(SETTINGS),
     )
     axes, one_stage = trace(model, parts.search.train.inputs[:2]), MemoryStages(tuple(plan["ends"]), (1,))
     build_search(Settings(space, "digits", "params=30%", method=method), model, axes, one_stage)
@@ -426,7 +426,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     )
     done = search_named(settings, Invocation(tmp_path / "run"))
     net, told = regrow.load(done.path), rows(done, "test")[0]
-    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_parts(settings).test)
+    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_search_data(settings).test)
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
@@ -453,7 +453,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     ],
 )
 def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
-    parts = read_parts(SETTINGS)
+    parts = read_search_data(SETTINGS)
     model = build_space(SETTINGS, parts.search)[0]
     with pytest.raises(ValueError, match=message):
         parse_target(text, trace(model, parts.search.train.inputs[:2]))
@@ -477,7 +477,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     table = invented(
         build_space(
             Settings("cells:4-2-1", "digits", "params=30%", **given),
-            read_parts(SETTINGS).search,
+            read_search_data(SETTINGS).search,
         )[0]
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)

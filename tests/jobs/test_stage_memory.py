@@ -14,7 +14,7 @@ from regrow.core.objectives import CLASSIFICATION
 from regrow.jobs import search, spaces
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, build_search, build_space, search_named
-from regrow.jobs.search_inputs import make_schedule, read_parts
+from regrow.jobs.search_inputs import make_schedule, read_search_data
 from regrow.jobs.spaces import MemoryWatch
 from regrow.methods import MethodKind, find_method
 from regrow.reports import write_page
@@ -73,7 +73,7 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     """Masks cost by the weight: where those are many, a plan without them would be far off."""
     more = {"batch_size": batch, "epochs": 1, "method_settings": {"warm": 0}}
     settings = replace(TIGHT, space=space, memory=memory, **more)
-    parts = read_parts(settings)
+    parts = read_search_data(settings)
     model, _, plan = build_space(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
     own = build_search(settings, model, axes, plan)
@@ -164,7 +164,7 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     def much(*_: Any) -> int:
         return BUDGET + 1024
 
-    monkeypatch.setattr(spaces, "predict_stage", much)
+    monkeypatch.setattr(spaces, "predict_stage_bytes", much)
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
             search_named(TIGHT, Invocation(tmp_path / "run"))

@@ -20,7 +20,7 @@ from regrow.evaluation import dense, macs, size
 from regrow.jobs import search as searching
 from regrow.jobs.recording import Invocation
 from regrow.jobs.search import Settings, search_named
-from regrow.jobs.search_inputs import parse_target, read_parts
+from regrow.jobs.search_inputs import parse_target, read_search_data
 from regrow.settings.search import parse_search_target
 from regrow.store import save
 from regrow.store.run_folder import RunFolder
@@ -59,7 +59,7 @@ def test_no_target_of_a_search_is_exceeded(
     settings = Settings(space, "digits", f"{measure}={share}%", method_settings=own, seed=seed, **TINY)
     folder = search_named(settings, Invocation(tmp_path / "run"))
     levels_row, net = row(folder, "levels"), regrow.load(folder.path / "found")
-    counted = dense(net, read_parts(settings).test.inputs[:1])
+    counted = dense(net, read_search_data(settings).test.inputs[:1])
     assert levels_row["measure"] == measure
     assert counted[FIELD.get(measure, measure)] <= levels_row["asked"]
     told = row(folder, "found")
@@ -90,7 +90,7 @@ def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> N
 
 
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
-    parts = read_parts(Settings("cells:4-2-1", "digits", "params=20%", **TINY))
+    parts = read_search_data(Settings("cells:4-2-1", "digits", "params=20%", **TINY))
     model, _, _ = searching.build_space(Settings("cells:4-2-1", "digits", "params=20%", **TINY), parts.search)
     one, two = (trace(model, parts.search.train.inputs[:n]) for n in (1, 2))
     counted = dense(model, parts.search.train.inputs[:2])

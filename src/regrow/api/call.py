@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from regrow.api.inputs import (
     DeviceLike,
@@ -16,7 +16,8 @@ from regrow.api.inputs import (
     LossLike,
     ModelLike,
     choose_reading,
-    no_network,
+    explain_no_network,
+    find_side,
     require_weights,
     to_example,
 )
@@ -34,7 +35,7 @@ from regrow.core.sources import (
 )
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources
-from regrow.jobs.models import ModelSpec, load_model, with_origin
+from regrow.jobs.models import ModelSpec, attach_origin, load_model
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
@@ -64,20 +65,24 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The name of the network in the settings of a run."""
+        """The name of the network in the settings of a run: as given, or of a network by its origin."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
     def read(self, progress: Progress = silent) -> Inputs:
-        """Load the network if it is named, read the data, and choose an example input and an objective."""
+        """Load the network if it is named, move it to the device, read the data, and choose example and objective.
+
+        Raises InputError for what is no network, one without weights, or if there is no input to run it with.
+        """
         device = None if self.device is None else choose_device(self.device)
-        model, tokenizer, known = self.model, self.tokenizer, None
+        model, tokenizer = self.model, self.tokenizer
+        known: Example | None = None
         files: tuple[WeightFile, ...] = ()
         if isinstance(model, str | Path):
             loaded = load_model(ModelSpec(str(model), device=str(device or "cpu")), progress)
-            model, known, files = with_origin(loaded), None if loaded.guessed else loaded.example, loaded.files
+            model, known, files = attach_origin(loaded), None if loaded.guessed else loaded.example, loaded.files
             tokenizer = tokenizer or loaded.tokenizer
         if not isinstance(model, nn.Module):
-            raise InputError(no_network(model, self.data))
+            raise InputError(explain_no_network(model, self.data))
         if self.data is not None:
             require_weights(model)
         check_precision(model, self.precision)
@@ -86,8 +91,8 @@ class Call:
         example = self.example if self.axes is None else self.axes.example
         known = known if example is None else to_example(example)
         guess = known or guessed_example(model)
-        size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
-        reading = choose_reading(model, tokenizer, self.batch_size, size)
+        side = find_side(guess.args if guess else ())
+        reading = choose_reading(model, tokenizer, self.batch_size, side)
         sources, tests, objective = self._read_data(reading)
         where = ""
         if known is None:
@@ -104,46 +109,54 @@ class Call:
         return Inputs(network, sources, objective, tests, where)
 
     def open_files(self, memory: str) -> tuple[OpenedNetwork, Inputs]:
-        """Open a network that may be larger than ``memory``, and read the data with its tokenizer."""
+        """Open a named network without its weights, and read the data; InputError for a network that is no name.
+
+        ``memory`` is the caller's limit, for messages.
+        """
         if not isinstance(self.model, str | Path):
             raise InputError(
                 f"memory={memory!r} reads a network from its files, got a {type(self.model).__name__}; give the name "
                 "of a model or a folder, or leave memory out"
             )
         opened = open_network(str(self.model))
-        model, tokenizer = with_origin(opened.loaded), self.tokenizer or opened.loaded.tokenizer
+        model, tokenizer = attach_origin(opened.loaded), self.tokenizer or opened.loaded.tokenizer
         sources, tests, objective = self._read_data(choose_reading(model, tokenizer, self.batch_size))
         network = Loaded(model, tokenizer, opened.loaded.example, describe_origin(model), files=opened.loaded.files)
         return opened, Inputs(network, sources, objective, tests)
 
-    def record_inputs(self, inputs: Inputs, weights: Callable[[], Sequence[float]]) -> dict[str, object] | None:
-        """Return what the result of a call depends on besides settings, as :meth:`record` does."""
-        tests = () if inputs.lenient else inputs.tests
+    def describe_inputs(self, inputs: Inputs, weights: Callable[[], Sequence[float]]) -> dict[str, object] | None:
+        """Return what the result of a call depends on besides settings, as :meth:`describe_data` does.
+
+        ``weights`` returns a sum of each parameter; it is called only if there is a folder.
+        """
+        tests = () if inputs.evaluates_on_calibration else inputs.tests
         validation = (replace(test, name=f"validation {test.name}") for test in tests)
-        return self.record((*inputs.sources, *validation), weights, {})
+        return self.describe_data((*inputs.sources, *validation), weights, {})
 
     def _read_data(self, reading: ReadOptions) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
+        """Return the sources, those for validation (the same tuple without data for it), and the objective."""
         sources = tuple(to_sources(self.data, reading))
         tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
         labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
         return sources, tests, choose_objective(self.loss, labelled) if labelled is not None else None
 
-    def checked(self, **data: object) -> "Call":
-        """Return this call, or raise an error unless it can be written, and resumed with these data."""
+    def with_generators(self, **data: object) -> "Call":
+        """Return this call with the random generators of its data; raise InputError for iterators with ``out=``."""
         if self.out is None:
             return self
         generators: list[Generator] = []
         for name, value in data.items():
-            if once := next((part for part in _parts(value) if isinstance(part, Iterator)), None):
-                raise InputError(
-                    f"out= resumes an interrupted call, and a {type(once).__name__} in {name} can be read only once; "
-                    "give a list, a data set or a DataLoader"
-                )
-            generators += (generator for part in _parts(value) for generator in generators_of(part))
+            for part in _walk(value):
+                if isinstance(part, Iterator):
+                    raise InputError(
+                        f"out= resumes an interrupted call, and a {type(part).__name__} in {name} can be read only "
+                        "once; give a list, a data set or a DataLoader"
+                    )
+                generators += generators_of(part)
         return replace(self, generators=tuple(generators))
 
-    def run(self, verb: str, progress: Progress, changed: nn.Module | None = None) -> ActiveRun:
-        """Return the run of a call, which shows its progress; ``changed`` is the network, if not that of the call."""
+    def start_run(self, verb: str, progress: Progress, changed: nn.Module | None = None) -> ActiveRun:
+        """Return the run of a call, in its folder if it has one; ``changed``: the network to record, not ``model``."""
         if self.out is None:
             return ActiveRun(UNRECORDED, progress=progress)
         model = self.model if changed is None else changed
@@ -151,7 +164,7 @@ class Call:
         command = f"regrow.{verb}(…, out={str(self.out)!r}) in Python"
         return ActiveRun(FolderRecorder(self.out, name, command, write_page=write_run_page), progress=progress)
 
-    def record(
+    def describe_data(
         self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], arguments: Mapping[str, object]
     ) -> dict[str, object] | None:
         """Return what the result of a call depends on besides settings, as JSON data; ``None`` without a folder.
@@ -164,27 +177,27 @@ class Call:
         with preserve_random_state(self.generators):
             seed_generators()
             data = {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
-        return {"data": data, "loss": name_of(self.loss), **arguments, "weights": digest(weights())}
+        return {"data": data, "loss": describe_argument(self.loss), **arguments, "weights": digest_json(weights())}
 
 
-def digest(value: object) -> str:
-    """Return a short digest of JSON data."""
+def digest_json(value: object) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of JSON data."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def name_of(value: object) -> str:
+def describe_argument(value: object) -> str:
     """Return what a run records of an argument that may be code: its text, without the address of a function.
 
     >>> from functools import partial
-    >>> name_of(None), name_of("regression"), name_of(partial(round, ndigits=2))
+    >>> describe_argument(None), describe_argument("regression"), describe_argument(partial(round, ndigits=2))
     ('', 'regression', 'functools.partial(<built-in function round>, ndigits=2)')
     """
     return "" if value is None else re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def _parts(value: object) -> Iterator[object]:
-    """Yield a value and, of lists, tuples and mappings, what is in them."""
+def _walk(value: object) -> Iterator[object]:
+    """Yield a value and, of lists, tuples and mappings, what is in them, at any depth."""
     yield value
     if isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _parts(part)
+            yield from _walk(part)

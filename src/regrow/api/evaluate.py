@@ -8,7 +8,7 @@ from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.quality import Evaluation
-from regrow.jobs.evaluate import EvaluateInputs, evaluate_network, plan_evaluation
+from regrow.jobs.evaluate import EvaluateInputs, evaluate_network, plan_evaluation_memory
 from regrow.jobs.memory_needs import start_streaming
 from regrow.settings.evaluate import Settings
 
@@ -55,16 +55,16 @@ def evaluate(
     """
     call = Call(model, data, None, None, loss, tokenizer, batch_size, device, precision)
     settings = Settings(call.name, precision=precision)
-    result = evaluate_network(settings, partial(_open, call, settings, memory, progress), progress=progress)
+    result = evaluate_network(settings, partial(_open_inputs, call, settings, memory, progress), progress=progress)
     return {row.source: row for row in result.sources if isinstance(row, Evaluation)}
 
 
-def _open(call: Call, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:
-    """Open the network and read the data of a call."""
+def _open_inputs(call: Call, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:
+    """Open the network, one block at a time if ``memory`` does not hold it, and read the data; InputError without."""
     opened = plan = None
     if memory:
         opened, inputs = call.open_files(memory)
-        plan = plan_evaluation(opened, inputs.sources, memory, settings)
+        plan = plan_evaluation_memory(opened, inputs.sources, memory, settings)
         needs = {
             f"device={call.device}": call.device not in (None, "cpu"),
             f"precision={call.precision}": call.precision != "float32",

@@ -50,7 +50,7 @@ def export(
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     written = export(net, f"{folder}/net.onnx", format="onnx")
-    ...     written.path.name, written.checked["max_abs_diff"] < 1e-5
+    ...     written.path.name, written.with_generators["max_abs_diff"] < 1e-5
     ('net.onnx', True)
     """
     if not isinstance(model, nn.Module | str | Path):

@@ -17,7 +17,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.jobs.grow import GrowInputs, grow_network
 from regrow.jobs.inputs import SourceHalves
-from regrow.jobs.progress_bar import visible
+from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.recording import ActiveRun
 from regrow.settings.grow import Settings
 from regrow.store.statistics import parameter_sums
@@ -89,48 +89,51 @@ def grow(
     """
     names = _check_training(data, steps, train)
     call = Call(model, data, validation, example, loss, None, batch_size, device, precision, axes, out)
-    call = call.checked(data=data, validation=validation)
-    copies, units = _write_amounts(blocks), _write_amounts(axis)
-    settings = Settings(call.name, _write(mlp), _write(heads), _write(channels), copies, units, fill)
-    settings = replace(settings, seed=seed, on=names, steps=steps, train=train, lr=lr)
+    call = call.with_generators(data=data, validation=validation)
+    copies, units = _format_amounts(blocks), _format_amounts(axis)
+    settings = Settings(call.name, _format_amount(mlp), _format_amount(heads), _format_amount(channels), copies, units)
+    settings = replace(settings, fill=fill, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
-    with visible(progress) as shown:
-        result = grow_network(settings, partial(_open, call, steps), call.run("grow", shown))
+    with ensure_progress(progress) as shown:
+        result = grow_network(settings, partial(_open_inputs, call, steps), call.start_run("grow", shown))
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan
 
 
-def _open(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
-    """Open the network and read the data."""
+def _open_inputs(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
+    """Open the network, trace it, and read the data."""
     inputs = call.read(run.progress)
     return GrowInputs(
         inputs.saved(),
         inputs.trace() if call.axes is None else call.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,
-        call=call.record_inputs(inputs, partial(parameter_sums, inputs.model)),
+        python_call=call.describe_inputs(inputs, partial(parameter_sums, inputs.model)),
     )
 
 
 def _check_training(data: Any, steps: int, train: str) -> tuple[str, ...]:
-    """Return what the settings call the data; raise InputError unless there are some if and only if there are steps."""
+    """Return the names of the data in the settings; raise InputError if steps lack data, or data steps."""
     if bool(steps) != (data is not None) or train not in ("new", "all"):
         got = f"steps={steps}, train={train!r:.20}"
         raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
-    return () if data is None else tuple(map(str, data)) if isinstance(data, Mapping) else ("data",)
+    if data is None:
+        return ()
+    return tuple(map(str, data)) if isinstance(data, Mapping) else ("data",)
 
 
-def _write(amount: Amount) -> str:
+def _format_amount(amount: Amount) -> str:
     """Return an amount as the command line takes it.
 
-    >>> _write(8), _write("+25%"), _write("")
+    >>> _format_amount(8), _format_amount("+25%"), _format_amount("")
     ('+8', '+25%', '')
     """
     return f"+{amount}" if isinstance(amount, int) else str(amount)
 
 
-def _write_amounts(amounts: Amount | Mapping[str, Amount] | None) -> tuple[str, ...]:
-    """Return amounts by name as the command line takes them; of one amount, for all, it is that."""
-    named = amounts if isinstance(amounts, Mapping) else {"": amounts} if amounts else {}
-    return tuple(f"{name}={_write(amount)}".removeprefix("=") for name, amount in named.items())
+def _format_amounts(amounts: Amount | Mapping[str, Amount] | None) -> tuple[str, ...]:
+    """Return amounts by name as the command line takes them, ``NAME=+8``; a single amount, for all, as ``+8``."""
+    if isinstance(amounts, Mapping):
+        return tuple(f"{name}={_format_amount(amount)}" for name, amount in amounts.items())
+    return (_format_amount(amounts),) if amounts else ()

@@ -1,6 +1,6 @@
 """Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ class Inputs:
         return self.loaded.model
 
     @property
-    def lenient(self) -> bool:
-        """Whether quality is measured on the data of the run, whose labels need not fit."""
+    def evaluates_on_calibration(self) -> bool:
+        """Whether ``tests`` is ``sources`` itself, not a copy; labels of the run's data need not fit."""
         return self.tests is self.sources
 
     def trace(self) -> AxisGraph:
-        """Return the axes of the network, or raise TraceError, which names the batch that the example is."""
+        """Return the axes of the network; raise TraceError, with the name of the batch that the example is, if known."""
         try:
             return trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         except TraceError as error:
@@ -55,7 +55,7 @@ class Inputs:
             raise TraceError(f"{self.where}: {error}") from error
 
     def with_example(self, batch: Batch) -> "Inputs":
-        """Return the same inputs with those of a batch as the example, on the device of the network."""
+        """Return these inputs with a batch as the example, moved to the device of the network."""
         batch = batch.to(device_of(self.model))
         return replace(self, loaded=replace(self.loaded, example=Example(batch.args, batch.kwargs)))
 
@@ -75,7 +75,7 @@ class Inputs:
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:
-    """Return how the data of a network are read; ``size`` is the height and width of images from files.
+    """Return how the data of a network are read; ``size`` is the height and width of images from files, in pixels.
 
     Images are normalised unless the ``origin`` of the network says that regrow built it itself.
     """
@@ -87,6 +87,11 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
     return ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype)
 
 
+def find_side(inputs: Sequence[object]) -> int:
+    """Return the last size of the first tensor, the side of images in pixels; 224 if there is no tensor."""
+    return next((value.shape[-1] for value in inputs if isinstance(value, Tensor)), 224)
+
+
 def require_weights(model: nn.Module) -> None:
     """Raise InputError for a network on the device meta, which cannot be run on data."""
     if device_of(model).type == "meta":
@@ -96,8 +101,8 @@ def require_weights(model: nn.Module) -> None:
         )
 
 
-def no_network(model: object, data: object) -> str:
-    """Return what is given in the place of a network, and the remedy."""
+def explain_no_network(model: object, data: object) -> str:
+    """Return the message for a ``model`` that is no network: what was given instead, and the remedy."""
     got = f"got a {type(model).__name__}"
     if isinstance(model, type):
         got = f"got the class {model.__name__}; write {model.__name__}()"

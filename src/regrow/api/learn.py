@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.call import Call, name_of
+from regrow.api.call import Call, describe_argument
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, require_weights
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
@@ -24,7 +24,7 @@ from regrow.data.datasets import to_tasks
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.measure import evaluating
 from regrow.jobs.learn import LearnInputs, build_learner, learn_tasks
-from regrow.jobs.progress_bar import visible
+from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.starting import make_task_schedule
 from regrow.settings.learn import Settings
@@ -68,12 +68,14 @@ class Learned:
         return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
 
     def _rows(self) -> list[tuple[str, ...]]:
+        """Return the task and its scores on all tasks, as text, after each task; "–" where it was not measured."""
         return [
             (name, *("–" if score != score else f"{score:.3f}" for score in row))
             for name, row in zip(self.tasks, self.scores.rows, strict=False)
         ]
 
     def _summary(self) -> str:
+        """Return the average score and the forgetting after the last task, in one line."""
         return f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"
 
 
@@ -137,46 +139,49 @@ def learn(
     (2, ('task-1', 'task-2'))
     """
     call = Call(model, None, None, example, loss, tokenizer, batch_size, device, axes=axes, out=out)
-    call = call.checked(tasks=tasks)
+    call = call.with_generators(tasks=tasks)
     net = replace(call, example=Example() if example is None else example, axes=None).read(progress)
     require_weights(net.model)
-    every = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size))
-    names = tuple(task.name for task in every)
-    job = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
-    job = replace(job, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
-    with nullcontext(progress) if out is None else visible(progress) as shown:
-        fitted = learn_tasks(job, partial(_open, call, job, net, every, optimizer), call.run("learn", shown))
+    all_tasks = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size))
+    names = tuple(task.name for task in all_tasks)
+    config = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
+    config = replace(config, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
+    with nullcontext(progress) if out is None else ensure_progress(progress) as shown:
+        open_inputs = partial(_open_inputs, call, config, net, all_tasks, optimizer)
+        fitted = learn_tasks(config, open_inputs, call.start_run("learn", shown))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 
 
-def _open(
-    call: Call, job: Settings, net: Inputs, tasks: list[Task], optimizer: OptimizerLike, run: ActiveRun
+def _open_inputs(
+    call: Call, config: Settings, net: Inputs, tasks: list[Task], optimizer: OptimizerLike, run: ActiveRun
 ) -> LearnInputs:
-    """Return the inputs of a run, checked, with what is recorded of them."""
-    learner = build_learner(job.method, job.method_settings, job.seed)
+    """Return the inputs of a run, with what is recorded of them; InputError if loss, network and data do not fit."""
+    learner = build_learner(config.method, config.method_settings, config.seed)
     batch = first_batch(tasks[0])
     objective = find_objective(net.model, call.loss, batch)
-    if objective is CLASSIFICATION and (classes := [number for task in tasks for number in task.classes]):
+    classes = [number for task in tasks for number in task.classes]
+    if objective is CLASSIFICATION and classes:  # the network needs an output for the last class, too
         find_objective(net.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
-    schedule = with_optimizer(make_task_schedule(job, objective), optimizer)
+    schedule = with_optimizer(make_task_schedule(config, objective), optimizer)
     inputs = net.with_example(batch) if call.example is None else net
-    record = call.record(_first_batches(tasks), partial(parameter_sums, net.model), {"optimizer": name_of(optimizer)})
+    arguments = {"optimizer": describe_argument(optimizer)}
+    record = call.describe_data(_first_batches(tasks), partial(parameter_sums, net.model), arguments)
     axes = NO_AXES if call.axes is None else call.axes
     if call.axes is None and learner.uses_axes:
         try:
             axes = inputs.trace()
         except ValueError as error:
-            raise InputError(f"{job.method} needs the network's axes, and it cannot be traced: {error}") from error
+            raise InputError(f"{config.method} needs the network's axes, and it cannot be traced: {error}") from error
     # The checkpoint is not part of the finished run, whose data have no names.
     file = Path(STATISTICS, CHECKPOINT)
-    return LearnInputs(inputs.saved(), axes, tasks, learner, schedule, file, call=record)
+    return LearnInputs(inputs.saved(), axes, tasks, learner, schedule, file, python_call=record)
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
-    """Return what a network is trained for, after running it on the first examples, which must fit.
+    """Return what a network is trained for, after computing the loss of a batch; raises what a loss that fails raises.
 
-    A loss that is a function is not run, as outputs may depend on the mode.
+    A loss that is a function is not computed, as outputs may depend on the mode.
     """
     objective = choose_objective(loss, batch)
     if objective is not OWN:
@@ -189,7 +194,7 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
 
 
 def with_optimizer(schedule: TaskSchedule, optimizer: OptimizerLike) -> TaskSchedule:
-    """Return a schedule with an optimizer, by its name or by a function that builds one."""
+    """Return the schedule with an optimizer, given by name or as a function; InputError if it is neither."""
     if isinstance(optimizer, str):
         return replace(schedule, optimizer=optimizer)
     if callable(optimizer):
@@ -201,7 +206,7 @@ def with_optimizer(schedule: TaskSchedule, optimizer: OptimizerLike) -> TaskSche
 
 
 def first_batch(task: Task) -> Batch:
-    """Return the first two training examples of a task as the network's inputs, with labels."""
+    """Return the first two training examples of a task as a batch, with labels."""
     first = first_examples(task.train, 2)
     where = f"source {task.name!r}, first examples"
     if isinstance(first.inputs, Mapping):
@@ -211,7 +216,7 @@ def first_batch(task: Task) -> Batch:
 
 
 def _first_batches(tasks: list[Task]) -> Iterator[Source]:
-    """Yield the first training and the first test examples of each task."""
+    """Yield two sources per task: its first two training examples, and its first two test examples."""
     for task in tasks:
         yield Source(task.name, [first_batch(task)])
         yield Source(f"{task.name} (test)", [first_batch(replace(task, train=task.test))])

@@ -20,7 +20,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import preserve_random_state
 from regrow.jobs.inputs import SourceHalves
-from regrow.jobs.progress_bar import visible
+from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.prune import PruneInputs, prune_network
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import WholeNetwork
@@ -99,29 +99,30 @@ def prune(
     if torch.is_inference_mode_enabled():
         raise InputError("prune would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
-    call = call.checked(data=data, validation=validation)
-    job = Settings(call.name, method, dict(settings or {}), regular=regular, only=tuple(only), exclude=tuple(exclude))
-    job = replace(job, marks=tuple(sorted(map(str, marks))), round_to=round_to)
-    job = replace(_with_size(job, keep, target, smaller), precision=precision, reconstruct=reconstruct)
-    with visible(progress) as shown:
-        result = prune_network(job, partial(_open, call, reconstruct), call.run("prune", shown))
+    call = call.with_generators(data=data, validation=validation)
+    config = Settings(call.name, method, dict(settings or {}), only=tuple(only), exclude=tuple(exclude))
+    config = replace(config, marks=tuple(sorted(map(str, marks))), round_to=round_to, regular=regular)
+    config = replace(_with_size(config, keep, target, smaller), precision=precision, reconstruct=reconstruct)
+    with ensure_progress(progress) as shown:
+        result = prune_network(config, partial(_open_inputs, call, reconstruct), call.start_run("prune", shown))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
 
 
-def _with_size(job: Settings, keep: float | None, target: str, smaller: str | float | None) -> Settings:
-    """Return the settings with a size that is given in at most one of three ways; without one, 0.8 of the weights."""
+def _with_size(config: Settings, keep: float | None, target: str, smaller: str | float | None) -> Settings:
+    """Return the settings with the size given in one of three ways (none: keep 0.8); InputError if in several."""
     sizes = {"keep": keep, "target": target or None, "smaller": smaller}
-    given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"keep, target and smaller exclude each other, got {' and '.join(given)}; give one of them")
+    arguments = [f"{name}={value}" for name, value in sizes.items() if value is not None]
+    if len(arguments) > 1:
+        got = " and ".join(arguments)
+        raise InputError(f"keep, target and smaller exclude each other, got {got}; give one of them")
     share = None if smaller is None else parse_share(str(smaller))
-    return replace(job, keep=keep if given else 0.8, target=target, smaller=share)
+    return replace(config, keep=keep if arguments else 0.8, target=target, smaller=share)
 
 
-def _open(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
-    """Open the network and read the data."""
+def _open_inputs(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
+    """Open the network, trace it, and read the data; for reconstruction, batches of unequal lengths are refused."""
     inputs = call.read(run.progress)
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
@@ -134,5 +135,5 @@ def _open(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
         axes,
         SourceHalves(inputs.sources, inputs.tests),
         objective=inputs.objective,
-        call=call.record_inputs(inputs, network.sums),
+        python_call=call.describe_inputs(inputs, network.sum_parameters),
     )

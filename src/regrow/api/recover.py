@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.call import Call, digest
+from regrow.api.call import Call, digest_json
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
@@ -17,7 +17,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import device_of
 from regrow.jobs.inputs import SourceHalves
-from regrow.jobs.progress_bar import visible
+from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.recover import RecoverInputs, recover_network
 from regrow.nets.devices import autocasting
@@ -92,9 +92,9 @@ def recover(
             f"regrow.prune returned, got {got}; write recover(model, dense, plan, data)"
         )
     call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
-    call = call.checked(data=data, validation=validation)
+    call = call.with_generators(data=data, validation=validation)
     name = call.name
-    job = Settings(
+    config = Settings(
         f"{name}()",
         by,
         1,
@@ -105,13 +105,14 @@ def recover(
         seed=seed,
         precision="" if precision == "float32" else precision,
     )
-    with visible(progress) as shown:
-        summary = recover_network(job, partial(_open, call, model, plan), call.run("recover", shown, model))
+    with ensure_progress(progress) as shown:
+        run = call.start_run("recover", shown, model)
+        summary = recover_network(config, partial(_open_inputs, call, model, plan), run)
     return {name: value for name, value in summary.items() if name not in ("tokens", "seconds")}
 
 
-def _open(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverInputs:
-    """Read the data, and trace the dense network."""
+def _open_inputs(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverInputs:
+    """Read the data, trace the dense network, and move the cut network to its device; InputError without data."""
     inputs = call.read(run.progress)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
@@ -120,12 +121,13 @@ def _open(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverIn
     _check_dense(model, dense)
     model.to(device_of(dense))
     small = replace(inputs.saved(), model=model, origin=describe_origin(model))
-    recorded = call.record_inputs(inputs, partial(parameter_sums, model))
+    recorded = call.describe_inputs(inputs, partial(parameter_sums, model))
     if recorded is not None:
-        recorded |= {"dense": digest(parameter_sums(dense)), "plan": digest(replace(plan, origin={}).to_json())}
+        recorded["dense"] = digest_json(parameter_sums(dense))
+        recorded["plan"] = digest_json(replace(plan, origin={}).to_json())
     halves = SourceHalves(inputs.sources, () if call.validation is None else inputs.tests)
     return RecoverInputs(
-        replace(small, model=dense), small, axes, plan, halves, objective=inputs.objective, call=recorded
+        replace(small, model=dense), small, axes, plan, halves, objective=inputs.objective, python_call=recorded
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from regrow.api.call import Call, name_of
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading
+from regrow.api.call import Call, describe_argument
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, find_side
 from regrow.api.learn import OptimizerLike, find_objective, first_batch, with_optimizer
 from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
@@ -18,10 +18,10 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source
 from regrow.core.tasks import ExampleSet, ExamplesView, Task
 from regrow.data.datasets import fix_order, to_examples
-from regrow.jobs.progress_bar import visible
+from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import SearchResult, search_network
-from regrow.jobs.search_inputs import HELD_OUT, Parts, SearchInputs, make_schedule
+from regrow.jobs.search_inputs import HELD_OUT, SearchData, SearchInputs, make_schedule
 from regrow.settings.search import Settings
 from regrow.store.statistics import parameter_sums
 
@@ -81,6 +81,10 @@ def search(
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (steps done, steps in all, what is being done).
 
+    Returns:
+        The result: its ``model`` (the network itself, or the one that was loaded), ``axes``, ``plans``, ``size`` and
+        ``target`` in units of ``measure``, and ``score`` on the validation data, higher is better.
+
     Raises:
         ValueError: If the method or a setting is unknown, the target cannot be met, or the data have no labels.
 
@@ -91,44 +95,45 @@ def search(
     (True, True)
     """
     call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, axes=axes, out=out)
-    call = call.checked(data=data, validation=validation, test=test)
-    job = Settings(call.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
-    job = replace(job, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
-    job = replace(job, weight_decay=weight_decay, precision=precision)
-    with visible(progress) as shown:
-        return search_network(job, partial(_open, call, test, job, optimizer), call.run("search", shown))
+    call = call.with_generators(data=data, validation=validation, test=test)
+    config = Settings(call.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
+    config = replace(config, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
+    config = replace(config, weight_decay=weight_decay, precision=precision)
+    with ensure_progress(progress) as shown:
+        open_inputs = partial(_open_inputs, call, test, config, optimizer)
+        return search_network(config, open_inputs, call.start_run("search", shown))
 
 
-def _open(call: Call, test: object, job: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:
-    """Open the network and read the data."""
-    shown = Example() if call.example is None else call.example
-    net = replace(call, data=None, validation=None, example=shown, axes=None).read(run.progress)
-    task, tested = _read_task(net, (call.data, call.validation, test), job.batch_size, job.seed)
+def _open_inputs(call: Call, test: object, config: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:
+    """Open the network, trace it, and split the data into those to train on, to validate on and to test on."""
+    example = Example() if call.example is None else call.example  # an empty one: the data are read later
+    net = replace(call, data=None, validation=None, example=example, axes=None).read(run.progress)
+    task, test_examples = _read_task(net, (call.data, call.validation, test), config.batch_size, config.seed)
     first = first_batch(task)
     objective = find_objective(net.model, call.loss, first)
-    schedule = with_optimizer(make_schedule(job, objective, job.epochs), optimizer)
+    schedule = with_optimizer(make_schedule(config, objective, config.epochs), optimizer)
     inputs = net.with_example(first) if call.example is None else net
     loaded = inputs.saved()
     both = {"data": task, "validation": replace(task, train=task.test)}
-    recorded = call.record(
+    recorded = call.describe_data(
         (Source(name, [first_batch(part)]) for name, part in both.items()),
         partial(parameter_sums, net.model),
-        {"optimizer": name_of(optimizer)},
+        {"optimizer": describe_argument(optimizer)},
     )
     return SearchInputs(
         net.model,
         loaded.origin,
         inputs.trace() if call.axes is None else call.axes,
-        Parts(task, task, tested, objective=objective),
+        SearchData(task, task, test_examples, objective=objective),
         schedule,
         loaded,
         in_place=True,
-        call=recorded,
+        python_call=recorded,
     )
 
 
 def _target(target: str | Target, smaller: str | float | None) -> str:
-    """Return the target as text, from one of two ways to give it."""
+    """Return the target as text, whether given as such or as the share that is removed; InputError unless one is."""
     if bool(target) == (smaller is not None):
         got = f"target={target!s} and smaller={smaller}" if target else "neither"
         raise InputError(f'give one of target= and smaller=, got {got}; for example smaller="30%"')
@@ -136,16 +141,20 @@ def _target(target: str | Target, smaller: str | float | None) -> str:
 
 
 def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: int) -> tuple[Task, ExampleSet | None]:
-    """Return training and validation examples, and those for the test, read in batches of at most ``batch_size``."""
-    side = next((arg.shape[-1] for arg in net.loaded.example.args if isinstance(arg, torch.Tensor)), 224)
-    reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, side)
-    train, held = to_examples(data[0], reading), None if data[1] is None else to_examples(data[1], reading)
-    if held is None:
+    """Return the task to train and validate on, and the examples to test on (``None`` if there are none).
+
+    ``data`` is for training, validation and test; without data for validation, a fifth is held out at random.
+    """
+    reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, find_side(net.loaded.example.args))
+    train, *others = (None if part is None else to_examples(part, reading) for part in data)
+    validation, test = others
+    assert train is not None
+    if validation is None:
         train = fix_order(train)
-        n, many = len(train), max(1, round(HELD_OUT * len(train)))
-        if n - many < 2:
-            raise InputError(f"{n} examples leave {n - many} to learn from; give more data, or validation=")
+        n, held_out = len(train), max(1, round(HELD_OUT * len(train)))
+        if n - held_out < 2:
+            raise InputError(f"{n} examples leave {n - held_out} to learn from; give more data, or validation=")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        held, train = (train.subset(part.sort()[0]) for part in order.split([many, n - many]))
-    task = Task("search", ExamplesView(train, most=batch_size), ExamplesView(held, most=batch_size), ())
-    return task, None if data[2] is None else ExamplesView(to_examples(data[2], reading), most=batch_size)
+        validation, train = (train.subset(part.sort()[0]) for part in order.split([held_out, n - held_out]))
+    task = Task("search", ExamplesView(train, most=batch_size), ExamplesView(validation, most=batch_size), ())
+    return task, None if test is None else ExamplesView(test, most=batch_size)

@@ -54,8 +54,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option("--out", type=PATH, help="The folder to write, new or empty; default: RUN itself is replaced.")
 def undo(run: Path, out: Path | None) -> None:
     """Undo the last change of the network of RUN: return to the run or model that it started from, bit for bit."""
-    from regrow.jobs.parents import read_stages
-    from regrow.jobs.parents import undo as undo_run
+    from regrow.jobs.parents import read_stages, undo_run
 
     last = read_stages(run)[-1].record
     folder = undo_run(run, out)

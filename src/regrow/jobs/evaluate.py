@@ -22,7 +22,7 @@ from regrow.data.batch_streams import join_batches
 from regrow.evaluation.choice import CHOICE_TOKENS, count_choice_tokens
 from regrow.evaluation.quality import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
-from regrow.jobs.memory_needs import needs_of_model, start_streaming
+from regrow.jobs.memory_needs import list_model_needs, start_streaming
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.recording import Invocation
 from regrow.nets import Loaded
@@ -129,8 +129,8 @@ def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
         reset_peak()
         opened = open_network(spec.name, DTYPES.get(spec.dtype))
         tests = _read_tests(settings, opened.loaded)
-        plan = plan_evaluation(opened, tests, invocation.memory, settings)
-        needs = {"--speed": settings.speed} | needs_of_model(spec, settings.precision, opened)
+        plan = plan_evaluation_memory(opened, tests, invocation.memory, settings)
+        needs = {"--speed": settings.speed} | list_model_needs(spec, settings.precision, opened)
         if start_streaming(opened, plan, needs, invocation.announce):
             return EvaluateInputs(opened.loaded, tests, opened=opened, memory=plan)
     loaded = load_model(spec, invocation.progress, invocation.code)
@@ -144,7 +144,9 @@ def _read_tests(settings: Settings, loaded: Loaded) -> tuple[Source, ...]:
     return tests if loaded.tokenizer is None else tuple(join_batches(test, settings.batch_size) for test in tests)
 
 
-def plan_evaluation(opened: OpenedNetwork, tests: Sequence[Source], memory: str, settings: Settings) -> MemoryPlan:
+def plan_evaluation_memory(
+    opened: OpenedNetwork, tests: Sequence[Source], memory: str, settings: Settings
+) -> MemoryPlan:
     """Predict the memory of an evaluation from its batches and multiple-choice items."""
     positions = [count_positions(batch) for test in tests for batch in test]
     longest, total = max(positions, default=settings.seq_len * settings.batch_size), sum(positions)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from regrow.jobs.recording import Invocation
     from regrow.streaming.requirements import MemoryPlan
 
-SPARE = 2**27
+SPARE_BYTES = 2**27
 """Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
-COPIES = 2.5
+FLOAT32_COPIES = 2.5
 """The float32 copies of the largest tensor that there are at a time: its numbers, and what they become."""
 
 
@@ -75,18 +75,18 @@ def export_network(
 
 def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
     """Open the network that settings name."""
-    from regrow.jobs.models import ModelSpec, load_model, with_origin
+    from regrow.jobs.models import ModelSpec, attach_origin, load_model
 
     if invocation.memory:
         return _open_by_tensor(settings, invocation)
     invocation.progress(0, 1, "loading the model")
     loaded = load_model(ModelSpec(settings.model, input=settings.input), invocation.progress, invocation.code)
-    return ExportInputs(with_origin(loaded), loaded.example)
+    return ExportInputs(attach_origin(loaded), loaded.example)
 
 
 def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInputs:
     """Open a model whose tensors are read one by one, and check that the memory is enough for that."""
-    from regrow.jobs.models import with_origin
+    from regrow.jobs.models import attach_origin
     from regrow.streaming.opening import open_network
     from regrow.streaming.requirements import MemoryPlan
 
@@ -95,12 +95,12 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
         raise InputError(f"{settings.to} needs the whole network in memory; leave out --memory, or export to {able}")
     reset_peak()
     opened = open_network(settings.model)
-    network, model = opened.network(), with_origin(opened.loaded)
-    largest = int(4 * COPIES * max(parameter.numel() for parameter in model.parameters()))
+    network, model = opened.network(), attach_origin(opened.loaded)
+    largest = int(4 * FLOAT32_COPIES * max(parameter.numel() for parameter in model.parameters()))
     size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
     block = max(sum(size[key] for key in block.names) for block in network.blocks)
     checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
-    needed = read_resident() + SPARE + max(largest, checked)
+    needed = read_resident() + SPARE_BYTES + max(largest, checked)
     plan = MemoryPlan(f"exporting {settings.model}", parse_bytes(invocation.memory), needed, needed)
     plan.check()
     opened.check_output()

@@ -23,7 +23,7 @@ CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 """Parts of an output that hold a state per block, and so have more parts in a network of more blocks."""
 
 
-def run_once(model: nn.Module, example: Example) -> None:
+def warm_caches(model: nn.Module, example: Example) -> None:
     """Run a network on its example, so that what it caches for inputs of that shape is known before a change."""
     example = cast_example(example, model)
     with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
@@ -32,33 +32,33 @@ def run_once(model: nn.Module, example: Example) -> None:
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, example: Example) -> Answers:
+def compute_outputs(model: nn.Module, example: Example) -> Answers:
     """Return the tensors and numbers that a network gives for an example, in eval mode; its state is not changed.
 
     Random operations start from the same seed in every call. Caches of states per block are left out.
     """
-    inputs = Example(*tree_map(_copied, (example.args, dict(example.kwargs))))
+    inputs = Example(*tree_map(_copy_tensor, (example.args, dict(example.kwargs))))
     with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), evaluating(model):
         reseed(0)
         random.seed(0)
         np.random.seed(0)
-        answers = [*_compared(model(*inputs.args, **inputs.kwargs))]
+        answers = [*_comparable_tensors(model(*inputs.args, **inputs.kwargs))]
         unknown = [x.isnan() for x in answers if x.is_floating_point() and bool(x.isnan().any())]
         return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in answers), *unknown]
 
 
-def _copied(value: object) -> object:
+def _copy_tensor(value: object) -> object:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _compared(answer: object) -> Iterator[Tensor]:
+def _comparable_tensors(answer: object) -> Iterator[Tensor]:
     """Yield copies of the tensors, and the numbers as tensors, of what a network returned."""
     if isinstance(answer, Mapping):
         for name, part in answer.items():
-            yield from _compared(part) if name not in CACHES else ()
+            yield from _comparable_tensors(part) if name not in CACHES else ()
     elif isinstance(answer, list | tuple):
         for part in answer:
-            yield from _compared(part)
+            yield from _comparable_tensors(part)
     elif isinstance(answer, int | float):
         yield torch.tensor(answer)
     elif not type(answer).__name__.endswith("Cache"):
@@ -76,7 +76,7 @@ def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
     return max_difference(ours, theirs) if pairs else torch.inf, max_magnitude([a.double() for a, _ in pairs])
 
 
-def measure_exactly(before: Answers, after: Answers) -> float:
+def measure_relative_change(before: Answers, after: Answers) -> float:
     """Return the largest change of an entry of outputs that must be the same in number, shape and value.
 
     It is relative to the entry, or to ten times the median of its output where that is more: values of another order,
@@ -96,13 +96,13 @@ def _relative_change(x: Tensor, y: Tensor) -> float:
     return float((change / scale).nan_to_num(torch.inf, torch.inf).max())
 
 
-def examples_of(example: Example) -> list[Example]:
+def vary_example(example: Example) -> list[Example]:
     """Return an example, and others of another batch size and of another length, where these can be recognised.
 
-    >>> [tuple(example.args[0].shape) for example in examples_of(Example((torch.ones(3, 8),)))]
+    >>> [tuple(example.args[0].shape) for example in vary_example(Example((torch.ones(3, 8),)))]
     [(3, 8), (1, 8)]
     >>> tokens = torch.ones(1, 8, dtype=torch.int64)
-    >>> [tuple(example.args[0].shape) for example in examples_of(Example((tokens,)))]
+    >>> [tuple(example.args[0].shape) for example in vary_example(Example((tokens,)))]
     [(1, 8), (2, 8), (1, 4)]
     """
     tensors = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor) and x.dim()]
@@ -110,15 +110,15 @@ def examples_of(example: Example) -> list[Example]:
     if len(sizes) != 1 or not all(x.shape[0] for x in tensors):
         return [example]
     several = next(iter(sizes))[0] > 1
-    made = [example, _changed(example, lambda x: x[:1] if several else torch.cat([x, x]))]
+    made = [example, _map_tensors(example, lambda x: x[:1] if several else torch.cat([x, x]))]
     lengths = {tuple(x.shape) for x in tensors}
     length = tensors[0].shape[1] if tensors[0].dim() == 2 and len(lengths) == 1 else 0
     if length > 1 and not any(x.is_floating_point() for x in tensors):
-        made.append(_changed(example, lambda x: x[:, : length // 2]))
+        made.append(_map_tensors(example, lambda x: x[:, : length // 2]))
     return made
 
 
-def _changed(example: Example, change: Any) -> Example:
+def _map_tensors(example: Example, change: Any) -> Example:
     args, kwargs = tree_map(
         lambda x: change(x) if isinstance(x, Tensor) and x.dim() else x, (example.args, dict(example.kwargs))
     )
@@ -165,10 +165,10 @@ def _has_fields(value: object) -> bool:
 
 def _fields(value: object) -> dict[str, object]:
     """Return the fields of an object, those in slots included."""
-    slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+    slots = [name for kind in type(value).__mro__ for name in _public_slots(getattr(kind, "__slots__", ()))]
     return {**{n: getattr(value, n) for n in slots if hasattr(value, n)}, **getattr(value, "__dict__", {})}
 
 
-def _names(slots: Any) -> list[str]:
+def _public_slots(slots: Any) -> list[str]:
     names = [slots] if isinstance(slots, str) else [*slots]
     return [name for name in names if not name.startswith("__")]

@@ -17,9 +17,16 @@ from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
 from regrow.core.plan import Change, Fill, Plan
 from regrow.core.sources import preserve_random_state
-from regrow.jobs.forward_outputs import NetworkState, examples_of, measure_change, measure_exactly, outputs_of, run_once
+from regrow.jobs.forward_outputs import (
+    NetworkState,
+    compute_outputs,
+    measure_change,
+    measure_relative_change,
+    vary_example,
+    warm_caches,
+)
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, complete_data, read_sources
-from regrow.jobs.measuring import EvaluationData, measure_run
+from regrow.jobs.measuring import EvaluationData, measure_network
 from regrow.jobs.models import ModelSpec, load_model, trace_loaded
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.nets import Loaded
@@ -35,9 +42,9 @@ from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
 from regrow.training.tune import added_entries, mean_loss, train_grown
 
-CHANGE = 1e-3
+MAX_CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
-PASSED_ON = 1e-7
+MAX_IDENTITY_CHANGE = 1e-7
 """The largest relative change behind blocks that give their input unchanged: every operation gets the same numbers."""
 OTHER_STACK = "name other stacks in blocks, or widen it with mlp, heads or channels"
 AS_BEFORE = "the network is as it was"
@@ -52,7 +59,7 @@ class GrowInputs:
     data: SourceHalves
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
-    call: dict[str, object] | None = None
+    python_call: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def grow_network(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], 
     loaded, axes = opened.loaded, opened.axes
     with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
-    with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
+    with run.begin(RunStart(identity, loaded, python_call=opened.python_call)) as record:
         data = complete_data(run, opened.data, opened.specs, loaded)
         record.update(notes=[*loaded.notes, *notes])
         _grow(settings, replace(opened, data=data), run, plan)
@@ -91,7 +98,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
     data = EvaluationData(inputs.data, inputs.objective, settings.precision)
     with run.stage("evaluate"):
-        measure_run(run, loaded, axes, data, "before")
+        measure_network(run, loaded, axes, data, "before")
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
@@ -109,7 +116,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
         with run.stage("save"):
             store.write_model(loaded, record.path)
     with run.stage("evaluate"):
-        measure_run(run, loaded, grown, data, "after")
+        measure_network(run, loaded, grown, data, "after")
 
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
@@ -147,17 +154,20 @@ def _grow_checked(
     """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run."""
     if any(x.is_meta for x in model.parameters()):
         return apply(model, axes, plan)[1], {}
-    examples = examples_of(cast_example(axes.example, model))
-    run_once(model, examples[0])
-    before = [(examples[0], outputs_of(model, examples[0]))]
+    examples = vary_example(cast_example(axes.example, model))
+    warm_caches(model, examples[0])
+    before = [(examples[0], compute_outputs(model, examples[0]))]
     for example in examples[1:]:
         with suppress(Exception):  # a size that the network does not take
-            before.append((example, outputs_of(model, example)))
+            before.append((example, compute_outputs(model, example)))
     if not before[0][1]:
         raise RefusedError("what the network returns has no tensor that could be compared; let it return tensors")
     exact = 0.0
     if plan.insert:  # on accelerators, sums may differ from run to run
-        exact = max(PASSED_ON, min(3 * measure_exactly(before[0][1], _run_grown(model, examples[0])), CHANGE))
+        exact = max(
+            MAX_IDENTITY_CHANGE,
+            min(3 * measure_relative_change(before[0][1], _run_grown(model, examples[0])), MAX_CHANGE),
+        )
     for path in plan.insert:
         _check_stack(model, plan, path, before, exact)
     row: dict[str, Any] = {}
@@ -167,16 +177,16 @@ def _grow_checked(
             result = verify(model, axes, plan)
             row = {**asdict(result), "dtype": "float64"}
             if not result.ok:
-                raise _changed_outputs(result.max_abs_diff, result.bound, "float64")
+                raise _make_change_error(result.max_abs_diff, result.bound, "float64")
     with run.stage("apply"):
         run.progress(0, 1, "growing")
         _, after = apply(model, axes, plan)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    share = CHANGE * (1 if dtype in ("float32", "float64") else 100) if plan.changes else exact
+    share = MAX_CHANGE * (1 if dtype in ("float32", "float64") else 100) if plan.changes else exact
     measured = [measure_change(outputs, _run_grown(model, x)) for x, outputs in before]
     for change, largest in measured:
         if not change <= share * (largest or 1.0):
-            raise _changed_outputs(change, share * largest, dtype)
+            raise _make_change_error(change, share * largest, dtype)
     change, largest = measured[0]
     row = row or {"max_abs_diff": change, "bound": share * largest, "ok": True, "dtype": dtype}
     return after, row | {"output_change": change, "relative_change": change / (largest or 1.0), "output_dtype": dtype}
@@ -192,7 +202,7 @@ def _check_stack(
     twin = shallow_copy(model)
     try:
         insert_copies(twin, path, plan.insert[path])
-        worst = max(measure_exactly(outputs, outputs_of(twin, x)) for x, outputs in before)
+        worst = max(measure_relative_change(outputs, compute_outputs(twin, x)) for x, outputs in before)
     except Exception as error:
         raise RefusedError(
             f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
@@ -208,14 +218,14 @@ def _check_stack(
 
 def _run_grown(model: nn.Module, example: Example) -> Answers:
     try:
-        return outputs_of(model, example)
+        return compute_outputs(model, example)
     except Exception as error:
         raise RefusedError(
             f"the grown network does not run on what the network ran on: {first_line(error)}; {AS_BEFORE}"
         ) from None
 
 
-def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
+def _make_change_error(change: float, bound: float, dtype: str) -> RefusedError:
     return RefusedError(
         f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; {AS_BEFORE}, nothing "
         "is saved; please report this"
@@ -282,7 +292,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
 def grow_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
     inputs = partial(open_named, settings, invocation)
-    grow_network(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
+    grow_network(settings, inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 

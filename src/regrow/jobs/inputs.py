@@ -29,14 +29,14 @@ from regrow.streaming.weights import StoredWeights
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FILE = "generated/windows.safetensors"
+GENERATED_FILE = "generated/windows.safetensors"
 """The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration."""
-FORMAT = "regrow-generated/1"
+GENERATED_FORMAT = "regrow-generated/1"
 
 
-_PATHS = ("model", "run", "sources", "unseen", "input")
+_PATH_SETTINGS = ("model", "run", "sources", "unseen", "input")
 """Settings that may name another folder on another host: what they lead to is compared."""
-EXAMPLES = 256
+COMPARED_EXAMPLES = 256
 """How many examples of each part of a task are compared."""
 
 
@@ -66,17 +66,17 @@ class SourceHalves:
     evaluation: tuple[Source, ...]
 
     @property
-    def seen(self) -> frozenset[str]:
+    def calibration_names(self) -> frozenset[str]:
         """The names of the calibration sources."""
         return frozenset(source.name for source in self.calibration)
 
     @property
-    def lenient(self) -> bool:
+    def evaluates_on_calibration(self) -> bool:
         """Whether networks are measured on the calibration data, whose labels need not fit: that gives a warning."""
         return self.evaluation is self.calibration
 
     @property
-    def pending(self) -> bool:
+    def has_pending_text(self) -> bool:
         """Whether a source is text that is still to be generated."""
         return any(isinstance(source.batches, PendingWindows) for source in self.calibration)
 
@@ -204,13 +204,13 @@ def fill_generated(
     tokens = _pending_windows(specs, loaded)
     if run.ranks.leads:
         header = _describe_windows(specs, loaded, weights)
-        _copy_known(tokens, (*known, *([folder] if folder else [])), header)
+        _fill_stored_windows(tokens, (*known, *([folder] if folder else [])), header)
 
         def store() -> None:
             if folder is not None:
-                with explain_os_errors(folder / FILE):
-                    (folder / FILE).parent.mkdir(exist_ok=True)
-                write_tensors(folder / FILE, {"tokens": tokens}, header, FORMAT)
+                with explain_os_errors(folder / GENERATED_FILE):
+                    (folder / GENERATED_FILE).parent.mkdir(exist_ok=True)
+                write_tensors(folder / GENERATED_FILE, {"tokens": tokens}, header, GENERATED_FORMAT)
 
         if (tokens < 0).any():
             separator = find_separator(loaded.tokenizer)
@@ -236,7 +236,7 @@ def complete_data(
     """Generate the text of a run by :func:`fill_generated`, and record its sources; data without names are complete."""
     if specs is None:
         return halves
-    if halves.pending:
+    if halves.has_pending_text:
         folder = run.record.path if run.record.is_kept else None
         with run.stage("generate"):
             halves = fill_generated(halves, specs, loaded, folder, known=known, weights=weights, run=run)
@@ -249,13 +249,13 @@ def _pending_windows(specs: SourceSpecs, loaded: Loaded) -> Tensor:
     return torch.full((specs.generated_windows, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
 
 
-def check_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
+def check_generated_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
     """Raise InputError unless run folders have all text of a run whose network, read block by block, cannot generate.
 
     ``weights`` has a sum of each parameter of the model, which has no numbers.
     """
     tokens = _pending_windows(specs, loaded)
-    _copy_known(tokens, known, _describe_windows(specs, loaded, weights))
+    _fill_stored_windows(tokens, known, _describe_windows(specs, loaded, weights))
     if missing := int((tokens < 0).any(1).sum()):
         raise InputError(
             f"source 'generated' lacks {missing} of {len(tokens)} windows, and a network that is read one block at a "
@@ -273,10 +273,10 @@ def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[floa
     }
 
 
-def _copy_known(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, object]) -> None:
+def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, object]) -> None:
     """Fill in windows that run folders have, as far as they have the same length."""
     for folder in folders:
-        stored = _read_windows(folder / FILE, header)
+        stored = _read_windows(folder / GENERATED_FILE, header)
         if stored is not None and stored.shape[1] == tokens.shape[1]:
             n = min(len(tokens), len(stored))
             tokens[:n] = torch.where(stored[:n] >= 0, stored[:n], tokens[:n])
@@ -285,7 +285,7 @@ def _copy_known(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, ob
 def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
     """Return stored windows; ``None`` if there is no usable file, or it is of another model, seed or vocabulary."""
     try:
-        recorded, tensors = read_tensors(path, FORMAT)
+        recorded, tensors = read_tensors(path, GENERATED_FORMAT)
     except StoreError:
         return None
     tokens = tensors.get("tokens")
@@ -297,7 +297,7 @@ def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
 
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
     """Raise InputError on every rank unless all have the same settings, and the same limit of memory."""
-    values = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
+    values = {name: value for name, value in asdict(settings).items() if name not in _PATH_SETTINGS}
     if not _are_same(ranks, fingerprint(Source("", ()), values, memory)):
         raise InputError("the processes have different settings; start all with the same command")
 
@@ -315,7 +315,7 @@ def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]
     """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples."""
     if ranks.several:
         _check_weights(ranks, [model])
-        parts = (first_examples(part, EXAMPLES) for task in tasks for part in (task.train, task.test))
+        parts = (first_examples(part, COMPARED_EXAMPLES) for task in tasks for part in (task.train, task.test))
         sums = [[checksum(first_tensor(part.inputs)), checksum(part.labels)] for part in parts]
         _check_data(ranks, [task.name for task in tasks], sums)
 

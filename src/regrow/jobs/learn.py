@@ -20,11 +20,11 @@ from regrow.jobs.recording import ActiveRun, FolderRecorder, Invocation, Record,
 from regrow.jobs.starting import (
     TaskSpecs,
     check_outputs,
-    load_start,
+    describe_tasks,
+    load_start_network,
     make_task_schedule,
     read_tasks,
-    record_tasks,
-    select_known,
+    select_method_settings,
 )
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
@@ -61,7 +61,7 @@ class LearnInputs:
     untrained: Callable[[], Loaded] | None = None
     new: bool = False
     sequence: Sequence[object] | None = None
-    call: Mapping[str, object] | None = None
+    python_call: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def learn_tasks(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], 
     opened = inputs(run)
     loaded, tasks = opened.loaded, opened.tasks
     check_same_tasks(run.ranks, loaded.model, tasks)
-    with run.begin(RunStart(identity, None if opened.new else loaded, call=opened.call)) as record:
+    with run.begin(RunStart(identity, None if opened.new else loaded, python_call=opened.python_call)) as record:
         record.update(sequence=opened.sequence)
         with run.stage("learn"):
             fitted = _learn(opened, run)
@@ -98,7 +98,7 @@ def learn_tasks(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], 
                 store.write_model(replace(loaded, model=fitted.model), record.path)
         if missing := [task.name for task in tasks if task.gone]:
             record.log("gone", tasks=missing)
-        record.log("matrix", tasks=[task.name for task in tasks], **record_matrix(accuracy_matrix(fitted.state)))
+        record.log("matrix", tasks=[task.name for task in tasks], **describe_matrix(accuracy_matrix(fitted.state)))
         run.finish()
         return fitted
 
@@ -162,10 +162,10 @@ class LearningRecord:
         self.plans, self.events, self.over = len(now.plans), len(now.events), now.number
 
 
-def record_matrix(matrix: Matrix) -> dict[str, Any]:
+def describe_matrix(matrix: Matrix) -> dict[str, Any]:
     """Return the scores of all tasks as JSON data; if they are no shares, they are in ``scores``, and accuracy is none.
 
-    >>> record_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
+    >>> describe_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
     [[None]]
     """
     record: dict[str, Any] = dict(matrix.record())
@@ -183,7 +183,7 @@ def _are_shares(scores: Sequence[float]) -> bool:
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
     """Return a learner; a method with a seed gets the run's, unless ``settings`` has another."""
     entry = find_method(MethodKind.CONTINUAL, method)
-    learner: Learner[Any] = entry.made(method, select_known(entry, {"seed": seed}) | dict(settings))
+    learner: Learner[Any] = entry.made(method, select_method_settings(entry, {"seed": seed}) | dict(settings))
     return learner
 
 
@@ -194,8 +194,8 @@ def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | Non
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
     with run.stage("load"):
         known, folder = (begun.sequences, begun.path) if begun else (settings.tasks, None)
-        start = load_start(settings.model, known, settings.input, invocation, folder)
-        tasks, outputs = _read_named(settings, start, learner, begun)
+        start = load_start_network(settings.model, known, settings.input, invocation, folder)
+        tasks, outputs = _read_tasks_of_run(settings, start, learner, begun)
 
         def build() -> Loaded:
             if start:
@@ -210,22 +210,22 @@ def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | Non
             example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
             axes = trace(loaded.model, *moved(example.args, device), **moved(dict(example.kwargs), device))
     schedule = make_task_schedule(settings, CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
-    names = record_tasks(settings.tasks, tasks)
+    names = describe_tasks(settings.tasks, tasks)
     return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=names)
 
 
-def specs_of(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
+def make_task_specs(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
     """Return the tasks of a run on a network with weights (``start``) or a new one, and how much data is used."""
     specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
     return specs.fit(start, settings.seq_len)
 
 
-def _read_named(
+def _read_tasks_of_run(
     settings: Settings, start: Loaded | None, learner: Learner[Any], begun: BegunRun | None
 ) -> tuple[list[Task], int]:
     """Return all tasks, and the number of the network's outputs; raise ValueError if it has fewer."""
-    specs = specs_of(settings, start)
-    old = _read_old(begun, specs, settings.method, learner) if begun else read_tasks(specs)
+    specs = make_task_specs(settings, start)
+    old = _read_earlier_tasks(begun, specs, settings.method, learner) if begun else read_tasks(specs)
     tasks = old
     if begun:
         tasks = read_tasks(replace(specs, sequences=settings.tasks[len(begun.sequences) :]), before=old)
@@ -242,7 +242,7 @@ def _read_named(
     return tasks, outputs
 
 
-def _read_old(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
+def _read_earlier_tasks(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
     """Return the tasks that a run has had, without data where these may be missing."""
     try:
         old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
@@ -265,7 +265,7 @@ def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
             check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
         return open_named(settings, invocation, None, run)
 
-    learn_tasks(settings, open_inputs, invocation.start(settings, settings.model, undo=settings.undo))
+    learn_tasks(settings, open_inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 
@@ -277,7 +277,7 @@ def extend(invocation: Invocation, more: Sequence[str], *, without_old: bool = F
     evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
-    known = broadcast_record(ranks, _read_begun(out, tuple(more)) if ranks.leads else None)
+    known = broadcast_record(ranks, _read_run_to_extend(out, tuple(more)) if ranks.leads else None)
     if known is None:
         invocation.announce(f"{out} has learned {', '.join(more) or 'all its tasks'}: nothing is left to do")
         return RunFolder(out)
@@ -287,7 +287,7 @@ def extend(invocation: Invocation, more: Sequence[str], *, without_old: bool = F
     # Defaults of this version may differ from those with which the run was begun.
     whole = replace(settings, method_settings={**record["defaults"], **was.method_settings})
     begun = BegunRun(folder.path, was.tasks, over, without_old, record.get("sequence"))
-    run = invocation.start(settings, was.model, undo=False)
+    run = invocation.start_run(settings, was.model, undo=False)
     if isinstance(made := run.recorder, FolderRecorder):
         run.recorder = ExtensionRecorder(
             made.out, made.model, made.command, False, made.write_page, record, tuple(more)
@@ -324,7 +324,7 @@ class ExtensionRecorder(FolderRecorder):
             yield folder
 
 
-def _read_begun(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
+def _read_run_to_extend(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
     """Return ``run.json``, the number of tasks that are over, and the sequences to add; ``None`` if all is learned.
 
     Sequences that the last call has added are those of this call, which is repeated.

@@ -34,7 +34,7 @@ class EvaluationData:
     precision: str = "float32"  # the precision of forward passes
 
 
-def measure_run(
+def measure_network(
     run: ActiveRun,
     loaded: Loaded,
     axes: AxisGraph,
@@ -67,15 +67,15 @@ def measure_run(
         if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
             results = _evaluate_text(run, loaded, tests, name, network)
         else:
-            results = _evaluate(run, loaded, tests, name, objective)
+            results = _evaluate_examples(run, loaded, tests, name, objective)
         try:
             for result in results:
-                row = _row_of(result, columns, data.halves.seen)
+                row = _make_row(result, columns, data.halves.calibration_names)
                 record.log("perplexity" if isinstance(result, evaluation.Perplexity) else "choice", row)
                 if isinstance(result, evaluation.Perplexity):
                     perplexities[result.source] = result
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not data.halves.lenient:
+            if not data.halves.evaluates_on_calibration:
                 raise
             line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
             warnings.warn(line, stacklevel=2)
@@ -83,7 +83,7 @@ def measure_run(
     return perplexities
 
 
-def _row_of(
+def _make_row(
     result: evaluation.Perplexity | evaluation.Accuracy | Evaluation, columns: Mapping[str, Any], seen: Collection[str]
 ) -> dict[str, Any]:
     """Return the row of a result: of text its perplexity, of other data the share that is right, or the score."""
@@ -107,7 +107,7 @@ def _row_of(
     }
 
 
-def _evaluate(
+def _evaluate_examples(
     run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, objective: Objective | None
 ) -> Iterator[evaluation.Accuracy | Evaluation]:
     for i, source in enumerate(tests):
@@ -154,14 +154,14 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
     was, now = (cost_of(axes, budget).total for axes in (before, after))
     amounts: dict[str, float] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
-        amounts |= {"predicted": now, "after": fastest_pass(model, timed_input(before, budget))}
+        amounts |= {"predicted": now, "after": fastest_pass(model, make_timed_input(before, budget))}
         amounts = {name: steps / STEPS[Measure.TIME] for name, steps in amounts.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""
     record.log("budget", {"measure": str(budget.measure), "context": context, "device": device} | amounts)
 
 
-def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
+def make_timed_input(axes: AxisGraph, budget: Budget) -> Batch:
     """Return the input of a timed pass: the traced example, or as many tokens as a target names."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0

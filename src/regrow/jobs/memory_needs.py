@@ -18,7 +18,7 @@ from regrow.evaluation.generation import predict_generation
 from regrow.evaluation.memory import UnpredictableError, predict_memory
 from regrow.jobs.inputs import count_windows
 from regrow.jobs.models import DTYPES, ModelSpec
-from regrow.jobs.pruning_inputs import budget_of, model_spec, pruner_of, source_specs
+from regrow.jobs.pruning_inputs import make_budget, make_model_spec, make_pruner, make_source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.recovery_steps import LastCut
 from regrow.methods.pruning.pruner import Pruner
@@ -33,14 +33,14 @@ from regrow.store.run_folder import RunFolder
 from regrow.streaming.opening import OpenedNetwork, limit_caches, open_network
 from regrow.streaming.requirements import MemoryPlan, add_products, plan_memory
 
-SPARE = 2**26
+SPARE_BYTES = 2**26
 """Bytes that the interpreter and the operations need besides."""
 
 
 def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNetwork, MemoryPlan]:
     """Open the network that settings name without its weights, and decide whether it is read one block at a time."""
-    spec, pruner, budget = model_spec(settings), pruner_of(settings), budget_of(settings)
-    opened = _open_text(spec.name, spec)
+    spec, pruner, budget = make_model_spec(settings), make_pruner(settings), make_budget(settings)
+    opened = _open_language_model(spec.name, spec)
     network, window, sources = opened.network(), settings.seq_len, len(settings.sources)
     calibrated = sources * count_windows(settings.tokens, window)
     windows = max(calibrated, (sources + len(settings.unseen)) * count_windows(settings.eval_tokens, window))
@@ -49,7 +49,7 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
     if pruner.products:
         plan = add_products(plan, network, opened.axes, budget.units(opened.axes))
     if not plan.streams:
-        plan = replace(plan, whole=max(plan.whole, read_resident() + _predict_besides(settings, pruner, opened)))
+        plan = replace(plan, whole=max(plan.whole, read_resident() + _predict_extra_bytes(settings, pruner, opened)))
     if invocation.ranks.several:
         plan = replace(plan, decision=broadcast_record(invocation.ranks, plan.streams))
     needs = {
@@ -57,7 +57,7 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
         f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": budget.measure == Measure.TIME,
     }
-    start_streaming(opened, plan, needs | needs_of_model(spec, settings.precision, opened), invocation.announce)
+    start_streaming(opened, plan, needs | list_model_needs(spec, settings.precision, opened), invocation.announce)
     return opened, plan
 
 
@@ -65,42 +65,45 @@ def open_to_recover(
     settings: RecoverSettings, source: RunFolder, cut: LastCut, invocation: Invocation
 ) -> tuple[OpenedNetwork, OpenedNetwork, MemoryPlan]:
     """Open the networks before and after a cut, and decide whether a recovery reads them one block at a time."""
-    spec, count, window = model_spec(cut.settings), max(1, len(cut.settings.sources)), cut.settings.seq_len
-    dense, small = _open_text(str(cut.before or spec.name), spec), _open_text(str(source.path), spec)
+    spec, count, window = make_model_spec(cut.settings), max(1, len(cut.settings.sources)), cut.settings.seq_len
+    dense, small = (
+        _open_language_model(str(cut.before or spec.name), spec),
+        _open_language_model(str(source.path), spec),
+    )
     windows = count * count_windows(settings.tokens // count, window)
     most = max(windows, (len(cut.settings.unseen) + count) * count_windows(cut.settings.eval_tokens, window))
     plan = plan_memory(dense.network(), parse_bytes(invocation.memory), most, window, what="evaluating")
     work = 0
     if settings.by == "refit":
         left_out = count > 1 and settings.recovery_settings.get("choose_on") == "left_out_source"
-        work = _refit_bytes(dense.loaded.model, windows * window, window, count + 2 if left_out else 3)
-    size = _weight_bytes(small.loaded.model)
-    recovering = _recovery_bytes(settings.by, small.loaded.model, window) + work
+        work = _predict_refit_bytes(dense.loaded.model, windows * window, window, count + 2 if left_out else 3)
+    size = _count_weight_bytes(small.loaded.model)
+    recovering = _predict_recovery_bytes(settings.by, small.loaded.model, window) + work
     besides = size  # the file while it is read
     if GENERATED in cut.settings.sources:
-        windows = source_specs(cut.settings, settings.tokens).generated_windows
+        windows = make_source_specs(cut.settings, settings.tokens).generated_windows
         besides = max(size, predict_generation(dense.loaded.model, windows, window))
-    whole = max(recovering, size + besides) + read_resident() + SPARE + _weight_bytes(dense.loaded.model)
+    whole = max(recovering, size + besides) + read_resident() + SPARE_BYTES + _count_weight_bytes(dense.loaded.model)
     least = plan.least + work if settings.by in CLOSED_FORM else whole
     plan = replace(plan, whole=whole, least=least, what=f"recovery by {settings.by}")
     needs = {
         "recovery where the run dropped whole modules": bool(cut.plan.drop),
         "fitting to what the dense network has": settings.recovery_settings.get("target") in ("dense", "residual"),
     }
-    start_streaming(dense, plan, needs | needs_of_model(spec, cut.settings.precision, dense), invocation.announce)
+    start_streaming(dense, plan, needs | list_model_needs(spec, cut.settings.precision, dense), invocation.announce)
     if plan.streams:
         small.check_output()
     return dense, small, plan
 
 
-def _open_text(name: str, spec: ModelSpec) -> OpenedNetwork:
+def _open_language_model(name: str, spec: ModelSpec) -> OpenedNetwork:
     opened = open_network(name, DTYPES.get(spec.dtype))
     if opened.loaded.tokenizer is None:
         raise InputError(f"--memory predicts for models of text, and {name} has no tokenizer; leave it out")
     return opened
 
 
-def needs_of_model(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
+def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
     """Return what of a model, and of how it runs, needs the whole network in memory → whether it is so."""
     return {
         "a model without text": opened.loaded.tokenizer is None,
@@ -128,40 +131,40 @@ def start_streaming(
     return plan.streams
 
 
-def _predict_besides(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
+def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
     """Return the most bytes that generating text and gradients need in memory."""
     model, window, count = opened.loaded.model, settings.seq_len, len(settings.sources)
-    size, needed = _weight_bytes(model), []
+    size, needed = _count_weight_bytes(model), []
     if GENERATED in settings.sources:
-        needed.append(size + predict_generation(model, source_specs(settings).generated_windows, window))
+        needed.append(size + predict_generation(model, make_source_specs(settings).generated_windows, window))
     if Need.GRADIENTS in pruner.needs:
-        names = differentiated(model, opened.axes, budget_of(settings).units(opened.axes))
+        names = differentiated(model, opened.axes, make_budget(settings).units(opened.axes))
         sums = pruner.shards * max(pruner.sources, count)
         summed = sums * sum(4 * model.get_parameter(name).numel() for name in names)
-        needed.append(2 * size + summed + _activation_bytes(model, window))
+        needed.append(2 * size + summed + _predict_activation_bytes(model, window))
     elif Need.FISHER in pruner.needs or pruner.runs_network:
-        needed.append(2 * size + settings.batch_size * _activation_bytes(model, window))
-    return SPARE + max(needed) if needed else 0
+        needed.append(2 * size + settings.batch_size * _predict_activation_bytes(model, window))
+    return SPARE_BYTES + max(needed) if needed else 0
 
 
-def _recovery_bytes(by: str, model: nn.Module, window: int) -> int:
+def _predict_recovery_bytes(by: str, model: nn.Module, window: int) -> int:
     """Return what a recovery needs of a cut network, its weights included, but for what ``refit`` sums."""
-    size = _weight_bytes(model)
+    size = _count_weight_bytes(model)
     if by in CLOSED_FORM:
         widest = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)
         return size + 3 * window * widest * 4
-    activations = _activation_bytes(model, window, distils=by == "distil")
+    activations = _predict_activation_bytes(model, window, distils=by == "distil")
     if by == "distil":  # in float32: weights, gradients, two moments of the optimizer, and the best values
         single = 4 * sum(p.numel() for p in model.parameters())
         return 5 * single + int(single / max(1, size) * activations)
     return size + activations
 
 
-def _weight_bytes(model: nn.Module) -> int:
+def _count_weight_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def _activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -> int:
+def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -> int:
     """Return what a training step of all weights on two windows needs beside weights, gradients and two moments."""
     optimizers: dict[int, torch.optim.Optimizer] = {}
 
@@ -180,12 +183,12 @@ def _activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -
     ids = torch.zeros(1, window, dtype=torch.int64)
     batch = Batch((ids,), {"use_cache": False} if hasattr(model, "config") else {}, ids)
     try:
-        return max(0, predict_memory(model, batch, step).peak - 4 * _weight_bytes(model))
+        return max(0, predict_memory(model, batch, step).peak - 4 * _count_weight_bytes(model))
     except UnpredictableError as error:
         raise InputError(f"the memory of the run is not predicted: {error}; leave out --memory") from None
 
 
-def _refit_bytes(model: nn.Module, tokens: int, window: int, parts: int) -> int:
+def _predict_refit_bytes(model: nn.Module, tokens: int, window: int, parts: int) -> int:
     """Return what refit needs for all positions at one layer, and for its ``parts`` sums of the widest layer.
 
     At the largest layer that is inputs, outputs and what is added to them; and what one batch needs between two layers.

@@ -76,7 +76,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)
 
 
-def with_origin(loaded: Loaded) -> torch.nn.Module:
+def attach_origin(loaded: Loaded) -> torch.nn.Module:
     """Return the network of a loaded model with its ``origin`` and ``tokenizer``, as :func:`regrow.load` sets them."""
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
         if value is not None and not hasattr(loaded.model, name):
@@ -117,7 +117,7 @@ def find_image_side(sources: Sequence[str]) -> int:
     return 0
 
 
-def record_input(loaded: Loaded) -> dict[str, str]:
+def describe_input(loaded: Loaded) -> dict[str, str]:
     """Return the entry of ``run.json`` about the input shape of a traced model, if a single shape describes it."""
     shape = written_shape(loaded.example)
     return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}

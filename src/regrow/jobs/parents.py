@@ -42,7 +42,7 @@ class Parent:
     stages: tuple[dict[str, Any], ...]
 
 
-def start_from(
+def record_parent(
     folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True, outside: OutsideTensors | None = None
 ) -> None:
     """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it."""
@@ -166,7 +166,7 @@ def read_stages(run: Path) -> list[Stage]:
     return stages[::-1]
 
 
-def undo(run: Path, out: Path | None = None) -> Path:
+def undo_run(run: Path, out: Path | None = None) -> Path:
     """Replace a run by what it started from: the earlier run, or the model as it was loaded, bit for bit."""
     folder = RunFolder.open(run)
     before, snapshot = run / BEFORE, folder.read_record().get("snapshot")

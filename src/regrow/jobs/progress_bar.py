@@ -11,7 +11,7 @@ from rich.text import Text
 from regrow.core.progress import Progress, silent
 
 
-class Bar(rich.Progress):
+class ProgressBar(rich.Progress):
     """A progress bar with the name of the present work, and below it a line or more on its state, such as the loss."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
@@ -29,7 +29,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
     shown below the bar; a new part before the comma restarts the bar.
     """
-    with Bar(
+    with ProgressBar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -41,7 +41,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         task = progress.add_task("starting", total=1)
         shown = ""
 
-        def tell(done: int, total: int, what: str) -> None:
+        def update(done: int, total: int, what: str) -> None:
             nonlocal shown
             what, _, how = what.partition(", ")
             if what != shown:
@@ -49,11 +49,11 @@ def progress_bar(console: Console) -> Iterator[Progress]:
             shown = what
             progress.update(task, description=what, completed=done, total=max(total, 1), how=how)
 
-        yield tell
+        yield update
 
 
 @contextmanager
-def visible(progress: Progress) -> Iterator[Progress]:
+def ensure_progress(progress: Progress) -> Iterator[Progress]:
     """Show a progress bar on the error stream in place of a callback that shows nothing, if someone can see it."""
     console = Console(stderr=True)
     if progress is not silent or not (console.is_terminal or console.is_jupyter):

@@ -27,17 +27,17 @@ from regrow.jobs.inputs import (
     complete_data,
     read_sources,
 )
-from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_run
+from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_network
 from regrow.jobs.memory_needs import open_to_prune
 from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning_inputs import (
-    budget_of,
     check_pruning,
     collect_evidence,
     divide_sources,
-    model_spec,
-    pruner_of,
-    source_specs,
+    make_budget,
+    make_model_spec,
+    make_pruner,
+    make_source_specs,
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
@@ -70,7 +70,7 @@ class PruneInputs:
     data: SourceHalves
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
-    call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
+    python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
     memory: MemoryPlan | None = None  # how the run stays within a limit of memory; `None`: there is none
 
 
@@ -92,7 +92,7 @@ def prune_network(
     call this. ``inputs`` opens the network and the data. Without ``cuts`` the run ends with the plan.
     """
     check_settings(settings)
-    method, budget = pruner_of(settings), budget_of(settings)
+    method, budget = make_pruner(settings), make_budget(settings)
     defaults = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     if settings.reconstruct:
         fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | complete_reconstruction(settings.sources)
@@ -114,7 +114,7 @@ def prune_network(
         budget = with_timing(model, axes, budget, known=recorded.get("timing"), progress=run.progress)
     check_pruning(method, axes, budget, data.calibration)
     check_objective(method, (), opened.objective)
-    with run.begin(RunStart(identity, network.loaded, network.outside, opened.call)) as record:
+    with run.begin(RunStart(identity, network.loaded, network.outside, opened.python_call)) as record:
         network.use_folder(record.path)
         data = complete_data(run, data, opened.specs, network.loaded)
         record.update(timing=budget.timing.record() if budget.timing else None)
@@ -199,13 +199,13 @@ class PruneJob:
     def _measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
         """Measure and log the network in its present state, under a name."""
         inputs, network, run = self.inputs, self.inputs.network, self.run
-        if not network.shared:
+        if not network.is_shared:
             if not run.ranks.leads:
                 return {}
             run = replace(run, ranks=SINGLE)
         data = EvaluationData(inputs.data, inputs.objective, self.settings.precision)
         with self.run.stage("evaluate"):
-            return measure_run(run, network.loaded, axes, data, name, network=network.streamed)
+            return measure_network(run, network.loaded, axes, data, name, network=network.streamed)
 
     def _tune(self, plan: Plan) -> tuple[str, ...]:
         """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
@@ -231,7 +231,7 @@ def _calibrate(
     done: dict[tuple[str, int], Statistics] = {}
     if record.is_kept:
         needs, measured = sorted({*pruner.needs} - {Need.WEIGHTS}), [axis.key for axis in units]
-        origin, sums = str(network.loaded.origin.record()), network.sums()
+        origin, sums = str(network.loaded.origin.record()), network.sum_parameters()
         keys = {
             source.name: statistics.fingerprint(source, pruner.shards, needs, origin, sums, batch_size, measured)
             for source in sources
@@ -272,8 +272,8 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
             opened, memory = open_to_prune(settings, invocation)
             if memory.streams:
                 network, axes = BlockwiseNetwork(opened, memory), opened.axes
-        network = network or WholeNetwork(load_model(model_spec(settings), invocation.progress, invocation.code))
-        specs = source_specs(settings)
+        network = network or WholeNetwork(load_model(make_model_spec(settings), invocation.progress, invocation.code))
+        specs = make_source_specs(settings)
         data = read_sources(specs, network.loaded)
     with run.stage("trace"):
         axes = trace_loaded(network.loaded) if axes is None else axes
@@ -289,5 +289,5 @@ def plan_named(settings: Settings, invocation: Invocation) -> Plan:
 def prune_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Prune the model that settings name, as ``regrow prune`` does, and return the folder."""
     inputs = partial(open_named, settings, invocation)
-    prune_network(settings, inputs, invocation.start(settings, settings.model, undo=settings.undo))
+    prune_network(settings, inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

@@ -17,7 +17,7 @@ from regrow.core.sources import Source
 from regrow.data.batch_streams import join_batches
 from regrow.evaluation.timing import time_widths
 from regrow.jobs.inputs import SourceSpecs
-from regrow.jobs.measuring import timed_input
+from regrow.jobs.measuring import make_timed_input
 from regrow.jobs.models import ModelSpec
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
@@ -36,13 +36,13 @@ def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Setti
     return settings
 
 
-def model_spec(settings: Settings) -> ModelSpec:
+def make_model_spec(settings: Settings) -> ModelSpec:
     """Return which model a run prunes, and how it is loaded."""
     sources = (*settings.sources, *settings.unseen)
     return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
 
 
-def source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
+def make_source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
     """Return which sources a run reads, and how much of each: ``total`` tokens together, or those for calibration."""
     share = total // max(1, len(settings.sources))
     return SourceSpecs(
@@ -56,7 +56,7 @@ def source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
     )
 
 
-def budget_of(settings: Settings) -> Budget:
+def make_budget(settings: Settings) -> Budget:
     """Return the budget of a run: how much may stay, and which axes may be cut."""
     return Budget(
         1.0 if settings.keep is None else settings.keep,
@@ -75,7 +75,7 @@ def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
     return pruner
 
 
-def pruner_of(settings: Settings) -> Pruner:
+def make_pruner(settings: Settings) -> Pruner:
     """Return the method of a run; one that has a seed gets the run's, unless it was given its own."""
     fields = getattr(find_method(MethodKind.PRUNING, settings.method).settings, "__dataclass_fields__", {})
     seed = {"seed": settings.seed} if "seed" in fields else {}
@@ -140,7 +140,7 @@ def with_timing(
         return budget
     if known:
         return replace(budget, timing=Timing.from_record(known))
-    batch, units = timed_input(axes, budget), budget.units(axes)
+    batch, units = make_timed_input(axes, budget), budget.units(axes)
     timing = time_widths(model, axes, units, batch, round_to=budget.round_to, progress=progress)
     return replace(budget, timing=timing)
 

@@ -13,8 +13,8 @@ from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.distributed import SINGLE, ProcessRank
-from regrow.jobs.models import record_input
-from regrow.jobs.parents import describe_stage, start_from
+from regrow.jobs.models import describe_input
+from regrow.jobs.parents import describe_stage, record_parent
 from regrow.nets import Loaded
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
@@ -34,7 +34,7 @@ class RunStart:
     loaded: Loaded | None  # the network before the run; `None`: it is new
     outside: OutsideTensors | None = None
     # What the result of a call from Python depends on besides settings, as JSON data; `None`: a command
-    call: Mapping[str, object] | None = None
+    python_call: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,17 @@ class FolderRecorder:
         loaded = start.loaded
         with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
             recorded = folder.read_record().get("python")
-            if recorded is None and start.call is not None:
-                folder.update(python=start.call)
-            elif recorded is not None and recorded != start.call:
-                difference = find_difference(recorded, start.call or {})
+            if recorded is None and start.python_call is not None:
+                folder.update(python=start.python_call)
+            elif recorded is not None and recorded != start.python_call:
+                difference = find_difference(recorded, start.python_call or {})
                 raise StoreError(
                     f"{self.out} holds another run: {difference}; give what the interrupted call had (a network of the "
                     "same seed, loaders with shuffle=False), or choose another folder"
                 )
             if loaded is not None:
-                start_from(folder, self.model, loaded, undo=self.undo, outside=start.outside)
-                folder.update(notes=list(loaded.notes), **record_input(loaded))
+                record_parent(folder, self.model, loaded, undo=self.undo, outside=start.outside)
+                folder.update(notes=list(loaded.notes), **describe_input(loaded))
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
@@ -174,7 +174,7 @@ class Invocation:
     progress: Progress = silent
     write_page: WritePage | None = None
 
-    def start(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
+    def start_run(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
         """Return the run that starts from a network of this name; of several processes, rank 0 has the folder."""
         recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:

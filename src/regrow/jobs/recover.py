@@ -18,18 +18,18 @@ from regrow.evaluation import Perplexity
 from regrow.jobs.inputs import (
     SourceHalves,
     SourceSpecs,
+    check_generated_stored,
     check_same_inputs,
     check_same_settings,
-    check_stored,
     complete_data,
     read_sources,
 )
-from regrow.jobs.measuring import EvaluationData, log_pairs, measure_run
+from regrow.jobs.measuring import EvaluationData, log_pairs, measure_network
 from regrow.jobs.memory_needs import open_to_recover
 from regrow.jobs.models import load_model, trace_loaded
-from regrow.jobs.pruning_inputs import model_spec, source_specs
+from regrow.jobs.pruning_inputs import make_model_spec, make_source_specs
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart
-from regrow.jobs.recovery_steps import LastCut, find_cut, recover
+from regrow.jobs.recovery_steps import LastCut, find_last_cut, recover
 from regrow.jobs.run_networks import StreamedRecovery
 from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
@@ -52,13 +52,13 @@ class RecoverInputs:
     axes: AxisGraph
     plan: Plan
     data: SourceHalves
-    evaluated: str = "float32"
+    evaluation_precision: str = "float32"
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     known: tuple[Path, ...] = ()
     # The measurements of the networks before and after the cut; `None`: these are measured
     measured: Sequence[dict[str, Any]] | None = None
-    call: dict[str, object] | None = None
+    python_call: dict[str, object] | None = None
     streamed: StreamedRecovery | None = None  # both networks one block at a time; `None`: they are in memory
     memory: MemoryPlan | None = None  # what the run needs of a limit of memory; `None`: there is none
 
@@ -82,16 +82,16 @@ def recover_network(
     with run.stage("load"):
         opened = inputs(run)
         dense, loaded, streamed = opened.dense, opened.loaded, opened.streamed
-        precision = settings.precision or opened.evaluated
+        precision = settings.precision or opened.evaluation_precision
         check_precision(loaded.model, precision)
         opened.plan.check(opened.axes)
     check_same_inputs(run.ranks, [] if streamed else [dense.model, loaded.model], opened.data)
-    with run.begin(RunStart(identity, loaded, call=opened.call)) as record:
-        weights = streamed.dense.weights.sums() if streamed and opened.data.pending else None
+    with run.begin(RunStart(identity, loaded, python_call=opened.python_call)) as record:
+        weights = streamed.dense.weights.sums() if streamed and opened.data.has_pending_text else None
         data = complete_data(run, opened.data, opened.specs, dense, known=opened.known, weights=weights)
         record.update(notes=list(dense.notes))
         _record_cut(run, opened)
-        pair = streamed.start(record.path) if streamed else None
+        pair = streamed.open_pair(record.path) if streamed else None
         with run.stage("recover"):
             task = RecoveryTask(
                 loaded.model,
@@ -126,9 +126,9 @@ def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> No
     after = trace_loaded(loaded)
     if isinstance(record, RunFolder):
         record.write_axes(inputs.axes, after)
-    network = streamed.recovered(loaded, after, record.path) if streamed else None
-    data = EvaluationData(inputs.data, inputs.objective, inputs.evaluated)
-    perplexities = measure_run(run, loaded, after, data, "recovered", network=network, recoveries=number)
+    network = streamed.open_recovered(loaded, after, record.path) if streamed else None
+    data = EvaluationData(inputs.data, inputs.objective, inputs.evaluation_precision)
+    perplexities = measure_network(run, loaded, after, data, "recovered", network=network, recoveries=number)
     _log_differences(record, perplexities, number)
 
 
@@ -148,7 +148,7 @@ def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], num
 def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
     """Record the cut, and the measurements of the networks before and after it."""
     record = run.record
-    if inputs.call is not None and isinstance(record, RunFolder) and not len(record.ledger):
+    if inputs.python_call is not None and isinstance(record, RunFolder) and not len(record.ledger):
         record.ledger.append(inputs.plan)  # the ledger begins with the cut that is made up for
         record.update(parent={**record.read_record()["parent"], "plans": 1})
     recoveries = 0
@@ -160,10 +160,10 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
         dense, loaded = inputs.dense, inputs.loaded
         cut = trace_loaded(loaded)
         data, alone = EvaluationData(inputs.data, inputs.objective), replace(run, ranks=SINGLE)
-        before = measure_run(alone, dense, inputs.axes, data, "dense")
+        before = measure_network(alone, dense, inputs.axes, data, "dense")
         proof = verify(dense.model, inputs.axes, inputs.plan)
         record.log("verify", **asdict(proof), dtype="float64")
-        log_pairs(record, before, measure_run(alone, loaded, cut, data, "pruned"))
+        log_pairs(record, before, measure_network(alone, loaded, cut, data, "pruned"))
 
 
 def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
@@ -175,10 +175,10 @@ def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
     result.
     """
     source = RunFolder.open(settings.run)
-    cut = find_cut(source, invocation.code)
-    complete = _complete(settings, source, cut)
+    cut = find_last_cut(source, invocation.code)
+    complete = _complete_settings(settings, source, cut)
     inputs = partial(open_named, settings, invocation, source, cut)
-    recover_network(complete, inputs, invocation.start(settings, settings.run, undo=settings.undo))
+    recover_network(complete, inputs, invocation.start_run(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 
@@ -194,10 +194,10 @@ def open_named(
     else:
         axes = trace_loaded(dense)
         axes = with_branches_of([cut.plan], dense.model, axes)  # of modules that the cut dropped
-    specs, known = source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
+    specs, known = make_source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
     data = read_sources(specs, loaded)
-    if streamed and data.pending:  # a network that is read block by block cannot generate
-        check_stored(specs, streamed.dense.loaded, known, streamed.dense.weights.sums())
+    if streamed and data.has_pending_text:  # a network that is read block by block cannot generate
+        check_generated_stored(specs, streamed.dense.loaded, known, streamed.dense.weights.sums())
     return RecoverInputs(
         dense,
         loaded,
@@ -229,7 +229,7 @@ def _open_streamed(
     return plan, StreamedRecovery(dense, small, plan)
 
 
-def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
+def _complete_settings(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
     """Return the settings, completed from the folder of the run to recover and the cut behind it."""
     data = cut.folder.read_record()
     known = data["settings"]
@@ -247,7 +247,7 @@ def _complete(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
 
 def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:
     """Load the model before the cut, and the one to recover."""
-    spec, ranks, code = model_spec(cut.settings), invocation.ranks, invocation.code
+    spec, ranks, code = make_model_spec(cut.settings), invocation.ranks, invocation.code
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))
     if cut.before:

@@ -94,7 +94,7 @@ class LastCut:
     before: Path | None  # the folder with a copy of the model before the cut; `None` if there is none
 
 
-def find_cut(source: RunFolder, code: str = "") -> LastCut:
+def find_last_cut(source: RunFolder, code: str = "") -> LastCut:
     """Return the cut that a recovery of a finished run makes up for."""
     folder = source
     while (verb := folder.read_record()["verb"]) not in ("prune", "recover"):

@@ -15,7 +15,7 @@ from regrow.core.errors import RefusedError
 from regrow.core.plan import Plan
 from regrow.core.process_memory import return_memory
 from regrow.distributed.parallel import broadcast_record, everywhere
-from regrow.jobs.forward_outputs import run_once
+from regrow.jobs.forward_outputs import warm_caches
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.methods.recovery import ChangedTensors, StreamedPair
 from regrow.nets import Loaded
@@ -33,9 +33,9 @@ from regrow.streaming.requirements import MemoryPlan
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery import apply, verify
 
-CHANGED = "changed"
+CHANGED_FOLDER = "changed"
 """The folder, among the files for resuming, with the tensors that a recovery has changed."""
-RESULTS = "results"
+STATES_FOLDER = "results"
 """The folder, among the files for resuming, with the hidden states for which memory has no room."""
 
 
@@ -46,9 +46,9 @@ class WholeNetwork:
     loaded: Loaded
     streamed: ClassVar[None] = None
     outside: ClassVar[None] = None
-    shared: ClassVar[bool] = True
+    is_shared: ClassVar[bool] = True
 
-    def sums(self) -> list[float]:
+    def sum_parameters(self) -> list[float]:
         """Return a sum of each parameter."""
         return parameter_sums(self.loaded.model)
 
@@ -72,7 +72,7 @@ class WholeNetwork:
                     f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in "
                     f"float64, the bound is {result.bound:.3g}; no model was saved, please report this one"
                 )
-        run_once(model, axes.example)
+        warm_caches(model, axes.example)
         with run.stage("apply"):
             return apply(model, axes, plan)[1]
 
@@ -87,30 +87,34 @@ class BlockwiseNetwork:
 
     opened: OpenedNetwork
     plan: MemoryPlan
-    results: Path | None = None  # where hidden states are kept that memory has no room for; `None`: in memory
-    change: StreamedCut | None = field(default=None, init=False)  # the cut, once it is made
-    written: Path | None = field(default=None, init=False)  # the folder of the cut network; `None`: it is not cut yet
-    shared: bool = field(default=True, init=False)  # whether all processes see its files; else rank 0 measures it alone
+    states_folder: Path | None = None  # where hidden states are kept that memory has no room for; `None`: in memory
+    streamed_cut: StreamedCut | None = field(default=None, init=False)  # the cut, once it is made
+    cut_folder: Path | None = field(
+        default=None, init=False
+    )  # the folder of the cut network; `None`: it is not cut yet
+    is_shared: bool = field(
+        default=True, init=False
+    )  # whether all processes see its files; else rank 0 measures it alone
 
     @property
     def loaded(self) -> Loaded:
         """The network without numbers, as it is now."""
-        return self.opened.loaded if self.change is None else self.change.loaded
+        return self.opened.loaded if self.streamed_cut is None else self.streamed_cut.loaded
 
     @property
     def streamed(self) -> StreamedNetwork:
         """The network as it is now, to be run block by block."""
-        if self.change is None or self.written is None:
-            return self.opened.network(self.results)
-        return self.change.network(self.written, self.results)
+        if self.streamed_cut is None or self.cut_folder is None:
+            return self.opened.network(self.states_folder)
+        return self.streamed_cut.network(self.cut_folder, self.states_folder)
 
     @property
     def outside(self) -> OutsideTensors:
         """The tensors of the network before the cut, as ``store.write_model`` takes them."""
         network = self.opened.network()
-        return _outside(self.opened.weights, self.opened.loaded.model, lambda folder: network.on_demand())
+        return _make_outside(self.opened.weights, self.opened.loaded.model, lambda folder: network.on_demand())
 
-    def sums(self) -> list[float]:
+    def sum_parameters(self) -> list[float]:
         """Return a sum of each parameter."""
         return self.opened.weights.sums()
 
@@ -120,7 +124,7 @@ class BlockwiseNetwork:
 
     def use_folder(self, folder: Path) -> None:
         """Keep hidden states in a folder, if memory has no room for them; what a killed run left there is deleted."""
-        self.results = _open_results(folder, self.plan)
+        self.states_folder = _recreate_states_folder(folder, self.plan)
 
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
         """Try a plan, and write the cut network, whose changed blocks are compared with the masked ones.
@@ -128,7 +132,7 @@ class BlockwiseNetwork:
         Rank 0 cuts and writes for all.
         """
         with run.stage("apply"):
-            self.change = change = propose_cut(self.opened, plan)
+            self.streamed_cut = change = propose_cut(self.opened, plan)
             return_memory()
             if run.ranks.leads and (deviations := change.write(run.record.path, progress=run.progress)):
                 worst = max(deviations, key=lambda deviation: deviation.largest_difference - deviation.bound)
@@ -136,8 +140,8 @@ class BlockwiseNetwork:
                 run.record.log("verify", row, blocks=len(deviations), dtype="float64")
             return_memory()
         folder, sizes = broadcast_record(run.ranks, [str(run.record.path.resolve()), _file_sizes(run.record.path)])
-        self.written = Path(folder)
-        self.shared = everywhere(run.ranks, _file_sizes(self.written) == sizes)
+        self.cut_folder = Path(folder)
+        self.is_shared = everywhere(run.ranks, _file_sizes(self.cut_folder) == sizes)
         return change.axes
 
     def save(self, record: Record) -> None:
@@ -161,26 +165,28 @@ class StreamedRecovery:
         dense, cut = self.dense.loaded, self.cut.loaded
         return dense, replace(dense, model=cut.model, files=(*dense.files, *cut.files))
 
-    def start(self, folder: Path) -> StreamedPair:
+    def open_pair(self, folder: Path) -> StreamedPair:
         """Return both networks, to be run block by block; what hidden states a killed run left is deleted."""
-        results = _open_results(folder, self.plan)
-        changed = ChangedTensors(folder / statistics.FOLDER / CHANGED)
+        results = _recreate_states_folder(folder, self.plan)
+        changed = ChangedTensors(folder / statistics.FOLDER / CHANGED_FOLDER)
         return StreamedPair(self.dense.network(results), self.cut.network(results), changed)
 
     def outside(self, model: Loaded, changed: ChangedTensors) -> OutsideTensors:
         """Return the tensors of the recovered network, which has no numbers, as ``store.write_model`` takes them."""
 
         def running(folder: Path) -> AbstractContextManager[nn.Module]:
-            return self._written(model, self.cut.axes, folder).on_demand()
+            return self._open_written(model, self.cut.axes, folder).on_demand()
 
         ahead = self.cut.network().largest_block
-        return _outside(self.cut.weights, model.model, running, changed, ahead)
+        return _make_outside(self.cut.weights, model.model, running, changed, ahead)
 
-    def recovered(self, model: Loaded, axes: AxisGraph, folder: Path) -> StreamedNetwork:
+    def open_recovered(self, model: Loaded, axes: AxisGraph, folder: Path) -> StreamedNetwork:
         """Return the recovered network, as it was written to the run folder, to be run one block at a time."""
-        return self._written(model, axes, folder, _open_results(folder, self.plan))
+        return self._open_written(model, axes, folder, _recreate_states_folder(folder, self.plan))
 
-    def _written(self, model: Loaded, axes: AxisGraph, folder: Path, results: Path | None = None) -> StreamedNetwork:
+    def _open_written(
+        self, model: Loaded, axes: AxisGraph, folder: Path, results: Path | None = None
+    ) -> StreamedNetwork:
         stored = Checkpoint.open(folder).places
         weights = StoredWeights(Checkpoint(stored, stored), model.model, self.cut.weights.name)
         blocks = axes.recording.blocks if axes.recording is not None else ()
@@ -192,17 +198,17 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
 
 
-def _open_results(folder: Path, plan: MemoryPlan) -> Path | None:
+def _recreate_states_folder(folder: Path, plan: MemoryPlan) -> Path | None:
     """Return an empty folder for hidden states; ``None`` if they are in memory."""
     if not plan.on_disk:
         return None
-    results = folder / statistics.FOLDER / RESULTS
+    results = folder / statistics.FOLDER / STATES_FOLDER
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     return results
 
 
-def _outside(
+def _make_outside(
     weights: StoredWeights,
     model: nn.Module,
     running: Callable[[Path], AbstractContextManager[nn.Module]],

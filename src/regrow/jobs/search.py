@@ -24,17 +24,17 @@ from regrow.evaluation.timing import fastest_pass
 from regrow.jobs.inputs import check_same_settings, check_same_tasks
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_history
 from regrow.jobs.search_inputs import (
-    Parts,
+    SearchData,
     SearchInputs,
     build_search,
     make_schedule,
     measure_statistics,
     measure_times,
-    read_parts,
+    read_search_data,
     trace_examples,
 )
 from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
-from regrow.jobs.starting import find_start
+from regrow.jobs.starting import find_space_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
 from regrow.methods.search.space import SearchState, measure_whole
@@ -51,8 +51,8 @@ from regrow.training.fit import FitOptions, Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
 from regrow.training.state import CHECKPOINT, TrainState, read_start, write_checkpoint
 
-RETRAINING = "retraining.safetensors"
-GIVEN = ("target", "measure", "stages", "seed")
+RETRAINING_FILE = "retraining.safetensors"
+SET_BY_RUN = ("target", "measure", "stages", "seed")
 """Names of method settings that the run sets from its own settings."""
 
 
@@ -104,7 +104,7 @@ class SearchRecord:
         if kind != "status":
             self.rows.append((kind, row))
 
-    def of(self, kind: str) -> tuple[dict[str, Any], ...]:
+    def rows_of(self, kind: str) -> tuple[dict[str, Any], ...]:
         """Return the rows of a kind."""
         return tuple(row for name, row in self.rows if name == kind)
 
@@ -132,22 +132,24 @@ def search_network(settings: Settings, inputs: Callable[[ActiveRun], SearchInput
     identity = {"verb": "search", "settings": asdict(settings)}
     recorded = run.recorder.check(identity)
     opened = inputs(run)
-    parts = opened.parts
+    data = opened.data
     batch, table = measure_times(settings, opened, recorded.get("latency"), run.ranks)
-    check_same_tasks(run.ranks, opened.model, (parts.search, parts.whole))
+    check_same_tasks(run.ranks, opened.model, (data.search, data.whole))
     search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
     context = Context(
         opened.model,
         opened.axes,
-        parts.search,
+        data.search,
         epochs=settings.epochs,
         seed=settings.seed,
         undo=UndoStore(),
-        objective=parts.objective,
+        objective=data.objective,
     )
     search.check(context)
-    taken = {name: value for name, value in search.settings.items() if name not in {*settings.method_settings, *GIVEN}}
-    with run.begin(RunStart({**identity, "defaults": taken}, opened.start, call=opened.call)) as record:
+    taken = {
+        name: value for name, value in search.settings.items() if name not in {*settings.method_settings, *SET_BY_RUN}
+    }
+    with run.begin(RunStart({**identity, "defaults": taken}, opened.start, python_call=opened.python_call)) as record:
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
@@ -156,28 +158,28 @@ def search_network(settings: Settings, inputs: Callable[[ActiveRun], SearchInput
             fitted, log = _search(settings, opened, search, context, run)
             model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
             measure_statistics(model, context, settings.batch_size)
-        example = first_examples(parts.search.test if parts.test is None else parts.test, 1).inputs
+        example = first_examples(data.search.test if data.test is None else data.test, 1).inputs
         with run.stage("evaluate"):
-            score = mean_score(model, parts.search.test, parts.objective) if run.ranks.leads else nan
+            score = mean_score(model, data.search.test, data.objective) if run.ranks.leads else nan
             if record.is_kept:
                 _write_network(model, record.path / "found", origin, opened)
                 if 0 <= score <= 1:
                     record.log("found", accuracy=score, **dense(model, example))
                 else:  # such as a negative loss
-                    record.log("result", metric=parts.objective.metric, score=score, **dense(model, example))
+                    record.log("result", metric=data.objective.metric, score=score, **dense(model, example))
         if settings.retrain:
             inherit = settings.inherit or opened.start is not None
             with run.stage("retrain"):
-                model = retrain(run, replace(settings, inherit=inherit), parts, model)
+                model = retrain(run, replace(settings, inherit=inherit), data, model)
         with run.stage("evaluate"):
             if record.is_kept:
                 _write_network(model, record.path, origin, opened)
                 if table and batch:
                     record.log("latency", whole=table.total, found=fastest_pass(model, batch) / 1e6)
-                if parts.test is not None and 0 <= (accuracy := mean_score(model, parts.test, parts.objective)) <= 1:
-                    record.log("test", accuracy=accuracy, images=len(parts.test), **dense(model, example))
+                if data.test is not None and 0 <= (accuracy := mean_score(model, data.test, data.objective)) <= 1:
+                    record.log("test", accuracy=accuracy, images=len(data.test), **dense(model, example))
         run.finish()
-        (levels,), space = log.of("levels"), search.space
+        (levels,), space = log.rows_of("levels"), search.space
         return SearchResult(
             model,
             fitted.axes,
@@ -187,9 +189,9 @@ def search_network(settings: Settings, inputs: Callable[[ActiveRun], SearchInput
             before,
             levels["size"],
             levels["saved"],
-            parts.objective.metric,
+            data.objective.metric,
             score,
-            log.of("epoch"),
+            log.rows_of("epoch"),
         )
 
 
@@ -253,20 +255,20 @@ def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: Searc
     store.write_model(replace(start, model=model, origin=origin) if start else model, folder, origin=origin)
 
 
-def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Module) -> nn.Module:
+def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
     """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0."""
     record = run.record
-    model, schedule = clone_model(searched), make_schedule(settings, parts.objective, settings.retrain, "cosine")
+    model, schedule = clone_model(searched), make_schedule(settings, data.objective, settings.retrain, "cosine")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
             if not settings.inherit and callable(reset):
                 reset()
-    axes = trace_examples(model, parts.whole, parts)
-    context = Context(model, axes, parts.whole, objective=parts.objective)
+    axes = trace_examples(model, data.whole, data)
+    context = Context(model, axes, data.whole, objective=data.objective)
     learner = build(settings.cutout, context, dict(searched.named_parameters()))
-    file = record.path / STATISTICS / RETRAINING
+    file = record.path / STATISTICS / RETRAINING_FILE
     file.parent.mkdir(exist_ok=True)
 
     def write(now: TrainState[RetrainState], there: Context) -> None:
@@ -276,7 +278,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
     history = TrainState(None) if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
     options = FitOptions(checkpoint=write, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
-    fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, options=options)
+    fitted = learn(model, axes, [data.whole], learner, schedule, state=state, options=options)
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
     fold_scales(fitted.model)
     return fitted.model.eval()
@@ -285,26 +287,26 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> SearchInputs:
     """Open the network and the data that settings name."""
     with run.stage("load"):
-        start = find_start(settings.space, settings.data, settings.input, invocation)
+        start = find_space_start(settings.space, settings.data, settings.input, invocation)
         device = choose_device(settings.device, run.ranks)
         if settings.cutout and start and start.tokenizer is not None:
             raise ValueError(f"--cutout {settings.cutout} is of images, and the data are text: drop it")
-        parts = read_parts(settings, start)
-        if settings.cutout and settings.cutout >= (side := min(input_shape(parts.whole.train)[1:])):
+        data = read_search_data(settings, start)
+        if settings.cutout and settings.cutout >= (side := min(input_shape(data.whole.train)[1:])):
             raise ValueError(
                 f"--cutout {settings.cutout} of pictures of {side} pixels: take 0, for none, to {side - 1}"
             )
-        model, origin, stages = build_space(settings, parts.search, start)
+        model, origin, stages = build_space(settings, data.search, start)
         model.to(device)
     with run.stage("trace"):
-        axes = trace_examples(model, parts.search, parts)
-    schedule = make_schedule(settings, parts.objective, settings.epochs)
-    return SearchInputs(model, origin, axes, parts, schedule, start, stages)
+        axes = trace_examples(model, data.search, data)
+    schedule = make_schedule(settings, data.objective, settings.epochs)
+    return SearchInputs(model, origin, axes, data, schedule, start, stages)
 
 
 def search_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Search the space that settings name, as ``regrow search`` does, and return the folder."""
     check_same_settings(invocation.ranks, settings)
-    run = invocation.start(settings, settings.space, undo=settings.undo)
+    run = invocation.start_run(settings, settings.space, undo=settings.undo)
     search_network(settings, partial(open_named, settings, invocation), run)
     return RunFolder(Path(invocation.out))

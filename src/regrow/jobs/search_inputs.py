@@ -21,7 +21,7 @@ from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pa
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation.timing import Latency, latency
-from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
+from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_method_settings
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
 from regrow.methods.search.space import GRANULARITIES
@@ -44,7 +44,7 @@ WINDOWS = 4
 
 
 @dataclass(frozen=True)
-class Parts:
+class SearchData:
     """The data of a search, split by purpose."""
 
     search: Task
@@ -62,13 +62,13 @@ class SearchInputs:
     model: nn.Module
     origin: Origin
     axes: AxisGraph
-    parts: Parts
+    data: SearchData
     schedule: TaskSchedule
     # The network as it was loaded, if it has weights that are searched; `None`: it is new
     start: Loaded | None = None
     stages: MemoryStages | None = None
     in_place: bool = False
-    call: dict[str, object] | None = None
+    python_call: dict[str, object] | None = None
 
 
 def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
@@ -76,7 +76,7 @@ def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: 
     return replace(make_task_schedule(replace(settings, epochs=max(1, epochs)), objective), decay=decay)
 
 
-def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
+def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchData:
     """Return the data of a search, split into training, validation and test examples."""
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
     specs = replace(specs, normalised=names_code(settings.space)).fit(start, settings.seq_len)
@@ -90,7 +90,7 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     if text:
         held = ExamplesView(held, most=WINDOWS)
     flags = start.example.kwargs if start and text else {}
-    return Parts(
+    return SearchData(
         search=Task("search", learned, held, base.classes),
         whole=Task("retraining", base.train, held, base.classes),
         test=base.test,
@@ -99,9 +99,9 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     )
 
 
-def trace_examples(model: nn.Module, task: Task, parts: Parts) -> AxisGraph:
+def trace_examples(model: nn.Module, task: Task, data: SearchData) -> AxisGraph:
     """Return the axes of a network, traced with two training examples of a task among the data."""
-    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **parts.kwargs)
+    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **data.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
@@ -128,7 +128,7 @@ def make_search(
     """
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
-    known = select_known(entry, {"measure": str(measure), "levels": levels, **known})
+    known = select_method_settings(entry, {"measure": str(measure), "levels": levels, **known})
     search: Search = entry.made(
         settings.method,
         known | dict(settings.method_settings),
@@ -186,7 +186,7 @@ def measure_times(
     """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
-    first = first_examples(inputs.parts.search.train, settings.batch_size)
+    first = first_examples(inputs.data.search.train, settings.batch_size)
     batch = pack_batch(first.inputs).to(device_of(inputs.model))
     table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
     return batch, Latency(**broadcast_record(ranks, known or table))

@@ -38,7 +38,7 @@ STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]
     "mobile": (Mobile, mobile.supernet, mobile.prefix, "blocks"),
 }
 """Space that can be searched in stages → its network, its description, a part of it, and what its parts are."""
-MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
+MASK_FACTOR, BYTES_PER_WEIGHT, GRANULARITY_BYTES = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
 """The memory of a step with masks, relative to one without: a factor, and additional bytes per weight; and further
 bytes per weight for each granularity that is searched."""
 
@@ -74,9 +74,9 @@ def build_space(
     count = len(whole[parts])
     if settings.memory:
         # Where stages end is not known yet: a classifier behind every part is no less than there will be.
-        plan = _plan_stages(settings, task, partial(prefix, describe(heads=range(count))), count)
+        plan = _plan_stages_in_memory(settings, task, partial(prefix, describe(heads=range(count))), count)
     config = describe(heads=plan.ends if plan else stage_ends(count, stages or min(3, count)))
-    net = _initialise(network, config, seed)
+    net = _build_seeded(network, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(kind, kind, config, space), plan
 
@@ -93,7 +93,7 @@ def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Modu
     return model
 
 
-def _plan_stages(settings: Settings, task: Task, build: Callable[..., Prefix], parts: int) -> MemoryStages:
+def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., Prefix], parts: int) -> MemoryStages:
     """Return the fewest stages within a memory budget; if there are none, with recomputation in the backward pass."""
     search = make_search(settings, parse_search_target(settings.target).measure, {})
     first, budget = first_examples(task.train, settings.batch_size), parse_bytes(settings.memory)
@@ -105,14 +105,16 @@ def _plan_stages(settings: Settings, task: Task, build: Callable[..., Prefix], p
             cast(Staged, prefix.net).recomputed = True
         return prefix
 
-    peaks = [predict_peaks(search.masked, partial(build_prefix, recomputes), batch) for recomputes in (False, True)]
+    peaks = [
+        make_peak_predictor(search.masked, partial(build_prefix, recomputes), batch) for recomputes in (False, True)
+    ]
     try:
         return cut(peaks[0], parts, budget)
     except MemoryBudgetError:
         return replace(cut(peaks[1], parts, budget), recomputed=True)
 
 
-def _initialise(network: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:
+def _build_seeded(network: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return network(config)
@@ -161,37 +163,37 @@ def rebuild(config: Mapping[str, Any], model: Cells | Mobile) -> Cells | Mobile:
     return network.eval()
 
 
-def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
+def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
     """Return a function (first part that is complete, last part that runs) → the predicted peak of a stage in bytes.
 
     ``masked`` are the granularities whose masks need memory; ``prefix`` returns the part that runs in a stage.
     """
-    step = _step()
+    step = _make_step()
 
     @cache
     def peak(first: int, last: int) -> int:
         plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
             many = prefix(first, last).many()
-        return _add_masks(masked, plain, many)
+        return _add_mask_bytes(masked, plain, many)
 
     return peak
 
 
-def predict_stage(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
+def predict_stage_bytes(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
     """Predict the peak memory of the current stage in bytes, without running the network."""
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
-    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.many()) + cut_bytes
+    return _add_mask_bytes(search.masked, predict_memory(net, batch, _make_step()).peak, net.many()) + cut_bytes
 
 
-def _step() -> Callable[[nn.Module, Batch], Any]:
+def _make_step() -> Callable[[nn.Module, Batch], Any]:
     return training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
-def _add_masks(masked: Collection[str], plain: int, weights: int) -> int:
-    return int(MASKS * plain) + (WEIGHT + sum(GRANULARITY[name] for name in masked)) * weights
+def _add_mask_bytes(masked: Collection[str], plain: int, weights: int) -> int:
+    return int(MASK_FACTOR * plain) + (BYTES_PER_WEIGHT + sum(GRANULARITY_BYTES[name] for name in masked)) * weights
 
 
 @dataclass
@@ -211,7 +213,7 @@ class MemoryWatch:
             return nullcontext()
         stage = state.stage
         if stage and stage not in self.predictions:
-            self.predictions[stage] = self._fit(state, context)
+            self.predictions[stage] = self._fit_to_budget(state, context)
         if step > 1:
             return nullcontext()
         row, trains = self.rows.get(f"{stage}"), self.search.trains(state, context)
@@ -219,14 +221,14 @@ class MemoryWatch:
             return self._measure(context, stage, trains)
         return nullcontext()
 
-    def _fit(self, state: SearchState, context: Context) -> int:
+    def _fit_to_budget(self, state: SearchState, context: Context) -> int:
         """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
         net, first = cast(Staged, context.model), first_examples(context.task.train, self.size)
         batch = pack_batch(first.inputs, first.labels)
-        needed = predict_stage(self.search, state, context, batch)
+        needed = predict_stage_bytes(self.search, state, context, batch)
         if needed > self.budget and not net.recomputed:
             net.recomputed = True
-            needed = predict_stage(self.search, state, context, batch)
+            needed = predict_stage_bytes(self.search, state, context, batch)
         if needed > self.budget:
             raise MemoryBudgetError(
                 f"{format_bytes(self.budget)} of memory do not suffice: stage {state.stage + 1} needs "

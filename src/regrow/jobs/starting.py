@@ -112,7 +112,7 @@ def _read_text(spec: str, specs: TaskSpecs) -> Task:
     return Task(domain.name, join_examples(map(to_examples_of_batch, train)), LoadedExamples(test.batches), ())
 
 
-def record_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:
+def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:
     """Return the record of each sequence's tasks that is needed once their data are missing, as JSON data."""
     records: list[dict[str, object]] = [
         {"name": task.name, "inputs": list(input_shape(task.train)), "classes": list(task.classes)} for task in tasks
@@ -135,22 +135,22 @@ def _read_recorded(record: object, many: int) -> list[Task]:
     return tasks
 
 
-def is_new(model: str) -> bool:
+def is_new_network(model: str) -> bool:
     """Whether a name has the form of a small network's, which is built with random weights.
 
-    >>> is_new("mlp:100-100"), is_new("resnet18")
+    >>> is_new_network("mlp:100-100"), is_new_network("resnet18")
     (True, False)
     """
     small = model.partition(":")[0] in BUILDERS or re.fullmatch(r"[\w-]+:\d+(-\d+)*", model)
     return bool(small) and not Path(model).exists()
 
 
-def load_start(
+def load_start_network(
     model: str, sequences: tuple[str, ...], shape: str, invocation: Invocation, run: Path | None = None
 ) -> Loaded | None:
     """Return the network that a run trains on, in float32; ``None`` if it is built anew."""
     code, progress = invocation.code, invocation.progress
-    if is_new(model):
+    if is_new_network(model):
         check_code(model, False, code)
         return None
     data = (parse_sequence(spec)[1] for spec in sequences)
@@ -165,15 +165,15 @@ def load_start(
     return load_model(spec, progress, code)
 
 
-def find_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
+def find_space_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
     """Return the network with its weights that is searched, in float32; ``None`` if the name is that of a search space.
 
-    Arguments and errors are as for :func:`load_start`.
+    Arguments and errors are as for :func:`load_start_network`.
     """
     if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
         check_code(space, False, invocation.code)
         return None
-    return load_start(space, (data,), shape, invocation)
+    return load_start_network(space, (data,), shape, invocation)
 
 
 def _image_shape(loaded: Loaded) -> tuple[int, ...]:
@@ -200,7 +200,7 @@ def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
         )
 
 
-def select_known(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str, object]:
+def select_method_settings(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str, object]:
     """Return those of some settings that a method has."""
     return {field.name: settings[field.name] for field in fields(entry.settings) if field.name in settings}
 
