@@ -46,7 +46,7 @@ class Inputs:
         return self.tests is self.sources
 
     def trace(self) -> AxisGraph:
-        """Return the axes of the network; raise TraceError, with the name of the batch that the example is, if known."""
+        """Return the axes of the network; raise TraceError, which names the batch that the example is, if known."""
         try:
             return trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         except TraceError as error:

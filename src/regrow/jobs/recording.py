@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run starts from."""
+    """What a run starts from; it is recorded, and an interrupted run is resumed only by one with the same."""
 
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any]  # `verb`, `settings` and `defaults` of `run.json`
     loaded: Loaded | None  # the network before the run; `None`: it is new
-    outside: OutsideTensors | None = None
+    outside: OutsideTensors | None = None  # the tensors of a network without numbers; `None`: the network has them
     # What the result of a call from Python depends on besides settings, as JSON data; `None`: a command
     python_call: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
 class Unrecorded:
-    """A run of which nothing is kept, as its recorder and its record: a stand-in for a folder.
+    """The recorder and the record of a run without a folder: a null object, which keeps nothing.
 
-    ``wants_measurements``: whether quality is measured, on another rank, which shares the work of rank 0.
+    ``wants_measurements``: whether quality is measured all the same, by a rank that shares the work of rank 0.
     """
 
     wants_measurements: bool = False
@@ -49,12 +49,12 @@ class Unrecorded:
     is_kept: ClassVar[bool] = False
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return nothing: there is no earlier run."""
+        """Return ``{}``: there is no earlier run."""
         return {}
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator["Unrecorded"]:
-        """Yield a record with a temporary folder."""
+        """Context manager: yield a record with a temporary folder, deleted after the block."""
         with TemporaryDirectory(prefix="regrow-") as folder:
             yield replace(self, path=Path(folder))
 
@@ -62,11 +62,11 @@ class Unrecorded:
         """Do nothing."""
 
     def read_record(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return ``{}``: there is no ``run.json``."""
         return {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return nothing."""
+        """Return ``[]``: no rows are kept."""
         return []
 
     def update(self, **fields: object) -> None:
@@ -80,34 +80,37 @@ class Unrecorded:
 
 UNRECORDED = Unrecorded()
 Record = RunFolder | Unrecorded
-"""A run while it is carried out."""
+"""What a run writes while it is carried out: its folder, or nothing."""
 
 
 @dataclass(frozen=True)
 class FolderRecorder:
-    """Records a run in a folder, where the same run resumes."""
+    """Makes the folder of a run, or resumes the run in it, and completes it at the end."""
 
     out: str | Path
-    model: str
-    command: str
-    undo: bool = True
+    model: str  # the model that the run starts from, by name or as a folder
+    command: str  # the command line or call, as users repeat it
+    undo: bool = True  # whether the model is copied into the folder before the run
     write_page: WritePage | None = None
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the interrupted run has recorded, if there is one."""
-        begun = RunFolder.check(self.out, identity)
-        return begun.read_record() if begun else {}
+        """Return ``run.json`` of the interrupted run to resume, ``{}`` if there is none; StoreError for another run."""
+        interrupted = RunFolder.check(self.out, identity)
+        return interrupted.read_record() if interrupted else {}
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
-        """Begin or resume the run inside the ``with`` block."""
+        """Context manager: make or resume the run's folder, copy the model that it starts from, and yield the folder.
+
+        Raises StoreError if the folder holds another run, or that of a call with other data, loss or weights.
+        """
         loaded = start.loaded
         with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
             recorded = folder.read_record().get("python")
             if recorded is None and start.python_call is not None:
                 folder.update(python=start.python_call)
             elif recorded is not None and recorded != start.python_call:
-                difference = find_difference(recorded, start.python_call or {})
+                difference = describe_difference(recorded, start.python_call or {})
                 raise StoreError(
                     f"{self.out} holds another run: {difference}; give what the interrupted call had (a network of the "
                     "same seed, loaders with shuffle=False), or choose another folder"
@@ -118,13 +121,13 @@ class FolderRecorder:
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
-        """Complete the run, whose network is saved; return its folder."""
+        """Complete ``run.json``, write the page, and move all to the final folder; the network is saved before."""
         assert isinstance(record, RunFolder)
         return record.finish(self.write_page, seconds=seconds, stage=describe_stage(record))
 
 
 Recorder = FolderRecorder | Unrecorded
-"""Where a run is recorded."""
+"""What begins and completes the record of a run."""
 
 
 @dataclass
@@ -139,7 +142,7 @@ class ActiveRun:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside the ``with`` block, and record it."""
+        """Context manager: add the seconds that its block takes to those of a stage, and record them."""
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
@@ -147,16 +150,16 @@ class ActiveRun:
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
-        """Begin or resume the record inside the ``with`` block."""
+        """Context manager: begin or resume the record, which is yielded and is ``record`` from then on."""
         with self.recorder.begin(start) as self.record:
             yield self.record
 
     def finish(self) -> RunFolder | None:
-        """Complete the record, once the network is saved; return its folder, if there is one."""
+        """Complete the record by :meth:`FolderRecorder.finish`; return the finished folder, ``None`` without one."""
         return self.recorder.finish(self.record, self.seconds)
 
     def record_plan(self, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
-        """Record the only plan of a run, and the axes before and after it."""
+        """Write the run's one plan to ``ledger.json``, replacing an earlier attempt's, and ``axes.json``."""
         if isinstance(self.record, RunFolder):
             self.record.own_ledger.replace(plan)
             self.record.write_axes(before, after)
@@ -166,48 +169,54 @@ class ActiveRun:
 class Invocation:
     """How a command is called, besides its settings."""
 
-    out: str | Path = ""
-    code: str = ""
+    out: str | Path = ""  # the run folder, or the file that an export writes
+    code: str = ""  # the user's function that builds the network, `pkg.mod:fn`
     memory: str = ""  # how much memory the run may use, such as `4GiB`; empty: any
     ranks: ProcessRank = SINGLE  # the processes that share the run; all of them call the command
-    announce: Callable[[str], None] = lambda line: None
+    announce: Callable[[str], None] = lambda line: None  # called with lines for the user
     progress: Progress = silent
-    write_page: WritePage | None = None
+    write_page: WritePage | None = None  # writes `report.html`, at the end of the run; `None`: no page
 
     def start_run(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
-        """Return the run that starts from a network of this name; of several processes, rank 0 has the folder."""
+        """Return a run, not begun yet, on the network of this name; of several processes, rank 0 records it."""
         recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
-            command = command_line(settings, *(word for option in options.items() if option[1] for word in option))
+            command = command_line(
+                settings, *(word for name in options if options[name] for word in (name, options[name]))
+            )
             recorder = FolderRecorder(self.out, model, command, undo, self.write_page)
         return ActiveRun(recorder, self.ranks, self.progress)
 
 
-def find_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Return the first input in which a call differs from the interrupted one.
+def describe_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Return in words the first entry in which two mappings differ, which they must.
 
-    >>> find_difference({"loss": "L1Loss", "data": {"a": "1"}}, {"loss": "L1Loss", "data": {"a": "2"}})
+    >>> describe_difference({"loss": "L1Loss", "data": {"a": "1"}}, {"loss": "L1Loss", "data": {"a": "2"}})
     'data a was 1, here 2'
     """
     name = next(name for name in {**recorded, **present} if recorded.get(name) != present.get(name))
     was, now = recorded.get(name), present.get(name)
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        return f"{name} {find_difference(was, now)}"
+        return f"{name} {describe_difference(was, now)}"
     return f"{name} was {was}, here {now}"
 
 
 def read_history(folder: Record, events: str = "growth") -> TrainState[None]:
-    """Read the plans, the accuracy matrix, the task rows and the rows of changes of shape, for a run's checkpoint."""
+    """Return the plans, accuracies, task rows and rows ``events`` that a run recorded, to complete its checkpoint.
+
+    Without a folder there are none. Raises StoreError if rows of tasks are missing.
+    """
     if not isinstance(folder, RunFolder):
         return TrainState(None)
     metrics = folder.metrics()
     tasks = [dict(row) for row in metrics if row["what"] == "task"]
-    if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
-        raise StoreError(
-            f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
-            f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
-        )
+    for i, row in enumerate(tasks):
+        if row["task"] != i:
+            raise StoreError(
+                f"{folder.path / 'metrics.jsonl'}: row {i + 1} of the kind 'task' is of task {row['task']}, not {i}; "
+                "restore it"
+            )
     rows = tuple(tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks)
     sizes = tuple({name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks)
     changes = tuple({k: v for k, v in row.items() if k != "what"} for row in metrics if row["what"] == events)

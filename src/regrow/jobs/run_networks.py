@@ -41,7 +41,7 @@ STATES_FOLDER = "results"
 
 @dataclass(frozen=True)
 class WholeNetwork:
-    """A network in memory as a pruning run uses it; it is cut in place."""
+    """A network in memory as a pruning run uses it, cut in place; attributes are as in :class:`BlockwiseNetwork`."""
 
     loaded: Loaded
     streamed: ClassVar[None] = None
@@ -49,18 +49,21 @@ class WholeNetwork:
     is_shared: ClassVar[bool] = True
 
     def sum_parameters(self) -> list[float]:
-        """Return a sum of each parameter."""
+        """Return a sum of each parameter, in their order, to recognise the weights."""
         return parameter_sums(self.loaded.model)
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Return the parameters by name, for scores."""
+        """Return the parameters by name; parametrized weights as they are computed."""
         return weights_of(self.loaded.model)
 
     def use_folder(self, folder: Path) -> None:
         """Do nothing: everything is in memory."""
 
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
-        """Prove a plan, if the run is kept, and carry it out; return the axes after it."""
+        """Apply a plan in place and return the axes afterwards; if a folder records the run, verify the plan first.
+
+        Raises RefusedError, and changes nothing, if the plan does not hold.
+        """
         model = self.loaded.model
         if run.record.is_kept:
             with run.stage("verify"):
@@ -70,11 +73,13 @@ class WholeNetwork:
             if not result.ok:
                 raise RefusedError(
                     f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in "
-                    f"float64, the bound is {result.bound:.3g}; no model was saved, please report this one"
+                    f"float64, the bound is {result.bound:.3g}; no model was saved; this is a fault of regrow, please "
+                    "report it"
                 )
-        warm_caches(model, axes.example)
+        warm_caches(model, axes.example)  # such as the anchors of detectors
         with run.stage("apply"):
-            return apply(model, axes, plan)[1]
+            _, after = apply(model, axes, plan)
+            return after
 
     def save(self, record: Record) -> None:
         """Write the network into the folder of a run."""
@@ -83,22 +88,18 @@ class WholeNetwork:
 
 @dataclass(eq=False)
 class BlockwiseNetwork:
-    """A network that is pruned one block at a time; it has the interface of a network in memory."""
+    """A network whose numbers are in files, pruned one block at a time, with the interface of :class:`WholeNetwork`."""
 
     opened: OpenedNetwork
     plan: MemoryPlan
-    states_folder: Path | None = None  # where hidden states are kept that memory has no room for; `None`: in memory
-    streamed_cut: StreamedCut | None = field(default=None, init=False)  # the cut, once it is made
-    cut_folder: Path | None = field(
-        default=None, init=False
-    )  # the folder of the cut network; `None`: it is not cut yet
-    is_shared: bool = field(
-        default=True, init=False
-    )  # whether all processes see its files; else rank 0 measures it alone
+    states_folder: Path | None = None  # for hidden states that memory has no room for; `None`: they are in memory
+    streamed_cut: StreamedCut | None = field(default=None, init=False)  # `None`: it is not cut yet
+    cut_folder: Path | None = field(default=None, init=False)  # the folder of the cut network
+    is_shared: bool = field(default=True, init=False)  # whether all processes see its files; else rank 0 alone runs it
 
     @property
     def loaded(self) -> Loaded:
-        """The network without numbers, as it is now."""
+        """The network without numbers, as it is now: before the cut, or after it."""
         return self.opened.loaded if self.streamed_cut is None else self.streamed_cut.loaded
 
     @property
@@ -110,31 +111,32 @@ class BlockwiseNetwork:
 
     @property
     def outside(self) -> OutsideTensors:
-        """The tensors of the network before the cut, as ``store.write_model`` takes them."""
+        """The tensors of the network before the cut, for ``store.write_model``."""
         network = self.opened.network()
         return _make_outside(self.opened.weights, self.opened.loaded.model, lambda folder: network.on_demand())
 
     def sum_parameters(self) -> list[float]:
-        """Return a sum of each parameter."""
+        """Return a sum of each parameter, in their order, to recognise the weights."""
         return self.opened.weights.sums()
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Return the parameters by name, each of which is read when it is asked for."""
+        """Return the parameters by name, each of which is read from its file at every access."""
         return self.opened.weights.parameters()
 
     def use_folder(self, folder: Path) -> None:
-        """Keep hidden states in a folder, if memory has no room for them; what a killed run left there is deleted."""
+        """Keep hidden states in a run folder if memory has no room for them, deleting those that a killed run left."""
         self.states_folder = _recreate_states_folder(folder, self.plan)
 
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
-        """Try a plan, and write the cut network, whose changed blocks are compared with the masked ones.
+        """Write the cut network to the run's folder, comparing changed blocks with masked ones; return its axes.
 
-        Rank 0 cuts and writes for all.
+        Rank 0 cuts and writes for all; all ranks call this.
         """
         with run.stage("apply"):
             self.streamed_cut = change = propose_cut(self.opened, plan)
             return_memory()
-            if run.ranks.leads and (deviations := change.write(run.record.path, progress=run.progress)):
+            deviations = change.write(run.record.path, progress=run.progress) if run.ranks.leads else []
+            if deviations:
                 worst = max(deviations, key=lambda deviation: deviation.largest_difference - deviation.bound)
                 row = {"ok": True, "max_abs_diff": worst.largest_difference, "bound": worst.bound}
                 run.record.log("verify", row, blocks=len(deviations), dtype="float64")
@@ -161,45 +163,44 @@ class StreamedRecovery:
     plan: MemoryPlan
 
     def models(self) -> tuple[Loaded, Loaded]:
-        """Return the model before the cut, and the one to recover, both without numbers."""
+        """Return the model before the cut and the one to recover, both without numbers."""
         dense, cut = self.dense.loaded, self.cut.loaded
         return dense, replace(dense, model=cut.model, files=(*dense.files, *cut.files))
 
     def open_pair(self, folder: Path) -> StreamedPair:
-        """Return both networks, to be run block by block; what hidden states a killed run left is deleted."""
+        """Return both networks, to be run block by block; deletes hidden states that a killed run left."""
         results = _recreate_states_folder(folder, self.plan)
         changed = ChangedTensors(folder / statistics.FOLDER / CHANGED_FOLDER)
         return StreamedPair(self.dense.network(results), self.cut.network(results), changed)
 
     def outside(self, model: Loaded, changed: ChangedTensors) -> OutsideTensors:
-        """Return the tensors of the recovered network, which has no numbers, as ``store.write_model`` takes them."""
+        """Return the tensors of the recovered network for ``store.write_model``: changed ones, then those of the cut."""
 
         def running(folder: Path) -> AbstractContextManager[nn.Module]:
-            return self._open_written(model, self.cut.axes, folder).on_demand()
+            return self._open_saved(model, self.cut.axes, folder).on_demand()
 
         ahead = self.cut.network().largest_block
         return _make_outside(self.cut.weights, model.model, running, changed, ahead)
 
     def open_recovered(self, model: Loaded, axes: AxisGraph, folder: Path) -> StreamedNetwork:
         """Return the recovered network, as it was written to the run folder, to be run one block at a time."""
-        return self._open_written(model, axes, folder, _recreate_states_folder(folder, self.plan))
+        return self._open_saved(model, axes, folder, _recreate_states_folder(folder, self.plan))
 
-    def _open_written(
-        self, model: Loaded, axes: AxisGraph, folder: Path, results: Path | None = None
-    ) -> StreamedNetwork:
+    def _open_saved(self, model: Loaded, axes: AxisGraph, folder: Path, states: Path | None = None) -> StreamedNetwork:
+        """Return a network whose files are in ``folder``, and whose hidden states are kept in ``states``."""
         stored = Checkpoint.open(folder).places
         weights = StoredWeights(Checkpoint(stored, stored), model.model, self.cut.weights.name)
         blocks = axes.recording.blocks if axes.recording is not None else ()
-        return StreamedNetwork(model.model, weights, blocks, results)
+        return StreamedNetwork(model.model, weights, blocks, states)
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
-    """Return the names and sizes of the weight files in a folder; nothing where it is not there."""
+    """Return file name → bytes of the weight files in a folder; empty if it does not exist."""
     return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
 
 
 def _recreate_states_folder(folder: Path, plan: MemoryPlan) -> Path | None:
-    """Return an empty folder for hidden states; ``None`` if they are in memory."""
+    """Return an empty folder for hidden states, deleting one that is there; ``None`` if they are in memory."""
     if not plan.on_disk:
         return None
     results = folder / statistics.FOLDER / STATES_FOLDER
@@ -215,14 +216,17 @@ def _make_outside(
     changed: ChangedTensors | None = None,
     ahead: int = AHEAD,
 ) -> OutsideTensors:
-    """Return the tensors of a network without numbers as ``store.write_model`` takes them, some of them changed."""
+    """Return the tensors of a network without numbers for ``store.write_model``: changed ones, then those of its files.
 
-    def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-        held = named_tensors(model)
+    ``running`` opens the written folder as a network that can run; ``ahead``: the most bytes that wait to be written.
+    """
+
+    def iterate(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+        in_memory = named_tensors(model)
         for name in shapes.tensors:
             if changed is not None and name in changed:
                 yield name, changed[name]
             else:
-                yield name, weights[name] if name in weights else held[name].tensor
+                yield name, weights[name] if name in weights else in_memory[name].tensor
 
-    return OutsideTensors(each, running, all(map(weights.is_aligned, weights.stored)), ahead)
+    return OutsideTensors(iterate, running, all(map(weights.is_aligned, weights.stored)), ahead)
