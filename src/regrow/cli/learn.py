@@ -59,7 +59,7 @@ def learn(
         if out:
             raise click.UsageError(f"--resume writes to the folder of its run; leave out --out {out}")
         command.say_code(code)
-        call = partial(extend, more=added, without_old=without_old)
+        call = partial(extend, sequences=added, without_old=without_old)
     else:
         if added or without_old:
             raise click.UsageError("--task and --without-old need --resume RUN; for a new run, give the tasks as TASKS")

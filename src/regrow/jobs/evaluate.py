@@ -43,7 +43,7 @@ class EvaluateInputs:
     tests: tuple[Source, ...]
     # What is measured; `None`: the perplexity of text, otherwise the accuracy of classes
     objective: Objective | None = None
-    opened: OpenedNetwork | None = None
+    opened: OpenedNetwork | None = None  # the network as it is read one block at a time; `None`: it is in memory
     memory: MemoryPlan | None = None  # how the evaluation stays within a limit of memory; `None`: there is none
 
 
@@ -53,12 +53,12 @@ class EvaluateResult:
 
     model: nn.Module
     sources: tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]
-    choices: tuple[evaluation.Choices, ...]
+    choices: tuple[evaluation.Choices, ...]  # one per file of multiple-choice items
     speed: Mapping[str, Any] | None
-    memory: Mapping[str, int | None] | None
+    memory: Mapping[str, int | None] | None  # limit, prediction and peak in bytes; `None` without a limit
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return the result of the model of a name as JSON data."""
+        """Return the result as JSON data; ``name`` is that of the model in it."""
         size = evaluation.size(self.model, (), next(self.model.parameters()).dtype)
         perplexities = [row.record() for row in self.sources if isinstance(row, evaluation.Perplexity)]
         accuracies = [row.record() for row in self.sources if isinstance(row, evaluation.Accuracy)]
@@ -74,11 +74,11 @@ class EvaluateResult:
 
 
 def evaluate_network(
-    settings: Settings, inputs: Callable[[], EvaluateInputs], *, progress: Progress = silent
+    settings: Settings, open_inputs: Callable[[], EvaluateInputs], *, progress: Progress = silent
 ) -> EvaluateResult:
-    """Evaluate a network."""
+    """Open a network and measure it; raises if its weight files have changed meanwhile."""
     check_settings(settings)
-    opened = inputs()
+    opened = open_inputs()
     loaded, plan = opened.loaded, opened.memory
     model, tokenizer = loaded.model, loaded.tokenizer
     with TemporaryDirectory(prefix="regrow-") as folder, autocasting(model, settings.precision):
@@ -90,7 +90,8 @@ def evaluate_network(
         for file in map(Path, settings.choices):
             if tokenizer is None:
                 raise ValueError(f"--choices {file} needs a tokenizer, and {settings.model} has none; leave it out")
-            items, outputs = evaluation.items_in(file, settings.items), network.outputs if network else None
+            items = evaluation.items_in(file, settings.items)
+            outputs = network.outputs if network else None
             choices.append(evaluation.choices(model, tokenizer, items, task=file.name.split(".")[0], outputs=outputs))
         speed = None
         if settings.speed:
@@ -105,7 +106,7 @@ def evaluate_network(
 def _measure_sources(
     inputs: EvaluateInputs, network: StreamedNetwork | None, progress: Progress
 ) -> tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]:
-    """Measure the network on each source; one that is read block by block runs on all of them together."""
+    """Return the measurement on each source; a network that is read block by block runs on all of them together."""
     model, tokenizer, tests = inputs.loaded.model, inputs.loaded.tokenizer, inputs.tests
     rows: list[evaluation.Perplexity | evaluation.Accuracy | Evaluation] = []
     walk = network.outputs([batch for test in tests for batch in test]) if network and tests else None
@@ -122,7 +123,7 @@ def _measure_sources(
 
 
 def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
-    """Open the network and the data that settings name; of each source the evaluation half is used."""
+    """Open the network, one block at a time if it exceeds ``--memory``, and the evaluation halves of its sources."""
     spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
     plan = None
     if invocation.memory:
@@ -138,16 +139,16 @@ def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
 
 
 def _read_tests(settings: Settings, loaded: Loaded) -> tuple[Source, ...]:
-    tests = read_sources(
-        SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources), loaded
-    ).evaluation
+    """Return the evaluation halves of the settings' sources, text in batches of their size."""
+    specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
+    tests = read_sources(specs, loaded).evaluation
     return tests if loaded.tokenizer is None else tuple(join_batches(test, settings.batch_size) for test in tests)
 
 
 def plan_evaluation_memory(
     opened: OpenedNetwork, tests: Sequence[Source], memory: str, settings: Settings
 ) -> MemoryPlan:
-    """Predict the memory of an evaluation from its batches and multiple-choice items."""
+    """Predict the memory of an evaluation from its batches and items; ``memory`` is the limit, such as ``4GiB``."""
     positions = [count_positions(batch) for test in tests for batch in test]
     longest, total = max(positions, default=settings.seq_len * settings.batch_size), sum(positions)
     if settings.choices and opened.loaded.tokenizer is not None:
@@ -160,13 +161,13 @@ def plan_evaluation_memory(
 
 
 def count_positions(batch: Batch) -> int:
-    """Return how many positions a batch has, padded and unlabelled ones included; its size if it has no ids."""
+    """Return how many tokens a batch has, padded and unlabelled ones included; without token ids, its examples."""
     leaves = (leaf for leaf in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor))
     ids = next((leaf for leaf in leaves if leaf.dtype in (torch.int32, torch.int64)), None)
     return batch.size if ids is None else ids.numel()
 
 
 def evaluate_named(settings: Settings, invocation: Invocation) -> dict[str, Any]:
-    """Evaluate the model that settings name, as ``regrow evaluate`` does."""
+    """Evaluate the model that settings name, as ``regrow evaluate`` does, and return the result as JSON data."""
     result = evaluate_network(settings, partial(open_named, settings, invocation), progress=invocation.progress)
     return result.record(Path(settings.model).name)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SPARE_BYTES = 2**27
 """Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
 FLOAT32_COPIES = 2.5
-"""The float32 copies of the largest tensor that there are at a time: its numbers, and what they become."""
+"""How many float32 copies of the largest tensor are in memory at a time: its numbers, and what they become."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ExportInputs:
 
 
 def check_out(settings: Settings, out: Path) -> None:
-    """Raise an error unless the file or folder may be written; loads nothing."""
+    """Raise an error unless ``out`` suits the format and is not the model or a file of another kind; loads nothing."""
     suffix = FORMATS[settings.to].suffix
     if suffix and out.is_dir():
         raise InputError(f"{out} is a folder; name a file, for example {out / f'model{suffix}'}")
@@ -56,16 +56,16 @@ def check_out(settings: Settings, out: Path) -> None:
 
 
 def export_network(
-    settings: Settings, inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
+    settings: Settings, open_inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
 ) -> "Written":
-    """Write a network in a format of other tools, read it back, and compare it with the network."""
+    """Write a network to ``out``, read it back and compare; return what was written; raise an error if it differs."""
     check_settings(settings)
     check_out(settings, out)
-    opened = inputs()
+    opened = open_inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
     values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights}
-    taken = FORMATS[settings.to].takes
-    written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
+    arguments = FORMATS[settings.to].arguments
+    written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in arguments})
     if opened.memory is None:
         return written
     from regrow.streaming.requirements import record_peak
@@ -74,7 +74,7 @@ def export_network(
 
 
 def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
-    """Open the network that settings name."""
+    """Open the network that settings name; with ``--memory`` its tensors are read one by one."""
     from regrow.jobs.models import ModelSpec, attach_origin, load_model
 
     if invocation.memory:
@@ -85,22 +85,22 @@ def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
 
 
 def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInputs:
-    """Open a model whose tensors are read one by one, and check that the memory is enough for that."""
+    """Open a model whose tensors are read one by one; raise an error if the format or the memory rules that out."""
     from regrow.jobs.models import attach_origin
     from regrow.streaming.opening import open_network
     from regrow.streaming.requirements import MemoryPlan
 
-    if "weights" not in FORMATS[settings.to].takes:
-        able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.takes)
+    if "weights" not in FORMATS[settings.to].arguments:
+        able = ", ".join(name for name, form in FORMATS.items() if "weights" in form.arguments)
         raise InputError(f"{settings.to} needs the whole network in memory; leave out --memory, or export to {able}")
     reset_peak()
     opened = open_network(settings.model)
     network, model = opened.network(), attach_origin(opened.loaded)
     largest = int(4 * FLOAT32_COPIES * max(parameter.numel() for parameter in model.parameters()))
-    size = {key: network.weights.bytes_of(key) for key in network.weights.stored}
-    block = max(sum(size[key] for key in block.names) for block in network.blocks)
-    checked = sum(size[key] for key in network.outer) + block if opened.probe else 0
-    needed = read_resident() + SPARE_BYTES + max(largest, checked)
+    sizes = {key: network.weights.bytes_of(key) for key in network.weights.stored}
+    block = max(sum(sizes[key] for key in block.names) for block in network.blocks)
+    check = sum(sizes[key] for key in network.outer) + block if opened.probe else 0  # of `check_output`
+    needed = read_resident() + SPARE_BYTES + max(largest, check)
     plan = MemoryPlan(f"exporting {settings.model}", parse_bytes(invocation.memory), needed, needed)
     plan.check()
     opened.check_output()
@@ -109,6 +109,6 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
 
 
 def export_named(settings: Settings, invocation: "Invocation") -> "Written":
-    """Export the model that settings name, as ``regrow export`` does."""
-    inputs = partial(open_named, settings, invocation)
-    return export_network(settings, inputs, Path(invocation.out), progress=invocation.progress)
+    """Export the model that settings name, as ``regrow export`` does, and return what was written."""
+    open_inputs = partial(open_named, settings, invocation)
+    return export_network(settings, open_inputs, Path(invocation.out), progress=invocation.progress)

@@ -24,7 +24,7 @@ CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 
 
 def warm_caches(model: nn.Module, example: Example) -> None:
-    """Run a network on its example, so that what it caches for inputs of that shape is known before a change."""
+    """Run a network in eval mode on its example, so that it caches what depends on the input's shape."""
     example = cast_example(example, model)
     with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
@@ -33,47 +33,52 @@ def warm_caches(model: nn.Module, example: Example) -> None:
 
 @torch.no_grad()
 def compute_outputs(model: nn.Module, example: Example) -> Answers:
-    """Return the tensors and numbers that a network gives for an example, in eval mode; its state is not changed.
+    """Return copies of the tensors and numbers that a network gives for an example, in eval mode.
 
-    Random operations start from the same seed in every call. Caches of states per block are left out.
+    The network's state is not changed. Random operations start from the same seed in every call. Caches of states per
+    block are left out. For each output with NaN, a mask of these is added, and NaN is 0 in the output.
     """
     inputs = Example(*tree_map(_copy_tensor, (example.args, dict(example.kwargs))))
     with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), evaluating(model):
         reseed(0)
         random.seed(0)
         np.random.seed(0)
-        answers = [*_comparable_tensors(model(*inputs.args, **inputs.kwargs))]
-        unknown = [x.isnan() for x in answers if x.is_floating_point() and bool(x.isnan().any())]
-        return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in answers), *unknown]
+        outputs = [*_comparable_tensors(model(*inputs.args, **inputs.kwargs))]
+        nan_masks = [x.isnan() for x in outputs if x.is_floating_point() and bool(x.isnan().any())]
+        return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in outputs), *nan_masks]
 
 
 def _copy_tensor(value: object) -> object:
+    """Return a detached copy of a tensor, and any other value as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _comparable_tensors(answer: object) -> Iterator[Tensor]:
-    """Yield copies of the tensors, and the numbers as tensors, of what a network returned."""
-    if isinstance(answer, Mapping):
-        for name, part in answer.items():
+def _comparable_tensors(output: object) -> Iterator[Tensor]:
+    """Yield copies of the tensors (complex ones as real), and the numbers as tensors, of what a network returned."""
+    if isinstance(output, Mapping):
+        for name, part in output.items():
             yield from _comparable_tensors(part) if name not in CACHES else ()
-    elif isinstance(answer, list | tuple):
-        for part in answer:
+    elif isinstance(output, list | tuple):
+        for part in output:
             yield from _comparable_tensors(part)
-    elif isinstance(answer, int | float):
-        yield torch.tensor(answer)
-    elif not type(answer).__name__.endswith("Cache"):
+    elif isinstance(output, int | float):
+        yield torch.tensor(output)
+    elif not type(output).__name__.endswith("Cache"):
         with suppress(OutputError):  # a part without tensors
-            for x in output_tensors(answer):
+            for x in output_tensors(output):
                 yield torch.view_as_real(x.resolve_conj()).clone() if x.is_complex() else x.clone()
 
 
 def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
-    """Return the largest absolute difference of two lists of outputs, and the largest output."""
+    """Return the largest absolute difference of two lists of outputs, and the largest output before.
+
+    Outputs of another shape are left out, and integers where there are floating-point ones; infinite if none remain.
+    """
     pairs = [(a, b) for a, b in common_outputs(before, after) if a.shape == b.shape]
     pairs = [(a, b) for a, b in pairs if a.is_floating_point()] or pairs
-    ours: Answers = [a for a, _ in pairs]
-    theirs: Answers = [b for _, b in pairs]
-    return max_difference(ours, theirs) if pairs else torch.inf, max_magnitude([a.double() for a, _ in pairs])
+    olds: Answers = [old for old, _ in pairs]
+    news: Answers = [new for _, new in pairs]
+    return max_difference(olds, news) if pairs else torch.inf, max_magnitude([old.double() for old, _ in pairs])
 
 
 def measure_relative_change(before: Answers, after: Answers) -> float:
@@ -88,16 +93,17 @@ def measure_relative_change(before: Answers, after: Answers) -> float:
 
 
 def _relative_change(x: Tensor, y: Tensor) -> float:
+    """Return the largest relative change of an entry, as :func:`measure_relative_change` measures it."""
     change = (x - y).abs().masked_fill(x == y, 0.0)
     sizes = x.abs()
     usual = sizes[(sizes > 0) & sizes.isfinite()]
     least = 10 * float(usual.median()) if usual.numel() else 0.0
-    scale = torch.maximum(sizes, y.abs()).clamp_min(max(least, 1e-300))
+    scale = torch.maximum(sizes, y.abs()).clamp_min(max(least, 1e-300))  # never a division by 0
     return float((change / scale).nan_to_num(torch.inf, torch.inf).max())
 
 
 def vary_example(example: Example) -> list[Example]:
-    """Return an example, and others of another batch size and of another length, where these can be recognised.
+    """Return an example, then one of another batch size and one of half the length, where these can be recognised.
 
     >>> [tuple(example.args[0].shape) for example in vary_example(Example((torch.ones(3, 8),)))]
     [(3, 8), (1, 8)]
@@ -109,16 +115,17 @@ def vary_example(example: Example) -> list[Example]:
     sizes = {x.shape[:1] for x in tensors}
     if len(sizes) != 1 or not all(x.shape[0] for x in tensors):
         return [example]
-    several = next(iter(sizes))[0] > 1
-    made = [example, _map_tensors(example, lambda x: x[:1] if several else torch.cat([x, x]))]
+    several = tensors[0].shape[0] > 1
+    examples = [example, _map_tensors(example, lambda x: x[:1] if several else torch.cat([x, x]))]
     lengths = {tuple(x.shape) for x in tensors}
     length = tensors[0].shape[1] if tensors[0].dim() == 2 and len(lengths) == 1 else 0
     if length > 1 and not any(x.is_floating_point() for x in tensors):
-        made.append(_map_tensors(example, lambda x: x[:, : length // 2]))
-    return made
+        examples.append(_map_tensors(example, lambda x: x[:, : length // 2]))
+    return examples
 
 
 def _map_tensors(example: Example, change: Any) -> Example:
+    """Return an example with ``change`` applied to each tensor that has dimensions."""
     args, kwargs = tree_map(
         lambda x: change(x) if isinstance(x, Tensor) and x.dim() else x, (example.args, dict(example.kwargs))
     )
@@ -130,8 +137,8 @@ class NetworkState:
     """Everything that a growth may change in a network: its structure, tensors, attributes and configurations."""
 
     contents: Snapshot
-    tensors: Sequence[tuple[Tensor, int, Tensor]]
-    fields: Sequence[tuple[object, Mapping[str, object]]]
+    tensors: Sequence[tuple[Tensor, int, Tensor]]  # tensor, its version (torch counts writes), a copy
+    fields: Sequence[tuple[object, Mapping[str, object]]]  # object, such as a configuration, and its fields
 
     @classmethod
     def of(cls, model: nn.Module) -> "NetworkState":
@@ -144,7 +151,7 @@ class NetworkState:
         return cls(Snapshot(model), copies, [(value, _fields(value)) for value in objects if _has_fields(value)])
 
     def restore(self) -> None:
-        """Give the network back everything that it had."""
+        """Restore the network, in place, bit for bit."""
         self.contents.restore()
         for holder, fields in self.fields:
             for name in _fields(holder).keys() - fields.keys():
@@ -159,6 +166,7 @@ class NetworkState:
 
 
 def _has_fields(value: object) -> bool:
+    """Whether a value is an object with fields of its own, such as a configuration: no tensor, module or container."""
     plain = Tensor | nn.Module | type | Mapping | list | tuple | set
     return not isinstance(value, plain) and not callable(value) and bool(_fields(value))
 
@@ -170,5 +178,6 @@ def _fields(value: object) -> dict[str, object]:
 
 
 def _public_slots(slots: Any) -> list[str]:
+    """Return the names in the ``__slots__`` of a class, which may be one text, but for ``__dict__`` and the like."""
     names = [slots] if isinstance(slots, str) else [*slots]
     return [name for name in names if not name.startswith("__")]

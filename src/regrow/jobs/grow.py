@@ -56,10 +56,10 @@ class GrowInputs:
 
     loaded: Loaded
     axes: AxisGraph
-    data: SourceHalves
+    data: SourceHalves  # trained on the calibration halves
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
-    python_call: dict[str, object] | None = None
+    python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,20 @@ class GrowResult:
 
     plan: Plan
     model: nn.Module
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # which axes cannot be widened, and why
 
 
-def grow_network(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
-    """Grow a network such that its outputs do not change, train it if there are steps, and record it.
+def grow_network(settings: Settings, open_inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
+    """Grow a network in place such that its outputs do not change, train it if there are steps, and record the run.
 
-    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run with the same
-    settings is resumed where the recorder has its folder. If the outputs change by more than rounding, the network is
-    as it was.
+    Mistakes in the settings and inputs raise before anything is written. An interrupted run with the same settings is
+    resumed where the recorder has its folder. If outputs change by more than rounding, the network is restored and
+    RefusedError is raised.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
     run.recorder.check(identity)
-    opened = inputs(run)
+    opened = open_inputs(run)
     loaded, axes = opened.loaded, opened.axes
     with run.stage("plan"):
         plan, notes = plan_growth(loaded.model, axes, settings)
@@ -94,7 +94,7 @@ def grow_network(settings: Settings, inputs: Callable[[ActiveRun], GrowInputs], 
 
 
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
-    """Grow the network, train it, and save it; measure it before and after."""
+    """Grow the network in place, train it, and save it; measure it before and after."""
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
     data = EvaluationData(inputs.data, inputs.objective, settings.precision)
     with run.stage("evaluate"):
@@ -102,7 +102,7 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
     state = NetworkState.of(loaded.model)
     try:
         with preserve_random_state():
-            grown, proof = _grow_checked(run, loaded.model, axes, plan, record.is_kept)
+            grown, proof = _grow_checked(run, loaded.model, axes, plan, in_float64=record.is_kept)
     except BaseException:
         state.restore()
         raise
@@ -120,15 +120,15 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
 
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
-    """Return the plan of a growth, and notes on axes of the wanted kinds that cannot be widened."""
+    """Return the plan of a growth, and notes on axes that the settings name and that cannot be widened."""
     settings.check()
     parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     fill = Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named)
+    widened = widening(axes, parts, named)
     with preserve_random_state():
         insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
-    for key, units in wide.grow.items():
+    for key, units in widened.grow.items():
         axis = axes[key]
         changes[key] = Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids, grow=units, fill=fill)
     origin: dict[str, Any] = {"method": "grow", **{part: str(increase) for part, increase in parts.items()}}
@@ -138,40 +138,46 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     plan = Plan(changes, origin={**origin, "fill": settings.fill}, insert=insert)
     plan.check(axes)
     reasons: dict[str, list[str]] = {}
-    for key, why in wide.refused.items():
+    for key, why in widened.refused.items():
         reasons.setdefault(why, []).append(key)
-    notes = (
-        f"{len(keys)} {'axis keeps its' if len(keys) == 1 else 'axes keep their'} width ({keys[0]}"
-        f"{', …' if len(keys) > 1 else ''}): {why}"
-        for why, keys in reasons.items()
-    )
+    notes = []
+    for why, (first, *others) in reasons.items():
+        if others:
+            notes.append(f"{1 + len(others)} axes keep their width ({first}, …): {why}")
+        else:
+            notes.append(f"1 axis keeps its width ({first}): {why}")
     return plan, tuple(notes)
 
 
 def _grow_checked(
-    run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, proof: bool
+    run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, *, in_float64: bool
 ) -> tuple[AxisGraph, dict[str, Any]]:
-    """Grow a network in place; return the axes afterwards, and the ``verify`` row of a run."""
+    """Grow a network in place; return the axes afterwards, and the ``verify`` row; RefusedError if outputs change.
+
+    ``in_float64``: verify the plan in float64 as well, before it is applied. After an error the model may have grown.
+    """
     if any(x.is_meta for x in model.parameters()):
-        return apply(model, axes, plan)[1], {}
-    examples = vary_example(cast_example(axes.example, model))
-    warm_caches(model, examples[0])
-    before = [(examples[0], compute_outputs(model, examples[0]))]
-    for example in examples[1:]:
+        _, after = apply(model, axes, plan)
+        return after, {}
+    example, *others = vary_example(cast_example(axes.example, model))
+    warm_caches(model, example)
+    reference = compute_outputs(model, example)
+    before = [(example, reference)]
+    for other in others:
         with suppress(Exception):  # a size that the network does not take
-            before.append((example, compute_outputs(model, example)))
-    if not before[0][1]:
+            before.append((other, compute_outputs(model, other)))
+    if not reference:
         raise RefusedError("what the network returns has no tensor that could be compared; let it return tensors")
     exact = 0.0
     if plan.insert:  # on accelerators, sums may differ from run to run
         exact = max(
             MAX_IDENTITY_CHANGE,
-            min(3 * measure_relative_change(before[0][1], _run_grown(model, examples[0])), MAX_CHANGE),
+            min(3 * measure_relative_change(reference, _run_grown(model, example)), MAX_CHANGE),
         )
     for path in plan.insert:
         _check_stack(model, plan, path, before, exact)
     row: dict[str, Any] = {}
-    if proof:
+    if in_float64:
         with run.stage("verify"):
             run.progress(0, 1, "comparing the outputs in float64")
             result = verify(model, axes, plan)
@@ -195,14 +201,14 @@ def _grow_checked(
 def _check_stack(
     model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Answers]], share: float
 ) -> None:
-    """Raise ``RefusedError`` unless a copy of the network with more blocks in one stack gives what it gave before.
+    """Raise RefusedError if outputs of a copy with more blocks in one stack change by more than the ratio ``share``.
 
     The blocks give their input unchanged, so that every operation behind them gets the same numbers.
     """
-    twin = shallow_copy(model)
+    deeper = shallow_copy(model)
     try:
-        insert_copies(twin, path, plan.insert[path])
-        worst = max(measure_relative_change(outputs, compute_outputs(twin, x)) for x, outputs in before)
+        insert_copies(deeper, path, plan.insert[path])
+        worst = max(measure_relative_change(outputs, compute_outputs(deeper, x)) for x, outputs in before)
     except Exception as error:
         raise RefusedError(
             f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
@@ -217,6 +223,7 @@ def _check_stack(
 
 
 def _run_grown(model: nn.Module, example: Example) -> Answers:
+    """Return the outputs of a network that ran before it grew; RefusedError if it does not run any more."""
     try:
         return compute_outputs(model, example)
     except Exception as error:
@@ -226,6 +233,7 @@ def _run_grown(model: nn.Module, example: Example) -> Answers:
 
 
 def _make_change_error(change: float, bound: float, dtype: str) -> RefusedError:
+    """Return the error to raise for a growth that changes outputs by more than the bound."""
     return RefusedError(
         f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; {AS_BEFORE}, nothing "
         "is saved; please report this"
@@ -233,7 +241,7 @@ def _make_change_error(change: float, bound: float, dtype: str) -> RefusedError:
 
 
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
-    """Train a network that has grown; log the loss before and after where the run is kept."""
+    """Train a network that has grown, in place; log the loss before and after if a folder records the run."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
     added = added_entries(model, inputs.axes, plan)
 
@@ -267,7 +275,7 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> GrowInputs:
-    """Open the network and the data that settings name."""
+    """Open the network and the data that settings name, and trace it."""
     sources, progress = (*settings.on, *settings.sources), invocation.progress
     with run.stage("load"):
         spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
@@ -290,9 +298,9 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
 
 
 def grow_named(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Grow the model that settings name, as ``regrow grow`` does, and return the folder."""
-    inputs = partial(open_named, settings, invocation)
-    grow_network(settings, inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
+    """Grow the model that settings name, as ``regrow grow`` does, and return the finished folder."""
+    open_inputs = partial(open_named, settings, invocation)
+    grow_network(settings, open_inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 

@@ -42,13 +42,13 @@ COMPARED_EXAMPLES = 256
 
 @dataclass(frozen=True)
 class SourceSpecs:
-    """The sources of a run, and how much of each is used."""
+    """The sources of a run, and how much of each is used; of images, ``tokens`` count images."""
 
-    eval_tokens: int
+    eval_tokens: int  # evaluation tokens of each source
     seq_len: int
-    sources: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
-    tokens: int = 0
+    sources: tuple[str, ...] = ()  # for calibration and evaluation, as `--source` takes them
+    unseen: tuple[str, ...] = ()  # for evaluation only
+    tokens: int = 0  # calibration tokens of each source
     seed: int = 0
     generated_tokens: int = 0  # calibration tokens of text that the model generates
 
@@ -72,12 +72,12 @@ class SourceHalves:
 
     @property
     def evaluates_on_calibration(self) -> bool:
-        """Whether networks are measured on the calibration data, whose labels need not fit: that gives a warning."""
+        """Whether both halves are one tuple, not a copy; labels of the calibration data need not fit the network."""
         return self.evaluation is self.calibration
 
     @property
     def has_pending_text(self) -> bool:
-        """Whether a source is text that is still to be generated."""
+        """Whether a source is text that the model is still to generate."""
         return any(isinstance(source.batches, PendingWindows) for source in self.calibration)
 
 
@@ -85,10 +85,10 @@ class SourceHalves:
 class PendingWindows(Sequence[Batch]):
     """Windows that the model is still to generate: only their number is known."""
 
-    number: int
+    length: int
 
     def __len__(self) -> int:
-        return self.number
+        return self.length
 
     def __getitem__(self, index: object) -> NoReturn:
         """Raise RuntimeError: there is nothing to read."""
@@ -96,7 +96,7 @@ class PendingWindows(Sequence[Batch]):
 
 
 def count_windows(tokens: int, seq_len: int) -> int:
-    """Return how many windows of a text source are read.
+    """Return how many windows of ``seq_len`` tokens are read of a text source: at least one.
 
     >>> count_windows(100, 32), count_windows(20, 32)
     (3, 1)
@@ -105,28 +105,31 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 
 def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
-    """Read the calibration and evaluation halves of every named source; generated text has no evaluation half."""
+    """Read the halves of every named source; text to be generated is pending, and has no evaluation half.
+
+    Raises ValueError for two sources of a name, and for data that the model does not take.
+    """
     check_evaluated(specs.unseen)
-    every = (*specs.sources, *specs.unseen)
-    names = [spec.partition("=")[0] for spec in every]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
-    if GENERATED in names and GENERATED not in every:
+    all_specs = (*specs.sources, *specs.unseen)
+    names = [spec.partition("=")[0] for spec in all_specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two sources are named {name!r}; give each its own name: NAME=PATH")
+    if GENERATED in names and GENERATED not in all_specs:
         raise InputError(f"source {GENERATED!r} is text that the model generates; give {GENERATED}=PATH another name")
-    return SourceHalves(
-        tuple(
-            _generated_source(specs, loaded)
-            if spec == GENERATED
-            else _read_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
-            for spec in specs.sources
-        ),
-        tuple(
-            _read_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every if spec != GENERATED
-        ),
+    calibration = (
+        _make_generated_source(specs, loaded)
+        if spec == GENERATED
+        else _read_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
+        for spec in specs.sources
     )
+    evaluated = (spec for spec in all_specs if spec != GENERATED)
+    evaluation = (_read_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in evaluated)
+    return SourceHalves(tuple(calibration), tuple(evaluation))
 
 
 def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
+    """Return a half of a source of text or images; ``amount`` is a number of tokens or images."""
     seed = specs.seed if half is Half.CALIBRATION else 0
     if loaded.tokenizer is not None:
         n = count_windows(amount, specs.seq_len)
@@ -144,11 +147,11 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
 
 
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
-    """Return the shape ``[N, C, H, W]`` of the images that a model takes."""
+    """Return the shape ``[N, C, H, W]`` of the images that a model takes; InputError if it does not take ``spec``."""
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     dtype = next(loaded.model.parameters()).dtype
-    channels = len(shape) == 4 and (spec == "digits" or shape[1] in (1, 3))
-    if not channels or shape[2] != shape[3] or dtype != torch.float32:
+    takes_channels = len(shape) == 4 and (spec == "digits" or shape[1] in (1, 3))
+    if not takes_channels or shape[2] != shape[3] or dtype != torch.float32:
         raise InputError(
             f"source {spec!r} gives square images of 1 or 3 channels in float32, and the model takes inputs of shape "
             f"{list(shape)} in {str(dtype)[6:]}; leave --source out, or use regrow.prune in Python with your own data"
@@ -170,8 +173,8 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
     return rows
 
 
-def _generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None = None) -> Source:
-    """Return the source of text that the model generated; ``None``: its windows are pending."""
+def _make_generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None = None) -> Source:
+    """Return the source of the text that the model generated, ``tokens``; without them, its windows are pending."""
     if loaded.tokenizer is None:
         raise InputError(
             f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
@@ -196,9 +199,10 @@ def fill_generated(
     weights: Sequence[float] | None = None,
     run: ActiveRun | None = None,
 ) -> SourceHalves:
-    """Generate the text of a run, or read what its folder, and those of ``known`` runs, have of it.
+    """Return the halves with the text that the model generates, as far as possible read from run folders.
 
-    ``weights`` has a sum of each parameter of a model without numbers.
+    ``folder`` is that of the run, where the text is written, and ``known`` are those of other runs. All ranks call
+    this. ``weights`` has a sum of each parameter of a model without numbers.
     """
     run = run or ActiveRun()
     tokens = _pending_windows(specs, loaded)
@@ -218,7 +222,7 @@ def fill_generated(
         store()
     broadcast_tensors(run.ranks, [tokens])
     calibration = (
-        _generated_source(specs, loaded, tokens) if isinstance(source.batches, PendingWindows) else source
+        _make_generated_source(specs, loaded, tokens) if isinstance(source.batches, PendingWindows) else source
         for source in halves.calibration
     )
     return replace(halves, calibration=tuple(calibration))
@@ -233,7 +237,7 @@ def complete_data(
     known: Sequence[Path] = (),
     weights: Sequence[float] | None = None,
 ) -> SourceHalves:
-    """Generate the text of a run by :func:`fill_generated`, and record its sources; data without names are complete."""
+    """Return the data with generated text, by :func:`fill_generated`, and record the sources of ``specs``, if any."""
     if specs is None:
         return halves
     if halves.has_pending_text:
@@ -245,7 +249,7 @@ def complete_data(
 
 
 def _pending_windows(specs: SourceSpecs, loaded: Loaded) -> Tensor:
-    """Return the tokens of the windows to generate, ``[windows, tokens]``, each -1."""
+    """Return the tokens of the windows to generate, ``[windows, tokens]``, each -1: not generated yet."""
     return torch.full((specs.generated_windows, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
 
 
@@ -264,7 +268,7 @@ def check_generated_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[P
 
 
 def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
-    """Return what the text depends on: seed, first token, vocabulary and weights."""
+    """Return the header of the file of generated text: the seed, first token, vocabulary and weights it depends on."""
     return {
         "seed": specs.seed,
         "separator": find_separator(loaded.tokenizer),
@@ -274,7 +278,7 @@ def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[floa
 
 
 def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, object]) -> None:
-    """Fill in windows that run folders have, as far as they have the same length."""
+    """Fill in, in place, the windows that run folders have of the same text, if these have the same length."""
     for folder in folders:
         stored = _read_windows(folder / GENERATED_FILE, header)
         if stored is not None and stored.shape[1] == tokens.shape[1]:
@@ -283,7 +287,7 @@ def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mappin
 
 
 def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
-    """Return stored windows; ``None`` if there is no usable file, or it is of another model, seed or vocabulary."""
+    """Return stored windows, ``[windows, tokens]``; ``None`` if the file is unusable or of another header."""
     try:
         recorded, tensors = read_tensors(path, GENERATED_FORMAT)
     except StoreError:
@@ -306,8 +310,8 @@ def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredW
     """Raise InputError on every rank unless all have the same weights (of networks, or in their files) and data."""
     if ranks.several:
         _check_weights(ranks, networks)
-        every = (*halves.calibration, *halves.evaluation)
-        sources = [source for source in every if not isinstance(source.batches, PendingWindows)]  # rank 0 generates
+        sources = [*halves.calibration, *halves.evaluation]
+        sources = [source for source in sources if not isinstance(source.batches, PendingWindows)]  # rank 0 generates
         _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
 
 
@@ -321,6 +325,7 @@ def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]
 
 
 def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
+    """Raise InputError on every rank unless all have networks of the same weights."""
     sums = []
     for network in networks:
         if isinstance(network, nn.Module):
@@ -335,11 +340,12 @@ def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeig
 
 
 def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]) -> None:
+    """Raise InputError on every rank unless all have the same names and checksums of data."""
     if not _are_same(ranks, [*names, *sums]):
         listed = ", ".join(dict.fromkeys(names))
         raise InputError(f"the processes read different data for {listed}; copy the same files to all hosts")
 
 
 def _are_same(ranks: ProcessRank, record: object) -> bool:
-    """Whether all ranks have the same JSON data."""
+    """Whether all ranks have the same JSON data as rank 0."""
     return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)

@@ -52,40 +52,42 @@ class LearnInputs:
     """What a run learns, and with which network."""
 
     loaded: Loaded
-    axes: AxisGraph
+    axes: AxisGraph  # without axes if the learner does not use them
     tasks: Sequence[Task]
     learner: Learner[Any]
     schedule: TaskSchedule
     checkpoint: Path = Path(CHECKPOINT)  # the file with the state of the training, relative to the run folder
     # Returns the network before the run once more; `None`: no tasks are added to the run
     untrained: Callable[[], Loaded] | None = None
-    new: bool = False
-    sequence: Sequence[object] | None = None
-    python_call: Mapping[str, object] | None = None
+    new: bool = False  # whether the network has random weights, so that there is nothing to return to
+    sequence: Sequence[object] | None = None  # what `run.json` records of the tasks, by `describe_tasks`
+    python_call: Mapping[str, object] | None = (
+        None  # what the result depends on besides settings, in a call from Python
+    )
 
 
 @dataclass(frozen=True)
-class BegunRun:
+class RunToExtend:
     """A run to which tasks are added."""
 
-    path: Path
-    sequences: tuple[str, ...]
-    over: int
-    without_old: bool
-    recorded: object
+    path: Path  # the folder with its files
+    sequences: tuple[str, ...]  # the sequences of tasks that it has
+    finished_tasks: int
+    without_old: bool  # whether data of finished tasks may be missing
+    recorded: object  # what `run.json` records of its tasks
 
 
-def learn_tasks(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], run: ActiveRun) -> Fitted[Any]:
-    """Learn tasks one after the other, and record it; return the network and what was measured.
+def learn_tasks(settings: Settings, open_inputs: Callable[[ActiveRun], LearnInputs], run: ActiveRun) -> Fitted[Any]:
+    """Learn tasks one after the other, and record the run; return the trained network and the state of its training.
 
-    All mistakes in the settings and inputs are found before anything is recorded. An interrupted run is resumed. All
-    processes of the run call this, and train together.
+    Mistakes in the settings and inputs raise before anything is written. An interrupted run is resumed. All processes
+    of the run call this, and train together.
     """
     check_settings(settings)
     taken = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
     identity = {"verb": "learn", "settings": asdict(settings), "defaults": taken}
     run.recorder.check(identity)
-    opened = inputs(run)
+    opened = open_inputs(run)
     loaded, tasks = opened.loaded, opened.tasks
     check_same_tasks(run.ranks, loaded.model, tasks)
     with run.begin(RunStart(identity, None if opened.new else loaded, python_call=opened.python_call)) as record:
@@ -104,25 +106,25 @@ def learn_tasks(settings: Settings, inputs: Callable[[ActiveRun], LearnInputs], 
 
 
 def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
-    """Train the network on all tasks, or resume."""
+    """Train the network on all tasks in place, from the checkpoint if there is one; return it and the last state."""
     learner, tasks, schedule, record, ranks = inputs.learner, inputs.tasks, inputs.schedule, run.record, run.ranks
     file = record.path / inputs.checkpoint
     if record.is_kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record) if file.is_file() else None
     model, axes, state = read_start(ranks, history, file, inputs.loaded.model, inputs.axes, learner.state)
-    rows = LearningRecord(record, tasks)
-    rows.resume(state)
+    log = LearningRecord(record, tasks)
+    log.resume(state)
     if inputs.untrained and 0 < len(state.before) < len(tasks):  # tasks have been added since
         before = untrained_accuracies(inputs.untrained().model, tasks, schedule, ranks)
         state = replace(state, before=state.before + before[len(state.before) :])
 
-    def keep(now: TrainState[Any], context: Context) -> None:
-        rows.write(now)
+    def save(now: TrainState[Any], context: Context) -> None:
+        log.write(now)
         if record.is_kept:
             write_checkpoint(file, context.model, now, outside=True)
 
-    options = FitOptions(checkpoint=keep, progress=run.progress, parallel=Parallel(ranks, by_rows=True))
+    options = FitOptions(checkpoint=save, progress=run.progress, parallel=Parallel(ranks, by_rows=True))
     fitted = train_tasks(model, axes, tasks, learner, schedule, state=state, options=options)
     write_replacements(learner, fitted.state.learner, Context(fitted.model, fitted.axes, tasks[-1], len(tasks) - 1))
     return fitted
@@ -130,40 +132,39 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
 
 @dataclass
 class LearningRecord:
-    """Writes what a training has reached into its run, if that is in a folder: each plan, event and task once."""
+    """Writes what a training has reached to the folder of its run, if it has one: each plan, event and task once."""
 
-    run: Record
+    record: Record
     tasks: Sequence[Task]
-    plans: int = 0
-    events: int = 0
-    over: int = 0
+    written_plans: int = 0
+    written_events: int = 0
+    written_tasks: int = 0
 
     def resume(self, start: TrainState[Any]) -> None:
-        """Take back plans that the training does not have yet, and write what is missing."""
-        if isinstance(self.run, RunFolder):
-            self.run.own_ledger.truncate(len(start.plans))
-            self.plans = len(self.run.own_ledger)
+        """Delete plans from the ledger that the checkpoint does not have, and write what the ledger lacks."""
+        if isinstance(self.record, RunFolder):
+            self.record.own_ledger.truncate(len(start.plans))
+            self.written_plans = len(self.record.own_ledger)
             self.write(start)
 
     def write(self, now: TrainState[Any]) -> None:
         """Write what is new since the last call."""
-        if not isinstance(self.run, RunFolder):
+        if not isinstance(self.record, RunFolder):
             return
-        for plan in now.plans[self.plans :]:
-            self.run.own_ledger.append(plan)
-        for i in range(self.events, len(now.events)):
-            self.run.log("growth", number=i, **now.events[i])
-        for i in range(self.over, now.number):
-            scores = list(now.rows[i])
-            # Scores that are no shares, of values or of a loss of one's own, are beside the accuracy.
-            shares = _are_shares(scores)
-            row = {"name": self.tasks[i].name, "accuracy": scores if shares else [None] * len(scores), **now.sizes[i]}
-            self.run.log("task", row | ({} if shares else {"scores": scores}))
-        self.plans, self.events, self.over = len(now.plans), len(now.events), now.number
+        for plan in now.plans[self.written_plans :]:
+            self.record.own_ledger.append(plan)
+        for i in range(self.written_events, len(now.events)):
+            self.record.log("growth", number=i, **now.events[i])
+        for i in range(self.written_tasks, now.number):
+            row: dict[str, object] = {"name": self.tasks[i].name, "accuracy": list(now.rows[i]), **now.sizes[i]}
+            if not _are_shares(now.rows[i]):  # of values, or of the user's own loss
+                row |= {"accuracy": [None] * len(now.rows[i]), "scores": list(now.rows[i])}
+            self.record.log("task", row)
+        self.written_plans, self.written_events, self.written_tasks = len(now.plans), len(now.events), now.number
 
 
 def describe_matrix(matrix: Matrix) -> dict[str, Any]:
-    """Return the scores of all tasks as JSON data; if they are no shares, they are in ``scores``, and accuracy is none.
+    """Return the scores of all tasks as JSON data; scores that are no shares go to ``scores``, with ``None`` elsewhere.
 
     >>> describe_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
     [[None]]
@@ -177,18 +178,19 @@ def describe_matrix(matrix: Matrix) -> dict[str, Any]:
 
 
 def _are_shares(scores: Sequence[float]) -> bool:
+    """Whether all scores are from 0 to 1, or not measured (NaN)."""
     return all(0 <= score <= 1 or score != score for score in scores)
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
-    """Return a learner; a method with a seed gets the run's, unless ``settings`` has another."""
+    """Return a learner by its method's name; a method with a seed gets the run's, unless ``settings`` has another."""
     entry = find_method(MethodKind.CONTINUAL, method)
     learner: Learner[Any] = entry.made(method, select_method_settings(entry, {"seed": seed}) | dict(settings))
     return learner
 
 
-def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | None, run: ActiveRun) -> LearnInputs:
-    """Open the network and the tasks that settings name; the last are added to the run that has ``begun``."""
+def open_named(settings: Settings, invocation: Invocation, begun: RunToExtend | None, run: ActiveRun) -> LearnInputs:
+    """Open the network and the tasks that settings name; the last tasks are added to the run ``begun``, if any."""
     check_same_settings(run.ranks, settings)
     device = choose_device(settings.device, run.ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
@@ -198,6 +200,7 @@ def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | Non
         tasks, outputs = _read_tasks_of_run(settings, start, learner, begun)
 
         def build() -> Loaded:
+            """Return the untrained network: a copy of the one with weights, or a new one of the seed."""
             if start:
                 return replace(start, model=clone_model(start.model).to(device))
             model, origin = small(settings.model, input_shape(tasks[0].train), outputs, settings.seed)
@@ -215,50 +218,52 @@ def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | Non
 
 
 def make_task_specs(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
-    """Return the tasks of a run on a network with weights (``start``) or a new one, and how much data is used."""
+    """Return the tasks of a run and how much data is used, as the network ``start`` takes them (``None``: a new one)."""
     specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
     return specs.fit(start, settings.seq_len)
 
 
 def _read_tasks_of_run(
-    settings: Settings, start: Loaded | None, learner: Learner[Any], begun: BegunRun | None
+    settings: Settings, start: Loaded | None, learner: Learner[Any], begun: RunToExtend | None
 ) -> tuple[list[Task], int]:
-    """Return all tasks, and the number of the network's outputs; raise ValueError if it has fewer."""
+    """Return all tasks, and how many outputs they need; raise ValueError if the network of the run has fewer."""
     specs = make_task_specs(settings, start)
     old = _read_earlier_tasks(begun, specs, settings.method, learner) if begun else read_tasks(specs)
     tasks = old
     if begun:
         tasks = read_tasks(replace(specs, sequences=settings.tasks[len(begun.sequences) :]), before=old)
-    had, outputs = (
-        max(settings.classes, 1 + max((c for task in some for c in task.classes), default=0)) for some in (old, tasks)
-    )
+
+    def count_outputs(tasks: Sequence[Task]) -> int:
+        return max(settings.classes, 1 + max((c for task in tasks for c in task.classes), default=0))
+
+    outputs = count_outputs(tasks)
     if start and start.tokenizer is None:
         check_outputs(start, tasks[0], outputs)
-    elif outputs > had:
+    elif outputs > count_outputs(old):
         raise ValueError(
             f"{', '.join(task.name for task in tasks[len(old) :])} has classes up to {outputs - 1}, and the network of "
-            f"the run has outputs for {had}: begin a run with --classes {outputs}"
+            f"the run has outputs for {count_outputs(old)}: begin a run with --classes {outputs}"
         )
     return tasks, outputs
 
 
-def _read_earlier_tasks(begun: BegunRun, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
-    """Return the tasks that a run has had, without data where these may be missing."""
+def _read_earlier_tasks(begun: RunToExtend, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
+    """Return the tasks of the run, finished ones without data if it is ``without_old``; else MissingError is raised."""
     try:
         old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
     except MissingError as error:
         if begun.without_old:
             raise SourceError(f"{error}; this run did not note what its tasks were like") from None
         raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
-    if late := [task.name for task in old[begun.over :] if task.gone]:
-        raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+    if unfinished := [task.name for task in old[begun.finished_tasks :] if task.gone]:
+        raise SourceError(f"{', '.join(unfinished)} is not over, and its data are not there: it cannot be learned")
     if learner.trains_on_past and (gone := [task.name for task in old if task.gone]):
         raise SourceError(f"{method} learns from all examples, and those of {', '.join(gone)} are not there")
     return old
 
 
 def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Learn the tasks that settings name, as ``regrow learn`` does, and return the folder."""
+    """Learn the tasks that settings name, as ``regrow learn`` does, and return the finished folder."""
 
     def open_inputs(run: ActiveRun) -> LearnInputs:
         if run.ranks.leads and (begun := RunFolder.open_unfinished(invocation.out)):
@@ -269,30 +274,29 @@ def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
     return RunFolder(Path(invocation.out))
 
 
-def extend(invocation: Invocation, more: Sequence[str], *, without_old: bool = False) -> RunFolder:
-    """Train the network of a run on further tasks, possibly much later and in another process; all ranks call this.
+def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: bool = False) -> RunFolder:
+    """Train the network of the run in ``invocation.out`` on further tasks, and return its folder; all ranks call this.
 
     A finished run does not change until they are learned. An interrupted call is resumed when it is repeated; a
     completed one changes nothing. Data of finished tasks may be missing ``without_old``; the network is then not
     evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
-    known = broadcast_record(ranks, _read_run_to_extend(out, tuple(more)) if ranks.leads else None)
-    if known is None:
-        invocation.announce(f"{out} has learned {', '.join(more) or 'all its tasks'}: nothing is left to do")
+    extension = broadcast_record(ranks, _read_run_to_extend(out, tuple(sequences)) if ranks.leads else None)
+    if extension is None:
+        invocation.announce(f"{out} has learned {', '.join(sequences) or 'all its tasks'}: nothing is left to do")
         return RunFolder(out)
-    (record, over, added), folder = known, RunFolder.open_unfinished(out) or RunFolder(out)
-    was = convert_settings(record["settings"], Settings)
-    settings = replace(was, tasks=(*was.tasks, *added))
+    record, finished_tasks, added = extension
+    folder = RunFolder.open_unfinished(out) or RunFolder(out)
+    old = convert_settings(record["settings"], Settings)
+    settings = replace(old, tasks=(*old.tasks, *added))
     # Defaults of this version may differ from those with which the run was begun.
-    whole = replace(settings, method_settings={**record["defaults"], **was.method_settings})
-    begun = BegunRun(folder.path, was.tasks, over, without_old, record.get("sequence"))
-    run = invocation.start_run(settings, was.model, undo=False)
-    if isinstance(made := run.recorder, FolderRecorder):
-        run.recorder = ExtensionRecorder(
-            made.out, made.model, made.command, False, made.write_page, record, tuple(more)
-        )
-    learn_tasks(settings, partial(open_named, whole, invocation, begun), run)
+    complete = replace(settings, method_settings={**record["defaults"], **old.method_settings})
+    begun = RunToExtend(folder.path, old.tasks, finished_tasks, without_old, record.get("sequence"))
+    run = invocation.start_run(settings, old.model, undo=False)
+    if isinstance(run.recorder, FolderRecorder):
+        run.recorder = ExtensionRecorder(**vars(run.recorder), known=record, added=tuple(sequences))
+    learn_tasks(settings, partial(open_named, complete, invocation, begun), run)
     return RunFolder(out)
 
 
@@ -304,12 +308,12 @@ class ExtensionRecorder(FolderRecorder):
     added: tuple[str, ...] = ()  # the sequences of tasks that this call was given
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return nothing: the folder was checked when it was read."""
+        """Return ``{}``: the folder was checked when it was read."""
         return {}
 
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
-        """Open the run for writing inside the ``with`` block, unless another process has changed it since."""
+        """Context manager: open the run for writing, and yield it; StoreError if another process has changed it."""
         with RunFolder.reopen(self.out) as folder:
             if folder.read_record() != self.known:
                 raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
@@ -325,12 +329,13 @@ class ExtensionRecorder(FolderRecorder):
 
 
 def _read_run_to_extend(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str, Any], int, tuple[str, ...]] | None:
-    """Return ``run.json``, the number of tasks that are over, and the sequences to add; ``None`` if all is learned.
+    """Return ``run.json``, the number of finished tasks, and the sequences to add; ``None`` if all is learned.
 
-    Sequences that the last call has added are those of this call, which is repeated.
+    If the last call was given the same sequences, this one repeats it and adds none. Raises StoreError if the folder
+    holds no run of learning.
     """
     if out.is_dir():
-        check_files(out)
+        check_files(out)  # links that lead out of it are refused
     clear_leftovers(out)
     folder = RunFolder.open_unfinished(out) or RunFolder.open(out)
     record = folder.read_record()
@@ -338,6 +343,8 @@ def _read_run_to_extend(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str
         raise StoreError(f"{out} holds a run of {record['verb']!r}; give the folder of `regrow learn`")
     check_repeatable(out, record)
     refuse_recorded_code(convert_settings(record["settings"], Settings).method, record["command"])
-    done = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
+    finished_tasks = check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
     added = () if record.get("extension") == list(sequences) else sequences
-    return (record, done, added) if added or not record.get("finished") or folder.path != out else None
+    # A process that is killed while it finishes leaves a working area whose `run.json` says that it is finished.
+    is_complete = record.get("finished") and folder.path == out
+    return None if is_complete and not added else (record, finished_tasks, added)

@@ -44,11 +44,11 @@ def measure_network(
     network: StreamedNetwork | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model, and return its perplexities for paired comparison; no result depends on this.
+    """Log size and quality of a model; return source → perplexity for paired comparison, empty if none is wanted.
 
-    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time. Loaders that
-    shuffle give the same order each time, and their random state is restored. Of an objective without rows, only the
-    size is measured.
+    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time; ``recoveries`` is
+    how many it has had. Loaders that shuffle give the same order each time, and all random state is restored. For
+    objectives that reports have no rows for, only the size is measured.
     """
     record, objective = run.record, data.objective
     if not record.wants_measurements:
@@ -86,7 +86,7 @@ def measure_network(
 def _make_row(
     result: evaluation.Perplexity | evaluation.Accuracy | Evaluation, columns: Mapping[str, Any], seen: Collection[str]
 ) -> dict[str, Any]:
-    """Return the row of a result: of text its perplexity, of other data the share that is right, or the score."""
+    """Return the metrics row of a result: of text its perplexity, of other data the fraction right, or the score."""
     if isinstance(result, Evaluation):
         score = {"acc": result.score, "acc_se": result.score_error, "n": result.count}
         return {"task": result.source, **columns, **score}
@@ -110,11 +110,12 @@ def _make_row(
 def _evaluate_examples(
     run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, objective: Objective | None
 ) -> Iterator[evaluation.Accuracy | Evaluation]:
+    """Yield the accuracy, or the score of another objective, on each source."""
     for i, source in enumerate(tests):
         run.progress(i, len(tests), f"evaluating the {name} model on {source.name}")
         labels = [batch.labels for batch in islice(source, 1)]
-        classes = objective is CLASSIFICATION and all(isinstance(x, Tensor) and x.dim() == 1 for x in labels)
-        if objective is None or classes:
+        has_classes = objective is CLASSIFICATION and all(isinstance(x, Tensor) and x.dim() == 1 for x in labels)
+        if objective is None or has_classes:
             yield evaluation.accuracy(loaded.model, source)
         else:
             yield evaluate_objective(loaded.model, source, objective)
@@ -123,7 +124,7 @@ def _evaluate_examples(
 def _evaluate_text(
     run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, network: StreamedNetwork | None
 ) -> Iterator[evaluation.Perplexity]:
-    """Yield the perplexity of a language model on each source; with several ranks, on rank 0."""
+    """Yield the perplexity of a language model on each source; ranks share the work, and rank 0 has the result."""
     shares = [run.ranks.share(source.batches) for source in tests]
     walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
     for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
@@ -138,7 +139,7 @@ def log_pairs(
     after: Mapping[str, evaluation.Perplexity],
     columns: Mapping[str, object] | None = None,
 ) -> None:
-    """Log paired differences in log-perplexity of a model to an earlier one, on each source that both have."""
+    """Log the paired difference in log-perplexity, after minus before, on each source that both have."""
     for name in (name for name in before if name in after):
         mean, error = evaluation.paired_difference(before[name], after[name])
         record.log("paired", {"source": name, "delta_nll": mean, "se": error, **(columns or {})})
@@ -162,7 +163,7 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
 
 
 def make_timed_input(axes: AxisGraph, budget: Budget) -> Batch:
-    """Return the input of a timed pass: the traced example, or as many tokens as a target names."""
+    """Return the input of a timed pass: the traced example, its rows as long as the target says, if it does."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
     return lengthen(batch, tokens) if tokens else batch

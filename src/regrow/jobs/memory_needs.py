@@ -38,14 +38,18 @@ SPARE_BYTES = 2**26
 
 
 def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNetwork, MemoryPlan]:
-    """Open the network that settings name without its weights, and decide whether it is read one block at a time."""
+    """Open the network that settings name without its weights; the plan says whether it is read one block at a time.
+
+    Raises ResourceError if even that does not fit, and InputError if something needs the whole network in memory.
+    """
     spec, pruner, budget = make_model_spec(settings), make_pruner(settings), make_budget(settings)
     opened = _open_language_model(spec.name, spec)
     network, window, sources = opened.network(), settings.seq_len, len(settings.sources)
     calibrated = sources * count_windows(settings.tokens, window)
     windows = max(calibrated, (sources + len(settings.unseen)) * count_windows(settings.eval_tokens, window))
     size = max(settings.batch_size, min(BATCH, windows)) if pruner.products else settings.batch_size
-    plan = plan_memory(network, parse_bytes(invocation.memory), -(-windows // size), window * size)
+    batches = -(-windows // size)  # rounded up
+    plan = plan_memory(network, parse_bytes(invocation.memory), batches, window * size)
     if pruner.products:
         plan = add_products(plan, network, opened.axes, budget.units(opened.axes))
     if not plan.streams:
@@ -64,7 +68,10 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
 def open_to_recover(
     settings: RecoverSettings, source: RunFolder, cut: LastCut, invocation: Invocation
 ) -> tuple[OpenedNetwork, OpenedNetwork, MemoryPlan]:
-    """Open the networks before and after a cut, and decide whether a recovery reads them one block at a time."""
+    """Open the networks before and after a cut without their weights; the plan says whether they are read by block.
+
+    Raises as :func:`open_to_prune` does.
+    """
     spec, count, window = make_model_spec(cut.settings), max(1, len(cut.settings.sources)), cut.settings.seq_len
     dense, small = (
         _open_language_model(str(cut.before or spec.name), spec),
@@ -97,6 +104,7 @@ def open_to_recover(
 
 
 def _open_language_model(name: str, spec: ModelSpec) -> OpenedNetwork:
+    """Open a network without its weights, in the dtype of ``spec``; InputError if it has no tokenizer."""
     opened = open_network(name, DTYPES.get(spec.dtype))
     if opened.loaded.tokenizer is None:
         raise InputError(f"--memory predicts for models of text, and {name} has no tokenizer; leave it out")
@@ -104,7 +112,7 @@ def _open_language_model(name: str, spec: ModelSpec) -> OpenedNetwork:
 
 
 def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
-    """Return what of a model, and of how it runs, needs the whole network in memory → whether it is so."""
+    """Return property of a model or a run that needs the whole network in memory → whether it has that."""
     return {
         "a model without text": opened.loaded.tokenizer is None,
         "--input": bool(spec.input),
@@ -116,9 +124,13 @@ def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> 
 def start_streaming(
     opened: OpenedNetwork, plan: MemoryPlan, needs: Mapping[str, bool], announce: Callable[[str], None]
 ) -> bool:
-    """Whether a network is read one block at a time; prepare the process for that, unless something needs it whole."""
+    """Return whether a network is read one block at a time; announce it, and limit the process's caches if so.
+
+    Raises ResourceError if the limit is too low, and InputError if any of ``needs`` needs the whole network.
+    """
     plan.check()
-    if plan.streams and (reason := next((text for text, holds in needs.items() if holds), "")):
+    reason = next((text for text, holds in needs.items() if holds), "")
+    if plan.streams and reason:
         raise InputError(
             f"{reason} needs the whole network in memory, about {plan.whole / 2**30:.1f} GiB of --memory "
             f"{format_bytes(plan.limit)}; give more memory, or use another method or setting"
@@ -132,7 +144,7 @@ def start_streaming(
 
 
 def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
-    """Return the most bytes that generating text and gradients need in memory."""
+    """Return the bytes of memory that generating text or computing gradients needs, whichever is more; else 0."""
     model, window, count = opened.loaded.model, settings.seq_len, len(settings.sources)
     size, needed = _count_weight_bytes(model), []
     if GENERATED in settings.sources:
@@ -148,24 +160,25 @@ def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwo
 
 
 def _predict_recovery_bytes(by: str, model: nn.Module, window: int) -> int:
-    """Return what a recovery needs of a cut network, its weights included, but for what ``refit`` sums."""
+    """Return the bytes that a recovery needs for a cut network, its weights included, but for what ``refit`` sums."""
     size = _count_weight_bytes(model)
     if by in CLOSED_FORM:
         widest = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)
-        return size + 3 * window * widest * 4
+        return size + 3 * window * widest * 4  # bytes of float32
     activations = _predict_activation_bytes(model, window, distils=by == "distil")
     if by == "distil":  # in float32: weights, gradients, two moments of the optimizer, and the best values
-        single = 4 * sum(p.numel() for p in model.parameters())
-        return 5 * single + int(single / max(1, size) * activations)
+        in_float32 = 4 * sum(p.numel() for p in model.parameters())
+        return 5 * in_float32 + int(in_float32 / max(1, size) * activations)
     return size + activations
 
 
 def _count_weight_bytes(model: nn.Module) -> int:
+    """Return how many bytes the parameters of a network take."""
     return sum(p.nbytes for p in model.parameters())
 
 
 def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -> int:
-    """Return what a training step of all weights on two windows needs beside weights, gradients and two moments."""
+    """Return the bytes that training steps on two windows need beside weights, gradients and two moments of AdamW."""
     optimizers: dict[int, torch.optim.Optimizer] = {}
 
     def step(model: nn.Module, batch: Batch) -> None:
@@ -189,7 +202,7 @@ def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = 
 
 
 def _predict_refit_bytes(model: nn.Module, tokens: int, window: int, parts: int) -> int:
-    """Return what refit needs for all positions at one layer, and for its ``parts`` sums of the widest layer.
+    """Return the bytes that refit needs for all positions at one layer, and for its ``parts`` sums of the widest layer.
 
     At the largest layer that is inputs, outputs and what is added to them; and what one batch needs between two layers.
     """

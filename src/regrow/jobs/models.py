@@ -49,7 +49,10 @@ class ModelSpec:
 
 
 def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> Loaded:
-    """Load the model of a run folder, or a model by name."""
+    """Load the model of a run folder, or a model by name; ``code`` is the user's function that builds it.
+
+    Raises ModelError if the model is unknown, or a folder needs ``code`` that is not given.
+    """
     device, dtype, folder = choose_device(spec.device), DTYPES.get(spec.dtype), Path(spec.name)
     if not (folder / store.SHAPES).is_file():
         check_code(spec.name, False, code)
@@ -63,21 +66,21 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     builder = import_builder(code) if code else None
-    built, shown = call_builder(builder, code) if builder else (None, None)
+    built, own_example = call_builder(builder, code) if builder else (None, None)
     paths = (folder / name for name in shapes.files)
     files = tuple(WeightFile(path, held=True) for path in paths if path.is_file())
     model = store.load(folder, model=built, device=device, dtype=dtype)
     origin = replace(shapes.origin, name=folder.name, builder=builder)
     if spec.input:
-        shown = shaped_example(model, read_shape(spec.input))
-    probed = bool(shapes.probe.header)
-    example = shown or _find_example(model, origin, folder, spec.sources, probed)
+        own_example = shaped_example(model, read_shape(spec.input))
+    has_probe = bool(shapes.probe.header)
+    example = own_example or _find_example(model, origin, folder, spec.sources, has_probe=has_probe)
     example = Example(moved(example.args, device), moved(dict(example.kwargs), device))
     return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)
 
 
 def attach_origin(loaded: Loaded) -> torch.nn.Module:
-    """Return the network of a loaded model with its ``origin`` and ``tokenizer``, as :func:`regrow.load` sets them."""
+    """Set ``origin`` and ``tokenizer`` as attributes of a network that lacks them, as regrow.load does; return it."""
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
         if value is not None and not hasattr(loaded.model, name):
             setattr(loaded.model, name, value)
@@ -112,21 +115,25 @@ def find_image_side(sources: Sequence[str]) -> int:
     """
     for spec in sources:
         _, _, path = spec.partition("=")
-        if side := 8 if spec == "digits" else side_of(expanded(Path(path))) if path else 0:
+        if spec == "digits":
+            return 8
+        if path and (side := side_of(expanded(Path(path)))):
             return side
     return 0
 
 
 def describe_input(loaded: Loaded) -> dict[str, str]:
-    """Return the entry of ``run.json`` about the input shape of a traced model, if a single shape describes it."""
+    """Return ``{"input": shape}`` for ``run.json``; ``{}`` for text, and if no single shape describes the input."""
     shape = written_shape(loaded.example)
     return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
 
 
-def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Sequence[str], probed: bool) -> Example:
-    """Return an example input for the network of a run folder; a guessed one is logged.
+def _find_example(
+    model: nn.Module, origin: Origin, folder: Path, sources: Sequence[str], *, has_probe: bool
+) -> Example:
+    """Return an example input for the network of a run folder, guessed and logged if need be, or raise ModelError.
 
-    ``probed``: whether the folder has the input with which the network was saved.
+    ``has_probe``: whether the folder has the input with which the network was saved.
     """
     run = read_run(folder) if (folder / RUN).is_file() else {}
     if (tokenizer := getattr(model, "tokenizer", None)) is not None:
@@ -136,7 +143,7 @@ def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Seque
     if origin.input_shape:
         return image_example(model, *origin.input_shape)
     pixels = find_image_side(sources)
-    if probed and not pixels:
+    if has_probe and not pixels:
         return probe.read_example(folder / probe.FILE, model)
     if (guess := guessed_example(model, pixels)) is None:
         raise ModelError(f"{origin.name}: the model does not say what input it takes; give --input 1x3x32x32")

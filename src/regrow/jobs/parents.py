@@ -37,26 +37,31 @@ class Parent:
     """The saved model that a run starts from."""
 
     name: str
-    weights: str
-    plans: tuple[Plan, ...]
-    stages: tuple[dict[str, Any], ...]
+    weights: str  # the digest of its weights; empty: it is not saved in a run folder
+    plans: tuple[Plan, ...]  # the plans that led to it
+    stages: tuple[dict[str, Any], ...]  # the records of the runs that made it, by `describe_stage`
 
 
 def record_parent(
     folder: RunFolder, model: str, loaded: Loaded, *, undo: bool = True, outside: OutsideTensors | None = None
 ) -> None:
-    """Record the model that a run starts from, copy it, and begin the ledger with the plans that led to it."""
-    source, saved = Path(model), Path(model, store.SHAPES).is_file()
-    parent = read_parent(source) if saved else Parent(source.name, "", (), ())
-    recorded, files = folder.read_record().get("parent"), {file.path.name: file.record for file in loaded.files}
+    """Record the model that a run starts from, copy it if ``undo``, and begin the ledger with the plans that led to it.
+
+    In a resumed run, raise StoreError if the model is another now; nothing else is done.
+    """
+    source, is_saved = Path(model), Path(model, store.SHAPES).is_file()
+    parent = read_parent(source) if is_saved else Parent(source.name, "", (), ())
+    files = {file.path.name: file.record for file in loaded.files}
     folder.inputs.extend(loaded.files)
-    if recorded is not None:
+    if (recorded := folder.read_record().get("parent")) is not None:
         known = recorded.get("files", {})
-        other = any(known.get(name, record) != record for name, record in files.items())
-        if recorded["weights"] != parent.weights if saved else other:
+        changed = any(known.get(name, record) != record for name, record in files.items())
+        if is_saved:
+            changed = recorded["weights"] != parent.weights
+        if changed:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
-    snapshot = _copy(source if saved else None, loaded, folder.path / BEFORE, outside) if undo else None
+    snapshot = _write_snapshot(source if is_saved else None, loaded, folder.path / BEFORE, outside) if undo else None
     if parent.plans:
         ledger = folder.path / "ledger.json"
         ledger.unlink(missing_ok=True)
@@ -68,7 +73,7 @@ def record_parent(
             "weights": parent.weights,
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "plans": len(parent.plans),
-            **({} if saved else {"files": files}),
+            **({} if is_saved else {"files": files}),
         },
         snapshot=snapshot,
         stages=list(parent.stages) or None,
@@ -76,7 +81,7 @@ def record_parent(
 
 
 def read_parent(folder: Path) -> Parent:
-    """Return what a run records of the saved model that it starts from: a finished run, or another folder."""
+    """Return what a run records of the model in a folder that it starts from; StoreError if it is damaged."""
     shapes = store.read_shapes(folder)
     ledger = Ledger(folder / "ledger.json")
     run = read_run(folder) if (folder / RUN).is_file() else None
@@ -86,7 +91,7 @@ def read_parent(folder: Path) -> Parent:
 
 
 def describe_stage(folder: RunFolder) -> dict[str, Any]:
-    """Return the record of a run among the stages of its network, as JSON data; its model is saved."""
+    """Return the record of a run whose model is saved, for the ``stages`` of later runs, as JSON data."""
     shapes = store.read_shapes(folder.path)
     run = folder.read_record()
     plans = folder.own_ledger.plans()
@@ -103,7 +108,7 @@ def describe_stage(folder: RunFolder) -> dict[str, Any]:
 
 
 def describe_plans(plans: Sequence[Plan]) -> str:
-    """Return what plans changed, in words; empty if nothing.
+    """Return in words how many units and modules plans cut, added and restored; empty if none.
 
     >>> from regrow.core.plan import Change
     >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2), ())})])
@@ -121,7 +126,7 @@ def describe_plans(plans: Sequence[Plan]) -> str:
 
 
 def digest_weights(shapes: Shapes) -> str:
-    """Return the SHA-256 of the digests of all tensors of a saved model, by name."""
+    """Return the SHA-256, in hexadecimal, of the names and digests of all tensors of a saved model."""
     lines = (f"{name} {stored.sha256}\n" for name, stored in sorted(shapes.tensors.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -131,8 +136,10 @@ def count_parameters(shapes: Shapes) -> int:
     return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is Kind.PARAMETER)
 
 
-def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None) -> dict[str, Any]:
-    """Copy a saved model to a new folder, or write the model there; return the record of its files, as JSON data."""
+def _write_snapshot(
+    source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None
+) -> dict[str, Any]:
+    """Copy a saved model to ``target``, or write the loaded one; the old ``target`` is deleted. Return a file record."""
     with explain_os_errors(target):
         if target.exists():
             shutil.rmtree(target)
@@ -151,23 +158,26 @@ def _copy(source: Path | None, loaded: Loaded, target: Path, outside: OutsideTen
 class Stage:
     """A run among those that made a network."""
 
-    record: dict[str, Any]
+    record: dict[str, Any]  # by `describe_stage`
     snapshot: Path | None  # the folder with the model before it; `None` if there is none
 
 
 def read_stages(run: Path) -> list[Stage]:
-    """Return the runs that made the network of a finished run folder, in order."""
+    """Return the runs that made the network of a finished run folder, the first one first."""
     folder = RunFolder.open(run)
     records = [*folder.read_record().get("stages", ()), describe_stage(folder)]
-    stages, at = [], folder.path
+    stages, snapshot = [], folder.path
     for record in reversed(records):
-        at = at / BEFORE
-        stages.append(Stage(record, at if (at / store.SHAPES).is_file() else None))
+        snapshot = snapshot / BEFORE
+        stages.append(Stage(record, snapshot if (snapshot / store.SHAPES).is_file() else None))
     return stages[::-1]
 
 
 def undo_run(run: Path, out: Path | None = None) -> Path:
-    """Replace a run by what it started from: the earlier run, or the model as it was loaded, bit for bit."""
+    """Write what a run started from, bit for bit, to ``out``, or in place of the run itself; return that folder.
+
+    Raises StoreError if the run holds no such copy, the copy is damaged, or ``out`` is not empty.
+    """
     folder = RunFolder.open(run)
     before, snapshot = run / BEFORE, folder.read_record().get("snapshot")
     if snapshot is None:

@@ -18,13 +18,13 @@ class ProgressBar(rich.Progress):
         """Yield the table with the bar, and the lines below it."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            if how := task.fields.get("how"):
-                yield Text(how, no_wrap=False, overflow="fold")
+            if state := task.fields.get("state"):
+                yield Text(state, no_wrap=False, overflow="fold")
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """Show a progress bar with the time left, which is gone after the ``with`` block.
+    """Context manager: show a progress bar with the time left, which is gone after the block.
 
     Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
     shown below the bar; a new part before the comma restarts the bar.
@@ -43,18 +43,18 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
         def update(done: int, total: int, what: str) -> None:
             nonlocal shown
-            what, _, how = what.partition(", ")
+            what, _, state = what.partition(", ")
             if what != shown:
                 progress.reset(task)
             shown = what
-            progress.update(task, description=what, completed=done, total=max(total, 1), how=how)
+            progress.update(task, description=what, completed=done, total=max(total, 1), state=state)
 
         yield update
 
 
 @contextmanager
 def ensure_progress(progress: Progress) -> Iterator[Progress]:
-    """Show a progress bar on the error stream in place of a callback that shows nothing, if someone can see it."""
+    """Context manager: yield ``progress``, or a bar on the error stream if it is ``silent`` and a bar can be seen."""
     console = Console(stderr=True)
     if progress is not silent or not (console.is_terminal or console.is_jupyter):
         yield progress

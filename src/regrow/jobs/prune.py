@@ -67,7 +67,7 @@ class PruneInputs:
 
     network: PrunedNetwork
     axes: AxisGraph
-    data: SourceHalves
+    data: SourceHalves  # calibrated on one half, and evaluated on the other
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
@@ -84,12 +84,12 @@ class PruneResult:
 
 
 def prune_network(
-    settings: Settings, inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, *, cuts: bool = True
+    settings: Settings, open_inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, *, cuts: bool = True
 ) -> PruneResult:
-    """Prune a network, and record it; all mistakes in the settings and inputs are found before that.
+    """Prune a network, and record the run; mistakes in the settings and inputs raise before anything is written.
 
     An interrupted run with the same settings is resumed where the recorder has its folder. All processes of the run
-    call this. ``inputs`` opens the network and the data. Without ``cuts`` the run ends with the plan.
+    call this. ``open_inputs`` opens the network and the data. Without ``cuts`` the run ends with the plan.
     """
     check_settings(settings)
     method, budget = make_pruner(settings), make_budget(settings)
@@ -100,11 +100,12 @@ def prune_network(
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults}
     recorded = run.recorder.check(identity)
     reset_peak()
-    opened = inputs(run)
+    opened = open_inputs(run)
     network, data = opened.network, opened.data
     model = network.loaded.model
     check_precision(model, settings.precision)
-    if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
+    batches = sum(map(len, data.calibration))
+    if settings.reconstruct and batches < 2:
         raise InputError(
             f"reconstruct fits on data of which it holds a part out, and there are {batches} batches; give more data"
         )
@@ -140,11 +141,11 @@ class PruneJob:
     run: ActiveRun
 
     def plan(self) -> tuple[Plan, tuple[str, ...]]:
-        """Calibrate, choose the units that stay on rank 0, and return the plan and notes on the data."""
+        """Calibrate, choose on rank 0 the units that stay, and return the plan, and notes on the data for the user."""
         run, inputs, settings = self.run, self.inputs, self.settings
         model, axes, record = inputs.network.loaded.model, inputs.axes, run.record
         forward = partial(autocasting, model, settings.precision)
-        with run.stage("calibrate"), torch.enable_grad(), forward():
+        with run.stage("calibrate"), torch.enable_grad(), forward():  # a caller in Python may have gradients off
             evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size)
         if not run.ranks.leads:
             return read_plan(json.loads(broadcast_record(run.ranks))), ()
@@ -152,7 +153,7 @@ class PruneJob:
         with run.stage("plan"), torch.enable_grad():
             if checkpoint:
                 open_checkpoint(checkpoint, key, FORMAT)
-            pruning = PruningContext(
+            context = PruningContext(
                 checkpoint=checkpoint,
                 header=lambda: {"key": key},
                 progress=run.progress,
@@ -161,7 +162,7 @@ class PruneJob:
             )
             with forward():
                 cut = plan_cut(
-                    self.method, model, axes, self.budget, evidence, objective=inputs.objective, context=pruning
+                    self.method, model, axes, self.budget, evidence, objective=inputs.objective, context=context
                 )
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
@@ -171,16 +172,17 @@ class PruneJob:
         return cut.plan, evidence.notes
 
     def cut(self, plan: Plan) -> tuple[str, ...]:
-        """Carry out a plan, repair, save and measure the network; return what a user must know."""
+        """Apply a plan to the network, reconstruct, train, save and measure it; return notes for the user."""
         run, settings, network, record = self.run, self.settings, self.inputs.network, self.run.record
         axes, model = self.inputs.axes, network.loaded.model
-        before, fitted = self._measure(axes, "dense"), dict[str, evaluation.Perplexity]()
+        before = self._measure(axes, "dense")
+        unreconstructed: dict[str, evaluation.Perplexity] = {}
         # Weights are shared: a cut makes new ones, which alone are fitted. Vectors are copied: biases are fitted.
         dense = copy_model(model, lambda x: x if x.dim() > 1 else x.detach().clone()) if settings.reconstruct else None
         after = network.cut(run, axes, plan)
         run.record_plan(plan, axes, after)
         if dense is not None:
-            fitted = self._measure(after, "cut")
+            unreconstructed = self._measure(after, "cut")
             sources = self.inputs.data.calibration
             with run.stage("reconstruct"):
                 reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
@@ -190,14 +192,14 @@ class PruneJob:
                 network.save(record)
         pruned = self._measure(after, "pruned")
         log_budget(record, network.loaded.model, axes, after, self.budget)
-        log_pairs(record, fitted, pruned, {"of": ["cut", "pruned"]})
+        log_pairs(record, unreconstructed, pruned, {"of": ["cut", "pruned"]})
         log_pairs(record, before, pruned)
         if notes:
             record.update(notes=[*record.read_record().get("notes", ()), *notes])
         return notes
 
     def _measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
-        """Measure and log the network in its present state, under a name."""
+        """Log size and quality of the network in its present state, as model ``name``; return source → perplexity."""
         inputs, network, run = self.inputs, self.inputs.network, self.run
         if not network.is_shared:
             if not run.ranks.leads:
@@ -208,12 +210,13 @@ class PruneJob:
             return measure_network(run, network.loaded, axes, data, name, network=network.streamed)
 
     def _tune(self, plan: Plan) -> tuple[str, ...]:
-        """Train the network, if that is wanted, and measure the statistics of BatchNorms again."""
+        """Fine-tune the network in place if the settings say so, measure BatchNorm statistics again; return notes."""
         settings, loaded, calibration = self.settings, self.inputs.network.loaded, self.inputs.data.calibration
         epochs, seed, progress = settings.finetune, settings.seed, self.run.progress
         with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
-            for source in calibration if epochs and loaded.tokenizer is None else ():
-                tune.finetune(loaded.model, source, epochs=epochs, seed=seed, progress=progress)
+            if epochs and loaded.tokenizer is None:
+                for source in calibration:
+                    tune.finetune(loaded.model, source, epochs=epochs, seed=seed, progress=progress)
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
 
@@ -221,9 +224,9 @@ class PruneJob:
 def _calibrate(
     run: ActiveRun, inputs: PruneInputs, pruner: Pruner, units: Sequence[Axis], batch_size: int
 ) -> tuple[Evidence, str]:
-    """Measure what a method needs, or resume that; return it, and a digest of what it depends on if that is recorded.
+    """Measure what a method needs, or resume that; return it, and a digest of what it depends on ("" without a folder).
 
-    The processes of the run share the batches, and rank 0 gets the sums.
+    The processes of the run share the batches, and rank 0 alone gets the sums.
     """
     network, record, ranks = inputs.network, run.record, run.ranks
     sources, notes = divide_sources(pruner, inputs.data.calibration)
@@ -238,12 +241,12 @@ def _calibrate(
         }
         done = statistics.read_finished_shards(record.path, keys, pruner.shards)
 
-    def keep(source: str, shard: int, sums: Statistics) -> None:
+    def save_shard(source: str, shard: int, sums: Statistics) -> None:
         if record.is_kept:
             statistics.save_statistics(record.path, source, shard, sums, key=keys[source])
 
     finished = broadcast_record(ranks, [[*key] for key in done])
-    if not ranks.leads:
+    if not ranks.leads:  # empty sums: such a rank only needs to know what not to measure
         done = {(source, shard): Statistics(source) for source, shard in finished}
     evidence = collect_evidence(
         network.loaded.model,
@@ -253,13 +256,13 @@ def _calibrate(
         batch_size=batch_size,
         units=units,
         objective=inputs.objective,
-        options=CollectionOptions(network.streamed, ranks, done, keep, run.progress),
+        options=CollectionOptions(network.streamed, ranks, done, save_shard, run.progress),
     )
     return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.is_kept else ""
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:
-    """Open the network and the data that settings name; a network that is too large is read one block at a time."""
+    """Open the network, one block at a time if it exceeds ``--memory``, trace it, and open the data of the settings."""
     check_same_settings(run.ranks, settings, invocation.memory)
     if settings.reconstruct and (invocation.memory or run.ranks.several):
         raise InputError(
@@ -281,13 +284,13 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:
-    """Return the plan that a pruning run would make, and record nothing."""
-    inputs = partial(open_named, settings, invocation)
-    return prune_network(settings, inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
+    """Return the plan that a pruning run would make; nothing is cut or recorded."""
+    open_inputs = partial(open_named, settings, invocation)
+    return prune_network(settings, open_inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
 
 
 def prune_named(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Prune the model that settings name, as ``regrow prune`` does, and return the folder."""
-    inputs = partial(open_named, settings, invocation)
-    prune_network(settings, inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
+    """Prune the model that settings name, as ``regrow prune`` does, and return the finished folder."""
+    open_inputs = partial(open_named, settings, invocation)
+    prune_network(settings, open_inputs, invocation.start_run(settings, settings.model, undo=settings.undo))
     return RunFolder(Path(invocation.out))

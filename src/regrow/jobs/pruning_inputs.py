@@ -1,8 +1,8 @@
-"""What a pruning run prunes by: its settings as records, the method, its budget and its measurements, checked."""
+"""What pruning runs derive from their settings: model, sources, budget, method and its measurements, checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,7 +28,7 @@ from regrow.store.run_record import convert_settings
 
 
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
-    """Return the settings in the ``run.json`` of a pruning run; ``code`` replaces the user's own code that it names."""
+    """Return the settings in ``run.json``; ``code`` replaces user code that it names, else ModelError is raised."""
     settings = convert_settings(values, Settings)
     if names_code(settings.model):
         check_code(settings.model, True, code)
@@ -37,13 +37,13 @@ def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Setti
 
 
 def make_model_spec(settings: Settings) -> ModelSpec:
-    """Return which model a run prunes, and how it is loaded."""
+    """Return which model a run prunes, and its dtype, device and input."""
     sources = (*settings.sources, *settings.unseen)
     return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
 
 
 def make_source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
-    """Return which sources a run reads, and how much of each: ``total`` tokens together, or those for calibration."""
+    """Return which sources a run reads and how much of each: ``total`` tokens in all, or as the settings say."""
     share = total // max(1, len(settings.sources))
     return SourceSpecs(
         settings.eval_tokens,
@@ -70,13 +70,13 @@ def make_budget(settings: Settings) -> Budget:
 
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
-    """Return a pruning method with the given settings, after checking them."""
+    """Return a pruning method by name; raise an error if the name or a setting is unknown or out of its range."""
     pruner: Pruner = find_method(MethodKind.PRUNING, method).made(method, settings)
     return pruner
 
 
 def make_pruner(settings: Settings) -> Pruner:
-    """Return the method of a run; one that has a seed gets the run's, unless it was given its own."""
+    """Return the method of a run; one that has a setting ``seed`` gets the run's, unless that is set."""
     fields = getattr(find_method(MethodKind.PRUNING, settings.method).settings, "__dataclass_fields__", {})
     seed = {"seed": settings.seed} if "seed" in fields else {}
     return build_pruner(settings.method, seed | dict(settings.method_settings))
@@ -93,11 +93,11 @@ def collect_evidence(
     objective: Objective | None = None,
     options: CollectionOptions | None = None,
 ) -> Evidence:
-    """Measure what a method needs on the sources; a source is split if the method compares more than there are.
+    """Return what a method measures on the sources; a source is split if the method compares more than there are.
 
     ``batch_size``: examples at a time, where smaller batches can be joined. The rest is as for :func:`collect`.
     """
-    if pruner.needs <= {Need.WEIGHTS}:
+    if not _needs_data(pruner):
         return Evidence()
     divided, notes = divide_sources(pruner, sources)
     batch_size = 1 if Need.GRADIENTS in pruner.needs else batch_size
@@ -108,8 +108,13 @@ def collect_evidence(
     return Evidence(statistics, {source.name: source for source in divided}, notes=notes)
 
 
+def _needs_data(pruner: Pruner) -> bool:
+    """Whether a method measures activations or gradients on data, and does not score by weights alone."""
+    return not pruner.needs <= {Need.WEIGHTS}
+
+
 def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Source], tuple[str, ...]]:
-    """Return the sources that a method compares, and a note if the longest was split into interleaved parts for that.
+    """Return the sources that a method compares, and notes: the longest may be split into interleaved parts for that.
 
     Where a method divides a source, that of a loader is read once, so that parts do not overlap if it shuffles.
     """
@@ -135,7 +140,7 @@ def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Sour
 def with_timing(
     model: nn.Module, axes: AxisGraph, budget: Budget, known: Any = None, progress: Progress = silent
 ) -> Budget:
-    """Return the budget, with the network's timing if it counts time: ``known`` of an earlier measurement, or new."""
+    """Return the budget; one that counts time with the recorded timing ``known``, or one that is measured now."""
     if budget.measure != Measure.TIME:
         return budget
     if known:
@@ -146,11 +151,12 @@ def with_timing(
 
 
 def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
-    """Raise ValueError unless a method can meet a budget and has data to measure on."""
-    if not pruner.needs <= {Need.WEIGHTS}:
+    """Raise ValueError unless a method can meet a budget, in a trial with random scores, and has data to measure on."""
+    if _needs_data(pruner):
         if not sources:
             raise ValueError("this method measures on text or images; give it at least one source, like --source news")
-        numbers: list[Any] = [range(len(source)) for source in sources]  # the batches are counted, not read
-        counted = [replace(source, batches=numbers[i]) for i, source in enumerate(sources)]
-        check_sources(divide_sources(pruner, counted)[0], pruner.shards)
+        # Batches are counted, not read: numbers stand for them, which a range divides as a list would.
+        counted = [replace(source, batches=cast(Any, range(len(source)))) for source in sources]
+        divided, _ = divide_sources(pruner, counted)
+        check_sources(divided, pruner.shards)
     check_pruner(pruner, axes, budget)

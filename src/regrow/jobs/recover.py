@@ -47,31 +47,31 @@ from regrow.surgery import verify
 class RecoverInputs:
     """What a run recovers, and on which data."""
 
-    dense: Loaded
-    loaded: Loaded
-    axes: AxisGraph
+    dense: Loaded  # the network before the cut
+    loaded: Loaded  # the network to recover
+    axes: AxisGraph  # those before the cut
     plan: Plan
     data: SourceHalves
-    evaluation_precision: str = "float32"
+    evaluation_precision: str = "float32"  # as in the pruning run, so that measurements can be compared
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
-    known: tuple[Path, ...] = ()
+    known: tuple[Path, ...] = ()  # run folders that may have the text that the model generates
     # The measurements of the networks before and after the cut; `None`: these are measured
-    measured: Sequence[dict[str, Any]] | None = None
-    python_call: dict[str, object] | None = None
+    rows: Sequence[dict[str, Any]] | None = None
+    python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
     streamed: StreamedRecovery | None = None  # both networks one block at a time; `None`: they are in memory
     memory: MemoryPlan | None = None  # what the run needs of a limit of memory; `None`: there is none
 
 
 def recover_network(
     settings: Settings,
-    inputs: Callable[[ActiveRun], RecoverInputs],
+    open_inputs: Callable[[ActiveRun], RecoverInputs],
     run: ActiveRun,
 ) -> dict[str, Any]:
-    """Recover a network whose last change of shape was a cut, and record it. An interrupted run is resumed.
+    """Recover a network whose last change of shape was a cut, and record the run; an interrupted one is resumed.
 
-    All processes of the run call this, and train together.
-    Returns what the method returned, with ``tokens`` and ``seconds``.
+    All processes of the run call this, and train together. Returns the method's summary, with ``tokens`` and
+    ``seconds``. Mistakes in the settings and inputs raise before anything is written.
     """
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
@@ -80,7 +80,7 @@ def recover_network(
     identity = {"verb": "recover", "settings": asdict(settings), "defaults": taken}
     run.recorder.check(identity)
     with run.stage("load"):
-        opened = inputs(run)
+        opened = open_inputs(run)
         dense, loaded, streamed = opened.dense, opened.loaded, opened.streamed
         precision = settings.precision or opened.evaluation_precision
         check_precision(loaded.model, precision)
@@ -121,7 +121,7 @@ def recover_network(
 
 
 def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> None:
-    """Log size and quality of the recovered network, and how far it is from the networks before."""
+    """Log size and quality of the recovered network, and how far it is from the networks before; write its axes."""
     loaded, streamed, record = inputs.loaded, inputs.streamed, run.record
     after = trace_loaded(loaded)
     if isinstance(record, RunFolder):
@@ -146,17 +146,17 @@ def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], num
 
 
 def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
-    """Record the cut, and the measurements of the networks before and after it."""
+    """Log the measurements of the networks before and after the cut; in a call from Python, also the plan."""
     record = run.record
     if inputs.python_call is not None and isinstance(record, RunFolder) and not len(record.ledger):
         record.ledger.append(inputs.plan)  # the ledger begins with the cut that is made up for
         record.update(parent={**record.read_record()["parent"], "plans": 1})
     recoveries = 0
-    for row in inputs.measured or ():
+    for row in inputs.rows or ():
         recoveries += row["what"] == "recovery"
         if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
             record.log(row["what"], {**({"round": recoveries} if recoveries > 1 else {}), **row})
-    if inputs.measured is None and record.is_kept:
+    if inputs.rows is None and record.is_kept:
         dense, loaded = inputs.dense, inputs.loaded
         cut = trace_loaded(loaded)
         data, alone = EvaluationData(inputs.data, inputs.objective), replace(run, ranks=SINGLE)
@@ -167,7 +167,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
 
 
 def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Recover the model of a finished run, as ``regrow recover`` does, and return the folder.
+    """Recover the model of a finished run, as ``regrow recover`` does, and return the new folder.
 
     The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
     are the same, and the measurements of the dense and the pruned model are copied. A run that is predicted to need
@@ -177,15 +177,15 @@ def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
     source = RunFolder.open(settings.run)
     cut = find_last_cut(source, invocation.code)
     complete = _complete_settings(settings, source, cut)
-    inputs = partial(open_named, settings, invocation, source, cut)
-    recover_network(complete, inputs, invocation.start_run(settings, settings.run, undo=settings.undo))
+    open_inputs = partial(open_named, settings, invocation, source, cut)
+    recover_network(complete, open_inputs, invocation.start_run(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 
 def open_named(
     settings: Settings, invocation: Invocation, source: RunFolder, cut: LastCut, run: ActiveRun
 ) -> RecoverInputs:
-    """Open the networks before and after the cut behind a run, and the data."""
+    """Open the networks before and after a run's last cut, one block at a time if they exceed memory, and the data."""
     check_same_settings(run.ranks, settings)
     memory, streamed = _open_streamed(settings, source, cut, invocation)
     dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)
@@ -207,7 +207,7 @@ def open_named(
         cut.settings.precision,
         specs=specs,
         known=known,
-        measured=cut.folder.metrics(),
+        rows=cut.folder.metrics(),
         streamed=streamed,
         memory=memory,
     )
@@ -216,7 +216,10 @@ def open_named(
 def _open_streamed(
     settings: Settings, source: RunFolder, cut: LastCut, invocation: Invocation
 ) -> tuple[MemoryPlan | None, StreamedRecovery | None]:
-    """Predict and announce what a recovery needs of a limit of memory, if there is one; open it block by block."""
+    """Predict what a recovery needs of ``--memory``, and open both networks to be read by block if the plan says so.
+
+    Returns ``None`` for the plan without a limit, and for the networks that fit.
+    """
     if not invocation.memory:
         return None, None
     reset_peak()
@@ -230,10 +233,12 @@ def _open_streamed(
 
 
 def _complete_settings(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
-    """Return the settings, completed from the folder of the run to recover and the cut behind it."""
-    data = cut.folder.read_record()
-    known = data["settings"]
-    pruning, before = (known, ()) if data["verb"] == "prune" else (known["pruning"], (*known["before"], known["by"]))
+    """Return the settings with their hidden fields, which tell of the pruning run and the recoveries since."""
+    record = cut.folder.read_record()
+    recorded = record["settings"]
+    pruning, before = recorded, ()
+    if record["verb"] != "prune":
+        pruning, before = recorded["pruning"], (*recorded["before"], recorded["by"])
     return replace(
         settings,
         run=source.path.resolve().name,
@@ -246,7 +251,7 @@ def _complete_settings(settings: Settings, source: RunFolder, cut: LastCut) -> S
 
 
 def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:
-    """Load the model before the cut, and the one to recover."""
+    """Return the model before the cut and the one to recover; the first is that of ``before/`` if the run has it."""
     spec, ranks, code = make_model_spec(cut.settings), invocation.ranks, invocation.code
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))

@@ -1,4 +1,4 @@
-"""Recovery and reconstruction of a cut network within a run folder, with a checkpoint from which they resume."""
+"""Steps of recovery: find the cut of a run, recover or reconstruct its network, with a checkpoint to resume from."""
 
 import time
 from collections.abc import Mapping
@@ -38,41 +38,42 @@ def recover(
     origin: object = None,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """Recover a cut network by a method, or resume that; return its summary, with ``tokens`` and ``seconds``.
+    """Recover ``task.model`` in place by a method, or resume that; return its summary, with ``tokens`` and ``seconds``.
 
-    ``name`` is that of the checkpoint, and ``origin`` says how the dense network was built. On all ranks ``task.model``
-    is afterwards that of rank 0.
+    ``name`` is that of the checkpoint, and ``origin`` says how the dense network was built: both with a folder only.
+    On all ranks ``task.model`` is afterwards that of rank 0.
     """
-    work: Recovery = find_method(MethodKind.RECOVERY, by).made(by, settings)
-    key, spent, start, streamed = "", 0.0, time.perf_counter(), task.streamed
+    method: Recovery = find_method(MethodKind.RECOVERY, by).made(by, settings)
+    key, spent_seconds = "", 0.0  # in earlier attempts
+    start, streamed = time.perf_counter(), task.streamed
     if record.is_kept:
-        texts = [fingerprint(source) for source in task.sources]
+        sources = [fingerprint(source) for source in task.sources]
         if streamed is None:
             sums = [parameter_sums(network) for network in (task.model, task.dense)]
         else:
             sums = [network.weights.sums() for network in (streamed.model, streamed.dense)]
-        key = fingerprint(Source("", ()), by, dict(settings), task.seed, str(origin), texts, sums)
+        key = fingerprint(Source("", ()), by, dict(settings), task.seed, str(origin), sources, sums)
         path = record.path / "statistics" / f"{name}.safetensors"
-        spent = float(open_checkpoint(path, key, training.FORMAT).get("seconds", 0))
+        spent_seconds = float(open_checkpoint(path, key, training.FORMAT).get("seconds", 0))
         task = replace(task, checkpoint=path)
     if task.parallel.ranks.several:
         file = broadcast_file(task.parallel.ranks, task.checkpoint or record.path / "recovery.safetensors", record.path)
         task = replace(task, checkpoint=file)
 
     def header() -> dict[str, object]:
-        return {"key": key, "seconds": spent + time.perf_counter() - start}
+        return {"key": key, "seconds": spent_seconds + time.perf_counter() - start}
 
     precision = "float32" if by in CLOSED_FORM else precision
     with autocasting(task.model, precision), autocasting(task.dense, precision):
-        summary = work(replace(task, header=header))
-    seconds = round(spent + time.perf_counter() - start, 1)
+        summary = method(replace(task, header=header))
+    seconds = round(spent_seconds + time.perf_counter() - start, 1)
     return {"tokens": sum(source.tokens for source in task.sources), "seconds": seconds, **summary}
 
 
 def reconstruct(
     task: RecoveryTask, changed: Mapping[str, object] | None = None, record: Record = UNRECORDED
 ) -> dict[str, Any]:
-    """Fit every layer that reads cut units by least squares, or resume that; log and return its row.
+    """Fit every layer that reads cut units by least squares, in place, or resume that; log and return its row.
 
     ``changed`` are settings of ``refit`` that differ from those of ``regrow prune --reconstruct``.
     """
@@ -86,16 +87,16 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class LastCut:
-    """The cut after which a network has kept its shape."""
+    """The last cut of a network, after which nothing has changed its shape."""
 
-    folder: RunFolder
-    settings: Settings
+    folder: RunFolder  # the pruning run, or the last recovery after it
+    settings: Settings  # of the pruning run
     plan: Plan
     before: Path | None  # the folder with a copy of the model before the cut; `None` if there is none
 
 
 def find_last_cut(source: RunFolder, code: str = "") -> LastCut:
-    """Return the cut that a recovery of a finished run makes up for."""
+    """Return the cut that a recovery of a finished run makes up for; StoreError if the shape has changed since."""
     folder = source
     while (verb := folder.read_record()["verb"]) not in ("prune", "recover"):
         changed = describe_plans(folder.own_ledger.plans())
@@ -115,7 +116,7 @@ def find_last_cut(source: RunFolder, code: str = "") -> LastCut:
     plans = folder.ledger.plans()
     if not plans or plans[-1].back or any(change.grow for change in plans[-1].changes.values()):
         raise StoreError(f"{folder.path}: recovery needs a run whose last plan only cuts; restore ledger.json")
-    before, at = folder.path / BEFORE, folder
-    while at.read_record()["verb"] != "prune" and (before / RUN).is_file():
-        at, before = RunFolder(before), before / BEFORE
+    before, ancestor = folder.path / BEFORE, folder
+    while ancestor.read_record()["verb"] != "prune" and (before / RUN).is_file():
+        ancestor, before = RunFolder(before), before / BEFORE
     return LastCut(folder, settings, plans[-1], before if (before / store.SHAPES).is_file() else None)

@@ -174,7 +174,7 @@ class StreamedRecovery:
         return StreamedPair(self.dense.network(results), self.cut.network(results), changed)
 
     def outside(self, model: Loaded, changed: ChangedTensors) -> OutsideTensors:
-        """Return the tensors of the recovered network for ``store.write_model``: changed ones, then those of the cut."""
+        """Return the tensors of the recovered network for ``store.write_model``: changed ones, and those of the cut."""
 
         def running(folder: Path) -> AbstractContextManager[nn.Module]:
             return self._open_saved(model, self.cut.axes, folder).on_demand()

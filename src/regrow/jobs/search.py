@@ -123,7 +123,9 @@ class SearchRecord:
             self.record.log("memory", number=i, **asdict(stage))
 
 
-def search_network(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun) -> SearchResult:
+def search_network(
+    settings: Settings, open_inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun
+) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record it.
 
     An interrupted run is resumed. All processes of the run call this, and train together.
@@ -131,7 +133,7 @@ def search_network(settings: Settings, inputs: Callable[[ActiveRun], SearchInput
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
     recorded = run.recorder.check(identity)
-    opened = inputs(run)
+    opened = open_inputs(run)
     data = opened.data
     batch, table = measure_times(settings, opened, recorded.get("latency"), run.ranks)
     check_same_tasks(run.ranks, opened.model, (data.search, data.whole))

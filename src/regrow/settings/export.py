@@ -15,7 +15,7 @@ class Format:
 
     # The dtypes in which it stores weights, of which the first is the default; empty text: as they are
     dtypes: tuple[str, ...]
-    takes: tuple[str, ...]
+    arguments: tuple[str, ...]  # what its `write` takes of `dtype`, `example` and `weights`
     suffix: str = ""  # the suffix of its files; empty if it is a folder
 
 
