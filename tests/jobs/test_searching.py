@@ -335,7 +335,9 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
         share_right(net, read_search_data(Settings("own_nets:tiny", "digits", "params=30%", **given)).test)
         == (rows(folder, "test")[0]["accuracy"])
     )
-    with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
+    with pytest.raises(
+        ValueError, match=r"own_nets:wrong returns \(2, 3\) for two images; return logits of 10 classes"
+    ):
         search_named(Settings("own_nets:wrong", "digits", "params=30%", **given), Invocation(tmp_path / "other"))
 
 

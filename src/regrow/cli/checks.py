@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,13 +16,11 @@ from regrow.core.names import DOMAINS, find_data_problem, find_problem, find_sou
 from regrow.methods import MethodKind, check_name
 from regrow.settings import export, grow
 from regrow.settings.declaration import options_of
+from regrow.settings.learn import parse_sequence
 from regrow.store.atomic import JSON, LEFTOVER, check_output
 from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
 from regrow.store.run_record import RUN, read_run, unfinished_folder
-
-if TYPE_CHECKING:
-    pass
 
 FOLDERS = frozenset({"prune", "grow", "recover", "learn", "search", "apply"})
 """Commands that write a folder of their own, ``--out``."""
@@ -88,15 +86,16 @@ def read_recorded(folder: Path) -> dict[str, Any]:
 
 
 def _check_data(values: Mapping[str, object]) -> None:
-    """Raise InputError unless the labelled data or the text of a search (``data``) or of ``tasks`` are there."""
+    """Raise InputError unless every data set or text that ``data`` (of a search) or ``tasks`` name exists."""
     tasks = values.get("tasks")
     names = [str(values["data"])] if values.get("data") else []
     for spec in map(str, tasks if isinstance(tasks, tuple) else ()):
-        fit = re.fullmatch(r"(?:permuted|rotated|split):(.+?):\d{1,3}", spec)
-        names.append(fit[1] if fit else spec)
+        _, name, _ = parse_sequence(spec)
+        names.append(name)
     for name in names:
-        text = name in DOMAINS or "=" in name
-        if problem := find_source_problem(name) if text else find_data_problem(name):
+        is_text = name in DOMAINS or "=" in name
+        problem = find_source_problem(name) if is_text else find_data_problem(name)
+        if problem:
             raise InputError(problem)
 
 

@@ -139,7 +139,7 @@ def count_parameters(shapes: Shapes) -> int:
 def _write_snapshot(
     source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None
 ) -> dict[str, Any]:
-    """Copy a saved model to ``target``, or write the loaded one; the old ``target`` is deleted. Return a file record."""
+    """Copy a saved model to ``target``, or write the loaded one, replacing it; return a record of its files."""
     with explain_os_errors(target):
         if target.exists():
             shutil.rmtree(target)

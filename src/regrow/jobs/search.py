@@ -61,16 +61,16 @@ class SearchResult:
     """The network that a search found."""
 
     model: nn.Module
-    axes: AxisGraph
+    axes: AxisGraph  # those of the searched network after all plans
     plans: tuple[Plan, ...]
-    measure: str
+    measure: str  # what sizes count, such as `params`
     target: float
     before: float
     size: float
     saved: Mapping[str, float]  # `operations`, `filters` and `weights` → how much of the size each of them saved
     metric: str
     score: float  # the score on the validation data; higher is better
-    rows: tuple[Mapping[str, Any], ...]
+    rows: tuple[Mapping[str, Any], ...]  # one per epoch
 
     def __str__(self) -> str:
         return format_text([self._table()], self._summary())
@@ -80,44 +80,46 @@ class SearchResult:
         return format_html([self._table()], self._summary())
 
     def _table(self) -> Table:
+        """Return how much of the size each granularity saved, those that saved nothing left out."""
         rows = [(name, short(value)) for name, value in self.saved.items() if value]
         return Table("", ("removed", self.measure), rows, (1,))
 
     def _summary(self) -> str:
+        """Return size, target and score in one line."""
         sizes = f"{short(self.before)} → {short(self.size)} {self.measure} (target {short(self.target)})"
         return f"{sizes}, validation {self.metric} {self.score:.3f}"
 
 
 @dataclass
 class SearchRecord:
-    """Collects the rows of a search (kind and values), and writes what it has reached, each thing once."""
+    """Collects the rows of a search, and writes what it has reached to its run: each plan, event and row once."""
 
     record: Record
     watch: MemoryWatch
-    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    plans: int = 0
-    events: int = 0
-    written: int = 0
+    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # kind, values
+    written_plans: int = 0
+    written_events: int = 0
+    written_rows: int = 0
 
     def log(self, kind: str, /, **row: Any) -> None:
-        """Take a row, which :meth:`write` writes with the state that it belongs to."""
+        """Add a row, which :meth:`write` writes with the state that it belongs to; a ``status`` is dropped."""
         if kind != "status":
             self.rows.append((kind, row))
 
     def rows_of(self, kind: str) -> tuple[dict[str, Any], ...]:
-        """Return the rows of a kind."""
+        """Return the values of all rows of a kind, in order."""
         return tuple(row for name, row in self.rows if name == kind)
 
     def write(self, now: TrainState[Any], *, unfinished: int = 0) -> None:
         """Write what is new since the last call; ``unfinished`` stages at the end may yet need more memory."""
         if isinstance(self.record, RunFolder):
-            for plan in now.plans[self.plans :]:
+            for plan in now.plans[self.written_plans :]:
                 self.record.own_ledger.append(plan)
-        for i in range(self.events, len(now.events)):
+        for i in range(self.written_events, len(now.events)):
             self.record.log("commit", number=i, **now.events[i])
-        for kind, row in self.rows[self.written :]:
+        for kind, row in self.rows[self.written_rows :]:
             self.record.log(kind, row)
-        self.plans, self.events, self.written = len(now.plans), len(now.events), len(self.rows)
+        self.written_plans, self.written_events, self.written_rows = len(now.plans), len(now.events), len(self.rows)
         stages = [*self.watch.rows.values()]
         for i, stage in enumerate(stages[: len(stages) - unfinished]):
             self.record.log("memory", number=i, **asdict(stage))
@@ -126,9 +128,10 @@ class SearchRecord:
 def search_network(
     settings: Settings, open_inputs: Callable[[ActiveRun], SearchInputs], run: ActiveRun
 ) -> SearchResult:
-    """Search a network within the target size, train it if there are epochs for that, test it, and record it.
+    """Search a network within the target size, train it if there are epochs for that, test it, and record the run.
 
-    An interrupted run is resumed. All processes of the run call this, and train together.
+    The network is changed in place. An interrupted run is resumed. All processes of the run call this, and train
+    together. Mistakes in the settings and inputs raise before anything is written.
     """
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
@@ -200,7 +203,7 @@ def search_network(
 def _search(
     settings: Settings, inputs: SearchInputs, search: Search, context: Context, run: ActiveRun
 ) -> tuple[Fitted[SearchState], SearchRecord]:
-    """Run or resume the search; return the network, cut by all plans, and the rows that were logged."""
+    """Run or resume the search; return the network, cut in place by all plans, with its state, and the logged rows."""
     record, undo = run.record, context.undo
     file = record.path / STATISTICS / CHECKPOINT
     if record.is_kept:
@@ -215,12 +218,12 @@ def _search(
     watch = MemoryWatch(search, budget, settings.batch_size, dict(state.learner.memory))
     log = SearchRecord(record, watch, [("epoch", dict(row)) for row in state.learner.history], len(state.plans))
 
-    def write(now: TrainState[SearchState], there: Context) -> None:
+    def save(now: TrainState[SearchState], context: Context) -> None:
         log.write(now, unfinished=1)
         if record.is_kept:
-            recomputed = bool(search.space.ends) and cast(Staged, there.model).recomputed
+            recomputed = bool(search.space.ends) and cast(Staged, context.model).recomputed
             now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
-            write_checkpoint(file, there.model, now, undo, outside=True)
+            write_checkpoint(file, context.model, now, undo, outside=True)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
@@ -233,7 +236,7 @@ def _search(
             state=state,
             options=FitOptions(
                 undo=undo,
-                checkpoint=write,
+                checkpoint=save,
                 around=watch,
                 log=log.log,
                 progress=run.progress,
@@ -241,8 +244,8 @@ def _search(
             ),
         )
     else:
-        begun = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
-        fitted = Fitted(model, axes, replace(state, learner=begun))
+        learner_state = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
+        fitted = Fitted(model, axes, replace(state, learner=learner_state))
     log.write(fitted.state)
     end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs)
     fitted, last = finish(search.learner, fitted, end)
@@ -252,15 +255,19 @@ def _search(
 
 
 def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: SearchInputs) -> None:
-    """Write a network that a search left into a folder, with the tokenizer of the network that it started from."""
+    """Write the searched network into a folder, with the tokenizer of the one that the search started from, if any."""
     start = inputs.start
     store.write_model(replace(start, model=model, origin=origin) if start else model, folder, origin=origin)
 
 
 def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
-    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0."""
+    """Return a copy of the searched network, trained on all training examples; weights that are 0 stay 0.
+
+    It is re-initialised from the seed unless the settings say ``inherit``. An interrupted training is resumed.
+    """
     record = run.record
-    model, schedule = clone_model(searched), make_schedule(settings, data.objective, settings.retrain, "cosine")
+    model = clone_model(searched)
+    schedule = make_schedule(settings, data.objective, settings.retrain, decay="cosine")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         for module in model.modules():
@@ -273,13 +280,13 @@ def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.M
     file = record.path / STATISTICS / RETRAINING_FILE
     file.parent.mkdir(exist_ok=True)
 
-    def write(now: TrainState[RetrainState], there: Context) -> None:
+    def save(now: TrainState[RetrainState], context: Context) -> None:
         if record.is_kept:
-            write_checkpoint(file, there.model, now)
+            write_checkpoint(file, context.model, now)
 
     history = TrainState(None) if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
-    options = FitOptions(checkpoint=write, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
+    options = FitOptions(checkpoint=save, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
     fitted = learn(model, axes, [data.whole], learner, schedule, state=state, options=options)
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
     fold_scales(fitted.model)
@@ -287,7 +294,7 @@ def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.M
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> SearchInputs:
-    """Open the network and the data that settings name."""
+    """Open the network or build the space that settings name, split the data, and trace."""
     with run.stage("load"):
         start = find_space_start(settings.space, settings.data, settings.input, invocation)
         device = choose_device(settings.device, run.ranks)
@@ -307,7 +314,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
 
 
 def search_named(settings: Settings, invocation: Invocation) -> RunFolder:
-    """Search the space that settings name, as ``regrow search`` does, and return the folder."""
+    """Search the space that settings name, as ``regrow search`` does, and return the finished folder."""
     check_same_settings(invocation.ranks, settings)
     run = invocation.start_run(settings, settings.space, undo=settings.undo)
     search_network(settings, partial(open_named, settings, invocation), run)

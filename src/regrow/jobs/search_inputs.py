@@ -47,11 +47,13 @@ WINDOWS = 4
 class SearchData:
     """The data of a search, split by purpose."""
 
-    search: Task
-    # Both together, for retraining; the validation examples are also its test examples, which are only reported
+    search: Task  # training examples, and validation examples as its test examples
+    # All of these to train on, for retraining; the validation examples are its test examples, too, which are reported
     whole: Task
     test: ExampleSet | None  # test examples, evaluated once at the end; `None`: there are none
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # flags that the network is called with, such as `use_cache`
     objective: Objective = CLASSIFICATION
 
 
@@ -66,63 +68,70 @@ class SearchInputs:
     schedule: TaskSchedule
     # The network as it was loaded, if it has weights that are searched; `None`: it is new
     start: Loaded | None = None
-    stages: MemoryStages | None = None
-    in_place: bool = False
-    python_call: dict[str, object] | None = None
+    stages: MemoryStages | None = None  # stages that keep within the memory budget; `None`: there is none
+    in_place: bool = False  # whether the network is the user's own, which is searched as it is
+    python_call: dict[str, object] | None = None  # what the result depends on besides settings, in a call from Python
 
 
 def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
-    """Return how a network is trained by the settings of a search, for a number of epochs."""
+    """Return how a network is trained by the settings of a search, for ``epochs`` (0 as 1); ``decay``: of the rate."""
     return replace(make_task_schedule(replace(settings, epochs=max(1, epochs)), objective), decay=decay)
 
 
 def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchData:
-    """Return the data of a search, split into training, validation and test examples."""
+    """Return the data of a search, a fifth of the training examples held out at random for validation.
+
+    ``start`` is the network with weights, whose form the data get; ``None``: it is new.
+    """
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
-    specs = replace(specs, normalised=names_code(settings.space)).fit(start, settings.seq_len)
-    base, text = read_tasks(specs)[0], specs.tokenizer is not None
+    specs = replace(specs, normalised=names_code(settings.space)).adapted_to(start, settings.seq_len)
+    (base,) = read_tasks(specs)
+    is_text = specs.tokenizer is not None
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
-    many = max(1, round(HELD_OUT * n))
-    if n - many < 2:
-        raise ValueError(f"{n} examples leave {n - many} to learn from; give more data")
-    held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
-    if text:
-        held = ExamplesView(held, most=WINDOWS)
-    flags = start.example.kwargs if start and text else {}
+    held_out = max(1, round(HELD_OUT * n))
+    if n - held_out < 2:
+        raise ValueError(f"{n} examples leave {n - held_out} to learn from; give more data")
+    validation, training = (base.train.subset(part) for part in order.split([held_out, n - held_out]))
+    if is_text:
+        validation = ExamplesView(validation, most=WINDOWS)
+    flags = start.example.kwargs if start and is_text else {}
     return SearchData(
-        search=Task("search", learned, held, base.classes),
-        whole=Task("retraining", base.train, held, base.classes),
+        search=Task("search", training, validation, base.classes),
+        whole=Task("retraining", base.train, validation, base.classes),
         test=base.test,
         kwargs={name: value for name, value in flags.items() if isinstance(value, bool)},
-        objective=NEXT_TOKEN if text else CLASSIFICATION,
+        objective=NEXT_TOKEN if is_text else CLASSIFICATION,
     )
 
 
 def trace_examples(model: nn.Module, task: Task, data: SearchData) -> AxisGraph:
-    """Return the axes of a network, traced with two training examples of a task among the data."""
+    """Return the axes of a network, traced with two training examples of a task, and the flags of the data."""
     return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **data.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
-    """Return a target as a measure and a number."""
+    """Return the measure of a target, and the largest size in it; ValueError unless the space is larger.
+
+    ``table`` has the times of the space, for a target in ms.
+    """
     target = parse_search_target(text)
     measure = target.measure
     if measure == Measure.TIME and table is None:
         raise ValueError("how long the space takes was not measured: latency(…) does it")
     counted = Measure.PARAMETERS if measure == Measure.NONZERO else measure
     whole: float = table.total if table else Cost(axes, counted).total
-    number = target.amount or target.share * whole
-    if not 0 < number < whole:
+    amount = target.amount or target.share * whole
+    if not 0 < amount < whole:
         has = f"{whole:.4g}" if table else f"{whole:,.0f}"
         raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
-    return measure, number
+    return measure, amount
 
 
 def make_search(
     settings: Settings, measure: Measure, known: Mapping[str, object], prices: Prices | None = None
 ) -> Search:
-    """Return the search method of a run, with those settings that it has and that follow from its network.
+    """Return the search method of the settings for a measure, with those of the settings ``known`` that it has.
 
     Zeroed weights count as removed under ``nonzero`` only, so the method does not search them for another measure.
     """
@@ -146,10 +155,14 @@ def build_search(
     *,
     augments: bool = True,
 ) -> Search:
-    """Return the search method of a run, with the target, granularities and stages that follow from its network."""
-    measure, most = parse_target(settings.target, axes, table)
+    """Return the search method of a run by :func:`make_search`, with target and stages that follow from its network.
+
+    ``plan`` are the stages that a memory budget needs, ``table`` the times of a pass, and ``augments`` whether the
+    method may augment images. Raises ValueError for a target, epochs or stages that the method cannot have.
+    """
+    measure, limit = parse_target(settings.target, axes, table)
     stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
-    known: dict[str, object] = {"target": most, "seed": settings.seed, "stages": stages}
+    known: dict[str, object] = {"target": limit, "seed": settings.seed, "stages": stages}
     if not augments:
         known["augment"] = False
     candidates = candidates_in(model)
@@ -158,8 +171,10 @@ def build_search(
     prices = None
     if table:
         prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
-        if most <= prices.rest:
-            raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
+        if limit <= prices.rest:
+            raise ValueError(
+                f"{prices.rest:.3g} ms are left whatever is removed; give a target above that, not {limit:g} ms"
+            )
     search = make_search(settings, measure, known, prices)
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
@@ -174,7 +189,7 @@ def build_search(
 
 
 def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> None:
-    """Measure the running statistics of a found network's BatchNorms again, on training examples in random order."""
+    """Measure the running statistics of a network's BatchNorms again, in place, on shuffled training examples."""
     if tune.find_running(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
@@ -183,7 +198,7 @@ def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> N
 def measure_times(
     settings: Settings, inputs: SearchInputs, known: dict[str, Any] | None, ranks: ProcessRank
 ) -> tuple[Batch | None, Latency | None]:
-    """Return a batch and the times of a pass, known or measured on rank 0, if the target is a time."""
+    """Return a batch and the times of a pass, ``known`` or measured on rank 0; ``None`` unless the target is a time."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.data.search.train, settings.batch_size)

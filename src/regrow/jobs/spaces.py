@@ -39,16 +39,17 @@ STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]
 }
 """Space that can be searched in stages → its network, its description, a part of it, and what its parts are."""
 MASK_FACTOR, BYTES_PER_WEIGHT, GRANULARITY_BYTES = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
-"""The memory of a step with masks, relative to one without: a factor, and additional bytes per weight; and further
-bytes per weight for each granularity that is searched."""
+"""The predicted memory of a step with masks is that of one without, times a factor, and these bytes per weight: some
+always, and further ones for each granularity that is searched."""
 
 
 def build_space(
     settings: Settings, task: Task, start: Loaded | None = None
 ) -> tuple[nn.Module, Origin, MemoryStages | None]:
-    """Return a search space as a network, its origin, and its stages if a memory budget sets them.
+    """Return a search space as a network, its origin, and its stages if a memory budget sets them, else ``None``.
 
-    The network has random weights, or is the one that is searched instead of a new one (``start``).
+    The network has random weights, or is ``start``, the network with weights that is searched. Raises ValueError for
+    stages that the space cannot have, and MemoryBudgetError if no stage fits the budget.
     """
     space, stages, seed = settings.space, settings.stages, settings.seed
     fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
@@ -66,35 +67,43 @@ def build_space(
     if not fit:
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
-    network, supernet, prefix, parts = STAGED[kind]
-    named = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
-    describe = partial(supernet, shape, classes, stride=settings.stride, **dict(named))
-    whole, plan = describe(), None
-    check_space_fits(network, whole, f"a search of {space}")
+    network_class, configure, prefix, parts = STAGED[kind]
+    sizes = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
+    configure = partial(configure, shape, classes, stride=settings.stride, **dict(sizes))
+    whole, plan = configure(), None
+    check_space_fits(network_class, whole, f"a search of {space}")
     count = len(whole[parts])
     if settings.memory:
         # Where stages end is not known yet: a classifier behind every part is no less than there will be.
-        plan = _plan_stages_in_memory(settings, task, partial(prefix, describe(heads=range(count))), count)
-    config = describe(heads=plan.ends if plan else stage_ends(count, stages or min(3, count)))
-    net = _build_seeded(network, config, seed)
+        plan = _plan_stages_in_memory(settings, task, partial(prefix, configure(heads=range(count))), count)
+    config = configure(heads=plan.ends if plan else stage_ends(count, stages or min(3, count)))
+    net = _build_seeded(network_class, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(kind, kind, config, space), plan
 
 
 def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
-    """Build a network by the user's own code, with random weights, and check its outputs."""
+    """Return a network that the user's code builds from the seed; ValueError unless it has an output per class.
+
+    ``space`` is its name on the command line. The global random state is unchanged.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, _ = call_builder(builder, space)
-    outputs = logits_in(model.eval()(first_examples(task.train, 2).inputs))
+    logits = logits_in(model.eval()(first_examples(task.train, 2).inputs))
     classes = 1 + max(task.classes)
-    if outputs.shape != (2, classes):
-        raise ValueError(f"{space} answers {tuple(outputs.shape)} to two images of {classes} classes")
+    if logits.shape != (2, classes):
+        raise ValueError(
+            f"{space} returns {tuple(logits.shape)} for two images; return logits of {classes} classes, (2, {classes})"
+        )
     return model
 
 
 def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., Prefix], parts: int) -> MemoryStages:
-    """Return the fewest stages within a memory budget; if there are none, with recomputation in the backward pass."""
+    """Return the fewest stages within the memory budget, if need be with recomputation, else raise MemoryBudgetError.
+
+    ``build``: (first part that is complete, last part, share of a stage) → the part of the space that runs then.
+    """
     search = make_search(settings, parse_search_target(settings.target).measure, {})
     first, budget = first_examples(task.train, settings.batch_size), parse_bytes(settings.memory)
     batch = pack_batch(first.inputs, first.labels)
@@ -114,10 +123,11 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
         return replace(cut(peaks[1], parts, budget), recomputed=True)
 
 
-def _build_seeded(network: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:
+def _build_seeded(network_class: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:
+    """Return a new network with random weights of a seed; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return network(config)
+        return network_class(config)
 
 
 def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
@@ -132,33 +142,36 @@ def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
 
 
 def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False) -> tuple[nn.Module, Origin]:
-    """Return what a search left of a space as a plain network with folded scales, and the record of how to build it."""
-    gone = find_placeholders(model).keys()
+    """Return what a search left of a space as a plain network in eval mode, and the record of how to build it.
+
+    Scales are folded into weights, in place; ``in_place`` returns ``model`` itself, else cells and blocks are rebuilt.
+    """
+    removed = find_placeholders(model).keys()
     fold_scales(model)
     config: Mapping[str, object]
     match model:
         case _ if in_place:
             return model.eval(), origin
         case Cells():
-            config = cells.describe(model, origin.config, gone)
+            config = cells.describe(model, origin.config, removed)
         case Mobile():
-            config = mobile.describe(model, origin.config, gone)
+            config = mobile.describe(model, origin.config, removed)
         case _:
             return model.eval(), origin
     return rebuild(config, model), replace(origin, config=config)
 
 
 def rebuild(config: Mapping[str, Any], model: Cells | Mobile) -> Cells | Mobile:
-    """Build the network that a description gives, with the parameters of the searched super-network (``model``)."""
+    """Return a new network of a config, in eval mode, with the weights of the searched super-network (``model``)."""
     network = type(model)(config)
     network.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
     names = network.state_dict().keys()
     state = {name: value for name, value in model.state_dict().items() if name in names}
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
-            gone = find_placeholders(node)
-            alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
-            state[f"{path}.scale"] = state[f"{path}.scale"][alive]
+            removed = find_placeholders(node)
+            kept = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in removed]
+            state[f"{path}.scale"] = state[f"{path}.scale"][kept]
     network.load_state_dict(state)
     return network.eval()
 
@@ -189,10 +202,12 @@ def predict_stage_bytes(search: Search, state: SearchState, context: Context, ba
 
 
 def _make_step() -> Callable[[nn.Module, Batch], Any]:
+    """Return a training step by SGD with momentum, as a search takes them, for :func:`predict_memory`."""
     return training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
 def _add_mask_bytes(masked: Collection[str], plain: int, weights: int) -> int:
+    """Return the peak in bytes with masks of granularities over so many ``weights``; ``plain``: that without masks."""
     return int(MASK_FACTOR * plain) + (BYTES_PER_WEIGHT + sum(GRANULARITY_BYTES[name] for name in masked)) * weights
 
 
@@ -202,13 +217,16 @@ class MemoryWatch:
 
     search: Search
     budget: int  # the budget in bytes; 0: none, and nothing is measured
-    size: int
+    batch_size: int
     rows: dict[str, StageMemory] = field(default_factory=dict)  # stage → its measured memory
     # Stage that started in this process → its predicted peak, in bytes
     predictions: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
-        """Return a context manager around a training step; of each stage, steps with and without masks are measured."""
+        """Return a context manager around a training step; of each stage, steps with and without masks are measured.
+
+        At the start of a stage its peak is predicted; MemoryBudgetError is raised if it exceeds the budget.
+        """
         if not self.budget:
             return nullcontext()
         stage = state.stage
@@ -222,8 +240,8 @@ class MemoryWatch:
         return nullcontext()
 
     def _fit_to_budget(self, state: SearchState, context: Context) -> int:
-        """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
-        net, first = cast(Staged, context.model), first_examples(context.task.train, self.size)
+        """Return a stage's predicted peak in bytes; turn recomputation on if need be, else raise MemoryBudgetError."""
+        net, first = cast(Staged, context.model), first_examples(context.task.train, self.batch_size)
         batch = pack_batch(first.inputs, first.labels)
         needed = predict_stage_bytes(self.search, state, context, batch)
         if needed > self.budget and not net.recomputed:
@@ -242,6 +260,7 @@ class MemoryWatch:
 
     @contextmanager
     def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
+        """Context manager: measure the memory of a step, and keep the row of the stage that needs most."""
         removed = context.undo.contents().values() if context.undo else ()
         live = Live([*context.model.parameters(), *context.model.buffers(), *removed])
         resident = peak_meter(device_of(context.model))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from regrow.methods import MethodEntry
 from regrow.nets import Loaded
 from regrow.nets.load import check_code
 from regrow.nets.vision import BUILDERS
+from regrow.settings.learn import parse_sequence
 from regrow.store.errors import StoreError
 from regrow.training.continual import TaskSchedule
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
-"""The largest number of values in an example, and of classes, that a file may claim."""
+"""The largest number of values in an example, and of classes, that ``run.json`` may claim."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class TaskSpecs:
     seed: int = 0
     # The shape `[C, H, W]` that images are converted to; empty: that of the first task's images
     shape: tuple[int, ...] = ()
-    normalised: bool = False
+    normalised: bool = False  # whether images are normalised by the mean and deviation of ImageNet
     # The tokenizer of a language model, whose tasks are text domains; `None`: tasks are of images
     tokenizer: "PreTrainedTokenizerBase | None" = None
     seq_len: int = 256
 
-    def fit(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
-        """Return the same for a network with weights, which decides the form of the data; as they are for a new one."""
+    def adapted_to(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
+        """Return these specs with the form of data that ``start`` takes; for a new network (``None``) as they are."""
         if start is None:
             return self
         if start.tokenizer is not None:
@@ -61,7 +63,10 @@ class TaskSpecs:
 
 
 def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task] = ()) -> list[Task]:
-    """Return the tasks of a run, with their data; all images get the shape that the network, or the first task, has."""
+    """Return the tasks ``before`` and those of the specs; images get the shape of the specs, or of the first task.
+
+    ``recorded`` is what :func:`describe_tasks` returned: tasks without data are made of it, or MissingError is raised.
+    """
     tasks = [*before]
     for i, spec in enumerate(specs.sequences):
         try:
@@ -69,13 +74,15 @@ def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task]
         except MissingError:
             if not isinstance(recorded, list) or i >= len(recorded):
                 raise
-            tasks += _read_recorded(recorded[i], parse_sequence(spec)[2])
+            _, _, count = parse_sequence(spec)
+            tasks += _restore_tasks(recorded[i], count)
     if specs.tokenizer is not None or (len(tasks) == 1 and not specs.shape):
         return tasks
     return streams.alike(tasks, specs.shape)
 
 
 def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
+    """Return the tasks of one sequence; SourceError if it has none, MissingError if its data are not there."""
     if specs.tokenizer is not None:
         return [_read_text(spec, specs)]
     transformation, data, n = parse_sequence(spec)
@@ -92,28 +99,17 @@ def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
     return streams.split(base, n, relabel=specs.scenario == "domain")
 
 
-def parse_sequence(spec: str) -> tuple[str, str, int]:
-    """Return the transformation, the data's name and the number of tasks of a sequence (``TaskSpecs.sequences``).
-
-    >>> parse_sequence("permuted:digits:5"), parse_sequence("digits")
-    (('permuted', 'digits', 5), ('', 'digits', 1))
-    """
-    fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
-    return (fit[1], fit[2], int(fit[3])) if fit else ("", spec, 1)
-
-
 def _read_text(spec: str, specs: TaskSpecs) -> Task:
     """Return a text domain as a task: windows of its calibration half to train on, of its other half to test on."""
     domain = text(spec)
-    train, test = (
-        windows(domain, specs.tokenizer, n=n or None, seq_len=specs.seq_len, seed=specs.seed, half=half)
-        for n, half in ((specs.train, Half.CALIBRATION), (specs.test, Half.EVALUATION))
-    )
+    read = partial(windows, domain, specs.tokenizer, seq_len=specs.seq_len, seed=specs.seed)
+    train = read(n=specs.train or None, half=Half.CALIBRATION)
+    test = read(n=specs.test or None, half=Half.EVALUATION)
     return Task(domain.name, join_examples(map(to_examples_of_batch, train)), LoadedExamples(test.batches), ())
 
 
 def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:
-    """Return the record of each sequence's tasks that is needed once their data are missing, as JSON data."""
+    """Return, per sequence, its tasks as JSON data (name, input shape, classes), in case their data go missing."""
     records: list[dict[str, object]] = [
         {"name": task.name, "inputs": list(input_shape(task.train)), "classes": list(task.classes)} for task in tasks
     ]
@@ -121,8 +117,8 @@ def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list
     return [list(islice(rest, parse_sequence(spec)[2])) for spec in sequences]
 
 
-def _read_recorded(record: object, many: int) -> list[Task]:
-    """Return the tasks of a sequence from an untrusted ``run.json``, without data."""
+def _restore_tasks(record: object, count: int) -> list[Task]:
+    """Return the ``count`` tasks of a sequence from an untrusted ``run.json``, without data; StoreError if damaged."""
     tasks = []
     for entry in record if isinstance(record, list) else []:
         match entry:
@@ -130,8 +126,8 @@ def _read_recorded(record: object, many: int) -> list[Task]:
                 valid = all(type(c) is int and 0 <= c < MOST_CLASSES for c in classes)
                 if valid and min(inputs) > 0 and prod(inputs) <= MOST_INPUTS:
                     tasks.append(Task.of_gone(name, tuple(inputs), tuple(classes)))
-    if len(tasks) != many:
-        raise StoreError(f"run.json tells of {many} tasks what cannot be ({str(record)[:80]}); restore it")
+    if len(tasks) != count:
+        raise StoreError(f"run.json tells of {count} tasks what cannot be ({str(record)[:80]}); restore it")
     return tasks
 
 
@@ -148,7 +144,11 @@ def is_new_network(model: str) -> bool:
 def load_start_network(
     model: str, sequences: tuple[str, ...], shape: str, invocation: Invocation, run: Path | None = None
 ) -> Loaded | None:
-    """Return the network that a run trains on, in float32; ``None`` if it is built anew."""
+    """Return the network with weights that a run trains, in float32; ``None`` if its name is that of a new one.
+
+    ``shape`` is that of its input (empty: from the data of ``sequences``), and ``run`` the folder of a run that is
+    continued, which may hold the network in ``before/``. Raises ModelError for code that the command line lacks.
+    """
     code, progress = invocation.code, invocation.progress
     if is_new_network(model):
         check_code(model, False, code)
@@ -166,7 +166,7 @@ def load_start_network(
 
 
 def find_space_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
-    """Return the network with its weights that is searched, in float32; ``None`` if the name is that of a search space.
+    """Return the network with weights that is searched, in float32; ``None`` if its name is that of a search space.
 
     Arguments and errors are as for :func:`load_start_network`.
     """
@@ -188,7 +188,7 @@ def _image_shape(loaded: Loaded) -> tuple[int, ...]:
 
 
 def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
-    """Raise InputError unless a network has an output for every class; the task has the form that it takes."""
+    """Raise InputError unless a network, run on examples of a task, has an output for each class; sets eval mode."""
     model = loaded.model.eval()
     with torch.no_grad():
         outputs = logits_in(run_network(model, first_examples(task.train, 2).inputs)).shape
@@ -201,11 +201,11 @@ def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
 
 
 def select_method_settings(entry: MethodEntry, settings: Mapping[str, object]) -> dict[str, object]:
-    """Return those of some settings that a method has."""
+    """Return those of the settings whose names are settings of a method."""
     return {field.name: settings[field.name] for field in fields(entry.settings) if field.name in settings}
 
 
 def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
-    """Return how a network is trained by the settings of a run that have the name of a field of the schedule."""
+    """Return a schedule whose fields are the settings of a run with the same names, and the objective."""
     names = [field.name for field in fields(TaskSchedule) if hasattr(settings, field.name)]
     return TaskSchedule(**{name: getattr(settings, name) for name in names}, objective=objective)

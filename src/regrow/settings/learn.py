@@ -1,11 +1,22 @@
 """The settings of ``regrow learn``."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting
+
+
+def parse_sequence(spec: str) -> tuple[str, str, int]:
+    """Return the transformation, the data's name and the number of tasks of a sequence, as ``tasks`` has them.
+
+    >>> parse_sequence("permuted:digits:5"), parse_sequence("digits")
+    (('permuted', 'digits', 5), ('', 'digits', 1))
+    """
+    match = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
+    return (match[1], match[2], int(match[3])) if match else ("", spec, 1)
 
 
 @dataclass(frozen=True)
