@@ -35,7 +35,7 @@ from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask, refit
-from regrow.settings.prune import complete_reconstruction
+from regrow.settings.prune import make_reconstruction_settings
 from regrow.store.run_record import versions
 from regrow.surgery import apply
 from regrow.tracing import trace
@@ -54,7 +54,7 @@ ARMS: Mapping[str, Mapping[str, Any] | None] = {
     "held_out": {},
     "left_out": {"choose_on": "left_out_source"},
     "left_out, shrunk": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES},
-    "defaults": complete_reconstruction(()),
+    "defaults": make_reconstruction_settings(()),
     "held_out, dense": {"target": "dense"},
     "left_out, dense": {"choose_on": "left_out_source", "target": "dense"},
     "left_out, shrunk, dense": {"choose_on": "left_out_source", "shrinkages": SHRINKAGES, "target": "dense"},

@@ -194,12 +194,12 @@ def _state(child: int) -> tuple[str, float]:
 
 def tried(one: Input, source: Path, said: Path) -> Outcome:
     """Run one input in a place of its own."""
-    from regrow.cli import code_of
+    from regrow.cli import run_command
 
     def work() -> int:
         if one.denied:
             obey()
-        return code_of(list(one.words))
+        return run_command(list(one.words))
 
     with tempfile.TemporaryDirectory(prefix="malformed-") as name, chdir(name):
         place = Path(name)
@@ -263,20 +263,20 @@ LOADED = (
 
 def make(source: Path) -> None:
     """Make all inputs in a child, so that this process keeps as it is."""
-    from regrow.cli import code_of
+    from regrow.cli import run_command
 
     with chdir(source):
-        outcome = forked(lambda: prepare(code_of), source / "said.txt", 600.0)
+        outcome = forked(lambda: prepare(run_command), source / "said.txt", 600.0)
     if outcome.code:
         sys.exit(outcome.said)
 
 
 def try_some(found: list[Input], numbers: list[int], source: Path, out: Path, loud: bool) -> None:
     """Try some of the inputs; a row for each is added to the output as it comes."""
-    from regrow.cli import code_of
+    from regrow.cli import run_command
 
     said = source / f"said-{os.getpid()}.txt"
-    baseline = forked(lambda: code_of(["methods"]), said).peak
+    baseline = forked(lambda: run_command(["methods"]), said).peak
     for number in numbers:
         one = found[number]
         outcome = tried(one, source, said)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from harness import Row, add, arguments, finished, rows, table
 
-from regrow.cli.screen import working
+from regrow.cli.screen import show_progress
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings
 from regrow.jobs.prune import prune_named as prune
@@ -87,7 +87,7 @@ def run(args: Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     name = f"flap-{args.keep:g}-{args.prune_tokens}-{args.eval_tokens}{'' if args.compensate else '-plain'}"
     base = args.work / name
-    with working() as progress:
+    with show_progress() as progress:
         if not finished(base):
             prune(pruning(args), Invocation(base, progress=progress))
         for arm in args.arms:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.cli.boundary import ENVIRONMENT, failure_of
+from regrow.cli.boundary import ENVIRONMENT, classify_failure
 from regrow.core import limits
 from regrow.core.change import Change
 from regrow.core.errors import InputError, ResourceError
@@ -190,4 +190,4 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
     for name, read in readers.items():
         with pytest.raises(ValueError, match=rf"{name} may not be read; check its permissions") as caught:
             read(tmp_path / name)
-        assert failure_of(caught.value).code == ENVIRONMENT, name
+        assert classify_failure(caught.value).code == ENVIRONMENT, name

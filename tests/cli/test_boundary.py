@@ -90,25 +90,25 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
 def test_a_value_error_is_the_users_only_where_regrow_raises_it() -> None:
     with pytest.raises(ValueError) as slip:
         quantities.significant(math.nan)  # which has no logarithm that can be rounded
-    assert boundary.failure_of(slip.value).traced
+    assert boundary.classify_failure(slip.value).traced
     with pytest.raises(ModelError) as meant:
         __import__("regrow.nets", fromlist=["load"]).load("")
-    assert boundary.failure_of(meant.value) == boundary.Failure(2, str(meant.value))
+    assert boundary.classify_failure(meant.value) == boundary.Failure(2, str(meant.value))
 
 
 def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as full, explain_os_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left")
-    assert boundary.failure_of(full.value).code == 4
+    assert boundary.classify_failure(full.value).code == 4
     rust, numpy = "No space left on device (os error 28)", "9280 requested and 0 written"
     for error in (Exception(rust), SafetensorError(rust), OSError(numpy)):  # of tokenizers, safetensors and numpy
         with pytest.raises(StoreError, match="disk is full") as full, explain_os_errors(tmp_path):
             raise error
-        assert boundary.failure_of(full.value).code == 4
+        assert boundary.classify_failure(full.value).code == 4
     with pytest.raises(StoreError) as wrong, explain_os_errors(tmp_path):
         raise OSError(errno.ENOENT, "No such folder")
-    assert boundary.failure_of(wrong.value).code == 2
-    assert boundary._code_of(RefusedError("x")) == 3 and boundary._code_of(ResourceError("x")) == 4
+    assert boundary.classify_failure(wrong.value).code == 2
+    assert boundary._choose_exit_code(RefusedError("x")) == 3 and boundary._choose_exit_code(ResourceError("x")) == 4
 
 
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +178,11 @@ HOSTILE = "a\x1b[31mb\x9b1mc\u202ed\ne[red]f[/x]\udcff"
 
 
 def test_what_steers_a_terminal_is_shown_and_not_sent(capfd: pytest.CaptureFixture[str]) -> None:
-    screen.prepare()
+    screen.set_up_terminal()
     screen.say(HOSTILE)
-    screen.table(HOSTILE, (HOSTILE, "b"), [(HOSTILE, 1), ("[/x]", 2)])
-    screen.failure(HOSTILE, 2)
-    with screen.working() as tell:
+    screen.print_table(HOSTILE, (HOSTILE, "b"), [(HOSTILE, 1), ("[/x]", 2)])
+    screen.print_failure(HOSTILE, 2)
+    with screen.show_progress() as tell:
         tell(0, 1, HOSTILE)
     shown = "".join(capfd.readouterr())
     assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") == 6 and "[red]f[/x]" in shown and "[/x]" in shown
@@ -190,7 +190,7 @@ def test_what_steers_a_terminal_is_shown_and_not_sent(capfd: pytest.CaptureFixtu
 
 
 def test_an_answer_keeps_its_lines_and_loses_its_escapes() -> None:
-    assert screen.printable("a\n\tb\x1b[2Jc", keep=screen.TEXT) == "a\n\tb\\x1b[2Jc"
+    assert screen.escape_controls("a\n\tb\x1b[2Jc", keep=screen.TEXT) == "a\n\tb\\x1b[2Jc"
 
 
 def test_the_end_of_a_file_is_no_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +199,10 @@ def test_the_end_of_a_file_is_no_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_errors_of_click_are_not_taken_for_bugs() -> None:
-    assert boundary.failure_of(click.BadParameter("x")).code == 2
-    assert boundary.failure_of(OSError(errno.EROFS, os.strerror(errno.EROFS), b"y")).line.startswith("y: read-only")
+    assert boundary.classify_failure(click.BadParameter("x")).code == 2
+    assert boundary.classify_failure(OSError(errno.EROFS, os.strerror(errno.EROFS), b"y")).line.startswith(
+        "y: read-only"
+    )
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
-from regrow.cli.checks import check_folder
+from regrow.cli.checks import check_run_folder
 from regrow.core.errors import InputError, ResourceError
 from regrow.nets.devices import choose_device
 from regrow.nets.files import check_config, check_files, check_safetensors
@@ -168,5 +168,5 @@ def test_what_a_killed_replacement_leaves_is_deleted_by_a_command_that_is_refuse
     (tmp_path / "net" / "model").touch()
     (tmp_path / ".net.01234567.old").mkdir()
     with pytest.raises(StoreError, match="not empty"):
-        check_folder(tmp_path / "net")
+        check_run_folder(tmp_path / "net")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]

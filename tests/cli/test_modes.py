@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import regrow
 from distributed.processes import finish, start
-from regrow.cli import code_of
+from regrow.cli import run_command
 from regrow.jobs import memory_needs
 from regrow.jobs.inputs import SourceHalves, SourceSpecs, read_sources
 from regrow.jobs.models import ModelSpec, load_model
@@ -89,10 +89,10 @@ FAILS: Mapping[tuple[str, str, str], str] = {
 """A command, a mode and what is not equal in them → the difference."""
 BLOCKS = """
 import sys
-from regrow.cli import code_of
+from regrow.cli import run_command
 from regrow.streaming import requirements
 requirements.WHOLE = 1e9
-sys.exit(code_of(sys.argv[1:]))
+sys.exit(run_command(sys.argv[1:]))
 """
 SHARED_ROWS = 1e-4
 """The tolerance, relative and absolute, for weights and measurements of two processes that learn or search."""
@@ -107,7 +107,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_language_model: Path) ->
     folder = tmp_path_factory.mktemp("modes")
     (folder / "llama").symlink_to(tiny_language_model)
     with chdir(folder):
-        assert code_of(["prune", "llama", "--keep", "0.7", "--method", "magnitude", *WORDS, "--out", "pruned"]) == 0
+        assert run_command(["prune", "llama", "--keep", "0.7", "--method", "magnitude", *WORDS, "--out", "pruned"]) == 0
     return folder
 
 
@@ -135,7 +135,7 @@ def run(name: str, mode: str) -> Path:
         if mode.startswith("Python"):
             PYTHON[name.split()[0]](name, out, "64GiB" if "streamed" in mode else "")
         else:
-            assert code_of(words) == 0
+            assert run_command(words) == 0
     return out
 
 
@@ -318,5 +318,5 @@ def test_a_mode_that_a_command_lacks_is_refused(
             monkeypatch.setenv(variable, value)
     words = MISSING[name, mode]
     with chdir(work):
-        assert code_of([*words, *(() if words[0] == "evaluate" else ("--out", "refused"))]) in (2, 4)
+        assert run_command([*words, *(() if words[0] == "evaluate" else ("--out", "refused"))]) in (2, 4)
         assert not Path("refused").exists()

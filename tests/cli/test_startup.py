@@ -54,12 +54,12 @@ REFUSED = {
 }
 ALL = """
 import json, sys
-from regrow.cli import code_of
+from regrow.cli import run_command
 lines = json.load(sys.stdin)
 told = []
 for line in lines:
     sys.stderr.write("\\0")
-    code = code_of(line.split())
+    code = run_command(line.split())
     told.append([code, "torch" in sys.modules])
 sys.stderr.write("\\0" + json.dumps(told))
 """

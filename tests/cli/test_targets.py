@@ -13,7 +13,7 @@ from regrow import load
 from regrow.jobs import prune as prune_run
 from regrow.jobs.pruning_inputs import make_budget, read_pruning_settings
 from regrow.settings.prune import Settings
-from regrow.settings.words import command_line
+from regrow.settings.words import format_command_line
 from regrow.store import StoreError
 from regrow.store.run_folder import RunFolder
 
@@ -99,7 +99,7 @@ def test_recorded_settings_are_read_and_gone_on_with() -> None:
     new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
     assert read_pruning_settings(json.loads(json.dumps(asdict(new)))) == new
     again = "regrow prune m --method flap --target kv_cache=5M@64 --regular --round 8 --out o"
-    assert command_line(new, "--out", "o") == again
+    assert format_command_line(new, "--out", "o") == again
     assert make_budget(new).measure == "kv_cache" and new.keep is None
 
 

@@ -15,10 +15,10 @@ WORDS = ("learn", "permuted:digits:2", "--method", "sparsegrow", "--train", "150
 GROWTH = ("--set", "grow=always", "--set", "width=0.5", "--set", "multiple=1", "--set", "cap=3", "--batch-size", "32")
 KILLED = """
 import os, signal, sys
-from regrow.cli import code_of
+from regrow.cli import run_command
 from regrow.training import fit
 port, *words = sys.argv[1:]
-if code_of([*words, "--out", "two"]):
+if run_command([*words, "--out", "two"]):
     sys.exit(1)
 os.environ["MASTER_PORT"] = port
 epochs, broadcast = [], fit.broadcast_tensors
@@ -30,7 +30,7 @@ def kill(*given):
     broadcast(*given)
 
 fit.broadcast_tensors = kill
-sys.exit(code_of([*words, "--out", "killed"]))
+sys.exit(run_command([*words, "--out", "killed"]))
 """
 
 

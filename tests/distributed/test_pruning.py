@@ -9,13 +9,13 @@ WORDS = ("--keep", "0.7", "--source", "news", "--source", "code", "--tokens", "1
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "axes.json", "probe.st", "metrics.jsonl")
 TWICE = """
 import os, sys
-from regrow.cli import code_of
+from regrow.cli import run_command
 from regrow.streaming import requirements
 port, *words = sys.argv[1:]
-codes = [code_of([*words, "--out", "whole"])]
+codes = [run_command([*words, "--out", "whole"])]
 os.environ["MASTER_PORT"] = port  # other processes meet here, as far as torch knows
 requirements.WHOLE = 1e9 if os.environ["RANK"] == "0" else 0  # rank 0 decides that blocks are read one by one
-sys.exit(max(*codes, code_of([*words, "--memory", "64GiB", "--out", "streamed"])))
+sys.exit(max(*codes, run_command([*words, "--memory", "64GiB", "--out", "streamed"])))
 """
 
 

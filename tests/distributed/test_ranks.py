@@ -197,11 +197,11 @@ def test_an_ended_rank_ends_those_that_wait_for_it(rank, how):
     ],
 )
 def test_options_for_one_process_are_refused_in_several(monkeypatch, tmp_path, capsys, words, line):
-    from regrow.cli import code_of
+    from regrow.cli import run_command
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
-    assert code_of([*words, "--out", str(tmp_path / "out")]) == 2
+    assert run_command([*words, "--out", str(tmp_path / "out")]) == 2
     assert line in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
@@ -217,9 +217,9 @@ def test_only_a_broken_connection_counts_as_one():
 
 
 def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
-    from regrow.cli import code_of
+    from regrow.cli import run_command
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert code_of(["undo", str(Path(__file__).parent)]) == 2
+    assert run_command(["undo", str(Path(__file__).parent)]) == 2
     assert "undo runs in one process, and this is rank 1 of 2" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.cli import code_of
+from regrow.cli import run_command
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.prune import Settings, prune_named
 from regrow.jobs.recording import Invocation
@@ -37,7 +37,7 @@ def weights(folder: Path) -> bytes:
 def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(pruned, tmp_path, capfd):
     words = ["recover", str(pruned), "--by", "refit", "--tokens", "256", "--out", str(tmp_path / "out")]
     words += ["--code", CODE]
-    code = code_of(words)
+    code = run_command(words)
     said = " ".join(capfd.readouterr().out.split())
     assert not code and "Recovered by refit on 256 tokens" in said and "Before Pruned Recovered" in said
     folder = RunFolder.open(tmp_path / "out")

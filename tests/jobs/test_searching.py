@@ -29,7 +29,7 @@ from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
-from regrow.settings.words import command_line
+from regrow.settings.words import format_command_line
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
@@ -162,7 +162,7 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
         assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
     assert weights and not any(torch.allclose(began[1].get_parameter(n), v, atol=1e-3) for n, v in weights)
-    assert "--inherit --" in command_line(replace(SETTINGS, inherit=True), "--out", "x")
+    assert "--inherit --" in format_command_line(replace(SETTINGS, inherit=True), "--out", "x")
 
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def python(*words: str, site: Path | None, cwd: Path) -> subprocess.CompletedPro
 
 def commands(*calls: list[str], site: Path | None, cwd: Path) -> tuple[list[int], str, str]:
     """Run commands of regrow one after the other in one fresh process; return their exit codes, output and errors."""
-    code = "import json, sys; from regrow.cli import code_of; print([code_of(one) for one in json.loads(sys.argv[1])])"
+    code = "import json, sys; from regrow.cli import run_command; print([*map(run_command, json.loads(sys.argv[1]))])"
     done = python("-c", code, json.dumps(calls), site=site, cwd=cwd)
     assert done.returncode == 0, done.stderr
     output, _, codes = done.stdout.rstrip().rpartition("\n")

@@ -10,7 +10,7 @@ import pytest
 
 from regrow.cli.app import regrow
 from regrow.settings import evaluate, learn, prune, recover, search
-from regrow.settings.words import command_line
+from regrow.settings.words import format_command_line
 
 RUNS = [
     prune.Settings("m", keep=1 / 3, sources=("news", "mail=a b/"), unseen=("talk",), round_to=8, dtype="float64"),
@@ -30,14 +30,17 @@ def test_a_command_line_gives_the_settings_again(settings, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("a b").mkdir()  # the folder of a source, which has to be there
     output = "--json" if isinstance(settings, evaluate.Settings) else "--out"
-    name, *words = shlex.split(command_line(settings, output, "x.json"))[1:]
+    name, *words = shlex.split(format_command_line(settings, output, "x.json"))[1:]
     context = regrow.commands[name].make_context(name, words)
     assert asdict(context.params["settings"]) == asdict(settings)
 
 
 def test_only_what_differs_from_the_defaults_is_written() -> None:
-    assert command_line(learn.Settings(("digits",))) == "regrow learn digits --model mlp:100-100 --method sparsegrow"
-    assert command_line(prune.Settings("m", keep=0.5)) == "regrow prune m --method flap --keep 0.5"
+    assert (
+        format_command_line(learn.Settings(("digits",)))
+        == "regrow learn digits --model mlp:100-100 --method sparsegrow"
+    )
+    assert format_command_line(prune.Settings("m", keep=0.5)) == "regrow prune m --method flap --keep 0.5"
 
 
 def test_settings_need_no_torch() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regrow import export, load
-from regrow.cli import code_of
+from regrow.cli import run_command
 from regrow.jobs.prune import Settings, prune_named
 from regrow.jobs.recording import Invocation
 from regrow.store import save
@@ -65,7 +65,7 @@ def killed(words, patch, after):
 
     with patch.context() as one, pytest.raises(Killed):
         one.setattr(RunFolder, "log", counted)
-        code_of(words.split())
+        run_command(words.split())
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def killed(words, patch, after):
 )
 def test_no_row_is_lost_or_repeated(here, monkeypatch, command, kills):
     if command == RECOVER:
-        assert code_of([*PRUNE.split(), "--out", "pruned"]) == 0
-    assert code_of([*command.split(), "--out", "whole"]) == 0
+        assert run_command([*PRUNE.split(), "--out", "pruned"]) == 0
+    assert run_command([*command.split(), "--out", "whole"]) == 0
     whole = told("whole")
     for after in kills:
         killed(f"{command} --out killed-{after}", monkeypatch, after)
-        assert code_of([*command.split(), "--out", f"killed-{after}"]) == 0
+        assert run_command([*command.split(), "--out", f"killed-{after}"]) == 0
         wanted = json.dumps(whole)
         for place in ("--out {}", '"name": "{}"'):
             wanted = wanted.replace(place.format("whole"), place.format(f"killed-{after}"))
@@ -94,9 +94,9 @@ def test_a_run_killed_while_its_page_is_written_is_not_finished(here, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("regrow.reports.page.write_page", dies)
-        code_of([*LEARN.split(), "--out", "run"])
+        run_command([*LEARN.split(), "--out", "run"])
     assert [path.name for path in (here / "run").iterdir()] == [".work"]
-    assert code_of([*LEARN.split(), "--out", "run"]) == 0
+    assert run_command([*LEARN.split(), "--out", "run"]) == 0
     assert "</html>" in (here / "run" / "report.html").read_text() and not (here / "run" / ".work").exists()
     assert [path.name for path in here.iterdir()] == ["run"]
 
@@ -108,7 +108,7 @@ def test_a_page_that_fails_keeps_no_run_from_its_end(here, monkeypatch, capsys):
         raise ReportError("a page needs jinja2: pip install 'regrow[report]'")
 
     monkeypatch.setattr("regrow.reports.page.write_page", fails)
-    assert code_of([*LEARN.split(), "--out", "run"]) == 0
+    assert run_command([*LEARN.split(), "--out", "run"]) == 0
     assert "no page was written: a page needs jinja2" in " ".join(capsys.readouterr().err.split())
     assert load("run") is not None and RunFolder.open("run").read_record()["finished"]
 
@@ -120,36 +120,36 @@ def test_a_run_whose_page_fills_the_disk_fails_and_goes_on_from_there(here, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("regrow.reports.page.write_text", fills)
-        assert code_of([*LEARN.split(), "--out", "run"]) == 4
+        assert run_command([*LEARN.split(), "--out", "run"]) == 4
     assert "disk is full" in " ".join(capsys.readouterr().err.split())
-    assert code_of([*LEARN.split(), "--out", "run"]) == 0
+    assert run_command([*LEARN.split(), "--out", "run"]) == 0
     assert "</html>" in (here / "run" / "report.html").read_text() and not (here / "run" / ".work").exists()
 
 
 def test_a_result_is_readable_while_it_takes_further_tasks(here, monkeypatch):
-    assert code_of([*LEARN.split(), "--classes", "10", "--out", "run"]) == 0
+    assert run_command([*LEARN.split(), "--classes", "10", "--out", "run"]) == 0
     before, more = told("run"), ["learn", "--resume", "run", "--task", "permuted:digits:1"]
     weights = load("run").state_dict()
     killed(" ".join(more), monkeypatch, 0)
     assert told("run") == before and (here / "run" / ".work").is_dir()
     assert all(torch.equal(value, load("run").state_dict()[name]) for name, value in weights.items())
-    assert code_of(more) == 0
+    assert run_command(more) == 0
     once = told("run")
     assert len(once["run.json"]["settings"]["tasks"]) == 2
     assert [row["what"] for row in once["rows"]] == ["task", "task", "matrix", "task", "matrix"]
-    assert code_of(more[:3]) == 0 and told("run") == once, "nothing to learn, nothing changes"
+    assert run_command(more[:3]) == 0 and told("run") == once, "nothing to learn, nothing changes"
 
 
 def test_a_completed_command_that_runs_again_learns_nothing(here, capsys):
     """A command that was killed when all was done and runs again must not learn once more."""
-    assert code_of([*LEARN.split(), "--classes", "10", "--out", "run"]) == 0
+    assert run_command([*LEARN.split(), "--classes", "10", "--out", "run"]) == 0
     more = ["learn", "--resume", "run", "--task", "permuted:digits:1"]
-    assert code_of(more) == 0
+    assert run_command(more) == 0
     once = told("run")
     capsys.readouterr()
-    assert code_of(more) == 0 and told("run") == once
+    assert run_command(more) == 0 and told("run") == once
     assert "run has learned permuted:digits:1: nothing is left to do" in capsys.readouterr().out
-    assert code_of(["learn", "--resume", "run", "--task", "permuted:digits:2"]) == 0 == code_of(more)
+    assert run_command(["learn", "--resume", "run", "--task", "permuted:digits:2"]) == 0 == run_command(more)
     assert len(told("run")["run.json"]["settings"]["tasks"]) == 4
 
 

@@ -15,7 +15,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop_at_once)  # until the modules of the command are imported
     code = INTERRUPTED
     try:
-        code = code_of(sys.argv[1:])
+        code = run_command(sys.argv[1:])
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is over, and has said so
     except KeyboardInterrupt:
         sys.stderr.write("regrow: stopped\n")
@@ -32,15 +32,15 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
-def code_of(words: list[str]) -> int:
+def run_command(words: list[str]) -> int:
     """Run one command, given without the program's name, and return its exit code."""
     from regrow.cli import app
 
-    return app.code_of(words)
+    return app.run_command(words)
 
 
 def open_closed_streams() -> None:
-    """Open closed standard streams on the null device.
+    """Open standard streams that are closed on the null device, for the life of the process.
 
     A closed descriptor would be taken by the next file that is opened, and messages of compiled code would land there.
     """

@@ -11,7 +11,7 @@ from regrow.cli.folders import methods, report, undo
 from regrow.cli.learn import learn, search
 from regrow.cli.networks import apply, export, grow, show
 from regrow.cli.prune import prune, recover
-from regrow.cli.screen import failure, prepare, printable
+from regrow.cli.screen import escape_controls, print_failure, set_up_terminal
 from regrow.core.process_memory import limit_arenas
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
@@ -40,10 +40,10 @@ for verb in VERBS:
     regrow.add_command(verb)
 
 
-def code_of(words: list[str]) -> int:
+def run_command(words: list[str]) -> int:
     """Run one command; a failure is printed in one line, and an exit code of ``boundary.EXIT_CODES`` is returned."""
     limit_arenas()
-    prepare()
+    set_up_terminal()
     try:
         code = regrow.main(words, prog_name="regrow", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -51,14 +51,14 @@ def code_of(words: list[str]) -> int:
         click.echo(error.ctx.get_help() if error.ctx else "")
         return boundary.USAGE
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return failure(boundary.NOTHING_YET, INTERRUPTED)
+        return print_failure(boundary.NOTHING_YET, INTERRUPTED)
     except Exception as error:
         return _failed(error)
 
 
 def _failed(error: Exception) -> int:
-    """Print an error, with its traceback if its cause is unknown, and return the exit code."""
-    problem = boundary.failure_of(error)
-    if problem.traced:
-        sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
-    return failure(problem.line, problem.code)
+    """Print an error, with its traceback if it is raised by no check of regrow, and return the exit code."""
+    failure = boundary.classify_failure(error)
+    if failure.traced:
+        sys.stderr.write(escape_controls("".join(traceback.format_exception(error)), keep="\n"))
+    return print_failure(failure.line, failure.code)

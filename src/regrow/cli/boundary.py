@@ -57,7 +57,7 @@ class Failure:
     traced: bool = False  # whether the traceback is printed, too
 
 
-def failure_of(error: BaseException) -> Failure:
+def classify_failure(error: BaseException) -> Failure:
     """Classify an error by who can fix it (the user, the machine, regrow), and return what is printed about it.
 
     Errors that regrow raises on purpose, and those of the command line, keep their own words. Lack of memory, of disk
@@ -65,61 +65,66 @@ def failure_of(error: BaseException) -> Failure:
     else is a bug of regrow.
     """
     if isinstance(error, click.ClickException):
-        return _of_usage(error)
+        return _classify_usage(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         return Failure(ENVIRONMENT, "there is not enough memory for this; take a smaller model, batch or --seq-len")
     if isinstance(error, OSError):
-        return _of_system(error)
-    if isinstance(error, ImportError) and (package := (error.name or "").split(".")[0]) in EXTRAS:
+        return _classify_os_error(error)
+    package, _, _ = str(getattr(error, "name", None) or "").partition(".")
+    if isinstance(error, ImportError) and package in EXTRAS:
         line = f"this needs {package}, which cannot be imported: pip install 'regrow[{EXTRAS[package]}]'"
         return Failure(ENVIRONMENT, line)
-    if isinstance(error, ValueError) and _on_purpose(error):
-        return Failure(_code_of(error), str(error))
-    if where := _foreign(error.__traceback__):
+    if isinstance(error, ValueError) and _is_raised_by_regrow(error):
+        return Failure(_choose_exit_code(error), str(error))
+    if where := _find_user_line(error.__traceback__):
         return Failure(USAGE, f"{where} failed: {describe(error)}; it is not part of regrow: fix it there", traced=True)
     return Failure(BUG, f"this is a bug in regrow: {describe(error)}; please report it with the traceback", traced=True)
 
 
-def _of_usage(error: click.ClickException) -> Failure:
+def _classify_usage(error: click.ClickException) -> Failure:
+    """Return what is printed about an error of the command line, with ``--help`` as remedy if it names none."""
     line = error.format_message()
     if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
         line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
     return Failure(INTERRUPTED if isinstance(error, Stopped) else USAGE, line)
 
 
-def _code_of(error: ValueError) -> int:
+def _choose_exit_code(error: ValueError) -> int:
     """Return the exit code of an error that regrow raised on purpose, which the machine may have caused."""
     if isinstance(error, RefusedError):
         return REFUSED
     if isinstance(error, ResourceError):
         return ENVIRONMENT
-    for cause in _causes(error):
+    for cause in _walk_causes(error):
         if isinstance(cause, ImportError | MemoryError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
             return ENVIRONMENT
     return USAGE
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Record every Ctrl-C, besides raising ``KeyboardInterrupt``: compiled code may turn it into another error."""
-    noted: list[int] = []
+def record_interrupts() -> Iterator[list[int]]:
+    """Context manager: yield a list that gets the signal number at every Ctrl-C, besides raising KeyboardInterrupt.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
+    Compiled code may turn that into another error. Another handler than Python's is left in place.
+    """
+    signals: list[int] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         signal.default_int_handler(number, frame)
 
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler:
-        yield noted
+        yield signals
         return
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, record)
     try:
-        yield noted
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _walk_causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and those that led to it, from the nearest on."""
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -129,7 +134,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _of_system(error: OSError) -> Failure:
+def _classify_os_error(error: OSError) -> Failure:
+    """Return what is printed about an error of the system: the file, the reason, and a remedy."""
     number = error.errno or 0
     name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
     where = f"{name}: " if name else ""
@@ -138,8 +144,8 @@ def _of_system(error: OSError) -> Failure:
     return Failure(ENVIRONMENT if number in _MACHINE else USAGE, f"{where}{what[:1].lower()}{what[1:]}; {remedy}")
 
 
-def _on_purpose(error: ValueError) -> bool:
-    """Whether a ``raise`` statement of regrow raised this error: not a function that it called, and not a slip."""
+def _is_raised_by_regrow(error: ValueError) -> bool:
+    """Whether a ``raise`` statement of regrow raised an error, not a function that it called, such as ``int("x")``."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -149,7 +155,7 @@ def _on_purpose(error: ValueError) -> bool:
     return Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _foreign(tb: TracebackType | None) -> str:
+def _find_user_line(tb: TracebackType | None) -> str:
     """Return the innermost line of the user's own code in a traceback, as ``file:line in function``; empty: none."""
     paths = sysconfig.get_paths()
     roots = (PACKAGE, *(Path(path) for name, path in paths.items() if name not in ("scripts", "data")))

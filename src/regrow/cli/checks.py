@@ -15,14 +15,14 @@ from regrow.core.limits import expanded
 from regrow.core.names import DOMAINS, find_data_problem, find_problem, find_source_problem
 from regrow.methods import MethodKind, check_name
 from regrow.settings import export, grow
-from regrow.settings.declaration import options_of
+from regrow.settings.declaration import list_options
 from regrow.settings.learn import parse_sequence
 from regrow.store.atomic import JSON, LEFTOVER, check_output
 from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
 from regrow.store.run_record import RUN, read_run, unfinished_folder
 
-FOLDERS = frozenset({"prune", "grow", "recover", "learn", "search", "apply"})
+FOLDER_COMMANDS = frozenset({"prune", "grow", "recover", "learn", "search", "apply"})
 """Commands that write a folder of their own, ``--out``."""
 METHOD_KINDS = {
     "prune": MethodKind.PRUNING,
@@ -34,31 +34,33 @@ METHOD_KINDS = {
 _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
 
 
-def check_words(command: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if a command line names something that cannot be used, as far as names and files show it.
+def check_command_line(command: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError or UsageError if a command line names something unusable, as far as names and files show.
 
-    The errors are those that the command itself would raise once it had loaded what it needs.
+    ``options`` are the parsed parameters, with the settings as ``settings``. The errors are those that the command
+    itself would raise once it had loaded what it needs.
     """
     values = dict(options)
     settings = values.pop("settings", None)
     if settings:
         values |= {field.name: getattr(settings, field.name) for field in fields(settings)}
-        for field in options_of(type(settings)):
+        for field in list_options(type(settings)):
             for source in values[field.name] if field.setting.source else ():
                 if problem := find_source_problem(source):
                     raise InputError(problem)
-    if settings and (kind := METHOD_KINDS.get(command)):
-        name, chosen = ("by", "recovery_settings") if command == "recover" else ("method", "method_settings")
-        check_name(kind, values[name], list(values[chosen]))
+    if settings and command == "recover":
+        check_name(MethodKind.RECOVERY, values["by"], list(values["recovery_settings"]))
+    elif settings and command in METHOD_KINDS:
+        check_name(METHOD_KINDS[command], values["method"], list(values["method_settings"]))
     if command == "methods" and values["name"]:
         check_name(None, values["name"])
     if isinstance(settings, grow.Settings):
-        settings.check()
-    for model in filter(None, (values.get("model"), values.get("other")) if command != "learn" else ()):
-        if problem := find_problem(model):
+        settings.check_growth()
+    for name in ("model", "other"):  # `learn` takes names of new networks, too
+        if command != "learn" and values.get(name) and (problem := find_problem(values[name])):
             raise InputError(problem)
     for run in values.get("runs") or filter(None, [values.get("run")]):
-        read_recorded(Path(run))
+        read_run_record(Path(run))
     if (device := values.get("device")) and not _DEVICE.fullmatch(device):
         raise InputError(f"there is no device {device!r}; write cpu, cuda, cuda:1 or mps")
     _check_data(values)
@@ -67,20 +69,20 @@ def check_words(command: str, options: Mapping[str, Any]) -> None:
             parse_bytes(memory)
         except ValueError as error:
             raise InputError(f"--memory: {error}") from None
-    if file := values.get("json_file") or values.get("dry_run"):
+    if file := values.get("json_file") or values.get("dry_run"):  # which must not be a file that is read
         others = (value for value in values.values() if value != file)
         words = [str(part) for value in others for part in (value if isinstance(value, tuple) else (value,))]
         check_output(file, JSON, [*words, *(word.partition("=")[2] for word in words)])
     if isinstance(settings, export.Settings):
         _check_export(settings, values["out"])
-    if command in FOLDERS and not values.get("dry_run") and not values.get("resume"):
+    if command in FOLDER_COMMANDS and not values.get("dry_run") and not values.get("resume"):
         if not values["out"]:
             raise click.UsageError("--out names the folder of the run, for example --out run")
-        check_folder(values["out"])
+        check_run_folder(values["out"])
 
 
-def read_recorded(folder: Path) -> dict[str, Any]:
-    """Return ``run.json`` of a finished or unfinished run, or raise StoreError."""
+def read_run_record(folder: Path) -> dict[str, Any]:
+    """Return ``run.json`` of a finished or unfinished run, or raise StoreError; ends a replacement that was killed."""
     settle(folder)
     return read_run(unfinished_folder(folder) or folder)
 
@@ -99,8 +101,8 @@ def _check_data(values: Mapping[str, object]) -> None:
             raise InputError(problem)
 
 
-def check_folder(out: Path) -> None:
-    """Raise an error unless a folder can be written: it is new, empty, or holds an unfinished run."""
+def check_run_folder(out: Path) -> None:
+    """Raise StoreError unless a run can write its folder: new, empty, or with a run; deletes what killed runs left."""
     check_replaceable(out)
     clear_leftovers(out)
     if not out.is_dir():
@@ -112,7 +114,7 @@ def check_folder(out: Path) -> None:
 
 
 def _check_export(settings: export.Settings, out: Path) -> None:
-    """Raise an error unless the file or folder of an export may be written."""
+    """Raise InputError or StoreError unless the file or folder of an export may be written."""
     from regrow.jobs.export import check_out
 
     check_out(settings, out)

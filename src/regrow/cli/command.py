@@ -11,15 +11,15 @@ import click
 from click.core import ParameterSource
 
 from regrow.cli import stop_at_once
-from regrow.cli.boundary import NOTHING_YET, Stopped, interrupts
+from regrow.cli.boundary import NOTHING_YET, Stopped, record_interrupts
 from regrow.cli.screen import err
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.names import names_code
 from regrow.distributed import read_ranks
 from regrow.settings import prune
-from regrow.settings.declaration import Declared, declared, options_of
-from regrow.settings.words import build_settings, command_of, parse_pairs
+from regrow.settings.declaration import DeclaredSetting, list_declared, list_options
+from regrow.settings.words import build_settings, command_name, parse_pairs
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,11 +29,11 @@ _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class FileName(click.Path):
+class PathType(click.Path):
     """The type of a path on the command line: not blank, with ``~`` and ``~user`` expanded."""
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Convert the text of a path, or raise BadParameter."""
+        """Return the path of a text, with ``~`` expanded; raise BadParameter for a blank one or an unknown user."""
         text = os.fspath(value)
         if not text.strip():
             self.fail("the name is blank; name a file or a folder", param, ctx)
@@ -43,20 +43,20 @@ class FileName(click.Path):
             self.fail(str(error), param, ctx)
 
 
-PATH = FileName(readable=False)
+PATH = PathType(readable=False)
 
 
-class _Value(click.ParamType):
-    """The type of an option's value: parses and checks it by the setting's declaration."""
+class _SettingType(click.ParamType):
+    """The click type of a setting's value: parses and checks it as the setting is declared."""
 
     name = "value"
 
-    def __init__(self, field: Declared) -> None:
+    def __init__(self, field: DeclaredSetting) -> None:
         self.field = field
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
-        """Convert the text of a value, or raise UsageError, which names the allowed ones."""
-        if self.field.mapping or not isinstance(value, str):  # pairs are parsed together
+        """Return the value of a text, or raise UsageError, which names the allowed ones."""
+        if self.field.is_mapping or not isinstance(value, str):  # pairs are parsed together
             return value
         try:
             return str(PATH.convert(value, param, ctx)) if self.field.setting.path else self.field.parse(value)
@@ -64,17 +64,17 @@ class _Value(click.ParamType):
             raise click.UsageError(str(error), ctx) from None
 
 
-class Position(click.Argument):
+class PositionalArgument(click.Argument):
     """The positional argument of a setting, with its help text."""
 
-    def __init__(self, field: Declared) -> None:
-        metavar = field.setting.metavar or f"{field.name.upper()}{'...' if field.repeated else ''}"
-        many = -1 if field.repeated else 1
-        super().__init__([field.name], required=False, type=_Value(field), metavar=metavar, nargs=many)
+    def __init__(self, field: DeclaredSetting) -> None:
+        metavar = field.setting.metavar or f"{field.name.upper()}{'...' if field.is_repeated else ''}"
+        many = -1 if field.is_repeated else 1
+        super().__init__([field.name], required=False, type=_SettingType(field), metavar=metavar, nargs=many)
         self.text = field.setting.help
 
 
-class Flag(click.Option):
+class GroupedOption(click.Option):
     """An option that is listed under a heading of ``--help``."""
 
     def __init__(self, words: list[str], *, heading: str = "", **attributes: Any) -> None:
@@ -85,24 +85,24 @@ class Flag(click.Option):
 class Verb(click.Command):
     """A command of regrow, with the options of its ``settings``.
 
-    ``needs`` is the module that is imported before it runs, so that Ctrl-C does not interrupt its import;
-    ``distributed`` says whether several processes may run it together.
+    ``preload`` is a module that is imported before it runs, so that Ctrl-C does not interrupt imports: the default
+    imports torch and nearly all that the other jobs need. ``distributed``: several processes may run it together.
     """
 
     def __init__(
         self,
         *,
-        needs: str = "regrow.jobs.prune",
+        preload: str = "regrow.jobs.prune",
         settings: type["DataclassInstance"] | None = None,
         distributed: bool = False,
         params: list[click.Parameter],
         **attributes: Any,
     ) -> None:
-        super().__init__(params=[*_parameters(settings), *params] if settings else params, **attributes)
-        self.needs, self.settings, self.distributed = needs, settings, distributed
+        super().__init__(params=[*_make_parameters(settings), *params] if settings else params, **attributes)
+        self.preload, self.settings, self.distributed = preload, settings, distributed
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, after checking that every word can be encoded as UTF-8."""
+        """Parse the words into ``ctx.params``, with the settings as ``settings``; UsageError unless they are UTF-8."""
         for word in args:
             try:
                 word.encode("utf-8")
@@ -118,7 +118,7 @@ class Verb(click.Command):
         """Write the options to ``--help`` under their headings, after the positional arguments."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if isinstance(parameter, Position):
+            if isinstance(parameter, PositionalArgument):
                 sections.setdefault("Arguments", []).append((parameter.make_metavar(ctx), parameter.text))
             elif row := parameter.get_help_record(ctx):
                 sections.setdefault(getattr(parameter, "heading", "Options"), []).append(row)
@@ -128,7 +128,7 @@ class Verb(click.Command):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; Ctrl-C becomes one line that says what remains."""
+        """Check the command line, import what the command needs, and run it; Ctrl-C raises Stopped."""
         ranks = read_ranks()
         if ranks.several and not self.distributed:
             line = f"{self.name} runs in one process, and this is {ranks}"
@@ -136,24 +136,24 @@ class Verb(click.Command):
         if ranks.several:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost connection, not torch
         Path.cwd()  # fails if the folder was deleted, over which compiled code may end the process
-        from regrow.cli.checks import check_words  # what can be wrong is found before anything large is imported
+        from regrow.cli.checks import check_command_line  # what can be wrong is found before anything large is imported
 
-        check_words(self.name or "", ctx.params)
-        importlib.import_module(self.needs)
+        check_command_line(self.name or "", ctx.params)
+        importlib.import_module(self.preload)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        with interrupts() as noted:
+        with record_interrupts() as signals:
             try:
                 return super().invoke(ctx)
             except (KeyboardInterrupt, Exception) as error:
-                if noted or isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+                if signals or isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
                     raise Stopped(self._explain_stop(ctx.params)) from None
                 if isinstance(error, EOFError):  # which click takes for Ctrl-D
                     raise RuntimeError(f"a file ended too early ({error})") from error
                 raise
 
     def _explain_stop(self, values: Mapping[str, Any]) -> str:
-        """Return the message of a stopped command: whether anything was kept, and how to resume."""
+        """Return the message of a stopped command with its parameters ``values``: what is kept, and how to resume."""
         from regrow.store.replacing import WORK
         from regrow.store.run_record import RUN
 
@@ -163,24 +163,26 @@ class Verb(click.Command):
         return NOTHING_YET
 
 
-def _parameters(kind: type["DataclassInstance"]) -> list[click.Parameter]:
+def _make_parameters(kind: type["DataclassInstance"]) -> list[click.Parameter]:
     """Return the click parameters by which a command gets its settings."""
     return [
-        Position(field) if field.setting.argument else Flag([field.option, field.name], **_attributes(field))
-        for field in options_of(kind)
+        PositionalArgument(field)
+        if field.setting.argument
+        else GroupedOption([field.option, field.name], **_describe_option(field))
+        for field in list_options(kind)
     ]
 
 
 def _take_settings(kind: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
-    """Build the settings that a command line states, and remove them from its values; ``None`` for ``--resume``."""
+    """Remove the settings' values from ``context.params``, and return the settings; ``None`` with ``--resume``."""
     stated: dict[str, Any] = {}
     options = []
-    for field in options_of(kind):
+    for field in list_options(kind):
         value = context.params.pop(field.name)
         if context.get_parameter_source(field.name) != ParameterSource.COMMANDLINE:
             continue
         options.append(field.option)
-        if field.mapping:
+        if field.is_mapping:
             value = parse_pairs(value, field.option)
         elif field.type is bool:
             value = not field.default
@@ -195,17 +197,17 @@ def _take_settings(kind: type["DataclassInstance"], context: click.Context) -> "
 
 
 def _read_config(run: Path, kind: type["DataclassInstance"], stated: Mapping[str, object]) -> dict[str, Any]:
-    """Return the settings of a run by field name; raise ValueError for code that the command line does not name."""
-    from regrow.cli.checks import read_recorded
+    """Return a run's settings by field name; InputError for another command's, or code that is not in ``stated``."""
+    from regrow.cli.checks import read_run_record
     from regrow.store.run_record import check_repeatable, convert_settings
 
-    record, command = read_recorded(run), command_of(kind)
+    record, command = read_run_record(run), command_name(kind)
     if record["verb"] != command:
         raise InputError(f"{run} holds a run of {record['verb']!r}; give a run of `regrow {command}` to --config")
     check_repeatable(run, record)
     recorded = convert_settings(record["settings"], kind)
-    values = {field.name: getattr(recorded, field.name) for field in options_of(kind)}
-    for field in options_of(kind):
+    values = {field.name: getattr(recorded, field.name) for field in list_options(kind)}
+    for field in list_options(kind):
         if field.setting.code and field.name not in stated and names_code(name := values[field.name]):
             word = name if field.setting.argument else f"{field.option} {name}"
             raise InputError(
@@ -215,36 +217,36 @@ def _read_config(run: Path, kind: type["DataclassInstance"], stated: Mapping[str
     return values
 
 
-def _attributes(field: Declared) -> dict[str, Any]:
-    """Return the attributes of a setting's option."""
-    setting = field.setting
-    text, default = setting.help, ", ".join(field.default) if field.repeated else field.default
-    if field.required:
+def _describe_option(field: DeclaredSetting) -> dict[str, Any]:
+    """Return the arguments of :class:`GroupedOption` for a setting."""
+    setting, text = field.setting, field.setting.help
+    default = ", ".join(field.default) if field.is_repeated else field.default
+    if field.is_required:
         text += "  [required]"
-    elif not (field.mapping or field.type is bool or setting.one_of or default in (None, "")):
+    elif not (field.is_mapping or field.type is bool or setting.exclusive_group or default in (None, "")):
         text += f"  [default: {default}]"
     if field.type is bool:
         return {"is_flag": True, "help": text, "heading": setting.group}
-    multiple = field.repeated or field.mapping
+    multiple = field.is_repeated or field.is_mapping
     choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[field.type]
     return {
         "multiple": multiple,
-        "default": None if field.required or multiple else field.default,
-        "type": _Value(field),
+        "default": None if field.is_required or multiple else field.default,
+        "type": _SettingType(field),
         "metavar": setting.metavar or choices,
         "help": text,
         "heading": setting.group,
     }
 
 
-def _option_of(name: str) -> Decorator:
-    """Return the decorator that adds an option of ``prune`` to a command without settings of its own."""
-    field = declared(prune.Settings)[name]
-    return click.option(field.option, name, cls=Flag, **_attributes(field))
+def _make_option(name: str) -> Decorator:
+    """Return the decorator that adds the option of a setting of ``prune`` to a command without settings of its own."""
+    field = list_declared(prune.Settings)[name]
+    return click.option(field.option, name, cls=GroupedOption, **_describe_option(field))
 
 
-MODEL_HELP = f"MODEL: {declared(prune.Settings)['model'].setting.help}"
-dtype, device, input_shape = map(_option_of, ("dtype", "device", "input"))
+MODEL_HELP = f"MODEL: {list_declared(prune.Settings)['model'].setting.help}"
+dtype, device, input_shape = map(_make_option, ("dtype", "device", "input"))
 code = click.option(
     "--code",
     default="",
@@ -262,15 +264,15 @@ memory = click.option(
 
 
 def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options ``--out``, the folder of a run, and ``--config``."""
+    """Decorator: add the options ``--out``, the folder of a run, and ``--config``."""
     help = "A run of this command, whose settings are taken; options on the command line take precedence."
     config = click.option("--config", type=PATH, metavar="RUN", help=help)
     help = "The run folder to write. If the run was stopped, the same command resumes it."
     return config(click.option("--out", type=PATH, help=help)(command))
 
 
-def say_code(*names: str) -> None:
-    """Print which of the names of models and methods on the command line are code that will be imported and run."""
+def announce_code(*names: str) -> None:
+    """Print, on the error stream, which of the names on the command line are code that will be imported and run."""
     for name in names:
         if names_code(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)

@@ -8,7 +8,7 @@ import click
 
 from regrow.cli import command
 from regrow.cli.command import Verb
-from regrow.cli.screen import number, say, say_peak, say_pieces, table, working
+from regrow.cli.screen import format_number, print_table, say, say_peak, say_pieces, show_progress
 from regrow.settings.evaluate import Settings
 
 EPILOG = """\b
@@ -28,20 +28,23 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @command.memory
 def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str) -> None:
     """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
-    command.say_code(settings.model, code)
+    command.announce_code(settings.model, code)
     from regrow.jobs.evaluate import evaluate_named as run_job
     from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output
 
-    with working() as progress:
+    with show_progress() as progress:
         result = run_job(settings, Invocation("", code, memory, announce=say, progress=progress))
     if json_file:
         write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
     size = result["size"]
-    say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
-    rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]
+    say(f"{format_number(size['parameters'])} parameters, {format_number(size['bytes'])} bytes in {size['dtype']}")
+    rows = [
+        (p["source"], format_number(p["ppl"]), format_number(p["ppl_error"], 2), p["tokens"])
+        for p in result["perplexity"]
+    ]
     if rows:
-        table("Perplexity", ("source", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
+        print_table("Perplexity", ("source", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
     for row in result["choices"]:
         whole = f"{row['accuracy']:.3f} ± {row['error']:.3f}"
         by_length = f"{row['accuracy_per_byte']:.3f} ± {row['error_per_byte']:.3f}"
@@ -86,8 +89,8 @@ def chat(
     from regrow.jobs.models import ModelSpec, load_model
 
     names = [model, *([other] if other else [])]
-    command.say_code(model, other or "")
-    with working() as progress:
+    command.announce_code(model, other or "")
+    with show_progress() as progress:
         for name in names:
             if Path(name, store.SHAPES).is_file() and store.read_shapes(name).origin.kind == "callable":
                 raise click.UsageError(f"{name} {_NO_TOKENIZER}")
@@ -96,14 +99,14 @@ def chat(
         if loaded.tokenizer is None:
             raise click.UsageError(f"{name} {_NO_TOKENIZER}")
     history: list[list[dict[str, str]]] = [[] for _ in models]
-    for question in [prompt] if prompt is not None else _questions():
+    for question in [prompt] if prompt is not None else _ask_questions():
         for name, loaded, messages in zip(names, models, history, strict=True):
             messages.append({"role": "user", "content": question})
             pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
             messages.append({"role": "assistant", "content": say_pieces(name, pieces)})
 
 
-def _questions() -> Iterator[str]:
+def _ask_questions() -> Iterator[str]:
     """Yield what the user types, until an empty line or Ctrl-D."""
     while True:
         try:

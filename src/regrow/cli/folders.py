@@ -8,7 +8,7 @@ import click
 
 from regrow.cli.command import PATH, Verb
 from regrow.cli.runs import say_run
-from regrow.cli.screen import say, table
+from regrow.cli.screen import print_table, say
 from regrow.store.atomic import PAGE, PAGES
 
 REPORT_EPILOG = """\b
@@ -23,7 +23,7 @@ Examples
 """
 
 
-@click.command(cls=Verb, needs="regrow.reports", epilog=REPORT_EPILOG)
+@click.command(cls=Verb, preload="regrow.reports", epilog=REPORT_EPILOG)
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option("--out", type=PATH, help="The HTML file to write; default: RUN/report.html, of several comparison.html.")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
@@ -43,7 +43,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         say_run(runs[0])
     else:
         compared = comparison.compare(records)
-        table(compared.table.title, compared.table.columns, compared.table.rows)
+        print_table(compared.table.title, compared.table.columns, compared.table.rows)
         for alarm in compared.alarms:
             say(f"note: {alarm}")
     say(f"page: {out}")
@@ -62,7 +62,7 @@ def undo(run: Path, out: Path | None) -> None:
     say(f"undone: regrow {last['verb']} ({last['changed']}); {folder} holds the {what} before it")
 
 
-@click.command(cls=Verb, needs="torch")
+@click.command(cls=Verb, preload="torch")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List all methods, or explain method NAME: what it does, its settings, its citation."""
@@ -74,7 +74,7 @@ def methods(name: str | None) -> None:
         for command, kind in METHOD_KINDS.items():
             known = dict(TABLES[kind]) | {key: row for key, row in added.items() if row.kind == kind}
             rows = [(key, row.about.strip().splitlines()[0].rstrip(".")) for key, row in known.items()]
-            table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
+            print_table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
     method = find_method(None, name)
@@ -88,13 +88,13 @@ def methods(name: str | None) -> None:
         elif current and line.strip():
             helps[current] += " " + line.strip()
     settings = fields(method.settings)
-    rows = [(f"--set {field.name}={_shown(field.default)}", helps.get(field.name, "")) for field in settings]
-    table("Settings and their defaults", ("flag", "meaning"), rows)
+    rows = [(f"--set {field.name}={_format_default(field.default)}", helps.get(field.name, "")) for field in settings]
+    print_table("Settings and their defaults", ("flag", "meaning"), rows)
     say(f"\nCite: {method.citation}", lines=True)
 
 
-def _shown(value: object) -> str:
-    """Return the default of a setting as it is typed after ``--set NAME=``."""
+def _format_default(value: object) -> str:
+    """Return the default of a method's setting as it is typed after ``--set NAME=``."""
     if isinstance(value, tuple):
-        return ",".join(map(_shown, value))
+        return ",".join(map(_format_default, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

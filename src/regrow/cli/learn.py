@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from regrow.cli import command
-from regrow.cli.command import Flag, Verb
+from regrow.cli.command import GroupedOption, Verb
 from regrow.cli.runs import recorded_run
 from regrow.settings import learn as learning
 from regrow.settings import search as searching
@@ -25,7 +25,7 @@ Examples
   regrow search mynets:tiny --data fashion/ --target params=20% --out RUN         your own network
   regrow search RUN --data cifar/ --target macs=50% --epochs 10 --retrain 10 --out RUN2
 """
-_resumed = partial(click.option, cls=Flag, heading="Resuming a run")
+_resumed = partial(click.option, cls=GroupedOption, heading="Resuming a run")
 
 
 @click.command(cls=Verb, settings=learning.Settings, distributed=True, epilog=LEARN_EPILOG)
@@ -58,12 +58,12 @@ def learn(
     if settings is None:
         if out:
             raise click.UsageError(f"--resume writes to the folder of its run; leave out --out {out}")
-        command.say_code(code)
+        command.announce_code(code)
         call = partial(extend, sequences=added, without_old=without_old)
     else:
         if added or without_old:
             raise click.UsageError("--task and --without-old need --resume RUN; for a new run, give the tasks as TASKS")
-        command.say_code(settings.model, code, settings.method)
+        command.announce_code(settings.model, code, settings.method)
         call = partial(learn_named, settings)
     with recorded_run(resume or out, code=code) as invocation:
         call(invocation)
@@ -77,7 +77,7 @@ def search(settings: searching.Settings, code: str, out: Path) -> None:
 
     A part of the training examples is held out for validation; the test set is used once, at the end.
     """
-    command.say_code(settings.space, code, settings.method)
+    command.announce_code(settings.space, code, settings.method)
     from regrow.jobs.search import search_named
 
     with recorded_run(out, code=code) as invocation:

@@ -8,7 +8,7 @@ import click
 from regrow.cli import command
 from regrow.cli.command import Verb
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import number, say, say_peak, table, working
+from regrow.cli.screen import format_number, print_table, say, say_peak, show_progress
 from regrow.settings import export as exporting
 from regrow.settings import grow as growing
 
@@ -50,11 +50,11 @@ def show(model: str, everything: bool, code: str, dtype: str, input: str) -> Non
     from regrow.jobs.models import ModelSpec, trace_model
     from regrow.nets.loaded import written_shape
 
-    command.say_code(model, code)
-    with working() as progress:
+    command.announce_code(model, code)
+    with show_progress() as progress:
         loaded, axes = trace_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
     for part in axes.tables(everything=everything):
-        table(part.title, part.columns, part.rows, part.numbers)
+        print_table(part.title, part.columns, part.rows, part.numbers)
     how = "on fake data, as torch.export does" if axes.recorded == "export" else "by recording one eager run"
     say(f"traced {how}")
     say(f"MACs are those of one example, with dense kernels, of an input of {written_shape(loaded.example)}")
@@ -68,16 +68,16 @@ def show(model: str, everything: bool, code: str, dtype: str, input: str) -> Non
 
 
 def _say_history(run: Path) -> None:
-    """Print the runs that made the network of a run."""
+    """Print the runs that made the network of a run, their commands, and the copies of the model before each."""
     from regrow.jobs.parents import read_stages
 
     stages = read_stages(run)
     rows = []
     for row in (stage.record for stage in stages):
-        sizes = number(row["before"] or None), number(row["parameters"])
+        sizes = format_number(row["before"] or None), format_number(row["parameters"])
         rows.append((row["name"], row["verb"], row["changed"], *sizes))
     columns = ("run", "command", "changed", "parameters before", "after")
-    table("History of the network", columns, rows, numbers=(3, 4))
+    print_table("History of the network", columns, rows, numbers=(3, 4))
     for stage in stages:
         say(f"{stage.record['name']}: {stage.record['command']}")
         say(f"  the model before it: {stage.snapshot or 'not kept'}")
@@ -104,24 +104,26 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
     if not plan.is_file():
         raise click.UsageError(f"{plan} is not a file; write a plan with `regrow prune … --dry-run {plan}`")
-    plans = _plans(plan)
+    plans = _read_plans(plan)
     clear_leftovers(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
-    command.say_code(model, code)
-    with working() as progress:
+    command.announce_code(model, code)
+    with show_progress() as progress:
         loaded = load_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
-        with replace_folder(out) as made:
-            write_model(loaded, made)
+        with replace_folder(out) as folder:
+            write_model(loaded, folder)
             earlier = read_parent(Path(model)).plans if Path(model, SHAPES).is_file() else ()
             for part in (*earlier, *plans):
-                Ledger(made / "ledger.json").append(part)
-    say(f"{len({key for part in plans for key in part.changes})} axes changed; the model is in {out}")
+                Ledger(folder / "ledger.json").append(part)
+    changed = {key for part in plans for key in part.changes}
+    say(f"{len(changed)} axes changed; the model is in {out}")
 
 
-def _plans(path: Path) -> list[Any]:
+def _read_plans(path: Path) -> list[Any]:
+    """Return the plans in a ledger or a file of a single plan, or raise UsageError, which names the file."""
     from regrow.core.limits import parse_json, read_text
     from regrow.store.ledger import Ledger, read_plan
 
@@ -142,9 +144,9 @@ def grow(settings: growing.Settings, out: Path | None, dry_run: Path | None, cod
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
     Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
     """
-    command.say_code(settings.model, code)
+    command.announce_code(settings.model, code)
     if dry_run:
-        _write_growth(settings, dry_run, code)
+        _write_growth_plan(settings, dry_run, code)
         return
     from regrow.jobs.grow import grow_named
 
@@ -152,16 +154,17 @@ def grow(settings: growing.Settings, out: Path | None, dry_run: Path | None, cod
         grow_named(settings, invocation)
 
 
-def _write_growth(settings: growing.Settings, path: Path, code: str) -> None:
+def _write_growth_plan(settings: growing.Settings, path: Path, code: str) -> None:
+    """Write the plan of a growth to a JSON file, and print it; nothing grows."""
     from regrow.jobs.grow import plan_named
     from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output
 
-    with working() as progress:
+    with show_progress() as progress:
         plan, notes = plan_named(settings, Invocation(code=code, progress=progress))
     rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]
     if rows:
-        table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))
+        print_table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))
     for note in notes:
         say(f"note: {note}")
     for stack, insertion in plan.insert.items():
@@ -177,16 +180,16 @@ def _write_growth(settings: growing.Settings, path: Path, code: str) -> None:
 @command.memory
 def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> None:
     """Export MODEL, and check the written file by loading it."""
-    command.say_code(settings.model, code)
+    command.announce_code(settings.model, code)
     from regrow.jobs.export import export_named
     from regrow.jobs.recording import Invocation
 
-    with working() as progress:
+    with show_progress() as progress:
         written = export_named(settings, Invocation(out, code, memory, announce=say, progress=progress))
-    say(f"{written.path}: {number(written.bytes)} bytes")
+    say(f"{written.path}: {format_number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")
     for what, value in written.checked.items():
-        say(f"checked: {what.replace('_', ' ')} {value if isinstance(value, str) else number(value)}")
+        say(f"checked: {what.replace('_', ' ')} {value if isinstance(value, str) else format_number(value)}")
     if written.memory:
         say_peak(written.memory)

@@ -7,7 +7,7 @@ import click
 from regrow.cli import command
 from regrow.cli.command import Verb
 from regrow.cli.runs import recorded_run
-from regrow.cli.screen import say, working
+from regrow.cli.screen import say, show_progress
 from regrow.distributed import read_ranks
 from regrow.settings import recover as recovery
 from regrow.settings.prune import Settings
@@ -38,7 +38,7 @@ Examples
 def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str, memory: str) -> None:
     """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
     several = read_ranks().several
-    command.say_code(settings.model, code, settings.method)
+    command.announce_code(settings.model, code, settings.method)
     if several and (dry_run or settings.device != "cpu"):
         option = "--dry-run" if dry_run else f"--device {settings.device}"
         raise click.UsageError(f"{option} is for a single process; leave it out, or start without torchrun")
@@ -52,11 +52,12 @@ def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str,
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
+    """Write the plan of a pruning run to a JSON file, and print how to apply it; nothing is cut."""
     from regrow.jobs.prune import plan_named
     from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output
 
-    with working() as progress:
+    with show_progress() as progress:
         plan = plan_named(settings, Invocation(code=code, memory=memory, announce=say, progress=progress))
     write_output(path, plan.to_json() + "\n", JSON)
     for note in plan.notes:
@@ -78,6 +79,6 @@ def recover(settings: recovery.Settings, code: str, memory: str, out: Path) -> N
         raise click.UsageError("--memory predicts a recovery in one process; leave it out, or start without torchrun")
     from regrow.jobs.recover import recover_named
 
-    command.say_code(code, settings.by)
+    command.announce_code(code, settings.by)
     with recorded_run(out, code=code, memory=memory) as invocation:
         recover_named(settings, invocation)

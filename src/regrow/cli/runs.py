@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regrow.cli import screen
-from regrow.cli.screen import say, say_peak, table, working
+from regrow.cli.screen import print_table, say, say_peak, show_progress
 from regrow.core.amounts import format_bytes
 from regrow.distributed import ProcessRank, read_ranks
 from regrow.store.atomic import PAGE
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iterator[Invocation]":
-    """Yield how a command is called, for the ``with`` block to run it; then print the result, and where it is.
+    """Context manager: yield how a command is called, for the block to run it; then print the result and its place.
 
     Of several processes, only rank 0 prints and writes the page.
     """
-    assert out is not None  # as `check_words` found
+    assert out is not None  # as `check_command_line` found
     from regrow.jobs.recording import Invocation
     from regrow.reports import write_run_page
     from regrow.store.run_record import read_run
 
-    with processes() as ranks:
+    with join_processes() as ranks:
         if not ranks.leads:
             yield Invocation(out, code, memory, ranks=ranks)
             return
-        with working() as progress:
+        with show_progress() as progress:
             yield Invocation(out, code, memory, ranks, say, progress, write_run_page)
         snapshot = read_run(out).get("snapshot")  # an error if the folder was deleted meanwhile
         say_run(out)
@@ -42,8 +42,8 @@ def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iter
 
 
 @contextmanager
-def processes() -> Iterator[ProcessRank]:
-    """Connect this process with those that torchrun started for its run; yields its rank. Only rank 0 prints results.
+def join_processes() -> Iterator[ProcessRank]:
+    """Context manager: connect this process with those that torchrun started, and yield its rank; only rank 0 prints.
 
     A rank ends with one line on the error stream at its next exchange with one that has failed or ended.
     """
@@ -63,22 +63,23 @@ def say_run(path: Path) -> None:
     from regrow.reports import read_runs, summary
 
     (run,) = read_runs([path])
-    told = summary.summarise(run)
-    for line in (told.sentence, *told.details):
+    head = summary.summarise(run)
+    for line in (head.sentence, *head.details):
         say(line)
-    figures = [(row.label, row.before, row.after, row.remark) for row in told.figures]
-    table("Before and after", ("", "before", "after", ""), figures, numbers=(1, 2))
+    figures = [(row.label, row.before, row.after, row.remark) for row in head.figures]
+    print_table("Before and after", ("", "before", "after", ""), figures, numbers=(1, 2))
     if run.quality:
         quality = summary.quality_table(run)
         rows = [[cell.partition(" ± ")[0] for cell in row] for row in quality.rows]
-        table(quality.title, quality.columns, rows, numbers=range(1, len(quality.columns)))
+        print_table(quality.title, quality.columns, rows, numbers=range(1, len(quality.columns)))
     if run.course.accuracies:
-        known = summary.accuracy_table(run)
-        columns = (known.columns[0], *map(str, range(1, len(known.columns) - 1)), known.columns[-1])
-        table(known.title, columns, known.rows, numbers=range(1, len(columns)))
+        matrix = summary.accuracy_table(run)
+        first, *tasks, last = matrix.columns
+        columns = (first, *(str(1 + i) for i in range(len(tasks))), last)  # tasks by number
+        print_table(matrix.title, columns, matrix.rows, numbers=range(1, len(columns)))
     if run.file.verb not in ("learn", "search"):
         say(summary.describe_proof(run))
-    for note in dict.fromkeys([*told.alarms, *run.file.notes]):
+    for note in dict.fromkeys([*head.alarms, *run.file.notes]):  # each once
         say(f"note: {note}")
     if run.file.memory:
         say_peak(run.file.memory)

@@ -25,10 +25,10 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one log message."""
-        err.print(printable(record.getMessage()), markup=False)
+        err.print(escape_controls(record.getMessage()), markup=False)
 
 
-def prepare() -> None:
+def set_up_terminal() -> None:
     """Connect the library's log to the terminal, and escape characters that a stream's encoding does not have."""
     logger = logging.getLogger("regrow")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
@@ -38,10 +38,12 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def printable(text: str, keep: str = "") -> str:
-    """Return a text with control, bidirectional and invisible characters escaped, so that it cannot steer a terminal.
+def escape_controls(text: str, keep: str = "") -> str:
+    """Return a text with control, bidirectional and invisible characters escaped, but for those of ``keep``.
 
-    >>> print(printable("a" + chr(27) + "[31mb" + chr(10) + "c"))
+    So it cannot steer a terminal.
+
+    >>> print(escape_controls("a" + chr(27) + "[31mb" + chr(10) + "c"))
     a\\x1b[31mb\\nc
     """
     return "".join(
@@ -49,95 +51,99 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+LINE_SECONDS = 10
 TEXT = "\n\t\u00ad\u200c\u200d"
 """Characters that ordinary texts need: line ends, tabs, soft hyphens and zero-width joiners."""
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
-def failure(text: str, code: int) -> int:
-    """Print an error, its problem and remedy, in one line on the error stream, and return the exit code."""
+def print_failure(text: str, code: int) -> int:
+    """Print an error, its problem and remedy, in one line on the error stream; return ``code``, the exit code."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
-    sys.stderr.write(f"regrow: {printable(line)}\n")  # an interrupted console may keep what it is given
+    sys.stderr.write(f"regrow: {escape_controls(line)}\n")  # an interrupted console may keep what it is given
     sys.stderr.flush()
     return code
 
 
 def say(text: str, *, lines: bool = False) -> None:
     """Print a result: one line, or a text of several ``lines``, whose ends and tabs are printed as they are."""
-    out.print(printable(text, keep=TEXT if lines else ""), markup=False)
+    out.print(escape_controls(text, keep=TEXT if lines else ""), markup=False)
 
 
 def say_peak(row: Mapping[str, Any]) -> None:
-    """Print the peak memory of a command beside its prediction, from ``peak`` and ``predicted`` of a row."""
+    """Print the peak memory of a command beside its prediction, from ``peak`` and ``predicted`` (bytes) of a row."""
     if row["peak"] is not None:
         say(f"memory: {format_bytes(row['peak'])} at the peak, {format_bytes(row['predicted'])} predicted")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()
+) -> None:
     """Print a table; columns whose indices are in ``numbers`` are aligned right."""
-    drawn = Table(title=_words(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(title=_make_text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(_words(column), justify="right" if i in numbers else "left", overflow="fold")
+        table.add_column(_make_text(column), justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*map(_words, row))
-    out.print(drawn)
+        table.add_row(*map(_make_text, row))
+    out.print(table)
 
 
-def _words(cell: object) -> Text:
+def _make_text(cell: object) -> Text:
     """Return a cell's text, printed literally whatever markup it contains."""
-    return Text(printable(str(cell)))
+    return Text(escape_controls(str(cell)))
 
 
 @contextmanager
-def working() -> Iterator[Progress]:
-    """Show progress with the time left on the error stream: a bar in a terminal, else plain lines.
+def show_progress() -> Iterator[Progress]:
+    """Context manager: show progress with the time left on the error stream, as a bar in a terminal, else plain lines.
 
     Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
     shown below the bar; a new part before the comma restarts the bar.
     """
     if not err.is_terminal:
-        yield _plain()
+        yield _plain_progress()
         return
     from regrow.jobs.progress_bar import progress_bar
 
-    with progress_bar(err) as tell:
-        yield lambda done, total, what: tell(done, total, printable(what))
+    with progress_bar(err) as update:
+        yield lambda done, total, what: update(done, total, escape_controls(what))
 
 
-def _plain() -> Progress:
+def _plain_progress() -> Progress:
+    """Return a function that prints progress as lines: each new text, and every ``LINE_SECONDS`` seconds."""
     last, began, shown = 0.0, time.monotonic(), ""
 
-    def tell(done: int, total: int, what: str) -> None:
+    def update(done: int, total: int, what: str) -> None:
         nonlocal last, began, shown
         now = time.monotonic()
         if what.split(",")[0] != shown.split(",")[0]:
             began, shown = now, what
-        elif now - last < 10 and done < total:
+        elif now - last < LINE_SECONDS and done < total:
             return
         last = now
         left = ""
         if 0 < done < total and now - began > 1:
             left = f", about {(now - began) / done * (total - done):.0f} s left"
-        sys.stderr.write(f"{printable(what)}: {done}/{total}{left}\n")
+        sys.stderr.write(f"{escape_controls(what)}: {done}/{total}{left}\n")
         sys.stderr.flush()
 
-    return tell
+    return update
 
 
 def say_pieces(title: str, pieces: Iterator[str]) -> str:
-    """Print a text behind its title as its pieces arrive, and return it whole."""
-    out.print(f"{printable(title)}: ", end="", markup=False)
+    """Print a text behind its title as its pieces arrive, without leading blanks, and return it whole."""
+    out.print(f"{escape_controls(title)}: ", end="", markup=False)
     text = ""
     for piece in pieces:
-        shown = printable(piece, keep=TEXT)
+        shown = escape_controls(piece, keep=TEXT)
         out.print(shown if text.strip() else shown.lstrip(), end="", markup=False)
         text += piece
     out.print()
     return text
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """Format a number: whole ones with thousands separators, others with ``digits`` significant digits."""
+def format_number(value: float | None, digits: int = 4) -> str:
+    """Format a number: large and whole ones as 1,234, others with ``digits`` significant digits, ``None`` as "–"."""
     if value is None:
         return "–"
     if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e15):

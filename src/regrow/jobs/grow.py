@@ -121,8 +121,8 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan of a growth, and notes on axes that the settings name and that cannot be widened."""
-    settings.check()
-    parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
+    settings.check_growth()
+    parts, named, blocks = settings.parse_parts(), settings.parse_axes(), settings.parse_stacks()
     fill = Fill(settings.fill, settings.seed)
     widened = widening(axes, parts, named)
     with preserve_random_state():

@@ -50,7 +50,7 @@ from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
 from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
-from regrow.settings.prune import Settings, complete_reconstruction
+from regrow.settings.prune import Settings, make_reconstruction_settings
 from regrow.store import statistics
 from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
@@ -95,7 +95,7 @@ def prune_network(
     method, budget = make_pruner(settings), make_budget(settings)
     defaults = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     if settings.reconstruct:
-        fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | complete_reconstruction(settings.sources)
+        fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | make_reconstruction_settings(settings.sources)
         defaults |= {f"reconstruct {name}": value for name, value in fit.items()}
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults}
     recorded = run.recorder.check(identity)

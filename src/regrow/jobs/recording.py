@@ -16,7 +16,7 @@ from regrow.distributed import SINGLE, ProcessRank
 from regrow.jobs.models import describe_input
 from regrow.jobs.parents import describe_stage, record_parent
 from regrow.nets import Loaded
-from regrow.settings.words import command_line
+from regrow.settings.words import format_command_line
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder, WritePage
 from regrow.store.weights import OutsideTensors
@@ -182,7 +182,7 @@ class Invocation:
         recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
-            command = command_line(
+            command = format_command_line(
                 settings, *(word for name in options if options[name] for word in (name, options[name]))
             )
             recorder = FolderRecorder(self.out, model, command, undo, self.write_page)

@@ -17,7 +17,7 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.nets import ModelError
 from regrow.nets.devices import autocasting
-from regrow.settings.prune import Settings, complete_reconstruction
+from regrow.settings.prune import Settings, make_reconstruction_settings
 from regrow.settings.recover import CLOSED_FORM
 from regrow.settings.recover import Settings as RecoverSettings
 from regrow.store.errors import StoreError
@@ -77,7 +77,7 @@ def reconstruct(
 
     ``changed`` are settings of ``refit`` that differ from those of ``regrow prune --reconstruct``.
     """
-    settings = {**complete_reconstruction([source.name for source in task.sources]), **(changed or {})}
+    settings = {**make_reconstruction_settings([source.name for source in task.sources]), **(changed or {})}
     row = recover(record, task, "refit", settings, name="reconstruction")
     record.log("reconstruction", row)
     if "note" in row:

@@ -8,10 +8,10 @@
 ...     def __post_init__(self) -> None:
 ...         check_constraints(self)
 >>> Settings(strength=-1.0)
-Traceback (most recent call last):
+Traceback (maximum recent call last):
 ValueError: strength must be at least 0, got -1.0; for example strength=10.0
 >>> Settings(keep="all")
-Traceback (most recent call last):
+Traceback (maximum recent call last):
 ValueError: keep must be one of nothing, data, got 'all'; for example keep=nothing
 """
 
@@ -26,39 +26,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Range:
-    """The interval in which the value of a numeric setting must lie."""
+    """The interval in which the value of a numeric setting must lie; its ends are included unless exclusive."""
 
-    least: float
-    most: float = inf  # the upper bound; infinite: there is none
-    above: bool = False
-    below: bool = False
+    minimum: float
+    maximum: float = inf
+    exclusive_minimum: bool = False
+    exclusive_maximum: bool = False
 
-    def holds(self, value: object) -> bool:
+    def allows(self, value: object) -> bool:
         """Whether a number lies in the interval; NaN and infinity never do."""
         if not isinstance(value, int | float):
             return False
-        lower = value > self.least if self.above else value >= self.least
-        upper = value < self.most if self.below else value <= self.most
+        lower = value > self.minimum if self.exclusive_minimum else value >= self.minimum
+        upper = value < self.maximum if self.exclusive_maximum else value <= self.maximum
         return lower and upper and abs(value) != inf
 
     def __str__(self) -> str:
-        if self.above and self.below:
-            return f"between {self.least:,g} and {self.most:,g}"
-        lower = f"above {self.least:,g}" if self.above else f"at least {self.least:,g}"
-        if self.most == inf:
+        if self.exclusive_minimum and self.exclusive_maximum:
+            return f"between {self.minimum:,g} and {self.maximum:,g}"
+        lower = f"{'above' if self.exclusive_minimum else 'at least'} {self.minimum:,g}"
+        if self.maximum == inf:
             return lower
-        if self.below or self.above:
-            return f"{lower} and {'below' if self.below else 'at most'} {self.most:,g}"
-        return f"{self.least:,} to {self.most:,}"
+        if self.exclusive_maximum or self.exclusive_minimum:
+            return f"{lower} and {'below' if self.exclusive_maximum else 'at most'} {self.maximum:,g}"
+        return f"{self.minimum:,} to {self.maximum:,}"
+
+
+OPEN_UNIT = Range(0, 1, exclusive_minimum=True, exclusive_maximum=True)
 
 
 class OneOf:
-    """The texts among which the value of a setting must be."""
+    """A constraint: the value of a setting is one of these texts."""
 
     def __init__(self, *choices: str) -> None:
         self.choices = choices
 
-    def holds(self, value: object) -> bool:
+    def allows(self, value: object) -> bool:
         """Whether a value is among the texts."""
         return value in self.choices
 
@@ -68,29 +71,31 @@ class OneOf:
 
 Count = Annotated[int, Range(1)]
 Fraction = Annotated[float, Range(0, 1)]
-FractionBelowOne = Annotated[float, Range(0, 1, below=True)]
-OpenFraction = Annotated[float, Range(0, 1, above=True, below=True)]
+FractionBelowOne = Annotated[float, Range(0, 1, exclusive_maximum=True)]
+OpenFraction = Annotated[float, OPEN_UNIT]
 NonNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
+Positive = Annotated[float, Range(0, exclusive_minimum=True)]
 
 
 def check_constraints(settings: "DataclassInstance") -> None:
     """Raise ValueError unless every value meets the constraint that the annotation of its field declares."""
     for name, constraint in _constraints(type(settings)).items():
-        if not constraint.holds(value := getattr(settings, name)):
+        value = getattr(settings, name)
+        if not constraint.allows(value):
             default = next(field.default for field in fields(settings) if field.name == name)
             raise ValueError(f"{name} must be {constraint}, got {value!r}; for example {name}={default}")
 
 
 @dataclass(frozen=True)
 class CheckedSettings:
-    """The base of settings whose constraints are checked when they are made."""
+    """Base class of settings whose constraints are checked when they are constructed."""
 
     def __post_init__(self) -> None:
         check_constraints(self)
 
 
 @cache
-def _constraints(kind: "type[DataclassInstance]") -> dict[str, Range | OneOf]:
-    hints = get_type_hints(kind, include_extras=True).items()
+def _constraints(settings_class: "type[DataclassInstance]") -> dict[str, Range | OneOf]:
+    """Return name → the constraint of the fields whose annotation has one."""
+    hints = get_type_hints(settings_class, include_extras=True).items()
     return {name: get_args(hint)[1] for name, hint in hints if get_origin(hint) is Annotated}

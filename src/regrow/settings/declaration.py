@@ -24,10 +24,10 @@ from regrow.settings.constraints import Range
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MANY = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """The largest number of tokens, images or examples."""
 
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 SEED = Range(0, 2**63 - 1)
 
 
@@ -39,8 +39,8 @@ class Setting:
     # The option's name; empty: the field's name with dashes (`--eval-tokens`). The option of a setting that is on by
     # default turns it off
     option: str = ""
-    argument: bool = False
-    metavar: str = ""
+    argument: bool = False  # it is a positional argument, without option
+    metavar: str = ""  # what stands for the value in `--help`; empty: a word for its type
     group: str = ""  # the heading of `--help` under which it is listed; empty: `Options`
     range: Range | None = None
     choices: tuple[str, ...] = ()
@@ -49,13 +49,13 @@ class Setting:
     source: bool = False  # its value names sources of data, `NAME` or `NAME=PATH`
     code: bool = False  # its value may name the user's own code, `pkg.mod:NAME`, which no file may
     hidden: bool = False  # it has no option: only `run.json` has it
-    shown: bool = False  # printed command lines state it even if it has its default
-    one_of: str = ""  # the name of a group of settings of which exactly one must be given
+    always_shown: bool = False  # printed command lines state it even if it has its default
+    exclusive_group: str = ""  # the name of a group of settings of which exactly one must be given
 
 
 @dataclass(frozen=True)
-class Declared:
-    """A field of a command's settings: its name, type, default (``MISSING`` if required) and command-line form."""
+class DeclaredSetting:
+    """A field of a command's settings: its name, type hint, default (``MISSING`` if required), command-line form."""
 
     name: str
     hint: object
@@ -70,85 +70,87 @@ class Declared:
         return self.setting.option or f"--{self.name.replace('_', '-')}"
 
     @property
-    def required(self) -> bool:
+    def is_required(self) -> bool:
         """Whether the setting has no default and must be given."""
         return self.default is MISSING
 
     @property
-    def repeated(self) -> bool:
+    def is_repeated(self) -> bool:
         """Whether the setting holds several values, in a tuple."""
         return get_origin(self.hint) is tuple
 
     @property
-    def mapping(self) -> bool:
+    def is_mapping(self) -> bool:
         """Whether the setting holds a mapping of names to values."""
         return get_origin(self.hint) not in (None, tuple, UnionType)
 
     @property
     def type(self) -> type:
         """The type of one value: ``str``, ``int``, ``float`` or ``bool``."""
-        if self.mapping:
+        if self.is_mapping:
             return str
         return cast(type, get_args(self.hint)[0] if get_origin(self.hint) else self.hint)
 
     @property
     def example(self) -> str:
-        """The setting with a plausible value, as typed on the command line."""
-        setting = self.setting
-        value = setting.example or (setting.choices[0] if setting.choices else self.default)
-        return f"{value}" if setting.argument else self.option if self.type is bool else f"{self.option} {value}"
+        """The setting with a plausible value, as typed on the command line: ``--keep 0.8``."""
+        if self.type is bool and not self.setting.argument:
+            return self.option
+        value = self.setting.example or (self.setting.choices[0] if self.setting.choices else self.default)
+        return f"{value}" if self.setting.argument else f"{self.option} {value}"
 
     def check(self, value: Any) -> None:
         """Raise InputError unless a value has the setting's type, is among its choices and lies in its range."""
         self._convert(value, self.hint)
         if value is None:
             return
-        choices, numbers = self.setting.choices, self.setting.range
-        for text in (value if self.repeated else (value,)) if choices else ():
-            if text not in choices and text != self.default:
+        choices, interval = self.setting.choices, self.setting.range
+        for text in value if self.is_repeated else (value,):
+            if choices and text not in choices and text != self.default:
                 raise InputError(
                     f"{self.option} must be one of {', '.join(choices)}, got {text!r:.60}; for example {self.example}"
                 )
-        if numbers and not numbers.holds(value):
-            raise InputError(f"{self.option} must be {numbers}, got {value}; for example {self.example}")
+        if interval and not interval.allows(value):
+            raise InputError(f"{self.option} must be {interval}, got {value}; for example {self.example}")
 
     def parse(self, text: str) -> Any:
-        """Convert one value from the text on the command line, and check it."""
-        if self.mapping:
+        """Return one value from its text on the command line (``80%`` is 0.8), checked as by :meth:`check`."""
+        if self.is_mapping:
             return text
-        share = self.type is float and text.endswith("%")
-        value = self._convert(text[:-1] if share else text, self.type, strict=False)
-        value = value / 100 if share else value
-        self.check((value,) if self.repeated else value)
+        is_percentage = self.type is float and text.endswith("%")
+        value = self._convert(text.removesuffix("%") if is_percentage else text, self.type, strict=False)
+        value = value / 100 if is_percentage else value
+        self.check((value,) if self.is_repeated else value)
         return value
 
     def _convert(self, value: object, hint: Any, *, strict: bool = True) -> Any:
+        """Return a value as a type hint asks, or raise InputError; texts are parsed unless ``strict``."""
         try:
             return msgspec.convert(value, hint, strict=strict)
         except msgspec.ValidationError:
-            kind = _KINDS[self.type]
-            raise InputError(f"{self.option} must be {kind}, got {value!r:.60}; for example {self.example}") from None
+            name = _TYPE_NAMES[self.type]
+            raise InputError(f"{self.option} must be {name}, got {value!r:.60}; for example {self.example}") from None
 
 
 @cache
-def declared(kind: "type[DataclassInstance]") -> Mapping[str, Declared]:
+def list_declared(settings_class: "type[DataclassInstance]") -> Mapping[str, DeclaredSetting]:
     """Return the fields of a command's settings by name, in order."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = get_type_hints(settings_class, include_extras=True)
     fields_by_name = {}
-    for field in fields(kind):
+    for field in fields(settings_class):
         hint, setting = get_args(hints[field.name])
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        fields_by_name[field.name] = Declared(field.name, hint, default, setting)
+        fields_by_name[field.name] = DeclaredSetting(field.name, hint, default, setting)
     return fields_by_name
 
 
-def options_of(kind: "type[DataclassInstance]") -> list[Declared]:
+def list_options(settings_class: "type[DataclassInstance]") -> list[DeclaredSetting]:
     """Return the settings that can be given on the command line; positional arguments come first."""
-    options = [field for field in declared(kind).values() if not field.setting.hidden]
+    options = [field for field in list_declared(settings_class).values() if not field.setting.hidden]
     return sorted(options, key=lambda field: not field.setting.argument)
 
 
 def check_settings(settings: "DataclassInstance") -> None:
     """Raise InputError unless every setting has its type, is among its choices and lies in its range."""
-    for field in declared(type(settings)).values():
+    for field in list_declared(type(settings)).values():
         field.check(getattr(settings, field.name))

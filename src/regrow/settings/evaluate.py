@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import MANY, Setting
-from regrow.settings.shared import DATA, Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, check_combination
+from regrow.settings.declaration import MAX_COUNT, Setting
+from regrow.settings.shared import DATA, Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, check_formats
 
 TASKS = "Tasks"
 
@@ -28,7 +28,7 @@ class Settings:
         "A file of multiple-choice items, one JSON object per line (.jsonl[.gz]). Repeatable.",
         metavar="PATH", group=TASKS, path=True,
     )] = ()
-    items: Annotated[int, Setting("Number of items per file.", group=TASKS, range=Range(1, MANY))] = 200
+    items: Annotated[int, Setting("Number of items per file.", group=TASKS, range=Range(1, MAX_COUNT))] = 200
     speed: Annotated[bool, Setting("Also measure the time of a forward pass.")] = False
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256
@@ -43,4 +43,4 @@ class Settings:
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_combination(self.precision, dtype=self.dtype)
+        check_formats(self.precision, dtype=self.dtype)

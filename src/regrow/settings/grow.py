@@ -6,8 +6,18 @@ from typing import Annotated
 from regrow.core.amounts import Increase
 from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import MANY, SEED, Setting
-from regrow.settings.shared import Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, Undo, check_combination
+from regrow.settings.declaration import MAX_COUNT, SEED, Setting
+from regrow.settings.shared import (
+    RATES,
+    Device,
+    Dtype,
+    EvalTokens,
+    ForwardPrecision,
+    Input,
+    SeqLen,
+    Undo,
+    check_formats,
+)
 
 AMOUNT, NEW, DATA, TRAINING = "What grows", "New units", "Data", "Training"
 
@@ -65,30 +75,30 @@ class Settings:
         metavar="NAME[=PATH]", group=TRAINING, source=True,
     )] = ()
     steps: Annotated[int, Setting("Training steps, of one window of text or one batch of images each.",
-        group=TRAINING, range=Range(0, MANY), example="200",
+        group=TRAINING, range=Range(0, MAX_COUNT), example="200",
     )] = 0
     train: Annotated[str, Setting(
         "What is trained: the new parameters alone (the others stay bit for bit), or all.",
         group=TRAINING, choices=("new", "all"),
     )] = "new"
     lr: Annotated[float, Setting(
-        "Learning rate of AdamW, which falls to 0.", group=TRAINING, range=Range(0, 1000, above=True, below=True),
+        "Learning rate of AdamW, which falls to 0.", group=TRAINING, range=RATES,
     )] = 1e-3
     tokens: Annotated[int, Setting(
-        "Training tokens per source; or images.", group=TRAINING, range=Range(1, MANY),
+        "Training tokens per source; or images.", group=TRAINING, range=Range(1, MAX_COUNT),
     )] = 65536
     undo: Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_combination(self.precision, dtype=self.dtype)
+        check_formats(self.precision, dtype=self.dtype)
         if self.precision != "float32" and not (self.on or self.sources):
             raise InputError(
                 f"--precision {self.precision} is for passes over data, and there are none; leave it out, or add --on"
             )
-        self.parts(), self.axes(), self.stacks()  # raise InputError for an amount that cannot be read
+        self.parse_parts(), self.parse_axes(), self.parse_stacks()  # raise InputError for an amount that cannot be read
 
-    def check(self) -> None:
+    def check_growth(self) -> None:
         """Raise InputError if nothing grows, there are steps without data, or data without steps."""
         if not any((self.mlp, self.heads, self.channels, self.blocks, self.axis)):
             raise InputError(
@@ -98,28 +108,29 @@ class Settings:
             has, lacks = ("--on", "--steps 200") if self.on else ("--steps", "--on news")
             raise InputError(f"{has} trains the grown model and needs the other, too; add {lacks}")
 
-    def parts(self) -> dict[str, Increase]:
-        """Return part (``mlp``, ``heads``, ``channels``) → what it gains."""
+    def parse_parts(self) -> dict[str, Increase]:
+        """Return part (``mlp``, ``heads``, ``channels``) → how much each of its axes gains."""
         amounts = {"mlp": self.mlp, "heads": self.heads, "channels": self.channels}
-        return {part: _parse(f"--{part}", amount) for part, amount in amounts.items() if amount}
+        return {part: _parse_increase(f"--{part}", amount) for part, amount in amounts.items() if amount}
 
-    def axes(self) -> dict[str, Increase]:
-        """Return axis key or pattern → what it gains."""
+    def parse_axes(self) -> dict[str, Increase]:
+        """Return axis key or pattern → how much each axis gains; InputError for a text without key."""
         increases = {}
         for text in self.axis:
             key, _, amount = text.rpartition("=")
             if not key.strip():
                 raise InputError(f"--axis takes KEY=AMOUNT, got {text!r:.60}; for example --axis '*.mlp.*=+64'")
-            increases[key] = _parse(f"--axis {key}", amount)
+            increases[key] = _parse_increase(f"--axis {key}", amount)
         return increases
 
-    def stacks(self) -> dict[str, Increase]:
-        """Return path or pattern of a stack of blocks → what it gains; ``"*"`` is every stack."""
+    def parse_stacks(self) -> dict[str, Increase]:
+        """Return path or pattern of a stack of blocks → how many copies it gains; ``"*"`` is every stack."""
         pairs = (text.rpartition("=") for text in self.blocks)
-        return {stack or "*": _parse("--blocks", amount) for stack, _, amount in pairs}
+        return {stack or "*": _parse_increase("--blocks", amount) for stack, _, amount in pairs}
 
 
-def _parse(option: str, amount: str) -> Increase:
+def _parse_increase(option: str, amount: str) -> Increase:
+    """Parse an increase, ``+25%`` or ``+32``; raise InputError, which names the option."""
     try:
         return Increase.parse(amount)
     except ValueError as error:

@@ -34,11 +34,11 @@ class Settings:
         "The network: a new one, mlp:100-100 (hidden widths), resnet:16-3 (width, stages) or resnet-gn:16-3 (with "
         "GroupNorm); or, with its weights, a run folder of any command or another MODEL that `regrow prune` takes. "
         "Images get the size that it takes; a language model learns text: news, code, manual, talk or NAME=PATH.",
-        code=True, shown=True,
+        code=True, always_shown=True,
     )] = "mlp:100-100"
     method: Annotated[str, Setting(
         "The continual-learning method; `regrow methods` lists all.",
-        code=True, shown=True,
+        code=True, always_shown=True,
     )] = "sparsegrow"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     scenario: Annotated[str, Setting(

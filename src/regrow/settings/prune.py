@@ -8,20 +8,20 @@ from regrow.core.amounts import Target
 from regrow.core.errors import InputError
 from regrow.core.names import GENERATED
 from regrow.settings import shared
-from regrow.settings.constraints import Range
-from regrow.settings.declaration import MANY, SEED, Setting, declared
+from regrow.settings.constraints import OPEN_UNIT, Range
+from regrow.settings.declaration import MAX_COUNT, SEED, Setting, list_declared
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
 
-def complete_reconstruction(sources: Collection[str]) -> dict[str, object]:
+def make_reconstruction_settings(sources: Collection[str]) -> dict[str, object]:
     """Return the settings of ``refit`` with which ``--reconstruct`` fits layers.
 
     With text that the model generates among the data, layers are fitted to what the dense network has there, so that
     they make up for the errors of earlier layers, if at least one writes to a residual stream directly (``residual``);
     the two are measured together.
 
-    >>> complete_reconstruction(["news", "generated"])["target"]
+    >>> make_reconstruction_settings(["news", "generated"])["target"]
     'residual'
     """
     return {
@@ -44,25 +44,25 @@ class Settings:
     )]
     method: Annotated[str, Setting(
         "The pruning method; `regrow methods` lists all.",
-        code=True, shown=True,
+        code=True, always_shown=True,
     )] = "flap"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
-        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays",
+        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, exclusive_minimum=True), exclusive_group="how much stays",
     )] = 0.8
     target: Annotated[str, Setting(
         "The largest allowed size, instead of --keep: params=100M (all parameters), macs=2G (of one example), "
         "bytes=200M (of the weight file, in the dtype given by --dtype), kv_cache=50M@4096 (bytes of the key-value "
         "cache at 4096 tokens), ms=120 or ms=120@512 (a forward pass, of 512 tokens, measured on this device); or a "
         "share of what the model has: params=70%, macs=50%.",
-        metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", one_of="how much stays",
+        metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", exclusive_group="how much stays",
     )] = ""
     smaller: Annotated[float | None, Setting(
         "How much smaller the model gets, as a share of all its parameters: 30% is --target params=70%.",
-        metavar="SHARE", group=AMOUNT, range=Range(0, 1, above=True, below=True), example="30%",
-        one_of="how much stays",
+        metavar="SHARE", group=AMOUNT, range=OPEN_UNIT, example="30%",
+        exclusive_group="how much stays",
     )] = None
     regular: Annotated[bool, Setting(
         "Give every block the same widths, as in an ordinary model; which units each block keeps is still its own.",
@@ -105,11 +105,11 @@ class Settings:
     input: shared.Input = ""
     tokens: Annotated[int, Setting(
         "Tokens (image models: images) per source to calibrate on; of generated text: --generated-tokens.",
-        group=DATA, range=Range(1, MANY),
+        group=DATA, range=Range(1, MAX_COUNT),
     )] = 4096
     generated_tokens: Annotated[int, Setting(
         "Tokens of --source generated.",
-        group=DATA, range=Range(1, MANY),
+        group=DATA, range=Range(1, MAX_COUNT),
     )] = 12288
     batch_size: Annotated[int, Setting(
         "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
@@ -134,7 +134,7 @@ class Settings:
         """Restate ``smaller`` as the target that is recorded, and check it."""
         target, unit = self.target, ""
         if self.smaller is not None:
-            declared(Settings)["smaller"].check(self.smaller)
+            list_declared(Settings)["smaller"].check(self.smaller)
             target = str(Target.smaller(self.smaller))
         if target and isinstance(target, str):
             try:
@@ -143,4 +143,4 @@ class Settings:
                 raise InputError(f"--target: {error}") from None
             for name, value in (("target", target), ("keep", None), ("smaller", None)):
                 object.__setattr__(self, name, value)
-        shared.check_combination(self.precision, dtype=self.dtype, measure=unit)
+        shared.check_formats(self.precision, dtype=self.dtype, measure=unit)

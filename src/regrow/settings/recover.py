@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import MANY, SEED, Setting
+from regrow.settings.declaration import MAX_COUNT, SEED, Setting
 from regrow.settings.shared import PRECISION, Undo
 
 CLOSED_FORM = ("refit",)
@@ -28,7 +28,7 @@ class Settings:
     )]
     tokens: Annotated[int, Setting(
         "Tokens (image models: images) to train on, over all sources together.",
-        range=Range(1, MANY), shown=True,
+        range=Range(1, MAX_COUNT), always_shown=True,
     )] = 32768
     recovery_settings: Annotated[Mapping[str, Any], Setting(
         "A setting of the recovery method; `regrow methods NAME` lists them. Repeatable.",
@@ -42,7 +42,7 @@ class Settings:
     model: Annotated[str, Setting("The model of the pruning run.", hidden=True)] = ""
     method: Annotated[str, Setting("The method that pruned the model, and those that recovered it.", hidden=True)] = ""
     keep: Annotated[float | None, Setting("The requested fraction of weights, if any.", hidden=True)] = None
-    seed: Annotated[int, Setting("Random seed of the text windows and their order.", range=SEED, shown=True)] = 0
+    seed: Annotated[int, Setting("Random seed of the text windows and their order.", range=SEED, always_shown=True)] = 0
     precision: Annotated[str, replace(
         PRECISION, help="As for `regrow prune`, of a recovery that trains (lora, distil); default: that of the run.",
         group="",

@@ -6,8 +6,8 @@ from typing import Annotated
 from regrow.core.amounts import Measure, Target
 from regrow.core.errors import InputError
 from regrow.settings import shared
-from regrow.settings.constraints import Range
-from regrow.settings.declaration import Setting, declared
+from regrow.settings.constraints import OPEN_UNIT, Range
+from regrow.settings.declaration import Setting, list_declared
 
 SEARCH, RETRAIN = "Search", "Training of the final network"
 
@@ -16,7 +16,7 @@ SIZES = (Measure.PARAMETERS, Measure.NONZERO, Measure.MACS, Measure.BYTES, Measu
 
 
 def parse_search_target(text: str) -> Target:
-    """Parse the target of a search.
+    """Parse the target of a search; raise ValueError unless it is an amount or a share of one of ``SIZES``.
 
     >>> str(parse_search_target("macs=3M"))
     'macs=3000000'
@@ -48,12 +48,12 @@ class Settings:
         "The largest allowed size: params=50k (all parameters), nonzero=50k (parameters that are not 0), macs=3M "
         "(of one example), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), or a share "
         "of what the whole space has (macs=20%).",
-        example="params=50k", one_of="how large the result may be",
+        example="params=50k", exclusive_group="how large the result may be",
     )] = ""
     smaller: Annotated[float | None, Setting(
         "How much smaller than the whole space the result is, in parameters: 80% is --target params=20%.",
-        metavar="SHARE", range=Range(0, 1, above=True, below=True), example="80%",
-        one_of="how large the result may be",
+        metavar="SHARE", range=OPEN_UNIT, example="80%",
+        exclusive_group="how large the result may be",
     )] = None
     method: Annotated[str, Setting("The search method; `regrow methods` lists all.", code=True)] = "mgas"
     method_settings: shared.MethodSettings = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Restate ``smaller`` as the target that is recorded, and check the target."""
         if self.smaller is not None:
-            declared(Settings)["smaller"].check(self.smaller)
+            list_declared(Settings)["smaller"].check(self.smaller)
             object.__setattr__(self, "target", str(Target.smaller(self.smaller)))
             object.__setattr__(self, "smaller", None)
         try:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from regrow.core.errors import InputError
 from regrow.settings.constraints import Range
-from regrow.settings.declaration import MANY, SEED, Setting
+from regrow.settings.declaration import MAX_COUNT, SEED, Setting
 
 LOADING, DATA, TRAINING = "Loading the model", "Data", "Training"
 
@@ -16,9 +16,11 @@ MethodSettings = Annotated[Mapping[str, Any], Setting(
     option="--set", metavar="NAME=VALUE",
 )]
 BatchSize = Annotated[int, Setting("Training examples per step.", group=TRAINING, range=Range(1, 2**20))]
+RATES = Range(0, 1000, exclusive_minimum=True, exclusive_maximum=True)
+"""The allowed learning rates."""
 LearningRate = Annotated[float, Setting(
     "Learning rate.",
-    group=TRAINING, range=Range(0, 1000, above=True, below=True), example="0.01",
+    group=TRAINING, range=RATES, example="0.01",
 )]
 WeightDecay = Annotated[float, Setting("Weight decay of the optimizer.", group=TRAINING, range=Range(0, 1000))]
 PRECISION = Setting(
@@ -26,12 +28,13 @@ PRECISION = Setting(
     group=TRAINING, choices=("float32", "bfloat16"),
 )
 Precision = Annotated[str, PRECISION]
-Train = Annotated[int, Setting("Use at most this many training examples; 0: all.", group="Data", range=Range(0, MANY))]
-Test = Annotated[int, Setting("Use at most this many test examples; 0: all.", group="Data", range=Range(0, MANY))]
+EXAMPLES = Range(0, MAX_COUNT)
+Train = Annotated[int, Setting("Use at most this many training examples; 0: all.", group="Data", range=EXAMPLES)]
+Test = Annotated[int, Setting("Use at most this many test examples; 0: all.", group="Data", range=EXAMPLES)]
 Seed = Annotated[int, Setting("Random seed of initial weights, data order and everything sampled.", range=SEED)]
 EvalTokens = Annotated[int, Setting(
     "Tokens (image models: images) per source to evaluate on.",
-    group=DATA, range=Range(1, MANY),
+    group=DATA, range=Range(1, MAX_COUNT),
 )]
 SeqLen = Annotated[int, Setting("Length of a text window in tokens.", group=DATA, range=Range(2, 2**20))]
 TrainingSeqLen = Annotated[int, Setting(
@@ -60,8 +63,8 @@ Undo = Annotated[bool, Setting(
 # fmt: on
 
 
-def check_combination(precision: str, *, dtype: str = "", measure: str = "") -> None:
-    """Raise InputError if a precision would be ignored, or would not be that of what a budget measures."""
+def check_formats(precision: str, *, dtype: str = "", measure: str = "") -> None:
+    """Raise InputError unless a precision fits the weights' ``dtype`` and a budget's ``measure``; float32 does."""
     if precision == "float32":
         return
     if dtype not in ("", "float32"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from regrow.core.errors import InputError
-from regrow.settings.declaration import Declared, declared, options_of
+from regrow.settings.declaration import DeclaredSetting, list_options
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -14,38 +14,40 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
-def command_line(settings: "DataclassInstance", *further: str) -> str:
-    """Return the command line that runs with settings, and further words; only what differs from defaults is stated."""
-    kind = type(settings)
-    stated = [field for field in options_of(kind) if field.required or field.setting.one_of]
-    plain = kind(**{field.name: getattr(settings, field.name) for field in stated})
-    words = ["regrow", command_of(kind)]
-    for field in options_of(kind):
+def format_command_line(settings: "DataclassInstance", *further: str) -> str:
+    """Return the command line that runs with settings, and further words; most that have their default are left out."""
+    settings_class = type(settings)
+    options = list_options(settings_class)
+    stated = [field for field in options if field.is_required or field.setting.exclusive_group]
+    defaults = settings_class(**{field.name: getattr(settings, field.name) for field in stated})
+    words = ["regrow", command_name(settings_class)]
+    for field in options:
         value = getattr(settings, field.name)
-        shown = field in stated or field.setting.shown or value != getattr(plain, field.name)
-        if shown and value not in (None, ""):
+        is_shown = field in stated or field.setting.always_shown or value != getattr(defaults, field.name)
+        if is_shown and value not in (None, ""):
             words += _words(field, value)
     return shlex.join([*words, *further])
 
 
-def command_of(kind: type) -> str:
+def command_name(settings_class: type) -> str:
     """Return the name of the command whose settings a dataclass declares: the name of its module."""
-    return kind.__module__.rpartition(".")[2]
+    return settings_class.__module__.rpartition(".")[2]
 
 
-def _words(field: Declared, value: Any) -> Iterator[str]:
-    if field.mapping:
+def _words(field: DeclaredSetting, value: Any) -> Iterator[str]:
+    """Yield the words of a command line that give a setting its value: the option, if it has one, before each part."""
+    if field.is_mapping:
         for name, part in value.items():
             yield from (field.option, f"{name}={part if isinstance(part, str) else json.dumps(part)}")
     elif field.type is bool:
         yield field.option
     else:
-        for part in value if field.repeated else (value,):
+        for part in value if field.is_repeated else (value,):
             yield from (str(part),) if field.setting.argument else (field.option, str(part))
 
 
 def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """Parse ``NAME=VALUE`` texts of an option; values are JSON where that can be parsed, otherwise text.
+    """Return name → value of ``NAME=VALUE`` texts of an option: JSON where that can be parsed, otherwise text.
 
     >>> parse_pairs(["allocation=ranked", "seed=2", "compensate=false"])
     {'allocation': 'ranked', 'seed': 2, 'compensate': False}
@@ -62,21 +64,26 @@ def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
     return values
 
 
-def build_settings(kind: type[Settings], words: Mapping[str, Any], recorded: Mapping[str, Any]) -> Settings:
-    """Build settings from field values of the command line and of an earlier run; the command line has precedence."""
-    options = options_of(kind)
-    rivals = [field for field in options if field.setting.one_of]
-    stated = sum(field.name in words for field in rivals)
-    if stated > 1 or (rivals and not stated and not recorded):
+def build_settings(settings_class: type[Settings], stated: Mapping[str, Any], recorded: Mapping[str, Any]) -> Settings:
+    """Build settings from the values by field name that a command line states, and from those of an earlier run.
+
+    The command line has precedence. Raises InputError for a missing setting, and for several of an exclusive group.
+    """
+    options = list_options(settings_class)
+    rivals = [field for field in options if field.setting.exclusive_group]
+    count = sum(field.name in stated for field in rivals)
+    if count > 1 or (rivals and not count and not recorded):
         *others, last = (field.example for field in rivals)
-        raise InputError(f"say {rivals[0].setting.one_of}, by one of {', '.join(others)} or {last}")
-    if stated:
-        recorded = {name: value for name, value in recorded.items() if not declared(kind)[name].setting.one_of}
-    values = {**recorded, **words}
+        raise InputError(f"say {rivals[0].setting.exclusive_group}, by one of {', '.join(others)} or {last}")
+    if count:
+        names = {field.name for field in rivals}
+        recorded = {name: value for name, value in recorded.items() if name not in names}
+    values = {**recorded, **stated}
     for field in options:
-        if field.mapping:
-            values[field.name] = {**recorded.get(field.name, {}), **words.get(field.name, {})}
-        if field.required and not values.get(field.name):
+        if field.is_mapping:
+            values[field.name] = {**recorded.get(field.name, {}), **stated.get(field.name, {})}
+        if field.is_required and not values.get(field.name):
             example = field.example if field.setting.argument else f"… {field.example}"
-            raise InputError(f"{field.option} is missing; for example `regrow {command_of(kind)} {example}`")
-    return kind(**values)
+            name = command_name(settings_class)
+            raise InputError(f"{field.option} is missing; for example `regrow {name} {example}`")
+    return settings_class(**values)

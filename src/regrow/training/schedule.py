@@ -32,7 +32,7 @@ class Schedule(CheckedSettings):
     """Optimizer, learning-rate schedule, gradient clipping, precision and seed of a training."""
 
     optimizer: Annotated[str, OneOf("sgd", "adamw")] = "sgd"  # sgd has momentum 0.9, Nesterov
-    lr: Annotated[float, Range(0, above=True)] = 0.01
+    lr: Annotated[float, Range(0, exclusive_minimum=True)] = 0.01
     weight_decay: float = 0.0
     # cosine: the learning rate falls to 0 over the steps of each task
     decay: Annotated[str, OneOf("constant", "cosine")] = "constant"

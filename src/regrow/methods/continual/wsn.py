@@ -32,7 +32,7 @@ class Settings(CheckedSettings):
         seed: Seed of the initial scores.
     """
 
-    share: Annotated[float, Range(0, 1, above=True)] = 0.5
+    share: Annotated[float, Range(0, 1, exclusive_minimum=True)] = 0.5
     use_task_id: bool = False
     lr: float = 0.01
     seed: int = 0
