@@ -25,14 +25,7 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import (
-    Source,
-    device_of,
-    generators_of,
-    moved,
-    preserve_random_state,
-    seed_generators,
-)
+from regrow.core.sources import Source, device_of, generators_of, moved, preserve_random_state, seed_generators
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources
 from regrow.jobs.models import ModelSpec, attach_origin, load_model

@@ -16,13 +16,7 @@ from regrow.settings.export import Settings
 
 
 def export(
-    model: ModelLike,
-    out: str | Path,
-    *,
-    format: str,
-    dtype: str = "",
-    example: Any = None,
-    progress: Progress = silent,
+    model: ModelLike, out: str | Path, *, format: str, dtype: str = "", example: Any = None, progress: Progress = silent
 ) -> Written:
     """Write a network in a format of other tools, read it back, and compare it with the network.
 

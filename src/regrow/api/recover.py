@@ -94,17 +94,9 @@ def recover(
     call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.with_generators(data=data, validation=validation)
     name = call.name
-    config = Settings(
-        f"{name}()",
-        by,
-        1,
-        settings or {},
-        asdict(prune.Settings(name)),
-        model=name,
-        method=f"prune+{by}",
-        seed=seed,
-        precision="" if precision == "float32" else precision,
-    )
+    pruning, precision = asdict(prune.Settings(name)), "" if precision == "float32" else precision
+    config = Settings(f"{name}()", by, 1, settings or {}, pruning, model=name, seed=seed, precision=precision)
+    config = replace(config, method=f"prune+{by}")
     with ensure_progress(progress) as shown:
         run = call.start_run("recover", shown, model)
         summary = recover_network(config, partial(_open_inputs, call, model, plan), run)

@@ -39,10 +39,8 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
         write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
     size = result["size"]
     say(f"{format_number(size['parameters'])} parameters, {format_number(size['bytes'])} bytes in {size['dtype']}")
-    rows = [
-        (p["source"], format_number(p["ppl"]), format_number(p["ppl_error"], 2), p["tokens"])
-        for p in result["perplexity"]
-    ]
+    texts = result["perplexity"]
+    rows = [(p["source"], format_number(p["ppl"]), format_number(p["ppl_error"], 2), p["tokens"]) for p in texts]
     if rows:
         print_table("Perplexity", ("source", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
     for row in result["choices"]:
@@ -72,13 +70,7 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
 @command.dtype
 @command.device
 def chat(
-    model: str,
-    other: str | None,
-    prompt: str | None,
-    longest: int,
-    temperature: float,
-    dtype: str,
-    device: str,
+    model: str, other: str | None, prompt: str | None, longest: int, temperature: float, dtype: str, device: str
 ) -> None:
     """Chat with MODEL, or with MODEL and OTHER, which both answer each message.
 

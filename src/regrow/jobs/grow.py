@@ -170,10 +170,8 @@ def _grow_checked(
         raise RefusedError("what the network returns has no tensor that could be compared; let it return tensors")
     exact = 0.0
     if plan.insert:  # on accelerators, sums may differ from run to run
-        exact = max(
-            MAX_IDENTITY_CHANGE,
-            min(3 * measure_relative_change(reference, _run_grown(model, example)), MAX_CHANGE),
-        )
+        noise = 3 * measure_relative_change(reference, _run_grown(model, example))
+        exact = max(MAX_IDENTITY_CHANGE, min(noise, MAX_CHANGE))
     for path in plan.insert:
         _check_stack(model, plan, path, before, exact)
     row: dict[str, Any] = {}
@@ -281,15 +279,8 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
         spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
         loaded = load_model(spec, progress, invocation.code)
         check_precision(loaded.model, settings.precision)
-        specs = SourceSpecs(
-            settings.eval_tokens,
-            settings.seq_len,
-            settings.on,
-            settings.sources,
-            settings.tokens,
-            settings.seed,
-            generated_tokens=settings.tokens,
-        )
+        specs = SourceSpecs(settings.eval_tokens, settings.seq_len, settings.on, settings.sources, settings.tokens)
+        specs = replace(specs, seed=settings.seed, generated_tokens=settings.tokens)
         data = read_sources(specs, loaded)
     with run.stage("trace"):
         progress(0, 1, "tracing")

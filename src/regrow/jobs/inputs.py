@@ -19,6 +19,7 @@ from regrow.data.vision import digits, images
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record, broadcast_tensors, checksum, everywhere
 from regrow.evaluation.generation import check_generation, describe_generated, generate_tokens
+from regrow.jobs.models import find_input_shape
 from regrow.jobs.recording import ActiveRun
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
@@ -134,7 +135,7 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
     if loaded.tokenizer is not None:
         n = count_windows(amount, specs.seq_len)
         return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=specs.seq_len, seed=seed, half=half)
-    _, channels, size, _ = _image_shape(loaded, spec)
+    _, channels, size, _ = _require_image_shape(loaded, spec)
     if spec == "digits":
         return digits(n=amount, size=size, channels=channels, seed=seed, half=half)
     name, _, path = spec.partition("=")
@@ -146,9 +147,9 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
     return images(name, Path(path), n=amount, size=size, channels=channels, seed=seed, half=half, normalised=shift)
 
 
-def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
+def _require_image_shape(loaded: Loaded, spec: str) -> torch.Size:
     """Return the shape ``[N, C, H, W]`` of the images that a model takes; InputError if it does not take ``spec``."""
-    shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
+    shape = find_input_shape(loaded)
     dtype = next(loaded.model.parameters()).dtype
     takes_channels = len(shape) == 4 and (spec == "digits" or shape[1] in (1, 3))
     if not takes_channels or shape[2] != shape[3] or dtype != torch.float32:

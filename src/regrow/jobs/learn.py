@@ -61,9 +61,8 @@ class LearnInputs:
     untrained: Callable[[], Loaded] | None = None
     new: bool = False  # whether the network has random weights, so that there is nothing to return to
     sequence: Sequence[object] | None = None  # what `run.json` records of the tasks, by `describe_tasks`
-    python_call: Mapping[str, object] | None = (
-        None  # what the result depends on besides settings, in a call from Python
-    )
+    # What the result depends on besides settings, in a call from Python
+    python_call: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,11 @@ def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") ->
     return loaded, trace_loaded(loaded)
 
 
+def find_input_shape(loaded: Loaded) -> torch.Size:
+    """Return the shape of the first tensor among the positional inputs of a network's example; empty without one."""
+    return next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
+
+
 def trace_loaded(loaded: Loaded) -> AxisGraph:
     """Return the axes of a network, traced with its example."""
     return trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
@@ -128,9 +133,7 @@ def describe_input(loaded: Loaded) -> dict[str, str]:
     return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
 
 
-def _find_example(
-    model: nn.Module, origin: Origin, folder: Path, sources: Sequence[str], *, has_probe: bool
-) -> Example:
+def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Sequence[str], has_probe: bool) -> Example:
     """Return an example input for the network of a run folder, guessed and logged if need be, or raise ModelError.
 
     ``has_probe``: whether the folder has the input with which the network was saved.

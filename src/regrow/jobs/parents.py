@@ -13,14 +13,7 @@ from regrow.core.plan import Plan
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
-from regrow.store.replacing import (
-    check_files,
-    clear_leftovers,
-    copy_folder,
-    count_bytes,
-    record_files,
-    replace_folder,
-)
+from regrow.store.replacing import check_files, clear_leftovers, copy_folder, count_bytes, record_files, replace_folder
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Kind, Shapes

@@ -161,9 +161,8 @@ class PruneJob:
                 weights=inputs.network.parameters(),
             )
             with forward():
-                cut = plan_cut(
-                    self.method, model, axes, self.budget, evidence, objective=inputs.objective, context=context
-                )
+                objective = inputs.objective
+                cut = plan_cut(self.method, model, axes, self.budget, evidence, objective=objective, context=context)
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
             if cut.findings and isinstance(record, RunFolder):

@@ -182,9 +182,8 @@ class Invocation:
         recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
-            command = format_command_line(
-                settings, *(word for name in options if options[name] for word in (name, options[name]))
-            )
+            words = [word for name, value in options.items() if value for word in (name, value)]
+            command = format_command_line(settings, *words)
             recorder = FolderRecorder(self.out, model, command, undo, self.write_page)
         return ActiveRun(recorder, self.ranks, self.progress)
 

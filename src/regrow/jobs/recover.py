@@ -64,9 +64,7 @@ class RecoverInputs:
 
 
 def recover_network(
-    settings: Settings,
-    open_inputs: Callable[[ActiveRun], RecoverInputs],
-    run: ActiveRun,
+    settings: Settings, open_inputs: Callable[[ActiveRun], RecoverInputs], run: ActiveRun
 ) -> dict[str, Any]:
     """Recover a network whose last change of shape was a cut, and record the run; an interrupted one is resumed.
 
@@ -93,18 +91,9 @@ def recover_network(
         _record_cut(run, opened)
         pair = streamed.open_pair(record.path) if streamed else None
         with run.stage("recover"):
-            task = RecoveryTask(
-                loaded.model,
-                dense.model,
-                opened.axes,
-                opened.plan,
-                data.calibration,
-                settings.seed,
-                progress=run.progress,
-                objective=opened.objective,
-                parallel=Parallel(run.ranks),
-                streamed=pair,
-            )
+            task = RecoveryTask(loaded.model, dense.model, opened.axes, opened.plan, data.calibration, settings.seed)
+            task = replace(task, objective=opened.objective, streamed=pair)
+            task = replace(task, progress=run.progress, parallel=Parallel(run.ranks))
             origin, number = dense.origin.record(), len(settings.before) + 1
             summary = recover(record, task, settings.by, settings.recovery_settings, origin=origin, precision=precision)
             record.log("recovery", {"by": settings.by, **summary, **({"round": number} if number > 1 else {})})
@@ -198,19 +187,8 @@ def open_named(
     data = read_sources(specs, loaded)
     if streamed and data.has_pending_text:  # a network that is read block by block cannot generate
         check_generated_stored(specs, streamed.dense.loaded, known, streamed.dense.weights.sums())
-    return RecoverInputs(
-        dense,
-        loaded,
-        axes,
-        cut.plan,
-        data,
-        cut.settings.precision,
-        specs=specs,
-        known=known,
-        rows=cut.folder.metrics(),
-        streamed=streamed,
-        memory=memory,
-    )
+    inputs = RecoverInputs(dense, loaded, axes, cut.plan, data, cut.settings.precision, specs=specs, known=known)
+    return replace(inputs, rows=cut.folder.metrics(), streamed=streamed, memory=memory)
 
 
 def _open_streamed(

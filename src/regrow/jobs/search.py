@@ -141,20 +141,13 @@ def search_network(
     batch, table = measure_times(settings, opened, recorded.get("latency"), run.ranks)
     check_same_tasks(run.ranks, opened.model, (data.search, data.whole))
     search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
-    context = Context(
-        opened.model,
-        opened.axes,
-        data.search,
-        epochs=settings.epochs,
-        seed=settings.seed,
-        undo=UndoStore(),
-        objective=data.objective,
-    )
+    context = Context(opened.model, opened.axes, data.search, epochs=settings.epochs, seed=settings.seed)
+    context = replace(context, undo=UndoStore(), objective=data.objective)
     search.check(context)
-    taken = {
-        name: value for name, value in search.settings.items() if name not in {*settings.method_settings, *SET_BY_RUN}
-    }
-    with run.begin(RunStart({**identity, "defaults": taken}, opened.start, python_call=opened.python_call)) as record:
+    stated = {*settings.method_settings, *SET_BY_RUN}
+    defaults = {name: value for name, value in search.settings.items() if name not in stated}
+    start = RunStart({**identity, "defaults": defaults}, opened.start, python_call=opened.python_call)
+    with run.begin(start) as record:
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
@@ -227,22 +220,9 @@ def _search(
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
-        fitted = learn(
-            model,
-            axes,
-            [context.task],
-            search.learner,
-            inputs.schedule,
-            state=state,
-            options=FitOptions(
-                undo=undo,
-                checkpoint=save,
-                around=watch,
-                log=log.log,
-                progress=run.progress,
-                parallel=Parallel(run.ranks, by_rows=True),
-            ),
-        )
+        options = FitOptions(undo=undo, checkpoint=save, around=watch, log=log.log, progress=run.progress)
+        options = replace(options, parallel=Parallel(run.ranks, by_rows=True))
+        fitted = learn(model, axes, [context.task], search.learner, inputs.schedule, state=state, options=options)
     else:
         learner_state = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
         fitted = Fitted(model, axes, replace(state, learner=learner_state))

@@ -51,9 +51,7 @@ class SearchData:
     # All of these to train on, for retraining; the validation examples are its test examples, too, which are reported
     whole: Task
     test: ExampleSet | None  # test examples, evaluated once at the end; `None`: there are none
-    kwargs: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # flags that the network is called with, such as `use_cache`
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # flags of the network's forward, such as `use_cache`
     objective: Objective = CLASSIFICATION
 
 
@@ -139,9 +137,7 @@ def make_search(
     entry = find_method(MethodKind.SEARCH, settings.method)
     known = select_method_settings(entry, {"measure": str(measure), "levels": levels, **known})
     search: Search = entry.made(
-        settings.method,
-        known | dict(settings.method_settings),
-        **({} if prices is None else {"prices": prices}),
+        settings.method, known | dict(settings.method_settings), **({} if prices is None else {"prices": prices})
     )
     return search
 
@@ -172,9 +168,7 @@ def build_search(
     if table:
         prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
         if limit <= prices.rest:
-            raise ValueError(
-                f"{prices.rest:.3g} ms are left whatever is removed; give a target above that, not {limit:g} ms"
-            )
+            raise ValueError(f"{prices.rest:.3g} ms stay whatever is removed; give a target above, not {limit:g} ms")
     search = make_search(settings, measure, known, prices)
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")

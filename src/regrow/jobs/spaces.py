@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak
-from regrow.allocation.stages import stages as cut
+from regrow.allocation.stages import stages as plan_stages
 from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
 from regrow.core.names import names_code
@@ -93,9 +93,7 @@ def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Modu
     logits = logits_in(model.eval()(first_examples(task.train, 2).inputs))
     classes = 1 + max(task.classes)
     if logits.shape != (2, classes):
-        raise ValueError(
-            f"{space} returns {tuple(logits.shape)} for two images; return logits of {classes} classes, (2, {classes})"
-        )
+        raise ValueError(f"{space} returns {tuple(logits.shape)} for two images; return logits of {classes} classes")
     return model
 
 
@@ -114,13 +112,14 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
             cast(Staged, prefix.net).recomputed = True
         return prefix
 
-    peaks = [
-        make_peak_predictor(search.masked, partial(build_prefix, recomputes), batch) for recomputes in (False, True)
-    ]
+    def plan(recomputes: bool) -> MemoryStages:
+        peak = make_peak_predictor(search.masked, partial(build_prefix, recomputes), batch)
+        return replace(plan_stages(peak, parts, budget), recomputed=recomputes)
+
     try:
-        return cut(peaks[0], parts, budget)
+        return plan(recomputes=False)
     except MemoryBudgetError:
-        return replace(cut(peaks[1], parts, budget), recomputed=True)
+        return plan(recomputes=True)
 
 
 def _build_seeded(network_class: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:

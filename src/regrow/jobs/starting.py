@@ -19,7 +19,7 @@ from regrow.core.sources import logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, run_network
 from regrow.data import Half, MissingError, SourceError, streams, text, windows
 from regrow.data.datasets import LoadedExamples, join_examples, to_examples_of_batch
-from regrow.jobs.models import ModelSpec, load_model
+from regrow.jobs.models import ModelSpec, find_input_shape, load_model
 from regrow.jobs.parents import BEFORE
 from regrow.jobs.recording import Invocation
 from regrow.methods import MethodEntry
@@ -59,7 +59,7 @@ class TaskSpecs:
             return self
         if start.tokenizer is not None:
             return replace(self, tokenizer=start.tokenizer, seq_len=seq_len)
-        return replace(self, shape=_image_shape(start), normalised=start.origin.normalised_images)
+        return replace(self, shape=_require_image_form(start), normalised=start.origin.normalised_images)
 
 
 def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task] = ()) -> list[Task]:
@@ -176,9 +176,9 @@ def find_space_start(space: str, data: str, shape: str, invocation: Invocation) 
     return load_start_network(space, (data,), shape, invocation)
 
 
-def _image_shape(loaded: Loaded) -> tuple[int, ...]:
+def _require_image_form(loaded: Loaded) -> tuple[int, ...]:
     """Return the shape ``[C, H, W]`` of the images that a network takes; raise InputError if it takes none."""
-    shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
+    shape = find_input_shape(loaded)
     if len(shape) != 4:
         raise InputError(
             f"{loaded.origin.name or 'the network'} takes inputs of shape {list(shape)}, and the data are images; "

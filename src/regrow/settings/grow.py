@@ -5,19 +5,9 @@ from typing import Annotated
 
 from regrow.core.amounts import Increase
 from regrow.core.errors import InputError
+from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MAX_COUNT, SEED, Setting
-from regrow.settings.shared import (
-    RATES,
-    Device,
-    Dtype,
-    EvalTokens,
-    ForwardPrecision,
-    Input,
-    SeqLen,
-    Undo,
-    check_formats,
-)
 
 AMOUNT, NEW, DATA, TRAINING = "What grows", "New units", "Data", "Training"
 
@@ -63,13 +53,13 @@ class Settings:
         "or NAME=FOLDER with a folder per class. Repeat it for several.",
         option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
     )] = ()
-    eval_tokens: EvalTokens = 2048
-    seq_len: SeqLen = 256
+    eval_tokens: shared.EvalTokens = 2048
+    seq_len: shared.SeqLen = 256
     seed: Annotated[int, Setting("Seed of the random weights of new units.", group=NEW, range=SEED)] = 0
-    dtype: Dtype = ""
-    device: Device = "cpu"
-    precision: ForwardPrecision = "float32"
-    input: Input = ""
+    dtype: shared.Dtype = ""
+    device: shared.Device = "cpu"
+    precision: shared.ForwardPrecision = "float32"
+    input: shared.Input = ""
     on: Annotated[tuple[str, ...], Setting(
         "Train on this after the growth: a source, as for --source, which is also measured. Repeat it for several.",
         metavar="NAME[=PATH]", group=TRAINING, source=True,
@@ -82,16 +72,16 @@ class Settings:
         group=TRAINING, choices=("new", "all"),
     )] = "new"
     lr: Annotated[float, Setting(
-        "Learning rate of AdamW, which falls to 0.", group=TRAINING, range=RATES,
+        "Learning rate of AdamW, which falls to 0.", group=TRAINING, range=shared.RATES,
     )] = 1e-3
     tokens: Annotated[int, Setting(
         "Training tokens per source; or images.", group=TRAINING, range=Range(1, MAX_COUNT),
     )] = 65536
-    undo: Undo = True
+    undo: shared.Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_formats(self.precision, dtype=self.dtype)
+        shared.check_formats(self.precision, dtype=self.dtype)
         if self.precision != "float32" and not (self.on or self.sources):
             raise InputError(
                 f"--precision {self.precision} is for passes over data, and there are none; leave it out, or add --on"
