@@ -237,7 +237,7 @@ def test_a_score_that_is_no_share_is_written_once(here: Path) -> None:
 
 def test_two_examples_of_named_inputs_are_kept() -> None:
     data = {"input_ids": torch.arange(24).reshape(6, 4), "attention_mask": torch.ones(6, 4)}
-    kept = Inputs(Loaded(net(), None, regrow.Example((), data), Origin("callable", ""))).saved().example.kwargs
+    kept = Inputs(Loaded(net(), None, regrow.Example((), data), Origin("callable", ""))).for_saving().example.kwargs
     assert {name: value.tolist() for name, value in kept.items()} == {n: v[:2].tolist() for n, v in data.items()}
 
 

@@ -76,4 +76,4 @@ def _open_inputs(call: Call, settings: Settings, memory: str, progress: Progress
         inputs = call.read(progress)
     if inputs.objective is None:
         raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
-    return EvaluateInputs(inputs.saved(), inputs.sources, inputs.objective, opened, plan)
+    return EvaluateInputs(inputs.for_saving(), inputs.sources, inputs.objective, opened, plan)

@@ -105,7 +105,7 @@ def _open_inputs(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
     """Open the network, trace it, and read the data."""
     inputs = call.read(run.progress)
     return GrowInputs(
-        inputs.saved(),
+        inputs.for_saving(),
         inputs.trace() if call.axes is None else call.axes,
         SourceHalves(inputs.sources, inputs.tests),
         inputs.objective,

@@ -59,8 +59,8 @@ class Inputs:
         batch = batch.to(device_of(self.model))
         return replace(self, loaded=replace(self.loaded, example=Example(batch.args, batch.kwargs)))
 
-    def saved(self) -> Loaded:
-        """Return the network as it is saved: with two examples, where the first dimension of the input is the batch's.
+    def for_saving(self) -> Loaded:
+        """Return the network as it is saved: with the first two rows of its example, where these are examples.
 
         That is known of a single tensor, and of inputs by the names that transformers uses.
         """

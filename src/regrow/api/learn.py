@@ -175,7 +175,7 @@ def _open_inputs(
             raise InputError(f"{config.method} needs the network's axes, and it cannot be traced: {error}") from error
     # The checkpoint is not part of the finished run, whose data have no names.
     file = Path(STATISTICS, CHECKPOINT)
-    return LearnInputs(inputs.saved(), axes, tasks, learner, schedule, file, python_call=record)
+    return LearnInputs(inputs.for_saving(), axes, tasks, learner, schedule, file, python_call=record)
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:

@@ -129,7 +129,7 @@ def _open_inputs(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
     if reconstruct:
         with preserve_random_state(generator for source in inputs.sources for generator in source.generators):
             check_lengths(chain.from_iterable(inputs.sources))
-    network = WholeNetwork(inputs.saved())
+    network = WholeNetwork(inputs.for_saving())
     return PruneInputs(
         network,
         axes,

@@ -112,7 +112,7 @@ def _open_inputs(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> Re
     axes = with_branches_of([plan], dense, inputs.trace()) if call.axes is None else call.axes
     _check_dense(model, dense)
     model.to(device_of(dense))
-    small = replace(inputs.saved(), model=model, origin=describe_origin(model))
+    small = replace(inputs.for_saving(), model=model, origin=describe_origin(model))
     recorded = call.describe_inputs(inputs, partial(parameter_sums, model))
     if recorded is not None:
         recorded["dense"] = digest_json(parameter_sums(dense))

@@ -96,7 +96,9 @@ def search(
     """
     call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, axes=axes, out=out)
     call = call.with_generators(data=data, validation=validation, test=test)
-    config = Settings(call.name, "data", _target(target, smaller), method=method, method_settings=dict(settings or {}))
+    config = Settings(
+        call.name, "data", _format_target(target, smaller), method=method, method_settings=dict(settings or {})
+    )
     config = replace(config, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     config = replace(config, weight_decay=weight_decay, precision=precision)
     with ensure_progress(progress) as shown:
@@ -113,7 +115,7 @@ def _open_inputs(call: Call, test: object, config: Settings, optimizer: Optimize
     objective = find_objective(net.model, call.loss, first)
     schedule = with_optimizer(make_schedule(config, objective, config.epochs), optimizer)
     inputs = net.with_example(first) if call.example is None else net
-    loaded = inputs.saved()
+    loaded = inputs.for_saving()
     both = {"data": task, "validation": replace(task, train=task.test)}
     recorded = call.describe_data(
         (Source(name, [first_batch(part)]) for name, part in both.items()),
@@ -132,7 +134,7 @@ def _open_inputs(call: Call, test: object, config: Settings, optimizer: Optimize
     )
 
 
-def _target(target: str | Target, smaller: str | float | None) -> str:
+def _format_target(target: str | Target, smaller: str | float | None) -> str:
     """Return the target as text, whether given as such or as the share that is removed; InputError unless one is."""
     if bool(target) == (smaller is not None):
         got = f"target={target!s} and smaller={smaller}" if target else "neither"

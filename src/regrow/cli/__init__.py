@@ -33,7 +33,7 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def run_command(words: list[str]) -> int:
-    """Run one command, given without the program's name, and return its exit code."""
+    """Run one command, given without the program's name, and return its exit code; imports the commands first."""
     from regrow.cli import app
 
     return app.run_command(words)

@@ -53,10 +53,10 @@ def run_command(words: list[str]) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):
         return print_failure(boundary.NOTHING_YET, INTERRUPTED)
     except Exception as error:
-        return _failed(error)
+        return _report_error(error)
 
 
-def _failed(error: Exception) -> int:
+def _report_error(error: Exception) -> int:
     """Print an error, with its traceback if it is raised by no check of regrow, and return the exit code."""
     failure = boundary.classify_failure(error)
     if failure.traced:

@@ -77,8 +77,12 @@ def classify_failure(error: BaseException) -> Failure:
     if isinstance(error, ValueError) and _is_raised_by_regrow(error):
         return Failure(_choose_exit_code(error), str(error))
     if where := _find_user_line(error.__traceback__):
-        return Failure(USAGE, f"{where} failed: {describe(error)}; it is not part of regrow: fix it there", traced=True)
-    return Failure(BUG, f"this is a bug in regrow: {describe(error)}; please report it with the traceback", traced=True)
+        return Failure(
+            USAGE, f"{where} failed: {describe_error(error)}; it is not part of regrow: fix it there", traced=True
+        )
+    return Failure(
+        BUG, f"this is a bug in regrow: {describe_error(error)}; please report it with the traceback", traced=True
+    )
 
 
 def _classify_usage(error: click.ClickException) -> Failure:
@@ -139,7 +143,7 @@ def _classify_os_error(error: OSError) -> Failure:
     number = error.errno or 0
     name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
     where = f"{name}: " if name else ""
-    what = (os.strerror(number) if number else describe(error)).rstrip(".")
+    what = (os.strerror(number) if number else describe_error(error)).rstrip(".")
     remedy = "free some space, or choose another disk" if number in _NO_ROOM else "check the path and its permissions"
     return Failure(ENVIRONMENT if number in _MACHINE else USAGE, f"{where}{what[:1].lower()}{what[1:]}; {remedy}")
 
@@ -167,7 +171,7 @@ def _find_user_line(tb: TracebackType | None) -> str:
     return where
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error as ``KeyError: 'x'``, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 

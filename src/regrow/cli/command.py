@@ -163,21 +163,21 @@ class Verb(click.Command):
         return NOTHING_YET
 
 
-def _make_parameters(kind: type["DataclassInstance"]) -> list[click.Parameter]:
+def _make_parameters(settings_class: type["DataclassInstance"]) -> list[click.Parameter]:
     """Return the click parameters by which a command gets its settings."""
     return [
         PositionalArgument(field)
         if field.setting.argument
         else GroupedOption([field.option, field.name], **_describe_option(field))
-        for field in list_options(kind)
+        for field in list_options(settings_class)
     ]
 
 
-def _take_settings(kind: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
+def _take_settings(settings_class: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
     """Remove the settings' values from ``context.params``, and return the settings; ``None`` with ``--resume``."""
     stated: dict[str, Any] = {}
     options = []
-    for field in list_options(kind):
+    for field in list_options(settings_class):
         value = context.params.pop(field.name)
         if context.get_parameter_source(field.name) != ParameterSource.COMMANDLINE:
             continue
@@ -193,21 +193,21 @@ def _take_settings(kind: type["DataclassInstance"], context: click.Context) -> "
         if options:
             raise click.UsageError(f"--resume takes the settings of its run; leave out {', '.join(options)}", context)
         return None
-    return build_settings(kind, stated, _read_config(config, kind, stated) if config else {})
+    return build_settings(settings_class, stated, _read_config(config, settings_class, stated) if config else {})
 
 
-def _read_config(run: Path, kind: type["DataclassInstance"], stated: Mapping[str, object]) -> dict[str, Any]:
+def _read_config(run: Path, settings_class: type["DataclassInstance"], stated: Mapping[str, object]) -> dict[str, Any]:
     """Return a run's settings by field name; InputError for another command's, or code that is not in ``stated``."""
     from regrow.cli.checks import read_run_record
     from regrow.store.run_record import check_repeatable, convert_settings
 
-    record, command = read_run_record(run), command_name(kind)
+    record, command = read_run_record(run), command_name(settings_class)
     if record["verb"] != command:
         raise InputError(f"{run} holds a run of {record['verb']!r}; give a run of `regrow {command}` to --config")
     check_repeatable(run, record)
-    recorded = convert_settings(record["settings"], kind)
-    values = {field.name: getattr(recorded, field.name) for field in list_options(kind)}
-    for field in list_options(kind):
+    recorded = convert_settings(record["settings"], settings_class)
+    values = {field.name: getattr(recorded, field.name) for field in list_options(settings_class)}
+    for field in list_options(settings_class):
         if field.setting.code and field.name not in stated and names_code(name := values[field.name]):
             word = name if field.setting.argument else f"{field.option} {name}"
             raise InputError(

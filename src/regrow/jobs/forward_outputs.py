@@ -82,10 +82,10 @@ def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
 
 
 def measure_relative_change(before: Answers, after: Answers) -> float:
-    """Return the largest change of an entry of outputs that must be the same in number, shape and value.
+    """Return the largest relative change of an entry of outputs; infinite if their number or a shape differs.
 
     It is relative to the entry, or to ten times the median of its output where that is more: values of another order,
-    such as those of masked classes, hide nothing. Infinite if number or shape differ.
+    such as those of masked classes, hide nothing.
     """
     if [x is None or x.shape for x in before] != [x is None or x.shape for x in after]:
         return torch.inf
@@ -148,13 +148,13 @@ class NetworkState:
         tensors = [x for x in tensors if not isinstance(x, nn.Parameter) or id(x) in written]
         copies = [(x, x._version, x.detach().clone()) for x in tensors]
         objects = [value for module in model.modules() for value in vars(module).values()]
-        return cls(Snapshot(model), copies, [(value, _fields(value)) for value in objects if _has_fields(value)])
+        return cls(Snapshot(model), copies, [(value, _read_fields(value)) for value in objects if _has_fields(value)])
 
     def restore(self) -> None:
         """Restore the network, in place, bit for bit."""
         self.contents.restore()
         for holder, fields in self.fields:
-            for name in _fields(holder).keys() - fields.keys():
+            for name in _read_fields(holder).keys() - fields.keys():
                 object.__delattr__(holder, name)
             for name, value in fields.items():
                 if getattr(holder, name, None) is not value:
@@ -168,10 +168,10 @@ class NetworkState:
 def _has_fields(value: object) -> bool:
     """Whether a value is an object with fields of its own, such as a configuration: no tensor, module or container."""
     plain = Tensor | nn.Module | type | Mapping | list | tuple | set
-    return not isinstance(value, plain) and not callable(value) and bool(_fields(value))
+    return not isinstance(value, plain) and not callable(value) and bool(_read_fields(value))
 
 
-def _fields(value: object) -> dict[str, object]:
+def _read_fields(value: object) -> dict[str, object]:
     """Return the fields of an object, those in slots included."""
     slots = [name for kind in type(value).__mro__ for name in _public_slots(getattr(kind, "__slots__", ()))]
     return {**{n: getattr(value, n) for n in slots if hasattr(value, n)}, **getattr(value, "__dict__", {})}

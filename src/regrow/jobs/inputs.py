@@ -206,9 +206,9 @@ def fill_generated(
     this. ``weights`` has a sum of each parameter of a model without numbers.
     """
     run = run or ActiveRun()
-    tokens = _pending_windows(specs, loaded)
+    tokens = _make_pending_tokens(specs, loaded)
     if run.ranks.leads:
-        header = _describe_windows(specs, loaded, weights)
+        header = _make_header(specs, loaded, weights)
         _fill_stored_windows(tokens, (*known, *([folder] if folder else [])), header)
 
         def store() -> None:
@@ -249,7 +249,7 @@ def complete_data(
     return halves
 
 
-def _pending_windows(specs: SourceSpecs, loaded: Loaded) -> Tensor:
+def _make_pending_tokens(specs: SourceSpecs, loaded: Loaded) -> Tensor:
     """Return the tokens of the windows to generate, ``[windows, tokens]``, each -1: not generated yet."""
     return torch.full((specs.generated_windows, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
 
@@ -259,8 +259,8 @@ def check_generated_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[P
 
     ``weights`` has a sum of each parameter of the model, which has no numbers.
     """
-    tokens = _pending_windows(specs, loaded)
-    _fill_stored_windows(tokens, known, _describe_windows(specs, loaded, weights))
+    tokens = _make_pending_tokens(specs, loaded)
+    _fill_stored_windows(tokens, known, _make_header(specs, loaded, weights))
     if missing := int((tokens < 0).any(1).sum()):
         raise InputError(
             f"source 'generated' lacks {missing} of {len(tokens)} windows, and a network that is read one block at a "
@@ -268,7 +268,7 @@ def check_generated_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[P
         )
 
 
-def _describe_windows(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
+def _make_header(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
     """Return the header of the file of generated text: the seed, first token, vocabulary and weights it depends on."""
     return {
         "seed": specs.seed,

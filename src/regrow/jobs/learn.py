@@ -219,7 +219,7 @@ def open_named(settings: Settings, invocation: Invocation, begun: RunToExtend | 
 def make_task_specs(settings: Settings, start: Loaded | None = None) -> TaskSpecs:
     """Return the tasks of a run and how much data is used, as the network ``start`` takes them (``None``: new)."""
     specs = TaskSpecs(settings.tasks, settings.train, settings.test, settings.scenario, settings.seed)
-    return specs.adapted_to(start, settings.seq_len)
+    return specs.adapt_to(start, settings.seq_len)
 
 
 def _read_tasks_of_run(

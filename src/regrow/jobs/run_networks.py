@@ -53,7 +53,7 @@ class WholeNetwork:
         return parameter_sums(self.loaded.model)
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Return the parameters by name; parametrized weights as they are computed."""
+        """Return every parameter under each of its names, detached but not copied."""
         return weights_of(self.loaded.model)
 
     def use_folder(self, folder: Path) -> None:

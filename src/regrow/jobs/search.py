@@ -28,9 +28,9 @@ from regrow.jobs.search_inputs import (
     SearchInputs,
     build_search,
     make_schedule,
-    measure_statistics,
     measure_times,
     read_search_data,
+    remeasure_batchnorms,
     trace_examples,
 )
 from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
@@ -155,7 +155,7 @@ def search_network(
         with run.stage("search"):
             fitted, log = _search(settings, opened, search, context, run)
             model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
-            measure_statistics(model, context, settings.batch_size)
+            remeasure_batchnorms(model, context, settings.batch_size)
         example = first_examples(data.search.test if data.test is None else data.test, 1).inputs
         with run.stage("evaluate"):
             score = mean_score(model, data.search.test, data.objective) if run.ranks.leads else nan

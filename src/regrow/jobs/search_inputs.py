@@ -72,7 +72,7 @@ class SearchInputs:
 
 
 def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
-    """Return how a network is trained by the settings of a search, for ``epochs`` (0 as 1); ``decay``: of the rate."""
+    """Return how to train for ``epochs`` (0 as 1); ``decay``: of the learning rate, ``constant`` or ``cosine``."""
     return replace(make_task_schedule(replace(settings, epochs=max(1, epochs)), objective), decay=decay)
 
 
@@ -82,7 +82,7 @@ def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchD
     ``start`` is the network with weights, whose form the data get; ``None``: it is new.
     """
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
-    specs = replace(specs, normalised=names_code(settings.space)).adapted_to(start, settings.seq_len)
+    specs = replace(specs, normalised=names_code(settings.space)).adapt_to(start, settings.seq_len)
     (base,) = read_tasks(specs)
     is_text = specs.tokenizer is not None
     n = len(base.train)
@@ -182,7 +182,7 @@ def build_search(
     return search
 
 
-def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> None:
+def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) -> None:
     """Measure the running statistics of a network's BatchNorms again, in place, on shuffled training examples."""
     if tune.find_running(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)

@@ -76,7 +76,7 @@ def build_space(
     if settings.memory:
         # Where stages end is not known yet: a classifier behind every part is no less than there will be.
         plan = _plan_stages_in_memory(settings, task, partial(prefix, configure(heads=range(count))), count)
-    config = configure(heads=plan.ends if plan else stage_ends(count, stages or min(3, count)))
+    config = configure(heads=plan.ends if plan else choose_stage_ends(count, stages or min(3, count)))
     net = _build_seeded(network_class, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(kind, kind, config, space), plan
@@ -129,10 +129,10 @@ def _build_seeded(network_class: type[Cells | Mobile], config: Mapping[str, Any]
         return network_class(config)
 
 
-def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
+def choose_stage_ends(parts: int, stages: int) -> tuple[int, ...]:
     """Return the last part of each stage, for stages of nearly equal numbers of parts (cells or blocks).
 
-    >>> stage_ends(8, 3), stage_ends(6, 1)
+    >>> choose_stage_ends(8, 3), choose_stage_ends(6, 1)
     ((2, 4, 7), (5,))
     """
     if not 1 <= stages <= parts:
@@ -157,10 +157,10 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
             config = mobile.describe(model, origin.config, removed)
         case _:
             return model.eval(), origin
-    return rebuild(config, model), replace(origin, config=config)
+    return rebuild_network(config, model), replace(origin, config=config)
 
 
-def rebuild(config: Mapping[str, Any], model: Cells | Mobile) -> Cells | Mobile:
+def rebuild_network(config: Mapping[str, Any], model: Cells | Mobile) -> Cells | Mobile:
     """Return a new network of a config, in eval mode, with the weights of the searched super-network (``model``)."""
     network = type(model)(config)
     network.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too

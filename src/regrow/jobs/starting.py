@@ -53,7 +53,7 @@ class TaskSpecs:
     tokenizer: "PreTrainedTokenizerBase | None" = None
     seq_len: int = 256
 
-    def adapted_to(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
+    def adapt_to(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
         """Return these specs with the form of data that ``start`` takes; for a new network (``None``) as they are."""
         if start is None:
             return self
