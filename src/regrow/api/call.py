@@ -68,11 +68,12 @@ class Call:
         """
         device = None if self.device is None else choose_device(self.device)
         model, tokenizer = self.model, self.tokenizer
-        known: Example | None = None
+        known_example: Example | None = None
         files: tuple[WeightFile, ...] = ()
         if isinstance(model, str | Path):
             loaded = load_model(ModelSpec(str(model), device=str(device or "cpu")), progress)
-            model, known, files = attach_origin(loaded), None if loaded.guessed else loaded.example, loaded.files
+            model, files = attach_origin(loaded), loaded.files
+            known_example = None if loaded.guessed else loaded.example
             tokenizer = tokenizer or loaded.tokenizer
         if not isinstance(model, nn.Module):
             raise InputError(explain_no_network(model, self.data))
@@ -82,23 +83,23 @@ class Call:
         model = model if device is None else model.to(device)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         example = self.example if self.axes is None else self.axes.example
-        known = known if example is None else to_example(example)
-        guess = known or guessed_example(model)
+        known_example = known_example if example is None else to_example(example)
+        guess = known_example or guessed_example(model)
         side = find_side(guess.args if guess else ())
         reading = choose_reading(model, tokenizer, self.batch_size, side)
         sources, tests, objective = self._read_data(reading)
         where = ""
-        if known is None:
+        if known_example is None:
             if not sources:
                 raise InputError(
                     "there is no input to run the network with; give example=, for example "
                     "example=torch.ones(1, 3, 224, 224), or data"
                 )
             first = sources[0].batches[0]
-            known, where = Example(first.args, first.kwargs), first.where
+            known_example, where = Example(first.args, first.kwargs), first.where
         if (device := device_of(model)).type != "meta":
-            known = Example(moved(known.args, device), moved(dict(known.kwargs), device))
-        network = Loaded(model, tokenizer, known, describe_origin(model), files=files)
+            known_example = Example(moved(known_example.args, device), moved(dict(known_example.kwargs), device))
+        network = Loaded(model, tokenizer, known_example, describe_origin(model), files=files)
         return Inputs(network, sources, objective, tests, where)
 
     def open_files(self, memory: str) -> tuple[OpenedNetwork, Inputs]:

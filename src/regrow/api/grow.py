@@ -94,8 +94,8 @@ def grow(
     settings = Settings(call.name, _format_amount(mlp), _format_amount(heads), _format_amount(channels), copies, units)
     settings = replace(settings, fill=fill, seed=seed, on=names, steps=steps, train=train, lr=lr)
     settings = replace(settings, precision=precision if steps else "float32")
-    with ensure_progress(progress) as shown:
-        result = grow_network(settings, partial(_open_inputs, call, steps), call.start_run("grow", shown))
+    with ensure_progress(progress) as bar:
+        result = grow_network(settings, partial(_open_inputs, call, steps), call.start_run("grow", bar))
     for note in result.warnings:
         warnings.warn(note, stacklevel=2)
     return result.model, result.plan

@@ -146,9 +146,9 @@ def learn(
     names = tuple(task.name for task in all_tasks)
     config = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
     config = replace(config, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
-    with nullcontext(progress) if out is None else ensure_progress(progress) as shown:
+    with nullcontext(progress) if out is None else ensure_progress(progress) as bar:
         open_inputs = partial(_open_inputs, call, config, net, all_tasks, optimizer)
-        fitted = learn_tasks(config, open_inputs, call.start_run("learn", shown))
+        fitted = learn_tasks(config, open_inputs, call.start_run("learn", bar))
     state = fitted.state
     return Learned(fitted.model, fitted.axes, names, accuracy_matrix(state), state.plans, state.sizes)
 

@@ -103,8 +103,8 @@ def prune(
     config = Settings(call.name, method, dict(settings or {}), only=tuple(only), exclude=tuple(exclude))
     config = replace(config, marks=tuple(sorted(map(str, marks))), round_to=round_to, regular=regular)
     config = replace(_with_size(config, keep, target, smaller), precision=precision, reconstruct=reconstruct)
-    with ensure_progress(progress) as shown:
-        result = prune_network(config, partial(_open_inputs, call, reconstruct), call.start_run("prune", shown))
+    with ensure_progress(progress) as bar:
+        result = prune_network(config, partial(_open_inputs, call, reconstruct), call.start_run("prune", bar))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan

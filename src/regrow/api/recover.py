@@ -94,11 +94,11 @@ def recover(
     call = Call(dense, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.with_generators(data=data, validation=validation)
     name = call.name
-    pruning, precision = asdict(prune.Settings(name)), "" if precision == "float32" else precision
-    config = Settings(f"{name}()", by, 1, settings or {}, pruning, model=name, seed=seed, precision=precision)
-    config = replace(config, method=f"prune+{by}")
-    with ensure_progress(progress) as shown:
-        run = call.start_run("recover", shown, model)
+    pruning = asdict(prune.Settings(name))
+    config = Settings(f"{name}()", by, 1, settings or {}, pruning, model=name, method=f"prune+{by}", seed=seed)
+    config = replace(config, precision="" if precision == "float32" else precision)
+    with ensure_progress(progress) as bar:
+        run = call.start_run("recover", bar, model)
         summary = recover_network(config, partial(_open_inputs, call, model, plan), run)
     return {name: value for name, value in summary.items() if name not in ("tokens", "seconds")}
 

@@ -101,9 +101,9 @@ def search(
     )
     config = replace(config, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
     config = replace(config, weight_decay=weight_decay, precision=precision)
-    with ensure_progress(progress) as shown:
+    with ensure_progress(progress) as bar:
         open_inputs = partial(_open_inputs, call, test, config, optimizer)
-        return search_network(config, open_inputs, call.start_run("search", shown))
+        return search_network(config, open_inputs, call.start_run("search", bar))
 
 
 def _open_inputs(call: Call, test: object, config: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:

@@ -130,11 +130,11 @@ def record_interrupts() -> Iterator[list[int]]:
 
 def _walk_causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and those that led to it, from the nearest on."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
+    while cause is not None and id(cause) not in visited:
         yield cause
-        seen.add(id(cause))
+        visited.add(id(cause))
         cause = cause.__cause__ or cause.__context__
 
 

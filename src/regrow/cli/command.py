@@ -69,8 +69,8 @@ class PositionalArgument(click.Argument):
 
     def __init__(self, field: DeclaredSetting) -> None:
         metavar = field.setting.metavar or f"{field.name.upper()}{'...' if field.is_repeated else ''}"
-        many = -1 if field.is_repeated else 1
-        super().__init__([field.name], required=False, type=_SettingType(field), metavar=metavar, nargs=many)
+        nargs = -1 if field.is_repeated else 1
+        super().__init__([field.name], required=False, type=_SettingType(field), metavar=metavar, nargs=nargs)
         self.text = field.setting.help
 
 

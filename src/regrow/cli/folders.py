@@ -72,8 +72,8 @@ def methods(name: str | None) -> None:
     if name is None:
         added = added_methods()
         for command, kind in METHOD_KINDS.items():
-            known = dict(TABLES[kind]) | {key: row for key, row in added.items() if row.kind == kind}
-            rows = [(key, row.about.strip().splitlines()[0].rstrip(".")) for key, row in known.items()]
+            entries = dict(TABLES[kind]) | {key: row for key, row in added.items() if row.kind == kind}
+            rows = [(key, row.about.strip().splitlines()[0].rstrip(".")) for key, row in entries.items()]
             print_table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return

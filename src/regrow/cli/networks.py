@@ -55,8 +55,8 @@ def show(model: str, everything: bool, code: str, dtype: str, input: str) -> Non
         loaded, axes = trace_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
     for part in axes.tables(everything=everything):
         print_table(part.title, part.columns, part.rows, part.numbers)
-    how = "on fake data, as torch.export does" if axes.recorded == "export" else "by recording one eager run"
-    say(f"traced {how}")
+    method = "on fake data, as torch.export does" if axes.recorded == "export" else "by recording one eager run"
+    say(f"traced {method}")
     say(f"MACs are those of one example, with dense kernels, of an input of {written_shape(loaded.example)}")
     for note in axes.notes:
         say(f"note: {note}")
@@ -189,7 +189,7 @@ def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> N
     say(f"{written.path}: {format_number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")
-    for what, value in written.checked.items():
-        say(f"checked: {what.replace('_', ' ')} {value if isinstance(value, str) else format_number(value)}")
+    for name, value in written.checked.items():
+        say(f"checked: {name.replace('_', ' ')} {value if isinstance(value, str) else format_number(value)}")
     if written.memory:
         say_peak(written.memory)

@@ -111,20 +111,20 @@ def show_progress() -> Iterator[Progress]:
 
 def _plain_progress() -> Progress:
     """Return a function that prints progress as lines: each new text, and every ``LINE_SECONDS`` seconds."""
-    last, began, shown = 0.0, time.monotonic(), ""
+    last, began, last_text = 0.0, time.monotonic(), ""
 
     def update(done: int, total: int, what: str) -> None:
-        nonlocal last, began, shown
+        nonlocal last, began, last_text
         now = time.monotonic()
-        if what.split(",")[0] != shown.split(",")[0]:
-            began, shown = now, what
+        if what.split(",")[0] != last_text.split(",")[0]:
+            began, last_text = now, what
         elif now - last < LINE_SECONDS and done < total:
             return
         last = now
-        left = ""
+        remaining = ""
         if 0 < done < total and now - began > 1:
-            left = f", about {(now - began) / done * (total - done):.0f} s left"
-        sys.stderr.write(f"{escape_controls(what)}: {done}/{total}{left}\n")
+            remaining = f", about {(now - began) / done * (total - done):.0f} s left"
+        sys.stderr.write(f"{escape_controls(what)}: {done}/{total}{remaining}\n")
         sys.stderr.flush()
 
     return update
@@ -135,8 +135,8 @@ def say_pieces(title: str, pieces: Iterator[str]) -> str:
     out.print(f"{escape_controls(title)}: ", end="", markup=False)
     text = ""
     for piece in pieces:
-        shown = escape_controls(piece, keep=TEXT)
-        out.print(shown if text.strip() else shown.lstrip(), end="", markup=False)
+        printed = escape_controls(piece, keep=TEXT)
+        out.print(printed if text.strip() else printed.lstrip(), end="", markup=False)
         text += piece
     out.print()
     return text

@@ -132,20 +132,20 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
         axis = axes[key]
         changes[key] = Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids, grow=units, fill=fill)
     origin: dict[str, Any] = {"method": "grow", **{part: str(increase) for part, increase in parts.items()}}
-    for what, increases in (("axis", named), ("blocks", blocks)):
+    for field, increases in (("axis", named), ("blocks", blocks)):
         if increases:
-            origin[what] = {name: str(increase) for name, increase in increases.items()}
+            origin[field] = {name: str(increase) for name, increase in increases.items()}
     plan = Plan(changes, origin={**origin, "fill": settings.fill}, insert=insert)
     plan.check(axes)
     reasons: dict[str, list[str]] = {}
-    for key, why in widened.refused.items():
-        reasons.setdefault(why, []).append(key)
+    for key, reason in widened.refused.items():
+        reasons.setdefault(reason, []).append(key)
     notes = []
-    for why, (first, *others) in reasons.items():
+    for reason, (first, *others) in reasons.items():
         if others:
-            notes.append(f"{1 + len(others)} axes keep their width ({first}, …): {why}")
+            notes.append(f"{1 + len(others)} axes keep their width ({first}, …): {reason}")
         else:
-            notes.append(f"1 axis keeps its width ({first}): {why}")
+            notes.append(f"1 axis keeps its width ({first}): {reason}")
     return plan, tuple(notes)
 
 
@@ -213,9 +213,9 @@ def _check_stack(
             f"{OTHER_STACK}; {AS_BEFORE}"
         ) from None
     if not worst <= share:
-        what = f"by up to {100 * worst:.2g} %" if isfinite(worst) else "their number or shape"
+        change = f"by up to {100 * worst:.2g} %" if isfinite(worst) else "their number or shape"
         raise RefusedError(
-            f"stack {path!r} cannot get further blocks: the outputs would change {what}, since the network uses states "
+            f"stack {path!r} cannot get further blocks: outputs would change {change}, since the network uses states "
             f"between its blocks, how many there are, or random numbers; {OTHER_STACK}; {AS_BEFORE}"
         )
 

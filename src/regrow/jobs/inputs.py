@@ -196,20 +196,20 @@ def fill_generated(
     loaded: Loaded,
     folder: Path | None = None,
     *,
-    known: Sequence[Path] = (),
+    others: Sequence[Path] = (),
     weights: Sequence[float] | None = None,
     run: ActiveRun | None = None,
 ) -> SourceHalves:
     """Return the halves with the text that the model generates, as far as possible read from run folders.
 
-    ``folder`` is that of the run, where the text is written, and ``known`` are those of other runs. All ranks call
+    ``folder`` is that of the run, where the text is written, and ``others`` are those of other runs. All ranks call
     this. ``weights`` has a sum of each parameter of a model without numbers.
     """
     run = run or ActiveRun()
     tokens = _make_pending_tokens(specs, loaded)
     if run.ranks.leads:
         header = _make_header(specs, loaded, weights)
-        _fill_stored_windows(tokens, (*known, *([folder] if folder else [])), header)
+        _fill_stored_windows(tokens, (*others, *([folder] if folder else [])), header)
 
         def store() -> None:
             if folder is not None:
@@ -235,7 +235,7 @@ def complete_data(
     specs: SourceSpecs | None,
     loaded: Loaded,
     *,
-    known: Sequence[Path] = (),
+    others: Sequence[Path] = (),
     weights: Sequence[float] | None = None,
 ) -> SourceHalves:
     """Return the data with generated text, by :func:`fill_generated`, and record the sources of ``specs``, if any."""
@@ -244,7 +244,7 @@ def complete_data(
     if halves.has_pending_text:
         folder = run.record.path if run.record.is_kept else None
         with run.stage("generate"):
-            halves = fill_generated(halves, specs, loaded, folder, known=known, weights=weights, run=run)
+            halves = fill_generated(halves, specs, loaded, folder, others=others, weights=weights, run=run)
     run.record.update(sources=describe_sources(specs, halves))
     return halves
 
@@ -254,13 +254,15 @@ def _make_pending_tokens(specs: SourceSpecs, loaded: Loaded) -> Tensor:
     return torch.full((specs.generated_windows, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
 
 
-def check_generated_stored(specs: SourceSpecs, loaded: Loaded, known: Sequence[Path], weights: Sequence[float]) -> None:
+def check_generated_stored(
+    specs: SourceSpecs, loaded: Loaded, folders: Sequence[Path], weights: Sequence[float]
+) -> None:
     """Raise InputError unless run folders have all text of a run whose network, read block by block, cannot generate.
 
     ``weights`` has a sum of each parameter of the model, which has no numbers.
     """
     tokens = _make_pending_tokens(specs, loaded)
-    _fill_stored_windows(tokens, known, _make_header(specs, loaded, weights))
+    _fill_stored_windows(tokens, folders, _make_header(specs, loaded, weights))
     if missing := int((tokens < 0).any(1).sum()):
         raise InputError(
             f"source 'generated' lacks {missing} of {len(tokens)} windows, and a network that is read one block at a "

@@ -83,8 +83,8 @@ def learn_tasks(settings: Settings, open_inputs: Callable[[ActiveRun], LearnInpu
     of the run call this, and train together.
     """
     check_settings(settings)
-    taken = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
-    identity = {"verb": "learn", "settings": asdict(settings), "defaults": taken}
+    defaults = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
+    identity = {"verb": "learn", "settings": asdict(settings), "defaults": defaults}
     run.recorder.check(identity)
     opened = open_inputs(run)
     loaded, tasks = opened.loaded, opened.tasks
@@ -118,10 +118,10 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
         before = untrained_accuracies(inputs.untrained().model, tasks, schedule, ranks)
         state = replace(state, before=state.before + before[len(state.before) :])
 
-    def save(now: TrainState[Any], context: Context) -> None:
-        log.write(now)
+    def save(state: TrainState[Any], context: Context) -> None:
+        log.write(state)
         if record.is_kept:
-            write_checkpoint(file, context.model, now, outside=True)
+            write_checkpoint(file, context.model, state, outside=True)
 
     options = FitOptions(checkpoint=save, progress=run.progress, parallel=Parallel(ranks, by_rows=True))
     fitted = train_tasks(model, axes, tasks, learner, schedule, state=state, options=options)
@@ -146,20 +146,20 @@ class LearningRecord:
             self.written_plans = len(self.record.own_ledger)
             self.write(start)
 
-    def write(self, now: TrainState[Any]) -> None:
+    def write(self, state: TrainState[Any]) -> None:
         """Write what is new since the last call."""
         if not isinstance(self.record, RunFolder):
             return
-        for plan in now.plans[self.written_plans :]:
+        for plan in state.plans[self.written_plans :]:
             self.record.own_ledger.append(plan)
-        for i in range(self.written_events, len(now.events)):
-            self.record.log("growth", number=i, **now.events[i])
-        for i in range(self.written_tasks, now.number):
-            row: dict[str, object] = {"name": self.tasks[i].name, "accuracy": list(now.rows[i]), **now.sizes[i]}
-            if not _are_shares(now.rows[i]):  # of values, or of the user's own loss
-                row |= {"accuracy": [None] * len(now.rows[i]), "scores": list(now.rows[i])}
+        for i in range(self.written_events, len(state.events)):
+            self.record.log("growth", number=i, **state.events[i])
+        for i in range(self.written_tasks, state.number):
+            row: dict[str, object] = {"name": self.tasks[i].name, "accuracy": list(state.rows[i]), **state.sizes[i]}
+            if not _are_shares(state.rows[i]):  # of values, or of the user's own loss
+                row |= {"accuracy": [None] * len(state.rows[i]), "scores": list(state.rows[i])}
             self.record.log("task", row)
-        self.written_plans, self.written_events, self.written_tasks = len(now.plans), len(now.events), now.number
+        self.written_plans, self.written_events, self.written_tasks = len(state.plans), len(state.events), state.number
 
 
 def describe_matrix(matrix: Matrix) -> dict[str, Any]:
@@ -194,8 +194,10 @@ def open_named(settings: Settings, invocation: Invocation, begun: RunToExtend | 
     device = choose_device(settings.device, run.ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
     with run.stage("load"):
-        known, folder = (begun.sequences, begun.path) if begun else (settings.tasks, None)
-        start = load_start_network(settings.model, known, settings.input, invocation, folder)
+        sequences, folder = settings.tasks, None
+        if begun:
+            sequences, folder = begun.sequences, begun.path
+        start = load_start_network(settings.model, sequences, settings.input, invocation, folder)
         tasks, outputs = _read_tasks_of_run(settings, start, learner, begun)
 
         def build() -> Loaded:
@@ -294,7 +296,7 @@ def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: boo
     begun = RunToExtend(folder.path, old.tasks, finished_tasks, without_old, record.get("sequence"))
     run = invocation.start_run(settings, old.model, undo=False)
     if isinstance(run.recorder, FolderRecorder):
-        run.recorder = ExtensionRecorder(**vars(run.recorder), known=record, added=tuple(sequences))
+        run.recorder = ExtensionRecorder(**vars(run.recorder), old_record=record, added=tuple(sequences))
     learn_tasks(settings, partial(open_named, complete, invocation, begun), run)
     return RunFolder(out)
 
@@ -303,7 +305,7 @@ def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: boo
 class ExtensionRecorder(FolderRecorder):
     """Records tasks that are added to a run in its folder, which does not change until they are learned."""
 
-    known: Mapping[str, Any] = field(default_factory=dict)  # the content of `run.json` before
+    old_record: Mapping[str, Any] = field(default_factory=dict)  # the content of `run.json` before
     added: tuple[str, ...] = ()  # the sequences of tasks that this call was given
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,9 +316,9 @@ class ExtensionRecorder(FolderRecorder):
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Context manager: open the run for writing, and yield it; StoreError if another process has changed it."""
         with RunFolder.reopen(self.out) as folder:
-            if folder.read_record() != self.known:
+            if folder.read_record() != self.old_record:
                 raise StoreError(f"{self.out} was changed by another process meanwhile; run this again")
-            defaults = {**start.identity["defaults"], **self.known.get("defaults", {})}
+            defaults = {**start.identity["defaults"], **self.old_record.get("defaults", {})}
             folder.update(
                 settings=start.identity["settings"],
                 defaults=defaults,

@@ -84,7 +84,9 @@ def measure_network(
 
 
 def _make_row(
-    result: evaluation.Perplexity | evaluation.Accuracy | Evaluation, columns: Mapping[str, Any], seen: Collection[str]
+    result: evaluation.Perplexity | evaluation.Accuracy | Evaluation,
+    columns: Mapping[str, Any],
+    calibration_names: Collection[str],
 ) -> dict[str, Any]:
     """Return the metrics row of a result: of text its perplexity, of other data the fraction right, or the score."""
     if isinstance(result, Evaluation):
@@ -97,7 +99,7 @@ def _make_row(
     return {
         **columns,
         "source": result.source,
-        "seen": result.source in seen,
+        "seen": result.source in calibration_names,
         "ppl": result.ppl,
         "nll": result.mean,
         "se": result.error,
@@ -152,10 +154,10 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
-    was, now = (cost_of(axes, budget).total for axes in (before, after))
-    amounts: dict[str, float] = {"asked": budget.limit(was), "before": was, "after": now}
+    old_cost, new_cost = (cost_of(axes, budget).total for axes in (before, after))
+    amounts: dict[str, float] = {"asked": budget.limit(old_cost), "before": old_cost, "after": new_cost}
     if budget.measure == Measure.TIME:
-        amounts |= {"predicted": now, "after": fastest_pass(model, make_timed_input(before, budget))}
+        amounts |= {"predicted": new_cost, "after": fastest_pass(model, make_timed_input(before, budget))}
         amounts = {name: steps / STEPS[Measure.TIME] for name, steps in amounts.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""

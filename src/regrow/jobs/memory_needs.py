@@ -78,8 +78,8 @@ def open_to_recover(
         _open_language_model(str(source.path), spec),
     )
     windows = count * count_windows(settings.tokens // count, window)
-    most = max(windows, (len(cut.settings.unseen) + count) * count_windows(cut.settings.eval_tokens, window))
-    plan = plan_memory(dense.network(), parse_bytes(invocation.memory), most, window, what="evaluating")
+    max_windows = max(windows, (len(cut.settings.unseen) + count) * count_windows(cut.settings.eval_tokens, window))
+    plan = plan_memory(dense.network(), parse_bytes(invocation.memory), max_windows, window, what="evaluating")
     work = 0
     if settings.by == "refit":
         left_out = count > 1 and settings.recovery_settings.get("choose_on") == "left_out_source"
@@ -194,7 +194,8 @@ def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = 
         optimizer.step()
 
     ids = torch.zeros(1, window, dtype=torch.int64)
-    batch = Batch((ids,), {"use_cache": False} if hasattr(model, "config") else {}, ids)
+    flags = {"use_cache": False} if hasattr(model, "config") else {}
+    batch = Batch((ids,), flags, ids)
     try:
         return max(0, predict_memory(model, batch, step).peak - 4 * _count_weight_bytes(model))
     except UnpredictableError as error:

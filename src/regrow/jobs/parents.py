@@ -47,8 +47,8 @@ def record_parent(
     files = {file.path.name: file.record for file in loaded.files}
     folder.inputs.extend(loaded.files)
     if (recorded := folder.read_record().get("parent")) is not None:
-        known = recorded.get("files", {})
-        changed = any(known.get(name, record) != record for name, record in files.items())
+        old_files = recorded.get("files", {})
+        changed = any(old_files.get(name, record) != record for name, record in files.items())
         if is_saved:
             changed = recorded["weights"] != parent.weights
         if changed:
@@ -174,8 +174,8 @@ def undo_run(run: Path, out: Path | None = None) -> Path:
     folder = RunFolder.open(run)
     before, snapshot = run / BEFORE, folder.read_record().get("snapshot")
     if snapshot is None:
-        why = "it was started with --no-undo" if "parent" in folder.read_record() else "the network was new"
-        raise StoreError(f"{run} holds no model from before the run ({why}); give a run folder with {BEFORE}/")
+        reason = "it was started with --no-undo" if "parent" in folder.read_record() else "the network was new"
+        raise StoreError(f"{run} holds no model from before the run ({reason}); give a run folder with {BEFORE}/")
     if before.is_symlink() or not before.is_dir():
         raise StoreError(f"{before} is no folder any more; put the one of the run there again")
     out = out or run

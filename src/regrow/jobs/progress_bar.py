@@ -39,14 +39,14 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         transient=True,
     ) as progress:
         task = progress.add_task("starting", total=1)
-        shown = ""
+        current = ""
 
         def update(done: int, total: int, what: str) -> None:
-            nonlocal shown
+            nonlocal current
             what, _, state = what.partition(", ")
-            if what != shown:
+            if what != current:
                 progress.reset(task)
-            shown = what
+            current = what
             progress.update(task, description=what, completed=done, total=max(total, 1), state=state)
 
         yield update

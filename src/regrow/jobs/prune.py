@@ -112,7 +112,7 @@ def prune_network(
     axes = with_modules(method, model, opened.axes)
     check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
     with run.stage("time"):
-        budget = with_timing(model, axes, budget, known=recorded.get("timing"), progress=run.progress)
+        budget = with_timing(model, axes, budget, recorded=recorded.get("timing"), progress=run.progress)
     check_pruning(method, axes, budget, data.calibration)
     check_objective(method, (), opened.objective)
     with run.begin(RunStart(identity, network.loaded, network.outside, opened.python_call)) as record:

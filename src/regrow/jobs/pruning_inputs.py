@@ -138,13 +138,13 @@ def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Sour
 
 
 def with_timing(
-    model: nn.Module, axes: AxisGraph, budget: Budget, known: Any = None, progress: Progress = silent
+    model: nn.Module, axes: AxisGraph, budget: Budget, recorded: Any = None, progress: Progress = silent
 ) -> Budget:
-    """Return the budget; one that counts time with the recorded timing ``known``, or one that is measured now."""
+    """Return the budget; one that counts time with the recorded timing ``recorded``, or one that is measured now."""
     if budget.measure != Measure.TIME:
         return budget
-    if known:
-        return replace(budget, timing=Timing.from_record(known))
+    if recorded:
+        return replace(budget, timing=Timing.from_record(recorded))
     batch, units = make_timed_input(axes, budget), budget.units(axes)
     timing = time_widths(model, axes, units, batch, round_to=budget.round_to, progress=progress)
     return replace(budget, timing=timing)

@@ -55,7 +55,7 @@ class RecoverInputs:
     evaluation_precision: str = "float32"  # as in the pruning run, so that measurements can be compared
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
-    known: tuple[Path, ...] = ()  # run folders that may have the text that the model generates
+    text_folders: tuple[Path, ...] = ()  # run folders that may have the text that the model generates
     # The measurements of the networks before and after the cut; `None`: these are measured
     rows: Sequence[dict[str, Any]] | None = None
     python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
@@ -74,8 +74,8 @@ def recover_network(
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
     method.made(settings.by, settings.recovery_settings)
-    taken = method.defaults({*settings.recovery_settings, "seed"})
-    identity = {"verb": "recover", "settings": asdict(settings), "defaults": taken}
+    defaults = method.defaults({*settings.recovery_settings, "seed"})
+    identity = {"verb": "recover", "settings": asdict(settings), "defaults": defaults}
     run.recorder.check(identity)
     with run.stage("load"):
         opened = open_inputs(run)
@@ -86,7 +86,7 @@ def recover_network(
     check_same_inputs(run.ranks, [] if streamed else [dense.model, loaded.model], opened.data)
     with run.begin(RunStart(identity, loaded, python_call=opened.python_call)) as record:
         weights = streamed.dense.weights.sums() if streamed and opened.data.has_pending_text else None
-        data = complete_data(run, opened.data, opened.specs, dense, known=opened.known, weights=weights)
+        data = complete_data(run, opened.data, opened.specs, dense, others=opened.text_folders, weights=weights)
         record.update(notes=list(dense.notes))
         _record_cut(run, opened)
         pair = streamed.open_pair(record.path) if streamed else None
@@ -183,11 +183,13 @@ def open_named(
     else:
         axes = trace_loaded(dense)
         axes = with_branches_of([cut.plan], dense.model, axes)  # of modules that the cut dropped
-    specs, known = make_source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
+    specs, text_folders = make_source_specs(cut.settings, settings.tokens), (cut.folder.path, source.path)
     data = read_sources(specs, loaded)
     if streamed and data.has_pending_text:  # a network that is read block by block cannot generate
-        check_generated_stored(specs, streamed.dense.loaded, known, streamed.dense.weights.sums())
-    inputs = RecoverInputs(dense, loaded, axes, cut.plan, data, cut.settings.precision, specs=specs, known=known)
+        check_generated_stored(specs, streamed.dense.loaded, text_folders, streamed.dense.weights.sums())
+    inputs = RecoverInputs(
+        dense, loaded, axes, cut.plan, data, cut.settings.precision, specs=specs, text_folders=text_folders
+    )
     return replace(inputs, rows=cut.folder.metrics(), streamed=streamed, memory=memory)
 
 

@@ -110,16 +110,16 @@ class SearchRecord:
         """Return the values of all rows of a kind, in order."""
         return tuple(row for name, row in self.rows if name == kind)
 
-    def write(self, now: TrainState[Any], *, unfinished: int = 0) -> None:
+    def write(self, state: TrainState[Any], *, unfinished: int = 0) -> None:
         """Write what is new since the last call; ``unfinished`` stages at the end may yet need more memory."""
         if isinstance(self.record, RunFolder):
-            for plan in now.plans[self.written_plans :]:
+            for plan in state.plans[self.written_plans :]:
                 self.record.own_ledger.append(plan)
-        for i in range(self.written_events, len(now.events)):
-            self.record.log("commit", number=i, **now.events[i])
+        for i in range(self.written_events, len(state.events)):
+            self.record.log("commit", number=i, **state.events[i])
         for kind, row in self.rows[self.written_rows :]:
             self.record.log(kind, row)
-        self.written_plans, self.written_events, self.written_rows = len(now.plans), len(now.events), len(self.rows)
+        self.written_plans, self.written_events, self.written_rows = len(state.plans), len(state.events), len(self.rows)
         stages = [*self.watch.rows.values()]
         for i, stage in enumerate(stages[: len(stages) - unfinished]):
             self.record.log("memory", number=i, **asdict(stage))
@@ -211,12 +211,12 @@ def _search(
     watch = MemoryWatch(search, budget, settings.batch_size, dict(state.learner.memory))
     log = SearchRecord(record, watch, [("epoch", dict(row)) for row in state.learner.history], len(state.plans))
 
-    def save(now: TrainState[SearchState], context: Context) -> None:
-        log.write(now, unfinished=1)
+    def save(state: TrainState[SearchState], context: Context) -> None:
+        log.write(state, unfinished=1)
         if record.is_kept:
             recomputed = bool(search.space.ends) and cast(Staged, context.model).recomputed
-            now = replace(now, learner=replace(now.learner, memory=dict(watch.rows), recomputed=recomputed))
-            write_checkpoint(file, context.model, now, undo, outside=True)
+            state = replace(state, learner=replace(state.learner, memory=dict(watch.rows), recomputed=recomputed))
+            write_checkpoint(file, context.model, state, undo, outside=True)
 
     context = replace(context, model=model, axes=axes, log=log.log)
     if settings.epochs:
@@ -260,9 +260,9 @@ def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.M
     file = record.path / STATISTICS / RETRAINING_FILE
     file.parent.mkdir(exist_ok=True)
 
-    def save(now: TrainState[RetrainState], context: Context) -> None:
+    def save(state: TrainState[RetrainState], context: Context) -> None:
         if record.is_kept:
-            write_checkpoint(file, context.model, now)
+            write_checkpoint(file, context.model, state)
 
     history = TrainState(None) if file.is_file() else None
     model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)

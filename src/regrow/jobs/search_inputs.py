@@ -127,17 +127,17 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
 
 
 def make_search(
-    settings: Settings, measure: Measure, known: Mapping[str, object], prices: Prices | None = None
+    settings: Settings, measure: Measure, derived: Mapping[str, object], prices: Prices | None = None
 ) -> Search:
-    """Return the search method of the settings for a measure, with those of the settings ``known`` that it has.
+    """Return the search method of the settings for a measure, with those of the settings ``derived`` that it has.
 
     Zeroed weights count as removed under ``nonzero`` only, so the method does not search them for another measure.
     """
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
-    known = select_method_settings(entry, {"measure": str(measure), "levels": levels, **known})
+    derived = select_method_settings(entry, {"measure": str(measure), "levels": levels, **derived})
     search: Search = entry.made(
-        settings.method, known | dict(settings.method_settings), **({} if prices is None else {"prices": prices})
+        settings.method, derived | dict(settings.method_settings), **({} if prices is None else {"prices": prices})
     )
     return search
 
@@ -158,18 +158,18 @@ def build_search(
     """
     measure, limit = parse_target(settings.target, axes, table)
     stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
-    known: dict[str, object] = {"target": limit, "seed": settings.seed, "stages": stages}
+    derived: dict[str, object] = {"target": limit, "seed": settings.seed, "stages": stages}
     if not augments:
-        known["augment"] = False
+        derived["augment"] = False
     candidates = candidates_in(model)
     if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
-        known["levels"] = ("operations",) if candidates else ("filters",)
+        derived["levels"] = ("operations",) if candidates else ("filters",)
     prices = None
     if table:
         prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
         if limit <= prices.rest:
             raise ValueError(f"{prices.rest:.3g} ms stay whatever is removed; give a target above, not {limit:g} ms")
-    search = make_search(settings, measure, known, prices)
+    search = make_search(settings, measure, derived, prices)
     if settings.epochs < 1 and search.needs_epochs:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     space = search.space
@@ -190,12 +190,12 @@ def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) ->
 
 
 def measure_times(
-    settings: Settings, inputs: SearchInputs, known: dict[str, Any] | None, ranks: ProcessRank
+    settings: Settings, inputs: SearchInputs, recorded: dict[str, Any] | None, ranks: ProcessRank
 ) -> tuple[Batch | None, Latency | None]:
-    """Return a batch and the times of a pass, ``known`` or measured on rank 0; ``None`` unless the target is a time."""
+    """Return a batch and the times of a pass, ``recorded`` or measured on rank 0, for a target in ms, else ``None``."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.data.search.train, settings.batch_size)
     batch = pack_batch(first.inputs).to(device_of(inputs.model))
-    table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
-    return batch, Latency(**broadcast_record(ranks, known or table))
+    table = None if recorded or not ranks.leads else asdict(latency(inputs.model, batch))
+    return batch, Latency(**broadcast_record(ranks, recorded or table))

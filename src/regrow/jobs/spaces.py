@@ -169,8 +169,8 @@ def rebuild_network(config: Mapping[str, Any], model: Cells | Mobile) -> Cells |
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
             removed = find_placeholders(node)
-            kept = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in removed]
-            state[f"{path}.scale"] = state[f"{path}.scale"][kept]
+            indices = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in removed]
+            state[f"{path}.scale"] = state[f"{path}.scale"][indices]
     network.load_state_dict(state)
     return network.eval()
 
@@ -186,8 +186,8 @@ def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Pr
     def peak(first: int, last: int) -> int:
         plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
-            many = prefix(first, last).many()
-        return _add_mask_bytes(masked, plain, many)
+            weights = prefix(first, last).many()
+        return _add_mask_bytes(masked, plain, weights)
 
     return peak
 

@@ -137,7 +137,8 @@ def is_new_network(model: str) -> bool:
     >>> is_new_network("mlp:100-100"), is_new_network("resnet18")
     (True, False)
     """
-    small = model.partition(":")[0] in BUILDERS or re.fullmatch(r"[\w-]+:\d+(-\d+)*", model)
+    kind, _, _ = model.partition(":")
+    small = kind in BUILDERS or re.fullmatch(r"[\w-]+:\d+(-\d+)*", model)
     return bool(small) and not Path(model).exists()
 
 
