@@ -190,18 +190,10 @@ def finetune(
         raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
     if not any(p.requires_grad for p in inputs.model.parameters()):
         raise InputError("no parameter of the network has requires_grad; set it for what is to be trained")
+    train = partial(tune.finetune, inputs.model, epochs=epochs, lr=lr, weight_decay=weight_decay, seed=seed)
     with torch.enable_grad(), autocasting(inputs.model, precision):
         for source in inputs.sources:
-            tune.finetune(
-                inputs.model,
-                source,
-                epochs=epochs,
-                lr=lr,
-                weight_decay=weight_decay,
-                objective=inputs.objective,
-                seed=seed,
-                progress=progress,
-            )
+            train(source, objective=inputs.objective, progress=progress)
         if recalibrate:
             tune.recalibrate(inputs.model, inputs.sources)
     return inputs.model

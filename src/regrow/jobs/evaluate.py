@@ -60,13 +60,11 @@ class EvaluateResult:
     def record(self, name: str) -> dict[str, Any]:
         """Return the result as JSON data; ``name`` is that of the model in it."""
         size = evaluation.size(self.model, (), next(self.model.parameters()).dtype)
-        perplexities = [row.record() for row in self.sources if isinstance(row, evaluation.Perplexity)]
-        accuracies = [row.record() for row in self.sources if isinstance(row, evaluation.Accuracy)]
         result = {
             "model": name,
             "size": size,
-            "perplexity": perplexities,
-            "accuracy": accuracies,
+            "perplexity": [row.record() for row in self.sources if isinstance(row, evaluation.Perplexity)],
+            "accuracy": [row.record() for row in self.sources if isinstance(row, evaluation.Accuracy)],
             "choices": [row.record() for row in self.choices],
             "speed": self.speed,
         }

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 GENERATED_FILE = "generated/windows.safetensors"
 """The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration."""
 GENERATED_FORMAT = "regrow-generated/1"
-
-
 _PATH_SETTINGS = ("model", "run", "sources", "unseen", "input")
 """Settings that may name another folder on another host: what they lead to is compared."""
 COMPARED_EXAMPLES = 256
@@ -106,10 +104,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 
 def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
-    """Read the halves of every named source; text to be generated is pending, and has no evaluation half.
-
-    Raises ValueError for two sources of a name, and for data that the model does not take.
-    """
+    """Read the halves of every named source, not of text to be generated; ValueError for data that do not fit."""
     check_evaluated(specs.unseen)
     all_specs = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in all_specs]

@@ -194,9 +194,8 @@ def open_named(settings: Settings, invocation: Invocation, begun: RunToExtend | 
     device = choose_device(settings.device, run.ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
     with run.stage("load"):
-        sequences, folder = settings.tasks, None
-        if begun:
-            sequences, folder = begun.sequences, begun.path
+        sequences = begun.sequences if begun else settings.tasks
+        folder = begun.path if begun else None
         start = load_start_network(settings.model, sequences, settings.input, invocation, folder)
         tasks, outputs = _read_tasks_of_run(settings, start, learner, begun)
 

@@ -89,12 +89,11 @@ def _make_row(
     calibration_names: Collection[str],
 ) -> dict[str, Any]:
     """Return the metrics row of a result: of text its perplexity, of other data the fraction right, or the score."""
+    task = {"task": result.source, **columns}
     if isinstance(result, Evaluation):
-        score = {"acc": result.score, "acc_se": result.score_error, "n": result.count}
-        return {"task": result.source, **columns, **score}
+        return {**task, "acc": result.score, "acc_se": result.score_error, "n": result.count}
     if isinstance(result, evaluation.Accuracy):
-        score = {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
-        return {"task": result.source, **columns, **score}
+        return {**task, "acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
     windows = result.record()
     return {
         **columns,

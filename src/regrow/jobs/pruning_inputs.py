@@ -44,16 +44,11 @@ def make_model_spec(settings: Settings) -> ModelSpec:
 
 def make_source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
     """Return which sources a run reads and how much of each: ``total`` tokens in all, or as the settings say."""
-    share = total // max(1, len(settings.sources))
-    return SourceSpecs(
-        settings.eval_tokens,
-        settings.seq_len,
-        settings.sources,
-        settings.unseen,
-        share if total else settings.tokens,
-        settings.seed,
-        share if total else settings.generated_tokens,
-    )
+    tokens, generated_tokens = settings.tokens, settings.generated_tokens
+    if total:
+        tokens = generated_tokens = total // max(1, len(settings.sources))
+    specs = SourceSpecs(settings.eval_tokens, settings.seq_len, settings.sources, settings.unseen, tokens)
+    return replace(specs, seed=settings.seed, generated_tokens=generated_tokens)
 
 
 def make_budget(settings: Settings) -> Budget:

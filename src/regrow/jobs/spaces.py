@@ -106,14 +106,13 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
     first, budget = first_examples(task.train, settings.batch_size), parse_bytes(settings.memory)
     batch = pack_batch(first.inputs, first.labels)
 
-    def build_prefix(recomputes: bool, first: int, last: int) -> Prefix:
-        prefix = build(first, last, search.stage_share)
-        if recomputes:
-            cast(Staged, prefix.net).recomputed = True
-        return prefix
+    def plan(*, recomputes: bool) -> MemoryStages:
+        def build_prefix(first: int, last: int) -> Prefix:
+            prefix = build(first, last, search.stage_share)
+            cast(Staged, prefix.net).recomputed = recomputes
+            return prefix
 
-    def plan(recomputes: bool) -> MemoryStages:
-        peak = make_peak_predictor(search.masked, partial(build_prefix, recomputes), batch)
+        peak = make_peak_predictor(search.masked, build_prefix, batch)
         return replace(plan_stages(peak, parts, budget), recomputed=recomputes)
 
     try:
