@@ -104,8 +104,7 @@ def prune_network(
     network, data = opened.network, opened.data
     model = network.loaded.model
     check_precision(model, settings.precision)
-    batches = sum(map(len, data.calibration))
-    if settings.reconstruct and batches < 2:
+    if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
         raise InputError(
             f"reconstruct fits on data of which it holds a part out, and there are {batches} batches; give more data"
         )
