@@ -108,7 +108,7 @@ def search(
 
 def _open_inputs(call: Call, test: object, config: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:
     """Open the network, trace it, and split the data into those to train on, to validate on and to test on."""
-    example = Example() if call.example is None else call.example  # an empty one: the data are read later
+    example = Example() if call.example is None else call.example  # empty: the data are read below
     net = replace(call, data=None, validation=None, example=example, axes=None).read(run.progress)
     task, test_examples = _read_task(net, (call.data, call.validation, test), config.batch_size, config.seed)
     first = first_batch(task)
@@ -148,9 +148,9 @@ def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: i
     ``data`` is for training, validation and test; without data for validation, a fifth is held out at random.
     """
     reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, find_side(net.loaded.example.args))
-    train, *others = (None if part is None else to_examples(part, reading) for part in data)
-    validation, test = others
-    assert train is not None
+    train_data, validation_data, test_data = data
+    train = to_examples(train_data, reading)
+    validation = None if validation_data is None else to_examples(validation_data, reading)
     if validation is None:
         train = fix_order(train)
         n, held_out = len(train), max(1, round(HELD_OUT * len(train)))
@@ -159,4 +159,4 @@ def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: i
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         validation, train = (train.subset(part.sort()[0]) for part in order.split([held_out, n - held_out]))
     task = Task("search", ExamplesView(train, most=batch_size), ExamplesView(validation, most=batch_size), ())
-    return task, None if test is None else ExamplesView(test, most=batch_size)
+    return task, None if test_data is None else ExamplesView(to_examples(test_data, reading), most=batch_size)
