@@ -59,7 +59,7 @@ OUTSIDE = {
 def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     error, says, expected = OUTSIDE[name]
     monkeypatch.setattr("regrow.methods.find_method", failing(error))
-    monkeypatch.setattr(boundary, "_foreign", lambda tb: None)  # this file is no part of regrow either
+    monkeypatch.setattr(boundary, "_find_user_line", lambda tb: None)  # this file is no part of regrow either
     code, out, err = regrow("methods", "flap")
     assert code == expected and says in err and not out, err
     assert (len(err.splitlines()) == 1) == ("Traceback" not in err) == (code != 70)
@@ -67,7 +67,7 @@ def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: p
 
 def test_a_bug_is_reported_with_its_traceback(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regrow.jobs.evaluate.evaluate_named", failing(KeyError("x\x1b[31m")))
-    monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
+    monkeypatch.setattr(boundary, "_find_user_line", lambda tb: None)
     code, _, err = regrow("evaluate", "toys:classifier")
     assert code == 70 and "\nTraceback" in err and "cli/evaluate.py" in err and "\x1b" not in err
     assert err.splitlines()[-1].startswith("regrow: this is a bug in regrow: KeyError")

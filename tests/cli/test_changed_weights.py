@@ -167,7 +167,7 @@ def test_a_recovery_of_weights_that_change_is_refused(
     regrow: Run, model: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     assert regrow("prune", "model", *SOURCE, *STREAMED, "--out", "run")[0] == 0
-    monkeypatch.setattr(memory_needs, "SPARE", 2**40)
+    monkeypatch.setattr(memory_needs, "SPARE_BYTES", 2**40)
     count = read_then(60, lambda: rewritten(Path(folder, NAME)), monkeypatch, Path(folder).name)
     code, _, err = regrow("recover", "run", "--by", "refit", "--tokens", "64", *STREAMED, "--out", "out")
     assert count[0] >= 60 and code == 2 and f"{folder}/{NAME} was replaced or written to" in err, err

@@ -24,7 +24,7 @@ def test_a_run_without_a_block_is_recovered_and_exported(
     code, _, err = regrow("recover", "run", "--by", "refit", "--out", "run2")
     assert code == 0, err
     with monkeypatch.context() as patch:
-        patch.setattr(memory_needs, "SPARE", 2**40)
+        patch.setattr(memory_needs, "SPARE_BYTES", 2**40)
         code, _, err = regrow("recover", "run", "--by", "refit", "--memory", "64GiB", "--out", "run3")
     said = " ".join(err.split())
     assert code == 2 and "the run dropped whole modules" in said and "give more memory" in said

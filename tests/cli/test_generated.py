@@ -62,7 +62,7 @@ def test_windows_are_stored_and_used_again(
     assert code == 0, err
     assert tokens("two").shape == (5, 32) and torch.equal(tokens("two")[:4], first) and lacking == [1]
 
-    monkeypatch.setattr(memory_needs, "SPARE", 2**40)  # reads both networks one block at a time
+    monkeypatch.setattr(memory_needs, "SPARE_BYTES", 2**40)  # reads both networks one block at a time
     command = ("recover", "one", "--by", "refit", "--memory", "64GiB", "--out", "three", "--tokens")
     code, _, err = regrow(*command, "320")
     assert code == 2 and "source 'generated' lacks 1 of 5 windows" in err and not Path("three").exists()

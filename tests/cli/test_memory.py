@@ -258,7 +258,7 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
     ],
 )
 def test_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
-    monkeypatch.setattr(memory_needs, "SPARE", 2**37)
+    monkeypatch.setattr(memory_needs, "SPARE_BYTES", 2**37)
     command = ("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
     code, said, error = regrow(*command)
     if match:

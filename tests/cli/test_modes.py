@@ -131,7 +131,7 @@ def run(name: str, mode: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if "streamed" in mode:
             patch.setattr(requirements, "WHOLE", 1e9)
-            patch.setattr(memory_needs, "SPARE", 2**40)
+            patch.setattr(memory_needs, "SPARE_BYTES", 2**40)
         if mode.startswith("Python"):
             PYTHON[name.split()[0]](name, out, "64GiB" if "streamed" in mode else "")
         else:

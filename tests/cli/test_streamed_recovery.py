@@ -21,7 +21,7 @@ FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "prob
 @pytest.fixture
 def streams(monkeypatch):
     """Let every two networks be too large for memory together."""
-    monkeypatch.setattr(memory_needs, "SPARE", 2**40)
+    monkeypatch.setattr(memory_needs, "SPARE_BYTES", 2**40)
 
 
 def rows(folder):
