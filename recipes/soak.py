@@ -111,7 +111,7 @@ def state_bytes(path: Path) -> int:
     with path.open("rb") as file:
         length = int(struct.unpack("<Q", file.read(8))[0])
         header = json.loads(json.loads(file.read(length))["__metadata__"]["regrow"])
-    return 8 + length - len(json.dumps(header["values"].get("fallen", {})))
+    return 8 + length - len(json.dumps(header["values"].get("cut", {})))
 
 
 def working_bytes() -> int:
