@@ -4,7 +4,7 @@
     python recipes/hostile_networks.py own --only width_     # networks of hostile_nets/ with this in their names
     python recipes/hostile_networks.py --show
 
-There are 99 families of networks of our own (hostile_nets/), four of each by seed, two of them with an ordinary block
+There are 78 families of networks of our own (hostile_nets/), six of each by seed, half of them with an ordinary block
 in front; 100 architectures of timm with random weights and small inputs; small transformers wrapped by peft. Each is
 traced, and cut by five random plans in float64; every second plan is carried out after the network has run once. What
 the cut network answers, run twice, is compared with the whole network in which dropped units count for nothing, by
@@ -47,7 +47,7 @@ FAMILIES = {
     for kind in (control, memory, state, algebra, shapes)
     for name, family in families(kind).items()
 }
-VARIANTS = 4
+VARIANTS = 6
 PLANS = 5
 FAULT = "a fault of regrow"
 """What ``apply`` says of a plan that its proof refuses and no code of the network explains."""
