@@ -17,14 +17,9 @@ zeroed. Norms cannot be masked so: they get a second chance, in which the uncut 
 """
 
 import copy
-import os
-import subprocess
 import sys
 import time
-import venv
-from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,34 +30,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 import nets
 
 VERSIONS = ("1.6.1", "1.5.2")
-HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "regrow-peers"
 CLOSE = 1e-5
 TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "qkv_proj", "query_key_value")
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
-
-
-# --- the side that calls --------------------------------------------------------------------------------------------
-
-
-def interpreters(versions: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """Version → interpreter that has it (given as VERSION=PATH); made where none is given."""
-    known = dict(text.split("=", 1) for text in given)
-    return {v: known.get(v) or environment(HOME / v, f"torch-pruning=={v}") for v in versions if v != "none"}
-
-
-def environment(folder: Path, package: str) -> str:
-    """The interpreter of an environment with a package, made where there is none; it sees this interpreter's torch."""
-    python = folder / "bin" / "python"
-    packages = [str(Path(p).resolve()) for p in sys.path if p.endswith("site-packages")]
-    ready = folder / "ready"
-    if not ready.exists() or ready.read_text() != "\n".join(packages):
-        venv.create(folder, with_pip=True, clear=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "host.pth").write_text("\n".join(packages) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)
-        ready.write_text("\n".join(packages))  # of another interpreter's packages it would see none
-    return str(python)
 
 
 def opened(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -74,9 +45,6 @@ def opened(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     double = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
     args, kwargs = tree_map(double, net.example())
     return model.double(), args, kwargs
-
-
-# --- the side that runs in the peer's environment -------------------------------------------------------------------
 
 
 def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,7 +177,6 @@ class Record:
         self.left: dict[tuple[str, str], list[int]] = {}
         self.gone: dict[tuple[str, str], set[int]] = {}
         self.lone: dict[str, set[int]] = {}
-        self.sizes: dict[tuple[str, str], int] = {}
 
     def note(self, group: Any) -> None:
         """Take down a group before it is pruned."""

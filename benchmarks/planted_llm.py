@@ -2,7 +2,6 @@
 
     python benchmarks/planted_llm.py                       # all arms; about an hour when idle; resumes
     python benchmarks/planted_llm.py --only flap           # arms whose name contains "flap"
-    python benchmarks/planted_llm.py --seconds 400 --plans PLANS  # in pieces
     python benchmarks/planted_llm.py --show                # the table of the rows that are there
 
 `regrow grow` gives every MLP a quarter more neurons. Their weights are then replaced, a third each, by
@@ -30,7 +29,6 @@ One row per arm and seed goes to benchmarks/results/planted_llm.jsonl.
 """
 
 import copy
-import json
 import math
 import platform
 import time
@@ -57,7 +55,6 @@ from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
-from regrow.store.ledger import read_plan
 from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "planted_llm.jsonl"
@@ -148,21 +145,14 @@ class PlantedBench:
             row["ratio"][part] = round(math.exp(fmean(pairs[name][0] for name in names)), 5)
         return row | ({"windows_nll": stored} if dense is None else {})
 
-    def cut(self, arm: Arm, path: Path | None) -> tuple[Plan, float]:
+    def cut(self, arm: Arm) -> tuple[Plan, float]:
         """Plan the cut of the widened network back to its size; return the plan and the CPU seconds."""
-        if path is not None and path.is_file():
-            stored = json.loads(path.read_text())
-            return read_plan(json.loads(stored["plan"])), stored["cpu_seconds"]
         start = time.process_time()
         seed = {"seed": self.seed} if arm.method == "random" else {}
         pruner = build_pruner(arm.method, {**arm.settings, **seed})
         evidence = collect_evidence(self.model, self.axes, pruner, self.calibration, batch_size=8)
         plan = plan_cut(pruner, self.model, self.axes, Budget(self.keep, only=("mlp",)), evidence).plan
-        seconds = time.process_time() - start
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"plan": plan.to_json(), "cpu_seconds": seconds}))
-        return plan, seconds
+        return plan, time.process_time() - start
 
     def run(self, plan: Plan, name: str, dense: Mapping[str, Any]) -> Row:
         """Cut the widened network, reconstruct it as ``name`` says, and judge what went and what is left."""
@@ -216,7 +206,7 @@ def run(args: Namespace, seed: int) -> None:
     chosen = [arm for arm in ARMS if any(word.lower() in arm.name.lower() for word in args.only)]
     if all((arm.name, way) in there for arm in chosen for way in args.reconstruct):
         return
-    end, bench = time.monotonic() + args.seconds, PlantedBench(seed, args.tokens, args.eval_windows)
+    bench = PlantedBench(seed, args.tokens, args.eval_windows)
     base |= {"machine": platform.machine(), **versions()}
 
     def write(arm: str, row: Row) -> Row:
@@ -230,19 +220,18 @@ def run(args: Namespace, seed: int) -> None:
         write("widened", bench.evaluate(bench.model, dense))
     for arm in chosen:
         ways = [way for way in args.reconstruct if (arm.name, way) not in there]
-        path = args.plans / f"{arm.name}, {seed}, {args.tokens}.json" if args.plans else None
-        plan, seconds = bench.cut(arm, path) if ways else (None, 0.0)
+        if not ways:
+            continue
+        plan, seconds = bench.cut(arm)
         for way in ways:
-            if time.monotonic() > end:
-                return
             more = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
             write(arm.name, more | bench.run(plan, way, dense))
 
 
 def main() -> None:
     """Run the arms that have no row yet, or print the table."""
-    sizes = {"seeds": 1, "tokens": 4096, "eval_windows": 8, "seconds": math.inf}
-    args = arguments(__doc__, OUT, only=[""], reconstruct=(*RECONSTRUCTIONS,), plans=Path, **sizes)
+    sizes = {"seeds": 1, "tokens": 4096, "eval_windows": 8}
+    args = arguments(__doc__, OUT, only=[""], reconstruct=(*RECONSTRUCTIONS,), **sizes)
     torch.set_num_threads(1)
     if args.show:
         after = [f", reconstructed with {way}" if way else "" for way in RECONSTRUCTIONS]

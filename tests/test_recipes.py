@@ -23,7 +23,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
     ("page", "words", "arm"),
     [
         ("sparsegrow", "sparsegrow_tables.py main --show", "| SparseGrow, never grown, final size |"),
-        ("sparsegrow", "sparsegrow_tables.py ablation --show", "| no gate |"),
+        ("sparsegrow", "sparsegrow_tables.py ablation --show", "| new units not silent |"),
+        ("sparsegrow", "sparsegrow_tables.py shift --show", "| PackNet, task named |"),
         ("sparsegrow", "sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
         ("mgas", "mgas_tables.py --show", "| MGAS (reconstructed) |"),
         ("baselines", "recovery_table.py --show", "| refit |"),
