@@ -34,7 +34,7 @@ import platform
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,7 +49,7 @@ from regrow import apply, trace
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
 from regrow.data import Half, text, windows
-from regrow.evaluation import Perplexity, paired_difference, perplexity
+from regrow.evaluation import paired_difference, perplexity
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
@@ -60,7 +60,6 @@ from regrow.store.run_record import versions
 OUT = Path(__file__).parent / "results" / "planted_llm.jsonl"
 SEEN, UNSEEN = ("news", "manual", "talk"), ("code",)
 SEQ = 256
-OUTER = {"base": "flap", "partition": "layer", "switch": "never", "steps": 0}
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,10 @@ ARMS = (
     Arm("random", "random", {}),
     Arm("magnitude", "magnitude", {"compensate": True}),
     Arm("FLAP", "flap", {}),
-    Arm("FLAP, uniform", "flap", {"allocation": "uniform"}),
     Arm("Wanda-sp", "wanda_sp", {"compensate": True}),
     Arm("LLM-Pruner", "llm_pruner", {"compensate": True}),
     Arm("Fisher, all blocks", "fisher", {"prune_outer": True}),
-    *(Arm(f"OBS, ridge {ridge:g}", "obs", {"ridge": ridge}) for ridge in (0.1, 0.01, 0.001, 0.0001)),
-    Arm("FLAP, outer blocks unpruned", "gprune", {**OUTER, "start": "inner"}),
-    Arm("GPrune, not learned, uniform", "gprune", {"steps": 0, "start": "uniform"}),
+    Arm("OBS, ridge 0.001", "obs", {"ridge": 0.001}),
 )
 RECONSTRUCTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "": None,
@@ -111,6 +107,7 @@ class PlantedBench:
         self.tests = [
             windows(texts[name], loaded.tokenizer, n=self.eval_windows, half=Half.EVALUATION, **more) for name in texts
         ]
+        self.base = {source.name: perplexity(self.dense, source) for source in self.tests}
         self.model = copy.deepcopy(self.dense)
         old = self.dense.config.intermediate_size
         regrow.grow(self.model, mlp="+25%", example=loaded.example.args[0], seed=self.seed)
@@ -125,25 +122,15 @@ class PlantedBench:
         wider = [m.weight.numel() for m in self.model.model.layers.modules() if isinstance(m, nn.Linear)]
         self.keep = sum(linear) / sum(wider)
 
-    def evaluate(self, model: nn.Module, dense: Mapping[str, Any] | None) -> Row:
-        """Measure the perplexity on every domain, and the change of the loss from the dense network's.
-
-        Args:
-            model: The network.
-            dense: Domain → the fields of the dense network's perplexity; ``None``: this is the dense one.
-        """
+    def evaluate(self, model: nn.Module) -> Row:
+        """Measure the perplexity on every domain, and the change of the loss from the dense network's."""
         results = {source.name: perplexity(model, source) for source in self.tests}
-        stored = {name: asdict(one) for name, one in results.items()}
-        base = {
-            name: Perplexity(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
-            for name, one in (dense or stored).items()
-        }
-        pairs = {name: paired_difference(base[name], one) for name, one in results.items()}
-        row: Row = {"perplexity": {name: round(one.ppl, 4) for name, one in results.items()}, "ratio": {}}
+        pairs = {name: paired_difference(self.base[name], result) for name, result in results.items()}
+        row: Row = {"perplexity": {name: round(result.ppl, 4) for name, result in results.items()}, "ratio": {}}
         row["delta_nll"] = {name: [round(mean, 5), round(error, 5)] for name, (mean, error) in pairs.items()}
         for part, names in (("seen", SEEN), ("unseen", UNSEEN)):
             row["ratio"][part] = round(math.exp(fmean(pairs[name][0] for name in names)), 5)
-        return row | ({"windows_nll": stored} if dense is None else {})
+        return row
 
     def cut(self, arm: Arm) -> tuple[Plan, float]:
         """Plan the cut of the widened network back to its size; return the plan and the CPU seconds."""
@@ -154,7 +141,7 @@ class PlantedBench:
         plan = plan_cut(pruner, self.model, self.axes, Budget(self.keep, only=("mlp",)), evidence).plan
         return plan, time.process_time() - start
 
-    def run(self, plan: Plan, name: str, dense: Mapping[str, Any]) -> Row:
+    def run(self, plan: Plan, name: str) -> Row:
         """Cut the widened network, reconstruct it as ``name`` says, and judge what went and what is left."""
         start, settings = time.process_time(), RECONSTRUCTIONS[name]
         kept = []
@@ -169,7 +156,7 @@ class PlantedBench:
             layers = reconstruct(RecoveryTask(model, self.model, self.axes, plan, self.calibration), settings)["layers"]
             row["ridges"] = [layer["ridge"] for layer in layers]
         row["cpu_seconds"] = round(time.process_time() - start, 1)
-        return row | self.evaluate(model, dense)
+        return row | self.evaluate(model)
 
 
 RATES = {
@@ -209,15 +196,13 @@ def run(args: Namespace, seed: int) -> None:
     bench = PlantedBench(seed, args.tokens, args.eval_windows)
     base |= {"machine": platform.machine(), **versions()}
 
-    def write(arm: str, row: Row) -> Row:
+    def write(arm: str, row: Row) -> None:
         done = add(args.out, {"arm": arm, **base, **row})
-        names = ("arm", "reconstruct", *RATES.values(), "ratio", "cpu_seconds")
-        print({name: done[name] for name in names if name in done}, flush=True)
-        return done
+        print(arm, done.get("reconstruct", ""), done["ratio"], flush=True)
 
-    dense = (there.get(("dense", "")) or write("dense", bench.evaluate(bench.dense, None)))["windows_nll"]
-    if ("widened", "") not in there:
-        write("widened", bench.evaluate(bench.model, dense))
+    for name, model in (("dense", bench.dense), ("widened", bench.model)):
+        if (name, "") not in there:
+            write(name, bench.evaluate(model))
     for arm in chosen:
         ways = [way for way in args.reconstruct if (arm.name, way) not in there]
         if not ways:
@@ -225,7 +210,7 @@ def run(args: Namespace, seed: int) -> None:
         plan, seconds = bench.cut(arm)
         for way in ways:
             more = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
-            write(arm.name, more | bench.run(plan, way, dense))
+            write(arm.name, more | bench.run(plan, way))
 
 
 def main() -> None:
