@@ -4,12 +4,12 @@
     python recipes/hostile_networks.py own --only width_     # networks of hostile_nets/ with this in their names
     python recipes/hostile_networks.py --show
 
-There are 78 families of networks of our own (hostile_nets/), six of each by seed, half of them with an ordinary block
+There are 74 families of networks of our own (hostile_nets/), six of each by seed, half of them with an ordinary block
 in front; 100 architectures of timm with random weights and small inputs; small transformers wrapped by peft. Each is
 traced, and cut by five random plans in float64; every second plan is carried out after the network has run once. What
 the cut network answers, run twice, is compared with the whole network in which dropped units count for nothing, by
 means that know nothing of regrow's: reads written into the networks by hand (hostile_nets/masking.py), and for networks
-without them zeros in all entries that the cut one has lost (hostile_nets/zeros.py).
+without them zeros in all entries that the cut one has lost (there, too).
 
 Outcomes: ``ok`` (within 1e-9 of the largest answer), ``nothing to cut`` (every axis is frozen), ``refused`` (one line,
 by tracing or by ``apply``), ``raw error`` (anything else that is raised, or a tensor without numbers left on the
@@ -30,8 +30,7 @@ import torch
 from harness import Row, add, arguments, rows, today
 from hostile_nets import algebra, control, memory, shapes, state
 from hostile_nets.build import Built, Front, Net, families, idle_parts, randomise
-from hostile_nets.masking import Double, Masks, answers, kept_entries, masked
-from hostile_nets.zeros import NOT_BY_ZEROS, zero
+from hostile_nets.masking import NOT_BY_ZEROS, Double, Masks, answers, kept_entries, masked, zero
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 

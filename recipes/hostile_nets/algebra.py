@@ -229,56 +229,6 @@ def attention_by_hand(random: Random) -> Built:
     return Built(Net(run, **parts), (torch.randn(2, 4, 5),))
 
 
-def attention_of_torch(random: Random) -> Built:
-    """nn.MultiheadAttention and nn.TransformerEncoderLayer, as they are."""
-    flag = random.random() < 0.5
-    core, run = random.choice(
-        (
-            (nn.MultiheadAttention(8, 2, batch_first=True), lambda m, x: m.core(x, x, x, need_weights=flag)),
-            (
-                nn.MultiheadAttention(8, 4, batch_first=True, add_bias_kv=True),
-                lambda m, x: m.core(x, x[:, :2], x[:, :2]),
-            ),
-            (nn.TransformerEncoderLayer(8, 2, 11, 0.0, batch_first=True, norm_first=flag), lambda m, x: m.core(x)),
-            (nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True), lambda m, x: m.core(x, x)),
-        )
-    )
-    return Built(Net(run, core=core), (torch.randn(2, 3, 8),))
-
-
-def experts(random: Random) -> Built:
-    """A router weighs or picks experts: stacked weights, a list of modules, a loop over those that data pick."""
-    n, count = width(random), random.randint(3, 4)
-    kind = random.choice(("stacked", "modules", "loop"))
-
-    def expert(m: Any, i: int, x: Tensor) -> Tensor:
-        return m.outs[i](read(m.ins[i](x).relu(), -1, f"ins.{i}.weight:0"))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        share = read(m.router(x), -1, "router.weight:0", -torch.inf).softmax(-1)
-        if kind == "stacked":
-            hidden = read(torch.einsum("bi,ehi->beh", x, m.ups).relu(), -1, "ups:1")
-            each = torch.einsum("beh,eoh->beo", hidden, m.downs) * share[..., None]
-            return read(each, 1, "router.weight:0").sum(1)
-        if kind == "modules":
-            return (torch.stack([expert(m, i, x) for i in range(count)], 1) * share[..., None]).sum(1)
-        out, picked = torch.zeros(len(x), 3).to(x), share.argmax(-1)
-        for i in range(count):
-            rows = (picked == i).nonzero().flatten()
-            if len(rows):
-                out = out.index_add(0, rows, expert(m, i, x[rows]) * share[rows, i, None])
-        return out
-
-    parts: dict[str, Any] = {"router": nn.Linear(5, count)}
-    if kind == "stacked":
-        shapes = {"ups": (count, n, 5), "downs": (count, 3, n)}
-        parts |= {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    else:
-        parts["ins"] = nn.ModuleList(nn.Linear(5, n + i) for i in range(count))
-        parts["outs"] = nn.ModuleList(nn.Linear(n + i, 3) for i in range(count))
-    return Built(Net(run, **parts), (vectors(random),))
-
-
 def gates_and_maxima(random: Random) -> Built:
     """GLU, SwiGLU, maxout, maxima over groups of units."""
     n = width(random)

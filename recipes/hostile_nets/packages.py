@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hostile_nets.build import Built, randomise
-from hostile_nets.zeros import NOT_BY_ZEROS
+from hostile_nets.masking import NOT_BY_ZEROS
 
 Examine = Callable[..., dict[str, Any]]
 

@@ -73,26 +73,6 @@ def to_vectors(random: Random) -> Built:
     return Built(Net(run, up=nn.Conv2d(3, n, 3, padding=1), down=nn.Linear(size, 3)), (picture(),))
 
 
-def other_spaces(random: Random) -> Built:
-    """One and three dimensions, dilation, sampling by a grid, a kernel that is computed."""
-    n = width(random)
-    kind = random.choice(("line", "volume", "grid", "kernel"))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu()
-        if kind == "grid":
-            grid = F.affine_grid(m.move[None].expand(len(x), -1, -1), [len(x), 1, 5, 5], align_corners=False)
-            h = F.grid_sample(h, grid, align_corners=False)
-        h = read(h, 1, UP)
-        return (F.conv2d(h, m.down.weight.softmax(0)) if kind == "kernel" else m.down(h)).flatten(2).mean(-1)
-
-    conv, x = {"line": (nn.Conv1d, torch.randn(2, 3, 7)), "volume": (nn.Conv3d, torch.randn(2, 3, 4, 3, 5))}.get(
-        kind, (nn.Conv2d, picture())
-    )
-    parts = {"down": conv(n, 3, 1), "move": nn.Parameter(torch.zeros(2, 3))}
-    return Built(Net(run, up=conv(3, n, 3, padding=2, dilation=2), **parts), (x,))
-
-
 # --- sequences -------------------------------------------------------------------------------------------------------
 
 
@@ -334,32 +314,3 @@ def different_precision(random: Random) -> Built:
         )
     )
     return middle(act, random)
-
-
-def residual_streams(random: Random) -> Built:
-    """Several blocks on one stream, with gains, sums of earlier ones, and blocks that share."""
-    n = width(random)
-    kind = random.choice(("gains", "all", "parallel", "reversible"))
-
-    def block(m: Any, i: int, h: Tensor) -> Tensor:
-        return m.outs[i](read(m.ins[i](read(h, -1, UP)).relu(), -1, f"ins.{i}.weight:0"))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x)
-        if kind == "reversible":
-            a, b = h, h.flip(0)
-            a = a + block(m, 0, b)
-            b = b + block(m, 1, a)
-            return m.down(read(a + b, -1, UP))
-        past = [h]
-        for i in range(2):
-            y = block(m, i, h) * (m.gains[i] if kind == "gains" else 1)
-            h = h + y + (block(m, 1 - i, h) if kind == "parallel" else 0)
-            past.append(h)
-        if kind == "all":
-            h = torch.stack(past).mul(m.mix.softmax(0)[:, None, None]).sum(0)
-        return m.down(read(h, -1, UP))
-
-    parts: dict[str, Any] = {"ins": nn.ModuleList(nn.Linear(n, n + 1 + i) for i in range(2))}
-    parts |= {"outs": nn.ModuleList(nn.Linear(n + 1 + i, n) for i in range(2)), "mix": nn.Parameter(torch.zeros(3))}
-    return perceptron(run, random, n, gains=nn.Parameter(torch.zeros(2, n)), **parts)
