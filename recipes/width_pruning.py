@@ -46,16 +46,17 @@ from width_pruning_bench import WidthPruningBench
 from width_pruning_points import (
     KEEPS,
     Point,
+    bases,
     distil,
     distil_rates,
     level,
     screen_all,
     screen_finalists,
+    stages,
     test,
     unscreened,
     zero_shot,
 )
-from width_pruning_stages import bases, stages
 
 OUT = Path(__file__).parent / "results" / "width_pruning.jsonl"
 
