@@ -28,7 +28,7 @@ from shared import Row, again, arguments, by_key, collect, peak, run, table, tel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nets import KINDS, Net, nets
+from nets import KINDS, Net, floats, gap, nets
 from regrow.core.axes import AxisGraph, Mark, size_of
 from regrow.core.plan import Plan, PlanError
 from regrow.nets import Origin, replace_attention
@@ -146,19 +146,12 @@ def sensitivity(model: nn.Module, axes: AxisGraph, plan: Plan) -> float:
 
     A deep network with drawn weights may amplify that beyond the bound; then the bound can decide nothing.
     """
-    small, _ = apply(copy.deepcopy(model), axes, plan)
-    double = laws.in_double(small)
+    double = laws.in_double(apply(copy.deepcopy(model), axes, plan)[0])
+    inputs = laws.in_double((axes.example.args, dict(axes.example.kwargs)))
     step = lambda x: x.nextafter(x * 2) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    args, kwargs = tree_map(wide, (axes.example.args, dict(axes.example.kwargs)))
-    near = tree_map(step, (args, kwargs))
     with torch.no_grad():
-        pairs = [tree_leaves(double(*a, **k)) for a, k in ((args, kwargs), near)]
-    both = [
-        (a, b) for a, b in zip(*pairs, strict=True) if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
-    ]
-    scale = max((float(a.abs().max()) for a, _ in both), default=0.0) or 1.0
-    return max((float((a - b).abs().max()) for a, b in both), default=0.0) / scale
+        exact, near = (floats(double(*args, **kwargs)) for args, kwargs in (inputs, tree_map(step, inputs)))
+    return gap(near, exact)
 
 
 def smallest(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
@@ -171,9 +164,7 @@ def smallest(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
             small, _ = apply(copy.deepcopy(model), axes, plan)
             wide, narrow = answers(model, axes), answers(small, axes)
             if [x.shape for x in wide] == [x.shape for x in narrow]:
-                scale = max((float(x.abs().max()) for x in wide if x.numel()), default=0.0) or 1.0
-                gaps = [float((x - y).abs().max()) for x, y in zip(wide, narrow, strict=True) if x.numel()]
-                found["moved"] = max(gaps, default=0.0) / scale
+                found["moved"] = gap(narrow, wide)
             found["parameters"] = sum(p.numel() for p in small.parameters())
             break
     return {"smallest": found | {"marks": "all" if marks is MARKS else "neutral"}}
@@ -182,8 +173,7 @@ def smallest(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
 def answers(model: nn.Module, axes: AxisGraph) -> list[Tensor]:
     """Every floating-point tensor that the network answers to the traced example."""
     with torch.no_grad():
-        answer = model.eval()(*axes.example.args, **axes.example.kwargs)
-    return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return floats(model.eval()(*axes.example.args, **axes.example.kwargs))
 
 
 def saved(model: nn.Module, axes: AxisGraph, net: Net) -> dict[str, Any]:

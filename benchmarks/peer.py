@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from shared import Row, peak, tell
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import nets
 
@@ -70,7 +70,7 @@ def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         prune_num_heads=True,
         prune_head_dims=False,
         head_pruning_ratio=0.5,
-        output_transform=lambda answer: sum(x.sum() for x in floats(answer)),
+        output_transform=lambda answer: sum(x.sum() for x in nets.floats(answer)),
     )
     row["build_s"] = round(time.perf_counter() - start, 2)
     tell(row)
@@ -103,15 +103,10 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def floats(answer: Any) -> list[Tensor]:
-    """The floating-point tensors of an answer."""
-    return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """What it answers to its example."""
     with torch.no_grad():
-        return floats(model(*args, **kwargs))
+        return nets.floats(model(*args, **kwargs))
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -219,11 +214,11 @@ class Record:
             module = modules[name]
             dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
             module.register_forward_hook(lambda m, a, out, dim=dim, gone=gone: _zeroed(out, dim, gone))
-        row = {"beyond_masking": _distance(after, answers(reference, args, kwargs))}
+        row = {"beyond_masking": nets.gap(after, answers(reference, args, kwargs))}
         norms = {n: kept for (n, _), kept in self.left.items() if "Norm" in type(modules[n]).__name__}
         for name, kept in {**norms, **_norms_read(self, modules)}.items():
             _over_kept(modules[name], kept)
-        row["beyond_norms"] = _distance(after, answers(reference, args, kwargs))
+        row["beyond_norms"] = nets.gap(after, answers(reference, args, kwargs))
         tried = (("exact", "beyond_masking"), ("norms", "beyond_norms"))
         row["verdict"] = next((word for word, key in tried if row[key] <= CLOSE), "other")
         return row
@@ -286,13 +281,6 @@ def _over_kept(norm: nn.Module, kept: list[int]) -> None:
         return torch.zeros_like(x, dtype=out.dtype).index_copy(dim, index, out)
 
     norm.forward = forward
-
-
-def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    scale = max((float(x.abs().max()) for x in theirs if x.numel()), default=0.0) or 1.0
-    return (
-        max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0) / scale
-    )
 
 
 def main() -> None:
