@@ -275,17 +275,18 @@ def try_some(found: list[Input], numbers: list[int], source: Path, out: Path, lo
     """Try some of the inputs; a row for each is added to the output as it comes."""
     from regrow.cli import code_of
 
-    said = source / f"said-{os.getpid()}.txt"
+    said = source / "said.txt"
     baseline = forked(lambda: code_of(["methods"]), said).peak
     for number in numbers:
         one = found[number]
         outcome = tried(one, source, said)
+        wrong = faults(outcome, baseline)
         row = {"number": number, "words": " ".join(one.words)[:200], "file": one.file, "how": one.how, "draw": one.draw}
         row |= {"code": outcome.code, "message": message(outcome), "cpu_seconds": round(outcome.seconds, 2)}
         row |= {"seconds_asleep": round(outcome.asleep, 2), "resident_bytes": outcome.peak}
-        add(out, row | {"faults": faults(outcome, baseline)})
-        if loud or faults(outcome, baseline):
-            print(number, faults(outcome, baseline), row["words"], "|", one.file, one.how)
+        add(out, row | {"faults": wrong})
+        if loud or wrong:
+            print(number, wrong, row["words"], "|", one.file, one.how)
             print("    ", outcome.said[-3000 if loud else -400 :].strip().replace("\n", "\n     "), flush=True)
 
 
@@ -301,38 +302,28 @@ def show(found: list[Row], messages: bool) -> None:
         print(f"{many:4}  {text}")
 
 
-def run(told: Namespace, source: Path) -> bool:
-    """Try what has no row yet, in so many processes; returns whether one of them failed."""
+def run(told: Namespace, source: Path) -> None:
+    """Try what has no row yet."""
     found = inputs(told.count, told.seed) + (forbidden() if told.permissions else [])
-    if not (source / "run2").is_dir():
-        source.mkdir(parents=True, exist_ok=True)
-        make(source)
+    make(source)
     if told.case:
         told.out = source / "cases.jsonl"
     done = {row["number"] for row in read(told.out)}
-    left = [number for number in told.case or range(len(found)) if number not in done]
     for module in LOADED:
         importlib.import_module(module)
-    workers = []
-    for i in range(told.jobs):
-        if not (child := os.fork()):
-            try_some(found, left[i :: told.jobs], source, told.out.resolve(), bool(told.case))
-            os._exit(0)
-        workers.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers]
-    return any(codes)
+    left = [number for number in told.case or range(len(found)) if number not in done]
+    try_some(found, left, source, told.out.resolve(), bool(told.case))
 
 
 def main() -> None:
     """Try them, and say what came of it."""
-    options = {"permissions": True, "case": [int], "jobs": 1, "inputs": Path, "messages": False}
-    told, failed = arguments(__doc__, OUT, count=620, seed=0, **options), False
+    told = arguments(__doc__, OUT, count=620, seed=0, permissions=True, case=[int], messages=False)
     with tempfile.TemporaryDirectory(prefix="inputs-") as name:
         if not told.show:
-            failed = run(told, (told.inputs or Path(name)).resolve())
+            run(told, Path(name).resolve())
         rows = read(told.out)
     show(rows, told.messages)
-    sys.exit(failed or any(row["faults"] for row in rows))
+    sys.exit(any(row["faults"] for row in rows))
 
 
 if __name__ == "__main__":

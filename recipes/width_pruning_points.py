@@ -17,7 +17,7 @@ TESTED = METHODS[:4]
 """The methods whose best variant goes to the test."""
 FINALISTS = 3
 """How many variants of each method are judged on all left-out domains."""
-DOMAINS, TASKS = "domains", "tasks"
+DOMAINS = "domains"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
 WINDOWS, MORE_WINDOWS = 48, 96
 """The windows of text that the model itself generates: the 12,288 tokens of ``--generated-tokens``, and twice these."""
@@ -35,7 +35,7 @@ class Point:
         keep: The fraction of the weights that stays.
         fold: Which domains are calibrated on.
         sample: The seed of the calibration windows.
-        on: What is evaluated: ``domains``, ``tasks``, or ``left out: NAME`` of the calibration domains.
+        on: What is evaluated: ``domains``, or ``left out: NAME`` of the calibration domains.
         only: The pattern of the axes that may be cut; empty: all.
         outer: Whether the first and last blocks are pruned; ``None``: as the method has it.
         reconstruct: Whether layers that read cut units are fitted by least squares.
@@ -106,7 +106,7 @@ def distilled(point: Point, rate: float) -> Point:
 
 
 def dense(on: str, fold: int = 0) -> Point:
-    """The network before pruning; on domains and tasks it is the same for both folds."""
+    """The network before pruning; on domains it is the same for both folds."""
     return Point("dense", "dense", 1.0, fold=fold, on=on, only="")
 
 
@@ -252,14 +252,6 @@ def distil(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], sa
         if (many := len({row["distil"]["lr"] for row in tried})) < len(RATES):
             raise SystemExit(f"fold {fold}: {many} of {len(RATES)} rates are tried; run distil without --match")
         yield distilled(with_prior(fisher(keep, fold, sample)), min(tried, key=level)["distil"]["lr"])
-
-
-def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """Multiple choice at keep 0.7: the network before, the best variant of each method, and some with least squares."""
-    yield dense(TASKS)
-    for point in test(rows, [keep for keep in keeps if keep == 0.7], folds, samples):
-        if point.method not in ("dense", "random", "gprune"):
-            yield replace(point, on=TASKS)
 
 
 def named(rows: Sequence[Row], names: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[Row]:

@@ -1,6 +1,6 @@
 """Print the tables of width_pruning.py from its rows; nothing is computed.
 
-    python recipes/width_pruning_show.py test|stages|bases|zero_shot [--model gemma3-270m] [--out FILE]
+    python recipes/width_pruning_show.py test|stages|bases [--model gemma3-270m] [--out FILE]
     python recipes/width_pruning_show.py test --against "fisher uniform, MLP neurons, outer blocks unpruned"
 
 Perplexities are geometric means over windows. Differences are of the mean negative log-likelihood over windows of the
@@ -18,11 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean, stdev
-from typing import Any
 
 from harness import Row, arguments, line, rows, table
 from width_pruning import OUT
-from width_pruning_bench import MARGIN, PER_BYTE, unpack
 from width_pruning_points import (
     BASE_STAGES,
     BASES,
@@ -35,7 +33,6 @@ from width_pruning_points import (
     METHODS,
     RECONSTRUCTED,
     STAGE_ARMS,
-    TASKS,
     level,
     named,
     staged,
@@ -67,10 +64,6 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.error:.4f}{'' if math.isnan(self.spread) else f' [{self.spread:.4f}]'}"
-
-    def percent(self) -> str:
-        """The same in percent."""
-        return f"{100 * self.mean:+.2f} ± {100 * self.error:.2f}"
 
 
 def paired(arm: Series, other: Series) -> Difference | None:
@@ -300,53 +293,10 @@ def bases_table(every: Sequence[Row]) -> Iterator[str]:
         yield line((keep, fold, stage, *cells, gap, f"{ratio:.3f}", len(common)))
 
 
-def zero_shot_table(every: Sequence[Row]) -> Iterator[str]:
-    """Accuracy and margins over the items of all tasks, and differences to the strongest baseline, paired by item."""
-    columns = ("accuracy, %", "per byte, %", "accuracy, difference", "per byte, difference")
-    yield from table(("keep", "fold", "arm", *columns, "margin, difference", "margin per byte, difference", "samples"))
-    dense = [row for row in every if row["method"] == "dense" and row["on"] == TASKS]
-    for keep, fold in CELLS:
-        found = arms(named(every, GPRUNE), keep, fold, TASKS)
-        baselines = [arm for arm in found.values() if arm.baseline]
-        if not baselines:
-            continue
-        baseline = max(baselines, key=lambda arm: _mean(items(arm, "right")))
-        rest = sorted((arm for arm in found.values() if arm is not baseline), key=lambda arm: arm.name)
-        pairs = ((row, other) for row in baseline.rows for other in dense if other["dtype"] == row["dtype"])
-        same = tuple({**other, "sample": row["sample"]} for row, other in pairs)
-        for arm in (*([Arm("dense", fold, same)] if same else ()), baseline, *rest):
-            name = f"**{arm.name}**" if arm is baseline else arm.name
-            yield line((keep, fold, name, *_task_cells(arm, baseline), len(arm.rows)))
-
-
-def _task_cells(arm: Arm, baseline: Arm) -> Iterator[str]:
-    for what in ("right", "right_per_byte"):
-        yield f"{100 * _mean(items(arm, what)):.2f}"
-    for what in ("right", "right_per_byte", "margins", "margins_per_byte"):
-        one = None if arm is baseline else paired(items(arm, what), items(baseline, what))
-        yield "" if one is None else one.percent() if what.startswith("right") else str(one)
-
-
-def items(arm: Arm, what: str) -> dict[Draw, list[float]]:
-    """Draw → a value per item of all tasks."""
-    return {draw(row): [value for task in row["tasks"] for value in _values(task, what)] for row in arm.rows}
-
-
-def _values(task: Mapping[str, Any], what: str) -> list[float]:
-    if what.startswith("right"):
-        return [float(one) for one in task[what]]
-    return unpack(task[what], PER_BYTE if what.endswith("per_byte") else MARGIN)
-
-
-def _mean(series: Series) -> float:
-    return fmean(map(fmean, series.values()))
-
-
 TABLES = {
     "test": test_table,
     "stages": stages_table,
     "bases": bases_table,
-    "zero_shot": zero_shot_table,
 }
 
 

@@ -173,13 +173,6 @@ def test_width_pruning_tests_the_baselines_that_the_screen_prefers_and_pairs_win
     assert len(lines) == 1 + 2 * len(points.CONTRASTS) == 1 + 2 * 13
     ratios = [line.split(" | ")[-2] for line in show.bases_table(rows) if line.startswith("| 0.8 | 0 |")]
     assert ratios == ["1.259", "1.122", "1.122"]  # exp(0.2 · 1.15) and exp(0.1 · 1.15): the means over windows
-    packed = {"task": "piqa", "right": "10", "right_per_byte": "11", "margins": "", "margins_per_byte": ""}
-    for name, unit in (("margins", show.MARGIN), ("margins_per_byte", show.PER_BYTE)):
-        packed[name] = importlib.import_module("width_pruning_bench").pack([0.5, -0.25], unit)
-    tasks = [{**row, "on": "tasks", "tasks": [packed]} for row in rows if row["on"] == "domains"]
-    table = [line for line in show.zero_shot_table(tasks) if line.startswith("| 0.8 | 1 | gprune, learned shares |")]
-    [cells] = [line.split(" | ")[3:] for line in table]
-    assert cells == ["50.00", "100.00", *["+0.00 ± 0.00"] * 2, *["+0.0000 ± 0.0000 [0.0000]"] * 2, "2 |"]
 
 
 def test_points_that_are_not_screened_have_the_names_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
