@@ -4,8 +4,8 @@
     python recipes/hostile_networks.py own --only width_     # networks of hostile_nets/ with this in their names
     python recipes/hostile_networks.py --show
 
-There are 74 families of networks of our own (hostile_nets/), six of each by seed, half of them with an ordinary block
-in front; 100 architectures of timm with random weights and small inputs; small transformers wrapped by peft. Each is
+There are 69 families of networks of our own (hostile_nets/), six of each by seed, half of them with an ordinary block
+in front; 95 architectures of timm with random weights and small inputs; small transformers wrapped by peft. Each is
 traced, and cut by five random plans in float64; every second plan is carried out after the network has run once. What
 the cut network answers, run twice, is compared with the whole network in which dropped units count for nothing, by
 means that know nothing of regrow's: reads written into the networks by hand (hostile_nets/masking.py), and for networks

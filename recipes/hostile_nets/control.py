@@ -5,10 +5,9 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hostile_nets.build import DOWN, UP, Built, Net, middle, perceptron, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, perceptron, vectors, width
 from hostile_nets.masking import read
 
 # --- sizes decide ----------------------------------------------------------------------------------------------------
@@ -41,40 +40,6 @@ def width_counts_up(random: Random) -> Built:
     """Units weighed by their place, or by a fraction of the width."""
     whole = random.random() < 0.5
     return middle(lambda m, h: h.relu() * (torch.arange(h.shape[-1]) / (h.shape[-1] if whole else 7.0)).to(h), random)
-
-
-def width_loops(random: Random) -> Built:
-    """As many turns as the width allows."""
-    step = random.choice((2, 3))
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        for _ in range(h.shape[-1] // step):
-            h = h * 1.1 + 0.01
-        return h
-
-    return middle(act, random)
-
-
-def width_padded(random: Random) -> Built:
-    """Zeros up to a multiple."""
-    multiple = random.choice((4, 8))
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        h = h.relu()
-        return F.pad(read(h, -1, UP), (0, -h.shape[-1] % multiple)).sum(-1, keepdim=True) * h
-
-    return middle(act, random)
-
-
-def half_of_the_width(random: Random) -> Built:
-    """The first half gates the second."""
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        half = h.shape[-1] // 2
-        return h[..., :half].sigmoid() * h[..., half : 2 * half]
-
-    n = 2 * random.randint(3, 5)
-    return middle(act, random, n, n // 2, DOWN)
 
 
 def a_shape_that_fails(random: Random) -> Built:

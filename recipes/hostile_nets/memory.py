@@ -197,17 +197,6 @@ def by_strides(random: Random) -> Built:
     return middle(act, random, n, n - 2, DOWN)
 
 
-def parts_by_size(random: Random) -> Built:
-    """Split by sizes that are stored on the network, each part treated in its own way, and joined in another order."""
-    sizes = [random.randint(2, 4) for _ in range(3)]
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        a, b, c = h.split(m.sizes, -1)
-        return torch.cat([c.tanh(), a.relu(), b * 2], -1)
-
-    return middle(act, random, sum(sizes), places=DOWN, sizes=sizes)
-
-
 def every_second(random: Random) -> Built:
     """Units with even and odd numbers part, and meet."""
     act = random.choice(

@@ -87,21 +87,6 @@ def weights_from_a_network(random: Random) -> Built:
     return Built(Net(run, up=nn.Linear(5, n), **parts), (vectors(random),))
 
 
-def made_of_blocks(random: Random) -> Built:
-    """A weight that is made by a Kronecker product, a block diagonal, an outer product or shifts of one vector."""
-    n = 8
-    weight = random.choice(
-        (
-            lambda m: torch.kron(m.a[:4, :2], m.b[:2, :4]),
-            lambda m: torch.block_diag(m.a[:4, :4], m.b[:4, :4]),
-            lambda m: m.a[:, :1] * m.b[:1],
-            lambda m: torch.stack([m.a[0].roll(i) for i in range(n)]),
-        )
-    )
-    parts = {name: nn.Parameter(torch.zeros(n, n)) for name in "ab"}
-    return middle(lambda m, h: F.linear(h.relu(), weight(m)).tanh(), random, n, places=DOWN, **parts)
-
-
 def in_lists(random: Random) -> Built:
     """Modules and parameters in lists and dictionaries that register them, or do not."""
     n = width(random)
