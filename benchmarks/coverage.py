@@ -323,7 +323,7 @@ def short(text: str, most: int = 90) -> str:
 def main() -> None:
     """Measure what has no row yet, or show the tables."""
     limits = {"plans": 20, "seconds": 600.0, "gigabytes": 14.0, "jobs": 1, "again": False}
-    args = arguments(__doc__, OUT, only={*KINDS}, match="", **limits)
+    args = arguments(__doc__, OUT, only="", match="", **limits)
     if args.show:
         print(page(by_key(args.out)))
         return

@@ -135,7 +135,7 @@ def problem(row: Row) -> str:
 def main() -> None:
     """Run what has no row yet, or show the tables."""
     limits = {"seconds": 120.0, "jobs": 1, "again": False}
-    args = arguments(__doc__, OUT, only={*KINDS}, match="", python=[str], **limits)
+    args = arguments(__doc__, OUT, only="", match="", python=[str], **limits)
     if args.show:
         print(page(by_key(args.out)))
         return
