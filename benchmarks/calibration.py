@@ -125,11 +125,11 @@ class Norm:
 
 def published(model: Any, batches: Sequence[Batch], kind: type[Fluctuation] | type[Norm]) -> None:
     """Measure layer by layer, each window twice: with hooks, and for the inputs of the next layer."""
-    layers, inputs, more = model.model.layers, [], {}
+    layers, inputs, layer_kwargs = model.model.layers, [], {}
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0])
-        more.update(kwargs)
+        layer_kwargs.update(kwargs)
         raise InterruptedError
 
     def watch(layer: nn.Module, name: str) -> Any:
@@ -147,10 +147,10 @@ def published(model: Any, batches: Sequence[Batch], kind: type[Fluctuation] | ty
         for layer in layers:
             hooks = [watch(layer, name) for name in ("self_attn.o_proj", "mlp.down_proj")]
             for x in inputs:
-                layer(x, **more)
+                layer(x, **layer_kwargs)
             for hook in hooks:
                 hook.remove()
-            inputs = [first(layer(x, **more)) for x in inputs]
+            inputs = [first(layer(x, **layer_kwargs)) for x in inputs]
 
 
 def first(value: Any) -> Tensor:
@@ -165,7 +165,7 @@ def measure(dtype: str, rounds: int) -> Row:
     joined = {size: list(join_batches(windows, size)) for size in SIZES if size <= len(windows)}
     model, trunk = loaded.model, loaded.model.get_submodule("model")
     plain(model, joined[1][:1])
-    first_round = {size: cpu(lambda one=batches: plain(model, one)) for size, batches in joined.items()}
+    first_round = {size: cpu(lambda batches=batches: plain(model, batches)) for size, batches in joined.items()}
     best = min(first_round, key=lambda size: first_round[size])
     seconds: dict[str, list[float]] = {}
 
@@ -175,7 +175,7 @@ def measure(dtype: str, rounds: int) -> Row:
         return calibration
 
     for _ in range(rounds):
-        for name, one in {
+        for name, work in {
             "plain": lambda: cpu(lambda: plain(model, joined[best])),
             BARE: lambda: cpu(lambda: plain(trunk, joined[best])),
             "regrow": lambda: timed("plan", best),
@@ -184,7 +184,7 @@ def measure(dtype: str, rounds: int) -> Row:
             "FLAP as published": lambda: cpu(lambda: published(model, joined[1], Fluctuation)),
             "Wanda-sp as published": lambda: cpu(lambda: published(model, joined[1], Norm)),
         }.items():
-            seconds.setdefault(name, []).append(one())
+            seconds.setdefault(name, []).append(work())
             print(dtype, name, round(seconds[name][-1], 3), flush=True)
 
     def ratio(above: str, below: str) -> dict[str, float]:
@@ -199,10 +199,10 @@ def measure(dtype: str, rounds: int) -> Row:
 
 def main() -> None:
     """Measure and append the rows."""
-    given = arguments(__doc__, dtype=(*TOKENS,), rounds=3)
+    args = arguments(__doc__, dtype=(*TOKENS,), rounds=3)
     torch.set_num_threads(1)
-    for dtype in given.dtype:
-        row = measure(dtype, given.rounds) | {"versions": versions(), "threads": 1, "processor": platform.machine()}
+    for dtype in args.dtype:
+        row = measure(dtype, args.rounds) | {"versions": versions(), "threads": 1, "processor": platform.machine()}
         print(json.dumps(add(OUT, row), indent=1))
 
 

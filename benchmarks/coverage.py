@@ -69,8 +69,8 @@ def measured(net: Net, plans: int, seconds: float) -> Iterator[Row]:
     yield row
     generator = torch.Generator().manual_seed(0)
     drawn = (laws.random_plan(axes, generator) for _ in range(plans))
-    for found in compared(model, axes, drawn):
-        row["random"] = {"of": plans, **found}
+    for counts in compared(model, axes, drawn):
+        row["random"] = {"of": plans, **counts}
         yield row | {"seconds": round(time.perf_counter() - start, 1), "peak_mib": peak()}
         if time.perf_counter() - start > seconds:
             break
@@ -95,8 +95,8 @@ def left(axes: AxisGraph) -> dict[str, float]:
 
 def parameters(axes: AxisGraph, sizes: dict[str, int]) -> int:
     """How many parameters there are when axes have these sizes; tied ones count once."""
-    own = (name for name in axes.parameters if name not in axes.ties)
-    return sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in own)
+    untied = (name for name in axes.parameters if name not in axes.ties)
+    return sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in untied)
 
 
 def frozen(axes: AxisGraph) -> list[dict[str, Any]]:
@@ -109,36 +109,36 @@ def frozen(axes: AxisGraph) -> list[dict[str, Any]]:
             entry = reasons.setdefault(re.sub(r"\d+", "#", axis.reason), ([], set()))
             entry[0].append(axis.key)
             entry[1].update(axes.ties.get(slot.name, slot.name) for slot in axis.slots if slot.name in numbers)
-    shares = {why: round(sum(map(numbers.get, own)) / total, 4) for why, (_, own) in reasons.items()}
-    found = [
+    shares = {why: round(sum(map(numbers.get, names)) / total, 4) for why, (_, names) in reasons.items()}
+    entries = [
         {"reason": why[:300], "axes": len(keys), "such_as": keys[0], "share": shares[why]}
         for why, (keys, _) in reasons.items()
     ]
-    return sorted(found, key=lambda one: -one["share"])
+    return sorted(entries, key=lambda entry: -entry["share"])
 
 
 def compared(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
     """Masked against shrunk, plan by plan: how many were compared, refused and wrong, and the worst distance."""
-    found: dict[str, Any] = {"plans": 0, "wrong": 0, "worst": 0.0, "refused": 0, "refusals": []}
+    result: dict[str, Any] = {"plans": 0, "wrong": 0, "worst": 0.0, "refused": 0, "refusals": []}
     plans = iter(plans)
     again = True
     while again:
         again = False
         try:
             for plan, distance in distances(model, axes, plans):
-                found["plans"] += 1
-                found["worst"] = max(found["worst"], distance)
-                if not distance <= RELATIVE_BOUND and distance <= 10 * (own := sensitivity(model, axes, plan)):
-                    found.setdefault("sensitive", []).append([distance, own])
+                result["plans"] += 1
+                result["worst"] = max(result["worst"], distance)
+                if not distance <= RELATIVE_BOUND and distance <= 10 * (noise := sensitivity(model, axes, plan)):
+                    result.setdefault("sensitive", []).append([distance, noise])
                 elif not distance <= RELATIVE_BOUND:
-                    found["wrong"] += 1
-                    found.setdefault("first_wrong", {key: list(c.keep) for key, c in plan.changes.items()})
-                yield found
+                    result["wrong"] += 1
+                    result.setdefault("first_wrong", {key: list(c.keep) for key, c in plan.changes.items()})
+                yield result
         except PlanError as error:
-            found["refused"] += 1
-            found["refusals"] = list(dict.fromkeys([*found["refusals"], _line(error)]))[:3]
+            result["refused"] += 1
+            result["refusals"] = list(dict.fromkeys([*result["refusals"], _line(error)]))[:3]
             again = True
-            yield found
+            yield result
 
 
 def sensitivity(model: nn.Module, axes: AxisGraph, plan: Plan) -> float:
@@ -156,18 +156,18 @@ def sensitivity(model: nn.Module, axes: AxisGraph, plan: Plan) -> float:
 
 def smallest(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
     """The network cut as far as it can be: runs, is the masked one, and is another function than the whole one."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for marks in (MARKS, MARKS[:1]):
         plan = laws.smallest_plan(axes, marks)
-        *_, found = compared(model, axes, [plan])
-        if found.get("plans"):
+        *_, result = compared(model, axes, [plan])
+        if result.get("plans"):
             small, _ = apply(copy.deepcopy(model), axes, plan)
             wide, narrow = answers(model, axes), answers(small, axes)
             if [x.shape for x in wide] == [x.shape for x in narrow]:
-                found["moved"] = gap(narrow, wide)
-            found["parameters"] = sum(p.numel() for p in small.parameters())
+                result["moved"] = gap(narrow, wide)
+            result["parameters"] = sum(p.numel() for p in small.parameters())
             break
-    return {"smallest": found | {"marks": "all" if marks is MARKS else "neutral"}}
+    return {"smallest": result | {"marks": "all" if marks is MARKS else "neutral"}}
 
 
 def answers(model: nn.Module, axes: AxisGraph) -> list[Tensor]:
@@ -200,8 +200,13 @@ def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
     plan = laws.joint_growing_plan(axes, "zero_out")
     if not plan.changes:
         return {"widened": {"axes": 0}}
-    *_, found = compared(model, axes, [plan])
-    row = {"axes": len(plan.changes), "worst": found["worst"], "wrong": found["wrong"], "refusals": found["refusals"]}
+    *_, result = compared(model, axes, [plan])
+    row = {
+        "axes": len(plan.changes),
+        "worst": result["worst"],
+        "wrong": result["wrong"],
+        "refusals": result["refusals"],
+    }
     double = laws.in_double(model)
     for module in double.modules():
         for name, value in vars(module).items():
@@ -209,9 +214,9 @@ def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
                 setattr(module, name, 0.0)
     try:
         both = []
-        for one in (laws.shrunk(double, axes, plan)[0], double):
+        for net in (laws.shrunk(double, axes, plan)[0], double):
             torch.manual_seed(0)  # whole branches may be dropped by chance, in both nets the same ones
-            both.append(laws.outputs(one.train(), axes))
+            both.append(laws.outputs(net.train(), axes))
         row["worst_in_training"] = laws.gap(*both)
         row["wrong"] += not row["worst_in_training"] <= RELATIVE_BOUND
     except Exception as error:  # a detector wants targets, a BatchNorm more than one value
@@ -230,8 +235,8 @@ def page(rows: Mapping[str, Row]) -> str:
     """Totals, every network, and every miss with its reason."""
     parts = ["\n".join(table(TOTALS, totals([*rows.values()]))), *misses(rows.values())]
     for kind in KINDS:
-        if own := [row for row in rows.values() if row.get("kind", row["key"].split("/")[0]) == kind]:
-            parts.append("\n".join((f"### {kind}", "", *table(EACH, map(each, own)))))
+        if rows_of_kind := [row for row in rows.values() if row.get("kind", row["key"].split("/")[0]) == kind]:
+            parts.append("\n".join((f"### {kind}", "", *table(EACH, map(each, rows_of_kind)))))
     return "\n\n".join(parts)
 
 
@@ -244,15 +249,15 @@ TOTALS = (
 def totals(rows: list[Row]) -> Iterator[list[object]]:
     """One line per kind and one for all."""
     for kind in (*KINDS, ""):
-        own = [row for row in rows if kind in ("", row["key"].split("/")[0])]
-        done = [row for row in own if row.get("traced")]
-        if not own:
+        mine = [row for row in rows if kind in ("", row["key"].split("/")[0])]
+        done = [row for row in mine if row.get("traced")]
+        if not mine:
             continue
         plans = [row[what] for row in done for what in ("smallest", "random") if row.get(what)]
         seconds = [row["trace_s"] for row in done]
         yield [
             kind or "**all**",
-            len(own),
+            len(mine),
             len(done),
             *(_middle([row["left"][mark] for row in done]) for mark in ("neutral", "restated")),
             *(sum(plan.get(count, 0) for plan in plans) for count in ("plans", "wrong", "refused")),
@@ -298,15 +303,15 @@ def misses(rows: Iterable[Row]) -> list[str]:
         if row.get("error"):
             lines.append(f"* {row['key']}: {short(row['error'], 200)}")
         for what in ("smallest", "random"):
-            found = row.get(what, {})
-            for distance, own in found.get("sensitive", ()):
+            result = row.get(what, {})
+            for distance, noise in result.get("sensitive", ()):
                 lines.append(
                     f"* {row['key']}: {what}: masked and shrunk differ by {distance:.1e}; the cut network's own answer "
-                    f"moves by {own:.1e} if its input moves by the last bit, so this decides nothing"
+                    f"moves by {noise:.1e} if its input moves by the last bit, so this decides nothing"
                 )
-            if found.get("wrong"):
-                lines.append(f"* {row['key']}: **wrong**, {what}: {found['worst']:.1e}")
-            lines += [f"* {row['key']}: {what} plan refused: {short(why, 200)}" for why in found.get("refusals", ())]
+            if result.get("wrong"):
+                lines.append(f"* {row['key']}: **wrong**, {what}: {result['worst']:.1e}")
+            lines += [f"* {row['key']}: {what} plan refused: {short(why, 200)}" for why in result.get("refusals", ())]
         if row.get("widened", {}).get("wrong"):
             lines.append(f"* {row['key']}: **wrong** when widened: {row['widened']}")
         if row.get("saved", "equal") != "equal":

@@ -141,8 +141,8 @@ def plant(model: nn.Module, old: int, seen: Sequence[Batch], unseen: Sequence[Ba
         for number, mlp in enumerate(mlps):
             entry, inside = f"model.layers.{number}.mlp.gate_proj", f"model.layers.{number}.mlp.down_proj"
             rows = here[entry].double()
-            active, foreign = (one[inside][:, :old].double().square().mean(0) for one in (here, away))
-            gate, up, down = (one.weight for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            active, foreign = (inputs[inside][:, :old].double().square().mean(0) for inputs in (here, away))
+            gate, up, down = (layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
             n = (gate.shape[0] - old) // 3 // 2 * 2
             new = torch.arange(old, gate.shape[0])
             twins, pairs, inactive = new[:n], new[n : 2 * n].view(-1, 2), new[2 * n :]
@@ -154,7 +154,7 @@ def plant(model: nn.Module, old: int, seen: Sequence[Batch], unseen: Sequence[Ba
             direction = rows.mean(0) - away[entry].double().mean(0)
             noise = torch.randn(2, len(pairs), gate.shape[1], generator=generator, dtype=torch.float64)
             noise = noise * rows.std(0)  # as the inputs vary
-            first, second = (normalise(direction) + normalise(one) for one in noise)
+            first, second = (normalise(direction) + normalise(row) for row in noise)
             values = nn.functional.silu(rows @ first.T) * (rows @ second.T)
             target = LARGE * active.median().sqrt()
             second = second * (target / values.std(0).clamp_min(1e-9))[:, None]
@@ -183,13 +183,13 @@ def judge(planted: Sequence[Planted], kept: Sequence[Tensor]) -> dict[str, float
     """Return the fraction of each kind that was treated right, over all MLPs; ``kept`` are masks of the units."""
     gone = [~mask for mask in kept]
     hits = {
-        "duplicates": [gone[i][one.duplicates].sum(1) == 1 for i, one in enumerate(planted)],
-        "lost_duplicates": [gone[i][one.duplicates].all(1) for i, one in enumerate(planted)],
-        "pairs": [gone[i][one.pairs].flatten() for i, one in enumerate(planted)],
-        "broken_pairs": [gone[i][one.pairs].sum(1) == 1 for i, one in enumerate(planted)],
-        "inactive": [gone[i][one.inactive] for i, one in enumerate(planted)],
-        "old": [kept[i][one.single(len(kept[i]))] for i, one in enumerate(planted)],
-        "kept": [kept[i][one.keep] for i, one in enumerate(planted)],
+        "duplicates": [gone[i][units.duplicates].sum(1) == 1 for i, units in enumerate(planted)],
+        "lost_duplicates": [gone[i][units.duplicates].all(1) for i, units in enumerate(planted)],
+        "pairs": [gone[i][units.pairs].flatten() for i, units in enumerate(planted)],
+        "broken_pairs": [gone[i][units.pairs].sum(1) == 1 for i, units in enumerate(planted)],
+        "inactive": [gone[i][units.inactive] for i, units in enumerate(planted)],
+        "old": [kept[i][units.single(len(kept[i]))] for i, units in enumerate(planted)],
+        "kept": [kept[i][units.keep] for i, units in enumerate(planted)],
     }
     rates = {name: float(torch.cat(each).double().mean()) for name, each in hits.items()}
     planned = torch.cat([torch.cat(hits[kind]) for kind in ("duplicates", "pairs", "inactive")])
@@ -317,8 +317,8 @@ def run(args: Namespace, seed: int) -> None:
             continue
         plan, seconds = bench.cut(arm)
         for way in ways:
-            more = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
-            write(arm.name, more | bench.run(plan, way))
+            common = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
+            write(arm.name, common | bench.run(plan, way))
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ def arguments(
             of the type of the first; ``[int]``: none unless said. A tuple: some of these; all, if it is not given.
 
     >>> sys.argv = ["script", "--seeds", "3", "--keep", "0.8", "0.5", "--no-fast"]
-    >>> given = arguments("Do.", seeds=5, keep=[0.7], fast=True, work=Path)
-    >>> given.seeds, given.keep, given.fast, given.work
+    >>> args = arguments("Do.", seeds=5, keep=[0.7], fast=True, work=Path)
+    >>> args.seeds, args.keep, args.fast, args.work
     (3, [0.8, 0.5], False, None)
     """
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
@@ -63,11 +63,11 @@ def arguments(
                 parser.add_argument(flag, type=default, default="" if default is str else None)
             case _:
                 parser.add_argument(flag, type=type(default), default=default)
-    given = parser.parse_args()
+    args = parser.parse_args()
     for name, default in options.items():
-        if isinstance(default, list | tuple) and getattr(given, name) is None:
-            setattr(given, name, [] if default in ([int], [str]) else default)
-    return given
+        if isinstance(default, list | tuple) and getattr(args, name) is None:
+            setattr(args, name, [] if default in ([int], [str]) else default)
+    return args
 
 
 def rows(path: Path) -> list[Row]:
