@@ -161,7 +161,7 @@ class Call:
         """
         if self.out is None:
             return None
-        with preserve_random_state(*self.generators):
+        with preserve_random_state(self.generators):
             seed_generators()
             data = {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
         return {"data": data, "loss": name_of(self.loss), **arguments, "weights": digest(weights())}

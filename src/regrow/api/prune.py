@@ -126,7 +126,7 @@ def _open(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
     if reconstruct:
-        with preserve_random_state(*(generator for source in inputs.sources for generator in source.generators)):
+        with preserve_random_state(generator for source in inputs.sources for generator in source.generators):
             check_lengths(chain.from_iterable(inputs.sources))
     network = WholeNetwork(inputs.saved())
     return PruneInputs(

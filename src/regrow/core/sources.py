@@ -1,7 +1,7 @@
 """Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -129,7 +129,7 @@ def generators_of(loader: object) -> list[torch.Generator]:
 
 
 @contextmanager
-def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
+def preserve_random_state(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
     """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block."""
     states = [(generator, generator.get_state()) for generator in generators]
     plain, arrays = random.getstate(), np.random.get_state()
@@ -143,7 +143,7 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
             generator.set_state(state)
 
 
-def seed_generators(*generators: torch.Generator) -> None:
+def seed_generators(generators: Iterable[torch.Generator] = ()) -> None:
     """Seed the random generators of the CPU, and others, with 0."""
     torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
     random.seed(0)

@@ -103,7 +103,7 @@ def read_stream(data: Iterable[Any], name: str, reading: ReadOptions) -> BatchSt
         raise SourceError(f"source {name!r} {problem}; {remedy}")
     limit, once = max(claimed or 0, MOST), isinstance(data, Iterator)
     batches, free, number = list[Batch](), (available_memory() or 2**33) // 2, 0
-    with nullcontext() if once else preserve_random_state(*generators_of(data)):
+    with nullcontext() if once else preserve_random_state(generators_of(data)):
         for number, batch in enumerate(stream, start=1):
             if number > limit:
                 raise SourceError(f"source {name!r} does not end within {limit:,} batches; {remedy}")

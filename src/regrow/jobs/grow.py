@@ -230,7 +230,7 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
     def measure_loss() -> float:
         if not record.kept:
             return 0.0
-        with preserve_random_state(*(generator for source in sources for generator in source.generators)):
+        with preserve_random_state(generator for source in sources for generator in source.generators):
             return mean_loss(model, sources, inputs.objective)
 
     with autocasting(model, settings.precision):

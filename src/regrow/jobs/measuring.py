@@ -61,8 +61,8 @@ def measure_run(
     tests = data.halves.evaluation if objective in (None, CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN) else ()
     generators = [generator for source in tests for generator in source.generators]
     perplexities: dict[str, evaluation.Perplexity] = {}
-    with preserve_random_state(*generators), autocasting(loaded.model, data.precision):
-        seed_generators(*generators)
+    with preserve_random_state(generators), autocasting(loaded.model, data.precision):
+        seed_generators(generators)
         results: Iterable[evaluation.Perplexity | evaluation.Accuracy | Evaluation]
         if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
             results = _evaluate_text(run, loaded, tests, name, network)

@@ -128,7 +128,7 @@ def write_model(
     fresh = fresh and replace_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
     shapes = describe(net, fresh, origin, dtype)
     with explain_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not its parents: a run folder that was deleted does not come back
         for path in _files_of_a_model(folder):
             path.unlink()
     if outside is None:

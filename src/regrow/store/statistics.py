@@ -46,7 +46,7 @@ def fingerprint(source: Source, *settings: object) -> str:
     (True, False)
     """
     digest = hashlib.sha256()
-    with preserve_random_state(*source.generators):  # a loader may shuffle: the next pass is as if this were none
+    with preserve_random_state(source.generators):  # a loader may shuffle: the next pass is as if this were none
         for batch in source:
             add_to_digest(digest, (batch.args, batch.kwargs, batch.labels))
     add_to_digest(digest, settings)

@@ -186,9 +186,9 @@ class _Pair:
         """Run both networks on the example."""
         self.exact.clear()
         self._check_rounding(self.rounded)
-        pair = self._fresh()
-        run_both(*pair, self.change.recording.blocks)
-        return pair
+        cut, masked = self._fresh()
+        run_both(cut, masked, self.change.recording.blocks)
+        return cut, masked
 
     def same(self, block: GraphBlock) -> bool:
         """Whether both networks are known to compute the same in a block from the same inputs."""

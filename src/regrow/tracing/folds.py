@@ -46,7 +46,7 @@ def folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
             result += [(over, fold) for fold in made]
             weights |= {fold.weight for fold in made}
         else:
-            w.freeze(node, *over)
+            w.freeze(node, over)
     return result
 
 

@@ -39,8 +39,9 @@ def describe_line(line: Line | None) -> str:
     """
     if line is None:
         return ""
-    text = linecache.getline(*line).strip()
-    return f"; it is the code at {Path(line[0]).name}:{line[1]}" + (f": {text}" if text else "")
+    file, number = line
+    text = linecache.getline(file, number).strip()
+    return f"; it is the code at {Path(file).name}:{number}" + (f": {text}" if text else "")
 
 
 def describe_raising(error: BaseException) -> str:

@@ -111,15 +111,17 @@ class _Copy:
             if kind is set or any(map(is_not, members, value)):
                 return self.memo.setdefault(id(value), members)
             return value
-        if kind not in (dict, OrderedDict, list):
-            return self.other(value)
-        made: Any = kind()
-        self.memo[id(value)] = made
         if kind is list:
-            made.extend(map(self.value, value))
-        else:
-            made.update((self.value(key), self.value(part)) for key, part in value.items())
-        return made
+            items: list[object] = []
+            self.memo[id(value)] = items  # before its items: a list may hold itself
+            items.extend(map(self.value, value))
+            return items
+        if kind is dict or kind is OrderedDict:
+            mapping: dict[object, object] = kind()
+            self.memo[id(value)] = mapping
+            mapping.update((self.value(key), self.value(part)) for key, part in value.items())
+            return mapping
+        return self.other(value)
 
     def tensor(self, tensor: Tensor) -> Tensor:
         made = self.made(tensor)
@@ -195,8 +197,11 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
                 return result
             if result is not None:
                 shape, *stride = result
-                empty = torch.empty_strided if stride else torch.empty
-                return FakeTensor(mode, empty(shape, *stride, dtype=dtype, device="meta"), device)
+                if stride:
+                    made = torch.empty_strided(shape, stride[0], dtype=dtype, device="meta")
+                else:
+                    made = torch.empty(shape, dtype=dtype, device="meta")
+                return FakeTensor(mode, made, device)
         return _by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
 
 

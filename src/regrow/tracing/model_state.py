@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial
+from itertools import chain
 from operator import is_
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -132,13 +133,14 @@ _UNSET = object()
 
 def _contents(holder: Any) -> list[Any]:
     """Return what a container, class or cell holds, keys before values; overridden methods are bypassed."""
+    if isinstance(holder, dict):
+        return list(chain.from_iterable(dict.items(holder)))
     if isinstance(holder, CellType):
         try:
             return [holder.cell_contents]
         except ValueError:
             return [_UNSET]
-    entries = _attributes(holder) if isinstance(holder, type) else holder
-    return [part for entry in dict.items(entries) for part in entry] if isinstance(entries, dict) else list(entries)
+    return _contents(_attributes(holder)) if isinstance(holder, type) else list(holder)
 
 
 def _holds(holder: Any, old: list[Any]) -> bool:

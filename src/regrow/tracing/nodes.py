@@ -98,9 +98,9 @@ def shapes_of(node: Node) -> Shapes:
     """Return the shape of a node's value; a list of shapes for several values, ``None`` for no tensor."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
-        return tuple(int(n) for n in value.shape)
+        return tuple(map(int, value.shape))
     if isinstance(value, tuple | list):
-        return [tuple(int(n) for n in v.shape) if isinstance(v, Tensor) else None for v in value]
+        return [tuple(map(int, v.shape)) if isinstance(v, Tensor) else None for v in value]
     return None
 
 

@@ -288,7 +288,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     alike = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
         if (module_of(node), kind) not in alike:
-            second.freeze(node, *size_divided_by(second, node, kind))
+            second.freeze(node, size_divided_by(second, node, kind))
     w.also += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
     w.capture = replace(w.capture, unused=left)
 

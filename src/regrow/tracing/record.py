@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.core.axes import Decision
 from regrow.tracing.interception import LINE, line_here, most_calls
+from regrow.tracing.known_forms import KnownForms
 from regrow.tracing.meta_copy import infer_result
 from regrow.tracing.model_state import output_tensors
 from regrow.tracing.nodes import map_arguments, operands_in
@@ -151,6 +152,7 @@ class Recorder(ProxyTorchDispatchMode):
         self.nodes: TensorMap | WeakTensorKeyDictionary = WeakTensorKeyDictionary() if self.real else TensorMap()
         self.plain = ConstantResults()
         self.calls: list[Node] = []
+        self.forms = KnownForms(self.fake)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -196,7 +198,10 @@ class Recorder(ProxyTorchDispatchMode):
         return out
 
     def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on fake tensors."""
+        """Return the result of an operation on fake tensors; layers of one form infer it once."""
+        return self.forms.infer_once(self._infer, func, args, kwargs)
+
+    def _infer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if (form := infer_result(func, args, kwargs, self.fake)) is not NotImplemented:
             return form
         with self.fake:
@@ -302,7 +307,10 @@ def copy_tensor(x: Tensor) -> Tensor:
 def _cast_answer(read: list[Tensor], answer: object) -> object:
     """Return a replayed decision in the precision of the tensors it was taken on."""
     dtypes = {x.dtype for x in read if x.is_floating_point()}
-    return tree_map_only(Tensor, lambda x: x.to(*dtypes) if x.is_floating_point() and len(dtypes) == 1 else x, answer)
+    if len(dtypes) != 1:
+        return answer
+    dtype = dtypes.pop()
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, answer)
 
 
 def _reorder(x: Tensor, dim: int, result: Tensor | Sequence[Tensor], order: Tensor | None) -> Tensor | Sequence[Tensor]:

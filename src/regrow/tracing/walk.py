@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
 
 from torch.fx import Node
 
@@ -68,8 +67,9 @@ class Walk:
 
         Both have the roles, ties and weights; readings, norms and work are those of one recording alone.
         """
-        mappings: dict[str, Any] = {name: {} for name in ("dims", "starts", "picks", "stacked", "computed")}
-        return replace(self, capture=capture, readings=[], work=[], norms=[], **mappings)
+        return replace(
+            self, capture=capture, readings=[], work=[], norms=[], dims={}, starts={}, picks={}, stacked={}, computed={}
+        )
 
     def of(self, node: Node) -> Dims:
         """Return the dimensions of a node's value, which must be one tensor."""
@@ -162,7 +162,7 @@ class Walk:
         """Make two dimensions equal, entry by entry; where their forms cannot agree, freeze both."""
         d.unify(a, b, self.why(node))
 
-    def freeze(self, node: Node, *exprs: Expr) -> None:
+    def freeze(self, node: Node, exprs: Iterable[Expr]) -> None:
         """Freeze dimensions, since an operation reads them so that their sizes cannot change."""
         for expr in exprs:
             d.freeze(expr, self.why(node))

@@ -332,9 +332,8 @@ def _describe_kind(rows: Sequence[Row]) -> tuple[object, ...]:
 
 def block(names: list[str]) -> str:
     """Return the longest numbered path prefix that all names share, such as ``model.layers.7``; or ``""``."""
-    parts = [name.split(".") for name in names]
     shared: list[str] = []
-    for level in zip(*parts, strict=False):
+    for level in zip(*(name.split(".") for name in names), strict=False):
         if len(set(level)) > 1:
             break
         shared.append(level[0])

@@ -176,7 +176,7 @@ class _OwnTarget:
         channel = call.output.dim() + call.dim
         form = call.output.movedim(channel, -1).shape[:-1]
         output = self._output(layer, self._inputs(layer, call))
-        output = output.reshape(*form, -1).movedim(-1, channel).to(call.output.dtype)
+        output = output.reshape((*form, -1)).movedim(-1, channel).to(call.output.dtype)
         if layer.rows is None:
             call.output.copy_(output)
         else:

@@ -74,7 +74,7 @@ def _call(w: Walk, node: Node) -> Value:
         return None
     free = [expr for read in node.all_input_nodes for expr in all_dims(w.dims[read]) if d.is_free(expr)]
     if free:
-        w.freeze(node, *free)
+        w.freeze(node, free)
         w.notes.append(f"no rule fits {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")
     return w.fresh(node)
 

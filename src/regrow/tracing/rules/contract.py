@@ -63,7 +63,7 @@ def einsum(w: Walk, node: Node) -> Dims:
     for tensor, term in zip(tensors, terms, strict=True):
         for letter, expr in zip(term, w.of(tensor), strict=True):
             if term.count(letter) > 1:
-                w.freeze(node, expr)
+                w.freeze(node, [expr])
             if d.size(known.get(letter, d.ONE)) == 1:
                 known[letter] = expr
             elif d.size(expr) > 1:
@@ -125,7 +125,7 @@ def convolution(w: Walk, node: Node) -> Dims:
     *batch, channels = dims[: len(dims) - space]
     for expr in kernel[2:]:
         d.freeze(expr, "it is a kernel's extent")
-    w.freeze(node, *dims[len(dims) - space :])
+    w.freeze(node, dims[len(dims) - space :])
     transposed = "transpose" in op_name(node)
     groups = whole(argument(node, 6, "groups") or 1)
     made = _grouped(w, node, channels, kernel, groups, transposed)
@@ -146,7 +146,7 @@ def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, tra
         w.unify(node, channels, second)
         return first
     if transposed:
-        w.freeze(node, channels, *kernel[:2])
+        w.freeze(node, [channels, *kernel[:2]])
         return w.frozen(node, d.size(kernel[1]) * groups)
     group = d.Leaf(groups)
     inner, outer = d.new(d.size(channels) // groups), d.new(d.size(first) // groups)
@@ -164,7 +164,7 @@ def attention(w: Walk, node: Node) -> Dims:
     w.unify(node, q[-1], k[-1])
     w.unify(node, k[-2], v[-2])
     d.mark(k[-2], Mark.COMPETED, w.why(node))
-    w.freeze(node, k[-2])
+    w.freeze(node, [k[-2]])
     grouped = bool(argument(node, 7, "enable_gqa"))
     for i in range(len(q) - 2):
         w.unify(node, k[i], v[i])
@@ -183,7 +183,7 @@ def attention(w: Walk, node: Node) -> Dims:
 def embedding(w: Walk, node: Node) -> Dims:
     """Rule for embeddings: freezes the vocabulary, and appends ``W``'s second dimension to the index's."""
     table, index = operand_of(node), operand_of(node, 1)
-    w.freeze(node, w.of(table)[0])
+    w.freeze(node, [w.of(table)[0]])
     w.role(table, 1, Role.PRODUCES)
     if name := w.source(table):
         w.tables.append(name)
@@ -219,7 +219,7 @@ def layers(w: Walk, node: Node) -> Value:
     each = len(params) // (count * ways)
     *lead, read = w.of(x)
     time, batch = lead[::-1] if batch_first else lead
-    w.freeze(node, time)
+    w.freeze(node, [time])
     w.unify(node, batch, w.of(states[0])[1])
     results: list[Expr] = []
     hidden: list[Expr] = []

@@ -29,7 +29,7 @@ from regrow.tracing.walk import Dims, Rule, Value, Walk
 def select(w: Walk, node: Node) -> Value:
     """Rule for ``select``: freezes the dimension, since the index of the entry matters, and removes it."""
     dims, axis = w.along(node, 1)
-    w.freeze(node, dims[axis])
+    w.freeze(node, [dims[axis]])
     if operand_of(node) in w.stacked and axis == 0:
         return (*dims[1:-1], w.stacked[operand_of(node)][whole(node.args[2])])
     return exchanged(dims, axis)
@@ -38,7 +38,7 @@ def select(w: Walk, node: Node) -> Value:
 def unbind(w: Walk, node: Node) -> Value:
     """Rule for ``unbind``: freezes the dimension whose entries become separate tensors."""
     dims, axis = w.along(node, 1)
-    w.freeze(node, dims[axis])
+    w.freeze(node, [dims[axis]])
     return [exchanged(dims, axis) for _ in result_shapes(node)]
 
 
@@ -47,7 +47,7 @@ def index(w: Walk, node: Node) -> Value:
     dims, entries = w.first(node), node.args[1]
     assert isinstance(entries, list | tuple)
     picks, picked = operands_in(entries), [i for i, entry in enumerate(entries) if entry is not None]
-    w.freeze(node, *(dims[i] for i in picked))
+    w.freeze(node, (dims[i] for i in picked))
     apart = picked != list(range(picked[0], picked[-1] + 1))
     if apart or any(entry.meta["val"].dtype.is_floating_point for entry in picks):
         return frozen_whole(w, node)
@@ -74,7 +74,7 @@ def put(w: Walk, node: Node) -> Dims:
     covered = len(picks) + masks if len(named) == len(picks) else len(dims)
     tied = min(len(dims) - covered, len(written))
     indices = (expr for entry in named for expr in w.of(entry))
-    w.freeze(node, *dims[:covered], *written[: len(written) - tied], *indices)
+    w.freeze(node, [*dims[:covered], *written[: len(written) - tied], *indices])
     for i in range(1, tied + 1):
         if d.size(written[-i]) > 1:
             w.unify(node, dims[-i], written[-i])
@@ -84,7 +84,7 @@ def put(w: Walk, node: Node) -> Dims:
 def region(w: Walk, node: Node) -> Dims:
     """Rule for RoI pooling: passes the channels, freezes batch and space; regions are new dimensions."""
     batch, channels, *space = w.first(node)
-    w.freeze(node, batch, *space)
+    w.freeze(node, [batch, *space])
     count, _, *out = (w.frozen(node, n) for n in shape_of(node))
     return (count, channels, *out)
 
@@ -138,7 +138,7 @@ def _repeated(w: Walk, node: Node, n: int) -> Expr:
 def pad(w: Walk, node: Node) -> Dims:
     """Rule for padding: freezes padded dimensions, passes the others."""
     padded = [(expr, n) for expr, n in zip(w.first(node), shape_of(node), strict=True)]
-    w.freeze(node, *(expr for expr, n in padded if d.size(expr) != n))
+    w.freeze(node, (expr for expr, n in padded if d.size(expr) != n))
     return tuple(expr if d.size(expr) == n else w.frozen(node, n) for expr, n in padded)
 
 
@@ -161,7 +161,7 @@ def weight_norm(w: Walk, node: Node) -> Dims:
             w.role(v, i, Role.PRODUCES)
             w.role(g, i, Role.SCALES)
         else:
-            w.freeze(node, expr)
+            w.freeze(node, [expr])
     return w.of(v)
 
 
@@ -171,7 +171,7 @@ def topk(w: Walk, node: Node) -> Value:
     leaf, k = d.resolve(dims[axis]), whole(node.args[1])
     used = [user for user in node.users if user.args[1] == 1]
     if not isinstance(leaf, d.Leaf) or argument(node, 3) is False or not all(map(_only_counted, used)):
-        w.freeze(node, dims[axis])
+        w.freeze(node, [dims[axis]])
     else:
         leaf.least = max(leaf.least, k)
         d.mark(leaf, Mark.COMPETED, w.why(node))

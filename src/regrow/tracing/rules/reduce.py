@@ -85,7 +85,7 @@ def _measure(w: Walk, node: Node, over: list[int]) -> None:
         if order in (1, 2):
             w.reads(node, operand_of(node), i)
         else:
-            w.freeze(node, w.first(node)[i])
+            w.freeze(node, [w.first(node)[i]])
 
 
 def vector_norm(w: Walk, node: Node) -> Dims:
@@ -118,7 +118,7 @@ def extreme(w: Walk, node: Node) -> Value:
     fill = inf if op_name(node) in ("amin", "min") else -inf
     several = isinstance(shapes_of(node), list)
     if several and any(user.args[1] == 1 and user.users for user in node.users):
-        w.freeze(node, *(dims[i] for i in over))
+        w.freeze(node, (dims[i] for i in over))
     for i in over:
         d.mark(dims[i], Mark.COMPETED, w.why(node))
         w.reads(node, operand_of(node), i, fill)
@@ -133,7 +133,7 @@ def ordered(w: Walk, node: Node) -> Value:
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     last = name in ("sort", "argsort", "kthvalue", "median", "mode") and not named
     over = [len(dims) - 1] if last else _over(w, node, position)
-    w.freeze(node, *(dims[i] for i in over))
+    w.freeze(node, (dims[i] for i in over))
     shapes = as_list(shapes_of(node))
     if shapes[0] != tuple(map(d.size, dims)):
         return w.fresh(node)
@@ -144,7 +144,7 @@ def batch_norm(w: Walk, node: Node) -> Dims:
     """Rule for batch and instance norm: ties gain, bias and running statistics to the channels."""
     dims = w.first(node)
     if node.args[3] is None or node.args[5]:  # statistics are taken from the entries, of a weight, say
-        w.freeze(node, *dims[:1], *dims[2:])
+        w.freeze(node, [*dims[:1], *dims[2:]])
     roles = (Role.SCALES, Role.SHIFTS, Role.SHIFTS, Role.SCALES)  # gain, bias, running mean and variance
     for role, arg in zip(roles, node.args[1:5], strict=False):
         if isinstance(arg, Node):
@@ -161,7 +161,7 @@ def norm(w: Walk, node: Node) -> Dims:
     if rank == 1:
         w.literal(node, d.size(over[0]), over[0], last=True)
     else:
-        w.freeze(node, *over)
+        w.freeze(node, over)
     for i, expr in enumerate(over, len(dims) - rank):
         d.mark(expr, Mark.FOLDED if root else Mark.RESTATED, w.why(node))
         w.reads(node, operand_of(node), i, 0.0 if root else None)

@@ -118,7 +118,7 @@ def split(w: Walk, node: Node) -> Value:
         if d.size(a) == d.size(b):
             w.equal.append((a, b, why))
         else:
-            w.freeze(node, dims[axis])
+            w.freeze(node, [dims[axis]])
     for length, piece in zip(lengths, pieces, strict=True):
         w.literal(node, length, piece)
     return [exchanged(dims, axis, piece) for piece in pieces]
@@ -158,7 +158,7 @@ def piece(w: Walk, node: Node) -> Dims:
 def pick(w: Walk, node: Node, axis: int) -> Dims:
     """Freeze a dimension from which an operation picks entries, and return the dimensions of its result."""
     dims = w.first(node)
-    w.freeze(node, dims[axis])
+    w.freeze(node, [dims[axis]])
     return exchanged(dims, axis, w.frozen(node, shape_of(node)[axis]))
 
 
@@ -177,8 +177,8 @@ def bounds(node: Node) -> tuple[int, int]:
     if op_name(node) == "narrow":
         start = whole(node.args[2]) % n
         return start, start + whole(node.args[3])
-    limits = [None if value is None else whole(value) for value in (argument(node, 2), argument(node, 3))]
-    return slice(*limits).indices(n)[:2]
+    first, end = (None if value is None else whole(value) for value in (argument(node, 2), argument(node, 3)))
+    return slice(first, end).indices(n)[:2]
 
 
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
@@ -194,7 +194,7 @@ def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
     dims = w.first(node)
     outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)
-    w.freeze(node, *dims[outer:])
+    w.freeze(node, dims[outer:])
     out: list[Dims | None] = [
         (*dims[:outer], *(w.frozen(node, n) for n in shape[outer:])) for shape in result_shapes(node)
     ]
@@ -203,7 +203,7 @@ def per_channel(w: Walk, node: Node) -> Value:
 
 def triangle(w: Walk, node: Node) -> Dims:
     """Rule for ``tril`` and ``triu``: freezes the last two dimensions, since the diagonal depends on positions."""
-    w.freeze(node, *w.first(node)[-2:])
+    w.freeze(node, w.first(node)[-2:])
     return w.first(node)
 
 
@@ -217,7 +217,7 @@ def glu(w: Walk, node: Node) -> Dims:
 
 def frozen_whole(w: Walk, node: Node) -> Value:
     """Freeze all dimensions of the operand and return new frozen ones for the result."""
-    w.freeze(node, *w.first(node))
+    w.freeze(node, w.first(node))
     return w.fresh(node)
 
 

@@ -220,7 +220,7 @@ def add_factors(state: SparseGrowState, context: Context, samples: int) -> Spars
     for name, (read_now, used_now) in measured.items():
         made, *inputs = context.axes.shapes[name]
         shape = context.parameters()[name].shape[1:]
-        _add(read, name, read_now[:-1, :-1].reshape(*shape, *shape), (*inputs, *inputs))
+        _add(read, name, read_now[:-1, :-1].reshape(shape + shape), (*inputs, *inputs))
         _add(bias, name, read_now[:-1, -1].reshape(shape), tuple(inputs))
         _add(used, name, used_now, (made, made))
     return replace(state, read=read, bias=bias, used=used)
