@@ -262,7 +262,8 @@ def trials(args: Namespace, work: Path) -> None:
                 if row["faults"]:
                     print(f"  {fault}, {name}, {row['at']}: {row['code']} {row['said']}: {row['faults'][:4]}")
             print(
-                f"{fault}, {name}: {len(results)} trials, {sum(bool(row['faults']) for row in results)} faults", flush=True
+                f"{fault}, {name}: {len(results)} trials, {sum(bool(row['faults']) for row in results)} faults",
+                flush=True,
             )
 
 

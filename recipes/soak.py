@@ -215,7 +215,14 @@ def show(results: dict[str, Any]) -> Iterator[list[str]]:
         for name, middle in summary["median"].items():
             gain = summary["gain per 100"][name]
             share = f"{gain / middle:+.1%}" if middle else "–"
-            yield [f"{run}, {summary['many']}", name, f"{middle:,.4g}", f"{gain:,.4g}", share, summary["bend"].get(name, "")]
+            yield [
+                f"{run}, {summary['many']}",
+                name,
+                f"{middle:,.4g}",
+                f"{gain:,.4g}",
+                share,
+                summary["bend"].get(name, ""),
+            ]
 
 
 def main() -> None:
