@@ -261,10 +261,8 @@ def trials(args: Namespace, work: Path) -> None:
                 add(args.out, {"fault": fault, "case": name, **row}, day=today())
                 if row["faults"]:
                     print(f"  {fault}, {name}, {row['at']}: {row['code']} {row['said']}: {row['faults'][:4]}")
-            print(
-                f"{fault}, {name}: {len(results)} trials, {sum(bool(row['faults']) for row in results)} faults",
-                flush=True,
-            )
+            faulty = sum(bool(row["faults"]) for row in results)
+            print(f"{fault}, {name}: {len(results)} trials, {faulty} faults", flush=True)
 
 
 def show(results: list[Row]) -> Iterator[list[object]]:

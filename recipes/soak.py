@@ -211,18 +211,11 @@ def fitted(rows: list[Row]) -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> Iterator[list[str]]:
     """A line per run and quantity."""
-    for run, summary in results.items():
-        for name, middle in summary["median"].items():
-            gain = summary["gain per 100"][name]
+    for run, fit in results.items():
+        for name, middle in fit["median"].items():
+            gain = fit["gain per 100"][name]
             share = f"{gain / middle:+.1%}" if middle else "–"
-            yield [
-                f"{run}, {summary['many']}",
-                name,
-                f"{middle:,.4g}",
-                f"{gain:,.4g}",
-                share,
-                summary["bend"].get(name, ""),
-            ]
+            yield [f"{run}, {fit['many']}", name, f"{middle:,.4g}", f"{gain:,.4g}", share, fit["bend"].get(name, "")]
 
 
 def main() -> None:
