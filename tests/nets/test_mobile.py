@@ -9,7 +9,7 @@ import torch
 from regrow import Plan, apply, trace
 from regrow.allocation.commits import cell_of, kind_of
 from regrow.core.candidates import candidates_in
-from regrow.jobs.spaces import rebuild
+from regrow.jobs.spaces import rebuild_network
 from regrow.nets.load import build
 from regrow.nets.loaded import ModelError, Origin
 from regrow.nets.mobile import Mobile, check_description, describe, prefix, supernet, thin
@@ -74,7 +74,7 @@ def test_what_is_left_is_described_and_built_again_alike():
     config = describe(small, FIRST, find_placeholders(small).keys())
     assert [[name for name, _ in plan["ops"]] for plan in config["blocks"]] == [["mb7e6"], ["skip"]]
     assert config["blocks"][0]["ops"][0][1] == 12 and config["mix"] == FIRST["mix"] // 2
-    again = rebuild(json.loads(json.dumps(config)), small)
+    again = rebuild_network(json.loads(json.dumps(config)), small)
     assert torch.equal(again.double()(x), small(x))
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in small.parameters())  # scales of the gone
 
