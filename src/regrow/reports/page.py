@@ -16,8 +16,10 @@ from regrow.store.errors import StoreError
 
 FIGURES: dict[str, Callable[[Run], figures.Drawing | None]] = {
     "quality": figures.draw_quality,
-    "course": figures.draw_course,
+    "search": figures.draw_search,
 }
+MAX_STRIPS = 12
+"""Kinds of axes that a page shows as strips, besides the kind of all single axes."""
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
@@ -41,7 +43,7 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
 
 
 def write_run_page(folder: Path) -> None:
-    """Write the page of a run into its folder, as it finishes; if the page cannot be made, log why and go on."""
+    """Write ``report.html`` into a run folder; if the page cannot be made, log a warning, but raise StoreError."""
     try:
         write_page([folder], folder / PAGE)
     except StoreError:  # such as a full disk: the run fails, too, and can be resumed
@@ -69,7 +71,7 @@ def to_html(runs: Sequence[Run]) -> str:
         "run": run,
         "summary": summary.summarise(run),
         "command": summary.next_command(run),
-        "strips": strips(run.widths),
+        "strips": group_strips(run.widths),
         "quality": summary.quality_table(run),
         "accuracy": summary.accuracy_table(run),
         "proof": summary.describe_proof(run),
@@ -78,14 +80,16 @@ def to_html(runs: Sequence[Run]) -> str:
     return str(environment.get_template("run.html").render(context))
 
 
-def strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
-    """Return the kinds of axes to show as strips: those of several axes, and all other axes in one."""
+def group_strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
+    """Return the kinds of axes to show: the first ``MAX_STRIPS`` of several axes, and all single axes as one kind."""
+    several = [kind for kind in widths if len(kind.rows) > 1][:MAX_STRIPS]
     single = [row for kind in widths if len(kind.rows) == 1 for row in kind.rows]
-    return [kind for kind in widths if len(kind.rows) > 1][:12] + [AxisKind("other axes", single)] * bool(single)
+    return [*several, AxisKind("other axes", single)] if single else several
 
 
 @cache
 def _environment() -> Any:
+    """Return jinja2's environment with the page's templates and filters; ReportError if jinja2 is not installed."""
     try:
         import jinja2
         from markupsafe import Markup
