@@ -195,12 +195,7 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 def reply(
-    model: Any,
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    longest: int = 256,
-    temperature: float = 0.0,
+    model: Any, tokenizer: Any, messages: Sequence[Mapping[str, str]], *, longest: int = 256, temperature: float = 0.0
 ) -> Iterator[str]:
     """Yield the reply to a conversation in pieces of whole characters, of at most ``longest`` tokens in all.
 

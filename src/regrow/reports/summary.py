@@ -19,14 +19,7 @@ from regrow.reports.records import (
     StageMemoryRow,
     TrainingRow,
 )
-from regrow.store.metrics import (
-    BudgetRow,
-    MissingTasksRow,
-    ReconstructionRow,
-    RecoveryRow,
-    TestRow,
-    VerifyRow,
-)
+from regrow.store.metrics import BudgetRow, MissingTasksRow, ReconstructionRow, RecoveryRow, TestRow, VerifyRow
 
 MEASURES = {
     "params": "parameters",

@@ -31,14 +31,7 @@ from torch import Tensor, nn
 
 from regrow.core.progress import Progress, silent
 from regrow.exporters import CheckError, ExportError, ExportResult
-from regrow.exporters.gguf.llama_cpp import (
-    NORMS,
-    PARTS,
-    Decoder,
-    describe_decoder,
-    describe_tokenizer,
-    query_scale,
-)
+from regrow.exporters.gguf.llama_cpp import NORMS, PARTS, Decoder, describe_decoder, describe_tokenizer, query_scale
 from regrow.nets.language import ATTENTION, MLP, DecoderLayer
 from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write, check_output
