@@ -27,14 +27,13 @@ _REMEDY = "name a causal language model of transformers, or another source"
 
 def check_generation(model: nn.Module) -> None:
     """Raise InputError unless a network can generate text, as causal language models of transformers do."""
-    if not (hasattr(model, "generate") and getattr(model, "can_generate", bool)()):
-        problem = f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate()"
-        raise InputError(f"{problem}; {_REMEDY}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        problem = (
-            f"source 'generated' is text that the model continues, and a {type(model).__name__} is an encoder-decoder"
-        )
-        raise InputError(f"{problem}; {_REMEDY}")
+    problem, name = "", type(model).__name__
+    if not (hasattr(model, "generate") and hasattr(model, "can_generate") and cast(Any, model).can_generate()):
+        problem = f"generates, and a {name} has no generate()"
+    elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        problem = f"continues, and a {name} is an encoder-decoder"
+    if problem:
+        raise InputError(f"source 'generated' is text that the model {problem}; {_REMEDY}")
 
 
 def generate_tokens(

@@ -43,8 +43,7 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
     Raises:
         KeyError: If a counted name is not a parameter of the model.
     """
-    every = dict(model.named_parameters(remove_duplicate=False))
-    stored = _state_tensors(model)
+    every, stored = dict(model.named_parameters(remove_duplicate=False)), _state_tensors(model)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "counted": sum(p.numel() for p in _distinct_tensors(every[name] for name in counted)),

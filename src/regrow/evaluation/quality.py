@@ -73,20 +73,17 @@ class Perplexity:
 
     def record(self) -> dict[str, object]:
         """Return the result as JSON data; numbers that are not finite become ``None``."""
-        summary = {
-            "mean_nll": self.mean,
-            "error": self.error,
-            "ppl": self.ppl,
-            "ppl_error": self.ppl * self.error,
-            "bits_per_byte": self.bits_per_byte,
-        }
         return {
             "source": self.source,
             "origin": self.origin,
             "windows": len(self.nll),
             "tokens": sum(self.tokens),
             "bytes": sum(self.bytes) or None,
-            **{key: finite_or_none(value) for key, value in summary.items()},
+            "mean_nll": finite_or_none(self.mean),
+            "error": finite_or_none(self.error),
+            "ppl": finite_or_none(self.ppl),
+            "ppl_error": finite_or_none(self.ppl * self.error),
+            "bits_per_byte": finite_or_none(self.bits_per_byte),
             "nll_per_window": [finite_or_none(value) for value in self.nll],
             "tokens_per_window": list(self.tokens),
         }
@@ -113,9 +110,8 @@ def perplexity(
     Raises:
         ValueError: If a batch has no labels, or the source no labelled position.
     """
-    batches = ranks.share(source.batches)
     # Per batch, for each of its windows: the negative log-likelihood, the number of labelled positions, and of bytes.
-    rows = list[tuple[list[float], list[int], list[int]]]()
+    rows, batches = list[tuple[list[float], list[int], list[int]]](), ranks.share(source.batches)
     with evaluating(model) as device:
         answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs
         for batch, answer in zip(batches, answers, strict=False):

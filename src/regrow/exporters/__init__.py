@@ -23,6 +23,9 @@ from regrow.store.shapes import SHAPES
 ROUNDING = 1e-4  # the allowed output difference, relative to the largest output: memory layout can change rounding
 
 
+Results = dict[str, float | int | str]  # what was compared → its result
+
+
 class ExportError(ValueError):
     """Raised if a format cannot hold the network, or the file cannot be written or read back."""
 
@@ -37,7 +40,7 @@ class ExportResult:
 
     path: Path
     bytes: int  # of all files
-    checked: Mapping[str, float | int | str] = field(default_factory=dict)  # results of reading it back, by name
+    checked: Results = field(default_factory=dict)  # results of reading it back, by name
     notes: tuple[str, ...] = ()  # what a user of the file must know
     memory: Mapping[str, int | None] = field(default_factory=dict)  # limit, prediction and peak, if memory was limited
 

@@ -66,11 +66,9 @@ def write(
         tolerance = ROUNDING if stored in (None, present) else CONVERSION
         difference = compare_outputs(model, loaded, example, f"{folder}: what transformers loads", tolerance)
         progress(2, 2, "loading it with transformers")
-    note = (
-        "no settings of its family give these widths: load it with trust_remote_code=True"
-        if has_code
-        else "an ordinary model of its family: any tool that loads the family loads it, no code needed"
-    )
+    note = "an ordinary model of its family: any tool that loads the family loads it, no code needed"
+    if has_code:
+        note = "no settings of its family give these widths: load it with trust_remote_code=True"
     loaded_as = type(loaded).__name__
     return ExportResult(out, folder_bytes(out), {"max_abs_diff": difference, "loaded_as": loaded_as}, (note,))
 
@@ -96,9 +94,8 @@ def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
         return None
     for name, ours in tensors.items():
         theirs = fresh_tensors[name].tensor
-        if ours.tensor.shape != theirs.shape:
-            return None
-        if ours.kind == "derived" and not torch.equal(ours.tensor.to(theirs), theirs):
+        differs = ours.kind == "derived" and not torch.equal(ours.tensor.to(theirs), theirs)
+        if ours.tensor.shape != theirs.shape or differs:
             return None
     state = {
         name: torch.zeros_like(fresh_tensors[name].tensor) if name in missing else tensors[name].tensor
@@ -124,10 +121,8 @@ def _numbers_agree(fresh: nn.Module, model: nn.Module, original: nn.Module) -> b
 def _family_settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin) -> dict[str, Any] | None:
     """Return the ``config.json`` that gives the family the network's widths; ``None`` if layers differ or lack one."""
     widths = {(layer.heads, layer.kv_heads, layer.head_dim, layer.width) for layer in layers}
-    if len(widths) != 1:
-        return None
-    (common,) = widths
-    if 0 in common:
+    common = next(iter(widths), ())
+    if len(widths) != 1 or 0 in common:
         return None
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
     settings = {**origin.config, **dict(zip(names, common, strict=True))}

@@ -54,8 +54,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         alarms.append(f"The runs differ in {', '.join(unfair)}: their quality cannot be compared.")
     elif len({_evaluated_tasks(run) for run in runs}) > 1:
         alarms.append("The runs differ in tasks or in what was evaluated: their quality cannot be compared.")
-    for run, summary in zip(runs, summaries, strict=True):
-        alarms += [f"{run.name}: {alarm}" for alarm in summary.alarms]
+    alarms += [f"{run.name}: {alarm}" for run, summary in zip(runs, summaries, strict=True) for alarm in summary.alarms]
     if any(len(set(seen)) > 1 for seen in seen_in.values()):
         alarms.append("The runs were calibrated on different text: a domain that any of them did not see is unseen.")
     table = _tabulate(headline, runs, summaries, differences)
@@ -91,5 +90,4 @@ def _tabulate(
 def _evaluated_tasks(run: Run) -> tuple[object, ...]:
     """Return the names of a run's tasks, and which of them were not evaluated at its end, to compare runs."""
     results = run.task_results
-    last = results.accuracies[-1] if results.accuracies else []
-    return (*results.names, *(value is None for value in last))
+    return (*results.names, *(value is None for last in results.accuracies[-1:] for value in last))

@@ -67,9 +67,8 @@ def draw_quality(run: Run) -> Drawing | None:
 
 def draw_search(run: Run) -> Drawing | None:
     """Draw size, allowed size and validation accuracy over the epochs of a search; ``None`` for other runs."""
-    epochs = list(
-        {row.epoch: row for row in run.rows_of(SearchEpoch)}.values()
-    )  # an epoch that was run twice counts once
+    # An epoch that was run twice counts once.
+    epochs = list({row.epoch: row for row in run.rows_of(SearchEpoch)}.values())
     if not epochs:
         return None
     measure, _, _ = search_target(run)
@@ -100,9 +99,10 @@ def draw_front(points: Sequence[Point], x_title: str, y_title: str, *, lower: bo
     known = sorted((x, y, label) for label, x, y in points if x is not None and y is not None)
     if len({x for x, _, _ in known}) < 2:
         return None
+    sign = 1 if lower else -1  # sign · y is better the lower it is
     front: list[tuple[float, float]] = []
-    for x, y, _ in sorted(known, key=lambda point: (point[0], point[1] if lower else -point[1])):
-        if not front or (y < front[-1][1] if lower else y > front[-1][1]):
+    for x, y, _ in sorted(known, key=lambda point: (point[0], sign * point[1])):
+        if not front or sign * y < sign * front[-1][1]:
             front.append((x, y))
 
     def paint(figure: "Figure") -> None:
@@ -135,13 +135,9 @@ def _format_ticks(axis: "Axis", style: str) -> None:
     log = axis.get_scale() == "log"
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5) if log else ticker.MaxNLocator(5))
     axis.set_minor_locator(ticker.NullLocator())
-    axis.set_major_formatter(
-        {
-            "percent": ticker.PercentFormatter(1),
-            "count": ticker.EngFormatter(sep=q.SPACE),
-            "number": ticker.StrMethodFormatter("{x:,.6g}"),
-        }[style]
-    )
+    number = ticker.StrMethodFormatter("{x:,.6g}")
+    formatters = {"percent": ticker.PercentFormatter(1), "count": ticker.EngFormatter(sep=q.SPACE), "number": number}
+    axis.set_major_formatter(formatters[style])
 
 
 def _draw(name: str, description: str, height: float, paint: Callable[["Figure"], None]) -> Drawing:

@@ -7,17 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import figures, quantities, summary
+from regrow.reports import quantities, summary
 from regrow.reports.comparison import compare
+from regrow.reports.figures import Drawing, draw_quality, draw_search
 from regrow.reports.reading import ReportError, read_runs
 from regrow.reports.records import AxisKind, Run
 from regrow.store.atomic import PAGE, write_text
 from regrow.store.errors import StoreError
 
-FIGURES: dict[str, Callable[[Run], figures.Drawing | None]] = {
-    "quality": figures.draw_quality,
-    "search": figures.draw_search,
-}
+FIGURES: dict[str, Callable[[Run], Drawing | None]] = {"quality": draw_quality, "search": draw_search}
 MAX_STRIPS = 12
 """Kinds of axes that a page shows as strips, besides the kind of all single axes."""
 
@@ -36,9 +34,8 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         ReportError: If a folder is not a run folder, or if jinja2 or matplotlib is not installed.
         StoreError: If the file cannot be written.
     """
-    page = to_html(read_runs(folders))
     out = Path(out)
-    write_text(out, page)
+    write_text(out, to_html(read_runs(folders)))
     return out
 
 
@@ -102,8 +99,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("count", "percent", "duration"):
-        environment.filters[name] = getattr(quantities, name)
-    environment.filters |= {"repr": repr, "quote": shlex.quote}
-    environment.filters["svg"] = Markup  # matplotlib escapes every text
+    formats = {"count": quantities.count, "percent": quantities.percent, "duration": quantities.duration}
+    # Markup is not escaped: matplotlib has escaped every text in its SVG.
+    environment.filters |= formats | {"repr": repr, "quote": shlex.quote, "svg": Markup}
     return environment

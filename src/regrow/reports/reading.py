@@ -27,14 +27,8 @@ from regrow.store.schemas import AxisRows, RunJson
 MAX_RUNS = 64
 NEEDED = {"learn": ("metrics.jsonl",), "search": ("metrics.jsonl", "shapes.json")}
 """Command → the files that its page needs; of other commands metrics.jsonl and axes.json."""
-_MODELS = {
-    "dense": "before",
-    "before": "before",
-    "cut": "cut",
-    "pruned": "changed",
-    "after": "changed",
-    "recovered": "recovered",
-}
+_MODELS = {"dense": "before", "pruned": "changed", "after": "changed"}
+_MODELS |= {name: name for name in ("before", "cut", "recovered")}
 """Name of a model in metrics.jsonl → the step of which it is the result; ``cut``: before its layers are fitted."""
 _MAX_NAME, _MAX_COMMAND = 300, 8000
 """Characters of a name, and of a command or a note, beyond which a text is cut."""
@@ -162,8 +156,7 @@ def clean(value: Any, max_length: int = _MAX_NAME) -> Any:
 
 def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
     """Return one record per text domain and then per task, with what was measured of each model."""
-    texts: dict[str, Quality] = {}
-    tasks: dict[str, Quality] = {}
+    texts, tasks = dict[str, Quality](), dict[str, Quality]()
     for row in rows:
         if isinstance(row, BoundedPerplexity) and row.model in _MODELS:
             quality = texts.setdefault(row.source, Quality(row.source))

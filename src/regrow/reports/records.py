@@ -93,9 +93,8 @@ class TrainingRow(msgspec.Struct, frozen=True):
     loss_after: Figure
 
 
-ROWS: dict[str, type[Any]] = {
-    what: row for what, (row, _) in metrics.KINDS.items() if row is not metrics.MetricsRow
-} | {
+ROWS: dict[str, type[Any]] = {key: row for key, (row, _) in metrics.KINDS.items() if row is not metrics.MetricsRow}
+ROWS |= {
     "commit": Commit,
     "epoch": SearchEpoch,
     "found": FoundRow,

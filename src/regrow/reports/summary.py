@@ -73,12 +73,8 @@ class Summary:
 
 def summarise(run: Run) -> Summary:
     """Return what the head of the page of a run says."""
-    if run.file.verb == "learn":
-        summary = _summarise_learning(run)
-    elif run.file.verb == "search":
-        summary = _summarise_search(run)
-    else:
-        summary = _summarise_change(run)
+    summarisers = {"learn": _summarise_learning, "search": _summarise_search}
+    summary = summarisers.get(run.file.verb, _summarise_change)(run)
     if not run.file.finished:
         summary.alarms.append("The run is unfinished or was interrupted: this page shows what it has recorded so far.")
     if names := [name for name in RECONSTRUCTED if name in run.method.split("+")]:
@@ -186,9 +182,8 @@ def _summarise_search(run: Run) -> Summary:
         sentence += ". The search is not finished."
     else:
         nonzero = f"{q.count(found.nonzero)} nonzero" if found.nonzero != found.parameters else ""
-        sentence += (
-            f" and found a network of {q.count(found.parameters)} parameters{f', {nonzero}' if nonzero else ''}."
-        )
+        ending = f", {nonzero}" if nonzero else ""
+        sentence += f" and found a network of {q.count(found.parameters)} parameters{ending}."
         figures.append(SummaryRow("Parameters", q.count(found.parameters), remark=nonzero))
         figures.append(SummaryRow("MACs", q.count(found.macs), remark="of one example"))
         score = q.significant(found.score) if found.accuracy is None else q.percent(found.accuracy)

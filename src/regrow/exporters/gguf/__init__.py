@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow.core.progress import Progress, silent
-from regrow.exporters import CheckError, ExportError, ExportResult
+from regrow.exporters import CheckError, ExportError, ExportResult, Results
 from regrow.exporters.gguf.llama_cpp import NORMS, PARTS, Decoder, describe_decoder, describe_tokenizer, query_scale
 from regrow.nets.language import ATTENTION, MLP, DecoderLayer
 from regrow.nets.loaded import needs
 from regrow.store.atomic import atomic_write, check_output
 
 __all__ = ["write"]
+Read = Callable[[Tensor], Tensor]  # a tensor of the network → its numbers
 Floats: TypeAlias = NDArray[np.float32]
 Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
 
@@ -96,7 +97,7 @@ def write(
     return ExportResult(out, out.stat().st_size, checked, tuple(notes))
 
 
-def _list_tensors(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> Iterator[GgufTensor]:
+def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTensor]:
     """Yield every tensor of the file, in order; ``read`` returns the numbers of a tensor of the network."""
     width, embedding = len(decoder.norm), decoder.embedding
 
@@ -110,9 +111,8 @@ def _list_tensors(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor])
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
-        for norm, size, parts in zip(
-            NORMS, (layer.heads * decoder.head_dim, layer.width), (ATTENTION, MLP), strict=True
-        ):
+        sizes = (layer.heads * decoder.head_dim, layer.width)
+        for norm, size, parts in zip(NORMS, sizes, (ATTENTION, MLP), strict=True):
             if not size:
                 continue
             present = parts[0] in layer.linear  # else zeros are written
@@ -134,9 +134,7 @@ def _list_tensors(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor])
         yield matrix("output", decoder.head.shape, lambda: read(decoder.head))
 
 
-def _read_permuted(
-    decoder: Decoder, layer: DecoderLayer, path: str, read: Callable[[Tensor], Tensor], tensor: Tensor
-) -> Tensor:
+def _read_permuted(decoder: Decoder, layer: DecoderLayer, path: str, read: Read, tensor: Tensor) -> Tensor:
     """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
@@ -200,9 +198,7 @@ def _count_units(decoder: Decoder) -> dict[str, int | list[int]]:
     return {key: values[0] if decoder.architecture == "llama" else values for key, values in per_layer.items()}
 
 
-def _check_file(
-    gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufTensor], progress: Progress
-) -> Mapping[str, float | int | str]:
+def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufTensor], progress: Progress) -> Results:
     """Read a file back and compare it, tensor by tensor; return the results by name, or raise ExportError."""
     try:
         reader = gguf.GGUFReader(path)

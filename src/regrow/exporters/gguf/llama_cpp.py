@@ -200,9 +200,8 @@ def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any]
     user. ``rows`` is the number of rows of the embedding.
     """
     if tokenizer is None:
-        return {"tokenizer_model": "no_vocab"}, [
-            "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
-        ]
+        note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
+        return {"tokenizer_model": "no_vocab"}, [note]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"{type(tokenizer).__name__} is not backed by a tokenizer.json, of which GGUF is made")

@@ -24,14 +24,13 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.measure import evaluating
-from regrow.exporters import ExportError, ExportResult
+from regrow.exporters import ExportError, ExportResult, Results
 from regrow.exporters.onnx.calls import (
     BATCH,
     SEQUENCE,
     ExportedCall,
     Labels,
     OnnxSession,
-    Results,
     compare_predictions,
     describe_call,
     label_sizes,

@@ -21,11 +21,10 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.sources import Batch, logits_in
 from regrow.data import Half, text, windows
-from regrow.exporters import ExportError
+from regrow.exporters import ExportError, Results
 
 BATCH, SEQUENCE = "batch", "sequence"  # names of dynamic sizes
 Labels = Mapping[str, Mapping[int, str]]  # name of an input → dimension → name of its dynamic size
-Results = dict[str, float | int | str]  # what was compared → its result
 
 OUTLIER = 100.0  # a layer is quantised if the largest magnitude in its input is at most this many times the mean
 PREDICTED_WINDOWS, PREDICTED_TOKENS = 16, 64  # of text on which next tokens are compared: windows, tokens in each
