@@ -27,7 +27,7 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that training steps need, in bytes.
+    """The bytes that training steps need: before the first, and at most.
 
     Args:
         held: Bytes of tensors before the first step: parameters, buffers, gradients, the batch.
@@ -137,6 +137,7 @@ def make_training_step(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer])
     optimizers: weakref.WeakKeyDictionary[nn.Module, Optimizer] = weakref.WeakKeyDictionary()
 
     def step(model: nn.Module, batch: Batch) -> None:
+        """Train a model on a batch for one step; raise ValueError if it has no labels."""
         if model not in optimizers:
             optimizers[model] = optimizer(model.parameters())
         optimizers[model].zero_grad()
@@ -179,6 +180,7 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
     device = device_of(copy)
 
     def empty(tensor: Tensor) -> Tensor:
+        """Return a tensor of the same layout and dtype on the network's device, without data."""
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     with mode, quiet():

@@ -187,8 +187,8 @@ def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call
     for path, part in copy.named_modules(remove_duplicate=False):
         for name, like in [*part._parameters.items(), *part._buffers.items()]:
             if like is not None:
-                whole = state[f"{path}.{name}".lstrip(".")].detach()
-                data = whole[tuple(slice(n) for n in like.shape)].clone(memory_format=torch.contiguous_format)
+                original = state[f"{path}.{name}".lstrip(".")].detach()
+                data = original[tuple(slice(n) for n in like.shape)].clone(memory_format=torch.contiguous_format)
                 if name in part._parameters:
                     part._parameters[name] = nn.Parameter(data, requires_grad=False)
                 else:

@@ -33,7 +33,7 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class FoundCell(msgspec.Struct, frozen=True):
-    """A cell: its nodes."""
+    """A cell: its nodes, in order."""
 
     nodes: Annotated[list[Node], ShortList] = []
 

@@ -96,19 +96,19 @@ def draw_search(run: Run) -> Drawing | None:
 
 def draw_front(points: Sequence[Point], x_title: str, y_title: str, *, lower: bool = False) -> Drawing | None:
     """Draw labelled points and their Pareto front; ``lower``: a low y is better. ``None`` without two x values."""
-    known = sorted((x, y, label) for label, x, y in points if x is not None and y is not None)
-    if len({x for x, _, _ in known}) < 2:
+    complete = sorted((x, y, label) for label, x, y in points if x is not None and y is not None)
+    if len({x for x, _, _ in complete}) < 2:
         return None
     sign = 1 if lower else -1  # sign · y is better the lower it is
     front: list[tuple[float, float]] = []
-    for x, y, _ in sorted(known, key=lambda point: (point[0], sign * point[1])):
+    for x, y, _ in sorted(complete, key=lambda point: (point[0], sign * point[1])):
         if not front or sign * y < sign * front[-1][1]:
             front.append((x, y))
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
         axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT)
-        for x, y, label in known:
+        for x, y, label in complete:
             axes.plot([x], [y], "o", color=ACCENT if (x, y) in front else FAINT)
             axes.annotate(q.shorten(label, 16), (x, y), (8, 4), textcoords="offset points", color=MUTED)
         axes.margins(0.2, 0.12)
@@ -119,7 +119,7 @@ def draw_front(points: Sequence[Point], x_title: str, y_title: str, *, lower: bo
         _format_ticks(axes.xaxis, "count")
         _format_ticks(axes.yaxis, "number" if lower else "percent")
 
-    words = "; ".join(f"{label}: {x:.4g}, {y:.4g}" for x, y, label in known)
+    words = "; ".join(f"{label}: {x:.4g}, {y:.4g}" for x, y, label in complete)
     return _draw("front", f"{y_title} against {x_title}: {words}", 340, paint)
 
 

@@ -21,7 +21,7 @@ MAX_STRIPS = 12
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page of one run, or of a comparison of several.
+    """Write the page of one run, or of a comparison of several, as an HTML file.
 
     Args:
         folders: The run folders; two or more make a comparison.
@@ -50,7 +50,7 @@ def write_run_page(folder: Path) -> None:
 
 
 def to_html(runs: Sequence[Run]) -> str:
-    """Return the page of one run, or of several, as HTML.
+    """Return the page of one run, or of a comparison of several, as the text of an HTML file.
 
     Args:
         runs: The result of :func:`regrow.reports.read_runs`.

@@ -92,7 +92,7 @@ def points(difference: float | None) -> str:
 
 
 def factor(value: float | None) -> str:
-    """Format a ratio.
+    """Format a ratio, with ``×`` in front.
 
     >>> factor(1.2345), factor(0.931), factor(17.29)
     ('×1.23', '×0.93', '×17.3')
@@ -128,8 +128,8 @@ def format_setting(value: object) -> str:
 
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are not ``None``; ``None`` if there is none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def shorten(text: str, length: int) -> str:

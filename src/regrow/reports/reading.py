@@ -44,7 +44,7 @@ class ReportError(ValueError):
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders for :func:`to_html`.
+    """Read run folders into records, for :func:`to_html`; damaged files are left out and named.
 
     Args:
         folders: The run folders, in the order of a comparison. Only ``run.json`` must exist in each.

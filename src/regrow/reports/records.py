@@ -25,7 +25,7 @@ class BoundedPerplexity(metrics.PerplexityRow, frozen=True):
 
 
 class PairedDifference(metrics.PairedRow, frozen=True):
-    """The mean over windows of the paired differences of two models' loss on a text domain; bounded as above."""
+    """The mean paired difference of two models' loss per token on a text domain; bounded for figures."""
 
     # In nats per token; each window counts alike: if lengths differ, it is not the difference of log-perplexities.
     delta_nll: Annotated[float, msgspec.Meta(ge=-60, le=60)] | None
@@ -33,7 +33,7 @@ class PairedDifference(metrics.PairedRow, frozen=True):
 
 
 class Commit(metrics.CommitRow, frozen=True):
-    """A change of shape in training: a growth, or a commit of a search, which may restore units."""
+    """A change of shape in training: a growth, or a cut of a search, which may also restore units."""
 
     restored: dict[str, Count] = msgspec.field(default_factory=dict)
     stood: bool = False  # whether what it removed was active before
@@ -222,12 +222,12 @@ class Run:
     @property
     def models(self) -> dict[str, str]:
         """The models whose quality was measured (``"before"``, ``"cut"``, …), in order → their names in tables."""
-        known = {name for row in self.quality for name in row.models if row.value(name) is not None}
-        changed = "Reconstructed" if "cut" in known else "Pruned"
+        measured = {name for row in self.quality for name in row.models if row.value(name) is not None}
+        changed = "Reconstructed" if "cut" in measured else "Pruned"
         if self.file.verb == "grow":
             changed = "Grown"
         names = {"before": "Before", "cut": "Cut", "changed": changed, "recovered": "Recovered"}
-        return {name: title for name, title in names.items() if name in known}
+        return {name: title for name, title in names.items() if name in measured}
 
     @property
     def stages(self) -> list[StageJson]:

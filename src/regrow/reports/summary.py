@@ -41,7 +41,7 @@ MOVED = 1e-3
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """A table in words; the first cell of a row is its label."""
+    """A table whose cells are formatted; the first cell of a row is its label."""
 
     title: str
     columns: Sequence[str]
@@ -72,7 +72,7 @@ class Summary:
 
 
 def summarise(run: Run) -> Summary:
-    """Return what the head of the page of a run says."""
+    """Return what the head of the page of a run says, by its command."""
     summarisers = {"learn": _summarise_learning, "search": _summarise_search}
     summary = summarisers.get(run.file.verb, _summarise_change)(run)
     if not run.file.finished:
@@ -136,7 +136,7 @@ def _summarise_change(run: Run) -> Summary:
 
 
 def _describe_training(run: Run) -> list[str]:
-    """Return sentences on what followed a cut or a growth."""
+    """Return sentences on what followed a cut or a growth: least squares, recovery, training."""
     lines = []
     if fit := run.last_of(ReconstructionRow):
         lines.append(f"After the cut, {len(fit.layers)} layers were fitted by least squares on {fit.tokens:,} tokens.")

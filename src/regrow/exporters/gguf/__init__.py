@@ -102,9 +102,11 @@ def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTenso
     width, embedding = len(decoder.norm), decoder.embedding
 
     def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor]) -> GgufTensor:
+        """Describe a matrix, of ``type`` if its rows fit."""
         return GgufTensor(f"{name}.weight", tuple(shape), WIDER if shape[1] % BLOCK.get(type, 1) else type, values)
 
     def plain(name: str, values: Tensor) -> GgufTensor:
+        """Describe a tensor of the network that is stored in float32."""
         return GgufTensor(name, tuple(values.shape), "F32", lambda: read(values))
 
     yield matrix("token_embd", embedding.shape, lambda: read(embedding))
@@ -152,7 +154,7 @@ def _write_file(
     entries: Sequence[GgufTensor],
     progress: Progress,
 ) -> None:
-    """Write the file: its metadata, then tensor after tensor."""
+    """Write the file, metadata and then each tensor; raise ExportError if a number exceeds the range of its type."""
     (main, _), *_ = Counter(entry.type for entry in entries if len(entry.shape) == 2).most_common(1)
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
         writer.add_type("model")

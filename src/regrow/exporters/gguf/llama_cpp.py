@@ -239,13 +239,13 @@ def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any]
 
 def _list_tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """Return the texts and GGUF types of all tokens by embedding row; a row without a token is marked unused."""
-    known = {number: (text, NORMAL) for text, number in data["model"]["vocab"].items()}
+    tokens = {number: (text, NORMAL) for text, number in data["model"]["vocab"].items()}
     for token in data["added_tokens"]:
-        known[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
-    if known and max(known) >= rows:
-        sizes = f"{max(known) + 1} tokens, the embedding {rows} rows"
+        tokens[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
+    if tokens and max(tokens) >= rows:
+        sizes = f"{max(tokens) + 1} tokens, the embedding {rows} rows"
         raise ExportError(f"the tokenizer has {sizes}; give the one it was for")
-    texts, types = zip(*(known.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)), strict=True)
+    texts, types = zip(*(tokens.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)), strict=True)
     if len({*texts}) < rows or "" in texts:
         raise ExportError("two tokens have the same text, or one has none; llama.cpp takes no such tokenizer")
     return list(texts), list(types)
@@ -254,21 +254,21 @@ def _list_tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[in
 def _find_rule(data: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the rule that splits text before merges; ExportError if no known rule is the same."""
     splitting = data.get("pre_tokenizer")
-    rule = RULES.get(tuple(map(_describe_step, _flatten(splitting))), "")
+    rule = RULES.get(tuple(map(_describe_step, _flatten_steps(splitting))), "")
     if not rule:
         problem = "the tokenizer splits text by a rule of which we know no name in llama.cpp"
         raise ExportError(f"{problem} ({json.dumps(splitting):.120}); known are {', '.join(sorted(RULES.values()))}")
-    whole = bool(data["model"].get("ignore_merges"))
-    if whole != (rule in WHOLE_WORDS):
-        how = "takes" if whole else "does not take"
+    ignores_merges = bool(data["model"].get("ignore_merges"))
+    if ignores_merges != (rule in WHOLE_WORDS):
+        how = "takes" if ignores_merges else "does not take"
         raise ExportError(f"the tokenizer {how} words that are tokens before any merge, unlike {rule!r} in llama.cpp")
     return rule
 
 
-def _flatten(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the steps of a pre-tokenizer as a flat list."""
+def _flatten_steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the steps of a pre-tokenizer, which may be nested sequences or ``None``, as a flat list."""
     if step and step.get("type") == "Sequence":
-        return [flat for part in step["pretokenizers"] for flat in _flatten(part)]
+        return [flat for part in step["pretokenizers"] for flat in _flatten_steps(part)]
     return [step] if step else []
 
 

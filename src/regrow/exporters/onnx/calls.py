@@ -33,7 +33,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modul
 
 @dataclass(frozen=True)
 class ExportedCall:
-    """A network as a function of named tensors."""
+    """A network as a function of named tensors, with an example of its inputs and the names of its outputs."""
 
     run: nn.Module  # takes the inputs in their order and returns a tuple of tensors
     inputs: Mapping[str, Tensor]  # name → the example's tensor
@@ -43,7 +43,7 @@ class ExportedCall:
 
 
 class FlatModule(nn.Module):
-    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors."""
+    """Wraps a network so that it takes and returns tensors alone; its other arguments are those of an example."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
         super().__init__()
@@ -78,11 +78,11 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
     tokens = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
     if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point()):
-        tokens = None
+        tokens = None  # the first input is no text
     if tokens is not None and "attention_mask" in parameters and "attention_mask" not in [*names[: len(args)], *kwargs]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
-    max_length = limit if type(limit) is int else 0
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
+    max_length = positions if type(positions) is int else 0
     pairs, spec = tree_flatten_with_path((args, kwargs))
     leaves, inputs = [], {}
     for path, leaf in pairs:
@@ -150,7 +150,7 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
 
 
 def _vary(row: Tensor, number: int) -> Tensor:
-    """Return a row that differs from that of another ``number``: floats are scaled, integers rolled; 0: the row."""
+    """Return row ``number`` of a batch, made different from the others: floats are scaled, integers rolled."""
     if not number or row.dtype == torch.bool:
         return row
     if row.is_floating_point():
@@ -243,9 +243,9 @@ def _read_batches(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]
     length = lengths.get(SEQUENCE, min(PREDICTED_TOKENS, call.max_length or PREDICTED_TOKENS))
     n = max(2, PREDICTED_WINDOWS // batch) * batch
     if tokenizer is None:
-        known = next(iter(call.inputs.values())).flatten()
-        drawn = torch.randint(len(known), (n, length), generator=torch.Generator().manual_seed(0))
-        return list(known[drawn].split(batch)), "drawn tokens"
+        ids = next(iter(call.inputs.values())).flatten()
+        indices = torch.randint(len(ids), (n, length), generator=torch.Generator().manual_seed(0))
+        return list(ids[indices].split(batch)), "drawn tokens"
     domain = text("manual")
     source = windows(domain, tokenizer, n=n, seq_len=length, half=Half.EVALUATION, batch_size=batch)
     return [part.args[0] for part in source if len(part.args[0]) == batch], domain.origin  # not the last, if smaller
@@ -300,6 +300,7 @@ def _outlier_ratios(call: ExportedCall) -> dict[str, float]:
     result: dict[str, float] = {}
 
     def measure(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Note the ratio of a layer's input, the largest of all calls: a forward pre-hook."""
         values = args[0].float().abs()
         result[name] = max(result.get(name, 0.0), float(values.max() / values.mean().clamp(min=1e-30)))
 
