@@ -71,9 +71,9 @@ def write(
 ) -> ExportResult:
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
-    ``weights``: name → parameter, where the network has none of their numbers. Only one
-    tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row length does
-    not fit the type (Q8_0: multiples of 32) are stored in F16.
+    ``weights``: name → parameter, where the network has none of their numbers. Only one tensor at a time is held in
+    float32. Norms and biases are always stored in float32. Matrices whose row length does not fit the type (Q8_0:
+    multiples of 32) are stored in F16. Raise ExportError if llama.cpp cannot run the network.
     """
     try:
         import gguf

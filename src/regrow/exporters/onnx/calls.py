@@ -42,7 +42,7 @@ class ExportedCall:
     max_length: int = 0  # of a sequence; 0 if unknown
 
 
-class FlatModule(nn.Module):
+class Flat(nn.Module):  # exporters write the name of the class into the file
     """Wraps a network so that it takes and returns tensors alone; its other arguments are those of an example."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
@@ -91,7 +91,7 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
             leaf = leaf.float() if leaf.is_floating_point() else leaf
             inputs[_name_argument(path, names)] = leaf
         leaves.append(leaf)
-    run = FlatModule(model, leaves, spec)
+    run = Flat(model, leaves, spec)
     if len(inputs) < len(run.indices) or not inputs:
         counts = f"{len(run.indices)} tensors go into the network under {len(inputs)} names"
         raise ExportError(f"{counts}; give another example")
