@@ -265,7 +265,7 @@ def next_command(run: Run) -> str:
 def quality_table(run: Run) -> SummaryTable:
     """Return a row per text domain (perplexity) and task (accuracy), with the value of each model of the run."""
     models, rows, recovered = run.models, [], any(row.recovered is not None for row in run.quality)
-    for row in run.quality[:200]:
+    for row in run.quality[:200]:  # a damaged folder may name any number
         format_value = q.percent if row.seen is None else q.significant
         cells = [row.name if row.seen is None else f"{row.name} ({'seen' if row.seen else 'unseen'})"]
         for model in models:
