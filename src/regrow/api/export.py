@@ -9,7 +9,7 @@ from torch import nn
 from regrow.api.inputs import ModelLike, to_example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.exporters import Written
+from regrow.exporters import ExportResult
 from regrow.jobs.export import ExportInputs, export_network, open_named
 from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
@@ -17,7 +17,7 @@ from regrow.settings.export import Settings
 
 def export(
     model: ModelLike, out: str | Path, *, format: str, dtype: str = "", example: Any = None, progress: Progress = silent
-) -> Written:
+) -> ExportResult:
     """Write a network in a format of other tools, read it back, and compare it with the network.
 
     Args:
@@ -44,7 +44,7 @@ def export(
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     written = export(net, f"{folder}/net.onnx", format="onnx")
-    ...     written.path.name, written.with_generators["max_abs_diff"] < 1e-5
+    ...     written.path.name, written.checked["max_abs_diff"] < 1e-5
     ('net.onnx', True)
     """
     if not isinstance(model, nn.Module | str | Path):

@@ -72,7 +72,7 @@ def say_run(path: Path) -> None:
         quality = summary.quality_table(run)
         rows = [[cell.partition(" ± ")[0] for cell in row] for row in quality.rows]
         print_table(quality.title, quality.columns, rows, numbers=range(1, len(quality.columns)))
-    if run.course.accuracies:
+    if run.task_results.accuracies:
         matrix = summary.accuracy_table(run)
         first, *tasks, last = matrix.columns
         columns = (first, *(str(1 + i) for i in range(len(tasks))), last)  # tasks by number

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regrow.core.axes import Example
-    from regrow.exporters import Written
+    from regrow.exporters import ExportResult
     from regrow.jobs.recording import Invocation
     from regrow.streaming.requirements import MemoryPlan
 
@@ -57,7 +57,7 @@ def check_out(settings: Settings, out: Path) -> None:
 
 def export_network(
     settings: Settings, open_inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
-) -> "Written":
+) -> "ExportResult":
     """Write a network to ``out``, read it back and compare; return what was written; raise an error if it differs."""
     check_settings(settings)
     check_out(settings, out)
@@ -65,7 +65,7 @@ def export_network(
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
     values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights}
     arguments = FORMATS[settings.to].arguments
-    written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in arguments})
+    written: ExportResult = write(opened.model, out, progress=progress, **{name: values[name] for name in arguments})
     if opened.memory is None:
         return written
     from regrow.streaming.requirements import record_peak
@@ -108,7 +108,7 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     return ExportInputs(model, weights=opened.weights.parameters(), memory=plan)
 
 
-def export_named(settings: Settings, invocation: "Invocation") -> "Written":
+def export_named(settings: Settings, invocation: "Invocation") -> "ExportResult":
     """Export the model that settings name, as ``regrow export`` does, and return what was written."""
     open_inputs = partial(open_named, settings, invocation)
     return export_network(settings, open_inputs, Path(invocation.out), progress=invocation.progress)

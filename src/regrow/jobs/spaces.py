@@ -17,7 +17,7 @@ from regrow.core.candidates import Prefix, Staged, fold_scales
 from regrow.core.names import names_code
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
-from regrow.evaluation.memory import Live, peak_meter, predict_memory, training
+from regrow.evaluation.memory import MemoryCounterMode, make_training_step, predict_memory, start_peak_meter
 from regrow.jobs.search_inputs import make_search
 from regrow.jobs.starting import check_outputs
 from regrow.methods.search import Search
@@ -201,7 +201,7 @@ def predict_stage_bytes(search: Search, state: SearchState, context: Context, ba
 
 def _make_step() -> Callable[[nn.Module, Batch], Any]:
     """Return a training step by SGD with momentum, as a search takes them, for :func:`predict_memory`."""
-    return training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    return make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
 def _add_mask_bytes(masked: Collection[str], plain: int, weights: int) -> int:
@@ -260,8 +260,8 @@ class MemoryWatch:
     def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
         """Context manager: measure the memory of a step, and keep the row of the stage that needs most."""
         removed = context.undo.contents().values() if context.undo else ()
-        live = Live([*context.model.parameters(), *context.model.buffers(), *removed])
-        resident = peak_meter(device_of(context.model))
+        live = MemoryCounterMode([*context.model.parameters(), *context.model.buffers(), *removed])
+        resident = start_peak_meter(device_of(context.model))
         with live:
             yield
         extra = resident()

@@ -8,10 +8,10 @@
 ...     def __post_init__(self) -> None:
 ...         check_constraints(self)
 >>> Settings(strength=-1.0)
-Traceback (maximum recent call last):
+Traceback (most recent call last):
 ValueError: strength must be at least 0, got -1.0; for example strength=10.0
 >>> Settings(keep="all")
-Traceback (maximum recent call last):
+Traceback (most recent call last):
 ValueError: keep must be one of nothing, data, got 'all'; for example keep=nothing
 """
 
