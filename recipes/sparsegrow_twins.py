@@ -43,7 +43,7 @@ from regrow.tracing import trace
 from regrow.tracing.capture import evaluating
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
-from regrow.training.learner import Boundary, Context, Event, Learner, flags_along
+from regrow.training.learner import Boundary, Context, Event, Learner, make_mask
 from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
@@ -245,7 +245,7 @@ def reshaped(
 
     tensors = {moved(name): one for name, one in axis_tensors(state.learner).items()}
     for name in context.parameters():
-        tensors.setdefault(f"owned {name}", flags_along(context, name))
+        tensors.setdefault(f"owned {name}", make_mask(context, name))
     for name in context.weights:
         zeros = torch.zeros(len(context.parameters()[name]))
         tensors.setdefault(f"threshold {name}", AxisTensor(zeros, axes.shapes[name][:1], settings.lr))

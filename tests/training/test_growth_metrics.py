@@ -24,7 +24,7 @@ from regrow.training.state import TrainState
 
 
 def widen_once(context: Context, rule: str = "zero_out") -> Plan | None:
-    if context.epoch != 1 or context.applied:
+    if context.epoch != 1 or context.plans_applied:
         return None
     key = next(axis.key for axis in context.axes.units())
     return Plan.growing(context.axes, {key: 6}, Fill(rule, seed=1))

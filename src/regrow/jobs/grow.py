@@ -33,7 +33,7 @@ from regrow.surgery.runner import Answers
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
-from regrow.training.tune import added_entries, mean_loss, train_grown
+from regrow.training.tune import find_added_entries, measure_mean_loss, train_grown
 
 CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
@@ -225,13 +225,13 @@ def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Train a network that has grown; log the loss before and after where the run is kept."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
-    added = added_entries(model, inputs.axes, plan)
+    added = find_added_entries(model, inputs.axes, plan)
 
     def measure_loss() -> float:
         if not record.kept:
             return 0.0
         with preserve_random_state(generator for source in sources for generator in source.generators):
-            return mean_loss(model, sources, inputs.objective)
+            return measure_mean_loss(model, sources, inputs.objective)
 
     with autocasting(model, settings.precision):
         before = measure_loss()

@@ -43,7 +43,7 @@ def begun(axes, task, epoch=3, **more):
 
 def plan(search, state, context):
     """What is dropped before this epoch, and the state after that was decided."""
-    return search.learner.plan(state, replace(context, applied=0))
+    return search.learner.plan(state, replace(context, plans_applied=0))
 
 
 def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):

@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
 from regrow.training.hooks import copy_parameters, quadratic_loss
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, make_tensor, set_train_mode
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
@@ -54,8 +54,8 @@ def build(settings: Settings) -> Learner[EwcState]:
         if boundary.event != Event.TASK_END:
             return state
         measured = _measure_fisher(context, settings.samples)
-        before = {name: state.fisher.get(name, tensor_along(context, name)).values for name in measured}
-        fisher = {name: tensor_along(context, name, settings.decay * before[name] + measured[name]) for name in before}
+        before = {name: state.fisher.get(name, make_tensor(context, name)).values for name in measured}
+        fisher = {name: make_tensor(context, name, settings.decay * before[name] + measured[name]) for name in before}
         return EwcState(fisher, copy_parameters(context))
 
     return Learner(EwcState(), loss=compute_loss, boundary=consolidate, classes_only=True)

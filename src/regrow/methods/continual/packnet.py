@@ -16,7 +16,7 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.settings.constraints import CheckedSettings, FractionBelowOne
 from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
-from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, make_tensor
 from regrow.training.state import derived
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
@@ -49,7 +49,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
     """Return the learner that trains with PackNet."""
 
     def select_weights(state: PackNetState, context: Context) -> Replacements:
-        number = context.answered
+        number = context.eval_task
         if number is None or not settings.use_task_id or number > context.number:
             return Replacements()
         parameters = context.parameters()
@@ -77,7 +77,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
             case Event.TASK_START:
                 parameters = context.parameters()
                 free = {
-                    name: tensor_along(context, name, torch.zeros_like(parameters[name], dtype=torch.int32))
+                    name: make_tensor(context, name, torch.zeros_like(parameters[name], dtype=torch.int32))
                     for name in context.weights
                 }
                 return PackNetState({**free, **state.owner})

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.tasks import among
 from regrow.settings.constraints import CheckedSettings, Count, NonNegative
-from regrow.training.hooks import draw_rows, offer_rows
+from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
 from regrow.training.learner import Context, Learner, Loss, Step
 
 CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 2019; Buzzega et al., DER++, NeurIPS 2020"
@@ -63,7 +63,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
         logits = context.logits(batch.inputs)
         present = among(logits, context.task_classes) if settings.asymmetric_loss else logits
         loss = F.cross_entropy(present, batch.labels)
-        rows = draw_rows(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
+        rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:
             again = context.replay_logits(rows["inputs"], rows["labels"])
             loss = loss + settings.label_weight * F.cross_entropy(again, rows["labels"])
@@ -79,7 +79,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
         if context.epoch and not settings.logit_weight:
             return state
         rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
-        stored = offer_rows(state.rows, state.seen, context, settings.memory, rows)
+        stored = add_to_replay_memory(state.rows, state.seen, context, settings.memory, rows)
         return replace(
             state,
             inputs=stored["inputs"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, Range
 from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
-from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, flags_along, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, make_mask, make_tensor
 from regrow.training.state import derived
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
@@ -53,7 +53,7 @@ def build(settings: Settings) -> Learner[WsnState]:
     """Return the learner that trains with winning subnetworks."""
 
     def select_weights(state: WsnState, context: Context) -> Replacements:
-        parameters, number = context.parameters(), context.answered
+        parameters, number = context.parameters(), context.eval_task
         if number is None:
             masks = {name: _SelectLargest.apply(state.score[name].values, settings.share) for name in context.weights}
             return Replacements({name: parameters[name] * mask for name, mask in masks.items()})
@@ -83,13 +83,13 @@ def build(settings: Settings) -> Learner[WsnState]:
                 for name in context.weights:
                     weight = context.model.get_parameter(name).detach()
                     values = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.std()
-                    scores[name] = tensor_along(context, name, values, settings.lr)
-                return WsnState(scores, {name: flags_along(context, name) for name in context.weights})
+                    scores[name] = make_tensor(context, name, values, settings.lr)
+                return WsnState(scores, {name: make_mask(context, name) for name in context.weights})
             case Event.TASK_END:
                 masks = dict(state.mask)
                 for name in context.weights:
                     mask = _select_largest(state.score[name].values.detach(), settings.share)
-                    masks[f"{context.number} {name}"] = tensor_along(context, name, mask)
+                    masks[f"{context.number} {name}"] = make_tensor(context, name, mask)
                     state.used[name].values.logical_or_(mask)
                 return replace(state, mask=masks)
         return state

@@ -20,7 +20,7 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.training.fit import FitOptions, fit
-from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
+from regrow.training.hooks import AxisTensors, EarlyStopping, restore_best, with_early_stopping
 from regrow.training.learner import Context, Learner, Loss
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState, read_checkpoint, write_checkpoint
@@ -161,7 +161,7 @@ def fit_recovery(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     learner = with_early_stopping(
-        Learner[Tensors](
+        Learner[AxisTensors](
             {},
             loss=lambda state, context, step: Loss(loss(task, step.batch)),
             boundary=lambda state, context, boundary: state,

@@ -31,7 +31,7 @@ from regrow.methods.search.space import (
     scale_candidates,
 )
 from regrow.surgery.gate import parametrize
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, flags_along, task_loss
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, make_mask, task_loss
 
 Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and the state after it was made
 
@@ -204,7 +204,7 @@ class Search(ABC):
         zeros = {name: flags for name, flags in state.zeros.items() if name in context.axes.shapes}
         for name in layout.levels.weights:
             if name not in zeros:
-                zeros[name] = flags_along(context, name)
+                zeros[name] = make_mask(context, name)
         mask = torch.cat([zeros[name].values.reshape(-1) for name in layout.levels.weights])
         return replace(state, kappa=kappa, zeros=zeros, layout=layout, zero_mask=mask)
 
@@ -247,7 +247,7 @@ class Search(ABC):
     def _log_epoch(self, state: SearchState, context: Context) -> SearchState:
         """Log the validation score, current and allowed size, and the kept fraction of each granularity."""
         masks = self.masks(state, context)
-        with parametrize(context.model, self.parametrize(state, replace(context, answered=context.number)).values):
+        with parametrize(context.model, self.parametrize(state, replace(context, eval_task=context.number)).values):
             accuracy = mean_score(context.model, context.task.test, context.objective)
         row: dict[str, int | float] = {"epoch": context.epoch + 1, "stage": state.stage, "accuracy": accuracy}
         with torch.no_grad():

@@ -183,7 +183,7 @@ def differentiate_weights(search: Search, state: SearchState, context: Context, 
 
     In that mode nothing is recomputed, so an eighth of the examples is used at a time.
     """
-    values = search.parametrize(state, replace(context, answered=context.number)).values
+    values = search.parametrize(state, replace(context, eval_task=context.number)).values
     levels = state.layout.levels
     learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
     total = torch.zeros(len(levels.reads), device=levels.reads.device)

@@ -140,7 +140,7 @@ class GoldNas(Search):
         s = self.s
         if context.epoch == context.epochs:
             return self.finalize(state, context, s.target)
-        if context.epoch <= s.warm or context.applied:
+        if context.epoch <= s.warm or context.plans_applied:
             return None, state
         if self.size(state, context) <= s.target:
             return None, replace(state, penalty=0.0)

@@ -43,7 +43,7 @@ from regrow.methods.continual.sparsegrow.gate import SparseGrowState
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery import fit_new_units
 from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
-from regrow.training.hooks import draw_rows, offer_rows
+from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -52,7 +52,7 @@ from regrow.training.learner import (
     Loss,
     Replacements,
     Step,
-    flags_along,
+    make_mask,
     set_train_mode,
 )
 
@@ -160,7 +160,7 @@ def _start(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowS
     for name in context.weights if s.threshold != "none" else ():
         zeros = torch.zeros(context.parameters()[name].shape[:units], device=context.device)
         threshold[name] = AxisTensor(zeros, context.axes.shapes[name][:units], s.lr)
-    owned = {name: flags_along(context, name) for name in context.parameters()}
+    owned = {name: make_mask(context, name) for name in context.parameters()}
     return replace(state, base=context.axes.sizes(), owned=owned, threshold=threshold)
 
 
@@ -190,7 +190,7 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     batch = step.batch
     classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
     loss = F.cross_entropy(among(context.logits(batch.inputs), classes), batch.labels)
-    rows = draw_rows(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
+    rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
     if rows:
         loss = loss + F.cross_entropy(context.replay_logits(rows["inputs"], rows["labels"]), rows["labels"])
     for name in context.weights:
@@ -224,13 +224,13 @@ def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: 
     if context.epoch:
         return state
     rows = {"inputs": step.batch.inputs, "labels": step.batch.labels}
-    stored = offer_rows(state.rows, state.seen, context, s.memory, rows)
+    stored = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
     return replace(state, inputs=stored["inputs"], labels=stored["labels"], seen=state.seen + len(step.batch))
 
 
 def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
     """Plan to widen the axes that are short of free weights, at the start of the late phase."""
-    if context.applied:
+    if context.plans_applied:
         return None, state
     with torch.no_grad():
         for _, _, threshold, kept in state.thresholded(context):

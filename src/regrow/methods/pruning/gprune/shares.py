@@ -17,7 +17,7 @@ from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
 from regrow.surgery.gate import gate_inputs, gates_of
 from regrow.training.fit import FitOptions, fit
-from regrow.training.hooks import EarlyStopping, Tensors, with_early_stopping
+from regrow.training.hooks import AxisTensors, EarlyStopping, with_early_stopping
 from regrow.training.learner import Learner, Loss
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import FORMAT, TrainState, read_checkpoint, write_checkpoint
@@ -56,7 +56,7 @@ class ModuleShares:
     # ``id`` of a batch → the batch, the dense network's probabilities, and their mean entropy in nats.
     cache: dict[int, tuple[Batch, Tensor, float]] = field(default_factory=dict, repr=False)
 
-    def tensors(self, share: Tensor) -> Tensors:
+    def tensors(self, share: Tensor) -> AxisTensors:
         """Return the trained tensors that give the pruning ratios ``share``.
 
         There is one logit per module, and one more for what the modules of a ranking space have in common.
@@ -64,7 +64,7 @@ class ModuleShares:
         logits, lr = torch.logit((share / self.settings.most).clamp(0.02, 0.98)), self.settings.lr
         return {"logits": as_tensor(logits, lr), "shared": as_tensor(logits.new_zeros(int(self.homes.max()) + 1), lr)}
 
-    def shares(self, tensors: Tensors, view: int = 0) -> Tensor:
+    def shares(self, tensors: AxisTensors, view: int = 0) -> Tensor:
         """Return the pruning ratio of each module, ``[modules]``, with a gradient to the trained tensors."""
         logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.homes)
         return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
@@ -110,7 +110,7 @@ class ModuleShares:
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
         return [Window(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
 
-    def _loss(self, tensors: Tensors, window: Window) -> Loss:
+    def _loss(self, tensors: AxisTensors, window: Window) -> Loss:
         gates = self.masks.gates(self.shares(tensors, window.view), window.view)
         return Loss(self.compare(window.batch, gates, window.view))
 
@@ -120,7 +120,7 @@ class ModuleShares:
         every = min(s.every, s.steps)
         epochs = [every] * (s.steps // every) + [s.steps % every] * bool(s.steps % every)
         learner = with_early_stopping(
-            Learner[Tensors](
+            Learner[AxisTensors](
                 state.learner.tensors,
                 loss=lambda tensors, context, step: self._loss(tensors, step.batch),
                 boundary=lambda tensors, context, boundary: tensors,
