@@ -183,8 +183,8 @@ def same_ratio(task: PruningTask, settings: Settings) -> Ranking:
     groups = form_modules(settings, seen[0], among)
     values, sigma = seen[0].scores.values, seen[0].sigma
     trust = reliability(settings.switch, among, groups, values, sigma, most=settings.switch_most).trust
-    places = order_modules(task, settings, seen, groups, trust, among).places
-    scores = Scores({key: row[0] for key, row in places.items()}, "rank in module", task.evidence.sources)
+    ranks = order_modules(task, settings, seen, groups, trust, among).ranks
+    scores = Scores({key: row[0] for key, row in ranks.items()}, "rank in module", task.evidence.sources)
     return Ranking(scores)
 
 

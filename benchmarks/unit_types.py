@@ -36,7 +36,7 @@ from regrow.core.budget import Budget
 from regrow.data import Half
 from regrow.jobs.models import ModelSpec, load_model
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.methods.pruning.pruner import PruningRun, plan_cut
+from regrow.methods.pruning.pruner import PruningContext, plan_cut
 from regrow.store.run_record import versions
 from regrow.surgery import apply
 from regrow.tracing import trace, with_branches
@@ -105,7 +105,7 @@ def measure(args: Namespace) -> None:
             start = time.process_time()
             try:
                 budget = Budget(keep, only=only, exclude=unpruned)
-                cut = plan_cut(pruner, loaded.model, axes, budget, evidence, run=PruningRun(checkpoint=path))
+                cut = plan_cut(pruner, loaded.model, axes, budget, evidence, context=PruningContext(checkpoint=path))
             except BudgetError as error:
                 print(fold, keep, arm, error, flush=True)
                 continue

@@ -183,7 +183,7 @@ def _are_shares(scores: Sequence[float]) -> bool:
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
     """Return a learner; a method with a seed gets the run's, unless ``settings`` has another."""
     entry = find_method(MethodKind.CONTINUAL, method)
-    learner: Learner[Any] = entry.made(method, select_known(entry, {"seed": seed}) | dict(settings))
+    learner: Learner[Any] = entry.create(method, select_known(entry, {"seed": seed}) | dict(settings))
     return learner
 
 

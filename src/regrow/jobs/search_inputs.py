@@ -129,7 +129,7 @@ def make_search(
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     known = select_known(entry, {"measure": str(measure), "levels": levels, **known})
-    search: Search = entry.made(
+    search: Search = entry.create(
         settings.method,
         known | dict(settings.method_settings),
         **({} if prices is None else {"prices": prices}),

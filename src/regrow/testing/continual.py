@@ -46,7 +46,7 @@ class Subject:
 
     def build(self, **defaults: object) -> Any:
         """Build the method anew; its settings go before the defaults."""
-        return self.entry.made("the method", {**defaults, **self.settings})
+        return self.entry.create("the method", {**defaults, **self.settings})
 
 
 Law = Callable[[Subject], None]

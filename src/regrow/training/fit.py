@@ -111,21 +111,10 @@ def fit(
         options = replace(options, undo=UndoStore())
     while state.number < len(phases):
         phase, log = phases[state.number], _TaskLog(options.log)
-        context = Context(
-            model,
-            axes,
-            phase.task,
-            state.number,
-            state.epoch,
-            len(phase.epochs),
-            phase.epochs[0] if phase.epochs else 0,
-            phase.classes,
-            schedule.seed,
-            tuple(past.task for past in phases[: state.number]),
-            undo=options.undo,
-            log=log,
-            objective=phase.objective,
-        )
+        steps = phase.epochs[0] if phase.epochs else 0
+        past = tuple(earlier.task for earlier in phases[: state.number])
+        context = Context(model, axes, phase.task, state.number, state.epoch, len(phase.epochs), steps, phase.classes)
+        context = replace(context, seed=schedule.seed, past=past, undo=options.undo, log=log, objective=phase.objective)
         training = _TaskTraining(phases, learner, schedule, options, state, context, log)
         training.run()
         model, axes, state = training.context.model, training.context.axes, training.state

@@ -467,7 +467,7 @@ def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monk
         pytest.importorskip("peft")
     if how is KilledError:
         monkeypatch.setattr(recovery, "SECONDS", -1.0)  # a checkpoint after every step
-    work = find_method(MethodKind.RECOVERY, name).made(name, {})
+    work = find_method(MethodKind.RECOVERY, name).create(name, {})
     steps: list[str] = []
     whole = language(progress=lambda done, total, what: steps.append(what))
     found = work(whole)
@@ -527,7 +527,7 @@ def test_settings_are_checked_and_unknown_names_are_told():
     with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are refit, lora"):
         find_method(MethodKind.RECOVERY, "refti")
     with pytest.raises(ValueError, match="lora has no setting 'ranks'"):
-        find_method(MethodKind.RECOVERY, "lora").made("lora", {"ranks": 3})
+        find_method(MethodKind.RECOVERY, "lora").create("lora", {"ranks": 3})
     with pytest.raises(ValueError, match="mix must be 0 to 1"):
         distil.distil(language(), distil.Settings(mix=2.0))
     for name, value in (("windows", 0), ("held_out", 1.0), ("held_out", -1.0)):

@@ -151,17 +151,17 @@ def test_a_commit_changes_no_answer(run):
 
 
 def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypatch):
-    collect, seen = Optimizers.collect, []
+    register, seen = Optimizers.register, []
 
     def watched(optimizers, parameters, tensors):
-        collect(optimizers, parameters, tensors)
+        register(optimizers, parameters, tensors)
         moved = [id(one) for own in optimizers.all for group in own.param_groups for one in group["params"]]
         learned = [id(one.values) for one in tensors.values() if one.lr is not None]
         assert sorted(moved) == sorted([*map(id, parameters.values()), *learned])
         assert all(id(one) in moved for own in optimizers.all for one in own.state)
         seen.append(len(moved))
 
-    monkeypatch.setattr(Optimizers, "collect", watched)
+    monkeypatch.setattr(Optimizers, "register", watched)
     train(search_with(), network(), axes, task, SCHEDULE)
     assert len(set(seen)) > 2
 

@@ -50,7 +50,7 @@ def begun(row):
     return (
         Cells(config),
         axes_of(config is WIRED),
-        find_method(MethodKind.SEARCH, named(row)).made(named(row), settings),
+        find_method(MethodKind.SEARCH, named(row)).create(named(row), settings),
     )
 
 
@@ -107,7 +107,7 @@ def test_the_order_of_random_operations_is_not_trained(task):
     """With epochs the weights of the network are trained; the order that was drawn stays."""
     torch.manual_seed(0)
     model, drawn = Cells(WIRED), []
-    search = find_method(MethodKind.SEARCH, "blind").made("blind", {"target": 1e4})
+    search = find_method(MethodKind.SEARCH, "blind").create("blind", {"target": 1e4})
 
     def record(state, context):
         drawn.append(state.learner.alpha.values.clone())

@@ -62,20 +62,20 @@ def build(settings: Settings) -> Learner[EwcState]:
 
 
 def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
-    """Estimate the diagonal of the current task's Fisher information, by parameter name."""
-    was, parameters = context.model.training, context.parameters()
+    """Return the estimated diagonal of the current task's Fisher information, by parameter name; clears gradients."""
+    was_training, parameters = context.model.training, context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
     order = torch.randperm(len(context.task.train), generator=context.generator(4))[:samples]
     generator = context.generator(5)
     context.model.eval()
     for i in order.tolist():
         context.model.zero_grad(set_to_none=True)
-        logs = context.logits(context.task.train.take(torch.tensor([i])).inputs).log_softmax(-1)[0]
-        answer = int(torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator))
-        logs[answer].backward()
+        log_probabilities = context.logits(context.task.train.take(torch.tensor([i])).inputs).log_softmax(-1)[0]
+        label = int(torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator))
+        log_probabilities[label].backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 fisher[name] += parameter.grad.square() / len(order)
     context.model.zero_grad(set_to_none=True)
-    context.model.train(was)
+    context.model.train(was_training)
     return fisher

@@ -59,11 +59,11 @@ def build(settings: Settings) -> Learner[PackNetState]:
         )
 
     def mask_gradients(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        protect_entries(context, _protected(state, context))
+        protect_entries(context, _protected_entries(state, context))
         return replace(state, before=copy_weights(context))
 
     def restore_owned(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        restore_entries(context, state.before, _protected(state, context))
+        restore_entries(context, state.before, _protected_entries(state, context))
         return state
 
     def prune_halfway(state: PackNetState, context: Context) -> tuple[Plan | None, PackNetState]:
@@ -95,22 +95,22 @@ def build(settings: Settings) -> Learner[PackNetState]:
     )
 
 
-def _protected(state: PackNetState, context: Context) -> dict[str, Tensor]:
-    """Return which entries of the weights the current task does not train."""
-    trained = context.number + 1 if state.pruned else 0
+def _protected_entries(state: PackNetState, context: Context) -> dict[str, Tensor]:
+    """Return weight name → bool mask of the entries that the current task does not train."""
+    trained = context.number + 1 if state.pruned else 0  # before it prunes: all free entries
     return {name: owner.values != trained for name, owner in state.owner.items()}
 
 
 def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:
-    """Own the largest of the free weights; set the others to 0 and leave them free."""
+    """Set the smallest ``share`` of the free weights to 0, in place; the task now owns the others."""
     with torch.no_grad():
         for name in context.weights:
             weight, owner = context.parameters()[name], state.owner[name].values
             free = owner == 0
-            many = int(free.sum())
-            if many:
-                least = weight[free].abs().kthvalue(max(1, round(share * many))).values
-                zeroed = free & (weight.abs() <= least)
+            count = int(free.sum())
+            if count:
+                threshold = weight[free].abs().kthvalue(max(1, round(share * count))).values
+                zeroed = free & (weight.abs() <= threshold)
                 owner[free & ~zeroed] = context.number + 1
                 weight.masked_fill_(zeroed, 0.0)
     return replace(state, pruned=True)

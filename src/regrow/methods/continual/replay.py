@@ -51,7 +51,7 @@ class ReplayState:
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:
-        """The stored tensors by name."""
+        """The memory's tensors by name, one example per row; ``None`` while it is empty."""
         return {"inputs": self.inputs, "labels": self.labels, "logits": self.logits}
 
 
@@ -61,21 +61,22 @@ def build(settings: Settings) -> Learner[ReplayState]:
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
         logits = context.logits(batch.inputs)
-        present = among(logits, context.task_classes) if settings.asymmetric_loss else logits
-        loss = F.cross_entropy(present, batch.labels)
+        task_logits = among(logits, context.task_classes) if settings.asymmetric_loss else logits
+        loss = F.cross_entropy(task_logits, batch.labels)
         rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:
-            again = context.replay_logits(rows["inputs"], rows["labels"])
-            loss = loss + settings.label_weight * F.cross_entropy(again, rows["labels"])
+            replayed = context.replay_logits(rows["inputs"], rows["labels"])
+            loss = loss + settings.label_weight * F.cross_entropy(replayed, rows["labels"])
             if settings.logit_weight:
-                known = torch.isfinite(rows["logits"]) & torch.isfinite(again)
-                away = torch.where(known, again - rows["logits"], 0.0)
-                loss = loss + settings.logit_weight * away.square().sum() / known.sum()
+                # −∞: classes that were, or are, not among those to predict
+                finite = torch.isfinite(rows["logits"]) & torch.isfinite(replayed)
+                change = torch.where(finite, replayed - rows["logits"], 0.0)
+                loss = loss + settings.logit_weight * change.square().sum() / finite.sum()
         return Loss(loss, (logits.detach().float(), bool(rows)))
 
-    def remember(state: ReplayState, context: Context, step: Step) -> ReplayState:
-        batch, (logits, read) = step.batch, step.aux
-        state = replace(state, recalled=state.recalled + read)
+    def fill_memory(state: ReplayState, context: Context, step: Step) -> ReplayState:
+        batch, (logits, has_drawn) = step.batch, step.aux
+        state = replace(state, recalled=state.recalled + has_drawn)
         if context.epoch and not settings.logit_weight:
             return state
         rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
@@ -88,4 +89,4 @@ def build(settings: Settings) -> Learner[ReplayState]:
             seen=state.seen + len(batch),
         )
 
-    return Learner(ReplayState(), loss=compute_loss, after_step=remember, classes_only=True)
+    return Learner(ReplayState(), loss=compute_loss, after_step=fill_memory, classes_only=True)

@@ -59,8 +59,8 @@ def build(settings: Settings) -> Learner[WsnState]:
             return Replacements({name: parameters[name] * mask for name, mask in masks.items()})
         masks = _values(state.used)
         if settings.use_task_id and number <= context.number:
-            word = f"{number} "
-            masks = {key.removeprefix(word): mask.values for key, mask in state.mask.items() if key.startswith(word)}
+            prefix = f"{number} "
+            masks = {k.removeprefix(prefix): mask.values for k, mask in state.mask.items() if k.startswith(prefix)}
         return Replacements({name: parameters[name].detach() * mask for name, mask in masks.items()})
 
     def mask_gradients(state: WsnState, context: Context, step: Step) -> WsnState:
@@ -100,16 +100,20 @@ def build(settings: Settings) -> Learner[WsnState]:
 
 
 def _values(tensors: Mapping[str, AxisTensor]) -> dict[str, Tensor]:
+    """Return the values of tensors, by the same names."""
     return {name: tensor.values for name, tensor in tensors.items()}
 
 
 def _select_largest(scores: Tensor, share: float) -> Tensor:
     """Return a bool mask of the fraction ``share`` of the scores that are largest in absolute value."""
-    size = scores.abs()
-    return size >= size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values
+    magnitudes = scores.abs()
+    threshold = magnitudes.flatten().kthvalue(max(1, round((1 - share) * magnitudes.numel()))).values
+    return magnitudes >= threshold
 
 
 class _SelectLargest(torch.autograd.Function):
+    """:func:`_select_largest` as numbers 0 and 1, with a straight-through gradient to the scores."""
+
     @staticmethod
     def forward(ctx: Any, scores: Tensor, share: float) -> Tensor:
         return _select_largest(scores, share).to(scores)
