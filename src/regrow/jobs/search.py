@@ -37,7 +37,7 @@ from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
-from regrow.methods.search.space import SearchState, measure_whole
+from regrow.methods.search.space import SearchState, measure_unmasked
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
 from regrow.settings.declaration import check_settings
@@ -151,7 +151,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], r
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
-        before = measure_whole(search.space, (), context)
+        before = measure_unmasked(search.space, (), context)
         with run.stage("search"):
             fitted, log = _search(settings, opened, search, context, run)
             model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)

@@ -30,7 +30,7 @@ from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
 from regrow.methods.search.commit import cut_masked, restore_filters, score_cut_filters
-from regrow.methods.search.mgas import Settings, build, lift_cheap_operations
+from regrow.methods.search.mgas import Settings, build, measure_lift
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.vision import small
@@ -317,7 +317,7 @@ def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
         batch = Examples(task.train.inputs[:20], task.train.labels[:20])
         with torch.no_grad():
             found = compute_loss(search, state, context, batch).value
-        return float(found), state.layout, search.allowed(replace(state, examples=20), context, 2500.0)
+        return float(found), state.layout, search.allowed_size(replace(state, examples=20), context, 2500.0)
 
     without_penalty, without_cost = {"sparsity_penalty": 0.0}, {"min_cost": 0.0}
     (with_both, layout, allowed), (cost, *_), (penalty, *_), (neither, *_) = (
@@ -363,7 +363,7 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     thresholds, layout = state.operation_thresholds.values.requires_grad_(), state.layout
 
     def lifted(state):
-        return lift_cheap_operations(state, masks_of(search, state, context, learning=True), 0.5)
+        return measure_lift(state, masks_of(search, state, context, learning=True), 0.5)
 
     prices, here = layout.prices(), layout.runs
     floor = torch.stack([0.5 * prices[(layout.node == node) & (prices > 1)].mean() for node in layout.node])
