@@ -9,6 +9,7 @@ learned.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,13 +81,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
         if context.epoch and not settings.logit_weight:
             return state
         rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
-        stored = add_to_replay_memory(state.rows, state.seen, context, settings.memory, rows)
-        return replace(
-            state,
-            inputs=stored["inputs"],
-            labels=stored["labels"],
-            logits=stored["logits"],
-            seen=state.seen + len(batch),
-        )
+        memory: dict[str, Any] = add_to_replay_memory(state.rows, state.seen, context, settings.memory, rows)
+        return replace(state, **memory, seen=state.seen + len(batch))
 
     return Learner(ReplayState(), loss=compute_loss, after_step=fill_memory, classes_only=True)

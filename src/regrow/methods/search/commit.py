@@ -41,13 +41,8 @@ def cut_masked(search: Search, state: SearchState, context: Context, masks: Gate
     for key, units in keep.items():
         removed = (int(unit) for i, unit in enumerate(context.axes[key].ids) if i not in units)
         cut[key] = (*cut.get(key, ()), *removed)
-    state = replace(
-        state,
-        cut=cut,
-        saved=replace(state.saved, weights=saved["weights"]),
-        pending=saved["operations"],
-        dropped=(*state.dropped, *drop),
-    )
+    state = replace(state, cut=cut, pending=saved["operations"], dropped=(*state.dropped, *drop))
+    state = replace(state, saved=replace(state.saved, weights=saved["weights"]))
     origin = {"method": "search", "epoch": context.epoch}
     if drop:
         return Plan.dropping(context.axes, drop, keep, origin=origin), state

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -227,8 +227,8 @@ def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: 
     if context.epoch:
         return state
     rows = {"inputs": step.batch.inputs, "labels": step.batch.labels}
-    stored = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
-    return replace(state, inputs=stored["inputs"], labels=stored["labels"], seen=state.seen + len(step.batch))
+    memory: dict[str, Any] = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
+    return replace(state, **memory, seen=state.seen + len(step.batch))
 
 
 def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
