@@ -13,7 +13,7 @@ from regrow.jobs.learn import Settings, run, specs_of
 from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import read_tasks
 from regrow.methods import LEARNERS
-from regrow.methods.continual.lwf import _old_logits
+from regrow.methods.continual.lwf import _compute_teacher_logits
 from regrow.nets.vision import small
 from regrow.store.run_record import convert_settings
 from regrow.surgery.gate import parametrize
@@ -90,7 +90,7 @@ def test_lwf_asks_the_network_as_it_was() -> None:
     now = [m.num_batches_tracked for m in net.modules() if isinstance(m, _BatchNorm)]
     assert [int(a) - int(b) for a, b in zip(now, steps, strict=True)] == [1] * len(steps)
     before = [v.clone() for v in net.state_dict().values()]
-    teacher = _old_logits(state, context, batch.inputs)
+    teacher = _compute_teacher_logits(state, context, batch.inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
     with torch.no_grad():
         old = {n: state.old[n].values for n, _ in net.named_parameters()}
