@@ -22,7 +22,7 @@ from regrow.jobs.pruning import budget_of, model_spec, pruner_of, source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.recovering import LastCut
 from regrow.methods.pruning.pruner import Pruner
-from regrow.methods.recovery.distil import divergence
+from regrow.methods.recovery.distil import compute_divergence
 from regrow.methods.recovery.refit_work import MAX_BATCHES, MIN_ELEMENTS
 from regrow.scoring.collect import differentiated
 from regrow.scoring.grams import BATCH
@@ -173,7 +173,7 @@ def _activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -
             logits = logits_in(batch.run(model)).flatten(0, -2)
             loss = F.cross_entropy(logits.float(), batch.labels.flatten())
             if distils:
-                loss = loss + divergence(logits, torch.zeros_like(logits))
+                loss = loss + compute_divergence(logits, torch.zeros_like(logits))
             loss.backward()
         optimizer.step()
 

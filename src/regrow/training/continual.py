@@ -100,7 +100,7 @@ def select_probed_tasks(number: int) -> list[int]:
 
 
 def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
-    """Return how task ``number`` is trained; the learner's ``second_share`` of its examples is a part of its own."""
+    """Return how task ``number`` is trained; the learner's ``second_share`` of its examples forms the second part."""
     task, share, second = tasks[number], learner.second_share, None
     train: ExampleSet = task.train
     if share:
@@ -122,7 +122,7 @@ def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedul
 
 
 def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
-    """Return the indices of ``examples`` in random order, in at most ``steps`` batches, of at least 2 if there are."""
+    """Return the indices of ``examples`` in random order, split into at most ``steps`` batches of at least 2."""
     order = torch.randperm(len(examples), generator=context.generator(context.epoch, 13))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
@@ -198,7 +198,7 @@ class _TaskObserver(Observer[S]):
         }
 
     def task_end(self, state: S, context: Context) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """Return (accuracy on every task, row of sizes and of the seconds since the last task) after a task."""
+        """Return (accuracy on every task, row of sizes and of the seconds that the task took) after a task."""
         with share_rows(context.model, self.ranks):
             row = self.accuracies(state, context)
         sizes = measure_task_sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - self.start, 2)}

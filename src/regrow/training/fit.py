@@ -46,7 +46,7 @@ class Observer(Generic[S]):
 
 @dataclass(frozen=True)
 class FitOptions(Generic[S]):
-    """What else a call of :func:`fit` does, beside training.
+    """Options of :func:`fit` that are no part of the method: checkpoints, measurements, progress, processes.
 
     Args:
         undo: The store of what plans removed from the network, for learners that restore units.
@@ -263,10 +263,9 @@ class _TaskTraining(Generic[S]):
 
 
 def finish_training(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
-    """Apply the plans that a learner makes after the last epoch, and write its replacements into the parameters.
+    """Apply the learner's last plans and write its replacements into the parameters, in place; return result and plans.
 
-    The network is changed in place; returns it with the new axes and state, and the plans, in order. It starts with
-    ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
+    It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
     """
     learned, plans = learner.boundary(fitted.state.learner, context, Boundary(Event.RESUME)), []
     while True:

@@ -150,7 +150,7 @@ AxisTensors = Mapping[str, AxisTensor]  # tensors of a learner by name
 
 @dataclass(frozen=True)
 class Check:
-    """One evaluation on held-out data."""
+    """An evaluation on held-out data: after which step, and the loss."""
 
     step: int  # the number of training steps before it
     held_out: float  # the loss on held-out data
@@ -171,7 +171,7 @@ class EarlyStopping:
 
 
 def trained_parameters(tensors: AxisTensors, context: Context) -> AxisTensors:
-    """Return a copy of the network's parameters that have ``requires_grad``."""
+    """Return a copy of the network's parameters that require gradients; the default ``snapshot``."""
     return {
         name: AxisTensor(parameter.detach().clone(), tuple(parameter.shape))
         for name, parameter in context.parameters().items()

@@ -282,7 +282,7 @@ PLAIN: Learner[NoState] = Learner(NoState())
 
 
 def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
-    """Write the tensors that replace parameters at evaluation into the parameters, so that it needs no learner then."""
+    """Write the tensors that replace parameters at evaluation into these, in place; then no learner is needed."""
     context = replace(context, eval_task=context.number)
     with torch.no_grad():
         for name, value in learner.parametrize(state, context).values.items():

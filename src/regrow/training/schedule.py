@@ -164,7 +164,7 @@ class Optimizers:
     def restore(
         self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor], moments: Moments
     ) -> None:
-        """Set the optimizer state to what :meth:`moments` returned; step counts stay on their device."""
+        """Set the optimizer state to copies of what :meth:`moments` returned; step counts stay on their device."""
         for name, tensor, optimizer in self._trained(parameters, tensors):
             if name in moments:
                 optimizer.state[tensor] = {

@@ -67,6 +67,7 @@ def _batch_norm(
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks, on each of them, with a gradient."""
     total: Tensor = _RankSum.apply(tensor)
     return total
 
@@ -76,12 +77,14 @@ class _RankSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks."""
         total = tensor.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the sum of the ranks' gradients."""
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total
@@ -182,6 +185,7 @@ class _RankRandomness:
             generator.set_state(state)
 
     def _states(self) -> list[Tensor]:
+        """Return copies of the present states of the generators."""
         return [generator.get_state() for generator in self.generators]
 
 
@@ -190,6 +194,7 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bounds: Sequence[int], ranks: ProcessRank) -> Tensor:
+        """Return the rows of all ranks, in order; ``bounds``: the first of each, and their number."""
         ctx.bounds, ctx.ranks = bounds, ranks
         sizes = [end - start for start, end in pairwise(bounds)]
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))  # all_gather needs equal shapes
@@ -200,6 +205,7 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the rank's own rows, times the number of ranks."""
         start, end = ctx.bounds[ctx.ranks.rank : ctx.ranks.rank + 2]
         return gradient[start:end] * ctx.ranks.size, None, None
 

@@ -285,6 +285,7 @@ def _stored_progress(record: schemas.CourseHeader, history: TrainState[None] | N
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -83,8 +83,8 @@ def test_what_is_judged_is_what_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from regrow.surgery.gate import gate_inputs
 
-    measure = gprune.measure
-    monkeypatch.setattr(gprune, "measure", lambda *given: measure(*given)[:1] * 4)
+    score_views = gprune.score_views
+    monkeypatch.setattr(gprune, "score_views", lambda *given: score_views(*given)[:1] * 4)
     plan, state, axes = run({"steps": 6, "every": 3})
     model, _ = lm(**SIZES)
     built = find_method(MethodKind.PRUNING, "gprune").build(find_method(MethodKind.PRUNING, "gprune").settings())

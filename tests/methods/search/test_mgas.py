@@ -29,7 +29,7 @@ from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
-from regrow.methods.search.commit import cut_masked, restore_filters, score_cut_filters
+from regrow.methods.search.commit import plan_masked_cut, plan_restoration, score_cut_filters
 from regrow.methods.search.mgas import Settings, build, measure_lift
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
 from regrow.nets.cells import Cells, supernet
@@ -219,7 +219,7 @@ def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
         return [(float(one == 0) + (key == keys[1]), key, one) for key, ids in cut.items() for one in ids]
 
     monkeypatch.setattr(commit, "score_cut_filters", score)
-    plan, _ = restore_filters(search, 0.3, state, context)
+    plan, _ = plan_restoration(search, 0.3, state, context)
     assert seen == [({key: [*ids] for key, ids in state.cut.items()}, 50)]  # as many examples as a step has
     assert {key: change.restore for key, change in plan.changes.items()} == {keys[1]: (0,)}
 
@@ -379,7 +379,7 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     }
     state.alpha.values.data[[*first.values()]] = -50.0
     state = replace(state, start=1e9, goal=1e9)
-    plan, _ = cut_masked(search, state, context, masks_of(search, state, context), 2500.0)
+    plan, _ = plan_masked_cut(search, state, context, masks_of(search, state, context), 2500.0)
     assert [*plan.drop] == [layout.ops[first["max"]]]  # what costs comes back, as long as it is allowed
 
 

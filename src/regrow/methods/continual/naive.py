@@ -28,7 +28,7 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class NaiveState:
-    """The state of the controls."""
+    """The state of the controls: a counter that seeds the draws of ``keep=data``."""
 
     step: int = 0  # the number of steps in which examples of earlier tasks were drawn; it seeds the next draw
 

@@ -116,8 +116,10 @@ class _SelectLargest(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, share: float) -> Tensor:
+        """Return 1 for the fraction ``share`` of the scores that are largest in absolute value, 0 for the others."""
         return _select_largest(scores, share).to(scores)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradient on as it is."""
         return gradient, None

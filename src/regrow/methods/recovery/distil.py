@@ -59,10 +59,10 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     return {**summary, "trained": sum(p.numel() for p in parameters.values())}
 
 
-def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
+def compute_divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
     """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
 
-    >>> bool(divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
+    >>> bool(compute_divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
     True
     """
     student, teacher = ((z.float() / temperature).log_softmax(-1) for z in (logits, dense))
@@ -75,7 +75,7 @@ def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Te
         dense_logits = labelled_logits(logits_in(batch.run(task.dense)), batch.labels)
     output = batch.run(task.model)
     logits = labelled_logits(logits_in(output), batch.labels)
-    loss = (1 - settings.mix) * divergence(logits, dense_logits, settings.temperature)
+    loss = (1 - settings.mix) * compute_divergence(logits, dense_logits, settings.temperature)
     if settings.mix:
         loss = loss + settings.mix * task.compute_loss(output, batch)
     return loss

@@ -167,9 +167,9 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
-    """Return (layers that read cut units and can be refitted, by name; weight → why another cannot; see below).
+    """Return (layers that read cut units and can be refitted; weight → why another cannot; whether one is added).
 
-    The last result is whether the output of at least one of the first is added to another tensor as it is.
+    The last: whether the output of at least one of the first is added to another tensor as it is.
     """
     axes, layouts = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}

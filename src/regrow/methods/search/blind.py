@@ -15,7 +15,7 @@ from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.commit import fit_to_budget
+from regrow.methods.search.commit import plan_fit
 from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, rank_evenly
 from regrow.training.learner import Boundary, Context, Event
 
@@ -97,7 +97,7 @@ class RandomSearch(Search):
             search = copy.copy(self)  # of this granularity alone
             search.space = replace(self.space, granularities=(self.s.what[turn],))
             turn_target = target + sum(self.s.split[turn + 1 :]) * state.removal  # later ones remove the rest
-            plan, state = fit_to_budget(search, state, context, turn_target)
+            plan, state = plan_fit(search, state, context, turn_target)
             if plan:
                 return plan, state
         return None, state

@@ -25,7 +25,7 @@ from regrow.training.state import follow_plan
 
 
 @torch.no_grad()
-def cut_masked(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
+def plan_masked_cut(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
     """Return the plan that removes what is masked, without going below the allowed size, and the state after it.
 
     Operations that are needed to reach ``target`` stay.
@@ -50,7 +50,7 @@ def cut_masked(search: Search, state: SearchState, context: Context, masks: Gate
     return Plan.keeping(context.axes, keep, origin=origin) if keep else None, state
 
 
-def drop_operations(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
+def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
     """Return the plan that drops what ``ops``, ``[operations]``, does not keep, though masks may, and the new state.
 
     Unlike the removal of masked operations, it changes the network's outputs.
@@ -64,7 +64,7 @@ def drop_operations(search: Search, state: SearchState, context: Context, ops: T
     return Plan.dropping(context.axes, drop, {}, origin=origin), state
 
 
-def fit_to_budget(search: Search, state: SearchState, context: Context, target: float) -> Commit:
+def plan_fit(search: Search, state: SearchState, context: Context, target: float) -> Commit:
     """Return the plan that removes what is masked and, least important first, as much more as the target requires.
 
     Of candidates marked as exclusive, all but one are dropped afterwards.
@@ -77,12 +77,12 @@ def fit_to_budget(search: Search, state: SearchState, context: Context, target: 
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(search.masks(state, context), ops=ops, filters=filters)
-    plan, state = cut_masked(search, state, context, masks, target)
+    plan, state = plan_masked_cut(search, state, context, masks, target)
     state.clear_thresholds()
-    return (plan, state) if plan else keep_single(search, state, context)
+    return (plan, state) if plan else plan_single_choice(search, state, context)
 
 
-def keep_single(search: Search, state: SearchState, context: Context) -> Commit:
+def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:
     """Return the plan that drops all but the most important of candidates of which only one may remain."""
     sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
     if not sets:
@@ -93,7 +93,7 @@ def keep_single(search: Search, state: SearchState, context: Context) -> Commit:
         alive = [indices[path] for path in paths if layout.alive[indices[path]]]
         best = max(alive, key=lambda i: float(alpha[layout.tied[i]]))
         ops[[i for i in alive if i != best]] = 0.0
-    return drop_operations(search, state, context, ops)
+    return plan_drop(search, state, context, ops)
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def select_lowest(
     return remaining, dropped
 
 
-def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
+def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
     """Return the plan that restores a fraction of this stage's dropped operations, sampled as MG-DARTS samples them."""
     layout, count = state.layout, int(share * len(state.dropped))
     running = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
@@ -137,7 +137,7 @@ def revive_operations(share: float, state: SearchState, context: Context) -> Com
     return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
 
 
-def restore_filters(search: Search, share: float, state: SearchState, context: Context) -> Commit:
+def plan_restoration(search: Search, share: float, state: SearchState, context: Context) -> Commit:
     """Return the plan that restores a fraction of this stage's cut filters, by the gradient of their scale."""
     stored, restorable = context.undo.restorable if context.undo else {}, dict[str, list[int]]()
     for key, ids in state.cut.items():

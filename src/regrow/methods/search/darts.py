@@ -26,7 +26,7 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import move_tensors
 from regrow.core.tasks import Examples
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.commit import cut_masked, fit_to_budget
+from regrow.methods.search.commit import plan_fit, plan_masked_cut
 from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Replacements, Step
@@ -137,11 +137,11 @@ class Darts(Search):
         """Return the plan that drops all operations that are not chosen; then one that cuts filters, if needed."""
         if state.chosen is None:
             state = replace(state, chosen=0.0)  # not None: masks keep the chosen operations alone
-            plan, state = cut_masked(self, state, context, self.masks(state, context), target)
+            plan, state = plan_masked_cut(self, state, context, self.masks(state, context), target)
             state = replace(state, chosen=self.size(state, context))
             if plan:
                 return plan, state
-        return fit_to_budget(self, rank_evenly(state), context, target)
+        return plan_fit(self, rank_evenly(state), context, target)
 
 
 build = Darts

@@ -28,7 +28,7 @@ from regrow.core.amounts import Measure
 from regrow.core.candidates import candidates_in
 from regrow.core.sources import to_host
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.commit import drop_operations, fit_to_budget, select_lowest
+from regrow.methods.search.commit import plan_drop, plan_fit, select_lowest
 from regrow.methods.search.space import SearchSpace, SearchState
 from regrow.settings.constraints import NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
@@ -149,11 +149,11 @@ class GoldNas(Search):
             return None, replace(state, penalty=0.0)
         goal = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
         remaining, dropped = select_lowest(self, state, context, s.drop_below, s.keep_above, goal)
-        return drop_operations(self, _update_penalty(state, dropped, goal), context, remaining)
+        return plan_drop(self, _update_penalty(state, dropped, goal), context, remaining)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
         """Return the plan that drops operations of the smallest α until the target is met."""
-        return fit_to_budget(self, state, context, target)
+        return plan_fit(self, state, context, target)
 
 
 build = GoldNas

@@ -249,7 +249,7 @@ class Mgas(Search):
         epochs, is_over = context.epoch - first - self.s.warm, context.epoch == end
         steps = [self._cut] if is_over or (epochs > 0 and epochs % self.s.every == 0) else []
         if is_over:
-            steps += [partial(commit.revive_operations, self.s.regrow), self._restore]
+            steps += [partial(commit.plan_revival, self.s.regrow), self._restore]
         for turn in range(state.turn, len(steps)):
             plan, state = steps[turn](replace(state, turn=turn + 1), context)
             if plan:
@@ -262,16 +262,16 @@ class Mgas(Search):
 
     def _cut(self, state: SearchState, context: Context) -> Commit:
         """Return the plan that removes what is masked, and the new state."""
-        return commit.cut_masked(self, state, context, self.masks(state, context), self.s.target)
+        return commit.plan_masked_cut(self, state, context, self.masks(state, context), self.s.target)
 
     def _restore(self, state: SearchState, context: Context) -> Commit:
         """Return the plan that restores filters, and the state in which some zeroed weights may train again."""
         state = commit.release_weights(self, self.s.regrow_weights, state, context)
-        return commit.restore_filters(self, self.s.regrow_filters, state, context)
+        return commit.plan_restoration(self, self.s.regrow_filters, state, context)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
         """Return the plan that removes what is masked, and what exceeds the target."""
-        return commit.fit_to_budget(self, state, context, target)
+        return commit.plan_fit(self, state, context, target)
 
 
 build = Mgas

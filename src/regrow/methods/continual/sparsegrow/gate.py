@@ -125,10 +125,10 @@ class SparseGrowState:
                 yield ThresholdedWeight(weight, threshold, kept)
 
 
-Layer = nn.Linear | nn.Conv2d
+GatedLayer = nn.Linear | nn.Conv2d
 
 
-def _find_layers(model: nn.Module) -> dict[str, Layer]:
+def _find_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """Return weight name → layer, for the layers that K-FAC covers: linear and ungrouped 2-d convolutions."""
     return {
         f"{name}.weight": module
@@ -137,9 +137,9 @@ def _find_layers(model: nn.Module) -> dict[str, Layer]:
     }
 
 
-def _get_layer(model: nn.Module, weight: str) -> Layer:
+def _get_layer(model: nn.Module, weight: str) -> GatedLayer:
     """Return the layer that has the weight of a name."""
-    return cast(Layer, model.get_submodule(weight.rpartition(".")[0]))
+    return cast(GatedLayer, model.get_submodule(weight.rpartition(".")[0]))
 
 
 def parameters_of(model: nn.Module, weight: str) -> list[str]:

@@ -73,7 +73,7 @@ class Settings(CheckedSettings):
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that drops whole modules."""
+    """Return the pruner that drops whole modules, and cuts MLP neurons to meet the rest of the budget."""
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
         score=lambda task: Ranking(_score_neurons(settings, task)),

@@ -23,7 +23,7 @@ from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Need, Scores, Statistics, Tensors, merged
-from regrow.methods.pruning.gprune.modules import Masks, Modules, partition, rank_in_modules, reliability
+from regrow.methods.pruning.gprune.modules import Masks, Modules, compute_reliability, partition, rank_in_modules
 from regrow.methods.pruning.gprune.shares import ModuleShares, as_axis_tensor, read_learning
 from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, mean_inputs
 from regrow.scoring.compensate import constant_inputs
@@ -71,7 +71,7 @@ class Settings(CheckedSettings):
         partition: How units are grouped into modules: ``thresholds``, ``random`` or ``layer``; see
             :func:`~.modules.partition`.
         switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``never``,
-            ``always`` or ``reversed``; see :func:`~.modules.reliability`.
+            ``always`` or ``reversed``; see :func:`~.modules.compute_reliability`.
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
         instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
             weight-only part of the base metric).
@@ -112,7 +112,7 @@ class Settings(CheckedSettings):
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the GPrune-LLM pruner."""
+    """Return the GPrune-LLM pruner: a base metric, ranked within modules whose pruning ratios are learned."""
     runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, BASES[settings.base].need}),
@@ -139,16 +139,16 @@ def _check_budget(settings: Settings, axes: AxisGraph, units: Sequence[Axis], bu
 
 
 def score_units(task: PruningTask, s: Settings) -> Ranking:
-    """Learn the pruning ratio of each module, and score units by how far their relative rank lies above it (or below).
+    """Learn the pruning ratio of each module; return each unit's relative rank minus its module's ratio as the score.
 
     With a checkpoint, learning resumes from it. Raise RefusedError if the predictions hold NaN or infinity.
     """
     task.context.progress(0, 1, "forming modules")
     units = scorable(task.axes, task.units)
-    views, all_spaces = measure(task, s, units), spaces(units, parts=4)
+    views, all_spaces = score_views(task, s, units), spaces(units, parts=4)
     first = views[0]
     modules = form_modules(s, first, all_spaces)
-    trusted = reliability(s.switch, all_spaces, modules, first.scores.values, first.sigma, most=s.switch_most)
+    trusted = compute_reliability(s.switch, all_spaces, modules, first.scores.values, first.sigma, most=s.switch_most)
     masks = order_modules(task, s, views, modules, trusted.trust, all_spaces)
     priced = [
         module_costs(task.axes, {key: row[view] for key, row in masks.modules.items()}, len(modules), task.budget)
@@ -221,7 +221,7 @@ class View:
     sigma: Tensors  # how much the ranks vary between the sources
 
 
-def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
+def score_views(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
     """Return the scores and ranks of units with all sources (view 0), and without each source in turn.
 
     A decision made without a source can be evaluated on that source as an unseen text domain.

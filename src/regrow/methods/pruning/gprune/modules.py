@@ -70,7 +70,7 @@ class Modules:
 
 
 def partition(how: str, all_spaces: Sequence[Space], scores: Tensors, sigma: Tensors, *, seed: int = 0) -> Modules:
-    """Divide the units of each ranking space into modules.
+    """Return modules into which the units of each ranking space are divided, as ``how`` says.
 
     ``thresholds``: sensitivity × score, each split at its median over all spaces with the same label (pooled spaces,
     whose units are few: sensitivity alone); ``random``: modules as large as those, of random units; ``layer``: one
@@ -138,10 +138,10 @@ class Reliability:
     trust: Tensor  # the weight of the activation-based ranking: 1 uses it alone, 0 the data-free one alone
 
 
-def reliability(
+def compute_reliability(
     how: str, all_spaces: Sequence[Space], modules: Modules, scores: Tensors, sigma: Tensors, *, most: float = 0.25
 ) -> Reliability:
-    """Compute how far the activation-based ranking of each module is trusted.
+    """Return how far the activation-based ranking of each module is trusted, as ``how`` says.
 
     ``unreliable``: not trusted where U is highest, in at most a fraction ``most`` of the judged units; ``blend``: trust
     1 − U; ``even``: the mean of that everywhere (a control: does it matter which modules?); ``never``: all are trusted,

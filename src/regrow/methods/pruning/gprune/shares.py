@@ -119,6 +119,7 @@ class ModuleShares:
         return [ViewBatch(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
 
     def _compute_loss(self, tensors: AxisTensors, step_batch: ViewBatch) -> Loss:
+        """Return the loss of a batch under its view's masks, with a gradient to the trained tensors."""
         gates = self.masks.gates(self.shares(tensors, step_batch.view), step_batch.view)
         return Loss(self.compare(step_batch.batch, gates, step_batch.view))
 
