@@ -151,7 +151,10 @@ def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = (
             if known is not None and key not in known:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
         return
-    if names_code(name) or name in (installed := _installed_methods()):
+    if names_code(name):
+        return
+    installed = _installed_methods()
+    if name in installed:
         return
     built_in = {other for table in TABLES.values() for other in table}
     names = [*(key for table in tables for key in table), *(installed.keys() - built_in)]

@@ -167,15 +167,10 @@ class _TaskTraining(Generic[S]):
                 self.options.checkpoint(self.state, self.context)
         learned = self._call_boundary(Event.TASK_END)
         row, sizes = self.options.observer.task_end(learned, self.context)
-        self.state = replace(
-            self.state,
-            learner=learned,
-            number=self.state.number + 1,
-            epoch=0,
-            rows=(*self.state.rows, row),
-            sizes=(*self.state.sizes, sizes | self.log.notes.get("task", {})),
-            moments={},
-        )
+        rows = (*self.state.rows, row)
+        all_sizes = (*self.state.sizes, sizes | self.log.notes.get("task", {}))
+        state = replace(self.state, learner=learned, number=self.state.number + 1, epoch=0, moments={})
+        self.state = replace(state, rows=rows, sizes=all_sizes)
         if self.options.checkpoint:
             self.options.checkpoint(self.state, self.context)
 

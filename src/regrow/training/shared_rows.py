@@ -138,9 +138,8 @@ class _SharedForward:
         self.bounds = [count * rank // size for rank in range(size + 1)]
         rows = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
         self.random = _RankRandomness(self.ranks.rank, device_of(model)) if model.training else None
-        return tuple(_select_rows(value, count, rows) for value in args), {
-            name: _select_rows(value, count, rows) for name, value in kwargs.items()
-        }
+        selected = {name: _select_rows(value, count, rows) for name, value in kwargs.items()}
+        return tuple(_select_rows(value, count, rows) for value in args), selected
 
     def gather(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Return the logits of all ranks, in the order of the batch; InputError if there is not one row per example."""

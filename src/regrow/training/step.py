@@ -63,8 +63,9 @@ def compute_gradients(
         learned = [tensor.values for tensor in axis_tensors(state).values() if tensor.lr]
         total = parallel.reduce([*context.parameters().values(), *learned], total)
     if not math.isfinite(total):
+        place = f" ({bad_batch})" if bad_batch else ""
         raise ValueError(
-            f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}{bad_batch and f' ({bad_batch})'}: "
+            f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}{place}: "
             "use a smaller learning rate (lr), and check that weights and inputs are finite, and something is labelled"
         )
     return step, total

@@ -65,7 +65,8 @@ class ChangedTensors:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the new value of a tensor, read from its file."""
-        return read_tensors(self.places[name], FORMAT)[1][name]
+        _, tensors = read_tensors(self.places[name], FORMAT)
+        return tensors[name]
 
     def _step_path(self, step: int) -> Path:
         """Return the file of a step, from 0."""

@@ -69,13 +69,16 @@ class LayerCalls(TorchFunctionMode):
                 if not isinstance(attribute, Tensor):
                     return attribute
             keeps = func is torch.Tensor.view or (func is F.dropout and not kwargs.get("training", True))
-            if used and keeps and self._follow_view(used[0], result := func(*args, **kwargs)):
-                return result
+            if used and keeps:
+                result = func(*args, **kwargs)
+                if self._follow_view(used[0], result):
+                    return result
             for tensor in reversed(used):
                 if call := self._pop(id(tensor)):
                     self.handle(replace(call, other=_find_addend(call.output, func, args, kwargs)))
         result = func(*args, **kwargs)
-        if (contraction := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
+        contraction = next(find_inputs(self.watched, func, args, kwargs), None)
+        if contraction is not None:
             name, value, dim = contraction
             again = partial(func, *args, **kwargs)
             self.unused[id(result)] = LayerCall(name, value, dim, result, again, id(result))
@@ -101,8 +104,9 @@ class LayerCalls(TorchFunctionMode):
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """Call :meth:`handle` for the watched layers whose outputs were never used, unless the pass has failed."""
         super().__exit__(kind, value, trace)
-        while kind is None and self.unused and (call := self._pop(next(iter(self.unused)))):
-            self.handle(call)
+        while kind is None and self.unused:
+            if call := self._pop(next(iter(self.unused))):
+                self.handle(call)
 
 
 def _find_addend(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
@@ -144,7 +148,8 @@ class LayerOutputs:
                 return None
             key, output, other = message
             if key != (number, name):  # it may be written over before it is requested
-                output, other = output.clone(), other if other is None else other.clone()
+                output = output.clone()
+                other = None if other is None else other.clone()
             self._early[key] = output, other
         return self._early.pop((number, name))
 

@@ -45,7 +45,8 @@ def merge_batches(
     """
     pieces = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
     check_lengths([batch for _, batch in pieces])
-    min_elements = max(min_elements, -(-sum(_size(batch)[1] for _, batch in pieces) // max_batches))
+    elements = sum(_first_input(batch).numel() for _, batch in pieces)
+    min_elements = max(min_elements, -(-elements // max_batches))
     groups: list[list[tuple[int, Batch]]] = []
     size, last_form, last_joins = 0, list[Any](), False
     for part, batch in pieces:
@@ -54,7 +55,7 @@ def merge_batches(
             groups.append([])
             size, last_form, last_joins = 0, form, joins
         groups[-1].append((part, batch))
-        size += _size(batch)[1]
+        size += _first_input(batch).numel()
     if max_batches == 1 < len(groups):
         raise ValueError(
             f"this network keeps tensors in its modules, so that all data must run in one batch, and {len(groups)} of "
@@ -64,17 +65,16 @@ def merge_batches(
     for group in groups:
         examples, ends = 0, dict[int, int]()
         for part, batch in group:
-            examples += _size(batch)[0]
+            examples += len(_first_input(batch))
             ends[part] = examples
         result.append(FitBatch(concatenate([batch for _, batch in group]), tuple(ends.items())))
     return result
 
 
-def _size(batch: Batch) -> tuple[int, int]:
-    """Return (examples, elements) of the first tensor of a batch; (1, 1) without a tensor."""
+def _first_input(batch: Batch) -> Tensor:
+    """Return the first input of a batch that is a tensor with dimensions; one of a single 0 if there is none."""
     inputs = [*batch.args, *batch.kwargs.values()]
-    first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
-    return len(first), first.numel()
+    return next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
 
 
 def read_state(model: nn.Module) -> dict[str, object]:

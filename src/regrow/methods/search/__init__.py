@@ -138,7 +138,8 @@ class Search(ABC):
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
         """Clip the norm of the network's gradients, in place, to the setting ``clip``; return the state."""
-        if (clip := self.settings.get("clip")) is not None:
+        clip = self.settings.get("clip")
+        if clip is not None:
             torch.nn.utils.clip_grad_norm_(context.parameters().values(), clip)
         return state
 

@@ -139,7 +139,8 @@ def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
 
 def plan_restoration(search: Search, share: float, state: SearchState, context: Context) -> Commit:
     """Return the plan that restores a fraction of this stage's cut filters, by the gradient of their scale."""
-    stored, restorable = context.undo.restorable if context.undo else {}, dict[str, list[int]]()
+    stored = context.undo.restorable if context.undo else {}
+    restorable: dict[str, list[int]] = {}
     for key, ids in state.cut.items():
         units = [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
         if units:

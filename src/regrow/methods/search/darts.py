@@ -67,9 +67,8 @@ class Darts(Search):
 
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         removable = ("operations", "filters")
-        super().__init__(
-            s, SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=removable)
-        )
+        space = SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=removable)
+        super().__init__(s, space)
         self.s = s
 
     def masks(

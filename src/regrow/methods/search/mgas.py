@@ -184,7 +184,8 @@ class Mgas(Search):
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
         """Clip gradients, and update the drift, the moving sum s ← 0.9 s + gradient of α, both in place."""
         state = super().project(state, context, step)
-        if (gradient := state.alpha.values.grad) is not None and state.drift is not None:
+        gradient = state.alpha.values.grad
+        if gradient is not None and state.drift is not None:
             state.drift.values.mul_(0.9).add_(gradient)
         return state
 

@@ -158,7 +158,8 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
 
 def _start(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
     """Return the state at the start of the first task: thresholds 0, and nothing is owned."""
-    dims, threshold = 1 if s.threshold == "dst" else 0, {}  # one threshold per unit, or per weight
+    dims = 1 if s.threshold == "dst" else 0  # one threshold per unit, or per weight
+    threshold = {}
     for name in context.weights if s.threshold != "none" else ():
         zeros = torch.zeros(context.parameters()[name].shape[:dims], device=context.device)
         threshold[name] = AxisTensor(zeros, context.axes.shapes[name][:dims], s.lr)
@@ -198,7 +199,8 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     for name in context.weights:
         if name in state.threshold:
             penalty = torch.exp(-state.threshold[name].values)
-            if penalty.dim() and (old := state.old.get(name)) is not None:
+            old = state.old.get(name)
+            if penalty.dim() and old is not None:
                 penalty = penalty * torch.where(old.values, 1.0, s.new_unit_penalty)
             loss = loss + s.alpha * penalty.sum()
     return Loss(loss, bool(rows))

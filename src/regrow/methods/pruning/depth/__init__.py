@@ -98,10 +98,11 @@ def _check_budget(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: B
     cost, total = _least_cost(s, rest, units, budget), cost_of(axes, budget).total
     if cost > budget.limit(total):
         limit = str(budget.target) if budget.target else f"keep {budget.keep:g}"
-        least, word = budget.least(cost, total), "target" if budget.target else "keep"
+        setting = "target" if budget.target else "keep"
+        least = budget.least(cost, total)
         raise BudgetError(
             f"{limit} cannot be met: without every module that can be dropped, {100 * cost / total:.2f} % "
-            f"of {budget.measure} stays; use {word} {least:g}, or let more be cut (unit=any, fill=neurons)",
+            f"of {budget.measure} stays; use {setting} {least:g}, or let more be cut (unit=any, fill=neurons)",
             least,
         )
 

@@ -130,7 +130,8 @@ class ModuleShares:
         """
         s, task = self.settings, self.task
         every = min(s.every, s.steps)
-        epochs = [every] * (s.steps // every) + [s.steps % every] * bool(s.steps % every)  # an evaluation ends each
+        full, rest = divmod(s.steps, every)
+        epochs = [every] * full + ([rest] if rest else [])  # an evaluation ends each
         learner = with_early_stopping(
             Learner[AxisTensors](
                 state.learner.tensors,
