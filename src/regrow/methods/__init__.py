@@ -146,10 +146,10 @@ def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = (
     """
     tables = _tables(kind)
     if table := next((table for table in tables if name in table), None):
-        known = table.setting_names(name) if settings else None
+        setting_names = table.setting_names(name) if settings else None
         for key in settings:
-            if known is not None and key not in known:
-                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
+            if setting_names is not None and key not in setting_names:
+                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(setting_names) or 'none'}")
         return
     if names_code(name):
         return

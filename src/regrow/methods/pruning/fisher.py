@@ -133,11 +133,11 @@ def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: boo
     """Return name of an allocation → mean loss per label when it masks units; ``{}`` if no batch has a finite loss."""
     masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
-    sums, measured, seen = dict.fromkeys(masks, 0.0), 0, 0  # labels whose losses count; all labels
+    sums, counted_labels, all_labels = dict.fromkeys(masks, 0.0), 0, 0
     sources = list(task.evidence.data.values())
     for batch in (batch for source in sources for batch in _first_labelled(source)):
-        task.context.progress(seen, max(seen + 1, LABELS * len(sources)), "comparing allocations")
-        seen += batch.size
+        task.context.progress(all_labels, max(all_labels + 1, LABELS * len(sources)), "comparing allocations")
+        all_labels += batch.size
         objective, moved = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
         row = {}  # name of an allocation → its loss on the batch
         for name, gates in masks.items():
@@ -145,9 +145,9 @@ def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: boo
                 loss = float(objective.compute_loss(moved.run(task.model), moved))
             row[name] = loss if math.isfinite(loss) else math.inf
         if min(row.values()) < math.inf:
-            measured += batch.size
+            counted_labels += batch.size
             sums = {name: sums[name] + row[name] * batch.size for name in masks}
-    return {name: total / measured for name, total in sums.items()} if measured else {}
+    return {name: total / counted_labels for name, total in sums.items()} if counted_labels else {}
 
 
 def _first_labelled(source: Iterable[Batch]) -> Iterator[Batch]:

@@ -84,7 +84,7 @@ class Elimination:
         A unit that is removed later has a higher score, if only by rounding, so that scores keep the order.
 
         >>> scores = Elimination(torch.tensor([2, 1, 0]), torch.tensor([0.5, 3.0, 2.0])).scores()
-        >>> [round(float(one), 6) for one in scores], bool(scores[1] < scores[0])
+        >>> [round(float(score), 6) for score in scores], bool(scores[1] < scores[0])
         ([3.0, 3.0, 0.5], True)
         """
         ascending = self.losses.double().cummax(0).values

@@ -121,9 +121,9 @@ def _choose_modules(s: Settings, task: PruningTask) -> Removal:
     if divergences:
         count = min(divergences, key=lambda number: (divergences[number], number))  # ties: the fewest
     chosen = tuple(step.module for step in path[:count])
-    left = path[count - 1].left if count else 1.0
+    remaining = path[count - 1].left if count else 1.0
     names = f" ({', '.join(chosen)})" if chosen else ""
-    share = f"{100 * left:.2f} % of {task.budget.measure}"
+    share = f"{100 * remaining:.2f} % of {task.budget.measure}"
     notes = [f"modules dropped whole: {count} of {len(modules)}{names}; {share} stays"]
     if divergences and search.without_held_out:
         notes.append(
@@ -243,32 +243,35 @@ class DepthSearch:
 
         The next one is that whose absence raises the divergence least per unit of what the budget counts.
         """
-        whole = cost_of(self.task.axes, self.task.budget).total
-        limit = self.task.budget.limit(whole)
-        saved = {path: max(1, whole - self._cost_without([path])) for path in self.modules}
+        total = cost_of(self.task.axes, self.task.budget).total
+        limit = self.task.budget.limit(total)
+        saved = {path: max(1, total - self._cost_without([path])) for path in self.modules}
         dropped: list[str] = []
         result: list[DepthStep] = []
-        now, left, measured_at = 0.0, whole, dict.fromkeys(self.modules, -1)  # number of dropped modules at that time
+        divergence, cost = 0.0, total
+        measured_at = dict.fromkeys(self.modules, -1)  # the number of dropped modules when a rise was measured
         rises = dict.fromkeys(self.modules, -inf)  # of the divergence; -inf: not yet measured
-        while left > limit:
+        while cost > limit:
             finite = [path for path, rise in rises.items() if rise < inf]
-            fits = [path for path in finite if left - saved[path] >= limit]
-            if not fits and (finite or dropped):
-                axes = self._axes_without(dropped)
-                if _least_cost(self.s, axes, self.task.units, self.task.budget) <= limit:
-                    break  # neurons alone meet the rest of the budget
+            fits = [path for path in finite if cost - saved[path] >= limit]
+            may_stop = not fits and bool(finite or dropped)
+            if (
+                may_stop
+                and _least_cost(self.s, self._axes_without(dropped), self.task.units, self.task.budget) <= limit
+            ):
+                break  # neurons alone meet the rest of the budget
             if not finite:
                 raise RefusedError(NOT_FINITE)
             best = min(fits or finite, key=lambda path: rises[path] / saved[path])
             if measured_at[best] != len(dropped):  # an old rise: measure it again, and look for the best once more
-                self.task.context.progress(whole - left, whole - limit, f"measuring without {best}")
+                self.task.context.progress(total - cost, total - limit, f"measuring without {best}")
                 trial = [*dropped, best]
-                rises[best] = self._divergence(" ".join(sorted(trial)), trial, self.search) - now
+                rises[best] = self._divergence(" ".join(sorted(trial)), trial, self.search) - divergence
                 measured_at[best] = len(dropped)
                 continue
             dropped.append(best)
-            now, left = now + rises.pop(best), self._cost_without(dropped)
-            result.append(DepthStep(best, now, left / whole))
+            divergence, cost = divergence + rises.pop(best), self._cost_without(dropped)
+            result.append(DepthStep(best, divergence, cost / total))
         return result
 
     def divergence_by_count(self, path: Sequence[DepthStep]) -> dict[int, float]:
