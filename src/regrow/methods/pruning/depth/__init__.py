@@ -254,11 +254,8 @@ class DepthSearch:
         while cost > limit:
             finite = [path for path, rise in rises.items() if rise < inf]
             fits = [path for path in finite if cost - saved[path] >= limit]
-            may_stop = not fits and bool(finite or dropped)
-            if (
-                may_stop
-                and _least_cost(self.s, self._axes_without(dropped), self.task.units, self.task.budget) <= limit
-            ):
+            may_end = not fits and bool(finite or dropped)
+            if may_end and _least_cost(self.s, self._axes_without(dropped), self.task.units, self.task.budget) <= limit:
                 break  # neurons alone meet the rest of the budget
             if not finite:
                 raise RefusedError(NOT_FINITE)
