@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow.tracing.capture import capture, example_of
-from regrow.tracing.readings import GraphBlock, blocks
-from regrow.tracing.steps import operations
+from regrow.tracing.capture import capture, complete_example
+from regrow.tracing.readings import GraphBlock, divide_into_blocks
+from regrow.tracing.steps import list_operations
 from zoo import trace_zoo
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
@@ -38,17 +38,17 @@ class Convolutions(nn.Module):
 
 def cut(model: nn.Module, *args: Tensor) -> tuple[GraphBlock, ...]:
     """The blocks of a model."""
-    return blocks(capture(model.eval(), example_of(model, args, {})))
+    return divide_into_blocks(capture(model.eval(), complete_example(model, args, {})))
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama", "gpt2", "vit", "convnext", "resnet18", "gru_handed_on", "mamba"])
 def test_every_operation_is_in_one_block_and_seams_fit(name: str) -> None:
     _, axes = trace_zoo(name)
     recorded = axes.recording.capture
-    found = blocks(recorded)
+    found = divide_into_blocks(recorded)
     steps = axes.steps
     assert [block.start for block in found] == [0, *(block.stop for block in found[:-1])]
-    assert found[-1].stop == len(steps) == len(operations(recorded))
+    assert found[-1].stop == len(steps) == len(list_operations(recorded))
     for i, block in enumerate(found):
         read = {one for step in steps[block.start : block.stop] for one in step.operands}
         before = {one for one in read if isinstance(one, int) and one < block.start}

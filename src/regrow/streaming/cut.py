@@ -32,7 +32,7 @@ from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
 from regrow.tracing.readings import GraphBlock
-from regrow.tracing.steps import restate_steps
+from regrow.tracing.steps import with_new_constants
 
 
 def check_streamed_run(
@@ -168,6 +168,6 @@ def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
     ready = prepare(model, axes, plan)
     rehearsal = try_out(model, axes, plan)
     change = ProposedChange(ready, axes.recording, rehearsal.planned)
-    known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
+    known = replace(axes, steps=with_new_constants(axes.steps, rehearsal.planned), recording=None)
     copied, after = commit(copy_model(model, lambda tensor: tensor), known, ready)
     return StreamedCut(opened, change, replace(opened.loaded, model=copied), after)

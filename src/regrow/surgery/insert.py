@@ -20,7 +20,7 @@ from regrow.tracing import trace, with_branches
 from regrow.tracing.capture import evaluating, first_line, holds_numbers
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.own_run import ROUNDING, measure_distance, run_network
+from regrow.tracing.own_run import ROUNDING, compute_outputs, measure_distance
 from regrow.tracing.stacks import StackError, insert_copies, remove_copies
 
 # Name of a module or tensor before blocks are inserted → its name after that
@@ -46,7 +46,7 @@ def with_copies(
         if undo.branches:
             raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
     example = cast_example(axes.example, model)
-    before = run_network(model, example) if holds_numbers(model, axes.example) else None
+    before = compute_outputs(model, example) if holds_numbers(model, axes.example) else None
     inserted = []
     try:
         for path, insertion in plan.insert.items():
@@ -114,7 +114,7 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
 
 def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor], plan: Plan) -> None:
     """Raise ``PlanError`` unless the network has the outputs that it had before blocks were inserted."""
-    after = run_network(model, example)
+    after = compute_outputs(model, example)
     distance, largest = measure_distance(before, after)
     rounding = ROUNDING * max(torch.finfo(x.dtype).eps for x in (*before, torch.ones(())) if x.is_floating_point())
     if not distance <= rounding * largest:

@@ -16,7 +16,7 @@ from regrow.tracing.capture import Capture, TraceError, capture, evaluating, fir
 from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
-from regrow.tracing.readings import readings
+from regrow.tracing.readings import record_readings
 
 # The largest float64 difference allowed, relative to the largest value that is compared
 RELATIVE_BOUND = 1e-9
@@ -89,7 +89,7 @@ def run_whole_pair(
     whole = _widened(model, axes) if double else shallow_copy(model)
     example = map_tensors(example, as_double) if double else example
     with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
-        known = readings(whole, axes, example, decisions)
+        known = record_readings(whole, axes, example, decisions)
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(known.capture, known.reads, known.sizes, keep, plan.means, known.compared, plan.drop.values())
     runner = Runner(known.capture, known.given, loader(whole), double, mask)

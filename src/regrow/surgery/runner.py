@@ -20,7 +20,7 @@ from regrow.tracing.nodes import op_name, operands
 from regrow.tracing.own_run import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.readings import GraphBlock, ReadDim
 from regrow.tracing.record import ORDERS
-from regrow.tracing.steps import operations
+from regrow.tracing.steps import list_operations
 
 # Function of a parameter's or buffer's name, and whether in float64, that returns the tensor
 Load = Callable[[str, bool], Tensor]
@@ -67,7 +67,7 @@ def masking(
     drop: Collection[Branch] = (),
 ) -> Masking:
     """Return the replacements that mask a recorded network to the kept units and branches."""
-    nodes = operations(recorded)
+    nodes = list_operations(recorded)
     masked: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
     units = {key: Layout.of(torch.tensor(kept, dtype=torch.long)) for key, kept in keep.items()}
@@ -104,7 +104,7 @@ class Runner(Interpreter):
     ) -> None:
         super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
         self.states, self.load, self.double, self.masking = recorded.states, load, double, masking or Masking()
-        self.nodes = operations(recorded)
+        self.nodes = list_operations(recorded)
         self.exact = exact
         self.orders: list[Tensor] = []
         self.judged: Answers = []

@@ -24,16 +24,16 @@ from regrow.tracing.repeated_calls import NUMBER
 class PlaceholderModule(nn.Module):
     """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
 
-    Plain attributes of the module ``of`` that it replaces are copied, since code around it may read them.
+    Plain attributes of the module ``replaced`` are copied, since code around it may read them.
 
     >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
     tensor([0., 0., 0.])
     """
 
-    def __init__(self, placeholder: Placeholder, of: nn.Module | None = None) -> None:
+    def __init__(self, placeholder: Placeholder, replaced: nn.Module | None = None) -> None:
         super().__init__()
         self.placeholder = placeholder
-        for name, value in vars(of).items() if of is not None else ():
+        for name, value in vars(replaced).items() if replaced is not None else ():
             if type(value) in (bool, int, float, str) and not name.startswith("_"):
                 setattr(self, name, value)
 
@@ -45,7 +45,9 @@ class PlaceholderModule(nn.Module):
         value = args[placeholder.takes] if isinstance(placeholder.takes, int) else kwargs[placeholder.takes]
         if placeholder.gives == "zero":
             value = torch.zeros_like(value)
-        return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
+        if not placeholder.of:  # the output is one tensor
+            return value
+        return tuple(value if i == placeholder.at else None for i in range(placeholder.of))
 
 
 def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
@@ -56,7 +58,7 @@ def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder
 
 
 def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Set modules at their paths, in place."""
+    """Set modules at their paths (path → module), in place."""
     for path, module in modules.items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -93,7 +95,7 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """
     with preserve_state(model, entries=True):
         recorded = capture(model, axes.example, axes.decisions, tracer=axes.tracer)
-    return replace(axes, branches=branches(model, recorded, axes.example) | candidate_branches(model))
+    return replace(axes, branches=find_branches(model, recorded, axes.example) | candidate_branches(model))
 
 
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
@@ -107,8 +109,8 @@ def candidate_branches(model: nn.Module) -> dict[str, Branch]:
     }
 
 
-def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
-    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped."""
+def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
+    """Return path → branch of every module that runs, with the reason if it cannot be dropped; {} if unknown."""
     if recorded.decisions is not None:
         return {}
     copy, fake = fake_copy(model, cast_example(example, model))
@@ -123,13 +125,14 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
-    """Run a network on an example; return module path → its calls, and the network's output."""
+    """Run a network on an example in evaluation mode; return module path → its calls, and the network's output."""
     calls: dict[str, list[ModuleCall]] = {}
 
-    def noting(path: str) -> Any:
+    def make_hook(path: str) -> Any:
+        """Return a forward hook that adds a call to those of a path."""
         return lambda module, args, kwargs, answer: calls.setdefault(path, []).append(ModuleCall(args, kwargs, answer))
 
-    hooks = [m.register_forward_hook(noting(p), with_kwargs=True) for p, m in model.named_modules() if p]
+    hooks = [m.register_forward_hook(make_hook(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
         with evaluating(model), torch.no_grad(), quiet():
             return calls, model(*example.args, **example.kwargs)
@@ -162,11 +165,11 @@ class _Search:
         try:
             if isinstance(self.model.get_submodule(path), PlaceholderModule):
                 raise BranchError("it is dropped already")
-            site = self.effects.site(path)
+            site = self.effects.find_site(path)
             dead = self.effects.dead(site)
-            left = next((node for node in self.effects.inside[path] if node not in dead), None)
-            if left is not None:
-                raise BranchError(f"{op_name(left)} in it is used elsewhere too")
+            live = next((node for node in self.effects.inside[path] if node not in dead), None)
+            if live is not None:
+                raise BranchError(f"{op_name(live)} in it is used elsewhere too")
             top = outermost(name for name, nodes in self.effects.inside.items() if dead.issuperset(nodes))
             if path not in top:
                 raise BranchError(f"it goes with {next(name for name in top if lies_in(path, name))}")
@@ -175,6 +178,7 @@ class _Search:
             return Branch(path, reason=str(error))
 
     def _placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
+        """Return path → placeholder of a branch and of the modules in ``top`` that go with it, or raise BranchError."""
         placeholders = {path: self._placeholder(path, site)}
         for name in sorted({*top} - {path}):
             try:
@@ -192,7 +196,7 @@ class _Search:
         return placeholders
 
     def _placeholder(self, path: str, site: Site | None) -> Placeholder:
-        """Return what replaces a module: the droppable one itself, or one whose output only that uses."""
+        """Return what replaces a droppable module (at ``site``), or one whose output only that uses (``None``)."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 and (site is not None or not calls):
             raise BranchError(f"it runs {len(calls)} times")
@@ -208,7 +212,7 @@ class _Search:
 
     @staticmethod
     def _answer(answer: object, form: Tensor | None) -> tuple[int, int]:
-        """Return how many parts a module's output has (0: it is one tensor), and which of them is used."""
+        """Return how many parts a module's output has (0: it is one tensor), and the index of that of ``form``."""
         if isinstance(answer, Tensor):
             return 0, 0
         parts = answer if type(answer) is tuple else ()
@@ -220,30 +224,33 @@ class _Search:
     def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
         """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""
 
-        def goes(name: str) -> bool:
+        def is_dropped(name: str) -> bool:
             return any(lies_in(name, path) for path in placeholders)
 
         for name, every in self.names.items():
-            if goes(name) and (other := next((other for other in every if not goes(other)), "")):
+            other = next((other for other in every if not is_dropped(other)), "")
+            if is_dropped(name) and other:
                 raise BranchError(f"{name} is {other}, too")
         for node, name in self.effects.capture.states.items():
             users = self.effects.users.get(node, [])
-            if goes(name) and (user := next((user for user in users if user not in dead), None)) is not None:
+            user = next((user for user in users if user not in dead), None)
+            if is_dropped(name) and user is not None:
                 raise BranchError(f"{name} is read elsewhere too, by {op_name(user)}")
-            if users and not goes(name) and dead.issuperset(users):
+            if users and not is_dropped(name) and dead.issuperset(users):
                 raise BranchError(f"{name} would be left, and nothing would use it")
 
     @cached_property
     def first(self) -> list[str]:
-        """The paths of the first numbered module of each kind."""
+        """The paths of the first numbered module of each class and settings."""
         result: dict[Any, tuple[int, str]] = {}
         for path, module in self.model.named_modules():
             if type(number := vars(module).get(NUMBER)) is int:
-                result[_kind(module)] = min(result.get(_kind(module), (number, path)), (number, path))
+                kind = _class_and_settings(module)
+                result[kind] = min(result.get(kind, (number, path)), (number, path))
         return [path for _, path in result.values()]
 
     def repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
-        """Return the branches that remove the same tensors as another one, which leaves less computation."""
+        """Return path → branches that remove the same parameters as a better one, now with that as the reason."""
         result: dict[str, Branch] = {}
         numel = {name: x.numel() for name, x in self.model.named_parameters()}
         same: dict[frozenset[str], list[Branch]] = {}
@@ -252,13 +259,14 @@ class _Search:
                 same.setdefault(frees, []).append(branch)
         for frees, members in same.items():
             inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
+            # the one that passes its input on, and that holds most of the parameters itself
             best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
             reason = f"it takes away what {best.module} does"
             result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
         return result
 
     def failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
-        """Return the branches that cannot be dropped; equally named ones are tried together, then each alone."""
+        """Return path → branches that fail on trial, with the reason; equally named ones are first tried together."""
         classes: dict[tuple[str, str], list[Branch]] = {}
         for path, branch in known.items():
             if branch.free:
@@ -271,7 +279,7 @@ class _Search:
         return result
 
     def problem(self, members: Sequence[Branch]) -> str:
-        """Return what is wrong with the network without some branches; empty if nothing is."""
+        """Run the network without some branches; return what is wrong, empty if nothing is. The network is restored."""
         placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
         dropped = insert_placeholders(self.model, {path: placeholders[path] for path in outermost(placeholders)})
         try:
@@ -290,7 +298,8 @@ class _Search:
         return "" if tensor_forms(answer) == tensor_forms(self.answer) else "the network would answer in another shape"
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
+def _class_and_settings(module: nn.Module) -> tuple[Any, ...]:
+    """Return the class of a module, its words and flags, and which of its attributes are ``None``."""
     settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
     none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
     return type(module), tuple(settings), tuple(none)

@@ -26,8 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from regrow.tracing.known_forms import is_plain
 from regrow.tracing.model_state import LEAVES, Snapshot, is_plain_object
-from regrow.tracing.nodes import map_arguments, writes
+from regrow.tracing.nodes import map_arguments, writes_in_place
 
 if TYPE_CHECKING:
     from regrow.tracing.record import Recorder
@@ -36,8 +37,8 @@ NUMBER = "layer_idx"
 """The attribute that numbers the blocks of a network."""
 
 
-def _structure_of(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
-    """Return what tells a module from others: classes, attributes and tensors, without the numbers of some modules."""
+def _describe_module(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
+    """Return a description of a module: equal ones run alike. The numbers of those in ``numbered`` are left out."""
     ids: dict[int, int] = {}
     parts: list[object] = []
     objects: dict[int, object] = {}
@@ -45,34 +46,40 @@ def _structure_of(module: nn.Module, numbered: Container[nn.Module] = ()) -> tup
         for name, value in vars(child).items():
             if name in _HOOKS:
                 if value:
-                    raise TypeError
+                    raise TypeError  # what a hook does is not seen
             elif name in ("_parameters", "_buffers"):
                 for leaf, x in value.items():
-                    parts.append((path, leaf, None if x is None else _tensor(x, ids.setdefault(id(x), len(ids)))))
+                    parts.append((path, leaf, None if x is None else _describe_tensor(x, ids)))
             elif name == "_modules":
                 parts.append((path, tuple([(leaf, inner is None) for leaf, inner in value.items()])))
             elif name != NUMBER or child not in numbered:
-                parts.append((path, name, _attribute(value, objects)))
+                parts.append((path, name, _describe_attribute(value, objects)))
         parts.append(type(child))
     return tuple(parts)
 
 
+# Attributes of every module that hold its hooks
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 
 
-def _tensor(x: Tensor, index: int) -> object:
+def _describe_tensor(x: Tensor, ids: dict[int, int]) -> object:
+    """Return the form of a parameter or buffer, and its index among a module's distinct tensors (``ids``)."""
+    index = ids.setdefault(id(x), len(ids))
     return (type(x), isinstance(x, nn.Parameter), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, index)
 
 
-def _attribute(value: Any, objects: dict[int, object]) -> object:
-    """Return the contents of a plain attribute or object (a configuration), and the identity of any other."""
+def _describe_attribute(value: Any, objects: dict[int, object]) -> object:
+    """Return the contents of a plain attribute or object (a configuration), and the identity of any other.
+
+    Raises TypeError for a random generator. ``objects``: id → description, of the objects described before.
+    """
     kind = type(value)
     if kind in LEAVES:
         return (kind, value)
     if kind is tuple or kind is list:
-        return (kind, *[_attribute(part, objects) for part in value])
+        return (kind, *[_describe_attribute(part, objects) for part in value])
     if kind is dict:
-        return (kind, *[(name, _attribute(part, objects)) for name, part in value.items()])
+        return (kind, *[(name, _describe_attribute(part, objects)) for name, part in value.items()])
     if kind is set:
         return (kind, frozenset(value))
     if isinstance(value, random.Random) or kind.__module__.startswith("numpy.random"):
@@ -80,7 +87,8 @@ def _attribute(value: Any, objects: dict[int, object]) -> object:
     if id(value) not in objects:
         objects[id(value)] = (kind, id(value))
         if is_plain_object(value) and not isinstance(value, Tensor | nn.Module) and not callable(value):
-            objects[id(value)] = (kind, *[(name, _attribute(part, objects)) for name, part in vars(value).items()])
+            contents = [(name, _describe_attribute(part, objects)) for name, part in vars(value).items()]
+            objects[id(value)] = (kind, *contents)
     return objects[id(value)]
 
 
@@ -90,13 +98,15 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class _RecordedCall:
+    """A recorded call of a module, of which later calls copy the operations."""
+
     module: nn.Module
     outer: Mapping[str, Any]  # the modules that ran it
     before: tuple[Node, ...]  # the nodes of its operands and of its own tensors before the call
     after: tuple[Node, ...]  # and after it; another one where an operation gave a tensor that it was given
-    calls: tuple[Node, ...]
-    results: tuple[tuple[str, Any], ...]  # per entry of the result: an operand's index, a node or a plain value
-    spec: TreeSpec
+    calls: tuple[Node, ...]  # its operations, in order
+    results: tuple[tuple[str, Any], ...]  # per entry of the result, as _find_source returns it
+    spec: TreeSpec  # of the result
     snapshot: Snapshot  # what the module reaches, as it was before the call
 
 
@@ -105,20 +115,22 @@ def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
     """Context manager in which the operations of repeated modules are copied from the first of them."""
     own = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
     numbered = {module for module in own if type(vars(module).get(NUMBER)) is int}
-    repeated = _repeated(model, numbered)
+    repeated = _find_repeated(model, numbered)
     if not repeated:
         yield
         return
     calls = _RepeatedCalls(model, recorder)
-    run, find = nn.Module.__call__, nn.Module.__getattr__
+    run_module, find = nn.Module.__call__, nn.Module.__getattr__
     inside = {module for block in repeated for module in block.modules()}
     numbers = {module: vars(module).pop(NUMBER) for module in numbered & inside}
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run_module = partial(run, module, *args, **kwargs)
-        return calls.call(run_module, module, args, kwargs) if module in repeated else run_module()
+        """Run a module, or copy a recorded call of a repeated one; replaces ``nn.Module.__call__``."""
+        run = partial(run_module, module, *args, **kwargs)
+        return calls.call(run, module, args, kwargs) if module in repeated else run()
 
     def read(module: nn.Module, name: str) -> Any:
+        """Return an attribute that is not in a module's ``vars``; replaces ``nn.Module.__getattr__``."""
         if name == NUMBER:
             calls.reads += 1  # also where there is none: whether there is one may decide something
             if module in numbers:
@@ -129,7 +141,7 @@ def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.__call__, nn.Module.__getattr__ = run, find  # type: ignore[method-assign]
+        nn.Module.__call__, nn.Module.__getattr__ = run_module, find  # type: ignore[method-assign]
         for module, number in numbers.items():
             vars(module).setdefault(NUMBER, number)
 
@@ -142,15 +154,16 @@ class _RepeatedCalls:
         self.paths = {module: path for path, module in model.named_modules()}
         self.known: dict[object, _RecordedCall] = {}
         self.tries: Counter[object] = Counter()
-        self.reads = 0
+        self.reads = 0  # how often the number of a module was read
 
     def call(self, run: Callable[[], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return the result of a module's call: copied from an equal one, or that of ``run()``, which may be kept."""
         leaves, spec = tree_flatten((args, kwargs))
         if torch._C._is_any_autocast_enabled():
             return run()
         try:
             modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch._C._len_torch_function_stack()
-            key = (_structure_of(module), spec, self._forms(leaves), modes)
+            key = (_describe_module(module), spec, self._forms(leaves), modes)
             hash(key)
         except TypeError:
             return run()
@@ -158,7 +171,7 @@ class _RepeatedCalls:
         tensors = [*inputs, *module.parameters(), *module.buffers()]
         nodes = tuple([self.recorder.nodes[x] for x in tensors])
         known = self.known.get(key)
-        if known is not None and (mapping := _mapping(known.before, nodes)) and known.snapshot.is_unchanged():
+        if known is not None and (mapping := _map_nodes(known.before, nodes)) and known.snapshot.is_unchanged():
             return self._copy(known, module, mapping, inputs, tensors)
         if self.tries[key] >= _TRIES:
             return run()
@@ -170,11 +183,11 @@ class _RepeatedCalls:
             calls = tuple(self.recorder.calls[start:])
             after = tuple([self.recorder.nodes[x] for x in tensors])
             leaves, spec = tree_flatten(result)
-            results = tuple([_source(x, inputs, self.recorder.nodes) for x in leaves])
-            made = {value for kind, value in results if kind == "made"}
-            constant = any(node in self.recorder.plain for node in made)
-            whole = made <= {*calls} and not constant and "unknown" not in dict(results)
-            if whole and _is_closed(calls, {*nodes}):
+            results = tuple([_find_source(x, inputs, self.recorder.nodes) for x in leaves])
+            computed = {value for kind, value in results if kind == "made"}
+            has_constant = any(node in self.recorder.constant_results for node in computed)
+            can_be_copied = computed <= {*calls} and not has_constant and "unknown" not in dict(results)
+            if can_be_copied and _is_closed(calls, {*nodes}):
                 self.known[key] = _RecordedCall(module, outer, nodes, after, calls, results, spec, snapshot)
         return result
 
@@ -194,7 +207,7 @@ class _RepeatedCalls:
         inputs: list[Tensor],
         tensors: list[Tensor],
     ) -> Any:
-        """Copy the operations of a known call, and return the result of this one."""
+        """Copy the operations of a known call, and return the result of this one; extends ``mapping`` (node → copy)."""
         pairs = zip(known.module.modules(), module.modules(), strict=True)
         names = {self.paths[a]: self.paths[b] for a, b in pairs if a in self.paths and b in self.paths}
         stacks: dict[int, dict[str, Any]] = {}
@@ -209,15 +222,16 @@ class _RepeatedCalls:
             if after is not before:
                 self.recorder.nodes[x] = mapping[after]
         made: dict[Node, Tensor] = {}
+        sources: dict[str, Any] = {"operand": inputs, "made": made}
         results = []
         for kind, value in known.results:
             if kind == "made" and value not in made:
                 made[value] = self._result(value.meta["val"], mapping[value])
-            results.append(inputs[value] if kind == "operand" else made[value] if kind == "made" else value)
+            results.append(sources[kind][value] if kind in sources else value)
         return tree_unflatten(results, known.spec)
 
     def _result(self, like: FakeTensor, node: Node) -> FakeTensor:
-        """Return a new tensor for a copied operation."""
+        """Return a new fake tensor of the form of ``like`` as the value of a copied operation's node."""
         with torch._C.DisableTorchFunction(), no_python_dispatcher(), torch._C._DisableTorchDispatch():
             form = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
             made = FakeTensor(self.recorder.fake, form, like.fake_device)
@@ -231,28 +245,23 @@ class _RepeatedCalls:
         return tuple([self._form(x, ids.setdefault(id(x), len(ids))) for x in leaves])
 
     def _form(self, x: Any, index: int) -> object:
+        """Return what identifies an operand; ``index``: which of the distinct operands it is."""
         if type(x) in LEAVES:
             return (type(x), x)
-        usual = type(x) is FakeTensor and x.fake_mode is self.recorder.fake and x.constant is None and _is_plain(x)
-        if not usual or x not in self.recorder.nodes:
+        if not is_plain(x) or x.fake_mode is not self.recorder.fake or x not in self.recorder.nodes:
             raise TypeError
         node = self.recorder.nodes[x]
-        same = node if node in self.recorder.plain else None  # its value could decide something
+        same = node if node in self.recorder.constant_results else None  # its value could decide something
         return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, index, same)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether a tensor is dense, and neither conjugated nor negated by a flag."""
-    return x.layout is torch.strided and not x.is_conj() and not x.is_neg()
-
-
-def _mapping(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
+def _map_nodes(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
     """Return node of the known call → that of this one; ``None`` if one node would be two."""
-    mapping: dict[Node, Node] = {}
-    return mapping if all(mapping.setdefault(a, b) is b for a, b in zip(known, nodes, strict=True)) else None
+    mapping = dict(zip(known, nodes, strict=True))
+    return mapping if all(mapping[a] is b for a, b in zip(known, nodes, strict=True)) else None
 
 
-def _repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.Module]:
+def _find_repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.Module]:
     """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
     result: set[nn.Module] = set()
     for stack in model.modules():
@@ -262,28 +271,28 @@ def _repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.
             for child in stack._modules.values():
                 if child is not None and len(child._modules) and (classes[type(child)] > 1 or len(stack) == 1):
                     with suppress(TypeError):
-                        alike.setdefault(_structure_of(child, numbered), []).append(child)
+                        alike.setdefault(_describe_module(child, numbered), []).append(child)
             result |= {child for same in alike.values() for child in same if len(same) > 1 or len(stack) == 1}
     return frozenset(result)
 
 
-def _source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
-    """Return where an entry of a result comes from."""
+def _find_source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
+    """Return the source of an entry of a result: "plain", value; "operand", index; "made", node; or "unknown", None."""
     if not isinstance(x, Tensor):
         return ("plain", x) if type(x) in LEAVES else ("unknown", None)
     for index, operand in enumerate(inputs):
         if operand is x:
             return "operand", index
-    usual = type(x) is FakeTensor and _is_plain(x) and not x.requires_grad
+    usual = is_plain(x) and not x.requires_grad
     node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
     return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
 
 
 def _is_closed(calls: tuple[Node, ...], known: set[Node]) -> bool:
-    """Whether no operation that reads a tensor from outside of a call writes into a tensor, or returns that one."""
+    """Whether no operation that reads a tensor from outside a call writes into a tensor, or returns what it read."""
     inside = {*calls} | known
     for node in calls:
         outside = [operand.meta["val"] for operand in node.all_input_nodes if operand not in inside]
-        if outside and (writes(node) or any(value is node.meta["val"] for value in outside)):
+        if outside and (writes_in_place(node) or any(value is node.meta["val"] for value in outside)):
             return False
     return True
