@@ -25,7 +25,7 @@ from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.capture import Capture, capture, holds_numbers
 from regrow.tracing.interception import without_garbage_collection
 from regrow.tracing.meta_copy import cast_example
-from regrow.tracing.model_state import code_of, state_of
+from regrow.tracing.model_state import describe_code, state_of
 from regrow.tracing.readings import Recording, record_readings
 from regrow.tracing.steps import with_new_constants
 from regrow.tracing.trial import Rehearsal, rehearse
@@ -116,11 +116,11 @@ def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -
     example, recording = cast_example(axes.example, model), axes.recording
     if recording is None:
         fresh = record_readings(model, axes, example)
-        return Recording(fresh.capture, fresh.reads, code_of(model))
+        return Recording(fresh.capture, fresh.reads, describe_code(model))
     if present is None and not recording.fits(model, example):
         present = capture(model, example, tracer=axes.tracer)
     # A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
-    return recording if present is None else Recording(present, recording.reads, code_of(model))
+    return recording if present is None else Recording(present, recording.reads, describe_code(model))
 
 
 def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

@@ -83,7 +83,7 @@ def _trace(model: nn.Module, example: Example) -> AxisGraph:
 
 
 def _capture_and_compare(model: nn.Module, example: Example) -> tuple[Capture, str]:
-    """Return a recording, and why it was not compared with the network (empty: outputs are equal); else TraceError."""
+    """Return a recording, and why it could not be compared with the network; TraceError if their outputs differ."""
     recorded = capture(model, example)
     if not holds_numbers(model, example):
         return recorded, "the network or its example has no numbers"

@@ -54,7 +54,7 @@ Alike = list[tuple[Expr, Expr, str]]
 
 
 def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
-    """Return ``module:attribute`` → the dimension whose size it holds; and the pairs of dimensions that share one."""
+    """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets."""
     groups: dict[str, list[Expr]] = {}
     for path, expr in w.groups:
         groups.setdefault(path, []).append(expr)
@@ -73,7 +73,7 @@ def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[
             known |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
         written = literals.get(path, ())
         for name, value in _size_attributes(module):
-            if name not in known and (exprs := _dims_of_literals(written, name, value)):
+            if name not in known and (exprs := _find_literal_dims(written, name, value)):
                 known[name] = exprs[0]
                 alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
         known |= _find_products(module, written, known)
@@ -156,7 +156,7 @@ def _find_output_dim(tensors: Mapping[str, Dims]) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def _dims_of_literals(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
+def _find_literal_dims(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
     """Return the distinct dimensions whose size a module wrote as ``value`` in its reshapes and slices.
 
     If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.

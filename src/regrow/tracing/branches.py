@@ -13,7 +13,7 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.tracing.capture import Capture, capture, evaluating, first_line, quiet
+from regrow.tracing.capture import Capture, capture, evaluating, first_line, silence_torch
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
@@ -99,7 +99,7 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
-    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis."""
+    """Return path → branch of every operation of a :class:`regrow.Candidates`; these need no analysis."""
     return {
         path: Branch(path, {path: Placeholder("nothing", 0)})
         for parent, paths in candidates_in(model).items()
@@ -119,9 +119,9 @@ def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict
     except Exception:  # the network does not run on tensors without numbers
         return {}
     search = _Search(Effects(recorded), copy, fake, calls, answer)
-    result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
-    result |= search.repetitions(result)
-    return result | search.failing(result)
+    result = {path: search.examine(path) for path, _ in copy.named_modules() if path in calls}
+    result |= search.find_repetitions(result)
+    return result | search.find_failing(result)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
@@ -134,7 +134,7 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
     hooks = [m.register_forward_hook(make_hook(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
-        with evaluating(model), torch.no_grad(), quiet():
+        with evaluating(model), torch.no_grad(), silence_torch():
             return calls, model(*example.args, **example.kwargs)
     finally:
         for hook in hooks:
@@ -160,8 +160,8 @@ class _Search:
             every.setdefault(id(value), []).append(name)
         return {name: every[id(value)] for name, value in pairs}
 
-    def branch(self, path: str) -> Branch:
-        """Return a module as a branch, or as one that cannot be dropped, with the reason."""
+    def examine(self, path: str) -> Branch:
+        """Return a module as a branch: with placeholders, or with the reason why it cannot be dropped."""
         try:
             if isinstance(self.model.get_submodule(path), PlaceholderModule):
                 raise BranchError("it is dropped already")
@@ -173,35 +173,35 @@ class _Search:
             top = outermost(name for name, nodes in self.effects.inside.items() if dead.issuperset(nodes))
             if path not in top:
                 raise BranchError(f"it goes with {next(name for name in top if lies_in(path, name))}")
-            return Branch(path, self._placeholders(path, top, site, dead))
+            return Branch(path, self._make_placeholders(path, top, site, dead))
         except BranchError as error:
             return Branch(path, reason=str(error))
 
-    def _placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
+    def _make_placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
         """Return path → placeholder of a branch and of the modules in ``top`` that go with it, or raise BranchError."""
-        placeholders = {path: self._placeholder(path, site)}
+        placeholders = {path: self._make_placeholder(path, site)}
         for name in sorted({*top} - {path}):
             try:
-                placeholders[name] = self._placeholder(name, None)
+                placeholders[name] = self._make_placeholder(name, None)
             except BranchError as error:
                 module = self.model.get_submodule(name)
                 if any(True for _ in (*module.parameters(), *module.buffers())):
                     raise BranchError(f"{name} would go with it, but {error}") from None
         self._check_names(placeholders, dead)
-        for name in self.first:
+        for name in self.first_numbered:
             if any(lies_in(name, other) for other in placeholders):
                 raise BranchError(
                     f"{name} is the first of its kind, and a cache of keys and values counts tokens by it"
                 )
         return placeholders
 
-    def _placeholder(self, path: str, site: Site | None) -> Placeholder:
+    def _make_placeholder(self, path: str, site: Site | None) -> Placeholder:
         """Return what replaces a droppable module (at ``site``), or one whose output only that uses (``None``)."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 and (site is not None or not calls):
             raise BranchError(f"it runs {len(calls)} times")
         form = None if site is None else site[0].meta["val"]
-        of, part = self._answer(calls[0].answer, form)
+        of, part = self._locate_output(calls[0].answer, form)
         arguments: list[tuple[int | str, object]] = [*enumerate(calls[0].args), *calls[0].kwargs.items()]
         tensors = [(name, x) for name, x in arguments if isinstance(x, Tensor)]
         if not tensors:
@@ -211,8 +211,8 @@ class _Search:
         return Placeholder("zero" if site is None or site[1] is None else "input", takes, of, part)
 
     @staticmethod
-    def _answer(answer: object, form: Tensor | None) -> tuple[int, int]:
-        """Return how many parts a module's output has (0: it is one tensor), and the index of that of ``form``."""
+    def _locate_output(answer: object, form: Tensor | None) -> tuple[int, int]:
+        """Return how many parts an output has (0: it is one tensor), and the index of the one shaped like ``form``."""
         if isinstance(answer, Tensor):
             return 0, 0
         parts = answer if type(answer) is tuple else ()
@@ -225,6 +225,7 @@ class _Search:
         """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""
 
         def is_dropped(name: str) -> bool:
+            """Whether a tensor or module lies in a dropped module."""
             return any(lies_in(name, path) for path in placeholders)
 
         for name, every in self.names.items():
@@ -240,7 +241,7 @@ class _Search:
                 raise BranchError(f"{name} would be left, and nothing would use it")
 
     @cached_property
-    def first(self) -> list[str]:
+    def first_numbered(self) -> list[str]:
         """The paths of the first numbered module of each class and settings."""
         result: dict[Any, tuple[int, str]] = {}
         for path, module in self.model.named_modules():
@@ -249,7 +250,7 @@ class _Search:
                 result[kind] = min(result.get(kind, (number, path)), (number, path))
         return [path for _, path in result.values()]
 
-    def repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+    def find_repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
         """Return path → branches that remove the same parameters as a better one, now with that as the reason."""
         result: dict[str, Branch] = {}
         numel = {name: x.numel() for name, x in self.model.named_parameters()}
@@ -265,7 +266,7 @@ class _Search:
             result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
         return result
 
-    def failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+    def find_failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
         """Return path → branches that fail on trial, with the reason; equally named ones are first tried together."""
         classes: dict[tuple[str, str], list[Branch]] = {}
         for path, branch in known.items():
@@ -273,12 +274,12 @@ class _Search:
                 classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
         result: dict[str, Branch] = {}
         for members in classes.values():
-            for branch in members if self.problem(members) else ():
-                if problem := self.problem([branch]):
+            for branch in members if self.try_without(members) else ():
+                if problem := self.try_without([branch]):
                     result[branch.module] = Branch(branch.module, reason=problem)
         return result
 
-    def problem(self, members: Sequence[Branch]) -> str:
+    def try_without(self, members: Sequence[Branch]) -> str:
         """Run the network without some branches; return what is wrong, empty if nothing is. The network is restored."""
         placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
         dropped = insert_placeholders(self.model, {path: placeholders[path] for path in outermost(placeholders)})

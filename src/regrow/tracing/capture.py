@@ -76,10 +76,10 @@ def capture(
 
     On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails
     (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
-    and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record`. The model's state is
+    and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record_run`. The model's state is
     restored. Raises :class:`TraceError` if the model cannot be recorded.
     """
-    with in_mode(model, training=False), _recording_context(model):
+    with in_mode(model, training=False), _prepare_recording(model):
         refused: Exception | None = None
         if decisions is None:
             try:
@@ -89,7 +89,7 @@ def capture(
                     raise _refusal(model, error) from error
                 refused = error
         try:
-            recorded = _to_capture(model, record(model, example, decisions or (), orders))
+            recorded = _to_capture(model, record_run(model, example, decisions or (), orders))
         except Exception as error:
             raise _refusal(model, refused or error) from error
         if refused is None:
@@ -99,7 +99,7 @@ def capture(
 
 def capture_in_training(model: nn.Module, example: Example) -> Capture:
     """Record a model in training mode on fake data, where some networks use more parameters; may raise TraceError."""
-    with in_mode(model, training=True), _recording_context(model):
+    with in_mode(model, training=True), _prepare_recording(model):
         try:
             return _capture_on_fake_data(model, example, None)
         except Exception as error:
@@ -107,9 +107,9 @@ def capture_in_training(model: nn.Module, example: Example) -> Capture:
 
 
 @contextmanager
-def _recording_context(model: nn.Module) -> Iterator[None]:
+def _prepare_recording(model: nn.Module) -> Iterator[None]:
     """Context manager of a recording: gradients enabled, torch silent, no garbage collection; state is restored."""
-    with torch.enable_grad(), quiet(), without_garbage_collection(), preserve_state(model, outside=True):
+    with torch.enable_grad(), silence_torch(), without_garbage_collection(), preserve_state(model, outside=True):
         yield
 
 
@@ -130,11 +130,11 @@ def _capture_on_fake_data(model: nn.Module, example: Example, tracer: Tracer | N
                 raise
             if isinstance(error.__context__, DynamicOutputShapeException):
                 raise error.__context__ from None  # as torch.export would, for the same reason
-    return _export(model, example)
+    return _record_by_export(model, example)
 
 
 def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
-    """Record a run of a fake copy by :func:`record`, with RECORD or PLAIN; raises if the model reads cached tensors."""
+    """Record a run of a fake copy by :func:`record_run`, with RECORD or PLAIN; raises if the model reads cached tensors."""
     leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _EXAMPLE_TYPES), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
@@ -142,7 +142,7 @@ def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> 
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
-        recorder = record(model, example, copying=tracer == Tracer.RECORD)
+        recorder = record_run(model, example, copying=tracer == Tracer.RECORD)
     if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
         raise _CachedStateError(_READS_CACHED)
     return replace(_to_capture(model, recorder), decisions=None, tracer=tracer)
@@ -152,10 +152,10 @@ _EXAMPLE_TYPES = frozenset((int, float, bool, str, type(None), torch.dtype, torc
 """Types that an example may have besides tensors."""
 
 
-def _export(model: nn.Module, example: Example) -> Capture:
+def _record_by_export(model: nn.Module, example: Example) -> Capture:
     """Record a model by ``torch.export``; raises if the run changes the model's state or data decide a size."""
     before = describe_state(model)
-    with tracing(TracingContext(_data_refusing_mode())), preserve_state(model):
+    with tracing(TracingContext(_make_refusing_mode())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
         if describe_state(model) != before:
             raise _CachedStateError(_READS_CACHED)
@@ -176,7 +176,7 @@ def _export(model: nn.Module, example: Example) -> Capture:
     )
 
 
-def _data_refusing_mode() -> FakeTensorMode:
+def _make_refusing_mode() -> FakeTensorMode:
     """Return the mode of an export that fails as soon as data would decide a size, not only where that is used.
 
     No rule can read such a size, and a detector asks for hundreds before ``torch.export`` itself gives up.
@@ -212,7 +212,7 @@ def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) 
     """
     try:
         copy, fake = fake_copy(model, example)
-        again = _to_capture(copy, record(copy, fake, recorded.decisions or ()))
+        again = _to_capture(copy, record_run(copy, fake, recorded.decisions or ()))
         return replace(again, values=recorded.values)
     except Exception:
         return recorded
@@ -239,7 +239,7 @@ def holds_numbers(model: nn.Module, example: Example) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_torch() -> Iterator[None]:
     """Context manager that silences torch's logs, warnings and all of stderr; the caller reports a failure itself."""
     with ExitStack() as stack:
         for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
@@ -277,7 +277,7 @@ def keep_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def record(
+def record_run(
     model: nn.Module,
     example: Example,
     answers: tuple[Decision, ...] = (),

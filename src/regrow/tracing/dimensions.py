@@ -61,26 +61,26 @@ def resolve(expr: Expr) -> Expr:
             expr.link = resolve(link)  # shortens the chain
             return expr.link
         case Times(parts) | Plus(parts):
-            return _join(type(expr), parts)
+            return _join_parts(type(expr), parts)
 
 
 def times(*parts: Expr) -> Expr:
     """Return the product of dimensions, outermost first; nested products are flattened."""
-    return _join(Times, parts)
+    return _join_parts(Times, parts)
 
 
 def plus(*parts: Expr) -> Expr:
     """Return the concatenation of dimensions, first part first; nested ones are flattened."""
-    return _join(Plus, parts)
+    return _join_parts(Plus, parts)
 
 
-def _join(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> Expr:
+def _join_parts(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> Expr:
     """Return a product or sum of dimensions, flattened; of one part, that itself."""
-    flat = _flatten(kind, parts)
+    flat = _flatten_parts(kind, parts)
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
 
-def _flatten(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> list[Expr]:
+def _flatten_parts(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> list[Expr]:
     """Return the resolved parts of a product or sum, with those of nested ones in their place."""
     flat: list[Expr] = []
     for part in map(resolve, parts):
@@ -172,16 +172,16 @@ def unify(a: Expr, b: Expr, why: str) -> None:
     elif isinstance(b, Leaf):
         _bind(b, a, why)
     elif isinstance(a, Times):
-        _align(Times, a, b, why) if isinstance(b, Times) else _distribute(a, b, why)
+        _unify_parts(Times, a, b, why) if isinstance(b, Times) else _unify_product_with_sum(a, b, why)
     elif isinstance(b, Times):
-        _distribute(b, a, why)
+        _unify_product_with_sum(b, a, why)
     else:
-        _align(Plus, a, b, why)
+        _unify_parts(Plus, a, b, why)
 
 
 def split_at(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
     """Split a dimension into its first ``at`` entries and the rest; if impossible, freeze it; return frozen ones."""
-    pieces = _cut(expr, at)
+    pieces = _try_split(expr, at)
     if pieces is None:
         freeze(expr, why)
         return frozen(at, why), frozen(size(expr) - at, why)
@@ -191,13 +191,13 @@ def split_at(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
 def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
     """Factor a dimension into new ones of the given sizes, outermost first; return these, frozen if impossible."""
     parts = list(map(new, sizes))
-    unify(expr, _join(Times, parts), why)
+    unify(expr, _join_parts(Times, parts), why)
     return parts
 
 
 def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     """Replace a leaf by a dimension of its size, in place; the dimension takes on the leaf's restrictions."""
-    if _overlap([expr], leaf):
+    if _shares_leaf([expr], leaf):
         freeze_both(leaf, expr, f"{why}: the dimension would have to contain itself")
         return
     if leaf.frozen:
@@ -219,7 +219,7 @@ def _split_leaf(leaf: Leaf, kind: type[Times] | type[Plus], sizes: Iterable[int]
     return parts
 
 
-def _align(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plus, why: str) -> None:
+def _unify_parts(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plus, why: str) -> None:
     """Unify two products, or two sums, part by part from the front; of unequal parts the larger is divided."""
     a, b = list(one.parts), list(other.parts)
     while a and b:
@@ -227,23 +227,23 @@ def _align(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plu
         n, m, first = size(small[0]), size(large[0]), resolve(large[0])
         if n == m:
             unify(small.pop(0), large.pop(0), why)
-        elif kind is Times and m % n == 0 and isinstance(first, Leaf) and not _overlap(small, first):
+        elif kind is Times and m % n == 0 and isinstance(first, Leaf) and not _shares_leaf(small, first):
             large[:1] = _split_leaf(first, Times, (n, m // n))
-        elif kind is Plus and not _overlap(small, first) and (pieces := _cut(first, n)) is not None:
+        elif kind is Plus and not _shares_leaf(small, first) and (pieces := _try_split(first, n)) is not None:
             large[:1] = pieces
         else:
-            freeze_both(_join(kind, a), _join(kind, b), why)
+            freeze_both(_join_parts(kind, a), _join_parts(kind, b), why)
             return
-        a[:], b[:] = _flatten(kind, a), _flatten(kind, b)
+        a[:], b[:] = _flatten_parts(kind, a), _flatten_parts(kind, b)
 
 
-def _overlap(parts: Iterable[Expr], expr: Expr) -> bool:
+def _shares_leaf(parts: Iterable[Expr], expr: Expr) -> bool:
     """Whether a leaf of a dimension occurs in one of ``parts``, too."""
     numbers = {leaf.number for leaf in leaves(expr)}
     return any(leaf.number in numbers for part in parts for leaf in leaves(part))
 
 
-def _distribute(product: Times, sum_: Expr, why: str) -> None:
+def _unify_product_with_sum(product: Times, sum_: Expr, why: str) -> None:
     """Unify a product with a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
     assert isinstance(sum_, Plus)
     first, inner = product.parts[0], times(*product.parts[1:])
@@ -252,7 +252,7 @@ def _distribute(product: Times, sum_: Expr, why: str) -> None:
         return
     n = size(inner)
     assert isinstance(first, Leaf)
-    if any(size(part) % n for part in sum_.parts) or _overlap([sum_], product):
+    if any(size(part) % n for part in sum_.parts) or _shares_leaf([sum_], product):
         freeze_both(product, sum_, why)
         return
     pieces = _split_leaf(first, Plus, [size(part) // n for part in sum_.parts])
@@ -260,7 +260,7 @@ def _distribute(product: Times, sum_: Expr, why: str) -> None:
         unify(times(piece, inner), part, why)
 
 
-def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
+def _try_split(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
     """Return the first ``at`` entries of a dimension and the rest; splits leaves in place; ``None`` if impossible."""
     expr = resolve(expr)
     match expr:
@@ -273,11 +273,11 @@ def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
                 if before == at:
                     return plus(*parts[:i]), plus(*parts[i:])
                 if before < at < before + size(part):
-                    pieces = _cut(part, at - before)
+                    pieces = _try_split(part, at - before)
                     return pieces and (plus(*parts[:i], pieces[0]), plus(pieces[1], *parts[i + 1 :]))
                 before += size(part)
             return None
         case Times(parts):
             inner = times(*parts[1:])
-            pieces = None if at % size(inner) else _cut(parts[0], at // size(inner))
+            pieces = None if at % size(inner) else _try_split(parts[0], at // size(inner))
             return pieces and (times(pieces[0], inner), times(pieces[1], inner))

@@ -259,7 +259,7 @@ def _are_equal(x: Tensor, other: Tensor) -> bool:
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
-    """Return the paths of modules that lie in no other one."""
+    """Return those of some module paths that lie in no other one of them."""
     every = [*paths]
     return [path for path in every if not any(lies_in(path, other) and path != other for other in every)]
 

@@ -36,7 +36,7 @@ def find_folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
     result: list[tuple[Dims, Fold]] = []
     weights: set[str] = set()
     for node, kind in w.norms:
-        over = size_divided_by(w, node, kind)
+        over = find_divisor_dims(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
         found = _FOLDS[kind](model, w, node, over)
@@ -50,8 +50,8 @@ def find_folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
     return result
 
 
-def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
-    """Return the dimensions by whose size a norm, mean or attention scale divides."""
+def find_divisor_dims(w: Walk, node: Node, kind: str) -> Dims:
+    """Return the dimensions by whose size an operation divides; ``kind``: "mean", "rms_norm" or attention "scale"."""
     dims = w.first(node)
     if kind == "scale":
         return dims[-1:]

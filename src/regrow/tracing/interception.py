@@ -108,10 +108,12 @@ def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[st
     stacks: list[dict[str, tuple[str, type]]] = [{}]
 
     def push(module: nn.Module, inputs: Any) -> None:
+        """Add a module that begins to run; one outside the model leaves its caller's stack."""
         path = paths.get(module)
         stacks.append(stacks[-1] if path is None else {**stacks[-1], path: (path, type(module))})
 
     def pop(module: nn.Module, inputs: Any, result: Any) -> None:
+        """Remove the module that has run last."""
         stacks.pop()
 
     hooks = [register_module_forward_pre_hook(push), register_module_forward_hook(pop, always_call=True)]

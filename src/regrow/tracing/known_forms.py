@@ -39,7 +39,7 @@ class KnownForms:
             if itself is not None:
                 self.known[key] = itself
             elif is_plain(result) and not result.storage_offset() and _storage(result) not in map(_storage, operands):
-                self.known[key] = _form(result)
+                self.known[key] = _form_of(result)
         return result
 
 
@@ -49,7 +49,7 @@ def _describe(value: object, operands: list[Tensor]) -> Hashable:
         if not is_plain(value):
             raise TypeError
         operands.append(value)
-        return (*_form(value), next(i for i, operand in enumerate(operands) if operand is value))
+        return (*_form_of(value), next(i for i, operand in enumerate(operands) if operand is value))
     if isinstance(value, list | tuple):
         return tuple([_describe(part, operands) for part in value])
     if isinstance(value, dict):
@@ -64,7 +64,7 @@ def is_plain(x: object) -> bool:
     )
 
 
-def _form(x: Any) -> Form:
+def _form_of(x: Any) -> Form:
     """Return the form of a fake tensor."""
     return x.shape, x.stride(), x.dtype, x.fake_device
 

@@ -290,7 +290,7 @@ def _describe_value(value: Any, depth: int) -> Any:
 _MOST_ENTRIES = 64  # of a container, that are described
 
 
-def code_of(model: nn.Module) -> tuple[object, ...]:
+def describe_code(model: nn.Module) -> tuple[object, ...]:
     """Return what runs in a network: the class of each module, the functions it has instead of methods, and its hooks.
 
     Equal for a copy of the network; not equal once a module was exchanged, a ``forward`` replaced or a hook added.

@@ -34,6 +34,7 @@ def op_name(node: Node) -> str:
 
 @lru_cache(maxsize=4096)
 def _name_of(target: object) -> str:
+    """Return the plain name of an operation's target; empty if it has none."""
     named = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     name: str = getattr(named, "__name__", "")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
@@ -73,7 +74,7 @@ def operands(node: Node) -> list[Node]:
     return operands_in((node.args, node.kwargs))
 
 
-def parameters_of(target: object) -> Sequence[Any]:
+def schema_parameters(target: object) -> Sequence[Any]:
     """Return the parameters (``torch.Argument``) in an operation's schema; none if it has no schema."""
     return getattr(getattr(target, "_schema", None), "arguments", ())
 

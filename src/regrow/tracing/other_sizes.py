@@ -19,7 +19,7 @@ from regrow.tracing.interception import limit_calls
 from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
 from regrow.tracing.readings import trace_training
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import find_difference, fit_steps, list_symbolic_steps
+from regrow.tracing.steps import find_step_difference, fit_steps, list_symbolic_steps
 from regrow.tracing.trial import Resizing, freeze_axes, group_by_class, plan_deep_cuts, record_resized
 
 REASON = "what the network does with it depends on the batch size or length of the input"
@@ -72,11 +72,11 @@ class _Probe:
 
     def freeze(self) -> AxisGraph:
         """Return the traced graph with every axis frozen that cannot be cut on the other example."""
-        axes = self.axes if self.is_as_traced else self._with_marks()
+        axes = self.axes if self.is_as_traced else self._freeze_other_marks()
         free = [*axes.free()]
-        if not free or not self.depends(free):
+        if not free or not self.depends_on_size(free):
             return axes
-        members = [axis for group in group_by_class(free).values() if self.depends(group) for axis in group]
+        members = [axis for group in group_by_class(free).values() if self.depends_on_size(group) for axis in group]
         return _freeze_with_partners(axes, {axis.key: REASON for axis in members or free})
 
     @property
@@ -84,16 +84,16 @@ class _Probe:
         """Whether the network runs the operations that it runs on the traced example."""
         return self.other.axes is self.axes.axes
 
-    def depends(self, cut: Sequence[Axis]) -> bool:
+    def depends_on_size(self, cut: Sequence[Axis]) -> bool:
         """Whether a network with few units of the axes ``cut`` deviates from its plan in what it does not as traced."""
         sizes = plan_deep_cuts(self.axes, cut)
-        problem = self._problem(self.other, sizes)
-        if not problem and (self.is_as_traced or self.near.axes is self.other.axes):
+        problem = self._find_deviation(self.other, sizes)
+        if not problem and (self.is_as_traced or self.near_axes.axes is self.other.axes):
             return False
-        return problem != self._problem(self.near, sizes)
+        return problem != self._find_deviation(self.near_axes, sizes)
 
     @cached_property
-    def near(self) -> AxisGraph:
+    def near_axes(self) -> AxisGraph:
         """The axes on the traced example, where a batch size or length below 3 becomes 3."""
         example, main, other = self.axes.example, _main_shape(self.axes.example), _main_shape(self.other.example)
         lengths = [d for dims in _length_dims(self.axes) for d in dims if main[d] != other[d]]
@@ -103,7 +103,7 @@ class _Probe:
             return _trace_at(self.model, self.axes, example, self.other)
         return self.axes
 
-    def _with_marks(self) -> AxisGraph:
+    def _freeze_other_marks(self) -> AxisGraph:
         """Return the traced graph with every axis frozen to which the other example gives another mark."""
         marks = {frozenset(axis.slots): axis for axis in self.other}
         reasons = {}
@@ -114,7 +114,7 @@ class _Probe:
                 reasons[axis.key] = f"{why}, on an input of another size"
         return _freeze_with_partners(self.axes, reasons)
 
-    def _problem(self, graph: AxisGraph, sizes: Mapping[str, int]) -> str:
+    def _find_deviation(self, graph: AxisGraph, sizes: Mapping[str, int]) -> str:
         """Return how a network cut to ``sizes`` deviates from its plan on the example of ``graph``; empty if not."""
         holders = {slot: axis.key for axis in self.axes for slot in axis.slots}
         planned = {axis.key: sizes.get(holders.get(axis.slots[0], ""), axis.size) for axis in graph}
@@ -122,7 +122,7 @@ class _Probe:
             small = record_resized(self.model, replace(self.axes, example=graph.example), Resizing(sizes))
         except TraceError:
             return "it does not run at that size"
-        deviation = find_difference(graph.steps, small, planned)
+        deviation = find_step_difference(graph.steps, small, planned)
         return deviation.problem if deviation is not None else ""
 
 

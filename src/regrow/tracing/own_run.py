@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from regrow.core.axes import Example
-from regrow.tracing.capture import Capture, evaluating, quiet
+from regrow.tracing.capture import Capture, evaluating, silence_torch
 from regrow.tracing.effects import Effects
 from regrow.tracing.meta_copy import leaves_in, map_tensors
 from regrow.tracing.model_state import copy_tensor, describe_state, output_tensors, preserve_state, state_of
@@ -64,7 +64,7 @@ def _to_double(value: Any) -> Any:
     return as_double(widen_dtype(value))
 
 
-def grouped_product(
+def compute_grouped_product(
     x: Tensor,
     weight: Tensor,
     offs: Tensor | None = None,
@@ -85,7 +85,7 @@ def grouped_product(
 _EXACT: Mapping[object, Callable[..., Tensor]] = {
     **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double),
     **dict.fromkeys(
-        (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)), grouped_product
+        (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)), compute_grouped_product
     ),
 }
 
@@ -115,13 +115,13 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
             outputs = _run_forward(model, example)
             caches = describe_state(model) != before
         if not caches:
-            return _compare(model, recorded, example, written, outputs)
+            return _compare_outputs(model, recorded, example, written, outputs)
         with preserve_state(model, entries=True):
             _run_forward(model, example)  # the second run is what is recorded, and what this one cached stays for it
-            return _compare(model, recorded, example, written, compute_outputs(model, example))
+            return _compare_outputs(model, recorded, example, written, compute_outputs(model, example))
 
 
-def _compare(
+def _compare_outputs(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], outputs: list[Tensor]
 ) -> str:
     """Compare a network's outputs with a recording's, as :func:`compare_with_recording`; ``written``: to be copied."""
@@ -133,11 +133,11 @@ def _compare(
             return ""
         again = [x for x in compute_outputs(model, example) if x.is_floating_point()]
     else:
-        replayed = _replay(model, recorded, example, written)
+        replayed = _replay_recording(model, recorded, example, written)
         distance, largest = measure_distance(outputs, replayed)
         if not distance:
             return ""
-        exact = _replay(model, recorded, example, written, double=True)
+        exact = _replay_recording(model, recorded, example, written, double=True)
         rounding, _ = measure_distance([x.double() for x in replayed], [x.double() for x in exact])
         if distance <= max(3 * rounding, BOUND * largest):
             distance, largest = measure_distance(compute_outputs(model, example, double=True), exact)
@@ -158,13 +158,13 @@ def compute_outputs(model: nn.Module, example: Example, double: bool = False) ->
 def _run_forward(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
     """Return what :func:`compute_outputs` returns; changes that the run makes to the network stay."""
     inputs = map_tensors(example, lambda x: copy_tensor(as_double(x) if double else x))
-    with _same_random_numbers(), evaluating(model), quiet(), torch.no_grad():
+    with _same_random_numbers(), evaluating(model), silence_torch(), torch.no_grad():
         with made_in_double(double), CastsToDouble(operands=True) if double else nullcontext():
             result = model(*inputs.args, **inputs.kwargs)
         return [copy_tensor(x) for x in output_tensors(result)]
 
 
-def _replay(
+def _replay_recording(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], double: bool = False
 ) -> list[Tensor]:
     """Return the outputs of a recording, run with a network's state; placeholders in ``written`` are copied first."""

@@ -17,10 +17,10 @@ from torch.fx import Node
 
 from regrow.core.axes import AxisGraph, Decision, Dim, Example
 from regrow.tracing.capture import Capture, TraceError, capture, capture_in_training
-from regrow.tracing.folds import size_divided_by
+from regrow.tracing.folds import find_divisor_dims
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import leaves_in
-from regrow.tracing.model_state import code_of, names_in, state_of
+from regrow.tracing.model_state import describe_code, names_in, state_of
 from regrow.tracing.nodes import module_of, modules_around, op_name, operands, shape_of
 from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import walk
@@ -54,16 +54,16 @@ def divide_into_blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     """
     net = _Net(recorded)
     end = len(net.steps)
-    repeated = sorted(net.repeated(range(end)), key=lambda block: block.start)
+    repeated = sorted(net.find_repeated(range(end)), key=lambda block: block.start)
     result: list[GraphBlock] = []
     numbers: dict[int, int] = {}
     before = 0  # where the block before ends
     for block in (*repeated, GraphBlock("", end, end)):
         for path, start, stop in (("", before, block.start), (block.path, block.start, block.stop)):
             if start < stop:
-                form = net.form(start, stop, sized=False)
+                form = net.hash_form(start, stop, sized=False)
                 kind = numbers.setdefault(form, len(numbers))
-                inputs, outputs, states = net.seams(start, stop)
+                inputs, outputs, states = net.find_seams(start, stop)
                 result.append(GraphBlock(path, start, stop, inputs, outputs, states, kind))
         before = block.stop
     return tuple(result)
@@ -78,7 +78,7 @@ class _Net:
         self.shapes = {name: shape_of(node) for node, name in recorded.states.items()}
         self.readers = {operand: i for i, step in enumerate(self.steps) for operand in step.operands}
 
-    def repeated(self, indices: Sequence[int], depth: int = 0) -> list[GraphBlock]:
+    def find_repeated(self, indices: Sequence[int], depth: int = 0) -> list[GraphBlock]:
         """Return the repeated modules, ``depth`` levels below the network, among those that run some operations.
 
         A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
@@ -93,13 +93,13 @@ class _Net:
         classes: dict[str, type] = {}
         for path, inside in children.items():
             if self._is_block(inside):
-                forms[path] = self.form(inside[0], inside[-1] + 1)
+                forms[path] = self.hash_form(inside[0], inside[-1] + 1)
                 if any(len(self.modules[i]) == depth + 1 for i in inside):  # has operations outside its children
                     _, classes[path] = self.modules[inside[0]][depth]
         form_counts, class_counts = Counter(forms.values()), Counter(classes.values())
         result = []
         for path, inside in children.items():
-            nested = self.repeated(inside, depth + 1)
+            nested = self.find_repeated(inside, depth + 1)
             same_form = path in forms and form_counts[forms[path]] > 1
             same_class = path in classes and class_counts[classes[path]] > 1
             covered = sum(block.stop - block.start for block in nested)
@@ -128,7 +128,7 @@ class _Net:
         read = {operand for i in indices for operand in self.steps[i].operands if isinstance(operand, str)}
         return sum(len(self.shapes.get(name, ())) > 1 for name in read) > 1
 
-    def form(self, start: int, stop: int, sized: bool = True) -> int:
+    def hash_form(self, start: int, stop: int, sized: bool = True) -> int:
         """Return a hash of what operations compute, without names and sources of inputs; ``sized``: with shapes."""
         outside: dict[int | str, int] = {}
         form = []
@@ -144,7 +144,7 @@ class _Net:
             form.append((step.op, step.shapes if sized else _without_sizes(step.shapes), step.numbers, tuple(operands)))
         return hash(tuple(form))
 
-    def seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
+    def find_seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
         """Return the inputs, outputs and states of contiguous operations, as in :class:`GraphBlock`."""
         read = dict.fromkeys(operand for step in self.steps[start:stop] for operand in step.operands)
         states = tuple(x for x in read if isinstance(x, str) and x in self.shapes)
@@ -197,7 +197,7 @@ class Recording:
         """
         state, inputs, leaves = state_of(model), self.capture.inputs, leaves_in(example)
         return (
-            self.code == code_of(model)
+            self.code == describe_code(model)
             and len(inputs) == len(leaves)
             and all(_has_form(state.get(name), node.meta["val"]) for node, name in self.capture.states.items())
             and all(_has_form(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
@@ -252,7 +252,7 @@ def make_recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
     """Return a walked network's recording; ``None`` where data decide which operations run."""
     if w.capture.decisions is not None:
         return None
-    return Recording(w.capture, list_reads(w, names), code_of(model))
+    return Recording(w.capture, list_reads(w, names), describe_code(model))
 
 
 def list_reads(w: Walk, names: Names) -> tuple[ReadDim, ...]:
@@ -287,7 +287,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     folded = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
         if (module_of(node), kind) not in folded:
-            second.freeze(node, size_divided_by(second, node, kind))
+            second.freeze(node, find_divisor_dims(second, node, kind))
     w.also += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
     w.capture = replace(w.capture, unused=unused)
 

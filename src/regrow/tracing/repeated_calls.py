@@ -163,7 +163,7 @@ class _RepeatedCalls:
             return run()
         try:
             modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch._C._len_torch_function_stack()
-            key = (_describe_module(module), spec, self._forms(leaves), modes)
+            key = (_describe_module(module), spec, self._describe_operands(leaves), modes)
             hash(key)
         except TypeError:
             return run()
@@ -172,14 +172,14 @@ class _RepeatedCalls:
         nodes = tuple([self.recorder.nodes[x] for x in tensors])
         known = self.known.get(key)
         if known is not None and (mapping := _map_nodes(known.before, nodes)) and known.snapshot.is_unchanged():
-            return self._copy(known, module, mapping, inputs, tensors)
+            return self._copy_call(known, module, mapping, inputs, tensors)
         if self.tries[key] >= _TRIES:
             return run()
         self.tries[key] += 1
         snapshot, outer, start = Snapshot(module), self.recorder.running(), len(self.recorder.calls)
-        state = self._state()
+        state = self._read_state()
         result = run()
-        if self._state() == state and snapshot.is_unchanged():
+        if self._read_state() == state and snapshot.is_unchanged():
             calls = tuple(self.recorder.calls[start:])
             after = tuple([self.recorder.nodes[x] for x in tensors])
             leaves, spec = tree_flatten(result)
@@ -191,15 +191,15 @@ class _RepeatedCalls:
                 self.known[key] = _RecordedCall(module, outer, nodes, after, calls, results, spec, snapshot)
         return result
 
-    def _state(self) -> tuple[object, ...]:
-        """Return what must not change in a call: numbers read, constants, decisions, and Python's random generators."""
+    def _read_state(self) -> tuple[object, ...]:
+        """Return what a call that is copied may not change: counts of reads and records, and random generators."""
         numpy = sys.modules.get("numpy")
         leaves = tree_flatten(numpy.random.get_state(legacy=False))[0] if numpy is not None else []
         draws = [x.tobytes() if hasattr(x, "tobytes") else x for x in leaves]
         counts = self.reads, len(self.recorder.constants), len(self.recorder.decisions)
         return (*counts, random.getstate(), *draws)
 
-    def _copy(
+    def _copy_call(
         self,
         known: _RecordedCall,
         module: nn.Module,
@@ -226,11 +226,11 @@ class _RepeatedCalls:
         results = []
         for kind, value in known.results:
             if kind == "made" and value not in made:
-                made[value] = self._result(value.meta["val"], mapping[value])
+                made[value] = self._make_result(value.meta["val"], mapping[value])
             results.append(sources[kind][value] if kind in sources else value)
         return tree_unflatten(results, known.spec)
 
-    def _result(self, like: FakeTensor, node: Node) -> FakeTensor:
+    def _make_result(self, like: FakeTensor, node: Node) -> FakeTensor:
         """Return a new fake tensor of the form of ``like`` as the value of a copied operation's node."""
         with torch._C.DisableTorchFunction(), no_python_dispatcher(), torch._C._DisableTorchDispatch():
             form = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
@@ -239,12 +239,12 @@ class _RepeatedCalls:
         self.recorder.nodes[made] = node
         return made
 
-    def _forms(self, leaves: list[Any]) -> tuple[object, ...]:
+    def _describe_operands(self, leaves: list[Any]) -> tuple[object, ...]:
         """Return what identifies the operands of a call; raise TypeError where nothing does."""
         ids: dict[int, int] = {}
-        return tuple([self._form(x, ids.setdefault(id(x), len(ids))) for x in leaves])
+        return tuple([self._describe_operand(x, ids.setdefault(id(x), len(ids))) for x in leaves])
 
-    def _form(self, x: Any, index: int) -> object:
+    def _describe_operand(self, x: Any, index: int) -> object:
         """Return what identifies an operand; ``index``: which of the distinct operands it is."""
         if type(x) in LEAVES:
             return (type(x), x)
@@ -262,7 +262,7 @@ def _map_nodes(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, N
 
 
 def _find_repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.Module]:
-    """Return the modules of lists and sequences of which another one has the same structure, or is the same."""
+    """Return the modules in lists and sequences that may be copied: another one there has the same description."""
     result: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):

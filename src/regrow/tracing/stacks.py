@@ -174,7 +174,7 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
             zeros = {
                 i: names
                 for i, (name, child) in enumerate(module._modules.items())
-                if classes[type(child)] > 1 and (names := blocks.zeros(f"{path}.{name}"))
+                if classes[type(child)] > 1 and (names := blocks.find_zeros(f"{path}.{name}"))
             }
             if zeros:
                 result[path] = Stack(len(module), zeros)
@@ -188,17 +188,17 @@ class _Blocks:
     axes: AxisGraph
     calls: Mapping[str, list[ModuleCall]]
 
-    def zeros(self, path: str) -> tuple[str, ...]:
+    def find_zeros(self, path: str) -> tuple[str, ...]:
         """Return the names, within a module, of the parameters that are 0 in a copy; empty if it cannot be copied."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 or not _keeps_form(calls[0]):
             return ()
         inside = {i for i, step in enumerate(self.axes.steps) if lies_in(step.module, path)}
         outputs = [i for i in inside if not inside.issuperset(self.users.get(i, ())) or i not in self.users]
-        names = self._written(outputs[0], inside) if len(outputs) == 1 else ()
+        names = self._find_written(outputs[0], inside) if len(outputs) == 1 else ()
         return tuple(n.removeprefix(f"{path}.") for n in names) if all(lies_in(n, path) for n in names) else ()
 
-    def _written(self, output: int, inside: set[int]) -> tuple[str, ...]:
+    def _find_written(self, output: int, inside: set[int]) -> tuple[str, ...]:
         """Return the parameters that make what is added to a block's input; empty if it is not such a sum."""
         ask, visited, sums, passes_input = [output], {output}, 0, False
         names: dict[str, None] = {}
@@ -213,13 +213,13 @@ class _Blocks:
                 ask += [operand for operand in before if operand not in visited]
                 visited |= {*before}
             else:
-                makers = [*_named_operands(step)] or self._makers(number, inside, output)
+                makers = [*_named_operands(step)] or self._find_makers(number, inside, output)
                 if not makers:
                     return ()
                 names |= dict.fromkeys(makers)
         return tuple(name for name in names if name in self.axes.parameters) if passes_input and sums else ()
 
-    def _makers(self, number: int, inside: set[int], output: int) -> list[str]:
+    def _find_makers(self, number: int, inside: set[int], output: int) -> list[str]:
         """Return the nearest parameters before an operation, in a block, that make units of the output's axes."""
         out = {key for dims in self.axes.steps[output].shapes for key in axes_in(Product(dims or ()))}
         makes = {s.name for key in out for s in self.axes[key].slots if s.role in (Role.PRODUCES, Role.SHIFTS)}

@@ -27,7 +27,7 @@ from regrow.tracing.nodes import (
     op_name,
     operand_of,
     operands,
-    parameters_of,
+    schema_parameters,
     shapes_of,
     uncast,
 )
@@ -156,7 +156,7 @@ def list_steps(recorded: Capture, started: Container[Node] = ()) -> list[Recorde
     return result
 
 
-def find_difference(
+def find_step_difference(
     known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
     """Return the first difference of a recording from known steps at ``sizes``, or ``None``; ``added``: new biases."""
@@ -165,7 +165,7 @@ def find_difference(
         if step is None or other is None or step.op != other.op:
             ran, before = ("nothing" if x is None else _describe_step(x) for x in (other, step))
             problem = f"the network runs other operations at that size: {ran} instead of {before}"
-            return Difference(problem + _describe_code(nodes[i : i + 1]))
+            return Difference(problem + _describe_line_of(nodes[i : i + 1]))
     constant: Difference | None = None
     for step, other, node in zip(known, resized, nodes, strict=True):
         planned = [None if dims is None else tuple(size_of(dim, sizes) for dim in dims) for dims in step.shapes]
@@ -259,7 +259,7 @@ def _describe_step(step: RecordedStep) -> str:
     return f"{step.op or 'the answer'} in {step.module or 'the model'}"
 
 
-def _describe_code(nodes: Sequence[Node]) -> str:
+def _describe_line_of(nodes: Sequence[Node]) -> str:
     """Return a clause that names the code line of the first node; empty if there is none."""
     return describe_line(nodes[0].meta.get(LINE)) if nodes else ""
 
@@ -275,7 +275,7 @@ def _compare_constants(step: RecordedStep, other: RecordedStep, node: Node) -> D
         problem = f"what {_describe_step(step)} works on depends on the size"
     else:
         return None
-    return Difference(problem + _describe_code([node]), constant=True)
+    return Difference(problem + _describe_line_of([node]), constant=True)
 
 
 def _constants_of(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
@@ -301,7 +301,7 @@ def _constants_of(node: Node, started: bool) -> Iterator[Number | tuple[Number, 
 @lru_cache(maxsize=4096)
 def _parameters_of(target: object) -> dict[str, object]:
     """Return the names of an operation's parameters, and their defaults; an ellipsis for those without one."""
-    takes = parameters_of(target)
+    takes = schema_parameters(target)
     return {taken.name: taken.default_value if taken.has_default_value() else ... for taken in takes}
 
 

@@ -15,7 +15,7 @@ from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.capture import Capture, TraceError, capture, capture_in_training, first_line
 from regrow.tracing.interception import describe_raising
 from regrow.tracing.meta_copy import cast_example, fake_example, fake_like, meta_copy
-from regrow.tracing.steps import FIRST_RUN, find_changed_constant, find_difference, with_new_epsilons
+from regrow.tracing.steps import FIRST_RUN, find_changed_constant, find_step_difference, with_new_epsilons
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _try_cuts(model: nn.Module, axes: AxisGraph, cut: Sequence[Axis]) -> dict[st
     problem = "it cannot lose what an axis of the same count must lose with it"
     if all(size > 0 for size in sizes.values()):
         try:
-            deviation = find_difference(axes.steps, record_resized(model, axes, Resizing(sizes)), sizes)
+            deviation = find_step_difference(axes.steps, record_resized(model, axes, Resizing(sizes)), sizes)
             problem = deviation.problem if deviation is not None else _try_training(model, axes, sizes)
         except TraceError as error:
             problem = _describe_refusal(error)
@@ -146,9 +146,9 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
     try:
         planned = record_resized(model, axes, to)
     except TraceError as error:
-        raise PlanError(_plan_problem(_describe_refusal(error))) from error
+        raise PlanError(_describe_plan_problem(_describe_refusal(error))) from error
     present, bare = None, Resizing(to.sizes)
-    deviation = find_difference(with_new_epsilons(axes, to.constants), planned, to.sizes, to.added)
+    deviation = find_step_difference(with_new_epsilons(axes, to.constants), planned, to.sizes, to.added)
     if deviation is not None and deviation.constant:  # constants differ between precisions too
         present = record_resized(model, axes, Resizing(axes.sizes()))
         planned_bare = planned if to == bare else record_resized(model, axes, bare)
@@ -156,13 +156,13 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
     if deviation is not None and deviation.problem == FIRST_RUN:
         raise PlanError(f"the plan cannot be carried out: {FIRST_RUN} on the example input")
     if deviation is not None:
-        raise PlanError(_plan_problem(deviation.problem))
+        raise PlanError(_describe_plan_problem(deviation.problem))
     if problem := _try_training(model, axes, to.sizes):
-        raise PlanError(_plan_problem(problem))
+        raise PlanError(_describe_plan_problem(problem))
     return Rehearsal(planned, present)
 
 
-def _plan_problem(problem: str) -> str:
+def _describe_plan_problem(problem: str) -> str:
     """Return the message of a PlanError, with the remedy."""
     remedy = "plan other sizes, or write that code without the size"
     return f"the plan cannot be carried out: {problem}; {remedy}"

@@ -39,7 +39,7 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
             for expr in (expr for out in node.all_input_nodes for expr in all_dims(w.dims[out])):
                 d.freeze(expr, "it is an output of the model")
         elif node.op == "call_function":
-            w.dims[node] = _call(w, node)
+            w.dims[node] = _apply_rule(w, node)
         else:
             w.dims[node] = w.fresh(node)
         if cautious and w.decided:
@@ -56,7 +56,7 @@ def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Value:
     return w.fresh(node, f"it is a dimension of {origin}")
 
 
-def _call(w: Walk, node: Node) -> Value:
+def _apply_rule(w: Walk, node: Node) -> Value:
     """Return the dimensions of an operation's result by its rule; without one, freeze all that it reads and note it."""
     name = op_name(node)
     if name == "getitem":
