@@ -28,7 +28,7 @@ from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import max_difference, max_magnitude
 from regrow.surgery.proof import Deviation, changed_blocks, check_block
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
-from regrow.tracing.capture import Capture, evaluating
+from regrow.tracing.capture import Capture, in_eval_mode
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
 from regrow.tracing.readings import GraphBlock
@@ -42,7 +42,7 @@ def check_streamed_run(
 
     Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
     """
-    with network.on_demand() as model, preserve_generators(), evaluating(model), torch.no_grad():
+    with network.on_demand() as model, preserve_generators(), in_eval_mode(model), torch.no_grad():
         reseed(0)
         outputs = floats(model(*example.args, **example.kwargs))
     replayed = _replay(network, recorded, blocks, example)

@@ -17,7 +17,7 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import trace, with_branches
-from regrow.tracing.capture import evaluating, first_line, holds_numbers
+from regrow.tracing.capture import holds_numbers, in_eval_mode, trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, compute_outputs, measure_distance
@@ -61,7 +61,7 @@ def with_copies(
         except PlanError:
             raise
         except Exception as error:
-            raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {trim_error(error)}") from None
         kept = None if undo is None else undo.renamed(rename, keys.get)
         yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
     except BaseException:
@@ -98,7 +98,7 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
         for path, insertion in insert.items()
         for copy in insertion.copies
     }
-    with preserve_state(model, entries=True), evaluating(model), torch.no_grad():  # which takes the hooks off, too
+    with preserve_state(model, entries=True), in_eval_mode(model), torch.no_grad():  # which takes the hooks off, too
         for block in copies:
             block.register_forward_pre_hook(note, with_kwargs=True)
             block.register_forward_hook(compare)

@@ -12,7 +12,7 @@ from regrow.core.axes import AxisGraph, Decision, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking
-from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
+from regrow.tracing.capture import Capture, TraceError, capture, holds_numbers, in_eval_mode, trim_error
 from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
@@ -122,7 +122,7 @@ def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions,
     with outside, made_in_double(double), CastsToDouble() if double else nullcontext():
         if decisions is not None:
             return [*capture(model, example, decisions, orders).values]
-        with evaluating(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             return floats(model(*example.args, **example.kwargs))
 
 
@@ -149,5 +149,5 @@ def check_recording(model: nn.Module, recorded: Capture, example: Example) -> st
     try:
         return compare_with_recording(model, recorded, example)
     except Exception as error:
-        problem = f"the network does not run as recorded: {first_line(error)}"
+        problem = f"the network does not run as recorded: {trim_error(error)}"
         raise PlanError(f"the plan cannot be carried out: {problem}; plan other sizes") from error

@@ -13,7 +13,7 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.tracing.capture import Capture, capture, evaluating, first_line, silence_torch
+from regrow.tracing.capture import Capture, capture, in_eval_mode, silence_torch, trim_error
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
@@ -134,7 +134,7 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
     hooks = [m.register_forward_hook(make_hook(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
-        with evaluating(model), torch.no_grad(), silence_torch():
+        with in_eval_mode(model), torch.no_grad(), silence_torch():
             return calls, model(*example.args, **example.kwargs)
     finally:
         for hook in hooks:
@@ -286,7 +286,7 @@ class _Search:
         try:
             calls, answer = record_calls(self.model, self.example)
         except Exception as error:
-            return f"the network does not run without it: {first_line(error)}"
+            return f"the network does not run without it: {trim_error(error)}"
         finally:
             set_modules(self.model, dropped)
         for branch in members:

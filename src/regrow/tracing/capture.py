@@ -76,8 +76,8 @@ def capture(
 
     On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails
     (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
-    and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record_run`. The model's state is
-    restored. Raises :class:`TraceError` if the model cannot be recorded.
+    and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record_run`. The state of the
+    model is restored. Raises :class:`TraceError` if the model cannot be recorded.
     """
     with in_mode(model, training=False), _prepare_recording(model):
         refused: Exception | None = None
@@ -94,7 +94,7 @@ def capture(
             raise _refusal(model, refused or error) from error
         if refused is None:
             return recorded
-        return replace(_repeat_on_fake_data(model, example, recorded), refusal=first_line(refused))
+        return replace(_repeat_on_fake_data(model, example, recorded), refusal=trim_error(refused))
 
 
 def capture_in_training(model: nn.Module, example: Example) -> Capture:
@@ -134,7 +134,7 @@ def _capture_on_fake_data(model: nn.Module, example: Example, tracer: Tracer | N
 
 
 def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
-    """Record a run of a fake copy by :func:`record_run`, with RECORD or PLAIN; raises if the model reads cached tensors."""
+    """Record a run of a fake copy by :func:`record_run`, as RECORD or PLAIN; raises if it reads cached tensors."""
     leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _EXAMPLE_TYPES), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
@@ -221,12 +221,12 @@ def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) 
 def _refusal(model: nn.Module, error: Exception) -> TraceError:
     """Return the error to raise for a model that cannot be recorded."""
     return TraceError(
-        f"torch.export refuses {type(model).__name__}: {first_line(error)}. "
+        f"torch.export refuses {type(model).__name__}: {trim_error(error)}. "
         "Check that the example input is what the model's forward takes"
     )
 
 
-def first_line(error: BaseException) -> str:
+def trim_error(error: BaseException) -> str:
     """Return the first line of an error's message, at most 200 characters; the error's class if it has none."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
@@ -252,7 +252,7 @@ def silence_torch() -> Iterator[None]:
         yield
 
 
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+def in_eval_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which the model is in evaluation mode; each module gets its own mode back."""
     return in_mode(model, training=False)
 

@@ -296,9 +296,9 @@ def describe_code(model: nn.Module) -> tuple[object, ...]:
     Equal for a copy of the network; not equal once a module was exchanged, a ``forward`` replaced or a hook added.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> before = code_of(net)
+    >>> before = describe_code(net)
     >>> net[1] = nn.GELU()
-    >>> code_of(net) == before
+    >>> describe_code(net) == before
     False
     """
     rows: list[object] = []

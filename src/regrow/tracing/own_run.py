@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from regrow.core.axes import Example
-from regrow.tracing.capture import Capture, evaluating, silence_torch
+from regrow.tracing.capture import Capture, in_eval_mode, silence_torch
 from regrow.tracing.effects import Effects
 from regrow.tracing.meta_copy import leaves_in, map_tensors
 from regrow.tracing.model_state import copy_tensor, describe_state, output_tensors, preserve_state, state_of
@@ -158,7 +158,7 @@ def compute_outputs(model: nn.Module, example: Example, double: bool = False) ->
 def _run_forward(model: nn.Module, example: Example, double: bool = False) -> list[Tensor]:
     """Return what :func:`compute_outputs` returns; changes that the run makes to the network stay."""
     inputs = map_tensors(example, lambda x: copy_tensor(as_double(x) if double else x))
-    with _same_random_numbers(), evaluating(model), silence_torch(), torch.no_grad():
+    with _same_random_numbers(), in_eval_mode(model), silence_torch(), torch.no_grad():
         with made_in_double(double), CastsToDouble(operands=True) if double else nullcontext():
             result = model(*inputs.args, **inputs.kwargs)
         return [copy_tensor(x) for x in output_tensors(result)]

@@ -179,7 +179,7 @@ class Recording:
 
     capture: Capture  # the operations, to be run one by one
     reads: tuple[ReadDim, ...]  # they hold for a cut copy too, whose operations are the same
-    code: tuple[object, ...]  # of the recorded modules, as code_of returns it
+    code: tuple[object, ...]  # of the recorded modules, as describe_code returns it
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Recording":
         """Return itself: it is immutable, and the graph of a long network is linked too deep to be copied."""

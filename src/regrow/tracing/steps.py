@@ -165,7 +165,7 @@ def find_step_difference(
         if step is None or other is None or step.op != other.op:
             ran, before = ("nothing" if x is None else _describe_step(x) for x in (other, step))
             problem = f"the network runs other operations at that size: {ran} instead of {before}"
-            return Difference(problem + _describe_line_of(nodes[i : i + 1]))
+            return Difference(problem + _line_clause(nodes[i : i + 1]))
     constant: Difference | None = None
     for step, other, node in zip(known, resized, nodes, strict=True):
         planned = [None if dims is None else tuple(size_of(dim, sizes) for dim in dims) for dims in step.shapes]
@@ -176,7 +176,7 @@ def find_step_difference(
         elif step.start is not None and slice_bounds(node)[0] != size_of(step.start, sizes):
             problem = "begins at another entry"
         if problem:
-            return Difference(f"{_describe_step(step)} {problem} at that size than planned{_describe_code([node])}")
+            return Difference(f"{_describe_step(step)} {problem} at that size than planned{_line_clause([node])}")
         planned_operands = tuple(operand for operand in other.operands if operand not in added)
         constant = constant or _compare_constants(step, replace(other, operands=planned_operands), node)
     return constant
@@ -259,7 +259,7 @@ def _describe_step(step: RecordedStep) -> str:
     return f"{step.op or 'the answer'} in {step.module or 'the model'}"
 
 
-def _describe_line_of(nodes: Sequence[Node]) -> str:
+def _line_clause(nodes: Sequence[Node]) -> str:
     """Return a clause that names the code line of the first node; empty if there is none."""
     return describe_line(nodes[0].meta.get(LINE)) if nodes else ""
 
@@ -275,7 +275,7 @@ def _compare_constants(step: RecordedStep, other: RecordedStep, node: Node) -> D
         problem = f"what {_describe_step(step)} works on depends on the size"
     else:
         return None
-    return Difference(problem + _describe_line_of([node]), constant=True)
+    return Difference(problem + _line_clause([node]), constant=True)
 
 
 def _constants_of(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
