@@ -100,6 +100,7 @@ def restated_sizes(
     for name, spots in candidates.items():
         value = vars(module)[name]
         value = value[0] if isinstance(value, tuple) and value else value
+        # a slice, since a tensor may have fewer dimensions
         fitting = (spot for spot in spots if shapes.get(spot[0], ())[spot[1] : spot[1] + 1] == (value,))
         if type(value) is int and (spot := next(fitting, None)):
             result[name] = spot

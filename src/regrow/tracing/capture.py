@@ -4,7 +4,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -169,7 +169,7 @@ def _record_by_export(model: nn.Module, example: Example) -> Capture:
     return Capture(
         graph=program.graph,
         states=states,
-        unused=_unused_parameters(states, signature.inputs_to_parameters.values()),
+        unused=_unused_parameters(states, {*signature.inputs_to_parameters.values()}),
         constants={node: program.constants[lifted[node.name]] for node in placeholders if node.name in lifted},
         tracer=Tracer.EXPORT,
         root=program.graph_module,
@@ -188,7 +188,7 @@ def _make_refusing_mode() -> FakeTensorMode:
 
 def _to_capture(model: nn.Module, recorder: Recorder) -> Capture:
     """Return what a recorder holds after a run of the model as a recording."""
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return Capture(
         graph=recorder.graph,
         states=recorder.states,
@@ -199,10 +199,9 @@ def _to_capture(model: nn.Module, recorder: Recorder) -> Capture:
     )
 
 
-def _unused_parameters(states: Mapping[Node, str], parameters: Iterable[str]) -> tuple[str, ...]:
+def _unused_parameters(states: Mapping[Node, str], parameters: Container[str]) -> tuple[str, ...]:
     """Return the names of those placeholders that are parameters and that no operation reads."""
-    names = {*parameters}
-    return tuple(name for node, name in states.items() if not node.users and name in names)
+    return tuple(name for node, name in states.items() if not node.users and name in parameters)
 
 
 def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) -> Capture:

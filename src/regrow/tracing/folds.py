@@ -169,7 +169,9 @@ def _is_disturbing(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node,
     is_unclear = op_name(reading.node) in _PRODUCTS and (not reading.weight or bool(w.source(reading.operand)))
     if reading.fill != 0 or is_unclear:
         return True
-    return leaf.number not in zeros[reading.operand] if leaf.mark is Mark.FOLDED else not reading.weight
+    if leaf.mark is Mark.FOLDED:  # its value itself must be 0: a norm runs over it
+        return leaf.number not in zeros[reading.operand]
+    return not reading.weight
 
 
 def _propagate_zeros(w: Walk) -> dict[Node, frozenset[int]]:

@@ -191,6 +191,7 @@ def _find_slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
         dim = Names({leaf.number: key for key, leaf in inside.items()}).dim(expr)
         for key, leaf in inside.items():
             for loops, inner, offset in occurrences(dim, key, sizes):
+                # the outermost loop is the slot's own; each turn of the inner ones gives a slot
                 starts = [
                     offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))
                     for at in product(*(range(times) for times, _ in loops[1:]))
@@ -248,6 +249,7 @@ def _set_nesting(axes: dict[str, Axis]) -> dict[str, Axis]:
         """Return the key of a free axis in whose units an axis lies; empty if there is none."""
         for a in axis.slots:
             for b, other in by_dim[a.name, a.dim]:
+                # all units of a run lie in one unit of the other, and each of its units has such a run
                 if other.free and b.inner >= a.stride and b.inner > a.inner and a.outer >= other.size > 1:
                     return other.key
         return ""

@@ -202,12 +202,8 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
             if isinstance(result, Tensor):
                 return result
             if result is not None:
-                shape, *stride = result
-                if stride:
-                    made = torch.empty_strided(shape, stride[0], dtype=dtype, device="meta")
-                else:
-                    made = torch.empty(shape, dtype=dtype, device="meta")
-                return FakeTensor(mode, made, device)
+                make: Callable[..., Tensor] = torch.empty_strided if len(result) > 1 else torch.empty
+                return FakeTensor(mode, make(*result, dtype=dtype, device="meta"), device)
         return _infer_by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
 
 

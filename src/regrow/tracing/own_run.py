@@ -129,7 +129,8 @@ def _compare_outputs(
         # Other kernels may have run under the recorder, and in float64 another decision could be taken.
         outputs, replayed = [x for x in outputs if x.is_floating_point()], [*recorded.values]
         distance, largest = measure_distance(outputs, replayed[: len(outputs)])
-        if distance <= max((ROUNDING * torch.finfo(x.dtype).eps for x in outputs), default=0.0) * largest:
+        rounding = max((ROUNDING * torch.finfo(x.dtype).eps for x in outputs), default=0.0)
+        if distance <= rounding * largest:
             return ""
         again = [x for x in compute_outputs(model, example) if x.is_floating_point()]
     else:

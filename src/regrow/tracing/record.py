@@ -190,8 +190,8 @@ class Recorder(ProxyTorchDispatchMode):
         self._keep_compared_values(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
-            dim = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}.get("dim", -1)
-            out = _reorder(args[0], dim, out, next(self.orders, None))
+            given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+            out = _reorder(args[0], given.get("dim", -1), out, next(self.orders, None))  # -1: the default of ORDERS
         if constant:
             self.constant_results.add_call(node, func, nodes, named)
         self._associate(node, out, form, constant)

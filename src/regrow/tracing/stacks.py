@@ -83,8 +83,8 @@ def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], source
                 setattr(child, NUMBER, number + i - of)
     parts, has_changed = path.split("."), False
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    whole = getattr(model, "config", None)
-    text = getattr(whole, "get_text_config", lambda: None)()
+    main = getattr(model, "config", None)
+    text = getattr(main, "get_text_config", lambda: None)()  # of transformers' multimodal networks
     for config in (getattr(module, "config", None) for module in around):
         values: Mapping[str, Any] = getattr(config, "__dict__", {})
         deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
@@ -94,7 +94,7 @@ def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], source
             for name in PER_BLOCK & values.keys():
                 if isinstance(values[name], list | tuple) and len(values[name]) == size:
                     setattr(config, name, type(values[name])(values[name][i] for i in sources))
-            has_changed |= config is whole or config is text
+            has_changed |= config is main or config is text
     return has_changed
 
 

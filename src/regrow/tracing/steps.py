@@ -295,14 +295,16 @@ def _constants_of(node: Node, started: bool) -> Iterator[Number | tuple[Number, 
         if name in sizes or isinstance(value, Node) or value == defaults.get(name, ...):
             continue
         plain = [_comparable(x) for x in leaves_of(value) if isinstance(x, bool | int | float | str)]
-        yield from [tuple(plain)] if isinstance(value, list | tuple) and plain else plain
+        if isinstance(value, list | tuple) and plain:
+            yield tuple(plain)
+        else:
+            yield from plain
 
 
 @lru_cache(maxsize=4096)
 def _parameters_of(target: object) -> dict[str, object]:
     """Return the names of an operation's parameters, and their defaults; an ellipsis for those without one."""
-    takes = schema_parameters(target)
-    return {taken.name: taken.default_value if taken.has_default_value() else ... for taken in takes}
+    return {x.name: x.default_value if x.has_default_value() else ... for x in schema_parameters(target)}
 
 
 def _comparable(value: float | str) -> float | str:
@@ -329,6 +331,7 @@ def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Itera
             continue
         value = value.detach().cpu()
         value = value if value.layout is torch.strided else value.to_dense()
-        flat = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double().flatten()
+        value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        flat = value.double().flatten()
         entries = flat.tolist() if len(flat) <= 64 else (len(flat), zlib.crc32(flat.numpy().tobytes()))
         yield from map(_comparable, entries)

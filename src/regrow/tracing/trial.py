@@ -53,7 +53,7 @@ def _plan_small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
     turns: dict[str, int] = {}
     for axis in cut:
         members = [other for other in axes if other.count == axis.count] if axis.count else [axis]
-        steps = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3
+        steps = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3  # 1, 2, 3, 1, … per group of equal counts
         if any(other.size - steps * _least_loss(other, axes) < max(other.least, 1) for other in members):
             steps = 1
         sizes[axis.key] = axis.size - steps * _least_loss(axis, axes)
@@ -117,7 +117,8 @@ def _find_failing(model: nn.Module, axes: AxisGraph, classes: Sequence[Sequence[
     if not bad or len(classes) == 1:
         return bad
     half = len(classes) // 2
-    return _find_failing(model, axes, classes[:half]) | _find_failing(model, axes, classes[half:]) or bad
+    failing = _find_failing(model, axes, classes[:half]) | _find_failing(model, axes, classes[half:])
+    return failing or bad  # each half may run where both together do not
 
 
 def group_by_class(axes: Sequence[Axis]) -> dict[tuple, list[Axis]]:

@@ -71,11 +71,13 @@ def einsum(w: Walk, node: Node) -> Dims:
     for letter, expr in known.items():
         holders = {i: tensor for i, tensor in enumerate(tensors) if letter in terms[i]}
         summed = letter not in result and d.size(expr) > 1
-        role = Role.CONSUMES if summed else Role.SCALES if len(holders) > 1 else Role.PRODUCES
+        role = Role.SCALES if len(holders) > 1 else Role.PRODUCES
+        if summed:
+            role = Role.CONSUMES
         for i, tensor in holders.items():
             w.add_role(tensor, terms[i].index(letter), role)
         if summed:
-            first = min(holders.values(), key=lambda tensor: bool(w.source(tensor)))
+            first = min(holders.values(), key=lambda tensor: bool(w.source(tensor)))  # a computed one, if there is one
             others = [w.source(tensor) for tensor in holders.values() if tensor is not first]
             dim = terms[tensors.index(first)].index(letter)
             w.add_reading(node, first, dim, weight=next(filter(None, others), ""))
@@ -171,8 +173,10 @@ def attention(w: Walk, node: Node) -> Dims:
     grouped = bool(argument(node, 7, "enable_gqa"))
     for i in range(len(q) - 2):
         w.unify(node, k[i], v[i])
-        repeated = grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i])
-        w.unify(node, q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))) if repeated else k[i])
+        heads = k[i]
+        if grouped and i == len(q) - 3 and d.size(q[i]) != d.size(heads):  # each key serves several queries
+            heads = d.times(heads, d.Leaf(d.size(q[i]) // d.size(heads)))
+        w.unify(node, q[i], heads)
     out = (*q[:-1], v[-1])
     if isinstance(mask := argument(node, 3), Node):
         _tie_broadcast(w, node, mask, (*q[:-1], k[-2]))

@@ -48,7 +48,7 @@ def index(w: Walk, node: Node) -> Value:
     assert isinstance(entries, list | tuple)
     indices, picked = operands_in(entries), [i for i, entry in enumerate(entries) if entry is not None]
     w.freeze(node, (dims[i] for i in picked))
-    apart = picked != list(range(picked[0], picked[-1] + 1))
+    apart = picked != list(range(picked[0], picked[-1] + 1))  # then the indexed dimensions move to the front
     if apart or any(entry.meta["val"].dtype.is_floating_point for entry in indices):
         return freeze_operand(w, node)
     indexed = broadcast(w, node, indices)

@@ -130,7 +130,7 @@ def extreme(w: Walk, node: Node) -> Value:
 def ordered(w: Walk, node: Node) -> Value:
     """Rule for operations that depend on the order or number of entries (sort, var, flip): freezes the dimension."""
     dims, name = w.first(node), op_name(node)
-    position = 2 if name in ("kthvalue", "roll", "diff") else 1
+    position = 2 if name in ("kthvalue", "roll", "diff") else 1  # of the argument that names the dimension
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     last = name in ("sort", "argsort", "kthvalue", "median", "mode") and not named
     over = [len(dims) - 1] if last else _reduced_dims(w, node, position)

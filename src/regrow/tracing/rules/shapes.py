@@ -147,6 +147,7 @@ def narrow(w: Walk, node: Node) -> Dims:
     if start:
         w.starts[node] = before
     middle, after = d.split_at(rest, end - start, why) if end < n else (rest, d.ONE)
+    # two halves must keep equally many units, as the pieces of a split
     if n == 2 * (end - start) and (start == 0 or end == n) and not _has_other_cuts(node, axis, end - start):
         other = after if start == 0 else before
         w.equal.append((middle, other, why))
@@ -194,7 +195,7 @@ def pixel_shuffle(w: Walk, node: Node) -> Dims:
 def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
     dims = w.first(node)
-    outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)
+    outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)  # without the dimensions of space
     w.freeze(node, dims[outer:])
     out: list[Dims | None] = [
         (*dims[:outer], *(w.frozen(node, n) for n in shape[outer:])) for shape in result_shapes(node)
