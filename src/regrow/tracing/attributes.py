@@ -49,11 +49,11 @@ EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_
 """Names of attributes that hold the constant under the root of a norm."""
 
 
-Alike = list[tuple[Expr, Expr, str]]
+EqualPairs = list[tuple[Expr, Expr, str]]
 """Pairs of dimensions whose size one attribute sets, and why they must stay equal."""
 
 
-def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
+def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], EqualPairs]:
     """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets."""
     groups: dict[str, list[Expr]] = {}
     for path, expr in w.groups:
@@ -62,24 +62,24 @@ def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[
     for literal in w.literals:
         literals.setdefault(literal.module, []).append(literal)
     result: dict[str, Expr] = {}
-    alike: Alike = []
+    pairs: EqualPairs = []
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         tensors = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
         shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in tensors.items()}
         restated = restated_sizes(module, shapes, _find_output_dim(tensors))
-        known = {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
+        by_name = {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
         for expr in groups.get(path, ()):
-            known |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
+            by_name |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
         written = literals.get(path, ())
         for name, value in _size_attributes(module):
-            if name not in known and (exprs := _find_literal_dims(written, name, value)):
-                known[name] = exprs[0]
-                alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
-        known |= _find_products(module, written, known)
-        _add_channels(module, known, tensors.get("weight"))
-        result |= {f"{path}:{name}": expr for name, expr in known.items()}
-    return result, alike
+            if name not in by_name and (exprs := _find_literal_dims(written, name, value)):
+                by_name[name] = exprs[0]
+                pairs += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
+        by_name |= _find_products(module, written, by_name)
+        _add_channels(module, by_name, tensors.get("weight"))
+        result |= {f"{path}:{name}": expr for name, expr in by_name.items()}
+    return result, pairs
 
 
 def restated_sizes(
@@ -153,8 +153,8 @@ def _size_attributes(module: nn.Module) -> Iterator[tuple[str, int]]:
 def _find_output_dim(tensors: Mapping[str, Dims]) -> int | None:
     """Return the dimension of ``weight`` that the bias shares; ``None`` if it is ambiguous."""
     weight, bias = tensors.get("weight", ()), tensors.get("bias", ())
-    same = [dim for dim, expr in enumerate(weight) if len(bias) == 1 and d.identical(expr, bias[0])]
-    return same[0] if len(same) == 1 else None
+    matches = [dim for dim, expr in enumerate(weight) if len(bias) == 1 and d.identical(expr, bias[0])]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _find_literal_dims(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
@@ -180,15 +180,15 @@ def _is_among(expr: Expr, others: Iterable[Expr]) -> bool:
     return any(d.identical(expr, other) for other in others)
 
 
-def _find_products(module: nn.Module, literals: Sequence[Literal], known: Mapping[str, Expr]) -> dict[str, Expr]:
+def _find_products(module: nn.Module, literals: Sequence[Literal], by_name: Mapping[str, Expr]) -> dict[str, Expr]:
     """Return count attribute, of a module or its configuration → the only factor of that size in its literals."""
     written = [part for literal in literals if d.is_free(literal.expr) for part in _outermost_products(literal.expr)]
     result: dict[str, Expr] = {}
-    listed = [(name, value) for name, value in _size_attributes(module) if name in COUNTS and name not in known]
+    listed = [(name, value) for name, value in _size_attributes(module) if name in COUNTS and name not in by_name]
     for name, value in (*listed, *config_counts(module)) if written else ():
         fitting: list[Expr] = []
         for expr in written:
-            if d.size(expr) == value > 1 and not _is_among(expr, (*known.values(), *fitting)):
+            if d.size(expr) == value > 1 and not _is_among(expr, (*by_name.values(), *fitting)):
                 fitting.append(expr)
         if len(fitting) == 1:
             result[name] = fitting[0]
@@ -209,14 +209,14 @@ def _is_repeat(expr: Expr) -> bool:
     return isinstance(leaf, d.Leaf) and bool(leaf.integer)
 
 
-def _add_channels(module: nn.Module, known: dict[str, Expr], kernel: Dims | None) -> None:
-    """Add the channel and group counts of a convolution to ``known``; its input channels count all groups."""
+def _add_channels(module: nn.Module, by_name: dict[str, Expr], kernel: Dims | None) -> None:
+    """Add the channel and group counts of a convolution to ``by_name``; its input channels count all groups."""
     if kernel is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
     if module.groups == d.size(kernel[0]) and d.size(kernel[1]) == 1:  # depthwise, also where the weight is shared
-        known.setdefault("groups", kernel[0])
-    group = known.get("groups", d.frozen(module.groups, "a fixed number of groups"))
+        by_name.setdefault("groups", kernel[0])
+    group = by_name.get("groups", d.frozen(module.groups, "a fixed number of groups"))
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
     for name, expr in ((first, kernel[0]), (second, d.times(group, kernel[1]))):
         if getattr(module, name) == d.size(expr):
-            known[name] = expr
+            by_name[name] = expr

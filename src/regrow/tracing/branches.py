@@ -75,7 +75,7 @@ class ModuleCall:
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-    answer: object
+    output: object
 
 
 def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -115,10 +115,10 @@ def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict
         return {}
     copy, fake = fake_copy(model, cast_example(example, model))
     try:
-        calls, answer = record_calls(copy, fake)
+        calls, output = record_calls(copy, fake)
     except Exception:  # the network does not run on tensors without numbers
         return {}
-    search = _Search(Effects(recorded), copy, fake, calls, answer)
+    search = _Search(Effects(recorded), copy, fake, calls, output)
     result = {path: search.examine(path) for path, _ in copy.named_modules() if path in calls}
     result |= search.find_repetitions(result)
     return result | search.find_failing(result)
@@ -130,7 +130,7 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
     def make_hook(path: str) -> Any:
         """Return a forward hook that adds a call to those of a path."""
-        return lambda module, args, kwargs, answer: calls.setdefault(path, []).append(ModuleCall(args, kwargs, answer))
+        return lambda module, args, kwargs, output: calls.setdefault(path, []).append(ModuleCall(args, kwargs, output))
 
     hooks = [m.register_forward_hook(make_hook(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
@@ -149,16 +149,16 @@ class _Search:
     model: nn.Module
     example: Example
     calls: Mapping[str, list[ModuleCall]]
-    answer: object
+    output: object
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
         """Name of a module or tensor → all of its names."""
-        every: dict[int, list[str]] = {}
+        by_id: dict[int, list[str]] = {}
         pairs = [*self.model.named_modules(remove_duplicate=False), *state_of(self.model).items()]
         for name, value in pairs:
-            every.setdefault(id(value), []).append(name)
-        return {name: every[id(value)] for name, value in pairs}
+            by_id.setdefault(id(value), []).append(name)
+        return {name: by_id[id(value)] for name, value in pairs}
 
     def examine(self, path: str) -> Branch:
         """Return a module as a branch: with placeholders, or with the reason why it cannot be dropped."""
@@ -201,25 +201,25 @@ class _Search:
         if len(calls) != 1 and (site is not None or not calls):
             raise BranchError(f"it runs {len(calls)} times")
         form = None if site is None else site[0].meta["val"]
-        of, part = self._locate_output(calls[0].answer, form)
+        of, part = self._locate_output(calls[0].output, form)
         arguments: list[tuple[int | str, object]] = [*enumerate(calls[0].args), *calls[0].kwargs.items()]
         tensors = [(name, x) for name, x in arguments if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
-        alike = [name for name, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
-        takes = alike[0] if alike else tensors[0][0]
+        fitting = [name for name, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
+        takes = fitting[0] if fitting else tensors[0][0]
         return Placeholder("zero" if site is None or site[1] is None else "input", takes, of, part)
 
     @staticmethod
-    def _locate_output(answer: object, form: Tensor | None) -> tuple[int, int]:
+    def _locate_output(output: object, form: Tensor | None) -> tuple[int, int]:
         """Return how many parts an output has (0: it is one tensor), and the index of the one shaped like ``form``."""
-        if isinstance(answer, Tensor):
+        if isinstance(output, Tensor):
             return 0, 0
-        parts = answer if type(answer) is tuple else ()
-        alike = [i for i, x in enumerate(parts) if isinstance(x, Tensor) and (form is None or x.shape == form.shape)]
-        if len(alike) != 1 or any(x is not None and not isinstance(x, Tensor) for x in parts):
+        parts = output if type(output) is tuple else ()
+        fitting = [i for i, x in enumerate(parts) if isinstance(x, Tensor) and (form is None or x.shape == form.shape)]
+        if len(fitting) != 1 or any(x is not None and not isinstance(x, Tensor) for x in parts):
             raise BranchError("which part of its answer is used is not clear")
-        return len(parts), alike[0]
+        return len(parts), fitting[0]
 
     def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
         """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""
@@ -228,8 +228,8 @@ class _Search:
             """Whether a tensor or module lies in a dropped module."""
             return any(lies_in(name, path) for path in placeholders)
 
-        for name, every in self.names.items():
-            other = next((other for other in every if not is_dropped(other)), "")
+        for name, all_names in self.names.items():
+            other = next((other for other in all_names if not is_dropped(other)), "")
             if is_dropped(name) and other:
                 raise BranchError(f"{name} is {other}, too")
         for node, name in self.effects.capture.states.items():
@@ -250,15 +250,15 @@ class _Search:
                 result[kind] = min(result.get(kind, (number, path)), (number, path))
         return [path for _, path in result.values()]
 
-    def find_repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+    def find_repetitions(self, branches: Mapping[str, Branch]) -> dict[str, Branch]:
         """Return path → branches that remove the same parameters as a better one, now with that as the reason."""
         result: dict[str, Branch] = {}
         numel = {name: x.numel() for name, x in self.model.named_parameters()}
-        same: dict[frozenset[str], list[Branch]] = {}
-        for branch in known.values():
+        by_parameters: dict[frozenset[str], list[Branch]] = {}
+        for branch in branches.values():
             if branch.free and (frees := frozenset(filter(branch.holds, numel))):
-                same.setdefault(frees, []).append(branch)
-        for frees, members in same.items():
+                by_parameters.setdefault(frees, []).append(branch)
+        for frees, members in by_parameters.items():
             inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
             # the one that passes its input on, and that holds most of the parameters itself
             best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
@@ -266,10 +266,10 @@ class _Search:
             result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
         return result
 
-    def find_failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
+    def find_failing(self, branches: Mapping[str, Branch]) -> dict[str, Branch]:
         """Return path → branches that fail on trial, with the reason; equally named ones are first tried together."""
         classes: dict[tuple[str, str], list[Branch]] = {}
-        for path, branch in known.items():
+        for path, branch in branches.items():
             if branch.free:
                 classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
         result: dict[str, Branch] = {}
@@ -284,19 +284,19 @@ class _Search:
         placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
         dropped = insert_placeholders(self.model, {path: placeholders[path] for path in outermost(placeholders)})
         try:
-            calls, answer = record_calls(self.model, self.example)
+            calls, output = record_calls(self.model, self.example)
         except Exception as error:
             return f"the network does not run without it: {trim_error(error)}"
         finally:
             set_modules(self.model, dropped)
         for branch in members:
-            before, placeholder = self.calls[branch.module][0].answer, branch.placeholders[branch.module]
+            before, placeholder = self.calls[branch.module][0].output, branch.placeholders[branch.module]
             if placeholder.of and isinstance(before, tuple):
                 before = before[placeholder.at]
-            after = calls[branch.module][0].answer if branch.module in calls else before
+            after = calls[branch.module][0].output if branch.module in calls else before
             if tensor_forms(after)[:1] != tensor_forms(before)[:1]:
                 return "what takes its place would have another shape"
-        return "" if tensor_forms(answer) == tensor_forms(self.answer) else "the network would answer in another shape"
+        return "" if tensor_forms(output) == tensor_forms(self.output) else "the network would answer in another shape"
 
 
 def _class_and_settings(module: nn.Module) -> tuple[Any, ...]:

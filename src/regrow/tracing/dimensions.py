@@ -219,9 +219,9 @@ def _split_leaf(leaf: Leaf, kind: type[Times] | type[Plus], sizes: Iterable[int]
     return parts
 
 
-def _unify_parts(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plus, why: str) -> None:
+def _unify_parts(kind: type[Times] | type[Plus], left: Times | Plus, right: Times | Plus, why: str) -> None:
     """Unify two products, or two sums, part by part from the front; of unequal parts the larger is divided."""
-    a, b = list(one.parts), list(other.parts)
+    a, b = list(left.parts), list(right.parts)
     while a and b:
         small, large = (a, b) if size(a[0]) <= size(b[0]) else (b, a)
         n, m, first = size(small[0]), size(large[0]), resolve(large[0])

@@ -43,24 +43,24 @@ class Effects:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
-        self._same: dict[Node, Node] = {}  # cast that changes nothing → the node that made its tensor
+        self._sources: dict[Node, Node] = {}  # cast that changes nothing → the node that made its tensor
         self.inputs: dict[Node, list[Node]] = {}
         self.users: dict[Node, list[Node]] = {}
         for node in capture.graph.nodes:
             if _returns_operand(node):
-                self._same[node] = self.same(node.args[0])
+                self._sources[node] = self.source_of(node.args[0])
             elif not op_name(node).startswith("_assert"):
-                self.inputs[node] = list(dict.fromkeys(map(self.same, node.all_input_nodes)))
+                self.inputs[node] = list(dict.fromkeys(map(self.source_of, node.all_input_nodes)))
                 for read in self.inputs[node]:
                     self.users.setdefault(read, []).append(node)
         self.order = {node: i for i, node in enumerate(self.inputs)}  # node → its position in the graph
         self.calls = [node for node in self.inputs if node.op == "call_function"]
         self.end = next(node for node in self.inputs if node.op == "output")
 
-    def same(self, node: Argument) -> Node:
+    def source_of(self, node: Argument) -> Node:
         """Return the node that made the tensor, behind casts that change nothing."""
         assert isinstance(node, Node)
-        return self._same.get(node, node)
+        return self._sources.get(node, node)
 
     @cached_property
     def fixed(self) -> set[Node]:
@@ -94,7 +94,7 @@ class Effects:
     def root(self, value: Argument) -> Node:
         """Return the node that made the memory in which a value lies, behind views."""
         while True:
-            node = self.same(value[0] if isinstance(value, list | tuple) else value)
+            node = self.source_of(value[0] if isinstance(value, list | tuple) else value)
             if node.op != "call_function" or not node.args or not _is_view(node):
                 return node
             value = node.args[0]
@@ -105,13 +105,13 @@ class Effects:
         They include operations that write in place into such a tensor, or into a parameter, a buffer or an input.
         """
         reached: set[Node] = set()
-        ask = [*self.inputs[self.end]]
-        ask += [node for origin, nodes in self.writers.items() if origin.op == "placeholder" for node in nodes]
-        while ask:
-            node = replacement_of(ask.pop(), replaced)
+        pending = [*self.inputs[self.end]]
+        pending += [node for origin, nodes in self.writers.items() if origin.op == "placeholder" for node in nodes]
+        while pending:
+            node = replacement_of(pending.pop(), replaced)
             if node not in reached:
                 reached.add(node)
-                ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
+                pending += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
         return reached - replaced.keys()
 
     def dead(self, site: Site) -> set[Node]:
@@ -141,7 +141,7 @@ class Effects:
             elif not others and name in ("cat", "concat", "stack", "sum", "mean"):
                 zero.add(node)
             elif name in ZERO_PRESERVING | ALIASES | {"mul"} or (
-                name == "div" and isinstance(node.args[0], Node) and self.same(node.args[0]) in zero
+                name == "div" and isinstance(node.args[0], Node) and self.source_of(node.args[0]) in zero
             ):
                 if not self.fixed.issuperset(others):
                     return f"it is multiplied with something that is computed in {where}, not added to it"
@@ -173,16 +173,16 @@ class Effects:
 
     def _find_passed_value(self, node: Node, inside: Container[Node]) -> Node | None:
         """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
-        ends, ask, sums = [], [node], 0  # sums: how many of the additions have no constant operand but 0
-        while ask:
-            part = ask.pop()
+        ends, pending, sums = [], [node], 0  # sums: how many of the additions have no constant operand but 0
+        while pending:
+            part = pending.pop()
             if part not in inside:
                 ends.append(part)
             elif op_name(part) == "add" and not part.kwargs:
-                ask += [self.same(x) for x in part.args[:2] if isinstance(x, Node)]
+                pending += [self.source_of(x) for x in part.args[:2] if isinstance(x, Node)]
                 sums += all(isinstance(x, Node) or x == 0 for x in part.args[:2])
             elif op_name(part) in ALIASES | {"dropout"}:
-                ask += [self.same(x) for x in part.args[:1]]
+                pending += [self.source_of(x) for x in part.args[:1]]
         ends = [end for end in ends if end not in self.fixed]
         if len(ends) != 1 or not sums:
             return None
@@ -242,10 +242,10 @@ def find_effect_difference(ours: Effects, replaced: Replaced, theirs: Effects, z
         return f"the answers rest on {len(their_calls)} operations, not on {len(our_calls)}"
     for node, twin in zip([*our_calls, ours.end], [*their_calls, theirs.end], strict=True):
         read = map_arguments(
-            (node.args, node.kwargs), Node, lambda x: partner.get(replacement_of(ours.same(x), replaced))
+            (node.args, node.kwargs), Node, lambda x: partner.get(replacement_of(ours.source_of(x), replaced))
         )
-        same = node.target == twin.target and shapes_of(node) == shapes_of(twin)
-        if not same or read != map_arguments((twin.args, twin.kwargs), Node, theirs.same):
+        is_same = node.target == twin.target and shapes_of(node) == shapes_of(twin)
+        if not is_same or read != map_arguments((twin.args, twin.kwargs), Node, theirs.source_of):
             return f"{op_name(twin) or 'the answer'} in {module_of(twin) or 'the model'} is another operation there"
         partner[node] = twin
     return ""
@@ -260,8 +260,8 @@ def _are_equal(x: Tensor, other: Tensor) -> bool:
 
 def outermost(paths: Iterable[str]) -> list[str]:
     """Return those of some module paths that lie in no other one of them."""
-    every = [*paths]
-    return [path for path in every if not any(lies_in(path, other) and path != other for other in every)]
+    all_paths = [*paths]
+    return [path for path in all_paths if not any(lies_in(path, other) and path != other for other in all_paths)]
 
 
 def locate_branches(effects: Effects, branches: Iterable[Branch]) -> dict[Node, Node | None]:

@@ -39,12 +39,12 @@ def find_folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
         over = find_divisor_dims(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
-        found = _FOLDS[kind](model, w, node, over)
-        if found and weights.isdisjoint(fold.weight for fold in found):  # a weight takes one fold
+        candidates = _FOLDS[kind](model, w, node, over)
+        if candidates and weights.isdisjoint(fold.weight for fold in candidates):  # a weight takes one fold
             for expr in over:
                 d.strengthen_mark(expr, Mark.FOLDED, w.why(node))
-            result += [(over, fold) for fold in found]
-            weights |= {fold.weight for fold in found}
+            result += [(over, fold) for fold in candidates]
+            weights |= {fold.weight for fold in candidates}
         else:
             w.freeze(node, over)
     return result
@@ -183,7 +183,7 @@ def _propagate_zeros(w: Walk) -> dict[Node, frozenset[int]]:
         zeros[node] = inside & _zero_leaves(w, node, zeros) if inside else inside
         if writes_in_place(node):
             spoiled |= inside - zeros[node]
-    return {node: known - spoiled for node, known in zeros.items()}
+    return {node: leaves - spoiled for node, leaves in zeros.items()}
 
 
 def _leaf_numbers(dims: Value) -> frozenset[int]:

@@ -41,8 +41,8 @@ def _group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
                 again = True
     groups: dict[int, tuple[str, int]] = {}
     for first, second, why in pairs:
-        known = groups.get(first[0].number) or groups.get(second[0].number)
-        label = known[0] if known else f"count-{first[0].number}"
+        group = groups.get(first[0].number) or groups.get(second[0].number)
+        label = group[0] if group else f"count-{first[0].number}"
         for leaf, times in (first, second):
             if groups.setdefault(leaf.number, (label, times)) != (label, times):
                 d.freeze_both(first[0], second[0], why)
@@ -109,8 +109,8 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
         for expr in state.get(name, ()):
             d.freeze(expr, reason)
     divisors = find_folds(model, w)
-    integers, alike = attributes.find_integers(model, w, state)
-    w.equal += alike
+    integers, equal_pairs = attributes.find_integers(model, w, state)
+    w.equal += equal_pairs
     equal = _group_equal_sizes(w)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     slots: dict[Leaf, list[Slot]] = {}
@@ -155,13 +155,13 @@ def _unify_ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, 
         if original == name:
             continue
         ties[name] = original
-        known = state.get(name) or state.get(original)
-        if known is None:
+        dims = state.get(name) or state.get(original)
+        if dims is None:
             continue
-        for expr, other in zip(state.setdefault(name, known), state.setdefault(original, known), strict=True):
+        for expr, other in zip(state.setdefault(name, dims), state.setdefault(original, dims), strict=True):
             d.unify(expr, other, f"{name} and {original} are one tensor, and their uses have no common form")
         if name in w.capture.unused or original in w.capture.unused:
-            state[name] = state[original] = known
+            state[name] = state[original] = dims
     return ties
 
 
@@ -219,15 +219,15 @@ def _make_axes(
     read = {leaf.number for expr in exprs for leaf in d.leaves(expr)}
     keys: dict[int, str] = {}
     axes: dict[str, Axis] = {}
-    for leaf, places in slots.items():
-        key, roles, reason = _make_key(places[0], axes), {slot.role for slot in places}, leaf.frozen
+    for leaf, leaf_slots in slots.items():
+        key, roles, reason = _make_key(leaf_slots[0], axes), {slot.role for slot in leaf_slots}, leaf.frozen
         if not reason and Role.PRODUCES not in roles:
             reason = "no parameter makes its units"
         if not reason and Role.CONSUMES not in roles and leaf.number not in read:
             reason = "nothing reads its units"
         count, times = equal.get(leaf.number, ("", 1))
         mark, least = Mark.FROZEN if reason else leaf.mark, max(leaf.least, 2 if leaf.integer else 1)
-        axis = Axis(key, leaf.size, tuple(places), mark, reason or leaf.why, count, times, least, leaf.multiple)
+        axis = Axis(key, leaf.size, tuple(leaf_slots), mark, reason or leaf.why, count, times, least, leaf.multiple)
         axes[key] = replace(axis, narrow=narrow.get(leaf.number, ""))
         if not reason:
             keys[leaf.number] = key
@@ -257,11 +257,11 @@ def _set_nesting(axes: dict[str, Axis]) -> dict[str, Axis]:
     return {key: replace(axis, inside=find_outer(axis)) for key, axis in axes.items()}
 
 
-def _make_key(slot: Slot, taken: Mapping[str, Axis]) -> str:
+def _make_key(slot: Slot, existing: Mapping[str, Axis]) -> str:
     """Return the key of an axis by its first slot, as ``0.weight:0``, made unique by primes."""
     key = f"{slot.name}:{slot.dim}" + (f"+{slot.offset}" if slot.offset else "")
     key += f"/{slot.inner}" if slot.inner > 1 else ""
-    while key in taken:
+    while key in existing:
         key += "'"
     return key
 

@@ -17,29 +17,29 @@ class KnownForms:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
-        self.known: dict[Hashable, Form | int] = {}  # int: the result is the operand with this index
+        self.cache: dict[Hashable, Form | int] = {}  # int: the result is the operand with this index
 
     def infer_once(self, infer: Callable[[Any, Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
         """Return the result of an operation on fake tensors, by ``infer(func, args, kwargs)`` if it is not cached."""
         operands: list[Tensor] = []
         try:
             key = (func, torch.get_default_dtype(), _describe((args, kwargs), operands))
-            known = self.known.get(key)
+            cached = self.cache.get(key)
         except TypeError:  # nothing identifies one of the arguments
             return infer(func, args, kwargs)
-        if isinstance(known, int):
-            return operands[known]
-        if known is not None:
-            shape, stride, dtype, device = known
+        if isinstance(cached, int):
+            return operands[cached]
+        if cached is not None:
+            shape, stride, dtype, device = cached
             with no_python_dispatcher():
                 return FakeTensor(self.mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
         result = infer(func, args, kwargs)
         if not func._schema.is_mutable and not torch._C._is_any_autocast_enabled():
             itself = next((i for i, operand in enumerate(operands) if operand is result), None)
             if itself is not None:
-                self.known[key] = itself
+                self.cache[key] = itself
             elif is_plain(result) and not result.storage_offset() and _storage(result) not in map(_storage, operands):
-                self.known[key] = _form_of(result)
+                self.cache[key] = _form_of(result)
         return result
 
 

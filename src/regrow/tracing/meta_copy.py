@@ -38,19 +38,19 @@ def meta_copy(model: M, shapes: Mapping[str, tuple[int, ...]]) -> tuple[M, FakeT
 
     def share(tensor: Tensor) -> Tensor:
         """Return a tensor that shares the values of one that is neither parameter nor buffer; of a fake one, a copy."""
-        made = tensor.detach()
-        return fake_like(mode, tensor.shape, made) if isinstance(tensor, FakeTensor) else made
+        shared = tensor.detach()
+        return fake_like(mode, tensor.shape, shared) if isinstance(tensor, FakeTensor) else shared
 
     return copy_model(model, share, memo), mode
 
 
 def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) -> FakeTensor:
     """Return a fake tensor of a shape with the dtype and device of ``like``; a parameter if ``like`` is one."""
-    made = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
+    fake = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
     if isinstance(like, nn.Parameter):  # what nn.Parameter makes of a subclass, without running operations
-        made.requires_grad_(like.requires_grad)
-        made._is_param = True
-    return made
+        fake.requires_grad_(like.requires_grad)
+        fake._is_param = True
+    return fake
 
 
 def parameter_faker(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Parameter]:
@@ -58,8 +58,8 @@ def parameter_faker(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Paramet
 
     def empty(parameter: nn.Parameter) -> nn.Parameter:
         """Return a fake parameter like one; a fake one itself."""
-        made = fake_like(mode, parameter.shape, parameter)
-        return parameter if isinstance(parameter, FakeTensor) else made  # type: ignore[return-value]
+        fake = fake_like(mode, parameter.shape, parameter)
+        return parameter if isinstance(parameter, FakeTensor) else fake  # type: ignore[return-value]
 
     return empty
 
@@ -95,9 +95,9 @@ class _Copier:
         state = None if special or hasattr(kind, "__deepcopy__") else module.__getstate__()
         if id(module) in self.memo or type(state) is not dict:
             return self.copy_other(module)
-        self.memo[id(module)] = made = kind.__new__(kind)
-        made.__setstate__({name: self.copy_value(value) for name, value in state.items()})
-        return made
+        self.memo[id(module)] = copied = kind.__new__(kind)
+        copied.__setstate__({name: self.copy_value(value) for name, value in state.items()})
+        return copied
 
     def copy_value(self, value: Any) -> Any:
         """Copy an attribute of a module, with all that it holds."""
@@ -129,11 +129,11 @@ class _Copier:
 
     def copy_tensor(self, tensor: Tensor) -> Tensor:
         """Copy a tensor by the function; a parameter's copy is a parameter."""
-        made = self.change(tensor)
-        if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter | FakeTensor):
-            made = nn.Parameter(made, tensor.requires_grad)
-        self.memo[id(tensor)] = made
-        return made
+        copied = self.change(tensor)
+        if isinstance(tensor, nn.Parameter) and not isinstance(copied, nn.Parameter | FakeTensor):
+            copied = nn.Parameter(copied, tensor.requires_grad)
+        self.memo[id(tensor)] = copied
+        return copied
 
     def copy_other(self, value: Any) -> Any:
         """Copy an object by ``copy.deepcopy``; return the object itself where that fails, but raise for a module."""
@@ -209,20 +209,20 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
 
 def _infer_by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     """Return an operation's result by its kernel for meta tensors; ``NotImplemented`` if that fails."""
-    known: dict[int, Tensor] = {}  # an operation may give what it was given
+    originals: dict[int, Tensor] = {}  # an operation may give what it was given
 
     def to_meta(x: Tensor) -> Tensor:
         """Return a meta tensor of a fake tensor's form, and remember which one it is for."""
-        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        known[id(made)] = x
-        return made
+        meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        originals[id(meta)] = x
+        return meta
 
     operands, named = map_arguments((args, kwargs), Tensor, to_meta)
     try:
         out = func(*operands, **named)
     except Exception:
         return NotImplemented
-    return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
+    return map_arguments(out, Tensor, lambda x: originals[id(x)] if id(x) in originals else FakeTensor(mode, x, device))
 
 
 # --- rules return (shape,), (shape, strides), the operand that is returned itself, or None if they do not apply ------
@@ -282,9 +282,9 @@ def _infer_convolution(
 
 def _infer_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
     """Rule for batch norm with running statistics."""
-    known = mean is not None and variance is not None
+    has_statistics = mean is not None and variance is not None
     fits = all(_has_shape(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
-    return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
+    return (x.shape,) if has_statistics and fits and x.dim() > 1 and x.is_contiguous() else None
 
 
 def _infer_layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:

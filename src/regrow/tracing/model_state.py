@@ -40,12 +40,12 @@ class Snapshot:
     caches: list[tuple[Any, int]] = field(default_factory=list)  # (cached function, number of its entries)
 
     def __post_init__(self) -> None:
-        ask = [self.value]
-        while ask:  # without recursion, which deep structures would exceed
-            value = ask.pop()
+        pending = [self.value]
+        while pending:  # without recursion, which deep structures would exceed
+            value = pending.pop()
             if type(value) not in LEAVES and id(value) not in self.seen:
                 self.seen.add(id(value))
-                ask += reversed(list(self._parts(value)))
+                pending += reversed(list(self._parts(value)))
 
     def is_unchanged(self) -> bool:
         """Whether everything still has its contents: the same objects; entries of tensors are not compared."""
@@ -226,8 +226,8 @@ def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> 
         parts = value.values() if isinstance(value, Mapping) else value
     else:
         state = object.__getstate__(value)
-        held = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
-        parts = [part for entries in held for part in (entries or {}).values()]
+        states = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
+        parts = [part for entries in states for part in (entries or {}).values()]
     for part in parts:
         _collect_tensors(part, result, visited)
 
@@ -263,8 +263,8 @@ def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:
     return {
         (path, name): _describe_value(value, 3)
         for path, module in model.named_modules()
-        for held in (vars(module), module._parameters, module._buffers)
-        for name, value in held.items()
+        for attributes in (vars(module), module._parameters, module._buffers)
+        for name, value in attributes.items()
         if name not in _OF_MODULES
     }
 

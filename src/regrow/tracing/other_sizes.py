@@ -52,9 +52,9 @@ def _trace_at(model: nn.Module, axes: AxisGraph, example: Example, *others: Axis
     copy, fake = fake_copy(model, example)
     with limit_calls(MOST_TIMES_LONGER * len(axes.recording.capture.graph.nodes)):
         recorded = capture(copy, fake, tracer=axes.tracer)
-    for known in (axes, *others):
-        if (fitted := fit_steps(known.steps, recorded, known.sizes())) is not None:
-            return replace(known, steps=fitted, example=example)
+    for candidate in (axes, *others):
+        if (fitted := fit_steps(candidate.steps, recorded, candidate.sizes())) is not None:
+            return replace(candidate, steps=fitted, example=example)
     w = walk(recorded)
     if axes.trained:
         trace_training(copy, fake, w)

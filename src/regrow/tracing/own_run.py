@@ -50,8 +50,8 @@ T = TypeVar("T")
 
 def widen_dtype(value: T) -> T | torch.dtype:
     """Return float64 for a shorter floating-point dtype; any other argument of an operation unchanged."""
-    short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
-    return torch.float64 if short else value
+    is_shorter = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if is_shorter else value
 
 
 def as_double(value: T) -> T | Tensor:

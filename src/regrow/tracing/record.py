@@ -190,8 +190,8 @@ class Recorder(ProxyTorchDispatchMode):
         self._keep_compared_values(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
-            given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
-            out = _reorder(args[0], given.get("dim", -1), out, next(self.orders, None))  # -1: the default of ORDERS
+            arguments = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+            out = _reorder(args[0], arguments.get("dim", -1), out, next(self.orders, None))  # -1: the default of ORDERS
         if constant:
             self.constant_results.add_call(node, func, nodes, named)
         self._associate(node, out, form, constant)
@@ -226,12 +226,12 @@ class Recorder(ProxyTorchDispatchMode):
         node = self._write(decision, tuple(nodes), {}, list(map(_get_value, nodes)))
         node.meta["asks"] = str(func)
         self._keep_compared_values(node, args, kwargs)
-        module, known = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
+        module, replayed = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
         # On fake tensors every decision must be a replayed one.
-        diverges = not self.real if known is None else (known.op, known.module) != (str(func), module)
+        diverges = not self.real if replayed is None else (replayed.op, replayed.module) != (str(func), module)
         if diverges:
             raise DivergedError(f"{func} in {module or 'the model'} asks what the recorded run did not ask there")
-        answer = func(*args, **kwargs) if known is None else _cast_answer(read, known.answer)
+        answer = func(*args, **kwargs) if replayed is None else _cast_answer(read, replayed.answer)
         self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, copy_tensor, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
         return tree_map_only(Tensor, lambda x: self._constant(x, is_known=False), answer)

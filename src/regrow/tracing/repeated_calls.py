@@ -113,8 +113,8 @@ class _RecordedCall:
 @contextmanager
 def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
     """Context manager in which the operations of repeated modules are copied from the first of them."""
-    own = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
-    numbered = {module for module in own if type(vars(module).get(NUMBER)) is int}
+    candidates = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
+    numbered = {module for module in candidates if type(vars(module).get(NUMBER)) is int}
     repeated = _find_repeated(model, numbered)
     if not repeated:
         yield
@@ -152,7 +152,7 @@ class _RepeatedCalls:
     def __init__(self, model: nn.Module, recorder: "Recorder") -> None:
         self.recorder = recorder
         self.paths = {module: path for path, module in model.named_modules()}
-        self.known: dict[object, _RecordedCall] = {}
+        self.recorded_calls: dict[object, _RecordedCall] = {}
         self.tries: Counter[object] = Counter()
         self.reads = 0  # how often the number of a module was read
 
@@ -170,9 +170,9 @@ class _RepeatedCalls:
         inputs = [x for x in leaves if isinstance(x, Tensor)]
         tensors = [*inputs, *module.parameters(), *module.buffers()]
         nodes = tuple([self.recorder.nodes[x] for x in tensors])
-        known = self.known.get(key)
-        if known is not None and (mapping := _map_nodes(known.before, nodes)) and known.snapshot.is_unchanged():
-            return self._copy_call(known, module, mapping, inputs, tensors)
+        earlier = self.recorded_calls.get(key)
+        if earlier is not None and (mapping := _map_nodes(earlier.before, nodes)) and earlier.snapshot.is_unchanged():
+            return self._copy_call(earlier, module, mapping, inputs, tensors)
         if self.tries[key] >= _TRIES:
             return run()
         self.tries[key] += 1
@@ -184,11 +184,11 @@ class _RepeatedCalls:
             after = tuple([self.recorder.nodes[x] for x in tensors])
             leaves, spec = tree_flatten(result)
             results = tuple([_find_source(x, inputs, self.recorder.nodes) for x in leaves])
-            computed = {value for kind, value in results if kind == "made"}
+            computed = {value for kind, value in results if kind == "computed"}
             has_constant = any(node in self.recorder.constant_results for node in computed)
             can_be_copied = computed <= {*calls} and not has_constant and "unknown" not in dict(results)
             if can_be_copied and _is_closed(calls, {*nodes}):
-                self.known[key] = _RecordedCall(module, outer, nodes, after, calls, results, spec, snapshot)
+                self.recorded_calls[key] = _RecordedCall(module, outer, nodes, after, calls, results, spec, snapshot)
         return result
 
     def _read_state(self) -> tuple[object, ...]:
@@ -201,43 +201,43 @@ class _RepeatedCalls:
 
     def _copy_call(
         self,
-        known: _RecordedCall,
+        earlier: _RecordedCall,
         module: nn.Module,
         mapping: dict[Node, Node],
         inputs: list[Tensor],
         tensors: list[Tensor],
     ) -> Any:
         """Copy the operations of a known call, and return the result of this one; extends ``mapping`` (node → copy)."""
-        pairs = zip(known.module.modules(), module.modules(), strict=True)
+        pairs = zip(earlier.module.modules(), module.modules(), strict=True)
         names = {self.paths[a]: self.paths[b] for a, b in pairs if a in self.paths and b in self.paths}
         stacks: dict[int, dict[str, Any]] = {}
-        for node in known.calls:
+        for node in earlier.calls:
             args, kwargs = map_arguments((node.args, node.kwargs), Node, lambda operand: mapping.get(operand, operand))
             old = node.meta["nn_module_stack"]
             if id(old) not in stacks:
-                inner = [(names.get(path, path), kind) for path, (_, kind) in old.items() if path not in known.outer]
+                inner = [(names.get(path, path), kind) for path, (_, kind) in old.items() if path not in earlier.outer]
                 stacks[id(old)] = self.recorder.running() | {path: (path, kind) for path, kind in inner}
             mapping[node] = self.recorder.write_copy(node, args, kwargs, stacks[id(old)])
-        for x, before, after in zip(tensors, known.before, known.after, strict=True):
+        for x, before, after in zip(tensors, earlier.before, earlier.after, strict=True):
             if after is not before:
                 self.recorder.nodes[x] = mapping[after]
-        made: dict[Node, Tensor] = {}
-        sources: dict[str, Any] = {"operand": inputs, "made": made}
+        copies: dict[Node, Tensor] = {}
+        sources: dict[str, Any] = {"operand": inputs, "computed": copies}
         results = []
-        for kind, value in known.results:
-            if kind == "made" and value not in made:
-                made[value] = self._make_result(value.meta["val"], mapping[value])
+        for kind, value in earlier.results:
+            if kind == "computed" and value not in copies:
+                copies[value] = self._make_result(value.meta["val"], mapping[value])
             results.append(sources[kind][value] if kind in sources else value)
-        return tree_unflatten(results, known.spec)
+        return tree_unflatten(results, earlier.spec)
 
     def _make_result(self, like: FakeTensor, node: Node) -> FakeTensor:
         """Return a new fake tensor of the form of ``like`` as the value of a copied operation's node."""
         with torch._C.DisableTorchFunction(), no_python_dispatcher(), torch._C._DisableTorchDispatch():
             form = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-            made = FakeTensor(self.recorder.fake, form, like.fake_device)
-        node.meta["val"] = made
-        self.recorder.nodes[made] = node
-        return made
+            result = FakeTensor(self.recorder.fake, form, like.fake_device)
+        node.meta["val"] = result
+        self.recorder.nodes[result] = node
+        return result
 
     def _describe_operands(self, leaves: list[Any]) -> tuple[object, ...]:
         """Return what identifies the operands of a call; raise TypeError where nothing does."""
@@ -251,14 +251,14 @@ class _RepeatedCalls:
         if not is_plain(x) or x.fake_mode is not self.recorder.fake or x not in self.recorder.nodes:
             raise TypeError
         node = self.recorder.nodes[x]
-        same = node if node in self.recorder.constant_results else None  # its value could decide something
-        return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, index, same)
+        constant = node if node in self.recorder.constant_results else None  # its value could decide something
+        return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, x.requires_grad, index, constant)
 
 
-def _map_nodes(known: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
+def _map_nodes(earlier: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
     """Return node of the known call → that of this one; ``None`` if one node would be two."""
-    mapping = dict(zip(known, nodes, strict=True))
-    return mapping if all(mapping[a] is b for a, b in zip(known, nodes, strict=True)) else None
+    mapping = dict(zip(earlier, nodes, strict=True))
+    return mapping if all(mapping[a] is b for a, b in zip(earlier, nodes, strict=True)) else None
 
 
 def _find_repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozenset[nn.Module]:
@@ -266,18 +266,18 @@ def _find_repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozense
     result: set[nn.Module] = set()
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            alike: dict[object, list[nn.Module]] = {}
+            groups: dict[object, list[nn.Module]] = {}
             classes = Counter(map(type, stack._modules.values()))
             for child in stack._modules.values():
                 if child is not None and len(child._modules) and (classes[type(child)] > 1 or len(stack) == 1):
                     with suppress(TypeError):
-                        alike.setdefault(_describe_module(child, numbered), []).append(child)
-            result |= {child for same in alike.values() for child in same if len(same) > 1 or len(stack) == 1}
+                        groups.setdefault(_describe_module(child, numbered), []).append(child)
+            result |= {child for group in groups.values() for child in group if len(group) > 1 or len(stack) == 1}
     return frozenset(result)
 
 
 def _find_source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
-    """Return the source of an entry of a result: "plain", value; "operand", index; "made", node; or "unknown", None."""
+    """Return the source of a result's entry: "plain", value; "operand", index; "computed", node; or "unknown", None."""
     if not isinstance(x, Tensor):
         return ("plain", x) if type(x) in LEAVES else ("unknown", None)
     for index, operand in enumerate(inputs):
@@ -285,12 +285,12 @@ def _find_source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
             return "operand", index
     usual = is_plain(x) and not x.requires_grad
     node = nodes[x] if usual and not x.storage_offset() and x in nodes else None
-    return ("made", node) if node is not None and node.meta["val"] is x else ("unknown", None)
+    return ("computed", node) if node is not None and node.meta["val"] is x else ("unknown", None)
 
 
-def _is_closed(calls: tuple[Node, ...], known: set[Node]) -> bool:
+def _is_closed(calls: tuple[Node, ...], operands: set[Node]) -> bool:
     """Whether no operation that reads a tensor from outside a call writes into a tensor, or returns what it read."""
-    inside = {*calls} | known
+    inside = {*calls} | operands
     for node in calls:
         outside = [operand.meta["val"] for operand in node.all_input_nodes if operand not in inside]
         if outside and (writes_in_place(node) or any(value is node.meta["val"] for value in outside)):

@@ -200,9 +200,9 @@ class _Blocks:
 
     def _find_written(self, output: int, inside: set[int]) -> tuple[str, ...]:
         """Return the parameters that make what is added to a block's input; empty if it is not such a sum."""
-        ask, visited, sums, passes_input = [output], {output}, 0, False
+        pending, visited, sums, passes_input = [output], {output}, 0, False
         names: dict[str, None] = {}
-        for number in ask:  # which grows
+        for number in pending:  # which grows
             step = self.axes.steps[number]
             before = [operand for operand in step.operands if isinstance(operand, int)]
             if number not in inside:
@@ -210,7 +210,7 @@ class _Blocks:
             elif step.op in _MOVING or (step.op == "add" and before):
                 sums += step.op == "add" and len(before) > 1
                 names |= dict.fromkeys(_named_operands(step))
-                ask += [operand for operand in before if operand not in visited]
+                pending += [operand for operand in before if operand not in visited]
                 visited |= {*before}
             else:
                 makers = [*_named_operands(step)] or self._find_makers(number, inside, output)
@@ -223,13 +223,13 @@ class _Blocks:
         """Return the nearest parameters before an operation, in a block, that make units of the output's axes."""
         out = {key for dims in self.axes.steps[output].shapes for key in axes_in(Product(dims or ()))}
         makes = {s.name for key in out for s in self.axes[key].slots if s.role in (Role.PRODUCES, Role.SHIFTS)}
-        ask, visited = [number], {number}
+        pending, visited = [number], {number}
         makers: list[str] = []
-        for step in map(self.axes.steps.__getitem__, ask):  # which grows
+        for step in map(self.axes.steps.__getitem__, pending):  # which grows
             names = [name for name in _named_operands(step) if name in makes]
             makers += names
             before = [i for i in step.operands if isinstance(i, int) and i in inside and i not in visited]
-            ask += before if not names else []
+            pending += before if not names else []
             visited |= {*before}
         return makers
 
@@ -253,4 +253,4 @@ def _keeps_form(call: ModuleCall) -> bool:
     """Whether the first tensor in a module's output has the shape and dtype of its first input."""
     inputs = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
     forms = tensor_forms(inputs)[:1]
-    return bool(forms) and forms == tensor_forms(call.answer)[:1]
+    return bool(forms) and forms == tensor_forms(call.output)[:1]

@@ -67,10 +67,10 @@ def _parse_attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Exp
 
 def _find_factor(w: Walk, softmax: Node, back: bool) -> Node | None:
     """Return the second factor of the product before a softmax (``back``: the keys), or after it (the values)."""
-    near = [softmax]
+    frontier = [softmax]
     for _ in range(MOST_STEPS):
-        beyond: list[Node] = []
-        for node in near:
+        following: list[Node] = []
+        for node in frontier:
             for other in node.all_input_nodes if back else node.users:
                 if op_name(other) in _PRODUCTS:
                     first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
@@ -78,8 +78,8 @@ def _find_factor(w: Walk, softmax: Node, back: bool) -> Node | None:
                     if computed and (back or first is node):
                         return second
                 elif other.op == "call_function" and len(w.dims[other] or ()) >= 3:
-                    beyond.append(other)
-        near = beyond
+                    following.append(other)
+        frontier = following
     return None
 
 
@@ -92,7 +92,7 @@ def _smallest_form(node: Node) -> Node:
     while op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
         node = node.args[0]
         chain.append(node)
-    return min(chain, key=lambda made: int(made.meta["val"].nbytes))
+    return min(chain, key=lambda x: int(x.meta["val"].nbytes))
 
 
 _SHAPES = (
@@ -157,17 +157,17 @@ def list_steps(recorded: Capture, started: Container[Node] = ()) -> list[Recorde
 
 
 def find_step_difference(
-    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
+    steps: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
     """Return the first difference of a recording from known steps at ``sizes``, or ``None``; ``added``: new biases."""
-    nodes, resized = list_operations(recorded), list_steps(recorded, _moving_slices(known, recorded))
-    for i, (step, other) in enumerate(zip_longest(known, resized)):
+    nodes, resized = list_operations(recorded), list_steps(recorded, _moving_slices(steps, recorded))
+    for i, (step, other) in enumerate(zip_longest(steps, resized)):
         if step is None or other is None or step.op != other.op:
             ran, before = ("nothing" if x is None else _describe_step(x) for x in (other, step))
             problem = f"the network runs other operations at that size: {ran} instead of {before}"
             return Difference(problem + _line_clause(nodes[i : i + 1]))
     constant: Difference | None = None
-    for step, other, node in zip(known, resized, nodes, strict=True):
+    for step, other, node in zip(steps, resized, nodes, strict=True):
         planned = [None if dims is None else tuple(size_of(dim, sizes) for dim in dims) for dims in step.shapes]
         pairs = zip(planned, other.shapes, strict=False)
         problem = ""
@@ -183,12 +183,12 @@ def find_step_difference(
 
 
 def find_changed_constant(
-    present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None
+    present: Capture, planned: Capture, steps: Sequence[RecordedStep] | None = None
 ) -> Difference | None:
     """Return the first constant or operand that differs between recordings before and after a resize, or ``None``."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference(FIRST_RUN)
-    before, after = (list_steps(recorded, _moving_slices(known, recorded)) for recorded in (present, planned))
+    before, after = (list_steps(recorded, _moving_slices(steps, recorded)) for recorded in (present, planned))
     if len(before) != len(after):
         return Difference(f"the network runs {len(after)} operations at that size, and {len(before)} as it is")
     return next(filter(None, map(_compare_constants, before, after, list_operations(planned))), None)
@@ -206,21 +206,21 @@ def with_new_epsilons(axes: AxisGraph, epsilons: Mapping[str, float]) -> tuple[R
     return tuple(result)
 
 
-def with_new_constants(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
+def with_new_constants(steps: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
     """Return known steps with the constants and operands of a new recording; shapes stay written in axes."""
-    rows = zip(known, list_steps(recorded, _moving_slices(known, recorded)), strict=True)
+    rows = zip(steps, list_steps(recorded, _moving_slices(steps, recorded)), strict=True)
     return tuple(replace(step, numbers=new.numbers, operands=new.operands) for step, new in rows)
 
 
 def fit_steps(
-    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]
+    steps: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]
 ) -> tuple[RecordedStep, ...] | None:
     """Return known steps with the input's sizes of a new recording; ``None`` if operations or sizes of axes differ."""
-    others = list_steps(recorded, _moving_slices(known, recorded))
-    if [(x.op, x.numbers, x.operands) for x in known] != [(x.op, x.numbers, x.operands) for x in others]:
+    others = list_steps(recorded, _moving_slices(steps, recorded))
+    if [(x.op, x.numbers, x.operands) for x in steps] != [(x.op, x.numbers, x.operands) for x in others]:
         return None
     result = []
-    for step, other in zip(known, others, strict=True):
+    for step, other in zip(steps, others, strict=True):
         shapes: list[tuple[Dim, ...] | None] = []
         for dims, shape in zip_longest(step.shapes, other.shapes, fillvalue=()):
             fitted = [_fit_dim(dim, size_of(n, {}), sizes) for dim, n in zip(dims or (), shape or (), strict=False)]
@@ -248,10 +248,10 @@ def list_operations(recorded: Capture) -> list[Node]:
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
 
-def _moving_slices(known: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
+def _moving_slices(steps: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
     """Return the slices whose start follows from axis sizes; all operations, where no steps are known."""
-    pairs = zip_longest(known or (), list_operations(recorded))
-    return {node for step, node in pairs if known is None or (step is not None and step.start is not None)}
+    pairs = zip_longest(steps or (), list_operations(recorded))
+    return {node for step, node in pairs if steps is None or (step is not None and step.start is not None)}
 
 
 def _describe_step(step: RecordedStep) -> str:

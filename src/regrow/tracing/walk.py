@@ -120,8 +120,8 @@ class Walk:
         """Whether a node's value is computed from parameters, buffers and constants alone."""
         if node not in self.computed:
             inputs = node.all_input_nodes if node.op == "call_function" else []
-            known = node in self.capture.states or node in self.capture.constants
-            self.computed[node] = known or (bool(inputs) and all(map(self.is_constant, inputs)))
+            is_state = node in self.capture.states or node in self.capture.constants
+            self.computed[node] = is_state or (bool(inputs) and all(map(self.is_constant, inputs)))
         return self.computed[node]
 
     def add_reading(
@@ -174,8 +174,8 @@ class Walk:
     def fresh(self, node: Node, why: str = "") -> Value:
         """Return new dimensions in the shape of the node's value, frozen; ``why``: the reason, if not the operation."""
         why = why or self.why(node)
-        made = [None if s is None else tuple(d.frozen(n, why) for n in s) for s in as_list(shapes_of(node))]
-        return made if isinstance(shapes_of(node), list) else made[0]
+        dims = [None if s is None else tuple(d.frozen(n, why) for n in s) for s in as_list(shapes_of(node))]
+        return dims if isinstance(shapes_of(node), list) else dims[0]
 
 
 def _common_ancestor(a: str, b: str) -> str:

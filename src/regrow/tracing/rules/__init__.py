@@ -28,13 +28,13 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
     an earlier walk over another recording of the network, into which this one is merged.
     """
     w = Walk(capture) if merged is None else merged.continue_on(capture)
-    known = {name: merged.of(node) for node, name in merged.capture.states.items()} if merged is not None else {}
+    state_dims = {name: merged.of(node) for node, name in merged.capture.states.items()} if merged is not None else {}
     if capture.decisions is not None:
         refusal = capture.refusal or "data decide what the network does"
         w.notes.append(f"recorded from one run, since torch.export refuses: {refusal}; other decisions were not seen")
     for node in capture.graph.nodes:
         if node.op == "placeholder":
-            w.dims[node] = _placeholder(w, node, known)
+            w.dims[node] = _placeholder(w, node, state_dims)
         elif node.op == "output":
             for expr in (expr for out in node.all_input_nodes for expr in all_dims(w.dims[out])):
                 d.freeze(expr, "it is an output of the model")
@@ -47,11 +47,11 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
     return w
 
 
-def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Value:
+def _placeholder(w: Walk, node: Node, state_dims: Mapping[str, Dims]) -> Value:
     """Return the dimensions of a placeholder: of a parameter or buffer known or free ones, of others frozen ones."""
     shape = shapes_of(node)
     if isinstance(shape, tuple) and node in w.capture.states:
-        return known.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
+        return state_dims.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
     origin = "a tensor that is no parameter or buffer" if node in w.capture.constants else "the model's input"
     return w.fresh(node, f"it is a dimension of {origin}")
 

@@ -59,16 +59,16 @@ def einsum(w: Walk, node: Node) -> Dims:
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     tensors = operands_in(operands)
     terms, result = _parse_equation(equation, [len(w.of(tensor)) for tensor in tensors])
-    known: dict[str, Expr] = {}
+    exprs: dict[str, Expr] = {}
     for tensor, term in zip(tensors, terms, strict=True):
         for letter, expr in zip(term, w.of(tensor), strict=True):
             if term.count(letter) > 1:
                 w.freeze(node, [expr])
-            if d.size(known.get(letter, d.ONE)) == 1:
-                known[letter] = expr
+            if d.size(exprs.get(letter, d.ONE)) == 1:
+                exprs[letter] = expr
             elif d.size(expr) > 1:
-                w.unify(node, known[letter], expr)
-    for letter, expr in known.items():
+                w.unify(node, exprs[letter], expr)
+    for letter, expr in exprs.items():
         holders = {i: tensor for i, tensor in enumerate(tensors) if letter in terms[i]}
         summed = letter not in result and d.size(expr) > 1
         role = Role.SCALES if len(holders) > 1 else Role.PRODUCES
@@ -81,8 +81,8 @@ def einsum(w: Walk, node: Node) -> Dims:
             others = [w.source(tensor) for tensor in holders.values() if tensor is not first]
             dim = terms[tensors.index(first)].index(letter)
             w.add_reading(node, first, dim, weight=next(filter(None, others), ""))
-    w.add_contraction(node, tensors if len(tensors) > 1 else (), tuple(known.values()))
-    return tuple(known[letter] for letter in result)
+    w.add_contraction(node, tensors if len(tensors) > 1 else (), tuple(exprs.values()))
+    return tuple(exprs[letter] for letter in result)
 
 
 def _parse_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:

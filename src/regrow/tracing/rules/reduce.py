@@ -64,8 +64,8 @@ def _reduced_dims(w: Walk, node: Node, position: int = 1) -> list[int]:
 def _result_dims(w: Walk, node: Node, over: list[int]) -> Dims:
     """Return the dimensions of a reduction's result: without those in ``over``, or with size 1 there (``keepdim``)."""
     dims = w.first(node)
-    kept = len(result_shapes(node)[0]) == len(dims)
-    return tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if kept or i not in over)
+    keepdim = len(result_shapes(node)[0]) == len(dims)
+    return tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if keepdim or i not in over)
 
 
 def total(w: Walk, node: Node) -> Dims:
