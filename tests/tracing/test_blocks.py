@@ -61,14 +61,14 @@ def test_blocks_of_any_width_are_of_one_kind_and_blocks_of_other_operations_are_
     net = nn.Sequential(nn.Linear(4, 8), *(Residual(8, n) for n in (6, 6, 5)), nn.Linear(8, 2), nn.Sigmoid())
     found = cut(net, torch.ones(2, 4))
     assert [block.path for block in found] == ["", "1", "2", "3", ""]
-    kinds = [block.kind for block in found]
+    kinds = [block.block_class for block in found]
     assert kinds[1] == kinds[2] == kinds[3] and len({kinds[0], kinds[1], kinds[4]}) == 3
 
 
 @pytest.mark.parametrize("other", [{"groups": 8}, {"stride": 2}, {"dilation": 2, "padding": 2}])
 def test_a_convolution_with_other_groups_or_steps_makes_another_kind(other: dict[str, int]) -> None:
     net = nn.Sequential(Convolutions(8), Convolutions(16), Convolutions(8, **other), Convolutions(16))
-    kinds = [block.kind for block in cut(net, torch.ones(2, 8, 8, 8))]
+    kinds = [block.block_class for block in cut(net, torch.ones(2, 8, 8, 8))]
     assert kinds[0] == kinds[1] == kinds[3] != kinds[2]
 
 

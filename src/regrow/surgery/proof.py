@@ -111,7 +111,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     sizes = {name: value.numel() for name, value in {**state_of(change.tensors.model), **change.ready.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in changed_blocks(change):
-        classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
+        classes.setdefault(block.block_class, []).append((sum(sizes[name] for name in block.states), block))
     result: list[GraphBlock] = []
     for members in classes.values():
         ordered = sorted(members, key=lambda member: member[0])

@@ -73,7 +73,8 @@ def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[
             by_name |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
         written = literals.get(path, ())
         for name, value in _size_attributes(module):
-            if name not in by_name and (exprs := _find_literal_dims(written, name, value)):
+            exprs = _find_literal_dims(written, name, value) if name not in by_name else []
+            if exprs:
                 by_name[name] = exprs[0]
                 pairs += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
         by_name |= _find_products(module, written, by_name)
@@ -102,7 +103,8 @@ def restated_sizes(
         value = value[0] if isinstance(value, tuple) and value else value
         # a slice, since a tensor may have fewer dimensions
         fitting = (spot for spot in spots if shapes.get(spot[0], ())[spot[1] : spot[1] + 1] == (value,))
-        if type(value) is int and (spot := next(fitting, None)):
+        spot = next(fitting, None)
+        if type(value) is int and spot is not None:
             result[name] = spot
     return result
 
@@ -131,9 +133,8 @@ def config_counts(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 def holds_repeats(model: nn.Module, path: str, size: int) -> bool:
     """Whether an attribute of the module at ``path``, or of its parent, holds ``size`` as a number of repetitions."""
-    parts = path.split(".")
-    owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-    return any(vars(model.get_submodule(owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
+    parent, _, _ = path.rpartition(".")
+    return any(vars(model.get_submodule(owner)).get(name) == size for owner in (path, parent) for name in REPEATS)
 
 
 def find_epsilon(model: nn.Module, path: str, value: float | None) -> str:

@@ -256,10 +256,11 @@ class _Search:
         numel = {name: x.numel() for name, x in self.model.named_parameters()}
         by_parameters: dict[frozenset[str], list[Branch]] = {}
         for branch in branches.values():
-            if branch.free and (frees := frozenset(filter(branch.holds, numel))):
-                by_parameters.setdefault(frees, []).append(branch)
-        for frees, members in by_parameters.items():
-            inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
+            parameters = frozenset(filter(branch.holds, numel))
+            if branch.free and parameters:
+                by_parameters.setdefault(parameters, []).append(branch)
+        for parameters, members in by_parameters.items():
+            inside = {b.module: sum(numel[name] for name in parameters if lies_in(name, b.module)) for b in members}
             # the one that passes its input on, and that holds most of the parameters itself
             best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
             reason = f"it takes away what {best.module} does"

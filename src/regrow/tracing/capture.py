@@ -138,12 +138,12 @@ def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> 
     leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _EXAMPLE_TYPES), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
-    known = holds_numbers(model, example)
+    is_real = holds_numbers(model, example)
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
         recorder = record_run(model, example, copying=tracer == Tracer.RECORD)
-    if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
+    if is_real and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
         raise _CachedStateError(_READS_CACHED)
     return replace(_to_capture(model, recorder), decisions=None, tracer=tracer)
 
@@ -189,14 +189,9 @@ def _make_refusing_mode() -> FakeTensorMode:
 def _to_capture(model: nn.Module, recorder: Recorder) -> Capture:
     """Return what a recorder holds after a run of the model as a recording."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return Capture(
-        graph=recorder.graph,
-        states=recorder.states,
-        unused=_unused_parameters(recorder.states, parameters),
-        constants=recorder.constants,
-        decisions=tuple(recorder.decisions),
-        values=tuple(recorder.values),
-    )
+    unused = _unused_parameters(recorder.states, parameters)
+    decisions, values = tuple(recorder.decisions), tuple(recorder.values)
+    return Capture(recorder.graph, recorder.states, unused, recorder.constants, decisions, values=values)
 
 
 def _unused_parameters(states: Mapping[Node, str], parameters: Container[str]) -> tuple[str, ...]:

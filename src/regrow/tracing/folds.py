@@ -76,12 +76,13 @@ def _fold_written_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> lis
     if len(over) != 1 or not _is_square(squared):
         return []
     added = _only_user(node, "add")
-    root = _only_user(added, "rsqrt")
-    if root is None and (power := _only_user(added, "pow")) is not None and power.args[1] == -0.5:
+    root, power = _only_user(added, "rsqrt"), _only_user(added, "pow")
+    if power is not None and power.args[1] == -0.5:
         root = power
     scaled = _only_user(root, "mul")
     gained = _only_user(scaled, "mul")
-    if added is None or scaled is None or gained is None or not isinstance(value := added.args[1], float):
+    value = added.args[1] if added is not None else None
+    if scaled is None or gained is None or not isinstance(value, float):
         return []
     epsilon = attributes.find_epsilon(model, module_of(node), value)
     if not epsilon or _behind_casts(squared.args[0]) not in map(_behind_casts, scaled.args):

@@ -226,7 +226,8 @@ def _make_axes(
         if not reason and Role.CONSUMES not in roles and leaf.number not in read:
             reason = "nothing reads its units"
         count, times = equal.get(leaf.number, ("", 1))
-        mark, least = Mark.FROZEN if reason else leaf.mark, max(leaf.least, 2 if leaf.integer else 1)
+        mark = Mark.FROZEN if reason else leaf.mark
+        least = max(leaf.least, 2 if leaf.integer else 1)  # networks skip a repetition if there is only one
         axis = Axis(key, leaf.size, tuple(leaf_slots), mark, reason or leaf.why, count, times, least, leaf.multiple)
         axes[key] = replace(axis, narrow=narrow.get(leaf.number, ""))
         if not reason:

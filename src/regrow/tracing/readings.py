@@ -42,7 +42,7 @@ class GraphBlock:
     outputs: tuple[int, ...] = ()  # operations whose results are read later, or are outputs of the network
     states: tuple[str, ...] = ()  # parameters and buffers that it reads
     # Its class: blocks of one class run the same operations with the same constants in the same wiring, at any widths.
-    kind: int = 0
+    block_class: int = 0
 
 
 def divide_into_blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
@@ -62,9 +62,9 @@ def divide_into_blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
         for path, start, stop in (("", before, block.start), (block.path, block.start, block.stop)):
             if start < stop:
                 form = net.hash_form(start, stop, sized=False)
-                kind = numbers.setdefault(form, len(numbers))
+                block_class = numbers.setdefault(form, len(numbers))
                 inputs, outputs, states = net.find_seams(start, stop)
-                result.append(GraphBlock(path, start, stop, inputs, outputs, states, kind))
+                result.append(GraphBlock(path, start, stop, inputs, outputs, states, block_class))
         before = block.stop
     return tuple(result)
 

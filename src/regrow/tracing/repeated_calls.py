@@ -171,7 +171,8 @@ class _RepeatedCalls:
         tensors = [*inputs, *module.parameters(), *module.buffers()]
         nodes = tuple([self.recorder.nodes[x] for x in tensors])
         earlier = self.recorded_calls.get(key)
-        if earlier is not None and (mapping := _map_nodes(earlier.before, nodes)) and earlier.snapshot.is_unchanged():
+        mapping = _map_nodes(earlier.before, nodes) if earlier is not None else None
+        if earlier is not None and mapping and earlier.snapshot.is_unchanged():
             return self._copy_call(earlier, module, mapping, inputs, tensors)
         if self.tries[key] >= _TRIES:
             return run()
