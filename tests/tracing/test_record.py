@@ -167,7 +167,7 @@ def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest
     args, kwargs = ZOO[name].example()
     example = complete_example(model, args, kwargs)
     expected = walked(model, example)
-    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_on_fake_data", refuse)
+    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_capture_on_fake_data", refuse)
     assert walked(model, example) == expected
 
 
@@ -179,7 +179,7 @@ def test_the_trial_cut_of_an_eager_record_is_as_strict(name: str, monkeypatch: p
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     expected = trace(model, *args, **kwargs)
-    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_on_fake_data", refuse)
+    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_capture_on_fake_data", refuse)
     axes = trace(model, *args, **kwargs)
     assert "refuses: out of order" in axes.notes[0]
     assert {(a.mark, frozenset(a.slots)) for a in axes} == {(a.mark, frozenset(a.slots)) for a in expected}

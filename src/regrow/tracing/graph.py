@@ -33,7 +33,7 @@ def _group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
         else:
             pairs += [(x, y, why) for x, y in leaves]
     again = True
-    while again:
+    while again:  # until no leaf of a pair is frozen alone
         again = False
         for (x, _), (y, _), why in pairs:
             if bool(x.frozen) != bool(y.frozen):

@@ -40,7 +40,7 @@ def freeze_by_size(model: nn.Module, axes: AxisGraph) -> AxisGraph:
         for example in examples:
             with suppress(TraceError):
                 axes = _Probe(model, axes, _trace_at(model, axes, example)).freeze()
-                break
+                break  # the first example that can be traced decides
     return axes
 
 
