@@ -152,7 +152,7 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
         for leaf in d.leaves(w.of(reading.operand)[reading.dim]):
             if _is_disturbing(w, reading, leaf, zeros):
                 result.setdefault(leaf.number, w.why(reading.node))
-    for expr, weight in w.also:
+    for expr, weight in w.training_reads:
         for number in () if weight else _leaf_numbers((expr,)):
             result.setdefault(number, "in training it is read with no weight that could be 0")
     for node, name in w.capture.states.items():

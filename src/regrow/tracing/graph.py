@@ -140,7 +140,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
         notes=tuple(dict.fromkeys(w.notes)),
         decisions=w.capture.decisions,
         tracer=w.capture.tracer,
-        trained=bool(w.also),
+        trained=bool(w.training_reads),
         example=example,
     )
     return graph, names
@@ -215,7 +215,7 @@ def _make_axes(
     w: Walk, slots: Mapping[Leaf, list[Slot]], equal: Mapping[int, tuple[str, int]], narrow: Mapping[int, str]
 ) -> tuple[dict[str, Axis], dict[int, str]]:
     """Return key → axis, and number of a leaf → the key of its axis, if that is free."""
-    exprs = [*(w.of(reading.operand)[reading.dim] for reading in w.readings), *(expr for expr, _ in w.also)]
+    exprs = [*(w.of(reading.operand)[reading.dim] for reading in w.readings), *(expr for expr, _ in w.training_reads)]
     read = {leaf.number for expr in exprs for leaf in d.leaves(expr)}
     keys: dict[int, str] = {}
     axes: dict[str, Axis] = {}

@@ -288,7 +288,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     for node, kind in second.norms:
         if (module_of(node), kind) not in folded:
             second.freeze(node, find_divisor_dims(second, node, kind))
-    w.also += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
+    w.training_reads += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
     w.capture = replace(w.capture, unused=unused)
 
 

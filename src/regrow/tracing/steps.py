@@ -73,10 +73,10 @@ def _find_factor(w: Walk, softmax: Node, back: bool) -> Node | None:
         for node in frontier:
             for other in node.all_input_nodes if back else node.users:
                 if op_name(other) in _PRODUCTS:
-                    first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
-                    computed = first is not second and not w.source(first) and not w.source(second)
-                    if computed and (back or first is node):
-                        return second
+                    factors = other.all_input_nodes[-2:]
+                    computed = len(factors) == 2 and not any(map(w.source, factors))
+                    if computed and (back or factors[0] is node):
+                        return factors[1]
                 elif other.op == "call_function" and len(w.dims[other] or ()) >= 3:
                     following.append(other)
         frontier = following

@@ -74,16 +74,16 @@ def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     Where that fails, half of the axes are tried, and so on, down to classes, whose slots differ in layer numbers only.
     Axes of two units are tried separately: with one unit left, many networks run other operations.
     """
-    full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
-    free = [axis for axis in axes.free() if axis.key not in full]
-    small = [axis for axis in free if axis.size <= 2]
-    bad: dict[str, str] = {}
-    for group in (small, [axis for axis in free if axis.size > 2]):
+    minimal = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
+    free = [axis for axis in axes.free() if axis.key not in minimal]
+    narrow = [axis for axis in free if axis.size <= 2]
+    reasons: dict[str, str] = {}
+    for group in (narrow, [axis for axis in free if axis.size > 2]):
         if failing := _find_failing(model, axes, [*group_by_class(group).values()]):
-            bad |= failing | _try_cuts(model, axes, [axis for axis in group if axis.key not in failing])
-    if small:
-        bad |= _try_cuts(model, axes, [axis for axis in free if axis.key not in bad])
-    return freeze_axes(axes, full | bad)
+            reasons |= failing | _try_cuts(model, axes, [axis for axis in group if axis.key not in failing])
+    if narrow:
+        reasons |= _try_cuts(model, axes, [axis for axis in free if axis.key not in reasons])
+    return freeze_axes(axes, minimal | reasons)
 
 
 def freeze_axes(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGraph:
@@ -138,46 +138,46 @@ def _without_numbers(text: str) -> str:
     return re.sub(r"\d+", "#", text)
 
 
-def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
+def rehearse(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> Rehearsal:
     """Record the planned network on a fake copy, and raise PlanError unless it runs the operations that are planned.
 
     Every operation must have the planned shape and work on the same operands with the same constants: a network whose
     Python code reads a width may do anything else.
     """
     try:
-        planned = record_resized(model, axes, to)
+        planned = record_resized(model, axes, resizing)
     except TraceError as error:
         raise PlanError(_describe_plan_problem(_describe_refusal(error))) from error
-    present, bare = None, Resizing(to.sizes)
-    deviation = find_step_difference(with_new_epsilons(axes, to.constants), planned, to.sizes, to.added)
+    present, bare = None, Resizing(resizing.sizes)
+    steps = with_new_epsilons(axes, resizing.constants)
+    deviation = find_step_difference(steps, planned, resizing.sizes, resizing.added)
     if deviation is not None and deviation.constant:  # constants differ between precisions too
         present = record_resized(model, axes, Resizing(axes.sizes()))
-        planned_bare = planned if to == bare else record_resized(model, axes, bare)
+        planned_bare = planned if resizing == bare else record_resized(model, axes, bare)
         deviation = find_changed_constant(present, planned_bare, axes.steps)
     if deviation is not None and deviation.problem == FIRST_RUN:
         raise PlanError(f"the plan cannot be carried out: {FIRST_RUN} on the example input")
     if deviation is not None:
         raise PlanError(_describe_plan_problem(deviation.problem))
-    if problem := _try_training(model, axes, to.sizes):
+    if problem := _try_training(model, axes, resizing.sizes):
         raise PlanError(_describe_plan_problem(problem))
     return Rehearsal(planned, present)
 
 
 def _describe_plan_problem(problem: str) -> str:
     """Return the message of a PlanError, with the remedy."""
-    remedy = "plan other sizes, or write that code without the size"
-    return f"the plan cannot be carried out: {problem}; {remedy}"
+    return f"the plan cannot be carried out: {problem}; plan other sizes, or write that code without the size"
 
 
-def _resize(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, Example]:
+def _resize(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> tuple[nn.Module, Example]:
     """Return a resized copy on fake tensors, and the example for it."""
-    copy, mode = resize_copy(model, axes, to)
+    copy, mode = resize_copy(model, axes, resizing)
     return copy, fake_example(cast_example(axes.example, model), mode)
 
 
-def record_resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
+def record_resized(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> Capture:
     """Record the network at other sizes, on a fake copy, with the tracer and decisions of ``axes``; or TraceError."""
-    copy, example = _resize(model, axes, to)
+    copy, example = _resize(model, axes, resizing)
     return capture(copy, example, axes.decisions, tracer=axes.tracer)
 
 
@@ -200,16 +200,16 @@ def _describe_refusal(error: TraceError) -> str:
     return f"the network does not run at that size: {trim_error(cause)}{describe_raising(cause)}"
 
 
-def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, FakeTensorMode]:
+def resize_copy(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> tuple[nn.Module, FakeTensorMode]:
     """Return a fake copy with the planned shapes, attributes and added biases, and its fake mode."""
-    shapes = {name: tuple(size_of(dim, to.sizes) for dim in dims) for name, dims in axes.shapes.items()}
+    shapes = {name: tuple(size_of(dim, resizing.sizes) for dim in dims) for name, dims in axes.shapes.items()}
     copy, mode = meta_copy(model, shapes)
-    for attribute, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
+    for attribute, value in {**planned_integers(axes, resizing.sizes), **resizing.constants}.items():
         path, name = attribute.split(":")
         module = copy.get_submodule(path)
         old = get_attribute(module, name)
         set_attribute(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
-    for bias, size in to.added.items():
+    for bias, size in resizing.added.items():
         path, _, leaf = bias.rpartition(".")
         parameters: dict[str, Any] = copy.get_submodule(path)._parameters
         parameters[leaf] = fake_like(mode, (size,), parameters["weight"])

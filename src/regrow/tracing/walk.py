@@ -59,7 +59,7 @@ class Walk:
     tables: list[str] = field(default_factory=list)  # names of embedding tables
     notes: list[str] = field(default_factory=list)  # for the user, on what could not be analysed
     decided: dict[str, str] = field(default_factory=dict)  # module → what gave its code a data-dependent number
-    also: list[tuple[Expr, str]] = field(default_factory=list)  # read in training, and the weight multiplied with
+    training_reads: list[tuple[Expr, str]] = field(default_factory=list)  # (dimension, weight multiplied with)
     computed: dict[Node, bool] = field(default_factory=dict)  # node → what is_constant returned
 
     def continue_on(self, capture: Capture) -> "Walk":
