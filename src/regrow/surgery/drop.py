@@ -15,13 +15,7 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import Exchange, carry_out, follow
 from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
-from regrow.tracing.branches import (
-    PlaceholderModule,
-    candidate_branches,
-    find_branches,
-    insert_placeholders,
-    set_modules,
-)
+from regrow.tracing.branches import PlaceholderModule, find_branches, insert_placeholders, list_candidates, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import BranchError, Effects, find_effect_difference, locate_branches
 from regrow.tracing.graph import Names, assemble
@@ -243,7 +237,7 @@ def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisG
         caches=find_caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=(find_branches(bare, recorded, axes.example) if looked else {}) | candidate_branches(bare),
+        branches=(find_branches(bare, recorded, axes.example) if looked else {}) | list_candidates(bare),
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Tracer
-from regrow.tracing.branches import candidate_branches, with_branches
+from regrow.tracing.branches import list_candidates, with_branches
 from regrow.tracing.capture import Capture, TraceError, capture, complete_example, holds_numbers, trim_error
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import without_garbage_collection
@@ -78,7 +78,7 @@ def _trace(model: nn.Module, example: Example) -> AxisGraph:
     trace_training(model, example, w)
     axes, names = assemble(model, w, example)
     axes = replace(axes, steps=list_symbolic_steps(w, names), caches=find_caches(w, names), unproven=unproven)
-    axes = replace(axes, recording=make_recording(model, w, names), branches=candidate_branches(model))
+    axes = replace(axes, recording=make_recording(model, w, names), branches=list_candidates(model))
     return freeze_by_size(model, freeze_failing(model, axes))
 
 

@@ -95,10 +95,10 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """
     with preserve_state(model, entries=True):
         recorded = capture(model, axes.example, axes.decisions, tracer=axes.tracer)
-    return replace(axes, branches=find_branches(model, recorded, axes.example) | candidate_branches(model))
+    return replace(axes, branches=find_branches(model, recorded, axes.example) | list_candidates(model))
 
 
-def candidate_branches(model: nn.Module) -> dict[str, Branch]:
+def list_candidates(model: nn.Module) -> dict[str, Branch]:
     """Return path → branch of every operation of a :class:`regrow.Candidates`; these need no analysis."""
     return {
         path: Branch(path, {path: Placeholder("nothing", 0)})
