@@ -40,7 +40,7 @@ from regrow.methods.continual.sparsegrow.gate import SparseGrowState, weigh_new_
 from regrow.nets.vision import small
 from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing import trace
-from regrow.tracing.capture import evaluating
+from regrow.tracing.capture import in_eval_mode
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
 from regrow.training.learner import Boundary, Context, Event, Learner, make_mask
@@ -155,7 +155,7 @@ def sum_gradients(model: nn.Module, entries: list[Entries], batches: list[Batch]
     parameters = {part.name: model.get_parameter(part.name) for part in entries}
     total: dict[Entries, Tensor] = {}
     for batch in batches:
-        with evaluating(model), torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             value = class_loss(batch.run(model), batch.labels)
             gradients = torch.autograd.grad(value, [*parameters.values()], materialize_grads=True)
         whole = dict(zip(parameters, gradients, strict=True))

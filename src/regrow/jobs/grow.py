@@ -30,7 +30,7 @@ from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.output_comparison import shallow_copy
 from regrow.surgery.runner import Answers
-from regrow.tracing.capture import first_line
+from regrow.tracing.capture import trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
 from regrow.training.tune import find_added_entries, measure_mean_loss, train_grown
@@ -195,7 +195,7 @@ def _check_stack(
         worst = max(measure_exactly(outputs, outputs_of(twin, x)) for x, outputs in before)
     except Exception as error:
         raise RefusedError(
-            f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
+            f"stack {path!r} cannot get further blocks: the network does not run with them: {trim_error(error)}; "
             f"{OTHER_STACK}; {AS_BEFORE}"
         ) from None
     if not worst <= share:
@@ -211,7 +211,7 @@ def _run_grown(model: nn.Module, example: Example) -> Answers:
         return outputs_of(model, example)
     except Exception as error:
         raise RefusedError(
-            f"the grown network does not run on what the network ran on: {first_line(error)}; {AS_BEFORE}"
+            f"the grown network does not run on what the network ran on: {trim_error(error)}; {AS_BEFORE}"
         ) from None
 
 

@@ -19,7 +19,7 @@ from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
 from regrow.surgery.insert import renaming
 from regrow.surgery.layout import resize_axis_tensor
-from regrow.tracing.capture import evaluating, keep_modes
+from regrow.tracing.capture import in_eval_mode, keep_modes
 from regrow.training.fit import FitOptions, fit
 from regrow.training.learner import PLAIN, Boundary, Context, Loss, NoState, Step, set_train_mode
 from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
@@ -221,6 +221,6 @@ def measure_mean_loss(model: nn.Module, sources: Sequence[Source], objective: Ob
     batches = [batch for source in sources for batch in source.batches]
     objective = objective or choose_objective(None, batches[0])
     device = device_of(model)
-    with evaluating(model):
+    with in_eval_mode(model):
         losses = [float(objective.compute_loss(b.run(model), b)) for b in (batch.to(device) for batch in batches)]
     return sum(losses) / len(losses)
