@@ -28,8 +28,8 @@ def test_streamed_plans_are_those_of_the_whole_network(folder, sources, method, 
     run = CollectionOptions(opened.network())
     streamed = collect_evidence(opened.loaded.model, opened.axes, pruner, sources, options=run)
     whole = plan_cut(pruner, loaded.model, axes, budget, evidence)
-    run = PruningContext(weights=opened.weights.parameters(), block_runner=opened.network())
-    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, context=run)
+    context = PruningContext(weights=opened.weights.parameters(), block_runner=opened.network())
+    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, context=context)
     assert whole.plan.changes
     assert other.plan.to_json() == whole.plan.to_json()
     assert other.scores.values.keys() == whole.scores.values.keys()

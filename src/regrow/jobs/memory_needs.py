@@ -22,8 +22,8 @@ from regrow.jobs.pruning_inputs import make_budget, make_model_spec, make_pruner
 from regrow.jobs.recording import Invocation
 from regrow.jobs.recovery_steps import LastCut
 from regrow.methods.pruning.pruner import Pruner
-from regrow.methods.recovery.distil import divergence
-from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS
+from regrow.methods.recovery.distil import compute_divergence
+from regrow.methods.recovery.refit_work import MAX_BATCHES, MIN_ELEMENTS
 from regrow.scoring.collect import differentiated
 from regrow.scoring.grams import BATCH
 from regrow.settings.prune import Settings
@@ -189,7 +189,7 @@ def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = 
             logits = logits_in(batch.run(model)).flatten(0, -2)
             loss = F.cross_entropy(logits.float(), batch.labels.flatten())
             if distils:
-                loss = loss + divergence(logits, torch.zeros_like(logits))
+                loss = loss + compute_divergence(logits, torch.zeros_like(logits))
             loss.backward()
         optimizer.step()
 
@@ -209,7 +209,7 @@ def _predict_refit_bytes(model: nn.Module, tokens: int, window: int, parts: int)
     """
     linear = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     shapes = [parameter.shape for parameter in linear[1:] or linear]
-    batch = min(tokens, max(ELEMENTS, tokens // BATCHES) + window)
+    batch = min(tokens, max(MIN_ELEMENTS, tokens // MAX_BATCHES) + window)
     waiting = tokens * max(p.element_size() for p in linear) * max(k + 2 * out for out, k in shapes)
     sums = max(8 * (k * k + k * out) for out, k in shapes)
     return waiting + 4 * batch * max(map(max, shapes)) * 4 + parts * sums

@@ -154,7 +154,7 @@ class PruneJob:
                 open_checkpoint(checkpoint, key, FORMAT)
             context = PruningContext(
                 checkpoint=checkpoint,
-                header=lambda: {"key": key},
+                checkpoint_header=lambda: {"key": key},
                 progress=run.progress,
                 block_runner=inputs.network.streamed,
                 weights=inputs.network.parameters(),

@@ -66,7 +66,7 @@ def make_budget(settings: Settings) -> Budget:
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
     """Return a pruning method by name; raise an error if the name or a setting is unknown or out of its range."""
-    pruner: Pruner = find_method(MethodKind.PRUNING, method).made(method, settings)
+    pruner: Pruner = find_method(MethodKind.PRUNING, method).create(method, settings)
     return pruner
 
 

@@ -73,7 +73,7 @@ def recover_network(
     """
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
-    method.made(settings.by, settings.recovery_settings)
+    method.create(settings.by, settings.recovery_settings)
     defaults = method.defaults({*settings.recovery_settings, "seed"})
     identity = {"verb": "recover", "settings": asdict(settings), "defaults": defaults}
     run.recorder.check(identity)

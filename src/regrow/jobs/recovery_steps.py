@@ -43,7 +43,7 @@ def recover(
     ``name`` is that of the checkpoint, and ``origin`` says how the dense network was built: both with a folder only.
     On all ranks ``task.model`` is afterwards that of rank 0.
     """
-    method: Recovery = find_method(MethodKind.RECOVERY, by).made(by, settings)
+    method: Recovery = find_method(MethodKind.RECOVERY, by).create(by, settings)
     key, spent_seconds = "", 0.0  # in earlier attempts
     start, streamed = time.perf_counter(), task.streamed
     if record.is_kept:

@@ -136,7 +136,7 @@ def make_search(
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     derived = select_method_settings(entry, {"measure": str(measure), "levels": levels, **derived})
-    search: Search = entry.made(
+    search: Search = entry.create(
         settings.method, derived | dict(settings.method_settings), **({} if prices is None else {"prices": prices})
     )
     return search
@@ -184,7 +184,7 @@ def build_search(
 
 def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) -> None:
     """Measure the running statistics of a network's BatchNorms again, in place, on shuffled training examples."""
-    if tune.find_running(model):
+    if tune.find_batch_norms(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
 
