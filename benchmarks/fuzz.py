@@ -29,7 +29,7 @@ from regrow.core.axes import Mark
 from regrow.core.change import FILLS
 from regrow.core.plan import PlanError
 from regrow.store.run_record import versions
-from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.surgery.verify import RELATIVE_BOUND, measure_distances
 from regrow.tracing import trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -68,7 +68,7 @@ def case(seed: int, result: dict[str, Any]) -> None:
     try:
         laws.zeroed_equals_shrunk(model, axes, laws.random_plan(axes, generator, marks={Mark.NEUTRAL}))
         plans = [laws.random_plan(axes, generator) for _ in range(2)]
-        for plan, distance in distances(model, axes, plans):
+        for plan, distance in measure_distances(model, axes, plans):
             assert distance <= RELATIVE_BOUND, f"masked and shrunk differ by {distance:.2e}: {kept(plan)}"
             result["plans"] += 1
         wider = laws.joint_growing_plan(axes, [*FILLS][seed % len(FILLS)])

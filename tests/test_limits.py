@@ -44,7 +44,7 @@ def strange(request, tmp_path):
 
 
 def test_only_regular_files_are_opened(strange):
-    for read in (limits.read_bytes, limits.read_json, lambda path: limits.read_content(path, 10), items_in):
+    for read in (limits.read_bytes, limits.read_json, lambda path: limits.read_head(path, 10), items_in):
         with pytest.raises(InputError, match="strange"):
             read(strange)
     if not strange.is_dir():
@@ -180,7 +180,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr("regrow.core.limits.os.access", lambda path, mode: False)
     readers = {
         "a.txt": limits.read_text,
-        "a.txt.gz": lambda path: limits.read_content(path, 9),
+        "a.txt.gz": lambda path: limits.read_head(path, 9),
         "run.json": lambda path: read_run(path.parent),
         "metrics.jsonl": lambda path: metrics.Metrics(path).rows(),
         "ledger.json": lambda path: Ledger(path).plans(),

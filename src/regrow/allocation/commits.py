@@ -38,14 +38,14 @@ def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = T
     order = lost[margins[lost].argsort(descending=True)].tolist()
 
     def too_large(many: int) -> bool:
-        return float(gates.levels.size(*_set(gates, masks, order[:many], 1.0), masks.weights)) > allowed
+        return float(gates.levels.size(*_set_masks(gates, masks, order[:many], 1.0), masks.weights)) > allowed
 
     most = bisect_left(range(1, len(order) + 1), True, key=too_large)  # pricing everything takes long
-    ops, filters = _set(gates, masks, order[:most], 1.0)
+    ops, filters = _set_masks(gates, masks, order[:most], 1.0)
     return replace(masks, ops=ops, filters=filters)
 
 
-def _set(gates: Gates, masks: GateMasks, places: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
+def _set_masks(gates: Gates, masks: GateMasks, places: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
     """Return the masks of operations and filters with a value in some places: of operations, then of filters."""
     ops, filters = masks.ops.clone(), masks.filters.clone()
     for at in places:
@@ -62,9 +62,9 @@ def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Co
     Those nearest to their thresholds are put back first, until the target can be reached; none if it never can.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
-    lost = (_cheapest(gates) > ops).nonzero()[:, 0].tolist() if least(gates, searched) <= target else []
+    lost = (_select_cheapest(gates) > ops).nonzero()[:, 0].tolist() if least_cost(gates, searched) <= target else []
     for at in sorted(lost, key=lambda at: (-margin[at].item(), at)):
-        if least(replace(gates, alive=gates.alive & (ops > 0)), searched) <= target:
+        if least_cost(replace(gates, alive=gates.alive & (ops > 0)), searched) <= target:
             break
         ops[gates.together(at)] = 1.0
     return replace(masks, ops=ops)
@@ -78,7 +78,7 @@ def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
     return {"operations": float(whole - ops), "filters": float(ops - filters), "weights": float(filters - weights)}
 
 
-def least(gates: Gates, searched: Collection[str]) -> float:
+def least_cost(gates: Gates, searched: Collection[str]) -> float:
     """Return the cost of the cheapest network that can still be reached.
 
     It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
@@ -89,7 +89,7 @@ def least(gates: Gates, searched: Collection[str]) -> float:
     ops, weights = gates.alive.float(), None
     filters = ops.new_ones(levels.filters)
     if "operations" in searched and len(ops):
-        ops = _cheapest(gates)
+        ops = _select_cheapest(gates)
     for base, size, fewest in gates.spans if "filters" in searched else ():
         filters[base + min(fewest, size) : base + size] = 0.0
     if "weights" in searched:
@@ -97,19 +97,19 @@ def least(gates: Gates, searched: Collection[str]) -> float:
     return float(levels.size(ops, filters, weights))
 
 
-def _prices(gates: Gates) -> Tensor:
+def _operation_prices(gates: Gates) -> Tensor:
     """Return the cost of each operation with those decided with it, ``[operations]``; ∞ if gone or not running."""
     here = gates.alive & gates.runs
     each = torch.where(here, gates.prices(), 0.0)
     return torch.where(here, torch.zeros_like(each).index_add(0, gates.tied, each)[gates.tied], torch.inf)
 
 
-def _cheapest(gates: Gates) -> Tensor:
+def _select_cheapest(gates: Gates) -> Tensor:
     """Return a mask with the cheapest operation of each needed set that has none yet, ``[operations]``.
 
     What does not run stays as it is.
     """
-    prices = _prices(gates)
+    prices = _operation_prices(gates)
     ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
     for needed in gates.needed:
         if not ops[needed].any():
@@ -149,12 +149,12 @@ def fit_to_budget(
     places += _removable_operations(gates, ops, masks.margins[0]) if searched[0] else []
 
     def fits(many: int) -> bool:
-        return float(gates.levels.size(*_set(gates, masks, places[:many], 0.0))) <= target
+        return float(gates.levels.size(*_set_masks(gates, masks, places[:many], 0.0))) <= target
 
-    least = bisect_left(range(len(places) + 1), True, key=fits)  # pricing everything takes long
-    ops, filters = _set(gates, masks, places[:least], 0.0)
+    fewest = bisect_left(range(len(places) + 1), True, key=fits)  # pricing everything takes long
+    ops, filters = _set_masks(gates, masks, places[:fewest], 0.0)
     if searched[0] and size() > target:
-        ops = _exchanged(gates, masks.ops, (ops, filters), masks.margins[0], target)
+        ops = _exchange_operations(gates, masks.ops, (ops, filters), masks.margins[0], target)
     if size() > target:
         raise ValueError(
             f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave; take a "
@@ -186,13 +186,15 @@ def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[in
     return order
 
 
-def _exchanged(gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
+def _exchange_operations(
+    gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float
+) -> Tensor:
     """Exchange operations that a node needs for cheaper ones until the target is met, ``[operations]``.
 
     The least important are exchanged for the cheapest that can replace them, until the target is met or all are the
     cheapest; then the former operations are put back where they fit, the most important first.
     """
-    ops, filters, prices = masks[0].clone(), masks[1], _prices(gates)
+    ops, filters, prices = masks[0].clone(), masks[1], _operation_prices(gates)
 
     def fits(ops: Tensor) -> bool:
         return float(gates.levels.size(ops, filters)) <= target
@@ -207,7 +209,7 @@ def _exchanged(gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margi
             for cheaper in best:
                 ops[gates.together(cheaper)] = 1.0
     if not fits(ops):
-        ops = _cheapest(gates)
+        ops = _select_cheapest(gates)
     for at in margin.argsort(stable=True, descending=True).tolist():
         larger = ops.clone()
         larger[gates.together(at)] = 1.0
@@ -247,8 +249,8 @@ def sample_operations(
             least = min((mean for mean in means if mean is not None), default=0.0) / 2
             row = torch.tensor([least if mean is None else mean for mean in means], dtype=torch.float64)
             share[i, k] = row.sum() / max(1, len(active))
-            chance[i] += _normal(row) / 2
-    q = (_normal(share[:, 0]) + _normal(share[:, 1])) / 2
+            chance[i] += _normalize(row) / 2
+    q = (_normalize(share[:, 0]) + _normalize(share[:, 1])) / 2
     ends = (q[:, None] * chance).flatten().cumsum(0)
     left, result = list(dead), []
     for draw in torch.rand(many, generator=generator, dtype=torch.float64).tolist():
@@ -286,6 +288,6 @@ def cell_of(path: str) -> str:
     return total.rpartition(".nodes.")[0] or total
 
 
-def _normal(values: Tensor) -> Tensor:
+def _normalize(values: Tensor) -> Tensor:
     total = values.sum()
     return values / total if total > 0 else torch.full_like(values, 1 / len(values))

@@ -40,7 +40,7 @@ class Cost:
                 raise ValueError("how long the network takes was not measured: Budget(timing=time_widths(…))")
             self._terms = [_time_term(self.index, timing)]
         else:
-            self._terms = [_polynomial_term(self.index, _tensors(axes, measure, tokens))]
+            self._terms = [_polynomial_term(self.index, _counted_products(axes, measure, tokens))]
         if compensated:
             self._terms.append(_bias_term(self.index, self.present, axes, measure, compensated))
 
@@ -69,7 +69,7 @@ def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Di
     """
     monomials: Monomials = Counter()
     for dims, factor in products:
-        for keys, coefficient in expand(dims).items():
+        for keys, coefficient in expand_product(dims).items():
             monomials[keys] += coefficient * factor
     degree = max(map(len, monomials), default=0)
     # A last, constant size of 1 pads the shorter monomials.
@@ -108,7 +108,7 @@ def _bias_term(
         reads = axes.consumed.get(name, frozenset())
         made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
         read = sorted({index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
-        rows.append((read, each, [(n, [index[key] for key in keys]) for keys, n in expand(made).items()]))
+        rows.append((read, each, [(n, [index[key] for key in keys]) for keys, n in expand_product(made).items()]))
 
     def cost(vector: np.ndarray) -> int:
         total = 0
@@ -120,7 +120,7 @@ def _bias_term(
     return cost
 
 
-def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
+def _counted_products(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
     """Yield the products of dimensions that a measure sums, each with an integer coefficient."""
     match measure:
         case Measure.MACS:
@@ -139,7 +139,7 @@ def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[t
             raise ValueError(f"{measure} does not follow from sizes; count params")
 
 
-def expand(dims: Iterable[Dim]) -> Monomials:
+def expand_product(dims: Iterable[Dim]) -> Monomials:
     """Multiply dimensions out into a polynomial in axis sizes.
 
     >>> dict(expand([Sum((2, "a")), "b", 3]))
@@ -154,10 +154,10 @@ def expand(dims: Iterable[Dim]) -> Monomials:
             case str():
                 factor[dim,] = 1
             case Product(parts):
-                factor = expand(parts)
+                factor = expand_product(parts)
             case Sum(parts):
                 for part in parts:
-                    factor.update(expand([part]))
+                    factor.update(expand_product([part]))
         multiplied: Monomials = Counter()
         for (a, x), (b, y) in product(result.items(), factor.items()):
             multiplied[tuple(sorted(a + b))] += x * y
@@ -175,7 +175,7 @@ def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
     return Cost(axes, budget.measure, tokens=tokens, timing=budget.timing, compensated=compensated)
 
 
-def payers(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
+def find_paying_axes(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
     """Return the axes that can contribute to meeting a budget: allowed by it, and their units cost something."""
     cost, units = cost_of(axes, budget), budget.units(axes)
     paying = [axis for axis in units if cost({axis.key: min(axis.least, axis.size - 1)}) < cost.total]

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.levels import Levels, levels, step_mask
+from regrow.allocation.levels import Levels, build_levels, step_mask
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
-from regrow.core.candidates import candidates_in, single_in, tied_in
+from regrow.core.candidates import candidate_paths, exclusive_sets, tied_operations
 
 # A margin so far below 0 that the surrogate gradient of the step function vanishes there
 NEVER = -2.0
 
 # Added to every threshold, so that a threshold of 0 removes what has importance 0
-_JUST = 1e-6
+_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Gates:
             margin_o, mask_o, scale_o = ones, self.alive.float(), self.alive.float()
         else:
             share = ops[0].sigmoid().index_select(0, self.tied)
-            margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _JUST, NEVER)
+            margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _EPS, NEVER)
             mask_o = step_mask(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
@@ -97,14 +97,14 @@ class Gates:
             margin_f = mask_f = scale_f = ones.new_ones(self.levels.filters)
         else:
             share = filters[0].sigmoid()
-            margin_f = share - filters[1].index_select(0, self.axis) - _JUST
+            margin_f = share - filters[1].index_select(0, self.axis) - _EPS
             mask_f = step_mask(margin_f).masked_fill(self._fewest(margin_f.detach()), 1.0)
             scale_f = 2 * share * mask_f
         over = None
         if weights is not None:
             flat, gone, thresholds = weights
             n, active = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
-            over = self.levels.relative(flat, active) - thresholds.index_select(0, self.levels.ops[:n]) - _JUST
+            over = self.levels.relative(flat, active) - thresholds.index_select(0, self.levels.ops[:n]) - _EPS
             over = over.masked_fill(gone, NEVER)
         return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
@@ -187,7 +187,7 @@ class Gates:
         return result
 
 
-def gates(
+def build_gates(
     model: nn.Module,
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
@@ -202,10 +202,10 @@ def gates(
     ``parameters`` are those of that part, ``keys`` the axes that have thresholds, ``needed`` sets of operations of each
     of which at least one must stay.
     """
-    sums, leaders, order = candidates_in(model), tied_in(model), {key: i for i, key in enumerate(keys)}
-    index = levels(axes, parameters, sums, measure, timed)
+    sums, leaders, order = candidate_paths(model), tied_operations(model), {key: i for i, key in enumerate(keys)}
+    index = build_levels(axes, parameters, sums, measure, timed)
     ops = tuple(path for paths in sums.values() for path in paths)
-    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single_in(model) for path in paths}
+    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in exclusive_sets(model) for path in paths}
     spans, axis = [], []
     for key, base in index.axes.items():
         size = axes[key].size

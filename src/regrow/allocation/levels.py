@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.timed import Prices, above, split_cost
+from regrow.allocation.timed import Prices, enclosing_modules, prices_in
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
@@ -120,27 +120,27 @@ class Levels:
     @cached_property
     def reads(self) -> Tensor:
         """The filter that each entry of a weight reads, ``[N]``; ``filters`` if none."""
-        return _join([tensor.spread(tensor.reads, self.filters) for tensor in self.masked_tensors])
+        return _concatenate([tensor.spread(tensor.reads, self.filters) for tensor in self.masked_tensors])
 
     @cached_property
     def makes(self) -> Tensor:
         """The filter that each entry makes, ``[N + M]``; ``filters`` if none."""
-        return _join([tensor.spread(tensor.makes, self.filters) for tensor in self.tensors])
+        return _concatenate([tensor.spread(tensor.makes, self.filters) for tensor in self.tensors])
 
     @cached_property
     def ops(self) -> Tensor:
         """The operation that each entry lies in, ``[N + M]``; the number of operations if none."""
-        return _join([tensor.ops.expand(tensor.entries) for tensor in self.tensors])
+        return _concatenate([tensor.ops.expand(tensor.entries) for tensor in self.tensors])
 
     @cached_property
     def weight(self) -> Tensor:
         """The index in ``weights`` of the tensor that each entry lies in, ``[N]``."""
-        return _join([tensor.ops.new_full((tensor.entries,), i) for i, tensor in enumerate(self.masked_tensors)])
+        return _concatenate([tensor.ops.new_full((tensor.entries,), i) for i, tensor in enumerate(self.masked_tensors)])
 
     @cached_property
     def price(self) -> Tensor:
         """The cost of each entry, ``[N + M]`` float64."""
-        return _join([tensor.price.expand(tensor.entries) for tensor in self.tensors], torch.float64)
+        return _concatenate([tensor.price.expand(tensor.entries) for tensor in self.tensors], torch.float64)
 
     def precompute(self) -> None:
         """Compute the vectors of a network that is priced entry by entry, which would else be made within a step."""
@@ -172,7 +172,7 @@ class Levels:
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the weights times the scale of the filter they read, and 0 below their threshold, by name."""
-        scale, result = _padded(filters), {}
+        scale, result = _append_one(filters), {}
         if flat is not None:
             scaled = flat * scale.index_select(0, self.reads)
             return self.apart(scaled if over_by is None else keep_above(scaled, over_by))
@@ -184,12 +184,12 @@ class Levels:
 
     def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
         """Return which weights lie in active operations and between active filters, ``[N]`` bool."""
-        n, here = len(self.reads), _padded(filters) > 0
-        return (_padded(ops) > 0)[self.ops[:n]] & here[self.makes[:n]] & here[self.reads]
+        n, here = len(self.reads), _append_one(filters) > 0
+        return (_append_one(ops) > 0)[self.ops[:n]] & here[self.makes[:n]] & here[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself."""
-        every, here = _padded(ops), _padded(filters)
+        every, here = _append_one(ops), _append_one(filters)
         whole = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
         fast = not self.entrywise or (whole and self.every > _LARGE * len(self.tensors))
         if fast and (weights is None or not self.sparse):
@@ -221,7 +221,7 @@ def check_levels(searched: Collection[str], measure: Measure) -> None:
         )
 
 
-def levels(
+def build_levels(
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
     candidates: Mapping[str, Sequence[str]],
@@ -256,7 +256,7 @@ def levels(
 
     numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
     scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
-    prices = split_cost(axes, measure, timed, numbers)
+    prices = prices_in(axes, measure, timed, numbers)
     maskable, tensors = {*weights}, []
     for name in [*weights, *(name for name in names if name not in maskable)]:
         price = torch.tensor([prices.entries.get(name, 0.0)], dtype=torch.float64)
@@ -264,18 +264,18 @@ def levels(
             ops = [numbers[path] for path in paths]
             price = price + torch.tensor([prices.ops.get(path, 0.0) for path in paths])
         else:
-            ops = [next((numbers[path] for path in above(name) if path in numbers), len(numbers))]
+            ops = [next((numbers[path] for path in enclosing_modules(name) if path in numbers), len(numbers))]
         read = lines.get((name, True)) if name in maskable else None
         tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
     sparse, counts_time = measure == Measure.NONZERO, measure == Measure.TIME
     return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, sparse, counts_time)
 
 
-def _padded(values: Tensor) -> Tensor:
+def _append_one(values: Tensor) -> Tensor:
     return torch.cat([values, values.new_ones(1)])
 
 
-def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
+def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
     return torch.cat([*parts]) if parts else torch.zeros(0, dtype=dtype)
 
 
@@ -320,11 +320,11 @@ def keep_above(values: Tensor, over_by: Tensor) -> Tensor:
 
     The gradient of the values is dense, as if none were masked; that of ``over_by`` is the surrogate's.
     """
-    result: Tensor = _Kept.apply(values, over_by)
+    result: Tensor = _KeepAbove.apply(values, over_by)
     return result
 
 
-class _Kept(torch.autograd.Function):
+class _KeepAbove(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
         ctx.save_for_backward(values, over_by)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.cost import Cost, cost_of
-from regrow.core.amounts import STEPS
+from regrow.core.amounts import STEPS_PER_UNIT
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.scores import Scores, Tensors, rank_order
@@ -26,7 +26,7 @@ class BudgetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Lane:
+class AxisGroup:
     """Axes that are cut together, and the sizes to which they may shrink.
 
     ``members`` are their indices in a cost, ``orders`` has per axis its units from lowest to highest score, ``values``
@@ -55,7 +55,7 @@ def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str,
     values = scores.values if isinstance(scores, Scores) else scores
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
-    lanes = list(_lanes(axes, values, budget, cost))
+    lanes = list(_make_axis_groups(axes, values, budget, cost))
     owner = np.concatenate([np.full(len(lane.values), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
     order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
     owner = owner[order].astype(np.int64)
@@ -73,7 +73,7 @@ def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str,
         return cost.at(vector_of(take(many))) <= limit
 
     if not fits(len(owner)):
-        raise _infeasible(budget, cost.at(vector_of(take(len(owner)))), cost.total, len(values))
+        raise _make_budget_error(budget, cost.at(vector_of(take(len(owner)))), cost.total, len(values))
     taken = take(bisect_left(range(len(owner)), True, key=fits))
     vector, open_lanes = vector_of(taken), {*np.flatnonzero(taken).tolist()}
     # Keep removed units after all, best first. The remaining budget only shrinks and no unit gets cheaper as others
@@ -108,14 +108,14 @@ def uniform(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[s
     return rank(axes, shares, budget)
 
 
-def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iterator[Lane]:
+def _make_axis_groups(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iterator[AxisGroup]:
     """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
             raise ValueError(f"the scores of {key!r} do not fit the network: {len(scores)} numbers")
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the scores of {key!r} hold NaN or infinity")
-    for keys in _groups(axes, values, budget.regular):
+    for keys in _group_keys(axes, values, budget.regular):
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
@@ -131,10 +131,10 @@ def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iter
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
         means = np.maximum.accumulate(sums / steps) if len(steps) else sums
-        yield Lane(tuple(keys), [cost.index[key] for key in keys], orders, sizes, means)
+        yield AxisGroup(tuple(keys), [cost.index[key] for key in keys], orders, sizes, means)
 
 
-def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
+def _group_keys(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     """Group scored axes that must keep equally many units, with the axes not scored that bind them."""
     regular_kinds = {axes[key].kind for key in values} if regular else frozenset()
     home: dict[Any, int] = {}
@@ -163,7 +163,7 @@ def _reachable_sizes(size: int, least: int, round_to: int) -> np.ndarray:
     return np.array([size, *range((size - 1) // round_to * round_to, least - 1, -round_to)], dtype=np.int64)
 
 
-def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
+def _make_budget_error(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
     why = f"{axes} axes keep their least" if axes else "no axis is left to cut: loosen --only, --exclude"
     if axes and budget.regular:
         why += "; axes of one kind are cut in every block or in none"
@@ -173,7 +173,7 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
     else:
         share, amount = (reachable, 0.0) if budget.target.share else (0.0, reachable)
         least_target = replace(budget.target, share=share, amount=amount)
-        now = total / STEPS.get(budget.measure, 1)
+        now = total / STEPS_PER_UNIT.get(budget.measure, 1)
         what, remedy = f"the target {budget.target}", f"the least possible is {least_target}, of {now:,.10g} now"
     return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)
 
@@ -182,7 +182,7 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
 
 
-def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
+def removal_ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
     """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
 
     p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.

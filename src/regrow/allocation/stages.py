@@ -36,7 +36,7 @@ class MemoryStages:
         return max(self.peaks)
 
 
-def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
+def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     """Return the fewest stages that each fit the memory budget; earlier stages take as many cells as fit.
 
     The last stage so has most room, since later stages depend on an estimate of how small earlier cells will be. After

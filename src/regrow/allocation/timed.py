@@ -42,7 +42,7 @@ def spread_times(
     sizes, each, modules = axes.sizes(), _macs_per_entry(axes, _macs_per_module(axes)), {**layers, **ops}
     inside: dict[str, list[str]] = {}
     for name in sorted(axes.parameters - axes.ties.keys()):
-        if (path := next((path for path in above(name) if path in modules), None)) is not None:
+        if (path := next((path for path in enclosing_modules(name) if path in modules), None)) is not None:
             inside.setdefault(path, []).append(name)
     entries: dict[str, float] = {}
     alone = {path: beside.get(total, 0.0) / len(paths) for total, paths in sums.items() for path in paths}
@@ -60,7 +60,7 @@ def spread_times(
     return Prices(entries, alone, rest)
 
 
-def split_cost(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
+def prices_in(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
     """Return what entries and operations cost by a measure; ``timed`` is the answer for time."""
     match measure:
         case Measure.PARAMETERS | Measure.NONZERO:
@@ -86,7 +86,7 @@ def _count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
     for module, many in macs.items():
         if f"{module}.weight".lstrip(".") in axes.parameters:
             continue
-        if path := next((path for path in (module, *above(module)) if path in alone), None):
+        if path := next((path for path in (module, *enclosing_modules(module)) if path in alone), None):
             alone[path] += many
         else:
             rest += many
@@ -111,7 +111,7 @@ def _macs_per_entry(axes: AxisGraph, macs: Counter[str]) -> dict[str, float]:
     return result
 
 
-def above(name: str) -> list[str]:
+def enclosing_modules(name: str) -> list[str]:
     """Return the paths of the modules that contain a parameter, the innermost first.
 
     >>> above("a.b.weight")

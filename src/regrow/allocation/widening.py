@@ -7,7 +7,7 @@ from math import ceil
 from typing import Literal
 
 from regrow.core.amounts import Increase
-from regrow.core.axes import Axis, AxisGraph, Role, axes_in, block, matches
+from regrow.core.axes import Axis, AxisGraph, Role, axes_in, common_block, matches
 from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
@@ -22,18 +22,18 @@ class Widening:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
+def plan_widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
     """Return how many units each axis gains."""
     wanted: dict[str, Increase] = {}
     refused: dict[str, str] = {}
-    known = classify(axes) if parts else {}
+    known = classify_axes(axes) if parts else {}
     for part, increase in parts.items():
         members = [axes[key] for key, kind in known.items() if kind == part]
         if not members:
             raise ValueError(f"the network has no {_NAMES[part]}; `regrow show` lists its axes")
-        wanted |= dict.fromkeys(_widenable(members, refused, f"the {_NAMES[part]}"), increase)
+        wanted |= dict.fromkeys(_select_widenable(members, refused, f"the {_NAMES[part]}"), increase)
     for name, increase in named.items():
-        wanted |= dict.fromkeys(_widenable(_named(axes, name), refused, f"axis {name!r}"), increase)
+        wanted |= dict.fromkeys(_select_widenable(_find_axes(axes, name), refused, f"axis {name!r}"), increase)
     steps = {key: axes[key].multiple for key in wanted}
     sizes = {key: axes[key].size for key in wanted}
     after = {
@@ -43,13 +43,13 @@ def widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str,
     return Widening(grow, {key: why for key, why in refused.items() if key not in after})
 
 
-def classify(axes: AxisGraph) -> dict[str, Part]:
+def classify_axes(axes: AxisGraph) -> dict[str, Part]:
     """Return axis key → what it is: hidden neurons of an MLP, attention heads, or inner channels of convolutions.
 
     An axis to which a residual connection adds is neither. Where convolutions lie in numbered blocks, channels outside
     of them (the first layer's) do not count.
     """
-    steps, heads = axes.steps, _heads(axes)
+    steps, heads = axes.steps, _find_head_axes(axes)
     readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation
     for number, step in enumerate(steps):
         for operand in step.operands:
@@ -85,11 +85,11 @@ def classify(axes: AxisGraph) -> dict[str, Part]:
             channels.append(axis)
         elif not any(map(convolves, (*made, *read))):
             result[axis.key] = "mlp"
-    inner = [axis for axis in channels if block([slot.name for slot in axis.slots])]
+    inner = [axis for axis in channels if common_block([slot.name for slot in axis.slots])]
     return result | dict.fromkeys((axis.key for axis in inner or channels), "channels")
 
 
-def _heads(axes: AxisGraph) -> set[str]:
+def _find_head_axes(axes: AxisGraph) -> set[str]:
     """Return the outermost axes that lie in the heads' dimension of an attention, the third from the end.
 
     Of an attention whose heads are frozen, these are the outermost frozen axes that its weights make.
@@ -119,7 +119,7 @@ def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
     return False
 
 
-def _named(axes: AxisGraph, name: str) -> list[Axis]:
+def _find_axes(axes: AxisGraph, name: str) -> list[Axis]:
     """Return the axis of a key, or those whose key or tensors' names all fit a pattern."""
     if name in axes.axes:
         return [axes[name]]
@@ -131,7 +131,7 @@ def _named(axes: AxisGraph, name: str) -> list[Axis]:
     return chosen
 
 
-def _widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
+def _select_widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
     """Return the keys of the axes that can be widened, and note the reason of the others."""
     keys = []
     for axis in fitting:
@@ -145,7 +145,7 @@ def _widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> l
     return keys
 
 
-def deepening(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:
+def plan_insertions(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:
     """Return path of a stack → the copies inserted into it.
 
     The blocks that can be copied are divided into as many groups as there are new blocks, and each group is followed by
@@ -180,16 +180,16 @@ def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
 
     A residual stream is produced by several weights, and is left out.
     """
-    return tuple(axis for axis in axes.units() if not axis.narrow and len(makers(axis, axes)) == 1)
+    return tuple(axis for axis in axes.units() if not axis.narrow and len(producing_weights(axis, axes)) == 1)
 
 
-def makers(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
+def producing_weights(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
     """Return the names of the weights that produce an axis's units."""
     made = dict.fromkeys(slot.name for slot in axis.slots if slot.role is Role.PRODUCES)
     return tuple(name for name in made if name in axes.counted)
 
 
-def growth(
+def plan_growth(
     axes: AxisGraph, short: Iterable[Axis], base: Mapping[str, int], *, share: float, multiple: int, cap: float
 ) -> dict[str, int]:
     """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it."""

@@ -26,9 +26,9 @@ class Measure(StrEnum):
 
 
 # Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds
-STEPS = {Measure.TIME: 10**6}
+STEPS_PER_UNIT = {Measure.TIME: 10**6}
 # The measures whose value depends on the number of tokens, so that a target may name it (`@4096`)
-IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
+CONTEXT_MEASURES = frozenset({Measure.CACHE, Measure.TIME})
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
 _INCREASE = re.compile(r"\+?\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)")
@@ -93,7 +93,7 @@ def format_bytes(number: int) -> str:
     return f"{number} bytes"
 
 
-def short(number: float) -> str:
+def format_short(number: float) -> str:
     """Format a number with three significant digits and a suffix (k, M, G, T) that :func:`parse_amount` reads.
 
     >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
@@ -129,7 +129,7 @@ class Target:
             raise ValueError(
                 f"a target is an amount above 0 or a share of at most 100 %, for at least 1 token; got {self}"
             )
-        if self.context and self.measure not in IN_CONTEXT:
+        if self.context and self.measure not in CONTEXT_MEASURES:
             raise ValueError(f"only kv_cache and ms are for a number of tokens (@); got {self}")
         if self.measure == Measure.CACHE and self.amount and not self.context:
             raise ValueError(f"a cache grows with the text: say for how many tokens, like {self}@4096")
@@ -173,7 +173,7 @@ class Target:
         >>> Target.parse("macs=50%").limit(301), Target.parse("ms=2").limit(0)
         (150, 2000000)
         """
-        steps = self.share * total if self.share else self.amount * STEPS.get(self.measure, 1)
+        steps = self.share * total if self.share else self.amount * STEPS_PER_UNIT.get(self.measure, 1)
         return floor(steps + 1e-6)
 
     def __str__(self) -> str:

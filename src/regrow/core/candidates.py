@@ -121,7 +121,7 @@ class Staged(Protocol):
 
 
 @contextmanager
-def run_whole(model: nn.Module) -> Iterator[None]:
+def all_parts_active(model: nn.Module) -> Iterator[None]:
     """Context manager in which a staged network runs all its parts, as tracing requires; others are left alone."""
     active = getattr(model, "active", None) if hasattr(model, "upto") else None
     if active is None:
@@ -157,7 +157,7 @@ def find_candidates(model: nn.Module) -> dict[str, Candidates]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Candidates)}
 
 
-def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def candidate_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the path of each :class:`Candidates` → the paths of its operations in order, dropped ones included.
 
     >>> candidates_in(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))
@@ -167,13 +167,13 @@ def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {path: tuple(f"{path}.ops.{name}".lstrip(".") for name in node.ops) for path, node in nodes}
 
 
-def tied_in(model: nn.Module) -> dict[str, str]:
+def tied_operations(model: nn.Module) -> dict[str, str]:
     """Return the path of each operation that is tied to an earlier one → the path of the first operation of its group.
 
     >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}
     """
-    nodes, paths = find_candidates(model), candidates_in(model)
+    nodes, paths = find_candidates(model), candidate_paths(model)
     first: dict[str, str] = {}
     result: dict[str, str] = {}
     for path, node in nodes.items():
@@ -187,7 +187,7 @@ def tied_in(model: nn.Module) -> dict[str, str]:
     return result
 
 
-def single_in(model: nn.Module) -> list[tuple[str, ...]]:
+def exclusive_sets(model: nn.Module) -> list[tuple[str, ...]]:
     """Return the sets of operation paths of which a search keeps exactly one."""
     nodes = find_candidates(model)
-    return [paths for path, paths in candidates_in(model).items() if nodes[path].single]
+    return [paths for path, paths in candidate_paths(model).items() if nodes[path].single]

@@ -13,7 +13,7 @@ from typing import Any
 from regrow.core.axes import Axis, Mark, Role, Slot
 
 # The largest number of units that one change may add to an axis
-MOST = 2**24
+MOST_NEW_UNITS = 2**24
 MOST_UNITS = 2**26
 # The largest number of modules of a stack, and of copies that one plan inserts into it
 MOST_BLOCKS = 4096
@@ -98,8 +98,8 @@ class Change:
             return "a plan must keep at least one unit"
         if any(map(operator.ge, self.keep, self.keep[1:])) or self.keep[0] < 0 or self.keep[-1] >= self.size:
             return f"kept units must be ascending, each once, within 0..{self.size - 1}"
-        if type(self.grow) is not int or not 0 <= self.grow <= MOST:
-            return f"it can grow by 0 to {MOST} units, a whole number; the plan says {str(self.grow)[:40]!r}"
+        if type(self.grow) is not int or not 0 <= self.grow <= MOST_NEW_UNITS:
+            return f"it can grow by 0 to {MOST_NEW_UNITS} units, a whole number; the plan says {str(self.grow)[:40]!r}"
         if not 0 <= self.fill.seed < 2**63:
             return f"a seed is a whole number from 0, below 2**63; got {self.fill.seed}"
         if self.fill.rule not in FILLS:
@@ -116,7 +116,7 @@ class Change:
         return ""
 
 
-def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
+def sort_units(key: str, units: Iterable[Any]) -> tuple[int, ...]:
     """Return positions of units of axis ``key`` in ascending order; raise ``PlanError`` for masks and fractions."""
     units = tuple(units)
     if set(map(type, units)) <= {int}:
@@ -133,7 +133,7 @@ def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
     return tuple(sorted(result))
 
 
-def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
+def find_growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
     """Return why an axis cannot get the units that a change adds; empty if it can."""
     if axis.narrow:
         return axis.narrow

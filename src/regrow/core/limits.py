@@ -93,7 +93,7 @@ def parse_json(text: str | bytes, name: str = "the text") -> object:
     return value
 
 
-def read_content(path: Path, most: int) -> bytes:
+def read_head(path: Path, most: int) -> bytes:
     """Return the first ``most + 1`` bytes of a regular file, decompressed if its name ends in ``.gz``.
 
     The byte beyond ``most`` shows that the file is longer. A damaged ``.gz`` and a decompression bomb are refused.
@@ -128,19 +128,19 @@ def expanded(path: Path) -> Path:
 
 def available_memory() -> int | None:
     """Return the bytes of memory that this process can still allocate (system and control group); ``None``: unknown."""
-    known = [1024 * value for value in _figures("/proc/meminfo", "MemAvailable:")]
+    known = [1024 * value for value in _read_numbers("/proc/meminfo", "MemAvailable:")]
     for group, limit, used, cached in (
         ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     ):
-        limits, taken = _figures(f"{group}/{limit}"), _figures(f"{group}/{used}")
+        limits, taken = _read_numbers(f"{group}/{limit}"), _read_numbers(f"{group}/{used}")
         # Memory used as file cache is released when processes allocate more.
-        returned = _figures(f"{group}/memory.stat", cached)
+        returned = _read_numbers(f"{group}/memory.stat", cached)
         known += [max(0, most - now + sum(returned)) for most, now in zip(limits, taken, strict=False)]
     return min(known, default=None)
 
 
-def _figures(path: str, name: str = "") -> list[int]:
+def _read_numbers(path: str, name: str = "") -> list[int]:
     """Return the numbers in a file of the system, or those behind ``name`` in it; empty if there are none."""
     try:
         lines = [line.split() for line in Path(path).read_text("ascii").splitlines()]

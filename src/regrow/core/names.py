@@ -22,7 +22,7 @@ DIGITS = "digits"
 GENERATED = "generated"
 
 
-def names_code(name: str) -> bool:
+def names_function(name: str) -> bool:
     """Whether a model name has the form of a Python function, ``package.module:function``.
 
     >>> names_code("toys:classifier"), names_code("torchvision:resnet18"), names_code("resnet18")
@@ -43,7 +43,7 @@ def torchvision_names() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def find_problem(name: str) -> str:
+def find_model_problem(name: str) -> str:
     """Return why a name leads to no model, with the remedy; empty if it may lead to one (:func:`regrow.nets.load`).
 
     >>> find_problem("smollm2-135m"), find_problem("smolm2-135m").partition("; ")[2]
@@ -71,7 +71,7 @@ def find_problem(name: str) -> str:
     if path.is_file():
         return f"{name}: not a model; give a transformers folder, a .gguf file, or pkg.mod:fn"
     known = torchvision_names()
-    if name.startswith("torchvision:") or names_code(name) or name in known or re.fullmatch(HUB, name):
+    if name.startswith("torchvision:") or names_function(name) or name in known or re.fullmatch(HUB, name):
         return ""
     near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known], n=1, cutoff=0.5)
     if not known and not near and name.isidentifier():
@@ -109,7 +109,7 @@ def find_source_problem(spec: str) -> str:
     )
 
 
-def check_evaluated(specs: Iterable[str]) -> None:
+def check_evaluation_sources(specs: Iterable[str]) -> None:
     """Raise InputError if a source is to be evaluated on that has nothing to evaluate on."""
     if GENERATED in specs:
         raise InputError(

@@ -91,10 +91,10 @@ def class_loss(output: object, labels: object) -> Tensor:
     >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
     1.3863
     """
-    logits, wanted = logits_in(output), _tensor(labels)
+    logits, wanted = logits_in(output), _check_tensor(labels)
     if logits.dim() > 2 and logits.shape[:-1] == wanted.shape:
         logits, wanted = logits.flatten(0, -2), wanted.flatten()
-    return F.cross_entropy(_precise(logits), wanted, ignore_index=IGNORED)
+    return F.cross_entropy(_to_float(logits), wanted, ignore_index=IGNORED)
 
 
 def class_score(output: object, labels: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def class_score(output: object, labels: Tensor) -> Tensor:
 
 def binary_loss(output: object, labels: object) -> Tensor:
     """Return the mean binary cross-entropy of labels between 0 and 1, one per output."""
-    logits, wanted = _precise(logits_in(output)), _tensor(labels)
+    logits, wanted = _to_float(logits_in(output)), _check_tensor(labels)
     if bool(((wanted < 0) | (wanted > 1)).any()):
         raise InputError('labels of the loss multi-label are from 0 to 1; give loss="regression" for other values')
     return F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype).reshape(logits.shape))
@@ -121,8 +121,8 @@ def binary_score(output: object, labels: Tensor) -> Tensor:
 
 def squared_loss(output: object, labels: object) -> Tensor:
     """Return the mean squared error of predictions, one per label."""
-    values = _precise(logits_in(output))
-    return F.mse_loss(values, _tensor(labels).to(values.dtype).reshape(values.shape))
+    values = _to_float(logits_in(output))
+    return F.mse_loss(values, _check_tensor(labels).to(values.dtype).reshape(values.shape))
 
 
 def squared_score(output: object, labels: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def squared_score(output: object, labels: Tensor) -> Tensor:
     return -(logits_in(output).flatten().double() - labels.flatten().double()).square()
 
 
-def own_loss(output: object, labels: object) -> Tensor:
+def returned_loss(output: object, labels: object) -> Tensor:
     """Return the loss that a network computed itself: ``.loss``, ``["loss"]``, or the sum of a dict of losses.
 
     Detection models of torchvision return such a dict in training mode; transformers models return ``.loss`` if the
@@ -154,7 +154,7 @@ CLASSIFICATION = Objective("classification", class_loss, "accuracy", class_score
 NEXT_TOKEN = Objective("next-token", class_loss, "token accuracy", class_score)
 MULTI_LABEL = Objective("multi-label", binary_loss, "label accuracy", binary_score)
 REGRESSION = Objective("regression", squared_loss, "negative squared error", squared_score)
-OWN = Objective("own", own_loss)
+OWN = Objective("own", returned_loss)
 
 _KNOWN = (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
 OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _KNOWN}
@@ -191,12 +191,12 @@ def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch
     return NEXT_TOKEN if any(value.shape == labels.shape for value in sequences) else CLASSIFICATION
 
 
-def _precise(values: Tensor) -> Tensor:
+def _to_float(values: Tensor) -> Tensor:
     """Return values in float32; float64 stays."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _tensor(labels: object) -> Tensor:
+def _check_tensor(labels: object) -> Tensor:
     if not isinstance(labels, Tensor):
         raise InputError(
             f"the batch has no tensor of labels but {type(labels).__name__}; give batches as (inputs, labels)"

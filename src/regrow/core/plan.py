@@ -9,10 +9,10 @@ import msgspec
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.axes.operations import Branch, lies_in
-from regrow.core.change import MOST, Change, Fill, Insertion, PlanError, growth_problem, unit_positions
+from regrow.core.change import MOST_NEW_UNITS, Change, Fill, Insertion, PlanError, find_growth_problem, sort_units
 from regrow.core.tables import Table, format_html
 
-__all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
+__all__ = ["MOST_NEW_UNITS", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
 Means = Mapping[str, Mapping[int, float]]
@@ -63,10 +63,10 @@ class Plan:
                 raise PlanError(f"{path} goes with {outer}, which the plan drops too; leave it out")
         if len(set(self.back)) != len(self.back):
             raise PlanError("the plan brings a module back twice")
-        _check_alone({"drops branches": self.drop, "brings them back": self.back})
+        _check_exclusive({"drops branches": self.drop, "brings them back": self.back})
         if self.insert:
             changes = self.changes.values()
-            _check_alone(
+            _check_exclusive(
                 {
                     "inserts blocks": self.insert,
                     "cuts or restores units": any(change.dropped or change.restore for change in changes),
@@ -115,7 +115,7 @@ class Plan:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
         """
         fill = fill or Fill()
-        changes = {key: replace(_unchanged(axes, key), grow=units, fill=fill) for key, units in grow.items()}
+        changes = {key: replace(_keep_all(axes, key), grow=units, fill=fill) for key, units in grow.items()}
         return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
@@ -130,9 +130,7 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        changes = {
-            key: replace(_unchanged(axes, key), restore=unit_positions(key, ids)) for key, ids in restore.items()
-        }
+        changes = {key: replace(_keep_all(axes, key), restore=sort_units(key, ids)) for key, ids in restore.items()}
         return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
@@ -157,8 +155,8 @@ class Plan:
         Raises:
             PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
         """
-        drop = {path: _droppable(axes, path) for path in modules}
-        changes = {key: replace(_unchanged(axes, key), keep=unit_positions(key, units)) for key, units in keep.items()}
+        drop = {path: _find_branch(axes, path) for path in modules}
+        changes = {key: replace(_keep_all(axes, key), keep=sort_units(key, units)) for key, units in keep.items()}
         return cls(changes, means, origin, drop)._checked(axes)
 
     def _checked(self, axes: AxisGraph) -> "Plan":
@@ -172,7 +170,7 @@ class Plan:
 
     def check(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` unless the plan fits the network: its axes, their sizes and groups, its branches."""
-        _check_alone(
+        _check_exclusive(
             {
                 "compensates for what it drops": self.means,
                 "restores units": any(change.restore for change in self.changes.values()),
@@ -181,7 +179,7 @@ class Plan:
         )
         if self.drop:
             for path, branch in self.drop.items():
-                if _droppable(axes, path) != branch:
+                if _find_branch(axes, path) != branch:
                     raise PlanError(f"what goes with {path} here is not what the plan says; make it for these axes")
             rest = axes.without(self.drop.values())
             changed = (key for key, change in self.changes.items() if not change.idle and key not in rest.axes)
@@ -232,7 +230,7 @@ class Plan:
         return json.dumps({"format": FORMAT, "origin": self.origin, **msgspec.to_builtins(parts, str_keys=True)})
 
 
-def _unchanged(axes: AxisGraph, key: str) -> Change:
+def _keep_all(axes: AxisGraph, key: str) -> Change:
     """Return the change that leaves an axis as it is."""
     if key not in axes.axes:
         raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
@@ -240,14 +238,14 @@ def _unchanged(axes: AxisGraph, key: str) -> Change:
     return Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids)
 
 
-def _check_alone(parts: Mapping[str, object]) -> None:
+def _check_exclusive(parts: Mapping[str, object]) -> None:
     """Raise ``PlanError`` if a plan does several of some things (in words → whether it does), which need plans each."""
     doing = [what for what, does in parts.items() if does]
     if len(doing) > 1:
         raise PlanError(f"one plan {doing[0]}, or {doing[1]}; make two")
 
 
-def _droppable(axes: AxisGraph, path: str) -> Branch:
+def _find_branch(axes: AxisGraph, path: str) -> Branch:
     """Return the branch of a module, or raise ``PlanError`` with the reason why it cannot be dropped."""
     branch = axes.branches.get(path)
     inner = [name for name, other in axes.branches.items() if other.free and lies_in(name, path)]
@@ -272,7 +270,7 @@ def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
         return f"is frozen: {axis.reason}"
     if change.after % axis.multiple:
         return f"must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
-    if change.grow and (problem := growth_problem(axis, change, parameters)):
+    if change.grow and (problem := find_growth_problem(axis, change, parameters)):
         return f"cannot be widened: {problem}"
     if axis.size != change.size:
         return f"has {axis.size} units here, the plan was made for {change.size}"

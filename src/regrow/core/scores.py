@@ -123,7 +123,7 @@ class Statistics:
         return cls(source, header["tokens"], moments, gradients, fisher)
 
 
-def merged(parts: Sequence[Statistics]) -> Statistics:
+def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
     """Return the sums of several shards or sources, at least one, added up."""
     if len(parts) == 1:
         return parts[0]
@@ -160,4 +160,4 @@ class Evidence:
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")
-        return merged(shards if gradients else [replace(shard, gradients={}) for shard in shards])
+        return merge_statistics(shards if gradients else [replace(shard, gradients={}) for shard in shards])

@@ -51,7 +51,8 @@ class Batch:
             device: The device.
         """
         labels = self.labels if self.labels is None else self.labels.to(device)
-        return replace(self, args=moved(self.args, device), kwargs=moved(dict(self.kwargs), device), labels=labels)
+        args, kwargs = move_inputs((self.args, dict(self.kwargs)), device)
+        return replace(self, args=args, kwargs=kwargs, labels=labels)
 
     def run(self, model: Callable[..., Any]) -> Any:
         """Return what a network gives for the inputs.
@@ -169,7 +170,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def moved(value: object, device: torch.device) -> Any:
+def move_inputs(value: object, device: torch.device) -> Any:
     """Return a nested structure of inputs with every tensor on a device; itself if all are there."""
     if all(leaf.device == device for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
         return value
@@ -219,7 +220,7 @@ def move_tensors(record: R, device: torch.device) -> R:
     return replace(record, **{name: part(getattr(record, name)) for name in names})  # type: ignore[type-var]
 
 
-def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
+def draw_batches(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
     """Return the batches of one training step: from the sources in turn, each source shuffled anew in every pass.
 
     The result depends on the step's number alone, so that training can be stopped and resumed.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 # The largest number of rows that are shown; the rest are counted
-MOST_ROWS = 40
+MAX_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def format_text(tables: Sequence[Table], note: str) -> str:
     2 axes
     """
     lines: list[str] = []
-    for table, rows, hidden in _shortened(tables):
+    for table, rows, hidden in _limit_rows(tables):
         cells = [[str(cell) for cell in row] for row in (table.columns, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += [table.title] if table.title else []
@@ -50,7 +50,7 @@ def format_html(tables: Sequence[Table], note: str = "") -> str:
     '<table><thead><tr><th>key</th></tr></thead><tbody><tr><td>&lt;a&gt;</td></tr></tbody></table>'
     """
     parts: list[str] = []
-    for table, rows, hidden in _shortened(tables):
+    for table, rows, hidden in _limit_rows(tables):
         caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
         head = _html_row(table.columns, "th", table.numbers)
         body = "".join(_html_row(row, "td", table.numbers) for row in rows)
@@ -65,9 +65,9 @@ def _html_row(cells: Sequence[object], tag: str, numbers: Sequence[int]) -> str:
     return f"<tr>{''.join(shown)}</tr>"
 
 
-def _shortened(tables: Sequence[Table]) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
+def _limit_rows(tables: Sequence[Table]) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
     """Return the tables that have rows, with the rows that are shown and how many are not; each shows at least one."""
-    result, left = [], MOST_ROWS
+    result, left = [], MAX_ROWS
     for table in tables:
         if table.rows:
             rows = table.rows[: max(1, left)]

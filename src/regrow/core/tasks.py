@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from regrow.core.sources import Batch, device_of, moved
+from regrow.core.sources import Batch, device_of, move_inputs
 
 
 @runtime_checkable
@@ -63,7 +63,7 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """Return the examples on a device."""
-        inputs, labels = moved(self.inputs, device), self.labels.to(device)
+        inputs, labels = move_inputs(self.inputs, device), self.labels.to(device)
         return self if inputs is self.inputs and labels is self.labels else replace(self, inputs=inputs, labels=labels)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
@@ -177,10 +177,10 @@ def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Ba
 
 def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
     """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
-    return pack_batch(moved(inputs, device or device_of(model)), where=where).run(model)
+    return pack_batch(move_inputs(inputs, device or device_of(model)), where=where).run(model)
 
 
-def among(logits: Tensor, classes: Tensor | None) -> Tensor:
+def mask_classes(logits: Tensor, classes: Tensor | None) -> Tensor:
     """Mask logits with −∞ for every class that may not be predicted.
 
     >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Timing
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch
@@ -269,7 +269,7 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
     >>> list(table.layers), table.total >= sum(table.layers.values())
     (['0', '2'], True)
     """
-    sums = candidates_in(model)
+    sums = candidate_paths(model)
     every = tuple(f"{path}." for paths in sums.values() for path in paths)
     sums = {path: paths for path, paths in sums.items() if not f"{path}.".startswith(every)}
     ops = [path for paths in sums.values() for path in paths]

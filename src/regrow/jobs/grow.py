@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.allocation.widening import deepening, widening
+from regrow.allocation.widening import plan_insertions, plan_widening
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
@@ -117,9 +117,9 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     settings.check()
     parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     fill = Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named)
+    wide = plan_widening(axes, parts, named)
     with preserve_random_state():
-        insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
+        insert = plan_insertions(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
     for key, units in wide.grow.items():
         axis = axes[key]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak
-from regrow.allocation.stages import stages as cut
+from regrow.allocation.stages import plan_stages as cut
 from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
 from regrow.core.names import names_code

@@ -21,9 +21,9 @@ from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import receive, send
-from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, trunk_of
+from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, find_trunk
 from regrow.scoring.watch import InputSums
-from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
+from regrow.scoring.weights import axis_parameters, group_by_weight, readers, scorable_axes
 
 Key = tuple[str, int]  # the name of a source, and the number of a shard
 
@@ -47,7 +47,7 @@ class BlockVisits(Protocol):
 
 
 @dataclass(frozen=True)
-class CollectionRun:
+class CollectionOptions:
     """How the data run: as a whole or block by block, by which processes, and on from what."""
 
     visits: BlockVisits | None = None  # runs a network that does not fit into memory; the sums are the same
@@ -66,7 +66,7 @@ def collect(
     shards: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
-    run: CollectionRun | None = None,
+    run: CollectionOptions | None = None,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
@@ -91,12 +91,12 @@ def collect(
     check_sources(sources, shards)
     if set(needs) <= {Need.WEIGHTS}:
         return {}
-    run = run or CollectionRun()
+    run = run or CollectionOptions()
     known = dict(run.done)
     left = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in known]
     if left:
         objective = objective or choose_objective(None, sources[0].batches[0])
-        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective, run)
+        walk = _Collector(model, axes, scorable_axes(axes, units), frozenset(needs), objective, run)
         if run.visits is None:
             known |= walk.run_whole(left, shards, sum(map(len, sources)))
         else:
@@ -104,7 +104,7 @@ def collect(
     return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
 
 
-class _Walk:
+class _Collector:
     """Runs batches through the network and adds their input moments and gradients to given statistics."""
 
     def __init__(
@@ -114,14 +114,14 @@ class _Walk:
         units: Sequence[Axis],
         needs: frozenset[Need],
         objective: Objective,
-        run: CollectionRun,
+        run: CollectionOptions,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         reads = readers(axes, units)
         self.model, self.trunk, self.objective, self.run = model, model, objective, run
         self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
         self.names = [reader.slot.name for reader in reads]
-        self.differentiated = differentiated(model, axes, units) if Need.GRADIENTS in needs else []
+        self.differentiated = differentiated_names(model, axes, units) if Need.GRADIENTS in needs else []
         self.masked = group_by_weight(reads) if Need.FISHER in needs else {}
         self.ids = {id(parameters[name]): name for name in self.masked}
         self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
@@ -154,9 +154,9 @@ class _Walk:
             elif owner == ranks.rank:
                 part = Statistics(sums.source)
                 self._step(batch, part)
-                _send(part)
+                _send_statistics(part)
             elif ranks.leads:
-                sums.accumulate(_receive(owner))
+                sums.accumulate(_receive_statistics(owner))
             yield
 
     def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
@@ -169,7 +169,7 @@ class _Walk:
         mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
         total, finished = visits.passes(names) * len(mine), 0
         for key, batch in rows:
-            result[key].tokens += _positions(batch)
+            result[key].tokens += _count_positions(batch)
 
         def add_parts() -> None:
             for (key, _), part in zip(rows, _gather(parts, len(rows), ranks), strict=False):
@@ -182,7 +182,7 @@ class _Walk:
             key, batch = mine[number]
             if len(parts) == len(mine):
                 add_parts()
-            with _input_sums(watched, batch) as watch:
+            with _make_input_sums(watched, batch) as watch:
                 yield
             if twice := next((name for name in watch.sums if (number, name) in counted), None):
                 raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
@@ -203,14 +203,14 @@ class _Walk:
     def _step(self, batch: Batch, statistics: Statistics) -> None:
         """Run one batch and add its sums to ``statistics``."""
         if self.first:
-            self.first, self.trunk = False, trunk_of(self.model, batch, self.names)
+            self.first, self.trunk = False, find_trunk(self.model, batch, self.names)
         moments = self._measure(batch, self.trunk, statistics)
         if self.trunk is not self.model and len(moments) < len(self.watched):
             # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
             whole = self._measure(batch, self.model, statistics)
             if len(whole) > len(moments):
                 self.trunk, moments = self.model, whole
-        statistics.accumulate(Statistics(statistics.source, _positions(batch), moments))
+        statistics.accumulate(Statistics(statistics.source, _count_positions(batch), moments))
 
     def _settle(self, sums: Statistics, shard: int) -> Statistics:
         """Return the sums of a finished shard on the CPU, moved in one transfer, and check that they are finite."""
@@ -236,13 +236,13 @@ class _Walk:
         return statistics
 
     def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:
-        here, watch = batch.to(self.device), _input_sums(self.watched, batch)
+        here, watch = batch.to(self.device), _make_input_sums(self.watched, batch)
         if self.masked:
             masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
             add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch, batch)
             if not self.differentiated:
                 return watch.sums
-            watch = _input_sums(self.watched, batch)
+            watch = _make_input_sums(self.watched, batch)
         with watch, torch.set_grad_enabled(bool(self.differentiated)):
             if self.differentiated:
                 sums, count = statistics.gradients, batch.size
@@ -254,10 +254,14 @@ class _Walk:
         return watch.sums
 
 
-def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> list[str]:
+def differentiated_names(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> list[str]:
     """Return the names of the parameters whose gradients are summed: those that measured axes run through."""
     parameters = dict(model.named_parameters())
-    return list(dict.fromkeys(name for axis in scorable(axes, units) for name, _, _ in tensors(axes, axis, parameters)))
+    return list(
+        dict.fromkeys(
+            name for axis in scorable_axes(axes, units) for name, _, _ in axis_parameters(axes, axis, parameters)
+        )
+    )
 
 
 def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iterator[Statistics]:
@@ -265,22 +269,22 @@ def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iter
     if ranks.leads:
         for number in range(count):
             owner = number % ranks.size
-            yield _receive(owner) if owner else parts[number // ranks.size]
+            yield _receive_statistics(owner) if owner else parts[number // ranks.size]
         return
     for part in parts:
-        _send(part)
+        _send_statistics(part)
 
 
-def _send(sums: Statistics) -> None:
+def _send_statistics(sums: Statistics) -> None:
     send(sums.header(), to_host(sums.tensors()))
 
 
-def _receive(rank: int) -> Statistics:
+def _receive_statistics(rank: int) -> Statistics:
     header, values = receive(rank)
     return Statistics.assemble("", header, values)
 
 
-def _input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
+def _make_input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
     return InputSums(watched, count_sequences(batch), visible_positions(batch))
 
 
@@ -301,16 +305,16 @@ def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
 
 def count_sequences(batch: Batch) -> int:
     """Return how many sequences (texts, images) a batch has."""
-    return next((len(value) for value in _tensors(batch) if value.dim()), 1)
+    return next((len(value) for value in _input_tensors(batch) if value.dim()), 1)
 
 
-def _positions(batch: Batch) -> int:
+def _count_positions(batch: Batch) -> int:
     """Count the labelled positions of a batch; without labels its token ids, or else its sequences."""
     if batch.labels is not None:
         return int((batch.labels != -100).sum())
-    ids = (value.numel() for value in _tensors(batch) if value.dim() == 2 and not value.is_floating_point())
+    ids = (value.numel() for value in _input_tensors(batch) if value.dim() == 2 and not value.is_floating_point())
     return next(ids, count_sequences(batch))
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
+def _input_tensors(batch: Batch) -> list[Tensor]:
     return [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)]

@@ -16,11 +16,11 @@ def means(
     """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
 
     b′ = b + Σ over dropped j of W_j · E[x_j], exact for a linear map and for an ungrouped convolution without padding
-    whose weight no other module shares; :func:`uncompensated` lists the others. ``kept``: axis key → the units kept.
+    whose weight no other module shares; :func:`note_uncompensated` lists the others. ``kept``: axis key → the units kept.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
-    held = holders(model)
+    held = find_holders(model)
     inputs: dict[str, list[Tensor]] = {}
     expected: dict[str, Tensor] = {}
     for reader in readers(axes, [axes[key] for key in kept]):
@@ -42,9 +42,9 @@ def means(
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
     """Return the weights whose layer has no bias yet and gets one when inputs of theirs are compensated."""
-    held = holders(model)
+    held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
-    bare = (name for name in names if getattr(_owner(model, name), "bias", 0) is None)
+    bare = (name for name in names if getattr(_owner_of(model, name), "bias", 0) is None)
     return tuple(name for name in bare if takes_constant(model, name, held))
 
 
@@ -52,7 +52,7 @@ def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
 Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
 
 
-def holders(model: nn.Module) -> Holders:
+def find_holders(model: nn.Module) -> Holders:
     """Return which modules hold each parameter."""
     result: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
@@ -70,7 +70,7 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
     >>> sharing_module(net, "a.weight", holders(net)), sharing_module(net, "a.bias", holders(net))
     ('b', None)
     """
-    owner = _owner(model, name)
+    owner = _owner_of(model, name)
     others = held.get(id(model.get_parameter(name)), ())
     return next((path for path, module in others if module is not owner), None)
 
@@ -82,7 +82,7 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
     >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
     (True, False)
     """
-    owner = _owner(model, name)
+    owner = _owner_of(model, name)
     # Units of a recurrent layer have means of their own at the first step.
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase) or sharing_module(model, name, held) is not None:
         return False
@@ -93,13 +93,13 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
 
 def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
     """Return the means that can stand in for dropped inputs exactly: name of a weight → ``[channels]``."""
-    held = holders(model)
+    held = find_holders(model)
     return {name: value.mean for name, value in moments.items() if takes_constant(model, name, held)}
 
 
-def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
+def note_uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
     """Return a note on the weights that read dropped inputs and whose bias cannot absorb their means, if any."""
-    held = holders(model)
+    held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept]))
     left_out = [name for name in names if not takes_constant(model, name, held)]
     if not left_out:
@@ -109,5 +109,5 @@ def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable
     return (f"no bias compensation for {left_out[0]}{more}: {why}",)
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
+def _owner_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
 from regrow.core.sources import Batch, logits_in
-from regrow.scoring.watch import Feed, rows_of
+from regrow.scoring.watch import Feed, to_rows
 from regrow.scoring.weights import Reader
 
-ENTRIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
+MAX_PROBABILITIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
 
 
 def add_gradients(
@@ -86,7 +86,7 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
             parameter.requires_grad_(ask)
 
 
-def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
+def find_trunk(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
     """Return the part of a network to run: without the head, if none of the named weights lies in it.
 
     That is transformers' ``base_model``, which takes the same inputs, but may leave out weights (an encoder, a head).
@@ -154,15 +154,15 @@ class MaskGradients(Feed):
     @torch.no_grad()
     def _add(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
         sequences = 1 if value.dim() == 1 else self.sequences
-        (rows, channels), (slopes, _) = (rows_of(tensor, dim, sequences) for tensor in (value, gradient))
+        (rows, channels), (slopes, _) = (to_rows(tensor, dim, sequences) for tensor in (value, gradient))
         wide = torch.promote_types(value.dtype, torch.float32)
         products = rows.to(wide) * slopes.to(wide)
         if channels == 1:
             products = products.sum(2)[:, None]
         for reader in self.reads[name]:
-            gradients = _to_units(products, reader.positions(products.shape[-1]))
+            gradients = _sum_by_unit(products, reader.positions(products.shape[-1]))
             if reader.axis in self.partial:
-                gradients = _added(self.partial[reader.axis], gradients)
+                gradients = _add_uses(self.partial[reader.axis], gradients)
             self.partial[reader.axis] = gradients
             self.waiting[reader.axis] -= 1
             if not self.waiting[reader.axis]:
@@ -173,14 +173,14 @@ class MaskGradients(Feed):
         self.squares[axis] += total.to(self.squares[axis].device, torch.float64)
 
 
-def _to_units(values: Tensor, where: Tensor) -> Tensor:
+def _sum_by_unit(values: Tensor, where: Tensor) -> Tensor:
     """Return the sums of values ``[..., channels]`` over each unit's channels ``[size, k]``, ``[..., size]``."""
     in_order = where.numel() == values.shape[-1] and torch.equal(where.flatten(), torch.arange(where.numel()))
     parts = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
     return parts[..., 0] if where.shape[1] == 1 else parts.sum(-1)
 
 
-def _added(first: Tensor, other: Tensor) -> Tensor:
+def _add_uses(first: Tensor, other: Tensor) -> Tensor:
     """Return the sum of the gradients of two uses of a unit, summed over positions where these differ, then all."""
     for dim in (1, 0):
         if first.shape != other.shape:
@@ -239,20 +239,20 @@ def draw_labels(
     if objective.name == MULTI_LABEL.name:
         logits = logits_in(output)
         chances = logits.detach().float().sigmoid()
-        ones = _uniform(origin, chances) < chances
+        ones = _draw_uniform(origin, chances) < chances
         return logits, (chances - ones.float()).to(logits)
     if objective.name == REGRESSION.name:
         values = logits_in(output)
-        return values, torch.special.ndtri(_uniform(origin, values).clamp(1e-6, 1 - 1e-6)).to(values)
+        return values, torch.special.ndtri(_draw_uniform(origin, values).clamp(1e-6, 1 - 1e-6)).to(values)
     return None
 
 
 def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
     """Return probabilities minus one-hot labels, in the dtype of the logits ``[..., classes]``."""
-    random = _uniform(batch, counted).flatten()
+    random = _draw_uniform(batch, counted).flatten()
     rows, valid = logits.reshape(-1, logits.shape[-1]), counted.flatten().to(logits.device)
     gradient = torch.empty_like(rows)
-    step = max(1, ENTRIES // rows.shape[1])
+    step = max(1, MAX_PROBABILITIES // rows.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
     for part, into, u, seen in zip(*(all_.split(step) for all_ in (rows, gradient, random, valid)), strict=True):
         chances = part.to(wide).softmax(-1)
@@ -263,21 +263,21 @@ def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
     return gradient.view(logits.shape)
 
 
-def _uniform(batch: Batch, like: Tensor) -> Tensor:
+def _draw_uniform(batch: Batch, like: Tensor) -> Tensor:
     """Return uniform random numbers in [0, 1) of the shape of ``like``, seeded by the inputs of each example."""
     leaves = tree_leaves((batch.args, dict(batch.kwargs)))
     tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
     if not like.dim():
-        return torch.rand((), generator=_generator(tensors)).to(like.device)
+        return torch.rand((), generator=_seed_generator(tensors)).to(like.device)
     inputs = [tensor for tensor in tensors if tensor.dim() and len(tensor) == len(like)]
     rows = []
     for i in range(len(like)):
         seeds = [tensor[i] for tensor in inputs] if inputs else [*tensors, torch.tensor(i)]
-        rows.append(torch.rand(like.shape[1:], generator=_generator(seeds)))
+        rows.append(torch.rand(like.shape[1:], generator=_seed_generator(seeds)))
     return torch.stack(rows).to(like.device)
 
 
-def _generator(inputs: Sequence[Tensor]) -> torch.Generator:
+def _seed_generator(inputs: Sequence[Tensor]) -> torch.Generator:
     digest = sha256()
     for tensor in inputs:
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

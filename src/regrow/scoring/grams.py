@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.sources import Batch, device_of
 from regrow.scoring.collect import BlockVisits
-from regrow.scoring.gradients import evaluation_mode, trunk_of
+from regrow.scoring.gradients import evaluation_mode, find_trunk
 from regrow.scoring.watch import Feed, visible_rows
 from regrow.scoring.weights import Reader, readers
 
-ROWS = 4096  # the number of rows summed at a time in float32
+ROWS_PER_SUM = 4096  # the number of rows summed at a time in float32
 # The most bytes of sums that are kept at a time; layers beyond it are measured in another pass over the data.
-LIMIT = 2 * 2**30
-WIDEST = 16384  # the most inputs of a layer whose products are summed: those of more take over 2 GiB
-ORDERING = 4  # how many matrices of the size of a layer's sums ordering its units takes, beside the sums
-BATCH = 8  # the most windows that should be in a batch of the data
+MAX_SUM_BYTES = 2 * 2**30
+MAX_INPUTS = 16384  # the most inputs of a layer whose products are summed: those of more take over 2 GiB
+ORDERING_MATRICES = 4  # how many matrices of the size of a layer's sums ordering its units takes, beside the sums
+MAX_BATCH_WINDOWS = 8  # the most windows that should be in a batch of the data
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Gram:
     def add(self, rows: Tensor) -> None:
         """Add inputs, ``[rows, k]``."""
         with torch.autocast(rows.device.type, enabled=False):
-            for part in rows.split(ROWS):
+            for part in rows.split(ROWS_PER_SUM):
                 part = part.double() if part.dtype == torch.float64 else part.float()
                 if not self.rows:
                     self.constant = part.mean(0).to(self.constant)
@@ -76,7 +76,7 @@ def linear_readers(axes: AxisGraph, units: Sequence[Axis]) -> dict[str, Reader]:
         for reader in every
         if read[reader.axis] == reads[reader.weight] == 1
         and len(axes.shapes[reader.weight]) == 2
-        and reader.width <= WIDEST
+        and reader.width <= MAX_INPUTS
     }
 
 
@@ -119,8 +119,8 @@ def sum_products(
         finish()
     else:
         parameters, device = dict(model.named_parameters(remove_duplicate=False)), device_of(model)
-        for part in _parts(widths):
-            run = trunk_of(model, batches[0], part) if batches else model
+        for part in _group_layers(widths):
+            run = find_trunk(model, batches[0], part) if batches else model
             watched = {id(parameters[name]): name for name in part}
             with evaluation_mode(model), torch.no_grad():
                 for number, batch in enumerate(batches):
@@ -137,24 +137,24 @@ def sum_products(
         raise ValueError(f"no batch reached the weight {min(left)!r}; give more data, or --exclude {min(left)}")
 
 
-def predict_products(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
+def predict_bytes(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
     """Return the bytes for the sums of layers, of (inputs, outputs) each, and for ordering the units of the largest.
 
-    ``together``: whether all are summed in one pass, as block by block; else in as many as :data:`LIMIT` asks for.
+    ``together``: whether all are summed in one pass, as block by block; else in as many as :data:`MAX_SUM_BYTES` asks for.
 
     >>> predict_products([(1000, 100), (500, 100)], together=True)
     43600000
     """
     sums, widest = sum(8 * k * k for k, _ in layers), max((8 * k * k for k, _ in layers), default=0)
-    most = max((8 * k * (ORDERING * k + 2 * out) for k, out in layers), default=0)
-    return (sums if together else max(widest, min(sums, LIMIT))) + most
+    most = max((8 * k * (ORDERING_MATRICES * k + 2 * out) for k, out in layers), default=0)
+    return (sums if together else max(widest, min(sums, MAX_SUM_BYTES))) + most
 
 
-def _parts(widths: Mapping[str, int]) -> list[list[str]]:
-    """Return the layers in groups whose sums take at most :data:`LIMIT` bytes; a wider layer is alone."""
+def _group_layers(widths: Mapping[str, int]) -> list[list[str]]:
+    """Return the layers in groups whose sums take at most :data:`MAX_SUM_BYTES` bytes; a wider layer is alone."""
     parts: list[list[str]] = [[]]
     for name in widths:
-        if parts[-1] and sum(8 * widths[other] ** 2 for other in (*parts[-1], name)) > LIMIT:
+        if parts[-1] and sum(8 * widths[other] ** 2 for other in (*parts[-1], name)) > MAX_SUM_BYTES:
             parts.append([])
         parts[-1].append(name)
     return parts

@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.scores import Moments, Need, Scores, Statistics, Tensors
 from regrow.scoring.spaces import standardise, z_scores
-from regrow.scoring.weights import Reader, columns, readers, scorable, tensors
+from regrow.scoring.weights import Reader, axis_parameters, column_norms, readers, scorable_axes
 
 Units = Sequence[Axis] | None
 
@@ -26,9 +26,9 @@ def wanda_sp(
 
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
-    reads = readers(axes, scorable(axes, units))
+    reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "mean", lambda m: (m.square / m.count).sqrt())
-    return _finish("wanda_sp", to_units(channels, reads, pool), statistics)
+    return _make_scores("wanda_sp", pool_to_units(channels, reads, pool), statistics)
 
 
 def wifv(
@@ -46,16 +46,16 @@ def wifv(
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), code.
     """
-    reads = readers(axes, scorable(axes, units))
+    reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda moments: moments.variance)
-    return _finish("wifv/token", to_units(channels, reads, pool), statistics)
+    return _make_scores("wifv/token", pool_to_units(channels, reads, pool), statistics)
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
     """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j."""
-    reads = readers(axes, scorable(axes, units))
+    reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
-    return _finish("energy", to_units(channels, reads), statistics)
+    return _make_scores("energy", pool_to_units(channels, reads), statistics)
 
 
 def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
@@ -65,17 +65,17 @@ def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 
     Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
     """
-    chosen = scorable(axes, units)
+    chosen = scorable_axes(axes, units)
     if statistics is None:
         reads = readers(axes, chosen)
-        return _finish("fisher", to_units(_score_channels(weights, reads, None, "square"), reads), None)
+        return _make_scores("fisher", pool_to_units(_score_channels(weights, reads, None, "square"), reads), None)
     if missing := next((axis.key for axis in chosen if axis.key not in statistics.fisher), ""):
         raise ValueError(
             f"source {statistics.source!r} never reached the units of {missing!r}; give more batches, or leave them "
             f"out (--exclude {missing.partition(':')[0]})"
         )
     tokens = max(statistics.tokens, 1)
-    return _finish("fisher", {axis.key: statistics.fisher[axis.key] / (2 * tokens) for axis in chosen}, statistics)
+    return _make_scores("fisher", {axis.key: statistics.fisher[axis.key] / (2 * tokens) for axis in chosen}, statistics)
 
 
 def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
@@ -85,9 +85,9 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
     et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
     """
     values: dict[str, Tensor] = {}
-    for axis in scorable(axes, units):
+    for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
-        for name, slot, where in tensors(axes, axis, weights):
+        for name, slot, where in axis_parameters(axes, axis, weights):
             weight = weights[name].detach().double()
             if statistics is None:
                 product = weight.square()
@@ -99,7 +99,7 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
             channels = product.abs().sum(rest) if rest else product.abs()
             total += channels.cpu()[where].sum(1)
         values[axis.key] = total
-    return _finish("taylor/element1", values, statistics)
+    return _make_scores("taylor/element1", values, statistics)
 
 
 def magnitude(
@@ -111,30 +111,30 @@ def magnitude(
 ) -> Scores:
     """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp")."""
     values: dict[str, Tensor] = {}
-    for reader in readers(axes, scorable(axes, units)):
-        norms = columns(weights[reader.weight], reader.slot.dim, form="norm")
+    for reader in readers(axes, scorable_axes(axes, units)):
+        norms = column_norms(weights[reader.weight], reader.slot.dim, form="norm")
         values[reader.axis] = values.get(reader.axis, 0) + norms[reader.positions(len(norms))].sum(1)
-    return _check(Scores(values, "magnitude/columns"))
+    return _check_finite(Scores(values, "magnitude/columns"))
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
     """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows."""
     values = {}
-    for axis in scorable(axes, units):
+    for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
-        for name, slot, where in tensors(axes, axis, weights):
+        for name, slot, where in axis_parameters(axes, axis, weights):
             weight = weights[name].detach()
             if slot.role is Role.PRODUCES and weight.dim() > 1:
                 rest = [dim for dim in range(weight.dim()) if dim != slot.dim]
                 total += (weight.amax(rest) + weight.amin(rest).abs()).double().cpu()[where].mean(1)
         values[axis.key] = total
-    return _check(Scores(values, "path/peak-to-peak"))
+    return _check_finite(Scores(values, "path/peak-to-peak"))
 
 
 def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
     """Score units by uniform random numbers, seeded by each axis's key, so the order of axes does not matter."""
     values = {}
-    for axis in scorable(axes, units):
+    for axis in scorable_axes(axes, units):
         number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
         values[axis.key] = torch.rand(axis.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     return Scores(values, "random")
@@ -177,7 +177,7 @@ def moments_of(statistics: Statistics, weight: str) -> Moments:
     return statistics.moments[weight]
 
 
-def to_units(channels: Tensors, reads: Sequence[Reader], pool: str = "sum") -> dict[str, Tensor]:
+def pool_to_units(channels: Tensors, reads: Sequence[Reader], pool: str = "sum") -> dict[str, Tensor]:
     """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
 
     ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's AL-AM): each weight's
@@ -209,21 +209,21 @@ def _score_channels(
             continue
         weight, dim = weights[reader.weight], reader.slot.dim
         if statistics is None or factor is None:
-            channels[reader.weight] = columns(weight, dim, form=form)
+            channels[reader.weight] = column_norms(weight, dim, form=form)
         else:
             activations = factor(moments_of(statistics, reader.weight)).cpu()
-            norms = columns(weight, dim, len(activations) // reader.width, form=form)
+            norms = column_norms(weight, dim, len(activations) // reader.width, form=form)
             channels[reader.weight] = activations * norms
     return channels
 
 
-def _finish(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
+def _make_scores(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
     if statistics is None:
-        return _check(Scores(values, f"{name}/weight-only"))
-    return _check(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
+        return _check_finite(Scores(values, f"{name}/weight-only"))
+    return _check_finite(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
 
 
-def _check(scores: Scores) -> Scores:
+def _check_finite(scores: Scores) -> Scores:
     """Return the scores unchanged, or raise ValueError, with the axis, if one of them is NaN or infinite."""
     for key, values in scores.values.items():
         if bad := int((~torch.isfinite(values)).sum()):

@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_map_only
 from regrow.core.scores import Moments
 from regrow.core.sources import Batch, visible_positions
 
-Operands = tuple[Any, Any, int]  # a weight, the input it is contracted with, and which dimension of the input that is
+# A weight, the input it is contracted with, and which dimension of the input that is, counted from the end
+Contraction = tuple[Any, Any, int]
 
 
-def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any) -> Iterator[Operands]:
+def _rnn_layers(
+    func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any
+) -> Iterator[Contraction]:
     """Run each direction of each layer by itself, to see the inputs of each layer and each time step."""
     if not isinstance(params, list | tuple):  # packed sequences: their form is not that of sequences
         return
@@ -41,7 +44,7 @@ def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Te
         x = torch.cat(outs, -1)
 
 
-def _cell(x: Tensor, state: Any, inner: Tensor, back: Tensor, *_: Any) -> Iterator[Operands]:
+def _rnn_cell(x: Tensor, state: Any, inner: Tensor, back: Tensor, *_: Any) -> Iterator[Contraction]:
     yield inner, x, -1
     yield back, state[0] if isinstance(state, list | tuple) else state, -1
 
@@ -51,20 +54,20 @@ CHUNK = 1 << 18
 GROUP = 64  # how many columns a kernel sums side by side
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Operands]:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Contraction]:
     yield weight, input, -1
 
 
-def _matmul(a: Tensor, b: Tensor, **_: Any) -> Iterator[Operands]:
+def _matmul(a: Tensor, b: Tensor, **_: Any) -> Iterator[Contraction]:
     yield b, a, -1
     yield a, b, -2 if b.dim() > 1 else -1
 
 
-def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> Iterator[Operands]:
+def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> Iterator[Contraction]:
     return _matmul(mat1, mat2)
 
 
-def _conv(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Iterator[Operands]:
+def _conv(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Iterator[Contraction]:
     yield weight, input, 1 - weight.dim()
 
 
@@ -77,7 +80,7 @@ _CONVOLUTIONS = (
     torch.conv_transpose2d,
     torch.conv_transpose3d,
 )
-Table = dict[Callable[..., Any], Callable[..., Iterator[Operands]]]
+Table = dict[Callable[..., Any], Callable[..., Iterator[Contraction]]]
 # Function → the (weight, input, dimension) triples that a call of it contracts.
 CONTRACTIONS: Table = {
     F.linear: _linear,
@@ -88,8 +91,8 @@ CONTRACTIONS: Table = {
 }
 # The same inside recurrent layers. The projection of ``proj_size`` is not covered.
 RECURRENT: Table = {
-    **{func: partial(_layers, func) for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
+    **{func: partial(_rnn_layers, func) for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _rnn_cell),
 }
 _EVERYWHERE = CONTRACTIONS | RECURRENT
 
@@ -173,14 +176,14 @@ class InputSums(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _add(self, name: str, value: Tensor, dim: int) -> None:
-        rows, channels = rows_of(value, dim, self.sequences)
+        rows, channels = to_rows(value, dim, self.sequences)
         masked = self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape
-        moments = _moments(rows, channels, self.mask if masked else None)
+        moments = _sum_moments(rows, channels, self.mask if masked else None)
         if moments.count:
             self.sums[name] = self.sums[name] + moments if name in self.sums else moments
 
 
-def rows_of(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
+def to_rows(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
     """Return an input as ``[sequences, positions, channels]``, or with channels before positions, and their dimension.
 
     ``dim``, counted from the end, is the dimension that is contracted.
@@ -214,21 +217,22 @@ def visible_rows(value: Tensor, dim: int, batch: Batch) -> Tensor | None:
     return mask.flatten().cpu() if value.dim() == 2 and len(value) == mask.numel() else None
 
 
-def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
+def _sum_moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
     """Return sums over the sequences and positions of ``rows``; float32 within a chunk, float64 between chunks."""
     positions = 3 - channels
     hidden = None if mask is None else ~mask.to(rows.device)
     # Memory that is reused: fresh memory costs as much as the sums. Sums depend on the layout, which copies have anew.
     reuse = rows.is_contiguous()
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
-    sums = [_sums(strip, channels, step, hidden, reuse) for strip in rows.split(_strip(rows, channels), channels)]
+    strips = rows.split(_strip_width(rows, channels), channels)
+    sums = [_sum_strip(strip, channels, step, hidden, reuse) for strip in strips]
     total, square = torch.cat([totals for totals, _ in sums], 1), torch.cat([squares for _, squares in sums])
     # Where the mask is on the CPU, the host waits for no device.
     count = len(rows) * rows.shape[positions] if mask is None else int(mask.sum())
     return Moments(count, total.sum(0), square)
 
 
-def _strip(rows: Tensor, channels: int) -> int:
+def _strip_width(rows: Tensor, channels: int) -> int:
     """Return how many channels are summed at a time: so many that a sequence fits the cache, or all.
 
     A thread sums columns in groups of GROUP, and what is left over in another order: so nothing may be left over.
@@ -240,7 +244,7 @@ def _strip(rows: Tensor, channels: int) -> int:
     return max(1, CHUNK // rows.shape[1] // group) * group
 
 
-def _sums(rows: Tensor, channels: int, step: int, hidden: Tensor | None, reuse: bool) -> tuple[Tensor, Tensor]:
+def _sum_strip(rows: Tensor, channels: int, step: int, hidden: Tensor | None, reuse: bool) -> tuple[Tensor, Tensor]:
     """Return float64 sums: of each sequence, ``[sequences, channels]``, and of all squares, ``[channels]``."""
     positions = 3 - channels
     home = torch.device("cpu") if rows.device.type == "mps" else rows.device

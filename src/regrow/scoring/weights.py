@@ -51,12 +51,12 @@ def group_by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
     return result
 
 
-def scorable(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
+def scorable_axes(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
     """Return the axes that some weight reads, of ``units`` or ``axes.units()``; metrics cannot score the others."""
     return tuple(axis for axis in (axes.units() if units is None else units) if axis.consumers())
 
 
-def tensors(axes: AxisGraph, axis: Axis, weights: Tensors) -> Iterator[tuple[str, Slot, Tensor]]:
+def axis_parameters(axes: AxisGraph, axis: Axis, weights: Tensors) -> Iterator[tuple[str, Slot, Tensor]]:
     """Yield the parameters that an axis runs through, tied ones once: (first name, slot, entries per unit).
 
     The entries have the shape ``[size, k]``; parameters that ``weights`` lacks are left out.
@@ -75,7 +75,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
+def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
     """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 
     ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij).
@@ -86,11 +86,11 @@ def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") 
     plain = weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu"
     if plain and dim == 1 and groups == 1 and weight.numel() > PART:
         parts = weight.detach().split(max(STRIP, PART // len(weight) // STRIP * STRIP), 1)
-        return torch.cat([_columns(part.contiguous(), dim, groups, form) for part in parts])
-    return _columns(weight, dim, groups, form)
+        return torch.cat([_column_norms(part.contiguous(), dim, groups, form) for part in parts])
+    return _column_norms(weight, dim, groups, form)
 
 
-def _columns(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
+def _column_norms(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
     wide = weight.detach().to(torch.float64, copy=True)  # worked on in place: an embedding's takes gigabytes
     parts = wide.unflatten(0, (groups, -1)) if groups > 1 else wide[None]
     rest = [d for d in range(1, parts.dim()) if d != dim + 1]

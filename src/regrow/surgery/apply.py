@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from regrow.core.axes import AxisGraph, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import ProposedChange, commit, prepare, resizing
-from regrow.surgery.drop import bring_back, without_branches
-from regrow.surgery.insert import with_copies
+from regrow.surgery.carry import ProposedChange, commit, plan_resizing, prepare
+from regrow.surgery.drop import restore_branches, without_branches
+from regrow.surgery.insert import with_inserted_blocks
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
     check_own_run,
@@ -76,12 +76,12 @@ def apply(
     """
     if torch.is_inference_mode_enabled():
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
-    check(model, axes, plan)
+    check_plan(model, axes, plan)
     if plan.insert:
-        with with_copies(model, axes, plan, optimizers, undo) as (left, rest, kept):
+        with with_inserted_blocks(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, left, rest, undo=kept)
     if plan.back:
-        return bring_back(model, axes, plan, optimizers, undo)
+        return restore_branches(model, axes, plan, optimizers, undo)
     if plan.drop:
         with without_branches(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, check_own_run(model, left), rest, optimizers=optimizers, undo=kept)
@@ -93,7 +93,7 @@ def apply(
     if all(change.idle for change in plan.changes.values()):
         return model, axes
     ready = prepare(model, axes, plan, undo)
-    rehearsal = try_out(model, axes, plan)
+    rehearsal = rehearse_plan(model, axes, plan)
     known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
     if holds_numbers(model, axes.example):
         if axes.decisions is None:
@@ -101,14 +101,14 @@ def apply(
             check_blocks(ProposedChange(ready, recording, rehearsal.planned))
             known = replace(known, recording=Recording(rehearsal.planned, recording.reads, recording.code))
         else:
-            _check_whole(model, axes, plan)
+            _check_whole_network(model, axes, plan)
     return commit(model, known, ready, optimizers, undo, partial(check_own_run, model))
 
 
-def try_out(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
+def rehearse_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
     """Check on a copy without numbers that the network runs as planned; return the recordings of that."""
     with without_collection():
-        return rehearse(model, axes, resizing(model, axes, plan))
+        return rehearse(model, axes, plan_resizing(model, axes, plan))
 
 
 def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
@@ -123,7 +123,7 @@ def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -
     return recording if present is None else Recording(present, recording.reads, code_of(model))
 
 
-def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+def _check_whole_network(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Compare the masked network with its cut copy as a whole in float64, where data decide what the network does.
 
     Plans that restore units are not compared: no plan of the present network cuts those.
@@ -135,7 +135,7 @@ def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         raise PlanError(describe_difference(distance, max_magnitude(masked)))
 
 
-def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+def check_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say."""
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a regrow.Plan, got a {type(plan).__name__}; for example Plan.keeping(axes, ...)")

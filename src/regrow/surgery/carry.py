@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from regrow.core.axes import Axis, AxisGraph, Fold, Role, size_of
 from regrow.core.plan import Plan, PlanError
 from regrow.core.process_memory import release_pages
-from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, fold_constants
+from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, rescale_epsilons
 from regrow.surgery.layout import Layout, ids_after, next_ids_after, resize_moment, slots_after, slots_in
 from regrow.surgery.undo_store import UndoStore, plan_with_undo
 from regrow.tracing.attributes import get_attribute, set_attribute
@@ -54,7 +54,7 @@ class ProposedChange:
         return self.ready.tensors
 
 
-def carry_out(
+def apply_unchecked(
     model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
     """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after."""
@@ -80,13 +80,13 @@ def prepare(
     for name, value in values.items():
         if list(value.shape) != [size_of(dim, tensors.sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
-    return Prepared(tensors, values, *fold_constants(model, axes, tensors.sizes), undo)
+    return Prepared(tensors, values, *rescale_epsilons(model, axes, tensors.sizes), undo)
 
 
-def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
+def plan_resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
     """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
     sizes = plan.sizes(axes)
-    constants, _ = fold_constants(model, axes, sizes)
+    constants, _ = rescale_epsilons(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)
@@ -110,11 +110,11 @@ def commit(
                 f"{exchange.name} has a gradient hook, which does not follow a change of shape; remove it "
                 "(handle.remove()) and register it again on the new parameter"
             )
-    remember = follow(optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes])
+    remember = follow_plan(optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes])
     before = Snapshot(model)
     try:
         write(model, axes, ready)
-        after = prove(_after(axes, ready))
+        after = prove(_axes_after(axes, ready))
     except BaseException:
         before.restore()
         raise
@@ -134,11 +134,11 @@ def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
         if first not in made:
             old = module._parameters.get(leaf)
             if leaf in module._buffers:
-                made[first] = _laid_out(value, module._buffers[leaf])
+                made[first] = _match_format(value, module._buffers[leaf])
             elif old is None:  # a bias that compensates; it trains if the weight beside it does
                 made[first] = nn.Parameter(value, requires_grad=module.get_parameter("weight").requires_grad)
             else:
-                made[first] = _successor(old, value, ready.tensors.lays(name))
+                made[first] = _make_successor(old, value, ready.tensors.lays(name))
         setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
     for attribute, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
         path, name = attribute.split(":")
@@ -148,17 +148,17 @@ def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
     _recompute_weights(model)
 
 
-def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
+def _make_successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
     """Return the new parameter that replaces an old one: with its memory format, attributes and gradient (0 if new)."""
-    made = nn.Parameter(_laid_out(value, old), requires_grad=old.requires_grad)
+    made = nn.Parameter(_match_format(value, old), requires_grad=old.requires_grad)
     vars(made).update(vars(old))
     if old.grad is not None:
         with torch.no_grad():
-            made.grad = _laid_out(resize_moment(old.grad, lays, mean=False).to(made), old.grad)
+            made.grad = _match_format(resize_moment(old.grad, lays, mean=False).to(made), old.grad)
     return made
 
 
-def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
+def _match_format(value: Tensor, like: Tensor | None) -> Tensor:
     """Return a tensor in the memory format of another one."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if like is None or like.layout is not torch.strided or like.dim() not in formats or like.is_contiguous():
@@ -167,7 +167,7 @@ def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
     return value.contiguous(memory_format=order) if like.is_contiguous(memory_format=order) else value
 
 
-def _after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
+def _axes_after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
     plan = ready.tensors.plan
     added = {name: (bias_dim(axes, name),) for name in ready.values if name not in axes.shapes}
     ids, next_ids = ids_after(axes, plan), next_ids_after(axes, plan)
@@ -191,10 +191,10 @@ def _after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
 
 
 # Names of first moments in optimiser state: new entries get 0
-FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 
 # Names of second moments in optimiser state: new entries get the mean of the kept ones
-SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Exchange:
     lays: Mapping[int, Layout]
 
 
-def follow(
+def follow_plan(
     optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
     """Compute the optimisers' state after a plan; return a function of the new parameters by name that writes it.
@@ -222,7 +222,7 @@ def follow(
     known = {id(exchange.old): exchange for exchange in exchanged}
     states = [
         {
-            id(parameter): {what: _state(what, value, known[id(parameter)]) for what, value in memory.items()}
+            id(parameter): {what: _resize_state(what, value, known[id(parameter)]) for what, value in memory.items()}
             for parameter, memory in optimizer.state.items()
             if id(parameter) in known
         }
@@ -246,16 +246,16 @@ def follow(
     return commit
 
 
-def _state(what: str, value: object, exchange: Exchange) -> object:
+def _resize_state(what: str, value: object, exchange: Exchange) -> object:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if value.shape != exchange.old.shape or what not in FIRST | SECOND:
+    if value.shape != exchange.old.shape or what not in FIRST_MOMENTS | SECOND_MOMENTS:
         raise PlanError(
             f"the optimiser's {what!r} of {exchange.name}, of shape {tuple(value.shape)}, cannot follow a change of "
             "shape; make a new optimiser after the change"
         )
     with torch.no_grad():
-        return resize_moment(value, exchange.lays, mean=what in SECOND)
+        return resize_moment(value, exchange.lays, mean=what in SECOND_MOMENTS)
 
 
 def _recompute_weights(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.scoring.compensate import holders, sharing_module
+from regrow.scoring.compensate import find_holders, sharing_module
 from regrow.surgery.layout import Layout, lay_out_dims, resize, units_after
 from regrow.tracing.model_state import select_state
 from regrow.tracing.own_run import as_double
@@ -91,14 +91,14 @@ class PlannedTensors:
     def _read(self, weight: str) -> tuple[int, Tensor | None]:
         """Return the dimension of a weight that consumes axes, and the bias of its layer, which can take up means."""
         path, _, leaf = weight.rpartition(".")
-        dim, parameters = read_dim(self.axes, weight), self.model.get_submodule(path)._parameters
+        dim, parameters = consumed_dim(self.axes, weight), self.model.get_submodule(path)._parameters
         if leaf != "weight" or dim is None or "bias" not in parameters:
             raise PlanError(f"{weight} has no bias that could take up the means of dropped inputs")
         return dim, parameters["bias"]
 
     def _check_means(self) -> None:
         """Raise ``PlanError`` unless each weight's layer can take up the means of its dropped inputs."""
-        held = holders(self.model) if self.biases else {}
+        held = find_holders(self.model) if self.biases else {}
         for name, row in self.plan.means.items():
             dim, _ = self._read(name)
             if (sharing := sharing_module(self.model, name, held)) is not None:
@@ -114,7 +114,7 @@ class PlannedTensors:
         return name in self._folds and self._folds[name][1] != self._folds[name][2]
 
 
-def read_dim(axes: AxisGraph, weight: str) -> int | None:
+def consumed_dim(axes: AxisGraph, weight: str) -> int | None:
     """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several."""
     reads = axes.consumed.get(weight, frozenset())
     return next(iter(reads)) if len(reads) == 1 else None
@@ -128,7 +128,7 @@ def bias_of(weight: str) -> str:
 def bias_dim(axes: AxisGraph, bias: str) -> Dim:
     """Return the dimension of a layer's bias: the output dimension of its weight."""
     weight = bias.removesuffix("bias") + "weight"
-    read = read_dim(axes, weight)
+    read = consumed_dim(axes, weight)
     return next(dim for i, dim in enumerate(axes.shapes[weight]) if i != read)
 
 
@@ -137,7 +137,7 @@ def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
     return prod(size_of(dim, sizes) for dim in fold.over)
 
 
-def fold_constants(
+def rescale_epsilons(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], tuple[Fold, ...]]:
     """Return the rescaled epsilons of norms, ε′ = ε·n_old/n_new, and the folds with them."""

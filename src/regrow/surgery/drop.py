@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
 from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import Exchange, carry_out, follow
+from regrow.surgery.carry import Exchange, apply_unchecked, follow_plan
 from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
@@ -68,11 +68,11 @@ def without_branches(
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
-    left = _without(model, axes, removed)
+    left = _drop_branches(model, axes, removed)
     rest = {key: replace(change, slots=left[key].slots) for key, change in plan.changes.items() if key in left.axes}
     named = model.named_parameters()
     lost = [Exchange(name, old, {}) for name, old in named if any(branch.holds(name) for branch in removed)]
-    forget = follow(optimizers, lost)
+    forget = follow_plan(optimizers, lost)
     stowed, kept = undo.parted(removed, axes) if undo is not None else ({}, None)
     modules = insert_placeholders(model, _placeholders(removed))
     try:
@@ -88,7 +88,7 @@ def without_branches(
         undo.become(replace(kept, branches=branches, network=kept.network or axes.network))
 
 
-def bring_back(
+def restore_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
     """Restore dropped branches with the weights they had; return the model and its axes."""
@@ -108,7 +108,7 @@ def bring_back(
     left, again = axes, undo
     modules: dict[str, nn.Module] = {}
     for path in plan.back:
-        _check_back(model, undo.branches[path].branch)
+        _check_dropped(model, undo.branches[path].branch)
         removed = _replay_cuts(undo.branches[path], left)
         left, again = _rejoin_axes(removed.axes, removed.branch, left), again.rejoined(removed)
         modules |= removed.modules
@@ -120,7 +120,7 @@ def bring_back(
     try:
         bare, mode = meta_copy(model, {})
         example = fake_example(cast_example(axes.example, model), mode)
-        left = check_own_run(model, _described(bare, example, capture(bare, example, tracer=left.tracer), left))
+        left = check_own_run(model, _update_axes(bare, example, capture(bare, example, tracer=left.tracer), left))
     except BaseException as error:
         set_modules(model, placeholders)
         if isinstance(error, TraceError):
@@ -134,7 +134,7 @@ def _placeholders(branches: Iterable[Branch]) -> dict[str, Placeholder]:
     return {path: placeholder for branch in branches for path, placeholder in branch.placeholders.items()}
 
 
-def _check_back(model: nn.Module, branch: Branch) -> None:
+def _check_dropped(model: nn.Module, branch: Branch) -> None:
     known = dict(model.named_modules())
     for path, placeholder in branch.placeholders.items():
         module = known.get(path)
@@ -161,15 +161,15 @@ def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
         return removed
     inner = replace(inner, axes={key: replace(axis, inside="") for key, axis in inner.axes.items()})
     # Only copies of the branch's modules are changed, inside an otherwise empty module.
-    shell = _shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
+    shell = _build_shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
     undo = copy.copy(removed.undo)
-    shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), undo=undo)
+    shell, cut = apply_unchecked(shell, inner, Plan.keeping(inner, keep), undo=undo)
     left = {key: replace(axis, inside=old[key].inside) for key, axis in cut.axes.items()}
     modules = {path: shell.get_submodule(path) for path in removed.modules}
     return replace(removed, axes=replace(old, axes={**old.axes, **left}), undo=undo, modules=modules)
 
 
-def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
+def _build_shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     """Return a module that contains the given modules at their paths, and nothing else."""
     shell = nn.Module()
     for path, module in modules.items():
@@ -183,7 +183,7 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     return shell
 
 
-def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
+def _drop_branches(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
     """Return the axes of a network without some branches, after proving on a copy without numbers that it is right."""
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
@@ -198,7 +198,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _described(bare, example, recorded, left)
+            return _update_axes(bare, example, recorded, left)
         whole = Effects(recorded)
         replaced = locate_branches(whole, proved)
         insert_placeholders(bare, _placeholders(proved))
@@ -211,24 +211,24 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(bare, example, small.capture, left)
+    return _update_axes(bare, example, small.capture, left)
 
 
-def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
     w = walk(recorded)
     trace_training(bare, example, w)
     fresh, names = assemble(bare, w, axes.example)
     home = {slot: axis for axis in fresh for slot in axis.slots}
     parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
-    now = {key: _together(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
+    now = {key: _match_axis(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
     known = {part: key for key, one in now.items() if one is not None for part in parts[key]}
     looked = any(one.gives != "nothing" for one in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}
     names = Names({number: known[key] for number, key in names.keys.items() if key in known})
     return replace(
         axes,
-        axes={key: _now(axis, now[key]) for key, axis in axes.axes.items()},
+        axes={key: _refresh_axis(axis, now[key]) for key, axis in axes.axes.items()},
         counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=steps(w, names),
@@ -241,7 +241,7 @@ def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisG
     )
 
 
-def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
+def _match_axis(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
     """Return the axis that a new trace finds in its place; several that only dropped modules tied count as one."""
     if {*axis.slots} != {slot for part in parts for slot in part.slots}:
         return None
@@ -259,7 +259,7 @@ def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
     return replace(first, key=axis.key, slots=axis.slots, least=least, multiple=multiple, narrow=narrow)
 
 
-def _now(axis: Axis, fresh: Axis | None) -> Axis:
+def _refresh_axis(axis: Axis, fresh: Axis | None) -> Axis:
     """Return an axis without what was dropped: the same units, with the marks and limits of a new trace."""
     if not axis.free or axis.size == 1:
         return axis

@@ -23,11 +23,11 @@ def gate_inputs(
     reads = readers(axes, [axes[key] for key in gates])
     parameters = dict(model.named_parameters())
     watched = {id(parameters[reader.weight]): reader.weight for reader in reads}
-    with _Gate(watched, group_by_weight(reads), gates, fills or {}):
+    with _GateFeed(watched, group_by_weight(reads), gates, fills or {}):
         yield
 
 
-def gates_of(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def make_gates(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Return gates of 1 for the units that stay and 0 for the others, axis key → ``[size]``."""
     return {
         key: torch.zeros(axes[key].size).index_fill(0, torch.tensor(units, dtype=torch.int64), 1.0)
@@ -35,7 +35,7 @@ def gates_of(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Te
     }
 
 
-class _Gate(Feed):
+class _GateFeed(Feed):
     def __init__(
         self,
         watched: Mapping[int, str],

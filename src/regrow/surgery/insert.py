@@ -28,7 +28,7 @@ Rename = Callable[[str], str]
 
 
 @contextmanager
-def with_copies(
+def with_inserted_blocks(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Context manager in which the plan's blocks are inserted; undone if the body raises.
@@ -50,20 +50,20 @@ def with_copies(
     inserted = []
     try:
         for path, insertion in plan.insert.items():
-            _insert(model, path, insertion)
+            _insert_copies(model, path, insertion)
             inserted.append(path)
-        rename = renaming(model, plan)
+        rename = make_rename(model, plan)
         try:
             if before is not None:
                 _check_identity(model, example, plan.insert)
                 _check_outputs(model, example, before, plan)
-            left, keys = _retraced(model, axes, example, rename)
+            left, keys = _retrace(model, axes, example, rename)
         except PlanError:
             raise
         except Exception as error:
             raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
         kept = None if undo is None else undo.renamed(rename, keys.get)
-        yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
+        yield left, Plan(_map_changes(left, plan, keys, model), origin=plan.origin), kept
     except BaseException:
         for path in reversed(inserted):
             remove_copies(model, path, plan.insert[path])
@@ -72,7 +72,7 @@ def with_copies(
         undo.become(kept)
 
 
-def _insert(model: nn.Module, path: str, insertion: Insertion) -> None:
+def _insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     try:
         insert_copies(model, path, insertion)
     except StackError as error:
@@ -124,7 +124,7 @@ def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor],
         )
 
 
-def renaming(model: nn.Module, plan: Plan) -> Rename:
+def make_rename(model: nn.Module, plan: Plan) -> Rename:
     """Return the function from names before the plan's blocks are inserted to names after it."""
     tables: dict[str, dict[str, str]] = {}
     for path, insertion in plan.insert.items():
@@ -143,15 +143,15 @@ def renaming(model: nn.Module, plan: Plan) -> Rename:
     return rename
 
 
-def _retraced(model: nn.Module, axes: AxisGraph, example: Example, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
+def _retrace(model: nn.Module, axes: AxisGraph, example: Example, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
     """Return the axes of the changed network, in which the units of old axes keep their ids; and key → its new key."""
     left = trace(model, *example.args, **example.kwargs)
     if any(branch.gives != "nothing" for branch in axes.branches.values()):
         left = with_branches(model, left)
-    home = {_spot(slot, slot.name): axis.key for axis in left for slot in axis.slots}
+    home = {_slot_key(slot, slot.name): axis.key for axis in left for slot in axis.slots}
     keys, known = {}, {}
     for axis in axes:
-        spots = [_spot(slot, rename(slot.name)) for slot in axis.slots]
+        spots = [_slot_key(slot, rename(slot.name)) for slot in axis.slots]
         if new := next((home[spot] for spot in spots if spot in home), ""):
             keys[axis.key] = new
             if left[new].size == axis.size:
@@ -159,31 +159,31 @@ def _retraced(model: nn.Module, axes: AxisGraph, example: Example, rename: Renam
     return replace(left, axes={**left.axes, **known}, network=axes.network, example=axes.example), keys
 
 
-def _spot(slot: Slot, name: str) -> tuple[str, int, int, int]:
+def _slot_key(slot: Slot, name: str) -> tuple[str, int, int, int]:
     return name, slot.dim, slot.offset, slot.inner
 
 
-def _changes(left: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Module) -> dict[str, Change]:
+def _map_changes(axes: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Module) -> dict[str, Change]:
     """Return the plan's changes for the changed network; copies get those of the blocks that they copy."""
     result: dict[str, Change] = {}
     for key, change in plan.changes.items():
         if change.idle or key not in keys:
             continue
-        axis = left[keys[key]]
+        axis = axes[keys[key]]
         twins = [axis]
         for path, insertion in plan.insert.items():
             names = list(model.get_submodule(path)._modules)
             for copy in insertion.copies:
                 source = f"{path}.{names[insertion.kept[copy.of]]}"
                 if all(lies_in(slot.name, source) for slot in axis.slots):
-                    twins.append(_twin(left, axis, source, f"{path}.{names[copy.position]}"))
+                    twins.append(_find_twin(axes, axis, source, f"{path}.{names[copy.position]}"))
         result |= {twin.key: replace(change, slots=twin.slots, ids=twin.ids) for twin in twins}
     return result
 
 
-def _twin(left: AxisGraph, axis: Axis, source: str, copy: str) -> Axis:
+def _find_twin(axes: AxisGraph, axis: Axis, source: str, copy: str) -> Axis:
     """Return the axis of a copied block that corresponds to an axis of the block that it copies."""
     first = axis.slots[0]
-    wanted = _spot(first, copy + first.name[len(source) :])
-    alike = (other for other in left if other.size == axis.size)
-    return next(other for other in alike if any(_spot(slot, slot.name) == wanted for slot in other.slots))
+    wanted = _slot_key(first, copy + first.name[len(source) :])
+    alike = (other for other in axes if other.size == axis.size)
+    return next(other for other in alike if any(_slot_key(slot, slot.name) == wanted for slot in other.slots))

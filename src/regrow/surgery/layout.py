@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
-from regrow.core.axes.axis import AxisTensor, occurrences
+from regrow.core.axes.axis import AxisTensor, find_occurrences
 from regrow.core.plan import Change, Plan
 
 
@@ -72,7 +72,7 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
         case Product(parts):
             whole = lay_out(parts[0], sizes, units)
             for part in parts[1:]:
-                whole = _nested(whole, lay_out(part, sizes, units), size_of(part, sizes))
+                whole = _nest(whole, lay_out(part, sizes, units), size_of(part, sizes))
             return whole
         case Sum(parts):
             before, pieces = 0, []
@@ -83,7 +83,7 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
             return Layout(*(torch.cat([vars(piece)[name] for piece in pieces]) for name in vars(pieces[0])))
 
 
-def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
+def _nest(outer: Layout, inner: Layout, size: int) -> Layout:
     """Return the layout of a product dimension; ``size`` is that of the inner dimension before the plan."""
 
     def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,21 +163,21 @@ def slots_after(
         elif axis.free:
             dim = axes.shapes[slot.name][slot.dim]
             result |= dict.fromkeys(slots_in(slot.name, slot.dim, slot.role, dim, axis.key, sizes))
-        elif (moved := _moved(slot, lay, axis.size)) is not None:
+        elif (moved := _move_frozen_slot(slot, lay, axis.size)) is not None:
             result[moved] = None
     return tuple(result)
 
 
 def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[Slot]:
     """Yield a slot for each place where the units of an axis lie in a dimension of a tensor."""
-    for loops, inner, offset in occurrences(dim, key, sizes):
+    for loops, inner, offset in find_occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
         for turns in product(*(range(n) for n, _ in loops[1:])):
             before = sum(i * step for i, (_, step) in zip(turns, loops[1:], strict=True))
             yield Slot(name, index, outer, stride, inner, offset + before, role)
 
 
-def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
+def _move_frozen_slot(slot: Slot, lay: Layout, size: int) -> Slot | None:
     """Return where a slot of a frozen axis lies after a plan, derived from the places of its first unit."""
     first = torch.isin(lay.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
@@ -209,11 +209,11 @@ def resize(
         tensor = tensor.double()
     for dim in sorted(lays, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
-        tensor = _filled(tensor, dim, lays[dim], roles.get(dim, ()), old, generator)
+        tensor = _fill(tensor, dim, lays[dim], roles.get(dim, ()), old, generator)
     return tensor
 
 
-def _filled(
+def _fill(
     tensor: Tensor, dim: int, lay: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Return a tensor with the new entries of one dimension initialised and scaled."""

@@ -73,7 +73,7 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     for key in new:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
-    weights = _weights(model)
+    weights = _weight_names(model)
     spots = _entries(axes, new, lambda name, role: role is Role.PRODUCES and name in weights)
     spots += _entries(axes, new, lambda name, _: name.rpartition(".")[2] == "running_var")
     met = [spot for spot, _, _ in _measure(model, spots, batches[:1])]
@@ -133,7 +133,7 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
     """Return the entries of new units as (randomly initialised, zero-initialised)."""
     drawn, zero = list[Entries](), list[Entries]()
-    weights = _weights(model)
+    weights = _weight_names(model)
     for side in (Role.PRODUCES, Role.CONSUMES):
         for entries in _entries(axes, new, lambda name, role: role is side and name in weights):  # noqa: B023
             is_zero = (side is Role.PRODUCES) == (axes[entries.axis].mark is Mark.FOLDED)
@@ -141,7 +141,7 @@ def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) 
     return drawn, zero
 
 
-def _weights(model: nn.Module) -> set[str]:
+def _weight_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
 
 
@@ -188,7 +188,7 @@ def _measure(
     model: nn.Module, spots: Sequence[Entries], batches: Sequence[Batch]
 ) -> list[tuple[Entries, Tensor, Tensor]]:
     """Return mean and variance of the outputs of rows and of the inputs of channels, in the order of execution."""
-    watch = _Watch({id(model.get_parameter(spot.name)): spot.name for spot in spots if not spot.is_statistic})
+    watch = _OutputSums({id(model.get_parameter(spot.name)): spot.name for spot in spots if not spot.is_statistic})
     handles = [
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
             lambda _, args, name=name: watch.add(name, args[0], 1)
@@ -211,7 +211,7 @@ def _measure(
     return result
 
 
-class _Watch(TorchFunctionMode):
+class _OutputSums(TorchFunctionMode):
     """Torch function mode that sums the outputs of watched weights, channel by channel."""
 
     def __init__(self, watched: Mapping[int, str]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Decision, Example
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import carry_out
-from regrow.surgery.runner import Answers, Runner, floats, loader, masking
+from regrow.surgery.carry import apply_unchecked
+from regrow.surgery.runner import Answers, Runner, float_outputs, make_masking, tensor_getter
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
 from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
@@ -33,17 +33,17 @@ def measure_difference(ours: Answers, theirs: Answers) -> Tensor:
     """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
     if len(ours) != len(theirs):
         return torch.tensor(inf, dtype=torch.float64)
-    return _largest([_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)])
+    return _take_largest([_measure_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)])
 
 
-def _gap(x: Tensor, y: Tensor) -> Tensor:
+def _measure_gap(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         return torch.tensor(inf, dtype=torch.float64)
     difference = (x - y).abs().masked_fill(x == y, 0.0)  # infinities are equal too
     return difference.masked_fill(difference.isnan(), inf).max()
 
 
-def _largest(numbers: list[Tensor]) -> Tensor:
+def _take_largest(numbers: list[Tensor]) -> Tensor:
     if not numbers:
         return torch.zeros((), dtype=torch.float64)
     device = next((number.device for number in numbers if number.device.type != "cpu"), torch.device("cpu"))
@@ -64,12 +64,12 @@ def max_magnitude(answers: Answers) -> float:
 def measure_magnitude(answers: Answers) -> Tensor:
     """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
     sizes = (x.abs() for x in answers if x is not None and x.numel())
-    return _largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in sizes])
+    return _take_largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in sizes])
 
 
 def all_true(verdicts: list[Tensor]) -> bool:
     """Whether all of several verdicts are true; the host waits for the device once."""
-    return not verdicts or bool(_largest([(~verdict).double() for verdict in verdicts]) == 0)
+    return not verdicts or bool(_take_largest([(~verdict).double() for verdict in verdicts]) == 0)
 
 
 def run_whole_pair(
@@ -79,20 +79,20 @@ def run_whole_pair(
     example: Example,
     double: bool,
     decisions: Decisions,
-    carried: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = carry_out,
+    carried: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = apply_unchecked,
 ) -> tuple[Answers, Answers, Decisions]:
     """Run the masked network and its cut copy as a whole: where data decide what runs, and where branches are dropped.
 
     Returns:
         The outputs of both, and the data-dependent decisions of the masked network.
     """
-    whole = _widened(model, axes) if double else shallow_copy(model)
+    whole = _widen(model, axes) if double else shallow_copy(model)
     example = map_tensors(example, as_double) if double else example
     with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
         known = readings(whole, axes, example, decisions)
     keep = {key: change.keep for key, change in plan.changes.items()}
-    mask = masking(known.capture, known.reads, known.sizes, keep, plan.means, known.compared, plan.drop.values())
-    runner = Runner(known.capture, known.given, loader(whole), double, mask)
+    mask = make_masking(known.capture, known.reads, known.sizes, keep, plan.means, known.compared, plan.drop.values())
+    runner = Runner(known.capture, known.given, tensor_getter(whole), double, mask)
     runner.run_until()
     cut, _ = carried(shallow_copy(whole), axes, plan)
     try:
@@ -102,7 +102,7 @@ def run_whole_pair(
     return runner.answers, shrunk, known.capture.decisions
 
 
-def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
+def _widen(model: nn.Module, axes: AxisGraph) -> nn.Module:
     """Return a copy in float64; norms that take the epsilon of their precision keep that of the model's precision."""
     wide = copy_model(model, lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone())
     for fold in axes.folds:
@@ -123,7 +123,7 @@ def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions,
         if decisions is not None:
             return [*capture(model, example, decisions, orders).values]
         with evaluating(model), torch.no_grad():
-            return floats(model(*example.args, **example.kwargs))
+            return float_outputs(model(*example.args, **example.kwargs))
 
 
 def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:

@@ -27,7 +27,17 @@ from regrow.surgery.output_comparison import (
     measure_difference,
     measure_magnitude,
 )
-from regrow.surgery.runner import LARGE, Load, Masking, Runner, loader, masking, preserve_generators, reseed, run_both
+from regrow.surgery.runner import (
+    LARGE,
+    GetTensor,
+    Masking,
+    Runner,
+    make_masking,
+    preserve_generators,
+    reseed,
+    run_both,
+    tensor_getter,
+)
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import state_of
@@ -145,16 +155,16 @@ class _Pair:
         self.exact: dict[str, Tensor] = {}
         reads = tuple(read for read in recorded.reads if only is None or only.start <= read.step < only.stop)
         keep = {key: units.keep for key, units in self.plan.changes.items()}
-        mask = masking(recorded.capture, reads, self.axes.sizes(), keep, self.plan.means)
-        load = loader(model, ready.values)
+        mask = make_masking(recorded.capture, reads, self.axes.sizes(), keep, self.plan.means)
+        load = tensor_getter(model, ready.values)
         back: Masking | None = None
         if self.restores:
             old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in tensors.units.items()}
-            back = masking(change.planned, reads, tensors.sizes, old, NONE)
+            back = make_masking(change.planned, reads, tensors.sizes, old, NONE)
         else:
             load = _exact_loader(load, tensors, self.rounded, self.exact)
-        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = (
-            (recorded.capture, loader(model), mask),
+        self.sides: tuple[tuple[Capture, GetTensor, Masking | None], ...] = (
+            (recorded.capture, tensor_getter(model), mask),
             (change.planned, load, back),
         )
         example = cast_example(self.axes.example, model)
@@ -179,7 +189,7 @@ class _Pair:
         """Runners of both networks, with every value computed that depends on no parameter."""
         pair = self._fresh()
         for runner, (capture, *_) in zip(pair, self.sides, strict=True):
-            runner.run_only(_past_parameters(capture, self.axes.parameters, runner.writers))
+            runner.run_only(_parameter_free(capture, self.axes.parameters, runner.writers))
         return pair
 
     def run_whole(self) -> tuple[Runner, Runner]:
@@ -238,7 +248,7 @@ class _Pair:
         """Return the results of a block's operations that later ones read, or the network's outputs."""
         runner = self.runners[side]
         nodes = runner.nodes
-        inside = _between(nodes, block)
+        inside = _block_nodes(nodes, block)
         before = {}
         for node in dict.fromkeys(one for other in inside for one in other.all_input_nodes):
             made = uncast(node)
@@ -294,7 +304,9 @@ class _Pair:
             )
 
 
-def _exact_loader(load: Load, tensors: PlannedTensors, computed: Container[str], exact: Mapping[str, Tensor]) -> Load:
+def _exact_loader(
+    load: GetTensor, tensors: PlannedTensors, computed: Container[str], exact: Mapping[str, Tensor]
+) -> GetTensor:
     """Return a loader of the planned network that takes computed tensors without rounding, those in ``exact`` first."""
 
     def loaded(name: str, double: bool) -> Tensor:
@@ -305,7 +317,7 @@ def _exact_loader(load: Load, tensors: PlannedTensors, computed: Container[str],
     return loaded
 
 
-def _past_parameters(
+def _parameter_free(
     recorded: Capture, parameters: Collection[str], writers: Mapping[Node, Sequence[Node]]
 ) -> list[Node]:
     """Return the operations that depend on no parameter and read nothing that is written in place."""
@@ -320,7 +332,7 @@ def _past_parameters(
     return result
 
 
-def _between(nodes: Sequence[Node], block: GraphBlock) -> dict[Node, None]:
+def _block_nodes(nodes: Sequence[Node], block: GraphBlock) -> dict[Node, None]:
     """Return the operations of a block with the casts and copies between them."""
     node, last = nodes[block.start], nodes[block.stop - 1]
     result: dict[Node, None] = {}

@@ -23,7 +23,7 @@ from regrow.tracing.record import ORDERS
 from regrow.tracing.steps import operations
 
 # Function of a parameter's or buffer's name, and whether in float64, that returns the tensor
-Load = Callable[[str, bool], Tensor]
+GetTensor = Callable[[str, bool], Tensor]
 
 # Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE
 LARGE, WIDE = 2**24, 2**18
@@ -57,7 +57,7 @@ class Masking:
     branches: Mapping[Node, Node | None] = field(default_factory=dict)
 
 
-def masking(
+def make_masking(
     recorded: Capture,
     reads: Iterable[ReadDim],
     sizes: Mapping[str, int],
@@ -72,15 +72,15 @@ def masking(
     groups: dict[Node, int] = {}
     units = {key: Layout.of(torch.tensor(kept, dtype=torch.long)) for key, kept in keep.items()}
     for read in reads:
-        mask = _keep_mask(read.dim, sizes, units)
+        mask = _make_keep_mask(read.dim, sizes, units)
         if not bool(mask.all()):
             node = nodes[read.step]
             masked.setdefault(node, []).append((read, operands(node)[read.operand], mask))
             if read.fill is None:
-                groups[node] = int(_keep_mask(read.groups, sizes, units).sum())
+                groups[node] = int(_make_keep_mask(read.groups, sizes, units).sum())
     watched: dict[Node, list[tuple[Node, bool]]] = {}
     for node, operand, dims in judged:
-        whole = all(bool(_keep_mask(dim, sizes, units).all()) for dim in dims)
+        whole = all(bool(_make_keep_mask(dim, sizes, units).all()) for dim in dims)
         watched.setdefault(node, []).append((operand, whole))
     branches = locate_branches(Effects(recorded), drop) if drop else {}
     return Masking(masked, groups, means, watched, branches)
@@ -96,7 +96,7 @@ class Runner(Interpreter):
         self,
         recorded: Capture,
         leaves: Sequence[object],
-        load: Load,
+        load: GetTensor,
         double: bool,
         masking: Masking | None = None,
         *,
@@ -161,7 +161,7 @@ class Runner(Interpreter):
         if n.target in ORDERS:
             self.orders.append(out if isinstance(out, Tensor) else out[1])
         if n.op == "output":
-            self.answers = [*floats(out), *self.judged]
+            self.answers = [*float_outputs(out), *self.judged]
         return out
 
     def value(self, node: Node) -> object:
@@ -293,7 +293,7 @@ def reseed(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:
+def tensor_getter(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> GetTensor:
     """Return a function that loads a network's parameters and buffers by name; ``others`` (by name) replace some."""
     state = {**state_of(model), **(others or {})}
 
@@ -303,7 +303,7 @@ def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load
     return load
 
 
-def floats(value: object) -> Answers:
+def float_outputs(value: object) -> Answers:
     """Return the floating-point tensors in a network's output, in order; if there are none, all as float64."""
     tensors = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in output_tensors(value)]
     return [x for x in tensors if x.is_floating_point()] or [x.double() for x in tensors]
@@ -314,7 +314,7 @@ def _copy_written(value: T) -> T | Tensor:
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
-def _keep_mask(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Tensor:
+def _make_keep_mask(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Tensor:
     """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis."""
     mask = torch.zeros(size_of(dim, sizes), dtype=torch.bool)
     mask[lay_out(dim, sizes, units).source] = True

@@ -160,8 +160,8 @@ class UndoStore:
                 )
             shape = [size_of(dim, next_ids) for dim in dims]
             if list(removed.values.shape) != shape:
-                where = _places(dims, next_ids, {key: range(n) for key, n in before.items()})
-                values, held = (_put(x.new_zeros(shape), where, x) for x in (removed.values, removed.held))
+                where = _indices(dims, next_ids, {key: range(n) for key, n in before.items()})
+                values, held = (_put_entries(x.new_zeros(shape), where, x) for x in (removed.values, removed.held))
                 removed = RemovedWeights(values, held)
             weights[name] = removed
         return replace(self, weights=weights, next_ids=dict(next_ids))
@@ -184,11 +184,11 @@ def plan_with_undo(
     restores = any(change.restore for change in plan.changes.values())
     for name in sorted({axes.ties.get(name, name) for name in values} if moves else ()):
         dims, now = axes.shapes[name], state[name].detach()
-        stored = _store(weights.get(name), now.cpu(), _places(dims, next_ids, old_ids), dims, next_ids)
+        stored = _store(weights.get(name), now.cpu(), _indices(dims, next_ids, old_ids), dims, next_ids)
         weights[name] = stored
         if restores:
             reads = name in axes.consumed
-            made = _restore(stored, values[name].cpu(), _places(dims, next_ids, new_ids), tensors.lays(name), reads)
+            made = _restore(stored, values[name].cpu(), _indices(dims, next_ids, new_ids), tensors.lays(name), reads)
             result[name] = made.to(now.device)
     restorable = {}
     for axis in axes:
@@ -207,8 +207,8 @@ def _store(
         shape = [size_of(dim, next_ids) for dim in dims]
         stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool))
     values = stored.values.to(now.dtype)  # the network may have been cast since
-    held = _put(stored.held, where, torch.ones_like(now, dtype=torch.bool))
-    return RemovedWeights(_put(values, where, now.clone()), held)
+    held = _put_entries(stored.held, where, torch.ones_like(now, dtype=torch.bool))
+    return RemovedWeights(_put_entries(values, where, now.clone()), held)
 
 
 def _restore(
@@ -219,7 +219,7 @@ def _restore(
     Where it consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other
     was cut.
     """
-    held, new = _get(stored.held, where), torch.zeros(made.shape, dtype=torch.bool)
+    held, new = _take_entries(stored.held, where), torch.zeros(made.shape, dtype=torch.bool)
     for dim, lay in lays.items():
         new |= lay.is_new.view([-1 if i == dim else 1 for i in range(made.dim())])
     known = torch.full_like(held, reads)
@@ -227,27 +227,27 @@ def _restore(
         rest = [other for other in range(held.dim()) if other != dim]
         known &= held.any(rest, keepdim=True) if rest else held
     made = torch.where(new & ~held & known, torch.zeros_like(made), made)
-    return torch.where(new & held, _get(stored.values, where), made)
+    return torch.where(new & held, _take_entries(stored.values, where), made)
 
 
-def _places(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:
+def _indices(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:
     """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension."""
     own = {key for dim in dims for key in axes_in(dim)} & ids.keys()
     units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in own}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
-def _get(full: Tensor, where: list[Tensor]) -> Tensor:
+def _take_entries(full: Tensor, where: list[Tensor]) -> Tensor:
     """Return the entries of a stored tensor at the given indices of each dimension (ascending)."""
     for dim, at in enumerate(where):
         full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
-def _put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
+def _put_entries(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
     """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:
-        return _put(full, where, part, dim + 1)
-    return full.index_copy(dim, where[dim], _put(full.index_select(dim, where[dim]), where, part, dim + 1))
+        return _put_entries(full, where, part, dim + 1)
+    return full.index_copy(dim, where[dim], _put_entries(full.index_select(dim, where[dim]), where, part, dim + 1))

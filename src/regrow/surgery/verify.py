@@ -8,8 +8,8 @@ from torch import nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan
-from regrow.surgery.apply import apply, check, record_present, try_out
-from regrow.surgery.carry import carry_out, prepare, resizing, write
+from regrow.surgery.apply import apply, check_plan, record_present, rehearse_plan
+from regrow.surgery.carry import apply_unchecked, plan_resizing, prepare, write
 from regrow.surgery.compensate import PlannedTensors
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
@@ -21,7 +21,7 @@ from regrow.surgery.output_comparison import (
     record_run,
     run_whole_pair,
 )
-from regrow.surgery.runner import Answers, Runner, loader, masking, run_both
+from regrow.surgery.runner import Answers, Runner, make_masking, run_both, tensor_getter
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import cast_example, leaves_in
 from regrow.tracing.model_state import Snapshot
@@ -84,7 +84,7 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
-    check(model, axes, plan)
+    check_plan(model, axes, plan)
     runs = _Runs(model, axes, plan, example or axes.example)
     exact_masked, exact_shrunk, decisions = runs.both(double=True)
     masked, shrunk, _ = runs.both(double=False, decisions=decisions)
@@ -103,10 +103,10 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     )
 
 
-def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
+def measure_distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
     """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
     for plan in plans:
-        check(model, axes, plan)
+        check_plan(model, axes, plan)
         masked, shrunk, _ = _Runs(model, axes, plan, axes.example).both(double=True)
         compared = bool(common_outputs(masked, shrunk))
         yield plan, max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
@@ -121,7 +121,7 @@ class _Runs:
         self.planned: Capture | None = None  # where a recording is run instead of the cut network
         if plan.changes_modules:
             return
-        rehearsal = try_out(model, axes, plan)
+        rehearsal = rehearse_plan(model, axes, plan)
         if axes.decisions is not None:
             return
         if example is axes.example:
@@ -131,18 +131,18 @@ class _Runs:
         else:
             self.recorded = readings(model, axes, self.example)
             there = replace(axes, example=self.example)
-            self.planned = record_resized(model, there, resizing(model, axes, plan))
+            self.planned = record_resized(model, there, plan_resizing(model, axes, plan))
 
     def both(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
         """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
         model, axes, plan, known = self.model, self.axes, self.plan, self.recorded
         if known is None or self.planned is None:
             taken = None if axes.decisions is None else decisions
-            carried = apply if plan.changes_modules else carry_out
+            carried = apply if plan.changes_modules else apply_unchecked
             return run_whole_pair(model, axes, plan, self.example, double, taken, carried)
         keep = {key: change.keep for key, change in plan.changes.items()}
-        mask = masking(known.capture, known.reads, known.sizes, keep, plan.means)
-        masked = Runner(known.capture, known.given, loader(model), double, mask, exact=lambda name: True)
+        mask = make_masking(known.capture, known.reads, known.sizes, keep, plan.means)
+        masked = Runner(known.capture, known.given, tensor_getter(model), double, mask, exact=lambda name: True)
         cut = PlannedTensors(model, axes, plan)
         shrunk = Runner(self.planned, known.given, cut.load, double, exact=lambda name: not cut.computes(name))
         alike = [op_name(node) for node in masked.nodes] == [op_name(node) for node in shrunk.nodes]

@@ -17,7 +17,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
-from regrow.surgery.insert import renaming
+from regrow.surgery.insert import make_rename
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.tracing.capture import evaluating, keep_modes
 from regrow.training.fit import FitOptions, fit
@@ -141,7 +141,7 @@ def _shuffle(count: int, epochs: int, seed: int) -> list[int]:
 
 def added_entries(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
     """Return name of a parameter → which of its entries a growth has added; parameters without any are left out."""
-    rename = renaming(model, plan)
+    rename = make_rename(model, plan)
     old = {rename(name): name for name in axes.shapes}
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

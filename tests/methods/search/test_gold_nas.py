@@ -7,7 +7,7 @@ import torch
 
 from methods.search.searches import change, compute_loss, draw, finalize, replace_parameters, size, start, train, write
 from regrow import trace
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.tasks import Examples
 from regrow.methods.search.commit import drop_operations
 from regrow.methods.search.gold_nas import Settings, build
@@ -175,7 +175,7 @@ def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     write(search, state, context)
     assert torch.equal(net.upto(task.test.inputs, 1), masked)
     assert state.saved.filters == state.saved.weights == 0
-    assert {*candidates_in(net)} == {*candidates_in(network())}  # each node is still there
+    assert {*candidate_paths(net)} == {*candidate_paths(network())}  # each node is still there
 
 
 def test_what_says_nothing_is_refused(task, axes):

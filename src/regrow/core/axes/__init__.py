@@ -27,7 +27,7 @@ from regrow.core.axes.axis import (
     Slot,
     Sum,
     axes_in,
-    divided,
+    divide_dims,
     size_of,
 )
 from regrow.core.axes.operations import Branch, Decision, Fold, RecordedStep, Tracer, Work
@@ -49,7 +49,7 @@ __all__ = [
     "Sum",
     "Work",
     "axes_in",
-    "block",
+    "common_block",
     "matches",
     "size_of",
 ]
@@ -180,7 +180,7 @@ class AxisGraph:
     def work_per_example(self) -> tuple[Work, ...]:
         """Return the contractions for a single example; those that do not depend on the batch stay whole."""
         many = self.batch_size()
-        return self.work if many == 1 else tuple(replace(work, dims=divided(work.dims, many)) for work in self.work)
+        return self.work if many == 1 else tuple(replace(work, dims=divide_dims(work.dims, many)) for work in self.work)
 
     def inventory(self) -> list[Row]:
         """Return one row per axis, in the order of the network."""
@@ -195,7 +195,7 @@ class AxisGraph:
                 Row(
                     key=axis.key,
                     label=axis.label,
-                    block=block(names),
+                    block=common_block(names),
                     size=axis.size,
                     mark=str(axis.mark),
                     reason=axis.reason,
@@ -209,7 +209,7 @@ class AxisGraph:
 
     def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
         """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason."""
-        return tables_of(self.inventory(), everything=everything)
+        return make_tables(self.inventory(), everything=everything)
 
     def count_entries(self, names: Iterable[str], sizes: Mapping[str, int]) -> int:
         """Return how many entries tensors have together at given axis sizes."""
@@ -300,7 +300,7 @@ def unit_costs(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Co
     return less
 
 
-def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
+def make_tables(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
     """Return a table of the axes that can be cut, by kind, and one of the frozen axes, by reason or (all) by key."""
     alike: dict[tuple[str, str, bool], list[Row]] = {}
     reasons: dict[str, list[Row]] = {}
@@ -310,7 +310,7 @@ def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
         else:
             alike.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
     columns = ("made by → read by", "where", "axes", "units", "mark", "parameters a unit", "MACs a unit")
-    free = Table("What can be cut", columns, list(map(_describe_kind, alike.values())), (2, 3, 5, 6))
+    free = Table("What can be cut", columns, list(map(_summarize_rows, alike.values())), (2, 3, 5, 6))
     if everything:
         each = [(row.key, row.size, row.reason) for (row,) in reasons.values()]
         return free, Table("Frozen", ("axis", "units", "why"), each, (1,))
@@ -319,7 +319,7 @@ def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
     return free, Table("Frozen", ("axes", "why (of the first)", "the first"), lines, (0,))
 
 
-def _describe_kind(rows: Sequence[Row]) -> tuple[object, ...]:
+def _summarize_rows(rows: Sequence[Row]) -> tuple[object, ...]:
     first, blocks = rows[0], [row.block for row in rows if row.block]
     where = f"{blocks[0]} … {blocks[-1]}" if len(blocks) > 1 else (blocks[0] if blocks else first.key)
     spans = []
@@ -330,7 +330,7 @@ def _describe_kind(rows: Sequence[Row]) -> tuple[object, ...]:
     return first.label, where, len(rows), spans[0], mark, *spans[1:]
 
 
-def block(names: list[str]) -> str:
+def common_block(names: list[str]) -> str:
     """Return the longest numbered path prefix that all names share, such as ``model.layers.7``; or ``""``."""
     shared: list[str] = []
     for level in zip(*(name.split(".") for name in names), strict=False):

@@ -74,7 +74,7 @@ def axes_in(dim: Dim) -> Iterator[str]:
                 yield from axes_in(part)
 
 
-def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+def find_occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
     """Yield each place of an axis in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
 
     Loops that continue each other without a gap are one; the longest comes first.
@@ -88,18 +88,18 @@ def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[
         case Sum(parts):
             before = 0
             for part in parts:
-                for loops, inner, offset in occurrences(part, key, sizes):
+                for loops, inner, offset in find_occurrences(part, key, sizes):
                     yield loops, inner, offset + before
                 before += size_of(part, sizes)
         case Product(parts):
             for i, part in enumerate(parts):
                 times, tail = (size_of(Product(some), sizes) for some in (parts[:i], parts[i + 1 :]))
-                for loops, inner, offset in occurrences(part, key, sizes):
+                for loops, inner, offset in find_occurrences(part, key, sizes):
                     around = [(times, size_of(part, sizes) * tail)] if times > 1 else []
-                    yield _merged([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
+                    yield _merge_loops([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
 
 
-def divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
+def divide_dims(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
     """Return dimensions divided by ``many`` if their fixed sizes contain that factor; unchanged otherwise.
 
     >>> divided((128, "a", 3), 64), divided((3, "a"), 64)
@@ -122,7 +122,7 @@ def divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
     return result if left == 1 else dims
 
 
-def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_loops(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Merge loops that continue each other without a gap, and sort them by length, longest first."""
     merged: list[tuple[int, int]] = []
     for times, stride in sorted(loops, key=lambda loop: -loop[1]):
@@ -255,15 +255,15 @@ class Axis:
     @property
     def label(self) -> str:
         """Name of the axis in reports, equal in every block: producers → consumers (``up_proj → down_proj``)."""
-        made = _modules(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
-        read = _modules(slot.name for slot in self.consumers())
+        made = _module_names(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
+        read = _module_names(slot.name for slot in self.consumers())
         widths = {slot.inner for slot in self.consumers() if slot.inner > 1}
-        every = made or _modules(slot.name for slot in self.slots)
-        text = f"{_listed(made)} → {_listed(read)}" if read else _listed(every)
+        every = made or _module_names(slot.name for slot in self.slots)
+        text = f"{_join_names(made)} → {_join_names(read)}" if read else _join_names(every)
         return f"{text} (blocks of {min(widths)})" if widths else text
 
 
-def _modules(names: Iterable[str]) -> list[str]:
+def _module_names(names: Iterable[str]) -> list[str]:
     """Return the last named module in each tensor name, without numbers and repetitions."""
     result = []
     for name in names:
@@ -272,7 +272,7 @@ def _modules(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(result))
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.tasks import among
+from regrow.core.tasks import mask_classes
 from regrow.settings.constraints import CheckedSettings, Count, NonNegative
 from regrow.training.hooks import draw_rows, offer_rows
 from regrow.training.learner import Context, Learner, Loss, Step
@@ -61,7 +61,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
         logits = context.logits(batch.inputs)
-        present = among(logits, context.task_classes) if settings.asymmetric_loss else logits
+        present = mask_classes(logits, context.task_classes) if settings.asymmetric_loss else logits
         loss = F.cross_entropy(present, batch.labels)
         rows = draw_rows(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation import commits
-from regrow.allocation.commits import least, limit_removal, protect_cheapest, sample_operations, savings, select_removed
+from regrow.allocation.commits import limit_removal, protect_cheapest, sample_operations, savings, select_removed
 from regrow.allocation.gates import GateMasks
-from regrow.core.candidates import run_whole, single_in
+from regrow.core.candidates import all_parts_active, exclusive_sets
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
@@ -83,7 +83,7 @@ def fit_to_budget(search: Search, state: SearchState, context: Context, target: 
 
 def keep_single(search: Search, state: SearchState, context: Context) -> Commit:
     """Plan to drop all but the most important of candidates of which only one may remain."""
-    sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
+    sets, layout, alpha = exclusive_sets(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
     ops = search.masks(state, context).ops.detach().clone()
@@ -104,7 +104,7 @@ def select_lowest(
     masks = search.masks(state, context)
     left, size = masks.ops.clone(), search.size(state, context)
     kept, shares, _ = layout.shares(masks, state.alpha.values)
-    prices, many, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
+    prices, many, reachable = layout.prices(), 0, commits.least_cost(layout, space.cuts) <= target
     for share, i in sorted(zip(shares[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
         below = share <= low
         if size <= target or share > high or not (below or each):
@@ -112,7 +112,7 @@ def select_lowest(
         together = layout.together(i)
         if layout.tied[i] == i and all(bool(layout.open(left)[j]) for j in together.nonzero()[:, 0]):
             less = left.masked_fill(together, 0.0)
-            if reachable and least(replace(layout, alive=layout.alive & (less > 0)), space.cuts) > target:
+            if reachable and commits.least_cost(replace(layout, alive=layout.alive & (less > 0)), space.cuts) > target:
                 continue  # the target will need it
             size -= float(prices[together].sum())
             left = less
@@ -209,7 +209,7 @@ def score_cut_filters(
     g scales what reads the filter. All are restored at this scale in a copy of the network, with thresholds at 0.
     """
     plan = Plan.restoring(context.axes, cut)
-    with run_whole(context.model):
+    with all_parts_active(context.model):
         copied = clone_model(context.model)
     model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
     there = replace(context, model=model, axes=axes)

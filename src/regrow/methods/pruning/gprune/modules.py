@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regrow.allocation.ranked import soft_step
 from regrow.core.scores import Tensors, rank_order
-from regrow.scoring.spaces import Row, Space, percentile, within
+from regrow.scoring.spaces import Row, Space, map_within, percentile
 
 LEAST = 8  # modules with fewer units are merged with the module of the nearest mean sensitivity
 _GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
@@ -147,7 +147,7 @@ def reliability(
     """
     labels = [among[i].label for i in modules.spaces]
     sensitivity = _scaled(modules.mean(sigma), labels)
-    activity = _scaled(modules.mean(within(scores, among, percentile)), labels)
+    activity = _scaled(modules.mean(map_within(scores, among, percentile)), labels)
     u, sizes = sensitivity * (1 - activity), modules.sizes()
     judged = torch.tensor([not among[i].pooled for i in modules.spaces])
     trust = torch.ones(len(modules), dtype=torch.float64)

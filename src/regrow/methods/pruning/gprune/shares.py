@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.ranked import rank, ratios
+from regrow.allocation.ranked import rank, removal_ratios
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.sources import Batch, device_of, drawn, labelled_logits, logits_in
+from regrow.core.sources import Batch, device_of, draw_batches, labelled_logits, logits_in
 from regrow.methods.pruning.gprune.modules import Masks
 from regrow.methods.pruning.pruner import PruningTask
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
-from regrow.surgery.gate import gate_inputs, gates_of
+from regrow.surgery.gate import gate_inputs, make_gates
 from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import EarlyStopping, Tensors, with_early_stopping
 from regrow.training.learner import Learner, Loss
@@ -67,7 +67,7 @@ class ModuleShares:
     def shares(self, tensors: Tensors, view: int = 0) -> Tensor:
         """Return the pruning ratio of each module, ``[modules]``, with a gradient to the trained tensors."""
         logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.homes)
-        return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
+        return removal_ratios(logits, self.costs[view], self.removed, most=self.settings.most)
 
     def compare(self, batch: Batch, gates: Mapping[str, Tensor], view: int) -> Tensor:
         """Return the loss of the masked network on a batch, as a scalar with a gradient to the gates."""
@@ -98,7 +98,7 @@ class ModuleShares:
         for i, source in enumerate(task.evidence.data.values()):
             view, batches = i + 1, source.held_out(s.held_out)[1]
             kept = rank(task.axes, self.masks.margins(share, view), task.budget)
-            gates = gates_of(task.axes, {key: kept[key] for key in self.masks.places})
+            gates = make_gates(task.axes, {key: kept[key] for key in self.masks.places})
             with torch.no_grad():
                 each = [self.compare(batch, gates, view) for batch in batches]
             losses.append(float(torch.stack(each).mean()))
@@ -108,7 +108,7 @@ class ModuleShares:
         """Return the windows of text that a training step uses, each with the ranking made without its source."""
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
-        return [Window(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
+        return [Window(batch, i + 1) for i, batch in draw_batches(sources, s.windows, step, s.seed)]
 
     def _loss(self, tensors: Tensors, window: Window) -> Loss:
         gates = self.masks.gates(self.shares(tensors, window.view), window.view)
