@@ -152,7 +152,7 @@ def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tenso
     Raises:
         NotImplementedError: If neither way can tell.
     """
-    # carry_out is what apply does once it has tried
+    # apply_unchecked is what apply does once it has tried
     kept = kept_entries(lambda: made(make, warm).model, lambda model: apply_unchecked(model, axes, plan)[0])
     masks, built = Masks(kept), made(make, warm)
     with masked(masks):

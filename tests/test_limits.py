@@ -95,7 +95,7 @@ def test_a_damaged_or_swelling_gz_is_refused(tmp_path):
     ):
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(data)
-        with pytest.raises(SourceError, match=f"{name}.txt.gz (swells|is not a whole gzip file|is not text)"):
+        with pytest.raises(SourceError, match=f"{name}.txt.gz (unpacks|is not a whole gzip file|is not text)"):
             text(f"mail={path}")
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(whole[: len(whole) // 2])

@@ -252,7 +252,7 @@ def test_sums_of_a_part_of_the_channels_at_a_time_are_those_of_all_at_once(
         parts = [
             watch._sum_moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)
         ]
-        monkeypatch.setattr(watch, "_strip", lambda rows, channels: rows.shape[channels])
+        monkeypatch.setattr(watch, "_strip_width", lambda rows, channels: rows.shape[channels])
         whole = [
             watch._sum_moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)
         ]

@@ -300,7 +300,7 @@ def test_verify_holds_scores_against_each_other_that_find_nothing(
             net.two.weight.mul_(factor)
         return cut
 
-    monkeypatch.setattr(import_module("regrow.surgery.verify"), "carry_out", spoiling)
+    monkeypatch.setattr(import_module("regrow.surgery.verify"), "apply_unchecked", spoiling)
     assert not verify(model, axes, plan).ok
 
 

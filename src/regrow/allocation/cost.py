@@ -142,7 +142,7 @@ def _counted_products(axes: AxisGraph, measure: Measure, tokens: int) -> Iterabl
 def expand_product(dims: Iterable[Dim]) -> Monomials:
     """Multiply dimensions out into a polynomial in axis sizes.
 
-    >>> dict(expand([Sum((2, "a")), "b", 3]))
+    >>> dict(expand_product([Sum((2, "a")), "b", 3]))
     {('b',): 6, ('a', 'b'): 3}
     """
     result: Monomials = Counter({(): 1})

@@ -190,7 +190,7 @@ def removal_ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float
     b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
     budget is met at every step of learning and needs no penalty.
 
-    >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
+    >>> p = removal_ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
     >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
     ([0.20000000298023224, 0.20000000298023224], 8.0)
 

@@ -43,7 +43,7 @@ def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemorySt
     each stage, plan again from the next cell on. A final phase over all cells, all of them small, needs no more memory
     than the last stage.
 
-    >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
+    >>> plan_stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
     MemoryStages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
     """
     if not 0 <= first < cells:

@@ -114,7 +114,7 @@ def _macs_per_entry(axes: AxisGraph, macs: Counter[str]) -> dict[str, float]:
 def enclosing_modules(name: str) -> list[str]:
     """Return the paths of the modules that contain a parameter, the innermost first.
 
-    >>> above("a.b.weight")
+    >>> enclosing_modules("a.b.weight")
     ['a.b', 'a']
     """
     parts = name.split(".")

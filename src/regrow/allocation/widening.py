@@ -153,7 +153,7 @@ def plan_insertions(stacks: Mapping[str, Stack], increases: Mapping[str, Increas
     pattern of paths (``"*"`` is every stack) → how many blocks it gains; a percentage is one of its present blocks.
 
     >>> stack = Stack(4, {i: ("last.weight",) for i in range(4)})
-    >>> [(copy.position, copy.of) for copy in deepening({"layers": stack}, {"*": Increase(2)})["layers"].copies]
+    >>> [(copy.position, copy.of) for copy in plan_insertions({"layers": stack}, {"*": Increase(2)})["layers"].copies]
     [(2, 1), (5, 3)]
     """
     if not stacks:

@@ -12,10 +12,14 @@ from regrow.core.limits import expanded
 
 # The names of pretrained models that come in Python packages
 PACKAGED = ("smollm2-135m", "gemma3-270m")
+# A pattern of names of models on the Hugging Face Hub, OWNER/MODEL
 HUB = r"[\w-][\w.-]*/[\w-][\w.-]*"
+# The suffixes of files that are pickles
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
+# A function that torchvision registers as a model, with other decorators between
 _REGISTERED = re.compile(r"^@register_model\(\)\n(?:[@ )][^\n]*\n)*def (\w+)\(", re.MULTILINE)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# The names of the text domains that are included, and of the data set of images
 DOMAINS = ("news", "code", "manual", "talk")
 DIGITS = "digits"
 # The name of the text that the model generates
@@ -25,7 +29,7 @@ GENERATED = "generated"
 def names_function(name: str) -> bool:
     """Whether a model name has the form of a Python function, ``package.module:function``.
 
-    >>> names_code("toys:classifier"), names_code("torchvision:resnet18"), names_code("resnet18")
+    >>> names_function("toys:classifier"), names_function("torchvision:resnet18"), names_function("resnet18")
     (True, False, False)
     """
     return _FUNCTION.fullmatch(name) is not None and not name.startswith("torchvision:")
@@ -33,7 +37,7 @@ def names_function(name: str) -> bool:
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Return the names of torchvision's networks, without quantised ones, read from its source; empty without it."""
+    """Return the names of torchvision's networks, without quantised ones, from its source; empty if it is missing."""
     spec = find_spec("torchvision")
     names: list[str] = []
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -44,9 +48,9 @@ def torchvision_names() -> tuple[str, ...]:
 
 
 def find_model_problem(name: str) -> str:
-    """Return why a name leads to no model, with the remedy; empty if it may lead to one (:func:`regrow.nets.load`).
+    """Return why a model's name leads to none, with the remedy; empty if it may lead to one (:func:`regrow.nets.load`).
 
-    >>> find_problem("smollm2-135m"), find_problem("smolm2-135m").partition("; ")[2]
+    >>> find_model_problem("smollm2-135m"), find_model_problem("smolm2-135m").partition("; ")[2]
     ('', "did you mean 'smollm2-135m'?")
     """
     first = f"for a first try: {PACKAGED[0]!r}"
@@ -84,7 +88,7 @@ def find_model_problem(name: str) -> str:
 
 
 def find_source_problem(spec: str) -> str:
-    """Return why a source (``NAME`` or ``NAME=PATH``) cannot be read, with the remedy; empty if it may be.
+    """Return why a source (``NAME`` or ``NAME=PATH``) cannot be read, with the remedy; empty if it may be readable.
 
     >>> find_source_problem("news"), find_source_problem("nws")
     ('', "no source 'nws'; did you mean 'news'?")
@@ -110,7 +114,7 @@ def find_source_problem(spec: str) -> str:
 
 
 def check_evaluation_sources(specs: Iterable[str]) -> None:
-    """Raise InputError if a source is to be evaluated on that has nothing to evaluate on."""
+    """Raise ``InputError`` if one of the sources to evaluate on is generated text, which has no evaluation half."""
     if GENERATED in specs:
         raise InputError(
             f"source {GENERATED!r} is text to calibrate on and has no evaluation half; evaluate on another source, "

@@ -15,6 +15,7 @@ from regrow.core.tables import Table, format_html
 __all__ = ["MOST_NEW_UNITS", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
+# Name of a weight → position in its contracted dimension → the constant that replaces that dropped input
 Means = Mapping[str, Mapping[int, float]]
 Origin = Mapping[str, object]
 NONE: Mapping[str, Any] = {}
@@ -160,6 +161,7 @@ class Plan:
         return cls(changes, means, origin, drop)._checked(axes)
 
     def _checked(self, axes: AxisGraph) -> "Plan":
+        """Return the plan unchanged; raise ``PlanError`` unless it fits the axes."""
         self.check(axes)
         return self
 
@@ -199,16 +201,16 @@ class Plan:
         counts: dict[str, tuple[str, int]] = {}
         for axis in axes:
             if axis.count and axis.free:
-                left = axis.times * (self.changes[axis.key].after if axis.key in self.changes else axis.size)
-                other, expected = counts.setdefault(axis.count, (axis.key, left))
-                if left != expected:
+                size = axis.times * (self.changes[axis.key].after if axis.key in self.changes else axis.size)
+                other, expected = counts.setdefault(axis.count, (axis.key, size))
+                if size != expected:
                     raise PlanError(
-                        f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {left}"
+                        f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {size}"
                     )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader should know about how the plan was made."""
+        """The notes in ``origin``: what a user should know about how the plan was made."""
         notes = self.origin.get("notes", ())
         return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
 
@@ -217,7 +219,7 @@ class Plan:
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
-        """Return the plan as JSON text, which :func:`regrow.store.ledger.read_plan` reads."""
+        """Return the plan as JSON text, which :func:`regrow.store.ledger.read_plan` reads once it is parsed."""
         # Of an object that was read, msgspec writes no field that was missing there, so each is named.
         names = [part.name for part in fields(Change)]
         parts = {
@@ -231,7 +233,7 @@ class Plan:
 
 
 def _keep_all(axes: AxisGraph, key: str) -> Change:
-    """Return the change that leaves an axis as it is."""
+    """Return the change that leaves an axis as it is; raise ``PlanError`` if the network has no such axis."""
     if key not in axes.axes:
         raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
     axis = axes[key]
@@ -239,14 +241,14 @@ def _keep_all(axes: AxisGraph, key: str) -> Change:
 
 
 def _check_exclusive(parts: Mapping[str, object]) -> None:
-    """Raise ``PlanError`` if a plan does several of some things (in words → whether it does), which need plans each."""
-    doing = [what for what, does in parts.items() if does]
-    if len(doing) > 1:
-        raise PlanError(f"one plan {doing[0]}, or {doing[1]}; make two")
+    """Raise ``PlanError`` if a plan does more than one of ``parts`` (what, in words → whether): each needs its own."""
+    actions = [what for what, does in parts.items() if does]
+    if len(actions) > 1:
+        raise PlanError(f"one plan {actions[0]}, or {actions[1]}; make two")
 
 
 def _find_branch(axes: AxisGraph, path: str) -> Branch:
-    """Return the branch of a module, or raise ``PlanError`` with the reason why it cannot be dropped."""
+    """Return the branch that dropping a module removes; raise ``PlanError`` with the reason if it cannot be dropped."""
     branch = axes.branches.get(path)
     inner = [name for name, other in axes.branches.items() if other.free and lies_in(name, path)]
     remedy = f"; in it, {inner[0]} can" if inner else ""
@@ -262,10 +264,10 @@ def _find_branch(axes: AxisGraph, path: str) -> Branch:
 
 
 def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
-    """Return why a change does not fit an axis, to follow its name; empty if it does."""
-    staying = len(change.keep) + len(change.restore)
-    if staying < min(axis.least, axis.size):
-        return f"must keep at least {axis.least} units; the plan keeps {staying}"
+    """Return why a change does not fit an axis, as a predicate for its name (``is frozen: …``); empty if it does."""
+    remaining = len(change.keep) + len(change.restore)
+    if remaining < min(axis.least, axis.size):
+        return f"must keep at least {axis.least} units; the plan keeps {remaining}"
     if not axis.free:
         return f"is frozen: {axis.reason}"
     if change.after % axis.multiple:

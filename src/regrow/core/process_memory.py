@@ -19,17 +19,17 @@ LEAST_MAPPED_BYTES = 2**26
 
 
 def read_resident() -> int:
-    """Return the bytes of memory that this process has now; 0 if the system does not say."""
+    """Return the bytes of resident memory that this process has now; 0 if the system does not say."""
     return _read_status("VmRSS") or 0
 
 
 def read_peak() -> int | None:
-    """Return the most resident memory of this process since :func:`reset_peak`; ``None`` if the system does not say."""
+    """Return the peak resident memory of this process in bytes, since :func:`reset_peak`; ``None``: unknown."""
     return _read_status("VmHWM")
 
 
 def reset_peak() -> bool:
-    """Set the peak of this process's resident memory to what it holds now; returns whether the system can."""
+    """Set the peak of this process's resident memory to what it holds now; return whether the system can do that."""
     try:  # Linux: writing 5 resets the high-water mark
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -38,22 +38,22 @@ def reset_peak() -> bool:
 
 
 def return_memory() -> bool:
-    """Give freed memory that the C library keeps back to the system; returns whether the library can."""
+    """Give freed memory that the C library keeps back to the system; return whether the library can do that."""
     return _call_c_library("malloc_trim", 0)
 
 
-def set_mmap_threshold(size: int, kept: int = 0) -> None:
-    """Let pieces of memory from a size on go back to the system once they are freed, where the C library can.
+def set_mmap_threshold(size_bytes: int, kept_bytes: int = 0) -> None:
+    """Let allocations of ``size_bytes`` or more go back to the system once they are freed, where the C library can.
 
-    Of smaller pieces, freed at the end of its memory, it keeps ``kept`` bytes; 0: as before.
+    Of smaller ones, freed at the end of its memory, it keeps ``kept_bytes``; 0: as before.
     """
-    _call_c_library("mallopt", _MMAP_THRESHOLD, size)
-    if kept:
-        _call_c_library("mallopt", _TRIM_THRESHOLD, kept)
+    _call_c_library("mallopt", _MMAP_THRESHOLD, size_bytes)
+    if kept_bytes:
+        _call_c_library("mallopt", _TRIM_THRESHOLD, kept_bytes)
 
 
 def limit_arenas() -> None:
-    """Let threads use memory that others have freed, for the rest of the process, where the C library keeps it apart.
+    """Let threads reuse memory that others have freed, for the rest of the process (malloc with a single arena).
 
     It has an effect before the process has many threads.
     """
@@ -87,7 +87,7 @@ def release_pages(tensors: "Iterable[Tensor]") -> None:
 
 
 def _call_c_library(function: str, *arguments: object) -> bool:
-    """Call a function of the C library; returns False where it is another than that of Linux."""
+    """Call a function of the C library and return True; False where it has none of that name, as outside Linux."""
     try:
         getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError, TypeError):
@@ -96,6 +96,7 @@ def _call_c_library(function: str, *arguments: object) -> bool:
 
 
 def _read_status(field: str) -> int | None:
+    """Return a field of this process's status file in bytes (``VmRSS``, ``VmHWM``); ``None`` if there is none."""
     with suppress(OSError, KeyError, ValueError, IndexError):
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return int(dict(line.split(":", 1) for line in lines if ":" in line)[field].split()[0]) * 1024

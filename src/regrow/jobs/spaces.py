@@ -14,7 +14,7 @@ from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak
 from regrow.allocation.stages import plan_stages as cut
 from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
 from regrow.evaluation.memory import Live, peak_meter, predict_memory, training
@@ -60,7 +60,7 @@ def build_space(
             check_outputs(start, task, 1 + max(task.classes))
         return start.model, start.origin, None
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
-    if names_code(space):
+    if names_function(space):
         builder = import_builder(space)
         return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
     if not fit:

@@ -13,10 +13,10 @@ from regrow.scoring.weights import readers
 def means(
     model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]], statistics: Statistics
 ) -> dict[str, dict[int, float]]:
-    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
+    """Return the mean of every dropped input (as ``Plan.means``), for the weights whose bias can absorb it exactly.
 
     b′ = b + Σ over dropped j of W_j · E[x_j], exact for a linear map and for an ungrouped convolution without padding
-    whose weight no other module shares; :func:`note_uncompensated` lists the others. ``kept``: axis key → the units kept.
+    whose weight no other module shares; :func:`note_uncompensated` names the others. ``kept``: axis key → units kept.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
@@ -67,7 +67,7 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
-    >>> sharing_module(net, "a.weight", holders(net)), sharing_module(net, "a.bias", holders(net))
+    >>> sharing_module(net, "a.weight", find_holders(net)), sharing_module(net, "a.bias", find_holders(net))
     ('b', None)
     """
     owner = _owner_of(model, name)
@@ -79,7 +79,7 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
     """Whether a constant input to a weight can be moved exactly into the bias of its layer.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
-    >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
+    >>> takes_constant(net, "0.weight", find_holders(net)), takes_constant(net, "1.weight", find_holders(net))
     (True, False)
     """
     owner = _owner_of(model, name)

@@ -140,9 +140,10 @@ def sum_products(
 def predict_bytes(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
     """Return the bytes for the sums of layers, of (inputs, outputs) each, and for ordering the units of the largest.
 
-    ``together``: whether all are summed in one pass, as block by block; else in as many as :data:`MAX_SUM_BYTES` asks for.
+    ``together``: whether all are summed in one pass, as block by block; else in as many as :data:`MAX_SUM_BYTES` asks
+    for.
 
-    >>> predict_products([(1000, 100), (500, 100)], together=True)
+    >>> predict_bytes([(1000, 100), (500, 100)], together=True)
     43600000
     """
     sums, widest = sum(8 * k * k for k, _ in layers), max((8 * k * k for k, _ in layers), default=0)

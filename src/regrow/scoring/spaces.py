@@ -76,7 +76,7 @@ def ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]
     Axes of fewer than :data:`MIN_RANKED_UNITS` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
 
     >>> from regrow.core.axes import Axis
-    >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
+    >>> [space.keys for space in ranking_spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
     [('a',), ('b', 'c')]
     """
     small: dict[str, list[Axis]] = {}
@@ -103,7 +103,7 @@ def select_inner(units: Sequence[Axis]) -> list[Axis]:
 
     >>> from regrow.core.axes import Axis
     >>> blocks = [Axis(f"h.{i}.w", 4, ()) for i in range(5)]
-    >>> [axis.key for axis in inner([*blocks, Axis("head", 4, ())])]
+    >>> [axis.key for axis in select_inner([*blocks, Axis("head", 4, ())])]
     ['h.1.w', 'h.2.w', 'h.3.w', 'h.4.w', 'head']
     """
     first, last = OUTER_BLOCKS
@@ -153,7 +153,7 @@ def sensitivity(ranking: RankPercentiles) -> dict[str, Tensor]:
 def removed_share(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
     """Return the fraction of flagged units (1 per flag, else 0) among those that are removed; 0 if none is removed.
 
-    >>> share_of({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
+    >>> removed_share({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
     0.6666666666666666
     """
     removed = [row[sorted(set(range(len(row))) - set(kept[key]))] for key, row in flags.items()]

@@ -80,7 +80,7 @@ def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "squa
 
     ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij).
 
-    >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
+    >>> column_norms(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
     """
     plain = weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu"
