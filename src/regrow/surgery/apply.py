@@ -1,4 +1,4 @@
-"""Carry a plan out on a model: the only function of regrow that changes a model's shape."""
+"""Apply a plan to a model in memory, once it is proved; :mod:`regrow.streaming.cut` does that block by block."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -106,13 +106,13 @@ def apply(
 
 
 def rehearse_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
-    """Check on a copy without numbers that the network runs as planned; return the recordings of that."""
+    """Run the planned network on a copy without numbers; return the recordings, or raise ``PlanError`` if it fails."""
     with without_collection():
         return rehearse(model, axes, plan_resizing(model, axes, plan))
 
 
 def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
-    """Return a recording of the network as it is now: that of its axes, unless the network has changed since."""
+    """Return a recording of the network as it is now: ``present``, that of its axes if it still fits, or a new one."""
     example, recording = cast_example(axes.example, model), axes.recording
     if recording is None:
         fresh = readings(model, axes, example)
@@ -124,9 +124,10 @@ def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -
 
 
 def _check_whole_network(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Compare the masked network with its cut copy as a whole in float64, where data decide what the network does.
+    """Raise ``PlanError`` unless the masked network and its cut copy agree as a whole, in float64.
 
-    Plans that restore units are not compared: no plan of the present network cuts those.
+    This is for networks in which data decide what runs. Plans that restore units are not compared: no plan of the
+    present network cuts those.
     """
     if any(change.restore for change in plan.changes.values()):
         return

@@ -17,7 +17,7 @@ from regrow.tracing.own_run import as_double
 
 
 class PlannedTensors:
-    """The parameters and buffers that a plan leads to, each computed when it is asked for."""
+    """The parameters and buffers after a plan, each computed by :meth:`load` when it is needed."""
 
     def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         self.model, self.axes, self.plan = model, axes, plan
@@ -47,15 +47,15 @@ class PlannedTensors:
         return self._lays[name]
 
     def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor."""
+        """Whether the plan changes the tensor ``name``, or adds it."""
         return bool(self.lays(name)) or name in self.biases or self._is_rescaled(name)
 
     def computes(self, name: str) -> bool:
-        """Whether entries of a tensor may be computed (folded, compensated, new), instead of selected as they are."""
+        """Whether entries of the tensor ``name`` may be computed (folded, compensated, new) rather than selected."""
         return name in self._folds or name in self.biases or any(bool(x.is_new.any()) for x in self.lays(name).values())
 
     def load(self, name: str, exact: bool = False) -> Tensor:
-        """Return a tensor after the plan: as the network will hold it, or in float64 without rounding (``exact``)."""
+        """Return the tensor ``name`` after the plan: as the network will hold it, or (``exact``) unrounded float64."""
         tensor = select_state(self.model, [name]).get(name)  # none of a bias that compensation adds
         tensor = None if tensor is None else tensor.detach()
         if tensor is not None and self.lays(name):
@@ -66,7 +66,7 @@ class PlannedTensors:
         tensor = as_double(tensor) if exact else tensor
         if self._is_rescaled(name):
             fold, before, after = self._folds[name]
-            factor = sqrt(before / after if fold.kind == "norm" else 1 / (before / after))
+            factor = sqrt(before / after if fold.kind == "norm" else 1 / (before / after))  # see Fold
             tensor = ((tensor.double() + fold.plus) * factor - fold.plus).to(tensor.dtype)
         return tensor
 
@@ -75,7 +75,7 @@ class PlannedTensors:
 
         ``bias`` is b after the plan; ``None``: b is the layer's own.
         """
-        (dim, own), matrix = self._read(weight), self.model.get_parameter(weight).detach()
+        (dim, own_bias), matrix = self._read_layer(weight), self.model.get_parameter(weight).detach()
         means = sorted(self.plan.means[weight].items())
         constants = torch.tensor([mean for _, mean in means], dtype=torch.float64, device=matrix.device)
         positions = torch.tensor([position for position, _ in means], device=matrix.device)
@@ -84,12 +84,12 @@ class PlannedTensors:
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
         for other, lay in self.lays(weight).items():
             lost = lost if other == dim else lost.index_select(0, lay.source.to(lost.device))
-        bias = own if bias is None else bias
-        made = lost if bias is None else bias.detach().double() + lost
-        return made if exact else made.to(matrix.dtype)
+        bias = own_bias if bias is None else bias
+        new_bias = lost if bias is None else bias.detach().double() + lost
+        return new_bias if exact else new_bias.to(matrix.dtype)
 
-    def _read(self, weight: str) -> tuple[int, Tensor | None]:
-        """Return the dimension of a weight that consumes axes, and the bias of its layer, which can take up means."""
+    def _read_layer(self, weight: str) -> tuple[int, Tensor | None]:
+        """Return a weight's dimension that consumes axes, and its layer's bias; ``PlanError`` if it can have none."""
         path, _, leaf = weight.rpartition(".")
         dim, parameters = consumed_dim(self.axes, weight), self.model.get_submodule(path)._parameters
         if leaf != "weight" or dim is None or "bias" not in parameters:
@@ -100,7 +100,7 @@ class PlannedTensors:
         """Raise ``PlanError`` unless each weight's layer can take up the means of its dropped inputs."""
         held = find_holders(self.model) if self.biases else {}
         for name, row in self.plan.means.items():
-            dim, _ = self._read(name)
+            dim, _ = self._read_layer(name)
             if (sharing := sharing_module(self.model, name, held)) is not None:
                 raise PlanError(
                     f"means are given for {name}, which {sharing or 'the model'} holds too and would read without "
@@ -111,36 +111,37 @@ class PlannedTensors:
                 raise PlanError(f"the plan gives means for inputs of {name} that it does not drop")
 
     def _is_rescaled(self, name: str) -> bool:
+        """Whether the plan changes a divisor that is folded into the tensor ``name``."""
         return name in self._folds and self._folds[name][1] != self._folds[name][2]
 
 
 def consumed_dim(axes: AxisGraph, weight: str) -> int | None:
-    """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several."""
-    reads = axes.consumed.get(weight, frozenset())
-    return next(iter(reads)) if len(reads) == 1 else None
+    """Return the index of the one dimension of a weight that consumes axes; ``None`` if there is none, or several."""
+    dims = axes.consumed.get(weight, frozenset())
+    return next(iter(dims)) if len(dims) == 1 else None
 
 
 def bias_of(weight: str) -> str:
-    """Return the name of the bias of the layer that has a weight."""
+    """Return the name of the bias beside a weight: ``a.bias`` for ``a.weight``."""
     return weight.removesuffix("weight") + "bias"
 
 
 def bias_dim(axes: AxisGraph, bias: str) -> Dim:
-    """Return the dimension of a layer's bias: the output dimension of its weight."""
+    """Return the dimension (size or axes) that a layer's bias has or would have: the output dimension of its weight."""
     weight = bias.removesuffix("bias") + "weight"
     read = consumed_dim(axes, weight)
     return next(dim for i, dim in enumerate(axes.shapes[weight]) if i != read)
 
 
 def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
-    """Return the divisor of a fold: the product of the sizes of its dimensions."""
+    """Return the divisor of a fold at given axis sizes: the product of the sizes of its dimensions."""
     return prod(size_of(dim, sizes) for dim in fold.over)
 
 
 def rescale_epsilons(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], tuple[Fold, ...]]:
-    """Return the rescaled epsilons of norms, ε′ = ε·n_old/n_new, and the folds with them."""
+    """Return ``module:attribute`` → rescaled epsilon of a norm, ε′ = ε·n_old/n_new, and all folds with them."""
     epsilons: dict[str, float] = {}
     folds = []
     for fold in axes.folds:

@@ -26,9 +26,10 @@ from regrow.tracing.steps import caches, steps
 
 
 def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
-    """Return the network's axes with a branch restored; the axes inside it must not have changed since.
+    """Return the network's axes (``axes``) with a branch restored, whose own axes are taken from ``old``.
 
-    The operations, work and branches of the result, and its order, must be taken from a new recording.
+    The axes inside it must not have changed since. The operations, work and branches of the result, and its order, must
+    be taken from a new recording.
     """
     inner = old.restricted(branch.holds)
     lost = inner.axes.keys() - axes.axes.keys()
@@ -64,7 +65,11 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
 def without_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises."""
+    """Context manager in which placeholders replace the branches that a plan drops; undone if the body raises.
+
+    Yields the axes, the rest of the plan and the undo store without them. On success the optimisers and ``undo``
+    follow.
+    """
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
@@ -91,7 +96,7 @@ def without_branches(
 def restore_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Restore dropped branches with the weights they had; return the model and its axes."""
+    """Restore the plan's dropped branches in place, with the weights they had; return the model and its axes."""
     if undo is None or (lost := next((path for path in plan.back if path not in undo.branches), "")):
         missing = plan.back[0] if undo is None else lost
         raise PlanError(
@@ -131,10 +136,12 @@ def restore_branches(
 
 
 def _placeholders(branches: Iterable[Branch]) -> dict[str, Placeholder]:
+    """Return module path → the placeholder that replaces it, for several branches."""
     return {path: placeholder for branch in branches for path, placeholder in branch.placeholders.items()}
 
 
 def _check_dropped(model: nn.Module, branch: Branch) -> None:
+    """Raise ``PlanError`` unless the branch's placeholders are in the model."""
     known = dict(model.named_modules())
     for path, placeholder in branch.placeholders.items():
         module = known.get(path)
@@ -184,7 +191,7 @@ def _build_shell(modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _drop_branches(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
-    """Return the axes of a network without some branches, after proving on a copy without numbers that it is right."""
+    """Return a network's axes without some branches, proved on a copy without numbers; ``PlanError`` if they stay."""
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
     example = fake_example(cast_example(axes.example, model), mode)
@@ -242,7 +249,7 @@ def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: Axi
 
 
 def _match_axis(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
-    """Return the axis that a new trace finds in its place; several that only dropped modules tied count as one."""
+    """Return the new trace's axis with the slots of an old one, merged from ``parts``; ``None`` if none has them."""
     if {*axis.slots} != {slot for part in parts for slot in part.slots}:
         return None
     if len(parts) == 1:
@@ -260,7 +267,7 @@ def _match_axis(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
 
 
 def _refresh_axis(axis: Axis, fresh: Axis | None) -> Axis:
-    """Return an axis without what was dropped: the same units, with the marks and limits of a new trace."""
+    """Return an axis with the slots, mark and limits of a new trace; frozen where it has none (``fresh=None``)."""
     if not axis.free or axis.size == 1:
         return axis
     if fresh is None:

@@ -34,9 +34,9 @@ class Layout:
     @classmethod
     def of(cls, source: Tensor) -> "Layout":
         """Return the layout in which old entries stay, in the given order, and none is new."""
-        no = torch.zeros(len(source), dtype=torch.bool)
+        none = torch.zeros(len(source), dtype=torch.bool)
         ones = torch.ones(len(source), dtype=torch.float64)
-        return cls(source, no, no, ones, ones)
+        return cls(source, none, none, ones, ones)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,13 +57,16 @@ def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
 
 
 def lay_out_dims(dims: Sequence[Dim], sizes: Mapping[str, int], units: Mapping[str, Layout]) -> dict[int, Layout]:
-    """Return dimension index → its layout after a plan, for those of ``dims`` that change."""
+    """Return dimension index → its layout after a plan, for those of ``dims`` that change.
+
+    ``sizes``: of all axes before the plan; ``units``: axis key → the layout of its units, for axes that change.
+    """
     moved = {i: dim for i, dim in enumerate(dims) if not units.keys().isdisjoint(axes_in(dim))}
     return {i: lay_out(dim, sizes, units) for i, dim in moved.items()}
 
 
 def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
-    """Return the layout of a dimension after a plan, from the layouts of the axes that change."""
+    """Return the layout of one dimension after a plan; arguments as in :func:`lay_out_dims`."""
     match dim:
         case int():
             return Layout.of(torch.arange(dim))
@@ -84,7 +87,7 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
 
 
 def _nest(outer: Layout, inner: Layout, size: int) -> Layout:
-    """Return the layout of a product dimension; ``size`` is that of the inner dimension before the plan."""
+    """Return the layout of a product of two dimensions; ``size`` is that of the inner one before the plan."""
 
     def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.repeat_interleave(len(inner)), b.repeat(len(outer))
@@ -115,7 +118,7 @@ def units_after(change: Change, axis: Axis) -> Layout:
 
 
 def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
-    """Return the layout of kept units and new ones behind them, which change no output of the network."""
+    """Return the layout of kept units and ``added`` new ones behind them, which change no output of the network."""
     kept, total = len(keep), len(keep) + added
     generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.next_id) % 2**63)
     rounds = [torch.randperm(kept, generator=generator) for _ in range(-(-added // kept))]
@@ -134,7 +137,7 @@ def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
-    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones."""
+    """Return the ids of an axis's units after its change, unsorted: those kept, those restored, then new ones."""
     kept = [axis.ids[unit] for unit in change.keep]
     return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
 
@@ -154,7 +157,10 @@ def next_ids_after(axes: AxisGraph, plan: Plan) -> dict[str, int]:
 def slots_after(
     axis: Axis, axes: AxisGraph, lays: Callable[[str], Mapping[int, Layout]], sizes: Mapping[str, int]
 ) -> tuple[Slot, ...]:
-    """Return the slots of an axis after a plan, without those of which nothing is left."""
+    """Return the slots of an axis after a plan, without those of which nothing is left.
+
+    ``lays``: tensor name → dimension → its layout, where it changes; ``sizes``: of all axes after the plan.
+    """
     result: dict[Slot, None] = {}
     for slot in axis.slots:
         lay = lays(slot.name).get(slot.dim)
@@ -169,7 +175,7 @@ def slots_after(
 
 
 def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[Slot]:
-    """Yield a slot for each place where the units of an axis lie in a dimension of a tensor."""
+    """Yield a slot per place of the axis ``key`` in a tensor's dimension, given its ``index``, ``role`` and ``dim``."""
     for loops, inner, offset in find_occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
         for turns in product(*(range(n) for n, _ in loops[1:])):
@@ -178,7 +184,7 @@ def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mappi
 
 
 def _move_frozen_slot(slot: Slot, lay: Layout, size: int) -> Slot | None:
-    """Return where a slot of a frozen axis lies after a plan, derived from the places of its first unit."""
+    """Return a slot of a frozen axis after a plan, derived from its first unit's entries; ``None`` if those are cut."""
     first = torch.isin(lay.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
         return None
@@ -196,7 +202,7 @@ Roles = Mapping[int, Collection[Role]]
 def resize(
     name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
 ) -> Tensor:
-    """Return a tensor after a plan, cut and widened, in storage of its own.
+    """Return a tensor after a plan, cut and widened, in new storage; ``exact``: in float64.
 
     New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
     random from the tensor's own values, unless they are copies. Weights that make new units are then multiplied by
@@ -207,6 +213,7 @@ def resize(
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
     if exact and tensor.is_floating_point():
         tensor = tensor.double()
+    # Consuming dimensions come last: their factor, which may be 0, must also apply to what other dimensions draw.
     for dim in sorted(lays, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
         tensor = _fill(tensor, dim, lays[dim], roles.get(dim, ()), old, generator)
@@ -216,7 +223,7 @@ def resize(
 def _fill(
     tensor: Tensor, dim: int, lay: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return a tensor with the new entries of one dimension initialised and scaled."""
+    """Return a tensor with the new entries of one dimension initialised and scaled; ``old``: values to draw from."""
     if not tensor.is_floating_point() or not bool(lay.is_new.any()):
         return tensor
     if bool(lay.drawn.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
@@ -239,7 +246,7 @@ def _fill(
 
 
 def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
-    """Return an optimiser's moment after a plan; kept entries are unchanged."""
+    """Return an optimiser's moment (or a gradient) after a plan; new entries are 0 or, with ``mean``, the mean."""
     for dim, lay in lays.items():
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
         if not bool(lay.is_new.any()):
@@ -253,7 +260,7 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 
 
 def resize_axis_tensor(tensor: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
-    """Return a tensor along axes after a plan: kept entries keep their values, new ones are 0 (``False``)."""
+    """Return an axis tensor after a plan, detached: kept entries keep their values, new ones are 0 (``False``)."""
     units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
     lays = lay_out_dims(tensor.dims, axes.sizes(), units)
     return AxisTensor(resize_moment(tensor.values.detach(), lays, mean=False), tensor.dims, tensor.lr)

@@ -18,7 +18,7 @@ from regrow.tracing.capture import evaluating
 
 @dataclass(frozen=True)
 class Entries:
-    """The indices that new units of an axis own in one dimension of a tensor, and those of its old units."""
+    """The indices that new units of an axis own in dimension ``dim`` of a tensor (``where``), and its old units'."""
 
     axis: str
     name: str
@@ -32,7 +32,7 @@ class Entries:
         return self.name.endswith("running_var")
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these entries of a tensor."""
+        """Return these entries of a tensor, copied."""
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
@@ -94,35 +94,40 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
 def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Set a random part of the random weights of new units to 0, but one of each; the outputs stay."""
-    for entries in split_entries(model, axes, new_units(model, axes, plan))[0]:
+    """Keep a random fraction ``density`` of the random weights of each new unit, at least one; set the others to 0.
+
+    The model is changed in place and returned. Its outputs stay, since the weights on the other side are still 0.
+    """
+    random_entries, _ = split_entries(model, axes, new_units(model, axes, plan))
+    for entries in random_entries:
         rows = entries.of(model.get_parameter(entries.name).detach()).movedim(entries.dim, 0)
         flat = rows.flatten(1)
-        order = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)
-        stays = order < max(1, round(density * flat.shape[1]))
-        entries.set(model, (flat * stays).view(rows.shape).movedim(0, entries.dim))
+        ranks = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)  # so many stay in every row
+        mask = ranks < max(1, round(density * flat.shape[1]))
+        entries.set(model, (flat * mask).view(rows.shape).movedim(0, entries.dim))
     return model
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return axis key → the positions of the units that a plan added."""
+    """Return axis key → positions of the units that a plan added; ``PlanError`` unless they still have no effect."""
     result = {}
     for key, change in plan.changes.items():
         if not change.grow:
             continue
         if change.fill.rule != "zero_out":
             raise PlanError(
-                f"axis {key!r}: units added by {change.fill.rule!r} are read already, so a change would be heard; "
+                f"axis {key!r}: units added by {change.fill.rule!r} are read already, so outputs would change; "
                 "take the fill 'zero_out'"
             )
         axis = axes[key]
         ids = {*range(axis.next_id - change.grow, axis.next_id)}
         if not ids <= set(axis.ids) or axis.size != change.after:
             raise PlanError(f"axis {key!r} is not as this plan left it; give the axes that apply returned for it")
-        result[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
+        result[key] = torch.tensor([unit for unit, unit_id in enumerate(axis.ids) if unit_id in ids])
     if not result:
         raise PlanError("the plan adds no units; there is nothing to fit")
-    for entries in split_entries(model, axes, result)[1]:
+    _, zero_entries = split_entries(model, axes, result)
+    for entries in zero_entries:
         if bool(entries.of(model.get_parameter(entries.name).detach()).any()):
             raise PlanError(
                 f"axis {entries.axis!r}: {entries.name} already uses its new units; fit them before they learn"
@@ -131,7 +136,7 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 
 
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
-    """Return the entries of new units as (randomly initialised, zero-initialised)."""
+    """Return the entries of new units (axis key → positions) in weights: (randomly initialised, zero-initialised)."""
     drawn, zero = list[Entries](), list[Entries]()
     weights = _weight_names(model)
     for side in (Role.PRODUCES, Role.CONSUMES):
@@ -142,11 +147,12 @@ def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) 
 
 
 def _weight_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of two or more dimensions."""
     return {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
 
 
 def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, Role], bool]) -> list[Entries]:
-    """Return the entries of new units in the tensors that are picked by name and role."""
+    """Return the entries of new units (axis key → positions) in the tensors that ``picks`` accepts by name and role."""
     indices: dict[tuple[str, str, int], tuple[list[int], list[int]]] = {}
     for key, units in new.items():
         is_new = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
@@ -164,8 +170,9 @@ def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, R
 
 
 def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -> None:
-    spreads, usual = spread[list(rows.where)], spread[list(rows.old)].median()
-    factor = torch.where((spreads > 0) & (usual > 0), usual / spreads, 1.0)
+    """Scale a layer's rows of new units to the median ``spread`` (std) of the old ones' outputs, in place."""
+    spreads, median = spread[list(rows.where)], spread[list(rows.old)].median()
+    factor = torch.where((spreads > 0) & (median > 0), median / spreads, 1.0)
     factor *= torch.where(mean[list(rows.where)] < -spreads, -1.0, 1.0)
     path, _, leaf = rows.name.rpartition(".")
     scaled = [rows]
@@ -178,6 +185,7 @@ def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -
 
 
 def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance: Tensor) -> None:
+    """Write the running mean and variance of a batch normalisation's new channels, in place."""
     module, where = model.get_submodule(channels.name.rpartition(".")[0]), list(channels.where)
     for buffer, value in ((module.running_mean, mean), (module.running_var, variance)):
         assert isinstance(buffer, Tensor)
@@ -187,7 +195,7 @@ def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance:
 def _measure(
     model: nn.Module, spots: Sequence[Entries], batches: Sequence[Batch]
 ) -> list[tuple[Entries, Tensor, Tensor]]:
-    """Return mean and variance of the outputs of rows and of the inputs of channels, in the order of execution."""
+    """Return (entries, mean, variance), ``[channels]``, of layers' outputs and batch norms' inputs, as they run."""
     watch = _OutputSums({id(model.get_parameter(spot.name)): spot.name for spot in spots if not spot.is_statistic})
     handles = [
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(

@@ -30,13 +30,14 @@ def max_difference(ours: Answers, theirs: Answers) -> float:
 
 
 def measure_difference(ours: Answers, theirs: Answers) -> Tensor:
-    """Return what :func:`max_difference` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
+    """Return :func:`max_difference` as a tensor on the device, ``[]`` float64: the host does not wait for it."""
     if len(ours) != len(theirs):
         return torch.tensor(inf, dtype=torch.float64)
     return _take_largest([_measure_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)])
 
 
 def _measure_gap(x: Tensor, y: Tensor) -> Tensor:
+    """Return the largest absolute difference of two tensors, ``[]``; infinite if shapes differ or one is NaN."""
     if x.shape != y.shape:
         return torch.tensor(inf, dtype=torch.float64)
     difference = (x - y).abs().masked_fill(x == y, 0.0)  # infinities are equal too
@@ -44,6 +45,7 @@ def _measure_gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _take_largest(numbers: list[Tensor]) -> Tensor:
+    """Return the largest of some scalars, ``[]`` float64, on the device of the first that is not on the CPU; or 0."""
     if not numbers:
         return torch.zeros((), dtype=torch.float64)
     device = next((number.device for number in numbers if number.device.type != "cpu"), torch.device("cpu"))
@@ -52,7 +54,7 @@ def _take_largest(numbers: list[Tensor]) -> Tensor:
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
     """Return the pairs of outputs that both networks have and that are not empty."""
-    both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
+    both = zip(ours, theirs, strict=False)  # max_difference notices another number of outputs
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
 
 
@@ -62,13 +64,13 @@ def max_magnitude(answers: Answers) -> float:
 
 
 def measure_magnitude(answers: Answers) -> Tensor:
-    """Return what :func:`max_magnitude` does as a tensor, so that the host does not wait for it, ``[]`` float64."""
-    sizes = (x.abs() for x in answers if x is not None and x.numel())
-    return _take_largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in sizes])
+    """Return :func:`max_magnitude` as a tensor on the device, ``[]`` float64: the host does not wait for it."""
+    magnitudes = (x.abs() for x in answers if x is not None and x.numel())
+    return _take_largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in magnitudes])
 
 
 def all_true(verdicts: list[Tensor]) -> bool:
-    """Whether all of several verdicts are true; the host waits for the device once."""
+    """Whether all of several verdicts (``[]`` bool) are true; the host waits for the device once."""
     return not verdicts or bool(_take_largest([(~verdict).double() for verdict in verdicts]) == 0)
 
 
@@ -103,7 +105,7 @@ def run_whole_pair(
 
 
 def _widen(model: nn.Module, axes: AxisGraph) -> nn.Module:
-    """Return a copy in float64; norms that take the epsilon of their precision keep that of the model's precision."""
+    """Return a copy in float64; norms without an epsilon keep that of the model's own precision."""
     wide = copy_model(model, lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone())
     for fold in axes.folds:
         path, _, name = fold.epsilon.partition(":")
@@ -118,6 +120,7 @@ def shallow_copy(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor]) -> Answers:
+    """Return a network's outputs, with the given data-dependent ``decisions`` and sort ``orders`` if there are any."""
     outside = preserve_state(model, outside=True)
     with outside, made_in_double(double), CastsToDouble() if double else nullcontext():
         if decisions is not None:
@@ -127,7 +130,10 @@ def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions,
 
 
 def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return a changed network's axes (``unproven``?) after comparing its own forward pass with its recording."""
+    """Compare a changed network's own forward pass with its recording; return the axes, with ``unproven`` set.
+
+    Raises ``PlanError`` if they differ.
+    """
     if not holds_numbers(model, axes.example):
         return replace(axes, unproven="the network or its example has no numbers")
     example = cast_example(axes.example, model)
@@ -136,7 +142,7 @@ def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def record_run(model: nn.Module, example: Example) -> Capture:
-    """Return a recording of a changed network in which data decide which operations run."""
+    """Record one run of a changed network in which data decide what runs; ``PlanError`` if it does not run."""
     try:
         with preserve_state(model, entries=True):
             return capture(model, example, ())
@@ -145,7 +151,7 @@ def record_run(model: nn.Module, example: Example) -> Capture:
 
 
 def check_recording(model: nn.Module, recorded: Capture, example: Example) -> str:
-    """Compare a changed network's own forward pass with its recording; return why that could not be done, or ``""``."""
+    """Raise ``PlanError`` unless a network runs as recorded; return why they could not be compared, else ``""``."""
     try:
         return compare_with_recording(model, recorded, example)
     except Exception as error:

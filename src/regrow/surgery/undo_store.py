@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemovedWeights:
-    """All values that one tensor has had, with a place for every unit that ever existed; ``held``: which are known."""
+    """All values that one tensor has had, with entries for every unit that ever existed; ``held``: which are known."""
 
     values: Tensor
     held: Tensor
@@ -68,11 +68,11 @@ class UndoStore:
     network: str = field(default="", compare=False)
 
     def become(self, other: "UndoStore") -> None:
-        """Take over everything of another store, once a plan was applied."""
+        """Replace all contents of this store by those of another, in place, once a plan was applied."""
         vars(self).update(vars(other))
 
     def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
-        """Split the store for branches that are dropped: each branch with its own part, and the rest."""
+        """Return path → dropped branch with its part of the store, and the store without them; change nothing."""
         parts, rest = {}, self
         for branch in branches:
             inner, rest = rest._without(branch, axes)
@@ -81,6 +81,7 @@ class UndoStore:
         return parts, rest
 
     def _without(self, branch: Branch, axes: AxisGraph) -> "tuple[UndoStore, UndoStore]":
+        """Return the part of the store that lies in a branch, and the rest."""
         stays = axes.without([branch]).axes.keys()
         inner = self.renamed(
             lambda name: name if branch.holds(name) else None, lambda key: None if key in stays else key
@@ -91,7 +92,7 @@ class UndoStore:
         return inner, rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
-        """Return the store after a branch is restored, with the cuts inside it restorable again."""
+        """Return the store once a branch is restored: with the part that the branch held, and without the branch."""
         inner = removed.undo
         return replace(
             self,
@@ -102,7 +103,7 @@ class UndoStore:
         )
 
     def renamed(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
-        """Return the store with other names of tensors and keys of axes, without those that have no new name."""
+        """Return the store with tensors and axes renamed; ``rename`` and ``rekey`` return ``None`` to leave one out."""
 
         def moved(stored: Mapping[str, T], new_name: Callable[[str], str | None]) -> dict[str, T]:
             return {new: value for name, value in stored.items() if (new := new_name(name)) is not None}
@@ -115,10 +116,11 @@ class UndoStore:
         )
 
     def contents(self) -> dict[str, Tensor]:
-        """Return every stored tensor under a unique name, those of dropped branches too; not copied."""
+        """Return unique name → stored tensor, for all, those of dropped branches too; not copied."""
         result = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
         for path, removed in self.branches.items():
-            held = {f"{at}.{name}": t for at, one in removed.modules.items() for name, t in one.state_dict().items()}
+            modules = removed.modules.items()
+            held = {f"{at}.{name}": t for at, module in modules for name, t in module.state_dict().items()}
             held |= removed.undo.contents()
             result |= {f"branch {path} {name}": tensor for name, tensor in held.items()}
         return result
@@ -149,7 +151,7 @@ class UndoStore:
                 )
 
     def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
-        """Return the store with places for the units that were added since."""
+        """Return the store with its tensors enlarged for units added since; ``next_ids``: axis key → ids in all."""
         before = {**next_ids, **self.next_ids}
         weights = {}
         for name, removed in self.weights.items():
@@ -202,7 +204,7 @@ def plan_with_undo(
 def _store(
     stored: RemovedWeights | None, now: Tensor, where: list[Tensor], dims: tuple[Dim, ...], next_ids: Mapping[str, int]
 ) -> RemovedWeights:
-    """Return the stored values of a tensor with copies of its present ones at their places."""
+    """Return the stored values of a tensor (``None``: none yet) with its present ones copied to indices ``where``."""
     if stored is None:
         shape = [size_of(dim, next_ids) for dim in dims]
         stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool))
@@ -214,10 +216,10 @@ def _store(
 def _restore(
     stored: RemovedWeights, made: Tensor, where: list[Tensor], lays: Mapping[int, Layout], reads: bool
 ) -> Tensor:
-    """Return a tensor after a plan with the stored values in restored units.
+    """Return ``made``, a tensor after a plan, with the stored values in restored units.
 
-    Where it consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other
-    was cut.
+    ``where``: its indices in the stored tensor, per dimension; ``lays``: the layouts of its dimensions. Where it
+    consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other was cut.
     """
     held, new = _take_entries(stored.held, where), torch.zeros(made.shape, dtype=torch.bool)
     for dim, lay in lays.items():
@@ -231,9 +233,9 @@ def _restore(
 
 
 def _indices(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:
-    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension."""
-    own = {key for dim in dims for key in axes_in(dim)} & ids.keys()
-    units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in own}
+    """Return the indices of a tensor's entries in its stored tensor, per dimension; ``ids``: axis key → unit ids."""
+    keys = {key for dim in dims for key in axes_in(dim)} & ids.keys()
+    units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in keys}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
@@ -245,7 +247,7 @@ def _take_entries(full: Tensor, where: list[Tensor]) -> Tensor:
 
 
 def _put_entries(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
-    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
+    """Return a stored tensor with the entries at indices ``where``, from dimension ``dim`` on, replaced by ``part``."""
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:

@@ -104,7 +104,7 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
 
 
 def measure_distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
-    """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
+    """Yield each plan with max |masked − cut| / max |masked| of its outputs in float64; ∞ if nothing was compared."""
     for plan in plans:
         check_plan(model, axes, plan)
         masked, shrunk, _ = _Runs(model, axes, plan, axes.example).both(double=True)
@@ -113,7 +113,7 @@ def measure_distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) 
 
 
 class _Runs:
-    """Runs of the network masked and cut by a plan, after the checks that :func:`regrow.apply` makes on a copy."""
+    """Runs of the masked and the cut network, after the checks that :func:`regrow.apply` makes on a copy."""
 
     def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> None:
         self.model, self.axes, self.plan, self.example = model, axes, plan, cast_example(example, model)
@@ -134,7 +134,7 @@ class _Runs:
             self.planned = record_resized(model, there, plan_resizing(model, axes, plan))
 
     def both(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
-        """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
+        """Run both networks (``double``: in float64); return the masked one's outputs, the cut one's, and decisions."""
         model, axes, plan, known = self.model, self.axes, self.plan, self.recorded
         if known is None or self.planned is None:
             taken = None if axes.decisions is None else decisions
@@ -151,7 +151,7 @@ class _Runs:
         return masked.answers, shrunk.answers, None
 
     def check_own_run(self) -> str:
-        """Compare the cut network's own forward pass with its recording; return why that could not be done.
+        """Raise ``PlanError`` unless the cut network runs as recorded; return why that was not compared, or ``""``.
 
         The model itself is cut for that, and restored: a copy may run otherwise.
         """

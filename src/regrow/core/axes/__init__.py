@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 from uuid import uuid4
 
@@ -336,6 +336,7 @@ def _summarize_rows(rows: Sequence[Row]) -> tuple[object, ...]:
 
 def common_block(names: list[str]) -> str:
     """Return the path of the outermost numbered block in which all names lie (``model.layers.7``); empty if none."""
-    shared = commonprefix([name.split(".") for name in names])  # of lists: by their parts
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     numbered = [i for i, part in enumerate(shared) if part.isdigit()]
     return ".".join(shared[: numbered[0] + 1]) if numbered else ""
