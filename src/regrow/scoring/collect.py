@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.objectives import Objective, choose_objective
+from regrow.core.objectives import IGNORED, Objective, choose_objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
@@ -29,7 +29,7 @@ Key = tuple[str, int]  # the name of a source, and the number of a shard
 
 
 class BlockVisits(Protocol):
-    """A network that runs block by block: all batches through one block, then all through the next."""
+    """Interface of a network that runs block by block: all batches through one block, then all through the next."""
 
     def visit(
         self,
@@ -37,18 +37,18 @@ class BlockVisits(Protocol):
         names: Collection[str],
         around: Callable[[int, Mapping[int, str]], AbstractContextManager[object]],
     ) -> None:
-        """Run batches up to the last reader of the weights ``names``, in order, each block in ``around``.
+        """Run batches block by block, up to the last block that reads weights ``names``, each within ``around``.
 
         ``around`` is called with the number of the batch and ``id`` of a loaded weight → its name.
         """
 
     def passes(self, names: Collection[str]) -> int:
-        """Return through how many parts of the network each batch runs, up to the last reader of ``names``."""
+        """Return how many blocks each batch runs through, up to the last one that reads weights ``names``."""
 
 
 @dataclass(frozen=True)
 class CollectionOptions:
-    """How the data run: as a whole or block by block, by which processes, and on from what."""
+    """How the data run in :func:`collect`: whole or block by block, in which processes, and from where on."""
 
     visits: BlockVisits | None = None  # runs a network that does not fit into memory; the sums are the same
     ranks: ProcessRank = SINGLE  # the processes that share the batches and all call `collect`; rank 0 gets the sums
@@ -105,7 +105,7 @@ def collect(
 
 
 class _Collector:
-    """Runs batches through the network and adds their input moments and gradients to given statistics."""
+    """Runs batches through a network and sums their input moments and gradients into statistics."""
 
     def __init__(
         self,
@@ -130,7 +130,10 @@ class _Collector:
         self.losses: list[Tensor] = []
 
     def run_whole(self, left: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
-        """Run all batches of each unfinished shard through the whole network."""
+        """Run all batches of each unfinished shard (``left``) through the whole network; return their sums.
+
+        ``total``: the number of all batches, for the progress.
+        """
         finished = total - sum(len(range(shard, len(source), shards)) for source, shard in left)
         result = {}
         with evaluation_mode(self.model, self.differentiated if self.backward else None):
@@ -160,7 +163,7 @@ class _Collector:
             yield
 
     def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
-        """Run all batches of all unfinished shards through one block after another."""
+        """Run all batches of all unfinished shards (``left``) through one block after another; return their sums."""
         if self.backward:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
         result = {(source.name, shard): Statistics(source.name) for source, shard in left}
@@ -201,19 +204,19 @@ class _Collector:
         return {key: self._settle(sums, key[1]) for key, sums in result.items()}
 
     def _step(self, batch: Batch, statistics: Statistics) -> None:
-        """Run one batch and add its sums to ``statistics``."""
+        """Run one batch and add its sums to ``statistics``, in place."""
         if self.first:
             self.first, self.trunk = False, find_trunk(self.model, batch, self.names)
         moments = self._measure(batch, self.trunk, statistics)
         if self.trunk is not self.model and len(moments) < len(self.watched):
-            # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
+            # The trunk may leave out weights that the whole network uses (an encoder, a head).
             whole = self._measure(batch, self.model, statistics)
             if len(whole) > len(moments):
                 self.trunk, moments = self.model, whole
         statistics.accumulate(Statistics(statistics.source, _count_positions(batch), moments))
 
     def _settle(self, sums: Statistics, shard: int) -> Statistics:
-        """Return the sums of a finished shard on the CPU, moved in one transfer, and check that they are finite."""
+        """Return the sums of a finished shard on the CPU; ``ValueError`` unless all are finite. Calls ``on_done``."""
         moved = iter(to_host([*sums.tensors(), *self.losses]))
         self.losses = []
         statistics = Statistics.assemble(sums.source, sums.header(), moved)
@@ -236,6 +239,7 @@ class _Collector:
         return statistics
 
     def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:
+        """Run one batch through ``network``; return its input moments, and add its gradients to ``statistics``."""
         here, watch = batch.to(self.device), _make_input_sums(self.watched, batch)
         if self.masked:
             masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
@@ -255,7 +259,7 @@ class _Collector:
 
 
 def differentiated_names(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> list[str]:
-    """Return the names of the parameters whose gradients are summed: those that measured axes run through."""
+    """Return the names of the parameters whose gradients are summed: those that the axes ``units`` run through."""
     parameters = dict(model.named_parameters())
     return list(
         dict.fromkeys(
@@ -265,7 +269,7 @@ def differentiated_names(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
 
 
 def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iterator[Statistics]:
-    """Yield the sums of all ``count`` batches on rank 0, in their order; the other ranks send theirs."""
+    """Yield the sums of all ``count`` batches on rank 0, in their order; other ranks send ``parts``, and yield none."""
     if ranks.leads:
         for number in range(count):
             owner = number % ranks.size
@@ -276,15 +280,18 @@ def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iter
 
 
 def _send_statistics(sums: Statistics) -> None:
+    """Send sums to rank 0."""
     send(sums.header(), to_host(sums.tensors()))
 
 
 def _receive_statistics(rank: int) -> Statistics:
+    """Return the sums that another rank sends, without the name of their source."""
     header, values = receive(rank)
     return Statistics.assemble("", header, values)
 
 
 def _make_input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
+    """Return the mode that sums the inputs of watched weights (``id`` → name) on a batch, without padding."""
     return InputSums(watched, count_sequences(batch), visible_positions(batch))
 
 
@@ -304,17 +311,18 @@ def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
 
 
 def count_sequences(batch: Batch) -> int:
-    """Return how many sequences (texts, images) a batch has."""
+    """Return how many sequences (texts, images) a batch has: the length of its first tensor."""
     return next((len(value) for value in _input_tensors(batch) if value.dim()), 1)
 
 
 def _count_positions(batch: Batch) -> int:
-    """Count the labelled positions of a batch; without labels its token ids, or else its sequences."""
+    """Return how many labelled positions a batch has; without labels how many token ids, or else sequences."""
     if batch.labels is not None:
-        return int((batch.labels != -100).sum())
+        return int((batch.labels != IGNORED).sum())
     ids = (value.numel() for value in _input_tensors(batch) if value.dim() == 2 and not value.is_floating_point())
     return next(ids, count_sequences(batch))
 
 
 def _input_tensors(batch: Batch) -> list[Tensor]:
+    """Return the inputs of a batch that are tensors."""
     return [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)]

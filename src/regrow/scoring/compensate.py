@@ -41,7 +41,7 @@ def means(
 
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
-    """Return the weights whose layer has no bias yet and gets one when inputs of theirs are compensated."""
+    """Return the weights that read the axes ``units`` and whose layer gets a bias if their inputs are compensated."""
     held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
     bare = (name for name in names if getattr(_owner_of(model, name), "bias", 0) is None)
@@ -53,7 +53,7 @@ Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
 
 
 def find_holders(model: nn.Module) -> Holders:
-    """Return which modules hold each parameter."""
+    """Return ``id`` of a parameter → (path, module) of each module that holds it."""
     result: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for value in module._parameters.values():
@@ -63,7 +63,7 @@ def find_holders(model: nn.Module) -> Holders:
 
 
 def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
-    """Return the path of another module that holds the same parameter, or ``None`` if there is none.
+    """Return the path of another module that holds the parameter ``name``, too; ``None`` if there is none.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
@@ -76,7 +76,7 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
 
 
 def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
-    """Whether a constant input to a weight can be moved exactly into the bias of its layer.
+    """Whether a constant input to the weight ``name`` can be moved exactly into the bias of its layer.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight", find_holders(net)), takes_constant(net, "1.weight", find_holders(net))
@@ -92,13 +92,13 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
 
 
 def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return the means that can stand in for dropped inputs exactly: name of a weight → ``[channels]``."""
+    """Return name of a weight → mean inputs ``[channels]``, for weights whose bias can absorb these exactly."""
     held = find_holders(model)
     return {name: value.mean for name, value in moments.items() if takes_constant(model, name, held)}
 
 
 def note_uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
-    """Return a note on the weights that read dropped inputs and whose bias cannot absorb their means, if any."""
+    """Return one note naming weights that read dropped inputs whose means no bias can absorb; empty if none."""
     held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept]))
     left_out = [name for name in names if not takes_constant(model, name, held)]
@@ -110,4 +110,5 @@ def note_uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Ite
 
 
 def _owner_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that has the parameter ``name``."""
     return model.get_submodule(name.rpartition(".")[0])

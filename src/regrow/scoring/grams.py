@@ -25,7 +25,7 @@ MAX_BATCH_WINDOWS = 8  # the most windows that should be in a batch of the data
 
 @dataclass
 class Gram:
-    """Sums over the inputs x of a layer, from which a constant c near their mean is subtracted.
+    """Sums of products over the inputs x of a layer, from which a constant c near their mean is subtracted.
 
     Without it, float32 would lose the variance of inputs that hardly vary beside their mean.
     """
@@ -37,18 +37,18 @@ class Gram:
 
     @classmethod
     def empty(cls, width: int, device: torch.device) -> "Gram":
-        """Return sums over no inputs of a layer, of which each has ``width`` values."""
+        """Return sums over no inputs yet of a layer, each of ``width`` values, on a device (MPS: on the CPU)."""
         home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         products = torch.zeros(width, width, dtype=torch.float64, device=home)
         return cls(products, products.new_zeros(width), products.new_zeros(width))
 
     @property
     def mean(self) -> Tensor:
-        """The mean of x, ``[k]`` float64."""
+        """The mean of x, ``[k]`` float64; 0 without inputs."""
         return self.constant + self.total / max(1, self.rows)
 
     def add(self, rows: Tensor) -> None:
-        """Add inputs, ``[rows, k]``."""
+        """Add inputs, ``[rows, k]``, in place."""
         with torch.autocast(rows.device.type, enabled=False):
             for part in rows.split(ROWS_PER_SUM):
                 part = part.double() if part.dtype == torch.float64 else part.float()
@@ -60,7 +60,7 @@ class Gram:
                 self.rows += len(part)
 
     def mean_products(self, *, centre: bool) -> Tensor:
-        """Return the mean of x xᵀ, or (``centre``) of (x − mean) (x − mean)ᵀ, ``[k, k]``; the sums are used up."""
+        """Return the mean of x xᵀ, or (``centre``) of (x − mean) (x − mean)ᵀ, ``[k, k]``; overwrites ``products``."""
         products = self.products
         if self.rows:
             products.addr_(self.total, self.total, alpha=-1 / self.rows).div_(self.rows)
@@ -68,13 +68,13 @@ class Gram:
 
 
 def linear_readers(axes: AxisGraph, units: Sequence[Axis]) -> dict[str, Reader]:
-    """Return name of a weight → how it reads an axis, for linear layers that are its only reader and read no other."""
+    """Return weight name → its reader, for linear layers alone in reading an axis of ``units``, and no other axis."""
     every = readers(axes, units)
-    read, reads = Counter(reader.axis for reader in every), Counter(reader.weight for reader in every)
+    readers_of, axes_of = Counter(reader.axis for reader in every), Counter(reader.weight for reader in every)
     return {
         reader.weight: reader
         for reader in every
-        if read[reader.axis] == reads[reader.weight] == 1
+        if readers_of[reader.axis] == axes_of[reader.weight] == 1
         and len(axes.shapes[reader.weight]) == 2
         and reader.width <= MAX_INPUTS
     }
@@ -87,7 +87,7 @@ def sum_products(
     use: Callable[[str, Gram], None],
     visits: BlockVisits | None = None,
 ) -> None:
-    """Sum the products of the inputs of linear layers, and pass each layer's name and sums on once they are complete.
+    """Sum the products of linear layers' inputs; call ``use`` with each layer's name and sums once they are complete.
 
     ``widths``: name of a layer's weight → its number of inputs. Positions that an ``attention_mask`` hides are left
     out. In memory the batches run in as few passes as the memory for sums allows, without the head if no layer lies in
@@ -152,7 +152,7 @@ def predict_bytes(layers: Sequence[tuple[int, int]], *, together: bool) -> int:
 
 
 def _group_layers(widths: Mapping[str, int]) -> list[list[str]]:
-    """Return the layers in groups whose sums take at most :data:`MAX_SUM_BYTES` bytes; a wider layer is alone."""
+    """Return the layers (name → inputs) in groups whose sums take at most :data:`MAX_SUM_BYTES`; or one by itself."""
     parts: list[list[str]] = [[]]
     for name in widths:
         if parts[-1] and sum(8 * widths[other] ** 2 for other in (*parts[-1], name)) > MAX_SUM_BYTES:
@@ -162,7 +162,7 @@ def _group_layers(widths: Mapping[str, int]) -> list[list[str]]:
 
 
 class _GramFeed(Feed):
-    """Adds the inputs of watched weights on a batch to sums, without padding, and leaves them as they are."""
+    """Adds the inputs of watched weights on a batch to ``sums``, without padding, and leaves the inputs unchanged."""
 
     def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram], batch: Batch) -> None:
         super().__init__(watched)
@@ -170,8 +170,8 @@ class _GramFeed(Feed):
 
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
         rows = value.detach().movedim(dim, -1).reshape(-1, value.shape[dim])
-        if (shown := visible_rows(value, dim, self.batch)) is not None:
-            rows = rows[shown.to(rows.device)]
+        if (visible := visible_rows(value, dim, self.batch)) is not None:
+            rows = rows[visible.to(rows.device)]
         if name not in self.sums:
             self.sums[name] = Gram.empty(rows.shape[1], rows.device)
         self.sums[name].add(rows)

@@ -32,12 +32,7 @@ def wanda_sp(
 
 
 def wifv(
-    weights: Tensors,
-    axes: AxisGraph,
-    statistics: Statistics | None,
-    *,
-    units: Units = None,
-    pool: str = "sum",
+    weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None, pool: str = "sum"
 ) -> Scores:
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
@@ -52,7 +47,7 @@ def wifv(
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j."""
+    """Score units by the output energy of the layers that read them, E[x_j²] · ‖W_j‖₂² per input channel j."""
     reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
     return _make_scores("energy", pool_to_units(channels, reads), statistics)
@@ -103,11 +98,7 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 
 
 def magnitude(
-    weights: Tensors,
-    axes: AxisGraph,
-    statistics: Statistics | None = None,
-    *,
-    units: Units = None,
+    weights: Tensors, axes: AxisGraph, statistics: Statistics | None = None, *, units: Units = None
 ) -> Scores:
     """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp")."""
     values: dict[str, Tensor] = {}
@@ -118,7 +109,7 @@ def magnitude(
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
-    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows."""
+    """Score units by Σ, over the matrices that produce them, of (max W + abs(min W)) of the unit's rows."""
     values = {}
     for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
@@ -132,7 +123,7 @@ def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> S
 
 
 def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
-    """Score units by uniform random numbers, seeded by each axis's key, so the order of axes does not matter."""
+    """Score units by uniform random numbers in [0, 1), seeded per axis by ``seed`` and its key."""
     values = {}
     for axis in scorable_axes(axes, units):
         number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
@@ -151,7 +142,7 @@ class Base:
     prune_outer: bool = True  # whether the first and last blocks are pruned, too
 
     def score(self, weights: Tensors, axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]) -> Scores:
-        """Return scores that are comparable between axes; without statistics, scores by the weights alone."""
+        """Return scores of ``units`` that are comparable between axes; ``statistics=None``: by weights alone."""
         if self.standardised:
             return self.metric(weights, axes, statistics, units=units, pool="standardised")
         return z_scores(self.metric(weights, axes, statistics, units=units))
@@ -168,7 +159,7 @@ BASES: Mapping[str, Base] = {
 
 
 def moments_of(statistics: Statistics, weight: str) -> Moments:
-    """Return the running sums of the inputs of ``weight``; raise ValueError if no batch reached that weight."""
+    """Return the running sums of the inputs of ``weight``; raise ``ValueError`` if no batch reached that weight."""
     if weight not in statistics.moments:
         raise ValueError(
             f"source {statistics.source!r} never reached the weight {weight!r}; give more batches, or leave it out "
@@ -180,8 +171,9 @@ def moments_of(statistics: Statistics, weight: str) -> Moments:
 def pool_to_units(channels: Tensors, reads: Sequence[Reader], pool: str = "sum") -> dict[str, Tensor]:
     """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
 
-    ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's AL-AM): each weight's
-    channels are z-scored among themselves, then averaged, so that units of different layers can be ranked together.
+    ``pool`` is one of two. ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's
+    AL-AM): each weight's channels are z-scored among themselves, then averaged, so that units of different layers can
+    be ranked together.
     """
     parts: dict[str, list[Tensor]] = {}
     for reader in reads:
@@ -202,7 +194,7 @@ def _score_channels(
     form: str,
     factor: Callable[[Moments], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a norm of each input channel of the weights, times a factor from its moments, weight → ``[C]`` float64."""
+    """Return weight → a norm of each input channel (``form`` of ``column_norms``) times ``factor``, ``[C]`` float64."""
     channels: dict[str, Tensor] = {}
     for reader in reads:
         if reader.weight in channels:
@@ -218,6 +210,7 @@ def _score_channels(
 
 
 def _make_scores(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
+    """Return values as scores with the metric's name and what they were measured on; ``ValueError`` if not finite."""
     if statistics is None:
         return _check_finite(Scores(values, f"{name}/weight-only"))
     return _check_finite(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
@@ -226,9 +219,9 @@ def _make_scores(name: str, values: Tensors, statistics: Statistics | None) -> S
 def _check_finite(scores: Scores) -> Scores:
     """Return the scores unchanged, or raise ValueError, with the axis, if one of them is NaN or infinite."""
     for key, values in scores.values.items():
-        if bad := int((~torch.isfinite(values)).sum()):
+        if infinite := int((~torch.isfinite(values)).sum()):
             raise ValueError(
-                f"{scores.metric} of {key!r}: {bad} of {len(values)} scores are not finite; its weights or inputs "
+                f"{scores.metric} of {key!r}: {infinite} of {len(values)} scores are not finite; its weights or inputs "
                 "hold NaN or infinity"
             )
     return scores

@@ -20,7 +20,7 @@ OUTER_BLOCKS = (0.125, 0.0625)
 
 
 def standardise(values: Tensor) -> Tensor:
-    """Return z-scores, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
+    """Return z-scores ``[n]``, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
 
     >>> standardise(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [-1.0, 0.0, 1.0]
@@ -31,7 +31,7 @@ def standardise(values: Tensor) -> Tensor:
 
 
 def percentile(values: Tensor) -> Tensor:
-    """Return each value's percentile rank along the last dimension, (rank + ½) / n; ties share their mean.
+    """Return each value's percentile in (0, 1) along the last dimension, (rank + ½) / n; ties share their mean.
 
     >>> percentile(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist()
     [0.5, 0.125, 0.5, 0.875]
@@ -43,7 +43,7 @@ def percentile(values: Tensor) -> Tensor:
 
 
 def z_scores(scores: Scores) -> Scores:
-    """Return scores made comparable between axes: z-scores within each axis."""
+    """Return scores made comparable between axes, as z-scores within each axis; the metric gains ``/zscore``."""
     values = {key: standardise(value) for key, value in scores.values.items()}
     return replace(scores, values=values, metric=f"{scores.metric}/zscore")
 
@@ -58,7 +58,7 @@ class Space:
 
     @property
     def pooled(self) -> bool:
-        """Whether it consists of axes that are too small to be ranked by themselves."""
+        """Whether it pools axes that are too small to be ranked by themselves."""
         return len(self.keys) > 1 or self.sizes[0] < MIN_RANKED_UNITS
 
     def gather(self, values: Tensors) -> Tensor:
@@ -66,7 +66,7 @@ class Space:
         return torch.cat([values[key] for key in self.keys], dim=-1)
 
     def scatter(self, values: Tensor) -> dict[str, Tensor]:
-        """Split values of all its units, ``[..., n]``, into one tensor per axis: the inverse of :meth:`gather`."""
+        """Split values of all its units, ``[..., n]``, by axis (key → ``[..., size]``): inverse of :meth:`gather`."""
         return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
 
 
@@ -97,7 +97,7 @@ def ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]
 
 
 def select_inner(units: Sequence[Axis]) -> list[Axis]:
-    """Return the axes that lie neither in the first nor in the last blocks of the network (:data:`OUTER_BLOCKS`).
+    """Return the axes of ``units`` that lie neither in the first nor in the last blocks (:data:`OUTER_BLOCKS`).
 
     A block is the first number in a tensor's dotted name. Axes that lie in no block are always returned.
 
@@ -114,13 +114,13 @@ def select_inner(units: Sequence[Axis]) -> list[Axis]:
 
 
 def map_within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply a function (a ranking, a standardisation), ``[..., n]`` → ``[..., n]``, to the units of each space."""
+    """Apply ``each`` (``[..., n]`` → ``[..., n]``, such as a ranking) to all units of each space; axis key → result."""
     return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}
 
 
 @dataclass(frozen=True)
 class RankPercentiles:
-    """The importance rank of every unit on every source, and on every shard of each source."""
+    """Rank percentiles in (0, 1) of every unit within its ranking space, on every source and every shard."""
 
     sources: tuple[str, ...]  # M names
     whole: Tensors  # axis key → ranks by the scores on whole sources, [M, size]
@@ -128,7 +128,7 @@ class RankPercentiles:
 
 
 def rank_units(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> RankPercentiles:
-    """Rank the units of each ranking space by their scores, in (0, 1), for each source and each of its shards.
+    """Return the rank percentiles of the units within each ranking space, for each source and each of its shards.
 
     ``scores``: source → its scores, and the scores of each of its shards; equally many shards each.
     """
@@ -151,7 +151,7 @@ def sensitivity(ranking: RankPercentiles) -> dict[str, Tensor]:
 
 
 def removed_share(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
-    """Return the fraction of flagged units (1 per flag, else 0) among those that are removed; 0 if none is removed.
+    """Return the fraction of flagged units (``flags``: 1, else 0) among those not ``kept``; 0 if none is removed.
 
     >>> removed_share({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
     0.6666666666666666
@@ -177,7 +177,8 @@ def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
         flat = shards.reshape(m * s, n)
         shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(SHUFFLES)]
         null = torch.stack([_variance_components(draw)[2] for draw in shuffled])
-        corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
+        # torch.quantile takes at most 2**24 values.
+        critical = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
         rho = _mean_off_diagonal(torch.corrcoef(whole))
         mixed = torch.corrcoef(flat).reshape(m, s, m, s)
         same = torch.stack([_mean_off_diagonal(mixed[i, :, i, :]) for i in range(m)]).mean()
@@ -189,7 +190,7 @@ def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
                 "units": n,
                 "exceeds": float((ratio > 1).double().mean()),
                 "exceeds_null": float((null > 1).double().mean()),
-                "significant": float((ratio > corner).double().mean()),
+                "significant": float((ratio > critical).double().mean()),
                 "share": float(between.sum() / (between.sum() + noise.sum()).clamp_min(1e-30)),
                 "sigma": float(whole.std(0).median()),
                 "sigma_between": float(between.sqrt().median()),
@@ -203,13 +204,14 @@ def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
 
 
 def _variance_components(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (between, within, F) per unit, of ``[M, S, n]``, S ≥ 2."""
-    s = shards.shape[1]
-    over = s * shards.mean(1).var(0)
-    inside = shards.var(1).mean(0)
-    return ((over - inside) / s).clamp_min(0), inside, over / inside.clamp_min(1e-30)
+    """Return the variances between and within sources, and F, ``[n]`` each, of values ``[sources, shards ≥ 2, n]``."""
+    count = shards.shape[1]
+    between = count * shards.mean(1).var(0)
+    within = shards.var(1).mean(0)
+    return ((between - within) / count).clamp_min(0), within, between / within.clamp_min(1e-30)
 
 
 def _mean_off_diagonal(square: Tensor) -> Tensor:
+    """Return the mean of a square matrix's entries off the diagonal, ``[]``."""
     n = len(square)
     return (square.sum() - square.diagonal().sum()) / (n * (n - 1))

@@ -32,7 +32,7 @@ class Reader:
 
 
 def readers(axes: AxisGraph, units: Iterable[Axis]) -> tuple[Reader, ...]:
-    """Return the weights that read each of some axes; tied weights appear once."""
+    """Return the weights that read each of the axes ``units``, and where; tied weights appear once."""
     sizes = axes.sizes()
     result: dict[tuple[str, Slot], Reader] = {}
     for axis in units:
@@ -44,7 +44,7 @@ def readers(axes: AxisGraph, units: Iterable[Axis]) -> tuple[Reader, ...]:
 
 
 def group_by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
-    """Return name of a weight → the axes that it reads."""
+    """Return name of a weight → its readers, one per axis that it reads."""
     result: dict[str, list[Reader]] = {}
     for reader in reads:
         result.setdefault(reader.weight, []).append(reader)
@@ -52,7 +52,7 @@ def group_by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
 
 
 def scorable_axes(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
-    """Return the axes that some weight reads, of ``units`` or ``axes.units()``; metrics cannot score the others."""
+    """Return those of ``units`` (or ``axes.units()``) that some weight reads; metrics cannot score the others."""
     return tuple(axis for axis in (axes.units() if units is None else units) if axis.consumers())
 
 
@@ -91,6 +91,7 @@ def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "squa
 
 
 def _column_norms(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
+    """Return :func:`column_norms` of a weight that is in float64 as a whole."""
     wide = weight.detach().to(torch.float64, copy=True)  # worked on in place: an embedding's takes gigabytes
     parts = wide.unflatten(0, (groups, -1)) if groups > 1 else wide[None]
     rest = [d for d in range(1, parts.dim()) if d != dim + 1]

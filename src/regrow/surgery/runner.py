@@ -140,7 +140,7 @@ class Runner(Interpreter):
     def run_only(
         self, nodes: Iterable[Node], before: Mapping[Node, object] | None = None, outputs: Sequence[Node] = ()
     ) -> list[object]:
-        """Run some operations, given operands ``before`` (all values are forgotten then); return those of ``outputs``."""
+        """Run operations, given values ``before`` them (all are forgotten then); return the values of ``outputs``."""
         known = set(self.env)
         self.env.update(before or {})
         with torch.no_grad(), made_in_double(self.double):
