@@ -311,8 +311,8 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
         == float(found.operation_regularizer(masks, alpha, ~found.single))
     )
     many = replace(found, single=~every)
-    back = [float(limit_removal(one, masks, 1e9, bare=False).ops[one.bare()].mean()) for one in (found, many)]
-    assert back[0] == 1 > back[1] == float(masks.ops[found.bare()].mean())
+    back = [float(limit_removal(one, masks, 1e9, bare=False).ops[one.weightless()].mean()) for one in (found, many)]
+    assert back[0] == 1 > back[1] == float(masks.ops[found.weightless()].mean())
 
 
 def test_what_is_tied_stands_and_falls_together():

@@ -31,7 +31,7 @@ class Edges:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Edges":
-        """Build the index tables of a network's candidate operations."""
+        """Return the index tables of a network's candidate operations; raise ``ValueError`` if it has none."""
         entries = 0
         rows: list[list[int]] = []
         edge, column = [], []
@@ -60,7 +60,10 @@ class Edges:
 
 
 def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
-    """Return which operations the discrete cell of DARTS keeps: the best of each of the best edges into each node."""
+    """Return which operations a discrete cell keeps, ``[operations]`` bool: the best of each node's best two edges.
+
+    ``share``, ``edge`` and ``node``: of each operation, its softmax weight, edge and node, ``[operations]``.
+    """
     result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():

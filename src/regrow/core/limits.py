@@ -99,23 +99,22 @@ def read_head(path: Path, most: int) -> bytes:
     The byte beyond ``most`` shows that the file is longer. A damaged ``.gz`` and a decompression bomb raise InputError.
     """
     check_regular(path)
-    packed_size = path.stat().st_size if path.suffix == ".gz" else 0
-    is_packed = packed_size > 0  # an empty .gz has nothing to decompress
+    packed_size = path.stat().st_size if path.suffix == ".gz" else 0  # 0: not packed, or nothing to decompress
     allowed = max(_MIB, MAX_GZIP_RATIO * packed_size)  # a short file of one repeated line is no bomb
     parts, total = [], 0
     try:
-        with gzip.open(path) if is_packed else path.open("rb") as file:
+        with gzip.open(path) if packed_size else path.open("rb") as file:
             while total <= most and (part := file.read(min(_MIB, most + 1 - total))):
                 parts.append(part)
                 total += len(part)
-                if is_packed and total > allowed:
+                if packed_size and total > allowed:
                     raise InputError(
                         f"{path} unpacks to more than {MAX_GZIP_RATIO} times its size, unlike any text or image data; "
                         "unpack it yourself if you trust it"
                     )
     except (OSError, EOFError, zlib.error) as error:
-        problem = "is not a whole gzip file" if is_packed else "cannot be read"
-        remedy = "fetch or pack it again" if is_packed else "check its permissions"
+        problem = "is not a whole gzip file" if packed_size else "cannot be read"
+        remedy = "fetch or pack it again" if packed_size else "check its permissions"
         raise InputError(f"{path} {problem} ({reason(error)}); {remedy}") from error
     return b"".join(parts)
 

@@ -156,8 +156,7 @@ MULTI_LABEL = Objective("multi-label", binary_loss, "label accuracy", binary_sco
 REGRESSION = Objective("regression", squared_loss, "negative squared error", squared_score)
 OWN = Objective("own", returned_loss)
 
-_KNOWN = (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
-OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _KNOWN}
+OBJECTIVES: Mapping[str, Objective] = {o.name: o for o in (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)}
 
 
 def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch) -> Objective:

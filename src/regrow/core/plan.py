@@ -57,10 +57,8 @@ class Plan:
         for path, branch in self.drop.items():
             if branch.module != path or path not in branch.placeholders:
                 raise PlanError(f"the plan drops {path} without a placeholder for it")
-            others = (
-                other for other, b in self.drop.items() if other != path and any(map(b.holds, branch.placeholders))
-            )
-            if outer := next(others, ""):
+            outers = (name for name, b in self.drop.items() if name != path and any(map(b.holds, branch.placeholders)))
+            if outer := next(outers, ""):
                 raise PlanError(f"{path} goes with {outer}, which the plan drops too; leave it out")
         if len(set(self.back)) != len(self.back):
             raise PlanError("the plan brings a module back twice")

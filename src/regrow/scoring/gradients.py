@@ -202,7 +202,7 @@ def add_fisher(
     around: AbstractContextManager[object],
     origin: Batch,
 ) -> None:
-    """Run the network on a batch within ``around``; add the masks' squared gradients to ``sums``, axis key → ``[size]``.
+    """Run the network on a batch within ``around``; add squared mask gradients to ``sums``, axis key → ``[size]``.
 
     ``origin`` is the batch before it was moved to the network's device, so that labels are drawn without waiting for
     it.

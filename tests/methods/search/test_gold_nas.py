@@ -107,7 +107,7 @@ def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task,
     context, state = change(search, state, context, drop)
     assert all(set(paths) & set(context.axes.branches) for paths in context.model.needed())
     ops = search.masks(state, context, None, False).ops
-    assert not bool(state.layout.open(ops).any())  # each that is left is the last of its node or of its input
+    assert not bool(state.layout.removable(ops).any())  # each that is left is the last of its node or of its input
     search, state, context = begun(axes, task, target=6000.0, drops_per_epoch=1000, keep_above=1.0)
     whole_size, prices = size(search, state, context), state.layout.prices().tolist()
     prices = dict(zip(state.layout.ops, prices, strict=True))

@@ -72,7 +72,7 @@ def fit_to_budget(search: Search, state: SearchState, context: Context, target: 
         masks = search.masks(state, context)
         relative, levels = None, state.layout.levels
         if masks.over is not None:
-            relative = levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
+            relative = levels.relative(levels.flat(context.parameters()), levels.active(masks.ops, masks.filters))
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(search.masks(state, context), ops=ops, filters=filters)
@@ -109,8 +109,8 @@ def select_lowest(
         below = share <= low
         if size <= target or share > high or not (below or each):
             break
-        together = layout.together(i)
-        if layout.tied[i] == i and all(bool(layout.open(left)[j]) for j in together.nonzero()[:, 0]):
+        together = layout.tied_with(i)
+        if layout.tied[i] == i and all(bool(layout.removable(left)[j]) for j in together.nonzero()[:, 0]):
             less = left.masked_fill(together, 0.0)
             if reachable and commits.least_cost(replace(layout, alive=layout.alive & (less > 0)), space.cuts) > target:
                 continue  # the target will need it

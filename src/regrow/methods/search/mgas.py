@@ -279,4 +279,4 @@ def lift_cheap_operations(state: SearchState, masks: GateMasks, min_cost: float)
     if layout.levels.timed or not min_cost:
         return masks.ops.new_zeros(())
     here = layout.alive & layout.runs & ~layout.single
-    return (masks.ops * here * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()
+    return (masks.ops * here * (min_cost * layout.mean_node_prices() - layout.prices()).clamp_min(0)).sum()

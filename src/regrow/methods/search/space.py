@@ -125,7 +125,7 @@ class SearchState:
 
     def with_zeros(self, mask: Tensor) -> "SearchState":
         """Return the state with another set of weights fixed at 0."""
-        named = self.layout.levels.apart(mask)
+        named = self.layout.levels.unflatten(mask)
         zeros = {name: replace(self.zeros[name], values=values.clone()) for name, values in named.items()}
         return replace(self, zeros={**self.zeros, **zeros}, zero_mask=mask)
 
