@@ -29,7 +29,7 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
 
 
 def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
-    """Return masks that remove less: what is nearest to its threshold is put back while the cost is ``allowed``.
+    """Return masks that remove less: what is nearest to its threshold is put back, up to a cost of ``allowed``.
 
     ``bare``: whether operations without parameters are put back, too.
     """

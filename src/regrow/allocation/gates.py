@@ -94,7 +94,7 @@ class Gates:
         else:
             share = ops[0].sigmoid().index_select(0, self.tied)
             margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _EPS, NEVER)
-            mask_o = step_mask(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
+            mask_o = step_mask(margin_o).masked_fill(self._protected_operations(margin_o.detach()), 1.0)
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
         if filters is None:
@@ -102,7 +102,7 @@ class Gates:
         else:
             share = filters[0].sigmoid()
             margin_f = share - filters[1].index_select(0, self.axis) - _EPS
-            mask_f = step_mask(margin_f).masked_fill(self._fewest(margin_f.detach()), 1.0)
+            mask_f = step_mask(margin_f).masked_fill(self._protected_filters(margin_f.detach()), 1.0)
             scale_f = 2 * share * mask_f
         over = None
         if weights is not None:
@@ -170,7 +170,7 @@ class Gates:
         active, share, count = self.shares(masks, alpha)
         return torch.where(active & among, torch.log1p(count * share), 0.0).sum()
 
-    def _last(self, margin: Tensor) -> Tensor:
+    def _protected_operations(self, margin: Tensor) -> Tensor:
         """Return the best operation of each needed set all below their thresholds, ``[operations]`` bool: it stays."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for ops in self.needed:
@@ -179,7 +179,7 @@ class Gates:
             result.index_put_((best,), result.index_select(0, best) | below)
         return result
 
-    def _fewest(self, margin: Tensor) -> Tensor:
+    def _protected_filters(self, margin: Tensor) -> Tensor:
         """Return the best filters of each axis with too few above their thresholds, ``[filters]`` bool: they stay."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for base, size, least in self.spans:

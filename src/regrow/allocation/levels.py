@@ -337,10 +337,12 @@ class _KeepAbove(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
+        """Return values where ``over_by`` is at least 0, else 0."""
         ctx.save_for_backward(values, over_by)
         return values * (over_by >= 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the dense gradient of the values and the surrogate's of ``over_by``."""
         values, over_by = ctx.saved_tensors
         return gradient, surrogate(over_by).mul_(values).mul_(gradient)

@@ -32,7 +32,7 @@ def spread_times(
     layers: Mapping[str, float],
     rest: float,
 ) -> Prices:
-    """Return measured times (ns) distributed over parameter entries and operations, so that masks can be priced.
+    """Return measured times distributed over parameter entries and operations, so that masks can be priced in time.
 
     ``sums``: path of a sum → paths of its operations; ``ops``, ``layers``: path → its time; ``beside``: path of a sum →
     its time beside its operations; ``rest``: all other time. A module takes its time in proportion to the

@@ -146,7 +146,7 @@ class Prefix(nn.Module):
         """Return logits ``[N, classes]`` of the classifier behind the last part."""
         return cast(Staged, self.net).upto(x, self.last)
 
-    def many(self) -> int:
+    def count_parameters(self) -> int:
         """Return the number of parameters (entries) of the parts that run."""
         net = cast(Staged, self.net)
         return sum(p.numel() for name, p in self.net.named_parameters() if net.within(name, self.last))

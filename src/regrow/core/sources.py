@@ -55,7 +55,7 @@ class Batch:
         return replace(self, args=args, kwargs=kwargs, labels=labels)
 
     def run(self, model: Callable[..., Any]) -> Any:
-        """Return what a network gives for the inputs.
+        """Run a network on the inputs and return its output.
 
         Args:
             model: The network, or a part of it that takes the same inputs.

@@ -115,11 +115,11 @@ class ExamplesView:
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
         """Yield all examples in batches, as :meth:`Examples.batches`."""
-        return map(self._changed, self.base.batches(size if self.most is None else min(size, self.most), seed))
+        return map(self._apply_change, self.base.batches(size if self.most is None else min(size, self.most), seed))
 
     def take(self, indices: Tensor) -> Examples:
         """Return the examples at some positions, in memory, with their changed inputs."""
-        return self._changed(self.base.take(indices))
+        return self._apply_change(self.base.take(indices))
 
     def subset(self, indices: Tensor) -> "ExamplesView":
         """Return the examples at some positions as a view with the same changes."""
@@ -129,7 +129,7 @@ class ExamplesView:
         """Return the labels of all examples; ``None`` if the examples would have to be read for that."""
         return self.base.labels_of()
 
-    def _changed(self, examples: Examples) -> Examples:
+    def _apply_change(self, examples: Examples) -> Examples:
         """Return examples with their inputs changed by ``change``."""
         return examples if self.change is None else Examples(self.change(examples.inputs), examples.labels)
 

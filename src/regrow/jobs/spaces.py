@@ -172,7 +172,7 @@ def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix],
     def peak(first: int, last: int) -> int:
         plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
-            many = prefix(first, last).many()
+            many = prefix(first, last).count_parameters()
         return _add_masks(masked, plain, many)
 
     return peak
@@ -183,7 +183,7 @@ def predict_stage(search: Search, state: SearchState, context: Context, batch: B
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
-    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.many()) + cut_bytes
+    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.count_parameters()) + cut_bytes
 
 
 def _step() -> Callable[[nn.Module, Batch], Any]:

@@ -144,7 +144,7 @@ class _Collector:
                 for _ in self._add_batches(batches, sums):
                     finished += 1
                     self.run.progress(finished, total, f"measuring {source.name}")
-                result[source.name, shard] = self._settle(sums, shard)
+                result[source.name, shard] = self._finish_shard(sums, shard)
         return result
 
     def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
@@ -201,7 +201,7 @@ class _Collector:
         visits.visit([batch for _, batch in mine], names, around)
         if ranks.several:
             add_parts()
-        return {key: self._settle(sums, key[1]) for key, sums in result.items()}
+        return {key: self._finish_shard(sums, key[1]) for key, sums in result.items()}
 
     def _step(self, batch: Batch, statistics: Statistics) -> None:
         """Run one batch and add its sums to ``statistics``, in place."""
@@ -215,7 +215,7 @@ class _Collector:
                 self.trunk, moments = self.model, whole
         statistics.accumulate(Statistics(statistics.source, _count_positions(batch), moments))
 
-    def _settle(self, sums: Statistics, shard: int) -> Statistics:
+    def _finish_shard(self, sums: Statistics, shard: int) -> Statistics:
         """Return the sums of a finished shard on the CPU; ``ValueError`` unless all are finite. Calls ``on_done``."""
         moved = iter(to_host([*sums.tensors(), *self.losses]))
         self.losses = []

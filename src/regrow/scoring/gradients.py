@@ -123,7 +123,7 @@ class MaskGradients(Feed):
         self.partial: dict[str, Tensor] = {}
         self.waiting: Counter[str] = Counter()
 
-    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+    def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
         """Return the same input as a new tensor, whose gradient is that of this use alone and is summed by a hook."""
         if not torch.is_grad_enabled() or not value.is_floating_point():
             return value
@@ -132,7 +132,7 @@ class MaskGradients(Feed):
         use.register_hook(partial(self._add, name, value.detach(), dim))
         return use
 
-    def weighed(self, name: str, weight: Tensor) -> Tensor:
+    def replace_weight(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight times a mask of ones for its inputs, whose gradient (of the whole batch) a hook sums."""
         if not torch.is_grad_enabled():
             return weight

@@ -168,7 +168,8 @@ class _GramFeed(Feed):
         super().__init__(watched)
         self.sums, self.batch = sums, batch
 
-    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+    def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """Add an input of the weight ``name`` to its sums, and return it unchanged."""
         rows = value.detach().movedim(dim, -1).reshape(-1, value.shape[dim])
         if (visible := visible_rows(value, dim, self.batch)) is not None:
             rows = rows[visible.to(rows.device)]

@@ -134,28 +134,28 @@ class Feed(TorchFunctionMode, ABC):
         self.watched = watched
 
     @abstractmethod
-    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+    def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
         """Return the input to use instead of ``value``, which the weight ``name`` contracts in dimension ``dim``."""
 
-    def weighed(self, name: str, weight: Tensor) -> Tensor:
+    def replace_weight(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight to use inside a recurrent layer, whose inputs cannot be replaced; ``ValueError`` here."""
         raise ValueError(f"{name!r} is read inside a recurrent layer, where its input cannot be exchanged")
 
-    def _weighed(self, tensor: Tensor) -> Tensor:
-        """Return what replaces a tensor inside a recurrent layer: :meth:`weighed` of a watched weight, or itself."""
+    def _replace_watched(self, tensor: Tensor) -> Tensor:
+        """Return :meth:`replace_weight` of a tensor that is a watched weight; any other tensor itself."""
         name = self.watched.get(id(tensor))
-        return tensor if name is None else self.weighed(name, tensor)
+        return tensor if name is None else self.replace_weight(name, tensor)
 
     def __torch_function__(self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Replace the input if a watched weight is contracted, then call the function."""
         kwargs = kwargs or {}
         if func in RECURRENT:
-            args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, self._replace_watched, (args, kwargs))
         if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
             name, value, dim = read
-            fed = self.fed(name, value, dim)
-            args = tuple(fed if arg is value else arg for arg in args)
-            kwargs = {key: fed if arg is value else arg for key, arg in kwargs.items()}
+            new = self.replace_input(name, value, dim)
+            args = tuple(new if arg is value else arg for arg in args)
+            kwargs = {key: new if arg is value else arg for key, arg in kwargs.items()}
         return func(*args, **kwargs)
 
 

@@ -78,13 +78,13 @@ def apply(
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check_plan(model, axes, plan)
     if plan.insert:
-        with with_inserted_blocks(model, axes, plan, optimizers, undo) as (left, rest, kept):
-            return apply(model, left, rest, undo=kept)
+        with with_inserted_blocks(model, axes, plan, optimizers, undo) as (new_axes, rest, kept):
+            return apply(model, new_axes, rest, undo=kept)
     if plan.back:
         return restore_branches(model, axes, plan, optimizers, undo)
     if plan.drop:
-        with without_branches(model, axes, plan, optimizers, undo) as (left, rest, kept):
-            return apply(model, check_own_run(model, left), rest, optimizers=optimizers, undo=kept)
+        with without_branches(model, axes, plan, optimizers, undo) as (new_axes, rest, kept):
+            return apply(model, check_own_run(model, new_axes), rest, optimizers=optimizers, undo=kept)
     if undo is None and (lost := next((key for key, change in plan.changes.items() if change.restore), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no undo store; give the one that was there when they "

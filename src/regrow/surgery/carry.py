@@ -116,7 +116,9 @@ def commit(
                 f"{exchange.name} has a gradient hook, which does not follow a change of shape; remove it "
                 "(handle.remove()) and register it again on the new parameter"
             )
-    remember = follow_plan(optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes])
+    remember = prepare_optimizers(
+        optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes]
+    )
     before = Snapshot(model)
     try:
         write(model, axes, ready)
@@ -124,10 +126,10 @@ def commit(
     except BaseException:
         before.restore()
         raise
-    remember(dict(model.named_parameters()))
+    write_state(dict(model.named_parameters()))
     release_pages(exchange.old for exchange in exchanged)
     if undo is not None and ready.undo is not None:
-        undo.become(replace(ready.undo, network=after.network))
+        undo.replace_contents(replace(ready.undo, network=after.network))
     return model, after
 
 
@@ -213,7 +215,7 @@ class Exchange:
     lays: Mapping[int, Layout]
 
 
-def follow_plan(
+def prepare_optimizers(
     optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
     """Compute the optimisers' state after a plan; return a function that writes it, given name → new parameter.

@@ -61,7 +61,7 @@ class PlannedTensors:
         if tensor is not None and self.lays(name):
             tensor = resize(name, tensor, self.lays(name), self._roles.get(name, {}), self._seed, exact)
         if weight := self.biases.get(name):
-            tensor = self.compensated(weight, tensor, exact)
+            tensor = self.compensated_bias(weight, tensor, exact)
         assert tensor is not None
         tensor = as_double(tensor) if exact else tensor
         if self._is_rescaled(name):
@@ -70,7 +70,7 @@ class PlannedTensors:
             tensor = ((tensor.double() + fold.plus) * factor - fold.plus).to(tensor.dtype)
         return tensor
 
-    def compensated(self, weight: str, bias: Tensor | None, exact: bool = False) -> Tensor:
+    def compensated_bias(self, weight: str, bias: Tensor | None, exact: bool = False) -> Tensor:
         """Return a layer's bias with the means of its dropped inputs: b′ = b + Σ_dropped W[:, i] · E[x_i].
 
         ``bias`` is b after the plan; ``None``: b is the layer's own.

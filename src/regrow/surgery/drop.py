@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
 from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import Exchange, apply_unchecked, follow_plan
+from regrow.surgery.carry import Exchange, apply_unchecked, prepare_optimizers
 from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
@@ -73,24 +73,24 @@ def without_branches(
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
-    left = _drop_branches(model, axes, removed)
-    rest = {key: replace(change, slots=left[key].slots) for key, change in plan.changes.items() if key in left.axes}
+    new_axes = _drop_branches(model, axes, removed)
+    changes = {key: replace(c, slots=new_axes[key].slots) for key, c in plan.changes.items() if key in new_axes.axes}
     named = model.named_parameters()
     lost = [Exchange(name, old, {}) for name, old in named if any(branch.holds(name) for branch in removed)]
-    forget = follow_plan(optimizers, lost)
-    stowed, kept = undo.parted(removed, axes) if undo is not None else ({}, None)
+    write_state = prepare_optimizers(optimizers, lost)
+    dropped, kept = undo.split_off(removed, axes) if undo is not None else ({}, None)
     modules = insert_placeholders(model, _placeholders(removed))
     try:
-        yield left, Plan(rest, plan.means, plan.origin), kept
+        yield new_axes, Plan(changes, plan.means, plan.origin), kept
     except BaseException:
         set_modules(model, modules)
         raise
-    forget({})
+    write_state({})  # no parameter replaces those of the branches
     if undo is not None and kept is not None:
         branches = dict(kept.branches)
-        for path, branch in stowed.items():
+        for path, branch in dropped.items():
             branches[path] = replace(branch, modules={at: modules[at] for at in branch.branch.placeholders})
-        undo.become(replace(kept, branches=branches, network=kept.network or axes.network))
+        undo.replace_contents(replace(kept, branches=branches, network=kept.network or axes.network))
 
 
 def restore_branches(
@@ -110,12 +110,12 @@ def restore_branches(
             "no optimiser can follow a branch that comes back, for no group of it is known; apply the plan without, "
             "then give the optimiser its parameters (add_param_group)"
         )
-    left, again = axes, undo
+    new_axes, new_undo = axes, undo
     modules: dict[str, nn.Module] = {}
     for path in plan.back:
         _check_dropped(model, undo.branches[path].branch)
-        removed = _replay_cuts(undo.branches[path], left)
-        left, again = _rejoin_axes(removed.axes, removed.branch, left), again.rejoined(removed)
+        removed = _replay_cuts(undo.branches[path], new_axes)
+        new_axes, new_undo = _rejoin_axes(removed.axes, removed.branch, new_axes), new_undo.rejoin(removed)
         modules |= removed.modules
     placeholders = {path: model.get_submodule(path) for path in modules}
     like = next(model.parameters())
@@ -125,14 +125,15 @@ def restore_branches(
     try:
         bare, mode = meta_copy(model, {})
         example = fake_example(cast_example(axes.example, model), mode)
-        left = check_own_run(model, _update_axes(bare, example, capture(bare, example, tracer=left.tracer), left))
+        recorded = capture(bare, example, tracer=new_axes.tracer)
+        new_axes = check_own_run(model, _update_axes(bare, example, recorded, new_axes))
     except BaseException as error:
         set_modules(model, placeholders)
         if isinstance(error, TraceError):
             raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
         raise
-    undo.become(again)
-    return model, left
+    undo.replace_contents(new_undo)
+    return model, new_axes
 
 
 def _placeholders(branches: Iterable[Branch]) -> dict[str, Placeholder]:
@@ -229,8 +230,9 @@ def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: Axi
     home = {slot: axis for axis in fresh for slot in axis.slots}
     parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
     now = {key: _match_axis(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
-    known = {part: key for key, one in now.items() if one is not None for part in parts[key]}
-    looked = any(one.gives != "nothing" for one in axes.branches.values())
+    known = {part: key for key, axis in now.items() if axis is not None for part in parts[key]}
+    # Candidates' operations alone give nothing: other branches are there if with_branches has looked for them.
+    has_branches = any(branch.gives != "nothing" for branch in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}
     names = Names({number: known[key] for number, key in names.keys.items() if key in known})
     return replace(
@@ -244,7 +246,7 @@ def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: Axi
         caches=caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=(branches(bare, recorded, axes.example) if looked else {}) | candidate_branches(bare),
+        branches=(branches(bare, recorded, axes.example) if has_branches else {}) | candidate_branches(bare),
     )
 
 

@@ -50,7 +50,8 @@ class _GateFeed(Feed):
         self.reads, self.gates, self.fills = reads, gates, fills
         self.channel_gates: dict[tuple[str, int], Tensor] = {}
 
-    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+    def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """Return an input of the weight ``name``, gated along dimension ``dim``."""
         shape = [-1, *[1] * (-dim - 1)]
         gate = self._channels(name, value.shape[dim]).to(value).view(shape)
         if name not in self.fills:
@@ -58,7 +59,7 @@ class _GateFeed(Feed):
         fill = self.fills[name].to(value).view(shape)
         return value * gate + fill * (1 - gate)
 
-    def weighed(self, name: str, weight: Tensor) -> Tensor:
+    def replace_weight(self, name: str, weight: Tensor) -> Tensor:
         """Return a recurrent weight with its columns gated, which is the same as gating its inputs."""
         if name in self.fills:
             raise ValueError(f"{name!r} is read inside a recurrent layer, where no mean stands in for an input")

@@ -65,14 +65,14 @@ def with_inserted_blocks(
             raise
         except Exception as error:
             raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
-        kept = None if undo is None else undo.renamed(rename, keys.get)
+        kept = None if undo is None else undo.rename(rename, keys.get)
         yield new_axes, Plan(_map_changes(new_axes, plan, keys, model), origin=plan.origin), kept
     except BaseException:
         for path in reversed(inserted):
             remove_copies(model, path, plan.insert[path])
         raise
     if undo is not None and kept is not None:
-        undo.become(kept)
+        undo.replace_contents(kept)
 
 
 def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Insertion]) -> None:

@@ -67,31 +67,29 @@ class UndoStore:
     branches: Mapping[str, RemovedBranch] = field(default_factory=dict)
     network: str = field(default="", compare=False)
 
-    def become(self, other: "UndoStore") -> None:
+    def replace_contents(self, other: "UndoStore") -> None:
         """Replace all contents of this store by those of another, in place, once a plan was applied."""
         vars(self).update(vars(other))
 
-    def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
+    def split_off(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
         """Return path → dropped branch with its part of the store, and the store without them; change nothing."""
         parts, rest = {}, self
         for branch in branches:
-            inner, rest = rest._without(branch, axes)
+            inner, rest = rest._split(branch, axes)
             # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
             parts[branch.module] = RemovedBranch(branch, axes, replace(inner, branches={}))
         return parts, rest
 
-    def _without(self, branch: Branch, axes: AxisGraph) -> "tuple[UndoStore, UndoStore]":
+    def _split(self, branch: Branch, axes: AxisGraph) -> "tuple[UndoStore, UndoStore]":
         """Return the part of the store that lies in a branch, and the rest."""
         stays = axes.without([branch]).axes.keys()
-        inner = self.renamed(
+        inner = self.rename(
             lambda name: name if branch.holds(name) else None, lambda key: None if key in stays else key
         )
-        rest = self.renamed(
-            lambda name: None if branch.holds(name) else name, lambda key: key if key in stays else None
-        )
+        rest = self.rename(lambda name: None if branch.holds(name) else name, lambda key: key if key in stays else None)
         return inner, rest
 
-    def rejoined(self, removed: RemovedBranch) -> "UndoStore":
+    def rejoin(self, removed: RemovedBranch) -> "UndoStore":
         """Return the store once a branch is restored: with the part that the branch held, and without the branch."""
         inner = removed.undo
         return replace(
@@ -102,7 +100,7 @@ class UndoStore:
             branches={path: branch for path, branch in self.branches.items() if path != removed.branch.module},
         )
 
-    def renamed(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
+    def rename(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
         """Return the store with tensors and axes renamed; ``rename`` and ``rekey`` return ``None`` to leave one out."""
 
         def moved(stored: Mapping[str, T], new_name: Callable[[str], str | None]) -> dict[str, T]:
@@ -150,7 +148,7 @@ class UndoStore:
                     "rewrote weights that stayed; add a new unit: Plan.growing"
                 )
 
-    def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
+    def enlarge(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
         """Return the store with its tensors enlarged for units added since; ``next_ids``: axis key → ids in all."""
         before = {**next_ids, **self.next_ids}
         weights = {}
@@ -180,7 +178,7 @@ def plan_with_undo(
     undo.check(axes, plan)
     next_ids, new_ids = next_ids_after(axes, plan), ids_after(axes, plan)
     old_ids = {axis.key: axis.ids for axis in axes}
-    undo = undo.enlarged(axes, next_ids)
+    undo = undo.enlarge(axes, next_ids)
     result, weights, state = dict(values), dict(undo.weights), state_of(tensors.model)
     moves = any(change.dropped or change.restore for change in plan.changes.values())
     restores = any(change.restore for change in plan.changes.values())

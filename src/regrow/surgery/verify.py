@@ -86,8 +86,8 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     """
     check_plan(model, axes, plan)
     runs = _Runs(model, axes, plan, example or axes.example)
-    exact_masked, exact_shrunk, decisions = runs.both(double=True)
-    masked, shrunk, _ = runs.both(double=False, decisions=decisions)
+    exact_masked, exact_shrunk, decisions = runs.run_pair(double=True)
+    masked, shrunk, _ = runs.run_pair(double=False, decisions=decisions)
     difference, largest = max_difference(exact_masked, exact_shrunk), max_magnitude(exact_masked)
     rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.shape == b.shape]
     positions = sum(a[..., 0].numel() if a.dim() else 1 for a, _ in rows)
@@ -107,7 +107,7 @@ def measure_distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) 
     """Yield each plan with max |masked − cut| / max |masked| of its outputs in float64; ∞ if nothing was compared."""
     for plan in plans:
         check_plan(model, axes, plan)
-        masked, shrunk, _ = _Runs(model, axes, plan, axes.example).both(double=True)
+        masked, shrunk, _ = _Runs(model, axes, plan, axes.example).run_pair(double=True)
         compared = bool(common_outputs(masked, shrunk))
         yield plan, max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
 
@@ -133,7 +133,7 @@ class _Runs:
             there = replace(axes, example=self.example)
             self.planned = record_resized(model, there, plan_resizing(model, axes, plan))
 
-    def both(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
+    def run_pair(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
         """Run both networks (``double``: in float64); return the masked one's outputs, the cut one's, and decisions."""
         model, axes, plan, known = self.model, self.axes, self.plan, self.recorded
         if known is None or self.planned is None:
