@@ -116,9 +116,8 @@ def commit(
                 f"{exchange.name} has a gradient hook, which does not follow a change of shape; remove it "
                 "(handle.remove()) and register it again on the new parameter"
             )
-    remember = prepare_optimizers(
-        optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes]
-    )
+    added = [name for name in ready.values if name not in axes.shapes]
+    write_state = prepare_optimizers(optimizers, exchanged, added)
     before = Snapshot(model)
     try:
         write(model, axes, ready)
