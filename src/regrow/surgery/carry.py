@@ -109,7 +109,7 @@ def commit(
     """
     parameters = dict(model.named_parameters())
     replaced = {name: parameters[name] for name in ready.values if name in parameters}
-    exchanged = [Exchange(name, old, ready.tensors.lays(name)) for name, old in replaced.items()]
+    exchanged = [Exchange(name, old, ready.tensors.layouts(name)) for name, old in replaced.items()]
     for exchange in exchanged:
         if exchange.old._backward_hooks or exchange.old._post_accumulate_grad_hooks:
             raise PlanError(
@@ -145,7 +145,7 @@ def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
             elif old is None:  # a bias that compensates; it trains if the weight beside it does
                 new_tensors[first] = nn.Parameter(value, requires_grad=module.get_parameter("weight").requires_grad)
             else:
-                new_tensors[first] = _make_successor(old, value, ready.tensors.lays(name))
+                new_tensors[first] = _make_successor(old, value, ready.tensors.layouts(name))
         setattr(module, leaf, new_tensors[first])  # as a user would: modules that keep lists of their weights notice
     for attribute, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
         path, name = attribute.split(":")
@@ -155,13 +155,13 @@ def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
     _recompute_weights(model)
 
 
-def _make_successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
+def _make_successor(old: nn.Parameter, value: Tensor, layouts: Mapping[int, Layout]) -> nn.Parameter:
     """Return the new parameter that replaces an old one: with its memory format, attributes and gradient (0 if new)."""
     new = nn.Parameter(_match_format(value, old), requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     if old.grad is not None:
         with torch.no_grad():
-            new.grad = _match_format(resize_moment(old.grad, lays, mean=False).to(new), old.grad)
+            new.grad = _match_format(resize_moment(old.grad, layouts, mean=False).to(new), old.grad)
     return new
 
 
@@ -182,7 +182,7 @@ def _axes_after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
 
     def changed(axis: Axis) -> Axis:
         key = axis.key
-        slots = [*slots_after(axis, axes, ready.tensors.lays, ready.sizes)]
+        slots = [*slots_after(axis, axes, ready.tensors.layouts, ready.sizes)]
         for name, (dim,) in added.items():
             slots += slots_in(name, 0, Role.SHIFTS, dim, key, ready.sizes)
         return replace(axis, size=ready.sizes[key], slots=tuple(slots), ids=ids[key], next_id=next_ids[key])
@@ -211,7 +211,7 @@ class Exchange:
 
     name: str
     old: nn.Parameter
-    lays: Mapping[int, Layout]
+    layouts: Mapping[int, Layout]
 
 
 def prepare_optimizers(
@@ -265,7 +265,7 @@ def _resize_state(key: str, value: object, exchange: Exchange) -> object:
             "shape; make a new optimiser after the change"
         )
     with torch.no_grad():
-        return resize_moment(value, exchange.lays, mean=key in SECOND_MOMENTS)
+        return resize_moment(value, exchange.layouts, mean=key in SECOND_MOMENTS)
 
 
 def _recompute_weights(model: nn.Module) -> None:

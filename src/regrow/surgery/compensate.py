@@ -27,7 +27,7 @@ class PlannedTensors:
         self._folds = {
             fold.weight: (fold, divisor_size(fold, self._before), divisor_size(fold, self.sizes)) for fold in axes.folds
         }
-        self._lays: dict[str, dict[int, Layout]] = {}
+        self._layouts: dict[str, dict[int, Layout]] = {}
         self._roles: dict[str, dict[int, set[Role]]] = {}
         for slot in (slot for key in plan.changes for slot in axes[key].slots):
             self._roles.setdefault(slot.name, {}).setdefault(slot.dim, set()).add(slot.role)
@@ -40,26 +40,27 @@ class PlannedTensors:
         """Whether the plan rewrites entries that stay: adds means to a bias, or changes a divisor."""
         return bool(self.biases) or any(map(self._is_rescaled, self._folds))
 
-    def lays(self, name: str) -> dict[int, Layout]:
+    def layouts(self, name: str) -> dict[int, Layout]:
         """Return dimension → the layout of its entries after the plan, for the dimensions of a tensor that change."""
-        if name not in self._lays:
-            self._lays[name] = lay_out_dims(self.axes.shapes.get(name, ()), self._before, self.units)
-        return self._lays[name]
+        if name not in self._layouts:
+            self._layouts[name] = lay_out_dims(self.axes.shapes.get(name, ()), self._before, self.units)
+        return self._layouts[name]
 
     def changes(self, name: str) -> bool:
         """Whether the plan changes the tensor ``name``, or adds it."""
-        return bool(self.lays(name)) or name in self.biases or self._is_rescaled(name)
+        return bool(self.layouts(name)) or name in self.biases or self._is_rescaled(name)
 
     def computes(self, name: str) -> bool:
         """Whether entries of the tensor ``name`` may be computed (folded, compensated, new) rather than selected."""
-        return name in self._folds or name in self.biases or any(bool(x.is_new.any()) for x in self.lays(name).values())
+        has_new = any(bool(layout.is_new.any()) for layout in self.layouts(name).values())
+        return has_new or name in self._folds or name in self.biases
 
     def load(self, name: str, exact: bool = False) -> Tensor:
         """Return the tensor ``name`` after the plan: as the network will hold it, or (``exact``) unrounded float64."""
         tensor = select_state(self.model, [name]).get(name)  # none of a bias that compensation adds
         tensor = None if tensor is None else tensor.detach()
-        if tensor is not None and self.lays(name):
-            tensor = resize(name, tensor, self.lays(name), self._roles.get(name, {}), self._seed, exact)
+        if tensor is not None and self.layouts(name):
+            tensor = resize(name, tensor, self.layouts(name), self._roles.get(name, {}), self._seed, exact)
         if weight := self.biases.get(name):
             tensor = self.compensated_bias(weight, tensor, exact)
         assert tensor is not None
@@ -82,8 +83,8 @@ class PlannedTensors:
         columns = matrix.index_select(dim, positions).double().movedim(dim, 0)
         lost = torch.einsum("i...,i->...", columns, constants)
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
-        for other, lay in self.lays(weight).items():
-            lost = lost if other == dim else lost.index_select(0, lay.source.to(lost.device))
+        for other, layout in self.layouts(weight).items():
+            lost = lost if other == dim else lost.index_select(0, layout.source.to(lost.device))
         bias = own_bias if bias is None else bias
         new_bias = lost if bias is None else bias.detach().double() + lost
         return new_bias if exact else new_bias.to(matrix.dtype)
@@ -106,8 +107,8 @@ class PlannedTensors:
                     f"means are given for {name}, which {sharing or 'the model'} holds too and would read without "
                     "them; leave them out"
                 )
-            lay, inputs = self.lays(name).get(dim), self.model.get_parameter(name).shape[dim]
-            if lay is None or bool(torch.isin(torch.tensor(list(row)), lay.kept).any()) or max(row) >= inputs:
+            layout, inputs = self.layouts(name).get(dim), self.model.get_parameter(name).shape[dim]
+            if layout is None or bool(torch.isin(torch.tensor(list(row)), layout.kept).any()) or max(row) >= inputs:
                 raise PlanError(f"the plan gives means for inputs of {name} that it does not drop")
 
     def _is_rescaled(self, name: str) -> bool:

@@ -52,8 +52,8 @@ def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     sizes = axes.sizes()
     used = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
     units = {k: units_after(change, axes[k]) for k, change in plan.changes.items() if k in used and not change.idle}
-    lays = {name: lay_out_dims(dims, sizes, units) for name, dims in axes.shapes.items()}
-    return {name: pieces for name, pieces in lays.items() if pieces}
+    layouts = {name: lay_out_dims(dims, sizes, units) for name, dims in axes.shapes.items()}
+    return {name: pieces for name, pieces in layouts.items() if pieces}
 
 
 def lay_out_dims(dims: Sequence[Dim], sizes: Mapping[str, int], units: Mapping[str, Layout]) -> dict[int, Layout]:
@@ -155,21 +155,21 @@ def next_ids_after(axes: AxisGraph, plan: Plan) -> dict[str, int]:
 
 
 def slots_after(
-    axis: Axis, axes: AxisGraph, lays: Callable[[str], Mapping[int, Layout]], sizes: Mapping[str, int]
+    axis: Axis, axes: AxisGraph, layouts: Callable[[str], Mapping[int, Layout]], sizes: Mapping[str, int]
 ) -> tuple[Slot, ...]:
     """Return the slots of an axis after a plan, without those of which nothing is left.
 
-    ``lays``: tensor name → dimension → its layout, where it changes; ``sizes``: of all axes after the plan.
+    ``layouts``: tensor name → dimension → its layout, where it changes; ``sizes``: of all axes after the plan.
     """
     result: dict[Slot, None] = {}
     for slot in axis.slots:
-        lay = lays(slot.name).get(slot.dim)
-        if lay is None:
+        layout = layouts(slot.name).get(slot.dim)
+        if layout is None:
             result[slot] = None
         elif axis.free:
             dim = axes.shapes[slot.name][slot.dim]
             result |= dict.fromkeys(slots_in(slot.name, slot.dim, slot.role, dim, axis.key, sizes))
-        elif (moved := _move_frozen_slot(slot, lay, axis.size)) is not None:
+        elif (moved := _move_frozen_slot(slot, layout, axis.size)) is not None:
             result[moved] = None
     return tuple(result)
 
@@ -183,9 +183,9 @@ def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mappi
             yield Slot(name, index, outer, stride, inner, offset + before, role)
 
 
-def _move_frozen_slot(slot: Slot, lay: Layout, size: int) -> Slot | None:
+def _move_frozen_slot(slot: Slot, layout: Layout, size: int) -> Slot | None:
     """Return a slot of a frozen axis after a plan, derived from its first unit's entries; ``None`` if those are cut."""
-    first = torch.isin(lay.source, slot.positions(size)[0]).nonzero().flatten()
+    first = torch.isin(layout.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
         return None
     gaps = (torch.diff(first) != 1).nonzero().flatten()
@@ -200,7 +200,7 @@ Roles = Mapping[int, Collection[Role]]
 
 
 def resize(
-    name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
+    name: str, tensor: Tensor, layouts: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
 ) -> Tensor:
     """Return a tensor after a plan, cut and widened, in new storage; ``exact``: in float64.
 
@@ -209,25 +209,25 @@ def resize(
     ``inward``, weights that consume them by ``outward``, so that the network's outputs do not change.
     """
     old = tensor.flatten()
-    for dim, lay in lays.items():
-        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+    for dim, layout in layouts.items():
+        tensor = tensor.index_select(dim, layout.source.to(tensor.device))
     if exact and tensor.is_floating_point():
         tensor = tensor.double()
     # Consuming dimensions come last: their factor, which may be 0, must also apply to what other dimensions draw.
-    for dim in sorted(lays, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
+    for dim in sorted(layouts, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
-        tensor = _fill(tensor, dim, lays[dim], roles.get(dim, ()), old, generator)
+        tensor = _fill(tensor, dim, layouts[dim], roles.get(dim, ()), old, generator)
     return tensor
 
 
 def _fill(
-    tensor: Tensor, dim: int, lay: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
+    tensor: Tensor, dim: int, layout: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Return a tensor with the new entries of one dimension initialised and scaled; ``old``: values to draw from."""
-    if not tensor.is_floating_point() or not bool(lay.is_new.any()):
+    if not tensor.is_floating_point() or not bool(layout.is_new.any()):
         return tensor
-    if bool(lay.drawn.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
-        new = lay.drawn.nonzero().flatten().to(tensor.device)
+    if bool(layout.drawn.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
+        new = layout.drawn.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
         if old.is_meta or bool(old.any()):
             drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
@@ -235,9 +235,9 @@ def _fill(
             drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
             drawn = drawn * (part.shape[dim] / part.numel()) ** 0.5
         tensor = tensor.index_copy(dim, new, drawn)
-    factor = torch.ones(len(lay), dtype=torch.float64)
-    factor = factor * lay.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
-    factor = factor * lay.outward if Role.CONSUMES in roles else factor
+    factor = torch.ones(len(layout), dtype=torch.float64)
+    factor = factor * layout.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
+    factor = factor * layout.outward if Role.CONSUMES in roles else factor
     if bool((factor == 1).all()):
         return tensor
     shape = [1] * tensor.dim()
@@ -245,13 +245,13 @@ def _fill(
     return tensor * factor.to(tensor).view(shape)
 
 
-def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
+def resize_moment(tensor: Tensor, layouts: Mapping[int, Layout], mean: bool) -> Tensor:
     """Return an optimiser's moment (or a gradient) after a plan; new entries are 0 or, with ``mean``, the mean."""
-    for dim, lay in lays.items():
-        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
-        if not bool(lay.is_new.any()):
+    for dim, layout in layouts.items():
+        tensor = tensor.index_select(dim, layout.source.to(tensor.device))
+        if not bool(layout.is_new.any()):
             continue
-        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (lay.is_new, ~lay.is_new))
+        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (layout.is_new, ~layout.is_new))
         part = tensor.index_select(dim, new)
         kept = tensor.index_select(dim, old)
         value = kept.mean(dim, keepdim=True).expand_as(part) if mean else torch.zeros_like(part)
@@ -262,5 +262,5 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 def resize_axis_tensor(tensor: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
     """Return an axis tensor after a plan, detached: kept entries keep their values, new ones are 0 (``False``)."""
     units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
-    lays = lay_out_dims(tensor.dims, axes.sizes(), units)
-    return AxisTensor(resize_moment(tensor.values.detach(), lays, mean=False), tensor.dims, tensor.lr)
+    layouts = lay_out_dims(tensor.dims, axes.sizes(), units)
+    return AxisTensor(resize_moment(tensor.values.detach(), layouts, mean=False), tensor.dims, tensor.lr)

@@ -149,7 +149,7 @@ class _Pair:
         load = tensor_getter(model, ready.values)
         back: Masking | None = None
         if self.restores:
-            old = {key: tuple((~lay.is_new).nonzero().flatten().tolist()) for key, lay in tensors.units.items()}
+            old = {key: tuple((~layout.is_new).nonzero().flatten().tolist()) for key, layout in tensors.units.items()}
             back = make_masking(change.planned, reads, tensors.sizes, old, NONE)
         else:
             load = _exact_loader(load, tensors, self.rounded, self.exact)
@@ -160,7 +160,7 @@ class _Pair:
         example = cast_example(self.axes.example, model)
         self.given = tree_leaves((example.args, dict(example.kwargs)))
 
-    def _lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
+    def _layouts(self, dims: Sequence[Dim]) -> dict[int, Layout]:
         """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
         return lay_out_dims(dims, self.axes.sizes(), self.change.tensors.units)
 
@@ -234,8 +234,8 @@ class _Pair:
         cropped = [crop if crop and i > 1 and isinstance(dim, int) and dim > crop else 0 for i, dim in enumerate(dims)]
         shape = [size or int(whole) for size, whole in zip(cropped, form.shape, strict=True)]
         value = torch.randn(shape, dtype=torch.float64, generator=generator).to(form.device)
-        lays = self._lays(dims)
-        return value, resize(f"seam {step}", value, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
+        layouts = self._layouts(dims)
+        return value, resize(f"seam {step}", value, layouts, dict.fromkeys(layouts, frozenset({Role.PRODUCES})))
 
     def _run(self, side: int, block: GraphBlock, inputs: Mapping[int, Tensor]) -> dict[int, Any]:
         """Run a block of one network (0: masked, 1: planned); return operation index → result that is read later."""
@@ -264,9 +264,9 @@ class _Pair:
         dims = steps[step].shapes[0] if step < len(steps) else ()
         if not isinstance(ours, Tensor) or dims is None:
             raise _NotAloneError
-        for dim, lay in self._lays(dims).items():
-            stays = (~lay.is_new).nonzero().flatten()
-            ours = ours.index_select(dim, lay.source[stays].to(ours.device))
+        for dim, layout in self._layouts(dims).items():
+            stays = (~layout.is_new).nonzero().flatten()
+            ours = ours.index_select(dim, layout.source[stays].to(ours.device))
             theirs = theirs.index_select(dim, stays.to(theirs.device))
         if not ours.is_floating_point():
             same = ours.shape == theirs.shape

@@ -188,7 +188,7 @@ def plan_with_undo(
         weights[name] = stored
         if restores:
             reads = name in axes.consumed
-            made = _restore(stored, values[name].cpu(), _indices(dims, next_ids, new_ids), tensors.lays(name), reads)
+            made = _restore(stored, values[name].cpu(), _indices(dims, next_ids, new_ids), tensors.layouts(name), reads)
             result[name] = made.to(now.device)
     restorable = {}
     for axis in axes:
@@ -212,16 +212,16 @@ def _store(
 
 
 def _restore(
-    stored: RemovedWeights, made: Tensor, where: list[Tensor], lays: Mapping[int, Layout], reads: bool
+    stored: RemovedWeights, made: Tensor, where: list[Tensor], layouts: Mapping[int, Layout], reads: bool
 ) -> Tensor:
     """Return ``made``, a tensor after a plan, with the stored values in restored units.
 
-    ``where``: its indices in the stored tensor, per dimension; ``lays``: the layouts of its dimensions. Where it
+    ``where``: its indices in the stored tensor, per dimension; ``layouts``: the layouts of its dimensions. Where it
     consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other was cut.
     """
     held, new = _take_entries(stored.held, where), torch.zeros(made.shape, dtype=torch.bool)
-    for dim, lay in lays.items():
-        new |= lay.is_new.view([-1 if i == dim else 1 for i in range(made.dim())])
+    for dim, layout in layouts.items():
+        new |= layout.is_new.view([-1 if i == dim else 1 for i in range(made.dim())])
     known = torch.full_like(held, reads)
     for dim in range(held.dim()):
         rest = [other for other in range(held.dim()) if other != dim]
