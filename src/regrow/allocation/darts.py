@@ -36,14 +36,14 @@ class Edges:
         rows: list[list[int]] = []
         edge, column = [], []
         for node in find_candidates(model).values():
-            here: dict[int, int] = {}
+            edge_of: dict[int, int] = {}
             for source in node.sources:
-                if source not in here:
-                    here[source] = len(rows)
+                if source not in edge_of:
+                    edge_of[source] = len(rows)
                     rows.append([entries])
                     entries += 1
-                row = rows[here[source]]
-                edge.append(here[source])
+                row = rows[edge_of[source]]
+                edge.append(edge_of[source])
                 column.append(len(row))
                 row.append(entries)
                 entries += 1
@@ -64,11 +64,11 @@ def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
 
     ``share``, ``edge`` and ``node``: of each operation, its softmax weight, edge and node, ``[operations]``.
     """
-    result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
+    result, used, room = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():
-        if edges[i] not in seen and left[nodes[i]]:
+        if edges[i] not in used and room[nodes[i]]:
             result[i] = True
-            seen.add(edges[i])
-            left[nodes[i]] -= 1
+            used.add(edges[i])
+            room[nodes[i]] -= 1
     return result

@@ -138,7 +138,7 @@ def _make_axis_groups(axes: AxisGraph, values: Tensors, budget: Budget, cost: Co
 def _group_keys(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
     """Return the keys of axes that must keep equally many units, by group: scored ones, and others that bind them."""
     regular_kinds = {axes[key].kind for key in values} if regular else frozenset()
-    home: dict[Any, int] = {}
+    group_of: dict[Any, int] = {}
     groups: dict[int, list[str]] = {}
     for number, axis in enumerate(sorted(axes, key=lambda axis: axis.key)):
         labels: list[Any] = [axis.count] if axis.count and axis.free else []
@@ -146,12 +146,12 @@ def _group_keys(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[st
             labels.append(axis.kind)
         if not labels and axis.key not in values:
             continue
-        first, *others = sorted({home[label] for label in labels if label in home}) or [number]
+        first, *others = sorted({group_of[label] for label in labels if label in group_of}) or [number]
         for other in others:
             groups[first] += groups.pop(other)
-            home = {label: first if at == other else at for label, at in home.items()}
+            group_of = {label: first if group == other else group for label, group in group_of.items()}
         groups.setdefault(first, []).append(axis.key)
-        home |= dict.fromkeys(labels, first)
+        group_of |= dict.fromkeys(labels, first)
     return [sorted(keys) for keys in groups.values()]
 
 
@@ -233,10 +233,10 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
     return costs, float(max(0, cost.total - budget.limit(cost.total)))
 
 
-def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
-    """Return 1 for each unit that stays (its place is at least ``share``) and 0 for others, with a sigmoid's gradient.
+def soft_step(percentiles: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
+    """Return 1 for units that stay (percentile at least ``share``) and 0 for others, with a sigmoid's gradient.
 
-    The backward pass uses the slope of σ((place − share) / width).
+    The backward pass uses the slope of σ((percentile − share) / width).
     """
-    soft = torch.sigmoid((places - share) / width)
-    return (places >= share).to(soft) + (soft - soft.detach())
+    soft = torch.sigmoid((percentiles - share) / width)
+    return (percentiles >= share).to(soft) + (soft - soft.detach())

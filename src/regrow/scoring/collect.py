@@ -92,16 +92,16 @@ def collect(
     if set(needs) <= {Need.WEIGHTS}:
         return {}
     run = run or CollectionOptions()
-    known = dict(run.done)
-    left = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in known]
-    if left:
+    done = dict(run.done)
+    todo = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in done]
+    if todo:
         objective = objective or choose_objective(None, sources[0].batches[0])
         walk = _Collector(model, axes, scorable_axes(axes, units), frozenset(needs), objective, run)
         if run.visits is None:
-            known |= walk.run_whole(left, shards, sum(map(len, sources)))
+            done |= walk.run_whole(todo, shards, sum(map(len, sources)))
         else:
-            known |= walk.run_blocks(left, shards, run.visits)
-    return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
+            done |= walk.run_blocks(todo, shards, run.visits)
+    return {source.name: [done[source.name, shard] for shard in range(shards)] for source in sources}
 
 
 class _Collector:
@@ -129,15 +129,15 @@ class _Collector:
         self.first = not self.backward
         self.losses: list[Tensor] = []
 
-    def run_whole(self, left: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
-        """Run all batches of each unfinished shard (``left``) through the whole network; return their sums.
+    def run_whole(self, todo: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
+        """Run all batches of each unfinished shard (``todo``) through the whole network; return their sums.
 
         ``total``: the number of all batches, for the progress.
         """
-        finished = total - sum(len(range(shard, len(source), shards)) for source, shard in left)
+        finished = total - sum(len(range(shard, len(source), shards)) for source, shard in todo)
         result = {}
         with evaluation_mode(self.model, self.differentiated if self.backward else None):
-            for source, shard in left:
+            for source, shard in todo:
                 sums = Statistics(source.name)
                 # A whole source is read batch by batch: a user's loader may not fit in memory.
                 batches = source if shards == 1 else source.batches[shard::shards]
@@ -162,15 +162,15 @@ class _Collector:
                 sums.accumulate(_receive_statistics(owner))
             yield
 
-    def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
-        """Run all batches of all unfinished shards (``left``) through one block after another; return their sums."""
+    def run_blocks(self, todo: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
+        """Run all batches of all unfinished shards (``todo``) through one block after another; return their sums."""
         if self.backward:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
-        result = {(source.name, shard): Statistics(source.name) for source, shard in left}
-        rows = [((source.name, shard), batch) for source, shard in left for batch in source.batches[shard::shards]]
+        result = {(source.name, shard): Statistics(source.name) for source, shard in todo}
+        rows = [((source.name, shard), batch) for source, shard in todo for batch in source.batches[shard::shards]]
         names, counted, ranks = {*self.watched.values()}, set[tuple[int, str]](), self.run.ranks
-        mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
-        total, finished = visits.passes(names) * len(mine), 0
+        share, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
+        total, finished = visits.passes(names) * len(share), 0
         for key, batch in rows:
             result[key].tokens += _count_positions(batch)
 
@@ -182,8 +182,8 @@ class _Collector:
         @contextmanager
         def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
             nonlocal finished
-            key, batch = mine[number]
-            if len(parts) == len(mine):
+            key, batch = share[number]
+            if len(parts) == len(share):
                 add_parts()
             with _make_input_sums(watched, batch) as watch:
                 yield
@@ -198,7 +198,7 @@ class _Collector:
             finished += 1
             self.run.progress(finished, total, f"measuring {key[0]}")
 
-        visits.visit([batch for _, batch in mine], names, around)
+        visits.visit([batch for _, batch in share], names, around)
         if ranks.several:
             add_parts()
         return {key: self._finish_shard(sums, key[1]) for key, sums in result.items()}
@@ -240,10 +240,10 @@ class _Collector:
 
     def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:
         """Run one batch through ``network``; return its input moments, and add its gradients to ``statistics``."""
-        here, watch = batch.to(self.device), _make_input_sums(self.watched, batch)
+        local, watch = batch.to(self.device), _make_input_sums(self.watched, batch)
         if self.masked:
             masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
-            add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch, batch)
+            add_fisher(self.model, local, masks, statistics.fisher, self.objective, watch, batch)
             if not self.differentiated:
                 return watch.sums
             watch = _make_input_sums(self.watched, batch)
@@ -251,10 +251,10 @@ class _Collector:
             if self.differentiated:
                 sums, count = statistics.gradients, batch.size
                 self.losses.append(
-                    add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
+                    add_gradients(self.model, local, self.differentiated, sums, self.objective, count=count)
                 )
             else:
-                here.run(network)
+                local.run(network)
         return watch.sums
 
 

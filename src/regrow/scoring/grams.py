@@ -69,11 +69,11 @@ class Gram:
 
 def linear_readers(axes: AxisGraph, units: Sequence[Axis]) -> dict[str, Reader]:
     """Return weight name → its reader, for linear layers alone in reading an axis of ``units``, and no other axis."""
-    every = readers(axes, units)
-    readers_of, axes_of = Counter(reader.axis for reader in every), Counter(reader.weight for reader in every)
+    reads = readers(axes, units)
+    readers_of, axes_of = Counter(reader.axis for reader in reads), Counter(reader.weight for reader in reads)
     return {
         reader.weight: reader
-        for reader in every
+        for reader in reads
         if readers_of[reader.axis] == axes_of[reader.weight] == 1
         and len(axes.shapes[reader.weight]) == 2
         and reader.width <= MAX_INPUTS
@@ -96,13 +96,13 @@ def sum_products(
     if not widths:
         return
     sums: dict[str, Gram] = {}
-    left = set(widths)
+    todo = set(widths)
 
     def finish() -> None:
         for name in [*sums]:
-            if name not in left:
+            if name not in todo:
                 raise ValueError(f"{name!r} is read in several parts of the network; load it whole, without --memory")
-            left.remove(name)
+            todo.remove(name)
             use(name, sums.pop(name))
 
     if visits is not None:
@@ -124,17 +124,17 @@ def sum_products(
             watched = {id(parameters[name]): name for name in part}
             with evaluation_mode(model), torch.no_grad():
                 for number, batch in enumerate(batches):
-                    here = batch.to(device)
+                    local = batch.to(device)
                     with _GramFeed(watched, sums, batch):
-                        here.run(run)
+                        local.run(run)
                     if number == 0 and run is not model and len(sums) < len(part):  # the trunk leaves some out
                         sums.clear()
                         run = model
                         with _GramFeed(watched, sums, batch):
-                            here.run(run)
+                            local.run(run)
             finish()
-    if left:
-        raise ValueError(f"no batch reached the weight {min(left)!r}; give more data, or --exclude {min(left)}")
+    if todo:
+        raise ValueError(f"no batch reached the weight {min(todo)!r}; give more data, or --exclude {min(todo)}")
 
 
 def predict_bytes(layers: Sequence[tuple[int, int]], *, together: bool) -> int:

@@ -37,9 +37,9 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
     def axis(key: str) -> Axis:
         if key not in old.axes:
             return axes[key]
-        now = axes.axes.get(key) or replace(old[key], slots=())
-        slots = (*now.slots, *(inner[key].slots if key in inner.axes else ()))
-        return replace(old[key], size=now.size, ids=now.ids, next_id=now.next_id, slots=slots)
+        current = axes.axes.get(key) or replace(old[key], slots=())
+        slots = (*current.slots, *(inner[key].slots if key in inner.axes else ()))
+        return replace(old[key], size=current.size, ids=current.ids, next_id=current.next_id, slots=slots)
 
     keys = [key for key in old.axes if key in inner.axes or key in axes.axes]
     integers = {
@@ -156,15 +156,15 @@ def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     inner = old.restricted(removed.branch.holds)
     keep = {}
     for axis in inner:
-        key, now = axis.key, axes.axes.get(axis.key)
-        if now is None or now.ids == axis.ids:
+        key, current = axis.key, axes.axes.get(axis.key)
+        if current is None or current.ids == axis.ids:
             continue
         positions = {unit: i for i, unit in enumerate(axis.ids)}
-        if not positions.keys() >= set(now.ids) or now.next_id != axis.next_id:
+        if not positions.keys() >= set(current.ids) or current.next_id != axis.next_id:
             raise PlanError(
                 f"axis {key!r} has other units than when {removed.branch.module} was dropped; cut those first"
             )
-        keep[key] = [positions[unit] for unit in now.ids]
+        keep[key] = [positions[unit] for unit in current.ids]
     if not keep:
         return removed
     inner = replace(inner, axes={key: replace(axis, inside="") for key, axis in inner.axes.items()})
@@ -172,9 +172,9 @@ def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     shell = _build_shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
     undo = copy.copy(removed.undo)
     shell, cut = apply_unchecked(shell, inner, Plan.keeping(inner, keep), undo=undo)
-    left = {key: replace(axis, inside=old[key].inside) for key, axis in cut.axes.items()}
+    remaining = {key: replace(axis, inside=old[key].inside) for key, axis in cut.axes.items()}
     modules = {path: shell.get_submodule(path) for path in removed.modules}
-    return replace(removed, axes=replace(old, axes={**old.axes, **left}), undo=undo, modules=modules)
+    return replace(removed, axes=replace(old, axes={**old.axes, **remaining}), undo=undo, modules=modules)
 
 
 def _build_shell(modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -202,11 +202,11 @@ def _drop_branches(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch])
     try:
         insert_placeholders(bare, _placeholders(summed))
         recorded = capture(bare, example, tracer=axes.tracer)
-        left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
-        if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
+        remaining, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
+        if summed and (idle := [n for n in recorded.unused if n in remaining.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _update_axes(bare, example, recorded, left)
+            return _update_axes(bare, example, recorded, remaining)
         whole = Effects(recorded)
         replaced = locate_branches(whole, proved)
         insert_placeholders(bare, _placeholders(proved))
@@ -219,7 +219,7 @@ def _drop_branches(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch])
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _update_axes(bare, example, small.capture, left)
+    return _update_axes(bare, example, small.capture, remaining)
 
 
 def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
@@ -227,17 +227,17 @@ def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: Axi
     w = walk(recorded)
     trace_training(bare, example, w)
     fresh, names = assemble(bare, w, axes.example)
-    home = {slot: axis for axis in fresh for slot in axis.slots}
-    parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
-    now = {key: _match_axis(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
-    known = {part: key for key, axis in now.items() if axis is not None for part in parts[key]}
+    axis_of = {slot: axis for axis in fresh for slot in axis.slots}
+    parts = {a.key: [*dict.fromkeys(axis_of[slot].key for slot in a.slots if slot in axis_of)] for a in axes}
+    current = {key: _match_axis(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
+    known = {part: key for key, axis in current.items() if axis is not None for part in parts[key]}
     # Candidates' operations alone give nothing: other branches are there if with_branches has looked for them.
     has_branches = any(branch.gives != "nothing" for branch in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}
     names = Names({number: known[key] for number, key in names.keys.items() if key in known})
     return replace(
         axes,
-        axes={key: _refresh_axis(axis, now[key]) for key, axis in axes.axes.items()},
+        axes={key: _refresh_axis(axis, current[key]) for key, axis in axes.axes.items()},
         counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=steps(w, names),

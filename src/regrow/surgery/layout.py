@@ -20,14 +20,14 @@ class Layout:
     Args:
         source: The index of the entry before the plan, or of the entry that a new one copies.
         is_new: Whether it is new (bool).
-        drawn: Whether it is new and randomly initialised instead of copied (bool).
+        is_random: Whether it is new and randomly initialised instead of copied (bool).
         inward: The factor on weights that make the entry (float64).
         outward: The factor on weights that consume the entry (float64).
     """
 
     source: Tensor
     is_new: Tensor
-    drawn: Tensor
+    is_random: Tensor
     inward: Tensor
     outward: Tensor
 
@@ -95,7 +95,7 @@ def _nest(outer: Layout, inner: Layout, size: int) -> Layout:
     return Layout(
         torch.add(*pairs(outer.source * size, inner.source)),
         torch.logical_or(*pairs(outer.is_new, inner.is_new)),
-        torch.logical_or(*pairs(outer.drawn, inner.drawn)),
+        torch.logical_or(*pairs(outer.is_random, inner.is_random)),
         torch.mul(*pairs(outer.inward, inner.inward)),
         torch.mul(*pairs(outer.outward, inner.outward)),
     )
@@ -132,8 +132,8 @@ def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
         return replace(units, outward=share / sums[owner])
     zeroed = torch.where(units.is_new, 0.0, units.outward)
     if axis.mark is Mark.FOLDED:  # a norm divides by the number of units: the units themselves must be 0
-        return replace(units, drawn=units.is_new, inward=zeroed)
-    return replace(units, drawn=units.is_new, outward=zeroed)
+        return replace(units, is_random=units.is_new, inward=zeroed)
+    return replace(units, is_random=units.is_new, outward=zeroed)
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
@@ -226,15 +226,15 @@ def _fill(
     """Return a tensor with the new entries of one dimension initialised and scaled; ``old``: values to draw from."""
     if not tensor.is_floating_point() or not bool(layout.is_new.any()):
         return tensor
-    if bool(layout.drawn.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
-        new = layout.drawn.nonzero().flatten().to(tensor.device)
+    if bool(layout.is_random.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
+        new = layout.is_random.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
         if old.is_meta or bool(old.any()):
-            drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
+            values = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
         else:  # a layer that starts at 0
-            drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
-            drawn = drawn * (part.shape[dim] / part.numel()) ** 0.5
-        tensor = tensor.index_copy(dim, new, drawn)
+            values = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
+            values = values * (part.shape[dim] / part.numel()) ** 0.5
+        tensor = tensor.index_copy(dim, new, values)
     factor = torch.ones(len(layout), dtype=torch.float64)
     factor = factor * layout.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
     factor = factor * layout.outward if Role.CONSUMES in roles else factor

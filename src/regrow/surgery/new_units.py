@@ -74,20 +74,20 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
     weights = _weight_names(model)
-    spots = _entries(axes, new, lambda name, role: role is Role.PRODUCES and name in weights)
-    spots += _entries(axes, new, lambda name, _: name.rpartition(".")[2] == "running_var")
-    met = [spot for spot, _, _ in _measure(model, spots, batches[:1])]
+    items = _entries(axes, new, lambda name, role: role is Role.PRODUCES and name in weights)
+    items += _entries(axes, new, lambda name, _: name.rpartition(".")[2] == "running_var")
+    reached = [item for item, _, _ in _measure(model, items, batches[:1])]
     for key in new:
-        if not any(spot.axis == key for spot in met):
+        if not any(item.axis == key for item in reached):
             raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
-    turns = [[spot for spot in met if spot.axis == key] for key in new]
+    by_axis = [[item for item in reached if item.axis == key] for key in new]
     # Later layers depend on earlier ones, so fit them in order; axes do not see each other's unused new units.
-    for i in range(max(map(len, turns))):
-        for spot, mean, variance in _measure(model, [turn[i] for turn in turns if i < len(turn)], batches):
-            if spot.is_statistic:
-                _set_statistics(model, spot, mean, variance)
+    for i in range(max(map(len, by_axis))):
+        for item, mean, variance in _measure(model, [members[i] for members in by_axis if i < len(members)], batches):
+            if item.is_statistic:
+                _set_statistics(model, item, mean, variance)
             else:
-                _scale_rows(model, spot, mean, variance.sqrt())
+                _scale_rows(model, item, mean, variance.sqrt())
     return model
 
 
@@ -137,13 +137,13 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
     """Return the entries of new units (axis key → positions) in weights: (randomly initialised, zero-initialised)."""
-    drawn, zero = list[Entries](), list[Entries]()
+    random, zero = list[Entries](), list[Entries]()
     weights = _weight_names(model)
     for side in (Role.PRODUCES, Role.CONSUMES):
         for entries in _entries(axes, new, lambda name, role: role is side and name in weights):  # noqa: B023
             is_zero = (side is Role.PRODUCES) == (axes[entries.axis].mark is Mark.FOLDED)
-            (zero if is_zero else drawn).append(entries)
-    return drawn, zero
+            (zero if is_zero else random).append(entries)
+    return random, zero
 
 
 def _weight_names(model: nn.Module) -> set[str]:
@@ -193,15 +193,15 @@ def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance:
 
 
 def _measure(
-    model: nn.Module, spots: Sequence[Entries], batches: Sequence[Batch]
+    model: nn.Module, items: Sequence[Entries], batches: Sequence[Batch]
 ) -> list[tuple[Entries, Tensor, Tensor]]:
     """Return (entries, mean, variance), ``[channels]``, of layers' outputs and batch norms' inputs, as they run."""
-    watch = _OutputSums({id(model.get_parameter(spot.name)): spot.name for spot in spots if not spot.is_statistic})
+    watch = _OutputSums({id(model.get_parameter(item.name)): item.name for item in items if not item.is_statistic})
     handles = [
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
             lambda _, args, name=name: watch.add(name, args[0], 1)
         )
-        for name in {spot.name for spot in spots if spot.is_statistic}
+        for name in {item.name for item in items if item.is_statistic}
     ]
     device = device_of(model)
     try:
@@ -215,7 +215,7 @@ def _measure(
     for name, (count, total, square) in watch.sums.items():
         mean = total / count
         variance = (square / count - mean**2).clamp_min(0) * (count / max(count - 1, 1))
-        result += [(spot, mean, variance) for spot in spots if spot.name == name and len(mean) > max(spot.where)]
+        result += [(item, mean, variance) for item in items if item.name == name and len(mean) > max(item.where)]
     return result
 
 

@@ -81,7 +81,7 @@ def run_whole_pair(
     example: Example,
     double: bool,
     decisions: Decisions,
-    carried: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = apply_unchecked,
+    apply_plan: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = apply_unchecked,
 ) -> tuple[Answers, Answers, Decisions]:
     """Run the masked network and its cut copy as a whole: where data decide what runs, and where branches are dropped.
 
@@ -91,17 +91,17 @@ def run_whole_pair(
     whole = _widen(model, axes) if double else shallow_copy(model)
     example = map_tensors(example, as_double) if double else example
     with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
-        known = readings(whole, axes, example, decisions)
+        trace = readings(whole, axes, example, decisions)
     keep = {key: change.keep for key, change in plan.changes.items()}
-    mask = make_masking(known.capture, known.reads, known.sizes, keep, plan.means, known.compared, plan.drop.values())
-    runner = Runner(known.capture, known.given, tensor_getter(whole), double, mask)
+    mask = make_masking(trace.capture, trace.reads, trace.sizes, keep, plan.means, trace.compared, plan.drop.values())
+    runner = Runner(trace.capture, trace.given, tensor_getter(whole), double, mask)
     runner.run_until()
-    cut, _ = carried(shallow_copy(whole), axes, plan)
+    cut, _ = apply_plan(shallow_copy(whole), axes, plan)
     try:
-        shrunk = _run(cut, example, double, known.capture.decisions, runner.orders)
+        shrunk = _run(cut, example, double, trace.capture.decisions, runner.orders)
     except Exception as error:
         raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
-    return runner.answers, shrunk, known.capture.decisions
+    return runner.answers, shrunk, trace.capture.decisions
 
 
 def _widen(model: nn.Module, axes: AxisGraph) -> nn.Module:

@@ -183,13 +183,13 @@ def plan_with_undo(
     moves = any(change.dropped or change.restore for change in plan.changes.values())
     restores = any(change.restore for change in plan.changes.values())
     for name in sorted({axes.ties.get(name, name) for name in values} if moves else ()):
-        dims, now = axes.shapes[name], state[name].detach()
-        stored = _store(weights.get(name), now.cpu(), _indices(dims, next_ids, old_ids), dims, next_ids)
+        dims, current = axes.shapes[name], state[name].detach()
+        stored = _store(weights.get(name), current.cpu(), _indices(dims, next_ids, old_ids), dims, next_ids)
         weights[name] = stored
         if restores:
             reads = name in axes.consumed
-            made = _restore(stored, values[name].cpu(), _indices(dims, next_ids, new_ids), tensors.layouts(name), reads)
-            result[name] = made.to(now.device)
+            new = _restore(stored, values[name].cpu(), _indices(dims, next_ids, new_ids), tensors.layouts(name), reads)
+            result[name] = new.to(current.device)
     restorable = {}
     for axis in axes:
         change = plan.changes.get(axis.key)
@@ -202,7 +202,7 @@ def plan_with_undo(
 def _store(
     stored: RemovedWeights | None, now: Tensor, where: list[Tensor], dims: tuple[Dim, ...], next_ids: Mapping[str, int]
 ) -> RemovedWeights:
-    """Return the stored values of a tensor (``None``: none yet) with its present ones copied to indices ``where``."""
+    """Return the stored values of a tensor (``None``: none yet) with its present ones, ``now``, at indices ``where``."""
     if stored is None:
         shape = [size_of(dim, next_ids) for dim in dims]
         stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool))
@@ -212,22 +212,22 @@ def _store(
 
 
 def _restore(
-    stored: RemovedWeights, made: Tensor, where: list[Tensor], layouts: Mapping[int, Layout], reads: bool
+    stored: RemovedWeights, planned: Tensor, where: list[Tensor], layouts: Mapping[int, Layout], reads: bool
 ) -> Tensor:
-    """Return ``made``, a tensor after a plan, with the stored values in restored units.
+    """Return ``planned``, a tensor after a plan, with the stored values in restored units.
 
     ``where``: its indices in the stored tensor, per dimension; ``layouts``: the layouts of its dimensions. Where it
     consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other was cut.
     """
-    held, new = _take_entries(stored.held, where), torch.zeros(made.shape, dtype=torch.bool)
+    held, new = _take_entries(stored.held, where), torch.zeros(planned.shape, dtype=torch.bool)
     for dim, layout in layouts.items():
-        new |= layout.is_new.view([-1 if i == dim else 1 for i in range(made.dim())])
+        new |= layout.is_new.view([-1 if i == dim else 1 for i in range(planned.dim())])
     known = torch.full_like(held, reads)
     for dim in range(held.dim()):
         rest = [other for other in range(held.dim()) if other != dim]
         known &= held.any(rest, keepdim=True) if rest else held
-    made = torch.where(new & ~held & known, torch.zeros_like(made), made)
-    return torch.where(new & held, _take_entries(stored.values, where), made)
+    planned = torch.where(new & ~held & known, torch.zeros_like(planned), planned)
+    return torch.where(new & held, _take_entries(stored.values, where), planned)
 
 
 def _indices(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:

@@ -125,29 +125,29 @@ class _Runs:
         if axes.decisions is not None:
             return
         if example is axes.example:
-            known = record_present(model, axes, rehearsal.present)
-            self.recorded = Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())
+            recording = record_present(model, axes, rehearsal.present)
+            self.recorded = Readings(recording.capture, leaves_in(self.example), recording.reads, axes.sizes(), ())
             self.planned = rehearsal.planned
         else:
             self.recorded = readings(model, axes, self.example)
-            there = replace(axes, example=self.example)
-            self.planned = record_resized(model, there, plan_resizing(model, axes, plan))
+            example_axes = replace(axes, example=self.example)
+            self.planned = record_resized(model, example_axes, plan_resizing(model, axes, plan))
 
     def run_pair(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
         """Run both networks (``double``: in float64); return the masked one's outputs, the cut one's, and decisions."""
-        model, axes, plan, known = self.model, self.axes, self.plan, self.recorded
-        if known is None or self.planned is None:
-            taken = None if axes.decisions is None else decisions
-            carried = apply if plan.changes_modules else apply_unchecked
-            return run_whole_pair(model, axes, plan, self.example, double, taken, carried)
+        model, axes, plan, recorded = self.model, self.axes, self.plan, self.recorded
+        if recorded is None or self.planned is None:
+            given = None if axes.decisions is None else decisions
+            apply_plan = apply if plan.changes_modules else apply_unchecked
+            return run_whole_pair(model, axes, plan, self.example, double, given, apply_plan)
         keep = {key: change.keep for key, change in plan.changes.items()}
-        mask = make_masking(known.capture, known.reads, known.sizes, keep, plan.means)
-        masked = Runner(known.capture, known.given, tensor_getter(model), double, mask, exact=lambda name: True)
+        mask = make_masking(recorded.capture, recorded.reads, recorded.sizes, keep, plan.means)
+        masked = Runner(recorded.capture, recorded.given, tensor_getter(model), double, mask, exact=lambda name: True)
         cut = PlannedTensors(model, axes, plan)
-        shrunk = Runner(self.planned, known.given, cut.load, double, exact=lambda name: not cut.computes(name))
+        shrunk = Runner(self.planned, recorded.given, cut.load, double, exact=lambda name: not cut.computes(name))
         alike = [op_name(node) for node in masked.nodes] == [op_name(node) for node in shrunk.nodes]
         # If the network runs other operations at other sizes, the two have no common blocks.
-        run_both(masked, shrunk, blocks(known.capture) if alike else ())
+        run_both(masked, shrunk, blocks(recorded.capture) if alike else ())
         return masked.answers, shrunk.answers, None
 
     def check_own_run(self) -> str:

@@ -263,9 +263,9 @@ class AxisGraph:
             return {name: value for name, value in values.items() if stays(name)}
 
         slots = {axis.key: tuple(slot for slot in axis.slots if stays(slot.name)) for axis in self}
-        axes = {key: replace(self[key], slots=left) for key, left in slots.items() if left}
+        axes = {key: replace(self[key], slots=kept) for key, kept in slots.items() if kept}
 
-        def known(*dims: Dim) -> bool:
+        def valid(*dims: Dim) -> bool:
             return axes.keys() >= set(axes_in(Product(dims)))
 
         return replace(
@@ -276,9 +276,9 @@ class AxisGraph:
             counted=tuple(filter(stays, self.counted)),
             itemsize=filtered(self.itemsize),
             ties=filtered(self.ties),
-            work=tuple(work for work in self.work if stays(work.module) and known(*work.dims)),
-            caches=tuple(cache for cache in self.caches if stays(cache.module) and known(*cache.keys, *cache.values)),
-            integers={at: dim for at, dim in self.integers.items() if stays(at.partition(":")[0]) and known(dim)},
+            work=tuple(work for work in self.work if stays(work.module) and valid(*work.dims)),
+            caches=tuple(cache for cache in self.caches if stays(cache.module) and valid(*cache.keys, *cache.values)),
+            integers={name: dim for name, dim in self.integers.items() if stays(name.partition(":")[0]) and valid(dim)},
             folds=tuple(fold for fold in self.folds if stays(fold.weight)),
             unreached=tuple(filter(stays, self.unreached)),
         )
