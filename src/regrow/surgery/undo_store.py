@@ -202,7 +202,7 @@ def plan_with_undo(
 def _store(
     stored: RemovedWeights | None, now: Tensor, where: list[Tensor], dims: tuple[Dim, ...], next_ids: Mapping[str, int]
 ) -> RemovedWeights:
-    """Return the stored values of a tensor (``None``: none yet) with its present ones, ``now``, at indices ``where``."""
+    """Return the stored values of a tensor (``None``: none yet) with those of ``now`` at indices ``where``."""
     if stored is None:
         shape = [size_of(dim, next_ids) for dim in dims]
         stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool))
