@@ -29,7 +29,7 @@ from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.output_comparison import shallow_copy
-from regrow.surgery.runner import Answers
+from regrow.surgery.runner import Results
 from regrow.tracing.capture import first_line
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
@@ -183,7 +183,7 @@ def _grow_checked(
 
 
 def _check_stack(
-    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Answers]], share: float
+    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Results]], share: float
 ) -> None:
     """Raise ``RefusedError`` unless a copy of the network with more blocks in one stack gives what it gave before.
 
@@ -206,7 +206,7 @@ def _check_stack(
         )
 
 
-def _run_grown(model: nn.Module, example: Example) -> Answers:
+def _run_grown(model: nn.Module, example: Example) -> Results:
     try:
         return outputs_of(model, example)
     except Exception as error:

@@ -27,7 +27,7 @@ from regrow.surgery.carry import ProposedChange, commit, prepare
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import max_difference, max_magnitude
 from regrow.surgery.proof import Deviation, changed_blocks, check_block
-from regrow.surgery.runner import Answers, Runner, float_outputs, preserve_generators, reseed
+from regrow.surgery.runner import Results, Runner, float_outputs, preserve_generators, reseed
 from regrow.tracing.capture import Capture, evaluating
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
@@ -59,7 +59,7 @@ def check_streamed_run(
 
 def _replay(
     network: StreamedNetwork, recorded: Capture, blocks: Sequence[GraphBlock], example: Example, double: bool = False
-) -> Answers:
+) -> Results:
     """Return the outputs of a recording, with one block in memory at a time."""
 
     def load(name: str, double: bool) -> Tensor:
@@ -76,7 +76,7 @@ def _replay(
             with network.resident(names.get(block.path, ())):
                 runner.run_until(runner.nodes[block.stop] if block.stop < len(runner.nodes) else None)
         runner.run_until()
-    return runner.answers
+    return runner.outputs
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,8 +83,8 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[module] = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).clone()
 
-    def compare(module: nn.Module, args: tuple[Any, ...], answer: object) -> None:
-        output = next((x for x in tree_leaves(answer) if isinstance(x, Tensor)), None)
+    def compare(module: nn.Module, args: tuple[Any, ...], result: object) -> None:
+        output = next((x for x in tree_leaves(result) if isinstance(x, Tensor)), None)
         before = inputs.pop(module)
         same = output is not None and torch.equal(output, before)
         changes[module] = 0.0 if same else max_difference([before], [output])

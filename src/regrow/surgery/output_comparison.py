@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Decision, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import apply_unchecked
-from regrow.surgery.runner import Answers, Runner, float_outputs, make_masking, tensor_getter
+from regrow.surgery.runner import Results, Runner, float_outputs, make_masking, tensor_getter
 from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
 from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
@@ -24,12 +24,12 @@ RELATIVE_BOUND = 1e-9
 Decisions = tuple[Decision, ...] | None
 
 
-def max_difference(ours: Answers, theirs: Answers) -> float:
+def max_difference(ours: Results, theirs: Results) -> float:
     """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN."""
     return float(measure_difference(ours, theirs))
 
 
-def measure_difference(ours: Answers, theirs: Answers) -> Tensor:
+def measure_difference(ours: Results, theirs: Results) -> Tensor:
     """Return :func:`max_difference` as a tensor on the device, ``[]`` float64: the host does not wait for it."""
     if len(ours) != len(theirs):
         return torch.tensor(inf, dtype=torch.float64)
@@ -52,20 +52,20 @@ def _take_largest(numbers: list[Tensor]) -> Tensor:
     return torch.stack([number.to(device) for number in numbers]).max()
 
 
-def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
+def common_outputs(ours: Results, theirs: Results) -> list[tuple[Tensor, Tensor]]:
     """Return the pairs of outputs that both networks have and that are not empty."""
     both = zip(ours, theirs, strict=False)  # max_difference notices another number of outputs
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
 
 
-def max_magnitude(answers: Answers) -> float:
+def max_magnitude(outputs: Results) -> float:
     """Return the largest finite absolute value in a network's outputs; 0 if there is none."""
-    return float(measure_magnitude(answers))
+    return float(measure_magnitude(outputs))
 
 
-def measure_magnitude(answers: Answers) -> Tensor:
+def measure_magnitude(outputs: Results) -> Tensor:
     """Return :func:`max_magnitude` as a tensor on the device, ``[]`` float64: the host does not wait for it."""
-    magnitudes = (x.abs() for x in answers if x is not None and x.numel())
+    magnitudes = (x.abs() for x in outputs if x is not None and x.numel())
     return _take_largest([x.masked_fill(~x.isfinite(), 0).max().double() for x in magnitudes])
 
 
@@ -82,7 +82,7 @@ def run_whole_pair(
     double: bool,
     decisions: Decisions,
     apply_plan: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = apply_unchecked,
-) -> tuple[Answers, Answers, Decisions]:
+) -> tuple[Results, Results, Decisions]:
     """Run the masked network and its cut copy as a whole: where data decide what runs, and where branches are dropped.
 
     Returns:
@@ -101,7 +101,7 @@ def run_whole_pair(
         shrunk = _run(cut, example, double, trace.capture.decisions, runner.orders)
     except Exception as error:
         raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
-    return runner.answers, shrunk, trace.capture.decisions
+    return runner.outputs, shrunk, trace.capture.decisions
 
 
 def _widen(model: nn.Module, axes: AxisGraph) -> nn.Module:
@@ -119,7 +119,7 @@ def shallow_copy(model: nn.Module) -> nn.Module:
     return copy_model(model, lambda x: x.detach() if isinstance(x, nn.Parameter) else x.detach().clone())
 
 
-def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor]) -> Answers:
+def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor]) -> Results:
     """Return a network's outputs, with the given data-dependent ``decisions`` and sort ``orders`` if there are any."""
     outside = preserve_state(model, outside=True)
     with outside, made_in_double(double), CastsToDouble() if double else nullcontext():

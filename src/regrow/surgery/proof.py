@@ -77,8 +77,8 @@ def check_blocks(change: ProposedChange) -> None:
             raise PlanError(
                 f"the plan cannot be carried out: what it leaves does not run in float64 ({why}); plan other sizes"
             ) from error
-    distance = float(measure_difference(masked.answers, planned.answers))
-    largest = float(measure_magnitude(masked.answers))
+    distance = float(measure_difference(masked.outputs, planned.outputs))
+    largest = float(measure_magnitude(masked.outputs))
     if not distance <= RELATIVE_BOUND * largest:
         raise PlanError(describe_difference(distance, largest))
 
@@ -255,7 +255,7 @@ class _Pair:
         reseed(block.start)
         results = runner.run_only(inside, before, [runner.nodes[step] for step in block.outputs])
         if block.stop == len(runner.nodes):  # what is read later are the network's outputs
-            return dict(enumerate(runner.answers, block.stop))
+            return dict(enumerate(runner.outputs, block.stop))
         return dict(zip(block.outputs, results, strict=True))
 
     def _is_equal(self, step: int, ours: Any, theirs: Any) -> Tensor:

@@ -35,7 +35,7 @@ _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
 
 # A network's outputs, and values that are compared beside them; `None` for one that is not comparable
-Answers = list[Tensor | None]
+Results = list[Tensor | None]
 T = TypeVar("T")
 
 
@@ -94,7 +94,7 @@ class Runner(Interpreter):
     """Interpreter of a recorded network that can be masked, run in float64 (``double``), and run block by block.
 
     ``leaves`` are the tensors of its inputs; ``exact`` says whether ``load`` returns the tensor of a name as the
-    network stores it, to be cast in parts. ``answers`` has the outputs once it has run to the end.
+    network stores it, to be cast in parts. ``outputs`` has the outputs once it has run to the end.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class Runner(Interpreter):
         self.nodes = operations(recorded)
         self.exact = exact
         self.orders: list[Tensor] = []
-        self.compared: Answers = []
-        self.answers: Answers = []
+        self.compared: Results = []
+        self.outputs: Results = []
         self.loaded: dict[Node, Tensor] = {}
         self.writers = Effects(recorded).writers
         self.written = {node for node in self.writers if node in recorded.states}  # what is written is read later
@@ -166,7 +166,7 @@ class Runner(Interpreter):
         if n.target in ORDERS:
             self.orders.append(out if isinstance(out, Tensor) else out[1])
         if n.op == "output":
-            self.answers = [*float_outputs(out), *self.compared]
+            self.outputs = [*float_outputs(out), *self.compared]
         return out
 
     def value(self, node: Node) -> object:
@@ -314,7 +314,7 @@ def tensor_getter(model: nn.Module, others: Mapping[str, Tensor] | None = None) 
     return get
 
 
-def float_outputs(value: object) -> Answers:
+def float_outputs(value: object) -> Results:
     """Return the floating-point tensors in a network's output, complex ones as real; without any, all as float64."""
     tensors = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in output_tensors(value)]
     return [x for x in tensors if x.is_floating_point()] or [x.double() for x in tensors]

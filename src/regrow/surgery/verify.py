@@ -21,7 +21,7 @@ from regrow.surgery.output_comparison import (
     record_run,
     run_whole_pair,
 )
-from regrow.surgery.runner import Answers, Runner, make_masking, run_both, tensor_getter
+from regrow.surgery.runner import Results, Runner, make_masking, run_both, tensor_getter
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import cast_example, leaves_in
 from regrow.tracing.model_state import Snapshot
@@ -133,7 +133,7 @@ class _Runs:
             example_axes = replace(axes, example=self.example)
             self.planned = record_resized(model, example_axes, plan_resizing(model, axes, plan))
 
-    def run_pair(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
+    def run_pair(self, double: bool, decisions: Decisions = ()) -> tuple[Results, Results, Decisions]:
         """Run both networks (``double``: in float64); return the masked one's outputs, the cut one's, and decisions."""
         model, axes, plan, recorded = self.model, self.axes, self.plan, self.recorded
         if recorded is None or self.planned is None:
@@ -148,7 +148,7 @@ class _Runs:
         alike = [op_name(node) for node in masked.nodes] == [op_name(node) for node in shrunk.nodes]
         # If the network runs other operations at other sizes, the two have no common blocks.
         run_both(masked, shrunk, blocks(recorded.capture) if alike else ())
-        return masked.answers, shrunk.answers, None
+        return masked.outputs, shrunk.outputs, None
 
     def check_own_run(self) -> str:
         """Raise ``PlanError`` unless the cut network runs as recorded; return why that was not compared, or ``""``.
