@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.core.axes import Axis, Role
-from regrow.core.scores import Moments, Need, Statistics, merged
+from regrow.core.scores import Moments, Need, Statistics, merge_statistics
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import MemoryCounterMode
 from regrow.scoring import watch
@@ -60,7 +60,7 @@ def test_merging_halves_gives_the_whole_gradients_too() -> None:
     )
     (whole,) = collect(model, axes, [source], needs)["a"]
     parts = collect(model, axes, [source], needs, shards=2)["a"]
-    both = merged(parts[:2])
+    both = merge_statistics(parts[:2])
     assert [part.tokens for part in parts] == [42, 28] and both.tokens == whole.tokens
     for name, moments in whole.moments.items():
         same(both.moments[name], moments, rtol=1e-6, atol=1e-6)
@@ -249,9 +249,13 @@ def test_sums_of_a_part_of_the_channels_at_a_time_are_those_of_all_at_once(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        parts = [watch._moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)]
-        monkeypatch.setattr(watch, "_strip", lambda rows, channels: rows.shape[channels])
-        whole = [watch._moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)]
+        parts = [
+            watch._sum_moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)
+        ]
+        monkeypatch.setattr(watch, "_strip_width", lambda rows, channels: rows.shape[channels])
+        whole = [
+            watch._sum_moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)
+        ]
     finally:
         torch.set_num_threads(before)
     for one, other in zip(parts, whole, strict=True):

@@ -25,7 +25,7 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, device_of, generators_of, moved, preserve_random_state, seed_generators
+from regrow.core.sources import Source, device_of, generators_of, move_inputs, preserve_random_state, seed_generators
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources
 from regrow.jobs.models import ModelSpec, attach_origin, load_model
@@ -98,7 +98,9 @@ class Call:
             first = sources[0].batches[0]
             known_example, where = Example(first.args, first.kwargs), first.where
         if (device := device_of(model)).type != "meta":
-            known_example = Example(moved(known_example.args, device), moved(dict(known_example.kwargs), device))
+            known_example = Example(
+                move_inputs(known_example.args, device), move_inputs(dict(known_example.kwargs), device)
+            )
         network = Loaded(model, tokenizer, known_example, describe_origin(model), files=files)
         return Inputs(network, sources, objective, tests, where)
 

@@ -12,7 +12,7 @@ import click
 from regrow.core.amounts import parse_bytes
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
-from regrow.core.names import DOMAINS, find_data_problem, find_problem, find_source_problem
+from regrow.core.names import DOMAINS, find_data_problem, find_model_problem, find_source_problem
 from regrow.methods import MethodKind, check_name
 from regrow.settings import export, grow
 from regrow.settings.declaration import list_options
@@ -57,7 +57,7 @@ def check_command_line(command: str, options: Mapping[str, Any]) -> None:
     if isinstance(settings, grow.Settings):
         settings.check_growth()
     for name in ("model", "other"):  # `learn` takes names of new networks, too
-        if command != "learn" and values.get(name) and (problem := find_problem(values[name])):
+        if command != "learn" and values.get(name) and (problem := find_model_problem(values[name])):
             raise InputError(problem)
     for run in values.get("runs") or filter(None, [values.get("run")]):
         read_run_record(Path(run))

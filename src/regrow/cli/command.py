@@ -15,7 +15,7 @@ from regrow.cli.boundary import NOTHING_YET, Stopped, record_interrupts
 from regrow.cli.screen import err
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.distributed import read_ranks
 from regrow.settings import prune
 from regrow.settings.declaration import DeclaredSetting, list_declared, list_options
@@ -208,7 +208,7 @@ def _read_config(run: Path, settings_class: type["DataclassInstance"], stated: M
     recorded = convert_settings(record["settings"], settings_class)
     values = {field.name: getattr(recorded, field.name) for field in list_options(settings_class)}
     for field in list_options(settings_class):
-        if field.setting.code and field.name not in stated and names_code(name := values[field.name]):
+        if field.setting.code and field.name not in stated and names_function(name := values[field.name]):
             word = name if field.setting.argument else f"{field.option} {name}"
             raise InputError(
                 f"{run}: {field.option} is {name!r:.80}, which names code, and only the command line names code; "
@@ -274,5 +274,5 @@ def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
 def announce_code(*names: str) -> None:
     """Print, on the error stream, which of the names on the command line are code that will be imported and run."""
     for name in names:
-        if names_code(name) and not Path(name).exists():
+        if names_function(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.core.limits import check_memory, check_regular, expanded, read_content
+from regrow.core.limits import check_memory, check_regular, expanded, read_head
 from regrow.core.names import DIGITS, find_data_problem
 from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, input_shape
 from regrow.data.datasets import StreamedExamples
@@ -202,7 +202,7 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
-    raw = read_content(path, _MAX_BYTES)
+    raw = read_head(path, _MAX_BYTES)
     shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + prod(shape) or not all(shape):
         raise SourceError(f"{path} is not a whole file of bytes in the idx format; fetch it again")

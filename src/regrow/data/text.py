@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.errors import InputError
-from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_head
 from regrow.core.names import find_source_problem
 from regrow.core.sources import Batch, Source
 from regrow.data.halves import Half, SourceError, half_of
@@ -149,7 +149,7 @@ def _read_folder(path: Path) -> tuple[list[str], str]:
 
 def _content(path: Path) -> tuple[str, bool]:
     """Return the text of a file, and whether that is all of it."""
-    data = read_content(path, MAX_TEXT_BYTES)
+    data = read_head(path, MAX_TEXT_BYTES)
     whole = len(data) <= MAX_TEXT_BYTES
     if not whole:
         data = data[:MAX_TEXT_BYTES].rpartition(b"\n")[0]

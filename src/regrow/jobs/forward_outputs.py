@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from regrow.core.axes import Example
 from regrow.core.sources import Batch, device_of, preserve_random_state
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
-from regrow.surgery.runner import Answers, preserve_generators, reseed
+from regrow.surgery.runner import Results, preserve_generators, reseed
 from regrow.tracing.capture import in_eval_mode
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import OutputError, Snapshot, find_tensors, output_tensors, preserve_state
@@ -32,7 +32,7 @@ def warm_caches(model: nn.Module, example: Example) -> None:
 
 
 @torch.no_grad()
-def compute_outputs(model: nn.Module, example: Example) -> Answers:
+def compute_outputs(model: nn.Module, example: Example) -> Results:
     """Return copies of the tensors and numbers that a network gives for an example, in eval mode.
 
     The network's state is not changed. Random operations start from the same seed in every call. Caches of states per
@@ -69,19 +69,19 @@ def _comparable_tensors(output: object) -> Iterator[Tensor]:
                 yield torch.view_as_real(x.resolve_conj()).clone() if x.is_complex() else x.clone()
 
 
-def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
+def measure_change(before: Results, after: Results) -> tuple[float, float]:
     """Return the largest absolute difference of two lists of outputs, and the largest output before.
 
     Outputs of another shape are left out, and integers where there are floating-point ones; infinite if none remain.
     """
     pairs = [(a, b) for a, b in common_outputs(before, after) if a.shape == b.shape]
     pairs = [(a, b) for a, b in pairs if a.is_floating_point()] or pairs
-    olds: Answers = [old for old, _ in pairs]
-    news: Answers = [new for _, new in pairs]
+    olds: Results = [old for old, _ in pairs]
+    news: Results = [new for _, new in pairs]
     return max_difference(olds, news) if pairs else torch.inf, max_magnitude([old.double() for old, _ in pairs])
 
 
-def measure_relative_change(before: Answers, after: Answers) -> float:
+def measure_relative_change(before: Results, after: Results) -> float:
     """Return the largest relative change of an entry of outputs; infinite if their number or a shape differs.
 
     It is relative to the entry, or to ten times the median of its output where that is more: values of another order,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.allocation.widening import deepening, widening
+from regrow.allocation.widening import plan_insertions, plan_widening
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
@@ -36,7 +36,7 @@ from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.output_comparison import shallow_copy
-from regrow.surgery.runner import Answers
+from regrow.surgery.runner import Results
 from regrow.tracing.capture import trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
@@ -124,9 +124,9 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     settings.check_growth()
     parts, named, blocks = settings.parse_parts(), settings.parse_axes(), settings.parse_stacks()
     fill = Fill(settings.fill, settings.seed)
-    widened = widening(axes, parts, named)
+    widened = plan_widening(axes, parts, named)
     with preserve_random_state():
-        insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
+        insert = plan_insertions(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
     for key, units in widened.grow.items():
         axis = axes[key]
@@ -197,7 +197,7 @@ def _grow_checked(
 
 
 def _check_stack(
-    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Answers]], share: float
+    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Results]], share: float
 ) -> None:
     """Raise RefusedError if outputs of a copy with more blocks in one stack change by more than the ratio ``share``.
 
@@ -220,7 +220,7 @@ def _check_stack(
         )
 
 
-def _run_grown(model: nn.Module, example: Example) -> Answers:
+def _run_grown(model: nn.Module, example: Example) -> Results:
     """Return the outputs of a network that ran before it grew; RefusedError if it does not run any more."""
     try:
         return compute_outputs(model, example)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow import data
 from regrow.core.errors import InputError
-from regrow.core.names import GENERATED, check_evaluated
+from regrow.core.names import GENERATED, check_evaluation_sources
 from regrow.core.sources import Batch, Source
 from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.data import Half
@@ -105,7 +105,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
     """Read the halves of every named source, not of text to be generated; ValueError for data that do not fit."""
-    check_evaluated(specs.unseen)
+    check_evaluation_sources(specs.unseen)
     all_specs = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in all_specs]
     for name in names:

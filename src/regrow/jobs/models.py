@@ -12,7 +12,7 @@ from regrow import nets, store
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.limits import expanded
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import moved
+from regrow.core.sources import move_inputs
 from regrow.data.vision import side_of
 from regrow.nets import Loaded, ModelError, Origin
 from regrow.nets.devices import choose_device
@@ -75,7 +75,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         own_example = shaped_example(model, read_shape(spec.input))
     has_probe = bool(shapes.probe.header)
     example = own_example or _find_example(model, origin, folder, spec.sources, has_probe=has_probe)
-    example = Example(moved(example.args, device), moved(dict(example.kwargs), device))
+    example = Example(move_inputs(example.args, device), move_inputs(dict(example.kwargs), device))
     return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)
 
 

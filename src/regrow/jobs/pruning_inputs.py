@@ -9,7 +9,7 @@ from torch import nn
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need
@@ -30,7 +30,7 @@ from regrow.store.run_record import convert_settings
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
     """Return the settings in ``run.json``; ``code`` replaces user code that it names, else ModelError is raised."""
     settings = convert_settings(values, Settings)
-    if names_code(settings.model):
+    if names_function(settings.model):
         check_code(settings.model, True, code)
         return replace(settings, model=code)
     return settings

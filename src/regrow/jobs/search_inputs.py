@@ -13,10 +13,10 @@ from regrow.allocation.stages import MemoryStages
 from regrow.allocation.timed import Prices, spread_times
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
-from regrow.core.candidates import candidates_in
-from regrow.core.names import names_code
+from regrow.core.candidates import candidate_paths
+from regrow.core.names import names_function
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
-from regrow.core.sources import Batch, device_of, moved
+from regrow.core.sources import Batch, device_of, move_inputs
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
@@ -82,7 +82,7 @@ def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchD
     ``start`` is the network with weights, whose form the data get; ``None``: it is new.
     """
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
-    specs = replace(specs, normalised=names_code(settings.space)).adapt_to(start, settings.seq_len)
+    specs = replace(specs, normalised=names_function(settings.space)).adapt_to(start, settings.seq_len)
     (base,) = read_tasks(specs)
     is_text = specs.tokenizer is not None
     n = len(base.train)
@@ -105,7 +105,7 @@ def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchD
 
 def trace_examples(model: nn.Module, task: Task, data: SearchData) -> AxisGraph:
     """Return the axes of a network, traced with two training examples of a task, and the flags of the data."""
-    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **data.kwargs)
+    return trace(model, move_inputs(first_examples(task.train, 2).inputs, device_of(model)), **data.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
@@ -161,7 +161,7 @@ def build_search(
     derived: dict[str, object] = {"target": limit, "seed": settings.seed, "stages": stages}
     if not augments:
         derived["augment"] = False
-    candidates = candidates_in(model)
+    candidates = candidate_paths(model)
     if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
         derived["levels"] = ("operations",) if candidates else ("filters",)
     prices = None

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from regrow.core.axes import Example
 from regrow.core.errors import InputError, first_line
 from regrow.core.limits import expanded
-from regrow.core.names import HUB, find_problem, names_code
+from regrow.core.names import HUB, find_model_problem, names_function
 from regrow.core.progress import Progress, silent
 from regrow.nets.attention import replace_attention
 from regrow.nets.cells import Cells
@@ -167,7 +167,7 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 
 def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:
-    if problem := find_problem(name):
+    if problem := find_model_problem(name):
         raise ModelError(problem)
     path = expanded(Path(name))
     if name in PACKAGED:
@@ -183,7 +183,7 @@ def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any
             return load_torchvision(network, pixels=pixels)
         path = expanded(Path(weights))
         return _watched(path, lambda: load_torchvision(network, path, pixels))
-    if names_code(name):
+    if names_function(name):
         return _from_callable(name, example, pixels)
     if re.fullmatch(HUB, name):
         return load_hub(name, dtype=dtype)
@@ -232,7 +232,7 @@ def import_builder(name: str) -> Builder:
 
 def import_object(name: str) -> Any:
     """Import an object by the name that a user or an installed package's entry point gives."""
-    if not names_code(name):
+    if not names_function(name):
         raise ModelError(f"{name!r} does not name a function; write pkg.mod:fn, for example mynets:tiny")
     module_name, _, attribute = name.partition(":")
     try:
@@ -248,7 +248,7 @@ def import_object(name: str) -> Any:
 def check_code(recorded: str, needed: bool, code: str) -> None:
     """Raise ModelError unless the user named a function if and only if the folder's network is built by one."""
     if needed and not code:
-        name, known = recorded if names_code(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
+        name, known = recorded if names_function(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
         problem = f"its network is built by your own code{known}, and a name in a file is never imported"
         remedy = f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
         raise ModelError(f"{problem}; {remedy}")
