@@ -24,7 +24,7 @@ from regrow.store.tensors import TensorFile, as_bytes
 SHARD = 5 * 10**9
 """The most bytes of tensors in one file; more are split into several files."""
 AHEAD = 2**26
-"""The most bytes of tensors that wait to be written."""
+"""The most bytes of tensors that wait to be written, besides one tensor that is larger than this."""
 FLUSHED = 2**27
 """After how many bytes the disk is waited for: what the system keeps in memory until then counts for a limit."""
 _LONGEST = 2**28
@@ -182,13 +182,16 @@ class TensorWriter:
         self.pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; it must not change any more."""
-        size = tensor.nbytes if tensor.nbytes <= self.ahead else 0
-        while self.waiting and size + sum(other for other, _ in self.waiting) > self.ahead:
+        """Queue a tensor, which must not change any more; waits for room in the queue, and raises earlier errors."""
+        while self.waiting:
+            sizes = sorted([tensor.nbytes, *(size for size, _ in self.waiting)])
+            # One tensor larger than ``ahead`` is let through: the first block is cut while the embedding is written.
+            if sum(sizes[:-1] if sizes[-1] > self.ahead else sizes) <= self.ahead:
+                break
             self._wait()
         data = as_bytes(tensor)
         work = self.pools[0].submit(self._write, name, tensor), self.pools[1].submit(self._digest, name, data)
-        self.waiting.append((size, work))
+        self.waiting.append((tensor.nbytes, work))
 
     def finish(self) -> Mapping[str, str]:
         """Wait until all is written; return the SHA-256 of each tensor."""
