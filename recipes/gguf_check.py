@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.core.axes.operations import Placeholder
 from regrow.data import Half, text, windows
-from regrow.data.halves import half_of
+from regrow.data.halves import select_half
 from regrow.exporters.gguf import write
 from regrow.exporters.gguf.llama_cpp import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
@@ -214,7 +214,7 @@ def check_rules(python: str, folder: Path) -> dict[str, Any]:
 
 def texts_of(half: Half, n: int, length: int) -> list[str]:
     """Documents of every kind, each cut to a length."""
-    return [d[:length] for kind in KINDS for d in half_of(text(kind).documents, half, kind)[:n]]
+    return [d[:length] for kind in KINDS for d in select_half(text(kind).documents, half, kind)[:n]]
 
 
 def prompts_of(tokenizer: Any, n: int, length: int) -> Tensor:

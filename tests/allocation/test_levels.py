@@ -30,10 +30,10 @@ from topology import topology
 from zoo import randomise
 
 CONFIGS = {
-    Cells: cells.supernet((3, 16, 16), 5, width=4, cells=2, nodes=2),
-    Mobile: mobile.supernet((3, 16, 16), 5, width=4, blocks=2),
+    Cells: cells.supernet_config((3, 16, 16), 5, width=4, cells=2, nodes=2),
+    Mobile: mobile.supernet_config((3, 16, 16), 5, width=4, blocks=2),
 }
-DESCRIBED = {Cells: cells.describe, Mobile: mobile.describe}
+DESCRIBED = {Cells: cells.describe_result, Mobile: mobile.describe_result}
 
 
 @pytest.fixture(scope="module", params=[Cells, Mobile])
@@ -108,7 +108,7 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
 
 
 def test_gradients_are_the_same_every_time_on_several_threads():
-    net = randomise(Cells(cells.supernet((3, 16, 16), 5, width=16, cells=3, nodes=2)))
+    net = randomise(Cells(cells.supernet_config((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
     flat = found.levels.flat(parameters).detach()
     gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.keys), len(found.ops) + 1)

@@ -16,7 +16,7 @@ from regrow.exporters import ExportError
 from regrow.exporters import onnx as format
 from regrow.exporters.onnx import place_file, unused_name, write
 from regrow.nets import Origin
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.store import save
 from regrow.store.atomic import staging_folder
@@ -118,7 +118,7 @@ def test_an_image_network_takes_any_batch(tmp_path: Path) -> None:
 
 def found_cells() -> tuple[Cells, dict[str, Any]]:
     """Cells after a search: half of the operations dropped, every width cut to a number of its own."""
-    config = supernet((3, 16, 16), 5, width=6, cells=3, nodes=2)
+    config = supernet_config((3, 16, 16), 5, width=6, cells=3, nodes=2)
     net = Cells(config).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -14,7 +14,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(5, dtype=torch.b
 
 @pytest.mark.parametrize("ahead", [1, 2**20])
 def test_digests_are_those_of_the_tensors(tmp_path, ahead, monkeypatch):
-    monkeypatch.setattr("regrow.store.weights.FLUSHED", 20)
+    monkeypatch.setattr("regrow.store.weights.FLUSH_BYTES", 20)
     for order in permutations([*TENSORS, "other"]):
         tensors = {**TENSORS, "other": torch.tensor(2)}
         places = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
@@ -46,7 +46,7 @@ def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
 def test_the_queue_holds_one_larger_tensor_at_most(tmp_path):
     """A copy of a streamed network reads its tensors one by one: those that wait must not fill memory."""
     names = [f"t{i}" for i in range(6)]
-    entries = {name: (torch.float32, (8,)) for name in names}
+    entries = dict.fromkeys(names, (torch.float32, (8,)))
     with TensorFile(tmp_path / "x", entries, {}) as file, TensorWriter(dict.fromkeys(names, file), 8) as writer:
         for name in names:
             writer.write(name, torch.ones(8))

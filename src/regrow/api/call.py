@@ -38,7 +38,7 @@ from regrow.jobs.models import ModelSpec, load_model, with_origin
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
-from regrow.nets.loaded import WeightFile, guessed_example
+from regrow.nets.loaded import WeightFile, guess_example
 from regrow.reports import write_run_page
 from regrow.store.building import describe_origin
 from regrow.store.statistics import fingerprint
@@ -85,7 +85,7 @@ class Call:
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         example = self.example if self.axes is None else self.axes.example
         known = known if example is None else to_example(example)
-        guess = known or guessed_example(model)
+        guess = known or guess_example(model)
         size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
         reading = choose_reading(model, tokenizer, self.batch_size, size)
         sources, tests, objective = self._read_data(reading)

@@ -19,7 +19,7 @@ from regrow.settings.declaration import options_of
 from regrow.store.atomic import JSON, LEFTOVER, check_output
 from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
-from regrow.store.run_record import RUN, read_run, unfinished_folder
+from regrow.store.run_record import RUN, find_unfinished, read_run
 
 if TYPE_CHECKING:
     pass
@@ -84,7 +84,7 @@ def check_words(command: str, options: Mapping[str, Any]) -> None:
 def read_recorded(folder: Path) -> dict[str, Any]:
     """Return ``run.json`` of a finished or unfinished run, or raise StoreError."""
     settle(folder)
-    return read_run(unfinished_folder(folder) or folder)
+    return read_run(find_unfinished(folder) or folder)
 
 
 def _check_data(values: Mapping[str, object]) -> None:

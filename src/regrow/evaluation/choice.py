@@ -13,7 +13,7 @@ from torch import nn
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.core.sources import Batch, logits_in
-from regrow.data.text import find_start
+from regrow.data.text import find_bos_tokens
 from regrow.evaluation.measure import evaluating
 from regrow.evaluation.quality import finite, share_error, token_losses
 
@@ -154,7 +154,7 @@ def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item])
 
 def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
     """Return the rows of all choices of all items, of at most ``LONGEST`` tokens; longer ones lose their beginning."""
-    start, rows = find_start(tokenizer), list[Row]()
+    start, rows = find_bos_tokens(tokenizer), list[Row]()
     for number, item in enumerate(items):
         for context, ending in _pairs(item, f"item {number}"):
             # Tokenised together, as the model would meet them; the ending begins where the context alone ends.

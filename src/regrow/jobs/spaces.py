@@ -34,8 +34,8 @@ from regrow.tracing.branches import find_placeholders
 from regrow.training.learner import Context
 
 STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]], Callable[..., Prefix], str]] = {
-    "cells": (Cells, cells.supernet, cells.prefix, "cells"),
-    "mobile": (Mobile, mobile.supernet, mobile.prefix, "blocks"),
+    "cells": (Cells, cells.supernet_config, cells.build_prefix, "cells"),
+    "mobile": (Mobile, mobile.supernet_config, mobile.build_prefix, "blocks"),
 }
 """Space that can be searched in stages → its network, its description, a part of it, and what its parts are."""
 MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
@@ -138,9 +138,9 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
         case _ if in_place:
             return model.eval(), origin
         case Cells():
-            config = cells.describe(model, origin.config, gone)
+            config = cells.describe_result(model, origin.config, gone)
         case Mobile():
-            config = mobile.describe(model, origin.config, gone)
+            config = mobile.describe_result(model, origin.config, gone)
         case _:
             return model.eval(), origin
     return rebuild(config, model), replace(origin, config=config)

@@ -93,7 +93,7 @@ class TrainingRow(msgspec.Struct, frozen=True):
 
 
 ROWS: dict[str, type[Any]] = {
-    what: row for what, (row, _) in metrics.KINDS.items() if row is not metrics.MetricsRow
+    what: row for what, (row, _) in metrics.ROW_KINDS.items() if row is not metrics.MetricsRow
 } | {
     "commit": Commit,
     "epoch": SearchEpoch,

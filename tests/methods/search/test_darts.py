@@ -21,14 +21,14 @@ from regrow.allocation.darts import Edges
 from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Context, Step
 
 OPERATIONS = ("skip", "sep3", "max")
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
 SCHEDULE = TaskSchedule(epochs=3, batch_size=25, lr=0.02)
 
 
@@ -123,7 +123,7 @@ def test_the_gradient_of_alpha_is_that_of_the_held_out_loss(task, axes):
 
 
 def test_an_edge_shares_one_with_none():
-    net = Cells(supernet((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
+    net = Cells(supernet_config((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
     edges = Edges.of(net)
     assert edges.entries == 4 * 5 * (len(OPERATIONS) + 1)
     alpha = torch.randn(edges.entries, generator=torch.Generator().manual_seed(0))

@@ -11,14 +11,14 @@ from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples
 from regrow.methods.search.commit import drop_operations
 from regrow.methods.search.gold_nas import Settings, build
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
 from topology import topology
 
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
 
 

@@ -32,7 +32,7 @@ from regrow.methods.search import commit
 from regrow.methods.search.commit import cut_masked, restore_filters, score_cut_filters
 from regrow.methods.search.mgas import Settings, build, lift_cheap_operations
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
@@ -42,13 +42,13 @@ from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
 from regrow.training.schedule import Optimizers
 from topology import topology
 
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
 
 
 @pytest.fixture(scope="module")
 def task():
-    base = streams.fewer(streams.digits_task(), 150, 100)
+    base = streams.sample_task(streams.load_digits(), 150, 100)
     return Task("digits", base.train, base.test, base.classes)
 
 

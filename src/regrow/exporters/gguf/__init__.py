@@ -39,8 +39,8 @@ from regrow.exporters.gguf.llama_cpp import (
     describe_tokenizer,
     query_scale,
 )
-from regrow.nets.language import ATTENTION, MLP, DecoderLayer
-from regrow.nets.loaded import needs
+from regrow.nets.language import ATTENTION_LAYERS, MLP_LAYERS, DecoderLayer
+from regrow.nets.loaded import missing_package
 from regrow.store.atomic import atomic_write, check_output
 
 __all__ = ["write"]
@@ -83,7 +83,7 @@ def write(
     try:
         import gguf
     except ImportError:
-        raise ExportError(str(needs("export", "gguf"))) from None
+        raise ExportError(str(missing_package("export", "gguf"))) from None
     out = Path(out)
     check_output(out, (".gguf",))
     decoder = describe_decoder(model)
@@ -116,7 +116,7 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
         for norm, size, parts in zip(
-            NORMS, (layer.heads * decoder.head_dim, layer.width), (ATTENTION, MLP), strict=True
+            NORMS, (layer.heads * decoder.head_dim, layer.width), (ATTENTION_LAYERS, MLP_LAYERS), strict=True
         ):
             if not size:
                 continue
@@ -145,9 +145,9 @@ def _read_permuted(
     """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
-    if path == ATTENTION[0] and (scale := query_scale(layer, decoder.scale)) != 1:
+    if path == ATTENTION_LAYERS[0] and (scale := query_scale(layer, decoder.scale)) != 1:
         rows = rows.float() * scale
-    heads = dict(zip(ATTENTION, (layer.heads, layer.kv_heads), strict=False)).get(path, 0)
+    heads = dict(zip(ATTENTION_LAYERS, (layer.heads, layer.kv_heads), strict=False)).get(path, 0)
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows
 
 

@@ -39,7 +39,7 @@ from regrow.exporters.onnx.calls import (
     resize_inputs,
     sizes_of,
 )
-from regrow.nets.loaded import guessed_example, needs, noise_example
+from regrow.nets.loaded import guess_example, missing_package, noise_example
 from regrow.store.atomic import check_output, staging_folder, sync
 from regrow.store.errors import explain_os_errors
 
@@ -73,7 +73,7 @@ def write(
     out, steps = Path(out), 5 if dtype == "int8" else 4
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise ExportError(str(needs("export", package)))
+            raise ExportError(str(missing_package("export", package)))
     if out.suffix != ".onnx":
         raise ExportError(f"{out}: the name of an ONNX file must end in .onnx; use {out.with_suffix('.onnx')}")
     target = check_output(out, (".onnx",))
@@ -115,7 +115,7 @@ def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _example(model: nn.Module, example: Example | None) -> Example:
     """Return the input of the network: the given one, or a guess."""
     shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
-    result = example or (noise_example(model, (1, *shape)) if shape else guessed_example(model))
+    result = example or (noise_example(model, (1, *shape)) if shape else guess_example(model))
     if result is None:
         raise ExportError("the network does not say what input it takes; give an example")
     return result
