@@ -128,6 +128,8 @@ def build_transformers(origin: Origin) -> nn.Module:
         with quiet(), no_init_weights():
             model = cast(Any, architecture)._from_config(config)
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # it met no_init_weights, whose end then fails
+            raise error.__context__ from None
         raise ModelError(f"cannot build {origin.reference} from its configuration: {first_line(error)}") from None
     model.tie_weights()  # which initialisation would do
     return model.eval()
