@@ -19,7 +19,7 @@ from regrow.nets import Origin
 from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.store import save
-from regrow.store.atomic import staging_folder
+from regrow.store.atomic import stage_folder
 from regrow.tracing.branches import PlaceholderModule
 from store.saved import CASES, cut
 from zoo import ZOO
@@ -203,7 +203,7 @@ def test_no_file_of_the_user_goes_with_the_old_weights(tmp_path: Path, monkeypat
 
 def put(path: Path, value: float) -> None:
     """Place a small file whose weights lie beside it, as an export does."""
-    with staging_folder(path) as stage:
+    with stage_folder(path) as stage:
         name = unused_name(path)
         weights = onnx.numpy_helper.from_array(np.full(4, value, np.float32), "w")
         output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])

@@ -9,14 +9,14 @@ import pytest
 from torch import nn
 
 from regrow.store import StoreError, save
-from regrow.store.atomic import lock_folder
+from regrow.store.atomic import lock
 from regrow.store.run_folder import RunFolder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from regrow.store.atomic import lock_folder
-held = lock_folder(Path(sys.argv[1]))
+from regrow.store.atomic import lock
+held = lock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)
 """
@@ -54,8 +54,8 @@ def test_a_second_writer_is_refused_and_a_killed_one_gives_the_folder_free(holde
 
 def test_a_lock_leaves_nothing_and_can_be_taken_again(tmp_path):
     for _ in range(2):
-        with lock_folder(tmp_path), pytest.raises(StoreError, match="being written"):
-            lock_folder(tmp_path)
+        with lock(tmp_path), pytest.raises(StoreError, match="being written"):
+            lock(tmp_path)
         assert not list(tmp_path.iterdir())
 
 

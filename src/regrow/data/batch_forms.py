@@ -107,10 +107,9 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     if labels is not None and row and len(labels) != size:
         shapes = f"an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)}"
         raise SourceError(f"{where}: {shapes} is a single example; give DataLoader(data, batch_size=32)")
-    form = _label_form(labels)
-    if first is not None and form != _label_form(first.labels):
-        expected = _label_form(first.labels)
-        raise SourceError(f"{where} has {form}, and the first batch {expected}; give batches of one kind, with labels")
+    if first is not None and _label_form(labels) != _label_form(first.labels):
+        forms = f"has {_label_form(labels)}, and the first batch {_label_form(first.labels)}"
+        raise SourceError(f"{where} {forms}; give batches of one kind, with labels")
     return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
 
 
@@ -235,10 +234,9 @@ def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
         raise SourceError(f"{where}: input_ids have shape {list(ids.shape)}; give [sequences, tokens] in each batch")
     if labels is None:
         mask = item.get("attention_mask")
+        labels = ids
         if isinstance(mask, Tensor) and mask.shape == ids.shape:
             labels = ids.masked_fill(mask == 0, IGNORED)
-        else:
-            labels = ids
     labels = check_labels(labels, where, len(ids))
     if labels.shape == ids.shape:  # one label per sequence is no next token
         labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)

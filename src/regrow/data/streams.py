@@ -155,8 +155,8 @@ def load_image_folder(
         small = 12 * len(chosen) * width * height <= _IN_MEMORY  # three channels of float32
         if {image_size(file) for file, _ in chosen} == {(width, height)} and small:
             inputs = read_images([file for file, _ in chosen])
-            labels = torch.tensor([label for _, label in chosen])
-            result.append(Examples(normalise_(inputs) if normalised else inputs, labels))
+            inputs = normalise_(inputs) if normalised else inputs
+            result.append(Examples(inputs, torch.tensor([label for _, label in chosen])))
         else:
             result.append(StreamedExamples(ImageFileSet(tuple(chosen), (height, width), normalised)))
     return Task(name, result[0], result[1], tuple(sorted(present)))
@@ -210,7 +210,7 @@ def _read_idx(folder: Path, name: str, dims: int) -> Tensor:
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
     raw = read_content(path, _MAX_BYTES)
-    shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
+    shape = tuple(int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1))
     begin = 4 + 4 * dims  # behind the type (8: bytes), the number of dimensions, and their sizes
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != begin + prod(shape) or not all(shape):
         raise SourceError(f"{path} is not a whole file of bytes in the idx format; fetch it again")

@@ -3,7 +3,7 @@
 import importlib.util
 import random
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,8 @@ def text(spec: str) -> Text:
         return load_files(name.strip(), Path(path.strip()))
     if name in TEXT_DOMAINS:
         return TEXT_DOMAINS[name]()
-    names = ", ".join(TEXT_DOMAINS)
-    problem = find_source_problem(name)
-    raise SourceError(problem or f"source {name!r} holds no text; known: {names}; your own: NAME=PATH")
+    known = ", ".join(TEXT_DOMAINS)
+    raise SourceError(find_source_problem(name) or f"source {name!r} holds no text; known: {known}; or NAME=PATH")
 
 
 def load_news() -> Text:
@@ -103,7 +102,6 @@ def load_talk() -> Text:
 
 
 # Name → function that loads a text domain that needs no file of the user's.
-TEXT_DOMAINS: dict[str, Callable[[], Text]]
 TEXT_DOMAINS = {"news": load_news, "code": load_code, "manual": load_manual, "talk": load_talk}
 
 

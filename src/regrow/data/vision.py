@@ -76,8 +76,7 @@ class ImageFileBatches(LazyBatches):
             indices = range(len(self.dataset))[i * self.batch_size : (i + 1) * self.batch_size]
             rows = [self.dataset[index] for index in indices]
             inputs = torch.stack([image for image, _ in rows])
-            if self.channels != 3:
-                inputs = inputs.mean(1, keepdim=True)
+            inputs = inputs if self.channels == 3 else inputs.mean(1, keepdim=True)
             yield Batch((inputs,), labels=torch.tensor([label for _, label in rows]))
 
 
@@ -313,5 +312,4 @@ def _select_half(values: list[Any], half: Half) -> list[Any]:
 def _check_amounts(name: str, n: int | None, batch_size: int) -> None:
     """Raise SourceError unless the numbers of images and of images per batch are positive."""
     if (n is not None and n < 1) or batch_size < 1:
-        problem = "the numbers of images and of images per batch are at least 1"
-        raise SourceError(f"source {name!r}: {problem}; got n={n}, batch_size={batch_size}")
+        raise SourceError(f"source {name!r}: n and batch_size are at least 1; got n={n}, batch_size={batch_size}")

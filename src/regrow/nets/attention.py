@@ -59,7 +59,7 @@ class Attention(nn.Module):
         if need_weights:
             scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
             scores = scores if mask is None else scores + mask
-            weights = F.dropout(scores.softmax(-1), dropout)
+            weights = F.dropout(scores.softmax(-1), dropout)  # dropout is 0 in eval mode
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:

@@ -76,10 +76,8 @@ class Cell(nn.Module):
     def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
         super().__init__()
         widths = list(plan["inputs"])
-        self.inputs = nn.ModuleList(
-            Pointwise(channels, width, 2 if shrink else 1)
-            for channels, width, shrink in zip(before, widths, shrinks, strict=True)
-        )
+        forms = zip(before, widths, shrinks, strict=True)
+        self.inputs = nn.ModuleList(Pointwise(old, new, 2 if shrink else 1) for old, new, shrink in forms)
         self.nodes = nn.ModuleList()
         for node in plan["nodes"]:
             ops = {}

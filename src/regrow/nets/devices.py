@@ -22,18 +22,17 @@ def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torc
     >>> choose_device("cpu")
     device(type='cpu')
     """
-    available = list_devices()
+    names = list_devices()
     name = choose_rank_device(str(name), ranks, torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if "cuda:0" in available else "cpu")
+        return torch.device("cuda" if "cuda:0" in names else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):
         raise InputError(f"there is no device {str(name)!r}; write auto, cpu, cuda, cuda:1 or mps") from None
-    same_type = [other for other in available if other.partition(":")[0] == device.type]
+    same_type = [other for other in names if other.partition(":")[0] == device.type]
     if (device.index or 0) >= len(same_type):
-        names = ", ".join(available)
-        raise ResourceError(f"device {name} is not available; this machine has {names}; use --device cpu")
+        raise ResourceError(f"device {name} is not available; this machine has {', '.join(names)}; use --device cpu")
     return device
 
 

@@ -101,8 +101,7 @@ def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
     needed = 0
     for file in files:
         for dtype, count in check_safetensors(file).items():
-            stored = _BYTES.get(dtype, 1)
-            needed += count * (itemsize if itemsize and "F" in dtype else stored)
+            needed += count * (itemsize if itemsize and "F" in dtype else _BYTES.get(dtype, 1))
     check_memory(needed, f"loading {name}", "take a smaller model, or --dtype bfloat16")
 
 

@@ -51,10 +51,7 @@ class _Location:
 
 
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model and its tokenizer from a transformers folder with safetensors weights, or raise ModelError.
-
-    ``dtype``: ``None``: as stored. ``name``: what the user calls the model, here and below.
-    """
+    """Load a model and its tokenizer from a transformers folder with safetensors weights; ``dtype``: else as stored."""
     check_weights(_check_folder(folder, name), name, None if dtype is None else dtype.itemsize)
     return _load(_Location(str(folder), name), dtype)
 
@@ -112,10 +109,7 @@ def parse_configuration(text: str) -> dict[str, object]:
 
 
 def build_transformers(origin: Origin) -> nn.Module:
-    """Build a transformers architecture on the CPU; parameters are *not* initialised, buffers are right.
-
-    Raises ModelError for an unknown class, or settings that would load code.
-    """
+    """Build a transformers architecture on the CPU, or raise ModelError; parameters are *not* initialised."""
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
@@ -162,7 +156,6 @@ def quiet() -> Iterator[None]:
 def _load(location: _Location, dtype: torch.dtype | None) -> Loaded:
     """Load a model with transformers; ModelError unless weights and configuration belong together."""
     require_transformers()
-    name = location.name
     try:
         with quiet():
             model, info = _class_for(location).from_pretrained(
@@ -176,10 +169,10 @@ def _load(location: _Location, dtype: torch.dtype | None) -> Loaded:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {name}: {_explain_load_error(error)}") from None
+        raise ModelError(f"cannot load {location.name}: {_explain_load_error(error)}") from None
     if unmatched := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]:
         problem = f"{len(unmatched)} tensors are in the weights or in config.json alone, {unmatched[0]!r} first"
-        raise ModelError(f"{name}: {problem}; download both again")
+        raise ModelError(f"{location.name}: {problem}; download both again")
     return _to_loaded(model, location)
 
 
@@ -207,12 +200,11 @@ def _read_tokenizer(location: _Location) -> Any | None:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    where = location.where
     try:
         with quiet():
             if "gguf_file" not in location.options:
-                check_tokenizer(get_tokenizer_config(where, **location.options))
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **location.options)
+                check_tokenizer(get_tokenizer_config(location.where, **location.options))
+            return AutoTokenizer.from_pretrained(location.where, trust_remote_code=False, **location.options)
     except Exception:
         # A model without a tokenizer still has a shape to change; whoever needs text will ask for one.
         return None
@@ -249,8 +241,7 @@ def _check_surplus(sizes: Mapping[str, int], model: "PreTrainedModel", name: str
     """Raise ModelError if a GGUF file holds weights that its metadata do not name: transformers leaves them out."""
     embeddings = cast(Any, model.get_output_embeddings())
     tied = embeddings is not None and embeddings.weight is cast(Any, model.get_input_embeddings()).weight
-    # Tensors that are no parameters of the model: tables of rotary frequencies, and a copy of tied embeddings.
-    surplus = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
+    surplus = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))  # no parameters of the model
     in_file = sum(size for tensor, size in sizes.items() if not tensor.startswith(surplus))
     in_model = sum(parameter.numel() for parameter in model.parameters())
     if in_file > in_model:
@@ -278,10 +269,7 @@ def _require(package: str) -> ModuleType:
 
 
 def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Emptied) -> Loaded:
-    """Build the model of a transformers folder: ``empty`` replaces its parameters, buffers of its code are right.
-
-    Its dtype is ``dtype``, else that of its configuration, else ``stored``. Raises ModelError.
-    """
+    """Build the model of a transformers folder with parameters replaced by ``empty``, in ``dtype``, else as stored."""
     _check_folder(folder, name)
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
@@ -292,8 +280,7 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
             architecture = _class_for(location)
             config = transformers.AutoConfig.from_pretrained(location.where, trust_remote_code=False)
             recorded = getattr(config, "dtype", None)
-            if isinstance(recorded, str):
-                recorded = getattr(torch, recorded)
+            recorded = getattr(torch, recorded) if isinstance(recorded, str) else recorded
             chosen = dtype or recorded or stored
             with no_init_weights(), replacing_parameters(empty):
                 model = architecture._from_config(config, dtype=chosen)
@@ -319,7 +306,7 @@ def replacing_parameters(empty: Emptied) -> Iterator[None]:
     def replace(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return empty(parameter) if get_ident() == thread else parameter
 
-    # Its stub says that hooks return nothing; what they return takes the parameter's place.
+    # What the hook returns takes the parameter's place, though its stub says that hooks return nothing.
     handle = register_module_parameter_registration_hook(replace)  # type: ignore[arg-type]
     try:
         yield

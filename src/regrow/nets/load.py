@@ -27,12 +27,12 @@ from regrow.nets.loaded import (
     Loaded,
     ModelError,
     Origin,
-    accepts,
     find_weight_files,
     format_shape,
     guess_example,
     image_example,
     log_guess,
+    run_error,
     shaped_example,
 )
 from regrow.nets.mobile import Mobile
@@ -74,7 +74,7 @@ def load(
     Raises:
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
-    device = choose_device(str(device))
+    device = choose_device(device)
     try:
         loaded = _load(name, dtype, progress, example, pixels)
     except ModelError:
@@ -214,17 +214,15 @@ def _load_from_function(name: str, example: Any, pixels: int) -> Loaded:
     guessed = chosen is None
     if chosen is None:
         sized = guess_example(model, pixels) if pixels else None
-        if sized is not None and accepts(model, sized):
+        if sized is not None and run_error(model, sized) is None:
             return Loaded(model, None, sized, origin)
         chosen = guess_example(model)
     if chosen is None:
         raise ModelError(f"{name}: cannot guess the model's input; {_GIVE_INPUT}")
-    try:
-        with torch.no_grad():
-            model(*chosen.args, **chosen.kwargs)
-    except Exception as error:
+    error = run_error(model, chosen)
+    if error is not None:
         problem = f"the model does not take an input of {format_shape(chosen)} ({first_line(error)})"
-        raise ModelError(f"{name}: {problem}; {_GIVE_INPUT}") from None
+        raise ModelError(f"{name}: {problem}; {_GIVE_INPUT}")
     return Loaded(model, None, chosen, origin, guessed=guessed)
 
 

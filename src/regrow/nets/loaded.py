@@ -244,11 +244,11 @@ def guess_example(model: nn.Module, pixels: int = 0) -> Example | None:
     return None
 
 
-def accepts(model: nn.Module, example: Example) -> bool:
-    """Whether a network in eval mode runs on an input without an error."""
+def run_error(model: nn.Module, example: Example) -> Exception | None:
+    """Run a network on an input without gradients, and return the error that it raises; ``None``: it raises none."""
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)
-    except Exception:  # whatever it raises, it does not run
-        return False
-    return True
+    except Exception as error:  # whatever a user's network raises
+        return error
+    return None

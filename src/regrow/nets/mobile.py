@@ -51,12 +51,10 @@ def build_block(before: int, plan: Mapping[str, Any]) -> Candidates:
     """
     ops, sources = dict[str, nn.Module](), []
     for name, mid in plan["ops"]:
-        if name == "skip":
-            ops[name] = nn.Identity()
-        else:
-            kernel = int(name[2])  # of mb5e3, 5
-            ops[name] = Bottleneck(before, mid, plan["width"], kernel, plan["stride"])
-        sources.append(0 if name == "skip" else 1)
+        is_skip = name == "skip"
+        # The kernel size is the third character, as of mb5e3.
+        ops[name] = nn.Identity() if is_skip else Bottleneck(before, mid, plan["width"], int(name[2]), plan["stride"])
+        sources.append(0 if is_skip else 1)
     return Candidates(ops, sources)
 
 

@@ -107,8 +107,7 @@ def _freeze_norm_statistics(module: nn.Module) -> Iterator[None]:
         (norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules() if isinstance(norm, _BatchNorm)
     ]
     for norm, _, tracked in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None if tracked is None else tracked.clone()
+        norm.momentum, norm.num_batches_tracked = 0.0, None if tracked is None else tracked.clone()
     try:
         yield
     finally:

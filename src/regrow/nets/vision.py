@@ -16,11 +16,10 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.limits import check_memory
 from regrow.nets.files import check_weights
-from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, accepts, image_example, missing_package
+from regrow.nets.loaded import CLIP, PIXELS, Loaded, ModelError, Origin, image_example, missing_package, run_error
 
 MAX_SIZE = 2**16  # of widths and other sizes of a small network
 MAX_STAGES = 8  # of a small residual network
-CLIP_FRAMES = 16
 FLOW_PIXELS = 128  # the least height and width that RAFT takes
 GROUP_CHANNELS = 2  # channels per group of a GroupNorm: few, since a network with GroupNorm is widened by whole groups
 # Arguments of torchvision's builders that would download weights.
@@ -67,7 +66,7 @@ def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) ->
     # One batch of images is its only input: not a list, a video or a pair.
     if pixels and len(loaded.example.args) == 1 and isinstance(first, Tensor) and first.dim() == 4:
         sized = image_example(model, 3, pixels, pixels)
-        if accepts(model, sized):
+        if run_error(model, sized) is None:
             return replace(loaded, example=sized)
     return replace(loaded, guessed=True)
 
@@ -120,7 +119,7 @@ def torchvision_example(name: str, model: nn.Module) -> Example:
             return Example(([image],))  # a list of images
         case "video":
             height, width = size if isinstance(size, tuple) else (size, size)
-            return image_example(model, 3, CLIP_FRAMES, height, width)
+            return image_example(model, 3, CLIP[0], height, width)
         case "optical_flow":
             (frames,) = image_example(model, 3, FLOW_PIXELS, FLOW_PIXELS).args
             return Example((frames, frames.flip(-1)))  # the first frames, and the second ones
@@ -158,9 +157,9 @@ def build_small(origin: Origin) -> nn.Module:
     config: Mapping[str, Any] = origin.config
     lists = [config.get("widths"), config.get("shape")]
     numbers = [config.get("classes"), *(n for part in lists if isinstance(part, list) for n in part)]
-    valid = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
-    valid &= all(type(n) is int and 0 < n <= MAX_SIZE for n in numbers)
-    if origin.reference not in BUILDERS or not valid:
+    are_lists = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
+    are_sizes = all(type(n) is int and 0 < n <= MAX_SIZE for n in numbers)
+    if origin.reference not in BUILDERS or not are_lists or not are_sizes:
         problem = f"{origin.reference!r} with {dict(config)!s:.80} is not a small network"
         remedy = "use other sizes, or restore the file that they come from"
         raise ModelError(f"{problem}, whose sizes are 1 to {MAX_SIZE:,}; {remedy}")
@@ -212,9 +211,9 @@ def resnet(
     ``numbers``: the width of the first stage, and the number of stages (3 if absent, at most 8), as in ``resnet:16-3``.
     Each stage is twice as wide as the one before, at half its resolution.
     """
-    width, *others = numbers
-    stages = min(others[0] if others else 3, MAX_STAGES)
-    widths = [width * 2**i for i in range(stages)]
+    width = numbers[0]
+    stages = numbers[1] if len(numbers) > 1 else 3
+    widths = [width * 2**i for i in range(min(stages, MAX_STAGES))]
     net = nn.Sequential(nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), norm(width), nn.ReLU())
     for i, (before, after) in enumerate(pairwise([width, *widths])):
         net.append(ResidualBlock(before, after, 1 if i == 0 else 2, norm))

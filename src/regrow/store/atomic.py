@@ -25,7 +25,7 @@ class LockedError(StoreError):
 
 
 class FolderLock:
-    """An exclusive lock on a folder, made by :func:`lock_folder`, held until it is released or the process ends.
+    """An exclusive lock on a folder, made by :func:`lock`, held until it is released or the process ends.
 
     ``handle`` is the descriptor of the open folder; ``None``: the file system has no locks, and nothing is locked.
     """
@@ -46,7 +46,7 @@ class FolderLock:
         self.release()
 
 
-def lock_folder(folder: Path) -> FolderLock:
+def lock(folder: Path) -> FolderLock:
     """Lock an existing folder exclusively, or raise LockedError if another process holds its lock."""
     while True:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -78,7 +78,7 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
-    with explain_os_errors(path), staging_folder(path) as stage:
+    with explain_os_errors(path), stage_folder(path) as stage:
         temporary = stage / path.name
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = temporary.stat().st_mode
@@ -118,17 +118,17 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staging_folder(path: Path) -> Iterator[Path]:
+def stage_folder(path: Path) -> Iterator[Path]:
     """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted when the block ends.
 
     Staging folders that killed processes left behind are deleted first.
     """
-    delete_leftovers(path)
+    sweep(path)
     while True:
         stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         stage.mkdir()
         with contextlib.suppress(LockedError, FileNotFoundError):  # another process took it for a leftover: try again
-            owner = lock_folder(stage)
+            owner = lock(stage)
             break
     try:
         yield stage
@@ -146,10 +146,10 @@ def find_leftovers(path: Path) -> list[Path]:
     )
 
 
-def delete_leftovers(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Delete the folders that :func:`find_leftovers` finds beside ``path``, unless a live process has locked them."""
     for leftover in find_leftovers(path):
-        with contextlib.suppress(LockedError, FileNotFoundError), lock_folder(leftover) as owner:
+        with contextlib.suppress(LockedError, FileNotFoundError), lock(leftover) as owner:
             if owner.handle is not None:  # without locks, a live process may own it
                 shutil.rmtree(leftover, ignore_errors=True)
 

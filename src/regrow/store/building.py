@@ -17,7 +17,7 @@ from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.language import origin_of
 from regrow.store.errors import StoreError
 from regrow.store.portable import check_configuration, is_pretrained
-from regrow.store.shapes import DTYPES, SHAPES, SIZE_LIMIT, Number, Shapes, StoredTensor, TensorKind
+from regrow.store.shapes import SHAPES, SIZE_LIMIT, Number, Shapes, StoredTensor, TensorKind
 from regrow.store.state import (
     MODULE_VARS,
     HeldTensor,
@@ -30,6 +30,7 @@ from regrow.store.state import (
     same_tensor,
     settable_numbers,
 )
+from regrow.store.tensors import dtype_name
 from regrow.tracing.branches import find_placeholders, insert_placeholders
 from regrow.tracing.stacks import StackError, find_insertions, insert_copies
 
@@ -113,11 +114,12 @@ def _stored_dtype(name: str, held: HeldTensor, dtype: torch.dtype | None) -> str
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise StoreError(f"{name!r} is on the meta device or sparse and has no numbers to save; load the model first")
     if dtype is not None and tensor.is_floating_point() and held.kind is not TensorKind.DERIVED:
-        return str(dtype).removeprefix("torch.")
-    dtype_name = str(tensor.dtype).removeprefix("torch.")
-    if dtype_name not in DTYPES:
-        raise StoreError(f"{name!r} has the dtype {dtype_name}, which is not stored; cast the model first")
-    return dtype_name
+        return dtype_name(dtype)
+    if tensor.dtype not in DTYPE_NAMES:
+        raise StoreError(
+            f"{name!r} has the dtype {dtype_name(tensor.dtype)}, which is not stored; cast the model first"
+        )
+    return dtype_name(tensor.dtype)
 
 
 def check_fits(fresh: nn.Module, shapes: Shapes) -> None:
@@ -240,7 +242,7 @@ def build_network(
     if origin.kind == "transformers":
         check_configuration(origin, folder, len(shapes.tensors))
         if dtype is not None:
-            origin = replace(origin, config={**origin.config, "dtype": str(dtype).removeprefix("torch.")})
+            origin = replace(origin, config={**origin.config, "dtype": dtype_name(dtype)})
     if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
         raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
     if isinstance(model, nn.Module):

@@ -28,14 +28,8 @@ from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, 
 from regrow.store.run_record import versions
 from regrow.store.shapes import DTYPES, SHAPES, ProbeRecord, Shapes, TensorKind
 from regrow.store.state import all_tensors, named_tensors, restore
-from regrow.store.weights import (
-    OutsideTensors,
-    check_file,
-    describe_file,
-    read_weights,
-    require_file,
-    write_weights,
-)
+from regrow.store.tensors import dtype_name
+from regrow.store.weights import OutsideTensors, check_file, describe_file, read_weights, require_file, write_weights
 
 # Files that only some saved models have.
 CARRIED = (
@@ -264,7 +258,7 @@ def _write_probe(
             raise probe.UnprobedError("no example input is known")
         held = named_tensors(net)
         cast = any(
-            str(held[name].tensor.dtype) != f"torch.{stored.dtype}"
+            dtype_name(held[name].tensor.dtype) != stored.dtype
             for name, stored in shapes.tensors.items()
             if name in held
         )

@@ -20,7 +20,7 @@ from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.schemas import Shape
 from regrow.store.shapes import DTYPES
-from regrow.store.tensors import digest_tensors, read_tensors, write_tensors
+from regrow.store.tensors import digest_tensors, dtype_name, read_tensors, write_tensors
 
 # A safetensors file with another suffix: some tools take every ``*.safetensors`` for weights of the model.
 FILE, FORMAT = "probe.st", "regrow-probe/1"
@@ -63,7 +63,7 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, a
     patterns: list[tuple[str, list[int]] | None] = [None] * len(inputs)
     for i, tensor in enumerate(inputs):
         if tensor.is_floating_point() and tensor.numel() > MAX_INPUT_NUMBERS:
-            patterns[i] = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+            patterns[i] = dtype_name(tensor.dtype), list(tensor.shape)
             inputs[i] = _make_pattern(tensor.shape, tensor.dtype)
     try:
         digests, samples = sample_outputs(model, structure, inputs)

@@ -16,20 +16,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from regrow.store.atomic import (
-    LEFTOVER,
-    PAGE,
-    FolderLock,
-    LockedError,
-    delete_leftovers,
-    find_leftovers,
-    lock_folder,
-    staging_folder,
-    sync,
-)
+from regrow.store.atomic import LEFTOVER, PAGE, FolderLock, LockedError, find_leftovers, lock, stage_folder, sweep, sync
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 WORK = ".work"  # name of the folder, inside a run folder, with the files of an unfinished run
+_REPLACED = ".replaced"  # behind the name of a new folder: of the old one, between the two renames
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of linux/fs.h and fcntl.h
 T = TypeVar("T")
 
@@ -46,11 +37,11 @@ def replace_folder(folder: Path, owner: FolderLock | None = None) -> Iterator[Pa
         target.parent.mkdir(parents=True, exist_ok=True)
         settle(target)
         if owner is None and target.is_dir():
-            stack.enter_context(lock_folder(target))
-        stage = stack.enter_context(staging_folder(target))
+            stack.enter_context(lock(target))
+        stage = stack.enter_context(stage_folder(target))
         new = stage / target.name
         new.mkdir()
-        stack.enter_context(lock_folder(new))
+        stack.enter_context(lock(new))
         yield new
         if target.is_dir():
             shutil.copymode(target, new)
@@ -83,7 +74,7 @@ def settle(folder: Path) -> None:
     target = folder.resolve()
     for stage in [] if target.exists() else find_leftovers(target):
         new = stage / target.name
-        if _replaced(new).is_dir() and new.is_dir():
+        if Path(f"{new}{_REPLACED}").is_dir() and new.is_dir():
             with contextlib.suppress(OSError):  # another reader did it
                 new.rename(target)
 
@@ -91,7 +82,7 @@ def settle(folder: Path) -> None:
 def clear_leftovers(folder: Path) -> None:
     """Complete the replacement of a folder that a killed process left half done, and delete its temporary folders."""
     settle(folder)
-    delete_leftovers(folder.resolve())
+    sweep(folder.resolve())
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = ()) -> None:
@@ -134,13 +125,8 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _replaced(new: Path) -> Path:
-    """Return where the old folder lies between the two renames that replace it by ``new``."""
-    return Path(f"{new}.replaced")
-
-
 def _exchange(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; an existing target takes the name of ``new``, or that of :func:`_replaced`."""
+    """Rename ``new`` to ``target``; an existing target takes the name of ``new``, or else that and ``_REPLACED``."""
     if not target.exists():
         try:
             new.rename(target)
@@ -151,7 +137,7 @@ def _exchange(new: Path, target: Path) -> None:
         return
     if _exchange_atomically(new, target):
         return
-    target.rename(_replaced(new))
+    target.rename(f"{new}{_REPLACED}")
     try:
         new.rename(target)
     except FileNotFoundError:  # settle() in another process has renamed it

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from regrow.core.axes import AxisGraph
 from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.store import run_record
-from regrow.store.atomic import FolderLock, lock_folder, write_text
+from regrow.store.atomic import FolderLock, lock, write_text
 from regrow.store.convert import replace_nonfinite
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
@@ -68,7 +68,7 @@ class RunFolder:
         cls.check(out, identity)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            owner = lock_folder(out)
+            owner = lock(out)
         with ExitStack() as stack:
             stack.enter_context(owner)
             resumed = run_record.is_resumable(out, identity)
@@ -90,7 +90,7 @@ class RunFolder:
         check_replaceable(out)
         clear_leftovers(out)
         if out.is_dir():
-            lock_folder(out).release()
+            lock(out).release()
         unfinished = cls.open_unfinished(out) if run_record.is_resumable(out, identity) else None
         if unfinished:
             unfinished.metrics()  # raises if they are damaged, before the run goes on with them
@@ -102,7 +102,7 @@ class RunFolder:
         out = Path(out)
         check_replaceable(out)
         with explain_os_errors(out):
-            owner = lock_folder(out)
+            owner = lock(out)
         with ExitStack() as stack:
             stack.enter_context(owner)
             if not run_record.find_unfinished(out):

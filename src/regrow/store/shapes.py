@@ -19,11 +19,11 @@ from regrow.nets import Origin
 from regrow.store.convert import check_fields, check_format, convert
 from regrow.store.errors import StoreError
 from regrow.store.schemas import Count, Digest, Int64, Shape
-from regrow.store.tensors import DTYPE_NAMES
+from regrow.store.tensors import DTYPE_NAMES, dtype_name
 
 FORMAT = "regrow-shapes/2"
 # The dtypes that can be stored, by name.
-DTYPES: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
+DTYPES: Mapping[str, torch.dtype] = {dtype_name(dtype): dtype for dtype in DTYPE_NAMES}
 
 SIZE_LIMIT = 2**31  # sizes in module attributes are smaller
 SHAPES = "shapes.json"  # name of the record in a model folder

@@ -39,6 +39,11 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in records, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 class TensorFile:
     """A safetensors file that is being written, its tensors one by one in any order; to be closed by ``with``.
 
@@ -49,8 +54,8 @@ class TensorFile:
         self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         if unknown := [name for name, (dtype, _) in entries.items() if dtype not in DTYPE_NAMES]:
-            kind = str(entries[unknown[0]][0]).removeprefix("torch.")
-            raise ValueError(f"safetensors files do not hold {kind}, the dtype of {unknown[0]}; convert it first")
+            name = dtype_name(entries[unknown[0]][0])
+            raise ValueError(f"safetensors files do not hold {name}, the dtype of {unknown[0]}; convert it first")
         order = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
         self.places: dict[str, tuple[int, int]] = {}  # begin and end, behind the header
@@ -105,10 +110,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     numbered = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
     record = {"format": format_name, **header, "names": names, "sha256": digest_tensors(numbered)}
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in numbered.items()}
-    with (
-        atomic_write(path) as temporary,
-        TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file,
-    ):
+    with atomic_write(path) as temporary, TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file:
         for name, tensor in numbered.items():
             file.write(name, tensor)
 

@@ -19,7 +19,7 @@ from regrow.nets.load import count_nonfinite
 from regrow.store.atomic import atomic_write, write_text
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 from regrow.store.shapes import DTYPES, FileRecord, Shapes, StoredTensor, TensorKind
-from regrow.store.tensors import TensorFile, as_bytes
+from regrow.store.tensors import TensorFile, as_bytes, dtype_name
 
 SHARD_BYTES = 5 * 10**9  # the most bytes of tensors in one file; more are split into several files
 # The most bytes of tensors that wait to be written, besides one tensor that is larger than this.
@@ -162,7 +162,7 @@ def _copy_checked(path: Path, name: str, tensor: Tensor, stored: StoredTensor, c
     """Return a copy of a tensor, or raise StoreError unless it has the recorded form, finite numbers and digest."""
     if tuple(tensor.shape) != stored.shape or tensor.dtype != DTYPES[stored.dtype]:
         raise StoreError(
-            f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
+            f"{path}: {name!r} is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
             f"the record says {stored.dtype} {stored.shape}; restore the file"
         )
     tensor = tensor.clone(memory_format=torch.contiguous_format)

@@ -60,10 +60,6 @@ class StoredWeights:
             "block by block: load it in memory (leave out --memory)"
         )
 
-    def __getitem__(self, key: str) -> Tensor:
-        """Return what :meth:`read` does, in fresh memory."""
-        return self.read(key)
-
     def read(self, key: str, pool: BufferPool | None = None) -> Tensor:
         """Return a tensor on the CPU, in memory of its own or of a pool; it is checked when it is first read.
 
@@ -85,6 +81,8 @@ class StoredWeights:
                 )
             self.finite.add(stored)
         return tensor
+
+    __getitem__ = read
 
     def __contains__(self, key: object) -> bool:
         return key in self.like

@@ -40,7 +40,7 @@ from regrow.exporters.onnx.calls import (
     sizes_of,
 )
 from regrow.nets.loaded import guess_example, missing_package, noise_example
-from regrow.store.atomic import check_output, staging_folder, sync
+from regrow.store.atomic import check_output, stage_folder, sync
 from regrow.store.errors import explain_os_errors
 
 __all__ = ["OPSET", "write"]
@@ -79,7 +79,7 @@ def write(
     target = check_output(out, (".onnx",))
     net, notes = _plain(model)
     tokenizer = getattr(model, "tokenizer", None)
-    with explain_os_errors(target), staging_folder(target) as stage, _quiet(), evaluating(net):
+    with explain_os_errors(target), stage_folder(target) as stage, _quiet(), evaluating(net):
         progress(0, steps, "recording the network")
         call = describe_call(net, _example(net, example))
         path = stage / "float32" / unused_name(target)

@@ -20,10 +20,11 @@ from regrow.nets import ModelError, Origin
 from regrow.nets.attention import Attention
 from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, iterate_settings, leads_away
 from regrow.nets.language import parse_configuration, quiet, require_transformers
-from regrow.store.atomic import staging_folder, sync, write_text
+from regrow.store.atomic import stage_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.shapes import Shapes, TensorKind
 from regrow.store.state import named_tensors
+from regrow.store.tensors import dtype_name
 from regrow.store.weights import require_file
 from regrow.tracing.stacks import DEPTHS, PER_BLOCK
 
@@ -166,7 +167,7 @@ def _auto_class_names(reference: str) -> list[str]:
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
     """Return the origin of a transformers model with its present depth, dtype and attention implementation."""
-    config = {**origin.config, "dtype": str(dtype).removeprefix("torch.")}
+    config = {**origin.config, "dtype": dtype_name(dtype)}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention in ATTENTION:
         config["attn_implementation"] = attention
@@ -214,7 +215,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer's files, without paths of this machine."""
     with (
         explain_os_errors(folder),
-        staging_folder(folder / "tokenizer") as stage,
+        stage_folder(folder / "tokenizer") as stage,
     ):  # transformers would write through links
         with quiet():
             tokenizer.save_pretrained(str(stage))
