@@ -17,7 +17,7 @@ from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.language import origin_of
 from regrow.store.errors import StoreError
 from regrow.store.portable import check_configuration, is_pretrained
-from regrow.store.shapes import SHAPES, SIZE_LIMIT, Number, Shapes, StoredTensor, TensorKind
+from regrow.store.shapes import DTYPES, SHAPES, SIZE_LIMIT, Number, Shapes, StoredTensor, TensorKind
 from regrow.store.state import (
     MODULE_VARS,
     HeldTensor,
@@ -115,11 +115,10 @@ def _stored_dtype(name: str, held: HeldTensor, dtype: torch.dtype | None) -> str
         raise StoreError(f"{name!r} is on the meta device or sparse and has no numbers to save; load the model first")
     if dtype is not None and tensor.is_floating_point() and held.kind is not TensorKind.DERIVED:
         return dtype_name(dtype)
-    if tensor.dtype not in DTYPE_NAMES:
-        raise StoreError(
-            f"{name!r} has the dtype {dtype_name(tensor.dtype)}, which is not stored; cast the model first"
-        )
-    return dtype_name(tensor.dtype)
+    own_dtype = dtype_name(tensor.dtype)
+    if own_dtype not in DTYPES:
+        raise StoreError(f"{name!r} has the dtype {own_dtype}, which is not stored; cast the model first")
+    return own_dtype
 
 
 def check_fits(fresh: nn.Module, shapes: Shapes) -> None:
