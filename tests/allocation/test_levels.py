@@ -45,7 +45,7 @@ def traced(request):
 
 def found_in(net, axes, measure=Measure.NONZERO):
     parameters, keys = dict(net.named_parameters()), [axis.key for axis in axes.units()]
-    return gates(net, axes, parameters, keys, net.needed(), lambda path: True, measure), parameters
+    return gates(net, axes, parameters, keys, net.required_groups(), lambda path: True, measure), parameters
 
 
 def drawn_masks(found, parameters, seed):
@@ -147,7 +147,9 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     parts = {"ops": ops, "beside": sums, "layers": layers}
     keys = [axis.key for axis in axes.units()]
     spread = spread_times(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
-    found = gates(net, axes, dict(net.named_parameters()), keys, net.needed(), lambda path: True, Measure.TIME, spread)
+    found = gates(
+        net, axes, dict(net.named_parameters()), keys, net.required_groups(), lambda path: True, Measure.TIME, spread
+    )
     every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
     whole = float(found.levels.size(every, filters))
     assert whole == pytest.approx(sum(table.values()) + 2.0)

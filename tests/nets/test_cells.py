@@ -36,15 +36,15 @@ def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():
     net = Cells(small()).eval()
     x = torch.randn(2, 3, 16, 16)
     first, last = net(x)
-    assert torch.equal(net.upto(x, 0), first)
-    assert torch.equal(net.upto(x, 2), last)
+    assert torch.equal(net.logits_at(x, 0), first)
+    assert torch.equal(net.logits_at(x, 2), last)
 
 
 def test_a_stage_runs_what_lies_within_it_and_nothing_else():
     net = Cells(small())
-    net.upto(torch.randn(2, 3, 16, 16), 0).sum().backward()
+    net.logits_at(torch.randn(2, 3, 16, 16), 0).sum().backward()
     for name, parameter in net.named_parameters():
-        assert (parameter.grad is not None) == net.within(name, 0), name
+        assert (parameter.grad is not None) == net.uses_parameter(name, 0), name
 
 
 SPACES = (
@@ -108,7 +108,7 @@ def test_a_description_builds_what_it_describes():
 
 
 def test_each_input_of_a_cell_and_each_node_needs_an_operation():
-    found = Cells(small()).needed()
+    found = Cells(small()).required_groups()
     assert len(found) == 3 * 2 + 3 * 2
     assert ("cells.0.nodes.0.ops.skip_0" in one for one in found)
 

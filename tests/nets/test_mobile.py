@@ -39,15 +39,15 @@ def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():
     x = torch.randn(2, 3, 16, 16)
     first, last = net(x)
     assert first.shape == last.shape == (2, 5)
-    assert torch.equal(net.upto(x, 3), first)
-    assert torch.equal(net.upto(x, 10), last)
+    assert torch.equal(net.logits_at(x, 3), first)
+    assert torch.equal(net.logits_at(x, 10), last)
 
 
 def test_a_stage_runs_what_lies_within_it_and_nothing_else():
     net = Mobile(CONFIG)
-    net.upto(torch.randn(2, 3, 16, 16), 3).sum().backward()
+    net.logits_at(torch.randn(2, 3, 16, 16), 3).sum().backward()
     for name, parameter in net.named_parameters():
-        assert (parameter.grad is not None) == net.within(name, 3), name
+        assert (parameter.grad is not None) == net.uses_parameter(name, 3), name
 
 
 def test_a_block_is_what_it_reads_and_what_bottlenecks_make_of_it():

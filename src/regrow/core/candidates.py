@@ -107,15 +107,15 @@ class Staged(Protocol):
     # The index of the last part that runs when the network is called; `None`: all parts run
     active: int | None
 
-    def upto(self, x: Tensor, last: int) -> Tensor:
+    def logits_at(self, x: Tensor, last: int) -> Tensor:
         """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
         ...
 
-    def within(self, name: str, last: int) -> bool:
-        """Whether a parameter is used by :meth:`upto`."""
+    def uses_parameter(self, name: str, last: int) -> bool:
+        """Whether a parameter is used by :meth:`logits_at`."""
         ...
 
-    def needed(self) -> list[tuple[str, ...]]:
+    def required_groups(self) -> list[tuple[str, ...]]:
         """Return sets of paths of operations; one of each set must stay."""
         ...
 
@@ -123,7 +123,7 @@ class Staged(Protocol):
 @contextmanager
 def run_whole(model: nn.Module) -> Iterator[None]:
     """Context manager in which a staged network runs all its parts, as tracing requires; others are left alone."""
-    active = getattr(model, "active", None) if hasattr(model, "upto") else None
+    active = getattr(model, "active", None) if hasattr(model, "logits_at") else None
     if active is None:
         yield
         return
@@ -144,12 +144,12 @@ class Prefix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[N, classes]`` of the classifier behind the last part."""
-        return cast(Staged, self.net).upto(x, self.last)
+        return cast(Staged, self.net).logits_at(x, self.last)
 
     def many(self) -> int:
         """Return how many parameters the parts that run have."""
         net = cast(Staged, self.net)
-        return sum(p.numel() for name, p in self.net.named_parameters() if net.within(name, self.last))
+        return sum(p.numel() for name, p in self.net.named_parameters() if net.uses_parameter(name, self.last))
 
 
 def find_candidates(model: nn.Module) -> dict[str, Candidates]:

@@ -123,13 +123,13 @@ class Cells(StagedNetwork):
         """Return the logits ``[N, classes]`` of a classifier for the output of the cell that it follows."""
         return head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
-    def needed(self) -> list[tuple[str, ...]]:
+    def required_groups(self) -> list[tuple[str, ...]]:
         """Return groups of paths of operations, of each of which one must stay: a node's, and those on an input."""
         readers: dict[tuple[str, int], list[str]] = {}  # cell, source → operations that read it
         for path, node in self.named_modules():
             for key, source in zip(node.ops, node.sources, strict=True) if isinstance(node, Candidates) else ():
                 readers.setdefault((path.partition(".nodes.")[0], source), []).append(f"{path}.ops.{key}")
-        return super().needed() + [tuple(paths) for (_, source), paths in readers.items() if source < 2]
+        return super().required_groups() + [tuple(paths) for (_, source), paths in readers.items() if source < 2]
 
 
 def supernet_config(

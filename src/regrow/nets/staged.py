@@ -45,17 +45,17 @@ class StagedNetwork(nn.Module):
         """Return the logits ``[N, classes]`` of a classifier for the output of the part that it follows."""
         return head(x)
 
-    def upto(self, x: Tensor, last: int) -> Tensor:
+    def logits_at(self, x: Tensor, last: int) -> Tensor:
         """Return the logits, ``[N, classes]``, of the classifier behind part ``last``; later parts do not run."""
         return self._logits(x, [last])[0]
 
-    def within(self, name: str, last: int) -> bool:
-        """Whether :meth:`upto` uses the parameter ``name`` for part ``last``."""
+    def uses_parameter(self, name: str, last: int) -> bool:
+        """Whether :meth:`logits_at` uses the parameter ``name`` for part ``last``."""
         part, _, rest = name.partition(".")
         number = int(rest.partition(".")[0]) if part != "stem" else 0
         return part == "stem" or (number <= last if part == self.parts_name else number == last)
 
-    def needed(self) -> list[tuple[str, ...]]:
+    def required_groups(self) -> list[tuple[str, ...]]:
         """Return groups of paths of operations, of each of which one must stay: those of each sum of candidates."""
         return [*candidates_in(self).values()]
 

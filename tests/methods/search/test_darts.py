@@ -143,7 +143,7 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run, task):
             assert share[one] == max(share[other] for other in paths if sources[other] == sources[one])
         out = [other for other in paths if sources[other] not in {sources[one] for one in left}]
         assert max((share[other] for other in out), default=0.0) <= min(share[one] for one in left)
-    assert all(set(one) & set(context.axes.branches) for one in context.model.needed())
+    assert all(set(one) & set(context.axes.branches) for one in context.model.required_groups())
 
 
 def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run, task):
@@ -166,7 +166,7 @@ def test_what_is_left_answers_as_its_masks_did(run, task):
     with torch.no_grad(), parametrize(context.model, replace_parameters(search, state, context)):
         masked = context.logits(task.test.inputs)
     write(search, state, context)
-    assert torch.equal(context.model.upto(task.test.inputs, 1), masked)
+    assert torch.equal(context.model.logits_at(task.test.inputs, 1), masked)
 
 
 def test_a_collapse_to_skips_is_told(run, task):

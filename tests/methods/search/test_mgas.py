@@ -83,7 +83,7 @@ def test_at_first_nothing_stands_otherwise(task, axes):
     x = task.test.inputs[:8]
     for stage, last in enumerate((0, 1)):
         state = search.update_layout(replace(state, stage=stage), context)
-        plain = context.model.upto(x, last)
+        plain = context.model.logits_at(x, last)
         with parametrize(context.model, replace_parameters(search, state, context)):
             assert torch.equal(context.logits(x), plain)
 
@@ -112,8 +112,10 @@ def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
     with torch.no_grad(), parametrize(context.model, replace_parameters(search, state, context)):
         masked = context.logits(x)
     write(search, state, context)
-    assert torch.equal(context.model.upto(x, 1), masked)
-    left = sum(int(p.count_nonzero()) for n, p in context.model.named_parameters() if context.model.within(n, 1))
+    assert torch.equal(context.model.logits_at(x, 1), masked)
+    left = sum(
+        int(p.count_nonzero()) for n, p in context.model.named_parameters() if context.model.uses_parameter(n, 1)
+    )
     dropped = sum(len(node.ops) for node in context.model.modules() if hasattr(node, "scale"))
     assert left - (dropped - len(context.axes.branches)) <= 2500
 

@@ -146,14 +146,14 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
     staged = part >= 0
 
     def runs(name: str) -> bool:
-        return not staged or cast(Staged, context.model).within(name, part)
+        return not staged or cast(Staged, context.model).uses_parameter(name, part)
 
     layout = gates(
         context.model,
         context.axes,
         {name: tensor for name, tensor in counted_tensors(context.model, space.measure).items() if runs(name)},
         axes or [axis.key for axis in context.axes.units()],
-        cast(Staged, context.model).needed() if staged else [*candidates_in(context.model).values()],
+        cast(Staged, context.model).required_groups() if staged else [*candidates_in(context.model).values()],
         runs,
         space.measure,
         space.prices,
