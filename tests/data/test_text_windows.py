@@ -139,7 +139,7 @@ def test_fewer_windows_than_asked_for_are_admitted(letters: object) -> None:
 def test_windows_that_cannot_be_are_errors(letters: object) -> None:
     """Each names the source and the remedy."""
     short = Text("mine", ("a\nb\nc\nd",), "made")
-    with pytest.raises(SourceError, match=r"'mine'.*shorter than one window of 15.*--seq-len"):
+    with pytest.raises(SourceError, match=r"'mine'.*shorter than one window of 16.*--seq-len"):
         windows(short, letters, n=1, seq_len=16)
     for bad in ({"n": 0, "seq_len": 4}, {"n": 1, "seq_len": 1}, {"n": 1, "seq_len": 4, "batch_size": 0}):
         with pytest.raises(SourceError, match="numbers of windows"):
