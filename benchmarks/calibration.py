@@ -43,6 +43,17 @@ OUT = Path(__file__).parent / "results" / "calibration.jsonl"
 MODEL, SEQ = "smollm2-135m", 256
 TOKENS = {"bfloat16": 8192, "float32": 2048}
 SIZES = (1, 2, 4, 8, 16)
+BARE = "plain, without the head"
+RATIOS = {
+    "regrow_over_plain": ("regrow", "plain"),
+    "one_window_over_plain": ("regrow, one window at a time", "plain"),
+    "regrow_over_plain_without_head": ("regrow", BARE),
+    "flap_over_plain_without_head": ("FLAP as published", BARE),
+    "wanda_sp_over_plain_without_head": ("Wanda-sp as published", BARE),
+    "flap_over_regrow": ("FLAP as published", "regrow"),
+    "wanda_sp_over_regrow": ("Wanda-sp as published", "regrow"),
+}
+"""Field of a row → what is divided by what."""
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -61,12 +72,12 @@ def plain(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 def planned(dtype: str, batch_size: int) -> tuple[float, float]:
     """CPU seconds of the stages "calibrate" and "plan" of ``regrow prune --method flap``."""
-    seconds, true = {"calibrate": 0.0, "plan": 0.0}, ActiveRun.stage
+    seconds, true_stage = {"calibrate": 0.0, "plan": 0.0}, ActiveRun.stage
 
     @contextmanager
     def stage(clock: ActiveRun, name: str) -> Iterator[None]:
         start = time.process_time()
-        with true(clock, name):
+        with true_stage(clock, name):
             yield
         seconds[name] = seconds.get(name, 0) + time.process_time() - start
         if name == "plan":
@@ -81,7 +92,7 @@ def planned(dtype: str, batch_size: int) -> tuple[float, float]:
             )  # fmt: skip
             prune.run(settings, Invocation(Path(place) / "flap"))
     finally:
-        ActiveRun.stage = true  # type: ignore[method-assign]
+        ActiveRun.stage = true_stage  # type: ignore[method-assign]
     return seconds["calibrate"], seconds["plan"]
 
 
@@ -91,9 +102,8 @@ class Fluctuation:
     def __init__(self) -> None:
         self.count, self.mean, self.spread = 0, torch.zeros(()), torch.zeros(())
 
-    def add(self, x: Tensor) -> None:
-        """Add one window, ``[1, tokens, channels]``."""
-        rows = x.reshape(-1, x.shape[-1]).T.float()
+    def add(self, rows: Tensor) -> None:
+        """Add one window, ``[channels, tokens]``."""
         old, self.count = self.mean, self.count + 1
         self.mean = old * ((self.count - 1) / self.count) + rows.mean(1) / self.count
         if self.count > 1:
@@ -107,42 +117,40 @@ class Norm:
     def __init__(self) -> None:
         self.count, self.square = 0, torch.zeros(())
 
-    def add(self, x: Tensor) -> None:
-        """Add one window, ``[1, tokens, channels]``."""
-        rows = x.reshape(-1, x.shape[-1]).T.float()
+    def add(self, rows: Tensor) -> None:
+        """Add one window, ``[channels, tokens]``."""
         self.count += 1
         self.square = self.square * ((self.count - 1) / self.count) + rows.norm(p=2, dim=1) ** 2 / self.count
 
 
-def published(model: Any, batches: Sequence[Batch], kind: type[Fluctuation] | type[Norm]) -> list[Any]:
+def published(model: Any, batches: Sequence[Batch], kind: type[Fluctuation] | type[Norm]) -> None:
     """Measure layer by layer, each window twice: with hooks, and for the inputs of the next layer."""
-    layers, inputs, more = model.model.layers, [], {}
+    layers, inputs, layer_kwargs = model.model.layers, [], {}
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0])
-        more.update(kwargs)
+        layer_kwargs.update(kwargs)
         raise InterruptedError
 
+    def watch(layer: nn.Module, name: str) -> Any:
+        sums = kind()
+        return layer.get_submodule(name).register_forward_hook(
+            lambda module, args, out: sums.add(args[0].reshape(-1, args[0].shape[-1]).T.float())
+        )
+
     handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    result = []
     with torch.no_grad():
         for batch in batches:
             with suppress(InterruptedError):
                 model(*batch.args, **batch.kwargs)
         handle.remove()
         for layer in layers:
-            sums = {name: kind() for name in ("self_attn.o_proj", "mlp.down_proj")}
-            hooks = [
-                layer.get_submodule(name).register_forward_hook(lambda module, given, out, own=own: own.add(given[0]))
-                for name, own in sums.items()
-            ]
+            hooks = [watch(layer, name) for name in ("self_attn.o_proj", "mlp.down_proj")]
             for x in inputs:
-                layer(x, **more)
+                layer(x, **layer_kwargs)
             for hook in hooks:
                 hook.remove()
-            inputs = [first(layer(x, **more)) for x in inputs]
-            result.append(sums)
-    return result
+            inputs = [first(layer(x, **layer_kwargs)) for x in inputs]
 
 
 def first(value: Any) -> Tensor:
@@ -157,7 +165,7 @@ def measure(dtype: str, rounds: int) -> Row:
     joined = {size: list(join_batches(windows, size)) for size in SIZES if size <= len(windows)}
     model, trunk = loaded.model, loaded.model.get_submodule("model")
     plain(model, joined[1][:1])
-    first_round = {size: cpu(lambda one=batches: plain(model, one)) for size, batches in joined.items()}
+    first_round = {size: cpu(lambda batches=batches: plain(model, batches)) for size, batches in joined.items()}
     best = min(first_round, key=lambda size: first_round[size])
     seconds: dict[str, list[float]] = {}
 
@@ -167,46 +175,34 @@ def measure(dtype: str, rounds: int) -> Row:
         return calibration
 
     for _ in range(rounds):
-        for name, one in {
+        for name, work in {
             "plain": lambda: cpu(lambda: plain(model, joined[best])),
-            "plain, without the head": lambda: cpu(lambda: plain(trunk, joined[best])),
+            BARE: lambda: cpu(lambda: plain(trunk, joined[best])),
             "regrow": lambda: timed("plan", best),
             "regrow, one window at a time": lambda: timed("plan, one window at a time", 1),
             "plain, one window at a time": lambda: cpu(lambda: plain(model, joined[1])),
             "FLAP as published": lambda: cpu(lambda: published(model, joined[1], Fluctuation)),
             "Wanda-sp as published": lambda: cpu(lambda: published(model, joined[1], Norm)),
         }.items():
-            seconds.setdefault(name, []).append(one())
+            seconds.setdefault(name, []).append(work())
             print(dtype, name, round(seconds[name][-1], 3), flush=True)
 
     def ratio(above: str, below: str) -> dict[str, float]:
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
         return {name: round(f(ratios), 3) for name, f in (("median", statistics.median), ("low", min), ("high", max))}
 
-    return {
-        "model": MODEL,
-        "dtype": dtype,
-        "tokens": TOKENS[dtype],
-        "seq_len": SEQ,
-        "batch_size": best,
-        "plain_by_batch_size": {size: round(value, 3) for size, value in first_round.items()},
-        "regrow_over_plain": ratio("regrow", "plain"),
-        "one_window_over_plain": ratio("regrow, one window at a time", "plain"),
-        "regrow_over_plain_without_head": ratio("regrow", "plain, without the head"),
-        "flap_over_plain_without_head": ratio("FLAP as published", "plain, without the head"),
-        "wanda_sp_over_plain_without_head": ratio("Wanda-sp as published", "plain, without the head"),
-        "flap_over_regrow": ratio("FLAP as published", "regrow"),
-        "wanda_sp_over_regrow": ratio("Wanda-sp as published", "regrow"),
-        "cpu_seconds": {name: [round(one, 3) for one in values] for name, values in seconds.items()},
-    }
+    row = {"model": MODEL, "dtype": dtype, "tokens": TOKENS[dtype], "seq_len": SEQ, "batch_size": best}
+    row["plain_by_batch_size"] = {size: round(value, 3) for size, value in first_round.items()}
+    row |= {name: ratio(*pair) for name, pair in RATIOS.items()}
+    return row | {"cpu_seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()}}
 
 
 def main() -> None:
     """Measure and append the rows."""
-    given = arguments(__doc__, dtype=(*TOKENS,), rounds=3)
+    args = arguments(__doc__, dtype=(*TOKENS,), rounds=3)
     torch.set_num_threads(1)
-    for dtype in given.dtype:
-        row = measure(dtype, given.rounds) | {"versions": versions(), "threads": 1, "processor": platform.machine()}
+    for dtype in args.dtype:
+        row = measure(dtype, args.rounds) | {"versions": versions(), "threads": 1, "processor": platform.machine()}
         print(json.dumps(add(OUT, row), indent=1))
 
 

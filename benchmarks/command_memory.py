@@ -11,13 +11,11 @@ benchmarks/results/command_memory.jsonl.
 """
 
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from shared import Row, arguments, collect
+from shared import Row, Timed, arguments, collect, last_line, timed
 
 from regrow.core.amounts import parse_bytes
 from regrow.store.run_record import versions
@@ -41,27 +39,26 @@ COMMANDS = {
 PEAK = re.compile(r"memory: ([\d.]+ \w+) at the peak, ([\d.]+ \w+) predicted")
 
 
-def run(words: str, place: Path) -> str:
-    """Return what a command prints; the benchmark ends if it fails."""
-    command = [sys.executable, "-W", "ignore", "-m", "regrow", *words.split()]
-    process = subprocess.run(command, cwd=place, capture_output=True, text=True)
-    if process.returncode:
-        raise SystemExit(f"regrow {words}: {process.stderr.strip()}")
-    return " ".join(process.stdout.split())
+def run(words: str, place: Path) -> Timed:
+    """Run a command of regrow; the benchmark ends if it fails."""
+    done = timed([sys.executable, "-W", "ignore", "-m", "regrow", *words.split()], place)
+    if done.code:
+        raise SystemExit(f"regrow {words}: {last_line(done.text)}")
+    return done
 
 
 def measure(name: str, place: Path) -> Row:
     """Run a command, after pruning the model that it recovers, and return its row."""
     if name.startswith("recover") and not (place / "cut" / "run.json").exists():
         run(PRUNE, place)
-    start = time.perf_counter()
-    line = PEAK.search(run(COMMANDS[name], place))
+    done = run(COMMANDS[name], place)
+    line = PEAK.search(" ".join(done.text.split()))
     if line is None:
         raise SystemExit(f"regrow {COMMANDS[name]} printed no peak of memory")
     peak, prediction = map(parse_bytes, line.groups())
     row = {"command": COMMANDS[name], "peak": peak, "predicted": prediction}
     row["peak_over_predicted"] = round(peak / prediction, 3)
-    return row | {"versions": versions(), "wall_s": round(time.perf_counter() - start, 1)}
+    return row | {"versions": versions(), "wall_s": round(done.seconds, 1)}
 
 
 def main() -> None:

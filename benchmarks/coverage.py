@@ -17,18 +17,18 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import coverage_table
 import torch
-from shared import Row, again, arguments, by_key, collect, peak, run, tell
+from shared import Row, again, arguments, by_key, collect, peak, run, table, tell
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nets import KINDS, Net, nets
+from nets import KINDS, Net, floats, gap, nets
 from regrow.core.axes import AxisGraph, Mark, size_of
 from regrow.core.plan import Plan, PlanError
 from regrow.nets import Origin, replace_attention
@@ -69,8 +69,8 @@ def measured(net: Net, plans: int, seconds: float) -> Iterator[Row]:
     yield row
     generator = torch.Generator().manual_seed(0)
     drawn = (laws.random_plan(axes, generator) for _ in range(plans))
-    for found in compared(model, axes, drawn):
-        row["random"] = {"of": plans, **found}
+    for counts in compared(model, axes, drawn):
+        row["random"] = {"of": plans, **counts}
         yield row | {"seconds": round(time.perf_counter() - start, 1), "peak_mib": peak()}
         if time.perf_counter() - start > seconds:
             break
@@ -95,8 +95,8 @@ def left(axes: AxisGraph) -> dict[str, float]:
 
 def parameters(axes: AxisGraph, sizes: dict[str, int]) -> int:
     """How many parameters there are when axes have these sizes; tied ones count once."""
-    own = (name for name in axes.parameters if name not in axes.ties)
-    return sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in own)
+    untied = (name for name in axes.parameters if name not in axes.ties)
+    return sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in untied)
 
 
 def frozen(axes: AxisGraph) -> list[dict[str, Any]]:
@@ -109,36 +109,36 @@ def frozen(axes: AxisGraph) -> list[dict[str, Any]]:
             entry = reasons.setdefault(re.sub(r"\d+", "#", axis.reason), ([], set()))
             entry[0].append(axis.key)
             entry[1].update(axes.ties.get(slot.name, slot.name) for slot in axis.slots if slot.name in numbers)
-    shares = {why: round(sum(map(numbers.get, own)) / total, 4) for why, (_, own) in reasons.items()}
-    found = [
+    shares = {why: round(sum(map(numbers.get, names)) / total, 4) for why, (_, names) in reasons.items()}
+    entries = [
         {"reason": why[:300], "axes": len(keys), "such_as": keys[0], "share": shares[why]}
         for why, (keys, _) in reasons.items()
     ]
-    return sorted(found, key=lambda one: -one["share"])
+    return sorted(entries, key=lambda entry: -entry["share"])
 
 
 def compared(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
     """Masked against shrunk, plan by plan: how many were compared, refused and wrong, and the worst distance."""
-    found: dict[str, Any] = {"plans": 0, "wrong": 0, "worst": 0.0, "refused": 0, "refusals": []}
+    result: dict[str, Any] = {"plans": 0, "wrong": 0, "worst": 0.0, "refused": 0, "refusals": []}
     plans = iter(plans)
     again = True
     while again:
         again = False
         try:
             for plan, distance in distances(model, axes, plans):
-                found["plans"] += 1
-                found["worst"] = max(found["worst"], distance)
-                if not distance <= RELATIVE_BOUND and distance <= 10 * (own := sensitivity(model, axes, plan)):
-                    found.setdefault("sensitive", []).append([distance, own])
+                result["plans"] += 1
+                result["worst"] = max(result["worst"], distance)
+                if not distance <= RELATIVE_BOUND and distance <= 10 * (noise := sensitivity(model, axes, plan)):
+                    result.setdefault("sensitive", []).append([distance, noise])
                 elif not distance <= RELATIVE_BOUND:
-                    found["wrong"] += 1
-                    found.setdefault("first_wrong", {key: list(c.keep) for key, c in plan.changes.items()})
-                yield found
+                    result["wrong"] += 1
+                    result.setdefault("first_wrong", {key: list(c.keep) for key, c in plan.changes.items()})
+                yield result
         except PlanError as error:
-            found["refused"] += 1
-            found["refusals"] = list(dict.fromkeys([*found["refusals"], _line(error)]))[:3]
+            result["refused"] += 1
+            result["refusals"] = list(dict.fromkeys([*result["refusals"], _line(error)]))[:3]
             again = True
-            yield found
+            yield result
 
 
 def sensitivity(model: nn.Module, axes: AxisGraph, plan: Plan) -> float:
@@ -146,44 +146,34 @@ def sensitivity(model: nn.Module, axes: AxisGraph, plan: Plan) -> float:
 
     A deep network with drawn weights may amplify that beyond the bound; then the bound can decide nothing.
     """
-    small, _ = apply(copy.deepcopy(model), axes, plan)
-    double = laws.in_double(small)
+    double = laws.in_double(apply(copy.deepcopy(model), axes, plan)[0])
+    inputs = laws.in_double((axes.example.args, dict(axes.example.kwargs)))
     step = lambda x: x.nextafter(x * 2) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    args, kwargs = tree_map(wide, (axes.example.args, dict(axes.example.kwargs)))
-    near = tree_map(step, (args, kwargs))
     with torch.no_grad():
-        pairs = [tree_leaves(double(*a, **k)) for a, k in ((args, kwargs), near)]
-    both = [
-        (a, b) for a, b in zip(*pairs, strict=True) if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
-    ]
-    scale = max((float(a.abs().max()) for a, _ in both), default=0.0) or 1.0
-    return max((float((a - b).abs().max()) for a, b in both), default=0.0) / scale
+        exact, near = (floats(double(*args, **kwargs)) for args, kwargs in (inputs, tree_map(step, inputs)))
+    return gap(near, exact)
 
 
 def smallest(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
     """The network cut as far as it can be: runs, is the masked one, and is another function than the whole one."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for marks in (MARKS, MARKS[:1]):
         plan = laws.smallest_plan(axes, marks)
-        *_, found = compared(model, axes, [plan])
-        if found.get("plans"):
+        *_, result = compared(model, axes, [plan])
+        if result.get("plans"):
             small, _ = apply(copy.deepcopy(model), axes, plan)
             wide, narrow = answers(model, axes), answers(small, axes)
             if [x.shape for x in wide] == [x.shape for x in narrow]:
-                scale = max((float(x.abs().max()) for x in wide if x.numel()), default=0.0) or 1.0
-                gaps = [float((x - y).abs().max()) for x, y in zip(wide, narrow, strict=True) if x.numel()]
-                found["moved"] = max(gaps, default=0.0) / scale
-            found["parameters"] = sum(p.numel() for p in small.parameters())
+                result["moved"] = gap(narrow, wide)
+            result["parameters"] = sum(p.numel() for p in small.parameters())
             break
-    return {"smallest": found | {"marks": "all" if marks is MARKS else "neutral"}}
+    return {"smallest": result | {"marks": "all" if marks is MARKS else "neutral"}}
 
 
 def answers(model: nn.Module, axes: AxisGraph) -> list[Tensor]:
     """Every floating-point tensor that the network answers to the traced example."""
     with torch.no_grad():
-        answer = model.eval()(*axes.example.args, **axes.example.kwargs)
-    return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return floats(model.eval()(*axes.example.args, **axes.example.kwargs))
 
 
 def saved(model: nn.Module, axes: AxisGraph, net: Net) -> dict[str, Any]:
@@ -210,8 +200,13 @@ def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
     plan = laws.joint_growing_plan(axes, "zero_out")
     if not plan.changes:
         return {"widened": {"axes": 0}}
-    *_, found = compared(model, axes, [plan])
-    row = {"axes": len(plan.changes), "worst": found["worst"], "wrong": found["wrong"], "refusals": found["refusals"]}
+    *_, result = compared(model, axes, [plan])
+    row = {
+        "axes": len(plan.changes),
+        "worst": result["worst"],
+        "wrong": result["wrong"],
+        "refusals": result["refusals"],
+    }
     double = laws.in_double(model)
     for module in double.modules():
         for name, value in vars(module).items():
@@ -219,9 +214,9 @@ def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
                 setattr(module, name, 0.0)
     try:
         both = []
-        for one in (laws.shrunk(double, axes, plan)[0], double):
+        for net in (laws.shrunk(double, axes, plan)[0], double):
             torch.manual_seed(0)  # whole branches may be dropped by chance, in both nets the same ones
-            both.append(laws.outputs(one.train(), axes))
+            both.append(laws.outputs(net.train(), axes))
         row["worst_in_training"] = laws.gap(*both)
         row["wrong"] += not row["worst_in_training"] <= RELATIVE_BOUND
     except Exception as error:  # a detector wants targets, a BatchNorm more than one value
@@ -229,12 +224,113 @@ def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
     return {"widened": row}
 
 
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+GIVEN = ("it is a kernel's extent", "it is an output", "it is a dimension of the model's input", "it is a vocabulary")
+"""Reasons that lie in the task and not in what can be cut."""
+
+
+def page(rows: Mapping[str, Row]) -> str:
+    """Totals, every network, and every miss with its reason."""
+    parts = ["\n".join(table(TOTALS, totals([*rows.values()]))), *misses(rows.values())]
+    for kind in KINDS:
+        if rows_of_kind := [row for row in rows.values() if row.get("kind", row["key"].split("/")[0]) == kind]:
+            parts.append("\n".join((f"### {kind}", "", *table(EACH, map(each, rows_of_kind)))))
+    return "\n\n".join(parts)
+
+
+TOTALS = (
+    *("networks", "all", "traced", "least left, neutral", "every mark", "plans compared", "wrong", "refused"),
+    *("widened", "wrong", "saved and loaded equal", "seconds to trace, median (most)"),
+)
+
+
+def totals(rows: list[Row]) -> Iterator[list[object]]:
+    """One line per kind and one for all."""
+    for kind in (*KINDS, ""):
+        mine = [row for row in rows if kind in ("", row["key"].split("/")[0])]
+        done = [row for row in mine if row.get("traced")]
+        if not mine:
+            continue
+        plans = [row[what] for row in done for what in ("smallest", "random") if row.get(what)]
+        seconds = [row["trace_s"] for row in done]
+        yield [
+            kind or "**all**",
+            len(mine),
+            len(done),
+            *(_middle([row["left"][mark] for row in done]) for mark in ("neutral", "restated")),
+            *(sum(plan.get(count, 0) for plan in plans) for count in ("plans", "wrong", "refused")),
+            sum(bool(row.get("widened", {}).get("axes")) for row in done),
+            sum(row.get("widened", {}).get("wrong", 0) for row in done),
+            sum(row.get("saved") == "equal" for row in done),
+            f"{median(seconds):.1f} ({max(seconds):.1f})" if seconds else "",
+        ]
+
+
+def _middle(shares: list[float]) -> str:
+    return f"{median(shares):.1%} (worst {max(shares):.1%})" if shares else ""
+
+
+EACH = (
+    *("network", "traced", "s", "free / axes", "left: neutral", "+ competed", "+ folded", "+ restated"),
+    *("plans", "wrong", "worst", "widened", "saved", "held most by, beside inputs, outputs, kernels"),
+)
+
+
+def each(row: Row) -> list[object]:
+    """The line of a network."""
+    name = row.get("name", row["key"].split("/")[-1])
+    if not row.get("traced"):
+        return [name, "no", row.get("trace_s", ""), *[""] * (len(EACH) - 4), short(row.get("error", ""))]
+    plans = [row.get(what, {}) for what in ("smallest", "random")]
+    wide, held = row.get("widened", {}), next((x for x in row["frozen"] if not x["reason"].startswith(GIVEN)), {})
+    count, wrong, refused = (sum(plan.get(key, 0) for plan in plans) for key in ("plans", "wrong", "refused"))
+    return [
+        *(name, row["traced"], row["trace_s"], f"{row['free']} / {row['axes']}"),
+        *(f"{row['left'][mark.value]:.1%}" for mark in MARKS),
+        f"{count}" + (f" ({refused} refused)" if refused else ""),
+        *(wrong, f"{max((plan.get('worst', 0.0) for plan in plans), default=0.0):.0e}"),
+        f"{wide['axes']} axes, {wide['worst']:.0e}" if wide.get("axes") else "no axis",
+        *(short(row.get("saved", "")), f"{held['share']:.0%}: {short(held['reason'])}" if held else ""),
+    ]
+
+
+def misses(rows: Iterable[Row]) -> list[str]:
+    """What was not traced, was wrong, refused, or could not be saved, with the reason."""
+    lines = []
+    for row in rows:
+        if row.get("error"):
+            lines.append(f"* {row['key']}: {short(row['error'], 200)}")
+        for what in ("smallest", "random"):
+            result = row.get(what, {})
+            for distance, noise in result.get("sensitive", ()):
+                lines.append(
+                    f"* {row['key']}: {what}: masked and shrunk differ by {distance:.1e}; the cut network's own answer "
+                    f"moves by {noise:.1e} if its input moves by the last bit, so this decides nothing"
+                )
+            if result.get("wrong"):
+                lines.append(f"* {row['key']}: **wrong**, {what}: {result['worst']:.1e}")
+            lines += [f"* {row['key']}: {what} plan refused: {short(why, 200)}" for why in result.get("refusals", ())]
+        if row.get("widened", {}).get("wrong"):
+            lines.append(f"* {row['key']}: **wrong** when widened: {row['widened']}")
+        if row.get("saved", "equal") != "equal":
+            lines.append(f"* {row['key']}: not saved: {short(row['saved'], 200)}")
+    return ["### Misses\n\n" + "\n".join(lines)] if lines else []
+
+
+def short(text: str, most: int = 90) -> str:
+    """A text in one line, cut to so many characters."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def main() -> None:
     """Measure what has no row yet, or show the tables."""
     limits = {"plans": 20, "seconds": 600.0, "gigabytes": 14.0, "jobs": 1, "again": False}
-    args = arguments(__doc__, OUT, only={*KINDS}, match="", **limits)
+    args = arguments(__doc__, OUT, only="", match="", **limits)
     if args.show:
-        print(coverage_table.page(by_key(args.out)))
+        print(page(by_key(args.out)))
         return
     chosen = {f"{net.kind}/{net.name}": net for net in nets(args.only, args.match)}
     if args.job:

@@ -1,16 +1,14 @@
-"""Growth of networks of full size: how much their outputs change, how long it takes, and which tools load the result.
+"""Growth of networks of full size: how much their outputs change, and how long it takes.
 
     python benchmarks/growth.py [--net NAME …]
 
 SmolLM2-135M has its trained weights; networks of the shapes of Qwen2-0.5B and GPT-2 are built from their configurations
 with fewer layers and random weights, as are ResNet-50 (BatchNorm statistics drawn so that they matter) and ViT-B/16
 of torchvision. The change is the largest difference of an output before and after, relative to the largest output: of
-the network itself in its own precision, and in float64 (`regrow.verify`). "Stock" means: transformers' Auto class
-loads the exported folder, or torchvision's builder with other arguments the weights, without code of regrow.
+the network itself in its own precision, and in float64 (`regrow.verify`).
 """
 
 import gc
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +19,6 @@ from torch import nn
 
 from regrow import apply, trace, verify
 from regrow.core.axes import Example
-from regrow.exporters import ExportError
-from regrow.exporters import torchvision as torchvision_export
-from regrow.exporters import transformers as transformers_export
 from regrow.jobs.forward_outputs import measure_change, outputs_of
 from regrow.jobs.grow import plan_growth
 from regrow.nets import load
@@ -63,7 +58,6 @@ def image_net(name: str) -> tuple[nn.Module, Example]:
     """A torchvision network with random weights, and BatchNorm statistics that matter."""
     torch.manual_seed(0)
     loaded = load(name)
-    setattr(loaded.model, "origin", loaded.origin)  # noqa: B010
     with torch.no_grad():
         for module in loaded.model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -91,7 +85,7 @@ TEXT = (
     {"blocks": "+2"},
     {"mlp": "+25%", "heads": "+1", "blocks": "+2"},
 )
-GROWTHS: dict[str, tuple[dict[str, str], ...]] = {
+GROWTHS: dict[str, tuple[Row, ...]] = {
     "smollm2-135m": TEXT,
     "qwen2-like": TEXT,
     "gpt2-like": TEXT,
@@ -100,37 +94,7 @@ GROWTHS: dict[str, tuple[dict[str, str], ...]] = {
 }
 
 
-def settings_of(name: str, amounts: Row) -> Settings:
-    """Return the settings of one row."""
-    return Settings(name, **{**amounts, "blocks": (amounts["blocks"],) if "blocks" in amounts else ()})
-
-
-def stock(model: nn.Module, name: str) -> str:
-    """Whether the grown network is an ordinary model of its family, or why not."""
-    if name not in ("resnet50", "vit_b_16"):
-        with tempfile.TemporaryDirectory() as folder:
-            written = transformers_export.write(model, Path(folder) / "export")
-        ordinary = not str(written.checked["loaded_as"]).startswith("Regrown")
-        return f"{'yes' if ordinary else 'no'}: {written.notes[0]}"
-    if name == "resnet50":
-        import torchvision
-
-        width = model.get_submodule("layer1.0.conv1").out_channels
-        other = torchvision.models.resnet50(width_per_group=width)
-        try:
-            other.load_state_dict(model.state_dict())
-            return f"yes: resnet50(width_per_group={width})"
-        except RuntimeError:
-            pass
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            written = torchvision_export.write(model, Path(folder) / "export")
-        return f"no: torchvision's builder fixes widths and depth; {written.notes[0]}"
-    except ExportError as error:
-        return f"no: {error}"
-
-
-def row(name: str, amounts: dict[str, str]) -> Row:
+def row(name: str, amounts: Row) -> Row:
     """Grow one network in one way."""
     model, example = NETS[name]()
     parameters = sum(one.numel() for one in model.parameters())
@@ -139,7 +103,8 @@ def row(name: str, amounts: dict[str, str]) -> Row:
     traced = time.perf_counter() - start
     before = outputs_of(model, axes.example)
     start = time.perf_counter()
-    plan, notes = plan_growth(model, axes, settings_of(name, amounts))
+    blocks = (amounts["blocks"],) if "blocks" in amounts else ()
+    plan, notes = plan_growth(model, axes, Settings(name, **{**amounts, "blocks": blocks}))
     planned = time.perf_counter() - start
     exact = verify(model, axes, plan)
     gc.collect()
@@ -157,7 +122,6 @@ def row(name: str, amounts: dict[str, str]) -> Row:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "change": change / size,
         "seconds": {"trace": round(traced, 1), "plan": round(planned, 1), "apply": round(seconds, 1)},
-        "stock": stock(model, name),
         "notes": list(notes),
     }
 

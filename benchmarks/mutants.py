@@ -4,7 +4,6 @@
     python benchmarks/mutants.py                               # every mutant that has no row yet
     python benchmarks/mutants.py --full --jobs 2               # the whole suite for those that survived
     python benchmarks/mutants.py --only budget-ceil --again    # one of them once more
-    python benchmarks/mutants.py --sample 10 --seed 1          # ten drawn at random
     python benchmarks/mutants.py --state after                 # all of them on a changed source
     python benchmarks/mutants.py --show                        # the table, in Markdown
 
@@ -21,7 +20,6 @@ Rows are added to ``results/mutants.jsonl`` as they come; a later one replaces a
 import ast
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -202,16 +200,13 @@ def show(mutants: Sequence[Mutant], known: dict[tuple[str, str], Row]) -> None:
 
 def main() -> None:
     """Run mutants and add their rows, or print the table."""
-    which = {"only": [str], "sample": int, "seed": 0, "state": "before", "again": False}
+    which = {"only": [str], "state": "before", "again": False}
     how = {"full": False, "jobs": 1, "limit": 10_800.0, "clean": False, "show": False}
     options, mutants, known = arguments(__doc__, **which, **how), read_mutants(), read_rows(ROWS)
     if options.only:
         if unknown := set(options.only) - {mutant.name for mutant in mutants}:
             raise SystemExit(f"no mutant is called {', '.join(sorted(unknown))}")
         mutants = [mutant for mutant in mutants if mutant.name in options.only]
-    if options.sample is not None:
-        chosen = set(random.Random(options.seed).sample(range(len(mutants)), min(options.sample, len(mutants))))
-        mutants = [mutant for i, mutant in enumerate(mutants) if i in chosen]
     if options.show:
         show(mutants, known)
         return

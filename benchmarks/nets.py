@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 KINDS = ("classification", "segmentation", "detection", "video", "transformers")
 
@@ -58,6 +59,18 @@ def lively(model: nn.Module) -> nn.Module:
                 fan_in = max(tensor[0].numel(), 1)
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * (1.5 / fan_in) ** 0.5)
     return model
+
+
+def floats(answer: Any) -> list[Tensor]:
+    """The floating-point tensors of an answer."""
+    return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def gap(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference between two answers, as a part of the largest number of the second."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.numel()]
+    scale = max((float(b.abs().max()) for _, b in pairs), default=0.0) or 1.0
+    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / scale
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------------

@@ -17,52 +17,23 @@ zeroed. Norms cannot be masked so: they get a second chance, in which the uncut 
 """
 
 import copy
-import os
-import subprocess
 import sys
 import time
-import venv
-from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from shared import Row, peak, tell
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import nets
 
 VERSIONS = ("1.6.1", "1.5.2")
-HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "regrow-peers"
 CLOSE = 1e-5
 TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "qkv_proj", "query_key_value")
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
-
-
-# --- the side that calls --------------------------------------------------------------------------------------------
-
-
-def interpreters(versions: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """Version → interpreter that has it (given as VERSION=PATH); made where none is given."""
-    known = dict(text.split("=", 1) for text in given)
-    return {v: known.get(v) or environment(HOME / v, f"torch-pruning=={v}") for v in versions if v != "none"}
-
-
-def environment(folder: Path, package: str) -> str:
-    """The interpreter of an environment with a package, made where there is none; it sees this interpreter's torch."""
-    python = folder / "bin" / "python"
-    packages = [str(Path(p).resolve()) for p in sys.path if p.endswith("site-packages")]
-    ready = folder / "ready"
-    if not ready.exists() or ready.read_text() != "\n".join(packages):
-        venv.create(folder, with_pip=True, clear=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "host.pth").write_text("\n".join(packages) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)
-        ready.write_text("\n".join(packages))  # of another interpreter's packages it would see none
-    return str(python)
 
 
 def opened(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -74,9 +45,6 @@ def opened(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     double = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
     args, kwargs = tree_map(double, net.example())
     return model.double(), args, kwargs
-
-
-# --- the side that runs in the peer's environment -------------------------------------------------------------------
 
 
 def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,7 +70,7 @@ def pruned(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         prune_num_heads=True,
         prune_head_dims=False,
         head_pruning_ratio=0.5,
-        output_transform=lambda answer: sum(x.sum() for x in floats(answer)),
+        output_transform=lambda answer: sum(x.sum() for x in nets.floats(answer)),
     )
     row["build_s"] = round(time.perf_counter() - start, 2)
     tell(row)
@@ -135,15 +103,10 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def floats(answer: Any) -> list[Tensor]:
-    """The floating-point tensors of an answer."""
-    return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """What it answers to its example."""
     with torch.no_grad():
-        return floats(model(*args, **kwargs))
+        return nets.floats(model(*args, **kwargs))
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -209,7 +172,6 @@ class Record:
         self.left: dict[tuple[str, str], list[int]] = {}
         self.gone: dict[tuple[str, str], set[int]] = {}
         self.lone: dict[str, set[int]] = {}
-        self.sizes: dict[tuple[str, str], int] = {}
 
     def note(self, group: Any) -> None:
         """Take down a group before it is pruned."""
@@ -252,11 +214,11 @@ class Record:
             module = modules[name]
             dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
             module.register_forward_hook(lambda m, a, out, dim=dim, gone=gone: _zeroed(out, dim, gone))
-        row = {"beyond_masking": _distance(after, answers(reference, args, kwargs))}
+        row = {"beyond_masking": nets.gap(after, answers(reference, args, kwargs))}
         norms = {n: kept for (n, _), kept in self.left.items() if "Norm" in type(modules[n]).__name__}
         for name, kept in {**norms, **_norms_read(self, modules)}.items():
             _over_kept(modules[name], kept)
-        row["beyond_norms"] = _distance(after, answers(reference, args, kwargs))
+        row["beyond_norms"] = nets.gap(after, answers(reference, args, kwargs))
         tried = (("exact", "beyond_masking"), ("norms", "beyond_norms"))
         row["verdict"] = next((word for word, key in tried if row[key] <= CLOSE), "other")
         return row
@@ -319,13 +281,6 @@ def _over_kept(norm: nn.Module, kept: list[int]) -> None:
         return torch.zeros_like(x, dtype=out.dtype).index_copy(dim, index, out)
 
     norm.forward = forward
-
-
-def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    scale = max((float(x.abs().max()) for x in theirs if x.numel()), default=0.0) or 1.0
-    return (
-        max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0) / scale
-    )
 
 
 def main() -> None:

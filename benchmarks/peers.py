@@ -1,15 +1,14 @@
 """The networks of coverage.py through Torch-Pruning and through regrow, in one run.
 
-    python benchmarks/peers.py --jobs 2
-    python benchmarks/peers.py --only transformers --match llama --again
-    python benchmarks/peers.py --ours            regrow alone again
+    python benchmarks/peers.py --python 1.6.1=PATH 1.5.2=PATH --jobs 2
+    python benchmarks/peers.py --only transformers --match llama --again         regrow alone again
     python benchmarks/peers.py --show
 
 Both cut half of everything they can cut: Torch-Pruning as ``peer.py`` says, regrow half of the units of every axis
 whose cut is exact (neutral, competed, folded), by the norms of the weights that read them. Per network and tool:
 seconds from the network to the cut one, parameters before and after, whether it runs, and whether it computes what
-masking computes. ``--seconds`` is the limit of one network in one tool; ``--python 1.6.1=PATH`` names an interpreter
-that has the tool, which is otherwise installed into one of its own.
+masking computes. ``--seconds`` is the limit of one network in one tool; ``--python VERSION=PATH`` names an interpreter
+that has Torch-Pruning of that version beside torch, torchvision and transformers. Rows of tools that are not run stay.
 Torch-Pruning 1.6.1 is run on all; 1.5.2 on transformers too, since 1.6.1 does not end on many of them.
 """
 
@@ -135,29 +134,25 @@ def problem(row: Row) -> str:
 
 def main() -> None:
     """Run what has no row yet, or show the tables."""
-    limits = {"seconds": 120.0, "jobs": 1, "again": False, "ours": False}
-    args = arguments(__doc__, OUT, only={*KINDS}, match="", peers=[*peer.VERSIONS], python=[str], **limits)
+    limits = {"seconds": 120.0, "jobs": 1, "again": False}
+    args = arguments(__doc__, OUT, only="", match="", python=[str], **limits)
     if args.show:
         print(page(by_key(args.out)))
         return
     if args.job:
         ours(args.job)
         return
-    before = by_key(args.out) if args.ours else {}
-    pythons = {} if args.ours else peer.interpreters(args.peers, args.python)
+    before, pythons = by_key(args.out), dict(text.split("=", 1) for text in args.python)
 
     def job(key: str) -> Row:
-        start = time.perf_counter()
-        row: Row = before.get(key, {}) | {"regrow": run(again(key), args.seconds)}
-        if args.ours:
-            row["regrow"]["date"] = today()
+        row: Row = before.get(key, {}) | {"regrow": run(again(key), args.seconds) | {"date": today()}}
         for version, python in pythons.items():
             if version != "1.5.2" or key.startswith("transformers/"):
                 row[version] = run([python, peer.__file__, key], args.seconds, environment={"PYTHONPATH": ""})
-        return row | {"wall_s": round(time.perf_counter() - start, 1)}
+        return row | {"wall_s": round(sum(row[tool]["wall_s"] for tool in ("regrow", *pythons) if tool in row), 1)}
 
     keys = [f"{net.kind}/{net.name}" for net in nets(args.only, args.match)]
-    collect(keys, job, args.out, args.jobs, args.again or args.ours)
+    collect(keys, job, args.out, args.jobs, args.again)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python benchmarks/planted_llm.py                       # all arms; about an hour when idle; resumes
     python benchmarks/planted_llm.py --only flap           # arms whose name contains "flap"
-    python benchmarks/planted_llm.py --seconds 400 --plans PLANS  # in pieces
     python benchmarks/planted_llm.py --show                # the table of the rows that are there
 
 `regrow grow` gives every MLP a quarter more neurons. Their weights are then replaced, a third each, by
@@ -30,40 +29,38 @@ One row per arm and seed goes to benchmarks/results/planted_llm.jsonl.
 """
 
 import copy
-import json
 import math
 import platform
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from planted_units import judge, plant
 from shared import Row, add, arguments, rows, table
-from torch import nn
+from torch import Tensor, nn
 
 import regrow
 from regrow import apply, trace
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
+from regrow.core.sources import Batch
 from regrow.data import Half, text, windows
-from regrow.evaluation import Perplexity, paired_difference, perplexity
+from regrow.evaluation import paired_difference, perplexity
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.jobs.recovering import reconstruct
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
-from regrow.store.ledger import read_plan
 from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "planted_llm.jsonl"
 SEEN, UNSEEN = ("news", "manual", "talk"), ("code",)
 SEQ = 256
-OUTER = {"base": "flap", "partition": "layer", "switch": "never", "steps": 0}
+KEPT, LARGE = 16, 3.0
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,10 @@ ARMS = (
     Arm("random", "random", {}),
     Arm("magnitude", "magnitude", {"compensate": True}),
     Arm("FLAP", "flap", {}),
-    Arm("FLAP, uniform", "flap", {"allocation": "uniform"}),
     Arm("Wanda-sp", "wanda_sp", {"compensate": True}),
     Arm("LLM-Pruner", "llm_pruner", {"compensate": True}),
     Arm("Fisher, all blocks", "fisher", {"prune_outer": True}),
-    *(Arm(f"OBS, ridge {ridge:g}", "obs", {"ridge": ridge}) for ridge in (0.1, 0.01, 0.001, 0.0001)),
-    Arm("FLAP, outer blocks unpruned", "gprune", {**OUTER, "start": "inner"}),
-    Arm("GPrune, not learned, uniform", "gprune", {"steps": 0, "start": "uniform"}),
+    Arm("OBS, ridge 0.001", "obs", {"ridge": 0.001}),
 )
 RECONSTRUCTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "": None,
@@ -93,6 +87,113 @@ RECONSTRUCTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "small ridges": {"ridges": (1e-5, 1e-3, 1e-1), "shrinkages": (1.0,)},
 }
 """What follows the cut: nothing, or least squares with these settings of ``--reconstruct``."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What was planted in one MLP, as positions of its units.
+
+    Args:
+        duplicates: (old unit, its copy), ``[n, 2]``.
+        pairs: The two units that cancel, ``[n, 2]``.
+        inactive: Units whose activation is 0, ``[n]``.
+        keep: Old units that are active in the unseen domain alone, ``[KEPT]``.
+    """
+
+    duplicates: Tensor
+    pairs: Tensor
+    inactive: Tensor
+    keep: Tensor
+
+    def single(self, units: int) -> Tensor:
+        """Return the old units without a duplicate, of an MLP with so many units."""
+        new = torch.cat([self.duplicates.flatten(), self.pairs.flatten(), self.inactive])
+        return torch.ones(units, dtype=torch.bool).index_fill(0, new, False).nonzero()[:, 0]
+
+
+def record_inputs(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Return the inputs of the projections of every MLP, one row per position, by name of the module."""
+    rows: dict[str, list[Tensor]] = {}
+    names = [name for name, _ in model.named_modules() if name.endswith(("mlp.gate_proj", "mlp.down_proj"))]
+
+    def add(name: str, value: Tensor) -> None:
+        rows.setdefault(name, []).append(value.flatten(0, -2))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        for name in names
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(*batch.args, **batch.kwargs)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(each) for name, each in rows.items()}
+
+
+def plant(model: nn.Module, old: int, seen: Sequence[Batch], unseen: Sequence[Batch], seed: int) -> list[Planted]:
+    """Replace the weights of the new units of every MLP; the outputs of the network stay."""
+    generator = torch.Generator().manual_seed(seed)
+    mlps = [layer.mlp for layer in model.model.layers]
+    here, away = record_inputs(model, seen), record_inputs(model, unseen)
+    result = []
+    with torch.no_grad():
+        for number, mlp in enumerate(mlps):
+            entry, inside = f"model.layers.{number}.mlp.gate_proj", f"model.layers.{number}.mlp.down_proj"
+            rows = here[entry].double()
+            active, foreign = (inputs[inside][:, :old].double().square().mean(0) for inputs in (here, away))
+            gate, up, down = (layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            n = (gate.shape[0] - old) // 3 // 2 * 2
+            new = torch.arange(old, gate.shape[0])
+            twins, pairs, inactive = new[:n], new[n : 2 * n].view(-1, 2), new[2 * n :]
+            sources = torch.randperm(old, generator=generator)[:n]
+            ratio = 0.3 + 0.4 * torch.rand(n, generator=generator)
+            gate[twins], up[twins] = gate[sources], up[sources]
+            down[:, twins] = down[:, sources] * ratio
+            down[:, sources] -= down[:, twins]
+            direction = rows.mean(0) - away[entry].double().mean(0)
+            noise = torch.randn(2, len(pairs), gate.shape[1], generator=generator, dtype=torch.float64)
+            noise = noise * rows.std(0)  # as the inputs vary
+            first, second = (normalise(direction) + normalise(row) for row in noise)
+            values = nn.functional.silu(rows @ first.T) * (rows @ second.T)
+            target = LARGE * active.median().sqrt()
+            second = second * (target / values.std(0).clamp_min(1e-9))[:, None]
+            size = down[:, :old].norm(dim=0).median()
+            out = torch.randn(down.shape[0], len(pairs), generator=generator)
+            out = size * out / out.norm(dim=0)
+            for place, sign in ((0, 1), (1, -1)):
+                gate[pairs[:, place]], up[pairs[:, place]] = first.to(gate), second.to(up)
+                down[:, pairs[:, place]] = sign * out
+            gate[inactive] = gate[torch.randint(old, inactive.shape, generator=generator)]
+            up[inactive] = 0
+            large = torch.randn(down.shape[0], len(inactive), generator=generator)
+            down[:, inactive] = LARGE * size * large / large.norm(dim=0)
+            only = torch.where(foreign > foreign.median(), foreign / active.clamp_min(1e-12), -1.0)
+            only[sources] = -1.0  # either of two duplicates may be removed
+            result.append(Planted(torch.stack([sources, twins], 1), pairs, inactive, only.topk(KEPT).indices))
+    return result
+
+
+def normalise(value: Tensor) -> Tensor:
+    """Scale vectors to length 1."""
+    return value / value.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def judge(planted: Sequence[Planted], kept: Sequence[Tensor]) -> dict[str, float]:
+    """Return the fraction of each kind that was treated right, over all MLPs; ``kept`` are masks of the units."""
+    gone = [~mask for mask in kept]
+    hits = {
+        "duplicates": [gone[i][units.duplicates].sum(1) == 1 for i, units in enumerate(planted)],
+        "lost_duplicates": [gone[i][units.duplicates].all(1) for i, units in enumerate(planted)],
+        "pairs": [gone[i][units.pairs].flatten() for i, units in enumerate(planted)],
+        "broken_pairs": [gone[i][units.pairs].sum(1) == 1 for i, units in enumerate(planted)],
+        "inactive": [gone[i][units.inactive] for i, units in enumerate(planted)],
+        "old": [kept[i][units.single(len(kept[i]))] for i, units in enumerate(planted)],
+        "kept": [kept[i][units.keep] for i, units in enumerate(planted)],
+    }
+    rates = {name: float(torch.cat(each).double().mean()) for name, each in hits.items()}
+    planned = torch.cat([torch.cat(hits[kind]) for kind in ("duplicates", "pairs", "inactive")])
+    return rates | {"removed": float(planned.double().mean())}
 
 
 @dataclass
@@ -114,6 +215,7 @@ class PlantedBench:
         self.tests = [
             windows(texts[name], loaded.tokenizer, n=self.eval_windows, half=Half.EVALUATION, **more) for name in texts
         ]
+        self.base = {source.name: perplexity(self.dense, source) for source in self.tests}
         self.model = copy.deepcopy(self.dense)
         old = self.dense.config.intermediate_size
         regrow.grow(self.model, mlp="+25%", example=loaded.example.args[0], seed=self.seed)
@@ -128,43 +230,26 @@ class PlantedBench:
         wider = [m.weight.numel() for m in self.model.model.layers.modules() if isinstance(m, nn.Linear)]
         self.keep = sum(linear) / sum(wider)
 
-    def evaluate(self, model: nn.Module, dense: Mapping[str, Any] | None) -> Row:
-        """Measure the perplexity on every domain, and the change of the loss from the dense network's.
-
-        Args:
-            model: The network.
-            dense: Domain → the fields of the dense network's perplexity; ``None``: this is the dense one.
-        """
+    def evaluate(self, model: nn.Module) -> Row:
+        """Measure the perplexity on every domain, and the change of the loss from the dense network's."""
         results = {source.name: perplexity(model, source) for source in self.tests}
-        stored = {name: asdict(one) for name, one in results.items()}
-        base = {
-            name: Perplexity(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
-            for name, one in (dense or stored).items()
-        }
-        pairs = {name: paired_difference(base[name], one) for name, one in results.items()}
-        row: Row = {"perplexity": {name: round(one.ppl, 4) for name, one in results.items()}, "ratio": {}}
+        pairs = {name: paired_difference(self.base[name], result) for name, result in results.items()}
+        row: Row = {"perplexity": {name: round(result.ppl, 4) for name, result in results.items()}, "ratio": {}}
         row["delta_nll"] = {name: [round(mean, 5), round(error, 5)] for name, (mean, error) in pairs.items()}
         for part, names in (("seen", SEEN), ("unseen", UNSEEN)):
             row["ratio"][part] = round(math.exp(fmean(pairs[name][0] for name in names)), 5)
-        return row | ({"windows_nll": stored} if dense is None else {})
+        return row
 
-    def cut(self, arm: Arm, path: Path | None) -> tuple[Plan, float]:
+    def cut(self, arm: Arm) -> tuple[Plan, float]:
         """Plan the cut of the widened network back to its size; return the plan and the CPU seconds."""
-        if path is not None and path.is_file():
-            stored = json.loads(path.read_text())
-            return read_plan(json.loads(stored["plan"])), stored["cpu_seconds"]
         start = time.process_time()
         seed = {"seed": self.seed} if arm.method == "random" else {}
         pruner = build_pruner(arm.method, {**arm.settings, **seed})
         evidence = collect_evidence(self.model, self.axes, pruner, self.calibration, batch_size=8)
         plan = plan_cut(pruner, self.model, self.axes, Budget(self.keep, only=("mlp",)), evidence).plan
-        seconds = time.process_time() - start
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"plan": plan.to_json(), "cpu_seconds": seconds}))
-        return plan, seconds
+        return plan, time.process_time() - start
 
-    def run(self, plan: Plan, name: str, dense: Mapping[str, Any]) -> Row:
+    def run(self, plan: Plan, name: str) -> Row:
         """Cut the widened network, reconstruct it as ``name`` says, and judge what went and what is left."""
         start, settings = time.process_time(), RECONSTRUCTIONS[name]
         kept = []
@@ -179,7 +264,7 @@ class PlantedBench:
             layers = reconstruct(RecoveryTask(model, self.model, self.axes, plan, self.calibration), settings)["layers"]
             row["ridges"] = [layer["ridge"] for layer in layers]
         row["cpu_seconds"] = round(time.process_time() - start, 1)
-        return row | self.evaluate(model, dense)
+        return row | self.evaluate(model)
 
 
 RATES = {
@@ -216,33 +301,30 @@ def run(args: Namespace, seed: int) -> None:
     chosen = [arm for arm in ARMS if any(word.lower() in arm.name.lower() for word in args.only)]
     if all((arm.name, way) in there for arm in chosen for way in args.reconstruct):
         return
-    end, bench = time.monotonic() + args.seconds, PlantedBench(seed, args.tokens, args.eval_windows)
+    bench = PlantedBench(seed, args.tokens, args.eval_windows)
     base |= {"machine": platform.machine(), **versions()}
 
-    def write(arm: str, row: Row) -> Row:
+    def write(arm: str, row: Row) -> None:
         done = add(args.out, {"arm": arm, **base, **row})
-        names = ("arm", "reconstruct", *RATES.values(), "ratio", "cpu_seconds")
-        print({name: done[name] for name in names if name in done}, flush=True)
-        return done
+        print(arm, done.get("reconstruct", ""), done["ratio"], flush=True)
 
-    dense = (there.get(("dense", "")) or write("dense", bench.evaluate(bench.dense, None)))["windows_nll"]
-    if ("widened", "") not in there:
-        write("widened", bench.evaluate(bench.model, dense))
+    for name, model in (("dense", bench.dense), ("widened", bench.model)):
+        if (name, "") not in there:
+            write(name, bench.evaluate(model))
     for arm in chosen:
         ways = [way for way in args.reconstruct if (arm.name, way) not in there]
-        path = args.plans / f"{arm.name}, {seed}, {args.tokens}.json" if args.plans else None
-        plan, seconds = bench.cut(arm, path) if ways else (None, 0.0)
+        if not ways:
+            continue
+        plan, seconds = bench.cut(arm)
         for way in ways:
-            if time.monotonic() > end:
-                return
-            more = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
-            write(arm.name, more | bench.run(plan, way, dense))
+            common = {"settings": dict(arm.settings), "cut_cpu_seconds": round(seconds, 1)}
+            write(arm.name, common | bench.run(plan, way))
 
 
 def main() -> None:
     """Run the arms that have no row yet, or print the table."""
-    sizes = {"seeds": 1, "tokens": 4096, "eval_windows": 8, "seconds": math.inf}
-    args = arguments(__doc__, OUT, only=[""], reconstruct=(*RECONSTRUCTIONS,), plans=Path, **sizes)
+    sizes = {"seeds": 1, "tokens": 4096, "eval_windows": 8}
+    args = arguments(__doc__, OUT, only=[""], reconstruct=(*RECONSTRUCTIONS,), **sizes)
     torch.set_num_threads(1)
     if args.show:
         after = [f", reconstructed with {way}" if way else "" for way in RECONSTRUCTIONS]

@@ -1,4 +1,4 @@
-"""What the proof on every change costs: seconds of ``apply`` and ``load``, its share, and memory of ``verify``.
+"""What the proof on every change costs: seconds of ``apply``, its share, and memory of ``verify``.
 
     python benchmarks/proof.py
 
@@ -7,8 +7,7 @@ Each measurement runs in a process of its own with one thread; the fastest of se
 is exact, and for the Llama also half of its MLP neurons alone; SmolLM2-135M keeps an irregular plan, a
 random share of each MLP and of some groups of heads. The share is that of comparing numbers in float64. It holds no
 recording of the network at its planned size, which was made before too, and no forward pass: ``trace``, ``apply``
-compare the network's own (``forward_cpu_s`` before the cut) with its recording. ``--source FOLDER`` measures another
-checkout's package in the same run.
+compare the network's own (``forward_cpu_s`` before the cut) with its recording.
 
 Memory is the most that a process held (``ru_maxrss``) while it verified a Llama of half a billion parameters in
 bfloat16, above what it held once the model was built, and in all.
@@ -19,7 +18,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,6 @@ from shared import Row, again, arguments, peak, run, tell, today, write
 OUT = Path(__file__).parent / "results" / "proof.json"
 
 JOBS = ("resnet50", "smollm2-135m", "llama-1b", "llama-1b mlp")
-SHARES = {"resnet50": 0.5, "smollm2-135m": 0.25, "llama-1b": 0.25, "llama-1b mlp": 0.25}
-"""The most that the proof may take of ``apply``."""
-
 HALF = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 14, "vocab_size": 32_000}
 HALF |= {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True}
 """The sizes of a Llama of half a billion parameters."""
@@ -43,18 +38,17 @@ BILLION |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
 """The sizes of Llama-3.2-1B."""
 
 
-def opened(job: str) -> tuple[torch.nn.Module, dict[str, Any], tuple[Any, ...], float]:
-    """A network, its inputs, and the seconds that loading took, where it is loaded."""
+def opened(job: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A network and its inputs."""
     from regrow.nets import load
 
     if job.startswith("llama"):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**BILLION)).eval(), {"input_ids": torch.randint(3, 211, (1, 16))}, (), 0.0
-    start = time.perf_counter()
+        return LlamaForCausalLM(LlamaConfig(**BILLION)).eval(), (), {"input_ids": torch.randint(3, 211, (1, 16))}
     loaded = load(job)
-    return loaded.model, dict(loaded.example.kwargs), loaded.example.args, time.perf_counter() - start
+    return loaded.model, loaded.example.args, dict(loaded.example.kwargs)
 
 
 def plan_of(job: str, model: torch.nn.Module, axes: Any) -> Any:
@@ -76,52 +70,36 @@ def plan_of(job: str, model: torch.nn.Module, axes: Any) -> Any:
     return Plan.keeping(axes, keep)
 
 
-def applying(job: str, saved: Path) -> Row:
-    """Seconds of ``apply``, of the proof in it, and of loading the saved result."""
-    torch.set_num_threads(1)
+def applying(job: str) -> Row:
+    """Seconds of ``trace``, of a forward pass, of ``apply``, and of the proof in it."""
     from regrow import apply, trace
-    from regrow.store import load, save
 
-    model, kwargs, args, loading = opened(job)
+    torch.set_num_threads(1)
+    model, args, kwargs = opened(job)
     begun = time.process_time()
     axes = trace(model, *args, **kwargs)
-    tracing, traced = time.process_time() - begun, peak()
+    row: Row = {"trace_cpu_s": round(time.process_time() - begun, 2), "traced_mib": peak()}
     begun = time.process_time()
     with torch.no_grad():
         model(*args, **kwargs)
-    forward = time.process_time() - begun
-    plan = plan_of(job, model, axes)
-    proof = [0.0, 0.0]
-    module = sys.modules[apply.__module__]
-    if hasattr(module, "check_blocks"):
-        real = module.check_blocks
+    row["forward_cpu_s"] = round(time.process_time() - begun, 2)
+    plan, module, proof = plan_of(job, model, axes), sys.modules[apply.__module__], [0.0, 0.0]
+    check_blocks = module.check_blocks
 
-        def timed(change: Any) -> None:
-            wall, cpu = time.perf_counter(), time.process_time()
-            real(change)
-            proof[:] = [time.perf_counter() - wall, time.process_time() - cpu]
+    def timed(change: Any) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        check_blocks(change)
+        proof[:] = [time.perf_counter() - wall, time.process_time() - cpu]
 
-        module.check_blocks = timed
+    module.check_blocks = timed
     gc.collect()
     gc.freeze()  # a full collection takes 0.2 s and would fall into this or that part by chance
     wall, cpu = time.perf_counter(), time.process_time()
-    model, axes = apply(model, axes, plan)
-    row: Row = {
-        "seconds": round(time.perf_counter() - wall, 2),
-        "cpu_s": round(time.process_time() - cpu, 2),
-        "proof_s": round(proof[0], 2),
-        "proof_cpu_s": round(proof[1], 2),
-        "peak_mib": peak(),
-    }
-    row |= {"trace_cpu_s": round(tracing, 2), "forward_cpu_s": round(forward, 2), "traced_mib": traced}
-    row["share"] = round(proof[1] / row["cpu_s"], 3)
-    if job == "smollm2-135m":
-        save(model, saved)
-        start, cpu = time.perf_counter(), time.process_time()
-        load(saved)
-        row |= {"load_s": round(time.perf_counter() - start, 2), "load_cpu_s": round(time.process_time() - cpu, 2)}
-        row["load_dense_s"] = round(loading, 2)
-    return row
+    apply(model, axes, plan)
+    spent = {"seconds": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    spent |= {"proof_s": proof[0], "proof_cpu_s": proof[1]}
+    row |= {name: round(seconds, 2) for name, seconds in spent.items()}
+    return row | {"peak_mib": peak(), "share": round(proof[1] / spent["cpu_s"], 3)}
 
 
 def verifying() -> Row:
@@ -159,26 +137,19 @@ def verifying() -> Row:
 
 def main() -> None:
     """Run and write."""
-    args = arguments(__doc__, jobs=(*JOBS, "verify"), source=Path, repeats=3, seconds=600.0, out=OUT)
+    args = arguments(__doc__, jobs=(*JOBS, "verify"), repeats=3, seconds=600.0, out=OUT)
     if args.job:
-        with tempfile.TemporaryDirectory() as folder:
-            tell(verifying() if args.job == "verify" else applying(args.job, Path(folder) / "saved"))
+        tell(verifying() if args.job == "verify" else applying(args.job))
         return
     from regrow.store.run_record import versions
 
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]}
-    result |= {"date": today(), "command": " ".join(["python", *sys.argv]), "machine": machine}
-    result |= {"versions": versions(), "allowed_share": SHARES}
-    places = {"this": None} | ({"other": args.source} if args.source else {})
+    result |= {"date": today(), "machine": machine, "versions": versions()}
     for job in args.jobs:
-        turns: dict[str, list[Row]] = {name: [] for name in places}
-        for _ in range(args.repeats):
-            for name, place in places.items():
-                more = {"PYTHONPATH": str(place.resolve() / "src")} if place else {}
-                turns[name].append(run(again(job), args.seconds, environment=more))
-        best = {name: min(rows, key=lambda row: row.get("cpu_s", float("inf"))) for name, rows in turns.items()}
-        result[job] = {name: row | {"all_cpu_s": [r.get("cpu_s") for r in turns[name]]} for name, row in best.items()}
+        turns = [run(again(job), args.seconds) for _ in range(args.repeats)]
+        best = min(turns, key=lambda row: row.get("cpu_s", float("inf")))
+        result[job] = {"this": best | {"all_cpu_s": [row.get("cpu_s") for row in turns]}}
         print(job, json.dumps(result[job]), flush=True)
         write(args.out, result)
 

@@ -25,16 +25,16 @@ SAMPLE = {
 
 def main() -> None:
     """Run the sample; the exit code is 1 if anything was wrong."""
-    asked, faulty = arguments(__doc__, seed=0, out=Path), False
+    args, faulty = arguments(__doc__, seed=0, out=Path), False
     with workplace() as work:
         for name, (many, faults) in SAMPLE.items():
-            draw, place = random.Random(f"{asked.seed} {name}"), place_of(name, work)
+            draw, place = random.Random(f"{args.seed} {name}"), place_of(name, work)
             first = place.prepare()
             chosen = sorted(draw.sample(every_kill(first.operations), many))
             trials = [("kill", row) for row in kills(place, first.operations, chosen)]
             trials += [(fault, row) for fault in faults for row in FAULTS[fault](place, first, draw, 1)]
             for fault, row in trials:
-                add(asked.out, {"case": name, "fault": fault, **row})
+                add(args.out, {"case": name, "fault": fault, **row})
                 print(name, fault, row["faults"])
                 faulty |= bool(row["faults"])
     sys.exit(faulty)

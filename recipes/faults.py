@@ -56,8 +56,8 @@ def two_processes(place: Place, first: Outcome, draw: random.Random, many: int) 
             return False
 
         went = place.go(watched=True, act=start)
-        codes = sorted([went.code, *(one.code for one in second)])
-        refused = next((one for one in [*second, went] if one.code), None)
+        codes = sorted([went.code, *(outcome.code for outcome in second)])
+        refused = next((outcome for outcome in [*second, went] if outcome.code), None)
         faults = _spoken(refused) if refused else []
         faults += differences(place.whole, contents(place.root)) + [f"stale {page}" for page in place.stale_pages()]
         if codes[0] or (refused and codes[1] not in (2, 4)):
@@ -90,7 +90,7 @@ def read_only(place: Place, first: Outcome, draw: random.Random, many: int) -> I
 
 def full_disk(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
     """No byte is left from a write on: an earlier result stays, and with some space the command goes on."""
-    writes = [one.index for one in first.operations if one.name in ("write", "open", "mkdir", "truncate")]
+    writes = _named(first, "write", "open", "mkdir", "truncate")
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(place.root)], check=True)
     filler = place.root / "filler"
     try:
@@ -107,21 +107,21 @@ def full_disk(place: Place, first: Outcome, draw: random.Random, many: int) -> I
 
 def no_space(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
     """From a write on, every write and every new folder fails for lack of space."""
-    failing = [one.index for one in first.operations if one.name in ("write", "mkdir")]
-    for index in _drawn(draw, failing, many):
+    for index in _drawn(draw, _named(first, "write", "mkdir"), many):
         yield _told_no(place, first, index, errno.ENOSPC, ("write", "mkdir"))
 
 
 def read_only_system(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
     """No file can be changed from the beginning on."""
-    yield _told_no(place, first, 0, errno.EROFS, tuple({one.name for one in first.operations}))
+    yield _told_no(place, first, 0, errno.EROFS, tuple({operation.name for operation in first.operations}))
 
 
 def _told_no(place: Place, first: Outcome, index: int, number: int, names: tuple[str, ...]) -> Row:
     """Have file operations of some names fail from one on."""
 
-    def refused(one: Any, when: str, _: int) -> OSError | None:
-        return OSError(number, "") if one.index >= index and when == BEFORE and one.name in names else None
+    def refused(operation: Any, when: str, _: int) -> OSError | None:
+        fails = operation.index >= index and when == BEFORE and operation.name in names
+        return OSError(number, "") if fails else None
 
     place.reset()
     went = place.go(watched=True, act=refused)
@@ -148,7 +148,7 @@ def clock_back(place: Place, first: Outcome, draw: random.Random, many: int) -> 
     """A run was killed tomorrow, and goes on today: nothing may go by the time of files, or by dates in them."""
     for index in _drawn(draw, len(first.operations), many):
         place.reset()
-        went = place.go(watched=True, act=lambda one, when, _, index=index: (one.index, when) == (index, BEFORE))
+        went = place.go(watched=True, act=lambda op, when, _, index=index: (op.index, when) == (index, BEFORE))
         for path in [*(place.root / "at").rglob("*")]:
             if path.suffix == ".json" and path.is_file():
                 path.write_bytes(DATE.sub(_tomorrow, path.read_bytes()))
@@ -194,6 +194,11 @@ def _drawn(draw: random.Random, among: Any, many: int) -> list[int]:
     return sorted(draw.sample(every, min(many, len(every))))
 
 
+def _named(outcome: Outcome, *names: str) -> list[int]:
+    """Which operations have one of these names."""
+    return [operation.index for operation in outcome.operations if operation.name in names]
+
+
 def _at(index: int, does: Any) -> Any:
     """What does something before one file operation."""
 
@@ -222,8 +227,8 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _tomorrow(found: re.Match[bytes]) -> bytes:
-    return (datetime.fromisoformat(found[0].decode()) + timedelta(days=1)).isoformat().encode()
+def _tomorrow(date: re.Match[bytes]) -> bytes:
+    return (datetime.fromisoformat(date[0].decode()) + timedelta(days=1)).isoformat().encode()
 
 
 def _spoken(outcome: Outcome) -> list[str]:
@@ -239,45 +244,44 @@ def _row(at: str, outcome: Outcome, faults: list[str], again: Outcome | None = N
     return {"at": at, "code": outcome.code, "said": said, "again": again and again.code, "faults": faults}
 
 
-def trials(asked: Namespace, work: Path) -> None:
+def trials(args: Namespace, work: Path) -> None:
     """Run the trials and add a row for each; what is in the output is not done again."""
-    done = Counter((row["fault"], row["case"]) for row in rows(asked.out))
-    for name in asked.case:
+    done = Counter((row["fault"], row["case"]) for row in rows(args.out))
+    for name in args.case:
         place = first = None
-        for fault in asked.only:
+        for fault in args.only:
             if done[fault, name]:
                 continue
             if place is None:
                 place = place_of(name, work)
                 first = place.prepare()
-            draw = random.Random(f"{asked.seed} {name} {fault}")
-            found = list(FAULTS[fault](place, first, draw, asked.interrupts if fault == "Ctrl-C" else asked.sample))
-            for row in found:
-                add(asked.out, {"fault": fault, "case": name, **row}, day=today())
+            draw = random.Random(f"{args.seed} {name} {fault}")
+            results = list(FAULTS[fault](place, first, draw, args.interrupts if fault == "Ctrl-C" else args.sample))
+            for row in results:
+                add(args.out, {"fault": fault, "case": name, **row}, day=today())
                 if row["faults"]:
                     print(f"  {fault}, {name}, {row['at']}: {row['code']} {row['said']}: {row['faults'][:4]}")
-            print(
-                f"{fault}, {name}: {len(found)} trials, {sum(bool(row['faults']) for row in found)} faults", flush=True
-            )
+            faulty = sum(bool(row["faults"]) for row in results)
+            print(f"{fault}, {name}: {len(results)} trials, {faulty} faults", flush=True)
 
 
-def show(found: list[Row]) -> Iterator[list[object]]:
-    """What was found, fault by fault."""
+def show(results: list[Row]) -> Iterator[list[object]]:
+    """What came of each fault."""
     for fault in FAULTS:
-        mine = [row for row in found if row["fault"] == fault]
+        mine = [row for row in results if row["fault"] == fault]
         codes = ", ".join(f"{code}: {many}" for code, many in sorted(Counter(row["code"] for row in mine).items()))
         yield [fault, len({row["case"] for row in mine}), len(mine), codes, sum(bool(row["faults"]) for row in mine)]
 
 
 def main() -> None:
     """Run the chosen faults, or print the table of earlier ones."""
-    asked = arguments(__doc__, OUT, only=(*FAULTS,), case=(*CASES,), sample=6, interrupts=20, seed=0)
-    if not asked.show:
+    args = arguments(__doc__, OUT, only=(*FAULTS,), case=(*CASES,), sample=6, interrupts=20, seed=0)
+    if not args.show:
         with workplace() as work:
-            trials(asked, work)
-    found = rows(asked.out)
-    print("\n".join(table(("fault", "commands", "trials", "exit codes", "wrong"), show(found))))
-    sys.exit(any(row["faults"] for row in found))
+            trials(args, work)
+    results = rows(args.out)
+    print("\n".join(table(("fault", "commands", "trials", "exit codes", "wrong"), show(results))))
+    sys.exit(any(row["faults"] for row in results))
 
 
 if __name__ == "__main__":

@@ -33,12 +33,11 @@ def arguments(
         out: The default of ``--out``, the file of results; with it there is ``--show``, which prints what is there.
         choice: Name of a positional argument → its values; empty: any. A name that ends in ``*`` takes several or none.
         options: Name → default. A type: no default. A bool: a switch, ``--no-NAME`` if it is on. A list: several values
-            of the type of the first; ``[int]``: none unless said. A tuple: some of these; all, if it is not given. A
-            set: one of these, or none.
+            of the type of the first; ``[int]``: none unless said. A tuple: some of these; all, if it is not given.
 
     >>> sys.argv = ["script", "--seeds", "3", "--keep", "0.8", "0.5", "--no-fast"]
-    >>> given = arguments("Do.", seeds=5, keep=[0.7], fast=True, work=Path)
-    >>> given.seeds, given.keep, given.fast, given.work
+    >>> args = arguments("Do.", seeds=5, keep=[0.7], fast=True, work=Path)
+    >>> args.seeds, args.keep, args.fast, args.work
     (3, [0.8, 0.5], False, None)
     """
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
@@ -53,25 +52,22 @@ def arguments(
         flag = f"--{name.replace('_', '-')}"
         match default:
             case bool():
-                parser.add_argument(
-                    f"--no-{flag[2:]}" if default else flag, dest=name, action="store_const", const=not default
-                )
+                switch = f"--no-{flag[2:]}" if default else flag
+                parser.add_argument(switch, dest=name, action="store_const", const=not default, default=default)
             case list() | tuple():
                 first = default[0] if default else ""
                 kind = first if isinstance(first, type) else type(first)
                 values = default if isinstance(default, tuple) else None
                 parser.add_argument(flag, nargs="*", action="extend", type=kind, choices=values)
-            case set():
-                parser.add_argument(flag, choices=sorted(default), default="")
             case type():
                 parser.add_argument(flag, type=default, default="" if default is str else None)
             case _:
                 parser.add_argument(flag, type=type(default), default=default)
-    given = parser.parse_args()
+    args = parser.parse_args()
     for name, default in options.items():
-        if isinstance(default, bool | list | tuple) and getattr(given, name) is None:
-            setattr(given, name, [] if default in ([int], [str]) else default)
-    return given
+        if isinstance(default, list | tuple) and getattr(args, name) is None:
+            setattr(args, name, [] if default in ([int], [str]) else default)
+    return args
 
 
 def rows(path: Path) -> list[Row]:

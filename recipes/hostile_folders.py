@@ -115,20 +115,20 @@ def tried(name: str, commands: list[str], honest: Path, seed: int) -> list[Row]:
     if child:
         os.close(writing)
         with os.fdopen(reading) as lines:
-            found = [json.loads(line) for line in lines]
+            results = [json.loads(line) for line in lines]
         os.waitpid(child, 0)
-        for command in commands[len(found) :][:1]:  # what ended the process is a finding, too
-            found.append({"folder": name, "command": command, "code": -1, "foreign": ["the process ended"]})
-        return found
+        for command in commands[len(results) :][:1]:  # what ended the process is a finding, too
+            results.append({"folder": name, "command": command, "code": -1, "foreign": ["the process ended"]})
+        return results
     os.close(reading)
     with os.fdopen(writing, "w") as out, tempfile.TemporaryDirectory() as place:
         here = Path(place).resolve()
         watch.start(here)
         for i, command in enumerate(commands):
             begin = time.perf_counter()
-            code, found, said = _once(here / f"{i}", name, command, honest, seed)
-            fair = _once(here / f"{i}-honest", name, command, honest, None)[1] if found else []
-            row = {"folder": name, "command": command, "code": code, "foreign": [e for e in found if e not in fair]}
+            code, events, said = _once(here / f"{i}", name, command, honest, seed)
+            fair = _once(here / f"{i}-honest", name, command, honest, None)[1] if events else []
+            row = {"folder": name, "command": command, "code": code, "foreign": [e for e in events if e not in fair]}
             row |= {"said": said, "seconds": round(time.perf_counter() - begin, 2)} | ({"honest": fair} if fair else {})
             out.write(json.dumps(row) + "\n")
             out.flush()
@@ -147,40 +147,40 @@ def _once(cell: Path, name: str, command: str, honest: Path, seed: int | None) -
     else:
         tamper(name, honest, folder, seed)
     with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-        found = watch.watched(lambda: codes.append(work(command, folder)))
+        events = watch.watched(lambda: codes.append(work(command, folder)))
     sys.path.remove(str(cell))
-    found = [re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", event.replace(str(cell), "HERE")) for event in found]
-    return codes[-1], found, last_line(noise.getvalue().replace(str(cell), "HERE"))
+    events = [re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", event.replace(str(cell), "HERE")) for event in events]
+    return codes[-1], events, last_line(noise.getvalue().replace(str(cell), "HERE"))
 
 
 def main() -> None:
     """Run what was asked for, or show what is there."""
-    given = arguments(__doc__, OUT, sample=0, seed=0, folder=(*HOSTILE,), command=(*COMMANDS,))
-    if not given.show:
-        pairs = [(name, command) for name in given.folder for command in given.command]
-        if given.sample:
-            pairs = random.Random(given.seed).sample(pairs, given.sample)
-        there = {(row["folder"], row["command"]) for row in rows(given.out)}
+    args = arguments(__doc__, OUT, sample=0, seed=0, folder=(*HOSTILE,), command=(*COMMANDS,))
+    if not args.show:
+        pairs = [(name, command) for name in args.folder for command in args.command]
+        if args.sample:
+            pairs = random.Random(args.seed).sample(pairs, args.sample)
+        there = {(row["folder"], row["command"]) for row in rows(args.out)}
         with tempfile.TemporaryDirectory() as honest, contextlib.redirect_stderr(io.StringIO()):
             make_honest(Path(honest))
             for package in PACKAGES:  # once, not in every process
                 importlib.import_module(package)
             for name in HOSTILE:
                 wanted = [command for other, command in pairs if other == name and (name, command) not in there]
-                for row in tried(name, wanted, Path(honest), given.seed) if wanted else ():
-                    add(given.out, row)
-    found = rows(given.out)
-    tell(found)
-    sys.exit(any(row["foreign"] for row in found))
+                for row in tried(name, wanted, Path(honest), args.seed) if wanted else ():
+                    add(args.out, row)
+    results = rows(args.out)
+    tell(results)
+    sys.exit(any(row["foreign"] for row in results))
 
 
-def tell(found: list[Row]) -> None:
+def tell(results: list[Row]) -> None:
     """How many pairs there are, and what happened in them."""
-    folders, commands = ({row[key] for row in found} for key in ("folder", "command"))
-    print(f"{len(found)} runs: {len(commands)} commands on {len(folders)} hostile folders")
-    print(f"exit codes: {dict(sorted(Counter(row['code'] for row in found).items()))}")
-    print(f"foreign imports or calls: {sum(len(row['foreign']) for row in found)}")
-    for row in found:
+    folders, commands = ({row[key] for row in results} for key in ("folder", "command"))
+    print(f"{len(results)} runs: {len(commands)} commands on {len(folders)} hostile folders")
+    print(f"exit codes: {dict(sorted(Counter(row['code'] for row in results).items()))}")
+    print(f"foreign imports or calls: {sum(len(row['foreign']) for row in results)}")
+    for row in results:
         if row["foreign"] or row["code"] not in (0, 2):
             print(f"  {row['folder']} · {row['command']}: exit {row['code']}, {row['foreign']}")
 

@@ -4,12 +4,12 @@
     python recipes/hostile_networks.py own --only width_     # networks of hostile_nets/ with this in their names
     python recipes/hostile_networks.py --show
 
-There are 99 families of networks of our own (hostile_nets/), four of each by seed, two of them with an ordinary block
-in front; 100 architectures of timm with random weights and small inputs; small transformers wrapped by peft. Each is
+There are 69 families of networks of our own (hostile_nets/), six of each by seed, half of them with an ordinary block
+in front; 95 architectures of timm with random weights and small inputs; small transformers wrapped by peft. Each is
 traced, and cut by five random plans in float64; every second plan is carried out after the network has run once. What
 the cut network answers, run twice, is compared with the whole network in which dropped units count for nothing, by
 means that know nothing of regrow's: reads written into the networks by hand (hostile_nets/masking.py), and for networks
-without them zeros in all entries that the cut one has lost (hostile_nets/zeros.py).
+without them zeros in all entries that the cut one has lost (there, too).
 
 Outcomes: ``ok`` (within 1e-9 of the largest answer), ``nothing to cut`` (every axis is frozen), ``refused`` (one line,
 by tracing or by ``apply``), ``raw error`` (anything else that is raised, or a tensor without numbers left on the
@@ -30,8 +30,7 @@ import torch
 from harness import Row, add, arguments, rows, today
 from hostile_nets import algebra, control, memory, shapes, state
 from hostile_nets.build import Built, Front, Net, families, idle_parts, randomise
-from hostile_nets.masking import Double, Masks, answers, kept_entries, masked
-from hostile_nets.zeros import NOT_BY_ZEROS, zero
+from hostile_nets.masking import NOT_BY_ZEROS, Double, Masks, answers, kept_entries, masked, zero
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -47,7 +46,7 @@ FAMILIES = {
     for kind in (control, memory, state, algebra, shapes)
     for name, family in families(kind).items()
 }
-VARIANTS = 4
+VARIANTS = 6
 PLANS = 5
 FAULT = "a fault of regrow"
 """What ``apply`` says of a plan that its proof refuses and no code of the network explains."""
@@ -107,30 +106,30 @@ def random_plan(axes: AxisGraph, random: Random, marks: tuple[str, ...] = ()) ->
 
 def run(built: Built, times: int = 2) -> list[Tensor]:
     """What a network answers, run several times with its own copy of the inputs."""
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     with torch.no_grad(), Double():
         for _ in range(times):
             args, kwargs = _copied((built.args, dict(built.kwargs)))
-            found += [x.detach().clone() for x in answers(built.model(*args, **kwargs))]
-    return found
+            results += [x.detach().clone() for x in answers(built.model(*args, **kwargs))]
+    return results
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
+        return {key: _copied(part) for key, part in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+def distance(results: list[Tensor], expected: list[Tensor]) -> float:
     """The largest difference, as a part of the largest expected number; infinite where forms differ."""
-    if [x.shape for x in found] != [x.shape for x in expected]:
+    if [x.shape for x in results] != [x.shape for x in expected]:
         return inf
     scale = max((float(x[x.isfinite()].abs().max()) for x in expected if x.isfinite().any()), default=0.0) or 1.0
     gaps = [
         (a.double() - b.double()).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(results, expected, strict=True)
         if a.numel()
     ]
     return max((float(gap.nan_to_num(inf, inf, inf).max()) for gap in gaps), default=0.0) / scale
@@ -156,10 +155,10 @@ def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tenso
     kept = kept_entries(lambda: made(make, warm).model, lambda model: carry_out(model, axes, plan)[0])
     masks, built = Masks(kept), made(make, warm)
     with masked(masks):
-        found = run(built)
+        results = run(built)
     cut = [axes[key] for key, change in plan.changes.items() if len(change.keep) < change.size]
     if all({f"{slot.name}:{slot.dim}" for slot in axis.slots} & masks.read for axis in cut):
-        return found
+        return results
     if axis := next((axis for axis in cut if axis.mark in NOT_BY_ZEROS), None):
         raise NotImplementedError(f"neither zeros nor the network itself mask {axis.key}, which is {axis.mark}")
     built, fast = made(make, warm), torch.backends.mha.get_fastpath_enabled()
@@ -174,27 +173,26 @@ def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tenso
 def left_behind(model: nn.Module) -> str:
     """Where a tensor without numbers is held, if anywhere in reach of the network."""
     seen: set[int] = set()
-    ask: list[tuple[str, Any]] = [("", model)]
-    while ask:
-        path, one = ask.pop()
-        if id(one) in seen:
+    waiting: list[tuple[str, Any]] = [("", model)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen:
             continue
-        seen.add(id(one))
-        if isinstance(one, Tensor):
-            if isinstance(one, FakeTensor) or one.is_meta:
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if isinstance(value, FakeTensor) or value.is_meta:
                 return path
-        elif isinstance(one, dict):
-            ask += [(f"{path}[{key!r}]", value) for key, value in one.items()]
-        elif isinstance(one, list | tuple | set) or type(one).__name__ == "deque":
-            ask += [(f"{path}[{i}]", value) for i, value in enumerate(one)]
-        elif isinstance(one, type(left_behind)):
-            ask += [(f"{path}<closure>", cell.cell_contents) for cell in one.__closure__ or ()]
-        elif hasattr(one, "__dict__") and not isinstance(one, type) and type(one).__module__ != "logging":
-            ask += [(f"{path}.{name}", value) for name, value in vars(one).items()]
-            if isinstance(one, nn.Module):
-                ask += [
-                    (f"{path}.{name}", value) for name, value in vars(type(one)).items() if isinstance(value, Tensor)
-                ]
+        elif isinstance(value, dict):
+            waiting += [(f"{path}[{key!r}]", part) for key, part in value.items()]
+        elif isinstance(value, list | tuple | set) or type(value).__name__ == "deque":
+            waiting += [(f"{path}[{i}]", part) for i, part in enumerate(value)]
+        elif isinstance(value, type(left_behind)):
+            waiting += [(f"{path}<closure>", cell.cell_contents) for cell in value.__closure__ or ()]
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and type(value).__module__ != "logging":
+            waiting += [(f"{path}.{name}", part) for name, part in vars(value).items()]
+            if isinstance(value, nn.Module):
+                of_class = vars(type(value)).items()
+                waiting += [(f"{path}.{name}", part) for name, part in of_class if isinstance(part, Tensor)]
     return ""
 
 
@@ -286,19 +284,19 @@ def show(found: list[Row]) -> None:
 
 def main() -> None:
     """Examine what is not in the file yet."""
-    given = arguments(__doc__, OUT, {"kinds*": ()}, only="")
+    args = arguments(__doc__, OUT, {"kinds*": ()}, only="")
     warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float64)
-    every = [] if given.show else networks(given.kinds or ["own", "timm", "peft"])
-    done = {row["network"] for row in rows(given.out)}
-    left = [(name, examination) for name, examination in every if given.only in name and name not in done]
+    every = [] if args.show else networks(args.kinds or ["own", "timm", "peft"])
+    done = {row["network"] for row in rows(args.out)}
+    left = [(name, examination) for name, examination in every if args.only in name and name not in done]
     started = time.monotonic()
     for i, (name, examination) in enumerate(left, 1):
-        row = add(given.out, examination())
+        row = add(args.out, examination())
         eta = (time.monotonic() - started) / i * (len(left) - i) / 60
-        told = f"{row['outcome']} {row['largest']:.1e} {row['refusal'][:140]}"
-        print(f"{i}/{len(left)} {name}: {told} ({eta:.0f} min left)", flush=True)
-    show(rows(given.out))
+        outcome = f"{row['outcome']} {row['largest']:.1e} {row['refusal'][:140]}"
+        print(f"{i}/{len(left)} {name}: {outcome} ({eta:.0f} min left)", flush=True)
+    show(rows(args.out))
 
 
 if __name__ == "__main__":

@@ -58,32 +58,32 @@ def kills(place: Place, operations: list[Operation], chosen: list[tuple[int, str
         yield row
 
 
-def matrix(asked: Namespace, work: Path) -> None:
+def matrix(args: Namespace, work: Path) -> None:
     """Run the cases and add a row for every kill."""
-    done = {(row["case"], row["index"], row["when"]) for row in rows(asked.out)}
-    draw, names = random.Random(asked.seed), asked.case
+    done = {(row["case"], row["index"], row["when"]) for row in rows(args.out)}
+    draw, names = random.Random(args.seed), args.case
     for number, name in enumerate(names):
-        place = place_of(name, work, exchange=not asked.no_exchange)
+        place = place_of(name, work, exchange=not args.no_exchange)
         first = place.prepare()
         every = every_kill(first.operations)
-        if asked.sample is not None:
-            share = asked.sample * (number + 1) // len(names) - asked.sample * number // len(names)
+        if args.sample is not None:
+            share = args.sample * (number + 1) // len(names) - args.sample * number // len(names)
             every = sorted(draw.sample(every, min(share, len(every))))
         chosen = [kill for kill in every if (name, *kill) not in done]
         print(f"{name}: {len(first.operations)} operations, {len(chosen)} kills, {first.seconds:.1f} s a run")
         began = time.monotonic()
         for count, row in enumerate(kills(place, first.operations, chosen), 1):
-            add(asked.out, {"case": name, **row}, day=today())
+            add(args.out, {"case": name, **row}, day=today())
             left = (time.monotonic() - began) / count * (len(chosen) - count)
             if row["faults"] or count % 20 == 0:
                 print(f"  {count}/{len(chosen)}, {left:.0f} s left:", row["when"], row["operation"], row["faults"][:4])
             sys.stdout.flush()
 
 
-def show(found: list[Row]) -> Iterator[list[object]]:
+def show(results: list[Row]) -> Iterator[list[object]]:
     """What was found, case by case."""
-    for name in [*dict.fromkeys(row["case"] for row in found), ""]:
-        mine = [row for row in found if name in ("", row["case"])]
+    for name in [*dict.fromkeys(row["case"] for row in results), ""]:
+        mine = [row for row in results if name in ("", row["case"])]
         kinds = Counter(kind for row in mine for kind in {_kind(fault) for fault in row["faults"]})
         faulty = sum(bool(row["faults"]) for row in mine)
         each = (kinds[kind] for kind in ("difference", "leftover", "moment"))
@@ -98,14 +98,14 @@ def _kind(fault: str) -> str:
 
 def main() -> None:
     """Run the chosen part of the matrix, or print the table of an earlier one."""
-    asked = arguments(__doc__, OUT, case=(*CASES,), sample=int, seed=0, no_exchange=False, work=Path)
-    if not asked.show:
-        with workplace(asked.work) as work:
-            matrix(asked, work)
-    found = rows(asked.out)
+    args = arguments(__doc__, OUT, case=(*CASES,), sample=int, seed=0, no_exchange=False, work=Path)
+    if not args.show:
+        with workplace(args.work) as work:
+            matrix(args, work)
+    results = rows(args.out)
     columns = ("case", "kills", "states", "faults", "with differences", "with leftovers", "unreadable or mixed")
-    print("\n".join(table(columns, show(found))))
-    sys.exit(any(row["faults"] for row in found))
+    print("\n".join(table(columns, show(results))))
+    sys.exit(any(row["faults"] for row in results))
 
 
 if __name__ == "__main__":

@@ -123,35 +123,35 @@ def run(words: list[str], work: Path, log: str) -> dict[str, float]:
 
 def link_halves(cifar: Path, work: Path) -> None:
     """Make the folders ``first`` and ``second`` of links to the class folders of CIFAR-10."""
-    classes = sorted(one.name for one in (cifar / "train").iterdir() if one.is_dir())
-    for name, own in (("first", classes[: len(classes) // 2]), ("second", classes[len(classes) // 2 :])):
+    classes = sorted(path.name for path in (cifar / "train").iterdir() if path.is_dir())
+    for name, kept in (("first", classes[: len(classes) // 2]), ("second", classes[len(classes) // 2 :])):
         for half in ("train", "test"):
             (work / name / half).mkdir(parents=True, exist_ok=True)
-            for one in classes:
-                place = work / name / half / one
-                if one not in own:
+            for label in classes:
+                place = work / name / half / label
+                if label not in kept:
                     place.mkdir(exist_ok=True)
                 elif not place.is_symlink():
-                    place.symlink_to(cifar.resolve() / half / one, target_is_directory=True)
+                    place.symlink_to(cifar.resolve() / half / label, target_is_directory=True)
 
 
 def measure(cycle: Cycle, model: str, work: Path, sizes: Mapping[str, float]) -> Row:
     """Return the size and the scores of a network: a run folder in the work folder, or a name."""
     file = work / f"{model}.json"
     if not file.is_file():
-        sources = [word for one in cycle.sources for word in ("--source", one)]
-        more = cycle.loading.split() if model == cycle.model else []
+        sources = [word for source in cycle.sources for word in ("--source", source)]
+        loading = cycle.loading.split() if model == cycle.model else []
         scored = ["--eval-tokens", f"{sizes['scored']:g}"]
-        run(["evaluate", model, *more, *sources, *scored, "--json", file.name], work, f"evaluate-{model}")
-    found = json.loads(file.read_text())
-    if "dense" not in found:
+        run(["evaluate", model, *loading, *sources, *scored, "--json", file.name], work, f"evaluate-{model}")
+    measured = json.loads(file.read_text())
+    if "dense" not in measured:
         loaded = load_model(spec_of(cycle, model, work))
         inputs = torch.zeros(1, 256, dtype=torch.long) if loaded.tokenizer is not None else loaded.example.args[0][:1]
-        found["dense"] = dense(loaded.model, inputs)
-        file.write_text(json.dumps(found))
-    size = found["dense"]
-    scores = {one["source"]: one[cycle.score] for one in (*found["perplexity"], *found["accuracy"])}
-    errors = {one["source"]: one["error"] for one in (*found["perplexity"], *found["accuracy"])}
+        measured["dense"] = dense(loaded.model, inputs)
+        file.write_text(json.dumps(measured))
+    size = measured["dense"]
+    scores = {score["source"]: score[cycle.score] for score in (*measured["perplexity"], *measured["accuracy"])}
+    errors = {score["source"]: score["error"] for score in (*measured["perplexity"], *measured["accuracy"])}
     return {"parameters": size["parameters"], "macs": size["macs"], "scores": scores, "errors": errors}
 
 
@@ -191,15 +191,15 @@ def check(cycle: Cycle, name: str, work: Path) -> Row:
     result: Row = {
         "cycle": name,
         "stage": "checks",
-        "history": [{key: one.record.get(key) for key in ("name", "verb", "changed")} for one in known],
-        "snapshots": sum(one.snapshot is not None for one in known),
+        "history": [{key: stage.record.get(key) for key in ("name", "verb", "changed")} for stage in known],
+        "snapshots": sum(stage.snapshot is not None for stage in known),
     }
     plans = Ledger(work / last / "ledger.json").plans()
     result["replay"] = {"plans": len(plans), **compare_replay(cycle, work, last, plans)}
     result["undo"] = compare_undone(cycle, work, last, len(known))
     run(["export", last, *cycle.export.split()], work, "export")
     exported = (work / "export.log").read_text().splitlines()
-    result["exported"] = [one.removeprefix("checked: ") for one in exported if one.startswith("checked: ")]
+    result["exported"] = [text.removeprefix("checked: ") for text in exported if text.startswith("checked: ")]
     result["verify"] = {
         stage: {key: row[key] for key in ("ok", "max_abs_diff", "bound", "dtype")}
         for stage, template in cycle.stages.items()
@@ -215,8 +215,10 @@ def compare_replay(cycle: Cycle, work: Path, last: str, plans: Any) -> Row:
     start = load_model(spec_of(cycle, cycle.model, work))
     with torch.device("meta"):
         empty = nets.build(start.origin)
-    args = [one.to("meta") for one in start.example.args]
-    options = {key: one.to("meta") if torch.is_tensor(one) else one for key, one in start.example.kwargs.items()}
+    args = [value.to("meta") for value in start.example.args]
+    options = {
+        key: value.to("meta") if torch.is_tensor(value) else value for key, value in start.example.kwargs.items()
+    }
     again, _ = replay(empty, trace(empty, *args, **options), plans)
     theirs = again.state_dict()
     pairs = {key: (value, theirs.get(key)) for key, value in ours.items()}
@@ -229,9 +231,9 @@ def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> Row:
     run(["undo", last, "--out", "undone"], work, "undo")
     for _ in range(many - 1):
         run(["undo", "undone"], work, "undo")
-    first, back = (load_model(spec_of(cycle, one, work)).model.state_dict() for one in (cycle.model, "undone"))
+    first, back = (load_model(spec_of(cycle, name, work)).model.state_dict() for name in (cycle.model, "undone"))
     same = [key for key, value in first.items() if key in back and value.dtype == back[key].dtype]
-    equal = sum(torch.equal(*(one[key].reshape(-1).view(torch.uint8) for one in (first, back))) for key in same)
+    equal = sum(torch.equal(*(state[key].reshape(-1).view(torch.uint8) for state in (first, back))) for key in same)
     largest = max((first[key].double() - back[key].double()).abs().max().item() for key in same)
     counts = {"tensors": len(first), "same_type": len(same), "equal_bits": equal}
     return {**counts, "others": len(back.keys() - first.keys()), "largest": largest}
@@ -240,16 +242,16 @@ def compare_undone(cycle: Cycle, work: Path, last: str, many: int) -> Row:
 def show(path: Path) -> Iterator[str]:
     """Yield the tables in Markdown."""
     for name, cycle in CYCLES.items():
-        own = [row for row in rows(path) if row["cycle"] == name]
-        stages = [row for row in own if row["stage"] != "checks"]
-        if not own:
+        mine = [row for row in rows(path) if row["cycle"] == name]
+        stages = [row for row in mine if row["stage"] != "checks"]
+        if not mine:
             continue
         bits = cycle.score == "bits_per_byte"
-        sources = [f"{source}, {'bits per byte' if bits else '%'}" for source in own[0]["scores"]]
+        sources = [f"{source}, {'bits per byte' if bits else '%'}" for source in mine[0]["scores"]]
         columns = ["stage", "parameters", f"MACs of {cycle.unit}", *sources, "CPU seconds"]
         yield from table(columns, (show_stage(row, bits) for row in stages))
         yield from ("", "```", *(row["command"] for row in stages if row["command"]), "```", "")
-        yield from (text for row in own if row["stage"] == "checks" for text in show_checks(row))
+        yield from (text for row in mine if row["stage"] == "checks" for text in show_checks(row))
         yield ""
 
 
@@ -263,7 +265,7 @@ def show_stage(row: Row, bits: bool) -> list[str]:
 def show_checks(row: Row) -> Iterator[str]:
     """Yield what was checked after the last stage, as a list in Markdown."""
     runs = row["history"]
-    names = ", ".join(f"{one['name']} ({one['changed']})" for one in runs)
+    names = ", ".join(f"{run['name']} ({run['changed']})" for run in runs)
     yield f"* `regrow show`: {names}; {row['snapshots']} of {len(runs)} have the model before them"
     again, back = row["replay"], row["undo"]
     yield (
@@ -275,9 +277,9 @@ def show_checks(row: Row) -> Iterator[str]:
         f"{back['same_type']} of the same type, {back['equal_bits']} equal bit for bit, largest difference "
         f"{back['largest']:g}"
     )
-    for stage, one in row["verify"].items():
-        least, most = (f"{one[key]:.1e}" for key in ("max_abs_diff", "bound"))
-        yield f"* verified in {stage}, before and after: largest difference {least} in {one['dtype']} (bound {most})"
+    for stage, check in row["verify"].items():
+        least, most = (f"{check[key]:.1e}" for key in ("max_abs_diff", "bound"))
+        yield f"* verified in {stage}, before and after: largest difference {least} in {check['dtype']} (bound {most})"
     yield f"* `regrow export`, read back: {', '.join(row['exported'])}"
 
 

@@ -67,13 +67,14 @@ class Input:
     def damage(self) -> None:
         """Do to the file what is to be done to it."""
         if self.file:
-            known = {one.__name__: one for one in (*dict(self.command.files).get(self.file, ()), *DENIED)}
+            mutations = (*dict(self.command.files).get(self.file, ()), *DENIED)
+            known = {mutation.__name__: mutation for mutation in mutations}
             known[self.how](Path(self.file), random.Random(self.draw))
 
     @property
     def denied(self) -> bool:
         """Whether it is about what a user may do, so that root must become another one for it."""
-        return self.how in {one.__name__ for one in DENIED} and os.geteuid() == 0
+        return self.how in {mutation.__name__ for mutation in DENIED} and os.geteuid() == 0
 
 
 @dataclass
@@ -90,31 +91,31 @@ class Outcome:
 
 def inputs(count: int, seed: int) -> list[Input]:
     """So many malformed inputs: each command in turn, options and files alike."""
-    draw, found = random.Random(seed), []
-    while len(found) < count:
+    draw, drawn = random.Random(seed), []
+    while len(drawn) < count:
         for command in COMMANDS:
             places = [*command.options, *(file for file, _ in command.files)]
             place = draw.choice(places)
             if place in command.options:
-                found.append(_with_option(command, place, draw.choice(VALUES)))
+                drawn.append(_with_option(command, place, draw.choice(VALUES)))
             else:
                 how = draw.choice(dict(command.files)[place])
                 words = tuple(command.words.split())
-                found.append(Input(words, command, place, how.__name__, draw.randrange(2**32)))
-    return found[:count]
+                drawn.append(Input(words, command, place, how.__name__, draw.randrange(2**32)))
+    return drawn[:count]
 
 
 def forbidden() -> list[Input]:
     """Files and folders that the user may not read, and places that the user may not write, for each command."""
-    found = []
+    drawn = []
     for command in COMMANDS:
         words = tuple(command.words.split())
         first = [file for file, _ in command.files][:1]
         folders = [file.partition("/")[0] for file in first if "/" in file]
-        found += [Input(words, command, place, "unreadable") for place in (*first, *folders)]
+        drawn += [Input(words, command, place, "unreadable") for place in (*first, *folders)]
         if "--out" in words or "--json" in words:
-            found.append(Input(words, command, ".", "unwritable"))
-    return found
+            drawn.append(Input(words, command, ".", "unwritable"))
+    return drawn
 
 
 def _with_option(command: Command, name: str, value: str) -> Input:
@@ -192,21 +193,21 @@ def _state(child: int) -> tuple[str, float]:
     return words[0], (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def tried(one: Input, source: Path, said: Path) -> Outcome:
+def tried(malformed: Input, source: Path, said: Path) -> Outcome:
     """Run one input in a place of its own."""
     from regrow.cli import code_of
 
     def work() -> int:
-        if one.denied:
+        if malformed.denied:
             obey()
-        return code_of(list(one.words))
+        return code_of(list(malformed.words))
 
     with tempfile.TemporaryDirectory(prefix="malformed-") as name, chdir(name):
         place = Path(name)
-        for need in one.command.needs:
+        for need in malformed.command.needs:
             made = shutil.copytree if (source / need).is_dir() else shutil.copy
             made(source / need, place / need)  # type: ignore[operator]
-        one.damage()
+        malformed.damage()
         before = _entries(place)
         outcome = forked(work, said)
         outcome.left = sorted(_entries(place) - before)
@@ -224,22 +225,22 @@ def faults(outcome: Outcome, baseline: int) -> list[str]:
     lines = [line for line in outcome.said.splitlines() if line.startswith("regrow: ")]
     if "running code: os:abort (named on the command line)" in outcome.said:
         return []  # which is what was asked for
-    found = []
+    wrong = []
     if "Traceback (most recent call last)" in outcome.said:
-        found.append("traceback")
+        wrong.append("traceback")
     if outcome.code not in EXIT_CODES or outcome.code == BUG:
-        found.append(f"exit code {outcome.code}")
+        wrong.append(f"exit code {outcome.code}")
     if outcome.seconds > SECONDS or outcome.asleep > SECONDS:
-        found.append(f"hang ({outcome.seconds:.0f} s, {outcome.asleep:.0f} s asleep)")
+        wrong.append(f"hang ({outcome.seconds:.0f} s, {outcome.asleep:.0f} s asleep)")
     if outcome.peak - baseline > BYTES:
-        found.append(f"memory ({(outcome.peak - baseline) / 2**30:.1f} GiB)")
+        wrong.append(f"memory ({(outcome.peak - baseline) / 2**30:.1f} GiB)")
     if outcome.code and len(lines) != 1:
-        found.append(f"{len(lines)} lines of error")
+        wrong.append(f"{len(lines)} lines of error")
     if any(_CONTROL.search(line) for line in lines):
-        found.append("control characters")
+        wrong.append("control characters")
     if outcome.code in (USAGE, ENVIRONMENT) and outcome.left:
-        found.append(f"left {', '.join(outcome.left[:3])}")
-    return found
+        wrong.append(f"left {', '.join(outcome.left[:3])}")
+    return wrong
 
 
 def message(outcome: Outcome) -> str:
@@ -271,68 +272,61 @@ def make(source: Path) -> None:
         sys.exit(outcome.said)
 
 
-def try_some(found: list[Input], numbers: list[int], source: Path, out: Path, loud: bool) -> None:
+def try_some(every: list[Input], numbers: list[int], source: Path, out: Path, loud: bool) -> None:
     """Try some of the inputs; a row for each is added to the output as it comes."""
     from regrow.cli import code_of
 
-    said = source / f"said-{os.getpid()}.txt"
+    said = source / "said.txt"
     baseline = forked(lambda: code_of(["methods"]), said).peak
     for number in numbers:
-        one = found[number]
-        outcome = tried(one, source, said)
-        row = {"number": number, "words": " ".join(one.words)[:200], "file": one.file, "how": one.how, "draw": one.draw}
+        malformed = every[number]
+        outcome = tried(malformed, source, said)
+        wrong = faults(outcome, baseline)
+        row = {"number": number, "words": " ".join(malformed.words)[:200], "file": malformed.file}
+        row |= {"how": malformed.how, "draw": malformed.draw}
         row |= {"code": outcome.code, "message": message(outcome), "cpu_seconds": round(outcome.seconds, 2)}
         row |= {"seconds_asleep": round(outcome.asleep, 2), "resident_bytes": outcome.peak}
-        add(out, row | {"faults": faults(outcome, baseline)})
-        if loud or faults(outcome, baseline):
-            print(number, faults(outcome, baseline), row["words"], "|", one.file, one.how)
+        add(out, row | {"faults": wrong})
+        if loud or wrong:
+            print(number, wrong, row["words"], "|", malformed.file, malformed.how)
             print("    ", outcome.said[-3000 if loud else -400 :].strip().replace("\n", "\n     "), flush=True)
 
 
-def show(found: list[Row], messages: bool) -> None:
+def show(results: list[Row], messages: bool) -> None:
     """Say what came of the inputs."""
-    codes, kinds = Counter(row["code"] for row in found), Counter(f.split(" (")[0] for r in found for f in r["faults"])
-    print(f"{len(found)} inputs, exit codes {dict(sorted(codes.items()))}, faults {dict(kinds)}")
-    most = {name: max(row[name] for row in found) for name in ("cpu_seconds", "seconds_asleep", "resident_bytes")}
+    codes = Counter(row["code"] for row in results)
+    wrong = Counter(fault.split(" (")[0] for row in results for fault in row["faults"])
+    print(f"{len(results)} inputs, exit codes {dict(sorted(codes.items()))}, faults {dict(wrong)}")
+    most = {name: max(row[name] for row in results) for name in ("cpu_seconds", "seconds_asleep", "resident_bytes")}
     print(", ".join(f"most {name} {value:,}" for name, value in most.items()))
-    told = Counter(row["message"] for row in found if row["message"])
-    print(f"{len(told)} distinct messages")
-    for text, many in told.most_common() if messages else ():
+    counts = Counter(row["message"] for row in results if row["message"])
+    print(f"{len(counts)} distinct messages")
+    for text, many in counts.most_common() if messages else ():
         print(f"{many:4}  {text}")
 
 
-def run(told: Namespace, source: Path) -> bool:
-    """Try what has no row yet, in so many processes; returns whether one of them failed."""
-    found = inputs(told.count, told.seed) + (forbidden() if told.permissions else [])
-    if not (source / "run2").is_dir():
-        source.mkdir(parents=True, exist_ok=True)
-        make(source)
-    if told.case:
-        told.out = source / "cases.jsonl"
-    done = {row["number"] for row in read(told.out)}
-    left = [number for number in told.case or range(len(found)) if number not in done]
+def run(args: Namespace, source: Path) -> None:
+    """Try what has no row yet."""
+    every = inputs(args.count, args.seed) + (forbidden() if args.permissions else [])
+    make(source)
+    if args.case:
+        args.out = source / "cases.jsonl"
+    done = {row["number"] for row in read(args.out)}
     for module in LOADED:
         importlib.import_module(module)
-    workers = []
-    for i in range(told.jobs):
-        if not (child := os.fork()):
-            try_some(found, left[i :: told.jobs], source, told.out.resolve(), bool(told.case))
-            os._exit(0)
-        workers.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers]
-    return any(codes)
+    left = [number for number in args.case or range(len(every)) if number not in done]
+    try_some(every, left, source, args.out.resolve(), bool(args.case))
 
 
 def main() -> None:
     """Try them, and say what came of it."""
-    options = {"permissions": True, "case": [int], "jobs": 1, "inputs": Path, "messages": False}
-    told, failed = arguments(__doc__, OUT, count=620, seed=0, **options), False
+    args = arguments(__doc__, OUT, count=620, seed=0, permissions=True, case=[int], messages=False)
     with tempfile.TemporaryDirectory(prefix="inputs-") as name:
-        if not told.show:
-            failed = run(told, (told.inputs or Path(name)).resolve())
-        rows = read(told.out)
-    show(rows, told.messages)
-    sys.exit(failed or any(row["faults"] for row in rows))
+        if not args.show:
+            run(args, Path(name).resolve())
+        rows = read(args.out)
+    show(rows, args.messages)
+    sys.exit(any(row["faults"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -85,10 +85,8 @@ ARMS = (
     Arm("filters alone", {"levels": ("filters",)}),
     Arm("weights alone", {"levels": ("weights",)}),
     Arm("one stage", {}, {"stages": 1}),
-    Arm("filters at the full learning rate", {"filter_lr_ratio": 1.0}),
     Arm("nothing regrown", {"regrow": 0.0}),
     Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "reprune": False}),
-    Arm("filters and weights regrown too", {"regrow_filters": 0.2, "regrow_weights": 0.2}),
 )
 
 

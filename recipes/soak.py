@@ -111,7 +111,7 @@ def state_bytes(path: Path) -> int:
     with path.open("rb") as file:
         length = int(struct.unpack("<Q", file.read(8))[0])
         header = json.loads(json.loads(file.read(length))["__metadata__"]["regrow"])
-    return 8 + length - len(json.dumps(header["values"].get("fallen", {})))
+    return 8 + length - len(json.dumps(header["values"].get("cut", {})))
 
 
 def working_bytes() -> int:
@@ -120,31 +120,31 @@ def working_bytes() -> int:
 
     from regrow.training.state import TrainState
 
-    found: dict[int, int] = {}
+    storages: dict[int, int] = {}
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
             add(list(value.values()))
         elif isinstance(value, list | tuple):
-            for one in value:
-                add(one)
+            for part in value:
+                add(part)
         elif is_dataclass(value):
             add(list(vars(value).values()))
 
-    for one in gc.get_objects():
-        kind = type(one)  # isinstance would wake what torch makes when it is first asked for
+    for thing in gc.get_objects():
+        kind = type(thing)  # isinstance would wake what torch makes when it is first asked for
         if issubclass(kind, torch.nn.Module):
-            for tensor in (*one.parameters(recurse=False), *one.buffers(recurse=False)):
+            for tensor in (*thing.parameters(recurse=False), *thing.buffers(recurse=False)):
                 add(tensor)
                 add(tensor.grad)
         elif issubclass(kind, TrainState):
-            add(vars(one))
+            add(vars(thing))
         elif issubclass(kind, torch.optim.Optimizer):
-            add(dict(one.state))
-    return sum(found.values())
+            add(dict(thing.state))
+    return sum(storages.values())
 
 
 def settled(rows: list[Row]) -> list[Row]:
@@ -209,25 +209,25 @@ def fitted(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> Iterator[list[str]]:
+def show(results: dict[str, Any]) -> Iterator[list[str]]:
     """A line per run and quantity."""
-    for run, told in found.items():
-        for name, middle in told["median"].items():
-            gain = told["gain per 100"][name]
+    for run, fit in results.items():
+        for name, middle in fit["median"].items():
+            gain = fit["gain per 100"][name]
             share = f"{gain / middle:+.1%}" if middle else "–"
-            yield [f"{run}, {told['many']}", name, f"{middle:,.4g}", f"{gain:,.4g}", share, told["bend"].get(name, "")]
+            yield [f"{run}, {fit['many']}", name, f"{middle:,.4g}", f"{gain:,.4g}", share, fit["bend"].get(name, "")]
 
 
 def main() -> None:
     """Run, fit and store; or print what is committed."""
-    asked = arguments(__doc__, OUT, only=(*RUNS,), many=200)
-    found = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-    for name in () if asked.show else asked.only:
+    args = arguments(__doc__, OUT, only=(*RUNS,), many=200)
+    results = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    for name in () if args.show else args.only:
         with tempfile.TemporaryDirectory() as work:
-            rows = RUNS[name](Path(work) / "run", asked.many)
-        found[name] = {"day": today(), "many": rows[-1]["count"], **fitted(rows), "rows": rows[::5]}
-        write(asked.out, found)
-    print("\n".join(table(("run", "quantity", "median", "gain per 100", "of the median", "bend"), show(found))))
+            rows = RUNS[name](Path(work) / "run", args.many)
+        results[name] = {"day": today(), "many": rows[-1]["count"], **fitted(rows), "rows": rows[::5]}
+        write(args.out, results)
+    print("\n".join(table(("run", "quantity", "median", "gain per 100", "of the median", "bend"), show(results))))
 
 
 if __name__ == "__main__":

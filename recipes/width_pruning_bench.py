@@ -1,15 +1,12 @@
 """Prune and evaluate one point of the width-pruning tables, with the functions of the commands."""
 
-import base64
 import copy
 import time
 from argparse import Namespace
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import corpora
@@ -27,7 +24,7 @@ from regrow.core.process_memory import return_memory
 from regrow.core.scores import Evidence, Need
 from regrow.core.sources import Source
 from regrow.data import Half, windows
-from regrow.evaluation import choices, items_in, perplexity
+from regrow.evaluation import perplexity
 from regrow.jobs import pruning as prune
 from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
 from regrow.jobs.recovering import reconstruct
@@ -40,8 +37,6 @@ from regrow.nets.devices import autocasting
 SEQ_LEN, BATCH = 256, 8
 LEFT_OUT_SEED = 1000
 """The seed of the windows of a left-out domain that a point is judged on; samples are seeds from 0."""
-MARGIN, PER_BYTE = 0.01, 0.001
-"""The units, in nats and nats per byte, in which rows hold margins."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class WidthPruningBench:
         except BudgetError as error:
             return {"error": str(error)}
         with self.stage("evaluate"):
-            row |= self.tasks(network) if point.on == "tasks" else self.likelihoods(network, point)
+            row |= self.likelihoods(network, point)
         calibration = 0 if point.method == "dense" else sum(one.tokens for one in self.sources(point))
         row["tokens"] = {"calibration": calibration, "evaluation": row.pop("evaluated")}
         date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -212,32 +207,3 @@ class WidthPruningBench:
         nll = {name: [round(total / count, 4) for total, count in each] for name, each in pairs.items()}
         bits = {one.source: round(one.bits_per_byte or 0, 4) for one in found}
         return {"nll": nll, "bits_per_byte": bits, "evaluated": sum(sum(one.tokens) for one in found)}
-
-    def tasks(self, network: nn.Module) -> Row:
-        """Accuracy and margins of each item of the tasks."""
-        found = []
-        for path in map(Path, self.args.task):
-            name, items = path.name.partition(".")[0], items_in(path, self.args.items)
-            one = choices(network, self.loaded.tokenizer, items, task=name)
-            record = {key: value for key, value in one.record().items() if not isinstance(value, list)}
-            record |= {
-                key: "".join(str(int(right)) for right in getattr(one, key)) for key in ("right", "right_per_byte")
-            }
-            margins = {"margins": pack(one.margins, MARGIN), "margins_per_byte": pack(one.margins_per_byte, PER_BYTE)}
-            found.append(record | margins)
-        return {"tasks": found, "evaluated": None}
-
-
-def pack(values: Sequence[float], unit: float) -> str:
-    """Numbers as 16-bit multiples of a unit, in base64; larger and infinite ones as the largest of these.
-
-    >>> unpack(pack([0.5, -1.25, 1e9, -float("inf")], 0.01), 0.01)
-    [0.5, -1.25, 327.67, -327.67]
-    """
-    whole = [round(max(-32767.0, min(32767.0, value / unit))) for value in values]
-    return base64.b64encode(array("h", whole).tobytes()).decode()
-
-
-def unpack(values: str, unit: float) -> list[float]:
-    """What :func:`pack` wrote."""
-    return [round(one * unit, 4) for one in array("h", base64.b64decode(values))]

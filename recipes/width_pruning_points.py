@@ -17,7 +17,7 @@ TESTED = METHODS[:4]
 """The methods whose best variant goes to the test."""
 FINALISTS = 3
 """How many variants of each method are judged on all left-out domains."""
-DOMAINS, TASKS = "domains", "tasks"
+DOMAINS = "domains"
 LEFT_OUT, RECONSTRUCTED = "left out: ", ", reconstructed"
 WINDOWS, MORE_WINDOWS = 48, 96
 """The windows of text that the model itself generates: the 12,288 tokens of ``--generated-tokens``, and twice these."""
@@ -35,7 +35,7 @@ class Point:
         keep: The fraction of the weights that stays.
         fold: Which domains are calibrated on.
         sample: The seed of the calibration windows.
-        on: What is evaluated: ``domains``, ``tasks``, or ``left out: NAME`` of the calibration domains.
+        on: What is evaluated: ``domains``, or ``left out: NAME`` of the calibration domains.
         only: The pattern of the axes that may be cut; empty: all.
         outer: Whether the first and last blocks are pruned; ``None``: as the method has it.
         reconstruct: Whether layers that read cut units are fitted by least squares.
@@ -106,7 +106,7 @@ def distilled(point: Point, rate: float) -> Point:
 
 
 def dense(on: str, fold: int = 0) -> Point:
-    """The network before pruning; on domains and tasks it is the same for both folds."""
+    """The network before pruning; on domains it is the same for both folds."""
     return Point("dense", "dense", 1.0, fold=fold, on=on, only="")
 
 
@@ -195,9 +195,6 @@ def test(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samp
         at: dict[str, Any] = {"keep": keep, "fold": fold, "sample": sample}
         chosen, *others = (replace(one, sample=sample) for one in best(rows, keep, fold))
         yield from others
-        random = {**{name: chosen.settings[name] for name in ("allocation", "compensate")}, "seed": sample}
-        like: dict[str, Any] = {"only": chosen.only, "outer": chosen.outer}
-        yield Point("random, as the best baseline", "random", settings=random, **like, **at)
         for arm, (only, settings) in GPRUNE.items():
             yield Point(arm, "gprune", only=only, settings=settings, **at)
         yield from (with_prior(fisher(keep, fold, sample), MORE_WINDOWS), with_prior(chosen, MORE_WINDOWS))
@@ -257,14 +254,6 @@ def distil(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], sa
         yield distilled(with_prior(fisher(keep, fold, sample)), min(tried, key=level)["distil"]["lr"])
 
 
-def zero_shot(rows: Sequence[Row], keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
-    """Multiple choice at keep 0.7: the network before, the best variant of each method, and some with least squares."""
-    yield dense(TASKS)
-    for point in test(rows, [keep for keep in keeps if keep == 0.7], folds, samples):
-        if point.method not in ("dense", "random", "gprune"):
-            yield replace(point, on=TASKS)
-
-
 def named(rows: Sequence[Row], names: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[Row]:
     """The rows of baselines, and those of GPrune's arms that a table shows, by the names that it has for them.
 
@@ -280,3 +269,77 @@ def named(rows: Sequence[Row], names: Mapping[str, tuple[str, Mapping[str, Any]]
         elif own:
             result.append({**row, "arm": own[0] + (RECONSTRUCTED if row["reconstruct"] else "")})
     return result
+
+
+# --- the stages of GPrune, each alone, and with three base metrics --------------------------------------------------
+
+NO_STAGE = "no stage (base order, outer blocks unpruned)"
+UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner"}
+STAGES: Mapping[str, Mapping[str, Any]] = {
+    NO_STAGE: BASE_ORDER,
+    "modules, never switch": {"switch": "never"},
+    "random modules, never switch": {"partition": "random", "switch": "never"},
+    "modules, switch": {},
+    "random modules, switch": {"partition": "random"},
+    "whole layers, switch": {"partition": "layer"},
+    "modules, always switch": {"switch": "always"},
+    "modules, reversed switch": {"switch": "reversed"},
+    "the same mixture everywhere, no switch": {"switch": "even"},
+    "shares of the base method": {"start": "base"},
+    "uniform shares": {"start": "uniform"},
+}
+"""What GPrune's stages are compared on: name → settings that differ from the unlearned method."""
+
+STAGE_ARMS: Mapping[str, Mapping[str, Any]] = {
+    **{arm: {**UNLEARNED, **change} for arm, change in STAGES.items()},
+    "learned shares": LEARNED,
+}
+"""Name of an arm of the stages, all on MLP neurons → its settings."""
+
+CONTRASTS = (
+    ("partition, no switch", "modules, never switch", "random modules, never switch"),
+    ("partition, with the switch", "modules, switch", "random modules, switch"),
+    ("partition against none", "modules, never switch", NO_STAGE),
+    ("partition against whole layers", "modules, switch", "whole layers, switch"),
+    ("switch against never", "modules, switch", "modules, never switch"),
+    ("switch against always", "modules, switch", "modules, always switch"),
+    ("switch against reversed", "modules, switch", "modules, reversed switch"),
+    ("switch against the same mixture everywhere", "modules, switch", "the same mixture everywhere, no switch"),
+    ("switch of random modules against never", "random modules, switch", "random modules, never switch"),
+    ("shares: base against inner", "shares of the base method", "modules, switch"),
+    ("shares: uniform against inner", "uniform shares", "modules, switch"),
+    ("shares: learned against inner", "learned shares", "modules, switch"),
+    ("all stages, learned, against none", "learned shares", NO_STAGE),
+)
+"""The stage, the arm with it, and the arm that it is compared with."""
+
+
+BASES = ("flap", "wanda_sp", "llm_pruner")
+"""The base metrics whose choice should matter less with GPrune."""
+BASE_STAGES: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    (stage, base): {**UNLEARNED, **change, "base": base}
+    for base in BASES
+    for stage, change in (("none", BASE_ORDER), ("switch", {}), ("switch of random modules", {"partition": "random"}))
+}
+"""Stage, base metric → settings. All have the same shares; with the stage ``none`` the order is the base's own."""
+
+
+def staged(stage: str, base: str) -> str:
+    """The name of an arm of :data:`BASE_STAGES`."""
+    return f"{stage}, base {base}"
+
+
+def bases(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """Each base metric alone, and with the switch, on MLP neurons at keep 0.8 and 0.7."""
+    yield dense(DOMAINS)
+    for sample, fold, keep in product(range(samples), folds, [one for one in keeps if one in (0.8, 0.7)]):
+        for (stage, base), settings in BASE_STAGES.items():
+            yield Point(staged(stage, base), "gprune", keep, fold, sample, settings=settings)
+
+
+def stages(keeps: Sequence[float], folds: Sequence[int], samples: int) -> Iterator[Point]:
+    """Each stage of GPrune alone, on MLP neurons at keep 0.8 and 0.7."""
+    yield dense(DOMAINS)
+    for sample, fold, keep in product(range(samples), folds, [one for one in keeps if one in (0.8, 0.7)]):
+        for arm, settings in STAGE_ARMS.items():
+            yield Point(arm, "gprune", keep, fold, sample, settings=settings)

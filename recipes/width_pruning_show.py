@@ -1,6 +1,6 @@
 """Print the tables of width_pruning.py from its rows; nothing is computed.
 
-    python recipes/width_pruning_show.py screen|test|stages|bases|zero_shot [--model gemma3-270m] [--out FILE]
+    python recipes/width_pruning_show.py test|stages|bases [--model gemma3-270m] [--out FILE]
     python recipes/width_pruning_show.py test --against "fisher uniform, MLP neurons, outer blocks unpruned"
 
 Perplexities are geometric means over windows. Differences are of the mean negative log-likelihood over windows of the
@@ -15,45 +15,180 @@ that baseline with ``--reconstruct``. With ``--against`` the differences are to 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
 
 from harness import Row, arguments, line, rows, table
 from width_pruning import OUT
-from width_pruning_arms import Arm, Draw, Series, arms, before, draw, minus, paired, recovered, strongest
-from width_pruning_bench import MARGIN, PER_BYTE, unpack
-from width_pruning_points import FOLDS, GPRUNE, KEEPS, LEFT_OUT, RECONSTRUCTED, TASKS, named
-from width_pruning_stages import BASE_STAGES, BASES, CONTRASTS, STAGE_ARMS, staged
+from width_pruning_points import (
+    BASE_STAGES,
+    BASES,
+    CONTRASTS,
+    DOMAINS,
+    FOLDS,
+    GPRUNE,
+    KEEPS,
+    MEASURED_FISHER,
+    METHODS,
+    RECONSTRUCTED,
+    STAGE_ARMS,
+    level,
+    named,
+    staged,
+)  # fmt: skip
+
+from regrow.evaluation import mean_and_error
+
+Draw = tuple[int, str]
+"""A calibration sample, and the dtype that it was computed in."""
+Series = Mapping[Draw, Sequence[float]]
+"""Draw → a value per window or item."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference, averaged over calibration samples.
+
+    Args:
+        mean: Its mean over windows or items.
+        error: Its standard error over windows or items.
+        spread: The standard deviation of the mean over samples; NaN for a single sample.
+        count: The number of windows or items.
+    """
+
+    mean: float
+    error: float
+    spread: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.error:.4f}{'' if math.isnan(self.spread) else f' [{self.spread:.4f}]'}"
+
+
+def paired(arm: Series, other: Series) -> Difference | None:
+    """Arm minus other over the draws that both have.
+
+    >>> first, second = (0, "bfloat16"), (1, "float32")
+    >>> print(paired({first: [1.0, 2.0], second: [2.0, 3.0]}, {first: [0.5, 1.5], second: [1.0, 1.0]}))
+    +1.0000 ± 0.2500 [0.7071]
+    """
+    both = sorted(set(arm) & set(other))
+    if not both:
+        return None
+    each = [[a - b for a, b in zip(arm[one], other[one], strict=True)] for one in both]
+    mean, error = mean_and_error([fmean(row) for row in zip(*each, strict=True)])
+    spread = stdev(map(fmean, each)) if len(each) > 1 else math.nan
+    return Difference(mean, error, spread, len(each[0]))
+
+
+def recovered(arm: Series, baseline: Series, dense: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
+    """The fraction of the nats that the baseline loses which the arm does not lose, and its standard error.
+
+    With b, a, d per window, averaged over samples, R = mean(b − a) / mean(b − d), and by the delta method its error is
+    that of the mean of ((b − a) − R (b − d)) / mean(b − d).
+
+    >>> draw = (0, "float32")
+    >>> found = recovered({draw: [2.0, 3.0]}, {draw: [3.0, 4.5]}, {"float32": [1.0, 2.5]})
+    >>> [round(one, 4) for one in found]
+    [0.625, 0.125]
+    """
+    both = sorted(one for one in set(arm) & set(baseline) if one[1] in dense)
+    if not both:
+        return None
+    gains = [fmean(row) for row in zip(*(minus(baseline[one], arm[one]) for one in both), strict=True)]
+    losses = [fmean(row) for row in zip(*(minus(baseline[one], dense[one[1]]) for one in both), strict=True)]
+    ratio, lost = fmean(gains) / fmean(losses), fmean(losses)
+    return ratio, mean_and_error([(gain - ratio * loss) / lost for gain, loss in zip(gains, losses, strict=True)])[1]
+
+
+def draw(row: Row) -> Draw:
+    """The calibration sample of a row, and its dtype."""
+    return row["sample"], row["dtype"]
+
+
+def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """The differences of two lists of equal length."""
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The samples of an arm at one keep and fold.
+
+    Args:
+        name: The name of the arm.
+        fold: The fold.
+        rows: One row per calibration sample.
+    """
+
+    name: str
+    fold: int
+    rows: tuple[Row, ...]
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it can be the baseline: a published method without reconstruction."""
+        row = self.rows[0]
+        return row["method"] in METHODS[:-1] and not row["reconstruct"] and row["arm"] not in MEASURED_FISHER
+
+    @property
+    def draws(self) -> frozenset[Draw]:
+        """The calibration samples, and their dtypes."""
+        return frozenset(map(draw, self.rows))
+
+    def windows(self, seen: bool = False) -> dict[Draw, list[float]]:
+        """Draw → the likelihood of each window of the unseen domains, or of the others."""
+        names = FOLDS[self.fold] if seen else FOLDS[1 - self.fold]
+        return {draw(row): [value for name in names for value in row["nll"][name]] for row in self.rows}
+
+    def level(self, seen: bool = False, of: frozenset[Draw] = frozenset()) -> float:
+        """Mean over draws, or some of them, and windows, in nats per token."""
+        names = FOLDS[self.fold] if seen else FOLDS[1 - self.fold]
+        return fmean(level(row, names) for row in self.rows if not of or draw(row) in of)
+
+    def bits(self) -> float:
+        """Bits per byte of unseen domains, mean over domains and samples."""
+        return fmean(row["bits_per_byte"][name] for row in self.rows for name in FOLDS[1 - self.fold])
+
+    def seconds(self) -> str:
+        """Seconds of calibration, plan and cut, and of reconstruction, means over samples."""
+        first, last = (
+            [sum(row["seconds"].get(name, 0) for name in names) for row in self.rows]
+            for names in (("calibrate", "plan", "apply"), ("reconstruct",))
+        )
+        return f"{fmean(first):.0f}" + (f" + {fmean(last):.0f}" if any(last) else "")
+
+
+def arms(every: Sequence[Row], keep: float, fold: int, on: str = "domains") -> dict[str, Arm]:
+    """The arms that have rows, by name."""
+    found: dict[str, list[Row]] = {}
+    for row in every:
+        if (row["keep"], row["fold"], row["on"]) == (keep, fold, on) and "error" not in row:
+            found.setdefault(row["arm"], []).append(row)
+    return {name: Arm(name, fold, tuple(own)) for name, own in found.items()}
+
+
+def before(every: Sequence[Row], fold: int) -> Arm:
+    """The network before pruning in each dtype, as an arm, on as many windows of seen domains as the pruned ones."""
+    own = [row for row in every if row["on"] == DOMAINS and row.get("nll")]
+    pruned = [row["nll"] for row in own if row["method"] != "dense" and row["fold"] == fold]
+    many = {name: min(len(nll[name]) for nll in pruned) for name in FOLDS[fold] if pruned}
+    dense = [row for row in own if row["method"] == "dense"]
+    cut = [{name: values[: many.get(name)] for name, values in row["nll"].items()} for row in dense]
+    return Arm("dense", fold, tuple({**row, "nll": nll} for row, nll in zip(dense, cut, strict=True)))
+
+
+def strongest(baselines: Sequence[Arm]) -> Arm | None:
+    """The baseline that loses least on the draws that all of them have."""
+    common = frozenset.intersection(*(arm.draws for arm in baselines)) if baselines else frozenset()
+    return min(baselines, key=lambda arm: arm.level(of=common), default=None)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 CELLS = [*product(sorted(KEEPS, reverse=True), range(len(FOLDS)))]
 """Keep and fold, in the order of tables."""
-
-
-def screen_table(every: Sequence[Row]) -> Iterator[str]:
-    """What the best baselines lose on domains that were left out of calibration, and how many were tried."""
-    yield from table(("keep", "fold", "baseline", "nats lost, first domain left out", "all left out", "to the best"))
-    dense = {(row["on"], row["dtype"]): row for row in every if row["method"] == "dense"}
-    for keep, fold in CELLS:
-        names = FOLDS[fold]
-        found: dict[str, dict[str, list[float]]] = {}
-        for name in names:
-            for arm, cell in arms(every, keep, fold, LEFT_OUT + name).items():
-                row = cell.rows[0]
-                lost = minus(row["nll"][name], dense[row["on"], row["dtype"]]["nll"][name])
-                found.setdefault(arm, {})[name] = lost
-        ordered = sorted(found.items(), key=lambda item: (-len(item[1]), fmean(map(fmean, item[1].values()))))
-        for arm, cells in ordered[:12]:
-            whole = f"{fmean(map(fmean, cells.values())):.4f}" if len(cells) == len(names) else ""
-            flat, top = ([value for cell in part.values() for value in cell] for part in (cells, ordered[0][1]))
-            other = len(flat) == len(top) and cells is not ordered[0][1]
-            to = paired({(0, ""): flat}, {(0, ""): top}) if other else None
-            first = f"{fmean(cells[names[0]]):.4f}" if names[0] in cells else ""
-            yield line((keep, fold, arm, first, whole, to or ""))
-        if len(ordered) > 12:
-            yield line((keep, fold, f"({len(ordered) - 12} more)", "", "", ""))
-
-
 COLUMNS = (
     *("keep", "fold", "arm", "PPL, unseen", "PPL, seen", "bits/byte, unseen"),
     *("difference to the baseline, nats ± se [spread]", "recovered, %", "recovered of reconstructed, %"),
@@ -158,54 +293,10 @@ def bases_table(every: Sequence[Row]) -> Iterator[str]:
         yield line((keep, fold, stage, *cells, gap, f"{ratio:.3f}", len(common)))
 
 
-def zero_shot_table(every: Sequence[Row]) -> Iterator[str]:
-    """Accuracy and margins over the items of all tasks, and differences to the strongest baseline, paired by item."""
-    columns = ("accuracy, %", "per byte, %", "accuracy, difference", "per byte, difference")
-    yield from table(("keep", "fold", "arm", *columns, "margin, difference", "margin per byte, difference", "samples"))
-    dense = [row for row in every if row["method"] == "dense" and row["on"] == TASKS]
-    for keep, fold in CELLS:
-        found = arms(named(every, GPRUNE), keep, fold, TASKS)
-        baselines = [arm for arm in found.values() if arm.baseline]
-        if not baselines:
-            continue
-        baseline = max(baselines, key=lambda arm: _mean(items(arm, "right")))
-        rest = sorted((arm for arm in found.values() if arm is not baseline), key=lambda arm: arm.name)
-        pairs = ((row, other) for row in baseline.rows for other in dense if other["dtype"] == row["dtype"])
-        same = tuple({**other, "sample": row["sample"]} for row, other in pairs)
-        for arm in (*([Arm("dense", fold, same)] if same else ()), baseline, *rest):
-            name = f"**{arm.name}**" if arm is baseline else arm.name
-            yield line((keep, fold, name, *_task_cells(arm, baseline), len(arm.rows)))
-
-
-def _task_cells(arm: Arm, baseline: Arm) -> Iterator[str]:
-    for what in ("right", "right_per_byte"):
-        yield f"{100 * _mean(items(arm, what)):.2f}"
-    for what in ("right", "right_per_byte", "margins", "margins_per_byte"):
-        one = None if arm is baseline else paired(items(arm, what), items(baseline, what))
-        yield "" if one is None else one.percent() if what.startswith("right") else str(one)
-
-
-def items(arm: Arm, what: str) -> dict[Draw, list[float]]:
-    """Draw → a value per item of all tasks."""
-    return {draw(row): [value for task in row["tasks"] for value in _values(task, what)] for row in arm.rows}
-
-
-def _values(task: Mapping[str, Any], what: str) -> list[float]:
-    if what.startswith("right"):
-        return [float(one) for one in task[what]]
-    return unpack(task[what], PER_BYTE if what.endswith("per_byte") else MARGIN)
-
-
-def _mean(series: Series) -> float:
-    return fmean(map(fmean, series.values()))
-
-
 TABLES = {
-    "screen": screen_table,
     "test": test_table,
     "stages": stages_table,
     "bases": bases_table,
-    "zero_shot": zero_shot_table,
 }
 
 

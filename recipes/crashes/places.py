@@ -226,37 +226,37 @@ class Place:
 
 def contents(folder: Path) -> Contents:
     """What lies in a folder: path → digest without the clock."""
-    found = {}
+    there = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[name] = f"link to {path.readlink()}"
+            there[name] = f"link to {path.readlink()}"
         elif path.is_dir():
-            found[f"{name}/"] = ""
+            there[f"{name}/"] = ""
         else:
-            found[name] = hashlib.sha256(_without_clock(path)).hexdigest()[:16]
-    return found
+            there[name] = hashlib.sha256(_without_clock(path)).hexdigest()[:16]
+    return there
 
 
-def state(found: Contents) -> str:
+def state(there: Contents) -> str:
     """A digest of everything in a place; random parts of names do not count."""
-    told = sorted((steady(name), digest) for name, digest in found.items())
+    told = sorted((steady(name), digest) for name, digest in there.items())
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
-def differences(expected: Contents, found: Contents) -> list[str]:
+def differences(expected: Contents, there: Contents) -> list[str]:
     """What is missing, different, or there beside what is expected."""
-    told = [f"missing {name}" for name in expected if name not in found]
-    told += [f"different {name}" for name in expected if name in found and found[name] != expected[name]]
-    return told + [f"left over {steady(name)}" for name in found if name not in expected]
+    told = [f"missing {name}" for name in expected if name not in there]
+    told += [f"different {name}" for name in expected if name in there and there[name] != expected[name]]
+    return told + [f"left over {steady(name)}" for name in there if name not in expected]
 
 
-def _of(found: Contents, result: str) -> Contents:
+def _of(there: Contents, result: str) -> Contents:
     """Those of the entries that a reader of the result sees."""
     place = f"at/{result}"
     return {
         name: digest
-        for name, digest in found.items()
+        for name, digest in there.items()
         if (name == place or name.startswith(f"{place}/"))
         and not any(part.startswith(".") for part in Path(name).parts)
     }

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hostile_nets.build import UP, Built, Net, middle, vectors, width
-from hostile_nets.masking import layer_norm, read
-
-DOWN = "down.weight:1"
+from hostile_nets.build import DOWN, UP, Built, Net, middle, perceptron, vectors, width
+from hostile_nets.masking import read
 
 # --- products --------------------------------------------------------------------------------------------------------
 
@@ -23,11 +21,11 @@ def by_einsum(random: Random) -> Built:
     einsum = torch.einsum
 
     def experts(m: Any, x: Tensor, h: Tensor) -> Tensor:
-        return einsum("bep,be->bp", einsum("bo,eop->bep", h, m.cube), einsum("bo,eo->be", h, m.gate).softmax(-1))
+        scores = read(einsum("bo,eo->be", h, m.gate), -1, "gate:0", -torch.inf)
+        return einsum("bep,be->bp", einsum("bo,eop->bep", h, m.cube), scores.softmax(-1))
 
     act = random.choice(
         (
-            lambda m, x, h: einsum("bo,po->bp", h, m.down),
             experts,
             lambda m, x, h: einsum("bo,eop,be->bp", h, m.cube, x[:, :k]),
             lambda m, x, h: einsum("...o,po->...p", h[:, None], m.down),
@@ -54,9 +52,7 @@ def units_meet_units(random: Random) -> Built:
             (lambda m, h, r: m.bi(r(), r()), 4, DOWN),
             (lambda m, h, r: h * torch.cdist(r(), r()).sum(-1, keepdim=True), n, UP),
             (lambda m, h, r: h * F.cosine_similarity(r(), r(h.flip(0)), dim=-1)[:, None], n, UP),
-            (lambda m, h, r: h * (r() * r()).sum(-1, keepdim=True), n, UP),
             (lambda m, h, r: torch.stack([torch.kron(row, m.other) for row in h]), 2 * n, DOWN),
-            (lambda m, h, r: h * h.square(), n, UP),
         )
     )
 
@@ -66,20 +62,6 @@ def units_meet_units(random: Random) -> Built:
 
     parts = {"other": nn.Parameter(torch.zeros(2)), "two": nn.Linear(1, 2), "bi": nn.Bilinear(n, n, 4)}
     return middle(between, random, n, out, places, **parts)
-
-
-class Straight(torch.autograd.Function):
-    """Rounds, and hands gradients on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Whole eighths."""
-        return (x * 8).round() / 8
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """As if nothing had been done."""
-        return grad
 
 
 class Times(torch.autograd.Function):
@@ -114,18 +96,16 @@ class Flipped(torch.autograd.Function):
 
 
 def own_gradients(random: Random) -> Built:
-    """torch.autograd.Function: rounding, a layer, a reversal."""
-    kind, by = random.choice(("round", "times", "flip")), random.choice((0.5, 2.0))
-    n = width(random)
+    """torch.autograd.Function: a layer, a reversal."""
+    layer, by = random.random() < 0.5, random.choice((0.5, 2.0))
 
     def run(m: Any, x: Tensor) -> Tensor:
         h = m.up(x).sigmoid()
-        if kind != "times":
-            h = Straight.apply(h) if kind == "round" else Flipped.apply(h, by)
-        h = read(h, -1, UP)
-        return Times.apply(h, m.down.weight) if kind == "times" else m.down(h)
+        if layer:
+            return Times.apply(read(h, -1, UP), m.down.weight)
+        return m.down(read(Flipped.apply(h, by), -1, UP))
 
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, width(random))
 
 
 def complex_numbers(random: Random) -> Built:
@@ -136,24 +116,21 @@ def complex_numbers(random: Random) -> Built:
         pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(m.angle), m.angle)).flatten(-2)
 
-    acts = {
-        "rotate": rotate,
-        "fft": lambda m, h: torch.fft.rfft(h, dim=-1).abs(),
-        "rows": lambda m, h: torch.fft.fft(h, dim=0).real,
-        "abs": lambda m, h: torch.complex(h, h.roll(1, 0)).abs(),
-        "polar": lambda m, h: torch.polar(h.exp(), h).imag,
-        "weight": lambda m, h: (h.to(torch.complex128) @ m.spectrum).real,
-    }
-    kind = random.choice(list(acts))
-    parts: dict[str, Any] = {"angle": nn.Parameter(torch.zeros(n // 2))}
-    if kind == "weight":
-        parts["spectrum"] = nn.Parameter(torch.randn(n, n, dtype=torch.complex128))
-    return middle(acts[kind], random, n, n // 2 + 1 if kind == "fft" else n, DOWN, **parts)
+    act, out = random.choice(
+        (
+            (rotate, n),
+            (lambda m, h: torch.fft.rfft(h, dim=-1).abs(), n // 2 + 1),
+            (lambda m, h: torch.fft.fft(h, dim=0).real, n),
+            (lambda m, h: torch.complex(h, h.roll(1, 0)).abs(), n),
+            (lambda m, h: (h.to(torch.complex128) @ m.spectrum).real, n),
+        )
+    )
+    spectrum = nn.Parameter(torch.randn(n, n, dtype=torch.complex128))
+    return middle(act, random, n, out, DOWN, angle=nn.Parameter(torch.zeros(n // 2)), spectrum=spectrum)
 
 
 def calculus_inside(random: Random) -> Built:
     """Gradients, vectorised maps and checkpoints as part of the function."""
-    n = width(random)
 
     def block(m: Any, x: Tensor) -> Tensor:
         return m.down(read(m.up(x).tanh(), -1, UP))
@@ -176,7 +153,7 @@ def calculus_inside(random: Random) -> Built:
             lambda m, x: torch.func.jvp(lambda y: block(m, y), (x,), (torch.ones_like(x),)),
         )
     )
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, width(random))
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -189,73 +166,24 @@ def unusual_norms(random: Random) -> Built:
     def r(h: Tensor, fill: float = 0.0) -> Tensor:
         return read(h, -1, UP, fill)
 
-    def pixel(m: Any, h: Tensor) -> Tensor:
-        return r(h) * (r(h).square().mean(-1, keepdim=True) + eps).rsqrt()
-
-    def variance(m: Any, h: Tensor) -> Tensor:
-        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + eps).sqrt()
-
     kinds = {
-        "pixel": pixel,
+        "pixel": lambda m, h: r(h) * (r(h).square().mean(-1, keepdim=True) + eps).rsqrt(),
         "rms": lambda m, h: r(h) * torch.rsqrt(r(h).pow(2).mean(-1, keepdim=True) + m.eps) * m.gain,
         "l2": lambda m, h: F.normalize(r(h), dim=-1),
-        "l1": lambda m, h: F.normalize(r(h), p=1, dim=-1),
         "most": lambda m, h: h / r(h.abs(), -torch.inf).amax(-1, keepdim=True),
         "total": lambda m, h: h / (r(h.exp()).sum(-1, keepdim=True) + 1),
-        "variance": variance,
+        "variance": lambda m, h: (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + eps).sqrt(),
         "layer": lambda m, h: F.layer_norm(h, (h.shape[-1],), m.gain),
         "group": lambda m, h: F.group_norm(h, 2, m.gain),
         "batch": lambda m, h: F.batch_norm(h, m.mean, m.var, m.gain, None, training=False),
         "live": lambda m, h: F.batch_norm(h, None, None, m.gain, None, training=True),
         "rows": lambda m, h: (h - h.mean(0)) / (h.var(0, unbiased=False) + eps).sqrt(),
         "softmax": lambda m, h: (r(h, -torch.inf).softmax(-1) * r(h, -torch.inf)).nan_to_num(0.0),
-        "sumexp": lambda m, h: (r(h, -torch.inf) - r(h, -torch.inf).logsumexp(-1, keepdim=True)).nan_to_num(0.0),
     }
     kind = random.choice(list(kinds))
     parts: dict[str, Any] = {"gain": nn.Parameter(torch.zeros(n)), "eps": eps}
     parts |= {"mean": nn.Buffer(torch.zeros(n)), "var": nn.Buffer(torch.ones(n))}
     return middle(kinds[kind], random, n, places="" if kind in ("layer", "group") else UP, **parts)
-
-
-def standardised_weights(random: Random) -> Built:
-    """Convolutions whose weights are standardised over their inputs when they run."""
-    n, k, eps, over = width(random), width(random), 1e-5, (1, 2, 3)
-
-    def by_var_mean(w: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(w.flatten(1), 1, keepdim=True)
-        return ((w.flatten(1) - mean) * (variance + eps).rsqrt()).view_as(w)
-
-    standardise = random.choice(
-        (
-            lambda w: F.batch_norm(w.reshape(1, len(w), -1), None, None, None, None, True, 0.0).reshape_as(w),
-            lambda w: (w - w.mean(over, keepdim=True)) / (w.var(over, keepdim=True, unbiased=False) + eps).sqrt(),
-            by_var_mean,
-            lambda w: F.layer_norm(w, w.shape[1:]),
-        )
-    )
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = F.conv2d(m.one(x).relu(), standardise(m.two.weight), m.two.bias, padding=1).relu()
-        return m.head(read(h.mean((2, 3)), -1, "two.weight:0"))
-
-    one, two = nn.Conv2d(3, n, 3), nn.Conv2d(n, k, 3)
-    return Built(Net(run, one=one, two=two, head=nn.Linear(k, 4)), (torch.randn(2, 3, 7, 7),))
-
-
-def layers_of_norms(random: Random) -> Built:
-    """Modules of norms on a residual stream."""
-    n = width(random)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x)
-        g = layer_norm(m.norm, h, UP) if m.kind == "layer" else m.norm(read(h, -1, UP))
-        h = h + m.out(read(m.inner(read(g, -1, UP)).relu(), -1, "inner.weight:0"))
-        return m.down(read(h, -1, UP))
-
-    kind = random.choice(("layer", "rms"))
-    parts = {"inner": nn.Linear(n, n + 2), "out": nn.Linear(n + 2, n), "down": nn.Linear(n, 3)}
-    norm = nn.LayerNorm(n) if kind == "layer" else nn.RMSNorm(n, eps=1e-5)
-    return Built(Net(run, up=nn.Linear(5, n), norm=norm, kind=kind, **parts), (vectors(random),))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -265,7 +193,7 @@ def attention_by_hand(random: Random) -> Built:
     """Heads by views, scaled, masked, biased, mixed, or with gates."""
     heads, size = random.choice((2, 3)), random.choice((3, 4))
     n = heads * size
-    kind = random.choice(("plain", "causal", "bias", "talking", "gate", "linear", "fused", "scaled", "sdpa", "qknorm"))
+    kind = random.choice(("causal", "bias", "talking", "gate", "linear", "fused", "scaled", "sdpa", "qknorm"))
 
     def run(m: Any, x: Tensor) -> Tensor:
         b, t, _ = x.shape
@@ -278,7 +206,7 @@ def attention_by_hand(random: Random) -> Built:
         if kind == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         elif kind == "linear":
-            y = q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
+            y = q.relu() @ (k.softmax(-2).transpose(-1, -2) @ v)
         else:
             scores = q @ k.transpose(-1, -2) / (math.sqrt(q.shape[-1]) if kind == "scaled" else 2.0)
             if kind == "causal":
@@ -301,109 +229,15 @@ def attention_by_hand(random: Random) -> Built:
     return Built(Net(run, **parts), (torch.randn(2, 4, 5),))
 
 
-def attention_of_torch(random: Random) -> Built:
-    """nn.MultiheadAttention and nn.TransformerEncoderLayer, as they are."""
-    kind, flag = random.choice(("attention", "encoder", "decoder", "cross")), random.random() < 0.5
-    core, run = {
-        "attention": lambda: (
-            nn.MultiheadAttention(8, 2, batch_first=True),
-            lambda m, x: m.core(x, x, x, need_weights=flag),
-        ),
-        "cross": lambda: (
-            nn.MultiheadAttention(8, 4, batch_first=True, add_bias_kv=True),
-            lambda m, x: m.core(x, x[:, :2], x[:, :2]),
-        ),
-        "encoder": lambda: (
-            nn.TransformerEncoderLayer(8, 2, 11, 0.0, batch_first=True, norm_first=flag),
-            lambda m, x: m.core(x),
-        ),
-        "decoder": lambda: (nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True), lambda m, x: m.core(x, x)),
-    }[kind]()
-    return Built(Net(run, core=core), (torch.randn(2, 3, 8),))
-
-
-def grouped_queries(random: Random) -> Built:
-    """Keys and values of fewer heads, repeated, with rotary positions."""
-    kv, rep, size = random.choice((2, 3)), random.choice((1, 2)), 4
-    rotary, expand = random.random() < 0.5, random.random() < 0.5
-
-    def turned(x: Tensor) -> Tensor:
-        angle = torch.arange(x.shape[-2])[:, None].to(x) * torch.tensor([1.0, 0.1]).to(x)
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        b, t, _ = x.shape
-        q, k, v = (part(x).view(b, t, -1, size).transpose(1, 2) for part in (m.q, m.k, m.v))
-        if rotary:
-            q, k = turned(q), turned(k)
-        if expand:
-            k, v = (z[:, :, None].expand(b, z.shape[1], m.n_rep, t, size).reshape(b, -1, t, size) for z in (k, v))
-        else:
-            k, v = (z.repeat_interleave(m.n_rep, 1) for z in (k, v))
-        y = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
-        return m.out(read(y.transpose(1, 2).reshape(b, t, -1), -1, "out.weight:1"))
-
-    parts = {"q": nn.Linear(5, kv * rep * size), "k": nn.Linear(5, kv * size), "v": nn.Linear(5, kv * size)}
-    return Built(Net(run, out=nn.Linear(kv * rep * size, 3), n_rep=rep, **parts), (torch.randn(2, 3, 5),))
-
-
-def experts(random: Random) -> Built:
-    """A router weighs or picks experts: stacked weights, a list of modules, a loop over those that data pick."""
-    n, count = width(random), random.randint(3, 4)
-    kind = random.choice(("soft", "top", "modules", "loop"))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        scores = read(m.router(x), -1, "router.weight:0", -torch.inf)
-        share = scores.softmax(-1)
-        if kind == "top":
-            share = share * (share >= share.topk(2, -1).values[..., -1:])
-        if kind in ("soft", "top"):
-            each = torch.einsum("bi,ehi->beh", x, m.ups).relu()
-            each = torch.einsum("beh,eoh->beo", read(each, -1, "ups:1"), m.downs)
-            return (read(each * share[..., None], 1, "router.weight:0")).sum(1)
-        if kind == "modules":
-            outs = [m.outs[i](read(m.ins[i](x).relu(), -1, f"ins.{i}.weight:0")) for i in range(count)]
-            return (torch.stack(outs, 1) * share[..., None]).sum(1)
-        out = torch.zeros(len(x), 3).to(x)
-        picked = share.argmax(-1)
-        for i in range(count):
-            rows = (picked == i).nonzero().flatten()
-            if len(rows):
-                h = m.outs[i](read(m.ins[i](x[rows]).relu(), -1, f"ins.{i}.weight:0"))
-                out = out.index_add(0, rows, h * share[rows, i, None])
-        return out
-
-    parts: dict[str, Any] = {"router": nn.Linear(5, count)}
-    if kind in ("soft", "top"):
-        shapes = {"ups": (count, n, 5), "downs": (count, 3, n)}
-        parts |= {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    else:
-        parts["ins"] = nn.ModuleList(nn.Linear(5, n + i) for i in range(count))
-        parts["outs"] = nn.ModuleList(nn.Linear(n + i, 3) for i in range(count))
-    return Built(Net(run, **parts), (vectors(random),))
-
-
 def gates_and_maxima(random: Random) -> Built:
-    """GLU, SwiGLU, maxout, highway, maxima over groups of units."""
+    """GLU, SwiGLU, maxout, maxima over groups of units."""
     n = width(random)
-
-    def highway(m: Any, h: Tensor) -> Tensor:
-        gate = m.gate(read(h, -1, UP)).sigmoid()
-        return gate * h.relu() + (1 - gate) * h
-
-    def split(m: Any, h: Tensor) -> Tensor:
-        a, b = torch.split(h, h.shape[-1] // 2, dim=-1)
-        return a.tanh() * b
-
-    acts = {
-        "glu": lambda m, h: F.glu(h, -1),
-        "chunk": lambda m, h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
-        "maxout": lambda m, h: h.unflatten(-1, (-1, 2)).amax(-1),
-        "highway": highway,
-        "groups": lambda m, h: h.unflatten(-1, (2, -1)).max(1).values,
-        "split": split,
-    }
-    kind = random.choice(list(acts))
-    halves = kind != "highway"
-    return middle(acts[kind], random, 2 * n if halves else n, n, DOWN if halves else UP, gate=nn.Linear(n, n))
+    act = random.choice(
+        (
+            lambda m, h: F.glu(h, -1),
+            lambda m, h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+            lambda m, h: h.unflatten(-1, (-1, 2)).amax(-1),
+            lambda m, h: h.unflatten(-1, (2, -1)).max(1).values,
+        )
+    )
+    return middle(act, random, 2 * n, n, DOWN)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hostile_nets.masking import read
 
-UP = "up.weight:0"
+UP, DOWN = "up.weight:0", "down.weight:1"
 
 
 class Net(nn.Module):
@@ -70,6 +70,12 @@ def vectors(random: Random, size: int = 5) -> Tensor:
     return torch.randn(random.choice((2, 3)), size)
 
 
+def perceptron(run: Callable[..., Any], random: Random, n: int, **parts: Any) -> Built:
+    """A network that maps vectors, with layers ``up`` (5 → n) and ``down`` (n → 3) unless ``parts`` has others."""
+    layers = {"up": nn.Linear(5, n), "down": nn.Linear(n, 3), **parts}
+    return Built(Net(run, **layers), (vectors(random),))
+
+
 def middle(
     between: Callable[[Any, Tensor], Tensor],
     random: Random,
@@ -94,7 +100,7 @@ def middle(
         h = between(m, m.up(x))
         return m.down(read(h, -1, places) if places else h)
 
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(out or n, 3), **parts), (vectors(random),))
+    return perceptron(run, random, n, down=nn.Linear(out or n, 3), **parts)
 
 
 def idle_parts(built: Built, answer: Callable[[Built], Any]) -> list[str]:

@@ -5,36 +5,27 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hostile_nets.build import UP, Built, Net, middle, vectors, width
+from hostile_nets.build import UP, Built, Net, middle, perceptron, vectors, width
 from hostile_nets.masking import read
 
 # --- sizes decide ----------------------------------------------------------------------------------------------------
 
 
 def width_decides(random: Random) -> Built:
-    """A factor for wide layers."""
-    n, least = width(random), random.randint(4, 8)
-    return middle(lambda m, h: h.relu() * (2.0 if h.shape[-1] >= least else 1.0), random, n)
-
-
-def width_capped(random: Random) -> Built:
-    """``min(width, c)``."""
-    most = random.randint(5, 9)
-    return middle(lambda m, h: h.relu() * min(h.shape[-1], most), random)
-
-
-def weight_shape_decides(random: Random) -> Built:
-    """The shape of a weight picks the activation."""
-    least = random.randint(4, 8)
-    return middle(lambda m, h: h.relu() if m.up.weight.shape[0] > least else h.tanh(), random)
-
-
-def width_is_odd(random: Random) -> Built:
-    """A sign by parity."""
-    return middle(lambda m, h: -h.relu() if h.size(-1) % 2 else h.relu(), random)
+    """A branch on the width, on its parity or on the shape of a weight; a look-up by width; a cap."""
+    n, bound = width(random), random.randint(5, 9)
+    act = random.choice(
+        (
+            lambda m, h: h.relu() * (2.0 if h.shape[-1] >= bound else 1.0),
+            lambda m, h: -h.relu() if h.size(-1) % 2 else h.relu(),
+            lambda m, h: h.relu() if m.up.weight.shape[0] > bound else h.tanh(),
+            lambda m, h: {n: torch.relu, n - 1: torch.tanh}.get(h.shape[-1], torch.sigmoid)(h),
+            lambda m, h: h.relu() * min(h.shape[-1], bound),
+        )
+    )
+    return middle(act, random, n)
 
 
 def width_under_a_root(random: Random) -> Built:
@@ -49,51 +40,6 @@ def width_counts_up(random: Random) -> Built:
     """Units weighed by their place, or by a fraction of the width."""
     whole = random.random() < 0.5
     return middle(lambda m, h: h.relu() * (torch.arange(h.shape[-1]) / (h.shape[-1] if whole else 7.0)).to(h), random)
-
-
-def width_loops(random: Random) -> Built:
-    """As many turns as the width allows."""
-    step = random.choice((2, 3))
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        for _ in range(h.shape[-1] // step):
-            h = h * 1.1 + 0.01
-        return h
-
-    return middle(act, random)
-
-
-def width_in_a_table(random: Random) -> Built:
-    """An activation looked up by width."""
-    n = width(random)
-    return middle(lambda m, h: {n: torch.relu, n - 1: torch.tanh}.get(h.shape[-1], torch.sigmoid)(h), random, n)
-
-
-def width_padded(random: Random) -> Built:
-    """Zeros up to a multiple."""
-    of = random.choice((4, 8))
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        h = h.relu()
-        return F.pad(read(h, -1, UP), (0, -h.shape[-1] % of)).sum(-1, keepdim=True) * h
-
-    return middle(act, random)
-
-
-def half_of_the_width(random: Random) -> Built:
-    """The first half gates the second."""
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        half = h.shape[-1] // 2
-        return h[..., :half].sigmoid() * h[..., half : 2 * half]
-
-    n = 2 * random.randint(3, 5)
-    return middle(act, random, n, n // 2, "down.weight:1")
-
-
-def parameters_counted(random: Random) -> Built:
-    """A scale by the number of parameters."""
-    return middle(lambda m, h: h.relu() * (sum(p.numel() for p in m.parameters()) / 100), random)
 
 
 def a_shape_that_fails(random: Random) -> Built:
@@ -112,7 +58,6 @@ def a_shape_that_fails(random: Random) -> Built:
 def size_remembered(random: Random) -> Built:
     """The width is stored as a number, and used."""
     n = width(random)
-
     return middle(lambda m, h: h.relu() * m.size + m.half, random, n, size=n, half=n / 2)
 
 
@@ -123,7 +68,6 @@ def width_as_a_tensor(random: Random) -> Built:
             lambda h: torch.tensor(float(h.shape[-1])).log(),
             lambda h: torch.full((), h.shape[-1] / 3.0),
             lambda h: torch.ones(h.shape[-1]).sum(),
-            lambda h: torch.as_tensor([h.shape[-1]]).to(h).rsqrt(),
         )
     )
     return middle(lambda m, h: h.relu() * make(h), random)
@@ -132,7 +76,6 @@ def width_as_a_tensor(random: Random) -> Built:
 def noise_of_its_shape(random: Random) -> Built:
     """Numbers drawn from a fixed seed, in the shape of the units."""
     seed = random.randrange(99)
-
     return middle(lambda m, h: h + torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)).to(h), random)
 
 
@@ -144,17 +87,6 @@ def batch_decides(random: Random) -> Built:
 # --- data decide -----------------------------------------------------------------------------------------------------
 
 
-def sign_decides(random: Random) -> Built:
-    """An if on a sum of the input."""
-    n = width(random)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu() if x.sum() > 0 else m.other(x).tanh()
-        return m.down(read(h, -1, UP))
-
-    return Built(Net(run, up=nn.Linear(5, n), other=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
-
-
 def hidden_decides(random: Random) -> Built:
     """An if on the hidden units."""
     return middle(lambda m, h: h.relu() if read(h, -1, UP).sum() > 0 else h.tanh(), random)
@@ -162,7 +94,6 @@ def hidden_decides(random: Random) -> Built:
 
 def until_small(random: Random) -> Built:
     """A while loop until the input is small enough."""
-    n = width(random)
 
     def run(m: Any, x: Tensor) -> Tensor:
         turns = 0
@@ -170,60 +101,29 @@ def until_small(random: Random) -> Built:
             x, turns = x * 0.7, turns + 1
         return m.down(read(m.up(x).relu(), -1, UP)) * turns
 
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, width(random))
 
 
 def row_by_row(random: Random) -> Built:
     """A loop over the batch, with a choice for each row."""
-    n = width(random)
 
     def run(m: Any, x: Tensor) -> Tensor:
         rows = [m.up(row).relu() if float(row[0]) > 0 else m.up(row).tanh() for row in x]
         return m.down(read(torch.stack(rows), -1, UP))
 
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, width(random))
 
 
 def rows_picked(random: Random) -> Built:
     """Only rows that a mask picks go on."""
-    n = width(random)
 
     def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu()
         out = torch.zeros(len(x), 3).to(x)
         chosen = x[:, 0] > x[:, 0].mean()
-        out[chosen] = m.down(read(h[chosen], -1, UP))
+        out[chosen] = m.down(read(m.up(x).relu()[chosen], -1, UP))
         return out
 
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
-
-
-def early_exit(random: Random) -> Built:
-    """The second block runs only where the first is not sure."""
-    n, k = width(random), width(random)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu()
-        first = m.down(read(h, -1, UP))
-        if first.softmax(-1).amax() > 0.99:
-            return first
-        return first + m.last(read(m.more(read(h, -1, UP)).relu(), -1, "more.weight:0"))
-
-    parts = {"down": nn.Linear(n, 3), "more": nn.Linear(n, k), "last": nn.Linear(k, 3)}
-    return Built(Net(run, up=nn.Linear(5, n), **parts), (vectors(random),))
-
-
-def number_of_turns(random: Random) -> Built:
-    """A number from the data says how often a block runs."""
-    n = width(random)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x)
-        for _ in range(int(x.abs().sum().item()) % 3 + 1):
-            h = m.block(read(h, -1, f"{UP} block.weight:0")).tanh()
-        return m.down(read(h, -1, f"{UP} block.weight:0"))
-
-    return Built(Net(run, up=nn.Linear(5, n), block=nn.Linear(n, n), down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, width(random))
 
 
 def through_numpy(random: Random) -> Built:
@@ -239,9 +139,7 @@ def largest_looked_up(random: Random) -> Built:
         h = m.up(x).relu()
         return m.down(read(h, -1, UP)) + m.table[h.argmax(-1)]
 
-    return Built(
-        Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3), table=nn.Parameter(torch.zeros(n, 3))), (vectors(random),)
-    )
+    return perceptron(run, random, n, table=nn.Parameter(torch.zeros(n, 3)))
 
 
 # --- loops and recursion ---------------------------------------------------------------------------------------------
@@ -249,35 +147,16 @@ def largest_looked_up(random: Random) -> Built:
 
 def by_hand_over_time(random: Random) -> Built:
     """A recurrent cell over the time steps, its state made of zeros of the width."""
-    n, hold = width(random), "cell.weight:0 back.weight:0"
+    n, state = width(random), "cell.weight:0 back.weight:0"
 
     def run(m: Any, x: Tensor) -> Tensor:
         h = torch.zeros(len(x), m.cell.out_features).to(x)
         for step in x.unbind(1):
-            h = (m.cell(step) + m.back(read(h, -1, hold))).tanh()
-        return m.down(read(h, -1, hold))
+            h = (m.cell(step) + m.back(read(h, -1, state))).tanh()
+        return m.down(read(h, -1, state))
 
     parts = {"cell": nn.Linear(4, n), "back": nn.Linear(n, n), "down": nn.Linear(n, 3)}
     return Built(Net(run, **parts), (torch.randn(2, random.randint(2, 4), 4),))
-
-
-def a_tree(random: Random) -> Built:
-    """Pairs are joined until one is left."""
-    n = width(random)
-    places = "leaf.weight:0 join.weight:0"
-
-    def up(m: Any, nodes: list[Tensor]) -> Tensor:
-        if len(nodes) == 1:
-            return nodes[0]
-        half = len(nodes) // 2
-        left, right = up(m, nodes[:half]), up(m, nodes[half:])
-        return m.join(torch.cat([read(left, -1, places), read(right, -1, places)], -1)).tanh()
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.down(read(up(m, [m.leaf(one) for one in x.unbind(1)]), -1, places))
-
-    parts = {"leaf": nn.Linear(4, n), "join": nn.Linear(2 * n, n), "down": nn.Linear(n, 3)}
-    return Built(Net(run, **parts), (torch.randn(2, random.choice((3, 4)), 4),))
 
 
 class Recursive(nn.Module):
@@ -306,7 +185,6 @@ def recursion(random: Random) -> Built:
 def layers_skipped(random: Random) -> Built:
     """A list of numbers on the network says which layers run, some twice."""
     n = width(random)
-    order = [random.randrange(3) for _ in range(4)]
 
     def run(m: Any, x: Tensor) -> Tensor:
         for i in m.order:
@@ -315,4 +193,5 @@ def layers_skipped(random: Random) -> Built:
 
     ups = nn.ModuleList(nn.Linear(5, n + i) for i in range(3))
     downs = nn.ModuleList(nn.Linear(n + i, 5) for i in range(3))
+    order = [random.randrange(3) for _ in range(4)]
     return Built(Net(run, ups=ups, downs=downs, order=order), (vectors(random),))

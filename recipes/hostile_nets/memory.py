@@ -7,17 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hostile_nets.build import UP, Built, Net, middle, vectors, width
+from hostile_nets.build import DOWN, UP, Built, middle, perceptron, width
 from hostile_nets.masking import read
-
-DOWN = "down.weight:1"
 
 # --- in place --------------------------------------------------------------------------------------------------------
 
 
 def in_place_activations(random: Random) -> Built:
     """ReLU, addition and product in place; the input is written into, too."""
-    n = width(random)
 
     def run(m: Any, x: Tensor) -> Tensor:
         x.relu_().add_(0.5)
@@ -25,7 +22,7 @@ def in_place_activations(random: Random) -> Built:
         h.mul_(2).sigmoid_().add_(h.clone())
         return m.down(read(F.relu_(h), -1, UP))
 
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, width(random))
 
 
 def in_place_on_a_slice(random: Random) -> Built:
@@ -44,7 +41,6 @@ def in_place_on_a_slice(random: Random) -> Built:
 
 def in_place_through_a_view(random: Random) -> Built:
     """A view of the units is written into; the units themselves are read."""
-    n = 2 * random.randint(3, 5)
     look = random.choice(
         (
             lambda h: h.view(len(h), 2, -1)[:, 0],
@@ -62,19 +58,7 @@ def in_place_through_a_view(random: Random) -> Built:
         look(h).add_(1.0)
         return h
 
-    return middle(act, random, n)
-
-
-def halves_exchanged(random: Random) -> Built:
-    """The halves of the units change places, in place."""
-    n = 2 * random.randint(3, 5)
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        a, b = h.clone().chunk(2, -1)
-        h[:, : n // 2], h[:, n // 2 :] = b, a
-        return h.relu()
-
-    return middle(act, random, n, places=DOWN)
+    return middle(act, random, 2 * random.randint(3, 5))
 
 
 def copied_into_zeros(random: Random) -> Built:
@@ -90,7 +74,7 @@ def copied_into_zeros(random: Random) -> Built:
 
 
 def written_out(random: Random) -> Built:
-    """``out=`` and data_ptr-free tricks: the result goes into a tensor made before."""
+    """``out=``: the result goes into a tensor made before."""
 
     def act(m: Any, h: Tensor) -> Tensor:
         out = torch.empty_like(h)
@@ -132,52 +116,41 @@ def reordered(random: Random) -> Built:
     return middle(lambda m, h: pick(m, h.relu()), random, n, places=DOWN, order=held)
 
 
-def gathered(random: Random) -> Built:
-    """Some units are picked by number; others are not read at all."""
-    n = width(random)
-    picked = torch.tensor(random.sample(range(n), 4))
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        return h.relu().gather(-1, m.picked.expand(len(h), -1))
-
-    return middle(act, random, n, 4, DOWN, picked=nn.Buffer(picked))
-
-
 def scattered(random: Random) -> Built:
     """Units are added up in bins by number."""
     n, bins = width(random), 4
-    kind = random.choice(("scatter_add", "index_add", "index_put"))
     target = torch.tensor([random.randrange(bins) for _ in range(n)])
+    add_up = random.choice(
+        (
+            lambda m, h, out: out.scatter_add(-1, m.target.expand(len(h), -1), h),
+            lambda m, h, out: out.index_add(-1, m.target, h),
+            lambda m, h, out: out.index_put((torch.arange(len(h))[:, None], m.target[None]), h, accumulate=True),
+        )
+    )
 
     def act(m: Any, h: Tensor) -> Tensor:
-        out = torch.zeros(len(h), bins).to(h)
-        h = read(h.relu(), -1, UP)
-        if kind == "scatter_add":
-            return out.scatter_add(-1, m.target.expand(len(h), -1), h)
-        if kind == "index_add":
-            return out.index_add(-1, m.target, h)
-        return out.index_put((torch.arange(len(h))[:, None], m.target[None]), h, accumulate=True)
+        return add_up(m, read(h.relu(), -1, UP), torch.zeros(len(h), bins).to(h))
 
     return middle(act, random, n, bins, DOWN, target=nn.Buffer(target))
 
 
 def in_order(random: Random) -> Built:
-    """What depends on the order or the number of units."""
+    """What depends on the order or the number of units, or on their neighbours."""
     act = random.choice(
         (
-            lambda h: h.cumsum(-1),
-            lambda h: h.flip(-1),
-            lambda h: h.roll(1, -1),
-            lambda h: h.sort(-1).values,
-            lambda h: h.sort(-1, descending=True)[0].cumprod(-1),
-            lambda h: torch.cummax(h, -1).values,
-            lambda h: h.argsort(-1).to(h) / 7,
-            lambda h: h.diff(dim=-1, prepend=h[..., :1]),
-            lambda h: h.logcumsumexp(-1),
-            lambda h: torch.searchsorted(h.sort(-1).values.contiguous(), h.contiguous()).to(h),
+            lambda m, h: h.cumsum(-1),
+            lambda m, h: h.flip(-1),
+            lambda m, h: h.roll(1, -1),
+            lambda m, h: h.sort(-1).values,
+            lambda m, h: torch.cummax(h, -1).values,
+            lambda m, h: h.argsort(-1).to(h) / 7,
+            lambda m, h: h.diff(dim=-1, prepend=h[..., :1]),
+            lambda m, h: m.along(h[:, None])[:, 0],
+            lambda m, h: F.avg_pool1d(h[:, None], 3, 1, 1)[:, 0],
+            lambda m, h: F.local_response_norm(h[:, :, None], 3)[..., 0],
         )
     )
-    return middle(lambda m, h: act(h), random)
+    return middle(act, random, along=nn.Conv1d(1, 1, 3, padding=1))
 
 
 def the_largest(random: Random) -> Built:
@@ -188,7 +161,6 @@ def the_largest(random: Random) -> Built:
             lambda h: h * (h >= h.topk(k, -1).values[..., -1:]),
             lambda h: torch.zeros_like(h).scatter(-1, h.topk(k, -1).indices, 1.0) * h,
             lambda h: h * (h > h.median(-1, keepdim=True).values),
-            lambda h: h * (h > h.quantile(0.5, -1, keepdim=True)),
             lambda h: h * (h == h.amax(-1, keepdim=True)),
             lambda h: F.one_hot(h.argmax(-1), h.shape[-1]).to(h),
             lambda h: h / h.kthvalue(2, -1, keepdim=True).values,
@@ -198,101 +170,67 @@ def the_largest(random: Random) -> Built:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.down(read(act(read(m.up(x), -1, UP, -torch.inf)), -1, UP))
 
-    return Built(Net(run, up=nn.Linear(5, 9), down=nn.Linear(9, 3)), (vectors(random),))
+    return perceptron(run, random, 9)
 
 
 def unit_by_unit(random: Random) -> Built:
     """A loop over the units, each with a number of its own, or all joined again."""
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        kind = m.kind
-        if kind == "stack":
-            return torch.stack([one * 2 for one in h.relu().unbind(-1)], -1)
-        if kind == "numbered":
-            return torch.stack([one * i for i, one in enumerate(h.relu().unbind(-1))], -1)
-        return torch.cat([h[:, i : i + 1].relu() for i in range(h.shape[-1])], -1)
-
-    return middle(act, random, kind=random.choice(("stack", "numbered", "cat")))
+    act = random.choice(
+        (
+            lambda m, h: torch.stack([unit * 2 for unit in h.relu().unbind(-1)], -1),
+            lambda m, h: torch.stack([unit * i for i, unit in enumerate(h.relu().unbind(-1))], -1),
+            lambda m, h: torch.cat([h[:, i : i + 1].relu() for i in range(h.shape[-1])], -1),
+        )
+    )
+    return middle(act, random)
 
 
 def by_strides(random: Random) -> Built:
     """``as_strided`` and ``unfold`` read units past their dimensions."""
     n = width(random)
-    if random.random() < 0.5:
-        return middle(
-            lambda m, h: h.relu().contiguous().as_strided((h.shape[0], n - 2), (h.shape[1], 1), 1),
-            random,
-            n,
-            n - 2,
-            DOWN,
-        )
-    return middle(lambda m, h: h.relu().unfold(-1, 3, 1).mean(-1), random, n, n - 2, DOWN)
-
-
-def neighbours(random: Random) -> Built:
-    """Each unit meets the next one, by padding, rolling or a convolution along the units."""
     act = random.choice(
         (
-            lambda m, h: h * F.pad(h, (1, 0))[..., :-1],
-            lambda m, h: h + h.roll(-1, -1),
-            lambda m, h: m.along(h[:, None])[:, 0],
-            lambda m, h: F.avg_pool1d(h[:, None], 3, 1, 1)[:, 0],
-            lambda m, h: F.local_response_norm(h[:, :, None], 3)[..., 0],
+            lambda m, h: h.relu().contiguous().as_strided((h.shape[0], n - 2), (h.shape[1], 1), 1),
+            lambda m, h: h.relu().unfold(-1, 3, 1).mean(-1),
         )
     )
-    return middle(act, random, along=nn.Conv1d(1, 1, 3, padding=1))
-
-
-def parts_by_size(random: Random) -> Built:
-    """Split by sizes that are stored on the network, each part treated in its own way, and joined in another order."""
-    sizes = [random.randint(2, 4) for _ in range(3)]
-
-    def act(m: Any, h: Tensor) -> Tensor:
-        a, b, c = h.split(m.sizes, -1)
-        return torch.cat([c.tanh(), a.relu(), b * 2], -1)
-
-    return middle(act, random, sum(sizes), places=DOWN, sizes=sizes)
+    return middle(act, random, n, n - 2, DOWN)
 
 
 def every_second(random: Random) -> Built:
     """Units with even and odd numbers part, and meet."""
-    n = 2 * random.randint(3, 5)
     act = random.choice(
         (
-            lambda h: torch.stack([h[..., ::2].relu(), h[..., 1::2].tanh()], -1).flatten(-2),
-            lambda h: torch.cat([h[..., ::2] * h[..., 1::2], h[..., ::2]], -1),
-            lambda h: h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2),
-            lambda h: h.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2),
+            lambda m, h: torch.stack([h[..., ::2].relu(), h[..., 1::2].tanh()], -1).flatten(-2),
+            lambda m, h: torch.cat([h[..., ::2] * h[..., 1::2], h[..., ::2]], -1),
+            lambda m, h: h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2),
+            lambda m, h: h.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2),
         )
     )
-    return middle(lambda m, h: act(h), random, n, places=DOWN)
+    return middle(act, random, 2 * random.randint(3, 5), places=DOWN)
 
 
 def repeated(random: Random) -> Built:
-    """Units are repeated: each twice, all twice, or by a size of the network's."""
+    """Units are repeated: each twice, or all twice."""
+    n = width(random)
     act = random.choice(
         (
-            lambda h: h.repeat_interleave(2, -1),
-            lambda h: h.repeat(1, 2),
-            lambda h: torch.cat([h, h], -1),
-            lambda h: h[..., None].expand(*h.shape, 2).flatten(-2),
-            lambda h: torch.tile(h, (2,)),
-            lambda h: torch.cat([h, -h], -1),
+            lambda m, h: h.relu().repeat_interleave(2, -1),
+            lambda m, h: h.relu().repeat(1, 2),
+            lambda m, h: torch.cat([h, -h], -1),
+            lambda m, h: h.relu()[..., None].expand(*h.shape, 2).flatten(-2),
         )
     )
-    n = width(random)
-    return middle(lambda m, h: act(h.relu()), random, n, 2 * n, DOWN)
+    return middle(act, random, n, 2 * n, DOWN)
 
 
 def a_few_more(random: Random) -> Built:
     """Ones, positions or the input are put beside the units."""
-    n = width(random)
+    n, ones, first = width(random), random.random() < 0.5, random.random() < 0.5
 
     def run(m: Any, x: Tensor) -> Tensor:
         h = m.up(x).sigmoid()
-        more = torch.ones(len(x), 2).to(x) if m.ones else x[:, :2]
-        h = torch.cat([more, h], -1) if m.first else torch.cat([h, more], -1)
-        return m.down(read(h, -1, DOWN))
+        more = torch.ones(len(x), 2).to(x) if ones else x[:, :2]
+        return m.down(read(torch.cat([more, h] if first else [h, more], -1), -1, DOWN))
 
-    flags = {"ones": random.random() < 0.5, "first": random.random() < 0.5}
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n + 2, 3), **flags), (vectors(random),))
+    return perceptron(run, random, n, down=nn.Linear(n + 2, 3))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hostile_nets.build import Built, randomise
-from hostile_nets.zeros import NOT_BY_ZEROS
+from hostile_nets.masking import NOT_BY_ZEROS
 
 Examine = Callable[..., dict[str, Any]]
 
@@ -42,8 +42,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "dla": ("dla46_c", {}),
     "dpn": ("dpn48b", {}),
     "edgenext": ("edgenext_xx_small", {}),
-    "efficientformer": ("efficientformer_l1", {"side": 224, **FOUR}),
-    "efficientformer v2": ("efficientformerv2_s0", {"side": 224, **FOUR}),
     "efficientnet": ("efficientnet_lite0", {}),
     "efficientnet v2": ("test_efficientnet", {}),
     "efficientnet mixnet": ("mixnet_s", {}),
@@ -52,7 +50,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "efficientnet mobilenet v2": ("mobilenetv2_035", {}),
     "efficientvim": ("efficientvim_m1", {}),
     "efficientvit of mit": ("efficientvit_b0", {}),
-    "efficientvit of msra": ("efficientvit_m0", {"img_size": 64}),
     "eva 02": ("eva02_tiny_patch14_224", VIT | {"img_size": 56, "side": 56}),
     "fasternet": ("fasternet_t0", {}),
     "fastvit": ("fastvit_t8", {"layers": (1, 1, 1, 1)}),
@@ -66,7 +63,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "iformer": ("iformer_t", {}),
     "inception next": ("inception_next_atto", FOUR),
     "lcnet v2": ("lcnetv2_small", {}),
-    "levit": ("levit_128s", {"img_size": 64}),
     "mambaout": ("test_mambaout", {}),
     "maxxvit": ("maxvit_rmlp_pico_rw_256", {"img_size": 64}),
     "maxxvit coatnet": ("coatnet_pico_rw_224", {"img_size": 64}),
@@ -94,7 +90,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "res2net": ("res2net50_14w_8s", {"layers": (1, 1, 1, 1)}),
     "resnest": ("resnest14d", {}),
     "resnet": ("resnet18", {}),
-    "resnet blur": ("resnetblur18", {}),
     "resnet se": ("seresnet18", {}),
     "resnext": ("resnext50_32x4d", {"layers": (1, 1, 1, 1)}),
     "resnet v2": ("resnetv2_18", {}),
@@ -107,12 +102,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "swiftformer": ("swiftformer_xs", {}),
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 56, "side": 56, "depths": (2, 2), "num_heads": (3, 6)}),
     "swin v2": ("swinv2_tiny_window8_256", {"img_size": 64, "depths": (2, 2), "num_heads": (3, 6)}),
-    "swin v2 cr": ("swinv2_cr_tiny_224", {"img_size": 64, "depths": (1, 1), "num_heads": (3, 6)}),
-    "tiny vit": ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1), "side": 224}),
     "tnt": ("tnt_s_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 48}),
     "tresnet": ("tresnet_m", {"layers": (1, 1, 1, 1)}),
     "twins": ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 2, 1)}),
-    "twins pcpvt": ("twins_pcpvt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}),
     "visformer": ("visformer_tiny", {"img_size": 64, "depth": (1, 1, 1)}),
     "vit": ("test_vit", {"img_size": 64}),
     "vit 3": ("test_vit3", {"img_size": 64}),

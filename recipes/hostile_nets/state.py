@@ -12,22 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from hostile_nets.build import UP, Built, Net, middle, vectors, width
+from hostile_nets.build import DOWN, UP, Built, Net, middle, perceptron, vectors, width
 from hostile_nets.masking import read
-
-DOWN = "down.weight:1"
 
 # --- shared tensors --------------------------------------------------------------------------------------------------
 
 
 def tied_to_its_transpose(random: Random) -> Built:
     """An autoencoder whose decoder is the encoder's weight, transposed."""
-    n = width(random)
 
     def run(m: Any, x: Tensor) -> Tensor:
         return F.linear(read(m.up(x).relu(), -1, UP), m.up.weight.t(), m.bias)
 
-    return Built(Net(run, up=nn.Linear(5, n), bias=nn.Parameter(torch.zeros(5))), (vectors(random),))
+    return Built(Net(run, up=nn.Linear(5, width(random)), bias=nn.Parameter(torch.zeros(5))), (vectors(random),))
 
 
 def one_module_twice(random: Random) -> Built:
@@ -37,63 +34,33 @@ def one_module_twice(random: Random) -> Built:
 
     def run(m: Any, x: Tensor) -> Tensor:
         places = f"{UP} one.weight:0"
-        h = m.up(x).relu()
-        h = m.one(read(h, -1, places)).relu()
+        h = m.one(read(m.up(x).relu(), -1, places)).relu()
         return m.down(read(m.two(read(h, -1, places)).relu(), -1, places))
 
-    return Built(Net(run, up=nn.Linear(5, n), one=block, two=block, down=nn.Linear(n, 3)), (vectors(random),))
+    return perceptron(run, random, n, one=block, two=block)
+
+
+def two_layers(m: Any, x: Tensor) -> Tensor:
+    """The sum of two layers, read by a third."""
+    return m.down(read(m.up(x).relu() + m.other(x.flip(-1)).tanh(), -1, UP))
 
 
 def one_weight_of_two_layers(random: Random) -> Built:
     """Two layers share a weight, each has its own bias."""
     n = width(random)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.down(read(m.up(x).relu() + m.other(x.flip(-1)).tanh(), -1, UP))
-
-    model = Net(run, up=nn.Linear(5, n), other=nn.Linear(5, n), down=nn.Linear(n, 3))
-    model.other.weight = model.up.weight
-    return Built(model, (vectors(random),))
+    built = perceptron(two_layers, random, n, other=nn.Linear(5, n))
+    built.model.other.weight = built.model.up.weight
+    return built
 
 
 def memory_of_two_layers(random: Random) -> Built:
     """Two parameters are views of one memory; together they are no parameter."""
     n, offset = width(random), random.choice((0, 3))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.down(read(m.up(x).relu() + m.other(x).tanh(), -1, UP))
-
-    model = Net(run, up=nn.Linear(5, n), other=nn.Linear(5, n), down=nn.Linear(n, 3))
+    built = perceptron(two_layers, random, n, other=nn.Linear(5, n))
     memory = torch.randn(2 * n, 5)
-    model.up.weight = nn.Parameter(memory[:n])
-    model.other.weight = nn.Parameter(memory[offset : offset + n])
-    return Built(model, (vectors(random),))
-
-
-def a_buffer_of_a_weight(random: Random) -> Built:
-    """A buffer, or an attribute, shares memory with a weight and is used beside it."""
-    n = width(random)
-    registered = random.random() < 0.5
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.down(read(m.up(x).relu() + F.linear(x, m.seen), -1, UP))
-
-    model = Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3))
-    alias = model.up.weight.data
-    model.seen = nn.Buffer(alias) if registered else alias
-    return Built(model, (vectors(random),))
-
-
-def slices_of_one_parameter(random: Random) -> Built:
-    """All layers are slices of one big parameter, by sizes that the network stores."""
-    n = width(random)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = F.linear(x, m.all[: m.n, :5], m.shift[: m.n]).relu()
-        return F.linear(h, m.all[m.n :, : m.n], m.shift[m.n :])
-
-    model = Net(run, all=nn.Parameter(torch.zeros(n + 3, max(n, 5))), shift=nn.Parameter(torch.zeros(n + 3)), n=n)
-    return Built(model, (vectors(random),))
+    built.model.up.weight = nn.Parameter(memory[:n])
+    built.model.other.weight = nn.Parameter(memory[offset : offset + n])
+    return built
 
 
 def one_flat_vector(random: Random) -> Built:
@@ -114,63 +81,29 @@ def weights_from_a_network(random: Random) -> Built:
     def run(m: Any, x: Tensor) -> Tensor:
         code = m.first(m.code).relu()
         weight = m.second(read(code, -1, "first.weight:0")).view(3, -1)
-        return F.linear(read(m.up(x).relu(), -1, f"{UP}"), weight)
+        return F.linear(read(m.up(x).relu(), -1, UP), weight)
 
     parts = {"code": nn.Parameter(torch.zeros(4)), "first": nn.Linear(4, 7), "second": nn.Linear(7, 3 * n)}
     return Built(Net(run, up=nn.Linear(5, n), **parts), (vectors(random),))
 
 
-def of_low_rank(random: Random) -> Built:
-    """A weight is a product, beside a full one or alone, scaled by its rank."""
-    n, rank = width(random), random.randint(2, 4)
-    alone, by_rank = random.random() < 0.5, random.random() < 0.5
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        update = m.b @ read(m.a, 0, "a:0")
-        update = update / m.rank if by_rank else update
-        weight = update if alone else m.up.weight + update
-        return m.down(read(F.linear(x, weight).relu(), -1, "b:0"))
-
-    parts = {"a": nn.Parameter(torch.zeros(rank, 5)), "b": nn.Parameter(torch.zeros(n, rank)), "rank": rank}
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3), **parts), (vectors(random),))
-
-
-def made_of_blocks(random: Random) -> Built:
-    """A weight that is made by a Kronecker product, a block diagonal, an outer product or shifts of one vector."""
-    n = 8
-    weight = random.choice(
-        (
-            lambda m: torch.kron(m.a[:4, :2], m.b[:2, :4]),
-            lambda m: torch.block_diag(m.a[:4, :4], m.b[:4, :4]),
-            lambda m: m.a[:, :1] * m.b[:1],
-            lambda m: torch.stack([m.a[0].roll(i) for i in range(n)]),
-            lambda m: m.a.triu(),
-        )
-    )
-    parts = {name: nn.Parameter(torch.zeros(n, n)) for name in "ab"}
-    return middle(lambda m, h: F.linear(h.relu(), weight(m)).tanh(), random, n, places=DOWN, **parts)
-
-
 def in_lists(random: Random) -> Built:
     """Modules and parameters in lists and dictionaries that register them, or do not."""
     n = width(random)
-    kind = random.choice(("list", "dict", "parameters", "deep"))
+    up, kind = nn.Linear(5, n), random.choice(("list", "dict", "parameters", "deep"))
     held, layer = {
-        "list": lambda: ([nn.Linear(5, n)], lambda m, x: m.held[0](x)),
-        "dict": lambda: ({"up": nn.Linear(5, n)}, lambda m, x: m.held["up"](x)),
-        "parameters": lambda: (
-            nn.ParameterDict({"w": torch.zeros(n, 5), "b": torch.zeros(n)}),
-            lambda m, x: F.linear(x, m.held["w"], m.held["b"]),
+        "list": ([up], lambda held, x: held[0](x)),
+        "dict": ({"up": up}, lambda held, x: held["up"](x)),
+        "parameters": (nn.ParameterDict({"w": up.weight}), lambda held, x: F.linear(x, held["w"])),
+        "deep": (
+            nn.ModuleDict({"x": nn.ModuleList([nn.Sequential(nn.Identity(), up)])}),
+            lambda held, x: held["x"][0][1](x),
         ),
-        "deep": lambda: (
-            nn.ModuleDict({"x": nn.ModuleList([nn.Sequential(nn.Identity(), nn.Linear(5, n))])}),
-            lambda m, x: m.held["x"][0][1](x),
-        ),
-    }[kind]()
+    }[kind]
     places = "held.w:0" if kind == "parameters" else DOWN
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.down(read(layer(m, x).relu(), -1, places))
+        return m.down(read(layer(m.held, x).relu(), -1, places))
 
     return Built(Net(run, held=held, down=nn.Linear(n, 3)), (vectors(random),))
 
@@ -189,17 +122,15 @@ class Symmetric(nn.Module):
 class Scaled(nn.Module):
     """A weight times a gain per row, or over its own norm."""
 
-    def __init__(self, n: int, kind: str) -> None:
+    def __init__(self, n: int, gained: bool) -> None:
         super().__init__()
-        self.gain, self.kind = nn.Parameter(torch.zeros(n, 1)), kind
+        self.gain, self.gained = nn.Parameter(torch.zeros(n, 1)), gained
 
     def forward(self, x: Tensor) -> Tensor:
-        """By the kind."""
-        if self.kind == "gain":
+        """By the gain, or the norm of rows."""
+        if self.gained:
             return x * self.gain.exp()
-        if self.kind == "rows":
-            return x / x.norm(dim=1, keepdim=True)
-        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-3)
+        return x / read(x, 1, "more.parametrizations.weight.original:1").norm(dim=1, keepdim=True)
 
 
 def parametrised(random: Random) -> Built:
@@ -209,41 +140,43 @@ def parametrised(random: Random) -> Built:
         h = read(m.up(x).relu(), -1, "up.bias:0")
         return m.down(read(m.more(h).relu(), -1, "more.bias:0"))
 
-    more, up, down, x = nn.Linear(8, 8), nn.Linear(5, 8), nn.Linear(8, 3), vectors(random)
-    ways: dict[str, Callable[[nn.Module], object]] = {
-        "weight_norm": parametrizations.weight_norm,
-        "old": lambda layer: weight_norm(layer, dim=0),
-        "old1": lambda layer: weight_norm(layer, dim=1),
-        "spectral": parametrizations.spectral_norm,
-        "old_spectral": spectral_norm,
-        "orthogonal": parametrizations.orthogonal,
-        "symmetric": lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric()),
-    }
-    for kind in ("gain", "rows", "std"):
-        ways[kind] = lambda layer, kind=kind: parametrize.register_parametrization(layer, "weight", Scaled(8, kind))
-    kind = random.choice(list(ways))
-    ways[kind](random.choice((up, more)) if kind not in ("symmetric", "orthogonal") else more)
-    return Built(Net(run, up=up, down=down, more=more), (x,))
+    def by(made: nn.Module) -> Callable[[nn.Module], object]:
+        return lambda layer: parametrize.register_parametrization(layer, "weight", made)
+
+    built = perceptron(run, random, 8, more=nn.Linear(8, 8))
+    square, wide = built.model.more, random.choice((built.model.up, built.model.more))
+    way, layer = random.choice(
+        (
+            (parametrizations.weight_norm, wide),
+            (lambda layer: weight_norm(layer, dim=0), wide),
+            (lambda layer: weight_norm(layer, dim=1), wide),
+            (parametrizations.spectral_norm, wide),
+            (spectral_norm, wide),
+            (parametrizations.orthogonal, square),
+            (by(Symmetric()), square),
+            (by(Scaled(8, gained=True)), wide),
+            (by(Scaled(8, gained=False)), wide),
+        )
+    )
+    way(layer)
+    return built
 
 
 def pruned_by_masks(random: Random) -> Built:
     """torch.nn.utils.prune: masks on weights and biases, one or several."""
-    n = width(random)
 
     def run(m: Any, x: Tensor) -> Tensor:
         return m.down(read(m.up(x).sigmoid(), -1, "up.bias:0 up.bias_orig:0"))
 
-    model = Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3))
+    built = perceptron(run, random, width(random))
     ways = (
         lambda layer: prune.random_structured(layer, "weight", 1, 0),
         lambda layer: prune.random_unstructured(layer, "weight", 0.4),
         lambda layer: prune.random_unstructured(layer, "bias", 1),
-        lambda layer: prune.random_structured(layer, "weight", 1, 1),
     )
     for _ in range(random.randint(1, 2)):
-        layer = random.choice((model.up, model.down))
-        random.choice(ways)(layer)
-    return Built(model, (vectors(random),))
+        random.choice(ways)(random.choice((built.model.up, built.model.down)))
+    return built
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -262,12 +195,10 @@ Pair = namedtuple("Pair", "first second")
 
 def keeps_activations(random: Random) -> Built:
     """Activations are stored in one of many places, and not read again."""
-    n = width(random)
     closure: list[Tensor] = []
     keep, held = random.choice(
         (
             (lambda m, h: setattr(m, "last", h), None),
-            (lambda m, h: m.held.append(h), []),
             (lambda m, h: m.held.update(h={"deep": [h]}), OrderedDict()),
             (lambda m, h: m.held.append(h), deque(maxlen=3)),
             (lambda m, h: vars(m.held).update(last=h, rows={"h": Pair(h, [h])}), Memory()),
@@ -283,43 +214,26 @@ def keeps_activations(random: Random) -> Built:
         keep(m, h)
         return h
 
-    return middle(act, random, n, held=held)
-
-
-def state_from_before(random: Random) -> Built:
-    """What a run leaves is read by the next one."""
-    n = width(random)
-    kind = random.choice(("none", "zeros", "buffer"))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        h = m.up(x).relu()
-        if m.hidden is not None:
-            h = h + 0.5 * m.hidden
-        m.hidden = h.detach()
-        return m.down(read(h, -1, UP))
-
-    x = vectors(random)
-    start = {"none": None, "zeros": torch.zeros(len(x), n), "buffer": nn.Buffer(torch.zeros(len(x), n))}[kind]
-    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3), hidden=start), (x,))
+    return middle(act, random, held=held)
 
 
 def made_at_the_first_run(random: Random) -> Built:
     """A table, a scale or a layer is made when it is first needed."""
-    n = width(random)
-    kind = random.choice(("rows", "units", "scale", "weight", "grows"))
+    make = random.choice(
+        (
+            lambda m, h: torch.linspace(0, 1, len(h))[:, None],
+            lambda m, h: torch.linspace(0, 1, h.shape[-1]),
+            lambda m, h: torch.tensor(h.shape[-1] ** -0.5),
+            lambda m, h: m.up.bias.detach().sigmoid(),
+        )
+    )
 
     def act(m: Any, h: Tensor) -> Tensor:
-        if m.table is None or (kind == "grows" and len(m.table) < len(h)):
-            m.table = {
-                "rows": lambda: torch.linspace(0, 1, len(h))[:, None],
-                "units": lambda: torch.linspace(0, 1, h.shape[-1]),
-                "scale": lambda: torch.tensor(h.shape[-1] ** -0.5),
-                "weight": lambda: m.up.bias.detach().sigmoid(),
-                "grows": lambda: torch.arange(len(h), dtype=h.dtype)[:, None],
-            }[kind]().to(h)
-        return h.relu() * (m.table[: len(h)] if kind == "grows" else m.table)
+        if m.table is None:
+            m.table = make(m, h).to(h)
+        return h.relu() * m.table
 
-    return middle(act, random, n, table=None)
+    return middle(act, random, table=None)
 
 
 @lru_cache
@@ -337,13 +251,10 @@ def functions_that_remember(random: Random) -> Built:
 
     def act(m: Any, h: Tensor) -> Tensor:
         n = h.shape[-1 if by_width else 0]
-        if cached:
-            factor = ramp(n)
-        else:
-            if n not in RAMPS:
-                RAMPS[n] = torch.linspace(0.5, 1.5, n)
-            factor = RAMPS[n]
-        return h.relu() * (factor if by_width else factor[:, None]).to(h)
+        if not cached and n not in RAMPS:
+            RAMPS[n] = torch.linspace(0.5, 1.5, n)
+        factor = (ramp(n) if cached else RAMPS[n]).to(h)
+        return h.relu() * (factor if by_width else factor[:, None])
 
     return middle(act, random)
 
@@ -391,17 +302,15 @@ def a_cache_that_grows(random: Random) -> Built:
 
 def hooks_everywhere(random: Random) -> Built:
     """Hooks that change what goes in, what comes out, or only look."""
-    n = width(random)
     seen: list[Any] = []
-    built = middle(lambda m, h: m.act(h), random, n, places=UP, act=nn.Sigmoid())
-    model = built.model
-    kind = random.choice(("out", "in", "look", "both", "keywords"))
+    built = middle(lambda m, h: m.act(h), random, act=nn.Sigmoid())
+    model, kind = built.model, random.choice(("out", "in", "look", "both", "keywords"))
     if kind in ("out", "both"):
-        model.act.register_forward_hook(lambda module, given, out: out * 1.5 + 0.1)
+        model.act.register_forward_hook(lambda module, args, out: out * 1.5 + 0.1)
     if kind in ("in", "both"):
-        model.act.register_forward_pre_hook(lambda module, given: (given[0] - 0.2,))
+        model.act.register_forward_pre_hook(lambda module, args: (args[0] - 0.2,))
     if kind == "look":
-        model.up.register_forward_hook(lambda module, given, out: seen.append(out))
+        model.up.register_forward_hook(lambda module, args, out: seen.append(out))
     if kind == "keywords":
-        model.act.register_forward_hook(lambda module, given, named, out: out.square(), with_kwargs=True)
+        model.act.register_forward_hook(lambda module, args, kwargs, out: out.square(), with_kwargs=True)
     return built
