@@ -42,7 +42,7 @@ class Text:
 def text(spec: str) -> Text:
     """Load the text domain that a user names: ``news``, ``code``, ``manual``, ``talk``, or ``NAME=PATH``.
 
-    >>> text("load_manual").name
+    >>> text("manual").name
     'manual'
 
     Args:
