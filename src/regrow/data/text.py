@@ -187,6 +187,7 @@ def _split_documents(path: Path, content: str) -> Iterator[str]:
 
 
 def _is_message(value: object) -> bool:
+    """Whether JSON data are a message of a chat, with a role and text."""
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 

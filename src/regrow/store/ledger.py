@@ -70,6 +70,7 @@ class Ledger:
             self._write(map(_format_plan, entries[:count]))
 
     def _write(self, lines: Iterable[str]) -> None:
+        """Write the whole file atomically, with a line per plan."""
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:

@@ -253,6 +253,7 @@ class Metrics:
 
     @cached_property
     def _keys(self) -> set[str | None]:
+        """The keys of all rows of the file."""
         counts: Counter[str] = Counter()
         keys = set()
         for _, row in self._lines():
@@ -274,6 +275,7 @@ class Metrics:
                 yield where, row
 
     def _read(self) -> bytes:
+        """Return the content of the file, empty if it is missing; StoreError if it is a link or no regular file."""
         if self.path.is_symlink():
             raise StoreError(f"{self.path} is a symbolic link; put the file itself there")
         if not self.path.exists():

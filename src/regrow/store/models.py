@@ -191,6 +191,7 @@ def _load(
     *,
     check: bool,
 ) -> nn.Module:
+    """Load a saved network as :func:`load` does, from a folder that is not replaced meanwhile."""
     shapes = read_shapes(folder, check=check)
     net = build_checked(folder, shapes, model, dtype)
     tensors = read_weights(folder, shapes, check=check)

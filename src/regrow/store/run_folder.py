@@ -195,6 +195,7 @@ class RunFolder:
 
     @cached_property
     def _metrics(self) -> Metrics:
+        """The file with the measurements of the run."""
         return Metrics(self.path / "metrics.jsonl")
 
     def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
@@ -208,4 +209,5 @@ class RunFolder:
 
 
 def _now() -> str:
+    """Return the present time in UTC, in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -219,6 +219,7 @@ class TensorWriter:
             work.result()
 
     def _write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its file, and wait for the disk after every ``FLUSH_BYTES``."""
         file = self.files[name]
         file.write(name, tensor)
         self.unflushed += tensor.nbytes
@@ -227,4 +228,5 @@ class TensorWriter:
             self.unflushed = 0
 
     def _digest(self, name: str, data: Tensor) -> None:
+        """Take the SHA-256 of a tensor's bytes."""
         self.digests[name] = hashlib.sha256(data.numpy().data).hexdigest()

@@ -103,7 +103,7 @@ class Checkpoint:
 def read_tensor(
     place: TensorPlace, first: int | None = None, *, aligned: bool = False, pool: BufferPool | None = None
 ) -> Tensor:
-    """Return a tensor read into memory of its own, or its first ``first`` entries, ``[first]``; StoreError if it fails.
+    """Return a tensor read into memory of its own, or its ``first`` entries, ``[first]``; StoreError if it fails.
 
     Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
     another one, kernels may sum in another order.

@@ -195,7 +195,7 @@ class StreamedNetwork:
         watched: Mapping[int, str],
         index: int,
     ) -> Any:
-        """Run one batch through one block; the pass behind the last block returns the network's output."""
+        """Run a batch up to the block of a pass; return the output in the pass behind the last block, else ``None``."""
         self._running.index = index
         output, batch = None, batches[index]
         with around(index, watched):
