@@ -26,7 +26,7 @@ from shared import Row, arguments, run, table, today, write
 
 import regrow
 from regrow import evaluation, export, store
-from regrow.evaluation.generation import empty_cache
+from regrow.evaluation.generation import make_cache_arguments
 from regrow.nets import load
 from regrow.store.run_record import versions
 from regrow.tracing import trace
@@ -69,7 +69,7 @@ def made(work: Path, keeps: list[float], tokens: int) -> dict[str, Row]:
 
 @torch.no_grad()
 def _cached(net: Any) -> int:
-    cache = empty_cache(net)
+    cache = make_cache_arguments(net)
     net(torch.zeros(1, 4, dtype=torch.long), **cache)
     layers = next(value for value in cache.values() if hasattr(value, "layers")).layers
     return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values)) // 4
@@ -89,7 +89,7 @@ def transformers_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]
 
     @torch.no_grad()
     def decode() -> float:
-        cache = empty_cache(net)
+        cache = make_cache_arguments(net)
         net(window[:, :32], **cache)
         start = time.perf_counter()
         for i in range(steps):

@@ -38,7 +38,7 @@ import regrow
 from regrow.allocation.commits import kind_of
 from regrow.core.candidates import candidates_in
 from regrow.evaluation import macs
-from regrow.evaluation.continual import share_right
+from regrow.evaluation.continual import measure_accuracy
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, retrain, run
 from regrow.jobs.search_inputs import read_parts
@@ -104,7 +104,7 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
         folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
         whole = replace(parts, whole=parts.search)
         trained = retrain(ActiveRun(record=folder), drawn, whole, regrow.load(folder.path / "found"))
-        found[share_right(trained, parts.search.test)] = drawn
+        found[measure_accuracy(trained, parts.search.test)] = drawn
     return found[max(found)]
 
 

@@ -5,7 +5,13 @@ import torch
 
 from regrow.core.errors import InputError
 from regrow.evaluation import generation
-from regrow.evaluation.generation import check_generation, generate_tokens, predict_generation, sample, sampling_dtype
+from regrow.evaluation.generation import (
+    check_generation,
+    generate_tokens,
+    predict_generation_bytes,
+    sample,
+    sampling_dtype,
+)
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
@@ -76,7 +82,7 @@ def test_a_network_in_training_mode_is_sampled_without_dropout(llama):
 def test_a_network_without_attention_has_no_cache():
     config = transformers.MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1)
     model = transformers.MambaForCausalLM(config)
-    assert predict_generation(model.to(sampling_dtype(model)), 3, 10) == 16 * 3 * 16
+    assert predict_generation_bytes(model.to(sampling_dtype(model)), 3, 10) == 16 * 3 * 16
 
 
 @pytest.mark.parametrize(

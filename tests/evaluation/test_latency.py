@@ -6,7 +6,7 @@ from torch import nn
 
 from regrow.core.candidates import Candidates
 from regrow.core.sources import Batch
-from regrow.evaluation.timing import latency
+from regrow.evaluation.timing import measure_latency
 
 
 class Unused(nn.Module):
@@ -39,7 +39,7 @@ def inner() -> nn.Module:
 )
 def test_parts_are_no_more_than_the_whole(net: nn.Module, ops: set[str], layers: set[str]) -> None:
     """Nested candidates are a part of what they lie in, a root that is candidates is one sum, what never runs is 0."""
-    table = latency(net, Batch((torch.randn(64, 4),)), repeats=3)
+    table = measure_latency(net, Batch((torch.randn(64, 4),)), repeats=3)
     assert (set(table.ops), set(table.layers)) == (ops, layers)
     parts = [*table.ops.values(), *table.sums.values(), *table.layers.values()]
     assert min(parts) >= 0 and sum(parts) + table.rest == pytest.approx(table.total)

@@ -15,12 +15,12 @@ from regrow.allocation.stages import MemoryBudgetError, stages
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
 from regrow.evaluation.memory import (
-    Live,
     Memory,
+    MemoryCounterMode,
     UnpredictableError,
-    peak_meter,
+    make_training_step,
     predict_memory,
-    training,
+    start_peak_meter,
 )
 from regrow.nets.cells import OPERATIONS, Cells, build_prefix, supernet_config, thin_config
 
@@ -52,7 +52,7 @@ def residual() -> nn.Module:
 def measure_memory(model: nn.Module, batch: Batch, step: Callable[[nn.Module, Batch], Any]) -> Memory:
     """Measure what two real steps need; the network's weights change."""
     given = [*model.parameters(), *model.buffers(), *batch.args, batch.labels]
-    with Live([tensor for tensor in given if tensor is not None]) as live:
+    with MemoryCounterMode([tensor for tensor in given if tensor is not None]) as live:
         for _ in range(2):
             step(model, batch)
     return Memory(live.held, live.peak)
@@ -71,7 +71,7 @@ def agree(build: Callable[[], nn.Module], batch: Batch, step: Callable[[nn.Modul
 
 def test_storage_is_counted_once_while_it_lives() -> None:
     given = torch.zeros(1000)
-    with Live([given]) as live:
+    with MemoryCounterMode([given]) as live:
         assert (live.held, live.now, live.peak) == (4000, 4000, 4000)
         view = (given + 1).view(10, 100)[3:].t()
         assert live.now == 8000
@@ -88,7 +88,7 @@ def test_storage_is_counted_once_while_it_lives() -> None:
 
 def test_what_was_there_before_is_held_though_nobody_gave_it() -> None:
     before = torch.zeros(1000)
-    with Live() as live:
+    with MemoryCounterMode() as live:
         made = torch.zeros(10)
         made = made + before.sum()
     assert (live.held, live.now) == (4000, 4040)
@@ -97,7 +97,7 @@ def test_what_was_there_before_is_held_though_nobody_gave_it() -> None:
 
 def test_what_backward_needs_is_alive_until_it_ran() -> None:
     x = torch.ones(1000, requires_grad=True)
-    with Live([x]) as live:
+    with MemoryCounterMode([x]) as live:
         y = x.exp().exp().sum()  # each keeps its answer
         assert live.now == 3 * 4000 + 4
         y.backward()
@@ -107,22 +107,22 @@ def test_what_backward_needs_is_alive_until_it_ran() -> None:
 
 
 def test_predicted_is_measured_on_prefixes_of_cells() -> None:
-    step = training(SGD)
+    step = make_training_step(SGD)
     cases = [(4, 4, 0), (4, 16, 0), (4, 16, 2), (8, 16, 2)]
     peaks = [agree(cells(width, last), images(count), step) for width, count, last in cases]
     assert sorted(set(peaks)) == peaks
-    assert agree(cells(4, 0, OPERATIONS), images(4), training(torch.optim.Adam)) > peaks[0]
+    assert agree(cells(4, 0, OPERATIONS), images(4), make_training_step(torch.optim.Adam)) > peaks[0]
 
 
 @pytest.mark.parametrize("optimizer", [SGD, torch.optim.Adam], ids=["sgd", "adam"])
 def test_predicted_is_measured_on_a_residual_network(optimizer: Any) -> None:
-    step = training(optimizer)
+    step = make_training_step(optimizer)
     small, large = agree(residual, images(2, 32), step), agree(residual, images(16, 64), step)
     assert large > small
 
 
 def test_a_network_that_exists_is_left_as_it_is() -> None:
-    model, step = cells(4, 1)(), training(SGD)
+    model, step = cells(4, 1)(), make_training_step(SGD)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     foretold = predict_memory(model, images(8), step)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -151,7 +151,7 @@ def test_masks_that_stand_in_for_weights_are_counted() -> None:
         return loss.item()
 
     build = cells(8, 1)
-    plain = agree(build, images(2), training(partial(torch.optim.SGD, lr=0.01)))
+    plain = agree(build, images(2), make_training_step(partial(torch.optim.SGD, lr=0.01)))
     weights = sum(4 * p.numel() for p in build().parameters() if p.dim() == 4)
     assert agree(build, images(2), masked) > plain + weights
 
@@ -168,8 +168,8 @@ def test_a_size_that_data_decide_is_no_prediction() -> None:
 def test_resident_memory_is_beside_it() -> None:
     """Where the system tells: the process grew by as much as was live, and not by twice as much."""
     net, batch = cells(8, 2)(), images(256)
-    grown = peak_meter(torch.device("cpu"))
-    found = measure_memory(net, batch, training(SGD))
+    grown = start_peak_meter(torch.device("cpu"))
+    found = measure_memory(net, batch, make_training_step(SGD))
     more = grown()
     if more is None:
         pytest.skip("the system does not tell")
@@ -191,7 +191,7 @@ def test_thinned_cells_keep_their_share_and_run() -> None:
 def test_stages_keep_the_budget_in_the_run_itself() -> None:
     """Planned on shapes alone, then learned: half of what the whole network needs is enough, and is not exceeded."""
     config = supernet_config((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
-    batch, step = images(64), training(SGD)
+    batch, step = images(64), make_training_step(SGD)
 
     @cache
     def peak(first: int, last: int) -> int:

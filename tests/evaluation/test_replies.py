@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from regrow.evaluation.generation import prompt, reply
+from regrow.evaluation.generation import encode_chat, reply
 from store import saved
 from zoo import ZOO
 
@@ -23,7 +23,7 @@ def tokenizer():
 def test_it_says_what_generate_says(name, tokenizer):
     net = saved.cut(saved.CASES[name])[0] if name != "gpt2" else ZOO[name].build()
     messages = [{"role": "user", "content": "ABC"}]
-    tokens = prompt(tokenizer, messages)
+    tokens = encode_chat(tokenizer, messages)
     net.generation_config.eos_token_id = tokenizer.eos_token_id
     whole = net.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, tokens.shape[1] :]
     expected = tokenizer.decode(whole, skip_special_tokens=True)

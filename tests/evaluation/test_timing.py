@@ -11,7 +11,7 @@ from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget
 from regrow.core.scores import Evidence
 from regrow.core.sources import Batch
-from regrow.evaluation.timing import fastest_pass, lengthen, time_widths
+from regrow.evaluation.timing import fastest_pass, set_row_length, time_widths
 from regrow.jobs.pruning import build_pruner, with_timing
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.surgery import apply
@@ -55,7 +55,7 @@ def test_kinds_share_a_curve_and_wide_ones_save_more() -> None:
 
 def test_modules_are_timed_with_what_they_get_in_the_network() -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
-    batch = lengthen(Batch(texts("a").batches[0].args), 32)
+    batch = set_row_length(Batch(texts("a").batches[0].args), 32)
     found = time_widths(model, axes, axes.units(), batch, repeats=2)
     assert found.positions == batch.args[0].numel() == 3 * 32
     assert [len(curve) for curve in found.curves.values()] == [3, 5]
@@ -76,8 +76,8 @@ def test_a_time_target_is_met_as_predicted_and_nearly_in_truth() -> None:
 
 def test_what_cannot_be_timed_is_said() -> None:
     with pytest.raises(ValueError, match="no rows of tokens"):
-        lengthen(Batch((torch.ones(2, 3),)), 9)
-    assert lengthen(Batch((), {"ids": torch.tensor([[1, 2]])}), 5).kwargs["ids"].tolist() == [[1, 2, 1, 2, 1]]
+        set_row_length(Batch((torch.ones(2, 3),)), 9)
+    assert set_row_length(Batch((), {"ids": torch.tensor([[1, 2]])}), 5).kwargs["ids"].tolist() == [[1, 2, 1, 2, 1]]
     _, axes = lm()
     with pytest.raises(ValueError, match="not measured"):
         payers(axes, Budget(0.5, Measure.TIME))

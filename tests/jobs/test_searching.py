@@ -18,7 +18,7 @@ from regrow.core import amounts
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidates_in
 from regrow.data.vision import cut_out
-from regrow.evaluation.continual import share_right
+from regrow.evaluation.continual import measure_accuracy
 from regrow.evaluation.timing import Latency
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
@@ -70,11 +70,11 @@ def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
     net = regrow.load(done.path)
     parts = read_parts(SETTINGS)
     told = rows(done, "test")[0]
-    assert told["accuracy"] == share_right(net, parts.test) and told["images"] == 100
+    assert told["accuracy"] == measure_accuracy(net, parts.test) and told["images"] == 100
     assert told["nonzero"] <= 3000
     assert sum(int(p.count_nonzero()) for p in net.parameters()) == told["nonzero"]
     found = regrow.load(done.path / "found")
-    assert rows(done, "found")[0]["accuracy"] == share_right(found, parts.search.test)
+    assert rows(done, "found")[0]["accuracy"] == measure_accuracy(found, parts.search.test)
     zero = {name for name, p in found.named_parameters() if not bool(p.all())}
     assert all(bool((net.get_parameter(n)[found.get_parameter(n) == 0] == 0).all()) for n in zero if "weight" in n)
 
@@ -332,7 +332,7 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
 
     net = regrow.load(folder.path, model=own_nets.tiny)
     assert (
-        share_right(net, read_parts(Settings("own_nets:tiny", "digits", "params=30%", **given)).test)
+        measure_accuracy(net, read_parts(Settings("own_nets:tiny", "digits", "params=30%", **given)).test)
         == (rows(folder, "test")[0]["accuracy"])
     )
     with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
@@ -424,7 +424,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     )
     done = run(settings, Invocation(tmp_path / "run"))
     net, told = regrow.load(done.path), rows(done, "test")[0]
-    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, read_parts(settings).test)
+    assert isinstance(net, Mobile) and told["accuracy"] == measure_accuracy(net, read_parts(settings).test)
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
@@ -479,7 +479,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
         )[0]
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
-    monkeypatch.setattr(search_inputs, "latency", lambda *_: table)
+    monkeypatch.setattr(search_inputs, "measure_latency", lambda *_: table)
     done = run(settings, Invocation(tmp_path / "run"))
     told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
     assert told["whole"] == table.total and told["found"] > 0
@@ -490,7 +490,8 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, Invocation(tmp_path / "killed"))
-    monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
+    # The machine is slower now.
+    monkeypatch.setattr(search_inputs, "measure_latency", lambda model, *_: invented(model, 3.0))
     kept = tmp_path / "killed" / ".work" / "run.json"
     text = kept.read_text()
     for damaged in ('"total": -', '"wrong": '):
@@ -506,7 +507,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
 def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_inputs, "latency", lambda model, *_: invented(model))
+    monkeypatch.setattr(search_inputs, "measure_latency", lambda model, *_: invented(model))
     for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
             run(Settings("cells:4-2-1", "digits", target_, **SMALL), Invocation(tmp_path / "run"))

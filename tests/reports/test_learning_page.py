@@ -55,9 +55,9 @@ def test_a_network_that_did_not_grow_says_so(several):
 def test_tasks_that_came_later_are_on_the_page(tmp_path):
     folder = learned(tmp_path, "naive", tasks=1)
     extend(Invocation(folder), ["digits"])
-    course = read_runs([folder])[0].course
-    assert course.tasks == ["permuted-1", "digits"] and course.end.average is not None
-    assert [len(row) for row in course.accuracies] == [1, 2]
+    results = read_runs([folder])[0].task_results
+    assert results.names == ["permuted-1", "digits"] and results.end.average is not None
+    assert [len(row) for row in results.accuracies] == [1, 2]
     assert "digits" in to_html(read_runs([folder]))
 
 
@@ -75,7 +75,7 @@ def test_a_run_under_way_has_a_page(several, tmp_path, left):
     write_rows(folder, rows)
     (found,) = read_runs([folder])
     count = {"nothing": 0, "no matrix": 3, "more to come": 4}[left]
-    assert len(found.course.accuracies) == count and found.course.end is None
+    assert len(found.task_results.accuracies) == count and found.task_results.end is None
     text = to_html([found])
     assert ("accuracy" in check_self_contained(text).ids) == ('style="--share' in text) == bool(count)
     check_self_contained(to_html(read_runs([folder, several[1]])))

@@ -10,7 +10,7 @@ import pytest
 
 from regrow.reports import ReportError, read_runs, to_html
 from regrow.reports.comparison import find_differences
-from regrow.reports.summary import describe_proof, mean_perplexity, next_command, quality_table, summarise
+from regrow.reports.summary import describe_proof, mean_perplexities, next_command, quality_table, summarise
 from regrow.store.metrics import VerifyRow
 from reports.folders import GROUPS, KINDS, LAYERS, NEURONS, ODD, mlp, rows_of, write_rows, write_run
 
@@ -34,13 +34,13 @@ def test_a_complete_run(folder):
     assert news.value("before") == 33.2 and news.lost == pytest.approx(math.log(41.0 / 33.2)) and news.seen
     assert news.error("before") == pytest.approx(33.2 * math.expm1(1.96 * 0.028))
     unseen = [row for row in run.quality if row.seen is False]
-    assert mean_perplexity(unseen)[0] == pytest.approx(math.sqrt(14.1 * 26.4))
+    assert mean_perplexities(unseen)[0] == pytest.approx(math.sqrt(14.1 * 26.4))
     neurons, groups = run.widths
     assert neurons.name == "MLP neurons" and neurons.before == LAYERS * NEURONS > neurons.after
     assert groups.before == LAYERS * GROUPS and groups.after == groups.before - 2
     assert [key for key, *_ in neurons.rows] == [mlp(layer) for layer in range(LAYERS)]
     assert run.sizes["changed"].params_counted == round(106_168_320 * 0.9)
-    assert [row.ok for row in run.of(VerifyRow)] == [True, True]
+    assert [row.ok for row in run.rows_of(VerifyRow)] == [True, True]
     assert describe_proof(run).startswith("Masked = shrunk: the cut model computes")
 
 
@@ -177,7 +177,7 @@ def test_an_axis_of_absurd_size_is_named(folder):
 
 def test_nothing_in_a_folder_can_break_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr("reports.folders.LAYERS", 2)
-    monkeypatch.setattr("regrow.reports.page.FIGURES", dict.fromkeys(("quality", "course"), lambda run: None))
+    monkeypatch.setattr("regrow.reports.page.FIGURES", dict.fromkeys(("quality", "search"), lambda run: None))
     folder = write_run(tmp_path / "run", "gprune")
     rng = random.Random(0)
     names = ["run.json", "axes.json", "metrics.jsonl"]

@@ -9,7 +9,7 @@ from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.core.axes import Axis, Role
 from regrow.core.scores import Moments, Need, Statistics, merged
 from regrow.core.sources import Batch, Source
-from regrow.evaluation.memory import Live
+from regrow.evaluation.memory import MemoryCounterMode
 from regrow.scoring import watch
 from regrow.scoring.collect import CollectionRun, collect
 from regrow.scoring.gradients import add_gradients
@@ -95,7 +95,7 @@ def test_sums_of_gradients_are_exact_and_one_gradient_is_in_memory_at_a_time() -
     names = [name for name, _ in model.named_parameters()]
     batches = [Batch((torch.randn(2, 64),), labels=torch.tensor([1, 63])) for _ in range(2)]
     sums: dict[str, torch.Tensor] = {}
-    with Live(model.parameters()) as live:
+    with MemoryCounterMode(model.parameters()) as live:
         for batch in batches:
             add_gradients(model, batch, names, sums)
     each = 4 * 64 * 64

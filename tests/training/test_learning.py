@@ -16,7 +16,7 @@ from PIL import Image
 import regrow
 from regrow.data import SourceError
 from regrow.data.streams import load_digits, permuted_tasks, split_by_classes
-from regrow.evaluation.continual import Matrix, share_right
+from regrow.evaluation.continual import Matrix, measure_accuracy
 from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, extend, run
 from regrow.jobs.recording import Invocation
@@ -45,7 +45,7 @@ def test_every_method_learns_and_tells(name: str) -> None:
     state = learn(model, axes, tasks, learner, TaskSchedule(epochs=4, batch_size=32, lr=0.05)).state
     assert state.rows[0][0] > 0.6 > 0.3 > state.before[0]
     if name != "wsn":  # which answers through its masks
-        again = tuple(share_right(model, task.test) for task in tasks)
+        again = tuple(measure_accuracy(model, task.test) for task in tasks)
         assert again == state.rows[-1]
 
 
@@ -147,7 +147,7 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     factors = 4 * sum((one.in_features + 1) * one.in_features + one.out_features**2 for one in layers)
     assert told["remembered"] == flags + factors + 4 * sum(one.out_features for one in layers)
     tasks = read_tasks(TaskSpecs(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
-    assert tuple(share_right(model, task.test) for task in tasks) == tuple(last["matrix"][-1])
+    assert tuple(measure_accuracy(model, task.test) for task in tasks) == tuple(last["matrix"][-1])
     assert model[1].out_features > 16
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from regrow.api.inputs import ModelLike, to_example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.exporters import Written
+from regrow.exporters import ExportResult
 from regrow.jobs.export import ExportInputs, carry_out, open_named
 from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
@@ -23,7 +23,7 @@ def export(
     dtype: str = "",
     example: Any = None,
     progress: Progress = silent,
-) -> Written:
+) -> ExportResult:
     """Write a network in a format of other tools, read it back, and compare it with the network.
 
     Args:

@@ -72,7 +72,7 @@ def say_run(path: Path) -> None:
         quality = summary.quality_table(run)
         rows = [[cell.partition(" ± ")[0] for cell in row] for row in quality.rows]
         table(quality.title, quality.columns, rows, numbers=range(1, len(quality.columns)))
-    if run.course.accuracies:
+    if run.task_results.accuracies:
         known = summary.accuracy_table(run)
         columns = (known.columns[0], *map(str, range(1, len(known.columns) - 1)), known.columns[-1])
         table(known.title, columns, known.rows, numbers=range(1, len(columns)))

@@ -12,14 +12,15 @@ from torch import nn
 
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, logits_in
 from regrow.data.text import find_bos_tokens
 from regrow.evaluation.measure import evaluating
-from regrow.evaluation.quality import finite, share_error, token_losses
+from regrow.evaluation.quality import finite_or_none, share_error, token_losses
 
 LONGEST = 2048  # tokens per row, at most
 CHOICE_TOKENS = 1024  # per forward pass of choices: the logits of a 262,144-token vocabulary take 1 GB
-Row = tuple[list[int], int]  # tokens, and where the part begins whose likelihood is wanted
+Row = tuple[list[int], int]  # tokens of context and ending, and the index at which the ending begins
 # {"query", "choices", "gold"}, or {"context_options", "continuation", "gold"} if the beginnings differ.
 Item = Mapping[str, Any]
 Outputs = Callable[[Sequence[Batch]], Iterable[object]]  # batches → the output of a model for each
@@ -57,11 +58,11 @@ class Choices:
 
     @property
     def error(self) -> float:
-        """The standard error of :attr:`accuracy`, √(p(1−p)/n)."""
+        """The standard error of :attr:`accuracy` over items, √(p(1−p)/n)."""
         return share_error(self.accuracy, len(self.right))
 
     def record(self) -> dict[str, object]:
-        """Return the result as JSON-able data."""
+        """Return the result as JSON data; margins that are not finite, those of single choices, become ``None``."""
         return {
             "task": self.task,
             "items": len(self.right),
@@ -72,8 +73,8 @@ class Choices:
             "chance": self.chance,
             "right": list(self.right),
             "right_per_byte": list(self.right_per_byte),
-            "margins": [finite(value) for value in self.margins],
-            "margins_per_byte": [finite(value) for value in self.margins_per_byte],
+            "margins": [finite_or_none(value) for value in self.margins],
+            "margins_per_byte": [finite_or_none(value) for value in self.margins_per_byte],
         }
 
 
@@ -81,7 +82,7 @@ def items_in(path: Path, n: int | None = None) -> list[Item]:
     """Read multiple-choice items from a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them, or all.
 
     Raises:
-        ValueError: If the file cannot be read, or a line is not an item; names the line.
+        ValueError: If the file cannot be read or has no item, or a line is not an item; names the line.
     """
     data = read_content(expanded(path), MAX_TEXT_BYTES)
     if len(data) > MAX_TEXT_BYTES:
@@ -94,7 +95,7 @@ def items_in(path: Path, n: int | None = None) -> list[Item]:
     for number, line in islice(enumerate(lines, start=1), n):
         where = f"line {number} of {path}"
         items.append(parse_json(line, where))
-        _pairs(items[-1], where)
+        _split_choices(items[-1], where)
     if not items:
         raise ValueError(f"{path} holds no items")
     return items
@@ -103,7 +104,7 @@ def items_in(path: Path, n: int | None = None) -> list[Item]:
 def choices(
     model: nn.Module, tokenizer: Any, items: Sequence[Item], *, task: str = "choice", outputs: Outputs | None = None
 ) -> Choices:
-    """Measure a causal language model on multiple-choice items.
+    """Measure the multiple-choice accuracy of a causal language model, by the likelihood that it gives each choice.
 
     Args:
         model: A causal model, called with tokens ``[batch, tokens]``, that returns logits. Rows are padded on the
@@ -111,15 +112,16 @@ def choices(
         tokenizer: A transformers tokenizer.
         items: The items.
         task: The name of the task.
-        outputs: Returns the model's output for each batch, where it does not run as a whole; ``None``: it is called.
+        outputs: Returns the model's output for each batch, in order, if the model is not in memory as a whole;
+            ``None``: the model is called.
 
     Raises:
         ValueError: If there is no item, or one is malformed.
     """
     if not items:
         raise ValueError(f"task {task!r} has no items; give at least one")
-    scores: dict[int, float] = {}
-    groups = _batches(model, tokenizer, items)
+    scores: dict[int, float] = {}  # index of a choice among those of all items → Σ log p of its ending
+    groups = _batch_choices(model, tokenizer, items)
     batches = [batch for _, batch in groups]
     with evaluating(model) as device:
         answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs(batches)
@@ -127,39 +129,40 @@ def choices(
             assert batch.labels is not None
             losses = token_losses(logits_in(answer), batch.labels.to(device)).sum(-1).tolist()
             scores.update((i, -loss) for i, loss in zip(group, losses, strict=True))
-    totals, per_byte, start, chance = list[tuple[bool, float]](), list[tuple[bool, float]](), 0, 0.0
+    judged, judged_per_byte = list[tuple[bool, float]](), list[tuple[bool, float]]()
+    first_choice, chance = 0, 0.0
     for item in items:
-        pairs, gold = _pairs(item), item["gold"]
-        sums = [scores[start + i] for i in range(len(pairs))]
-        totals.append(_judge(sums, gold))
+        pairs, gold = _split_choices(item), item["gold"]
+        sums = [scores[first_choice + i] for i in range(len(pairs))]
+        judged.append(_judge(sums, gold))
         sizes = [max(len(ending.strip().encode()), 1) for _, ending in pairs]
-        per_byte.append(_judge([value / size for value, size in zip(sums, sizes, strict=True)], gold))
-        start += len(pairs)
+        judged_per_byte.append(_judge([value / size for value, size in zip(sums, sizes, strict=True)], gold))
+        first_choice += len(pairs)
         chance += 1 / len(pairs)
-    right, right_per_byte = (tuple(right for right, _ in rows) for rows in (totals, per_byte))
-    margins, margins_per_byte = (tuple(margin for _, margin in rows) for rows in (totals, per_byte))
+    right, margins = zip(*judged, strict=True)
+    right_per_byte, margins_per_byte = zip(*judged_per_byte, strict=True)
     return Choices(task, right, right_per_byte, chance / len(items), margins, margins_per_byte)
 
 
 def _judge(values: Sequence[float], gold: int) -> tuple[bool, float]:
-    """Return whether the right choice has the greatest value, and its lead on the greatest of the others."""
+    """Return whether choice ``gold`` is the first with the greatest value, and its value minus the greatest other."""
     others = (*values[:gold], *values[gold + 1 :])
     return values.index(max(values)) == gold, values[gold] - max(others, default=-math.inf)
 
 
 def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> int:
     """Return how many tokens :func:`choices` runs through a model, padding included."""
-    return sum(batch.args[0].numel() for _, batch in _batches(model, tokenizer, items))
+    return sum(batch.args[0].numel() for _, batch in _batch_choices(model, tokenizer, items))
 
 
 def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
-    """Return the rows of all choices of all items, of at most ``LONGEST`` tokens; longer ones lose their beginning."""
-    start, rows = find_bos_tokens(tokenizer), list[Row]()
+    """Return the tokens of every choice and where its ending begins; beyond ``LONGEST`` tokens the beginning is cut."""
+    bos, rows = find_bos_tokens(tokenizer), list[Row]()
     for number, item in enumerate(items):
-        for context, ending in _pairs(item, f"item {number}"):
+        for context, ending in _split_choices(item, f"item {number}"):
             # Tokenised together, as the model would meet them; the ending begins where the context alone ends.
-            together = start + tokenizer(context + ending, add_special_tokens=False)["input_ids"]
-            alone = start + tokenizer(context, add_special_tokens=False)["input_ids"]
+            together = bos + tokenizer(context + ending, add_special_tokens=False)["input_ids"]
+            alone = bos + tokenizer(context, add_special_tokens=False)["input_ids"]
             # At least one token before the ending to predict it from, and one in it.
             begin = max(1, min(len(alone), len(together) - 1))
             cut = max(0, min(len(together) - LONGEST, begin - 1))
@@ -167,9 +170,9 @@ def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
     return rows
 
 
-def _batches(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], Batch]]:
-    """Return (numbers of rows, batch of them) for the rows of all items."""
-    # Rows of like length go together, so that little is computed for padding.
+def _batch_choices(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], Batch]]:
+    """Return batches of choices padded on the right, each with the indices of its choices among those of all items."""
+    # Choices of similar length go together, so that little is computed for padding.
     rows = encode_choices(tokenizer, items)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     result, first = [], 0
@@ -179,7 +182,7 @@ def _batches(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tu
             count += 1
         group = order[first : first + count]
         width = max(len(rows[i][0]) for i in group) - 1
-        inputs, labels = torch.zeros(count, width, dtype=torch.int64), torch.full((count, width), -100)
+        inputs, labels = torch.zeros(count, width, dtype=torch.int64), torch.full((count, width), IGNORED)
         for row, (tokens, begin) in enumerate(rows[i] for i in group):
             inputs[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
             labels[row, begin - 1 : len(tokens) - 1] = torch.tensor(tokens[begin:])
@@ -189,23 +192,24 @@ def _batches(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tu
     return result
 
 
-def _pairs(item: Any, where: str = "") -> list[tuple[str, str]]:
-    """Return the beginning and the ending of each choice of an item, or raise ValueError if it is malformed."""
+def _split_choices(item: Any, where: str = "") -> list[tuple[str, str]]:
+    """Return (context, ending) of each choice of an item; raise ValueError, which names ``where``, if malformed."""
     item = item if isinstance(item, Mapping) else {}
-    options, single = item.get("choices"), item.get("query")
+    options, shared = item.get("choices"), item.get("query")
     if "continuation" in item:
-        options, single = item.get("context_options"), item["continuation"]
-    known = isinstance(single, str) and isinstance(options, list | tuple)
-    known = known and all(isinstance(option, str) and option.strip() for option in options)
-    if not known or type(item.get("gold")) is not int or item["gold"] not in range(len(options)):
+        options, shared = item.get("context_options"), item["continuation"]
+    has_texts = isinstance(shared, str) and isinstance(options, list | tuple)
+    has_texts = has_texts and all(isinstance(option, str) and option.strip() for option in options)
+    if not has_texts or type(item.get("gold")) is not int or item["gold"] not in range(len(options)):
         needs = '"query", "choices" and "gold", the index of the right one'
         raise ValueError(f"{where} is not a choice: it needs {needs}; mend it")
     if "continuation" in item:
-        return [(option.rstrip(), _spaced(option, single)) for option in options]
-    query = single.rstrip(" ")
-    return [(query, _spaced(query, choice)) for choice in options]
+        return [(option.rstrip(), _add_space(option, shared)) for option in options]
+    query = shared.rstrip(" ")
+    return [(query, _add_space(query, choice)) for choice in options]
 
 
-def _spaced(before: str, ending: str) -> str:
+def _add_space(context: str, ending: str) -> str:
+    """Return the stripped ending with a space in front, unless the context is empty or ends with a line break."""
     ending = ending.strip()
-    return ending if not before or before.endswith("\n") else f" {ending}"
+    return ending if not context or context.endswith("\n") else f" {ending}"

@@ -75,23 +75,24 @@ class Matrix:
         return _mean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
 
     def record(self) -> dict[str, Any]:
-        """Return the matrix and all metrics as JSON data."""
+        """Return the matrix, the accuracies before learning and all of ``METRICS`` as plain data; NaN stays."""
         metrics = {name: getattr(self, name) for name in METRICS}
         return {"matrix": [list(row) for row in self.rows], "before": list(self.before), **metrics}
 
 
 def _mean(values: Iterable[float]) -> float:
-    there = [value for value in values if not isnan(value)]
-    return fmean(there) if there else nan
+    """Return the mean of the values that are not NaN; NaN if there is none."""
+    numbers = [value for value in values if not isnan(value)]
+    return fmean(numbers) if numbers else nan
 
 
-def share_right(model: nn.Module, examples: ExampleSet, classes: Tensor | None = None) -> float:
-    """Return the accuracy: the fraction of examples whose greatest logit, among ``classes``, is that of their label."""
+def measure_accuracy(model: nn.Module, examples: ExampleSet, classes: Tensor | None = None) -> float:
+    """Return the accuracy, 0 to 1: how often the greatest logit among ``classes`` (``None``: all) is the label's."""
     return mean_score(model, examples, CLASSIFICATION, classes)
 
 
 def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
-    """Return the mean score of a network on examples; ``classes`` are those that may be predicted."""
+    """Return a network's mean score in eval mode; classifiers predict only ``classes``, a bool mask (``None``: all)."""
     total = Score()
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):

@@ -19,38 +19,39 @@ from regrow.tracing.meta_copy import copy_model
 
 ROWS, ROWS_ON_CPU = 128, 32  # windows that are generated at a time: a step reads all weights, whatever their number
 # After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
-# resumes there. The network reads the tokens so far once more at each of these places, so they are few.
+# resumes there. The network reads the tokens so far once more after each of these stretches, so they are few.
 STRETCH = 256
-_BLOCK = 256
+_BLOCK = 256  # probabilities that are summed at a time when a token is sampled
 _REMEDY = "name a causal language model of transformers, or another source"
 
 
 def check_generation(model: nn.Module) -> None:
-    """Raise InputError unless a network can generate text."""
-    if not (hasattr(model, "generate") and getattr(model, "can_generate", bool)()):
-        problem = f"source 'generated' is text that the model generates, and a {type(model).__name__} has no generate()"
-        raise InputError(f"{problem}; {_REMEDY}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        problem = (
-            f"source 'generated' is text that the model continues, and a {type(model).__name__} is an encoder-decoder"
-        )
-        raise InputError(f"{problem}; {_REMEDY}")
+    """Raise InputError unless a network can generate text, as causal language models of transformers do."""
+    problem, name = "", type(model).__name__
+    if not (hasattr(model, "generate") and hasattr(model, "can_generate") and cast(Any, model).can_generate()):
+        problem = f"generates, and a {name} has no generate()"
+    elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        problem = f"continues, and a {name} is an encoder-decoder"
+    if problem:
+        raise InputError(f"source 'generated' is text that the model {problem}; {_REMEDY}")
 
 
 def generate_tokens(
     model: nn.Module,
     tokens: Tensor,
-    start: int,
+    separator: int,
     seed: int = 0,
     *,
     progress: Progress = silent,
     store: Callable[[], None] = lambda: None,
 ) -> None:
-    """Sample the missing tokens of windows in place, at temperature 1 from the whole vocabulary.
+    """Sample the missing tokens (below 0) of windows ``[windows, length]`` in place, at temperature 1.
 
-    After an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed
-    and its index alone; the text depends on rounding, too, and so on the processor. The network computes in bfloat16,
-    or in float32 on a processor that would be much slower in it.
+    ``separator`` is the token that the network reads before each window; ``store`` is called after each stretch. After
+    an end-of-text token a new text starts in the same window. The random numbers of a window depend on the seed and its
+    index alone; the text depends on rounding, too, and so on the processor. The network computes in bfloat16, or in
+    float32 on a processor that would be much slower in it. Raise InputError if the network cannot generate text, or has
+    no numbers; RefusedError if its logits are not finite.
     """
     check_generation(model)
     missing = (tokens < 0).any(1).nonzero().flatten()
@@ -59,30 +60,32 @@ def generate_tokens(
     if device_of(model).type == "meta":
         problem = "source 'generated' needs the whole network in memory, and it is read one block at a time"
         raise InputError(f"{problem}; give more --memory, or another source")
-    writer, length = _copy_to_sample(model), tokens.shape[1]
+    network, length = _copy_for_sampling(model), tokens.shape[1]
     stretch = max(STRETCH, -(-length // 2))
     for rows in missing.split(_count_rows(model)):
         generators = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in rows.tolist()]
         draws = torch.stack([torch.rand(length, generator=generator) for generator in generators])
+        elsewhere = int((tokens >= 0).sum()) - int((tokens[rows] >= 0).sum())  # known tokens of the other windows
+        report = partial(_report, progress, elsewhere, len(rows), tokens.numel())
         done = int((tokens[rows] >= 0).sum(1).min())
         while done < length:
-            last = min(length, done + stretch - done % stretch)
-            known = torch.cat([tokens.new_full((len(rows), 1), start), tokens[rows, :done]], 1)
-            before = int((tokens >= 0).sum()) - int((tokens[rows, done:] >= 0).sum())
-            report = partial(_report, progress, before - done * len(rows), len(rows), tokens.numel())
-            tokens[rows, done:last] = _continue(writer, known, last - done, draws, report)
+            end = min(length, done + stretch - done % stretch)
+            known = torch.cat([tokens.new_full((len(rows), 1), separator), tokens[rows, :done]], 1)
+            tokens[rows, done:end] = _extend(network, known, end - done, draws, report)
             store()
-            done = last
+            done = end
 
 
-def predict_generation(model: nn.Module, n: int, length: int) -> int:
-    """Return what :func:`generate_tokens` needs besides the model, in bytes: a copy, the cache, and logits.
+def predict_generation_bytes(model: nn.Module, n: int, length: int) -> int:
+    """Return the bytes that :func:`generate_tokens` needs besides the model for ``n`` windows of ``length`` tokens.
+
+    These are a copy of the parameters that are in another dtype than :func:`sampling_dtype`, the cache, and logits.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
     >>> net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
     >>> dtype = sampling_dtype(net)
-    >>> predict_generation(net.to(dtype), 3, 10) == 3 * 10 * 8 * dtype.itemsize + 4 * 4 * 3 * 8
+    >>> predict_generation_bytes(net.to(dtype), 3, 10) == 3 * 10 * 8 * dtype.itemsize + 4 * 4 * 3 * 8
     True
     """
     config, dtype, rows = cast(Any, model).config.get_text_config(), sampling_dtype(model), min(n, _count_rows(model))
@@ -91,7 +94,7 @@ def predict_generation(model: nn.Module, n: int, length: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, queries)
     cache = 2 * dtype.itemsize * config.num_hidden_layers * heads * size * rows * length
     copy = sum(dtype.itemsize * p.numel() for p in model.parameters() if p.dtype != dtype)
-    return copy + cache + 4 * 4 * rows * config.vocab_size
+    return copy + cache + 4 * 4 * rows * config.vocab_size  # four float32 arrays of logits
 
 
 def generate_source(
@@ -111,52 +114,53 @@ def generate_source(
         InputError: If the model cannot generate text.
         SourceError: If the tokenizer has no token with which a document starts.
     """
-    start = find_bos_tokens(tokenizer)
-    tokens = torch.full((n, seq_len - len(start)), -1)
+    bos = find_bos_tokens(tokenizer)
+    tokens = torch.full((n, seq_len - len(bos)), -1)
     generate_tokens(model, tokens, find_separator_token(tokenizer), seed, progress=progress)
-    return token_windows(GENERATED, tokens, start, describe_generated(n, seq_len, seed))
+    return token_windows(GENERATED, tokens, bos, describe_generated(n, seq_len, seed))
 
 
 def describe_generated(n: int, seq_len: int, seed: int) -> str:
-    """Return where the windows come from, for reports."""
+    """Return a text for reports that says how windows were generated."""
     return f"generated by the model itself at temperature 1; {n} windows of {seq_len} tokens, seed {seed}"
 
 
-def _report(progress: Progress, before: int, rows: int, total: int, position: int) -> None:
-    progress(before + position * rows, total, "generating text")
+def _report(progress: Progress, elsewhere: int, rows: int, total: int, position: int) -> None:
+    """Report progress when each of ``rows`` windows has ``position`` tokens, and the others ``elsewhere`` together."""
+    progress(elsewhere + position * rows, total, "generating text")
 
 
-def _continue(writer: Any, known: Tensor, more: int, draws: Tensor, report: Callable[[int], None]) -> Tensor:
-    """Return ``more`` tokens behind those that are known, ``[windows, more]``, sampled by random numbers."""
+def _extend(network: Any, known: Tensor, n: int, draws: Tensor, report: Callable[[int], None]) -> Tensor:
+    """Return the next ``n`` tokens of windows, ``[windows, n]``, sampled with ``draws``, ``[windows, length]``."""
 
     def choose(ids: Tensor, logits: Tensor) -> Tensor:
-        # A logits processor of transformers that leaves the greedy choice of ``generate`` no token but the sampled one.
-        position = ids.shape[1] - 1
+        """Make the sampled token the only possible one, in place: a logits processor for greedy ``generate``."""
+        position = ids.shape[1] - 1  # the first of ids is the separator
         report(position)
         chosen = sample(logits, draws[:, position].to(logits.device))
         return logits.zero_().scatter_(1, chosen[:, None], 1.0)
 
-    known = known.to(device_of(writer))
-    result = writer.generate(
-        known, attention_mask=torch.ones_like(known), max_new_tokens=more, do_sample=False, logits_processor=[choose]
+    known = known.to(device_of(network))
+    result = network.generate(
+        known, attention_mask=torch.ones_like(known), max_new_tokens=n, do_sample=False, logits_processor=[choose]
     )
     return result[:, known.shape[1] :].cpu()
 
 
 def sampling_dtype(model: nn.Module) -> torch.dtype:
-    """Return what :func:`generate_tokens` computes in: float32 on processors that are slow in bfloat16."""
+    """Return the dtype in which :func:`generate_tokens` computes: float32 on CPUs that are slow in bfloat16."""
     capability = torch.backends.cpu.get_cpu_capability()
     slow = device_of(model).type in ("cpu", "meta") and not capability.startswith(("AVX512", "SVE"))
     return torch.float32 if slow else torch.bfloat16
 
 
 def _count_rows(model: nn.Module) -> int:
-    """Return how many windows are generated at a time; a network without numbers will run on the processor."""
+    """Return how many windows are generated at a time; one on the meta device is taken for one on a CPU."""
     return ROWS_ON_CPU if device_of(model).type in ("cpu", "meta") else ROWS
 
 
-def _copy_to_sample(model: nn.Module) -> Any:
-    """Return a copy to sample from, in :func:`sampling_dtype`: no dropout, no settings such as tokens that end it."""
+def _copy_for_sampling(model: nn.Module) -> Any:
+    """Return a copy of the model in :func:`sampling_dtype` and eval mode, without generation settings as end tokens."""
     from transformers import GenerationConfig
 
     parameters, dtype = {id(p) for p in model.parameters()}, sampling_dtype(model)
@@ -166,7 +170,10 @@ def _copy_to_sample(model: nn.Module) -> Any:
 
 
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
-    """Return one token per row, sampled from softmax(logits) by inverting its cumulative distribution.
+    """Return one token per row of logits ``[rows, vocabulary]``, sampled from their softmax.
+
+    The cumulative distribution is inverted at ``draws``, a number from 0 to below 1 per row. Raise RefusedError if a
+    row has no finite largest logit.
 
     >>> sample(torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3), torch.tensor([0.4, 0.6, 0.9])).tolist()
     [0, 1, 2]
@@ -182,20 +189,19 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
     block = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
     before = F.pad(sums, (1, 0)).gather(1, block)
     inside = weights.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0].cumsum(1)
-    place = torch.searchsorted(inside, target - before, right=True).clamp_(max=_BLOCK - 1)
-    return (block * _BLOCK + place)[:, 0].clamp_(max=size - 1)
+    index = torch.searchsorted(inside, target - before, right=True).clamp_(max=_BLOCK - 1)
+    return (block * _BLOCK + index)[:, 0].clamp_(max=size - 1)  # rounding may lead behind the last token
 
 
 def reply(
-    model: Any,
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    longest: int = 256,
-    temperature: float = 0.0,
+    model: Any, tokenizer: Any, messages: Sequence[Mapping[str, str]], *, longest: int = 256, temperature: float = 0.0
 ) -> Iterator[str]:
-    """Generate the reply to a conversation as a stream of text pieces of whole characters, with a key-value cache."""
-    tokens = prompt(tokenizer, messages).to(device_of(model))
+    """Yield the reply to a conversation in pieces of whole characters, of at most ``longest`` tokens in all.
+
+    A ``temperature`` of 0 takes the likeliest token each time; else sampling starts from the same seed in each call.
+    Raise ValueError if the conversation is empty, or fills all positions of the model.
+    """
+    tokens = encode_chat(tokenizer, messages).to(device_of(model))
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
     if not tokens.numel():
@@ -205,7 +211,7 @@ def reply(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
     generator, generated = torch.Generator().manual_seed(0), list[int]()
-    sent, cache = "", empty_cache(model)
+    sent, cache = "", make_cache_arguments(model)
     for _ in range(min(longest, positions - tokens.shape[1])):
         with torch.no_grad():
             logits = Batch((tokens,), cache).run(model).logits[0, -1].float().cpu()
@@ -224,8 +230,8 @@ def reply(
         tokens = new if cache else torch.cat([tokens, new], 1)
 
 
-def prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:
-    """Return the tokens of a conversation, ``[1, n]`` int64."""
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:
+    """Return the tokens of a conversation, ``[1, n]`` int64; of the last message alone without a chat template."""
     if getattr(tokenizer, "chat_template", None):
         encoded = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -235,8 +241,8 @@ def prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:
     return encoded["input_ids"].long()
 
 
-def empty_cache(model: nn.Module) -> dict[str, Any]:
-    """Return an empty key-value cache as keyword arguments for the model; none if it takes no cache."""
+def make_cache_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return keyword arguments that give the model an empty key-value cache; ``{}`` if it takes none."""
     from transformers import DynamicCache
 
     for name in ("cache", "past_key_values"):

@@ -22,14 +22,14 @@ from regrow.tracing.capture import keep_modes
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put the model in eval mode without gradients for the block; every module's mode is restored."""
+    """Context manager: eval mode without gradients; yields the model's device, and restores every module's mode."""
     with keep_modes(model), torch.no_grad():
         model.eval()
         yield device_of(model)
 
 
 def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Count the parameters and bytes of a network; tied parameters count once.
+    """Return the number of parameters and bytes of a network; tied parameters count once.
 
     >>> size(nn.Linear(3, 2), counted=["weight"], dtype=torch.bfloat16)
     {'parameters': 8, 'counted': 6, 'bytes': 16, 'dtype': 'bfloat16'}
@@ -43,10 +43,10 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
     Raises:
         KeyError: If a counted name is not a parameter of the model.
     """
-    every, stored = dict(model.named_parameters(remove_duplicate=False)), _stored(model)
+    every, stored = dict(model.named_parameters(remove_duplicate=False)), _state_tensors(model)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "counted": sum(p.numel() for p in _distinct(every[name] for name in counted)),
+        "counted": sum(p.numel() for p in _distinct_tensors(every[name] for name in counted)),
         "bytes": sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in stored),
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -62,7 +62,9 @@ def macs(axes: AxisGraph) -> int:
 
 
 def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Count parameters, non-zero parameters, multiply–accumulates per example, and bytes of a network as it is.
+    """Return the parameters, non-zero parameters, multiply–accumulates per example, and bytes of a network as it is.
+
+    The network is run once on the inputs, in eval mode.
 
     >>> dense(nn.Linear(3, 2), torch.ones(5, 3))
     {'parameters': 8, 'nonzero': 8, 'macs': 6, 'bytes': 32}
@@ -84,16 +86,18 @@ def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
         "parameters": sum(p.numel() for p in weights),
         "nonzero": sum(int(p.count_nonzero()) for p in weights),
         "macs": counter.get_total_flops() // 2 // len(first_tensor(inputs)),
-        "bytes": sum(t.numel() * t.element_size() for t in _stored(model)),
+        "bytes": sum(t.numel() * t.element_size() for t in _state_tensors(model)),
     }
 
 
-def _distinct(tensors: Iterable[object]) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}.values())
+def _distinct_tensors(values: Iterable[object]) -> list[Tensor]:
+    """Return the tensors among values, each object once."""
+    return list({id(tensor): tensor for tensor in values if isinstance(tensor, Tensor)}.values())
 
 
-def _stored(model: nn.Module) -> list[Tensor]:
-    return _distinct(model.state_dict(keep_vars=True).values())
+def _state_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors of the model's ``state_dict``, tied ones once."""
+    return _distinct_tensors(model.state_dict(keep_vars=True).values())
 
 
 def speed(
@@ -139,7 +143,7 @@ def speed(
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Disable garbage collection in the block, so that it does not fall into a timed call."""
+    """Context manager: collects garbage, then disables collection, so that none falls into a timed call."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -151,15 +155,14 @@ def pause_collection() -> Iterator[None]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has finished its work."""
+    """Wait until a device has finished the work that was queued on it; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def count_positions(batch: Batch) -> int:
-    """Return how many tokens, or images, a batch holds."""
+    """Return how many tokens (integers, ``[batch, tokens]``) or images (floats) the first tensor of a batch holds."""
     first = next((value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)), None)
     if first is None:
         return 1
-    # Whole numbers are tokens, [batch, tokens]; anything else is a batch of pictures.
     return first.shape[0] if first.is_floating_point() or first.dim() == 0 else first.numel()

@@ -27,7 +27,7 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that training steps need, in bytes.
+    """The bytes that training steps need: before the first, and at most.
 
     Args:
         held: Bytes of tensors before the first step: parameters, buffers, gradients, the batch.
@@ -40,98 +40,104 @@ class Memory:
 
 
 class UnpredictableError(ValueError):
-    """Raised if the memory of a step cannot be predicted; says why."""
+    """Raised if the memory of a training step cannot be predicted, since the size of a tensor depends on data."""
 
 
-class Live(TorchDispatchMode):
+class MemoryCounterMode(TorchDispatchMode):
     """A dispatch mode that counts the bytes of live tensors in forward and backward passes, real or fake.
 
     ``held`` are the bytes of tensors that existed before; ``now`` those alive now; ``peak`` the most at one moment.
 
     Args:
-        given: Tensors that exist already. Others that exist are counted when an operation first reads them.
+        existing: Tensors that exist already. Others that exist are counted when an operation first reads them.
         item: The number that ``tensor.item()`` returns, since fake tensors have none; the tensor's own if ``None``.
 
-    >>> with Live() as live:
+    >>> with MemoryCounterMode() as live:
     ...     _ = torch.zeros(100, dtype=torch.float64).view(10, 10).sum()
     >>> live.peak, live.now
     (808, 8)
     """
 
-    def __init__(self, given: Iterable[Tensor] = (), item: int | None = None) -> None:
+    def __init__(self, existing: Iterable[Tensor] = (), item: int | None = None) -> None:
         super().__init__()
         self.held = self.now = self.peak = 0
         self._item = item
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}  # address of a storage → its bytes
         self._alive: dict[int, weakref.ref[Any]] = {}
-        self._were_there(given)
+        self._count_existing(existing)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = _tensors((*args, *kwargs.values()))
-        self._were_there(read)
+        read = _tensors_in((*args, *kwargs.values()))
+        self._count_existing(read)
         if func is _ITEM and self._item is not None:
             number = float if args[0].is_floating_point() else int
             return bool(self._item) if args[0].dtype == torch.bool else number(self._item)
         result = func(*args, **kwargs)
-        # An operation that writes into what it was given may have made it bigger.
-        for tensor in _tensors((result, *read) if func._schema.is_mutable else (result,)):
-            self._seen(tensor)
+        # An operation that writes into its inputs, such as resize_, may have enlarged them.
+        for tensor in _tensors_in((result, *read) if func._schema.is_mutable else (result,)):
+            self._count_storage(tensor)
         return result
 
-    def _were_there(self, tensors: Iterable[Tensor]) -> None:
+    def _count_existing(self, tensors: Iterable[Tensor]) -> None:
+        """Add tensors that are not counted yet to ``held``, ``now`` and ``peak``: they existed before."""
         for tensor in tensors:
-            new = self._seen(tensor, late=True)
+            new = self._count_storage(tensor, existed=True)
             self.held += new
             self.peak += new
 
-    def _seen(self, tensor: Tensor, late: bool = False) -> int:
-        """Count a tensor's storage once, and return how many of its bytes were not counted before."""
+    def _count_storage(self, tensor: Tensor, *, existed: bool = False) -> int:
+        """Update ``now`` and ``peak`` by a tensor's storage, and return its bytes.
+
+        One that ``existed`` before the block is counted in ``now`` alone; 0 is returned if it was counted already.
+        """
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         before = self._sizes.get(key)
-        if late and before is not None:
+        if existed and before is not None:
             return 0
         if before is None:
-            self._alive[key] = weakref.ref(storage, partial(_forget, weakref.ref(self), key))
+            self._alive[key] = weakref.ref(storage, partial(_subtract_storage, weakref.ref(self), key))
         self._sizes[key] = size
         self.now += size - (before or 0)
-        self.peak = self.peak if late else max(self.peak, self.now)
+        self.peak = self.peak if existed else max(self.peak, self.now)
         return size
 
 
-def _forget(watch: "weakref.ref[Live]", key: int, _: Any) -> None:
-    live = watch()
-    if live is not None:
-        live.now -= live._sizes.pop(key)
-        del live._alive[key]
+def _subtract_storage(reference: "weakref.ref[MemoryCounterMode]", key: int, _: Any) -> None:
+    """Take a storage that was freed out of a counter, if that still exists."""
+    counter = reference()
+    if counter is not None:
+        counter.now -= counter._sizes.pop(key)
+        del counter._alive[key]
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among the values of an operation, and in lists of them; faster than ``tree_leaves``."""
     result: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             result.append(value)
         elif isinstance(value, tuple | list):
-            result += _tensors(value)
+            result += _tensors_in(value)
     return result
 
 
-def training(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Step:
-    """Return a plain training step, which keeps one optimizer per network from step to step.
+def make_training_step(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Step:
+    """Return a plain training step with cross-entropy loss, which keeps one optimizer per network between steps.
 
     Args:
         optimizer: Function from parameters to their optimizer.
 
-    >>> step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    >>> step = make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     >>> step(nn.Linear(2, 3), Batch((torch.ones(4, 2),), labels=torch.tensor([0, 1, 2, 0])))
     """
     optimizers: weakref.WeakKeyDictionary[nn.Module, Optimizer] = weakref.WeakKeyDictionary()
 
     def step(model: nn.Module, batch: Batch) -> None:
+        """Train a model on a batch for one step; raise ValueError if it has no labels."""
         if model not in optimizers:
             optimizers[model] = optimizer(model.parameters())
         optimizers[model].zero_grad()
@@ -147,7 +153,7 @@ def training(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> Step:
 
 
 def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step) -> Memory:
-    """Predict the memory that two training steps need by running them on tensors without data.
+    """Return the predicted memory of two training steps, which are run on tensors without data.
 
     Gradients and optimizer state of the first are there during the second. If a step reads a number from a tensor
     (``loss.item()``), it gets 1.
@@ -160,7 +166,7 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
     Raises:
         UnpredictableError: If the size of a tensor depends on data.
 
-    >>> step = training(partial(torch.optim.SGD, lr=0.1))
+    >>> step = make_training_step(partial(torch.optim.SGD, lr=0.1))
     >>> batch = Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
     >>> predict_memory(nn.Linear(64, 8), batch, step).held
     4456
@@ -174,24 +180,25 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
     device = device_of(copy)
 
     def empty(tensor: Tensor) -> Tensor:
+        """Return a tensor of the same layout and dtype on the network's device, without data."""
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     with mode, quiet():
         args, kwargs, labels = tree_map_only(Tensor, empty, (batch.args, dict(batch.kwargs), batch.labels))
         batch, parameters = Batch(args, kwargs, labels), list(copy.parameters())
         held = tree_leaves((parameters, list(copy.buffers()), [p.grad for p in parameters], args, kwargs, labels))
-        live = Live([leaf for leaf in held if isinstance(leaf, Tensor)], item=1)
+        counter = MemoryCounterMode([leaf for leaf in held if isinstance(leaf, Tensor)], item=1)
         try:
-            with live:
+            with counter:
                 for _ in range(2):
                     step(copy, batch)
         except DynamicOutputShapeException as error:
             raise UnpredictableError(f"data decide how much {error.func} gives: no prediction without them") from error
-    return Memory(live.held, live.peak)
+    return Memory(counter.held, counter.peak)
 
 
-def peak_meter(device: torch.device) -> Callable[[], int | None]:
-    """Start measuring memory; return a function that returns the most bytes allocated beyond those held now.
+def start_peak_meter(device: torch.device) -> Callable[[], int | None]:
+    """Reset the peak of memory; return a function that returns the most bytes used since beyond those held now.
 
     On a GPU that is what torch allocated, else resident memory of the process; ``None`` if the system does not report
     it.
@@ -201,6 +208,6 @@ def peak_meter(device: torch.device) -> Callable[[], int | None]:
         held = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - held
     # Memory that an earlier call freed but the C library still holds would hide what this one needs.
-    start = read_peak() if return_memory() and reset_peak() else None
     # On another system or with another C library, there is no peak rather than a wrong one.
+    start = read_peak() if return_memory() and reset_peak() else None
     return lambda: None if start is None else max((read_peak() or 0) - start, 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from regrow.core.objectives import NEXT_TOKEN, OWN, Objective, Score
+from regrow.core.objectives import IGNORED, NEXT_TOKEN, OWN, Objective, Score
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html
@@ -72,22 +72,19 @@ class Perplexity:
         return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
 
     def record(self) -> dict[str, object]:
-        """Return the result as JSON-able data; numbers that are not finite become ``None``."""
-        summary = {
-            "mean_nll": self.mean,
-            "error": self.error,
-            "ppl": self.ppl,
-            "ppl_error": self.ppl * self.error,
-            "bits_per_byte": self.bits_per_byte,
-        }
+        """Return the result as JSON data; numbers that are not finite become ``None``."""
         return {
             "source": self.source,
             "origin": self.origin,
             "windows": len(self.nll),
             "tokens": sum(self.tokens),
             "bytes": sum(self.bytes) or None,
-            **{key: finite(value) for key, value in summary.items()},
-            "nll_per_window": [finite(value) for value in self.nll],
+            "mean_nll": finite_or_none(self.mean),
+            "error": finite_or_none(self.error),
+            "ppl": finite_or_none(self.ppl),
+            "ppl_error": finite_or_none(self.ppl * self.error),
+            "bits_per_byte": finite_or_none(self.bits_per_byte),
+            "nll_per_window": [finite_or_none(value) for value in self.nll],
             "tokens_per_window": list(self.tokens),
         }
 
@@ -106,14 +103,14 @@ def perplexity(
         model: Called with the inputs of each batch; returns logits ``[batch, tokens, vocabulary]``.
         source: Windows of text with shifted labels.
         tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
-        outputs: The model's output for each batch of this rank, where it does not run as a whole; ``None``: it is
-            called.
+        outputs: The model's output for each batch of this rank, if the model is not in memory as a whole; ``None``:
+            the model is called.
         ranks: The processes that share the batches; all of them call this function, and rank 0 gets the result.
 
     Raises:
-        ValueError: If the source has no labelled position.
+        ValueError: If a batch has no labels, or the source no labelled position.
     """
-    # Of each window in a batch: the negative log-likelihood, the number of labelled positions, and of bytes.
+    # Per batch, for each of its windows: the negative log-likelihood, the number of labelled positions, and of bytes.
     rows, batches = list[tuple[list[float], list[int], list[int]]](), ranks.share(source.batches)
     with evaluating(model) as device:
         answers = (batch.to(device).run(model) for batch in batches) if outputs is None else outputs
@@ -121,7 +118,7 @@ def perplexity(
             if batch.labels is None:
                 raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
             losses = token_losses(logits_in(answer), batch.labels.to(device))
-            counts = (batch.labels != -100).sum(-1).tolist()
+            counts = (batch.labels != IGNORED).sum(-1).tolist()
             lengths = [] if tokenizer is None else [_count_bytes(row, tokenizer) for row in batch.labels]
             rows.append((losses.sum(-1).tolist(), counts, lengths))
     rows = gather_rows(ranks, rows)
@@ -134,58 +131,64 @@ def perplexity(
 
 
 def paired_difference(before: Perplexity, after: Perplexity) -> tuple[float, float]:
-    """Return the mean over windows of after − before, in nats per token, and its standard error over windows.
+    """Return the mean over windows of after − before in nats per token, above 0 if ``after`` is worse, and its error.
 
-    The paired error is much smaller than the errors of the two perplexities.
+    A window's difference is divided by its own number of tokens, and every window counts alike; windows without tokens
+    are left out. So where windows have different numbers of tokens, this is not ``after.mean − before.mean``, in which
+    a window counts by its tokens. The error is the standard error of the mean over windows; since both networks read
+    the same windows, it is much smaller than the errors of the two perplexities.
 
     >>> paired_difference(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4)))[0]
     0.375
 
     Raises:
-        ValueError: If the two were not measured on the same windows.
+        ValueError: If the two were not measured on the same windows, or on none.
     """
-    same = (before.source, before.origin, before.tokens) == (after.source, after.origin, after.tokens)
-    if not same or not before.tokens:
-        sizes = f"{before.source!r} ({sum(before.tokens)} tokens) and {after.source!r} ({sum(after.tokens)} tokens)"
-        remedy = "evaluate both models with the same sources, windows and tokenizer"
-        raise ValueError(f"{sizes} are not the same windows; {remedy}")
+    if not before.tokens:
+        raise ValueError(f"{before.source!r} has no windows; evaluate both models on at least one")
+    for name in ("source", "origin", "tokens"):
+        if getattr(before, name) != getattr(after, name):
+            problem = f"{before.source!r} and {after.source!r} are not the same windows: their {name} differ"
+            raise ValueError(f"{problem}; evaluate both models with the same sources, windows and tokenizer")
     rows = zip(before.nll, after.nll, before.tokens, strict=True)
-    return mean_and_error([(b - a) / t for a, b, t in rows if t])
+    return mean_and_error([(new - old) / tokens for old, new, tokens in rows if tokens])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of one or more independent values and its standard error, s / √n; NaN for a single value.
+    """Return the mean of independent values, at least one, and its standard error s / √n, NaN for a single value.
 
     >>> mean_and_error([1.0, 3.0])
     (2.0, 1.0)
     """
     n = len(values)
     mean = sum(values) / n
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else math.nan
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label."""
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    losses = torch.zeros(wanted.shape, dtype=torch.float64, device=logits.device)
-    for rows in (wanted != -100).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):
+    """Return the cross-entropy in nats of each label (already shifted): float64, in their shape, 0 where ignored."""
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    losses = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
+    for rows in (targets != IGNORED).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):
         block = flat[rows]
         precise = block if block.dtype == torch.float64 else block.float()
-        losses[rows] = nn.functional.cross_entropy(precise, wanted[rows], reduction="none").double()
+        losses[rows] = nn.functional.cross_entropy(precise, targets[rows], reduction="none").double()
     return losses.reshape(labels.shape)
 
 
 def _count_bytes(labels: Tensor, tokenizer: Any) -> int:
-    return len(tokenizer.decode(labels[labels != -100].tolist(), clean_up_tokenization_spaces=False).encode())
+    """Return the number of UTF-8 bytes of the text that a window's labelled tokens decode to."""
+    return len(tokenizer.decode(labels[labels != IGNORED].tolist(), clean_up_tokenization_spaces=False).encode())
 
 
-def finite(value: float | None) -> float | None:
-    """Return the number if it is finite, else ``None``, as JSON has it."""
+def finite_or_none(value: float | None) -> float | None:
+    """Return the number if it is finite, else ``None``, since JSON has neither NaN nor infinity."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def share_error(share: float, n: int) -> float:
-    """Return the standard error of a proportion, √(p(1−p)/n).
+    """Return the standard error √(p(1−p)/n) of ``share`` = p, the fraction of ``n`` independent items.
 
     >>> share_error(0.5, 100)
     0.05
@@ -208,7 +211,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """The perplexity of a language model, e^loss; ``None`` for other objectives."""
+        """The perplexity of a language model, e^loss, at most e^700; ``None`` for other objectives."""
         return math.exp(min(self.loss, 700.0)) if self.objective == NEXT_TOKEN.name else None
 
     def __str__(self) -> str:
@@ -233,26 +236,31 @@ def evaluate_objective(
     outputs: Iterator[Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure the loss and the score of a network on a source, one batch at a time."""
-    total, rows, windows = Score(), list[tuple[float, int]](), list[tuple[float, int]]()
+    """Return mean loss and score of a network on a source, in eval mode; ValueError if no example has a label.
+
+    ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called.
+    """
+    total = Score()
+    batch_losses = list[tuple[float, int]]()  # of each batch: the mean loss, and the number of labelled positions
+    windows = list[tuple[float, int]]()  # of each window of text: the summed loss, and the labelled positions
     measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
     with evaluating(model) as device:
-        if objective is OWN:  # such a network returns its losses in training mode
+        if objective is OWN:  # such a network returns its losses in training mode only
             for module in model.modules():
                 module.training = not isinstance(module, _BatchNorm | _DropoutNd)
         for done, batch in enumerate(source, start=1):
             batch = batch.to(device)
             output = batch.run(model) if outputs is None else next(outputs)
             if n := batch.size:  # of a batch without a label there is no mean
-                rows.append((float(measured.compute_loss(output, batch)), n))
+                batch_losses.append((float(measured.compute_loss(output, batch)), n))
                 total += objective.compute_score(output, batch)
             progress(done, len(source), f"evaluating on {source.name}")
-    count = sum(n for _, n in rows)
+    count = sum(n for _, n in batch_losses)
     if not count:
         raise ValueError(f"source {source.name!r} has no labelled example; give one with labels")
-    mean = sum(loss * n for loss, n in rows) / count
-    k = len(rows)
-    squares = sum(((loss - mean) * n) ** 2 for loss, n in rows)
+    mean = sum(loss * n for loss, n in batch_losses) / count
+    k = len(batch_losses)
+    squares = sum(((loss - mean) * n) ** 2 for loss, n in batch_losses)
     error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
     if windows:
         text = Perplexity(source.name, tuple(loss for loss, _ in windows), tuple(n for _, n in windows))
@@ -261,7 +269,7 @@ def evaluate_objective(
 
 
 def _window_loss(windows: list[tuple[float, int]], output: object, labels: object) -> Tensor:
-    """Return the mean loss of text; ``windows`` gets the sum of each window, and its number of labelled positions."""
+    """Return the mean loss of a batch of text; append (Σ loss, labelled positions) of each window to ``windows``."""
     logits = logits_in(output)
     assert isinstance(labels, Tensor)
     if logits.shape[:-1] != labels.shape:
@@ -269,7 +277,7 @@ def _window_loss(windows: list[tuple[float, int]], output: object, labels: objec
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}")
     sums = torch.atleast_2d(token_losses(logits, labels)).flatten(1).sum(-1)
-    counts = torch.atleast_2d(labels != -100).flatten(1).sum(-1)
+    counts = torch.atleast_2d(labels != IGNORED).flatten(1).sum(-1)
     windows += zip(sums.tolist(), counts.tolist(), strict=True)
     return sums.sum() / counts.sum()
 
@@ -295,11 +303,11 @@ class Accuracy:
 
     @property
     def error(self) -> float:
-        """The standard error of the accuracy, √(p(1−p)/n)."""
+        """The standard error of the accuracy over images, √(p(1−p)/n)."""
         return share_error(self.accuracy, len(self.right))
 
     def record(self) -> dict[str, object]:
-        """Return a summary as JSON-able data."""
+        """Return source, number of images, accuracy and its error as JSON data."""
         return {
             "source": self.source,
             "origin": self.origin,
@@ -317,7 +325,7 @@ def accuracy(model: nn.Module, source: Source) -> Accuracy:
         source: Batches with a class per image, ``[batch]``; −100 leaves an image out.
 
     Raises:
-        ValueError: If no image has a label, or a label is not one of the model's classes.
+        ValueError: If a batch has no labels, no image has one, or a label is not one of the model's classes.
     """
     right: list[bool] = []
     with evaluating(model) as device:
@@ -329,7 +337,7 @@ def accuracy(model: nn.Module, source: Source) -> Accuracy:
             if int(labels.max()) >= logits.shape[-1]:
                 classes = f"class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
                 raise ValueError(f"source {source.name!r} has {classes}")
-            labelled = labels != -100
+            labelled = labels != IGNORED
             right += (logits.argmax(-1)[labelled] == labels[labelled]).tolist()
     if not right:
         raise ValueError(f"source {source.name!r} has no labelled image")

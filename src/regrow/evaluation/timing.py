@@ -26,7 +26,7 @@ from regrow.core.sources import Batch
 from regrow.evaluation.measure import count_positions, evaluating, pause_collection, wait_for
 from regrow.tracing.trial import Resizing, resize_copy
 
-SHARES = (0.25, 0.5, 0.75)  # of an axis's width that are measured, besides its full and its least width
+WIDTH_FRACTIONS = (0.25, 0.5, 0.75)  # of an axis's width that are measured, besides its full and its least width
 
 
 def time_widths(
@@ -39,7 +39,7 @@ def time_widths(
     repeats: int = 9,
     progress: Progress = silent,
 ) -> Timing:
-    """Measure how long a forward pass takes as a function of axis widths.
+    """Measure how long a forward pass takes as a function of axis widths; return times in nanoseconds.
 
     One axis of each kind is measured: the smallest module that contains all of it is called at several widths, with the
     input that it gets in the network. All of these, and the whole network, are called in alternation; the fastest call
@@ -67,27 +67,27 @@ def time_widths(
         batch = batch.to(device)
         whole = _Call(model, batch.args, dict(batch.kwargs))
         calls: dict[tuple[str, int], _Call] = {}
-        holders = {key: _holders(axes, axes[key]) for key in members}
-        seen = _record_calls(whole, chain.from_iterable(holders.values()))
-        for key, paths in holders.items():
-            call = next(seen[path] for path in paths if path in seen)
-            for width in _widths(axes[key], round_to):
+        containers = {key: _find_containers(axes, axes[key]) for key in members}
+        recorded = _record_calls(whole, chain.from_iterable(containers.values()))
+        for key, paths in containers.items():
+            call = next(recorded[path] for path in paths if path in recorded)
+            for width in _choose_widths(axes[key], round_to):
                 calls[key, width] = _resize_call(model, axes, axes[key], width, call)
-        fastest = _rounds([whole, *calls.values()], device, repeats, progress)
+        total, *times = _time_fastest([whole, *calls.values()], device, repeats, progress)
     curves: dict[str, dict[int, float]] = {key: {} for key in members}
-    for (key, width), taken in zip(calls, fastest[1:], strict=True):
-        curves[key][width] = taken * calls[key, width].times / len(_together(axes, axes[key]))
-    total = fastest[0]
-    smooth = {key: _never_falling(curve) for key, curve in curves.items()}
-    most = sum((curve[-1][1] - curve[0][1]) * len(members[key]) for key, curve in smooth.items())
+    for (key, width), nanoseconds in zip(calls, times, strict=True):
+        curves[key][width] = nanoseconds * calls[key, width].times / len(_tied_axes(axes, axes[key]))
+    monotone = {key: _make_monotone(curve) for key, curve in curves.items()}
+    # What all axes together could save is scaled down to the whole time, if it is more.
+    most = sum((curve[-1][1] - curve[0][1]) * len(members[key]) for key, curve in monotone.items())
     scale = min(1.0, total / most) if most else 1.0
     return Timing(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         positions=count_positions(batch),
         total=total,
         curves={
-            key: tuple((width, round(curve[-1][1] - (curve[-1][1] - taken) * scale)) for width, taken in curve)
-            for key, curve in smooth.items()
+            key: tuple((width, round(curve[-1][1] - (curve[-1][1] - t) * scale)) for width, t in curve)
+            for key, curve in monotone.items()
         },
         names={axis.key: key for key, group in members.items() for axis in group},
     )
@@ -97,32 +97,35 @@ def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
     """Return the nanoseconds of the fastest of some passes after a warm-up, with the clock of :func:`time_widths`."""
     with evaluating(model) as device:
         batch = batch.to(device)
-        return _rounds([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)[0]
+        (fastest,) = _time_fastest([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)
+    return fastest
 
 
-def lengthen(batch: Batch, tokens: int) -> Batch:
-    """Return a batch of token ids with ``tokens`` tokens in each row, its own repeated.
+def set_row_length(batch: Batch, tokens: int) -> Batch:
+    """Return a batch whose rows of token ids have exactly ``tokens`` tokens, repeated or cut; labels are unchanged.
 
-    >>> lengthen(Batch((torch.tensor([[1, 2, 3]]),)), 5).args[0].tolist()
+    Raise ValueError if no input is a tensor of integers ``[batch, tokens]``.
+
+    >>> set_row_length(Batch((torch.tensor([[1, 2, 3]]),)), 5).args[0].tolist()
     [[1, 2, 3, 1, 2]]
     """
 
     def is_rows(value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
-    def longer(value: Any) -> Any:
+    def repeat_or_cut(value: Any) -> Any:
         return value.repeat(1, -(-tokens // value.shape[1]))[:, :tokens] if is_rows(value) else value
 
     inputs = (batch.args, dict(batch.kwargs))
     if not any(map(is_rows, tree_leaves(inputs))):
         raise ValueError(f"the example has no rows of tokens, so none of {tokens} can be made: leave @{tokens} away")
-    args, kwargs = tree_map(longer, inputs)
+    args, kwargs = tree_map(repeat_or_cut, inputs)
     return replace(batch, args=args, kwargs=kwargs)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A module with its inputs, and how many times it is called in one pass."""
+    """A module with its inputs, and how many times a pass of the network calls it; calling it runs the module."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -134,13 +137,14 @@ class _Call:
         self.module(*self.args, **self.kwargs)
 
 
-def _together(axes: AxisGraph, axis: Axis) -> list[Axis]:
+def _tied_axes(axes: AxisGraph, axis: Axis) -> list[Axis]:
+    """Return the free axes that must keep as many units as an axis, itself included (its ``count`` group)."""
     return [other for other in axes.free() if other.count == axis.count] if axis.count else [axis]
 
 
-def _holders(axes: AxisGraph, axis: Axis) -> list[str]:
-    """Return the paths of the modules that contain all tensors of an axis, the innermost first."""
-    paths = [slot.name.split(".")[:-1] for other in _together(axes, axis) for slot in other.slots]
+def _find_containers(axes: AxisGraph, axis: Axis) -> list[str]:
+    """Return the paths of the modules that contain all tensors of an axis and its tied axes, the innermost first."""
+    paths = [slot.name.split(".")[:-1] for other in _tied_axes(axes, axis) for slot in other.slots]
     shared = 0
     while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:
         shared += 1
@@ -148,41 +152,43 @@ def _holders(axes: AxisGraph, axis: Axis) -> list[str]:
 
 
 def _record_calls(whole: _Call, paths: Iterable[str]) -> dict[str, _Call]:
-    """Return path → call of each module that is called in a pass, with the input of its first call."""
-    seen: dict[str, _Call] = {"": whole}
+    """Run the network; return path → call of each module in ``paths`` that ran, with its first input, and the whole."""
+    recorded: dict[str, _Call] = {"": whole}
 
-    def note(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        first = seen.get(path)
-        seen[path] = replace(first, times=first.times + 1) if first else _Call(module, args, kwargs, path)
+    def record(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        first = recorded.get(path)
+        recorded[path] = replace(first, times=first.times + 1) if first else _Call(module, args, kwargs, path)
 
     with ExitStack() as hooks:
         for path in {*paths} - {""}:
             module = whole.module.get_submodule(path)
-            hooks.callback(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(record, path), with_kwargs=True).remove)
         whole()
-    return seen
+    return recorded
 
 
-def _widths(axis: Axis, round_to: int) -> list[int]:
-    """Return the widths at which an axis is measured, widest first."""
-    step = lcm(round_to, axis.multiple) if axis.size >= lcm(round_to, axis.multiple) else axis.multiple
+def _choose_widths(axis: Axis, round_to: int) -> list[int]:
+    """Return the widths at which an axis is measured, widest first: its full, its least, and some between."""
+    rounded = lcm(round_to, axis.multiple)
+    step = rounded if axis.size >= rounded else axis.multiple
     least = -(-max(axis.least, 1) // step) * step
-    odd = int(step == 1 and axis.size >= 64)
-    inner = {max(least, round(share * axis.size / step) * step - odd) for share in SHARES}
+    odd = int(step == 1 and axis.size >= 64)  # odd, as the widths of most plans are
+    inner = {max(least, round(share * axis.size / step) * step - odd) for share in WIDTH_FRACTIONS}
     return sorted({axis.size, *inner, min(least, axis.size)}, reverse=True)
 
 
 def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call: _Call) -> _Call:
-    """Return the call of a module with the axis at another width."""
-    sizes = axes.sizes() | {other.key: width for other in _together(axes, axis)}
-    copy = resize_copy(model, axes, Resizing(sizes))[0].get_submodule(call.path)
+    """Return the call of a copy of its module, with an axis at another width; ValueError if that does not run."""
+    sizes = axes.sizes() | {other.key: width for other in _tied_axes(axes, axis)}
+    resized_network, *_ = resize_copy(model, axes, Resizing(sizes))
+    copy = resized_network.get_submodule(call.path)
     # The copy has no data: it gets the first entries of the tensors of the module that it was cut from.
     state = {**dict(call.module.named_parameters(remove_duplicate=False)), **dict(call.module.named_buffers())}
     for path, part in copy.named_modules(remove_duplicate=False):
         for name, like in [*part._parameters.items(), *part._buffers.items()]:
             if like is not None:
-                whole = state[f"{path}.{name}".lstrip(".")].detach()
-                data = whole[tuple(slice(n) for n in like.shape)].clone(memory_format=torch.contiguous_format)
+                original = state[f"{path}.{name}".lstrip(".")].detach()
+                data = original[tuple(slice(n) for n in like.shape)].clone(memory_format=torch.contiguous_format)
                 if name in part._parameters:
                     part._parameters[name] = nn.Parameter(data, requires_grad=False)
                 else:
@@ -196,23 +202,24 @@ def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call
     return resized
 
 
-def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress: Progress) -> list[int]:
-    """Return the fastest call of each in nanoseconds; calls alternate, and each round begins with another one."""
+def _time_fastest(calls: Sequence[_Call], device: torch.device, repeats: int, progress: Progress) -> list[int]:
+    """Return each call's fastest time in nanoseconds; calls alternate, and each round begins with another."""
     fastest = [0] * len(calls)
     with pause_collection():
         for turn in range(1 + repeats):
             for step in range(len(calls)):
                 i = (turn + step) % len(calls)
-                taken = _time_call(calls[i], device)
-                if turn:
-                    fastest[i] = min(fastest[i] or taken, taken)
+                nanoseconds = _time_call(calls[i], device)
+                if turn:  # the first round is the warm-up
+                    fastest[i] = min(fastest[i] or nanoseconds, nanoseconds)
             progress(turn + 1, 1 + repeats, "timing widths")
     return fastest
 
 
 def _time_call(call: _Call, device: torch.device) -> int:
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time_ns if alone else time.perf_counter_ns
+    """Return the nanoseconds of a call; on a single CPU thread, those for which the thread had the CPU."""
+    single_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time_ns if single_thread else time.perf_counter_ns
     wait_for(device)
     begin = clock()
     call()
@@ -220,10 +227,10 @@ def _time_call(call: _Call, device: torch.device) -> int:
     return clock() - begin
 
 
-def _never_falling(curve: dict[int, float]) -> list[tuple[int, float]]:
-    """Return (width, time) by width; a width that is slower than a wider one gets the time of the wider one.
+def _make_monotone(curve: dict[int, float]) -> list[tuple[int, float]]:
+    """Return (width, time), narrowest first; a width that is slower than a wider one gets the time of the wider one.
 
-    >>> _never_falling({4: 9.0, 3: 10.0, 1: 2.0})
+    >>> _make_monotone({4: 9.0, 3: 10.0, 1: 2.0})
     [(1, 2.0), (3, 9.0), (4, 9.0)]
     """
     result: list[tuple[int, float]] = []
@@ -250,12 +257,12 @@ class Latency:
 
     @property
     def rest(self) -> float:
-        """The milliseconds that no module accounts for."""
+        """The milliseconds that no module accounts for, at least 0."""
         return max(0.0, self.total - sum(sum(part.values()) for part in (self.ops, self.sums, self.layers)))
 
 
-def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
-    """Measure the milliseconds of each candidate operation, each sum of them, and each layer outside.
+def measure_latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
+    """Measure the milliseconds of each candidate operation, each sum of them, and each layer outside them.
 
     Each is called with the input that it gets in the network, in alternation with the whole; the fastest of all repeats
     counts. Candidates within an operation are a part of it.
@@ -265,15 +272,16 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
         batch: The inputs of the pass.
         repeats: The number of timed calls of each, after a warm-up call.
 
-    >>> table = latency(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), Batch((torch.ones(8, 4),)))
+    >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> table = measure_latency(net, Batch((torch.ones(8, 4),)))
     >>> list(table.layers), table.total >= sum(table.layers.values())
     (['0', '2'], True)
     """
-    sums = candidates_in(model)
-    every = tuple(f"{path}." for paths in sums.values() for path in paths)
-    sums = {path: paths for path, paths in sums.items() if not f"{path}.".startswith(every)}
-    ops = [path for paths in sums.values() for path in paths]
-    inside = tuple(f"{path}." for path in ops)
+    nested = candidates_in(model)
+    prefixes = tuple(f"{op}." for ops in nested.values() for op in ops)
+    sums = {path: ops for path, ops in nested.items() if not f"{path}.".startswith(prefixes)}
+    ops = [op for ops in sums.values() for op in ops]
+    inside = tuple(f"{op}." for op in ops)
     layers = [
         name
         for name, module in model.named_modules()
@@ -284,12 +292,12 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
     with evaluating(model) as device:
         batch = batch.to(device)
         calls = _record_calls(_Call(model, batch.args, dict(batch.kwargs)), [*ops, *sums, *layers])
-        fastest = dict(zip(calls, _rounds([*calls.values()], device, repeats, silent), strict=True))
+        fastest = dict(zip(calls, _time_fastest([*calls.values()], device, repeats, silent), strict=True))
     # What is never called takes no time.
     times = {path: fastest[path] * calls[path].times if path in calls else 0 for path in (*ops, *sums, *layers)}
-    for path, paths in sums.items():
-        times[path] = max(0, times[path] - sum(times[op] for op in paths))
-    # Together, parts are no more than the whole.
-    part = min(1.0, fastest[""] / (sum(times.values()) or 1.0)) / 1e6
-    tables = [{path: times[path] * part for path in paths} for paths in (ops, sums, layers)]
-    return Latency(fastest[""] / 1e6, tables[0], tables[1], tables[2])
+    for path, summed in sums.items():
+        times[path] = max(0, times[path] - sum(times[op] for op in summed))
+    # Together, parts are no more than the whole. 1e6: nanoseconds to milliseconds.
+    scale = min(1.0, fastest[""] / (sum(times.values()) or 1.0)) / 1e6
+    op_times, sum_times, layer_times = ({path: times[path] * scale for path in paths} for paths in (ops, sums, layers))
+    return Latency(fastest[""] / 1e6, op_times, sum_times, layer_times)

@@ -23,8 +23,11 @@ from regrow.store.shapes import SHAPES
 ROUNDING = 1e-4  # the allowed output difference, relative to the largest output: memory layout can change rounding
 
 
+Results = dict[str, float | int | str]  # what was compared → its result
+
+
 class ExportError(ValueError):
-    """Raised if a format cannot represent the network, or the file cannot be written or read back."""
+    """Raised if a format cannot hold the network, or the file cannot be written or read back."""
 
 
 class CheckError(ExportError, RefusedError):
@@ -32,19 +35,22 @@ class CheckError(ExportError, RefusedError):
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportResult:
     """The result of an export: where it is, its size, and how it compared with the network."""
 
     path: Path
-    bytes: int
-    checked: Mapping[str, float | int | str] = field(default_factory=dict)  # results of reading it back, by name
+    bytes: int  # of all files
+    checked: Results = field(default_factory=dict)  # results of reading it back, by name
     notes: tuple[str, ...] = ()  # what a user of the file must know
     memory: Mapping[str, int | None] = field(default_factory=dict)  # limit, prediction and peak, if memory was limited
 
 
 @contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``out`` (new, empty, or an earlier export) if the block succeeds."""
+def export_folder(out: Path) -> Iterator[Path]:
+    """Context manager: a temporary folder that replaces ``out`` if the block succeeds, and takes over its other files.
+
+    Raise StoreError unless ``out`` is new, empty or an earlier export.
+    """
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; name a folder")
     if (out / "run.json").exists() or (out / WORK).exists():
@@ -57,27 +63,31 @@ def staging_folder(out: Path) -> Iterator[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of the files in a folder."""
+    """Return the bytes of the files directly in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def compare_outputs(
-    model: nn.Module, rebuilt: nn.Module, example: Example, what: str, tolerance: float = ROUNDING
+    model: nn.Module, rebuilt: nn.Module, example: Example, subject: str, tolerance: float = ROUNDING
 ) -> float:
-    """Return the largest output difference of two networks; raise CheckError if it is too large for the outputs."""
-    ours, theirs = (_outputs(net, example) for net in (model, rebuilt))
+    """Return the largest output difference; CheckError beyond ``tolerance`` times the largest output of ``model``.
+
+    ``subject`` names the rebuilt network in the error.
+    """
+    ours, theirs = (_run(net, example) for net in (model, rebuilt))
     difference = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
     largest = max((float(a.abs().max()) for a in ours if a.numel()), default=0.0)
     if difference > tolerance * largest:
-        raise CheckError(f"{what} answers otherwise, by {difference:.3g}; please report it")
+        raise CheckError(f"{subject} answers otherwise, by {difference:.3g}; please report it")
     return difference
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
+def _run(model: nn.Module, example: Example) -> list[Tensor]:
+    """Return the tensors of a network's output in float32; raise ExportError if it does not take the example."""
     try:
         leaves = tree_leaves(model(*example.args, **example.kwargs))
     except Exception as error:
-        what = f"{type(model).__name__} does not take an input of {format_shape(example)} ({first_line(error)})"
-        raise ExportError(f"{what}, so that the export is not compared; give an input that it takes") from None
+        problem = f"{type(model).__name__} does not take an input of {format_shape(example)} ({first_line(error)})"
+        raise ExportError(f"{problem}, so that the export is not compared; give an input that it takes") from None
     return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from regrow import store
 from regrow.core.progress import Progress, silent
-from regrow.exporters import ExportError, Written, compare_outputs, folder_bytes, staging_folder
+from regrow.exporters import ExportError, ExportResult, compare_outputs, export_folder, folder_bytes
 from regrow.nets import Origin
 from regrow.nets.vision import torchvision_example, unweighted_arguments
 from regrow.store import portable
@@ -18,12 +18,12 @@ from regrow.store.atomic import write_text
 FILES = ("load_regrow.py", "reshape_regrow.py")
 
 
-def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Written:
-    """Write a folder whose ``load_regrow.load()`` builds the network without regrow, and compare it."""
+def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> ExportResult:
+    """Write a folder whose ``load_regrow.load()`` builds the network without regrow; build it, and compare outputs."""
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin) or origin.kind != "torchvision":
         raise ExportError("this is no torchvision network; export it to onnx")
-    with staging_folder(out) as folder:
+    with export_folder(out) as folder:
         progress(0, 2, "writing the folder")
         store.write_model(model, folder, origin=origin)
         record = portable.record_changes(model, store.read_shapes(folder))
@@ -40,12 +40,13 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Writte
         difference = compare_outputs(model, _build(folder), example, f"{folder}: what torchvision builds")
         progress(2, 2, "building it with torchvision")
     note = "load it with load_regrow.load() of the folder"
-    return Written(out, folder_bytes(out), {"max_abs_diff": difference}, (note,))
+    return ExportResult(out, folder_bytes(out), {"max_abs_diff": difference}, (note,))
 
 
 def _build(folder: Path) -> nn.Module:
-    """Build the network with the files just written, which are imported anew and not compiled to files."""
-    names, path, bytecode = [file.removesuffix(".py") for file in FILES], [*sys.path], sys.dont_write_bytecode
+    """Build the network with the files just written, in this process; the state of imports is restored."""
+    names = [file.removesuffix(".py") for file in FILES]
+    path, bytecode = [*sys.path], sys.dont_write_bytecode
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # of another export
     sys.path.insert(0, str(folder.resolve()))
     sys.dont_write_bytecode = True  # the folder is not finished

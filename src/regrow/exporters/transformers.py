@@ -16,7 +16,7 @@ from torch import nn
 from regrow import store
 from regrow.core.axes import Example
 from regrow.core.progress import Progress, silent
-from regrow.exporters import ROUNDING, ExportError, Written, compare_outputs, folder_bytes, staging_folder
+from regrow.exporters import ROUNDING, ExportError, ExportResult, compare_outputs, export_folder, folder_bytes
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.language import (
     ATTENTION_LAYERS,
@@ -36,19 +36,20 @@ from regrow.store.state import find_numbers, named_tensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Settings of config.json that add a bias to every linear layer of a part; missing biases become zeros.
 BIASES = {"attention_bias": ATTENTION_LAYERS, "mlp_bias": MLP_LAYERS}
+CONVERSION = 0.2  # the allowed output difference, relative to the largest output, if the dtype of weights changes
 
 
 def write(
     model: nn.Module, out: Path, *, dtype: str = "", example: Example | None = None, progress: Progress = silent
-) -> Written:
-    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs."""
+) -> ExportResult:
+    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare outputs on the example."""
     origin = getattr(model, "origin", None)
     origin = origin if isinstance(origin, Origin) else origin_of(model, type(model).__name__)
     if origin.kind != "transformers":
         raise ExportError(f"{origin.name or 'the network'} is no transformers model; export it to onnx or torchvision")
     stored, present = DTYPES.get(dtype), next(model.parameters()).dtype
     origin = update_origin(origin, model, present)
-    with staging_folder(out) as folder:
+    with export_folder(out) as folder:
         progress(0, 2, "writing the folder")
         plain = build_plain(model, origin)
         if plain is None:
@@ -62,43 +63,42 @@ def write(
         progress(1, 2, "loading it with transformers")
         loaded = _load(folder, has_code, getattr(cast(Any, model).config, "_attn_implementation", "sdpa"))
         example = example or guess_example(model) or example_of_transformers(cast(Any, model))
-        tolerance = ROUNDING if stored in (None, present) else 0.2
+        tolerance = ROUNDING if stored in (None, present) else CONVERSION
         difference = compare_outputs(model, loaded, example, f"{folder}: what transformers loads", tolerance)
         progress(2, 2, "loading it with transformers")
-    note = (
-        "no settings of its family give these widths: load it with trust_remote_code=True"
-        if has_code
-        else "an ordinary model of its family: any tool that loads the family loads it, no code needed"
-    )
+    note = "an ordinary model of its family: any tool that loads the family loads it, no code needed"
+    if has_code:
+        note = "no settings of its family give these widths: load it with trust_remote_code=True"
     loaded_as = type(loaded).__name__
-    return Written(out, folder_bytes(out), {"max_abs_diff": difference, "loaded_as": loaded_as}, (note,))
+    return ExportResult(out, folder_bytes(out), {"max_abs_diff": difference, "loaded_as": loaded_as}, (note,))
 
 
 def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
-    """Return the network as a plain model of its family with other settings, or ``None`` if no settings fit.
+    """Return a copy of the network as a plain model of its family with other settings; ``None`` if no settings fit.
 
-    The network built from those settings is compared with ``model``, tensor by tensor.
+    The network built from those settings is compared with ``model``, tensor by tensor; biases that it has in addition
+    become zeros.
     """
     try:
-        if (settings := _settings(model, decoder_layers(model), origin)) is None:
+        settings = _family_settings(model, decoder_layers(model), origin)
+        if settings is None:
             return None
         original, fresh = build(origin), build(replace(origin, config=settings))
     except ModelError:
         return None
-    if not _has_numbers(fresh, model, original):
+    if not _numbers_agree(fresh, model, original):
         return None
-    now, made = named_tensors(model), named_tensors(fresh)
-    missing = made.keys() - now.keys()
-    if now.keys() - made.keys() or not all(name.endswith("_proj.bias") for name in missing):
+    tensors, fresh_tensors = named_tensors(model), named_tensors(fresh)
+    missing = fresh_tensors.keys() - tensors.keys()
+    if tensors.keys() - fresh_tensors.keys() or not all(name.endswith("_proj.bias") for name in missing):
         return None
-    for name, ours in now.items():
-        theirs = made[name].tensor
-        if ours.tensor.shape != theirs.shape:
-            return None
-        if ours.kind == "derived" and not torch.equal(ours.tensor.to(theirs), theirs):
+    for name, ours in tensors.items():
+        theirs = fresh_tensors[name].tensor
+        differs = ours.kind == "derived" and not torch.equal(ours.tensor.to(theirs), theirs)
+        if ours.tensor.shape != theirs.shape or differs:
             return None
     state = {
-        name: torch.zeros_like(made[name].tensor) if name in missing else now[name].tensor
+        name: torch.zeros_like(fresh_tensors[name].tensor) if name in missing else tensors[name].tensor
         for name in fresh.state_dict()
     }
     fresh.load_state_dict(state, strict=True)
@@ -108,22 +108,24 @@ def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     return fresh
 
 
-def _has_numbers(fresh: nn.Module, model: nn.Module, original: nn.Module) -> bool:
-    """Whether the numbers in modules agree, except for sizes that no cut had to change, which are not read."""
-    made, before = find_numbers(fresh), find_numbers(original)
+def _numbers_agree(fresh: nn.Module, model: nn.Module, original: nn.Module) -> bool:
+    """Whether modules of two networks have equal numbers; integers that are those of ``original`` are not compared."""
+    fresh_numbers, before = find_numbers(fresh), find_numbers(original)
     return all(
-        made.get(path) == number
+        fresh_numbers.get(path) == number
         for path, number in find_numbers(model).items()
         if isinstance(number, float) or number != before.get(path)
     )
 
 
-def _settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin) -> dict[str, Any] | None:
+def _family_settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin) -> dict[str, Any] | None:
+    """Return the ``config.json`` that gives the family the network's widths; ``None`` if layers differ or lack one."""
     widths = {(layer.heads, layer.kv_heads, layer.head_dim, layer.width) for layer in layers}
-    if len(widths) != 1 or 0 in (only := widths.pop()):
+    common = next(iter(widths), ())
+    if len(widths) != 1 or 0 in common:
         return None
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    settings = {**origin.config, **dict(zip(names, only, strict=True))}
+    settings = {**origin.config, **dict(zip(names, common, strict=True))}
     settings["hidden_size"] = model.get_input_embeddings().weight.shape[1]
     if "rms_norm_eps" in settings:  # a narrower residual stream has another one
         settings["rms_norm_eps"] = getattr(model.model.norm, "variance_epsilon", settings["rms_norm_eps"])
@@ -135,7 +137,10 @@ def _settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin) -> dic
 
 
 def _load(folder: Path, has_code: bool, attention: str) -> Any:
-    """Load the folder with transformers' Auto class; of code, only that of this export is run."""
+    """Load the folder with transformers' Auto class, in eval mode; ``attention`` is its attention implementation.
+
+    With ``has_code``, the code of this export is run; no other is.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]
     if has_code:

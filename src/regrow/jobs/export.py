@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regrow.core.axes import Example
-    from regrow.exporters import Written
+    from regrow.exporters import ExportResult
     from regrow.jobs.recording import Invocation
     from regrow.streaming.requirements import MemoryPlan
 
@@ -57,7 +57,7 @@ def check_out(settings: Settings, out: Path) -> None:
 
 def carry_out(
     settings: Settings, inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
-) -> "Written":
+) -> "ExportResult":
     """Write a network in a format of other tools, read it back, and compare it with the network."""
     check_settings(settings)
     check_out(settings, out)
@@ -65,7 +65,7 @@ def carry_out(
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
     values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights}
     taken = FORMATS[settings.to].takes
-    written: Written = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
+    written: ExportResult = write(opened.model, out, progress=progress, **{name: values[name] for name in taken})
     if opened.memory is None:
         return written
     return replace(written, memory=opened.memory.record())
@@ -106,7 +106,7 @@ def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInput
     return ExportInputs(model, weights=opened.weights.parameters(), memory=plan)
 
 
-def run(settings: Settings, invocation: "Invocation") -> "Written":
+def run(settings: Settings, invocation: "Invocation") -> "ExportResult":
     """Export the model that settings name, as ``regrow export`` does."""
     inputs = partial(open_named, settings, invocation)
     return carry_out(settings, inputs, Path(invocation.out), progress=invocation.progress)

@@ -16,7 +16,7 @@ from regrow.core.budget import Budget
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
 from regrow.evaluation.quality import Evaluation, evaluate_objective
-from regrow.evaluation.timing import fastest_pass, lengthen
+from regrow.evaluation.timing import fastest_pass, set_row_length
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
@@ -165,4 +165,4 @@ def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
     """Return the input of a timed pass: the traced example, or as many tokens as a target names."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
-    return lengthen(batch, tokens) if tokens else batch
+    return set_row_length(batch, tokens) if tokens else batch

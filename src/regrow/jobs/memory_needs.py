@@ -14,7 +14,7 @@ from regrow.core.process_memory import read_resident, return_memory
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, logits_in
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation.generation import predict_generation
+from regrow.evaluation.generation import predict_generation_bytes
 from regrow.evaluation.memory import UnpredictableError, predict_memory
 from regrow.jobs.inputs import count_windows
 from regrow.jobs.models import DTYPES, ModelSpec
@@ -79,7 +79,7 @@ def open_to_recover(
     besides = size  # the file while it is read
     if GENERATED in cut.settings.sources:
         windows = source_specs(cut.settings, settings.tokens).generated_windows
-        besides = max(size, predict_generation(dense.loaded.model, windows, window))
+        besides = max(size, predict_generation_bytes(dense.loaded.model, windows, window))
     whole = max(recovering, size + besides) + read_resident() + SPARE + _weight_bytes(dense.loaded.model)
     least = plan.least + work if settings.by in CLOSED_FORM else whole
     plan = replace(plan, whole=whole, least=least, what=f"recovery by {settings.by}")
@@ -133,7 +133,7 @@ def _predict_besides(settings: Settings, pruner: Pruner, opened: OpenedNetwork) 
     model, window, count = opened.loaded.model, settings.seq_len, len(settings.sources)
     size, needed = _weight_bytes(model), []
     if GENERATED in settings.sources:
-        needed.append(size + predict_generation(model, source_specs(settings).generated_windows, window))
+        needed.append(size + predict_generation_bytes(model, source_specs(settings).generated_windows, window))
     if Need.GRADIENTS in pruner.needs:
         names = differentiated(model, opened.axes, budget_of(settings).units(opened.axes))
         sums = pruner.shards * max(pruner.sources, count)

@@ -20,7 +20,7 @@ from regrow.core.sources import Batch, device_of, moved
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation.timing import Latency, latency
+from regrow.evaluation.timing import Latency, measure_latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_known
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
@@ -109,7 +109,7 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
     target = parse_search_target(text)
     measure = target.measure
     if measure == Measure.TIME and table is None:
-        raise ValueError("how long the space takes was not measured: latency(…) does it")
+        raise ValueError("how long the space takes was not measured: measure_latency(…) does it")
     counted = Measure.PARAMETERS if measure == Measure.NONZERO else measure
     whole: float = table.total if table else Cost(axes, counted).total
     number = target.amount or target.share * whole
@@ -188,5 +188,5 @@ def measure_times(
         return None, None
     first = first_examples(inputs.parts.search.train, settings.batch_size)
     batch = pack_batch(first.inputs).to(device_of(inputs.model))
-    table = None if known or not ranks.leads else asdict(latency(inputs.model, batch))
+    table = None if known or not ranks.leads else asdict(measure_latency(inputs.model, batch))
     return batch, Latency(**broadcast_record(ranks, known or table))

@@ -17,7 +17,7 @@ from regrow.core.candidates import Prefix, Staged, fold_scales
 from regrow.core.names import names_code
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
-from regrow.evaluation.memory import Live, peak_meter, predict_memory, training
+from regrow.evaluation.memory import MemoryCounterMode, make_training_step, predict_memory, start_peak_meter
 from regrow.jobs.search_inputs import make_search
 from regrow.jobs.starting import check_outputs
 from regrow.methods.search import Search
@@ -187,7 +187,7 @@ def predict_stage(search: Search, state: SearchState, context: Context, batch: B
 
 
 def _step() -> Callable[[nn.Module, Batch], Any]:
-    return training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    return make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
 def _add_masks(masked: Collection[str], plain: int, weights: int) -> int:
@@ -241,8 +241,8 @@ class MemoryWatch:
     @contextmanager
     def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
         removed = context.undo.contents().values() if context.undo else ()
-        live = Live([*context.model.parameters(), *context.model.buffers(), *removed])
-        resident = peak_meter(device_of(context.model))
+        live = MemoryCounterMode([*context.model.parameters(), *context.model.buffers(), *removed])
+        resident = start_peak_meter(device_of(context.model))
         with live:
             yield
         extra = resident()

@@ -10,11 +10,13 @@ from regrow.reports.summary import Summary, SummaryTable, summarise
 
 EVALUATION = ("tasks", "data", "scenario", "train", "test", "validation", "eval_tokens", "seq_len")
 """Settings in which runs must agree, or their quality cannot be compared."""
+MAX_NAMES = 8
+"""Text domains and tasks that a headline names."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page of several runs shows."""
+    """What the page of several runs shows: a headline, one table, warnings, and each run with its summary."""
 
     headline: str
     table: SummaryTable
@@ -23,7 +25,7 @@ class Comparison:
     summaries: list[Summary]
 
     def draw(self) -> Drawing | None:
-        """Draw quality against size."""
+        """Draw the runs' quality against their number of parameters; ``None`` if fewer than two sizes are known."""
         pairs = zip(self.runs, self.summaries, strict=True)
         points = [(run.name, summary.size, summary.quality) for run, summary in pairs]
         lower = any(row.seen is not None for run in self.runs for row in run.quality)
@@ -33,30 +35,34 @@ class Comparison:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Compare runs, on the text domains and tasks on which all were evaluated; a domain is seen if all runs saw it."""
-    measured = [{row.name: row.seen for row in run.quality if row.after is not None} for run in runs]
-    shared = {name: [domains[name] for domains in measured] for name in measured[0] if all(name in d for d in measured)}
+    seen_by_run = [{row.name: row.seen for row in run.quality if row.after is not None} for run in runs]
+    names = [name for name in seen_by_run[0] if all(name in seen for seen in seen_by_run)]
+    seen_in = {name: [seen[name] for seen in seen_by_run] for name in names}  # whether each run saw it
     compared = []
     for run in runs:
-        rows = [row for row in run.quality if row.name in shared]
-        rows = [row if row.seen is None else replace(row, seen=all(shared[row.name])) for row in rows]
+        rows = [row for row in run.quality if row.name in seen_in]
+        rows = [row if row.seen is None else replace(row, seen=all(seen_in[row.name])) for row in rows]
         compared.append(replace(run, quality=rows))
-    summaries, differing = [summarise(run) for run in compared], find_differences(runs)
+    summaries = [summarise(run) for run in compared]
+    differences = find_differences(runs)
     models = {run.model for run in runs}
     headline = f"{len(runs)} runs of {models.pop() if len(models) == 1 else f'{len(models)} models'}"
-    if shared:
-        headline += f", compared on {', '.join([*shared][:8])}{' and others' * (len(shared) > 8)}"
-    alarms = [f"{run.name}: {alarm}" for run, one in zip(runs, summaries, strict=True) for alarm in one.alarms]
-    if unfair := [name for name in differing if name in EVALUATION]:
-        alarms.insert(0, f"The runs differ in {', '.join(unfair)}: their quality cannot be compared.")
-    elif len({_evaluated(run) for run in runs}) > 1:
-        alarms.insert(0, "The runs differ in tasks or in what was evaluated: their quality cannot be compared.")
-    if any(len(set(seen)) > 1 for seen in shared.values()):
-        alarms.append("The runs were calibrated on different text: unseen is what at least one of them did not see.")
-    return Comparison(headline, _tabulate(headline, runs, summaries, differing), alarms, compared, summaries)
+    if names:
+        headline += f", compared on {', '.join(names[:MAX_NAMES])}{' and others' if len(names) > MAX_NAMES else ''}"
+    alarms = []
+    if unfair := [name for name in differences if name in EVALUATION]:
+        alarms.append(f"The runs differ in {', '.join(unfair)}: their quality cannot be compared.")
+    elif len({_evaluated_tasks(run) for run in runs}) > 1:
+        alarms.append("The runs differ in tasks or in what was evaluated: their quality cannot be compared.")
+    alarms += [f"{run.name}: {alarm}" for run, summary in zip(runs, summaries, strict=True) for alarm in summary.alarms]
+    if any(len(set(seen)) > 1 for seen in seen_in.values()):
+        alarms.append("The runs were calibrated on different text: a domain that any of them did not see is unseen.")
+    table = _tabulate(headline, runs, summaries, differences)
+    return Comparison(headline=headline, table=table, alarms=alarms, runs=compared, summaries=summaries)
 
 
 def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings that all runs have and in which they differ: name → one value per run."""
+    """Return the settings and defaults that all runs have and in which they differ: name → one value per run."""
     tables = [run.defaults | run.settings for run in runs]
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     columns = {name: [table[name] for table in tables] for name in shared}
@@ -64,22 +70,24 @@ def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _tabulate(
-    title: str, runs: Sequence[Run], summaries: Sequence[Summary], differing: dict[str, list[str]]
+    title: str, runs: Sequence[Run], summaries: Sequence[Summary], differences: dict[str, list[str]]
 ) -> SummaryTable:
-    """Return a row per run, and one of what was before them where that is the same for all."""
+    """Return a row per run, after one of the values before them, as far as these are the same for all runs."""
     figures = [{row.label: row for row in summary.figures} for summary in summaries]
-    labels = list(dict.fromkeys(label for known in figures for label in known))
+    labels = list(dict.fromkeys(label for by_label in figures for label in by_label))
     rows, before = [], []
-    for i, (run, known) in enumerate(zip(runs, figures, strict=True)):
-        after = [known[label].after if label in known else q.NONE for label in labels]
-        rows.append([run.name, *(values[i] for values in differing.values()), *after])
+    for i, (run, by_label) in enumerate(zip(runs, figures, strict=True)):
+        after = [by_label[label].after if label in by_label else q.NONE for label in labels]
+        rows.append([run.name, *(values[i] for values in differences.values()), *after])
     for label in labels:
-        sides = {known[label].before if label in known else q.NONE for known in figures}
+        sides = {by_label[label].before if label in by_label else q.NONE for by_label in figures}
         before.append(sides.pop() if len(sides) == 1 else q.NONE)
     if any(value != q.NONE for value in before):
-        rows.insert(0, ["before", *[q.NONE] * len(differing), *before])
-    return SummaryTable(title, ["Run", *differing, *labels], rows)
+        rows.insert(0, ["before", *[q.NONE] * len(differences), *before])
+    return SummaryTable(title, ["Run", *differences, *labels], rows)
 
 
-def _evaluated(run: Run) -> tuple[object, ...]:
-    return (*run.course.tasks, *(value is None for value in (run.course.accuracies or [[]])[-1]))
+def _evaluated_tasks(run: Run) -> tuple[object, ...]:
+    """Return the names of a run's tasks, and which of them were not evaluated at its end, to compare runs."""
+    results = run.task_results
+    return (*results.names, *(value is None for last in results.accuracies[-1:] for value in last))

@@ -7,21 +7,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import figures, quantities, summary
+from regrow.reports import quantities, summary
 from regrow.reports.comparison import compare
+from regrow.reports.figures import Drawing, draw_quality, draw_search
 from regrow.reports.reading import ReportError, read_runs
 from regrow.reports.records import AxisKind, Run
 from regrow.store.atomic import PAGE, write_text
 from regrow.store.errors import StoreError
 
-FIGURES: dict[str, Callable[[Run], figures.Drawing | None]] = {
-    "quality": figures.draw_quality,
-    "course": figures.draw_course,
-}
+FIGURES: dict[str, Callable[[Run], Drawing | None]] = {"quality": draw_quality, "search": draw_search}
+MAX_STRIPS = 12
+"""Kinds of axes that a page shows as strips, besides the kind of all single axes."""
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page of one run, or of a comparison of several.
+    """Write the page of one run, or of a comparison of several, as an HTML file.
 
     Args:
         folders: The run folders; two or more make a comparison.
@@ -34,14 +34,13 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         ReportError: If a folder is not a run folder, or if jinja2 or matplotlib is not installed.
         StoreError: If the file cannot be written.
     """
-    page = to_html(read_runs(folders))
     out = Path(out)
-    write_text(out, page)
+    write_text(out, to_html(read_runs(folders)))
     return out
 
 
 def write_run_page(folder: Path) -> None:
-    """Write the page of a run into its folder, as it finishes; if the page cannot be made, log why and go on."""
+    """Write ``report.html`` into a run folder; if the page cannot be made, log a warning, but raise StoreError."""
     try:
         write_page([folder], folder / PAGE)
     except StoreError:  # such as a full disk: the run fails, too, and can be resumed
@@ -51,7 +50,7 @@ def write_run_page(folder: Path) -> None:
 
 
 def to_html(runs: Sequence[Run]) -> str:
-    """Return the page of one run, or of several, as HTML.
+    """Return the page of one run, or of a comparison of several, as the text of an HTML file.
 
     Args:
         runs: The result of :func:`regrow.reports.read_runs`.
@@ -69,7 +68,7 @@ def to_html(runs: Sequence[Run]) -> str:
         "run": run,
         "summary": summary.summarise(run),
         "command": summary.next_command(run),
-        "strips": strips(run.widths),
+        "strips": group_strips(run.widths),
         "quality": summary.quality_table(run),
         "accuracy": summary.accuracy_table(run),
         "proof": summary.describe_proof(run),
@@ -78,14 +77,16 @@ def to_html(runs: Sequence[Run]) -> str:
     return str(environment.get_template("run.html").render(context))
 
 
-def strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
-    """Return the kinds of axes to show as strips: those of several axes, and all other axes in one."""
+def group_strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
+    """Return the kinds of axes to show: the first ``MAX_STRIPS`` of several axes, and all single axes as one kind."""
+    several = [kind for kind in widths if len(kind.rows) > 1][:MAX_STRIPS]
     single = [row for kind in widths if len(kind.rows) == 1 for row in kind.rows]
-    return [kind for kind in widths if len(kind.rows) > 1][:12] + [AxisKind("other axes", single)] * bool(single)
+    return [*several, AxisKind("other axes", single)] if single else several
 
 
 @cache
 def _environment() -> Any:
+    """Return jinja2's environment with the page's templates and filters; ReportError if jinja2 is not installed."""
     try:
         import jinja2
         from markupsafe import Markup
@@ -98,8 +99,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("count", "percent", "duration"):
-        environment.filters[name] = getattr(quantities, name)
-    environment.filters |= {"repr": repr, "quote": shlex.quote}
-    environment.filters["svg"] = Markup  # matplotlib escapes every text
+    formats = {"count": quantities.count, "percent": quantities.percent, "duration": quantities.duration}
+    # Markup is not escaped: matplotlib has escaped every text in its SVG.
+    environment.filters |= formats | {"repr": repr, "quote": shlex.quote, "svg": Markup}
     return environment

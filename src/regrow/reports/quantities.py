@@ -1,11 +1,11 @@
-"""Formatting of numbers: with a unit, and three significant digits."""
+"""Functions that format a number as a short text: with a unit, and three significant digits."""
 
 import math
 from collections.abc import Sequence
 from datetime import timedelta
 
 SPACE = "\N{NO-BREAK SPACE}"
-NONE = "–"
+NONE = "–"  # what stands for a missing value
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -29,7 +29,8 @@ def significant(value: float | None) -> str:
         return NONE
     if value and not 1e-3 <= abs(value) < 1e7:
         return power(value)
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0}f}"
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, decimals)}f}"
 
 
 def count(value: float | None) -> str:
@@ -41,17 +42,17 @@ def count(value: float | None) -> str:
     return _scaled(value, ("", "k", "M", "G", "T", "P"), 1e5)
 
 
-def octets(value: float | None) -> str:
-    """Format a number of bytes in decimal units.
+def decimal_bytes(value: float | None) -> str:
+    """Format a number of bytes in powers of 1000; :func:`regrow.core.amounts.format_bytes` has powers of 1024.
 
-    >>> octets(269_100_000), octets(12)
+    >>> decimal_bytes(269_100_000), decimal_bytes(12)
     ('269.1\\xa0MB', '12\\xa0B')
     """
     return _scaled(value, ("B", "kB", "MB", "GB", "TB"), 1e3)
 
 
 def _scaled(value: float | None, units: Sequence[str], least: float) -> str:
-    """Format a number from ``least`` on with the largest of some units, each a thousand times the one before."""
+    """Format a number, from ``least`` on with the largest unit that it reaches; each is 1000 times the one before."""
     if value is None:
         return NONE
     if abs(value) < least:
@@ -61,15 +62,15 @@ def _scaled(value: float | None, units: Sequence[str], least: float) -> str:
     return f"{scaled:,.{2 if abs(scaled) < 9.995 else 1}f}{SPACE}{units[step]}"
 
 
-def measured(value: float | None, measure: str) -> str:
-    """Format an amount of what a budget counts.
+def amount(value: float | None, measure: str) -> str:
+    """Format an amount of what a budget counts: bytes, milliseconds, or a number.
 
-    >>> measured(5e7, "kv_cache"), measured(7.5, "ms"), measured(1536, "macs")
+    >>> amount(5e7, "kv_cache"), amount(7.5, "ms"), amount(1536, "macs")
     ('50.0\\xa0MB', '7.50\\xa0ms', '1,536')
     """
     if measure == "ms" and value is not None:
         return f"{significant(value)}{SPACE}ms"
-    return octets(value) if measure in ("bytes", "kv_cache") else count(value)
+    return decimal_bytes(value) if measure in ("bytes", "kv_cache") else count(value)
 
 
 def percent(fraction: float | None) -> str:
@@ -91,16 +92,18 @@ def points(difference: float | None) -> str:
 
 
 def factor(value: float | None) -> str:
-    """Format a ratio.
+    """Format a ratio, with ``×`` in front.
 
     >>> factor(1.2345), factor(0.931), factor(17.29)
     ('×1.23', '×0.93', '×17.3')
     """
-    return NONE if value is None else f"×{value:.2f}" if 0.01 <= value < 9.995 else f"×{significant(value)}"
+    if value is None:
+        return NONE
+    return f"×{value:.2f}" if 0.01 <= value < 9.995 else f"×{significant(value)}"
 
 
 def duration(seconds: float) -> str:
-    """Format a time span.
+    """Format a time span in seconds as hours, minutes and seconds.
 
     >>> duration(3900)
     '1:05:00'
@@ -108,25 +111,27 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(min(seconds, 1e9))))
 
 
-def in_words(value: object) -> str:
-    """Return the value of a setting as a short text; a dash for objects and nothing.
+def format_setting(value: object) -> str:
+    """Format the value of a setting as a short text; a dash for ``None`` and objects.
 
-    >>> in_words(True), in_words(0.30000000000000004), in_words(["a", 2]), in_words(None)
+    >>> format_setting(True), format_setting(0.30000000000000004), format_setting(["a", 2]), format_setting(None)
     ('yes', '0.3', 'a, 2', '–')
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(in_words, value[:20])) or NONE
-    return f"{value:.6g}" if isinstance(value, float) else str(value)[:300] if isinstance(value, int | str) else NONE
+        return ", ".join(map(format_setting, value[:20])) or NONE
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)[:300] if isinstance(value, int | str) else NONE
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the known values; ``None`` if there is none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    """Return the mean of the values that are not ``None``; ``None`` if there is none."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def shorten(text: str, length: int) -> str:
-    """Return a text cut to a length, with an ellipsis if it is longer."""
+    """Return a text of at most ``length`` characters: a longer one is cut, and ends with an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"

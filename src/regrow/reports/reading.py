@@ -15,8 +15,8 @@ from typing import Any
 from regrow.core.errors import ResourceError
 from regrow.core.limits import parse_json
 from regrow.reports.cells import FoundNetwork, read_found
-from regrow.reports.quantities import in_words
-from regrow.reports.records import ROWS, AxisKind, BoundedPerplexity, Course, PairedDifference, Quality, Run
+from regrow.reports.quantities import format_setting, shorten
+from regrow.reports.records import ROWS, AxisKind, BoundedPerplexity, PairedDifference, Quality, Run, TaskResults
 from regrow.store import metrics
 from regrow.store.convert import convert, read_json
 from regrow.store.errors import StoreError, check_readable
@@ -27,29 +27,24 @@ from regrow.store.schemas import AxisRows, RunJson
 MAX_RUNS = 64
 NEEDED = {"learn": ("metrics.jsonl",), "search": ("metrics.jsonl", "shapes.json")}
 """Command → the files that its page needs; of other commands metrics.jsonl and axes.json."""
-_MODELS = {
-    "dense": "before",
-    "before": "before",
-    "cut": "cut",
-    "pruned": "changed",
-    "after": "changed",
-    "recovered": "recovered",
-}
+_MODELS = {"dense": "before", "pruned": "changed", "after": "changed"}
+_MODELS |= {name: name for name in ("before", "cut", "recovered")}
 """Name of a model in metrics.jsonl → the step of which it is the result; ``cut``: before its layers are fitted."""
-_LONGEST, _LONGEST_COMMAND = 300, 8000
-"""Characters of a name, and of a command or a note."""
+_MAX_NAME, _MAX_COMMAND = 300, 8000
+"""Characters of a name, and of a command or a note, beyond which a text is cut."""
+# Characters that are not printed, or change the direction of text.
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+"
 )
-_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 
 
 class ReportError(ValueError):
-    """Raised for a folder that is not a run folder, or a page that cannot be written."""
+    """Raised for a folder that is not a run folder, or a page for which a package is missing."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders for :func:`to_html`.
+    """Read run folders into records, for :func:`to_html`; damaged files are left out and named.
 
     Args:
         folders: The run folders, in the order of a comparison. Only ``run.json`` must exist in each.
@@ -62,17 +57,18 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if not 0 < len(folders) <= MAX_RUNS:
         raise ReportError(f"a report is made of 1 to {MAX_RUNS} run folders; got {len(folders)}")
-    runs = [_read(Path(folder)) for folder in folders]
+    runs = [_read_run(Path(folder)) for folder in folders]
     names = Counter(run.name for run in runs)
     return [replace(run, name=f"{run.name} #{i}") if names[run.name] > 1 else run for i, run in enumerate(runs, 1)]
 
 
-def _read(path: Path) -> Run:
+def _read_run(path: Path) -> Run:
+    """Read a run folder, finished or not; ReportError without a valid ``run.json``, other faults become problems."""
     settle(path)
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
     try:
-        file = convert(clean(read_run_json(path), _LONGEST_COMMAND), RunJson, path / "run.json")
+        file = convert(clean(read_run_json(path), _MAX_COMMAND), RunJson, path / "run.json")
     except StoreError as error:
         raise ReportError(str(error)) from error
     needed = NEEDED.get(file.verb, ("metrics.jsonl", "axes.json"))
@@ -80,6 +76,7 @@ def _read(path: Path) -> Run:
 
     @contextlib.contextmanager
     def leave_out() -> Iterator[None]:
+        """Context manager: an error of a file or line becomes a problem of the run, and what follows is read."""
         try:
             yield
         except (StoreError, ResourceError) as error:
@@ -97,30 +94,31 @@ def _read(path: Path) -> Run:
         if file.verb == "search" and (data := read_json(path / "shapes.json")) is not None:
             found = read_found(clean(data))
     here, settings = path.resolve(), file.settings
-    model = in_words(settings.get("model", settings.get("space"))).rstrip("/\\").replace("\\", "/")
-    method = settings.get("method_settings", settings.get("recovery_settings"))
-    given = {name: value for name, value in settings.items() if name not in ("pruning", "method_settings")}
+    model = format_setting(settings.get("model", settings.get("space"))).rstrip("/\\").replace("\\", "/")
+    method_settings = settings.get("method_settings", settings.get("recovery_settings"))
+    method_settings = method_settings if isinstance(method_settings, dict) else {}
+    settings = {name: value for name, value in settings.items() if name not in ("pruning", "method_settings")}
     return Run(
         name=clean(here.parent.name if here.name == WORK else here.name) or "run",
         file=file,
         model=model.rpartition("/")[2],
-        method=in_words(settings.get("method", f"regrow {file.verb}")),
+        method=format_setting(settings.get("method", f"regrow {file.verb}")),
         code=model if _CODE.fullmatch(model) else "",
         is_text=(path / "tokenizer_config.json").is_file(),
-        settings=_in_words(given | (method if isinstance(method, dict) else {})),
-        defaults=_in_words(file.defaults),
+        settings=_format_settings(settings | method_settings),
+        defaults=_format_settings(file.defaults),
         rows=rows,
         quality=_collect_quality(rows),
         sizes={_MODELS[row.model]: row for row in rows if isinstance(row, metrics.SizeRow) and row.model in _MODELS},
         widths=_collect_widths(axes, retraced=file.verb == "recover"),
-        course=_read_course(rows),
+        task_results=_collect_task_results(rows),
         found=found,
         problems=problems[:20],
     )
 
 
 def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield the place, the kind and the content of each line that a page reads.
+    """Yield (place for errors, kind of measurement, content) of each line of ``metrics.jsonl`` that a page reads.
 
     A line that is not a measurement is left out and named, unless it is the last one, which a crash may have cut short.
     """
@@ -141,26 +139,24 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any
             yield where, what, row
 
 
-def clean(value: Any, longest: int = _LONGEST) -> Any:
-    """Return JSON data in which every text is one printable line, and numbers that are not finite are ``None``.
+def clean(value: Any, max_length: int = _MAX_NAME) -> Any:
+    """Return JSON data whose texts are one printable line, cut to ``max_length``, and whose numbers are finite or None.
 
-    >>> clean({"a\\n\\x00b": ["abcdef", float("nan")]}, longest=4)
+    >>> clean({"a\\n\\x00b": ["abcdef", float("nan")]}, max_length=4)
     {'a b': ['abc…', None]}
     """
     if isinstance(value, str):
-        line = _CONTROL.sub(" ", value[: 4 * longest]).strip()
-        return line if len(line) <= longest else line[: longest - 1] + "…"
+        return shorten(_CONTROL.sub(" ", value[: 4 * max_length]).strip(), max_length)
     if isinstance(value, Mapping):
-        return {clean(key, longest): clean(part, longest) for key, part in value.items()}
+        return {clean(key, max_length): clean(part, max_length) for key, part in value.items()}
     if isinstance(value, Sequence):
-        return [clean(part, longest) for part in value]
+        return [clean(part, max_length) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
-    """Return one record per text domain and task."""
-    texts: dict[str, Quality] = {}
-    tasks: dict[str, Quality] = {}
+    """Return one record per text domain and then per task, with what was measured of each model."""
+    texts, tasks = dict[str, Quality](), dict[str, Quality]()
     for row in rows:
         if isinstance(row, BoundedPerplexity) and row.model in _MODELS:
             quality = texts.setdefault(row.source, Quality(row.source))
@@ -173,23 +169,24 @@ def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
 
 
 def _collect_widths(axes: AxisRows, *, retraced: bool) -> list[AxisKind]:
-    """Return the widths of the axes that can change, per kind of axis.
+    """Return the widths of the axes that can change, per kind: block numbers in names are replaced by ``*``.
 
-    An axis that is not there afterwards was removed with its block; in a network that was traced again, it may have
-    another name.
+    An axis that is not there afterwards was removed with its block; in a network that was traced again (``retraced``),
+    it may have another name, and is left out.
     """
     after = {axis.key: axis.size for axis in axes.after}
     kinds: dict[str, list[tuple[str, int, int]]] = {}
     for axis in axes.before:
-        left = after.get(axis.key, axis.size if axis.mark == "frozen" else 0)
-        if (axis.mark != "frozen" or left != axis.size) and not (retraced and axis.key not in after):
+        frozen = axis.mark == "frozen"
+        size = after.get(axis.key, axis.size if frozen else 0)
+        if (not frozen or size != axis.size) and not (retraced and axis.key not in after):
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", axis.label or axis.key)
-            kinds.setdefault(name, []).append((axis.key, axis.size, left))
+            kinds.setdefault(name, []).append((axis.key, axis.size, size))
     return [AxisKind(name, members) for name, members in kinds.items()]
 
 
-def _read_course(rows: Sequence[Any]) -> Course:
-    """Return the accuracies after each task, from the matrix of the run and of tasks that came later."""
+def _collect_task_results(rows: Sequence[Any]) -> TaskResults:
+    """Return the accuracies after each task, from the last matrix of the run and the rows of tasks after it."""
     records = {row.task: row for row in rows if isinstance(row, metrics.TaskRow)}
     end = next((row for row in reversed(rows) if isinstance(row, metrics.MatrixRow)), None)
     learned = {i: row.accuracy for i, row in records.items()} | dict(enumerate(end.matrix if end else []))
@@ -198,8 +195,9 @@ def _read_course(rows: Sequence[Any]) -> Course:
     for i in range(len(names), max([count, *map(len, accuracies)])):
         names.append(records[i].name if i in records else f"task {i + 1}")
     finished = end if end and len(end.matrix) == count else None
-    return Course(names, accuracies, [records[i] for i in range(count) if i in records], finished)
+    return TaskResults(names, accuracies, [records[i] for i in range(count) if i in records], finished)
 
 
-def _in_words(values: Mapping[str, object]) -> dict[str, str]:
-    return {name: in_words(value) for name, value in list(values.items())[:200]}
+def _format_settings(values: Mapping[str, object]) -> dict[str, str]:
+    """Return settings as short texts, at most 200."""
+    return {name: format_setting(value) for name, value in list(values.items())[:200]}

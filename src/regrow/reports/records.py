@@ -18,21 +18,22 @@ Spread = Annotated[float, msgspec.Meta(ge=0, le=60)] | None
 
 
 class BoundedPerplexity(metrics.PerplexityRow, frozen=True):
-    """The perplexity of a model on a text domain, within the bounds of a figure."""
+    """The perplexity of a model on a text domain; bounded, so that a figure can show it."""
 
     ppl: Annotated[float, msgspec.Meta(gt=0, le=1e200)] | None
     se: Spread = None
 
 
 class PairedDifference(metrics.PairedRow, frozen=True):
-    """The difference of the log-perplexities of two models on a text domain, within the bounds of a figure."""
+    """The mean paired difference of two models' loss per token on a text domain; bounded for figures."""
 
+    # In nats per token; each window counts alike: if lengths differ, it is not the difference of log-perplexities.
     delta_nll: Annotated[float, msgspec.Meta(ge=-60, le=60)] | None
     se: Spread = None
 
 
 class Commit(metrics.CommitRow, frozen=True):
-    """A change of shape in training: a growth, or a commit of a search, which may restore units."""
+    """A change of shape in training: a growth, or a cut of a search, which may also restore units."""
 
     restored: dict[str, Count] = msgspec.field(default_factory=dict)
     stood: bool = False  # whether what it removed was active before
@@ -92,9 +93,8 @@ class TrainingRow(msgspec.Struct, frozen=True):
     loss_after: Figure
 
 
-ROWS: dict[str, type[Any]] = {
-    what: row for what, (row, _) in metrics.ROW_KINDS.items() if row is not metrics.MetricsRow
-} | {
+ROWS: dict[str, type[Any]] = {key: row for key, (row, _) in metrics.ROW_KINDS.items() if row is not metrics.MetricsRow}
+ROWS |= {
     "commit": Commit,
     "epoch": SearchEpoch,
     "found": FoundRow,
@@ -117,18 +117,19 @@ class Quality:
 
     name: str
     seen: bool | None = None  # in calibration; None for a task
-    models: dict[str, BoundedPerplexity | metrics.ChoiceRow] = field(
-        default_factory=dict
-    )  # before, cut, changed, recovered
+    # before, cut, changed, recovered → what was measured
+    models: dict[str, BoundedPerplexity | metrics.ChoiceRow] = field(default_factory=dict)
     paired: PairedDifference | None = None
 
     def value(self, model: str) -> float | None:
         """Return the perplexity or accuracy of a model; ``None`` if it was not measured."""
         row = self.models.get(model)
-        return row.ppl if isinstance(row, BoundedPerplexity) else row.acc if row else None
+        if isinstance(row, BoundedPerplexity):
+            return row.ppl
+        return row.acc if row else None
 
     def error(self, model: str) -> float | None:
-        """Return half the 95 % interval of :meth:`value`."""
+        """Return half the 95 % interval of :meth:`value`, of perplexity its upper half; ``None`` if unknown."""
         row = self.models.get(model)
         if isinstance(row, BoundedPerplexity):
             return None if row.ppl is None or row.se is None else row.ppl * math.expm1(1.96 * row.se)
@@ -136,12 +137,15 @@ class Quality:
 
     @property
     def after(self) -> float | None:
-        """The value at the end of the run."""
+        """The perplexity or accuracy at the end of the run; ``None`` if it was not measured."""
         return self.value("recovered" if "recovered" in self.models else "changed")
 
     @property
     def lost(self) -> float | None:
-        """The log-perplexity at the end minus that before, paired per window; of a task the difference in accuracy."""
+        """The log-perplexity at the end minus that before; of a task the difference in accuracy.
+
+        If the run has a paired difference, that is returned (:attr:`PairedDifference.delta_nll`).
+        """
         if self.paired and self.paired.delta_nll is not None:
             return self.paired.delta_nll
         before, after = self.value("before"), self.after
@@ -151,7 +155,7 @@ class Quality:
 
     @property
     def recovered(self) -> float | None:
-        """The fraction of the log-perplexity lost by the cut that was won back."""
+        """The fraction of the log-perplexity lost by the cut that was won back; ``None`` if unknown or not lost."""
         before, after, cut = self.value("before"), self.after, self.value("cut" if "cut" in self.models else "changed")
         if self.seen is None or len(self.models) < 3 or not (before and cut and after):
             return None
@@ -161,29 +165,29 @@ class Quality:
 
 @dataclass(frozen=True)
 class AxisKind:
-    """The axes of one kind in all blocks, in order of depth."""
+    """The widths of the axes of one kind, before and after a run, in order of depth."""
 
     name: str
     rows: list[tuple[str, int, int]]  # key, units before and after
 
     @property
     def before(self) -> int:
-        """The units before."""
+        """The units of all its axes before the run."""
         return sum(before for _, before, _ in self.rows)
 
     @property
     def after(self) -> int:
-        """The units after."""
+        """The units of all its axes after the run."""
         return sum(after for _, _, after in self.rows)
 
 
 @dataclass(frozen=True)
-class Course:
-    """What was known after each task of a learning run."""
+class TaskResults:
+    """The accuracies and sizes after each task of a learning run; empty for other runs."""
 
-    tasks: list[str]
+    names: list[str]
     accuracies: list[list[Fraction]]  # after each task that was learned, on every task
-    records: list[metrics.TaskRow]
+    records: list[metrics.TaskRow]  # of each task that was learned
     end: metrics.MatrixRow | None  # the figures of the matrix, once the last task is done
 
 
@@ -203,27 +207,29 @@ class Run:
     quality: list[Quality]
     sizes: dict[str, metrics.SizeRow]  # before, cut, changed, recovered
     widths: list[AxisKind]
-    course: Course
+    task_results: TaskResults
     found: FoundNetwork  # the network that a search found
     problems: list[str]
 
-    def of(self, kind: type[Record]) -> list[Record]:
-        """Return the rows of a kind, in order."""
+    def rows_of(self, kind: type[Record]) -> list[Record]:
+        """Return the rows of ``metrics.jsonl`` that are of a type, in order."""
         return [row for row in self.rows if isinstance(row, kind)]
 
-    def last(self, kind: type[Record]) -> Record | None:
-        """Return the last row of a kind; ``None`` if there is none."""
-        return next(reversed(self.of(kind)), None)
+    def last_of(self, kind: type[Record]) -> Record | None:
+        """Return the last row of ``metrics.jsonl`` that is of a type; ``None`` if there is none."""
+        return next(reversed(self.rows_of(kind)), None)
 
     @property
     def models(self) -> dict[str, str]:
-        """The models whose quality was measured, in order, and their names in tables."""
-        known = {name for row in self.quality for name in row.models if row.value(name) is not None}
-        changed = "Grown" if self.file.verb == "grow" else "Reconstructed" if "cut" in known else "Pruned"
+        """The models whose quality was measured (``"before"``, ``"cut"``, …), in order → their names in tables."""
+        measured = {name for row in self.quality for name in row.models if row.value(name) is not None}
+        changed = "Reconstructed" if "cut" in measured else "Pruned"
+        if self.file.verb == "grow":
+            changed = "Grown"
         names = {"before": "Before", "cut": "Cut", "changed": changed, "recovered": "Recovered"}
-        return {name: title for name, title in names.items() if name in known}
+        return {name: title for name, title in names.items() if name in measured}
 
     @property
     def stages(self) -> list[StageJson]:
-        """The runs that made the network, in order, if it has had more than this one."""
+        """The runs that made the network, in order, this one last; empty if it is the only one."""
         return [*self.file.stages, *filter(None, [self.file.stage])] if self.file.stages else []

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
 from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
-from regrow.evaluation.continual import share_right
+from regrow.evaluation.continual import measure_accuracy
 from regrow.jobs.learn import Settings, run, specs_of
 from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import read_tasks
@@ -106,7 +106,7 @@ def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
     )
     rows = [row for row in folder.metrics() if row["what"] == "matrix"][-1]["matrix"]
     tasks = read_tasks(specs_of(convert_settings(folder.run()["settings"], Settings)))
-    assert [share_right(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]
+    assert [measure_accuracy(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]
 
 
 @pytest.mark.parametrize(

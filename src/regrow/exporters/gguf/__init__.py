@@ -30,31 +30,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regrow.core.progress import Progress, silent
-from regrow.exporters import CheckError, ExportError, Written
-from regrow.exporters.gguf.llama_cpp import (
-    NORMS,
-    PARTS,
-    Decoder,
-    describe_decoder,
-    describe_tokenizer,
-    query_scale,
-)
+from regrow.exporters import CheckError, ExportError, ExportResult, Results
+from regrow.exporters.gguf.llama_cpp import NORMS, PARTS, Decoder, describe_decoder, describe_tokenizer, query_scale
 from regrow.nets.language import ATTENTION_LAYERS, MLP_LAYERS, DecoderLayer
 from regrow.nets.loaded import missing_package
 from regrow.store.atomic import atomic_write, check_output
 
 __all__ = ["write"]
+Read = Callable[[Tensor], Tensor]  # a tensor of the network → its numbers
 Floats: TypeAlias = NDArray[np.float32]
 Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
 
 TYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}  # dtype → GGUF type
 BLOCK = {"Q8_0": 32}  # GGUF type → what the row length must be a multiple of
 WIDER = "F16"  # the type of matrices whose row length does not fit
-_CHUNK = 1 << 22  # numbers that are checked at a time
+_CHUNK = 1 << 22  # numbers that are checked at a time: 16 MB in float32
 
 
 @dataclass(frozen=True)
-class Piece:
+class GgufTensor:
     """A tensor of the file: its name and type in GGUF, its shape as in torch, and a function that reads it."""
 
     name: str
@@ -62,8 +56,8 @@ class Piece:
     type: str
     read: Callable[[], Tensor]
 
-    def floats(self) -> Floats:
-        """Return its numbers as a float32 array."""
+    def read_floats(self) -> Floats:
+        """Read the tensor as a float32 array."""
         return np.ascontiguousarray(self.read().detach().to("cpu", torch.float32).numpy())
 
 
@@ -74,11 +68,12 @@ def write(
     dtype: str = "f16",
     weights: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
-) -> Written:
+) -> ExportResult:
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
-    Only one tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row
-    length does not fit the type (Q8_0: multiples of 32) are stored in F16.
+    ``weights``: name → parameter, where the network has none of their numbers. Only one tensor at a time is held in
+    float32. Norms and biases are always stored in float32. Matrices whose row length does not fit the type (Q8_0:
+    multiples of 32) are stored in F16. Raise ExportError if llama.cpp cannot run the network.
     """
     try:
         import gguf
@@ -91,33 +86,35 @@ def write(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def read(tensor: Tensor) -> Tensor:
+        """Return the numbers of a tensor of the network: a parameter's from ``weights``, if given."""
         return weights[names[id(tensor)]] if weights is not None and id(tensor) in names else tensor.detach()
 
-    pieces = list(_pieces(decoder, TYPES[dtype], read))
+    entries = list(_list_tensors(decoder, TYPES[dtype], read))
     with atomic_write(check_output(out, (".gguf",))) as temporary:
-        _write_file(gguf, temporary, decoder, vocabulary, pieces, progress)
-        checked = _check_file(gguf, temporary, decoder, pieces, progress)
-    notes = [*decoder.notes, *notes, *_explain_types(pieces, TYPES[dtype])]
-    return Written(out, out.stat().st_size, checked, tuple(notes))
+        _write_file(gguf, temporary, decoder, vocabulary, entries, progress)
+        checked = _check_file(gguf, temporary, decoder, entries, progress)
+    notes = [*decoder.notes, *notes, *_explain_types(entries, TYPES[dtype])]
+    return ExportResult(out, out.stat().st_size, checked, tuple(notes))
 
 
-def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> Iterator[Piece]:
+def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTensor]:
     """Yield every tensor of the file, in order; ``read`` returns the numbers of a tensor of the network."""
     width, embedding = len(decoder.norm), decoder.embedding
 
-    def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor]) -> Piece:
-        return Piece(f"{name}.weight", tuple(shape), WIDER if shape[1] % BLOCK.get(type, 1) else type, values)
+    def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor]) -> GgufTensor:
+        """Describe a matrix, of ``type`` if its rows fit."""
+        return GgufTensor(f"{name}.weight", tuple(shape), WIDER if shape[1] % BLOCK.get(type, 1) else type, values)
 
-    def plain(name: str, values: Tensor) -> Piece:
-        return Piece(name, tuple(values.shape), "F32", lambda: read(values))
+    def plain(name: str, values: Tensor) -> GgufTensor:
+        """Describe a tensor of the network that is stored in float32."""
+        return GgufTensor(name, tuple(values.shape), "F32", lambda: read(values))
 
     yield matrix("token_embd", embedding.shape, lambda: read(embedding))
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
-        for norm, size, parts in zip(
-            NORMS, (layer.heads * decoder.head_dim, layer.width), (ATTENTION_LAYERS, MLP_LAYERS), strict=True
-        ):
+        sizes = (layer.heads * decoder.head_dim, layer.width)
+        for norm, size, parts in zip(NORMS, sizes, (ATTENTION_LAYERS, MLP_LAYERS), strict=True):
             if not size:
                 continue
             present = parts[0] in layer.linear  # else zeros are written
@@ -130,7 +127,7 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
                     permuted = partial(_read_permuted, decoder, layer, path, read)
                     yield matrix(name, linear.weight.shape, partial(permuted, linear.weight))
                     if (bias := linear.bias) is not None:
-                        yield Piece(f"{name}.bias", tuple(bias.shape), "F32", partial(permuted, bias))
+                        yield GgufTensor(f"{name}.bias", tuple(bias.shape), "F32", partial(permuted, bias))
                 else:
                     shape = (width, size) if path.endswith(("o_proj", "down_proj")) else (size, width)
                     yield matrix(name, shape, partial(torch.zeros, shape))
@@ -139,15 +136,13 @@ def _pieces(decoder: Decoder, type: str, read: Callable[[Tensor], Tensor]) -> It
         yield matrix("output", decoder.head.shape, lambda: read(decoder.head))
 
 
-def _read_permuted(
-    decoder: Decoder, layer: DecoderLayer, path: str, read: Callable[[Tensor], Tensor], tensor: Tensor
-) -> Tensor:
+def _read_permuted(decoder: Decoder, layer: DecoderLayer, path: str, read: Read, tensor: Tensor) -> Tensor:
     """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
     if path == ATTENTION_LAYERS[0] and (scale := query_scale(layer, decoder.scale)) != 1:
         rows = rows.float() * scale
-    heads = dict(zip(ATTENTION_LAYERS, (layer.heads, layer.kv_heads), strict=False)).get(path, 0)
+    heads = {ATTENTION_LAYERS[0]: layer.heads, ATTENTION_LAYERS[1]: layer.kv_heads}.get(path)  # others are not rotated
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows
 
 
@@ -156,11 +151,11 @@ def _write_file(
     path: Path,
     decoder: Decoder,
     vocabulary: Mapping[str, Any],
-    pieces: Sequence[Piece],
+    entries: Sequence[GgufTensor],
     progress: Progress,
 ) -> None:
-    """Write the file: its metadata, then tensor after tensor."""
-    (main, _), *_ = Counter(piece.type for piece in pieces if len(piece.shape) == 2).most_common(1)
+    """Write the file, metadata and then each tensor; raise ExportError if a number exceeds the range of its type."""
+    (main, _), *_ = Counter(entry.type for entry in entries if len(entry.shape) == 2).most_common(1)
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
         writer.add_type("model")
         writer.add_name("".join(sign for sign in Path(decoder.name).name[:100] if sign.isprintable()))
@@ -170,7 +165,7 @@ def _write_file(
         writer.add_context_length(decoder.context)
         writer.add_embedding_length(len(decoder.norm))
         writer.add_vocab_size(len(decoder.embedding))
-        for key, number in _counts(decoder).items():
+        for key, number in _count_units(decoder).items():
             getattr(writer, f"add_{key}")(number)
         writer.add_layer_norm_rms_eps(decoder.epsilon)
         writer.add_rope_freq_base(decoder.base)
@@ -178,88 +173,88 @@ def _write_file(
             add(decoder.head_dim)
         for key, value in vocabulary.items():
             getattr(writer, f"add_{key}")(value)
-        for piece in pieces:
-            stored = gguf.GGMLQuantizationType[piece.type]
+        for entry in entries:
+            stored = gguf.GGMLQuantizationType[entry.type]
             block, size = gguf.GGML_QUANT_SIZES[stored]
-            count = math.prod(piece.shape) // block * size
+            count = math.prod(entry.shape) // block * size
             # A type other than bytes tells the writer that the shape counts numbers.
-            writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), count, stored)
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), count, stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for i, piece in enumerate(pieces):
-            progress(i, 2 * len(pieces), f"writing {piece.name}")
-            values = encode(piece.floats(), piece.type, gguf)
+        for i, entry in enumerate(entries):
+            progress(i, 2 * len(entries), f"writing {entry.name}")
+            values = encode(entry.read_floats(), entry.type, gguf)
             if values.dtype != np.uint8 and not np.isfinite(values).all():
-                raise ExportError(f"{piece.name} holds numbers that {piece.type} does not reach; write f32 or bf16")
+                raise ExportError(f"{entry.name} holds numbers that {entry.type} does not reach; write f32 or bf16")
             writer.write_tensor_data(values)
 
 
-def _counts(decoder: Decoder) -> dict[str, int | list[int]]:
-    """Return what may differ between layers: one number for ``llama``, a list per layer for ``deci``."""
-    every = {
+def _count_units(decoder: Decoder) -> dict[str, int | list[int]]:
+    """Return the heads and widths by GGUF's key: one number for ``llama``, a list with one per layer for ``deci``."""
+    per_layer = {
         "head_count": [layer.heads for layer in decoder.layers],
         "head_count_kv": [layer.kv_heads for layer in decoder.layers],
         "feed_forward_length": [layer.width for layer in decoder.layers],
     }
-    return {key: values[0] if decoder.architecture == "llama" else values for key, values in every.items()}
+    return {key: values[0] if decoder.architecture == "llama" else values for key, values in per_layer.items()}
 
 
-def _check_file(
-    gguf: Any, path: Path, decoder: Decoder, pieces: Sequence[Piece], progress: Progress
-) -> Mapping[str, float | int | str]:
-    """Read a file back and compare it, tensor by tensor, with the network; raise ExportError if it differs."""
+def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufTensor], progress: Progress) -> Results:
+    """Read a file back and compare it, tensor by tensor; return the results by name, or raise ExportError."""
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:  # buffered writes may fail without a word on a full disk
-        why = f"the file cannot be read back ({error}); the disk may be full: free some space, and write it again"
-        raise ExportError(why) from OSError(errno.EIO, os.strerror(errno.EIO))
-    for key, number in _counts(decoder).items():
+        problem = f"the file cannot be read back ({error}); the disk may be full: free some space, and write it again"
+        raise ExportError(problem) from OSError(errno.EIO, os.strerror(errno.EIO))
+    for key, number in _count_units(decoder).items():
         field = f"attention.{key}" if key.startswith("head") else key
         if (stored := reader.get_field(f"{decoder.architecture}.{field}").contents()) != number:
             raise CheckError(f"the file says {key} = {stored}, the network has {number}; write it again")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if tensors.keys() != {piece.name for piece in pieces}:
+    if tensors.keys() != {entry.name for entry in entries}:
         raise ExportError("the file holds other tensors than were written; write it again")
-    worst, total, off = 0.0, 0.0, 0.0
-    for i, piece in enumerate(pieces):
-        progress(len(pieces) + i, 2 * len(pieces), f"checking {piece.name}")
-        tensor = tensors[piece.name]
-        if tuple(tensor.shape[::-1]) != piece.shape or tensor.tensor_type.name != piece.type:
-            raise ExportError(f"{piece.name} is {tensor.shape[::-1]} in {tensor.tensor_type.name}; write it again")
-        rows = piece.floats().reshape(-1, piece.shape[-1])
+    worst, squares, squared_errors = 0.0, 0.0, 0.0
+    for i, entry in enumerate(entries):
+        progress(len(entries) + i, 2 * len(entries), f"checking {entry.name}")
+        tensor = tensors[entry.name]
+        if tuple(tensor.shape[::-1]) != entry.shape or tensor.tensor_type.name != entry.type:
+            raise ExportError(f"{entry.name} is {tensor.shape[::-1]} in {tensor.tensor_type.name}; write it again")
+        rows = entry.read_floats().reshape(-1, entry.shape[-1])
         data = tensor.data.reshape(len(rows), -1)
-        for start in range(0, len(rows), step := max(1, _CHUNK // rows.shape[-1])):
+        step = max(1, _CHUNK // rows.shape[-1])
+        for start in range(0, len(rows), step):
             part = rows[start : start + step]
             back = gguf.quants.dequantize(np.ascontiguousarray(data[start : start + step]), tensor.tensor_type)
             difference = np.abs(part - back)
-            limit = allowed_error(part, piece.type)
-            wrong = back != _rounded(part, piece.type) if limit is None else difference > limit
+            limit = allowed_error(part, entry.type)
+            wrong = back != _round_to(part, entry.type) if limit is None else difference > limit
             if wrong.any():
-                raise CheckError(f"{piece.name} is off by up to {difference.max():.3g} in the file; write it again")
+                raise CheckError(f"{entry.name} is off by up to {difference.max():.3g} in the file; write it again")
             worst = max(worst, float(difference.max(initial=0)))
-            off, total = off + float(np.square(difference).sum()), total + float(np.square(part).sum())
+            squared_errors += float(np.square(difference).sum())
+            squares += float(np.square(part).sum())
         # What was read of a mapped file counts as resident memory.
         with suppress(AttributeError, OSError, ValueError):  # no such advice on this system, or no mapping
             reader.data._mmap.madvise(mmap.MADV_DONTNEED)
-    progress(2 * len(pieces), 2 * len(pieces), "checked")
+    progress(2 * len(entries), 2 * len(entries), "checked")
     return {
         "architecture": decoder.architecture,
-        "tensors": len(pieces),
+        "tensors": len(entries),
         "max_abs_diff": worst,
-        "relative_rms": math.sqrt(off / total) if total else 0.0,
+        "relative_rms": math.sqrt(squared_errors / squares) if squares else 0.0,
     }
 
 
-def _rounded(values: Floats, type: str) -> Floats:
-    """Return numbers as torch rounds them to a floating-point type."""
+def _round_to(values: Floats, type: str) -> Floats:
+    """Return numbers rounded to a floating-point GGUF type by torch, in float32."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return torch.from_numpy(values).to(dtypes[type]).float().numpy()
 
 
-def _explain_types(pieces: Sequence[Piece], type: str) -> list[str]:
+def _explain_types(entries: Sequence[GgufTensor], type: str) -> list[str]:
     """Return a note on matrices that are stored in another type than requested, if there are any."""
-    matrices = [piece.type for piece in pieces if len(piece.shape) == 2]
+    matrices = [entry.type for entry in entries if len(entry.shape) == 2]
     if not (wider := len(matrices) - matrices.count(type)):
         return []
     rows = f"their rows are no multiple of {BLOCK[type]}; widths pruned with --round {BLOCK[type]} are"
@@ -267,7 +262,7 @@ def _explain_types(pieces: Sequence[Piece], type: str) -> list[str]:
 
 
 def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
-    """Return a tensor in a GGUF type: float32 or float16, or bytes with the same number of rows."""
+    """Return a tensor in a GGUF type: F32 and F16 as floats, other types as bytes with the same number of rows."""
     with np.errstate(over="ignore"):
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
 
@@ -276,7 +271,7 @@ def allowed_error(values: Floats, type: str) -> Floats | None:
     """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
 
     With the largest magnitude m in a block, Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
-    adds an error of 2⁻¹¹ m.
+    adds an error of 2⁻¹¹ m, or 127 · 2⁻²⁵ if it is subnormal.
     """
     if type not in BLOCK:
         return None

@@ -22,7 +22,7 @@ from regrow.tracing.branches import PlaceholderModule
 # The transformers classes whose logits were compared with llama.cpp's.
 CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 # The kinds of rotary position embedding whose frequencies do not depend on the text's length.
-STEADY = ("default", "linear", "llama3", "yarn")
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -34,8 +34,8 @@ PARTS = {
     "mlp.down_proj": "ffn_down",
 }
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-_TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-_EMPTY = 32  # the width of the MLP of zeros that is written where the network has none
+_TOP_LEVEL = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+_ZERO_MLP_WIDTH = 32  # the width of the MLP of zeros that is written where the network has none
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's numbers for token types
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -84,13 +84,15 @@ def describe_decoder(model: nn.Module) -> Decoder:
     except ModelError as error:
         raise ExportError(str(error)) from None
     net = cast(Any, model)
-    _check_kind(net)
+    _check_supported(net)
     config, rotary = net.config, net.model.rotary_emb
-    layers = [kept for i, layer in enumerate(described) if (kept := _file_layer(i, layer)) is not None]
+    fitted = [_fit_layer(i, layer) for i, layer in enumerate(described)]
+    layers = [layer for layer in fitted if layer is not None]
     if not layers:
         raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
     attending = [layer for layer in layers if ATTENTION_LAYERS[0] in layer.linear]
-    dims, dim = {layer.head_dim for layer in attending}, 2 * rotary.inv_freq.numel()
+    dim = 2 * rotary.inv_freq.numel()  # the channels of a head that are rotated
+    dims = {layer.head_dim for layer in attending}
     if dims - {dim}:
         sizes = f"{', '.join(map(str, sorted(dims)))} channels, of which {dim} are rotated"
         remedy = "cut neither head channels nor rotary pairs"
@@ -119,7 +121,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
         layers=layers,
         head_dim=dim,
         scale=scale,
-        epsilon=_epsilon(net, layers),
+        epsilon=_common_epsilon(net, layers),
         base=base,
         factors=factors.float() if bool((factors - 1).abs().max() >= 1e-5) else None,
         context=context,
@@ -127,32 +129,35 @@ def describe_decoder(model: nn.Module) -> Decoder:
     )
 
 
-def _check_kind(net: Any) -> None:
-    """Raise ExportError unless the network's class was compared with llama.cpp and has no other parts."""
+def _check_supported(net: Any) -> None:
+    """Raise ExportError unless the network's class was compared with llama.cpp and all its parts exist there."""
     name = type(net).__name__
     for path, _ in (*net.named_parameters(), *net.named_buffers()):
         module = path.rpartition(".")[0]
         inside = module.split(".", 3)[-1] if path.startswith("model.layers.") else ""
-        if path not in _TOP and inside not in {*PARTS, *NORMS} and not module.startswith("model.rotary_emb"):
+        if path not in _TOP_LEVEL and inside not in {*PARTS, *NORMS} and not module.startswith("model.rotary_emb"):
             raise ExportError(f"{name} holds {path}, for which llama.cpp's llama and deci have no place")
     if name not in CHECKED or not type(net).__module__.startswith("transformers.models."):
         raise ExportError(f"{name} was not compared with llama.cpp; {', '.join(CHECKED)} of transformers were")
     if net.config.hidden_act not in ("silu", "swish"):
         raise ExportError(f"the MLP's function is {net.config.hidden_act!r}; llama.cpp computes SiLU there")
     rope = net.config.rope_parameters.get("rope_type", "default")
-    if rope not in STEADY:
-        known = ", ".join(STEADY)
+    if rope not in FIXED_ROPE_TYPES:
+        known = ", ".join(FIXED_ROPE_TYPES)
         raise ExportError(f"rope_type {rope!r} depends on the length of the text; llama.cpp files can hold {known}")
 
 
 def query_scale(layer: DecoderLayer, rotary: float) -> float:
-    """Return the factor on queries, since llama.cpp always divides scores by √d; ``rotary`` is that of rotations."""
+    """Return the factor by which queries are multiplied for llama.cpp, which divides scores by √d; near 1 it is 1.
+
+    ``rotary`` is the scale of rotations, of query and key together.
+    """
     scale = rotary * (float(cast(Any, layer.module).self_attn.scaling) * math.sqrt(layer.head_dim))
     return scale if abs(scale - 1) > 1e-6 else 1.0
 
 
-def _file_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
-    """Return a layer with the sizes that the file gives it; ``None`` for one that does nothing."""
+def _fit_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
+    """Return layer ``i`` with its sizes in the file; ``None`` if it does nothing; ExportError if unlike Llama's."""
     module = layer.module
     if isinstance(module, PlaceholderModule) and module.placeholder.gives == "input":
         return None
@@ -172,10 +177,10 @@ def _file_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
     groups = cast(Any, module).self_attn.num_key_value_groups
     if dim % 2 or not layer.kv_heads or layer.kv_heads * groups != layer.heads:
         raise ExportError(f"layer {i}: {layer.heads} query heads of {dim} channels for {layer.kv_heads} of keys")
-    return replace(layer, width=layer.width or _EMPTY)
+    return replace(layer, width=layer.width or _ZERO_MLP_WIDTH)
 
 
-def _epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
+def _common_epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
     """Return the epsilon of all norms; raise ExportError if they differ, since a file has one for all."""
     norms = [net.model.norm]
     for layer in layers:
@@ -191,21 +196,21 @@ def _epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
 def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any], list[str]]:
     """Convert a tokenizer of transformers to GGUF's metadata; raise ExportError if llama.cpp would split otherwise.
 
-    Returned are what ``gguf.GGUFWriter.add_…`` takes, by the end of its name and in the order of the file, and notes.
+    Returned are the arguments of ``gguf.GGUFWriter.add_KEY`` by ``KEY``, in the order of the file, and notes for the
+    user. ``rows`` is the number of rows of the embedding.
     """
     if tokenizer is None:
-        return {"tokenizer_model": "no_vocab"}, [
-            "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
-        ]
+        note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
+        return {"tokenizer_model": "no_vocab"}, [note]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"{type(tokenizer).__name__} is not backed by a tokenizer.json, of which GGUF is made")
     data = json.loads(backend.to_str())
     model = data["model"]
-    unlike = f"is {model.get('type')}" if model.get("type") != "BPE" else ""
-    unlike = unlike or next((f"has the setting {name!r}" for name in _NOT_PLAIN if model.get(name)), "")
-    if unlike:
-        raise ExportError(f"the tokenizer {unlike}; GGUF files are written for BPE of bytes: export to transformers")
+    faults = [f"is {model.get('type')}"] if model.get("type") != "BPE" else []
+    faults += [f"has the setting {name!r}" for name in _NOT_PLAIN if model.get(name)]
+    if faults:
+        raise ExportError(f"the tokenizer {faults[0]}; GGUF files are written for BPE of bytes: export to transformers")
     notes = []
     if any(token.get("lstrip") or token.get("rstrip") for token in data["added_tokens"]):
         notes.append("some special tokens swallow spaces beside them, which llama.cpp does not do")
@@ -213,17 +218,17 @@ def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any]
         if normalizer.get("type") != "NFC":
             raise ExportError(f"the tokenizer rewrites text ({json.dumps(normalizer):.120}); llama.cpp does not")
         notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
-    tokens, types = _tokens(data, rows)
-    begins, ends = _ends(tokenizer)
+    tokens, types = _list_tokens(data, rows)
+    adds_bos, adds_eos = _find_added_tokens(tokenizer)
     metadata = {
         "tokenizer_model": "gpt2",
-        "tokenizer_pre": _rule(data),
+        "tokenizer_pre": _find_rule(data),
         "token_list": tokens,
         "token_types": types,
         "token_merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
         **{f"{role}_token_id": getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")},
-        "add_bos_token": begins,
-        "add_eos_token": ends,
+        "add_bos_token": adds_bos,
+        "add_eos_token": adds_eos,
         "add_space_prefix": False,
     }
     template = getattr(tokenizer, "chat_template", None)
@@ -232,42 +237,43 @@ def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any]
     return {key: value for key, value in metadata.items() if value not in (None, [], "")}, notes
 
 
-def _tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Return the text and type of the token of every embedding row; rows without a token are marked unused."""
-    known = {number: (text, NORMAL) for text, number in data["model"]["vocab"].items()}
+def _list_tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Return the texts and GGUF types of all tokens by embedding row; a row without a token is marked unused."""
+    tokens = {number: (text, NORMAL) for text, number in data["model"]["vocab"].items()}
     for token in data["added_tokens"]:
-        known[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
-    if known and max(known) >= rows:
-        sizes = f"{max(known) + 1} tokens, the embedding {rows} rows"
+        tokens[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
+    if tokens and max(tokens) >= rows:
+        sizes = f"{max(tokens) + 1} tokens, the embedding {rows} rows"
         raise ExportError(f"the tokenizer has {sizes}; give the one it was for")
-    texts, types = zip(*(known.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)), strict=True)
+    texts, types = zip(*(tokens.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)), strict=True)
     if len({*texts}) < rows or "" in texts:
         raise ExportError("two tokens have the same text, or one has none; llama.cpp takes no such tokenizer")
     return list(texts), list(types)
 
 
-def _rule(data: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of the rule that splits text before merges."""
+def _find_rule(data: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of the rule that splits text before merges; ExportError if no known rule is the same."""
     splitting = data.get("pre_tokenizer")
-    rule = RULES.get(tuple(map(_describe_step, _flatten(splitting))), "")
+    rule = RULES.get(tuple(map(_describe_step, _flatten_steps(splitting))), "")
     if not rule:
         problem = "the tokenizer splits text by a rule of which we know no name in llama.cpp"
         raise ExportError(f"{problem} ({json.dumps(splitting):.120}); known are {', '.join(sorted(RULES.values()))}")
-    whole = bool(data["model"].get("ignore_merges"))
-    if whole != (rule in WHOLE_WORDS):
-        how = "takes" if whole else "does not take"
+    ignores_merges = bool(data["model"].get("ignore_merges"))
+    if ignores_merges != (rule in WHOLE_WORDS):
+        how = "takes" if ignores_merges else "does not take"
         raise ExportError(f"the tokenizer {how} words that are tokens before any merge, unlike {rule!r} in llama.cpp")
     return rule
 
 
-def _flatten(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the steps of a pre-tokenizer as a flat list."""
+def _flatten_steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the steps of a pre-tokenizer, which may be nested sequences or ``None``, as a flat list."""
     if step and step.get("type") == "Sequence":
-        return [flat for part in step["pretokenizers"] for flat in _flatten(part)]
+        return [flat for part in step["pretokenizers"] for flat in _flatten_steps(part)]
     return [step] if step else []
 
 
 def _describe_step(step: Mapping[str, Any]) -> str:
+    """Return a step of a pre-tokenizer in the words of the keys of ``RULES``; of other types ``"? TYPE"``."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return "words" if step.get("use_regex", True) else "bytes"
@@ -278,12 +284,12 @@ def _describe_step(step: Mapping[str, Any]) -> str:
     return f"? {step.get('type')}"
 
 
-def _ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Return whether the tokenizer adds its token at the beginning of text, and at the end; it must add no others."""
+def _find_added_tokens(tokenizer: Any) -> tuple[bool, bool]:
+    """Return whether the tokenizer adds BOS before text, and EOS after it; raise ExportError if it adds others."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
-    before, after = (full[:at], full[at + len(bare) :]) if at is not None else (full, [])
+    starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+    before, after = (full[: starts[0]], full[starts[0] + len(bare) :]) if starts else (full, [])
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise ExportError(f"the tokenizer puts tokens around text ({full} for {bare}) that llama.cpp would not")
     return bool(before), bool(after)

@@ -24,11 +24,10 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.measure import evaluating
-from regrow.exporters import ExportError, Written
+from regrow.exporters import ExportError, ExportResult, Results
 from regrow.exporters.onnx.calls import (
     BATCH,
     SEQUENCE,
-    Checked,
     ExportedCall,
     Labels,
     OnnxSession,
@@ -48,16 +47,16 @@ __all__ = ["OPSET", "write"]
 OPSET = 20  # the operator set that torch's exporter recommends; onnxruntime supports it since 1.17
 LARGEST = 2_000_000_000  # bytes of weights inside the file itself; protobuf is limited to 2 GiB
 TOLERANCE = 1e-3  # the largest allowed difference to torch, relative to the largest output
-DYNAMIC = ((BATCH, SEQUENCE), (BATCH,), ())  # sets of sizes that are tried as dynamic, one after the other
+DYNAMIC = ((BATCH, SEQUENCE), (BATCH,), ())  # sets of sizes that are tried as dynamic, until one can be exported
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _CheckedFile:
     """A file in its temporary place, opened and compared, and the sizes that it fixes."""
 
     session: OnnxSession
-    checked: Checked
-    fixed: Mapping[str, int]
+    results: Results  # of the comparison
+    fixed: Mapping[str, int]  # name of a size that is not dynamic → its value
     notes: list[str]
 
 
@@ -68,40 +67,44 @@ def write(
     dtype: str = "float32",
     example: Example | None = None,
     progress: Progress = silent,
-) -> Written:
-    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch."""
-    out, steps = Path(out), 5 if dtype == "int8" else 4
+) -> ExportResult:
+    """Write a network as ONNX in ``"float32"`` or ``"int8"``, and compare its outputs in onnxruntime and in torch.
+
+    Raise ExportError if the network cannot be written, or the outputs differ; ``out`` then stays as it was.
+    """
+    out = Path(out)
+    total_steps = 5 if dtype == "int8" else 4
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise ExportError(str(missing_package("export", package)))
     if out.suffix != ".onnx":
         raise ExportError(f"{out}: the name of an ONNX file must end in .onnx; use {out.with_suffix('.onnx')}")
     target = check_output(out, (".onnx",))
-    net, notes = _plain(model)
+    net, notes = _to_float32(model)
     tokenizer = getattr(model, "tokenizer", None)
     with explain_os_errors(target), stage_folder(target) as stage, _quiet(), evaluating(net):
-        progress(0, steps, "recording the network")
-        call = describe_call(net, _example(net, example))
+        progress(0, total_steps, "recording the network")
+        call = describe_call(net, _choose_example(net, example))
         path = stage / "float32" / unused_name(target)
-        recorded = _record(call, path, progress, steps)
-        checked = {"opset": OPSET, "dtype": dtype, **recorded.checked}
-        notes += recorded.notes
+        file = _export_and_compare(call, path, progress, total_steps)
+        checked = {"opset": OPSET, "dtype": dtype, **file.results}
+        notes += file.notes
         if call.text:
-            progress(2, steps, "next tokens, torch and onnxruntime")
-            checked |= compare_predictions(recorded.session, tokenizer, recorded.fixed)
+            progress(2, total_steps, "next tokens, torch and onnxruntime")
+            checked |= compare_predictions(file.session, tokenizer, file.fixed)
         if dtype == "int8":
-            progress(3, steps, "weights in 8 bits")
+            progress(3, total_steps, "weights in 8 bits")
             source, path = path, stage / "int8" / path.name
             notes.append(quantise(source, path, call, LARGEST))
-            checked |= _compare_int8(OnnxSession(path, call), tokenizer, recorded.fixed)
-        progress(steps - 1, steps, "writing")
+            checked |= _compare_int8(OnnxSession(path, call), tokenizer, file.fixed)
+        progress(total_steps - 1, total_steps, "writing")
         size = place_file(path, check_output(out, (".onnx",)))
-        progress(steps, steps, "written")
-    return Written(out, size, checked, tuple(notes))
+        progress(total_steps, total_steps, "written")
+    return ExportResult(out, size, checked, tuple(notes))
 
 
-def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Return the network in float32 on the CPU (itself, or a copy), and notes."""
+def _to_float32(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return the network in float32 on the CPU (itself, or a copy), and notes for the user."""
     tensors = [*model.parameters(), *model.buffers()]
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}
     others = ", ".join(sorted(dtypes - {"float32"}))
@@ -112,8 +115,8 @@ def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
     return copy.deepcopy(model).to("cpu", torch.float32), [note] if others else []
 
 
-def _example(model: nn.Module, example: Example | None) -> Example:
-    """Return the input of the network: the given one, or a guess."""
+def _choose_example(model: nn.Module, example: Example | None) -> Example:
+    """Return the given example, or noise in a guessed shape; raise ExportError if none can be guessed."""
     shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
     result = example or (noise_example(model, (1, *shape)) if shape else guess_example(model))
     if result is None:
@@ -121,35 +124,35 @@ def _example(model: nn.Module, example: Example | None) -> Example:
     return result
 
 
-def _record(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _Recorded:
-    """Write the network with as many dynamic sizes as it allows; raise ExportError if it cannot be written at all."""
+def _export_and_compare(call: ExportedCall, path: Path, progress: Progress, total_steps: int) -> _CheckedFile:
+    """Write a file with as many dynamic sizes as possible, and compare it; raise ExportError if no attempt succeeds."""
     path.parent.mkdir()
-    whole = sizes_of(call, label_sizes(call, DYNAMIC[0]))
-    reasons: dict[str, str] = {}
-    for number, dynamic in enumerate(DYNAMIC):
+    all_sizes = sizes_of(call, label_sizes(call, DYNAMIC[0]))
+    reasons: dict[str, str] = {}  # name of a size → why it cannot be dynamic
+    for attempt, dynamic in enumerate(DYNAMIC):
         labels = label_sizes(call, dynamic)
         sizes = sizes_of(call, labels)
-        if number and sizes == whole:
+        if attempt and sizes == all_sizes:  # the same as before, of inputs without a sequence
             continue
         try:
             _export(call, labels, path)
-            progress(1, steps, "comparing with torch")
+            progress(1, total_steps, "comparing with torch")
             session = OnnxSession(path, call)
-            checked = _compare(session, labels)
+            results = _compare(session, labels)
         except Exception as error:
             reason = first_line(error)[:300]
             if dynamic == ():
                 raise ExportError(f"the network cannot be written as ONNX: {reason}") from None
             reasons = {**dict.fromkeys(sizes, reason), **reasons}
             continue
-        fixed = {label: size for label, size in whole.items() if label not in sizes}
+        fixed = {label: size for label, size in all_sizes.items() if label not in sizes}
         notes = [f"{label} is fixed at {size}: {reasons[label]}" for label, size in fixed.items()]
-        return _Recorded(session, checked, fixed, [_describe_signature(call, labels), *notes])
+        return _CheckedFile(session, results, fixed, [_describe_signature(call, labels), *notes])
     raise AssertionError("without dynamic sizes there is a file or an error")
 
 
 def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
-    """Record the network and write the file."""
+    """Export the network to ``path`` by torch, with the labelled sizes dynamic."""
     # A size of 1 would be taken for a constant.
     inputs = resize_inputs(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
     shapes = tuple(dict.fromkeys(labels[name], torch.export.Dim.DYNAMIC) or None for name in inputs)
@@ -174,33 +177,33 @@ def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
     program.save(path, external_data=weights > LARGEST)
 
 
-def _compare(session: OnnxSession, labels: Labels) -> Checked:
+def _compare(session: OnnxSession, labels: Labels) -> Results:
     """Return the differences to torch, at the example and at other sizes; raise ExportError if one is too large."""
-    checked: Checked = {}
+    results: Results = {}
     for where, inputs in [("", session.call.inputs), *_other_inputs(session.call, labels)]:
         worst, largest = session.compare(inputs)
-        if not worst <= TOLERANCE * largest + 1e-6:
+        if not worst <= TOLERANCE * largest + 1e-6:  # nor NaN
             raise ExportError(f"{worst:.3g} away from torch, whose largest number is {largest:.3g}{where}")
-        checked[f"max_abs_diff{where}"] = worst
-        checked.setdefault("largest_output", largest)
-    return checked
+        results[f"max_abs_diff{where}"] = worst
+        results.setdefault("largest_output", largest)
+    return results
 
 
 def _other_inputs(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield further inputs for the comparison: other values of all dynamic sizes."""
-    known = sizes_of(call, labels)
-    for batch, longer in ((3, 5), (1, -3)) if known else ():
-        sizes = {label: max(1, size + longer) for label, size in known.items()}
+    """Yield (words for errors, inputs) at two other values of all dynamic sizes; nothing if no size is dynamic."""
+    example_sizes = sizes_of(call, labels)
+    for batch, difference in ((3, 5), (1, -3)) if example_sizes else ():
+        sizes = {label: max(1, size + difference) for label, size in example_sizes.items()}
         if call.max_length and max(sizes.values()) > call.max_length:
-            sizes = dict.fromkeys(known, 1)
-        if BATCH in known:
+            sizes = dict.fromkeys(example_sizes, 1)
+        if BATCH in example_sizes:
             sizes[BATCH] = batch
         words = ", ".join(f"{label} {size}" for label, size in sizes.items())
         yield f" at {words}", resize_inputs(call, labels, sizes)
 
 
 def _describe_signature(call: ExportedCall, labels: Labels) -> str:
-    """Return a note on the inputs and outputs of the file."""
+    """Return a note for the user on the inputs and outputs of the file, with their sizes."""
     takes = []
     for name, tensor in call.inputs.items():
         sizes = ", ".join(labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
@@ -208,19 +211,20 @@ def _describe_signature(call: ExportedCall, labels: Labels) -> str:
     return f"opset {OPSET}; takes {'; '.join(takes)}; gives {', '.join(call.outputs)}"
 
 
-def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
-    """Return what 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
-    checked: Checked = {"int8_max_abs_diff": session.compare(session.call.inputs)[0]}
+def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Results:
+    """Return what 8 bits cost: the comparisons with torch, under names with ``int8``; no difference is too large."""
+    worst, _ = session.compare(session.call.inputs)
+    results: Results = {"int8_max_abs_diff": worst}
     predictions = compare_predictions(session, tokenizer, lengths) if session.call.text else {}
     for name, value in predictions.items():
         if name != "nats_torch":
-            checked["nats_int8" if name == "nats_onnx" else f"int8_{name}"] = value
-    return checked
+            results["nats_int8" if name == "nats_onnx" else f"int8_{name}"] = value
+    return results
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress warnings and log lines of exporters in the block; results are compared afterwards."""
+    """Context manager: suppresses warnings and log lines of exporters, since results are compared afterwards."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -231,7 +235,7 @@ def _quiet() -> Iterator[None]:
 
 
 def unused_name(out: Path) -> str:
-    """Return a ``NAME`` of which no ``NAME.data``, where exporters put large weights, lies beside ``out``."""
+    """Return ``out``'s name, with a number if needed, so that ``NAME.data``, for large weights, is free beside it."""
     names = (f"{out.name}.{n}" if n else out.name for n in count())
     return next(name for name in names if not os.path.lexists(out.with_name(f"{name}.data")))
 
@@ -242,7 +246,8 @@ def place_file(path: Path, out: Path) -> int:
     Weights come first, under their unused name, so that the old file stays whole until the new one replaces it; then
     the weights of the old one are deleted.
     """
-    weights, old, size = path.with_name(f"{path.name}.data"), _weights_of(out), path.stat().st_size
+    weights, old_weights = path.with_name(f"{path.name}.data"), _find_weights(out)
+    size = path.stat().st_size
     if weights.exists():
         size += weights.stat().st_size
         sync(weights)
@@ -251,13 +256,13 @@ def place_file(path: Path, out: Path) -> int:
     sync(path)
     path.replace(out)
     sync(out.parent)
-    for file in old:
+    for file in old_weights:
         file.unlink(missing_ok=True)
     return size
 
 
-def _weights_of(out: Path) -> list[Path]:
-    """Return the files of weights that an export put beside an ONNX file; none if it does not exist."""
+def _find_weights(out: Path) -> list[Path]:
+    """Return the files of weights that an export put beside an ONNX file; none if that does not exist or is damaged."""
     import onnx
 
     names: set[str] = set()

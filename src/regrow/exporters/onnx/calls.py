@@ -21,20 +21,19 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.sources import Batch, logits_in
 from regrow.data import Half, text, windows
-from regrow.exporters import ExportError
+from regrow.exporters import ExportError, Results
 
 BATCH, SEQUENCE = "batch", "sequence"  # names of dynamic sizes
 Labels = Mapping[str, Mapping[int, str]]  # name of an input → dimension → name of its dynamic size
-Checked = dict[str, float | int | str]
 
 OUTLIER = 100.0  # a layer is quantised if the largest magnitude in its input is at most this many times the mean
-WINDOWS, TOKENS = 16, 64
+PREDICTED_WINDOWS, PREDICTED_TOKENS = 16, 64  # of text on which next tokens are compared: windows, tokens in each
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
 
 
 @dataclass(frozen=True)
 class ExportedCall:
-    """A network as a function of named tensors."""
+    """A network as a function of named tensors, with an example of its inputs and the names of its outputs."""
 
     run: nn.Module  # takes the inputs in their order and returns a tuple of tensors
     inputs: Mapping[str, Tensor]  # name → the example's tensor
@@ -43,24 +42,24 @@ class ExportedCall:
     max_length: int = 0  # of a sequence; 0 if unknown
 
 
-class Flat(nn.Module):
-    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors."""
+class Flat(nn.Module):  # exporters write the name of the class into the file
+    """Wraps a network so that it takes and returns tensors alone; its other arguments are those of an example."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
         super().__init__()
         self.model, self.spec = model, spec
         self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the network's output as a tuple."""
         return tuple(self.run_named(tensors).values())
 
     def run_named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of the network's output by name: only the logits if there are any."""
+        """Run the network on its input tensors; return its output tensors by name: only the logits if there are any."""
         leaves = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
+        for index, tensor in zip(self.indices, tensors, strict=True):
+            leaves[index] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         output = Batch(args, kwargs).run(self.model)
         if isinstance(output, Tensor):
@@ -73,28 +72,28 @@ class Flat(nn.Module):
 
 
 def describe_call(model: nn.Module, example: Example) -> ExportedCall:
-    """Describe how a network is called, by running it once on an example."""
+    """Run a network on an example and describe the call; raise ExportError if it fails or gives no tensor."""
     parameters = inspect.signature(model.forward).parameters
     args, kwargs = example.args, dict(example.kwargs)
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
     tokens = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
     if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point()):
-        tokens = None
+        tokens = None  # the first input is no text
     if tokens is not None and "attention_mask" in parameters and "attention_mask" not in [*names[: len(args)], *kwargs]:
         kwargs["attention_mask"] = torch.ones_like(tokens)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
-    max_length = limit if type(limit) is int else 0
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
+    max_length = positions if type(positions) is int else 0
     pairs, spec = tree_flatten_with_path((args, kwargs))
     leaves, inputs = [], {}
     for path, leaf in pairs:
         if isinstance(leaf, Tensor):
             leaf = leaf.detach().cpu()
             leaf = leaf.float() if leaf.is_floating_point() else leaf
-            inputs[_name(path, names)] = leaf
+            inputs[_name_argument(path, names)] = leaf
         leaves.append(leaf)
     run = Flat(model, leaves, spec)
-    if len(inputs) < len(run.places) or not inputs:
-        counts = f"{len(run.places)} tensors go into the network under {len(inputs)} names"
+    if len(inputs) < len(run.indices) or not inputs:
+        counts = f"{len(run.indices)} tensors go into the network under {len(inputs)} names"
         raise ExportError(f"{counts}; give another example")
     try:
         with torch.no_grad():
@@ -108,7 +107,7 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
 
 
 def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
-    """Return which sizes of the inputs are dynamic, of those whose names are in ``dynamic``.
+    """Return input → dimension → name of each size that can be dynamic, of those whose names are in ``dynamic``.
 
     >>> label_sizes(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}
@@ -118,21 +117,22 @@ def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
     for name, tensor in call.inputs.items():
         labels = {0: BATCH} if tensor.dim() and len(batch) == 1 else {}
         if tensor.dim() == 2 and not tensor.is_floating_point():
-            # What a decoder reads is as long as it likes.
+            # The inputs of a decoder need not be as long as those of its encoder.
             labels[1] = f"decoder {SEQUENCE}" if name.startswith("decoder") else SEQUENCE
         result[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in dynamic}
     return result
 
 
 def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
-    """Return name of each dynamic size → its value in the example."""
+    """Return the name of each dynamic size → its value in the example."""
     return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
 
 
 def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Return the example inputs at other sizes: rows are repeated, and made different from one another along the batch.
+    """Return the example's inputs at other sizes; entries are repeated, and then differ along the batch.
 
-    ``sizes`` has the new value of dynamic sizes by name; sizes that are not named stay.
+    ``sizes`` has new values of dynamic sizes by name; sizes that are not named stay. The last row of a new
+    ``attention_mask`` hides its last third.
     """
     result = {}
     for name, tensor in call.inputs.items():
@@ -142,57 +142,61 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
         if BATCH in labels[name].values() and name != "attention_mask":
             tensor = torch.stack([_vary(row, i) for i, row in enumerate(tensor)])
         result[name] = tensor
-    if (mask := result.get("attention_mask")) is not None and mask.dim() == 2 and len(mask) > 1 and mask.shape[1] > 2:
+    mask = result.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and len(mask) > 1 and mask.shape[1] > 2:
         result["attention_mask"] = torch.ones_like(mask)
         result["attention_mask"][-1, -mask.shape[1] // 3 :] = 0  # a shorter text, filled up on the right
     return result
 
 
 def _vary(row: Tensor, number: int) -> Tensor:
+    """Return row ``number`` of a batch, made different from the others: floats are scaled, integers rolled."""
     if not number or row.dtype == torch.bool:
         return row
-    return row * (1 - 0.1 * number) if row.is_floating_point() else row.roll(number, -1) if row.dim() else row
+    if row.is_floating_point():
+        return row * (1 - 0.1 * number)
+    return row.roll(number, -1) if row.dim() else row
 
 
-def _name(path: tuple[Any, ...], names: list[str]) -> str:
-    """Return the name of an argument: ``(0, 1, …)`` is the second positional one, ``(1, "x", …)`` the one called x."""
-    where, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
-    if where == 0:
+def _name_argument(path: tuple[Any, ...], names: list[str]) -> str:
+    """Return an input's name by its path in (args, kwargs): ``(0, 1, …)`` is the second argument, ``(1, "x", …)`` x."""
+    args_or_kwargs, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
+    if args_or_kwargs == 0:
         first = names[first] if first < len(names) else f"input_{first}"
     return "_".join(map(str, [first, *rest]))
 
 
 class OnnxSession:
-    """An ONNX file opened in onnxruntime on the CPU, with the call of the network that it was written from."""
+    """An ONNX file opened in onnxruntime on the CPU, with the call of the network from which it was written."""
 
     def __init__(self, path: Path, call: ExportedCall) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 3  # errors alone
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ExportError(f"onnxruntime cannot open the file ({str(error)[:200]})") from None
         self.call = call
-        self.takes = {entry.name for entry in self.session.get_inputs()}
+        self.input_names = {entry.name for entry in self.session.get_inputs()}
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the file and return its outputs, in the order of the call's outputs."""
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items() if name in self.takes}
+        """Run the file in onnxruntime; return its outputs in the order of the call's; raise ExportError if it fails."""
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items() if name in self.input_names}
         try:
             return [torch.from_numpy(output) for output in self.session.run(list(self.call.outputs), arrays)]
         except Exception as error:
             raise ExportError(f"onnxruntime fails on the file ({str(error)[:200]})") from None
 
     def run_torch(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the network in torch and return its outputs."""
+        """Run the network in torch, without gradients; return its outputs in the order of the call's."""
         with torch.no_grad():
             return [*self.call.run(*inputs.values())]
 
     def compare(self, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Return the largest output difference between file and network, and the network's largest output.
+        """Return the largest output difference between file and network, and the network's largest finite output.
 
         Positions that an ``attention_mask`` hides (padding) do not count.
         """
@@ -211,34 +215,40 @@ class OnnxSession:
         return _largest(torch.tensor(gaps)), max(sizes)
 
 
-def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mapping[str, int]) -> Checked:
-    """Compare next-token predictions and log-likelihoods of file and network on text."""
+def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mapping[str, int]) -> Results:
+    """Return next tokens compared and different, and nats per token, of file and network on text.
+
+    ``lengths``: the batch size and window length, where the file fixes them. Without a tokenizer, random tokens of the
+    example are the text, and nats are left out.
+    """
     tokens, differ, nats = 0, 0, torch.zeros(2, dtype=torch.float64)
-    rows, text_name = _token_rows(session.call, tokenizer, lengths)
-    for row in rows:
-        inputs = {name: torch.ones_like(row) if name == "attention_mask" else row for name in session.call.inputs}
+    batches, text_name = _read_batches(session.call, tokenizer, lengths)
+    for ids in batches:
+        inputs = {name: torch.ones_like(ids) if name == "attention_mask" else ids for name in session.call.inputs}
         ours, theirs = session.run(inputs)[0], session.run_torch(inputs)[0]
-        tokens += row.numel()
+        tokens += ids.numel()
         differ += int((theirs.argmax(-1) != ours.argmax(-1)).sum())
         for i, logits in enumerate((theirs, ours)):
-            chances = logits[:, :-1].double().log_softmax(-1)
-            nats[i] -= chances.gather(-1, row[:, 1:, None]).sum() / (row.numel() - len(row))
-    result: Checked = {"next_tokens": tokens, "next_tokens_differ": differ, "next_tokens_on": text_name}
+            log_probabilities = logits[:, :-1].double().log_softmax(-1)
+            nats[i] -= log_probabilities.gather(-1, ids[:, 1:, None]).sum() / (ids.numel() - len(ids))
+    result: Results = {"next_tokens": tokens, "next_tokens_differ": differ, "next_tokens_on": text_name}
     if tokenizer is not None:
-        result |= {"nats_torch": float(nats[0]) / len(rows), "nats_onnx": float(nats[1]) / len(rows)}
+        result |= {"nats_torch": float(nats[0]) / len(batches), "nats_onnx": float(nats[1]) / len(batches)}
     return result
 
 
-def _token_rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
-    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.max_length or TOKENS))
-    n = max(2, WINDOWS // batch) * batch
+def _read_batches(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
+    """Return batches of tokens, ``[batch, tokens]``, for a comparison, and the name of their text."""
+    batch = lengths.get(BATCH, 1)
+    length = lengths.get(SEQUENCE, min(PREDICTED_TOKENS, call.max_length or PREDICTED_TOKENS))
+    n = max(2, PREDICTED_WINDOWS // batch) * batch
     if tokenizer is None:
-        known = next(iter(call.inputs.values())).flatten()
-        drawn = torch.randint(len(known), (n, length), generator=torch.Generator().manual_seed(0))
-        return list(known[drawn].split(batch)), "drawn tokens"
+        ids = next(iter(call.inputs.values())).flatten()
+        indices = torch.randint(len(ids), (n, length), generator=torch.Generator().manual_seed(0))
+        return list(ids[indices].split(batch)), "drawn tokens"
     domain = text("manual")
     source = windows(domain, tokenizer, n=n, seq_len=length, half=Half.EVALUATION, batch_size=batch)
-    return [row.args[0] for row in source if len(row.args[0]) == batch], domain.origin
+    return [part.args[0] for part in source if len(part.args[0]) == batch], domain.origin  # not the last, if smaller
 
 
 def _largest(values: Tensor) -> float:
@@ -247,19 +257,22 @@ def _largest(values: Tensor) -> float:
 
 
 def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
-    """Write an ONNX file again with linear layers in int8, and return a note that says which."""
+    """Write an ONNX file to ``to`` with linear layers in int8; return a note for the user that says how many.
+
+    Weights of more than ``largest`` bytes go to a file beside it. Raise ExportError if no layer can be quantised.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     to.parent.mkdir()
     size = path.stat().st_size + sum(data.stat().st_size for data in path.parent.glob("*.data"))
     graph = onnx.load(path, load_external_data=False).graph
-    wide = {f"'{name}'" for name, ratio in _spread(call).items() if ratio > OUTLIER}
+    with_outliers = {f"'{name}'" for name, ratio in _outlier_ratios(call).items() if ratio > OUTLIER}
     excluded = []
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm") and node.name:
             scopes = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
-            if any(name in scope for scope in scopes for name in wide):
+            if any(name in scope for scope in scopes for name in with_outliers):
                 excluded.append(node.name)
     quantize_dynamic(
         path,
@@ -271,7 +284,8 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
         use_external_data_format=size > largest,
     )
     operations = [node.op_type for node in onnx.load(to, load_external_data=False).graph.node]
-    if not (quantised := operations.count("MatMulInteger")):
+    quantised = operations.count("MatMulInteger")
+    if not quantised:
         raise ExportError("no linear layer of the network can be written in 8 bits; write it in float32")
     note = f"int8: {quantised} linear layers multiply in 8 bits"
     if excluded:
@@ -281,11 +295,12 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
     return f"{note}; what it costs is under int8_… in what was checked, and on your own data only you can tell"
 
 
-def _spread(call: ExportedCall) -> dict[str, float]:
+def _outlier_ratios(call: ExportedCall) -> dict[str, float]:
     """Return path of each linear layer → largest magnitude in its input over the mean magnitude, on the example."""
     result: dict[str, float] = {}
 
     def measure(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Note the ratio of a layer's input, the largest of all calls: a forward pre-hook."""
         values = args[0].float().abs()
         result[name] = max(result.get(name, 0.0), float(values.max() / values.mean().clamp(min=1e-30)))
 
