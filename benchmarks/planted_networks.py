@@ -49,8 +49,8 @@ from regrow.core.scores import Scores
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.jobs.recovering import reconstruct
-from regrow.methods.pruning.gprune import Settings, form_modules, measure, order_modules
-from regrow.methods.pruning.gprune.modules import reliability
+from regrow.methods.pruning.gprune import Settings, form_modules, order_modules, score_views
+from regrow.methods.pruning.gprune.modules import compute_reliability
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.scoring.spaces import spaces
@@ -179,12 +179,12 @@ ARMS = (
 def same_ratio(task: PruningTask, settings: Settings) -> Ranking:
     """Score units by their rank relative to their module, so that every module gives the same fraction."""
     units = scorable(task.axes, task.units)
-    seen, among = measure(task, settings, units), spaces(units, parts=4)
+    seen, among = score_views(task, settings, units), spaces(units, parts=4)
     groups = form_modules(settings, seen[0], among)
     values, sigma = seen[0].scores.values, seen[0].sigma
-    trust = reliability(settings.switch, among, groups, values, sigma, most=settings.switch_most).trust
-    places = order_modules(task, settings, seen, groups, trust, among).places
-    scores = Scores({key: row[0] for key, row in places.items()}, "rank in module", task.evidence.sources)
+    trust = compute_reliability(settings.switch, among, groups, values, sigma, most=settings.switch_most).trust
+    ranks = order_modules(task, settings, seen, groups, trust, among).ranks
+    scores = Scores({key: row[0] for key, row in ranks.items()}, "rank in module", task.evidence.sources)
     return Ranking(scores)
 
 

@@ -283,7 +283,7 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     scenario = {"split": "class", "told": "task"}.get(spec.partition(":")[0], "domain")
     model = network(tasks, seed, parameters if arm.like else 0, conv=spec.startswith(("domains", "held")))
     axes = trace(model, tasks[0].train.inputs[:2])
-    learner = LEARNERS[arm.method].made(arm.method, arm.settings)
+    learner = LEARNERS[arm.method].create(arm.method, arm.settings)
     try:
         schedule = TaskSchedule(scenario=scenario, seed=seed, lr=arm.lr)
         state = learn(model, axes, tasks, learner, schedule).state

@@ -40,10 +40,10 @@ from regrow.methods.continual.sparsegrow.gate import SparseGrowState, weigh_new_
 from regrow.nets.vision import small
 from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing import trace
-from regrow.tracing.capture import evaluating
+from regrow.tracing.capture import in_eval_mode
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
-from regrow.training.learner import Boundary, Context, Event, Learner, flags_along
+from regrow.training.learner import Boundary, Context, Event, Learner, make_mask
 from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
@@ -155,7 +155,7 @@ def sum_gradients(model: nn.Module, entries: list[Entries], batches: list[Batch]
     parameters = {part.name: model.get_parameter(part.name) for part in entries}
     total: dict[Entries, Tensor] = {}
     for batch in batches:
-        with evaluating(model), torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             value = class_loss(batch.run(model), batch.labels)
             gradients = torch.autograd.grad(value, [*parameters.values()], materialize_grads=True)
         whole = dict(zip(parameters, gradients, strict=True))
@@ -245,7 +245,7 @@ def reshaped(
 
     tensors = {moved(name): one for name, one in axis_tensors(state.learner).items()}
     for name in context.parameters():
-        tensors.setdefault(f"owned {name}", flags_along(context, name))
+        tensors.setdefault(f"owned {name}", make_mask(context, name))
     for name in context.weights:
         zeros = torch.zeros(len(context.parameters()[name]))
         tensors.setdefault(f"threshold {name}", AxisTensor(zeros, axes.shapes[name][:1], settings.lr))

@@ -109,7 +109,7 @@ class WidthPruningBench:
         if not point.distil:
             return self.last.network, dict(self.last.row)
         network, sources = copy.deepcopy(self.last.network), self.sources(point)
-        work = find_method(MethodKind.RECOVERY, "distil").made("distil", point.distil)
+        work = find_method(MethodKind.RECOVERY, "distil").create("distil", point.distil)
         with self.stage("distil"):
             task = RecoveryTask(network, self.model, self.axes, self.last.plan, sources)
             with autocasting(network, self.args.dtype), autocasting(self.model, self.args.dtype):

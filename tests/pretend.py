@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import regrow
 from regrow import tracing
 from regrow.nets import devices
-from regrow.tracing.meta_copy import without_numbers
+from regrow.tracing.meta_copy import fake_like
 
 ROOT = Path(regrow.__file__).parent
 WAITING = {
@@ -127,7 +127,7 @@ def _call(function, args, kwargs):
 
 
 def _faked(values, mode):
-    return tree_map_only(DeviceTensor, lambda one: without_numbers(mode, tuple(one.shape), one), values)
+    return tree_map_only(DeviceTensor, lambda one: fake_like(mode, tuple(one.shape), one), values)
 
 
 def _held(tensor):

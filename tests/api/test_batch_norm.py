@@ -34,7 +34,7 @@ def trained() -> nn.Sequential:
 
 
 def statistics(net: nn.Module) -> list[Tensor]:
-    return [x.clone() for layer in tune.find_running(net) for x in (layer.running_mean, layer.running_var)]
+    return [x.clone() for layer in tune.find_batch_norms(net) for x in (layer.running_mean, layer.running_var)]
 
 
 def accuracy(net: nn.Module) -> float:

@@ -20,7 +20,7 @@ def test_a_run_without_a_block_is_recovered_and_exported(
     code, out, err = regrow("prune", str(tiny_language_model), *DEPTH, *DATA, "--out", "run")
     assert code == 0 and "removed 50.0" in out, err
     (note,) = (one for one in RunFolder.open("run").run()["notes"] if "dropped whole" in one)
-    assert note == "modules dropped whole: 1 of 1, which leaves 50.00 % of weights (model.layers.1)"
+    assert note == "modules dropped whole: 1 of 1 (model.layers.1); 50.00 % of weights stays"
     code, _, err = regrow("recover", "run", "--by", "refit", "--out", "run2")
     assert code == 0, err
     with monkeypatch.context() as patch:

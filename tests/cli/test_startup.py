@@ -91,7 +91,7 @@ def test_what_is_wrong_with_the_words_is_refused_without_torch(answers, line):
 def test_names_known_without_torch_are_those_of_the_library():
     for table in TABLES.values():
         for name, entry in table.items():
-            assert table.settings_of(name) in (None, tuple(field.name for field in fields(entry.settings)))
+            assert table.setting_names(name) in (None, tuple(field.name for field in fields(entry.settings)))
     assert set(torchvision_names()) == set(known_names())
     assert tuple(packaged.PACKAGED) == PACKAGED
     from regrow.data import TEXT_DOMAINS

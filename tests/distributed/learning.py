@@ -16,7 +16,7 @@ from regrow.distributed.parallel import Parallel, gather_rows
 from regrow.jobs.learn import build_learner
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
-from regrow.training.shared_rows import sharing_rows
+from regrow.training.shared_rows import share_rows
 
 METHODS = {
     "naive": {},
@@ -82,7 +82,7 @@ def check_rows(ranks):
     model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.0), nn.Linear(5, 2)).double()
     inputs, results = torch.randn(5, 3).double(), []
     for active in (SINGLE, ranks):
-        with sharing_rows(model, active):
+        with share_rows(model, active):
             model.zero_grad()
             model[1].reset_running_stats()
             loss = model(inputs).square().mean() + model[0].weight.square().sum()
@@ -95,11 +95,11 @@ def check_rows(ranks):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
     before = torch.get_rng_state()
-    with sharing_rows(model, ranks):
+    with share_rows(model, ranks):
         model(inputs)
         assert torch.equal(before, torch.get_rng_state())  # nothing was drawn
         dropout = nn.Dropout(0.5).double()
-        with sharing_rows(dropout, ranks):
+        with share_rows(dropout, ranks):
             first, second = dropout(torch.ones(40, 3)), dropout(torch.ones(40, 3))
     assert not torch.equal(first[:20], first[20:]) and not torch.equal(first, second)
     draws = [torch.rand(1).item(), first.sum().item()]
@@ -107,10 +107,10 @@ def check_rows(ranks):
     assert all(row == rows[0] for row in rows)
 
     model.eval()
-    with sharing_rows(model, ranks):
+    with share_rows(model, ranks):
         assert len(model(inputs[:1])) == 1  # fewer than ranks: whole on each
     flat = nn.Flatten(0)
-    with sharing_rows(flat, ranks):
+    with share_rows(flat, ranks):
         try:
             flat(inputs)
         except InputError as error:

@@ -213,6 +213,15 @@ def test_beginnings_can_be_the_choice(llama: nn.Module) -> None:
     assert choices(llama, letters, [item]).right == (scores[0] > scores[1],)
 
 
+def test_an_ending_without_a_context_is_scored_from_its_first_token(llama: nn.Module) -> None:
+    """A tokenizer without a token for the beginning: the one for the end of a text stands there."""
+    letters = Letters()
+    letters.eos_token_id = 3
+    result = choices(llama, letters, [{"query": "", "choices": ["a", "bc"], "gold": 0}])
+    scores = [log_likelihood(llama, [3, *letters(c)["input_ids"]], 1) for c in ("a", "bc")]
+    assert result.margins[0] == pytest.approx(scores[0] - scores[1], abs=1e-4)
+
+
 def test_long_rows_lose_their_beginning(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a malformed item is named."""
     seen: list[int] = []

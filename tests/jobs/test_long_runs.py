@@ -13,7 +13,7 @@ from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, run
 from regrow.jobs.recording import Invocation
 from regrow.store.run_folder import RunFolder
-from regrow.training.continual import PROBED, probed_tasks
+from regrow.training.continual import MAX_PROBED_TASKS, select_probed_tasks
 
 GROWING = {"width": 0.05, "multiple": 1, "cap": 100.0}
 
@@ -42,8 +42,8 @@ def test_the_file_that_a_run_goes_on_from_does_not_grow_with_tasks(tmp_path: Pat
     rows = folder.metrics()
     grown = [row for row in rows if row["what"] == "growth"]
     assert len(folder.ledger) == len(grown) >= 20
-    assert max(len(row["accuracy_before"]) for row in grown) == PROBED
-    assert [row["asked"] for row in grown if row["task"] == 23] == [probed_tasks(23)]
+    assert max(len(row["accuracy_before"]) for row in grown) == MAX_PROBED_TASKS
+    assert [row["asked"] for row in grown if row["task"] == 23] == [select_probed_tasks(23)]
     assert len([row for row in rows if row["what"] == "task"]) == 24
 
 

@@ -25,7 +25,7 @@ from regrow.jobs import search_inputs
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, run
 from regrow.jobs.search_inputs import parse_target, read_parts
-from regrow.methods.search.space import GRANULARITIES, measure_whole
+from regrow.methods.search.space import GRANULARITIES, measure_unmasked
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
@@ -99,7 +99,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     folder = run(own, Invocation(tmp_path / "run"))
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
     space = build_search(own, model, axes).space
-    whole = measure_whole(space, (), Context(model, axes, read_parts(own).search))
+    whole = measure_unmasked(space, (), Context(model, axes, read_parts(own).search))
     levels = rows(folder, "levels")[-1]
     assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(whole, rel=1e-9)
     assert min(levels["saved"].values()) >= 0

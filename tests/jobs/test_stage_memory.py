@@ -143,9 +143,9 @@ def test_what_settings_tell_of_earlier_stages_is_planned_with() -> None:
         ({"levels": "weights"}, 1.0),
         ({"levels": "filters,weights"}, 1.0),
     ):
-        method = find_method(MethodKind.SEARCH, "mgas").made("mgas", given)
+        method = find_method(MethodKind.SEARCH, "mgas").create("mgas", given)
         assert method.stage_share == pytest.approx(expected), given
-    assert find_method(MethodKind.SEARCH, "blind").made("blind", {}).stage_share == 1
+    assert find_method(MethodKind.SEARCH, "blind").create("blind", {}).stage_share == 1
 
 
 @pytest.mark.parametrize("more", [{"levels": "weights"}, {"share": 0.9}])

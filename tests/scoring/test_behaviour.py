@@ -9,9 +9,9 @@ from regrow.core.scores import Need, Scores, merged
 from regrow.methods.pruning.gprune.modules import (
     LEAST,
     Modules,
+    compute_reliability,
     partition,
     rank_in_modules,
-    reliability,
 )
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import peak_to_peak, wifv
@@ -116,7 +116,7 @@ def test_what_is_switched() -> None:
     found, base = ranks(scores, AMONG), scores["s0"][0].values
     spread, among = sensitivity(found), spaces(AXES, parts=4)
     modules = partition("thresholds", among, base, spread)
-    trust = {how: reliability(how, among, modules, base, spread).trust for how in SWITCHES}
+    trust = {how: compute_reliability(how, among, modules, base, spread).trust for how in SWITCHES}
     small = torch.tensor([among[i].pooled for i in modules.spaces])
     assert all(bool((value[small] == 1).all()) for value in trust.values()), "small axes are not judged"
     big, names = ~small, modules.names

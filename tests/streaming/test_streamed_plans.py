@@ -5,7 +5,7 @@ import pytest
 from regrow import nets
 from regrow.core.budget import Budget
 from regrow.jobs.pruning import build_pruner, collect_evidence
-from regrow.methods.pruning.pruner import PruningRun, plan_cut
+from regrow.methods.pruning.pruner import PruningContext, plan_cut
 from regrow.scoring.collect import CollectionRun
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
@@ -28,8 +28,8 @@ def test_streamed_plans_are_those_of_the_whole_network(folder, sources, method, 
     run = CollectionRun(opened.network())
     streamed = collect_evidence(opened.loaded.model, opened.axes, pruner, sources, run=run)
     whole = plan_cut(pruner, loaded.model, axes, budget, evidence)
-    run = PruningRun(weights=opened.weights.parameters(), visits=opened.network())
-    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, run=run)
+    context = PruningContext(weights=opened.weights.parameters(), block_runner=opened.network())
+    other = plan_cut(pruner, opened.loaded.model, opened.axes, budget, streamed, context=context)
     assert whole.plan.changes
     assert other.plan.to_json() == whole.plan.to_json()
     assert other.scores.values.keys() == whole.scores.values.keys()

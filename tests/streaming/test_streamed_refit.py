@@ -16,7 +16,7 @@ from regrow.methods.pruning.pruner import plan_cut
 from regrow.methods.recovery import ChangedTensors, RecoveryTask, StreamedPair
 from regrow.methods.recovery import refit as refitting
 from regrow.methods.recovery.refit import Settings, refit
-from regrow.methods.recovery.refit_work import RefitWork, regroup
+from regrow.methods.recovery.refit_work import RefitWork, merge_batches
 from regrow.streaming.opening import open_network
 from regrow.surgery import apply
 from regrow.tracing import trace
@@ -67,7 +67,7 @@ def made(folder, sources, place, scale=1.0):
 
 @pytest.mark.parametrize("elements", [1, 2048])
 def test_layers_are_those_of_a_refit_in_memory(cut, elements, monkeypatch):
-    monkeypatch.setattr(refitting, "regroup", partial(regroup, elements=elements))
+    monkeypatch.setattr(refitting, "merge_batches", partial(merge_batches, min_elements=elements))
     settings = Settings("own", choose_on="left_out_source")
     found, changed = cut.refit(settings)
     assert len(found["layers"]) == 6

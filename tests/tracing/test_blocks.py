@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow.tracing.capture import capture, example_of
-from regrow.tracing.readings import GraphBlock, blocks
-from regrow.tracing.steps import operations
+from regrow.tracing.capture import capture, complete_example
+from regrow.tracing.readings import GraphBlock, divide_into_blocks
+from regrow.tracing.steps import list_operations
 from zoo import trace_zoo
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
@@ -38,17 +38,17 @@ class Convolutions(nn.Module):
 
 def cut(model: nn.Module, *args: Tensor) -> tuple[GraphBlock, ...]:
     """The blocks of a model."""
-    return blocks(capture(model.eval(), example_of(model, args, {})))
+    return divide_into_blocks(capture(model.eval(), complete_example(model, args, {})))
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama", "gpt2", "vit", "convnext", "resnet18", "gru_handed_on", "mamba"])
 def test_every_operation_is_in_one_block_and_seams_fit(name: str) -> None:
     _, axes = trace_zoo(name)
     recorded = axes.recording.capture
-    found = blocks(recorded)
+    found = divide_into_blocks(recorded)
     steps = axes.steps
     assert [block.start for block in found] == [0, *(block.stop for block in found[:-1])]
-    assert found[-1].stop == len(steps) == len(operations(recorded))
+    assert found[-1].stop == len(steps) == len(list_operations(recorded))
     for i, block in enumerate(found):
         read = {one for step in steps[block.start : block.stop] for one in step.operands}
         before = {one for one in read if isinstance(one, int) and one < block.start}
@@ -61,14 +61,14 @@ def test_blocks_of_any_width_are_of_one_kind_and_blocks_of_other_operations_are_
     net = nn.Sequential(nn.Linear(4, 8), *(Residual(8, n) for n in (6, 6, 5)), nn.Linear(8, 2), nn.Sigmoid())
     found = cut(net, torch.ones(2, 4))
     assert [block.path for block in found] == ["", "1", "2", "3", ""]
-    kinds = [block.kind for block in found]
+    kinds = [block.block_class for block in found]
     assert kinds[1] == kinds[2] == kinds[3] and len({kinds[0], kinds[1], kinds[4]}) == 3
 
 
 @pytest.mark.parametrize("other", [{"groups": 8}, {"stride": 2}, {"dilation": 2, "padding": 2}])
 def test_a_convolution_with_other_groups_or_steps_makes_another_kind(other: dict[str, int]) -> None:
     net = nn.Sequential(Convolutions(8), Convolutions(16), Convolutions(8, **other), Convolutions(16))
-    kinds = [block.kind for block in cut(net, torch.ones(2, 8, 8, 8))]
+    kinds = [block.block_class for block in cut(net, torch.ones(2, 8, 8, 8))]
     assert kinds[0] == kinds[1] == kinds[3] != kinds[2]
 
 

@@ -69,13 +69,13 @@ def test_a_shuffle_of_two_halves_ties_them() -> None:
 
 def test_a_dimension_cannot_contain_itself() -> None:
     leaf = Leaf(6)
-    d.unify(leaf, d.plus(d.halves(leaf, 2, "cut")[1], Leaf(2)), "shift")
+    d.unify(leaf, d.plus(d.split_at(leaf, 2, "cut")[1], Leaf(2)), "shift")
     assert not free(leaf)
 
 
 def test_a_cut_inside_a_unit_freezes() -> None:
     product = d.times(Leaf(3), Leaf(4))
-    first, rest = d.halves(product, 6, "inside a unit")
+    first, rest = d.split_at(product, 6, "inside a unit")
     assert not free(product) and (d.size(first), d.size(rest)) == (6, 6)
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes.operations import Tracer
 from regrow.tracing import record
-from regrow.tracing.capture import capture, example_of, in_training
+from regrow.tracing.capture import capture, capture_in_training, complete_example
 from regrow.tracing.meta_copy import infer_result
 from zoo import ZOO
 
@@ -51,11 +51,11 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(record, "infer_result", checked)
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
-    example = example_of(model, args, kwargs)
+    example = complete_example(model, args, kwargs)
     capture(model, example, tracer=Tracer.RECORD)
     assert asked
     asked.clear()
-    in_training(model, example)
+    capture_in_training(model, example)
     assert asked
 
 

@@ -17,10 +17,10 @@ from regrow.core.plan import Plan
 from regrow.surgery import verify
 from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace
-from regrow.tracing.capture import capture, example_of
+from regrow.tracing.capture import capture, complete_example
 from regrow.tracing.graph import assemble
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import steps
+from regrow.tracing.steps import list_symbolic_steps
 from zoo import ZOO, Wired, randomise
 
 
@@ -103,7 +103,7 @@ def dry(model: nn.Module, example: Example, tracer: Tracer) -> tuple[AxisGraph, 
     assert recorded.tracer == tracer
     w = walk(recorded)
     axes, names = assemble(model, w, example)
-    return axes, steps(w, names)
+    return axes, list_symbolic_steps(w, names)
 
 
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
@@ -112,7 +112,7 @@ def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     (ours, mine), (theirs, other) = (
-        dry(model, example_of(model, args, kwargs), one) for one in (Tracer.RECORD, Tracer.EXPORT)
+        dry(model, complete_example(model, args, kwargs), one) for one in (Tracer.RECORD, Tracer.EXPORT)
     )
     assert mine == other
     assert list(ours.axes) == list(theirs.axes) and ours.shapes == theirs.shapes and ours.ties == theirs.ties
@@ -165,9 +165,9 @@ def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest
     """The same operations at the same level: no rule can tell how a network was recorded."""
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
-    example = example_of(model, args, kwargs)
+    example = complete_example(model, args, kwargs)
     expected = walked(model, example)
-    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_on_fake_data", refuse)
+    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_capture_on_fake_data", refuse)
     assert walked(model, example) == expected
 
 
@@ -179,7 +179,7 @@ def test_the_trial_cut_of_an_eager_record_is_as_strict(name: str, monkeypatch: p
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     expected = trace(model, *args, **kwargs)
-    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_on_fake_data", refuse)
+    monkeypatch.setattr(import_module("regrow.tracing.capture"), "_capture_on_fake_data", refuse)
     axes = trace(model, *args, **kwargs)
     assert "refuses: out of order" in axes.notes[0]
     assert {(a.mark, frozenset(a.slots)) for a in axes} == {(a.mark, frozenset(a.slots)) for a in expected}

@@ -9,7 +9,7 @@ from torch import nn
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import Batch
 from regrow.training.fit import FitOptions, fit
-from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
+from regrow.training.hooks import AxisTensors, EarlyStopping, restore_best, with_early_stopping
 from regrow.training.learner import Context, Learner, Loss, Step
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState
@@ -20,7 +20,7 @@ def batches(step: int) -> list[Batch]:
     return [Batch((torch.randn(4, 3, generator=generator),)) for _ in range(2)]
 
 
-def loss(tensors: Tensors, context: Context, step: Step) -> Loss:
+def loss(tensors: AxisTensors, context: Context, step: Step) -> Loss:
     own = (tensors["shift"].values.double() - 1).square().sum()
     return Loss((context.model(*step.batch.args) - 2).square().mean() + own)
 
@@ -47,7 +47,7 @@ def train(run: Run, held_out: list[float], stop: int = 0) -> TrainState[EarlySto
     shift = AxisTensor(torch.zeros(2, dtype=torch.float64), (2,), lr=0.5)
     left = iter(held_out[len(state.learner.history) if state else 0 :])
     learner = with_early_stopping(
-        Learner[Tensors]({"shift": shift}, loss=loss, boundary=lambda own, context, boundary: own, scheduled=True),
+        Learner[AxisTensors]({"shift": shift}, loss=loss, boundary=lambda own, context, boundary: own, scheduled=True),
         lambda tensors, context: next(left),
     )
 

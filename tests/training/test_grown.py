@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import regrow
-from regrow.training.tune import added_entries
+from regrow.training.tune import find_added_entries
 
 
 def network() -> nn.Module:
@@ -33,7 +33,7 @@ def test_what_was_there_is_trained_only_if_asked(train: str) -> None:
     before = nn.functional.cross_entropy(net(x), y)
     net, plan = regrow.grow(net, data=(x, y), steps=30, lr=0.03, train=train, axes=axes, batch_size=16, **grow)
     assert nn.functional.cross_entropy(net(x), y) < before
-    new = added_entries(net, axes, plan)
+    new = find_added_entries(net, axes, plan)
     assert new["2.2.one.weight"].all() and new["2.0.one.weight"].sum() == 3 * 6 and "0.weight" not in new
     now = net.state_dict()  # new units and blocks come last
     changed = [name for name, one in old.items() if not torch.equal(now[name][tuple(map(slice, one.shape))], one)]

@@ -24,7 +24,7 @@ from regrow.training.state import TrainState
 
 
 def widen_once(context: Context, rule: str = "zero_out") -> Plan | None:
-    if context.epoch != 1 or context.applied:
+    if context.epoch != 1 or context.plans_applied:
         return None
     key = next(axis.key for axis in context.axes.units())
     return Plan.growing(context.axes, {key: 6}, Fill(rule, seed=1))
@@ -78,7 +78,7 @@ def test_earlier_tasks_are_probed_among_their_own_classes() -> None:
     """Where a task is told, accuracy around a growth is that of the matrix, not of the classes of the current task."""
     tasks = split_by_classes(load_digits(), 5)[:2]
     model, _ = small("mlp:24-16", (1, 8, 8), 10)
-    learner = LEARNERS["sparsegrow"].made("sparsegrow", {"grow": "always"})
+    learner = LEARNERS["sparsegrow"].create("sparsegrow", {"grow": "always"})
     schedule = TaskSchedule(scenario="task", epochs=4, batch_size=32, lr=0.05)
     state = learn(model, trace(model, tasks[0].train.inputs[:2]), tasks, learner, schedule).state
     event = next(event for event in state.events if event["task"] == 1)

@@ -107,7 +107,7 @@ def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: 
     tasks = split_by_classes(load_digits(), 5)
     model, _ = small("mlp:32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
-    learner = find_method(MethodKind.CONTINUAL, method).made(method, given)
+    learner = find_method(MethodKind.CONTINUAL, method).create(method, given)
     fitted = learn(model, axes, tasks, learner, TaskSchedule(scenario="task", epochs=3, batch_size=32, lr=0.05))
     matrix = accuracy_matrix(fitted.state)
     assert matrix.average > 0.9 and matrix.forgetting < 0.08

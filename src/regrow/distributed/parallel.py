@@ -181,7 +181,7 @@ class Parallel:
 
     Args:
         ranks: The processes.
-        by_rows: Whether they share the examples of each batch (:func:`regrow.training.shared_rows.sharing_rows`), so
+        by_rows: Whether they share the examples of each batch (:func:`regrow.training.shared_rows.share_rows`), so
             that every rank computes the whole loss, instead of the batches of a step.
     """
 

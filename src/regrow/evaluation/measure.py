@@ -163,6 +163,6 @@ def wait_for(device: torch.device) -> None:
 def count_positions(batch: Batch) -> int:
     """Return how many tokens (integers, ``[batch, tokens]``) or images (floats) the first tensor of a batch holds."""
     first = next((value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)), None)
-    if first is None:
+    if first is None or first.dim() == 0:
         return 1
-    return first.shape[0] if first.is_floating_point() or first.dim() == 0 else first.numel()
+    return first.shape[0] if first.is_floating_point() else first.numel()

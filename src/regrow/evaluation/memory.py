@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.process_memory import read_peak, reset_peak, return_memory
 from regrow.core.sources import Batch, device_of, logits_in
-from regrow.tracing.capture import quiet
+from regrow.tracing.capture import silence_torch
 from regrow.tracing.meta_copy import meta_copy
 
 # A training step: forward, loss, backward, optimizer. It stores its own state between steps.
@@ -183,7 +183,7 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
         """Return a tensor of the same layout and dtype on the network's device, without data."""
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
-    with mode, quiet():
+    with mode, silence_torch():
         args, kwargs, labels = tree_map_only(Tensor, empty, (batch.args, dict(batch.kwargs), batch.labels))
         batch, parameters = Batch(args, kwargs, labels), list(copy.parameters())
         held = tree_leaves((parameters, list(copy.buffers()), [p.grad for p in parameters], args, kwargs, labels))

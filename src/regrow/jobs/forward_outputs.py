@@ -15,7 +15,7 @@ from regrow.core.axes import Example
 from regrow.core.sources import Batch, device_of, preserve_random_state
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
 from regrow.surgery.runner import Answers, preserve_generators, reseed
-from regrow.tracing.capture import evaluating
+from regrow.tracing.capture import in_eval_mode
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import OutputError, Snapshot, find_tensors, output_tensors, preserve_state
 
@@ -26,7 +26,7 @@ CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 def run_once(model: nn.Module, example: Example) -> None:
     """Run a network on its example, so that what it caches for inputs of that shape is known before a change."""
     example = cast_example(example, model)
-    with evaluating(model), torch.no_grad(), preserve_random_state(), preserve_generators():
+    with in_eval_mode(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
             Batch(example.args, example.kwargs, where="the example").run(model)
 
@@ -38,7 +38,7 @@ def outputs_of(model: nn.Module, example: Example) -> Answers:
     Random operations start from the same seed in every call. Caches of states per block are left out.
     """
     inputs = Example(*tree_map(_copied, (example.args, dict(example.kwargs))))
-    with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), evaluating(model):
+    with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), in_eval_mode(model):
         reseed(0)
         random.seed(0)
         np.random.seed(0)

@@ -30,10 +30,10 @@ from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.output_comparison import shallow_copy
 from regrow.surgery.runner import Answers
-from regrow.tracing.capture import first_line
+from regrow.tracing.capture import trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
-from regrow.training.tune import added_entries, mean_loss, train_grown
+from regrow.training.tune import find_added_entries, measure_mean_loss, train_grown
 
 CHANGE = 1e-3
 """The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
@@ -195,7 +195,7 @@ def _check_stack(
         worst = max(measure_exactly(outputs, outputs_of(twin, x)) for x, outputs in before)
     except Exception as error:
         raise RefusedError(
-            f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
+            f"stack {path!r} cannot get further blocks: the network does not run with them: {trim_error(error)}; "
             f"{OTHER_STACK}; {AS_BEFORE}"
         ) from None
     if not worst <= share:
@@ -211,7 +211,7 @@ def _run_grown(model: nn.Module, example: Example) -> Answers:
         return outputs_of(model, example)
     except Exception as error:
         raise RefusedError(
-            f"the grown network does not run on what the network ran on: {first_line(error)}; {AS_BEFORE}"
+            f"the grown network does not run on what the network ran on: {trim_error(error)}; {AS_BEFORE}"
         ) from None
 
 
@@ -225,13 +225,13 @@ def _changed_outputs(change: float, bound: float, dtype: str) -> RefusedError:
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
     """Train a network that has grown; log the loss before and after where the run is kept."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
-    added = added_entries(model, inputs.axes, plan)
+    added = find_added_entries(model, inputs.axes, plan)
 
     def measure_loss() -> float:
         if not record.kept:
             return 0.0
         with preserve_random_state(generator for source in sources for generator in source.generators):
-            return mean_loss(model, sources, inputs.objective)
+            return measure_mean_loss(model, sources, inputs.objective)
 
     with autocasting(model, settings.precision):
         before = measure_loss()

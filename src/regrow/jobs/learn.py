@@ -39,12 +39,12 @@ from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import check_repeatable, convert_settings
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.continual import TaskSchedule, accuracy_matrix, untrained_accuracies
+from regrow.training.continual import TaskSchedule, accuracy_matrix, measure_untrained_accuracies
 from regrow.training.continual import learn as train_tasks
 from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.schedule import NO_AXES
-from regrow.training.state import CHECKPOINT, TrainState, check_checkpoint, read_start, write_checkpoint
+from regrow.training.state import CHECKPOINT, TrainState, check_checkpoint, resume_training, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ def _learn(inputs: LearnInputs, run: ActiveRun) -> Fitted[Any]:
     if record.kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record) if file.is_file() else None
-    model, axes, state = read_start(ranks, history, file, inputs.loaded.model, inputs.axes, learner.state)
+    model, axes, state = resume_training(ranks, history, file, inputs.loaded.model, inputs.axes, learner.state)
     rows = LearningRecord(record, tasks)
     rows.resume(state)
     if inputs.untrained and 0 < len(state.before) < len(tasks):  # tasks have been added since
-        before = untrained_accuracies(inputs.untrained().model, tasks, schedule, ranks)
+        before = measure_untrained_accuracies(inputs.untrained().model, tasks, schedule, ranks)
         state = replace(state, before=state.before + before[len(state.before) :])
 
     def keep(now: TrainState[Any], context: Context) -> None:
@@ -183,7 +183,7 @@ def _are_shares(scores: Sequence[float]) -> bool:
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
     """Return a learner; a method with a seed gets the run's, unless ``settings`` has another."""
     entry = find_method(MethodKind.CONTINUAL, method)
-    learner: Learner[Any] = entry.made(method, select_known(entry, {"seed": seed}) | dict(settings))
+    learner: Learner[Any] = entry.create(method, select_known(entry, {"seed": seed}) | dict(settings))
     return learner
 
 

@@ -22,7 +22,7 @@ from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
 from regrow.streaming.network import StreamedNetwork
-from regrow.tracing.capture import first_line
+from regrow.tracing.capture import trim_error
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def measure_run(
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if not data.halves.lenient:
                 raise
-            line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
+            line = f"the quality of the network is not measured: {trim_error(error)}; give validation= data"
             warnings.warn(line, stacklevel=2)
     run.progress(len(tests), len(tests), f"evaluating the {name} model")
     return perplexities

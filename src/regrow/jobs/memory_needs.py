@@ -22,8 +22,8 @@ from regrow.jobs.pruning import budget_of, model_spec, pruner_of, source_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.recovering import LastCut
 from regrow.methods.pruning.pruner import Pruner
-from regrow.methods.recovery.distil import divergence
-from regrow.methods.recovery.refit_work import BATCHES, ELEMENTS
+from regrow.methods.recovery.distil import compute_divergence
+from regrow.methods.recovery.refit_work import MAX_BATCHES, MIN_ELEMENTS
 from regrow.scoring.collect import differentiated
 from regrow.scoring.grams import BATCH
 from regrow.settings.prune import Settings
@@ -173,7 +173,7 @@ def _activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -
             logits = logits_in(batch.run(model)).flatten(0, -2)
             loss = F.cross_entropy(logits.float(), batch.labels.flatten())
             if distils:
-                loss = loss + divergence(logits, torch.zeros_like(logits))
+                loss = loss + compute_divergence(logits, torch.zeros_like(logits))
             loss.backward()
         optimizer.step()
 
@@ -192,7 +192,7 @@ def _refit_bytes(model: nn.Module, tokens: int, window: int, parts: int) -> int:
     """
     linear = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     shapes = [parameter.shape for parameter in linear[1:] or linear]
-    batch = min(tokens, max(ELEMENTS, tokens // BATCHES) + window)
+    batch = min(tokens, max(MIN_ELEMENTS, tokens // MAX_BATCHES) + window)
     waiting = tokens * max(p.element_size() for p in linear) * max(k + 2 * out for out, k in shapes)
     sums = max(8 * (k * k + k * out) for out, k in shapes)
     return waiting + 4 * batch * max(map(max, shapes)) * 4 + parts * sums

@@ -44,7 +44,7 @@ from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.jobs.recovering import reconstruct
 from regrow.jobs.run_networks import PrunedNetwork, StreamedRun, WholeNetwork
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning.pruner import Pruner, PruningRun, check_objective, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_modules
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
@@ -152,15 +152,17 @@ class PruneJob:
         with run.stage("plan"), torch.enable_grad():
             if checkpoint:
                 open_checkpoint(checkpoint, key, FORMAT)
-            pruning = PruningRun(
+            context = PruningContext(
                 checkpoint=checkpoint,
-                header=lambda: {"key": key},
+                checkpoint_header=lambda: {"key": key},
                 progress=run.progress,
-                visits=inputs.network.visits,
+                block_runner=inputs.network.visits,
                 weights=inputs.network.parameters(),
             )
             with forward():
-                cut = plan_cut(self.method, model, axes, self.budget, evidence, objective=inputs.objective, run=pruning)
+                cut = plan_cut(
+                    self.method, model, axes, self.budget, evidence, objective=inputs.objective, context=context
+                )
             if cut.plan.notes:
                 record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
             if cut.findings and isinstance(record, RunFolder):

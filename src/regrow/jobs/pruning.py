@@ -71,7 +71,7 @@ def budget_of(settings: Settings) -> Budget:
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
     """Return a pruning method with the given settings, after checking them."""
-    pruner: Pruner = find_method(MethodKind.PRUNING, method).made(method, settings)
+    pruner: Pruner = find_method(MethodKind.PRUNING, method).create(method, settings)
     return pruner
 
 

@@ -75,7 +75,7 @@ def carry_out(
     """
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
-    method.made(settings.by, settings.recovery_settings)
+    method.create(settings.by, settings.recovery_settings)
     taken = method.defaults({*settings.recovery_settings, "seed"})
     identity = {"verb": "recover", "settings": asdict(settings), "defaults": taken}
     run.recorder.check(identity)

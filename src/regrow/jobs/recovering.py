@@ -43,7 +43,7 @@ def recover(
     ``name`` is that of the checkpoint, and ``origin`` says how the dense network was built. On all ranks ``task.model``
     is afterwards that of rank 0.
     """
-    work: Recovery = find_method(MethodKind.RECOVERY, by).made(by, settings)
+    work: Recovery = find_method(MethodKind.RECOVERY, by).create(by, settings)
     key, spent, start, streamed = "", 0.0, time.perf_counter(), task.streamed
     if record.kept:
         texts = [fingerprint(source) for source in task.sources]

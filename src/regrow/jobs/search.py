@@ -37,7 +37,7 @@ from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
 from regrow.jobs.starting import find_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
-from regrow.methods.search.space import SearchState, measure_whole
+from regrow.methods.search.space import SearchState, measure_unmasked
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
 from regrow.settings.declaration import check_settings
@@ -47,9 +47,9 @@ from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.continual import learn
-from regrow.training.fit import FitOptions, Fitted, finish
+from regrow.training.fit import FitOptions, Fitted, finish_training
 from regrow.training.learner import Boundary, Context, Event, write_replacements
-from regrow.training.state import CHECKPOINT, TrainState, read_start, write_checkpoint
+from regrow.training.state import CHECKPOINT, TrainState, resume_training, write_checkpoint
 
 RETRAINING = "retraining.safetensors"
 GIVEN = ("target", "measure", "stages", "seed")
@@ -151,7 +151,7 @@ def carry_out(settings: Settings, inputs: Callable[[ActiveRun], SearchInputs], r
         record.update(latency=asdict(table) if table else None)
         if opened.stages:
             record.log("stages", **asdict(opened.stages))
-        before = measure_whole(search.space, (), context)
+        before = measure_unmasked(search.space, (), context)
         with run.stage("search"):
             fitted, log = _search(settings, opened, search, context, run)
             model, origin = extract_network(fitted.model, opened.origin, in_place=opened.in_place)
@@ -202,7 +202,9 @@ def _search(
     if record.kept:
         file.parent.mkdir(exist_ok=True)
     history = read_history(record, "commit") if file.is_file() else None
-    model, axes, state = read_start(run.ranks, history, file, context.model, context.axes, search.learner.state, undo)
+    model, axes, state = resume_training(
+        run.ranks, history, file, context.model, context.axes, search.learner.state, undo
+    )
     if isinstance(record, RunFolder):
         record.own_ledger.truncate(len(state.plans))
     if state.learner.recomputed:
@@ -241,7 +243,7 @@ def _search(
         fitted = Fitted(model, axes, replace(state, learner=begun))
     log.write(fitted.state)
     end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs)
-    fitted, last = finish(search.learner, fitted, end)
+    fitted, last = finish_training(search.learner, fitted, end)
     fitted = replace(fitted, state=replace(fitted.state, plans=(*fitted.state.plans, *last)))
     log.write(fitted.state)
     return fitted, log
@@ -274,7 +276,7 @@ def retrain(run: ActiveRun, settings: Settings, parts: Parts, searched: nn.Modul
             write_checkpoint(file, there.model, now)
 
     history = TrainState(None) if file.is_file() else None
-    model, axes, state = read_start(run.ranks, history, file, model, axes, learner.state)
+    model, axes, state = resume_training(run.ranks, history, file, model, axes, learner.state)
     options = FitOptions(checkpoint=write, progress=run.progress, parallel=Parallel(run.ranks, by_rows=True))
     fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, options=options)
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))

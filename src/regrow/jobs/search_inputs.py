@@ -129,7 +129,7 @@ def make_search(
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     known = select_known(entry, {"measure": str(measure), "levels": levels, **known})
-    search: Search = entry.made(
+    search: Search = entry.create(
         settings.method,
         known | dict(settings.method_settings),
         **({} if prices is None else {"prices": prices}),
@@ -175,7 +175,7 @@ def build_search(
 
 def measure_statistics(model: nn.Module, context: Context, batch_size: int) -> None:
     """Measure the running statistics of a found network's BatchNorms again, on training examples in random order."""
-    if tune.find_running(model):
+    if tune.find_batch_norms(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
 

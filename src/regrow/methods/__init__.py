@@ -33,12 +33,12 @@ class MethodKind(StrEnum):
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method as a table lists it: its settings, the function that builds it, its citation and its description.
+    """A row of a table of methods: settings, the function that builds the method, citation and description.
 
     Args:
         kind: The task of the method.
         settings: A dataclass with a default for every field, documented in its docstring.
-        build: Returns the method; called with the settings, and with the keyword arguments of :meth:`made`.
+        build: Returns the method; called with the settings, and with the keyword arguments of :meth:`create`.
         citation: The paper to cite.
         about: The docstring of the method's module: what the paper does, and where this implementation differs.
     """
@@ -57,10 +57,11 @@ class MethodEntry:
         """
         return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
-    def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
-        """Build the method ``name`` with settings, after checking their names and types; others have their defaults.
+    def create(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
+        """Build the method with settings; others have their defaults. ValueError for an unknown name or a wrong type.
 
-        ``inputs`` are further keyword arguments of ``build``, such as ``prices``, the time that operations take.
+        ``name`` is for errors; ``inputs`` are further keyword arguments of ``build``, such as ``prices``, the time that
+        operations take. Returns a Pruner, a Learner, a Search or what a recovery's ``build`` returns.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
@@ -77,7 +78,7 @@ class MethodEntry:
 
 
 class MethodTable(Mapping[str, MethodEntry]):
-    """The methods of one kind, by the name of a module or folder; it is imported when its entry is read."""
+    """The methods of one kind, by name (of a module or folder); a module is imported when its entry is read."""
 
     def __init__(self, kind: MethodKind, names: Sequence[str]) -> None:
         self._kind, self._names = kind, names
@@ -88,7 +89,7 @@ class MethodTable(Mapping[str, MethodEntry]):
         module = importlib.import_module(f"regrow.methods.{self._kind}.{name}")
         return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
 
-    def settings_of(self, name: str) -> tuple[str, ...] | None:
+    def setting_names(self, name: str) -> tuple[str, ...] | None:
         """Return the names of a method's settings, read from its source without importing it; ``None`` if not found."""
         path = Path(__file__).parent / self._kind / name
         for file in (path.with_suffix(".py"), *path.glob("*.py")):
@@ -115,7 +116,7 @@ _NAMES = {
     MethodKind.RECOVERY: "refit lora distil",
 }
 TABLES: Mapping[MethodKind, MethodTable] = {kind: MethodTable(kind, names.split()) for kind, names in _NAMES.items()}
-METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
+METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)  # METHODS: of pruning
 
 
 def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
@@ -130,7 +131,7 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
             return table[name]
     from regrow.nets.load import import_object
 
-    value = import_object(name if names_code(name) else _added()[name].value)
+    value = import_object(name if names_code(name) else _installed_methods()[name].value)
     if not isinstance(value, MethodEntry):
         raise ValueError(f"{name} is a {type(value).__name__}, not a regrow.methods.MethodEntry; name one")
     if kind and value.kind != kind:
@@ -139,21 +140,24 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
 
 
 def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = ()) -> None:
-    """Raise ValueError unless a name is that of a method, or may be that of user code; imports no method.
+    """Raise ValueError unless a name is that of a method, or has the form of user code's; imports no method.
 
     A method of this package must also have the named ``settings``.
     """
     tables = _tables(kind)
     if table := next((table for table in tables if name in table), None):
-        known = table.settings_of(name) if settings else None
+        setting_names = table.setting_names(name) if settings else None
         for key in settings:
-            if known is not None and key not in known:
-                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
+            if setting_names is not None and key not in setting_names:
+                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(setting_names) or 'none'}")
         return
-    if names_code(name) or name in (added := _added()):
+    if names_code(name):
         return
-    elsewhere = {other for table in TABLES.values() for other in table}
-    names = [*(key for table in tables for key in table), *(added.keys() - elsewhere)]
+    installed = _installed_methods()
+    if name in installed:
+        return
+    built_in = {other for table in TABLES.values() for other in table}
+    names = [*(key for table in tables for key in table), *(installed.keys() - built_in)]
     near = get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
     what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
@@ -161,15 +165,17 @@ def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = (
 
 
 def _tables(kind: MethodKind | None) -> list[MethodTable]:
+    """Return the table of one kind of methods, or all tables for ``None``."""
     return [TABLES[kind]] if kind else [*TABLES.values()]
 
 
-def _added() -> dict[str, EntryPoint]:
+def _installed_methods() -> dict[str, EntryPoint]:
+    """Return the entry points by which installed packages add methods, by name."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def refuse_recorded_code(name: str, command: str) -> None:
-    """Raise ValueError if the method that a run folder names is user code; ``command`` started the run."""
+    """Raise ValueError if the method that a run folder names is user code; ``command``: that which started the run."""
     if names_code(name):
         raise ValueError(
             f"the run's method is your own code ({name!r:.80}), and a name in a file is never imported; install it as "
@@ -180,7 +186,7 @@ def refuse_recorded_code(name: str, command: str) -> None:
 def added_methods() -> dict[str, MethodEntry]:
     """Return the methods that installed packages add, by name; those that cannot be imported are left out."""
     methods = {}
-    for name in _added():
+    for name in _installed_methods():
         with suppress(ValueError):
             methods[name] = find_method(None, name)
     return methods

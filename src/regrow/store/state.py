@@ -155,7 +155,7 @@ def settable_numbers(model: nn.Module) -> dict[str, Number | None]:
     """
     result: dict[str, Number | None] = {}
     for path, module in model.named_modules():
-        for name, value in (*vars(module).items(), *named.counts(module)):
+        for name, value in (*vars(module).items(), *named.config_counts(module)):
             if _is_number(value):
                 result[f"{path}:{name}"] = tuple(value) if isinstance(value, list) else value
             elif value is None and name not in MODULE_VARS:

@@ -28,11 +28,11 @@ from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import max_difference, max_magnitude
 from regrow.surgery.proof import Deviation, changed_blocks, check_block
 from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
-from regrow.tracing.capture import Capture, evaluating
+from regrow.tracing.capture import Capture, in_eval_mode
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
 from regrow.tracing.readings import GraphBlock
-from regrow.tracing.steps import restate_steps
+from regrow.tracing.steps import with_new_constants
 
 
 def check_streamed_run(
@@ -42,7 +42,7 @@ def check_streamed_run(
 
     Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
     """
-    with network.on_demand() as model, preserve_generators(), evaluating(model), torch.no_grad():
+    with network.on_demand() as model, preserve_generators(), in_eval_mode(model), torch.no_grad():
         reseed(0)
         outputs = floats(model(*example.args, **example.kwargs))
     replayed = _replay(network, recorded, blocks, example)
@@ -174,6 +174,6 @@ def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
     ready = prepare(model, axes, plan)
     rehearsal = try_out(model, axes, plan)
     change = ProposedChange(ready, axes.recording, rehearsal.planned)
-    known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
+    known = replace(axes, steps=with_new_constants(axes.steps, rehearsal.planned), recording=None)
     copied, after = commit(copy_model(model, lambda tensor: tensor), known, ready)
     return StreamedCut(opened, change, replace(opened.loaded, model=copied), after)

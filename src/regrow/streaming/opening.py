@@ -29,7 +29,7 @@ from regrow.streaming.checkpoint import Checkpoint, TensorPlace, read_places
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.weights import StoredWeights
 from regrow.tracing import trace
-from regrow.tracing.meta_copy import empty_parameters
+from regrow.tracing.meta_copy import parameter_faker
 
 # How many compiled kernels oneDNN keeps: those of a block. It would keep 1024, and each width of a cut network has
 # its own.
@@ -91,7 +91,7 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
     _check_names_no_weights(folder, name)
     checkpoint, mode = Checkpoint.open(folder), FakeTensorMode(allow_non_fake_inputs=True)
     stored = next((place.dtype for place in checkpoint.places.values() if place.dtype.is_floating_point), torch.float32)
-    loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=empty_parameters(mode))
+    loaded = load_skeleton(folder, name=name, dtype=dtype, stored=stored, empty=parameter_faker(mode))
     loaded = replace(loaded, files=checkpoint.files)
     return OpenedNetwork(loaded, _trace_loaded(loaded), StoredWeights(checkpoint, loaded.model, name))
 
@@ -138,7 +138,7 @@ def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype |
     if shapes.origin.kind != "transformers":
         raise StoreError(f"{folder} holds no transformers model; leave out --memory, to load it whole")
     check_regular_files(folder)
-    with replacing_parameters(empty_parameters(mode)):
+    with replacing_parameters(parameter_faker(mode)):
         net = build_checked(folder, shapes, None, dtype)
     tensors = read_weights(folder, shapes, kinds=[kind for kind in TensorKind if kind is not TensorKind.PARAMETER])
     for name, stored in shapes.tensors.items():

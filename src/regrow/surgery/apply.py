@@ -23,11 +23,11 @@ from regrow.surgery.output_comparison import (
 from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.capture import Capture, capture, holds_numbers
-from regrow.tracing.interception import without_collection
+from regrow.tracing.interception import without_garbage_collection
 from regrow.tracing.meta_copy import cast_example
-from regrow.tracing.model_state import code_of, state_of
-from regrow.tracing.readings import Recording, readings
-from regrow.tracing.steps import restate_steps
+from regrow.tracing.model_state import describe_code, state_of
+from regrow.tracing.readings import Recording, record_readings
+from regrow.tracing.steps import with_new_constants
 from regrow.tracing.trial import Rehearsal, rehearse
 
 
@@ -94,7 +94,7 @@ def apply(
         return model, axes
     ready = prepare(model, axes, plan, undo)
     rehearsal = try_out(model, axes, plan)
-    known = replace(axes, steps=restate_steps(axes.steps, rehearsal.planned), recording=None)
+    known = replace(axes, steps=with_new_constants(axes.steps, rehearsal.planned), recording=None)
     if holds_numbers(model, axes.example):
         if axes.decisions is None:
             recording = record_present(model, axes, rehearsal.present)
@@ -107,7 +107,7 @@ def apply(
 
 def try_out(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
     """Check on a copy without numbers that the network runs as planned; return the recordings of that."""
-    with without_collection():
+    with without_garbage_collection():
         return rehearse(model, axes, resizing(model, axes, plan))
 
 
@@ -115,12 +115,12 @@ def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -
     """Return a recording of the network as it is now: that of its axes, unless the network has changed since."""
     example, recording = cast_example(axes.example, model), axes.recording
     if recording is None:
-        fresh = readings(model, axes, example)
-        return Recording(fresh.capture, fresh.reads, code_of(model))
+        fresh = record_readings(model, axes, example)
+        return Recording(fresh.capture, fresh.reads, describe_code(model))
     if present is None and not recording.fits(model, example):
         present = capture(model, example, tracer=axes.tracer)
     # A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
-    return recording if present is None else Recording(present, recording.reads, code_of(model))
+    return recording if present is None else Recording(present, recording.reads, describe_code(model))
 
 
 def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

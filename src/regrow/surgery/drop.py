@@ -15,14 +15,14 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import Exchange, carry_out, follow
 from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
-from regrow.tracing.branches import PlaceholderModule, branches, candidate_branches, insert_placeholders, set_modules
+from regrow.tracing.branches import PlaceholderModule, find_branches, insert_placeholders, list_candidates, set_modules
 from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.effects import BranchError, Effects, describe_effects, locate_branches
+from regrow.tracing.effects import BranchError, Effects, find_effect_difference, locate_branches
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
-from regrow.tracing.readings import recording, trace_training
+from regrow.tracing.readings import make_recording, trace_training
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import caches, steps
+from regrow.tracing.steps import find_caches, list_symbolic_steps
 
 
 def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
@@ -207,7 +207,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     pairs = zip(replaced.items(), proved, strict=True)
     zeros = {node: small.inside[branch.module][-1] for (node, source), branch in pairs if source is None}
-    if problem := describe_effects(whole, replaced, small, zeros):
+    if problem := find_effect_difference(whole, replaced, small, zeros):
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
@@ -231,13 +231,13 @@ def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisG
         axes={key: _now(axis, now[key]) for key, axis in axes.axes.items()},
         counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
-        steps=steps(w, names),
-        recording=recording(bare, w, names),
+        steps=list_symbolic_steps(w, names),
+        recording=make_recording(bare, w, names),
         work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
-        caches=caches(w, names),
+        caches=find_caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=(branches(bare, recorded, axes.example) if looked else {}) | candidate_branches(bare),
+        branches=(find_branches(bare, recorded, axes.example) if looked else {}) | list_candidates(bare),
     )
 
 

@@ -17,10 +17,10 @@ from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import trace, with_branches
-from regrow.tracing.capture import evaluating, first_line, holds_numbers
+from regrow.tracing.capture import holds_numbers, in_eval_mode, trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.own_run import ROUNDING, measure_distance, run_network
+from regrow.tracing.own_run import ROUNDING, compute_outputs, measure_distance
 from regrow.tracing.stacks import StackError, insert_copies, remove_copies
 
 # Name of a module or tensor before blocks are inserted → its name after that
@@ -46,7 +46,7 @@ def with_copies(
         if undo.branches:
             raise PlanError(f"{next(iter(undo.branches))} is dropped; bring it back before blocks are inserted")
     example = cast_example(axes.example, model)
-    before = run_network(model, example) if holds_numbers(model, axes.example) else None
+    before = compute_outputs(model, example) if holds_numbers(model, axes.example) else None
     inserted = []
     try:
         for path, insertion in plan.insert.items():
@@ -61,7 +61,7 @@ def with_copies(
         except PlanError:
             raise
         except Exception as error:
-            raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {trim_error(error)}") from None
         kept = None if undo is None else undo.renamed(rename, keys.get)
         yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
     except BaseException:
@@ -98,7 +98,7 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
         for path, insertion in insert.items()
         for copy in insertion.copies
     }
-    with preserve_state(model, entries=True), evaluating(model), torch.no_grad():  # which takes the hooks off, too
+    with preserve_state(model, entries=True), in_eval_mode(model), torch.no_grad():  # which takes the hooks off, too
         for block in copies:
             block.register_forward_pre_hook(note, with_kwargs=True)
             block.register_forward_hook(compare)
@@ -114,7 +114,7 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
 
 def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor], plan: Plan) -> None:
     """Raise ``PlanError`` unless the network has the outputs that it had before blocks were inserted."""
-    after = run_network(model, example)
+    after = compute_outputs(model, example)
     distance, largest = measure_distance(before, after)
     rounding = ROUNDING * max(torch.finfo(x.dtype).eps for x in (*before, torch.ones(())) if x.is_floating_point())
     if not distance <= rounding * largest:

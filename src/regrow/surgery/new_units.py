@@ -13,7 +13,7 @@ from regrow.core.plan import Plan, PlanError
 from regrow.core.sources import Batch, device_of
 from regrow.scoring.watch import find_inputs
 from regrow.surgery.compensate import bias_of
-from regrow.tracing.capture import evaluating
+from regrow.tracing.capture import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _measure(
     ]
     device = device_of(model)
     try:
-        with evaluating(model), torch.no_grad(), watch:
+        with in_eval_mode(model), torch.no_grad(), watch:
             for batch in batches:
                 batch.to(device).run(model)
     finally:

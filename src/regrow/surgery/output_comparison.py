@@ -12,11 +12,11 @@ from regrow.core.axes import AxisGraph, Decision, Example
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.runner import Answers, Runner, floats, loader, masking
-from regrow.tracing.capture import Capture, TraceError, capture, evaluating, first_line, holds_numbers
+from regrow.tracing.capture import Capture, TraceError, capture, holds_numbers, in_eval_mode, trim_error
 from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
-from regrow.tracing.readings import readings
+from regrow.tracing.readings import record_readings
 
 # The largest float64 difference allowed, relative to the largest value that is compared
 RELATIVE_BOUND = 1e-9
@@ -89,7 +89,7 @@ def run_whole_pair(
     whole = _widened(model, axes) if double else shallow_copy(model)
     example = map_tensors(example, as_double) if double else example
     with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
-        known = readings(whole, axes, example, decisions)
+        known = record_readings(whole, axes, example, decisions)
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(known.capture, known.reads, known.sizes, keep, plan.means, known.compared, plan.drop.values())
     runner = Runner(known.capture, known.given, loader(whole), double, mask)
@@ -122,7 +122,7 @@ def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions,
     with outside, made_in_double(double), CastsToDouble() if double else nullcontext():
         if decisions is not None:
             return [*capture(model, example, decisions, orders).values]
-        with evaluating(model), torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             return floats(model(*example.args, **example.kwargs))
 
 
@@ -149,5 +149,5 @@ def check_recording(model: nn.Module, recorded: Capture, example: Example) -> st
     try:
         return compare_with_recording(model, recorded, example)
     except Exception as error:
-        problem = f"the network does not run as recorded: {first_line(error)}"
+        problem = f"the network does not run as recorded: {trim_error(error)}"
         raise PlanError(f"the plan cannot be carried out: {problem}; plan other sizes") from error

@@ -33,7 +33,7 @@ from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
 from regrow.tracing.readings import GraphBlock
-from regrow.tracing.steps import operations
+from regrow.tracing.steps import list_operations
 
 # How many units in the last place a tensor may differ from its value in float64
 ROUNDING = 16
@@ -111,7 +111,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     sizes = {name: value.numel() for name, value in {**state_of(change.tensors.model), **change.ready.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in changed_blocks(change):
-        classes.setdefault(block.kind, []).append((sum(sizes[name] for name in block.states), block))
+        classes.setdefault(block.block_class, []).append((sum(sizes[name] for name in block.states), block))
     result: list[GraphBlock] = []
     for members in classes.values():
         ordered = sorted(members, key=lambda member: member[0])
@@ -192,7 +192,7 @@ class _Pair:
 
     def same(self, block: GraphBlock) -> bool:
         """Whether both networks are known to compute the same in a block from the same inputs."""
-        ours = operations(self.change.recording.capture)[block.start : block.stop]
+        ours = list_operations(self.change.recording.capture)[block.start : block.stop]
         local = all(op_name(node) in _LOCAL or torch.Tag.pointwise in getattr(node.target, "tags", ()) for node in ours)
         for crop in (CROP, None) if local else (None,):
             try:

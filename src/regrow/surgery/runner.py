@@ -17,10 +17,10 @@ from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects, locate_branches
 from regrow.tracing.model_state import output_tensors, state_of
 from regrow.tracing.nodes import op_name, operands
-from regrow.tracing.own_run import as_double, grouped_product, made_in_double, widen_dtype
+from regrow.tracing.own_run import as_double, compute_grouped_product, made_in_double, widen_dtype
 from regrow.tracing.readings import GraphBlock, ReadDim
 from regrow.tracing.record import ORDERS
-from regrow.tracing.steps import operations
+from regrow.tracing.steps import list_operations
 
 # Function of a parameter's or buffer's name, and whether in float64, that returns the tensor
 Load = Callable[[str, bool], Tensor]
@@ -67,7 +67,7 @@ def masking(
     drop: Collection[Branch] = (),
 ) -> Masking:
     """Return the replacements that mask a recorded network to the kept units and branches."""
-    nodes = operations(recorded)
+    nodes = list_operations(recorded)
     masked: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
     units = {key: Layout.of(torch.tensor(kept, dtype=torch.long)) for key, kept in keep.items()}
@@ -104,7 +104,7 @@ class Runner(Interpreter):
     ) -> None:
         super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
         self.states, self.load, self.double, self.masking = recorded.states, load, double, masking or Masking()
-        self.nodes = operations(recorded)
+        self.nodes = list_operations(recorded)
         self.exact = exact
         self.orders: list[Tensor] = []
         self.judged: Answers = []
@@ -206,7 +206,7 @@ class Runner(Interpreter):
             return self._in_parts(n, name, operand)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if name in ("_grouped_mm", "grouped_mm_fallback"):
-            target = grouped_product
+            target = compute_grouped_product
         if name == "rms_norm" and (len(args) < 4 or args[3] is None):  # it takes the epsilon of its own precision
             args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(operand[0].meta["val"].dtype).eps)
         return target(*args, **kwargs)

@@ -26,7 +26,7 @@ from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import cast_example, leaves_in
 from regrow.tracing.model_state import Snapshot
 from regrow.tracing.nodes import op_name
-from regrow.tracing.readings import Readings, blocks, readings
+from regrow.tracing.readings import Readings, divide_into_blocks, record_readings
 from regrow.tracing.trial import record_resized
 
 
@@ -129,7 +129,7 @@ class _Runs:
             self.recorded = Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())
             self.planned = rehearsal.planned
         else:
-            self.recorded = readings(model, axes, self.example)
+            self.recorded = record_readings(model, axes, self.example)
             there = replace(axes, example=self.example)
             self.planned = record_resized(model, there, resizing(model, axes, plan))
 
@@ -147,7 +147,7 @@ class _Runs:
         shrunk = Runner(self.planned, known.given, cut.load, double, exact=lambda name: not cut.computes(name))
         alike = [op_name(node) for node in masked.nodes] == [op_name(node) for node in shrunk.nodes]
         # If the network runs other operations at other sizes, the two have no common blocks.
-        run_both(masked, shrunk, blocks(known.capture) if alike else ())
+        run_both(masked, shrunk, divide_into_blocks(known.capture) if alike else ())
         return masked.answers, shrunk.answers, None
 
     def check_own_run(self) -> str:

@@ -23,7 +23,14 @@ from regrow.tracing.meta_copy import clone_model
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions, Fitted
 from regrow.training.learner import Context, Learner, write_replacements
-from regrow.training.state import TrainState, axis_tensors, read_checkpoint, restore_state, values_of, write_checkpoint
+from regrow.training.state import (
+    TrainState,
+    axis_tensors,
+    json_values,
+    read_checkpoint,
+    restore_state,
+    write_checkpoint,
+)
 from regrow.training.step import apply_plan
 
 CLASSES, SIDE = 4, 6
@@ -39,7 +46,7 @@ class Subject:
 
     def build(self, **defaults: object) -> Any:
         """Build the method anew; its settings go before the defaults."""
-        return self.entry.made("the method", {**defaults, **self.settings})
+        return self.entry.create("the method", {**defaults, **self.settings})
 
 
 Law = Callable[[Subject], None]
@@ -138,15 +145,15 @@ def assert_same_training(whole: Fitted[Any], resumed: Fitted[Any]) -> None:
     where = "resumed after every epoch"
     assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), where)
     assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
-    assert values_of(whole.state.learner) == values_of(resumed.state.learner), f"{where}: another state"
+    assert json_values(whole.state.learner) == json_values(resumed.state.learner), f"{where}: another state"
 
 
 def check_stored_state(subject: Subject) -> None:
     """A state that is restored from its tensors and values equals the original."""
     learner = subject.build()
     state = _fit(learner, make_tasks()).state.learner
-    restored = restore_state(learner.state, axis_tensors(state), values_of(state))
-    assert values_of(restored) == values_of(state), "the values changed"
+    restored = restore_state(learner.state, axis_tensors(state), json_values(state))
+    assert json_values(restored) == json_values(state), "the values changed"
     assert axis_tensors(restored).keys() == axis_tensors(state).keys(), "tensors are missing"
 
 
@@ -181,7 +188,7 @@ def check_finished(subject: Subject) -> None:
     learner, tasks = subject.build(), make_tasks()
     fitted = _fit(learner, tasks)
     state, last = fitted.state.learner, len(tasks) - 1
-    context = Context(fitted.model, fitted.axes, tasks[last], last, answered=last)
+    context = Context(fitted.model, fitted.axes, tasks[last], last, eval_task=last)
     plain = clone_model(fitted.model).eval()
     write_replacements(learner, state, replace(context, model=plain))
     inputs = first_examples(tasks[last].test, len(tasks[last].test)).inputs

@@ -29,7 +29,7 @@ from regrow.testing.continual import (
 )
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
-from regrow.training.fit import FitOptions, Fitted, finish
+from regrow.training.fit import FitOptions, Fitted, finish_training
 from regrow.training.learner import Boundary, Context, Event
 
 SIDE, CLASSES = 8, 4
@@ -83,7 +83,7 @@ def check_record(subject: Subject) -> None:
 def check_target(subject: Subject) -> None:
     """The network that is found meets the target, as a plain network with nothing masked."""
     search, fitted, context = _search(subject)
-    fitted, _ = finish(search.learner, fitted, context)
+    fitted, _ = finish_training(search.learner, fitted, context)
     plain, _ = extract_network(fitted.model, ORIGIN)
     sizes, measure = dense(plain, first_examples(TASK.test, 1).inputs), _measure_of(subject)
     size = sizes["parameters" if measure == "params" else measure]
@@ -104,12 +104,12 @@ def check_finished(subject: Subject) -> None:
     def evaluate(state: SearchState, there: Context, boundary: Boundary) -> SearchState:
         state = search.learner.boundary(state, there, boundary)
         if boundary.event == Event.FINISH:
-            values = search.learner.parametrize(state, replace(there, answered=0)).values
+            values = search.learner.parametrize(state, replace(there, eval_task=0)).values
             with torch.no_grad(), parametrize(there.model, values):
                 masked.append(there.model.eval()(inputs))
         return state
 
-    fitted, _ = finish(replace(search.learner, boundary=evaluate), fitted, context)
+    fitted, _ = finish_training(replace(search.learner, boundary=evaluate), fitted, context)
     with torch.no_grad():
         finished, plain = fitted.model(inputs), extract_network(fitted.model, ORIGIN)[0](inputs)
     same = torch.allclose(masked[-1], finished, atol=1e-5)

@@ -13,23 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Tracer
-from regrow.tracing.branches import candidate_branches, with_branches
-from regrow.tracing.capture import (
-    Capture,
-    TraceError,
-    capture,
-    example_of,
-    first_line,
-    holds_numbers,
-)
+from regrow.tracing.branches import list_candidates, with_branches
+from regrow.tracing.capture import Capture, TraceError, capture, complete_example, holds_numbers, trim_error
 from regrow.tracing.graph import assemble
-from regrow.tracing.interception import without_collection
+from regrow.tracing.interception import without_garbage_collection
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.other_sizes import freeze_by_size
 from regrow.tracing.own_run import compare_with_recording
-from regrow.tracing.readings import recording, trace_training
+from regrow.tracing.readings import make_recording, trace_training
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import caches, steps
+from regrow.tracing.steps import find_caches, list_symbolic_steps
 from regrow.tracing.trial import freeze_failing
 
 __all__ = ["TraceError", "trace", "with_branches"]
@@ -63,9 +56,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, got a {type(model).__name__}; load it first (regrow.load)")
     _check_traceable(model)
-    with preserve_state(model, entries=True), without_collection():
+    with preserve_state(model, entries=True), without_garbage_collection():
         try:
-            return _traced(model, example_of(model, args, kwargs))
+            return _trace(model, complete_example(model, args, kwargs))
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
                 raise
@@ -74,34 +67,35 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
                 "forward takes, for example trace(model, torch.ones(1, 3, 224, 224))"
             ) from error
         except Exception as error:
-            problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
+            problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {trim_error(error)}"
             raise TraceError(f"{problem}; please report this: it is a fault of regrow") from error
 
 
-def _traced(model: nn.Module, example: Example) -> AxisGraph:
-    recorded, unproven = _recorded(model, example)
+def _trace(model: nn.Module, example: Example) -> AxisGraph:
+    """Return the axes of a network as :func:`trace` does, without the checks before and the errors for users."""
+    recorded, unproven = _capture_and_compare(model, example)
     w = walk(recorded)
     trace_training(model, example, w)
     axes, names = assemble(model, w, example)
-    axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
-    axes = replace(axes, recording=recording(model, w, names), unproven=unproven)
+    axes = replace(axes, steps=list_symbolic_steps(w, names), caches=find_caches(w, names), unproven=unproven)
+    axes = replace(axes, recording=make_recording(model, w, names), branches=list_candidates(model))
     return freeze_by_size(model, freeze_failing(model, axes))
 
 
-def _recorded(model: nn.Module, example: Example) -> tuple[Capture, str]:
-    """Return a recording that computes what the network itself does, or a reason why the two were not compared."""
+def _capture_and_compare(model: nn.Module, example: Example) -> tuple[Capture, str]:
+    """Return a recording, and why it could not be compared with the network; TraceError if their outputs differ."""
     recorded = capture(model, example)
     if not holds_numbers(model, example):
         return recorded, "the network or its example has no numbers"
     try:
         return recorded, compare_with_recording(model, recorded, example)
     except Exception as error:
-        if recorded.tracer == Tracer.RECORD:
+        if recorded.tracer == Tracer.RECORD:  # PLAIN neither is in export mode nor copies operations
             with suppress(Exception):
                 recorded = capture(model, example, tracer=Tracer.PLAIN)
                 return recorded, compare_with_recording(model, recorded, example)
         raise TraceError(
-            f"{type(model).__name__} does not run as it is recorded: {first_line(error)}; give an input that its "
+            f"{type(model).__name__} does not run as it is recorded: {trim_error(error)}; give an input that its "
             "forward takes, and remove what its code asks of the mode (export, gradients, types of tensors) or of "
             "hidden state"
         ) from error
@@ -127,6 +121,7 @@ def _check_traceable(model: nn.Module) -> None:
 
 
 def _is_converted(module: nn.Module) -> bool:
+    """Whether a module is scripted, exported, quantised or wrapped for distributed training."""
     kind = type(module)
     return (
         any(base.__module__.startswith("torch.") and base.__name__ in _CLASSES for base in kind.__mro__)

@@ -49,12 +49,12 @@ EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_
 """Names of attributes that hold the constant under the root of a norm."""
 
 
-Alike = list[tuple[Expr, Expr, str]]
+EqualPairs = list[tuple[Expr, Expr, str]]
 """Pairs of dimensions whose size one attribute sets, and why they must stay equal."""
 
 
-def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
-    """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one."""
+def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], EqualPairs]:
+    """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets."""
     groups: dict[str, list[Expr]] = {}
     for path, expr in w.groups:
         groups.setdefault(path, []).append(expr)
@@ -62,24 +62,25 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
     for literal in w.literals:
         literals.setdefault(literal.module, []).append(literal)
     result: dict[str, Expr] = {}
-    alike: Alike = []
+    pairs: EqualPairs = []
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         tensors = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
         shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in tensors.items()}
-        restated = restated_sizes(module, shapes, _output_dim(tensors))
-        known = {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
+        restated = restated_sizes(module, shapes, _find_output_dim(tensors))
+        by_name = {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
         for expr in groups.get(path, ()):
-            known |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
+            by_name |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
         written = literals.get(path, ())
-        for name, value in _numbers(module):
-            if name not in known and (exprs := _of_literals(written, name, value)):
-                known[name] = exprs[0]
-                alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
-        known |= _of_products(module, written, known)
-        _channels(module, known, tensors.get("weight"))
-        result |= {f"{path}:{name}": expr for name, expr in known.items()}
-    return result, alike
+        for name, value in _size_attributes(module):
+            exprs = _find_literal_dims(written, name, value) if name not in by_name else []
+            if exprs:
+                by_name[name] = exprs[0]
+                pairs += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
+        by_name |= _find_products(module, written, by_name)
+        _add_channels(module, by_name, tensors.get("weight"))
+        result |= {f"{path}:{name}": expr for name, expr in by_name.items()}
+    return result, pairs
 
 
 def restated_sizes(
@@ -100,8 +101,10 @@ def restated_sizes(
     for name, spots in candidates.items():
         value = vars(module)[name]
         value = value[0] if isinstance(value, tuple) and value else value
+        # a slice, since a tensor may have fewer dimensions
         fitting = (spot for spot in spots if shapes.get(spot[0], ())[spot[1] : spot[1] + 1] == (value,))
-        if type(value) is int and (spot := next(fitting, None)):
+        spot = next(fitting, None)
+        if type(value) is int and spot is not None:
             result[name] = spot
     return result
 
@@ -120,99 +123,101 @@ def set_attribute(module: nn.Module, name: str, value: object) -> None:
     setattr(getattr(module, owner) if owner else module, leaf, value)
 
 
-def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration."""
+def config_counts(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield (``config.name``, value) of each number of heads, groups or experts in a module's configuration."""
     config = vars(module).get("config")
     for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
         if type(value := getattr(config, name, None)) is int:
             yield f"config.{name}", value
 
 
-def repeats(model: nn.Module, path: str, size: int) -> bool:
-    """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions."""
-    parts = path.split(".")
-    owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-    return any(vars(model.get_submodule(owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
+def holds_repeats(model: nn.Module, path: str, size: int) -> bool:
+    """Whether an attribute of the module at ``path``, or of its parent, holds ``size`` as a number of repetitions."""
+    parent, _, _ = path.rpartition(".")
+    return any(vars(model.get_submodule(owner)).get(name) == size for owner in (path, parent) for name in REPEATS)
 
 
-def epsilon(model: nn.Module, path: str, value: float | None) -> str:
-    """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
+def find_epsilon(model: nn.Module, path: str, value: float | None) -> str:
+    """Return ``module:attribute`` that holds ``value``, the constant under a norm's root; empty if none does."""
     values = vars(model.get_submodule(path))
     return next((f"{path}:{name}" for name in EPSILONS if name in values and values[name] == value), "")
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+def _size_attributes(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield (name, value) of each attribute that by its name holds a width, count or repetition, and is above 1."""
     for name, stored in vars(module).items():
         value = stored[0] if isinstance(stored, tuple) and len(stored) == 1 else stored
         if name in WIDTHS | COUNTS | REPEATS and isinstance(value, int) and not isinstance(value, bool) and value > 1:
             yield name, value
 
 
-def _output_dim(tensors: Mapping[str, Dims]) -> int | None:
+def _find_output_dim(tensors: Mapping[str, Dims]) -> int | None:
     """Return the dimension of ``weight`` that the bias shares; ``None`` if it is ambiguous."""
     weight, bias = tensors.get("weight", ()), tensors.get("bias", ())
-    same = [dim for dim, expr in enumerate(weight) if len(bias) == 1 and d.identical(expr, bias[0])]
-    return same[0] if len(same) == 1 else None
+    matches = [dim for dim, expr in enumerate(weight) if len(bias) == 1 and d.identical(expr, bias[0])]
+    return matches[0] if len(matches) == 1 else None
 
 
-def _of_literals(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
-    """Return the dimensions whose size a module wrote as ``value`` in its reshapes and slices.
+def _find_literal_dims(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
+    """Return the distinct dimensions whose size a module wrote as ``value`` in its reshapes and slices.
 
     If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.
     """
-    seen = [literal for literal in literals if literal.number == value and d.is_free(literal.expr)]
+    fitting = [literal for literal in literals if literal.number == value and d.is_free(literal.expr)]
     if name in REPEATS:
-        seen = [literal for literal in seen if _is_repeat(literal.expr)]
+        fitting = [literal for literal in fitting if _is_repeat(literal.expr)]
     else:
-        seen = [literal for literal in seen if not _is_repeat(literal.expr)] or seen
-        seen = [literal for literal in seen if literal.last == (name in WIDTHS)] or seen
+        fitting = [literal for literal in fitting if not _is_repeat(literal.expr)] or fitting
+        fitting = [literal for literal in fitting if literal.last == (name in WIDTHS)] or fitting
     distinct: list[Expr] = []
-    for literal in seen:
+    for literal in fitting:
         if not _is_among(literal.expr, distinct):
             distinct.append(literal.expr)
     return distinct
 
 
 def _is_among(expr: Expr, others: Iterable[Expr]) -> bool:
+    """Whether a dimension is the same expression as one of others."""
     return any(d.identical(expr, other) for other in others)
 
 
-def _of_products(module: nn.Module, literals: Sequence[Literal], known: Mapping[str, Expr]) -> dict[str, Expr]:
-    """Return counts, of the module or its configuration, of which it uses a multiple in reshapes or slices."""
-    written = [part for literal in literals if d.is_free(literal.expr) for part in _outermost(literal.expr)]
-    made: dict[str, Expr] = {}
-    listed = [(name, value) for name, value in _numbers(module) if name in COUNTS and name not in known]
-    for name, value in (*listed, *counts(module)) if written else ():
+def _find_products(module: nn.Module, literals: Sequence[Literal], by_name: Mapping[str, Expr]) -> dict[str, Expr]:
+    """Return count attribute, of a module or its configuration → the only factor of that size in its literals."""
+    written = [part for literal in literals if d.is_free(literal.expr) for part in _outermost_products(literal.expr)]
+    result: dict[str, Expr] = {}
+    listed = [(name, value) for name, value in _size_attributes(module) if name in COUNTS and name not in by_name]
+    for name, value in (*listed, *config_counts(module)) if written else ():
         fitting: list[Expr] = []
         for expr in written:
-            if d.size(expr) == value > 1 and not _is_among(expr, (*known.values(), *fitting)):
+            if d.size(expr) == value > 1 and not _is_among(expr, (*by_name.values(), *fitting)):
                 fitting.append(expr)
         if len(fitting) == 1:
-            made[name] = fitting[0]
-    return made
+            result[name] = fitting[0]
+    return result
 
 
-def _outermost(expr: Expr) -> Iterator[Expr]:
-    """Yield a dimension, and each product of its outermost factors."""
-    whole = d.resolve(expr)
-    yield whole
-    if isinstance(whole, d.Times):
-        yield from (d.times(*whole.parts[:i]) for i in range(1, len(whole.parts)))
+def _outermost_products(expr: Expr) -> Iterator[Expr]:
+    """Yield a dimension, then the product of its first factor, of its first two, and so on."""
+    product = d.resolve(expr)
+    yield product
+    if isinstance(product, d.Times):
+        yield from (d.times(*product.parts[:i]) for i in range(1, len(product.parts)))
 
 
 def _is_repeat(expr: Expr) -> bool:
+    """Whether a dimension was made by repeating, so that an attribute must hold its size."""
     leaf = d.resolve(expr)
     return isinstance(leaf, d.Leaf) and bool(leaf.integer)
 
 
-def _channels(module: nn.Module, known: dict[str, Expr], kernel: Dims | None) -> None:
-    """Add the channel and group counts of a convolution; its input channels count all groups."""
+def _add_channels(module: nn.Module, by_name: dict[str, Expr], kernel: Dims | None) -> None:
+    """Add the channel and group counts of a convolution to ``by_name``; its input channels count all groups."""
     if kernel is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
     if module.groups == d.size(kernel[0]) and d.size(kernel[1]) == 1:  # depthwise, also where the weight is shared
-        known.setdefault("groups", kernel[0])
-    group = known.get("groups", d.frozen(module.groups, "a fixed number of groups"))
+        by_name.setdefault("groups", kernel[0])
+    group = by_name.get("groups", d.frozen(module.groups, "a fixed number of groups"))
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
     for name, expr in ((first, kernel[0]), (second, d.times(group, kernel[1]))):
         if getattr(module, name) == d.size(expr):
-            known[name] = expr
+            by_name[name] = expr

@@ -13,7 +13,7 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidates_in
-from regrow.tracing.capture import Capture, capture, evaluating, first_line, quiet
+from regrow.tracing.capture import Capture, capture, in_eval_mode, silence_torch, trim_error
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
@@ -24,16 +24,16 @@ from regrow.tracing.repeated_calls import NUMBER
 class PlaceholderModule(nn.Module):
     """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
 
-    Plain attributes of the module ``of`` that it replaces are copied, since code around it may read them.
+    Plain attributes of the module ``replaced`` are copied, since code around it may read them.
 
     >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
     tensor([0., 0., 0.])
     """
 
-    def __init__(self, placeholder: Placeholder, of: nn.Module | None = None) -> None:
+    def __init__(self, placeholder: Placeholder, replaced: nn.Module | None = None) -> None:
         super().__init__()
         self.placeholder = placeholder
-        for name, value in vars(of).items() if of is not None else ():
+        for name, value in vars(replaced).items() if replaced is not None else ():
             if type(value) in (bool, int, float, str) and not name.startswith("_"):
                 setattr(self, name, value)
 
@@ -45,7 +45,9 @@ class PlaceholderModule(nn.Module):
         value = args[placeholder.takes] if isinstance(placeholder.takes, int) else kwargs[placeholder.takes]
         if placeholder.gives == "zero":
             value = torch.zeros_like(value)
-        return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
+        if not placeholder.of:  # the output is one tensor
+            return value
+        return tuple(value if i == placeholder.at else None for i in range(placeholder.of))
 
 
 def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
@@ -56,7 +58,7 @@ def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder
 
 
 def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Set modules at their paths, in place."""
+    """Set modules at their paths (path → module), in place."""
     for path, module in modules.items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -73,7 +75,7 @@ class ModuleCall:
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-    answer: object
+    output: object
 
 
 def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -93,11 +95,11 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """
     with preserve_state(model, entries=True):
         recorded = capture(model, axes.example, axes.decisions, tracer=axes.tracer)
-    return replace(axes, branches=branches(model, recorded, axes.example) | candidate_branches(model))
+    return replace(axes, branches=find_branches(model, recorded, axes.example) | list_candidates(model))
 
 
-def candidate_branches(model: nn.Module) -> dict[str, Branch]:
-    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis."""
+def list_candidates(model: nn.Module) -> dict[str, Branch]:
+    """Return path → branch of every operation of a :class:`regrow.Candidates`; these need no analysis."""
     return {
         path: Branch(path, {path: Placeholder("nothing", 0)})
         for parent, paths in candidates_in(model).items()
@@ -107,31 +109,32 @@ def candidate_branches(model: nn.Module) -> dict[str, Branch]:
     }
 
 
-def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
-    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped."""
+def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
+    """Return path → branch of every module that runs, with the reason if it cannot be dropped; {} if unknown."""
     if recorded.decisions is not None:
         return {}
     copy, fake = fake_copy(model, cast_example(example, model))
     try:
-        calls, answer = record_calls(copy, fake)
+        calls, output = record_calls(copy, fake)
     except Exception:  # the network does not run on tensors without numbers
         return {}
-    search = _Search(Effects(recorded), copy, fake, calls, answer)
-    result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
-    result |= search.repetitions(result)
-    return result | search.failing(result)
+    search = _Search(Effects(recorded), copy, fake, calls, output)
+    result = {path: search.examine(path) for path, _ in copy.named_modules() if path in calls}
+    result |= search.find_repetitions(result)
+    return result | search.find_failing(result)
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
-    """Run a network on an example; return module path → its calls, and the network's output."""
+    """Run a network on an example in evaluation mode; return module path → its calls, and the network's output."""
     calls: dict[str, list[ModuleCall]] = {}
 
-    def noting(path: str) -> Any:
-        return lambda module, args, kwargs, answer: calls.setdefault(path, []).append(ModuleCall(args, kwargs, answer))
+    def make_hook(path: str) -> Any:
+        """Return a forward hook that adds a call to those of a path."""
+        return lambda module, args, kwargs, output: calls.setdefault(path, []).append(ModuleCall(args, kwargs, output))
 
-    hooks = [m.register_forward_hook(noting(p), with_kwargs=True) for p, m in model.named_modules() if p]
+    hooks = [m.register_forward_hook(make_hook(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
-        with evaluating(model), torch.no_grad(), quiet():
+        with in_eval_mode(model), torch.no_grad(), silence_torch():
             return calls, model(*example.args, **example.kwargs)
     finally:
         for hook in hooks:
@@ -146,151 +149,159 @@ class _Search:
     model: nn.Module
     example: Example
     calls: Mapping[str, list[ModuleCall]]
-    answer: object
+    output: object
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
         """Name of a module or tensor → all of its names."""
-        every: dict[int, list[str]] = {}
+        by_id: dict[int, list[str]] = {}
         pairs = [*self.model.named_modules(remove_duplicate=False), *state_of(self.model).items()]
         for name, value in pairs:
-            every.setdefault(id(value), []).append(name)
-        return {name: every[id(value)] for name, value in pairs}
+            by_id.setdefault(id(value), []).append(name)
+        return {name: by_id[id(value)] for name, value in pairs}
 
-    def branch(self, path: str) -> Branch:
-        """Return a module as a branch, or as one that cannot be dropped, with the reason."""
+    def examine(self, path: str) -> Branch:
+        """Return a module as a branch: with placeholders, or with the reason why it cannot be dropped."""
         try:
             if isinstance(self.model.get_submodule(path), PlaceholderModule):
                 raise BranchError("it is dropped already")
-            site = self.effects.site(path)
+            site = self.effects.find_site(path)
             dead = self.effects.dead(site)
-            left = next((node for node in self.effects.inside[path] if node not in dead), None)
-            if left is not None:
-                raise BranchError(f"{op_name(left)} in it is used elsewhere too")
+            live = next((node for node in self.effects.inside[path] if node not in dead), None)
+            if live is not None:
+                raise BranchError(f"{op_name(live)} in it is used elsewhere too")
             top = outermost(name for name, nodes in self.effects.inside.items() if dead.issuperset(nodes))
             if path not in top:
                 raise BranchError(f"it goes with {next(name for name in top if lies_in(path, name))}")
-            return Branch(path, self._placeholders(path, top, site, dead))
+            return Branch(path, self._make_placeholders(path, top, site, dead))
         except BranchError as error:
             return Branch(path, reason=str(error))
 
-    def _placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
-        placeholders = {path: self._placeholder(path, site)}
+    def _make_placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
+        """Return path → placeholder of a branch and of the modules in ``top`` that go with it, or raise BranchError."""
+        placeholders = {path: self._make_placeholder(path, site)}
         for name in sorted({*top} - {path}):
             try:
-                placeholders[name] = self._placeholder(name, None)
+                placeholders[name] = self._make_placeholder(name, None)
             except BranchError as error:
                 module = self.model.get_submodule(name)
                 if any(True for _ in (*module.parameters(), *module.buffers())):
                     raise BranchError(f"{name} would go with it, but {error}") from None
         self._check_names(placeholders, dead)
-        for name in self.first:
+        for name in self.first_numbered:
             if any(lies_in(name, other) for other in placeholders):
                 raise BranchError(
                     f"{name} is the first of its kind, and a cache of keys and values counts tokens by it"
                 )
         return placeholders
 
-    def _placeholder(self, path: str, site: Site | None) -> Placeholder:
-        """Return what replaces a module: the droppable one itself, or one whose output only that uses."""
+    def _make_placeholder(self, path: str, site: Site | None) -> Placeholder:
+        """Return what replaces a droppable module (at ``site``), or one whose output only that uses (``None``)."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 and (site is not None or not calls):
             raise BranchError(f"it runs {len(calls)} times")
         form = None if site is None else site[0].meta["val"]
-        of, part = self._answer(calls[0].answer, form)
+        of, part = self._locate_output(calls[0].output, form)
         arguments: list[tuple[int | str, object]] = [*enumerate(calls[0].args), *calls[0].kwargs.items()]
         tensors = [(name, x) for name, x in arguments if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
-        alike = [name for name, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
-        takes = alike[0] if alike else tensors[0][0]
+        fitting = [name for name, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
+        takes = fitting[0] if fitting else tensors[0][0]
         return Placeholder("zero" if site is None or site[1] is None else "input", takes, of, part)
 
     @staticmethod
-    def _answer(answer: object, form: Tensor | None) -> tuple[int, int]:
-        """Return how many parts a module's output has (0: it is one tensor), and which of them is used."""
-        if isinstance(answer, Tensor):
+    def _locate_output(output: object, form: Tensor | None) -> tuple[int, int]:
+        """Return how many parts an output has (0: it is one tensor), and the index of the one shaped like ``form``."""
+        if isinstance(output, Tensor):
             return 0, 0
-        parts = answer if type(answer) is tuple else ()
-        alike = [i for i, x in enumerate(parts) if isinstance(x, Tensor) and (form is None or x.shape == form.shape)]
-        if len(alike) != 1 or any(x is not None and not isinstance(x, Tensor) for x in parts):
+        parts = output if type(output) is tuple else ()
+        fitting = [i for i, x in enumerate(parts) if isinstance(x, Tensor) and (form is None or x.shape == form.shape)]
+        if len(fitting) != 1 or any(x is not None and not isinstance(x, Tensor) for x in parts):
             raise BranchError("which part of its answer is used is not clear")
-        return len(parts), alike[0]
+        return len(parts), fitting[0]
 
     def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
         """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""
 
-        def goes(name: str) -> bool:
+        def is_dropped(name: str) -> bool:
+            """Whether a tensor or module lies in a dropped module."""
             return any(lies_in(name, path) for path in placeholders)
 
-        for name, every in self.names.items():
-            if goes(name) and (other := next((other for other in every if not goes(other)), "")):
+        for name, all_names in self.names.items():
+            other = next((other for other in all_names if not is_dropped(other)), "")
+            if is_dropped(name) and other:
                 raise BranchError(f"{name} is {other}, too")
         for node, name in self.effects.capture.states.items():
             users = self.effects.users.get(node, [])
-            if goes(name) and (user := next((user for user in users if user not in dead), None)) is not None:
+            user = next((user for user in users if user not in dead), None)
+            if is_dropped(name) and user is not None:
                 raise BranchError(f"{name} is read elsewhere too, by {op_name(user)}")
-            if users and not goes(name) and dead.issuperset(users):
+            if users and not is_dropped(name) and dead.issuperset(users):
                 raise BranchError(f"{name} would be left, and nothing would use it")
 
     @cached_property
-    def first(self) -> list[str]:
-        """The paths of the first numbered module of each kind."""
+    def first_numbered(self) -> list[str]:
+        """The paths of the first numbered module of each class and settings."""
         result: dict[Any, tuple[int, str]] = {}
         for path, module in self.model.named_modules():
             if type(number := vars(module).get(NUMBER)) is int:
-                result[_kind(module)] = min(result.get(_kind(module), (number, path)), (number, path))
+                kind = _class_and_settings(module)
+                result[kind] = min(result.get(kind, (number, path)), (number, path))
         return [path for _, path in result.values()]
 
-    def repetitions(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
-        """Return the branches that remove the same tensors as another one, which leaves less computation."""
+    def find_repetitions(self, branches: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Return path → branches that remove the same parameters as a better one, now with that as the reason."""
         result: dict[str, Branch] = {}
         numel = {name: x.numel() for name, x in self.model.named_parameters()}
-        same: dict[frozenset[str], list[Branch]] = {}
-        for branch in known.values():
-            if branch.free and (frees := frozenset(filter(branch.holds, numel))):
-                same.setdefault(frees, []).append(branch)
-        for frees, members in same.items():
-            inside = {b.module: sum(numel[name] for name in frees if lies_in(name, b.module)) for b in members}
+        by_parameters: dict[frozenset[str], list[Branch]] = {}
+        for branch in branches.values():
+            parameters = frozenset(filter(branch.holds, numel))
+            if branch.free and parameters:
+                by_parameters.setdefault(parameters, []).append(branch)
+        for parameters, members in by_parameters.items():
+            inside = {b.module: sum(numel[name] for name in parameters if lies_in(name, b.module)) for b in members}
+            # the one that passes its input on, and that holds most of the parameters itself
             best = max(members, key=lambda branch: (branch.gives == "input", inside[branch.module]))
             reason = f"it takes away what {best.module} does"
             result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
         return result
 
-    def failing(self, known: Mapping[str, Branch]) -> dict[str, Branch]:
-        """Return the branches that cannot be dropped; equally named ones are tried together, then each alone."""
+    def find_failing(self, branches: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Return path → branches that fail on trial, with the reason; equally named ones are first tried together."""
         classes: dict[tuple[str, str], list[Branch]] = {}
-        for path, branch in known.items():
+        for path, branch in branches.items():
             if branch.free:
                 classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
         result: dict[str, Branch] = {}
         for members in classes.values():
-            for branch in members if self.problem(members) else ():
-                if problem := self.problem([branch]):
+            for branch in members if self.try_without(members) else ():
+                if problem := self.try_without([branch]):
                     result[branch.module] = Branch(branch.module, reason=problem)
         return result
 
-    def problem(self, members: Sequence[Branch]) -> str:
-        """Return what is wrong with the network without some branches; empty if nothing is."""
+    def try_without(self, members: Sequence[Branch]) -> str:
+        """Run the network without some branches; return what is wrong, empty if nothing is. The network is restored."""
         placeholders = {path: placeholder for branch in members for path, placeholder in branch.placeholders.items()}
         dropped = insert_placeholders(self.model, {path: placeholders[path] for path in outermost(placeholders)})
         try:
-            calls, answer = record_calls(self.model, self.example)
+            calls, output = record_calls(self.model, self.example)
         except Exception as error:
-            return f"the network does not run without it: {first_line(error)}"
+            return f"the network does not run without it: {trim_error(error)}"
         finally:
             set_modules(self.model, dropped)
         for branch in members:
-            before, placeholder = self.calls[branch.module][0].answer, branch.placeholders[branch.module]
+            before, placeholder = self.calls[branch.module][0].output, branch.placeholders[branch.module]
             if placeholder.of and isinstance(before, tuple):
                 before = before[placeholder.at]
-            after = calls[branch.module][0].answer if branch.module in calls else before
+            after = calls[branch.module][0].output if branch.module in calls else before
             if tensor_forms(after)[:1] != tensor_forms(before)[:1]:
                 return "what takes its place would have another shape"
-        return "" if tensor_forms(answer) == tensor_forms(self.answer) else "the network would answer in another shape"
+        return "" if tensor_forms(output) == tensor_forms(self.output) else "the network would answer in another shape"
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
+def _class_and_settings(module: nn.Module) -> tuple[Any, ...]:
+    """Return the class of a module, its words and flags, and which of its attributes are ``None``."""
     settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
     none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
     return type(module), tuple(settings), tuple(none)

@@ -4,7 +4,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,15 +19,15 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from regrow.core.axes import Decision, Example
 from regrow.core.axes.operations import Tracer
-from regrow.tracing.interception import SpellOut, as_exporting, follow_modules, without_collection
-from regrow.tracing.meta_copy import fake_copy, leaves_in
-from regrow.tracing.model_state import OutputError, describe_state, preserve_state, select_state, state_of
+from regrow.tracing.interception import RecordableCalls, as_exporting, follow_modules, without_garbage_collection
+from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
+from regrow.tracing.model_state import OutputError, copy_tensor, describe_state, preserve_state, select_state, state_of
 from regrow.tracing.nodes import shapes_of
-from regrow.tracing.record import DivergedError, Recorder, copy_tensor
+from regrow.tracing.record import DivergedError, Recorder
 from regrow.tracing.repeated_calls import copy_repeats
 
 
@@ -37,7 +37,7 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class Capture:
-    """A recording: the graph of operations of one run."""
+    """A recording of one run: its ATen operations as a graph, and what the placeholders of the graph are."""
 
     graph: Graph  # its placeholders are parameters, buffers, constants and inputs
     states: dict[Node, str]  # placeholder → name of the parameter or buffer
@@ -51,13 +51,13 @@ class Capture:
 
     @cached_property
     def inputs(self) -> list[Node]:
-        """The placeholders of the network's inputs, in order."""
+        """The placeholders of the network's inputs, in the order of :func:`leaves_in`."""
         known = self.states.keys() | self.constants.keys()
         return [node for node in self.graph.nodes if node.op == "placeholder" and node not in known]
 
 
-def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
-    """Return the example as it will be run: with ``use_cache=False`` where the model has that argument."""
+def complete_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+    """Return arguments as an example, with ``use_cache=False`` added where the model takes that and none is given."""
     accepts = inspect.signature(model.forward).parameters
     named = dict(kwargs)
     if "use_cache" in accepts:
@@ -76,103 +76,107 @@ def capture(
 
     On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails
     (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
-    and lets the data decide. The model's state is restored.
+    and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record_run`. The state of the
+    model is restored. Raises :class:`TraceError` if the model cannot be recorded.
     """
-    with in_mode(model, training=False), _recording(model):
+    with in_mode(model, training=False), _prepare_recording(model):
         refused: Exception | None = None
         if decisions is None:
             try:
-                return _on_fake_data(model, example, tracer)
+                return _capture_on_fake_data(model, example, tracer)
             except Exception as error:
                 if isinstance(error, OutputError) or not holds_numbers(model, example):
-                    raise _refused(model, error) from error
+                    raise _refusal(model, error) from error
                 refused = error
         try:
-            recorded = _captured(model, record(model, example, decisions or (), orders))
+            recorded = _to_capture(model, record_run(model, example, decisions or (), orders))
         except Exception as error:
-            raise _refused(model, refused or error) from error
+            raise _refusal(model, refused or error) from error
         if refused is None:
             return recorded
-        return replace(_again(model, example, recorded), refusal=first_line(refused))
+        return replace(_repeat_on_fake_data(model, example, recorded), refusal=trim_error(refused))
 
 
-def in_training(model: nn.Module, example: Example) -> Capture:
-    """Record a model in training mode on fake data, since some networks use more of their parameters then."""
-    with in_mode(model, training=True), _recording(model):
+def capture_in_training(model: nn.Module, example: Example) -> Capture:
+    """Record a model in training mode on fake data, where some networks use more parameters; may raise TraceError."""
+    with in_mode(model, training=True), _prepare_recording(model):
         try:
-            return _on_fake_data(model, example, None)
+            return _capture_on_fake_data(model, example, None)
         except Exception as error:
-            raise _refused(model, error) from error
+            raise _refusal(model, error) from error
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[None]:
-    with torch.enable_grad(), quiet(), without_collection(), preserve_state(model, outside=True):
+def _prepare_recording(model: nn.Module) -> Iterator[None]:
+    """Context manager of a recording: gradients enabled, torch silent, no garbage collection; state is restored."""
+    with torch.enable_grad(), silence_torch(), without_garbage_collection(), preserve_state(model, outside=True):
         yield
 
 
-KEPT = "it reads what it kept when it ran before"
+_READS_CACHED = "it reads what it kept when it ran before"  # the message of _CachedStateError
 
 
-class _KeptError(RuntimeError):
+class _CachedStateError(RuntimeError):
     """Raised for a network that reads state of an earlier run, which fake data do not show."""
 
 
-def _on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
-    """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
+def _capture_on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
+    """Record a run on fake data, by ``tracer``, or RECORD and then EXPORT; raises where data would decide something."""
     if tracer != Tracer.EXPORT:
         try:
-            return _recorded(model, example, tracer or Tracer.RECORD)
+            return _record_on_fake_data(model, example, tracer or Tracer.RECORD)
         except Exception as error:
-            if tracer is not None or isinstance(error, _KeptError | OutputError):
+            if tracer is not None or isinstance(error, _CachedStateError | OutputError):
                 raise
             if isinstance(error.__context__, DynamicOutputShapeException):
                 raise error.__context__ from None  # as torch.export would, for the same reason
-    return _exported(model, example)
+    return _record_by_export(model, example)
 
 
-def _recorded(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
+def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
+    """Record a run of a fake copy by :func:`record_run`, as RECORD or PLAIN; raises if it reads cached tensors."""
     leaves = leaves_in(example)
-    if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
+    if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _EXAMPLE_TYPES), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
-    known = holds_numbers(model, example)
+    is_real = holds_numbers(model, example)
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, example = fake_copy(model, example)
     with torch.no_grad() if tracer == Tracer.PLAIN else as_exporting():
-        recorder = record(model, example, copying=tracer == Tracer.RECORD)
-    if known and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
-        raise _KeptError(KEPT)
-    return replace(_captured(model, recorder), decisions=None, tracer=tracer)
+        recorder = record_run(model, example, copying=tracer == Tracer.RECORD)
+    if is_real and any(isinstance(x, FakeTensor) for x in recorder.constants.values()):
+        raise _CachedStateError(_READS_CACHED)
+    return replace(_to_capture(model, recorder), decisions=None, tracer=tracer)
 
 
-_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+_EXAMPLE_TYPES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 """Types that an example may have besides tensors."""
 
 
-def _exported(model: nn.Module, example: Example) -> Capture:
+def _record_by_export(model: nn.Module, example: Example) -> Capture:
+    """Record a model by ``torch.export``; raises if the run changes the model's state or data decide a size."""
     before = describe_state(model)
-    with tracing(TracingContext(_refusing_data())), preserve_state(model):
+    with tracing(TracingContext(_make_refusing_mode())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
         if describe_state(model) != before:
-            raise _KeptError(KEPT)
+            raise _CachedStateError(_READS_CACHED)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for node in program.graph.nodes:
-        shapes_of(node)  # sizes that only the data know are a refusal too
+        shapes_of(node)  # raises for a size that only the data know
     states = {node: names[node.name] for node in placeholders if node.name in names}
     return Capture(
         graph=program.graph,
         states=states,
-        unused=_unused(states, signature.inputs_to_parameters.values()),
+        unused=_unused_parameters(states, {*signature.inputs_to_parameters.values()}),
         constants={node: program.constants[lifted[node.name]] for node in placeholders if node.name in lifted},
         tracer=Tracer.EXPORT,
         root=program.graph_module,
     )
 
 
-def _refusing_data() -> FakeTensorMode:
+def _make_refusing_mode() -> FakeTensorMode:
     """Return the mode of an export that fails as soon as data would decide a size, not only where that is used.
 
     No rule can read such a size, and a detector asks for hundreds before ``torch.export`` itself gives up.
@@ -182,58 +186,55 @@ def _refusing_data() -> FakeTensorMode:
         return FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True, export=True)
 
 
-def _captured(model: nn.Module, seen: Recorder) -> Capture:
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return Capture(
-        graph=seen.graph,
-        states=seen.states,
-        unused=_unused(seen.states, parameters),
-        constants=seen.constants,
-        decisions=tuple(seen.decisions),
-        values=tuple(seen.values),
-    )
+def _to_capture(model: nn.Module, recorder: Recorder) -> Capture:
+    """Return what a recorder holds after a run of the model as a recording."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unused = _unused_parameters(recorder.states, parameters)
+    decisions, values = tuple(recorder.decisions), tuple(recorder.values)
+    return Capture(recorder.graph, recorder.states, unused, recorder.constants, decisions, values=values)
 
 
-def _unused(states: Mapping[Node, str], parameters: Iterable[str]) -> tuple[str, ...]:
-    known = {*parameters}
-    return tuple(name for node, name in states.items() if not node.users and name in known)
+def _unused_parameters(states: Mapping[Node, str], parameters: Container[str]) -> tuple[str, ...]:
+    """Return the names of those placeholders that are parameters and that no operation reads."""
+    return tuple(name for node, name in states.items() if not node.users and name in parameters)
 
 
-def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
+def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     """Repeat an eager run on fake data, since cut copies are recorded on fake data and will be compared with it.
 
     If the network does not run on fake data, no copy will, and the real run is returned.
     """
     try:
         copy, fake = fake_copy(model, example)
-        again = _captured(copy, record(copy, fake, recorded.decisions or ()))
+        again = _to_capture(copy, record_run(copy, fake, recorded.decisions or ()))
         return replace(again, values=recorded.values)
     except Exception:
         return recorded
 
 
-def _refused(model: nn.Module, error: Exception) -> TraceError:
+def _refusal(model: nn.Module, error: Exception) -> TraceError:
+    """Return the error to raise for a model that cannot be recorded."""
     return TraceError(
-        f"torch.export refuses {type(model).__name__}: {first_line(error)}. "
+        f"torch.export refuses {type(model).__name__}: {trim_error(error)}. "
         "Check that the example input is what the model's forward takes"
     )
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters."""
+def trim_error(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; the error's class if it has none."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
 
 
 def holds_numbers(model: nn.Module, example: Example) -> bool:
-    """Whether all tensors have real data, which could decide something."""
+    """Whether all tensors of a model and an example have values: none is fake or on the meta device."""
     tensors = [*model.parameters(), *model.buffers(), *leaves_in(example)]
     return not any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta) for x in tensors)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Context manager that silences torch's logs, warnings and stderr; the caller reports a failure itself."""
+def silence_torch() -> Iterator[None]:
+    """Context manager that silences torch's logs, warnings and all of stderr; the caller reports a failure itself."""
     with ExitStack() as stack:
         for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
             logger = logging.getLogger(name)
@@ -245,15 +246,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+def in_eval_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which the model is in evaluation mode; each module gets its own mode back."""
     return in_mode(model, training=False)
 
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Context manager in which the model is in one mode and uncompiled; each module gets its own mode back."""
-    compiled = "torch._dynamo" in sys.modules
+    """Context manager in which the model is in training or evaluation mode, uncompiled; modes are restored."""
+    compiled = "torch._dynamo" in sys.modules  # set_stance would load it, where nothing is compiled
     with keep_modes(model), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         model.train(training)
         yield
@@ -261,7 +262,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Context manager after which each module gets its own mode back."""
+    """Context manager that restores whether each module is in training mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -270,7 +271,7 @@ def keep_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def record(
+def record_run(
     model: nn.Module,
     example: Example,
     answers: tuple[Decision, ...] = (),
@@ -279,9 +280,10 @@ def record(
 ) -> Recorder:
     """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
 
-    ``answers`` are decisions of an earlier run; after them the data decide. ``orders`` are those of its sorting
-    operations, as two networks may order equal values differently. A tied tensor is a placeholder under each of its
-    names, and used under the last, as in ``torch.export``.
+    ``answers`` are decisions of an earlier run; after them the data decide. ``orders``: the positions that each sorting
+    operation is to return, in order of the calls, as two networks may order equal values differently. ``copying``: copy
+    the operations of repeated modules, on fake tensors. A tied tensor is a placeholder under each of its names, and
+    used under the last, as in ``torch.export``.
     """
     leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
     tensors = (*model.parameters(), *model.buffers(), *leaves)
@@ -290,6 +292,7 @@ def record(
     before, orders = describe_state(model), list(orders)
 
     def run() -> Recorder:
+        """Run the network once with a new recorder, and return that."""
         inputs = [copy_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(inputs, spec)
         with follow_modules(model) as running:
@@ -300,20 +303,20 @@ def record(
                 for value in inputs:
                     recorder.placeholder(value)
             repeated = copy_repeats(model, recorder) if copying and fake is not None else nullcontext()
-            with SpellOut(), enable_python_dispatcher(), repeated, recorder:
+            with RecordableCalls(), enable_python_dispatcher(), repeated, recorder:
                 result = model(*args, **kwargs)
         recorder.end(result)
         return recorder
 
-    if fake is None and not answers:
+    if fake is None and not answers:  # on real tensors the first run is not recorded: it may fill caches
         with torch.no_grad():
-            args, kwargs = tree_map_only(Tensor, copy_tensor, (example.args, dict(example.kwargs)))
-            model(*args, **kwargs)
+            inputs = map_tensors(example, copy_tensor)
+            model(*inputs.args, **inputs.kwargs)
         return run()
     try:
         recorder = run()
     except DivergedError:
         if describe_state(model) == before:
             raise
-        return run()
+        return run()  # the first run has cached something, so that the second decides otherwise
     return recorder if describe_state(model) == before else run()

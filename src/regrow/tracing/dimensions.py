@@ -12,7 +12,7 @@ from math import lcm, prod
 
 from regrow.core.axes import Mark
 
-_numbers = count()
+_numbers = count()  # of leaves, in the order in which they are made
 
 
 @dataclass(eq=False)
@@ -47,38 +47,41 @@ class Plus:
 Expr = Leaf | Times | Plus
 ONE = Times(())
 
+# Frozen is no mark of a leaf here: see freeze.
 _STRENGTH = {mark: rank for rank, mark in enumerate((Mark.NEUTRAL, Mark.COMPETED, Mark.FOLDED, Mark.RESTATED))}
 
 
 def resolve(expr: Expr) -> Expr:
-    """Return the current form of an expression: unified leaves are replaced by what they were unified with."""
+    """Return the current form of a dimension: unified leaves are replaced by what they were unified with."""
     match expr:
         case Leaf(link=None):
             return ONE if expr.size == 1 else expr
         case Leaf(link=link):
             assert link is not None
-            expr.link = resolve(link)
+            expr.link = resolve(link)  # shortens the chain
             return expr.link
         case Times(parts) | Plus(parts):
-            return _joined(type(expr), parts)
+            return _join_parts(type(expr), parts)
 
 
 def times(*parts: Expr) -> Expr:
-    """Return the product of dimensions, flattened."""
-    return _joined(Times, parts)
+    """Return the product of dimensions, outermost first; nested products are flattened."""
+    return _join_parts(Times, parts)
 
 
 def plus(*parts: Expr) -> Expr:
-    """Return the concatenation of dimensions, flattened."""
-    return _joined(Plus, parts)
+    """Return the concatenation of dimensions, first part first; nested ones are flattened."""
+    return _join_parts(Plus, parts)
 
 
-def _joined(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> Expr:
-    flat = _flat(kind, parts)
+def _join_parts(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> Expr:
+    """Return a product or sum of dimensions, flattened; of one part, that itself."""
+    flat = _flatten_parts(kind, parts)
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
 
-def _flat(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> list[Expr]:
+def _flatten_parts(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> list[Expr]:
+    """Return the resolved parts of a product or sum, with those of nested ones in their place."""
     flat: list[Expr] = []
     for part in map(resolve, parts):
         flat.extend(part.parts if isinstance(part, kind) else (part,))
@@ -97,7 +100,7 @@ def size(expr: Expr) -> int:
 
 
 def leaves(expr: Expr) -> Iterator[Leaf]:
-    """Yield the leaves of a dimension, with repetitions."""
+    """Yield the leaves of a dimension in order; one that occurs twice is yielded twice."""
     expr = resolve(expr)
     if isinstance(expr, Leaf):
         yield expr
@@ -107,7 +110,7 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
 
 
 def new(n: int) -> Expr:
-    """Return a new dimension of size ``n``."""
+    """Return a new free dimension of size ``n``."""
     return ONE if n == 1 else Leaf(n)
 
 
@@ -122,8 +125,8 @@ def freeze(expr: Expr, reason: str) -> None:
         leaf.frozen = leaf.frozen or reason
 
 
-def clash(a: Expr, b: Expr, why: str) -> None:
-    """Freeze two dimensions that cannot agree."""
+def freeze_both(a: Expr, b: Expr, why: str) -> None:
+    """Freeze every leaf of two dimensions that cannot agree, for the reason ``why``."""
     freeze(a, why)
     freeze(b, why)
 
@@ -133,14 +136,14 @@ def is_free(expr: Expr) -> bool:
     return any(not leaf.frozen for leaf in leaves(expr))
 
 
-def mark(expr: Expr, kind: Mark, why: str) -> None:
-    """Mark the leaves of a dimension by how they are read; a stronger mark is kept. ``why`` names the reader."""
+def strengthen_mark(expr: Expr, kind: Mark, why: str) -> None:
+    """Give each leaf of a dimension a mark, unless it has a stronger one: neutral < competed < folded < restated."""
     for leaf in leaves(expr):
         if _STRENGTH[kind] > _STRENGTH[leaf.mark]:
             leaf.mark, leaf.why = kind, why
 
 
-def in_multiples(expr: Expr, of: int) -> None:
+def require_multiple(expr: Expr, of: int) -> None:
     """Require that the size of every leaf of a dimension stays a multiple of ``of``."""
     for leaf in leaves(expr):
         leaf.multiple = lcm(leaf.multiple, of)
@@ -158,27 +161,27 @@ def identical(a: Expr, b: Expr) -> bool:
 
 
 def unify(a: Expr, b: Expr, why: str) -> None:
-    """Make two dimensions equal, entry by entry; where their forms cannot agree, freeze both (reason ``why``)."""
+    """Make two dimensions equal, entry by entry, in place; where they cannot be, freeze both for the reason ``why``."""
     a, b = resolve(a), resolve(b)
     if identical(a, b):
         return
     if size(a) != size(b):
-        clash(a, b, why)
+        freeze_both(a, b, why)
     elif isinstance(a, Leaf):
         _bind(a, b, why)
     elif isinstance(b, Leaf):
         _bind(b, a, why)
     elif isinstance(a, Times):
-        _align(Times, a, b, why) if isinstance(b, Times) else _distribute(a, b, why)
+        _unify_parts(Times, a, b, why) if isinstance(b, Times) else _unify_product_with_sum(a, b, why)
     elif isinstance(b, Times):
-        _distribute(b, a, why)
+        _unify_product_with_sum(b, a, why)
     else:
-        _align(Plus, a, b, why)
+        _unify_parts(Plus, a, b, why)
 
 
-def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
-    """Cut a dimension into its first ``at`` entries and the rest; freeze it (reason ``why``) if that is impossible."""
-    pieces = _cut(expr, at)
+def split_at(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
+    """Split a dimension into its first ``at`` entries and the rest; if impossible, freeze it; return frozen ones."""
+    pieces = _try_split(expr, at)
     if pieces is None:
         freeze(expr, why)
         return frozen(at, why), frozen(size(expr) - at, why)
@@ -186,20 +189,21 @@ def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
 
 
 def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
-    """Factor a dimension into new ones of the given sizes, outermost first; return these."""
+    """Factor a dimension into new ones of the given sizes, outermost first; return these, frozen if impossible."""
     parts = list(map(new, sizes))
-    unify(expr, _joined(Times, parts), why)
+    unify(expr, _join_parts(Times, parts), why)
     return parts
 
 
 def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
-    if _overlap([expr], leaf):
-        clash(leaf, expr, f"{why}: the dimension would have to contain itself")
+    """Replace a leaf by a dimension of its size, in place; the dimension takes on the leaf's restrictions."""
+    if _shares_leaf([expr], leaf):
+        freeze_both(leaf, expr, f"{why}: the dimension would have to contain itself")
         return
     if leaf.frozen:
         freeze(expr, leaf.frozen)
-    mark(expr, leaf.mark, leaf.why)
-    in_multiples(expr, leaf.multiple)
+    strengthen_mark(expr, leaf.mark, leaf.why)
+    require_multiple(expr, leaf.multiple)
     if isinstance(expr, Leaf):
         if expr.frozen and not leaf.frozen:
             leaf.frozen = expr.frozen
@@ -208,38 +212,38 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     leaf.link = expr
 
 
-def _replace(leaf: Leaf, kind: type[Times] | type[Plus], sizes: Iterable[int]) -> tuple[Leaf, ...]:
+def _split_leaf(leaf: Leaf, kind: type[Times] | type[Plus], sizes: Iterable[int]) -> tuple[Leaf, ...]:
     """Replace a leaf by a product or sum of new ones, which inherit its properties; return these."""
     parts = tuple(Leaf(n, leaf.frozen, leaf.mark, leaf.why, leaf.integer, multiple=leaf.multiple) for n in sizes)
     leaf.link = kind(parts)
     return parts
 
 
-def _align(kind: type[Times] | type[Plus], one: Times | Plus, other: Times | Plus, why: str) -> None:
-    """Unify two products, or two sums, part by part from the front, where parts of other sizes are divided."""
-    a, b = list(one.parts), list(other.parts)
+def _unify_parts(kind: type[Times] | type[Plus], left: Times | Plus, right: Times | Plus, why: str) -> None:
+    """Unify two products, or two sums, part by part from the front; of unequal parts the larger is divided."""
+    a, b = list(left.parts), list(right.parts)
     while a and b:
         small, large = (a, b) if size(a[0]) <= size(b[0]) else (b, a)
         n, m, first = size(small[0]), size(large[0]), resolve(large[0])
         if n == m:
             unify(small.pop(0), large.pop(0), why)
-        elif kind is Times and m % n == 0 and isinstance(first, Leaf) and not _overlap(small, first):
-            large[:1] = _replace(first, Times, (n, m // n))
-        elif kind is Plus and not _overlap(small, first) and (pieces := _cut(first, n)) is not None:
+        elif kind is Times and m % n == 0 and isinstance(first, Leaf) and not _shares_leaf(small, first):
+            large[:1] = _split_leaf(first, Times, (n, m // n))
+        elif kind is Plus and not _shares_leaf(small, first) and (pieces := _try_split(first, n)) is not None:
             large[:1] = pieces
         else:
-            clash(_joined(kind, a), _joined(kind, b), why)
+            freeze_both(_join_parts(kind, a), _join_parts(kind, b), why)
             return
-        a[:], b[:] = _flat(kind, a), _flat(kind, b)
+        a[:], b[:] = _flatten_parts(kind, a), _flatten_parts(kind, b)
 
 
-def _overlap(parts: Iterable[Expr], expr: Expr) -> bool:
-    """Whether a leaf of a dimension occurs in others, too."""
+def _shares_leaf(parts: Iterable[Expr], expr: Expr) -> bool:
+    """Whether a leaf of a dimension occurs in one of ``parts``, too."""
     numbers = {leaf.number for leaf in leaves(expr)}
     return any(leaf.number in numbers for part in parts for leaf in leaves(part))
 
 
-def _distribute(product: Times, sum_: Expr, why: str) -> None:
+def _unify_product_with_sum(product: Times, sum_: Expr, why: str) -> None:
     """Unify a product with a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
     assert isinstance(sum_, Plus)
     first, inner = product.parts[0], times(*product.parts[1:])
@@ -248,19 +252,20 @@ def _distribute(product: Times, sum_: Expr, why: str) -> None:
         return
     n = size(inner)
     assert isinstance(first, Leaf)
-    if any(size(part) % n for part in sum_.parts) or _overlap([sum_], product):
-        clash(product, sum_, why)
+    if any(size(part) % n for part in sum_.parts) or _shares_leaf([sum_], product):
+        freeze_both(product, sum_, why)
         return
-    pieces = _replace(first, Plus, [size(part) // n for part in sum_.parts])
+    pieces = _split_leaf(first, Plus, [size(part) // n for part in sum_.parts])
     for piece, part in zip(pieces, sum_.parts, strict=True):
         unify(times(piece, inner), part, why)
 
 
-def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
+def _try_split(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
+    """Return the first ``at`` entries of a dimension and the rest; splits leaves in place; ``None`` if impossible."""
     expr = resolve(expr)
     match expr:
         case Leaf(size=n):
-            first, second = _replace(expr, Plus, (at, n - at))
+            first, second = _split_leaf(expr, Plus, (at, n - at))
             return first, second
         case Plus(parts):
             before = 0
@@ -268,11 +273,11 @@ def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
                 if before == at:
                     return plus(*parts[:i]), plus(*parts[i:])
                 if before < at < before + size(part):
-                    pieces = _cut(part, at - before)
+                    pieces = _try_split(part, at - before)
                     return pieces and (plus(*parts[:i], pieces[0]), plus(pieces[1], *parts[i + 1 :]))
                 before += size(part)
             return None
         case Times(parts):
             inner = times(*parts[1:])
-            pieces = None if at % size(inner) else _cut(parts[0], at // size(inner))
+            pieces = None if at % size(inner) else _try_split(parts[0], at // size(inner))
             return pieces and (times(pieces[0], inner), times(pieces[1], inner))

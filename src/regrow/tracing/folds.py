@@ -19,84 +19,87 @@ from regrow.tracing.nodes import (
     ALIASES,
     ZERO_PRESERVING,
     argument,
+    as_ints,
     module_of,
     op_name,
     operand_of,
     operands_in,
     shapes_of,
     uncast,
-    wholes,
-    writes,
+    writes_in_place,
 )
 from regrow.tracing.walk import Dims, Reading, Value, Walk, all_dims
 
 
-def folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
-    """Return the divisors of a network and their folds, and freeze the dimensions of norms and means without one."""
+def find_folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
+    """Return (dimensions divided by, fold) of each norm; marks these as folded, and freezes those without a fold."""
     result: list[tuple[Dims, Fold]] = []
     weights: set[str] = set()
     for node, kind in w.norms:
-        over = size_divided_by(w, node, kind)
+        over = find_divisor_dims(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
-        made = _FOLDS[kind](model, w, node, over)
-        if made and weights.isdisjoint(fold.weight for fold in made):
+        candidates = _FOLDS[kind](model, w, node, over)
+        if candidates and weights.isdisjoint(fold.weight for fold in candidates):  # a weight takes one fold
             for expr in over:
-                d.mark(expr, Mark.FOLDED, w.why(node))
-            result += [(over, fold) for fold in made]
-            weights |= {fold.weight for fold in made}
+                d.strengthen_mark(expr, Mark.FOLDED, w.why(node))
+            result += [(over, fold) for fold in candidates]
+            weights |= {fold.weight for fold in candidates}
         else:
             w.freeze(node, over)
     return result
 
 
-def size_divided_by(w: Walk, node: Node, kind: str) -> Dims:
-    """Return the dimensions by whose size a norm, mean or attention scale divides."""
+def find_divisor_dims(w: Walk, node: Node, kind: str) -> Dims:
+    """Return the dimensions by whose size an operation divides; ``kind``: "mean", "rms_norm" or attention "scale"."""
     dims = w.first(node)
     if kind == "scale":
         return dims[-1:]
     if kind == "rms_norm":
-        return dims[len(dims) - len(wholes(node.args[1])) :]
-    return tuple(dims[i % len(dims)] for i in wholes(node.args[1])) if len(node.args) > 1 else dims
+        return dims[len(dims) - len(as_ints(node.args[1])) :]
+    return tuple(dims[i % len(dims)] for i in as_ints(node.args[1])) if len(node.args) > 1 else dims
 
 
-def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
+def _fold_fused_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
+    """Return the fold of a ``rms_norm`` into its gain, if that is a weight and an attribute holds epsilon; else []."""
     value, weight = argument(node, 3), w.source(argument(node, 2))
     if not weight or not isinstance(value, int | float | None) or len(over) != 1:
         return []
-    epsilon = attributes.epsilon(model, module_of(node), value)
+    epsilon = attributes.find_epsilon(model, module_of(node), value)
     value = torch.finfo(node.meta["val"].dtype).eps if value is None else value
     return [Fold((), weight, epsilon=epsilon, value=float(value))] if epsilon else []
 
 
-def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    """Return the fold of a norm spelled out as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``."""
+def _fold_written_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
+    """Return the fold of a norm written as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, at its mean; else []."""
     squared = operand_of(node)
     if len(over) != 1 or not _is_square(squared):
         return []
     added = _only_user(node, "add")
-    root = _only_user(added, "rsqrt")
-    if root is None and (power := _only_user(added, "pow")) is not None and power.args[1] == -0.5:
+    root, power = _only_user(added, "rsqrt"), _only_user(added, "pow")
+    if power is not None and power.args[1] == -0.5:
         root = power
     scaled = _only_user(root, "mul")
     gained = _only_user(scaled, "mul")
-    if added is None or scaled is None or gained is None or not isinstance(value := added.args[1], float):
+    value = added.args[1] if added is not None else None
+    if scaled is None or gained is None or not isinstance(value, float):
         return []
-    epsilon = attributes.epsilon(model, module_of(node), value)
-    if not epsilon or _bare(squared.args[0]) not in map(_bare, scaled.args):
+    epsilon = attributes.find_epsilon(model, module_of(node), value)
+    if not epsilon or _behind_casts(squared.args[0]) not in map(_behind_casts, scaled.args):
         return []
-    weight, plus = _gain(w, next((arg for arg in gained.all_input_nodes if _bare(arg) is not scaled), None))
+    gain = next((arg for arg in gained.all_input_nodes if _behind_casts(arg) is not scaled), None)
+    weight, plus = _find_gain(w, gain)
     return [Fold((), weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
 
 
-def _query(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    """Return folds of the weight and bias of the layer that makes the query, if it makes nothing else."""
-    made = node.args[0]
-    while isinstance(made, Node) and op_name(made) in _RESHAPES and len(made.users) == 1:
-        made = made.args[0]
-    if not isinstance(made, Node) or op_name(made) != "linear" or len(made.users) != 1:
+def _fold_scale(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
+    """Return folds of the weight and bias of the layer that makes the query, if it makes nothing else; else []."""
+    layer = node.args[0]
+    while isinstance(layer, Node) and op_name(layer) in _RESHAPES and len(layer.users) == 1:
+        layer = layer.args[0]
+    if not isinstance(layer, Node) or op_name(layer) != "linear" or len(layer.users) != 1:
         return []
-    states = operands_in(made.args[1:])
+    states = operands_in(layer.args[1:])
     if any(state not in w.capture.states or len(state.users) != 1 for state in states):
         return []
     return [Fold((), w.capture.states[state], kind="scale") for state in states]
@@ -104,12 +107,13 @@ def _query(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
 
 _RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))
 
-_FOLDS = {"mean": _spelled_out, "rms_norm": _one_operation, "scale": _query}
+_FOLDS = {"mean": _fold_written_norm, "rms_norm": _fold_fused_norm, "scale": _fold_scale}
 """Kind of division by a size → the function that finds its folds."""
 
 
-def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
-    bare = _bare(node)
+def _find_gain(w: Walk, node: Node | None) -> tuple[str, float]:
+    """Return the weight γ and the number p of a gain ``γ + p``; an empty name if there is no weight."""
+    bare = _behind_casts(node)
     if not w.source(node) and bare is not None and op_name(bare) == "add":
         numbers = [arg for arg in bare.args if isinstance(arg, int | float)]
         operands = operands_in(bare.args)
@@ -119,12 +123,13 @@ def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
 
 
 def _is_square(node: Node) -> bool:
+    """Whether an operation squares its first operand."""
     name = op_name(node)
     power = name == "pow" and node.args[1] == 2
     return bool(power or name == "square" or (name == "mul" and node.args[0] is node.args[1]))
 
 
-def _bare(value: Argument) -> Node | None:
+def _behind_casts(value: Argument) -> Node | None:
     """Return the node behind casts and copies; ``None`` for what is no node."""
     return uncast(value) if isinstance(value, Node) else None
 
@@ -140,60 +145,64 @@ def _only_user(node: Node | None, name: str) -> Node | None:
 
 
 def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Return leaf number → why its new units would change the output or could never learn; others can be widened."""
-    zeros = _zeros(w)
+    """Return leaf number → why new units would change the output or never learn; the other leaves can be widened."""
+    zeros = _propagate_zeros(w)
     result: dict[int, str] = {}
     for reading in w.readings:
         for leaf in d.leaves(w.of(reading.operand)[reading.dim]):
-            if _disturbs(w, reading, leaf, zeros):
+            if _is_disturbing(w, reading, leaf, zeros):
                 result.setdefault(leaf.number, w.why(reading.node))
-    for expr, weight in w.also:
-        for number in () if weight else _numbers((expr,)):
+    for expr, weight in w.training_reads:
+        for number in () if weight else _leaf_numbers((expr,)):
             result.setdefault(number, "in training it is read with no weight that could be 0")
     for node, name in w.capture.states.items():
         if name in tensors and not tensors[name].is_floating_point():
-            for number in _numbers(w.of(node)):
+            for number in _leaf_numbers(w.of(node)):
                 result.setdefault(number, f"{name} does not hold real numbers, of which some could be 0")
     return result
 
 
-def _disturbs(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> bool:
+def _is_disturbing(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> bool:
     """Whether new units would change the result of an operation that reads them, or could never learn there."""
     if reading.groups is not None and leaf in d.leaves(reading.groups):
         return False  # a new group is normed by itself
-    met = op_name(reading.node) in _MEETINGS and (not reading.weight or bool(w.source(reading.operand)))
-    if reading.fill != 0 or met:
+    # Units are multiplied by units there, not by weights; or weights by weights, neither of which makes the units.
+    is_unclear = op_name(reading.node) in _PRODUCTS and (not reading.weight or bool(w.source(reading.operand)))
+    if reading.fill != 0 or is_unclear:
         return True
-    return leaf.number not in zeros[reading.operand] if leaf.mark is Mark.FOLDED else not reading.weight
+    if leaf.mark is Mark.FOLDED:  # its value itself must be 0: a norm runs over it
+        return leaf.number not in zeros[reading.operand]
+    return not reading.weight
 
 
-def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
+def _propagate_zeros(w: Walk) -> dict[Node, frozenset[int]]:
     """Return node → the leaves on which its value is 0 if the weights that make and shift new units are 0."""
     zeros: dict[Node, frozenset[int]] = {}
     spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
     for node in w.capture.graph.nodes:
-        inside = _numbers(w.dims.get(node))
-        zeros[node] = inside & _known(w, node, zeros) if inside else inside
-        if writes(node):
+        inside = _leaf_numbers(w.dims.get(node))
+        zeros[node] = inside & _zero_leaves(w, node, zeros) if inside else inside
+        if writes_in_place(node):
             spoiled |= inside - zeros[node]
-    return {node: known - spoiled for node, known in zeros.items()}
+    return {node: leaves - spoiled for node, leaves in zeros.items()}
 
 
-def _numbers(dims: Value) -> frozenset[int]:
+def _leaf_numbers(dims: Value) -> frozenset[int]:
     """Return the numbers of the leaves in a node's dimensions."""
     return frozenset(leaf.number for expr in all_dims(dims) for leaf in d.leaves(expr))
 
 
-def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+def _zero_leaves(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+    """Return the leaves on which a node's value is 0, given those of its operands, by its operation."""
     none: frozenset[int] = frozenset()
     if node in w.capture.states:
         name, makes = w.capture.states[node], {Role.PRODUCES, Role.SHIFTS}
-        return _numbers(tuple(expr for i, expr in enumerate(w.of(node)) if w.roles.get((name, i), set()) & makes))
+        return _leaf_numbers(tuple(expr for i, expr in enumerate(w.of(node)) if w.roles.get((name, i), set()) & makes))
     if node.op != "call_function":
         return none
     name = op_name(node)
     operands = [operand for operand in node.all_input_nodes if shapes_of(operand) is not None]
-    common = _common(operands, zeros)
+    common = _intersect_zeros(operands, zeros)
     match name:
         case "mul":
             return none.union(*(zeros[operand] for operand in operands))
@@ -206,22 +215,23 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> frozens
             return common if isinstance(exponent, int | float) and exponent > 0 else none
         case "linear" | "conv1d" | "conv2d" | "conv3d":
             # A unit is 0 for any input if its weights and its bias are 0.
-            made = operands_in(node.args[1:3])
-            return _common(made, zeros) & _numbers(w.of(made[0])[:1])
+            states = operands_in(node.args[1:3])
+            return _intersect_zeros(states, zeros) & _leaf_numbers(w.of(states[0])[:1])
         case "zeros_like":
-            return _numbers(w.of(node))
+            return _leaf_numbers(w.of(node))
         case "batch_norm":
-            return _common(operands_in([node.args[i] for i in (0, 2, 3)]), zeros)
+            return _intersect_zeros(operands_in([node.args[i] for i in (0, 2, 3)]), zeros)
         case "embedding" | "rms_norm":
             return zeros[operand_of(node)]
     return common if name in ZERO_PRESERVING | _SUMS | ALIASES else none
 
 
-def _common(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+def _intersect_zeros(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+    """Return the leaves on which the values of all nodes are 0; of no nodes, none."""
     return frozenset.intersection(*(zeros[node] for node in nodes)) if nodes else frozenset()
 
 
-_MEETINGS = frozenset(
+_PRODUCTS = frozenset(
     ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
 )
 

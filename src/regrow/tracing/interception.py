@@ -26,9 +26,9 @@ LINE = "line"
 """Key in a node's metadata under which a recording notes the line that ran the operation."""
 
 
-def line_here() -> Line | None:
-    """Return the innermost line of a network's own code that is running now; ``None`` if there is none."""
-    return _first_own(traceback.walk_stack(sys._getframe(1)))
+def current_line() -> Line | None:
+    """Return file and number of the innermost running line that is not torch's or regrow's; ``None``: there is none."""
+    return _first_own_line(traceback.walk_stack(sys._getframe(1)))
 
 
 def describe_line(line: Line | None) -> str:
@@ -45,17 +45,18 @@ def describe_line(line: Line | None) -> str:
 
 
 def describe_raising(error: BaseException) -> str:
-    """Return a clause that names the innermost line of a network's own code in an error's traceback."""
-    return describe_line(_first_own(reversed([*traceback.walk_tb(error.__traceback__)])))
+    """Return a clause that names the innermost line of a network's own code in an error's traceback, or nothing."""
+    return describe_line(_first_own_line(reversed([*traceback.walk_tb(error.__traceback__)])))
 
 
-def _first_own(frames: Iterable[tuple[FrameType, int]]) -> Line | None:
+def _first_own_line(frames: Iterable[tuple[FrameType, int]]) -> Line | None:
+    """Return the first (frame, line number) of a network's own code as a line; ``None`` if there is none."""
     lines = ((frame.f_code.co_filename, number) for frame, number in frames)
-    return next((line for line in lines if _is_own(line[0])), None)
+    return next((line for line in lines if _is_own_code(line[0])), None)
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Context manager without cyclic garbage collection, which would search all objects of torch again and again."""
     collecting = gc.isenabled()
     gc.disable()
@@ -67,8 +68,8 @@ def without_collection() -> Iterator[None]:
 
 
 @lru_cache(maxsize=20_000)
-def _is_own(name: str) -> bool:
-    """Whether a file may hold a network's own code: it is of neither torch nor this package."""
+def _is_own_code(name: str) -> bool:
+    """Whether a file may hold a network's own code: it is no generated code, and of neither torch nor regrow."""
     return not name.startswith(("<", *_FOREIGN))
 
 
@@ -76,7 +77,7 @@ _HERE = Path(__file__).parents[1]
 _FOREIGN = tuple(f"{path}{os.sep}" for path in (_HERE / "tracing", _HERE / "surgery", Path(torch.__file__).parent))
 
 
-class SpellOut(TorchFunctionMode):
+class RecordableCalls(TorchFunctionMode):
     """Torch function mode that replaces calls that bypass the dispatcher (``tolist``, ``data``) by recordable ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,7 +87,7 @@ class SpellOut(TorchFunctionMode):
                 x.index_put_((index,), value)
                 return None
         if func is Tensor.tolist:
-            return _listed(args[0])
+            return _to_list(args[0])
         if func == _DATA:
             return args[0].detach()
         return func(*args, **(kwargs or {}))
@@ -95,24 +96,27 @@ class SpellOut(TorchFunctionMode):
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-def _listed(x: Tensor) -> Any:
-    return x.item() if x.dim() == 0 else list(map(_listed, x.unbind()))
+def _to_list(x: Tensor) -> Any:
+    """Return a tensor as ``tolist`` does, by operations that are recorded."""
+    return x.item() if x.dim() == 0 else list(map(_to_list, x.unbind()))
 
 
 @contextmanager
 def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[str, type]]]]:
-    """Context manager that yields a function: path → (path, class) of the modules running now, innermost last."""
+    """Context manager that yields a function returning path → (path, class) of the running modules, innermost last."""
     paths = {module: path for path, module in model.named_modules()}
     stacks: list[dict[str, tuple[str, type]]] = [{}]
 
-    def begins(module: nn.Module, inputs: Any) -> None:
+    def push(module: nn.Module, inputs: Any) -> None:
+        """Add a module that begins to run; one outside the model leaves its caller's stack."""
         path = paths.get(module)
         stacks.append(stacks[-1] if path is None else {**stacks[-1], path: (path, type(module))})
 
-    def ends(module: nn.Module, inputs: Any, result: Any) -> None:
+    def pop(module: nn.Module, inputs: Any, result: Any) -> None:
+        """Remove the module that has run last."""
         stacks.pop()
 
-    hooks = [register_module_forward_pre_hook(begins), register_module_forward_hook(ends, always_call=True)]
+    hooks = [register_module_forward_pre_hook(push), register_module_forward_hook(pop, always_call=True)]
     try:
         yield lambda: stacks[-1]
     finally:
@@ -138,7 +142,7 @@ most_calls: ContextVar[float] = ContextVar("most_calls", default=inf)
 
 @contextmanager
 def limit_calls(limit: int) -> Iterator[None]:
-    """Context manager in which a recording fails that has more than so many operations."""
+    """Context manager in which a recording of more than ``limit`` operations raises RuntimeError."""
     token = most_calls.set(limit)
     try:
         yield

@@ -8,7 +8,6 @@ on one device; fake tensors handle all others, and whatever fails here.
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from math import prod
 from operator import is_not
 from types import FunctionType
 from typing import Any, TypeVar
@@ -20,120 +19,127 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.axes import Example
-from regrow.tracing.model_state import find_tensors, state_of
+from regrow.tracing.model_state import copy_tensor, find_tensors, state_of
 from regrow.tracing.nodes import leaves_of, map_arguments
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def meta_copy(model: M, shapes: Mapping[str, tuple[int, ...]]) -> tuple[M, FakeTensorMode]:
-    """Return a copy of a model with fake parameters and buffers, in other shapes where given, and its fake mode.
+    """Return a copy of a model with fake parameters and buffers, and its fake mode; ``shapes``: name → other shape.
 
-    Tensors that are neither parameters nor buffers keep their numbers, which are shared.
+    Tensors that are neither parameters nor buffers keep their values, which are shared with the model.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, object] = {}
     for name, tensor in state_of(model).items():
         if name in shapes or id(tensor) not in memo:
-            memo[id(tensor)] = without_numbers(mode, shapes.get(name, tensor.shape), tensor)
+            memo[id(tensor)] = fake_like(mode, shapes.get(name, tensor.shape), tensor)
 
-    def other(tensor: Tensor) -> Tensor:
-        made = tensor.detach()
-        return without_numbers(mode, tensor.shape, made) if isinstance(tensor, FakeTensor) else made
+    def share(tensor: Tensor) -> Tensor:
+        """Return a tensor that shares the values of one that is neither parameter nor buffer; of a fake one, a copy."""
+        shared = tensor.detach()
+        return fake_like(mode, tensor.shape, shared) if isinstance(tensor, FakeTensor) else shared
 
-    return copy_model(model, other, memo), mode
+    return copy_model(model, share, memo), mode
 
 
-def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) -> FakeTensor:
-    """Return a fake tensor or parameter of a shape, with the dtype, device and kind of another one."""
-    made = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
+def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) -> FakeTensor:
+    """Return a fake tensor of a shape with the dtype and device of ``like``; a parameter if ``like`` is one."""
+    fake = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
     if isinstance(like, nn.Parameter):  # what nn.Parameter makes of a subclass, without running operations
-        made.requires_grad_(like.requires_grad)
-        made._is_param = True
-    return made
+        fake.requires_grad_(like.requires_grad)
+        fake._is_param = True
+    return fake
 
 
-def empty_parameters(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Parameter]:
-    """Return a function from a parameter to one of its shape, dtype and device that is fake."""
+def parameter_faker(mode: FakeTensorMode) -> Callable[[nn.Parameter], nn.Parameter]:
+    """Return a function that makes a fake parameter of the shape, dtype and device of a real one."""
 
     def empty(parameter: nn.Parameter) -> nn.Parameter:
-        made = without_numbers(mode, parameter.shape, parameter)
-        return parameter if isinstance(parameter, FakeTensor) else made  # type: ignore[return-value]
+        """Return a fake parameter like one; a fake one itself."""
+        fake = fake_like(mode, parameter.shape, parameter)
+        return parameter if isinstance(parameter, FakeTensor) else fake  # type: ignore[return-value]
 
     return empty
 
 
-def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, object] | None = None) -> M:
-    """Deep-copy a model with each tensor replaced by what a function returns for it; non-leaf tensors are allowed.
+def copy_model(model: M, change: Callable[[Tensor], Tensor] = copy_tensor, memo: dict[int, object] | None = None) -> M:
+    """Deep-copy a model, with each tensor replaced by ``change(tensor)``; non-leaf tensors are allowed.
 
-    Attributes that cannot be copied (a lock, an open file) are shared.
+    Attributes that cannot be copied (a lock, an open file) are shared, as is what ``memo`` (id → copy) already holds.
 
     >>> net = nn.Linear(2, 1)
     >>> net.last = net(torch.ones(1, 2))
     >>> copy_model(net, lambda x: x.detach().double()).last.dtype
     torch.float64
     """
-    return _Copy(made, {} if memo is None else memo).module(model)
+    return _Copier(change, {} if memo is None else memo).copy_module(model)
 
 
 def clone_model(model: M) -> M:
     """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors."""
-    return copy_model(model, lambda x: x.detach().clone())
+    return copy_model(model)
 
 
-class _Copy:
-    def __init__(self, made: Callable[[Tensor], Tensor], memo: dict[int, object]) -> None:
-        self.made, self.memo = made, memo
+class _Copier:
+    """Copies modules and values as ``copy.deepcopy`` does, but faster, and tensors by a function."""
 
-    def module(self, module: nn.Module) -> Any:
+    def __init__(self, change: Callable[[Tensor], Tensor], memo: dict[int, object]) -> None:
+        self.change, self.memo = change, memo
+
+    def copy_module(self, module: nn.Module) -> Any:
         """Copy a module five times as fast as ``copy.deepcopy``, unless its class defines its own way of copying."""
         kind = type(module)
         special = any(getattr(kind, name) is not usual for name, usual in _USUAL.items())
         state = None if special or hasattr(kind, "__deepcopy__") else module.__getstate__()
         if id(module) in self.memo or type(state) is not dict:
-            return self.other(module)
-        self.memo[id(module)] = made = kind.__new__(kind)
-        made.__setstate__({name: self.value(value) for name, value in state.items()})
-        return made
+            return self.copy_other(module)
+        self.memo[id(module)] = copied = kind.__new__(kind)
+        copied.__setstate__({name: self.copy_value(value) for name, value in state.items()})
+        return copied
 
-    def value(self, value: Any) -> Any:
+    def copy_value(self, value: Any) -> Any:
+        """Copy an attribute of a module, with all that it holds."""
         kind = type(value)
         if kind in _WHOLE:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
         if isinstance(value, Tensor):
-            return self.tensor(value)
+            return self.copy_tensor(value)
         if isinstance(value, nn.Module):
-            return self.module(value)
+            return self.copy_module(value)
         if kind is tuple or kind is set:
-            members = kind(map(self.value, value))
+            members = kind(map(self.copy_value, value))
             if kind is set or any(map(is_not, members, value)):
                 return self.memo.setdefault(id(value), members)
             return value
         if kind is list:
             items: list[object] = []
             self.memo[id(value)] = items  # before its items: a list may hold itself
-            items.extend(map(self.value, value))
+            items.extend(map(self.copy_value, value))
             return items
         if kind is dict or kind is OrderedDict:
             mapping: dict[object, object] = kind()
             self.memo[id(value)] = mapping
-            mapping.update((self.value(key), self.value(part)) for key, part in value.items())
+            mapping.update((self.copy_value(key), self.copy_value(part)) for key, part in value.items())
             return mapping
-        return self.other(value)
+        return self.copy_other(value)
 
-    def tensor(self, tensor: Tensor) -> Tensor:
-        made = self.made(tensor)
-        if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter | FakeTensor):
-            made = nn.Parameter(made, tensor.requires_grad)
-        self.memo[id(tensor)] = made
-        return made
+    def copy_tensor(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor by the function; a parameter's copy is a parameter."""
+        copied = self.change(tensor)
+        if isinstance(tensor, nn.Parameter) and not isinstance(copied, nn.Parameter | FakeTensor):
+            copied = nn.Parameter(copied, tensor.requires_grad)
+        self.memo[id(tensor)] = copied
+        return copied
 
-    def other(self, value: Any) -> Any:
+    def copy_other(self, value: Any) -> Any:
+        """Copy an object by ``copy.deepcopy``; return the object itself where that fails, but raise for a module."""
         for tensor in find_tensors(value):
             if id(tensor) not in self.memo:
-                self.tensor(tensor)
+                self.copy_tensor(tensor)
         try:
             return copy.deepcopy(value, self.memo)
         except Exception:
@@ -156,7 +162,7 @@ def leaves_in(example: Example) -> list[Any]:
 
 
 def map_tensors(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
-    """Return an example with every tensor changed."""
+    """Return an example with each tensor replaced by ``change(tensor)``, which may have another shape."""
     return Example(*tree_map_only(Tensor, change, (example.args, dict(example.kwargs))))
 
 
@@ -175,13 +181,13 @@ def cast_example(example: Example, model: nn.Module) -> Example:
 
 
 def fake_copy(model: M, example: Example) -> tuple[M, Example]:
-    """Return a copy of a model without numbers, and an example for it."""
+    """Return a copy of a model on fake tensors, and the example on fake tensors of the same mode."""
     copied, mode = meta_copy(model, {})
     return copied, fake_example(example, mode)
 
 
 def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:
-    """Infer what an operation gives by a rule, faster than torch; ``NotImplemented`` without one."""
+    """Return an operation's result on fake tensors, faster than torch; ``NotImplemented`` if no rule applies."""
     rule = _RULES.get(func)
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented
@@ -196,54 +202,53 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
             if isinstance(result, Tensor):
                 return result
             if result is not None:
-                shape, *stride = result
-                if stride:
-                    made = torch.empty_strided(shape, stride[0], dtype=dtype, device="meta")
-                else:
-                    made = torch.empty(shape, dtype=dtype, device="meta")
-                return FakeTensor(mode, made, device)
-        return _by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
+                make: Callable[..., Tensor] = torch.empty_strided if len(result) > 1 else torch.empty
+                return FakeTensor(mode, make(*result, dtype=dtype, device="meta"), device)
+        return _infer_by_kernel(func, args, kwargs, mode, device) if func in _KERNELS else NotImplemented
 
 
-def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    """Return the result of the operation's kernel for meta tensors."""
-    known: dict[int, Tensor] = {}  # an operation may give what it was given
+def _infer_by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    """Return an operation's result by its kernel for meta tensors; ``NotImplemented`` if that fails."""
+    originals: dict[int, Tensor] = {}  # an operation may give what it was given
 
-    def form(x: Tensor) -> Tensor:
-        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        known[id(made)] = x
-        return made
+    def to_meta(x: Tensor) -> Tensor:
+        """Return a meta tensor of a fake tensor's form, and remember which one it is for."""
+        meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        originals[id(meta)] = x
+        return meta
 
-    operands = map_arguments((args, kwargs), Tensor, form)
+    operands, named = map_arguments((args, kwargs), Tensor, to_meta)
     try:
-        out = func(*operands[0], **operands[1])
+        out = func(*operands, **named)
     except Exception:
         return NotImplemented
-    return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
+    return map_arguments(out, Tensor, lambda x: originals[id(x)] if id(x) in originals else FakeTensor(mode, x, device))
 
 
-# --- rules return a shape, a shape and strides, the operand that is returned itself, or None if they do not apply ----
+# --- rules return (shape,), (shape, strides), the operand that is returned itself, or None if they do not apply ------
 
 
-def _entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
+def _infer_entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
+    """Rule for entrywise operations on one or two tensors."""
     tensors = [y for y in others if isinstance(y, Tensor)]
     if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
         return None
     if all(x.shape == y.shape and x.stride() == y.stride() for y in tensors):
         dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
         return (x.shape, x.stride()) if dense else None
-    shape = _broadcast(x.shape, tensors[0].shape)
+    shape = _broadcast_shape(x.shape, tensors[0].shape)
     return (shape,) if shape is not None and x.is_contiguous() and tensors[0].is_contiguous() else None
 
 
-def _in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
+def _infer_in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
+    """Rule for entrywise operations that write into their first operand."""
     tensors = [y for y in others if isinstance(y, Tensor)]
     numbers = sum(isinstance(y, int | float) for y in others)
-    fits = all(_broadcast(x.shape, y.shape) == x.shape for y in tensors)
+    fits = all(_broadcast_shape(x.shape, y.shape) == x.shape for y in tensors)
     return x if fits and len(tensors) + numbers == len(others) else None
 
 
-def _broadcast(a: Any, b: Any) -> Any:
+def _broadcast_shape(a: Any, b: Any) -> Any:
     """Return the shape that two shapes broadcast to, if it is one of the two; else ``None``."""
     a, b = (a, b) if len(a) >= len(b) else (b, a)
     padded = (1,) * (len(a) - len(b)) + tuple(b)
@@ -252,7 +257,7 @@ def _broadcast(a: Any, b: Any) -> Any:
     return padded if all(n in (m, 1) for n, m in zip(a, padded, strict=True)) else None
 
 
-def _convolution(
+def _infer_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -261,10 +266,11 @@ def _convolution(
     dilation: Any = (1,),
     groups: int = 1,
 ) -> Any:
+    """Rule for convolutions of contiguous, non-empty tensors with padding given as numbers."""
     n = weight.dim() - 2
     if x.dim() != n + 2 or not (x.is_contiguous() and weight.is_contiguous()) or x.shape[1] != weight.shape[1] * groups:
         return None
-    if weight.shape[0] % groups or not _of(bias, weight.shape[:1]) or not prod(x.shape) or not prod(weight.shape):
+    if weight.shape[0] % groups or not _has_shape(bias, weight.shape[:1]) or not (x.numel() and weight.numel()):
         return None
     steps, pads, gaps = (list(part) * n if len(part) == 1 else part for part in (stride, padding, dilation))
     sides = [
@@ -274,24 +280,27 @@ def _convolution(
     return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
 
 
-def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
-    known = mean is not None and variance is not None
-    fits = all(_of(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
-    return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
+def _infer_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
+    """Rule for batch norm with running statistics."""
+    has_statistics = mean is not None and variance is not None
+    fits = all(_has_shape(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
+    return (x.shape,) if has_statistics and fits and x.dim() > 1 and x.is_contiguous() else None
 
 
-def _layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
+def _infer_layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
+    """Rule for layer norm over the last dimensions, whose sizes are ``over``."""
     last = tuple(x.shape[x.dim() - len(over) :])
-    fits = last == tuple(over) and _of(weight, last) and _of(bias, last)
+    fits = last == tuple(over) and _has_shape(weight, last) and _has_shape(bias, last)
     return (x.shape,) if fits and x.is_contiguous() else None
 
 
-def _of(x: Tensor | None, shape: Any) -> bool:
+def _has_shape(x: Tensor | None, shape: Any) -> bool:
     """Whether a tensor has a shape, or is ``None``."""
     return x is None or tuple(x.shape) == tuple(shape)
 
 
-def _ops(names: str) -> list[Any]:
+def _get_ops(names: str) -> list[Any]:
+    """Return the ATen operations of names as ``add.Tensor``, separated by spaces; without an overload the default."""
     split = [(*name.split("."), "default")[:2] for name in names.split()]
     return [getattr(getattr(torch.ops.aten, name), overload) for name, overload in split]
 
@@ -304,15 +313,15 @@ _IN_PLACE = (
     "relu_ silu_ sigmoid_ tanh_ hardswish_ hardtanh_ leaky_relu_ elu_ add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor"
 )
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_ops(_ENTRYWISE), _entrywise),
-    **dict.fromkeys(_ops(_IN_PLACE), _in_place),
-    **dict.fromkeys(_ops("conv1d conv2d conv3d"), _convolution),
-    **dict.fromkeys(_ops("batch_norm"), _batch_norm),
-    **dict.fromkeys(_ops("layer_norm"), _layer_norm),
+    **dict.fromkeys(_get_ops(_ENTRYWISE), _infer_entrywise),
+    **dict.fromkeys(_get_ops(_IN_PLACE), _infer_in_place),
+    **dict.fromkeys(_get_ops("conv1d conv2d conv3d"), _infer_convolution),
+    **dict.fromkeys(_get_ops("batch_norm"), _infer_batch_norm),
+    **dict.fromkeys(_get_ops("layer_norm"), _infer_layer_norm),
 }
 
 _KERNELS = frozenset(
-    _ops(
+    _get_ops(
         "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean "
         "mean.dim sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim "
         "expand slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding "

@@ -31,38 +31,39 @@ class Snapshot:
     """Everything reachable from a value (a module, say), with its contents when the snapshot was made."""
 
     value: object
-    inside: bool = True  # whether to save what only the value itself holds
+    inside: bool = True  # whether to save attributes of modules and objects
     code: bool = True  # whether to follow functions and classes
-    seen: set[int] = field(default_factory=set)
-    tensors: list[Tensor] = field(default_factory=list)
-    holders: list[tuple[Any, list[Any]]] = field(default_factory=list)  # containers, classes, variables of closures
-    attributes: list[tuple[Any, list[Any]]] = field(default_factory=list)
-    caches: list[tuple[Any, int]] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)  # ids of what was visited
+    tensors: list[Tensor] = field(default_factory=list)  # all that are reachable; their entries are not saved
+    holders: list[tuple[Any, list[Any]]] = field(default_factory=list)  # (container, class or closure cell, contents)
+    attributes: list[tuple[Any, list[Any]]] = field(default_factory=list)  # (vars of a module or object, contents)
+    caches: list[tuple[Any, int]] = field(default_factory=list)  # (cached function, number of its entries)
 
     def __post_init__(self) -> None:
-        ask = [self.value]
-        while ask:  # without recursion
-            value = ask.pop()
+        pending = [self.value]
+        while pending:  # without recursion, which deep structures would exceed
+            value = pending.pop()
             if type(value) not in LEAVES and id(value) not in self.seen:
                 self.seen.add(id(value))
-                ask += reversed(list(self._parts(value)))
+                pending += reversed(list(self._parts(value)))
 
     def is_unchanged(self) -> bool:
-        """Whether everything still has its contents; of tensors, that they are the same objects."""
-        return all(_holds(holder, old) for holder, old in (*self.holders, *self.attributes)) and all(
+        """Whether everything still has its contents: the same objects; entries of tensors are not compared."""
+        return all(_has_contents(holder, old) for holder, old in (*self.holders, *self.attributes)) and all(
             cache.cache_info().currsize == size for cache, size in self.caches
         )
 
     def restore(self, inside: bool = True) -> None:
-        """Restore everything that has changed; ``inside``: attributes of objects, too."""
+        """Restore contents that have changed, and clear caches that have grown; ``inside``: attributes, too."""
         for holder, old in (*self.holders, *(self.attributes if inside else ())):
-            if not _holds(holder, old):
-                _refill(holder, old)
+            if not _has_contents(holder, old):
+                _restore_contents(holder, old)
         for cache, size in self.caches:
             if cache.cache_info().currsize != size:
                 cache.cache_clear()
 
     def _parts(self, value: Any) -> Iterator[Any]:
+        """Save the contents of a value, and yield what it refers to."""
         if isinstance(value, Tensor):
             self.tensors.append(value)
         elif isinstance(value, dict | list | set | deque):
@@ -71,7 +72,7 @@ class Snapshot:
         elif isinstance(value, tuple | frozenset):
             yield from value
         elif isinstance(value, FunctionType):
-            yield from self._of_function(value) if self.code else ()
+            yield from self._parts_of_function(value) if self.code else ()
         elif isinstance(value, MethodType):
             yield from (value.__self__, value.__func__)
         elif isinstance(value, partial):
@@ -79,12 +80,13 @@ class Snapshot:
         elif isinstance(value, _lru_cache_wrapper):
             self.caches.append((value, value.cache_info().currsize))
         elif isinstance(value, nn.Module) or is_plain_object(value):
-            yield from self._of_class(type(value)) if self.code else ()
+            yield from self._parts_of_class(type(value)) if self.code else ()
             if self.inside:
                 self.attributes.append((vars(value), _contents(vars(value))))
             yield from vars(value).values()
 
-    def _of_function(self, function: FunctionType) -> Iterator[Any]:
+    def _parts_of_function(self, function: FunctionType) -> Iterator[Any]:
+        """Save the closure of a function; yield its variables, defaults, and the globals it may change."""
         for cell in function.__closure__ or ():
             self.holders.append((cell, _contents(cell)))
             yield from _contents(cell)
@@ -96,13 +98,14 @@ class Snapshot:
             if near or isinstance(value, _lru_cache_wrapper) or type(value) in (dict, list, set, deque):
                 yield value
 
-    def _of_class(self, kind: type) -> Iterator[Any]:
+    def _parts_of_class(self, kind: type) -> Iterator[Any]:
+        """Save the attributes of a class and its own bases; yield their functions, tensors and containers."""
         for base in kind.__mro__:
-            if _foreign(base) or id(base) in self.seen:
+            if _is_foreign(base) or id(base) in self.seen:
                 continue
             self.seen.add(id(base))
             self.holders.append((base, _contents(base)))
-            for value in _attributes(base).values():
+            for value in _class_attributes(base).values():
                 inner = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
                 if isinstance(inner, FunctionType | _lru_cache_wrapper | Tensor | dict | list | set | deque):
                     yield inner
@@ -110,14 +113,16 @@ class Snapshot:
 
 def is_plain_object(value: Any) -> bool:
     """Whether a value is an object of a class outside torch and the standard library."""
-    return not isinstance(value, type) and hasattr(value, "__dict__") and not _foreign(type(value))
+    return not isinstance(value, type) and hasattr(value, "__dict__") and not _is_foreign(type(value))
 
 
-def _foreign(kind: type) -> bool:
+def _is_foreign(kind: type) -> bool:
+    """Whether a class is one of torch, numpy or the standard library."""
     return kind.__module__.partition(".")[0] in _FOREIGN
 
 
-def _attributes(kind: type) -> dict[str, Any]:
+def _class_attributes(kind: type) -> dict[str, Any]:
+    """Return name → value of a class's own attributes, without those that begin with two underscores."""
     return {name: value for name, value in vars(kind).items() if not name.startswith("__")}
 
 
@@ -128,40 +133,40 @@ def names_in(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in (code.co_names, *inner) for name in names))
 
 
-_UNSET = object()
+_UNSET = object()  # the contents of an empty closure cell, and the value of a missing attribute
 
 
 def _contents(holder: Any) -> list[Any]:
-    """Return what a container, class or cell holds, keys before values; overridden methods are bypassed."""
+    """Return what a container, class or cell holds; of a mapping or class, key and value in turn."""
     if isinstance(holder, dict):
-        return list(chain.from_iterable(dict.items(holder)))
+        return list(chain.from_iterable(dict.items(holder)))  # bypasses overridden methods
     if isinstance(holder, CellType):
         try:
             return [holder.cell_contents]
         except ValueError:
             return [_UNSET]
-    return _contents(_attributes(holder)) if isinstance(holder, type) else list(holder)
+    return _contents(_class_attributes(holder)) if isinstance(holder, type) else list(holder)
 
 
-def _holds(holder: Any, old: list[Any]) -> bool:
-    """Whether a container, class or cell still has its contents."""
+def _has_contents(holder: Any, old: list[Any]) -> bool:
+    """Whether a container, class or cell holds the objects that :func:`_contents` returned."""
     now = _contents(holder)
     return len(now) == len(old) and all(map(is_, now, old))
 
 
-def _refill(holder: Any, old: list[Any]) -> None:
-    """Restore the contents of a container, class or cell."""
+def _restore_contents(holder: Any, old: list[Any]) -> None:
+    """Put back, in place, what :func:`_contents` returned for a container, class or cell."""
     if isinstance(holder, CellType):
         if old[0] is _UNSET:
             del holder.cell_contents
         else:
             holder.cell_contents = old[0]
     elif isinstance(holder, type):
-        now, entries = _attributes(holder), dict(zip(old[::2], old[1::2], strict=True))
+        now, entries = _class_attributes(holder), dict(zip(old[::2], old[1::2], strict=True))
         for name in now.keys() - entries.keys():
             delattr(holder, name)
         for name, value in entries.items():
-            if now.get(name, now) is not value:
+            if now.get(name, _UNSET) is not value:
                 setattr(holder, name, value)
     elif isinstance(holder, dict):
         kind = OrderedDict if isinstance(holder, OrderedDict) else dict
@@ -170,7 +175,8 @@ def _refill(holder: Any, old: list[Any]) -> None:
             kind.__setitem__(holder, key, value)
     else:
         holder.clear()
-        (holder.update if isinstance(holder, set) else holder.extend)(old)
+        put_back = holder.update if isinstance(holder, set) else holder.extend
+        put_back(old)
 
 
 def find_tensors(value: object) -> Iterator[Tensor]:
@@ -187,7 +193,9 @@ class OutputError(TypeError):
 
 
 def output_tensors(value: object) -> list[Tensor]:
-    """Return the tensors in a network's output: entries of any collection, and attributes and slots of other objects.
+    """Return the tensors in a network's output: entries of collections, attributes and slots of other objects.
+
+    Raises :class:`OutputError` if there are none, or some have no order (in a set, say).
 
     >>> import dataclasses, torch
     >>> Pair = dataclasses.make_dataclass("Pair", ["first", "rest"], slots=True)
@@ -202,6 +210,7 @@ def output_tensors(value: object) -> list[Tensor]:
 
 
 def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> None:
+    """Append the tensors in a value to ``result``; raise OutputError where they have no order, as in a set."""
     if isinstance(value, Tensor):
         result.append(value)
         return
@@ -217,10 +226,15 @@ def _collect_tensors(value: object, result: list[Tensor], visited: set[int]) -> 
         parts = value.values() if isinstance(value, Mapping) else value
     else:
         state = object.__getstate__(value)
-        held = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
-        parts = [part for entries in held for part in (entries or {}).values()]
+        states = state if isinstance(state, tuple) else (state,)  # attributes, and slots if there are any
+        parts = [part for entries in states for part in (entries or {}).values()]
     for part in parts:
         _collect_tensors(part, result, visited)
+
+
+def copy_tensor(x: Tensor) -> Tensor:
+    """Return a copy of a tensor without a gradient history."""
+    return x.detach().clone()
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -229,7 +243,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return those of some parameters and buffers that a model has, by name."""
+    """Return name → parameter or buffer, for those of ``names`` that a model has now."""
     state = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -242,15 +256,15 @@ def select_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:
-    """Return a description of each attribute of each module: shapes and dtypes of tensors, plain values themselves.
+    """Return (module path, attribute) → description: shape and dtype of a tensor, a plain value itself.
 
     Two runs of a network are comparable only if this is the same before both.
     """
     return {
-        (path, name): _form(value, 3)
+        (path, name): _describe_value(value, 3)
         for path, module in model.named_modules()
-        for held in (vars(module), module._parameters, module._buffers)
-        for name, value in held.items()
+        for attributes in (vars(module), module._parameters, module._buffers)
+        for name, value in attributes.items()
         if name not in _OF_MODULES
     }
 
@@ -259,31 +273,32 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
 
-def _form(value: Any, depth: int) -> Any:
+def _describe_value(value: Any, depth: int) -> Any:
+    """Return a comparable description of a value, to ``depth`` levels of containers and objects."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping | list | tuple | deque) and depth:
-        parts = list(value.values() if isinstance(value, Mapping) else value)[:_MOST]
-        return len(value), *(_form(part, depth - 1) for part in parts)
+        parts = list(value.values() if isinstance(value, Mapping) else value)[:_MOST_ENTRIES]
+        return len(value), *(_describe_value(part, depth - 1) for part in parts)
     if depth and not isinstance(value, nn.Module) and is_plain_object(value):
-        return type(value).__name__, *(_form(part, depth - 1) for part in vars(value).values())
+        return type(value).__name__, *(_describe_value(part, depth - 1) for part in vars(value).values())
     return type(value).__name__
 
 
-_MOST = 64
+_MOST_ENTRIES = 64  # of a container, that are described
 
 
-def code_of(model: nn.Module) -> tuple[object, ...]:
+def describe_code(model: nn.Module) -> tuple[object, ...]:
     """Return what runs in a network: the class of each module, the functions it has instead of methods, and its hooks.
 
     Equal for a copy of the network; not equal once a module was exchanged, a ``forward`` replaced or a hook added.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> before = code_of(net)
+    >>> before = describe_code(net)
     >>> net[1] = nn.GELU()
-    >>> code_of(net) == before
+    >>> describe_code(net) == before
     False
     """
     rows: list[object] = []
@@ -291,12 +306,12 @@ def code_of(model: nn.Module) -> tuple[object, ...]:
         rows += [path, type(module)]
         for name, value in vars(module).items():
             functions = filter(callable, value.values() if isinstance(value, Mapping) else [value])
-            rows.append((name, *map(_function, functions)))
+            rows.append((name, *map(_unwrap_function, functions)))
     return tuple(rows)
 
 
-def _function(value: Any) -> Any:
-    """Return the function itself behind methods and partials, which copies of a network have anew."""
+def _unwrap_function(value: Any) -> Any:
+    """Return the function behind methods and partials, which a copy has anew; of another callable, its class."""
     while (inner := getattr(value, "__func__", None) or getattr(value, "func", None)) is not None:
         value = inner
     return value if isinstance(value, FunctionType | type) else type(value)
@@ -304,15 +319,16 @@ def _function(value: Any) -> Any:
 
 @contextmanager
 def preserve_state(model: nn.Module, outside: bool = False, entries: bool = False) -> Iterator[None]:
-    """Context manager that afterwards undoes what a run may have changed in a network and the objects it reaches.
+    """Context manager that restores what a run may change in a network and the objects it reaches.
 
     It restores attributes, parameters, buffers, lists, dicts and other objects (the same objects in the same places),
     variables of hooks and other functions that modules hold, dicts and lists of the Python modules that define them,
-    cached functions, and the state of the CPU's random generator.
+    cached functions, and the state of the CPU's random generator. ``outside``: only what lies outside the network's own
+    attributes. ``entries``: the entries of buffers and other tensors too, but not of parameters.
     """
     reached = (_REACHED.get() if outside else None) or Snapshot(model, inside=not outside)
     plain = [x for x in reached.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
-    saved = [(x, x._version, x.detach().clone()) for x in plain]
+    saved = [(x, x._version, copy_tensor(x)) for x in plain]
     token = _REACHED.set(reached)
     try:
         with torch.random.fork_rng(devices=()):
@@ -327,4 +343,4 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
 
 
 _REACHED: ContextVar[Snapshot | None] = ContextVar("reached", default=None)
-"""What a network reaches whose state is preserved: its copies reach the same outside of themselves."""
+"""The snapshot of the network whose state is preserved now: its copies reach the same objects outside themselves."""

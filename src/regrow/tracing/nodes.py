@@ -34,6 +34,7 @@ def op_name(node: Node) -> str:
 
 @lru_cache(maxsize=4096)
 def _name_of(target: object) -> str:
+    """Return the plain name of an operation's target; empty if it has none."""
     named = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     name: str = getattr(named, "__name__", "")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
@@ -69,16 +70,16 @@ def operands_in(value: object) -> list[Node]:
 
 
 def operands(node: Node) -> list[Node]:
-    """Return the tensors that an operation takes, as nodes, in order."""
+    """Return the nodes that an operation takes, in order; one that it takes twice is listed twice."""
     return operands_in((node.args, node.kwargs))
 
 
-def parameters_of(target: object) -> Sequence[Any]:
-    """Return the parameters in an operation's schema; none if it has no schema."""
+def schema_parameters(target: object) -> Sequence[Any]:
+    """Return the parameters (``torch.Argument``) in an operation's schema; none if it has no schema."""
     return getattr(getattr(target, "_schema", None), "arguments", ())
 
 
-def writes(node: Node) -> bool:
+def writes_in_place(node: Node) -> bool:
     """Whether an operation writes into a tensor in place."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
@@ -105,7 +106,7 @@ def shapes_of(node: Node) -> Shapes:
 
 
 def shape_of(node: Node) -> Shape:
-    """Return the shape of a node's value, which must be one tensor."""
+    """Return the shape of a node's value; AssertionError if that is not one tensor."""
     shape = shapes_of(node)
     assert isinstance(shape, tuple)
     return shape
@@ -117,14 +118,14 @@ def as_list(value: T | list[T]) -> list[T]:
 
 
 def result_shapes(node: Node) -> list[Shape]:
-    """Return the shapes of a node's values, of which each must be a tensor; of a single value, that of it alone."""
+    """Return the shapes of a node's one or more values; AssertionError if one is no tensor."""
     shapes = [shape for shape in as_list(shapes_of(node)) if shape is not None]
     assert len(shapes) == len(as_list(shapes_of(node)))
     return shapes
 
 
 def uncast(node: Node) -> Node:
-    """Return the node behind casts and copies."""
+    """Return the node behind casts and copies; the node itself if it is neither."""
     while op_name(node) in ALIASES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
@@ -138,47 +139,48 @@ def argument(node: Node, position: int, *names: str) -> Argument:
 
 
 def operand_of(node: Node, position: int = 0, *names: str) -> Node:
-    """Return an argument of a call that is the result of another one."""
+    """Return the node that is an argument of a call, by position or name; AssertionError if it is none."""
     value = argument(node, position, *names)
     assert isinstance(value, Node)
     return value
 
 
-def whole(value: Argument) -> int:
-    """Return an argument that is a whole number."""
+def as_int(value: Argument) -> int:
+    """Return an argument as a whole number; AssertionError if it is none."""
     assert isinstance(value, int)
     return int(value)
 
 
-def wholes(value: Argument) -> list[int]:
-    """Return an argument that is a list of whole numbers, or one such number, as a list."""
-    return list(map(whole, value if isinstance(value, list | tuple) else [value]))
+def as_ints(value: Argument) -> list[int]:
+    """Return an argument that is one whole number or a list of them as a list; AssertionError if it is neither."""
+    return list(map(as_int, value if isinstance(value, list | tuple) else [value]))
 
 
-def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:
-    """Return which dimension an argument of a call names, as an index from 0."""
+def dim_index(node: Node, position: int, rank: int, default: int = 0) -> int:
+    """Return the index (from 0) of the dimension that ``dim``, or the argument at ``position``, names."""
     value = argument(node, position, "dim")
-    return (default if value is None else whole(value)) % max(rank, 1)
+    return (default if value is None else as_int(value)) % max(rank, 1)
 
 
 def permutation(node: Node, rank: int) -> list[int] | None:
-    """Return which dimension of its operand each one of a transposed tensor is; ``None`` for other operations."""
+    """Return, per dimension of a transposed result, that of the operand; ``None`` for any other operation."""
     order = list(range(rank))
-    match op_name(node):
+    match op_name(node):  # ATen calls give dimensions by position
         case "mT" | "mH" | "adjoint":
             order[-2], order[-1] = order[-1], order[-2]
         case "t" | "numpy_T":
             order.reverse()
         case "transpose" | "swapaxes":
-            a, b = axis_of(node, 1, rank), axis_of(node, 2, rank)
+            a, b = dim_index(node, 1, rank), dim_index(node, 2, rank)
             order[a], order[b] = order[b], order[a]
         case "movedim":
-            source, target = ([i % rank for i in wholes(moved)] for moved in node.args[1:3])
+            source = [i % rank for i in as_ints(node.args[1])]
+            target = [i % rank for i in as_ints(node.args[2])]
             order = [i for i in order if i not in source]
-            for at, i in sorted(zip(target, source, strict=True)):
-                order.insert(at, i)
+            for position, i in sorted(zip(target, source, strict=True)):  # so that no insertion moves an earlier one
+                order.insert(position, i)
         case "permute":
-            order = [i % rank for i in wholes(node.args[1])]
+            order = [i % rank for i in as_ints(node.args[1])]
         case _:
             return None
     return order

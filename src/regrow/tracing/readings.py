@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from regrow.core.axes import AxisGraph, Decision, Dim, Example
-from regrow.tracing.capture import Capture, TraceError, capture, in_training
-from regrow.tracing.folds import size_divided_by
+from regrow.tracing.capture import Capture, TraceError, capture, capture_in_training
+from regrow.tracing.folds import find_divisor_dims
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.meta_copy import leaves_in
-from regrow.tracing.model_state import code_of, names_in, state_of
+from regrow.tracing.model_state import describe_code, names_in, state_of
 from regrow.tracing.nodes import module_of, modules_around, op_name, operands, shape_of
 from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import walk
-from regrow.tracing.steps import operations, steps_of
+from regrow.tracing.steps import list_operations, list_steps
 from regrow.tracing.walk import Walk
 
 
@@ -36,16 +36,16 @@ class GraphBlock:
     """
 
     path: str  # the module whose operations they are; empty between repeated modules
-    start: int
-    stop: int
+    start: int  # the number of the first operation
+    stop: int  # the number behind the last
     inputs: tuple[int | str, ...] = ()  # numbers of earlier operations, and the network's inputs and constants
     outputs: tuple[int, ...] = ()  # operations whose results are read later, or are outputs of the network
     states: tuple[str, ...] = ()  # parameters and buffers that it reads
     # Its class: blocks of one class run the same operations with the same constants in the same wiring, at any widths.
-    kind: int = 0
+    block_class: int = 0
 
 
-def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
+def divide_into_blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     """Divide a recorded network into blocks: its outermost repeated modules, and the operations between two of them.
 
     A module is repeated if another one in the same parent runs the same operations on the same shapes, or is of its
@@ -54,18 +54,18 @@ def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     """
     net = _Net(recorded)
     end = len(net.steps)
-    repeated = sorted(net.repeated(range(end)), key=lambda block: block.start)
+    repeated = sorted(net.find_repeated(range(end)), key=lambda block: block.start)
     result: list[GraphBlock] = []
     numbers: dict[int, int] = {}
-    at = 0
+    before = 0  # where the block before ends
     for block in (*repeated, GraphBlock("", end, end)):
-        for path, start, stop in (("", at, block.start), (block.path, block.start, block.stop)):
+        for path, start, stop in (("", before, block.start), (block.path, block.start, block.stop)):
             if start < stop:
-                form = net.form(start, stop, sized=False)
-                kind = numbers.setdefault(form, len(numbers))
-                inputs, outputs, states = net.seams(start, stop)
-                result.append(GraphBlock(path, start, stop, inputs, outputs, states, kind))
-        at = block.stop
+                form = net.hash_form(start, stop, sized=False)
+                block_class = numbers.setdefault(form, len(numbers))
+                inputs, outputs, states = net.find_seams(start, stop)
+                result.append(GraphBlock(path, start, stop, inputs, outputs, states, block_class))
+        before = block.stop
     return tuple(result)
 
 
@@ -73,43 +73,46 @@ class _Net:
     """A recording as a list of operations, with the modules around each and its last reader."""
 
     def __init__(self, recorded: Capture) -> None:
-        self.steps = steps_of(recorded)
-        self.modules = [[(path, kind) for path, kind in modules_around(n) if path] for n in operations(recorded)]
+        self.steps = list_steps(recorded)
+        self.modules = [[(path, kind) for path, kind in modules_around(n) if path] for n in list_operations(recorded)]
         self.shapes = {name: shape_of(node) for node, name in recorded.states.items()}
         self.readers = {operand: i for i, step in enumerate(self.steps) for operand in step.operands}
 
-    def repeated(self, numbers: Sequence[int], depth: int = 0) -> list[GraphBlock]:
-        """Return the repeated modules among those that run some operations.
+    def find_repeated(self, indices: Sequence[int], depth: int = 0) -> list[GraphBlock]:
+        """Return the repeated modules, ``depth`` levels below the network, among those that run some operations.
 
         A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
         blocks); parallel modules, such as experts, are no chain.
         """
         children: dict[str, list[int]] = {}
-        for i in numbers:
+        for i in indices:
             if len(self.modules[i]) > depth:
-                children.setdefault(self.modules[i][depth][0], []).append(i)
+                path, _ = self.modules[i][depth]
+                children.setdefault(path, []).append(i)
         forms: dict[str, int] = {}
-        kinds: dict[str, type] = {}
-        for path, part in children.items():
-            if self._is_block(part):
-                forms[path] = self.form(part[0], part[-1] + 1)
-                if any(len(self.modules[i]) == depth + 1 for i in part):
-                    kinds[path] = self.modules[part[0]][depth][1]
-        alike, same = Counter(forms.values()), Counter(kinds.values())
+        classes: dict[str, type] = {}
+        for path, inside in children.items():
+            if self._is_block(inside):
+                forms[path] = self.hash_form(inside[0], inside[-1] + 1)
+                if any(len(self.modules[i]) == depth + 1 for i in inside):  # has operations outside its children
+                    _, classes[path] = self.modules[inside[0]][depth]
+        form_counts, class_counts = Counter(forms.values()), Counter(classes.values())
         result = []
-        for path, part in children.items():
-            parts = self.repeated(part, depth + 1)
-            is_repeated = path in forms and (alike[forms[path]] > 1 or (path in kinds and same[kinds[path]] > 1))
-            covered = sum(block.stop - block.start for block in parts)
-            if is_repeated and not (2 * covered > len(part) and self._is_chain(parts)):
-                result.append(GraphBlock(path, part[0], part[-1] + 1))
+        for path, inside in children.items():
+            nested = self.find_repeated(inside, depth + 1)
+            same_form = path in forms and form_counts[forms[path]] > 1
+            same_class = path in classes and class_counts[classes[path]] > 1
+            covered = sum(block.stop - block.start for block in nested)
+            is_container = 2 * covered > len(inside) and self._is_chain(nested)  # such as an encoder of blocks
+            if (same_form or same_class) and not is_container:
+                result.append(GraphBlock(path, inside[0], inside[-1] + 1))
             else:
-                result += parts
+                result += nested
         return result
 
-    def _is_chain(self, parts: Sequence[GraphBlock]) -> bool:
-        """Whether each of some modules works on the output of the one before it."""
-        for block, other in pairwise(parts):
+    def _is_chain(self, blocks: Sequence[GraphBlock]) -> bool:
+        """Whether each block works on the output of the one before it."""
+        for block, other in pairwise(blocks):
             reached = {*range(block.start, block.stop)}
             for i in range(block.stop, other.stop):
                 if not reached.isdisjoint(self.steps[i].operands):
@@ -118,14 +121,15 @@ class _Net:
                 return False
         return True
 
-    def _is_block(self, numbers: Sequence[int]) -> bool:
-        if numbers[-1] - numbers[0] + 1 != len(numbers):
+    def _is_block(self, indices: Sequence[int]) -> bool:
+        """Whether operations are contiguous and read two weights or more."""
+        if indices[-1] - indices[0] + 1 != len(indices):
             return False
-        read = {operand for i in numbers for operand in self.steps[i].operands if isinstance(operand, str)}
+        read = {operand for i in indices for operand in self.steps[i].operands if isinstance(operand, str)}
         return sum(len(self.shapes.get(name, ())) > 1 for name in read) > 1
 
-    def form(self, start: int, stop: int, sized: bool = True) -> int:
-        """Return a hash of what some operations compute, independent of names and of where their inputs come from."""
+    def hash_form(self, start: int, stop: int, sized: bool = True) -> int:
+        """Return a hash of what operations compute, without names and sources of inputs; ``sized``: with shapes."""
         outside: dict[int | str, int] = {}
         form = []
         for step in self.steps[start:stop]:
@@ -136,12 +140,12 @@ class _Net:
                 else:
                     shape = self.shapes.get(operand) if isinstance(operand, str) else None
                     number = outside.setdefault(operand, len(outside))
-                    operands.append((number, shape if sized else _unsized(shape)))
-            form.append((step.op, step.shapes if sized else _unsized(step.shapes), step.numbers, tuple(operands)))
+                    operands.append((number, shape if sized else _without_sizes(shape)))
+            form.append((step.op, step.shapes if sized else _without_sizes(step.shapes), step.numbers, tuple(operands)))
         return hash(tuple(form))
 
-    def seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
-        """Return the inputs, outputs and states of a run of operations, as in :class:`GraphBlock`."""
+    def find_seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
+        """Return the inputs, outputs and states of contiguous operations, as in :class:`GraphBlock`."""
         read = dict.fromkeys(operand for step in self.steps[start:stop] for operand in step.operands)
         states = tuple(x for x in read if isinstance(x, str) and x in self.shapes)
         inputs = tuple(x for x in read if x not in self.shapes and not (isinstance(x, int) and x >= start))
@@ -149,9 +153,11 @@ class _Net:
         return inputs, outputs, states
 
 
-def _unsized(shape: Any) -> Any:
+def _without_sizes(shape: Any) -> Any:
     """Return a shape, or several, with every size above 1 replaced by 2."""
-    return tuple(map(_unsized, shape)) if isinstance(shape, list | tuple) else shape if shape is None else min(shape, 2)
+    if isinstance(shape, list | tuple):
+        return tuple(map(_without_sizes, shape))
+    return shape if shape is None else min(shape, 2)
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ class Recording:
 
     capture: Capture  # the operations, to be run one by one
     reads: tuple[ReadDim, ...]  # they hold for a cut copy too, whose operations are the same
-    code: tuple[object, ...]  # of the recorded modules, as code_of returns it
+    code: tuple[object, ...]  # of the recorded modules, as describe_code returns it
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Recording":
         """Return itself: it is immutable, and the graph of a long network is linked too deep to be copied."""
@@ -182,7 +188,7 @@ class Recording:
     @cached_property
     def blocks(self) -> tuple[GraphBlock, ...]:
         """The blocks of the recorded network."""
-        return blocks(self.capture)
+        return divide_into_blocks(self.capture)
 
     def fits(self, model: nn.Module, example: Example) -> bool:
         """Whether the model and the example still have the code, shapes, dtypes and devices of the recording.
@@ -191,14 +197,14 @@ class Recording:
         """
         state, inputs, leaves = state_of(model), self.capture.inputs, leaves_in(example)
         return (
-            self.code == code_of(model)
+            self.code == describe_code(model)
             and len(inputs) == len(leaves)
-            and all(_is_alike(state.get(name), node.meta["val"]) for node, name in self.capture.states.items())
-            and all(_is_alike(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
+            and all(_has_form(state.get(name), node.meta["val"]) for node, name in self.capture.states.items())
+            and all(_has_form(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
         )
 
 
-def _is_alike(value: object, form: object) -> bool:
+def _has_form(value: object, form: object) -> bool:
     """Whether a value is what a placeholder stands for: a tensor of that shape, dtype and device, or an equal value."""
     if isinstance(form, Tensor):
         same = isinstance(value, Tensor) and (value.shape, value.dtype, value.device)
@@ -211,7 +217,7 @@ class Readings:
     """A recorded network, the dimensions in which it reads its axes, and the input it was recorded with."""
 
     capture: Capture
-    given: Sequence[object]  # the tensors and other values that the network takes
+    given: Sequence[object]  # the tensors and other values that the network takes, as leaves_in returns them
     reads: tuple[ReadDim, ...]
     sizes: Mapping[str, int]  # of each axis that occurs in them
     # In an eager recording, each operand from which an operation computes integers or booleans: the operation, the
@@ -219,10 +225,10 @@ class Readings:
     compared: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
 
 
-def readings(
+def record_readings(
     model: nn.Module, axes: AxisGraph, example: Example, decisions: tuple[Decision, ...] | None = None
 ) -> Readings:
-    """Record a network anew and return where it reads the axes of ``axes``."""
+    """Record a network anew, on ``example``, and return where it reads the axes of ``axes``; or raise TraceError."""
     recorded = capture(model, example, decisions, tracer=axes.tracer)
     w = walk(recorded, cautious=False)
     if axes.trained:
@@ -231,69 +237,62 @@ def readings(
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
     names = Names({number: renamed[key] for number, key in names.keys.items()})
+    nodes = recorded.graph.nodes if recorded.decisions is not None else ()
+    compared = [(node, operand) for node in nodes for operand in compared_operands(node)]
     return Readings(
         capture=recorded,
         given=leaves_in(example),
-        reads=reads(w, names),
+        reads=list_reads(w, names),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
-        compared=tuple(
-            (node, operand, names.dims(w.of(operand)))
-            for node in (recorded.graph.nodes if recorded.decisions is not None else ())
-            for operand in compared_operands(node)
-        ),
+        compared=tuple((node, operand, names.dims(w.of(operand))) for node, operand in compared),
     )
 
 
-def recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
+def make_recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
     """Return a walked network's recording; ``None`` where data decide which operations run."""
     if w.capture.decisions is not None:
         return None
-    return Recording(w.capture, reads(w, names), code_of(model))
+    return Recording(w.capture, list_reads(w, names), describe_code(model))
 
 
-def reads(w: Walk, names: Names) -> tuple[ReadDim, ...]:
-    """Return the dimensions in which a walked network reads its axes."""
-    step = {node: i for i, node in enumerate(operations(w.capture))}
-    return tuple(
-        ReadDim(
-            step[r.node],
-            operands(r.node).index(r.operand),
-            r.dim,
-            names.dim(w.of(r.operand)[r.dim]),
-            r.fill,
-            r.weight,
-            1 if r.groups is None else names.dim(r.groups),
-        )
-        for r in w.readings
-    )
+def list_reads(w: Walk, names: Names) -> tuple[ReadDim, ...]:
+    """Return the dimensions in which a walked network reads its axes, in order of the operations."""
+    numbers = {node: i for i, node in enumerate(list_operations(w.capture))}
+    result = []
+    for r in w.readings:
+        operand = operands(r.node).index(r.operand)
+        dim = names.dim(w.of(r.operand)[r.dim])
+        groups = 1 if r.groups is None else names.dim(r.groups)
+        result.append(ReadDim(numbers[r.node], operand, r.dim, dim, r.fill, r.weight, groups))
+    return tuple(result)
 
 
 def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
-    """Record and walk a network in training mode too, and merge what that ties or freezes into the evaluation walk.
+    """Record and walk a network in training mode too, and merge what that ties or freezes into ``w``, in place.
 
     It does so where training uses parameters that evaluation leaves out (auxiliary heads), or where the network's own
     code reads its mode and other operations run then. Both walks are about the same parameters, so what the second one
     ties, freezes or marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
     """
-    if w.capture.decisions is not None or not (w.capture.unused or "training" in _names_read(model)):
+    if w.capture.decisions is not None or not (w.capture.unused or "training" in _names_in_code(model)):
         return
     try:
-        trained = in_training(model, example)
+        trained = capture_in_training(model, example)
     except TraceError:
         return
-    left = tuple(name for name in w.capture.unused if name in trained.unused)
-    if len(left) == len(w.capture.unused) and _names(w.capture) == _names(trained):
+    unused = tuple(name for name in w.capture.unused if name in trained.unused)
+    if len(unused) == len(w.capture.unused) and _operation_names(w.capture) == _operation_names(trained):
         return
     second = walk(trained, merged=w)
-    alike = {(module_of(node), kind) for node, kind in w.norms}
+    folded = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
-        if (module_of(node), kind) not in alike:
-            second.freeze(node, size_divided_by(second, node, kind))
-    w.also += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
-    w.capture = replace(w.capture, unused=left)
+        if (module_of(node), kind) not in folded:
+            second.freeze(node, find_divisor_dims(second, node, kind))
+    w.training_reads += [(second.of(reading.operand)[reading.dim], reading.weight) for reading in second.readings]
+    w.capture = replace(w.capture, unused=unused)
 
 
-def _names_read(model: nn.Module) -> set[str]:
+def _names_in_code(model: nn.Module) -> set[str]:
     """Return the names that a network's own code (not torch's) reads, in classes and in functions that modules hold."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     defined = [base for base in classes if base.__module__.partition(".")[0] not in ("torch", "builtins")]
@@ -302,8 +301,9 @@ def _names_read(model: nn.Module) -> set[str]:
     return {name for code in codes if isinstance(code, CodeType) for name in names_in(code)}
 
 
-def _names(recorded: Capture) -> list[str]:
-    return [name for node in operations(recorded) if (name := op_name(node)) not in _DROPOUT]
+def _operation_names(recorded: Capture) -> list[str]:
+    """Return the names of the operations of a recording, in order, without dropout."""
+    return [name for node in list_operations(recorded) if (name := op_name(node)) not in _DROPOUT]
 
 
 _DROPOUT = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")

@@ -23,21 +23,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.core.axes import Decision
-from regrow.tracing.interception import LINE, line_here, most_calls
+from regrow.tracing.interception import LINE, current_line, most_calls
 from regrow.tracing.known_forms import KnownForms
 from regrow.tracing.meta_copy import infer_result
-from regrow.tracing.model_state import output_tensors
+from regrow.tracing.model_state import copy_tensor, output_tensors
 from regrow.tracing.nodes import map_arguments, operands_in
 
-ORDERS = frozenset(
-    (
-        torch.ops.aten.sort.default,
-        torch.ops.aten.sort.stable,
-        torch.ops.aten.topk.default,
-        torch.ops.aten.argsort.default,
-        torch.ops.aten.argsort.stable,
-    )
-)
+aten = torch.ops.aten
+
+ORDERS = frozenset((aten.sort.default, aten.sort.stable, aten.topk.default, aten.argsort.default, aten.argsort.stable))
 """Operations that put entries in order, with the positions as their only or second result."""
 
 
@@ -51,16 +45,16 @@ def decision(*read: Tensor) -> tuple[Tensor, ...]:
 
 
 def compared_operands(node: Node) -> list[Node]:
-    """Return the floating-point operands from which an operation computes integers or booleans."""
-    made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
-    if node.op != "call_function" or (node.target is not decision and all(x.is_floating_point() for x in made)):
+    """Return the floating-point operands from which an operation computes integers or booleans, or a decision."""
+    results = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
+    if node.op != "call_function" or (node.target is not decision and all(x.is_floating_point() for x in results)):
         return []
-    read = [(operand, _val(operand)) for operand in node.all_input_nodes]
+    read = [(operand, _get_value(operand)) for operand in node.all_input_nodes]
     return [operand for operand, value in read if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 class TensorMap:
-    """Mapping of tensor, by identity, → node that keeps its tensors; faster than one that lets them go."""
+    """Mapping of tensor, by identity, → node; it keeps its tensors alive, and is faster than a weak mapping."""
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[Tensor, Node]] = {}
@@ -76,53 +70,55 @@ class TensorMap:
 
 
 class ConstantResults:
-    """The nodes of a recording whose values are made of constants alone, and their values once they are needed."""
+    """The nodes of a recording whose values are made of constants alone; they are computed once one is needed."""
 
     def __init__(self) -> None:
-        self.known: dict[Node, Any] = {}
-        self.calls: list[tuple[Node, Any, Any, Any]] = []
+        self.values: dict[Node, Any] = {}  # None: pending
+        self.pending: list[tuple[Node, Any, Any, Any]] = []  # node, operation, args, kwargs
 
     def __contains__(self, node: object) -> bool:
-        return node in self.known
+        return node in self.values
 
     def add_call(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
         """Add an operation on constants; it is run when a value is needed."""
-        self.known[node] = None
-        self.calls.append((node, func, args, kwargs))
+        self.values[node] = None
+        self.pending.append((node, func, args, kwargs))
 
-    def holds(self, func: Any, args: Any, kwargs: Any) -> bool:
+    def are_operands(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether an operation works on constants alone, and draws no random numbers."""
-        constant = all(node in self.known for node in operands_in((args, kwargs)))
+        constant = all(node in self.values for node in operands_in((args, kwargs)))
         return constant and torch.Tag.nondeterministic_seeded not in func.tags
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on constants and return its result."""
+        """Return the result of an operation on constants, with real values."""
         with no_python_dispatcher(), unset_fake_temporarily():
-            self._catch_up()
-            return self._result(func, args, kwargs)
+            self._run_pending()
+            return self._run_call(func, args, kwargs)
 
     def forget(self, args: Any, kwargs: Any) -> None:
         """Forget constants that an operation on other tensors too may write into, and all that share their storage."""
-        nodes = [node for node in operands_in((args, kwargs)) if node in self.known]
+        nodes = [node for node in operands_in((args, kwargs)) if node in self.values]
         if not nodes:
             return
         with no_python_dispatcher(), unset_fake_temporarily():
-            self._catch_up()
-        written = {address for node in nodes for address in _storages(self.known[node])}
-        self.known = {node: x for node, x in self.known.items() if written.isdisjoint(_storages(x))}
+            self._run_pending()
+        written = {address for node in nodes for address in _storage_addresses(self.values[node])}
+        self.values = {node: x for node, x in self.values.items() if written.isdisjoint(_storage_addresses(x))}
 
-    def _catch_up(self) -> None:
-        """Run the operations that were added since."""
-        for node, func, args, kwargs in self.calls:
-            self.known[node] = self._result(func, args, kwargs)
-        self.calls.clear()
+    def _run_pending(self) -> None:
+        """Run the operations that were added since the last time."""
+        for node, func, args, kwargs in self.pending:
+            self.values[node] = self._run_call(func, args, kwargs)
+        self.pending.clear()
 
-    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        values, named = map_arguments((args, kwargs), Node, self.known.__getitem__)
+    def _run_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of an operation whose operands are given as nodes with known values."""
+        values, named = map_arguments((args, kwargs), Node, self.values.__getitem__)
         return func(*values, **named)
 
 
-def _storages(value: Any) -> set[int]:
+def _storage_addresses(value: Any) -> set[int]:
+    """Return the addresses of the storages of all tensors in a value."""
     return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
 
 
@@ -140,6 +136,7 @@ class Recorder(ProxyTorchDispatchMode):
         running: Callable[[], dict[str, Any]],
         fake: FakeTensorMode | None,
     ) -> None:
+        """Begin a recording; ``running`` returns the running modules, ``fake`` is ``None`` for real tensors."""
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
         self.graph = Graph()  # its placeholders are parameters, buffers, inputs and constants
         self.states: dict[Node, str] = {}  # placeholder → name of the parameter or buffer
@@ -150,26 +147,29 @@ class Recorder(ProxyTorchDispatchMode):
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
         self.answers, self.orders = iter(answers), iter(orders)
         self.nodes: TensorMap | WeakTensorKeyDictionary = WeakTensorKeyDictionary() if self.real else TensorMap()
-        self.plain = ConstantResults()
-        self.calls: list[Node] = []
+        self.constant_results = ConstantResults()
+        self.calls: list[Node] = []  # the operations so far, in order
         self.forms = KnownForms(self.fake)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
+        """Tell torch not to wrap :meth:`__torch_dispatch__`."""
         return False  # nothing here is compiled, and torch would load its compiler to make sure
 
     def end(self, result: Any) -> None:
-        """Add the output to the graph."""
+        """Add the network's output to the graph; raise OutputError if it holds no tensors."""
         tensors = output_tensors(result)
         self.graph.output(tuple(map(self._node, tensors)))
         if self.real:
             self.values[:0] = [x.detach() for x in tensors if x.is_floating_point()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record an operation that torch dispatches, and return its result."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return self._seen(func, args, kwargs or {})
+            return self._record(func, args, kwargs or {})
 
-    def _seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record an operation and return its result; where data decide the result, record a decision instead."""
         if func.namespace == "profiler":
             return func(*args, **kwargs)
         if func in _FORWARD_MODE:
@@ -177,31 +177,32 @@ class Recorder(ProxyTorchDispatchMode):
         if func in _PICKS:
             args = (args[0], [part for index in args[1] for part in self._positions(index)], *args[2:])
         nodes, named = map_arguments((args, kwargs), Tensor, self._node)
-        plain = self.plain.holds(func, nodes, named)
+        constant = self.constant_results.are_operands(func, nodes, named)
         try:
-            form = self._inferred(func, *map_arguments((nodes, named), Node, _val))
+            form = self._infer_once(func, *map_arguments((nodes, named), Node, _get_value))
         except _DATA_DECIDE:
-            if not plain:
-                return self._decided(func, args, kwargs)
-            return tree_map_only(Tensor, self._constant, self.plain.run(func, nodes, named))  # no data decide it
-        if not plain and func._schema.is_mutable:
-            self.plain.forget(nodes, named)
+            if not constant:
+                return self._record_decision(func, args, kwargs)
+            return tree_map_only(Tensor, self._constant, self.constant_results.run(func, nodes, named))
+        if not constant and func._schema.is_mutable:
+            self.constant_results.forget(nodes, named)
         node = self._write(func, nodes, named, form)
-        self._keep_compared(node, args, kwargs)
+        self._keep_compared_values(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
-            dim = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}.get("dim", -1)
-            out = _reorder(args[0], dim, out, next(self.orders, None))
-        if plain:
-            self.plain.add_call(node, func, nodes, named)
-        self._name(node, out, form, plain)
+            arguments = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+            out = _reorder(args[0], arguments.get("dim", -1), out, next(self.orders, None))  # -1: the default of ORDERS
+        if constant:
+            self.constant_results.add_call(node, func, nodes, named)
+        self._associate(node, out, form, constant)
         return out
 
-    def _inferred(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on fake tensors; layers of one form infer it once."""
+    def _infer_once(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of an operation on fake tensors, inferred once for operands of the same forms."""
         return self.forms.infer_once(self._infer, func, args, kwargs)
 
     def _infer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of an operation on fake tensors; raise one of ``_DATA_DECIDE`` where data decide it."""
         if (form := infer_result(func, args, kwargs, self.fake)) is not NotImplemented:
             return form
         with self.fake:
@@ -212,37 +213,43 @@ class Recorder(ProxyTorchDispatchMode):
         return form
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
-        """Return a boolean index as one tensor of positions per dimension; other indices unchanged."""
+        """Return a boolean index as one tensor of positions per dimension; another index as the only entry."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
-        positions = self._seen(torch.ops.aten.nonzero.default, (index,), {})
-        return list(self._seen(torch.ops.aten.unbind.int, (positions, 1), {}))
+        positions = self._record(aten.nonzero.default, (index,), {})
+        return list(self._record(aten.unbind.int, (positions, 1), {}))
 
-    def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _record_decision(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record a data-dependent decision and return its result: the next replayed one, or that of the data."""
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         nodes = [self._node(x) for x in read]
-        node = self._write(decision, tuple(nodes), {}, list(map(_val, nodes)))
+        node = self._write(decision, tuple(nodes), {}, list(map(_get_value, nodes)))
         node.meta["asks"] = str(func)
-        self._keep_compared(node, args, kwargs)
-        module, known = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
-        if not self.real if known is None else (known.op, known.module) != (str(func), module):
+        self._keep_compared_values(node, args, kwargs)
+        module, replayed = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
+        # On fake tensors every decision must be a replayed one.
+        diverges = not self.real if replayed is None else (replayed.op, replayed.module) != (str(func), module)
+        if diverges:
             raise DivergedError(f"{func} in {module or 'the model'} asks what the recorded run did not ask there")
-        answer = func(*args, **kwargs) if known is None else _cast_answer(read, known.answer)
+        answer = func(*args, **kwargs) if replayed is None else _cast_answer(read, replayed.answer)
         self.decisions.append(Decision(str(func), module, tree_map_only(Tensor, copy_tensor, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
-        return tree_map_only(Tensor, lambda x: self._constant(x, plain=False), answer)
+        return tree_map_only(Tensor, lambda x: self._constant(x, is_known=False), answer)
 
-    def _keep_compared(self, node: Node, args: Any, kwargs: Any) -> None:
+    def _keep_compared_values(self, node: Node, args: Any, kwargs: Any) -> None:
+        """Append copies of the operands that an operation compares to ``values``, on real tensors."""
         if self.real:
             live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             self.values += [copy_tensor(live[operand]) for operand in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
+        """Add an operation to the graph, with the fake result ``val``, the running modules and the running line."""
         node = self._add(target, args, kwargs)
-        node.meta |= {"val": val, "nn_module_stack": self.running(), LINE: line_here()}
+        node.meta |= {"val": val, "nn_module_stack": self.running(), LINE: current_line()}
         return node
 
     def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
+        """Add an operation to the graph and to ``calls``; raise RuntimeError above the limit of operations."""
         if len(self.calls) >= most_calls.get():
             raise RuntimeError(f"it runs more than {len(self.calls)} operations")
         node = self.graph.create_node("call_function", target, args, kwargs)
@@ -250,22 +257,22 @@ class Recorder(ProxyTorchDispatchMode):
         return node
 
     def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
-        """Record an operation once more, on other operands and in another module."""
-        made = self._add(node.target, args, kwargs)
-        made.meta |= node.meta | {"nn_module_stack": stack}
-        return made
+        """Record an operation once more, on other operands (nodes) and in other modules; return the new node."""
+        copied = self._add(node.target, args, kwargs)
+        copied.meta |= node.meta | {"nn_module_stack": stack}
+        return copied
 
-    def _name(self, node: Node, out: Any, form: Any, plain: bool) -> None:
-        """Associate the results of an operation with its node."""
+    def _associate(self, node: Node, out: Any, form: Any, constant: bool) -> None:
+        """Enter the results of an operation in ``nodes``; entries of a list get a node of their own (``getitem``)."""
         if isinstance(out, Tensor):
             self.nodes[out] = node
         elif isinstance(out, list | tuple):
             for i, (part, val) in enumerate(zip(out, form, strict=True)):
                 if isinstance(part, Tensor):
                     entry = self._write(getitem, (node, i), {}, val)
-                    if plain:
-                        self.plain.add_call(entry, getitem, (node, i), {})
-                    self._name(entry, part, val, plain)
+                    if constant:
+                        self.constant_results.add_call(entry, getitem, (node, i), {})
+                    self._associate(entry, part, val, constant)
 
     def _node(self, x: Tensor) -> Node:
         """Return the node of a tensor; a tensor that no operation made becomes a constant."""
@@ -275,17 +282,19 @@ class Recorder(ProxyTorchDispatchMode):
             self._constant(x, copied=False)
         return self.nodes[x]
 
-    def _constant(self, x: Tensor, plain: bool = True, copied: bool = True) -> Tensor:
-        """Add a placeholder for a tensor and return a copy, or the tensor itself unless ``copied``."""
-        flowing = x if not copied else copy_tensor(x) if self.real else self.fake.from_tensor(x)
-        node = self.placeholder(flowing)
+    def _constant(self, x: Tensor, is_known: bool = True, copied: bool = True) -> Tensor:
+        """Add a constant's placeholder; return a copy, or ``x`` unless ``copied``. ``is_known``: no data decided it."""
+        value = x
+        if copied:
+            value = copy_tensor(x) if self.real else self.fake.from_tensor(x)
+        node = self.placeholder(value)
         self.constants[node] = copy_tensor(x)
-        if plain and not isinstance(x, FakeTensor):
-            self.plain.known[node] = copy_tensor(x)
-        return flowing
+        if is_known and not isinstance(x, FakeTensor):
+            self.constant_results.values[node] = copy_tensor(x)
+        return value
 
     def placeholder(self, value: Any) -> Node:
-        """Add an input of the graph: a parameter, a buffer, a constant, or an input of the network."""
+        """Add an input of the graph and return its node: a parameter, buffer, constant, or input of the network."""
         with self.graph.inserting_before(self.calls[0]) if self.calls else nullcontext():
             node = self.graph.placeholder(f"given_{len(self.graph.nodes)}")
         node.meta["val"] = value
@@ -295,17 +304,13 @@ class Recorder(ProxyTorchDispatchMode):
         return node
 
 
-def _val(node: Node) -> Any:
+def _get_value(node: Node) -> Any:
+    """Return the fake value of a node, or what else its placeholder holds."""
     return node.meta["val"]
 
 
-def copy_tensor(x: Tensor) -> Tensor:
-    """Return a copy without a history."""
-    return x.detach().clone()
-
-
 def _cast_answer(read: list[Tensor], answer: object) -> object:
-    """Return a replayed decision in the precision of the tensors it was taken on."""
+    """Return a replayed decision in the precision of the tensors that are read now, if these have only one."""
     dtypes = {x.dtype for x in read if x.is_floating_point()}
     if len(dtypes) != 1:
         return answer
@@ -314,17 +319,18 @@ def _cast_answer(read: list[Tensor], answer: object) -> object:
 
 
 def _reorder(x: Tensor, dim: int, result: Tensor | Sequence[Tensor], order: Tensor | None) -> Tensor | Sequence[Tensor]:
-    """Return the result of a sorting operation in a given order, if that has the right shape."""
+    """Return the result of a sorting operation in ``order`` (positions), if that has the shape of its positions."""
     positions = result if isinstance(result, Tensor) else result[1]
     if order is None or order.shape != positions.shape:
         return result
     return order if isinstance(result, Tensor) else (x.gather(dim, order), order)
 
 
-_PICKS = frozenset((torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default))
+_PICKS = frozenset((aten.index.Tensor, aten.index_put.default, aten.index_put_.default))
 """Operations that also take masks; recorded with the positions where the mask is true."""
 
-_FORWARD_MODE = frozenset((torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default))
+# Operations of forward-mode differentiation, which are refused
+_FORWARD_MODE = frozenset((aten._make_dual.default, aten._unpack_dual.default))
 
 _DATA_DECIDE = (
     fake_tensor.DataDependentOutputException,

@@ -14,7 +14,7 @@ from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
 from regrow.tracing.branches import ModuleCall, record_calls
-from regrow.tracing.capture import TraceError, first_line
+from regrow.tracing.capture import TraceError, trim_error
 from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
@@ -35,30 +35,30 @@ class StackError(ValueError):
     """Raised with the reason why a module is no stack into which the blocks can be inserted."""
 
 
-def stack_at(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.ModuleList:
-    """Return the stack of a path."""
+def get_stack(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.ModuleList:
+    """Return the stack at a path; raise StackError unless it holds ``size`` modules, numbered one after the other."""
     stack = dict(model.named_modules()).get(path)
     if not isinstance(stack, nn.Sequential | nn.ModuleList):
         raise StackError(f"the network has no nn.Sequential or nn.ModuleList {path!r}")
     if len(stack) != size:
         raise StackError(f"stack {path!r} has {len(stack)} modules here, not {size}")
-    _prefix(stack)
+    _get_numbering(stack)
     return stack
 
 
 def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """Put copies of blocks into a stack, in place; parameters that are to be 0 in a copy are set to 0."""
-    stack = stack_at(model, path, insertion.size)
+    stack = get_stack(model, path, insertion.size)
     old = list(stack)
-    made = {copy.position: _copied(model, old[copy.of], copy.zeros) for copy in insertion.copies}
-    modules = [made.get(i, old[of]) for i, of in enumerate(insertion.sources)]
+    copies = {copy.position: _copy_block(model, old[copy.of], copy.zeros) for copy in insertion.copies}
+    modules = [copies.get(i, old[of]) for i, of in enumerate(insertion.sources)]
     if not _rearrange(model, path, modules, insertion.sources):
         setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
 def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     """Undo :func:`insert_copies`, in place."""
-    stack = stack_at(model, path, insertion.after)
+    stack = get_stack(model, path, insertion.after)
     before = list(stack)
     _rearrange(model, path, [before[i] for i in insertion.kept], insertion.kept)
     if insertions := getattr(stack, INSERTIONS, ()):
@@ -68,23 +68,23 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
 
 
 def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int]) -> bool:
-    """Give a stack other modules, renumber them from ``sources``, and set the depth in configurations.
+    """Give a stack other modules, in place, and renumber them; return whether the network's configuration was changed.
 
-    Returns whether the network's own configuration tells the depth.
+    ``sources``: per module, the position it is from. Configurations of modules around that hold the depth are set.
     """
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.Sequential | nn.ModuleList)
-    size, (prefix, start) = len(stack), _prefix(stack)
+    size, (prefix, start) = len(stack), _get_numbering(stack)
     stack._modules.clear()
     stack._modules.update({f"{prefix}{start + i}": module for i, module in enumerate(modules)})
     for i, (module, of) in enumerate(zip(modules, sources, strict=True)):
         for child in module.modules():
             if type(number := vars(child).get(NUMBER)) is int:
                 setattr(child, NUMBER, number + i - of)
-    parts, changed = path.split("."), False
+    parts, has_changed = path.split("."), False
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    whole = getattr(model, "config", None)
-    text = getattr(whole, "get_text_config", lambda: None)()
+    main = getattr(model, "config", None)
+    text = getattr(main, "get_text_config", lambda: None)()  # of transformers' multimodal networks
     for config in (getattr(module, "config", None) for module in around):
         values: Mapping[str, Any] = getattr(config, "__dict__", {})
         deep = [name for name, value in values.items() if name in DEPTHS and type(value) is int and value == size]
@@ -94,8 +94,8 @@ def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], source
             for name in PER_BLOCK & values.keys():
                 if isinstance(values[name], list | tuple) and len(values[name]) == size:
                     setattr(config, name, type(values[name])(values[name][i] for i in sources))
-            changed |= config is whole or config is text
-    return changed
+            has_changed |= config is main or config is text
+    return has_changed
 
 
 def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
@@ -103,8 +103,8 @@ def find_insertions(model: nn.Module) -> dict[str, tuple[Insertion, ...]]:
     return {path: vars(module)[INSERTIONS] for path, module in model.named_modules() if INSERTIONS in vars(module)}
 
 
-def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
-    """Return what the names of a stack's modules have in common, and the number of the first."""
+def _get_numbering(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
+    """Return the common prefix of a stack's names, and the number of the first; raise StackError if not numbered."""
     names = list(stack._modules)
     first = _NUMBERED.fullmatch(names[0]) if names else None
     if first is None or names != [f"{first[1]}{int(first[2]) + i}" for i in range(len(names))]:
@@ -112,39 +112,40 @@ def _prefix(stack: nn.Sequential | nn.ModuleList) -> tuple[str, int]:
     return first[1], int(first[2])
 
 
-def _copied(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Module:
-    """Return a copy of a block that shares what the block shares with the rest of the network (a configuration)."""
+def _copy_block(model: nn.Module, block: nn.Module, zeros: Sequence[str]) -> nn.Module:
+    """Return a copy of a block, with parameters ``zeros`` at 0; it shares what the block shares with other modules."""
     if lost := sorted({*zeros} - dict(block.named_parameters()).keys()):
         raise StackError(f"a block that is copied has no parameter {lost[0]!r}")
     inside = {*block.modules()}
-    outside = {module for module in _others(model, block) if module not in inside}
+    outside = {module for module in _modules_outside(model, block) if module not in inside}
     shared = {id(value) for module in outside for value in vars(module).values() if _is_shareable(value)}
     memo: dict[int, Any] = {}
     for module in inside:
         memo |= {id(value): value for value in vars(module).values() if id(value) in shared}
         memo |= {id(child): child for child in module._modules.values() if child in outside}
-    made: nn.Module = copy_model(block, lambda x: x.detach().clone(), memo)
-    parameters = dict(made.named_parameters())
+    copied: nn.Module = copy_model(block, memo=memo)
+    parameters = dict(copied.named_parameters())
     with torch.no_grad():
         for name in zeros:
             parameters[name].zero_()
-    return made
+    return copied
 
 
-def _others(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
+def _modules_outside(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of a network that are reached without entering a block."""
     yield model
     for child in model._modules.values():
         if child is not None and child is not block:
-            yield from _others(child, block)
+            yield from _modules_outside(child, block)
 
 
 def _is_shareable(value: object) -> bool:
+    """Whether an attribute is an object, such as a configuration, that copies of a block share if blocks do."""
     plain = (int, float, bool, str, bytes, type, dict, list, tuple, set, Tensor, nn.Module)
     return value is not None and not isinstance(value, plain) and not callable(value)
 
 
-_KEEP = ALIASES | {
+_MOVING = ALIASES | {
     *("dropout", "relu", "hardtanh", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze"),
     *("unsqueeze", "roll", "slice", "getitem", "narrow", "contiguous"),
 }
@@ -160,20 +161,20 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
     try:
         calls, _ = record_calls(*fake_copy(model, cast_example(axes.example, model)))
     except Exception as error:
-        raise TraceError(f"the network does not run on tensors without numbers: {first_line(error)}") from None
+        raise TraceError(f"the network does not run on tensors without numbers: {trim_error(error)}") from None
     blocks = _Blocks(axes, calls)
     result: dict[str, Stack] = {}
     for path, module in model.named_modules():
         if path and isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1:
             try:
-                stack_at(model, path, len(module))
+                get_stack(model, path, len(module))
             except StackError:
                 continue
             classes = Counter(map(type, module))
             zeros = {
                 i: names
                 for i, (name, child) in enumerate(module._modules.items())
-                if classes[type(child)] > 1 and (names := blocks.zeros(f"{path}.{name}"))
+                if classes[type(child)] > 1 and (names := blocks.find_zeros(f"{path}.{name}"))
             }
             if zeros:
                 result[path] = Stack(len(module), zeros)
@@ -182,59 +183,59 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Shared state of the search for blocks that can be copied."""
+    """The axes and module calls of a network, for the search for blocks that can be copied."""
 
     axes: AxisGraph
     calls: Mapping[str, list[ModuleCall]]
 
-    def zeros(self, path: str) -> tuple[str, ...]:
+    def find_zeros(self, path: str) -> tuple[str, ...]:
         """Return the names, within a module, of the parameters that are 0 in a copy; empty if it cannot be copied."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 or not _keeps_form(calls[0]):
             return ()
         inside = {i for i, step in enumerate(self.axes.steps) if lies_in(step.module, path)}
         outputs = [i for i in inside if not inside.issuperset(self.users.get(i, ())) or i not in self.users]
-        names = self._written(outputs[0], inside) if len(outputs) == 1 else ()
+        names = self._find_written(outputs[0], inside) if len(outputs) == 1 else ()
         return tuple(n.removeprefix(f"{path}.") for n in names) if all(lies_in(n, path) for n in names) else ()
 
-    def _written(self, output: int, inside: set[int]) -> tuple[str, ...]:
-        """Return the parameters of the last operations before the sums that make an output; empty without a sum."""
-        ask, seen, sums, passed = [output], {output}, 0, False
+    def _find_written(self, output: int, inside: set[int]) -> tuple[str, ...]:
+        """Return the parameters that make what is added to a block's input; empty if it is not such a sum."""
+        pending, visited, sums, passes_input = [output], {output}, 0, False
         names: dict[str, None] = {}
-        for number in ask:  # which grows
+        for number in pending:  # which grows
             step = self.axes.steps[number]
             before = [operand for operand in step.operands if isinstance(operand, int)]
             if number not in inside:
-                passed = True
-            elif step.op in _KEEP or (step.op == "add" and before):
+                passes_input = True
+            elif step.op in _MOVING or (step.op == "add" and before):
                 sums += step.op == "add" and len(before) > 1
-                names |= dict.fromkeys(_names(step))
-                ask += [operand for operand in before if operand not in seen]
-                seen |= {*before}
+                names |= dict.fromkeys(_named_operands(step))
+                pending += [operand for operand in before if operand not in visited]
+                visited |= {*before}
             else:
-                makers = [*_names(step)] or self._makers(number, inside, output)
+                makers = [*_named_operands(step)] or self._find_makers(number, inside, output)
                 if not makers:
                     return ()
                 names |= dict.fromkeys(makers)
-        return tuple(name for name in names if name in self.axes.parameters) if passed and sums else ()
+        return tuple(name for name in names if name in self.axes.parameters) if passes_input and sums else ()
 
-    def _makers(self, number: int, inside: set[int], output: int) -> list[str]:
+    def _find_makers(self, number: int, inside: set[int], output: int) -> list[str]:
         """Return the nearest parameters before an operation, in a block, that make units of the output's axes."""
         out = {key for dims in self.axes.steps[output].shapes for key in axes_in(Product(dims or ()))}
         makes = {s.name for key in out for s in self.axes[key].slots if s.role in (Role.PRODUCES, Role.SHIFTS)}
-        ask, seen = [number], {number}
+        pending, visited = [number], {number}
         makers: list[str] = []
-        for step in map(self.axes.steps.__getitem__, ask):  # which grows
-            names = [name for name in _names(step) if name in makes]
+        for step in map(self.axes.steps.__getitem__, pending):  # which grows
+            names = [name for name in _named_operands(step) if name in makes]
             makers += names
-            before = [i for i in step.operands if isinstance(i, int) and i in inside and i not in seen]
-            ask += before if not names else []
-            seen |= {*before}
+            before = [i for i in step.operands if isinstance(i, int) and i in inside and i not in visited]
+            pending += before if not names else []
+            visited |= {*before}
         return makers
 
     @cached_property
     def users(self) -> dict[int, list[int]]:
-        """Operation → the operations that read its result."""
+        """Number of an operation → those of the operations that read its result."""
         result: dict[int, list[int]] = {}
         for i, step in enumerate(self.axes.steps):
             for operand in step.operands:
@@ -243,11 +244,13 @@ class _Blocks:
         return result
 
 
-def _names(step: RecordedStep) -> Iterable[str]:
+def _named_operands(step: RecordedStep) -> Iterable[str]:
+    """Yield the operands of an operation that are no results of others: parameters, buffers, inputs."""
     return (operand for operand in step.operands if isinstance(operand, str))
 
 
 def _keeps_form(call: ModuleCall) -> bool:
+    """Whether the first tensor in a module's output has the shape and dtype of its first input."""
     inputs = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
     forms = tensor_forms(inputs)[:1]
-    return bool(forms) and forms == tensor_forms(call.answer)[:1]
+    return bool(forms) and forms == tensor_forms(call.output)[:1]

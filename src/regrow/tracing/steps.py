@@ -21,32 +21,32 @@ from regrow.tracing.interception import LINE, describe_line
 from regrow.tracing.nodes import (
     ALIASES,
     as_list,
-    axis_of,
+    dim_index,
     leaves_of,
     module_of,
     op_name,
     operand_of,
     operands,
-    parameters_of,
+    schema_parameters,
     shapes_of,
     uncast,
 )
-from regrow.tracing.rules.shapes import bounds
+from regrow.tracing.rules.shapes import slice_bounds
 from regrow.tracing.walk import Dims, Walk, all_dims
 
 MOST_STEPS = 16
 """The most operations between a softmax and the matrix products before and after it."""
 
 
-def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
+def find_caches(w: Walk, names: Names) -> tuple[Cache, ...]:
     """Return the keys and values that each attention over tokens of the input reads, as dimensions per token."""
     inputs = (*w.capture.inputs, *w.capture.constants)
     tokens = {leaf.number for node in inputs for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
     result: dict[tuple[Node, Node], Cache] = {}
     for node in w.capture.graph.nodes:
-        key, value, over = _attention(w, node)
+        key, value, over = _parse_attention(w, node)
         if key is not None and value is not None and _is_token(over, tokens):
-            key, value = _smallest(key), _smallest(value)
+            key, value = _smallest_form(key), _smallest_form(value)
             keys, values = (_per_token(w.of(cached), tokens) for cached in (key, value))
             if keys is not None and values is not None:
                 item = key.meta["val"].element_size()
@@ -54,44 +54,45 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
     return tuple(result.values())
 
 
-def _attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Expr]:
-    """Return keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
+def _parse_attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Expr]:
+    """Return keys, values and the dimension attended over, of a fused attention or a softmax; else ``None``s."""
     if op_name(node) == "scaled_dot_product_attention":
         key, value = operand_of(node, 1, "key"), operand_of(node, 2, "value")
         return key, value, w.of(key)[-2]
     if op_name(node) in ("softmax", "_softmax"):
-        over = w.of(node)[axis_of(node, 1, len(w.of(node)))]
-        return _product(w, node, back=True), _product(w, node, back=False), over
+        over = w.of(node)[dim_index(node, 1, len(w.of(node)))]
+        return _find_factor(w, node, back=True), _find_factor(w, node, back=False), over
     return None, None, d.ONE
 
 
-def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
-    """Return the second factor of the product before a softmax (the keys), or after it (the values)."""
-    near = [softmax]
+def _find_factor(w: Walk, softmax: Node, back: bool) -> Node | None:
+    """Return the second factor of the product before a softmax (``back``: the keys), or after it (the values)."""
+    frontier = [softmax]
     for _ in range(MOST_STEPS):
-        beyond: list[Node] = []
-        for node in near:
+        following: list[Node] = []
+        for node in frontier:
             for other in node.all_input_nodes if back else node.users:
                 if op_name(other) in _PRODUCTS:
-                    first, second = other.all_input_nodes[-2:] if len(other.all_input_nodes) > 1 else (other, other)
-                    if first is not second and not w.source(first) and not w.source(second) and (back or first is node):
-                        return second
+                    factors = other.all_input_nodes[-2:]
+                    computed = len(factors) == 2 and not any(map(w.source, factors))
+                    if computed and (back or factors[0] is node):
+                        return factors[1]
                 elif other.op == "call_function" and len(w.dims[other] or ()) >= 3:
-                    beyond.append(other)
-        near = beyond
+                    following.append(other)
+        frontier = following
     return None
 
 
 _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
 
 
-def _smallest(node: Node) -> Node:
-    """Return the smallest of a tensor and those from which it was only reshaped or repeated."""
+def _smallest_form(node: Node) -> Node:
+    """Return the node with the fewest bytes among a tensor and those from which it was only reshaped or repeated."""
     chain = [node]
     while op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
         node = node.args[0]
         chain.append(node)
-    return min(chain, key=lambda made: int(made.meta["val"].nbytes))
+    return min(chain, key=lambda x: int(x.meta["val"].nbytes))
 
 
 _SHAPES = (
@@ -102,7 +103,7 @@ _LAID_OUT = ALIASES | frozenset(_SHAPES.split())
 
 
 def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
-    """Return the dimensions without those of the model's input; ``None`` if there are none of these."""
+    """Return the factors of dimensions that are not tokens; ``None`` if none of them are."""
     whole = d.times(*dims)
     parts = whole.parts if isinstance(whole, d.Times) else (whole,)
     rest = tuple(part for part in parts if not _is_token(part, tokens))
@@ -110,6 +111,7 @@ def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
 
 
 def _is_token(expr: Expr, tokens: Container[int]) -> bool:
+    """Whether a dimension is one of the input's: a leaf whose number is in ``tokens``."""
     expr = d.resolve(expr)
     return isinstance(expr, Leaf) and expr.number in tokens
 
@@ -128,103 +130,100 @@ class Difference:
     constant: bool = False
 
 
-def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
-    """Return the operations of a walked network in comparable form, with shapes written in axes."""
-    return tuple(
-        replace(
-            step,
-            shapes=tuple(None if dims is None else names.dims(dims) for dims in as_list(w.dims.get(node))),
-            start=names.dim(w.starts[node]) if node in w.starts else None,
-        )
-        for node, step in zip(operations(w.capture), steps_of(w.capture, w.starts), strict=True)
-    )
+def list_symbolic_steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
+    """Return the operations of a walked network in comparable form, with shapes and starts written in axes."""
+    result = []
+    for node, step in zip(list_operations(w.capture), list_steps(w.capture, w.starts), strict=True):
+        shapes = tuple(None if dims is None else names.dims(dims) for dims in as_list(w.dims.get(node)))
+        start = names.dim(w.starts[node]) if node in w.starts else None
+        result.append(replace(step, shapes=shapes, start=start))
+    return tuple(result)
 
 
-def steps_of(recorded: Capture, started: Container[Node] = ()) -> list[RecordedStep]:
-    """Return the operations of a recording, with their shapes; the start of a slice in ``started`` is no constant."""
+def list_steps(recorded: Capture, started: Container[Node] = ()) -> list[RecordedStep]:
+    """Return the operations of a recording in comparable form; the start of a slice in ``started`` is no constant."""
     names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(recorded.inputs)}
     names |= recorded.states | dict.fromkeys(recorded.constants, "constant")
     names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
     result = []
-    for i, node in enumerate(operations(recorded)):
+    for i, node in enumerate(list_operations(recorded)):
         names[node] = i
         read = [uncast(operand) for operand in operands(node)]
-        result.append(
-            RecordedStep(
-                op_name(node),
-                module_of(node),
-                (*as_list(shapes_of(node)),),
-                (*_numbers(node, node in started), *_entries_of(read, recorded.constants)),
-                operands=tuple(names.get(operand, "") for operand in read),
-            )
-        )
+        shapes = tuple(as_list(shapes_of(node)))
+        numbers = (*_constants_of(node, node in started), *_entries_of(read, recorded.constants))
+        named = tuple(names.get(operand, "") for operand in read)
+        result.append(RecordedStep(op_name(node), module_of(node), shapes, numbers, operands=named))
     return result
 
 
-def difference(
-    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
+def find_step_difference(
+    steps: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
-    """Return the first operation in which a resized network differs from the traced one as planned, if there is one."""
-    nodes, resized = operations(recorded), steps_of(recorded, _started(known, recorded))
-    for i, (step, other) in enumerate(zip_longest(known, resized)):
+    """Return the first difference of a recording from known steps at ``sizes``, or ``None``; ``added``: new biases."""
+    nodes, resized = list_operations(recorded), list_steps(recorded, _moving_slices(steps, recorded))
+    for i, (step, other) in enumerate(zip_longest(steps, resized)):
         if step is None or other is None or step.op != other.op:
-            ran, before = ("nothing" if x is None else _where(x) for x in (other, step))
+            ran, before = ("nothing" if x is None else _describe_step(x) for x in (other, step))
             problem = f"the network runs other operations at that size: {ran} instead of {before}"
-            return Difference(problem + _code(nodes[i : i + 1]))
+            return Difference(problem + _line_clause(nodes[i : i + 1]))
     constant: Difference | None = None
-    for step, other, node in zip(known, resized, nodes, strict=True):
+    for step, other, node in zip(steps, resized, nodes, strict=True):
         planned = [None if dims is None else tuple(size_of(dim, sizes) for dim in dims) for dims in step.shapes]
         pairs = zip(planned, other.shapes, strict=False)
+        problem = ""
         if len(planned) != len(other.shapes) or any(None not in (a, b) and a != b for a, b in pairs):
-            return Difference(f"{_where(step)} has another shape at that size than planned{_code([node])}")
-        if step.start is not None and bounds(node)[0] != size_of(step.start, sizes):
-            return Difference(f"{_where(step)} begins at another entry at that size than planned{_code([node])}")
+            problem = "has another shape"
+        elif step.start is not None and slice_bounds(node)[0] != size_of(step.start, sizes):
+            problem = "begins at another entry"
+        if problem:
+            return Difference(f"{_describe_step(step)} {problem} at that size than planned{_line_clause([node])}")
         planned_operands = tuple(operand for operand in other.operands if operand not in added)
-        constant = constant or _constant(step, replace(other, operands=planned_operands), node)
+        constant = constant or _compare_constants(step, replace(other, operands=planned_operands), node)
     return constant
 
 
-def first_difference(
-    present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None
+def find_changed_constant(
+    present: Capture, planned: Capture, steps: Sequence[RecordedStep] | None = None
 ) -> Difference | None:
-    """Return the first constant that differs between the recordings before and after sizes were changed, if any."""
+    """Return the first constant or operand that differs between recordings before and after a resize, or ``None``."""
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference(FIRST_RUN)
-    before, after = (steps_of(recorded, _started(known, recorded)) for recorded in (present, planned))
+    before, after = (list_steps(recorded, _moving_slices(steps, recorded)) for recorded in (present, planned))
     if len(before) != len(after):
         return Difference(f"the network runs {len(after)} operations at that size, and {len(before)} as it is")
-    return next(filter(None, map(_constant, before, after, operations(planned))), None)
+    return next(filter(None, map(_compare_constants, before, after, list_operations(planned))), None)
 
 
-def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
-    """Return the operations of a network after folds have changed the epsilons of its norms."""
-    new = {f.epsilon.partition(":")[0]: (f.value, constants[f.epsilon]) for f in axes.folds if f.epsilon in constants}
+def with_new_epsilons(axes: AxisGraph, epsilons: Mapping[str, float]) -> tuple[RecordedStep, ...]:
+    """Return ``axes.steps`` with the epsilons that a cut gives norms; ``epsilons``: ``module:attribute`` → value."""
+    changes = {f.epsilon.partition(":")[0]: (f.value, epsilons[f.epsilon]) for f in axes.folds if f.epsilon in epsilons}
     result = []
     for step in axes.steps:
-        old, value = new.get(step.module, (None, None))
-        numbers = tuple(value if x == old else x for x in step.numbers)
-        result.append(replace(step, numbers=numbers) if step.module in new else step)
+        if step.module in changes:
+            old, new = changes[step.module]
+            step = replace(step, numbers=tuple(new if x == old else x for x in step.numbers))
+        result.append(step)
     return tuple(result)
 
 
-def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
-    """Return the operations with the constants and operands of a new recording; shapes stay written in axes."""
-    rows = zip(known, steps_of(recorded, _started(known, recorded)), strict=True)
+def with_new_constants(steps: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
+    """Return known steps with the constants and operands of a new recording; shapes stay written in axes."""
+    rows = zip(steps, list_steps(recorded, _moving_slices(steps, recorded)), strict=True)
     return tuple(replace(step, numbers=new.numbers, operands=new.operands) for step, new in rows)
 
 
 def fit_steps(
-    known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]
+    steps: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]
 ) -> tuple[RecordedStep, ...] | None:
-    """Return the operations with the input's sizes of a new recording; ``None`` if it runs others, or on other axes."""
-    others = steps_of(recorded, _started(known, recorded))
-    if [(x.op, x.numbers, x.operands) for x in known] != [(x.op, x.numbers, x.operands) for x in others]:
+    """Return known steps with the input's sizes of a new recording; ``None`` if operations or sizes of axes differ."""
+    others = list_steps(recorded, _moving_slices(steps, recorded))
+    if [(x.op, x.numbers, x.operands) for x in steps] != [(x.op, x.numbers, x.operands) for x in others]:
         return None
     result = []
-    for step, other in zip(known, others, strict=True):
+    for step, other in zip(steps, others, strict=True):
         shapes: list[tuple[Dim, ...] | None] = []
         for dims, shape in zip_longest(step.shapes, other.shapes, fillvalue=()):
-            fitted = [_fitted(dim, size_of(n, {}), sizes) for dim, n in zip(dims or (), shape or (), strict=False)]
+            fitted = [_fit_dim(dim, size_of(n, {}), sizes) for dim, n in zip(dims or (), shape or (), strict=False)]
             if len(dims or ()) != len(shape or ()) or None in fitted:
                 return None
             shapes.append(None if dims is None else tuple(dim for dim in fitted if dim is not None))
@@ -232,8 +231,8 @@ def fit_steps(
     return tuple(result)
 
 
-def _fitted(dim: Dim, n: int, sizes: Mapping[str, int]) -> Dim | None:
-    """Return a dimension of which the factor that no axis makes is another one; ``None`` if no factor fits ``n``."""
+def _fit_dim(dim: Dim, n: int, sizes: Mapping[str, int]) -> Dim | None:
+    """Return a dimension with its fixed factor replaced so that its size is ``n``; ``None`` if no factor does that."""
     if not {*axes_in(dim)}:
         return n
     if not isinstance(dim, Product):
@@ -243,41 +242,43 @@ def _fitted(dim: Dim, n: int, sizes: Mapping[str, int]) -> Dim | None:
     return None if rest else Product((factor, *units))
 
 
-def operations(recorded: Capture) -> list[Node]:
-    """Return the operations that compute something, and the output; without casts, copies and assertions."""
+def list_operations(recorded: Capture) -> list[Node]:
+    """Return the operations and the output of a graph, as ``AxisGraph.steps`` numbers them: no casts, no assertions."""
     every = (node for node in recorded.graph.nodes if node.op in ("call_function", "output"))
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
 
-def _started(known: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
-    """Return the slices whose start follows from axis sizes; all operations, where that is unknown."""
-    pairs = zip_longest(known or (), operations(recorded))
-    return {node for step, node in pairs if known is None or (step is not None and step.start is not None)}
+def _moving_slices(steps: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
+    """Return the slices whose start follows from axis sizes; all operations, where no steps are known."""
+    pairs = zip_longest(steps or (), list_operations(recorded))
+    return {node for step, node in pairs if steps is None or (step is not None and step.start is not None)}
 
 
-def _where(step: RecordedStep) -> str:
+def _describe_step(step: RecordedStep) -> str:
+    """Return an operation and its module for a message, as ``linear in layers.0``."""
     return f"{step.op or 'the answer'} in {step.module or 'the model'}"
 
 
-def _code(nodes: Sequence[Node]) -> str:
+def _line_clause(nodes: Sequence[Node]) -> str:
+    """Return a clause that names the code line of the first node; empty if there is none."""
     return describe_line(nodes[0].meta.get(LINE)) if nodes else ""
 
 
-def _constant(step: RecordedStep, other: RecordedStep, node: Node) -> Difference | None:
-    """Return how an operation's constants or operands differ from those of another one."""
+def _compare_constants(step: RecordedStep, other: RecordedStep, node: Node) -> Difference | None:
+    """Return how an operation's constants or operands differ from those of another one; ``None`` if they are equal."""
     if step.numbers != other.numbers:
-        old, new = step.numbers, other.numbers
-        if len(old) == len(new):
-            old, new = tuple(x for x in old if x not in new) or old, tuple(x for x in new if x not in old) or new
-        problem = f"a number in {_where(step)} depends on the size: {[*old]} becomes {[*new]}"
+        old, new = [*step.numbers], [*other.numbers]
+        if len(old) == len(new):  # name those that differ
+            old, new = [x for x in old if x not in new] or old, [x for x in new if x not in old] or new
+        problem = f"a number in {_describe_step(step)} depends on the size: {old} becomes {new}"
     elif step.operands != other.operands:
-        problem = f"what {_where(step)} works on depends on the size"
+        problem = f"what {_describe_step(step)} works on depends on the size"
     else:
         return None
-    return Difference(problem + _code([node]), constant=True)
+    return Difference(problem + _line_clause([node]), constant=True)
 
 
-def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
+def _constants_of(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
     """Yield the constants of a call that are not sizes.
 
     Sizes follow from the shape of the result, which is compared by itself. Constants that equal their default are left
@@ -293,18 +294,21 @@ def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]
     for name, value in arguments:
         if name in sizes or isinstance(value, Node) or value == defaults.get(name, ...):
             continue
-        plain = [_plain(x) for x in leaves_of(value) if isinstance(x, bool | int | float | str)]
-        yield from [tuple(plain)] if isinstance(value, list | tuple) and plain else plain
+        plain = [_comparable(x) for x in leaves_of(value) if isinstance(x, bool | int | float | str)]
+        if isinstance(value, list | tuple) and plain:
+            yield tuple(plain)
+        else:
+            yield from plain
 
 
 @lru_cache(maxsize=4096)
 def _parameters_of(target: object) -> dict[str, object]:
     """Return the names of an operation's parameters, and their defaults; an ellipsis for those without one."""
-    takes = parameters_of(target)
-    return {taken.name: taken.default_value if taken.has_default_value() else ... for taken in takes}
+    return {x.name: x.default_value if x.has_default_value() else ... for x in schema_parameters(target)}
 
 
-def _plain(value: float | str) -> float | str:
+def _comparable(value: float | str) -> float | str:
+    """Return a constant, or the word ``nan`` for a NaN, which is equal to itself."""
     return "nan" if isinstance(value, float) and value != value else value
 
 
@@ -320,13 +324,14 @@ _OF_OPERATION = {"arange": ("end",), "slice": ("end",), "histc": ("bins", "min",
 
 
 def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Iterator[Number]:
-    """Yield the entries of tensors that the network's code made of numbers, as ``torch.tensor(size)``."""
+    """Yield the entries of constant tensors, as ``torch.tensor(size)``; above 64, their number and a checksum."""
     for node in read:
         value = constants.get(node)
         if value is None or value.is_meta or isinstance(value, FakeTensor):
             continue
         value = value.detach().cpu()
         value = value if value.layout is torch.strided else value.to_dense()
-        flat = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double().flatten()
+        value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        flat = value.double().flatten()
         entries = flat.tolist() if len(flat) <= 64 else (len(flat), zlib.crc32(flat.numpy().tobytes()))
-        yield from map(_plain, entries)
+        yield from map(_comparable, entries)

@@ -10,7 +10,7 @@ from regrow.core.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, as_list, axis_of, module_of, op_name, operand_of, permutation, shapes_of
+from regrow.tracing.nodes import ALIASES, as_list, dim_index, module_of, op_name, operand_of, permutation, shapes_of
 
 Dims = tuple[Expr, ...]
 Value = Dims | list[Dims | None] | None
@@ -44,7 +44,7 @@ class Walk:
     """State and results of a walk over a recorded graph; only rules change it, through its methods and lists."""
 
     capture: Capture
-    dims: dict[Node, Value] = field(default_factory=dict)
+    dims: dict[Node, Value] = field(default_factory=dict)  # node → the dimensions of its value
     roles: dict[tuple[str, int], set[Role]] = field(default_factory=dict)  # (parameter or buffer, dimension) → roles
     readings: list[Reading] = field(default_factory=list)
     work: list[tuple[str, str, Dims]] = field(default_factory=list)  # (module, operation, dimensions) of contractions
@@ -59,11 +59,11 @@ class Walk:
     tables: list[str] = field(default_factory=list)  # names of embedding tables
     notes: list[str] = field(default_factory=list)  # for the user, on what could not be analysed
     decided: dict[str, str] = field(default_factory=dict)  # module → what gave its code a data-dependent number
-    also: list[tuple[Expr, str]] = field(default_factory=list)  # read in training, and the weight multiplied with
-    computed: dict[Node, bool] = field(default_factory=dict)
+    training_reads: list[tuple[Expr, str]] = field(default_factory=list)  # (dimension, weight multiplied with)
+    computed: dict[Node, bool] = field(default_factory=dict)  # node → what is_constant returned
 
-    def merging(self, capture: Capture) -> "Walk":
-        """Return the state of a walk over another recording of the network, which adds to what this one found.
+    def continue_on(self, capture: Capture) -> "Walk":
+        """Return a walk over another recording of the network, which adds to the results of this one, in place.
 
         Both have the roles, ties and weights; readings, norms and work are those of one recording alone.
         """
@@ -78,13 +78,13 @@ class Walk:
         return dims
 
     def first(self, node: Node) -> Dims:
-        """Return the dimensions of an operation's first operand; the rule of casts, dropout and the like."""
+        """Return the dimensions of an operation's first operand; also the rule of casts, dropout and the like."""
         return self.of(operand_of(node))
 
     def along(self, node: Node, position: int, default: int = 0) -> tuple[Dims, int]:
-        """Return the dimensions of the first operand, and the index of that which an argument names."""
+        """Return the dimensions of the first operand, and the index of the one named by ``dim`` or at ``position``."""
         dims = self.first(node)
-        return dims, axis_of(node, position, len(dims), default)
+        return dims, dim_index(node, position, len(dims), default)
 
     def source(self, node: object) -> str:
         """Return the name of the parameter or buffer that a node is, possibly cast or transposed; empty if computed."""
@@ -92,7 +92,7 @@ class Walk:
         return origin[0] if origin else ""
 
     def _origin(self, node: object, dim: int) -> tuple[str, int] | None:
-        """Return the parameter or buffer, and its dimension, that a node's dimension is; ``None`` if it is computed."""
+        """Return (parameter or buffer, its dimension) that a node's dimension is; ``None`` if it is computed."""
         if not isinstance(node, Node):
             return None
         if node in self.capture.states:
@@ -104,27 +104,27 @@ class Walk:
         order = permutation(node, len(self.dims[node] or ()))
         return self._origin(node.args[0], order[dim]) if order is not None and dim < len(order) else None
 
-    def role(self, node: object, dim: int, role: Role) -> None:
-        """Record the role of a parameter's dimension, if a node is a parameter or computed from some entry by entry."""
+    def add_role(self, node: object, dim: int, role: Role) -> None:
+        """Record a role of a node's dimension, if that is one of a parameter, cast or combined entry by entry."""
         if not isinstance(node, Node):
             return
         if origin := self._origin(node, dim):
             self.roles.setdefault(origin, set()).add(role)
-        elif op_name(node) in _ENTRYWISE and self.of_states(node):
+        elif op_name(node) in _ENTRYWISE and self.is_constant(node):
             for operand in node.all_input_nodes:
                 aligned = dim - len(self.of(node)) + len(self.of(operand))
                 if aligned >= 0 and d.size(self.of(operand)[aligned]) == d.size(self.of(node)[dim]):
-                    self.role(operand, aligned, role)
+                    self.add_role(operand, aligned, role)
 
-    def of_states(self, node: Node) -> bool:
+    def is_constant(self, node: Node) -> bool:
         """Whether a node's value is computed from parameters, buffers and constants alone."""
         if node not in self.computed:
             inputs = node.all_input_nodes if node.op == "call_function" else []
-            known = node in self.capture.states or node in self.capture.constants
-            self.computed[node] = known or (bool(inputs) and all(map(self.of_states, inputs)))
+            is_state = node in self.capture.states or node in self.capture.constants
+            self.computed[node] = is_state or (bool(inputs) and all(map(self.is_constant, inputs)))
         return self.computed[node]
 
-    def reads(
+    def add_reading(
         self,
         node: Node,
         operand: Node,
@@ -136,30 +136,30 @@ class Walk:
         """Record that an operation sums or compares over a dimension of an operand, as in :class:`Reading`."""
         self.readings.append(Reading(node, operand, dim, fill, weight, groups))
 
-    def contracts(self, node: Node, weights: Iterable[Node], *works: Dims) -> None:
-        """Record that an operation sums over weights, and the dimensions whose product counts its work."""
+    def add_contraction(self, node: Node, weights: Iterable[Node], *works: Dims) -> None:
+        """Record the weights that an operation sums over, and per product the dimensions whose sizes give its work."""
         self.weights |= dict.fromkeys(filter(None, map(self.source, weights)))
         self.work += [(module_of(node), op_name(node), dims) for dims in works]
 
-    def literal(self, node: Node, number: int, expr: Expr, last: bool = False) -> None:
+    def add_literal(self, node: Node, number: int, expr: Expr, last: bool = False) -> None:
         """Record that the code of an operation's module holds the size of a dimension, as in :class:`Literal`."""
         self.literals.append(Literal(module_of(node), number, expr, last))
 
-    def passed_on(self, node: Node) -> None:
-        """Freeze what a module whose code depends on data passes to a node; values inside its children stay free."""
+    def freeze_passed_values(self, node: Node) -> None:
+        """Freeze the operands that pass through a module whose code depends on data; inside its children they stay."""
         for operand in node.all_input_nodes:
-            between = _around(module_of(operand), module_of(node))
-            if between in self.decided and operand.op != "placeholder":
-                why = f"data decide what is done with it, by `{self.decided[between]}` in {between or 'the model'}"
+            module = _common_ancestor(module_of(operand), module_of(node))
+            if module in self.decided and operand.op != "placeholder":
+                why = f"data decide what is done with it, by `{self.decided[module]}` in {module or 'the model'}"
                 for expr in all_dims(self.dims[operand]):
                     d.freeze(expr, why)
 
     def why(self, node: Node) -> str:
-        """Return why an operation restricts a dimension, for reports of frozen axes."""
+        """Return why an operation freezes or marks a dimension, as a clause for users."""
         return f"the number or order of its units matters to {op_name(node)} in {module_of(node) or 'the model'}"
 
     def unify(self, node: Node, a: Expr, b: Expr) -> None:
-        """Make two dimensions equal, entry by entry; where their forms cannot agree, freeze both."""
+        """Make two dimensions equal, entry by entry, as an operation combines them; freeze both if they cannot be."""
         d.unify(a, b, self.why(node))
 
     def freeze(self, node: Node, exprs: Iterable[Expr]) -> None:
@@ -168,18 +168,18 @@ class Walk:
             d.freeze(expr, self.why(node))
 
     def frozen(self, node: Node, n: int) -> Expr:
-        """Return a new dimension of size ``n`` that cannot change."""
+        """Return a new dimension of size ``n`` that cannot change, because of an operation."""
         return d.frozen(n, self.why(node))
 
     def fresh(self, node: Node, why: str = "") -> Value:
-        """Return new dimensions in the shape of the node's value, frozen for a reason."""
+        """Return new dimensions in the shape of the node's value, frozen; ``why``: the reason, if not the operation."""
         why = why or self.why(node)
-        made = [None if s is None else tuple(d.frozen(n, why) for n in s) for s in as_list(shapes_of(node))]
-        return made if isinstance(shapes_of(node), list) else made[0]
+        dims = [None if s is None else tuple(d.frozen(n, why) for n in s) for s in as_list(shapes_of(node))]
+        return dims if isinstance(shapes_of(node), list) else dims[0]
 
 
-def _around(a: str, b: str) -> str:
-    """Return the path of the innermost module that contains both modules, or is one and contains the other."""
+def _common_ancestor(a: str, b: str) -> str:
+    """Return the path of the innermost module that contains or is each of two; empty: the whole network."""
     common = takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False))
     return ".".join(part for part, _ in common)
 
@@ -189,7 +189,7 @@ _ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
 
 
 def all_dims(dims: Value) -> list[Expr]:
-    """Return every dimension of a node's value, or of all of its values."""
+    """Return every dimension of a node's value, or of all of its values, in order."""
     return [expr for value in as_list(dims) for expr in value or ()]
 
 

@@ -25,13 +25,13 @@ from regrow.tracing.capture import keep_modes
 from regrow.training.fit import FitOptions, Fitted, Observer, fit
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.schedule import NO_AXES, Phase, Schedule
-from regrow.training.shared_rows import sharing_rows
+from regrow.training.shared_rows import share_rows
 from regrow.training.state import TrainState, axis_tensors
 
 S = TypeVar("S")
 
-PROBED = 20
-"""The largest number of tasks whose accuracy is measured around a change of shape."""
+MAX_PROBED_TASKS = 20
+"""The largest number of tasks whose accuracy is measured right before and after a change of shape."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def learn(
     state: TrainState[S] | None = None,
     options: FitOptions[S] | None = None,
 ) -> Fitted[S]:
-    """Train a network on a sequence of tasks, and measure accuracy on all tasks after each one."""
+    """Train a network on a sequence of tasks, in place, and measure accuracy on all tasks after each one.
+
+    ``state``: that from which an interrupted call resumes. Raise ValueError if the learner cannot train the objective.
+    """
     if learner.classes_only and schedule.objective is not CLASSIFICATION:
         raise ValueError(
             f"this method needs class probabilities, and the objective is {schedule.objective.name}; "
@@ -64,38 +67,40 @@ def learn(
     options, state = options or FitOptions(), state or TrainState(learner.state)
     ranks = options.parallel.ranks
     if not state.before:
-        state = replace(state, before=untrained_accuracies(model, tasks, schedule, ranks))
-    phases = [_phase(tasks, number, learner, schedule) for number in range(len(tasks))]
+        state = replace(state, before=measure_untrained_accuracies(model, tasks, schedule, ranks))
+    phases = [_make_phase(tasks, number, learner, schedule) for number in range(len(tasks))]
     options = replace(options, observer=_TaskObserver(tasks, learner, schedule, ranks))
     return fit(model, axes, phases, learner, schedule, state=state, options=options)
 
 
 def accuracy_matrix(state: TrainState[S]) -> Matrix:
-    """Return the accuracy matrix measured so far."""
+    """Return the accuracy matrix of the finished tasks, with the accuracies of the untrained network."""
     return Matrix(state.rows, state.before)
 
 
-def untrained_accuracies(
+def measure_untrained_accuracies(
     model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule, ranks: ProcessRank = SINGLE
 ) -> tuple[float, ...]:
-    """Return the accuracy of an untrained network on the test examples of every task."""
-    with sharing_rows(model, ranks):
+    """Return the accuracy of a network, before training, on the test examples of every task, 0 to 1."""
+    with share_rows(model, ranks):
         observer = _TaskObserver(tasks, PLAIN, schedule, ranks)
         return observer.accuracies(PLAIN.state, Context(model, NO_AXES, tasks[0]))
 
 
-def probed_tasks(number: int) -> list[int]:
-    """Return the tasks whose accuracy is measured around a change of shape: all so far, or at most 20, evenly spaced.
+def select_probed_tasks(number: int) -> list[int]:
+    """Return the indices of tasks, up to ``number``, to measure around a change of shape: all, or 20 evenly spaced.
 
-    >>> probed_tasks(2), len(probed_tasks(500)), probed_tasks(500)[:3], probed_tasks(500)[-1]
+    >>> many = select_probed_tasks(500)
+    >>> select_probed_tasks(2), len(many), many[:3], many[-1]
     ([0, 1, 2], 20, [0, 26, 53], 500)
     """
-    if number < PROBED:
+    if number < MAX_PROBED_TASKS:
         return [*range(number + 1)]
-    return sorted({round(i * number / (PROBED - 1)) for i in range(PROBED)})
+    return sorted({round(i * number / (MAX_PROBED_TASKS - 1)) for i in range(MAX_PROBED_TASKS)})
 
 
-def _phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
+def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
+    """Return how task ``number`` is trained; the learner's ``second_share`` of its examples forms the second part."""
     task, share, second = tasks[number], learner.second_share, None
     train: ExampleSet = task.train
     if share:
@@ -107,17 +112,17 @@ def _phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: Ta
     steps = -(-len(train) // schedule.batch_size)
 
     def batches(context: Context) -> Iterator[tuple[Sequence[Examples], Examples | None]]:
-        seconds = _second_indices(context, second, steps) if second else []
+        seconds = _split_second_part(context, second, steps) if second else []
         order = context.generator(context.epoch).initial_seed()
         for i, batch in enumerate(train.batches(schedule.batch_size, seed=order)):
             yield (batch,), second.take(seconds[i % len(seconds)]) if second else None
 
-    classes = _choice(schedule, tasks, number, number)
+    classes = _allowed_classes(schedule, tasks, trained=number, evaluated=number)
     return Phase(task, (steps,) * schedule.epochs, batches, classes, objective=schedule.objective)
 
 
-def _second_indices(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
-    """Return the second part of the training examples in random order, in as many batches as the first part has."""
+def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
+    """Return the indices of ``examples`` in random order, split into at most ``steps`` batches of at least 2."""
     order = torch.randperm(len(examples), generator=context.generator(context.epoch, 13))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
@@ -125,22 +130,22 @@ def _second_indices(context: Context, examples: ExampleSet, steps: int) -> list[
     return parts
 
 
-def _choice(schedule: TaskSchedule, tasks: Sequence[Task], after: int, answered: int) -> Tensor | None:
-    """Return the classes to choose among when task ``answered`` is evaluated after task ``after``; ``None`` for all."""
+def _allowed_classes(schedule: TaskSchedule, tasks: Sequence[Task], trained: int, evaluated: int) -> Tensor | None:
+    """Return which classes may be predicted for task ``evaluated`` after training task ``trained``, bool; None: all."""
     match schedule.scenario:
         case "domain":
             return None
-        case "class":
-            seen = {c for task in tasks[: max(after, answered) + 1] for c in task.classes}
-        case _:
-            seen = set(tasks[answered].classes)
-    every = 1 + max(c for task in tasks for c in task.classes)
-    return torch.tensor([c in seen for c in range(every)])
+        case "class":  # a task that is not trained yet is evaluated with the classes of all tasks up to it
+            allowed = {c for task in tasks[: max(trained, evaluated) + 1] for c in task.classes}
+        case _:  # task
+            allowed = set(tasks[evaluated].classes)
+    total = 1 + max(c for task in tasks for c in task.classes)
+    return torch.tensor([c in allowed for c in range(total)])
 
 
 @dataclass
 class _TaskObserver(Observer[S]):
-    """Measures accuracy around changes of shape, and after each task."""
+    """Measures accuracy and sizes around changes of shape, and after each task."""
 
     tasks: Sequence[Task]
     learner: Learner[S]
@@ -149,32 +154,33 @@ class _TaskObserver(Observer[S]):
     start: float = field(default_factory=perf_counter)
 
     def accuracies(self, state: S, context: Context) -> tuple[float, ...]:
-        """Return a row of the accuracy matrix: the accuracy on every task after training on ``context.number``."""
+        """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``."""
         row = []
         for number in range(len(self.tasks)):
-            there = replace(context, answered=number, classes=None)
-            with parametrize(context.model, self.learner.parametrize(state, there).values):
+            evaluation = replace(context, eval_task=number, classes=None)
+            with parametrize(context.model, self.learner.parametrize(state, evaluation).values):
                 row.append(self._score(context, number))
         return tuple(row)
 
     def _score(self, context: Context, number: int) -> float:
-        """Return the accuracy on a task after training on task ``context.number``; NaN if its examples are gone."""
+        """Return the accuracy on a task, after training on ``context.number``; NaN if its examples are gone."""
         if self.tasks[number].gone:
             return nan
-        choice = _choice(self.schedule, self.tasks, context.number, number)
-        return mean_score(context.model, self.tasks[number].test, self.schedule.objective, choice)
+        classes = _allowed_classes(self.schedule, self.tasks, trained=context.number, evaluated=number)
+        return mean_score(context.model, self.tasks[number].test, self.schedule.objective, classes)
 
     def before_plan(self, state: S, context: Context) -> tuple[list[float], Tensor]:
-        """Return, within a task, the accuracy on tasks so far and the logits of some test examples."""
+        """Return accuracies on :func:`select_probed_tasks`, and the logits of 256 test examples of the current task."""
         model, values = context.model, self.learner.parametrize(state, context).values
-        with torch.no_grad(), keep_modes(model), sharing_rows(model, self.ranks), parametrize(model, values):
-            scores = [self._score(context, number) for number in probed_tasks(context.number)]
+        with torch.no_grad(), keep_modes(model), share_rows(model, self.ranks), parametrize(model, values):
+            scores = [self._score(context, number) for number in select_probed_tasks(context.number)]
             model.eval()
             inputs = next(context.task.test.batches(256)).inputs
             return scores, context.logits(inputs).nan_to_num(neginf=0.0)
 
     def after_plan(self, state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
-        probed, after = probed_tasks(context.number), self.before_plan(state, context)
+        """Return the row of a change of shape; ``shock`` is the mean accuracy lost, 0 to 1."""
+        probed, after = select_probed_tasks(context.number), self.before_plan(state, context)
         changes = plan.changes.items()
         return {
             "grown": {key: change.grow for key, change in changes if change.grow},
@@ -192,25 +198,26 @@ class _TaskObserver(Observer[S]):
         }
 
     def task_end(self, state: S, context: Context) -> tuple[tuple[float, ...], dict[str, Any]]:
-        with sharing_rows(context.model, self.ranks):
+        """Return (accuracy on every task, row of sizes and of the seconds that the task took) after a task."""
+        with share_rows(context.model, self.ranks):
             row = self.accuracies(state, context)
-        sizes = measure_sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - self.start, 2)}
+        sizes = measure_task_sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - self.start, 2)}
         self.start = perf_counter()
         return row, sizes
 
 
-def measure_sizes(context: Context, tensors: Mapping[str, AxisTensor]) -> dict[str, Any]:
-    """Return the size of a network at the end of a task: parameters, multiply–accumulates, widths, bytes of state."""
+def measure_task_sizes(context: Context, method_state: Mapping[str, AxisTensor]) -> dict[str, Any]:
+    """Return a row of sizes after a task: parameters, non-zeros, MACs, widths, bytes of the method's own tensors."""
     parameters = context.parameters()
     with torch.no_grad(), keep_modes(context.model), FlopCounterMode(display=False) as counter:
         run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)
-    held = [tensor.values for tensor in tensors.values()]
+    stored = [tensor.values for tensor in method_state.values()]
     return {
         "task": context.number,
         "parameters": sum(p.numel() for p in parameters.values()),
         "nonzero": sum(int(p.count_nonzero()) for p in parameters.values()),
         "macs": counter.get_total_flops() // 2,  # of one example
         # Bytes of masks, memories and factors; a mask takes a bit per entry.
-        "remembered": sum(-(-x.numel() // 8) if x.dtype == torch.bool else x.numel() * x.itemsize for x in held),
+        "remembered": sum(-(-x.numel() // 8) if x.dtype == torch.bool else x.numel() * x.itemsize for x in stored),
         "widths": {axis.key: axis.size for axis in context.axes.units()},
     }

@@ -33,20 +33,20 @@ class Observer(Generic[S]):
     """The measurements that the loop takes around changes of shape and at the end of tasks; this one takes none."""
 
     def before_plan(self, state: S, context: Context) -> Any:
-        """Return a measurement, right before a plan is applied."""
+        """Return a measurement of the network, right before a plan is applied; :meth:`after_plan` gets it."""
 
     def after_plan(self, state: S, context: Context, plan: Plan, before: Any) -> dict[str, Any]:
-        """Return the row that records a change of shape; ``before`` is the measurement before it."""
+        """Return the row that records a change of shape; ``before`` is what :meth:`before_plan` returned."""
         return {}
 
     def task_end(self, state: S, context: Context) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """Return the accuracy on every task, and the row that records the task."""
+        """Return (accuracy on every task, the row that records the task) after training on it."""
         return (), {}
 
 
 @dataclass(frozen=True)
 class FitOptions(Generic[S]):
-    """What else a call of :func:`fit` does, beside training.
+    """Options of :func:`fit` that are no part of the method: checkpoints, measurements, progress, processes.
 
     Args:
         undo: The store of what plans removed from the network, for learners that restore units.
@@ -92,6 +92,8 @@ def fit(
 ) -> Fitted[S]:
     """Train a network on one task after the other; between epochs the learner's plans may change its shape.
 
+    Returns the network, its new axes and the state after the last phase, to resume or to evaluate.
+
     Args:
         model: The network; trained, and perhaps changed in shape, in place.
         axes: The network's present axes.
@@ -109,21 +111,10 @@ def fit(
         options = replace(options, undo=UndoStore())
     while state.number < len(phases):
         phase, log = phases[state.number], _TaskLog(options.log)
-        context = Context(
-            model,
-            axes,
-            phase.task,
-            state.number,
-            state.epoch,
-            len(phase.epochs),
-            phase.epochs[0] if phase.epochs else 0,
-            phase.classes,
-            schedule.seed,
-            tuple(past.task for past in phases[: state.number]),
-            undo=options.undo,
-            log=log,
-            objective=phase.objective,
-        )
+        steps = phase.epochs[0] if phase.epochs else 0
+        past = tuple(earlier.task for earlier in phases[: state.number])
+        context = Context(model, axes, phase.task, state.number, state.epoch, len(phase.epochs), steps, phase.classes)
+        context = replace(context, seed=schedule.seed, past=past, undo=options.undo, log=log, objective=phase.objective)
         training = _TaskTraining(phases, learner, schedule, options, state, context, log)
         training.run()
         model, axes, state = training.context.model, training.context.axes, training.state
@@ -146,7 +137,7 @@ class _TaskLog:
 
 @dataclass
 class _TaskTraining(Generic[S]):
-    """The training of one task."""
+    """The training of one task: :meth:`run` leaves the network, its axes and the state in the fields."""
 
     phases: Sequence[Phase]
     learner: Learner[S]
@@ -155,17 +146,17 @@ class _TaskTraining(Generic[S]):
     state: TrainState[S]
     context: Context
     log: _TaskLog
-    written: float = 0.0
+    last_write: float = 0.0  # when the epoch began or a checkpoint was written, in seconds of the monotonic clock
 
     def __post_init__(self) -> None:
         self.phase, self.optimizers = self.phases[self.state.number], Optimizers(self.schedule, self.learner)
 
     def run(self) -> None:
-        """Train, and leave the state after the task."""
+        """Train on the remaining epochs of the task; set ``state`` and ``context`` to those after it."""
         start = Event.RESUME if self.state.epoch or self.state.step else Event.TASK_START
-        self.state = replace(self.state, learner=self._pass_boundary(start))
+        self.state = replace(self.state, learner=self._call_boundary(start))
         tensors = axis_tensors(self.state.learner)
-        self.optimizers.collect(self.context.parameters(), tensors)
+        self.optimizers.register(self.context.parameters(), tensors)
         self.optimizers.restore(self.context.parameters(), tensors, self.state.moments)
         for epoch in range(self.state.epoch, len(self.phase.epochs)):
             self.context = replace(self.context, epoch=epoch, steps=self.phase.epochs[epoch])
@@ -174,26 +165,21 @@ class _TaskTraining(Generic[S]):
             self._run_epoch()
             if self.options.checkpoint and self.state.epoch < len(self.phase.epochs):
                 self.options.checkpoint(self.state, self.context)
-        learned = self._pass_boundary(Event.TASK_END)
+        learned = self._call_boundary(Event.TASK_END)
         row, sizes = self.options.observer.task_end(learned, self.context)
-        self.state = replace(
-            self.state,
-            learner=learned,
-            number=self.state.number + 1,
-            epoch=0,
-            rows=(*self.state.rows, row),
-            sizes=(*self.state.sizes, sizes | self.log.notes.get("task", {})),
-            moments={},
-        )
+        rows = (*self.state.rows, row)
+        all_sizes = (*self.state.sizes, sizes | self.log.notes.get("task", {}))
+        state = replace(self.state, learner=learned, number=self.state.number + 1, epoch=0, moments={})
+        self.state = replace(state, rows=rows, sizes=all_sizes)
         if self.options.checkpoint:
             self.options.checkpoint(self.state, self.context)
 
-    def _pass_boundary(self, event: Event) -> S:
-        """Return the learner's state after an event."""
+    def _call_boundary(self, event: Event) -> S:
+        """Call the learner's ``boundary`` hook for an event, and return the learner's new state."""
         return self.learner.boundary(self.state.learner, self.context, Boundary(event))
 
     def _apply_plans(self) -> None:
-        """Apply the learner's plans between two epochs."""
+        """Apply the learner's plans before an epoch, until it has none, and record each; update context and state."""
         observer = self.options.observer
         while True:
             plan, learned = self.learner.plan(self.state.learner, self.context)
@@ -207,32 +193,33 @@ class _TaskTraining(Generic[S]):
             event = {"task": self.context.number, "epoch": self.context.epoch, **row}
             plans, events = (*self.state.plans, plan), (*self.state.events, event)
             self.state = replace(self.state, learner=learned, plans=plans, events=events)
-        self.optimizers.collect(self.context.parameters(), axis_tensors(self.state.learner))
-        self.context = replace(self.context, applied=0)
+        self.optimizers.register(self.context.parameters(), axis_tensors(self.state.learner))
+        self.context = replace(self.context, plans_applied=0)
 
     def _run_epoch(self) -> None:
-        """Take the remaining steps of an epoch, and leave the state after it."""
-        self.written = time.monotonic()
+        """Take the remaining steps of an epoch, and set ``state`` to that after it."""
+        self.last_write = time.monotonic()
         try:
             self._take_steps()
-            learned = self._pass_boundary(Event.EPOCH_END)
+            learned = self._call_boundary(Event.EPOCH_END)
             self._check_ranks(learned)
         except KeyboardInterrupt:
             if self.options.seconds is not None:
-                self._write()
+                self._write_checkpoint()
             raise
         moments = self.optimizers.moments(self.context.parameters(), axis_tensors(learned))
         self.state = replace(self.state, learner=learned, epoch=self.context.epoch + 1, step=0, moments=moments)
 
     def _take_steps(self) -> None:
+        """Take the remaining steps of an epoch; ``state`` follows each, so that Ctrl-C finds that of the last one."""
         context, options, state, clip = self.context, self.options, self.state, self.schedule.clip
         if self.phase.seeded:
             torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
-        state = replace(state, learner=self._pass_boundary(Event.EPOCH_START))
+        state = replace(state, learner=self._call_boundary(Event.EPOCH_START))
         done, total = sum(self.phase.epochs[: context.epoch]), sum(self.phase.epochs)
         for i, (batches, second) in islice(enumerate(self.phase.batches(context)), state.step, None):
             if self.schedule.decay != "constant" or self.schedule.warm_up:
-                self.optimizers.set_rates(self.schedule.share(done + i, total))
+                self.optimizers.set_rates(self.schedule.lr_factor(done + i, total))
             with options.around(state.learner, context, i):
                 self.optimizers.clear_gradients()
                 step, loss = compute_gradients(
@@ -249,20 +236,20 @@ class _TaskTraining(Generic[S]):
                 text = self.log.notes.get("status", {}).get("text", context.task.name)
                 steps = state.number * total + done + i + 1
                 options.progress(steps, len(self.phases) * total, f"{text}, loss {loss:.3f}")
-            late = options.seconds is not None and time.monotonic() - self.written > options.seconds
-            if options.seconds is not None and broadcast_record(options.parallel.ranks, late):
-                self._write()
+            is_due = options.seconds is not None and time.monotonic() - self.last_write > options.seconds
+            if options.seconds is not None and broadcast_record(options.parallel.ranks, is_due):  # rank 0 decides
+                self._write_checkpoint()
         self.state = state
 
-    def _write(self) -> None:
-        """Call ``checkpoint`` with the state after the last step."""
-        self.written = time.monotonic()
+    def _write_checkpoint(self) -> None:
+        """Call ``options.checkpoint`` with the state after the last step."""
+        self.last_write = time.monotonic()
         moments = self.optimizers.moments(self.context.parameters(), axis_tensors(self.state.learner))
         if self.options.checkpoint:
             self.options.checkpoint(replace(self.state, moments=moments), self.context)
 
     def _check_ranks(self, state: S) -> None:
-        """Give all ranks that share examples the buffers of rank 0; raise ResourceError if other weights differ."""
+        """Set buffers to those of rank 0 if ranks share examples; raise ResourceError if their other weights differ."""
         parallel = self.options.parallel
         if parallel.by_rows:
             broadcast_tensors(parallel.ranks, [*self.context.model.buffers()])
@@ -270,8 +257,8 @@ class _TaskTraining(Generic[S]):
             parallel.check_same("weights", [*self.context.parameters().values(), *tensors])
 
 
-def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
-    """Apply the plans that a learner makes after the last epoch, and write its replacements into the parameters.
+def finish_training(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
+    """Apply the learner's last plans and write its replacements into the parameters, in place; return result and plans.
 
     It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
     """

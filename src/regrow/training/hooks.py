@@ -18,9 +18,9 @@ from regrow.training.learner import (
     Learner,
     Loss,
     Step,
+    make_tensor,
     set_train_mode,
     task_loss,
-    tensor_along,
 )
 
 S = TypeVar("S")
@@ -28,7 +28,7 @@ S = TypeVar("S")
 
 @contextmanager
 def freeze(*models: nn.Module) -> Iterator[None]:
-    """Put networks in evaluation mode and turn off their gradients inside the ``with`` block; restore both after it."""
+    """Context manager in which networks are in eval mode and their parameters need no gradient; restores both."""
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(keep_modes(model))
@@ -39,7 +39,7 @@ def freeze(*models: nn.Module) -> Iterator[None]:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Put BatchNorm modules in evaluation mode, so that they use and keep their running statistics."""
+    """Put the BatchNorms of a network in eval mode, so that they use and keep their running statistics."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -54,8 +54,8 @@ def train_with_frozen_norms(state: S, context: Context, boundary: Boundary) -> S
 
 
 def copy_parameters(context: Context) -> dict[str, AxisTensor]:
-    """Return a copy of every parameter by name, which follows plans."""
-    return {name: tensor_along(context, name, p.detach().clone()) for name, p in context.parameters().items()}
+    """Return a copy of every parameter by name, for a learner's state: it follows plans."""
+    return {name: make_tensor(context, name, p.detach().clone()) for name, p in context.parameters().items()}
 
 
 def quadratic_loss(
@@ -65,23 +65,26 @@ def quadratic_loss(
     importance: Mapping[str, AxisTensor],
     anchor: Mapping[str, AxisTensor],
 ) -> Loss:
-    """Return the loss + ``strength`` · Σ importance (θ − anchor)²; the loss alone in the first task."""
+    """Return the task's loss; after the first task + ``strength`` · Σ importance (θ − anchor)² over all parameters."""
     loss = task_loss(None, context, step).value
     if context.number:
         for name, parameter in context.parameters().items():
-            away = parameter - anchor[name].values
-            loss = loss + strength * (importance[name].values * away.square()).sum()
+            moved = parameter - anchor[name].values
+            loss = loss + strength * (importance[name].values * moved.square()).sum()
     return Loss(loss)
 
 
 def copy_weights(context: Context) -> dict[str, Tensor]:
-    """Return a copy of every weight by name, from which :func:`restore_entries` restores entries."""
+    """Return a copy of every weight in ``context.weights`` by name, from which :func:`restore_entries` restores."""
     parameters = context.parameters()
     return {name: parameters[name].detach().clone() for name in context.weights}
 
 
 def protect_entries(context: Context, protected: Mapping[str, Tensor]) -> None:
-    """Set gradients of protected entries to 0; after the first task, other parameters get no gradient."""
+    """Set gradients of protected entries to 0, in place; after the first task, parameters without a mask get none.
+
+    ``protected``: parameter name → bool mask of its shape.
+    """
     for name, parameter in context.parameters().items():
         if name not in protected:
             parameter.grad = None if context.number else parameter.grad
@@ -90,7 +93,7 @@ def protect_entries(context: Context, protected: Mapping[str, Tensor]) -> None:
 
 
 def restore_entries(context: Context, values: Mapping[str, Tensor], protected: Mapping[str, Tensor]) -> None:
-    """Set protected entries of parameters back to earlier values, in place."""
+    """Set protected entries of parameters back to ``values``, in place; both mappings are by name of a parameter."""
     parameters = context.parameters()
     with torch.no_grad():
         for name, value in values.items():
@@ -98,12 +101,14 @@ def restore_entries(context: Context, values: Mapping[str, Tensor], protected: M
             torch.where(protected[name], value, parameter, out=parameter)
 
 
-def offer_rows(
+def add_to_replay_memory(
     stored: Mapping[str, AxisTensor | None], seen: int, context: Context, size: int, rows: Mapping[str, Tensor]
 ) -> dict[str, AxisTensor]:
-    """Offer a batch to a replay memory of ``size`` examples by reservoir sampling; return its tensors.
+    """Offer a batch to a replay memory of ``size`` examples by reservoir sampling, in place; return its tensors.
 
-    Every example seen is stored with the same probability. Source: Vitter's algorithm R (ACM TOMS 11, 1985).
+    ``stored``: the memory's tensors by name, ``None`` while it is empty; ``rows``: those of the batch, by the same
+    names; ``seen``: how many examples have been offered before. Each of these is stored with the same probability.
+    Source: Vitter's algorithm R (ACM TOMS 11, 1985).
     """
     memory = {name: tensor for name, tensor in stored.items() if tensor is not None}
     for name, like in rows.items():
@@ -111,38 +116,41 @@ def offer_rows(
         if name not in memory:
             memory[name] = AxisTensor(torch.zeros(shape, dtype=like.dtype, device=like.device), shape)
     generator = context.generator(7, seen)
-    chosen: dict[int, int] = {}
+    chosen: dict[int, int] = {}  # index in the memory → that in the batch
     for i in range(len(next(iter(rows.values())))):
         index = seen if seen < size else int(torch.randint(seen + 1, (), generator=generator))
         if index < size:
             chosen[index] = i
         seen += 1
     if chosen:
-        indices, taken = (torch.tensor([*each]) for each in (chosen.keys(), chosen.values()))
+        to_index, from_index = torch.tensor([*chosen]), torch.tensor([*chosen.values()])
         for name, values in rows.items():
-            memory[name].values[indices.to(values.device)] = values[taken.to(values.device)]
+            memory[name].values[to_index.to(values.device)] = values[from_index.to(values.device)]
     return memory
 
 
-def draw_rows(
+def draw_from_replay_memory(
     stored: Mapping[str, AxisTensor | None], seen: int, recalled: int, context: Context, size: int, n: int
 ) -> dict[str, Tensor]:
-    """Draw ``n`` examples from a replay memory with replacement; returns none during the first task."""
+    """Return ``n`` random examples of a replay memory, drawn with replacement; none (``{}``) during the first task.
+
+    ``stored``, ``seen`` and ``size``: as in :func:`add_to_replay_memory`; ``recalled``: the number of earlier draws.
+    """
     filled = min(seen, size)
     if not filled or not context.number:
         return {}
-    picked = torch.randint(filled, (min(n, filled),), generator=context.generator(6, recalled + 1))
+    indices = torch.randint(filled, (min(n, filled),), generator=context.generator(6, recalled + 1))
     return {
-        name: memory.values[picked.to(memory.values.device)] for name, memory in stored.items() if memory is not None
+        name: memory.values[indices.to(memory.values.device)] for name, memory in stored.items() if memory is not None
     }
 
 
-Tensors = Mapping[str, AxisTensor]
+AxisTensors = Mapping[str, AxisTensor]  # tensors of a learner by name
 
 
 @dataclass(frozen=True)
 class Check:
-    """One evaluation on held-out data."""
+    """An evaluation on held-out data: after which step, and the loss."""
 
     step: int  # the number of training steps before it
     held_out: float  # the loss on held-out data
@@ -150,10 +158,10 @@ class Check:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The state of a learner with early stopping: its own tensors, the best snapshot, and all evaluations."""
+    """The state of a learner with early stopping: its own tensors, the best snapshot, and all held-out evaluations."""
 
-    tensors: Tensors = field(default_factory=dict)  # the tensors that the learner trains
-    best: Tensors = field(default_factory=dict)  # the snapshot taken at the best evaluation
+    tensors: AxisTensors = field(default_factory=dict)  # the tensors that the learner trains
+    best: AxisTensors = field(default_factory=dict)  # the snapshot taken at the best evaluation
     history: tuple[Check, ...] = ()  # every evaluation
 
     @property
@@ -162,8 +170,8 @@ class EarlyStopping:
         return min(self.history, key=lambda check: check.held_out)
 
 
-def trained_parameters(tensors: Tensors, context: Context) -> Tensors:
-    """Return a copy of the network's parameters that have ``requires_grad``."""
+def trained_parameters(tensors: AxisTensors, context: Context) -> AxisTensors:
+    """Return a copy of the network's parameters that require gradients; the default ``snapshot``."""
     return {
         name: AxisTensor(parameter.detach().clone(), tuple(parameter.shape))
         for name, parameter in context.parameters().items()
@@ -172,17 +180,20 @@ def trained_parameters(tensors: Tensors, context: Context) -> Tensors:
 
 
 def with_early_stopping(
-    learner: Learner[Tensors],
-    evaluate: Callable[[Tensors, Context], float],
-    snapshot: Callable[[Tensors, Context], Tensors] = trained_parameters,
+    learner: Learner[AxisTensors],
+    evaluate: Callable[[AxisTensors, Context], float],
+    snapshot: Callable[[AxisTensors, Context], AxisTensors] = trained_parameters,
 ) -> Learner[EarlyStopping]:
-    """Return a learner that is also evaluated on held-out data before the first step and after every epoch."""
+    """Return a learner that is also evaluated on held-out data before the first step and after every epoch.
+
+    It stops nothing: its state keeps the best ``snapshot``. ``evaluate``: (tensors, context) → held-out loss.
+    """
 
     def check(state: EarlyStopping, context: Context, step: int) -> EarlyStopping:
         with torch.no_grad():
             loss = evaluate(state.tensors, context)
-            better = not state.history or loss < state.best_check.held_out
-            best = snapshot(state.tensors, context) if better else state.best
+            is_best = not state.history or loss < state.best_check.held_out
+            best = snapshot(state.tensors, context) if is_best else state.best
         return replace(state, best=best, history=(*state.history, Check(step, loss)))
 
     def boundary(state: EarlyStopping, context: Context, boundary: Boundary) -> EarlyStopping:
@@ -202,7 +213,7 @@ def with_early_stopping(
 
 
 def restore_best(model: nn.Module, state: EarlyStopping) -> None:
-    """Set the parameters of a network to the snapshot of the best evaluation, in place."""
+    """Set parameters of a network to the snapshot of the best evaluation (name → values), in place."""
     with torch.no_grad():
         for name, best in state.best.items():
             model.get_parameter(name).copy_(best.values)

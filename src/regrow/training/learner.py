@@ -25,7 +25,7 @@ S = TypeVar("S")
 
 
 class Event(StrEnum):
-    """When ``boundary`` is called; ``FINISH`` comes after the last plan, before replacements are written."""
+    """When the ``boundary`` hook is called; ``FINISH``: after the last plan, before replacements are written."""
 
     TASK_START = "task start"
     RESUME = "resume"
@@ -45,14 +45,14 @@ class Context:
         axes: The network's present axes.
         task: The task that is being trained.
         number: The number of that task, from 0.
-        epoch: The current pass over its examples, from 0; ``epochs`` after the last one.
+        epoch: The number of the current pass over its examples, from 0; ``epochs`` after the last one.
         epochs: The number of passes over each task.
         steps: The number of steps per pass.
         classes: The classes among which predictions are made, ``[classes]`` bool; ``None`` for all.
         seed: Seed of everything random.
         past: Earlier tasks. Only baselines and upper bounds may train on their examples.
-        answered: The number of the task that is being evaluated; ``None`` while training.
-        applied: The number of plans that were applied since the last epoch.
+        eval_task: The number of the task that is being evaluated; ``None`` while training.
+        plans_applied: The number of plans that were applied since the last epoch.
         undo: The store of what earlier plans removed from the network, for learners that restore units.
         log: Records rows of measurements.
         objective: What the network is trained for.
@@ -68,8 +68,8 @@ class Context:
     classes: Tensor | None = None
     seed: int = 0
     past: tuple[Task, ...] = ()
-    answered: int | None = None
-    applied: int = 0
+    eval_task: int | None = None
+    plans_applied: int = 0
     undo: UndoStore | None = None
     log: Log = discard
     objective: Objective = CLASSIFICATION
@@ -77,7 +77,7 @@ class Context:
     @property
     def training(self) -> bool:
         """Whether the network is being trained, rather than evaluated."""
-        return self.answered is None
+        return self.eval_task is None
 
     @cached_property
     def device(self) -> torch.device:
@@ -91,7 +91,7 @@ class Context:
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The names of the parameters that produce the network's outputs (their first dimension has no free axis)."""
+        """The names of the parameters whose first dimension is the network's outputs: no axis of it can be cut."""
         return tuple(
             name
             for name in self.parameters()
@@ -100,7 +100,7 @@ class Context:
 
     @property
     def task_classes(self) -> Tensor | None:
-        """The classes of the current task, ``[classes]`` bool; ``None`` if predictions are made among all classes."""
+        """Which classes the current task has, ``[classes]`` bool; ``None``: predictions are made among all classes."""
         if self.classes is None:
             return None
         chosen = torch.zeros_like(self.classes)
@@ -116,7 +116,7 @@ class Context:
         return among(logits_in(run_network(self.model, inputs, self.device)), self.classes)
 
     def replay_logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return logits of examples of any task so far; where tasks are told apart, over the classes of their own task.
+        """Return logits of examples of any task so far; with ``classes``, over those of the example's own task.
 
         An example belongs to the current task if that has its label, or else to the last task that has it.
 
@@ -135,10 +135,10 @@ class Context:
         return among(logits, choice)
 
     def generator(self, *purpose: int) -> torch.Generator:
-        """Return a random generator that depends only on the seed, the task and ``purpose``.
+        """Return a new random generator on the CPU that depends only on the seed, the task and ``purpose``.
 
         Args:
-            *purpose: Numbers that tell random streams apart.
+            *purpose: Numbers that distinguish random streams, such as the epoch.
         """
         seed = self.seed
         for part in (self.number, *purpose):
@@ -159,7 +159,7 @@ class Replacements:
     aux: Any = None
 
 
-NO_REPLACEMENTS = Replacements()
+NO_REPLACEMENTS = Replacements()  # the result of a ``parametrize`` hook that replaces nothing
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Learner(Generic[S]):
     Args:
         state: The initial state, before the first task.
         parametrize: (state, context) → the tensors that replace parameters in the forward pass; at evaluation, those
-            for the task ``context.answered``.
+            for the task ``context.eval_task``.
         loss: (state, context, step) → the loss.
         project: (state, context, step) → state; may change the gradients, which have just been computed.
         after_step: (state, context, step) → state; may correct the parameters, which the optimizer has just changed.
@@ -282,20 +282,20 @@ PLAIN: Learner[NoState] = Learner(NoState())
 
 
 def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
-    """Write the tensors that replace parameters at evaluation into the parameters, so that no learner is needed."""
-    context = replace(context, answered=context.number)
+    """Write the tensors that replace parameters at evaluation into these, in place; then no learner is needed."""
+    context = replace(context, eval_task=context.number)
     with torch.no_grad():
         for name, value in learner.parametrize(state, context).values.items():
             context.model.get_parameter(name).copy_(value)
 
 
-def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: float | None = None) -> AxisTensor:
-    """Return a tensor with the axes of a parameter, so that it follows plans; zeros unless ``values`` are given.
+def make_tensor(context: Context, name: str, values: Tensor | None = None, lr: float | None = None) -> AxisTensor:
+    """Return a tensor for a learner's state with the axes of a parameter, so that it follows plans.
 
     Args:
-        context: The network.
+        context: The network and its axes.
         name: The parameter's name.
-        values: The values, of the parameter's shape; ``None``: zeros.
+        values: The values, of the parameter's shape, moved to its device; ``None``: zeros.
         lr: The learning rate at which the tensor is trained; ``None``: it is not.
     """
     parameter = context.model.get_parameter(name)
@@ -303,6 +303,6 @@ def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: 
     return AxisTensor(values, context.axes.shapes[name], lr)
 
 
-def flags_along(context: Context, name: str) -> AxisTensor:
-    """Return a bool tensor with the axes of the parameter ``name``, ``False`` everywhere."""
-    return tensor_along(context, name, torch.zeros_like(context.model.get_parameter(name), dtype=torch.bool))
+def make_mask(context: Context, name: str) -> AxisTensor:
+    """Return a bool tensor for a learner's state with the axes of the parameter ``name``, ``False`` everywhere."""
+    return make_tensor(context, name, torch.zeros_like(context.model.get_parameter(name), dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Schedules: which batches a network is trained on, for how long, and at which learning rates."""
+"""How a network is trained: optimizer and learning rates (schedule), and batches, epochs and classes (phases)."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ Moments = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Schedule(CheckedSettings):
-    """Optimizer, learning-rate schedule, gradient clipping, precision and seed of a training."""
+    """Settings of a training: optimizer, learning-rate schedule, gradient clipping, precision and seed."""
 
     optimizer: Annotated[str, OneOf("sgd", "adamw")] = "sgd"  # sgd has momentum 0.9, Nesterov
     lr: Annotated[float, Range(0, above=True)] = 0.01
@@ -44,19 +44,19 @@ class Schedule(CheckedSettings):
     # From parameter groups to an optimizer of the user's own, which replaces the first three fields.
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
-    def share(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step as a fraction of the largest one.
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step, from 0, of ``steps`` as a fraction of the largest one.
 
         >>> schedule = Schedule(decay="cosine", warm_up=0.1)
-        >>> [round(schedule.share(step, 20), 2) for step in (0, 1, 2, 11, 19)]
+        >>> [round(schedule.lr_factor(step, 20), 2) for step in (0, 1, 2, 11, 19)]
         [0.5, 1.0, 1.0, 0.5, 0.01]
         """
-        rise = max(1, int(self.warm_up * steps)) if self.warm_up else 0
-        if step < rise:
-            return (step + 1) / rise
+        warm_up_steps = max(1, int(self.warm_up * steps)) if self.warm_up else 0
+        if step < warm_up_steps:
+            return (step + 1) / warm_up_steps
         if self.decay == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(1, steps - warm_up_steps)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ class Phase:
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
-    """Return a phase that trains on batches of sources instead of a task's examples."""
+    """Return a phase that trains on batches of sources instead of a task's examples.
+
+    ``epochs``: the number of steps of each epoch; ``batches``: the step, counted over all epochs → its batches.
+    """
 
     def batches_of(context: Context) -> Batches:
         first = sum(epochs[: context.epoch])
@@ -82,7 +85,7 @@ def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequ
 
 
 class Optimizers:
-    """The optimizer of the network, and that of its learner's tensors if they have their own."""
+    """The optimizer of the network, and that of its learner's tensors if they have their own; empty at first."""
 
     def __init__(self, schedule: Schedule, learner: Learner[Any]) -> None:
         self.scheduled = learner.scheduled
@@ -95,21 +98,21 @@ class Optimizers:
             self.network = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
         else:
             self.network = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=decay)
-        self.lr = float(self.network.param_groups[0]["lr"])
+        self.largest_lr = float(self.network.param_groups[0]["lr"])  # a user's optimizer has its own
         self.all: list[torch.optim.Optimizer] = [self.network]
         if learner.optimizer == "adam":
             self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
 
-    def set_rates(self, share: float) -> None:
-        """Set the learning rates that follow the schedule to a fraction of their largest values."""
-        self.network.param_groups[0]["lr"] = self.lr * share
+    def set_rates(self, factor: float) -> None:
+        """Set the learning rates that follow the schedule to ``factor`` times their largest values."""
+        self.network.param_groups[0]["lr"] = self.largest_lr * factor
         if self.scheduled:
             for group in self.all[-1].param_groups:
                 if "largest_lr" in group:
-                    group["lr"] = group["largest_lr"] * share
+                    group["lr"] = group["largest_lr"] * factor
 
     def clear_gradients(self) -> None:
-        """Remove all gradients."""
+        """Set the gradients of everything that is trained to ``None``."""
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
@@ -118,8 +121,8 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.step()
 
-    def collect(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> None:
-        """Register exactly the given tensors for training, and discard the optimizer state of all others."""
+    def register(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> None:
+        """Train exactly the parameters that require gradients and the tensors with an lr; drop the state of others."""
         self.network.param_groups[0]["params"] = [p for p in parameters.values() if p.requires_grad]
         by_rate: dict[float, list[Tensor]] = {}
         for tensor in tensors.values():
@@ -129,26 +132,29 @@ class Optimizers:
         del last.param_groups[1 if last is self.network else 0 :]
         for rate, values in by_rate.items():
             last.add_param_group({"params": values, "lr": rate, "largest_lr": rate, "weight_decay": 0.0})
-        known = {id(p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
+        registered = {id(p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
         for optimizer in self.all:
-            for lost in [one for one in optimizer.state if id(one) not in known]:
-                del optimizer.state[lost]
+            for stale in [tensor for tensor in optimizer.state if id(tensor) not in registered]:
+                del optimizer.state[stale]
 
     def follow(self, old: Mapping[str, AxisTensor], new: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> None:
-        """Resize the optimizer state of the learner's tensors; surgery does so for the network's parameters."""
+        """Resize the optimizer state of the learner's tensors after a plan; surgery does that of the parameters.
+
+        ``old`` and ``new``: the tensors before and after it, by the same names; ``axes``: those before it.
+        """
 
         def resize(value: Any, like: AxisTensor) -> Any:
             if not isinstance(value, Tensor) or not value.dim():
-                return value
+                return value  # such as the number of steps
             return resize_axis_tensor(AxisTensor(value, like.dims), axes, plan).values
 
         state = self.all[-1].state
         for name, tensor in old.items():
-            if memory := state.pop(tensor.values, {}):
-                state[new[name].values] = {what: resize(value, tensor) for what, value in memory.items()}
+            if entries := state.pop(tensor.values, {}):
+                state[new[name].values] = {key: resize(value, tensor) for key, value in entries.items()}
 
     def moments(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> Moments:
-        """Return the optimizer state of every trained tensor, by name."""
+        """Return the optimizer state of every trained tensor that has one, by name; its tensors are not copied."""
         return {
             name: dict(optimizer.state[tensor])
             for name, tensor, optimizer in self._trained(parameters, tensors)
@@ -158,19 +164,20 @@ class Optimizers:
     def restore(
         self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor], moments: Moments
     ) -> None:
-        """Set the optimizer state to what :meth:`moments` returned; step counts stay on their device."""
+        """Set the optimizer state to copies of what :meth:`moments` returned; step counts stay on their device."""
         for name, tensor, optimizer in self._trained(parameters, tensors):
             if name in moments:
                 optimizer.state[tensor] = {
-                    what: value.to(tensor.device if value.dim() else value.device, copy=True)
+                    key: value.to(tensor.device if value.dim() else value.device, copy=True)
                     if isinstance(value, Tensor)
                     else value
-                    for what, value in moments[name].items()
+                    for key, value in moments[name].items()
                 }
 
     def _trained(
         self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]
     ) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+        """Yield (key in :data:`Moments`, tensor, its optimizer) of all parameters and of the tensors with an lr."""
         for name, parameter in parameters.items():
             yield name, parameter, self.network
         for name, tensor in tensors.items():

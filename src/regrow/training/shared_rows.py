@@ -46,26 +46,28 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """(x − mean) / √(variance + eps) · weight + bias per channel, with mean and variance over the rows of all ranks."""
+    """``F.batch_norm`` with mean and variance over the rows of all ranks; updates the running statistics in place."""
     if not training:
         return F.batch_norm(values, running_mean, running_var, weight, bias, training, momentum, eps)
     dims, shape = [0, *range(2, values.dim())], (1, -1, *[1] * (values.dim() - 2))
     wide = values if values.dtype == torch.float64 else values.float()
-    sums = _sum(torch.cat([wide.sum(dims), wide.new_tensor([wide.numel() / wide.shape[1]])]))
+    # The last entry is the number of values per channel.
+    sums = _sum_over_ranks(torch.cat([wide.sum(dims), wide.new_tensor([wide.numel() / wide.shape[1]])]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     centred = wide - mean.view(shape)
-    variance = _sum(centred.square().sum(dims)) / count
+    variance = _sum_over_ranks(centred.square().sum(dims)) / count
     result = centred * torch.rsqrt(variance + eps).view(shape)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
+            running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)  # unbiased, as in torch
     result = result if weight is None else result * weight.view(shape)
     return (result if bias is None else result + bias.view(shape)).to(values.dtype)
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks, on each of them, with a gradient."""
     total: Tensor = _RankSum.apply(tensor)
     return total
 
@@ -75,19 +77,21 @@ class _RankSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks."""
         total = tensor.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the sum of the ranks' gradients."""
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total
 
 
 @contextmanager
-def sharing_rows(model: nn.Module, ranks: ProcessRank) -> Iterator[None]:
+def share_rows(model: nn.Module, ranks: ProcessRank) -> Iterator[None]:
     """Context manager in which each rank runs the network on its examples of a batch, and gets the logits of all.
 
     A loss of these logits is that of a single process, whatever it adds to them: the mean over ranks of its gradients
@@ -116,28 +120,29 @@ def sharing_rows(model: nn.Module, ranks: ProcessRank) -> Iterator[None]:
 
 
 class _SharedForward:
-    """The hooks before and after a forward pass."""
+    """The hooks before and after a forward pass: ``select`` takes a rank's rows, ``gather`` joins the logits of all."""
 
     def __init__(self, ranks: ProcessRank, norms: SynchronisedBatchNorm) -> None:
         self.ranks, self.norms = ranks, norms
-        self.bounds: list[int] = []
-        self.random: _RankRandomness | None = None
+        self.bounds: list[int] = []  # the first row of each rank, and the number of rows
+        self.random: _RankRandomness | None = None  # in training mode
 
     def select(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        many, size = len(first_tensor([*args, *kwargs.values()])), self.ranks.size
-        self.norms.active = many >= size
+        """Return the arguments with this rank's rows of the batch; ``None`` (all) if it has fewer rows than ranks."""
+        count, size = len(first_tensor([*args, *kwargs.values()])), self.ranks.size
+        self.norms.active = count >= size
         if not self.norms.active:
             return None
-        self.bounds = [many * rank // size for rank in range(size + 1)]
+        self.bounds = [count * rank // size for rank in range(size + 1)]
         rows = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
         self.random = _RankRandomness(self.ranks.rank, device_of(model)) if model.training else None
-        return tuple(_select(value, many, rows) for value in args), {
-            name: _select(value, many, rows) for name, value in kwargs.items()
-        }
+        selected = {name: _select_rows(value, count, rows) for name, value in kwargs.items()}
+        return tuple(_select_rows(value, count, rows) for value in args), selected
 
     def gather(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Return the logits of all ranks, in the order of the batch; InputError if there is not one row per example."""
         if not self.norms.active:
             return output
         if self.random:
@@ -153,7 +158,10 @@ class _SharedForward:
 
 
 class _RankRandomness:
-    """Random draws of a rank's own inside the network; afterwards all ranks have the same states of the generators."""
+    """Random draws of a rank's own in a forward pass; after :meth:`restore` all ranks' generators have the same state.
+
+    Made before the pass: it seeds the global generators of the CPU and of the device differently on each rank.
+    """
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self.generators = [torch.default_generator]
@@ -167,12 +175,16 @@ class _RankRandomness:
         self.seeded = self._states()
 
     def restore(self) -> None:
-        """Set the generators to their states before the pass if that drew nothing, as in a single process."""
+        """Give all ranks the same states of the generators after the pass.
+
+        Those before it if it drew nothing, as in a single process; else those after the draw of the ranks' seed.
+        """
         unused = all(map(torch.equal, self._states(), self.seeded))
         for generator, state in zip(self.generators, self.before if unused else self.after, strict=True):
             generator.set_state(state)
 
     def _states(self) -> list[Tensor]:
+        """Return copies of the present states of the generators."""
         return [generator.get_state() for generator in self.generators]
 
 
@@ -181,19 +193,22 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bounds: Sequence[int], ranks: ProcessRank) -> Tensor:
+        """Return the rows of all ranks, in order; ``bounds``: the first of each, and their number."""
         ctx.bounds, ctx.ranks = bounds, ranks
         sizes = [end - start for start, end in pairwise(bounds)]
-        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))  # all_gather needs equal shapes
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather([view_bytes(rank_rows) for rank_rows in parts], view_bytes(padded))
-        return torch.cat([part[:many] for part, many in zip(parts, sizes, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the rank's own rows, times the number of ranks."""
         start, end = ctx.bounds[ctx.ranks.rank : ctx.ranks.rank + 2]
         return gradient[start:end] * ctx.ranks.size, None, None
 
 
-def _select(value: Any, many: int, rows: slice) -> Any:
-    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (many,) else value
+def _select_rows(value: Any, count: int, rows: slice) -> Any:
+    """Return the given rows of a tensor with ``count`` rows; anything else as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value

@@ -41,11 +41,12 @@ S = TypeVar("S")
 CHECKPOINT = "course.safetensors"
 FORMAT = "regrow-course/4"
 
-_ONE, _SEVERAL = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], dict[str, AxisTensor])
+# The types of a state's fields that hold one tensor, or several by name.
+_SINGLE, _MAPPING = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], dict[str, AxisTensor])
 
 
 def derived(make: Callable[[], Any]) -> Any:
-    """Declare a field of a state that is computed from the rest: not stored, and not changed by plans."""
+    """Declare a dataclass field of a state that is computed from others: not stored, not resized; ``make``: default."""
     return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
 
 
@@ -61,22 +62,26 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     ['anchor weight']
     """
     tensors: dict[str, Any] = {}
-    for name, single in _fields(_kind(state))[0].items():
+    tensor_fields, _ = _stored_fields(_type(state))
+    for name, single in tensor_fields.items():
         value = getattr(state, name)
         tensors |= {name: value} if single else {f"{name} {rest}": tensor for rest, tensor in value.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
-    """Return the state with other tensors, named as by :func:`axis_tensors`; those that are missing are removed."""
-    known, _ = _fields(_kind(state))
-    values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
+    """Return the state with other tensors, named as by :func:`axis_tensors`; those of mappings may be fewer or more.
+
+    Raise ValueError if a name fits no field, or a single tensor is missing.
+    """
+    is_single, _ = _stored_fields(_type(state))
+    values: dict[str, Any] = {name: None if single else {} for name, single in is_single.items()}
     for key, tensor in tensors.items():
-        first, _, rest = key.partition(" ")
-        if known.get(key, False):
+        field_name, _, rest = key.partition(" ")
+        if is_single.get(key, False):
             values[key] = tensor
-        elif rest and not known.get(first, True):
-            values[first][rest] = tensor
+        elif rest and not is_single.get(field_name, True):
+            values[field_name][rest] = tensor
         else:
             raise ValueError(f"the method has no tensor {key!r}")
     missing = [name for name, value in values.items() if value is None and getattr(state, name) is not None]
@@ -86,36 +91,41 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
 
 
 def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
-    """Return the state after a plan: kept entries of its tensors keep their values, new ones are 0."""
+    """Return the state after a plan: kept entries of tensors keep their values, new ones are 0; ``axes``: before it."""
     return with_axis_tensors(
         state, {name: resize_axis_tensor(tensor, axes, plan) for name, tensor in axis_tensors(state).items()}
     )
 
 
-def values_of(state: Any) -> dict[str, Any]:
+def json_values(state: Any) -> dict[str, Any]:
     """Return the fields of a state that are JSON data, by name."""
-    return {name: msgspec.to_builtins(getattr(state, name)) for name in _fields(_kind(state))[1]}
+    _, types = _stored_fields(_type(state))
+    return {name: msgspec.to_builtins(getattr(state, name)) for name in types}
 
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
-    """Rebuild a state from its stored tensors and values."""
-    _, types = _fields(_kind(state))
+    """Return a state with the stored tensors and values that :func:`axis_tensors` and :func:`json_values` returned.
+
+    ``state`` has the type and the derived fields. Raise ValueError if a tensor or value is missing, or does not fit.
+    """
+    _, types = _stored_fields(_type(state))
     if missing := [name for name in types if name not in values]:
         raise ValueError(f"the value {missing[0]!r} is missing")
-    known = {name: convert(values[name], kind) for name, kind in types.items()}
-    return with_axis_tensors(replace(state, **known), tensors)  # type: ignore[type-var]
+    converted = {name: convert(values[name], hint) for name, hint in types.items()}
+    return with_axis_tensors(replace(state, **converted), tensors)  # type: ignore[type-var]
 
 
-def _kind(state: Any) -> Any:
+def _type(state: Any) -> Any:
+    """Return the type of a state as ``Any``: mypy takes that of a type variable for unhashable."""
     return type(state)
 
 
 @cache
-def _fields(kind: Any) -> tuple[dict[str, bool], dict[str, Any]]:
+def _stored_fields(state_type: Any) -> tuple[dict[str, bool], dict[str, Any]]:
     """Return the fields that hold tensors (name → whether a single one), and those with JSON data (name → type)."""
-    hints = get_type_hints(kind)
-    stored = [field.name for field in fields(kind) if not field.metadata.get("derived")]
-    tensors = {name: hints[name] in _ONE for name in stored if hints[name] in (*_ONE, *_SEVERAL)}
+    hints = get_type_hints(state_type)
+    stored = [field.name for field in fields(state_type) if not field.metadata.get("derived")]
+    tensors = {name: hints[name] in _SINGLE for name in stored if hints[name] in (*_SINGLE, *_MAPPING)}
     return tensors, {name: hints[name] for name in stored if name not in tensors}
 
 
@@ -145,12 +155,16 @@ def write_checkpoint(
     trained_only: bool = False,
     header: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint of a network and its training, atomically; ``outside``: its history is stored elsewhere."""
+    """Write a checkpoint of a network and its training to a safetensors file, atomically.
+
+    ``outside``: plans, rows, sizes and events are stored elsewhere; ``trained_only``: of the network, only parameters
+    that require gradients; ``header``: JSON data that is added to the file's header.
+    """
     tensors = axis_tensors(state.learner)
-    weights = _trained(model) if trained_only else model.state_dict()
+    weights = _trained_parameters(model) if trained_only else model.state_dict()
     parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
     parts |= {f"learner {name}": tensor.values for name, tensor in tensors.items()}
-    moments = {f"{what} {name}": value for name, memory in state.moments.items() for what, value in memory.items()}
+    moments = {f"{key} {name}": value for name, entries in state.moments.items() for key, value in entries.items()}
     parts |= {f"optimiser {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     if undo is not None:
         parts |= {f"undo_store {name}": value for name, value in undo.contents().items()}
@@ -160,7 +174,7 @@ def write_checkpoint(
     record: dict[str, Any] = {
         **(header or {}),
         "along": {name: [_to_json(tensor.dims), tensor.lr] for name, tensor in tensors.items()},
-        "values": values_of(state.learner),
+        "values": json_values(state.learner),
         "numbers": {name: value for name, value in moments.items() if not isinstance(value, Tensor | None)},
         "course": {name: getattr(state, name) for name in fields},
         "plans": len(state.plans) if outside else [json.loads(plan.to_json()) for plan in state.plans],
@@ -178,41 +192,42 @@ def read_checkpoint(
     *,
     trained_only: bool = False,
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
-    """Read a checkpoint, apply its plans to the network, and return network, axes and training state.
+    """Read a checkpoint, apply its plans to the network, in place, and return network, axes and training state.
 
-    ``history`` has what was stored elsewhere: plans, rows, sizes and events.
+    ``model`` and ``axes`` are those before the first plan, ``learner`` is the learner's initial state; ``history`` has
+    what was stored elsewhere: plans, rows, sizes and events. Raise StoreError if the file does not fit them.
     """
     try:
         header, tensors = read_tensors(path, FORMAT)
         record = convert(header, schemas.CourseHeader)
-        state = _progress(record, history, learner)
+        state = _stored_progress(record, history, learner)
         model, axes = replay(model, axes, state.plans, undo)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "undo_store": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
             parts[part][rest] = value
-        if trained_only and parts["model"].keys() != _trained(model).keys():
+        if trained_only and parts["model"].keys() != _trained_parameters(model).keys():
             raise ValueError("it holds other parameters than those that are trained")
         model.load_state_dict(parts["model"], strict=not trained_only)
         removed = undo.contents() if undo is not None else {}
         for name, value in parts["undo_store"].items():
             removed[name].copy_(value)
         device = device_of(model)
-        along = {
+        learner_tensors = {
             name: AxisTensor(parts["learner"][name].to(device), tuple(map(_from_json, dims)), lr)
             for name, (dims, lr) in record.along.items()
         }
         moments: dict[str, dict[str, Any]] = {}
         for key, number in {**parts["optimiser"], **record.numbers}.items():
-            what, _, name = key.partition(" ")
-            moments.setdefault(name, {})[what] = number
-        learned = restore_state(learner, along, record.values)
+            moment, _, name = key.partition(" ")
+            moments.setdefault(name, {})[moment] = number
+        learned = restore_state(learner, learner_tensors, record.values)
         return model, axes, replace(state, learner=learned, moments=moments)
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise _damaged(path, error) from None
+        raise _damage_error(path, error) from None
 
 
-def read_start(
+def resume_training(
     ranks: ProcessRank,
     history: TrainState[None] | None,
     checkpoint: Path,
@@ -221,13 +236,14 @@ def read_start(
     learner: S,
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
-    """Return network, axes and training state from which training resumes; all ranks call this.
+    """Return network, axes and training state from which training resumes, or at the start if ``history`` is ``None``.
 
-    Rank 0, which alone reads the run folder, gives its history; ``None``: training starts.
+    All ranks call this; rank 0, which alone reads the run folder, passes its history and the file ``checkpoint``, which
+    is not read without one. The network is changed in place.
     """
     if ranks.several:
-        stored = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
-        if record := broadcast_record(ranks, stored):
+        sent = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
+        if record := broadcast_record(ranks, sent):
             plans = tuple(read_plan(json.loads(plan)) for plan in record["plans"])
             history = TrainState(**record | {"plans": plans})
     if history is None:
@@ -238,13 +254,13 @@ def read_start(
 
 
 def check_checkpoint(path: Path, history: TrainState[None]) -> int:
-    """Return the number of finished tasks of a checkpoint; 0 if there is none."""
+    """Return the number of finished tasks of a checkpoint, 0 if there is none; StoreError if ``history`` lacks them."""
     if not path.is_file():
         return 0
     try:
-        state = _progress(convert(read_header(path, FORMAT), schemas.CourseHeader), history, None)
+        state = _stored_progress(convert(read_header(path, FORMAT), schemas.CourseHeader), history, None)
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
+        raise _damage_error(path, error) from None
     if len(state.rows) < state.number:
         raise StoreError(
             f"{path.with_name('metrics.jsonl')} holds {len(state.rows)} of the {state.number} tasks that are over; "
@@ -253,31 +269,34 @@ def check_checkpoint(path: Path, history: TrainState[None]) -> int:
     return state.number
 
 
-def _progress(record: schemas.CourseHeader, history: TrainState[None] | None, learner: S) -> TrainState[S]:
+def _stored_progress(record: schemas.CourseHeader, history: TrainState[None] | None, learner: S) -> TrainState[S]:
     """Return the stored training state with the learner's initial state, and without moments."""
     course = record.course
     state = TrainState(learner, course.number, course.epoch, course.step, before=tuple(course.before))
-    if not isinstance(record.plans, int):
+    if not isinstance(record.plans, int):  # the history is in the checkpoint
         rows, plans = tuple(map(tuple, course.rows)), tuple(map(read_plan, record.plans))
         return replace(state, rows=rows, plans=plans, events=tuple(course.events), sizes=tuple(course.sizes))
     past = history or TrainState(None)
-    for name, logs in (("ledger.json", past.plans), ("metrics.jsonl", past.events)):
-        if len(logs) < record.plans:
-            raise ValueError(f"{name} holds {len(logs)} of the {record.plans} changes of shape that it relies on")
+    for name, changes in (("ledger.json", past.plans), ("metrics.jsonl", past.events)):
+        if len(changes) < record.plans:
+            raise ValueError(f"{name} holds {len(changes)} of the {record.plans} changes of shape that it relies on")
     plans, events = past.plans[: record.plans], past.events[: record.plans]
     return replace(state, rows=past.rows[: state.number], sizes=past.sizes[: state.number], plans=plans, events=events)
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def _trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _damaged(path: Path, error: Exception) -> StoreError:
+def _damage_error(path: Path, error: Exception) -> StoreError:
+    """Return the error for a file that cannot be used, with the reason in one line."""
     text = " ".join(str(error).split())[:200]
     return StoreError(text if text.startswith(str(path)) else f"{path} cannot be used ({text}); restore it")
 
 
 def _to_json(dim: Any) -> Any:
+    """Return a dimension, or several, as JSON data."""
     match dim:
         case Product(parts):
             return {"product": [_to_json(part) for part in parts]}
@@ -289,6 +308,7 @@ def _to_json(dim: Any) -> Any:
 
 
 def _from_json(data: Any) -> Dim:
+    """Return the dimension that :func:`_to_json` has written; ValueError if it is none."""
     match data:
         case {"product": [*parts]}:
             return Product(tuple(map(_from_json, parts)))

@@ -19,24 +19,25 @@ from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
 from regrow.surgery.insert import renaming
 from regrow.surgery.layout import resize_axis_tensor
-from regrow.tracing.capture import evaluating, keep_modes
+from regrow.tracing.capture import in_eval_mode, keep_modes
 from regrow.training.fit import FitOptions, fit
 from regrow.training.learner import PLAIN, Boundary, Context, Loss, NoState, Step, set_train_mode
 from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
 
 
 def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
-    """Measure the running statistics of every BatchNorm again, as plain averages over all batches.
+    """Measure the running statistics of every BatchNorm again, in place; return how many layers have new ones.
 
-    Everything but the BatchNorms runs in eval mode; modes and momenta are left as they were. Statistics of layers that
+    They become plain averages over all batches.
+    Everything but the BatchNorms runs in eval mode; modes and momenta are restored. Statistics of layers that
     the data do not reach are left, too, and batches with a single value per channel, which have no variance.
     """
-    layers = find_running(model)
+    layers = find_batch_norms(model)
     if not layers:
         return 0
     device = device_of(model)
-    before = [(layer, layer.momentum, layer.num_batches_tracked, _copies([layer])) for layer in layers]
-    measured = [False] * len(layers)
+    before = [(layer, layer.momentum, layer.num_batches_tracked, _copy_statistics([layer])) for layer in layers]
+    measured = [False] * len(layers)  # per layer; if a batch fails, all old statistics are restored
     with keep_modes(model), torch.no_grad():
         model.eval()
         for layer in layers:
@@ -47,52 +48,50 @@ def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
         try:
             for source in sources:
                 for batch in source:
-                    _measure(model, layers, batch.to(device))
+                    _measure_batch(model, layers, batch.to(device))
             measured = [bool(layer.num_batches_tracked) for layer in layers]
         finally:
-            for new, (layer, momentum, count, copies) in zip(measured, before, strict=True):
-                if new and count is not None and layer.num_batches_tracked is not None:
+            for is_measured, (layer, momentum, count, copies) in zip(measured, before, strict=True):
+                if is_measured and count is not None and layer.num_batches_tracked is not None:
                     count.copy_(layer.num_batches_tracked)
                 layer.momentum, layer.num_batches_tracked = momentum, count
-                _restore([] if new else copies)
+                _restore_statistics([] if is_measured else copies)
     return sum(measured)
 
 
-def find_running(model: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorms of a network that keep running statistics."""
+def find_batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorms of a network that keep running statistics, in the order of its modules."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
 
 
-def _copies(layers: Sequence[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:
-    """Return the running statistics of layers, each with a copy."""
+def _copy_statistics(layers: Sequence[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:
+    """Return (running mean, variance or count of a layer; a copy of it) for each of these."""
     tensors = [x for layer in layers for x in (layer.running_mean, layer.running_var, layer.num_batches_tracked)]
     return [(x, x.clone()) for x in tensors if x is not None]
 
 
-def _restore(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _restore_statistics(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set running statistics to their copies, in place."""
     for tensor, copy in copies:
         tensor.copy_(copy)
 
 
-def _measure(model: nn.Module, layers: Sequence[_BatchNorm], batch: Batch) -> None:
-    """Run a batch; statistics are left as they were if a layer gets a single value per channel."""
-    copies = _copies(layers)
+def _measure_batch(model: nn.Module, layers: Sequence[_BatchNorm], batch: Batch) -> None:
+    """Run a batch, which updates the running statistics; leave them if a layer gets a single value per channel."""
+    copies = _copy_statistics(layers)
     try:
         batch.run(model)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        _restore(copies)
+        _restore_statistics(copies)
 
 
 def recalibrate_changed(model: nn.Module, plan: Plan, sources: Sequence[Source]) -> str:
-    """Measure the running statistics of every BatchNorm again, if a plan has changed the network.
-
-    It returns what a user must know: that there were BatchNorms and nothing to measure them with; empty otherwise.
-    """
+    """Call :func:`recalibrate` if a plan has changed the network; return a warning if it cannot, or ``""``."""
     changed = plan.changes_modules or any(not change.idle for change in plan.changes.values())
-    layers = find_running(model) if changed and device_of(model).type != "meta" else []
+    layers = find_batch_norms(model) if changed and device_of(model).type != "meta" else []
     if not layers or (sources and recalibrate(model, sources)):
         return ""
     problem = f"the running statistics of {len(layers)} BatchNorm layers are those of the uncut network"
@@ -112,15 +111,18 @@ def finetune(
     objective: Objective | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Train on a source's labels for a few epochs, with a learning rate that falls as a half cosine."""
+    """Train a network in place on a source's labels by SGD, with a learning rate that falls as a half cosine.
+
+    Raise ValueError if the source has no batches.
+    """
     if not len(source):
         raise ValueError(f"source {source.name!r} is empty; give one with batches to train on")
-    learner = replace(PLAIN, loss=_objective_loss(objective or choose_objective(None, source.batches[0])))
+    learner = replace(PLAIN, loss=_make_loss_hook(objective or choose_objective(None, source.batches[0])))
     if isinstance(source.batches, BatchStream):  # a user's loader is read from its start in every epoch
         task, steps = Task.of_gone("fine-tuning", (), (0,)), (len(source),) * epochs
         phase = Phase(task, steps, lambda context: (([batch], None) for batch in source), seeded=False)
     else:
-        order = _shuffle(len(source), epochs, seed)
+        order = _shuffle_batches(len(source), epochs, seed)
         phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
     schedule = Schedule("sgd", lr, weight_decay, "cosine", clip=1.0, seed=seed)
     torch.manual_seed(seed)
@@ -128,29 +130,32 @@ def finetune(
         fit(model, NO_AXES, [phase], learner, schedule, options=FitOptions(progress=progress))
 
 
-def _objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]:
-    """Return the ``loss`` hook that computes an objective on batches of inputs and labels."""
+def _make_loss_hook(objective: Objective) -> Callable[[Any, Context, Step], Loss]:
+    """Return the ``loss`` hook that computes an objective on :class:`Batch`es, instead of a task's examples."""
     return lambda state, context, step: Loss(objective.compute_loss(step.batch.run(context.model), step.batch))
 
 
-def _shuffle(count: int, epochs: int, seed: int) -> list[int]:
-    """Return the numbers of batches in random order, for several epochs."""
+def _shuffle_batches(count: int, epochs: int, seed: int) -> list[int]:
+    """Return the indices of ``count`` batches in a new random order for each epoch, one epoch after the other."""
     generator = torch.Generator().manual_seed(seed)
     return [i for _ in range(epochs) for i in torch.randperm(count, generator=generator).tolist()]
 
 
-def added_entries(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return name of a parameter → which of its entries a growth has added; parameters without any are left out."""
+def find_added_entries(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
+    """Return name of a parameter → bool mask of the entries that a growth has added; only parameters that have any.
+
+    ``model`` is the grown network, ``axes`` are those before ``plan``.
+    """
     rename = renaming(model, plan)
-    old = {rename(name): name for name in axes.shapes}
+    old_names = {rename(name): name for name in axes.shapes}
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if name not in old:
+        if name not in old_names:
             result[name] = torch.ones_like(parameter, dtype=torch.bool)
             continue
-        dims = axes.shapes[old[name]]
+        dims = axes.shapes[old_names[name]]
         before = torch.ones([size_of(dim, axes.sizes()) for dim in dims], dtype=torch.bool)
-        new = ~resize_axis_tensor(AxisTensor(before, dims), axes, plan).values
+        new = ~resize_axis_tensor(AxisTensor(before, dims), axes, plan).values  # new entries of an AxisTensor are 0
         if bool(new.any()):
             result[name] = new.to(parameter.device)
     return result
@@ -167,18 +172,21 @@ def train_grown(
     new: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Train a grown network, or its ``new`` entries alone, by AdamW with a rate that falls as a half cosine."""
+    """Train a grown network, or its ``new`` entries alone, in place, by AdamW with a rate that falls as a half cosine.
+
+    ``new``: masks of entries, as of :func:`find_added_entries`. Raise InputError if there are no batches.
+    """
     batches = [batch for source in sources for batch in source.batches]
     if not batches:
         raise InputError("there is nothing to train on; give a source with batches")
-    order = _shuffle(len(batches), -(-steps // len(batches)), seed)
+    order = _shuffle_batches(len(batches), -(-steps // len(batches)), seed)  # epochs: rounded up
     phase = source_phase("training", [steps], lambda step: [batches[order[step]]])
     schedule = Schedule("adamw", lr, decay="cosine", clip=1.0, seed=seed)
-    learner = replace(PLAIN, loss=_objective_loss(objective or choose_objective(None, batches[0])))
-
+    learner = replace(PLAIN, loss=_make_loss_hook(objective or choose_objective(None, batches[0])))
     entries = new or {}
 
     def mask_old(state: NoState, context: Context, step: Step) -> NoState:
+        """Set the gradients of entries that are not new to 0."""
         for name, parameter in context.parameters().items():
             if name in entries and parameter.grad is not None:
                 parameter.grad.mul_(entries[name])
@@ -192,7 +200,7 @@ def train_grown(
                 module.eval()
         return state
 
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if new is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
@@ -202,17 +210,17 @@ def train_grown(
         with keep_modes(model):
             fit(model, NO_AXES, [phase], learner, schedule, options=FitOptions(progress=progress))
     finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for parameter, before in requires_grad.items():
+            parameter.requires_grad_(before)
             parameter.grad = None
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, sources: Sequence[Source], objective: Objective | None) -> float:
-    """Return the mean loss of a network over the batches of sources, in eval mode."""
+def measure_mean_loss(model: nn.Module, sources: Sequence[Source], objective: Objective | None) -> float:
+    """Return the mean of a network's losses on the batches of all sources, in eval mode; there must be a batch."""
     batches = [batch for source in sources for batch in source.batches]
     objective = objective or choose_objective(None, batches[0])
     device = device_of(model)
-    with evaluating(model):
-        losses = [float(objective.compute_loss(b.run(model), b)) for b in (x.to(device) for x in batches)]
+    with in_eval_mode(model):
+        losses = [float(objective.compute_loss(b.run(model), b)) for b in (batch.to(device) for batch in batches)]
     return sum(losses) / len(losses)

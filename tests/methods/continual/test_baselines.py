@@ -13,7 +13,7 @@ from regrow.jobs.learn import Settings, run, specs_of
 from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import read_tasks
 from regrow.methods import LEARNERS
-from regrow.methods.continual.lwf import _old_logits
+from regrow.methods.continual.lwf import _compute_teacher_logits
 from regrow.nets.vision import small
 from regrow.store.run_record import convert_settings
 from regrow.surgery.gate import parametrize
@@ -27,7 +27,7 @@ def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16",
     """A network that learned tasks, the state of its learner, and that of its training."""
     net, _ = small(model, (1, 8, 8), 10)
     axes = trace(net, tasks[0].train.inputs[:2])
-    learner = LEARNERS[name].made(name, given)
+    learner = LEARNERS[name].create(name, given)
     state = learn(net, axes, tasks, learner, TaskSchedule(**{"epochs": 2, "batch_size": 32, **more})).state
     return net, state.learner, state
 
@@ -80,7 +80,7 @@ def test_lwf_asks_the_network_as_it_was() -> None:
     _, _, course = learned("lwf", {}, tasks, scenario="task", lr=0.05)
     assert course.rows[1][0] > 0.9
     net, state, _ = learned("lwf", {}, TWO[:1], "resnet:8-2")
-    learner = LEARNERS["lwf"].made("lwf", {})
+    learner = LEARNERS["lwf"].create("lwf", {})
     context = Context(net, trace(net, TWO[0].train.inputs[:2]), TWO[1], number=1)
     state = learner.boundary(state, context, Boundary(Event.TASK_START))
     net.train()
@@ -90,7 +90,7 @@ def test_lwf_asks_the_network_as_it_was() -> None:
     now = [m.num_batches_tracked for m in net.modules() if isinstance(m, _BatchNorm)]
     assert [int(a) - int(b) for a, b in zip(now, steps, strict=True)] == [1] * len(steps)
     before = [v.clone() for v in net.state_dict().values()]
-    teacher = _old_logits(state, context, batch.inputs)
+    teacher = _compute_teacher_logits(state, context, batch.inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
     with torch.no_grad():
         old = {n: state.old[n].values for n, _ in net.named_parameters()}
@@ -126,4 +126,4 @@ def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
 )
 def test_a_setting_that_cannot_be_is_refused(method: str, given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
-        LEARNERS[method].made(method, given)
+        LEARNERS[method].create(method, given)

@@ -328,7 +328,7 @@ def test_hidden_units_that_were_silent_are_held_and_outputs_are_not(tasks: list[
         read = state.read[name].values
         change = torch.zeros(len(used), len(read) + 1)
         change[3, :-1] = read[read.diagonal().argmax()]  # a direction that was read
-        through = [build_gates(state, context, 15.0, d)[name].through(change) for d in (0.0, 0.1)]
+        through = [build_gates(state, context, 15.0, d)[name].shrink(change) for d in (0.0, 0.1)]
         assert torch.allclose(through[0], change, atol=1e-4)
         held[name] = float(through[1].norm() / change.norm())
     assert held["1.weight"] < 0.5 and held["5.weight"] == pytest.approx(1.0, abs=1e-3)
@@ -347,7 +347,7 @@ def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
             step = torch.zeros_like(context.parameters()[into.name])
             step[:, -change.grow :] = 1.0  # of the first axis that grew: its newborn units lie last
             flat = torch.cat([step.flatten(1), torch.zeros(len(step), 1)], 1)
-            open_.append(float(state.gates[into.name].through(flat).norm() / flat.norm()))
+            open_.append(float(state.gates[into.name].shrink(flat).norm() / flat.norm()))
 
     model, axes = begun(tasks, spec)
     learner = observe(build(Settings(multiple=1, strength=80.0, group_norm_damping=1.0)), Event.PLAN_APPLIED, look)
@@ -416,7 +416,7 @@ def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, ow
     """Without a memory's examples in the batch, ER-ACE gives the rows of old classes no gradient."""
     parts = split_by_classes(load_digits(), 5)
     model, axes = begun(parts)
-    learner = LEARNERS[method].made(method, {"asymmetric_loss": own, "memory": 50})
+    learner = LEARNERS[method].create(method, {"asymmetric_loss": own, "memory": 50})
     classes = torch.tensor([c < 4 for c in range(10)])
     context = Context(model, axes, parts[1], number=0, classes=classes)
     state = learner.boundary(learner.state, context, Boundary(Event.TASK_START))

@@ -20,8 +20,8 @@ from regrow.core.scores import Evidence
 from regrow.core.sources import Batch, Source, labelled_logits
 from regrow.jobs.pruning import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth
-from regrow.methods.pruning.depth import modules_of, predictions
-from regrow.methods.pruning.pruner import Cut, PruningRun, plan_cut, with_modules
+from regrow.methods.pruning.depth import find_modules, predictions
+from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut, with_modules
 from regrow.store import save
 from regrow.surgery import verify
 from regrow.tracing.branches import PlaceholderModule
@@ -60,7 +60,7 @@ def known() -> tuple[Any, AxisGraph]:
 
 def test_unit_types_are_the_modules_of_the_decoder(known: tuple[Any, AxisGraph]) -> None:
     _, axes = known
-    of = {unit: [*modules_of(axes, unit)] for unit in ("attention", "mlp", "block", "any")}
+    of = {unit: [*find_modules(axes, unit)] for unit in ("attention", "mlp", "block", "any")}
     layers = [f"model.layers.{i}" for i in range(BLOCKS)]
     assert of["attention"] == [f"{one}.self_attn" for one in layers[1:]]  # the first counts the cached tokens
     assert of["mlp"] == [f"{one}.mlp" for one in layers] and of["block"] == layers[1:]
@@ -139,7 +139,9 @@ def test_an_interrupted_search_goes_on_from_what_it_measured(
             if next(steps, None) is None:
                 raise KeyboardInterrupt
 
-        return plan_cut(pruner, known[0], axes, Budget(0.6), evidence, run=PruningRun(progress=progress, **place))
+        return plan_cut(
+            pruner, known[0], axes, Budget(0.6), evidence, context=PruningContext(progress=progress, **place)
+        )
 
     monkeypatch.setattr(predictions, "SECONDS", 0.0)
     whole = plan_cut(pruner, known[0], axes, Budget(0.6), evidence)

@@ -38,7 +38,7 @@ def cut(
     model: nn.Module, source: Source, method: str, budget: Budget, axes: AxisGraph | None = None, **settings: object
 ) -> Cut:
     """The plan of a method from one source."""
-    pruner = find_method(MethodKind.PRUNING, method).made(method, settings)
+    pruner = find_method(MethodKind.PRUNING, method).create(method, settings)
     axes = axes or trace(model, *source.batches[0].args)
     return plan_cut(pruner, model, axes, budget, collect_evidence(model, axes, pruner, [source]))
 
@@ -122,7 +122,7 @@ def test_batches_without_labels_are_left_out_and_without_a_loss_the_first_blocks
     some = Source("a", [*none[:-1], batches[-1]])
     losses = cut(model, some, "fisher", MLP, axes, **MEASURED).findings["starts"]
     assert all(math.isfinite(loss) for loss in losses.values())
-    monkeypatch.setattr(fisher, "_compare", lambda *given: {})
+    monkeypatch.setattr(fisher, "_compare_losses", lambda *given: {})
     found = cut(model, some, "fisher", MLP, axes, **MEASURED)
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"1"}
     assert "allocations were not compared: no batch has labels and a finite loss" in found.plan.origin["notes"]

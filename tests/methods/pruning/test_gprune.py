@@ -15,7 +15,7 @@ from regrow.core.plan import Plan
 from regrow.jobs.pruning import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import gprune
-from regrow.methods.pruning.pruner import Cut, PruningRun, plan_cut
+from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut
 from regrow.store.tensors import open_checkpoint
 from regrow.training.state import FORMAT
 
@@ -30,7 +30,7 @@ def run(
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
     evidence = collect_evidence(model, axes, built, sources)
     check_pruning(built, axes, Budget(keep), sources)
-    cut = plan_cut(built, model, axes, Budget(keep), evidence, run=PruningRun(**more))
+    cut = plan_cut(built, model, axes, Budget(keep), evidence, context=PruningContext(**more))
     return cut.plan, cut, axes
 
 
@@ -83,8 +83,8 @@ def test_what_is_judged_is_what_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from regrow.surgery.gate import gate_inputs
 
-    measure = gprune.measure
-    monkeypatch.setattr(gprune, "measure", lambda *given: measure(*given)[:1] * 4)
+    score_views = gprune.score_views
+    monkeypatch.setattr(gprune, "score_views", lambda *given: score_views(*given)[:1] * 4)
     plan, state, axes = run({"steps": 6, "every": 3})
     model, _ = lm(**SIZES)
     built = find_method(MethodKind.PRUNING, "gprune").build(find_method(MethodKind.PRUNING, "gprune").settings())
@@ -143,11 +143,14 @@ def test_a_run_stopped_while_learning_ends_as_if_it_had_not(how: type[BaseExcept
 
         place = tmp_path / f"{stop}.safetensors"
         with pytest.raises(how):
-            run(settings, checkpoint=place, header=header, progress=stopping)
+            run(settings, checkpoint=place, checkpoint_header=header, progress=stopping)
         assert open_checkpoint(place, "k", FORMAT)["starts"] == cut.findings["starts"]
         seen: list[str] = []
         again, other, _ = run(
-            settings, checkpoint=place, header=header, progress=lambda done, total, what, seen=seen: seen.append(what)
+            settings,
+            checkpoint=place,
+            checkpoint_header=header,
+            progress=lambda done, total, what, seen=seen: seen.append(what),
         )
         learned = [what for what in seen if what.startswith("learning")]
         assert len(learned) == 8 - (stop if how is KeyboardInterrupt else (stop - 1) // 3 * 3)
@@ -155,7 +158,7 @@ def test_a_run_stopped_while_learning_ends_as_if_it_had_not(how: type[BaseExcept
         assert again == whole and other.findings == cut.findings
         assert all(torch.equal(row, cut.scores.values[key]) for key, row in other.scores.values.items())
     place.write_bytes(place.read_bytes()[:-7])
-    assert run(settings, checkpoint=place, header=header)[0] == whole
+    assert run(settings, checkpoint=place, checkpoint_header=header)[0] == whole
     assert open_checkpoint(place, "another", FORMAT) == {} and not place.exists()
 
 

@@ -15,8 +15,8 @@ from regrow.data.batch_streams import concatenate_batches
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method, recovery
 from regrow.methods.recovery import RecoveryTask, distil, lora, refit, refit_work
-from regrow.methods.recovery.refit_work import regroup
-from regrow.methods.recovery.solve import RidgeCandidates, Sums, ridged
+from regrow.methods.recovery.refit_work import merge_batches
+from regrow.methods.recovery.solve import RidgeCandidates, Sums, solve_ridge
 from regrow.training.step import hold_interrupts
 
 
@@ -251,10 +251,10 @@ def test_batches_that_wait_for_one_another_give_the_sums_of_one(build, settings,
     found = refit.refit(one, settings)
 
     def split(parts, most):
-        ran.append(regroup(parts, most, elements=1))
+        ran.append(merge_batches(parts, most, min_elements=1))
         return ran[-1]
 
-    monkeypatch.setattr(refit, "regroup", split)
+    monkeypatch.setattr(refit, "merge_batches", split)
     again = refit.refit(several, settings)
     assert len(ran[0]) == 8
     for a, b in zip(found["layers"], again["layers"], strict=True):
@@ -278,10 +278,10 @@ def test_networks_that_keep_what_they_compute_run_all_data_in_one_batch(monkeypa
 
     torch.manual_seed(0)
     one, ran = task(Keeping(), trace(Keeping(), torch.ones(2, 4)), {"a.weight:0": range(4)}, rows()), []
-    monkeypatch.setattr(refit, "regroup", lambda parts, most: ran.append(most) or regroup(parts, most))
+    monkeypatch.setattr(refit, "merge_batches", lambda parts, most: ran.append(most) or merge_batches(parts, most))
     refit.refit(one, refit.Settings(target="own"))
     refit.refit(perceptron(), refit.Settings(target="own"))
-    assert ran == [1, refit_work.BATCHES]
+    assert ran == [1, refit_work.MAX_BATCHES]
     named = [Batch((), {"x": batch.args[0]}, batch.labels) for batch in rows(seed=2)]
     mixed = replace(one, sources=[Source("v", [*rows(), *named])])
     with pytest.raises(ValueError, match="in one batch, and 2 of these cannot be joined; give batches with the same"):
@@ -307,7 +307,7 @@ def test_layers_that_run_on_some_data_alone_are_refused(monkeypatch):
     for batch in source.batches[4:6]:
         batch.args[0].sub_(9)
     one = task(model, axes, {"a.weight:0": range(4)}, source)
-    monkeypatch.setattr(refit, "regroup", lambda parts, most: regroup(parts, most, elements=1))
+    monkeypatch.setattr(refit, "merge_batches", lambda parts, most: merge_batches(parts, most, min_elements=1))
     with pytest.raises(ValueError, match="which layers run depends on the data; recover by distil"):
         refit.refit(one, refit.Settings(target="own"))
 
@@ -327,9 +327,9 @@ def test_fast_sums_give_the_changes_of_exact_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3000, 12, generator=generator) * torch.logspace(-1, 1, 12)
     missing = x @ torch.randn(12, 5, generator=generator) + torch.randn(3000, 5, generator=generator)
-    exact, fast = (Sums.of(x, missing, missing, fast=fast) for fast in (False, True))
-    assert fast.missing == pytest.approx(exact.missing, rel=1e-6) and fast.rows == exact.rows
-    wanted, found = (ridged(sums, 0.03) for sums in (exact, fast))
+    exact, fast = (Sums.over_rows(x, missing, missing, fast=fast) for fast in (False, True))
+    assert fast.residual_energy == pytest.approx(exact.residual_energy, rel=1e-6) and fast.rows == exact.rows
+    wanted, found = (solve_ridge(sums, 0.03) for sums in (exact, fast))
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
@@ -337,13 +337,17 @@ def test_the_ridge_is_the_one_that_held_out_rows_like_best():
     torch.manual_seed(0)
     x, noise = torch.randn(30, 20), torch.randn(30, 3)
     missing = x @ torch.randn(20, 3) * 0.4 + noise
-    fit, held = Sums.of(x[:22], missing[:22], missing[:22]), Sums.of(x[22:], missing[22:], missing[22:])
+    fit, held = Sums.over_rows(x[:22], missing[:22], missing[:22]), Sums.over_rows(x[22:], missing[22:], missing[22:])
     ridges = (1e-6, 1e-2, 0.3, 100.0)
-    left = {ridge: (missing[22:].double() - x[22:].double() @ ridged(fit, ridge)).square().sum() for ridge in ridges}
+    left = {
+        ridge: (missing[22:].double() - x[22:].double() @ solve_ridge(fit, ridge)).square().sum() for ridge in ridges
+    }
     choice = RidgeCandidates(ridges).choose([fit, held], bias=False)
     assert choice.ridge == min(ridges, key=lambda r: left[r]) == 0.3
-    assert choice.after == pytest.approx(float(left[choice.ridge] / held.wanted))
-    torch.testing.assert_close(choice.change, ridged(Sums.of(x, missing, missing), 0.3), rtol=1e-6, atol=1e-9)
+    assert choice.after == pytest.approx(float(left[choice.ridge] / held.target_energy))
+    torch.testing.assert_close(
+        choice.change, solve_ridge(Sums.over_rows(x, missing, missing), 0.3), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_ridge_and_shrinkage_are_those_that_left_out_sources_like_best():
@@ -357,10 +361,10 @@ def test_ridge_and_shrinkage_are_those_that_left_out_sources_like_best():
     ridges, shrinkages = (1e-6, 0.1, 1.0, 10.0), (0.25, 0.5, 1.0)
 
     def change(at, ridge, shrinkage):
-        sums = Sums.of(torch.cat([x[i] for i in at]), *(torch.cat([missing[i] for i in at]),) * 2)
+        sums = Sums.over_rows(torch.cat([x[i] for i in at]), *(torch.cat([missing[i] for i in at]),) * 2)
         alone = torch.zeros(21, 3).double()
         alone[-1] = torch.cat([missing[i] for i in at]).double().mean(0)
-        return alone + shrinkage * (ridged(sums, ridge) - alone)
+        return alone + shrinkage * (solve_ridge(sums, ridge) - alone)
 
     def left_out(ridge, shrinkage):
         solutions = [change([i for i in range(3) if i != m], ridge, shrinkage) for m in range(3)]
@@ -369,13 +373,13 @@ def test_ridge_and_shrinkage_are_those_that_left_out_sources_like_best():
 
     errors = {(ridge, shrinkage): left_out(ridge, shrinkage) for ridge in ridges for shrinkage in shrinkages}
     best = min(errors, key=lambda key: errors[key])
-    sums = [Sums.of(*pair, pair[1]) for pair in zip(x, missing, strict=True)]
+    sums = [Sums.over_rows(*pair, pair[1]) for pair in zip(x, missing, strict=True)]
     choice = RidgeCandidates(ridges, shrinkages, left_out=True).choose(sums, bias=True)
     assert (choice.ridge, choice.shrinkage) == best and best[1] < 1
     assert choice.before == pytest.approx(1) and choice.after == pytest.approx(errors[best])
     torch.testing.assert_close(choice.change, change([0, 1, 2], *best), rtol=1e-6, atol=1e-9)
     assert choice.seen < choice.after
-    nothing = [Sums.of(one, torch.randn(len(one), 3), torch.ones(len(one), 3)) for one in x]
+    nothing = [Sums.over_rows(one, torch.randn(len(one), 3), torch.ones(len(one), 3)) for one in x]
     assert RidgeCandidates((1e-6,), left_out=True).choose(nothing, bias=True).change is None
 
 
@@ -396,16 +400,16 @@ def test_merged_adapters_answer_as_adapters_did():
     pytest.importorskip("peft")
     one = language()
     names = [name for name, _ in one.model.named_parameters()]
-    paths = lora.linear_layers(one.model, one.axes)
+    paths = lora.find_linear_layers(one.model, one.axes)
     assert len(paths) == 14 and "head" not in paths
     before = answers(one.model, one.sources[0])
-    adapters = lora.adapted(one.model, paths, lora.Settings(rank=3))
+    adapters = lora.add_adapters(one.model, paths, lora.Settings(rank=3))
     torch.testing.assert_close(answers(one.model, one.sources[0]), before)
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.copy_(torch.randn_like(adapter) * 0.1)
     adapted = answers(one.model, one.sources[0])
-    lora.merged(one.model)
+    lora.remove_adapters(one.model, merge=True)
     torch.testing.assert_close(answers(one.model, one.sources[0]), adapted, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(adapted, before, atol=0.1)
     assert [name for name, _ in one.model.named_parameters()] == names and "peft_config" not in vars(one.model)
@@ -421,7 +425,7 @@ def test_lora_learns_and_leaves_a_plain_network():
     assert last < first - 0.1
     assert {name: p.requires_grad for name, p in one.model.named_parameters()} == flags
     assert [type(module) for module in one.model.modules()] == kinds
-    held = Source("h", one.parts(0.125)[1])
+    held = Source("h", one.split_sources(0.125)[1])
     assert perplexity(one.model, held).mean == pytest.approx(last, rel=1e-3)
 
 
@@ -429,7 +433,7 @@ def test_distillation_lowers_the_divergence_on_other_text():
     one, other = language(), texts("t", seed=9)
 
     def away():
-        return float(distil.divergence(answers(one.model, other), answers(one.dense, other)))
+        return float(distil.compute_divergence(answers(one.model, other), answers(one.dense, other)))
 
     before = away()
     found = distil.distil(one, distil.Settings(passes=8, lr=3e-3))
@@ -467,7 +471,7 @@ def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monk
         pytest.importorskip("peft")
     if how is KilledError:
         monkeypatch.setattr(recovery, "SECONDS", -1.0)  # a checkpoint after every step
-    work = find_method(MethodKind.RECOVERY, name).made(name, {})
+    work = find_method(MethodKind.RECOVERY, name).create(name, {})
     steps: list[str] = []
     whole = language(progress=lambda done, total, what: steps.append(what))
     found = work(whole)
@@ -527,7 +531,7 @@ def test_settings_are_checked_and_unknown_names_are_told():
     with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are refit, lora"):
         find_method(MethodKind.RECOVERY, "refti")
     with pytest.raises(ValueError, match="lora has no setting 'ranks'"):
-        find_method(MethodKind.RECOVERY, "lora").made("lora", {"ranks": 3})
+        find_method(MethodKind.RECOVERY, "lora").create("lora", {"ranks": 3})
     with pytest.raises(ValueError, match="mix must be 0 to 1"):
         distil.distil(language(), distil.Settings(mix=2.0))
     for name, value in (("windows", 0), ("held_out", 1.0), ("held_out", -1.0)):

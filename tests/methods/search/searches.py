@@ -51,7 +51,7 @@ def replace_parameters(search, state, context):
 
 def evaluated(context):
     """The context of an evaluation."""
-    return Context(context.model, context.axes, context.task, answered=0, epoch=context.epoch, epochs=context.epochs)
+    return Context(context.model, context.axes, context.task, eval_task=0, epoch=context.epoch, epochs=context.epochs)
 
 
 def write(search, state, context):

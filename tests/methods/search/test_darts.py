@@ -173,11 +173,11 @@ def test_a_collapse_to_skips_is_told(run, task):
     search, _, _, state = run
     state = copy.deepcopy(state)
     masks = search.masks(state, ended(run[2], run[1], task, SCHEDULE), None, False)
-    assert state.history[-1]["skips"] == search.shares(state, masks)["skips"] < 1
+    assert state.history[-1]["skips"] == search.kept_fractions(state, masks)["skips"] < 1
     for i, path in enumerate(state.layout.ops):
         if ".skip_" in path:
             state.alpha.values.data[state.edges.table[state.edges.edge[i], state.edges.column[i]]] = 9.0
-    assert search.shares(state, masks)["skips"] == 1.0
+    assert search.kept_fractions(state, masks)["skips"] == 1.0
 
 
 def test_a_network_without_candidates_is_refused(task):

@@ -9,7 +9,7 @@ from methods.search.searches import change, compute_loss, draw, finalize, replac
 from regrow import trace
 from regrow.core.candidates import candidates_in
 from regrow.core.tasks import Examples
-from regrow.methods.search.commit import drop_operations
+from regrow.methods.search.commit import plan_drop
 from regrow.methods.search.gold_nas import Settings, build
 from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
@@ -43,7 +43,7 @@ def begun(axes, task, epoch=3, **more):
 
 def plan(search, state, context):
     """What is dropped before this epoch, and the state after that was decided."""
-    return search.learner.plan(state, replace(context, applied=0))
+    return search.learner.plan(state, replace(context, plans_applied=0))
 
 
 def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
@@ -79,7 +79,7 @@ def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
     second = [i for i, path in enumerate(ops) if path.startswith("cells.0.") and path.endswith("_1")]
     left = search.masks(state, context, None, False).ops.clone()
     left[second[1:]] = 0.0
-    drop, state = drop_operations(search, state, context, left)
+    drop, state = plan_drop(search, state, context, left)
     context, state = change(
         search, state, context, drop
     )  # one operation alone reads the second input of the first cell

@@ -29,8 +29,8 @@ from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
-from regrow.methods.search.commit import cut_masked, restore_filters, score_cut_filters
-from regrow.methods.search.mgas import Settings, build, lift_cheap_operations
+from regrow.methods.search.commit import plan_masked_cut, plan_restoration, score_cut_filters
+from regrow.methods.search.mgas import Settings, build, measure_lift
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
 from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
@@ -153,17 +153,17 @@ def test_a_commit_changes_no_answer(run):
 
 
 def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypatch):
-    collect, seen = Optimizers.collect, []
+    register, seen = Optimizers.register, []
 
     def watched(optimizers, parameters, tensors):
-        collect(optimizers, parameters, tensors)
+        register(optimizers, parameters, tensors)
         moved = [id(one) for own in optimizers.all for group in own.param_groups for one in group["params"]]
         learned = [id(one.values) for one in tensors.values() if one.lr is not None]
         assert sorted(moved) == sorted([*map(id, parameters.values()), *learned])
         assert all(id(one) in moved for own in optimizers.all for one in own.state)
         seen.append(len(moved))
 
-    monkeypatch.setattr(Optimizers, "collect", watched)
+    monkeypatch.setattr(Optimizers, "register", watched)
     train(search_with(), network(), axes, task, SCHEDULE)
     assert len(set(seen)) > 2
 
@@ -221,7 +221,7 @@ def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
         return [(float(one == 0) + (key == keys[1]), key, one) for key, ids in cut.items() for one in ids]
 
     monkeypatch.setattr(commit, "score_cut_filters", score)
-    plan, _ = restore_filters(search, 0.3, state, context)
+    plan, _ = plan_restoration(search, 0.3, state, context)
     assert seen == [({key: [*ids] for key, ids in state.cut.items()}, 50)]  # as many examples as a step has
     assert {key: change.restore for key, change in plan.changes.items()} == {keys[1]: (0,)}
 
@@ -319,7 +319,7 @@ def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
         batch = Examples(task.train.inputs[:20], task.train.labels[:20])
         with torch.no_grad():
             found = compute_loss(search, state, context, batch).value
-        return float(found), state.layout, search.allowed(replace(state, examples=20), context, 2500.0)
+        return float(found), state.layout, search.allowed_size(replace(state, examples=20), context, 2500.0)
 
     without_penalty, without_cost = {"sparsity_penalty": 0.0}, {"min_cost": 0.0}
     (with_both, layout, allowed), (cost, *_), (penalty, *_), (neither, *_) = (
@@ -365,7 +365,7 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     thresholds, layout = state.operation_thresholds.values.requires_grad_(), state.layout
 
     def lifted(state):
-        return lift_cheap_operations(state, masks_of(search, state, context, learning=True), 0.5)
+        return measure_lift(state, masks_of(search, state, context, learning=True), 0.5)
 
     prices, here = layout.prices(), layout.runs
     floor = torch.stack([0.5 * prices[(layout.node == node) & (prices > 1)].mean() for node in layout.node])
@@ -381,7 +381,7 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     }
     state.alpha.values.data[[*first.values()]] = -50.0
     state = replace(state, start=1e9, goal=1e9)
-    plan, _ = cut_masked(search, state, context, masks_of(search, state, context), 2500.0)
+    plan, _ = plan_masked_cut(search, state, context, masks_of(search, state, context), 2500.0)
     assert [*plan.drop] == [layout.ops[first["max"]]]  # what costs comes back, as long as it is allowed
 
 

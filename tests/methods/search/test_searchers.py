@@ -13,7 +13,7 @@ from regrow.nets.cells import Cells, supernet_config
 from regrow.surgery import UndoStore
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
-from regrow.training.state import axis_tensors, read_checkpoint, values_of, write_checkpoint
+from regrow.training.state import axis_tensors, json_values, read_checkpoint, write_checkpoint
 
 CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 WIRED = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
@@ -50,7 +50,7 @@ def begun(row):
     return (
         Cells(config),
         axes_of(config is WIRED),
-        find_method(MethodKind.SEARCH, named(row)).made(named(row), settings),
+        find_method(MethodKind.SEARCH, named(row)).create(named(row), settings),
     )
 
 
@@ -95,7 +95,7 @@ def test_killed_and_resumed_is_never_stopped(run, task, tmp_path):
         net, axes, state = read_checkpoint(place, net, axes, search.learner.state, undo=undo)
         assert state.epoch == last
     state = learn(net, axes, [task], search.learner, SCHEDULE, state=state, options=FitOptions(undo=undo)).state
-    assert state.rows == straight.rows and values_of(state.learner) == values_of(straight.learner)
+    assert state.rows == straight.rows and json_values(state.learner) == json_values(straight.learner)
     for name, value in whole_net.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
     resumed = axis_tensors(state.learner)
@@ -107,7 +107,7 @@ def test_the_order_of_random_operations_is_not_trained(task):
     """With epochs the weights of the network are trained; the order that was drawn stays."""
     torch.manual_seed(0)
     model, drawn = Cells(WIRED), []
-    search = find_method(MethodKind.SEARCH, "blind").made("blind", {"target": 1e4})
+    search = find_method(MethodKind.SEARCH, "blind").create("blind", {"target": 1e4})
 
     def record(state, context):
         drawn.append(state.learner.alpha.values.clone())

@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
 from regrow.training.hooks import copy_parameters, quadratic_loss
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, make_tensor, set_train_mode
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
@@ -54,28 +54,28 @@ def build(settings: Settings) -> Learner[EwcState]:
         if boundary.event != Event.TASK_END:
             return state
         measured = _measure_fisher(context, settings.samples)
-        before = {name: state.fisher.get(name, tensor_along(context, name)).values for name in measured}
-        fisher = {name: tensor_along(context, name, settings.decay * before[name] + measured[name]) for name in before}
+        before = {name: state.fisher.get(name, make_tensor(context, name)).values for name in measured}
+        fisher = {name: make_tensor(context, name, settings.decay * before[name] + measured[name]) for name in before}
         return EwcState(fisher, copy_parameters(context))
 
     return Learner(EwcState(), loss=compute_loss, boundary=consolidate, classes_only=True)
 
 
 def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
-    """Estimate the diagonal of the current task's Fisher information, by parameter name."""
-    was, parameters = context.model.training, context.parameters()
+    """Return the estimated diagonal of the current task's Fisher information, by parameter name; clears gradients."""
+    was_training, parameters = context.model.training, context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
     order = torch.randperm(len(context.task.train), generator=context.generator(4))[:samples]
     generator = context.generator(5)
     context.model.eval()
     for i in order.tolist():
         context.model.zero_grad(set_to_none=True)
-        logs = context.logits(context.task.train.take(torch.tensor([i])).inputs).log_softmax(-1)[0]
-        answer = int(torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator))
-        logs[answer].backward()
+        log_probabilities = context.logits(context.task.train.take(torch.tensor([i])).inputs).log_softmax(-1)[0]
+        label = int(torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator))
+        log_probabilities[label].backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 fisher[name] += parameter.grad.square() / len(order)
     context.model.zero_grad(set_to_none=True)
-    context.model.train(was)
+    context.model.train(was_training)
     return fisher

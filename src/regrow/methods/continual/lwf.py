@@ -51,8 +51,8 @@ def build(settings: Settings) -> Learner[LwfState]:
         loss = F.cross_entropy(among(logits, context.classes), step.batch.labels)
         if not context.number:
             return Loss(loss)
-        before = _old_logits(state, context, step.batch.inputs)
-        new, old = (x[:, state.known] / settings.temperature for x in (logits, before))
+        teacher_logits = _compute_teacher_logits(state, context, step.batch.inputs)
+        new, old = (x[:, state.known] / settings.temperature for x in (logits, teacher_logits))
         distance = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), reduction="batchmean", log_target=True)
         return Loss(loss + settings.strength * settings.temperature**2 * distance)
 
@@ -68,8 +68,8 @@ def build(settings: Settings) -> Learner[LwfState]:
     return Learner(LwfState(), loss=compute_loss, boundary=keep_teacher, classes_only=True)
 
 
-def _old_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
-    """Return the logits of the network as it was before the current task."""
+def _compute_teacher_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
+    """Return the logits, in eval mode, of the network as it was before the current task; training mode follows."""
     old = {name: tensor.values for name, tensor in state.old.items()}
     context.model.eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class NaiveState:
-    """The state of the controls."""
+    """The state of the controls: a counter that seeds the draws of ``keep=data``."""
 
     step: int = 0  # the number of steps in which examples of earlier tasks were drawn; it seeds the next draw
 
@@ -66,15 +66,15 @@ def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
     """Return the loss on a batch and on as many examples of earlier tasks; all tasks have equal weight."""
     past = context.past
     generator = context.generator(8, state.step + 1)
-    whose = torch.randint(len(past), (len(batch),), generator=generator)
+    task_indices = torch.randint(len(past), (len(batch),), generator=generator)  # of each drawn example
     parts = [batch]
     for i, task in enumerate(past):
-        if many := int((whose == i).sum()):
-            picked = torch.randint(len(task.train), (many,), generator=generator)
-            parts.append(task.train.take(picked).to(batch.labels.device))
+        if count := int((task_indices == i).sum()):
+            indices = torch.randint(len(task.train), (count,), generator=generator)
+            parts.append(task.train.take(indices).to(batch.labels.device))
     inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
     logits = context.replay_logits(inputs, labels)
-    weight = 1 / len(past)
+    weight = 1 / len(past)  # of the current task relative to all earlier ones
     new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
     old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
     return Loss((weight * new + old) / (weight + 1))

@@ -16,7 +16,7 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.settings.constraints import CheckedSettings, FractionBelowOne
 from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
-from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, make_tensor
 from regrow.training.state import derived
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
@@ -49,7 +49,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
     """Return the learner that trains with PackNet."""
 
     def select_weights(state: PackNetState, context: Context) -> Replacements:
-        number = context.answered
+        number = context.eval_task
         if number is None or not settings.use_task_id or number > context.number:
             return Replacements()
         parameters = context.parameters()
@@ -59,11 +59,11 @@ def build(settings: Settings) -> Learner[PackNetState]:
         )
 
     def mask_gradients(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        protect_entries(context, _protected(state, context))
+        protect_entries(context, _protected_entries(state, context))
         return replace(state, before=copy_weights(context))
 
     def restore_owned(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        restore_entries(context, state.before, _protected(state, context))
+        restore_entries(context, state.before, _protected_entries(state, context))
         return state
 
     def prune_halfway(state: PackNetState, context: Context) -> tuple[Plan | None, PackNetState]:
@@ -77,7 +77,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
             case Event.TASK_START:
                 parameters = context.parameters()
                 free = {
-                    name: tensor_along(context, name, torch.zeros_like(parameters[name], dtype=torch.int32))
+                    name: make_tensor(context, name, torch.zeros_like(parameters[name], dtype=torch.int32))
                     for name in context.weights
                 }
                 return PackNetState({**free, **state.owner})
@@ -95,22 +95,22 @@ def build(settings: Settings) -> Learner[PackNetState]:
     )
 
 
-def _protected(state: PackNetState, context: Context) -> dict[str, Tensor]:
-    """Return which entries of the weights the current task does not train."""
-    trained = context.number + 1 if state.pruned else 0
+def _protected_entries(state: PackNetState, context: Context) -> dict[str, Tensor]:
+    """Return weight name → bool mask of the entries that the current task does not train."""
+    trained = context.number + 1 if state.pruned else 0  # before it prunes: all free entries
     return {name: owner.values != trained for name, owner in state.owner.items()}
 
 
 def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:
-    """Own the largest of the free weights; set the others to 0 and leave them free."""
+    """Set the smallest ``share`` of the free weights to 0, in place; the task now owns the others."""
     with torch.no_grad():
         for name in context.weights:
             weight, owner = context.parameters()[name], state.owner[name].values
             free = owner == 0
-            many = int(free.sum())
-            if many:
-                least = weight[free].abs().kthvalue(max(1, round(share * many))).values
-                zeroed = free & (weight.abs() <= least)
+            count = int(free.sum())
+            if count:
+                threshold = weight[free].abs().kthvalue(max(1, round(share * count))).values
+                zeroed = free & (weight.abs() <= threshold)
                 owner[free & ~zeroed] = context.number + 1
                 weight.masked_fill_(zeroed, 0.0)
     return replace(state, pruned=True)

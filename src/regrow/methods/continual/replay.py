@@ -9,6 +9,7 @@ learned.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.tasks import among
 from regrow.settings.constraints import CheckedSettings, Count, NonNegative
-from regrow.training.hooks import draw_rows, offer_rows
+from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
 from regrow.training.learner import Context, Learner, Loss, Step
 
 CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 2019; Buzzega et al., DER++, NeurIPS 2020"
@@ -51,7 +52,7 @@ class ReplayState:
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:
-        """The stored tensors by name."""
+        """The memory's tensors by name, one example per row; ``None`` while it is empty."""
         return {"inputs": self.inputs, "labels": self.labels, "logits": self.logits}
 
 
@@ -61,31 +62,26 @@ def build(settings: Settings) -> Learner[ReplayState]:
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
         logits = context.logits(batch.inputs)
-        present = among(logits, context.task_classes) if settings.asymmetric_loss else logits
-        loss = F.cross_entropy(present, batch.labels)
-        rows = draw_rows(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
+        task_logits = among(logits, context.task_classes) if settings.asymmetric_loss else logits
+        loss = F.cross_entropy(task_logits, batch.labels)
+        rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:
-            again = context.replay_logits(rows["inputs"], rows["labels"])
-            loss = loss + settings.label_weight * F.cross_entropy(again, rows["labels"])
+            replayed = context.replay_logits(rows["inputs"], rows["labels"])
+            loss = loss + settings.label_weight * F.cross_entropy(replayed, rows["labels"])
             if settings.logit_weight:
-                known = torch.isfinite(rows["logits"]) & torch.isfinite(again)
-                away = torch.where(known, again - rows["logits"], 0.0)
-                loss = loss + settings.logit_weight * away.square().sum() / known.sum()
+                # −∞: classes that were, or are, not among those to predict
+                finite = torch.isfinite(rows["logits"]) & torch.isfinite(replayed)
+                change = torch.where(finite, replayed - rows["logits"], 0.0)
+                loss = loss + settings.logit_weight * change.square().sum() / finite.sum()
         return Loss(loss, (logits.detach().float(), bool(rows)))
 
-    def remember(state: ReplayState, context: Context, step: Step) -> ReplayState:
-        batch, (logits, read) = step.batch, step.aux
-        state = replace(state, recalled=state.recalled + read)
+    def fill_memory(state: ReplayState, context: Context, step: Step) -> ReplayState:
+        batch, (logits, has_drawn) = step.batch, step.aux
+        state = replace(state, recalled=state.recalled + has_drawn)
         if context.epoch and not settings.logit_weight:
             return state
         rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
-        stored = offer_rows(state.rows, state.seen, context, settings.memory, rows)
-        return replace(
-            state,
-            inputs=stored["inputs"],
-            labels=stored["labels"],
-            logits=stored["logits"],
-            seen=state.seen + len(batch),
-        )
+        memory: dict[str, Any] = add_to_replay_memory(state.rows, state.seen, context, settings.memory, rows)
+        return replace(state, **memory, seen=state.seen + len(batch))
 
-    return Learner(ReplayState(), loss=compute_loss, after_step=remember, classes_only=True)
+    return Learner(ReplayState(), loss=compute_loss, after_step=fill_memory, classes_only=True)

@@ -13,7 +13,7 @@ import torch
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters, quadratic_loss
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, make_tensor, set_train_mode
 
 CITATION = "Zenke et al., Continual learning through synaptic intelligence, ICML 2017"
 
@@ -62,7 +62,7 @@ def build(settings: Settings) -> Learner[SiState]:
         set_train_mode(state, context, boundary)
         parameters = context.parameters()
         if boundary.event == Event.TASK_START:
-            weight, path = ({name: tensor_along(context, name) for name in parameters} for _ in range(2))
+            weight, path = ({name: make_tensor(context, name) for name in parameters} for _ in range(2))
             return SiState({**weight, **state.weight}, path, copy_parameters(context), copy_parameters(context))
         if boundary.event == Event.TASK_END:
             with torch.no_grad():

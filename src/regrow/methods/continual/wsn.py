@@ -15,7 +15,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, Range
 from regrow.training.hooks import copy_weights, protect_entries, restore_entries, train_with_frozen_norms
-from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, flags_along, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, make_mask, make_tensor
 from regrow.training.state import derived
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
@@ -53,14 +53,14 @@ def build(settings: Settings) -> Learner[WsnState]:
     """Return the learner that trains with winning subnetworks."""
 
     def select_weights(state: WsnState, context: Context) -> Replacements:
-        parameters, number = context.parameters(), context.answered
+        parameters, number = context.parameters(), context.eval_task
         if number is None:
             masks = {name: _SelectLargest.apply(state.score[name].values, settings.share) for name in context.weights}
             return Replacements({name: parameters[name] * mask for name, mask in masks.items()})
         masks = _values(state.used)
         if settings.use_task_id and number <= context.number:
-            word = f"{number} "
-            masks = {key.removeprefix(word): mask.values for key, mask in state.mask.items() if key.startswith(word)}
+            prefix = f"{number} "
+            masks = {k.removeprefix(prefix): mask.values for k, mask in state.mask.items() if k.startswith(prefix)}
         return Replacements({name: parameters[name].detach() * mask for name, mask in masks.items()})
 
     def mask_gradients(state: WsnState, context: Context, step: Step) -> WsnState:
@@ -83,13 +83,13 @@ def build(settings: Settings) -> Learner[WsnState]:
                 for name in context.weights:
                     weight = context.model.get_parameter(name).detach()
                     values = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.std()
-                    scores[name] = tensor_along(context, name, values, settings.lr)
-                return WsnState(scores, {name: flags_along(context, name) for name in context.weights})
+                    scores[name] = make_tensor(context, name, values, settings.lr)
+                return WsnState(scores, {name: make_mask(context, name) for name in context.weights})
             case Event.TASK_END:
                 masks = dict(state.mask)
                 for name in context.weights:
                     mask = _select_largest(state.score[name].values.detach(), settings.share)
-                    masks[f"{context.number} {name}"] = tensor_along(context, name, mask)
+                    masks[f"{context.number} {name}"] = make_tensor(context, name, mask)
                     state.used[name].values.logical_or_(mask)
                 return replace(state, mask=masks)
         return state
@@ -100,20 +100,26 @@ def build(settings: Settings) -> Learner[WsnState]:
 
 
 def _values(tensors: Mapping[str, AxisTensor]) -> dict[str, Tensor]:
+    """Return the values of tensors, by the same names."""
     return {name: tensor.values for name, tensor in tensors.items()}
 
 
 def _select_largest(scores: Tensor, share: float) -> Tensor:
     """Return a bool mask of the fraction ``share`` of the scores that are largest in absolute value."""
-    size = scores.abs()
-    return size >= size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values
+    magnitudes = scores.abs()
+    threshold = magnitudes.flatten().kthvalue(max(1, round((1 - share) * magnitudes.numel()))).values
+    return magnitudes >= threshold
 
 
 class _SelectLargest(torch.autograd.Function):
+    """:func:`_select_largest` as numbers 0 and 1, with a straight-through gradient to the scores."""
+
     @staticmethod
     def forward(ctx: Any, scores: Tensor, share: float) -> Tensor:
+        """Return 1 for the fraction ``share`` of the scores that are largest in absolute value, 0 for the others."""
         return _select_largest(scores, share).to(scores)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradient on as it is."""
         return gradient, None

@@ -21,7 +21,7 @@ from regrow.core.axes import Mark
 from regrow.core.objectives import choose_objective
 from regrow.core.scores import Need, Scores
 from regrow.core.sources import Batch, device_of
-from regrow.methods.pruning.pruner import Kept, Pruner, PruningTask, Ranking, one_score
+from regrow.methods.pruning.pruner import Kept, Pruner, PruningTask, Ranking, simple_pruner
 from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import fisher
 from regrow.scoring.spaces import inner
@@ -59,22 +59,23 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the pruner that removes the units of least Fisher information."""
-    needs, score = {Need.WEIGHTS, Need.FISHER}, partial(_score, per_weight=settings.allocation == "ranked")
+    needs, score = {Need.WEIGHTS, Need.FISHER}, partial(_score_units, per_weight=settings.allocation == "ranked")
     if settings.allocation != "measured":
-        return one_score("fisher", settings, needs, score, settings.prune_outer)
+        return simple_pruner("fisher", settings, needs, score, settings.prune_outer)
     uniform_of_all = replace(settings, allocation="uniform")  # whose budget is checked before anything is measured
-    pruner = one_score("fisher", uniform_of_all, needs, score)
+    pruner = simple_pruner("fisher", uniform_of_all, needs, score)
     origin = {"method": "fisher", "settings": asdict(settings)}
     return replace(pruner, score=partial(_rank_measured, settings=settings), origin=origin, runs_network=True)
 
 
-def _score(task: PruningTask, per_weight: bool) -> Scores:
+def _score_units(task: PruningTask, per_weight: bool) -> Scores:
+    """Return the estimated loss of cutting each unit; ``per_weight``: per unit of cost that it removes."""
     scores = fisher(task.weights, task.axes, task.evidence.pooled(), units=task.units)
-    return _per_weight(task, scores) if per_weight else scores
+    return _divide_by_cost(task, scores) if per_weight else scores
 
 
-def _per_weight(task: PruningTask, scores: Scores) -> Scores:
-    """Return the estimated loss per weight that a unit of the axis removes."""
+def _divide_by_cost(task: PruningTask, scores: Scores) -> Scores:
+    """Return scores divided by the mean cost, in the budget's measure, that cutting a unit of their axis removes."""
     cost, values = cost_of(task.axes, task.budget), {}
     for key, losses in scores.values.items():
         axis = task.axes[key]
@@ -89,33 +90,33 @@ def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
     Allocations that cannot meet the budget are left out. Where the losses cannot be compared, the first is taken. A
     note says either. Leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
-    scores = _score(task, per_weight=False)
+    scores = _score_units(task, per_weight=False)
     inside = {axis.key for axis in inner(task.units)}
     candidates: dict[str, tuple[Scores, Callable[..., Kept]]] = {}
     if not task.budget.regular and len(inside) < len(task.units):
         values = {key: value for key, value in scores.values.items() if key in inside}
         candidates[INNER] = replace(scores, values=values), uniform
-    candidates |= {ALL: (scores, uniform), RANKED: (_per_weight(task, scores), rank)}
+    candidates |= {ALL: (scores, uniform), RANKED: (_divide_by_cost(task, scores), rank)}
     kept: dict[str, Kept] = {}
     cuts: list[Kept] = []
     notes: list[str] = []
-    for name, (its_scores, allocate) in candidates.items():
+    for name, (candidate_scores, allocate) in candidates.items():
         try:
-            units = allocate(task.axes, its_scores, task.budget)
+            units = allocate(task.axes, candidate_scores, task.budget)
         except BudgetError:
-            if not kept and len(notes) == len(candidates) - 1:
+            if not kept and len(notes) == len(candidates) - 1:  # no candidate meets the budget
                 raise
             notes.append(f"{name}: cannot meet the budget")
             continue
-        cut = {key: those for key, those in units.items() if len(those) < task.axes[key].size}
-        if cut not in cuts:
+        cut = {key: keep for key, keep in units.items() if len(keep) < task.axes[key].size}
+        if cut not in cuts:  # allocations that cut the same are measured once
             cuts.append(cut)
             kept[name] = units
     losses: dict[str, float] = {}
     if len(kept) > 1:
         note = "allocations were not compared: a unit that is masked is not one that is cut, with this --mark"
         if all(axis.mark is Mark.NEUTRAL for axis in task.units):
-            losses = _compare(task, kept, settings.compensate)
+            losses = _compare_losses(task, kept, settings.compensate)
             note = "allocations were not compared: no batch has labels and a finite loss"
         if losses:
             listed = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
@@ -128,29 +129,29 @@ def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
     )
 
 
-def _compare(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
-    """Return the mean loss per label under each mask, of batches on which one of them is finite; empty if none is."""
+def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
+    """Return name of an allocation → mean loss per label when it masks units; ``{}`` if no batch has a finite loss."""
     masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
-    sums, measured, seen = dict.fromkeys(masks, 0.0), 0, 0
+    sums, counted_labels, all_labels = dict.fromkeys(masks, 0.0), 0, 0
     sources = list(task.evidence.data.values())
-    for batch in (batch for source in sources for batch in _first(source)):
-        task.run.progress(seen, max(seen + 1, LABELS * len(sources)), "comparing allocations")
-        seen += batch.size
-        objective, here = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
-        row = {}
+    for batch in (batch for source in sources for batch in _first_labelled(source)):
+        task.context.progress(all_labels, max(all_labels + 1, LABELS * len(sources)), "comparing allocations")
+        all_labels += batch.size
+        objective, moved = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
+        row = {}  # name of an allocation → its loss on the batch
         for name, gates in masks.items():
             with torch.no_grad(), gate_inputs(task.model, task.axes, gates, fills):
-                loss = float(objective.compute_loss(here.run(task.model), here))
+                loss = float(objective.compute_loss(moved.run(task.model), moved))
             row[name] = loss if math.isfinite(loss) else math.inf
         if min(row.values()) < math.inf:
-            measured += batch.size
+            counted_labels += batch.size
             sums = {name: sums[name] + row[name] * batch.size for name in masks}
-    return {name: total / measured for name, total in sums.items()} if measured else {}
+    return {name: total / counted_labels for name, total in sums.items()} if counted_labels else {}
 
 
-def _first(source: Iterable[Batch]) -> Iterator[Batch]:
-    """Return the first batches that have enough labels together, or all; those without any are left out."""
+def _first_labelled(source: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the first batches with labels, until these are at least ``LABELS``."""
     labels = 0
     for batch in source:
         if batch.size:

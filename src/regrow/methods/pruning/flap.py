@@ -9,7 +9,7 @@ scores are not squared before they are standardised, and no sequence is skipped.
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.methods.pruning.pruner import Pruner, baseline
+from regrow.methods.pruning.pruner import Pruner, baseline_pruner
 from regrow.settings.constraints import CheckedSettings, OneOf
 
 CITATION = (
@@ -34,4 +34,4 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the FLAP pruner: weighted input variance (WIFV), one global ranking, bias compensation."""
-    return baseline("flap", settings)
+    return baseline_pruner("flap", settings)

@@ -8,7 +8,7 @@ dropped inputs are replaced by their mean unless switched off, and fine-tuning (
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.methods.pruning.pruner import Pruner, baseline
+from regrow.methods.pruning.pruner import Pruner, baseline_pruner
 from regrow.settings.constraints import CheckedSettings, OneOf
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
@@ -32,4 +32,4 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the LLM-Pruner: Taylor scores, the same fraction of all but the outer blocks, bias compensation."""
-    return baseline("llm_pruner", settings, settings.prune_outer)
+    return baseline_pruner("llm_pruner", settings, settings.prune_outer)

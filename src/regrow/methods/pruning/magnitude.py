@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.methods.pruning.pruner import Pruner, baseline
+from regrow.methods.pruning.pruner import Pruner, baseline_pruner
 from regrow.settings.constraints import CheckedSettings, OneOf
 
 CITATION = (
@@ -27,4 +27,4 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the magnitude pruner: column norms, the same fraction of every axis ("mag-sp" in FLAP's repository)."""
-    return baseline("magnitude", settings)
+    return baseline_pruner("magnitude", settings)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regrow.core.scores import Need, Scores, Statistics
 from regrow.data.batch_streams import join_sources
-from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.methods.pruning.pruner import Pruner, PruningTask, simple_pruner
 from regrow.scoring.grams import BATCH, Gram, linear_readers, sum_products
 from regrow.scoring.metrics import energy, moments_of, wifv
 from regrow.scoring.spaces import z_scores
@@ -28,7 +28,7 @@ CITATION = (
 )
 
 PART = 128  # of the units that are left, 1 / PART is eliminated in a step, where a unit is a single channel
-TIE = 1e-12  # by which fraction a unit scores higher than the one removed before it, if both add the same
+TIE = 1e-12  # the fraction by which a unit scores higher than the one removed before it, if both add the same error
 # What is added to the diagonal, as a fraction of its mean, so that inputs that are always 0 can be solved for.
 NEVER = 1e-9
 WIDE = 4  # how many times as many candidates as eliminated units are updated exactly in a step
@@ -54,16 +54,17 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the pruner that removes units in the order of their second-order cost."""
-    needs, score = {Need.WEIGHTS, Need.ACTIVATIONS}, partial(_score, settings=settings)
-    return replace(one_score("obs", settings, needs, score, settings.prune_outer), products=True)
+    needs, score = {Need.WEIGHTS, Need.ACTIVATIONS}, partial(_score_units, settings=settings)
+    return replace(simple_pruner("obs", settings, needs, score, settings.prune_outer), products=True)
 
 
-def _score(task: PruningTask, settings: Settings) -> Scores:
+def _score_units(task: PruningTask, settings: Settings) -> Scores:
+    """Return the error that each unit's removal adds, by :func:`order_layers`; on other axes, if it is the only one."""
     pooled = task.evidence.pooled()
     orders = order_layers(task, pooled, ridge=settings.ridge, centre=settings.compensate)
     others = [axis for axis in task.units if axis.key not in orders]
-    alone = wifv if settings.compensate else energy
-    values = dict(alone(task.weights, task.axes, pooled, units=others).values) if others else {}
+    score_alone = wifv if settings.compensate else energy
+    values = dict(score_alone(task.weights, task.axes, pooled, units=others).values) if others else {}
     values |= {key: order.scores() for key, order in orders.items()}
     values = {axis.key: values[axis.key] for axis in task.units if axis.key in values}
     scores = Scores(values, "obs", task.evidence.sources, pooled.tokens)
@@ -78,28 +79,29 @@ class Elimination:
     losses: Tensor  # what each removal adds to the squared change of the layer's output, [size] float64
 
     def scores(self) -> Tensor:
-        """Return one score per unit, ``[size]``: what its removal adds, at least what earlier removals added.
+        """Return one score per unit, ``[size]``: the error that its removal adds, at least what earlier ones added.
 
         A unit that is removed later has a higher score, if only by rounding, so that scores keep the order.
 
         >>> scores = Elimination(torch.tensor([2, 1, 0]), torch.tensor([0.5, 3.0, 2.0])).scores()
-        >>> [round(float(one), 6) for one in scores], bool(scores[1] < scores[0])
+        >>> [round(float(score), 6) for score in scores], bool(scores[1] < scores[0])
         ([3.0, 3.0, 0.5], True)
         """
-        rising = self.losses.double().cummax(0).values
-        rising = rising * (1 + TIE * torch.arange(len(rising), dtype=torch.float64))
-        return torch.zeros_like(rising).index_put((self.order,), rising)
+        ascending = self.losses.double().cummax(0).values
+        ascending = ascending * (1 + TIE * torch.arange(len(ascending), dtype=torch.float64))
+        return torch.zeros_like(ascending).index_put((self.order,), ascending)
 
 
 def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> Elimination:
-    """Remove the units of a linear layer one after the other, each time the one whose removal costs least.
+    """Return the order in which the units of a linear layer are removed, each time the one whose removal costs least.
 
     With H = Σ x xᵀ + ridge · diag(Σ x xᵀ), removing the channels u costs tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ), after the
     other columns of W have been changed by −W_u ((H⁻¹)_uu)⁻¹ (H⁻¹)_u: units that others can stand in for cost little.
     Single channels are removed in small groups, within which the order is exact among the candidates.
 
     ``gram`` is Σ x xᵀ ``[k, k]``, with means subtracted where a bias makes up for these; ``weight`` is ``[out, k]``;
-    ``channels`` are the inputs of each unit ``[size, c]``; ``ridge``, above 0, is a fraction of each input's Σ x².
+    ``channels`` are the inputs of each unit ``[size, c]``; ``ridge``, above 0, is a fraction of each input's Σ x². They
+    are not changed. Raise ValueError if inputs are not finite, all zero, or too closely dependent for the ridge.
 
     Source: Hassibi and Stork, Optimal Brain Surgeon (NIPS 1992); groups of weights as in ZipLM (arXiv 2302.04089).
 
@@ -124,83 +126,83 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
 
 
 def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
-    """Remove units of several channels, exactly one at a time; ``columns`` is ``[k, out]`` and is changed."""
-    alive, order, losses = list(range(len(channels))), [], []
-    while alive:
+    """Remove units of several channels, exactly one at a time; ``inverse`` and ``columns`` ``[k, out]`` are changed."""
+    remaining, order, losses = list(range(len(channels))), [], []
+    while remaining:
         costs = []
-        for unit in alive:
-            where = channels[unit]
-            part = columns[where]
-            costs.append((part * torch.linalg.solve(inverse[where][:, where], part)).sum())
-        best = min(range(len(alive)), key=lambda i: float(costs[i]))
-        unit = alive.pop(best)
+        for unit in remaining:
+            inputs = channels[unit]
+            part = columns[inputs]
+            costs.append((part * torch.linalg.solve(inverse[inputs][:, inputs], part)).sum())
+        best = min(range(len(remaining)), key=lambda i: float(costs[i]))
+        unit = remaining.pop(best)
         order.append(unit)
         losses.append(costs[best])
-        if alive:
+        if remaining:
             _remove(inverse, columns, channels[unit])
     return Elimination(torch.tensor(order), torch.stack(losses))
 
 
-def _remove(inverse: Tensor, columns: Tensor, where: Tensor) -> None:
-    """Change the columns and the inverse to those without the channels ``where``; these rows are not read again."""
-    rows = inverse[where]
-    scaled = torch.linalg.solve(rows[:, where], torch.cat([columns[where], rows], 1))
+def _remove(inverse: Tensor, columns: Tensor, channels: Tensor) -> None:
+    """Update columns and inverse, in place, to those without some channels, whose own rows are not read again."""
+    rows = inverse[channels]
+    scaled = torch.linalg.solve(rows[:, channels], torch.cat([columns[channels], rows], 1))
     out = columns.shape[1]
     columns.addmm_(rows.T, scaled[:, :out], alpha=-1)
     inverse.addmm_(rows.T, scaled[:, out:], alpha=-1)
 
 
 def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
-    """Remove units of one channel each, in small groups; what is removed stays in the tensors for a few steps."""
-    alive = torch.arange(len(channels))
+    """Remove units of one channel each, in small groups; ``inverse`` and ``columns`` ``[k, out]`` may be changed."""
+    units = torch.arange(len(channels))  # those whose rows the tensors hold
     if not torch.equal(channels, torch.arange(len(inverse))):
         inverse, columns = inverse[channels][:, channels], columns[channels]
-    gone = torch.zeros(len(alive), dtype=torch.bool)
+    removed = torch.zeros(len(units), dtype=torch.bool)
     order: list[Tensor] = []
     losses: list[Tensor] = []
-    left = len(alive)
+    remaining = len(units)
     while True:
-        count = max(1, left // PART)
-        costs = (columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
-        candidates = costs.topk(min(left, WIDE * count), largest=False).indices.sort().values
-        chosen, added = _order_among(inverse[candidates][:, candidates], columns[candidates], count)
-        where = candidates[chosen]
-        order.append(alive[where])
+        count = max(1, remaining // PART)
+        costs = (columns.square().sum(1) / inverse.diagonal()).masked_fill(removed, torch.inf)
+        candidates = costs.topk(min(remaining, WIDE * count), largest=False).indices.sort().values
+        chosen, added = _order_candidates(inverse[candidates][:, candidates], columns[candidates], count)
+        rows = candidates[chosen]
+        order.append(units[rows])
         losses.append(added)
-        left -= count
-        if not left:
+        remaining -= count
+        if not remaining:
             return Elimination(torch.cat(order), torch.cat(losses))
-        _remove(inverse, columns, where)
-        gone[where] = True
-        if 8 * left < 7 * len(alive):
-            stay = (~gone).nonzero()[:, 0]
-            alive, inverse, columns = alive[stay], inverse[stay][:, stay], columns[stay]
-            gone = torch.zeros(left, dtype=torch.bool)
+        _remove(inverse, columns, rows)
+        removed[rows] = True
+        if 8 * remaining < 7 * len(units):  # an eighth of the rows is removed: copy the others
+            stay = (~removed).nonzero()[:, 0]
+            units, inverse, columns = units[stay], inverse[stay][:, stay], columns[stay]
+            removed = torch.zeros(remaining, dtype=torch.bool)
 
 
-def _order_among(inverse: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` candidates whose removal, one after the other, costs least, and the costs."""
-    inverse, columns, gone = inverse.clone(), columns.clone(), torch.zeros(len(inverse), dtype=torch.bool)
+def _order_candidates(inverse: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return (indices of the ``count`` candidates whose removal, one after the other, costs least; these costs)."""
+    inverse, columns, removed = inverse.clone(), columns.clone(), torch.zeros(len(inverse), dtype=torch.bool)
     order, costs = [], []
     for _ in range(count):
-        each = (columns.square().sum(1) / inverse.diagonal()).masked_fill(gone, torch.inf)
-        best = int(each.argmin())
+        all_costs = (columns.square().sum(1) / inverse.diagonal()).masked_fill(removed, torch.inf)
+        best = int(all_costs.argmin())
         order.append(best)
-        costs.append(each[best])
-        gone[best] = True
+        costs.append(all_costs[best])
+        removed[best] = True
         row = inverse[best].clone()
         scale = row / row[best]
         columns -= torch.outer(scale, columns[best].clone())
         inverse -= torch.outer(scale, row)
-        inverse.diagonal().masked_fill_(gone, 1.0)
+        inverse.diagonal().masked_fill_(removed, 1.0)  # no division by 0
     return torch.tensor(order), torch.stack(costs)
 
 
 def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre: bool) -> dict[str, Elimination]:
-    """Remove the units of every axis that one linear layer reads, one after the other, as :func:`eliminate` does.
+    """Return axis key → the order of :func:`eliminate`, for every axis that one linear layer reads.
 
     ``pooled``: the sums over all sources; ``centre``: whether a bias makes up for the means of dropped inputs. Other
-    axes, and inputs that do not vary, have no entry.
+    axes, and inputs that do not vary, have no entry. It runs the network on the data, which it needs.
     """
     parameters = dict(task.model.named_parameters(remove_duplicate=False))
     recurrent = [module for module in task.model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
@@ -215,7 +217,7 @@ def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre:
     result: dict[str, Elimination] = {}
 
     def order(name: str, gram: Gram) -> None:
-        task.run.progress(len(result), len(layers), "ordering the units of layers")
+        task.context.progress(len(result), len(layers), "ordering the units of layers")
         reader, weight = layers[name], task.weights[name].detach()
         rows = weight if reader.slot.dim else weight.T
         products, channels = gram.mean_products(centre=centre), reader.positions(reader.width)
@@ -227,5 +229,6 @@ def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre:
     batches = join_sources(task.evidence.data.values(), BATCH)
     if layers and not len(batches):
         raise ValueError("this method reads the data itself, got none; give Evidence with data=")
-    sum_products(task.model, {name: reader.width for name, reader in layers.items()}, batches, order, task.run.visits)
+    widths = {name: reader.width for name, reader in layers.items()}
+    sum_products(task.model, widths, batches, order, task.context.block_runner)
     return result

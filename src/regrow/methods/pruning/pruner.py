@@ -34,21 +34,21 @@ Kept = Mapping[str, tuple[int, ...]]  # axis key → the units that are kept
 
 
 @dataclass(frozen=True)
-class PruningRun:
-    """Where an interrupted run resumes from, how a network larger than memory runs, and whom to tell.
+class PruningContext:
+    """Where an interrupted run resumes from, how a network larger than memory runs, and where progress is reported.
 
     Args:
         checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
-        header: Returns JSON data for the header of that file.
+        checkpoint_header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
-        visits: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
+        block_runner: Runs the network block by block, where it does not fit into memory; ``None``: it runs as a whole.
         weights: Parameter name → tensor; ``None``: those of the model.
     """
 
     checkpoint: Path | None = None
-    header: Callable[[], Mapping[str, object]] = dict
+    checkpoint_header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
-    visits: BlockVisits | None = None
+    block_runner: BlockVisits | None = None
     weights: Mapping[str, Tensor] | None = None
 
 
@@ -64,7 +64,7 @@ class PruningTask:
         budget: How much of the network may stay.
         evidence: The measured activations and gradients, per source.
         objective: What the network is trained for; ``None``: it follows from the labels.
-        run: How the run resumes, runs a network larger than memory, and reports its progress.
+        context: How scoring resumes, runs a network larger than memory, and reports its progress.
     """
 
     model: nn.Module
@@ -74,12 +74,12 @@ class PruningTask:
     budget: Budget
     evidence: Evidence
     objective: Objective | None = None
-    run: PruningRun = PruningRun()
+    context: PruningContext = PruningContext()
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Whole modules that are dropped before units are ranked, and tables about the choice for a report."""
+    """The result of ``Pruner.drop``: whole modules to drop before units are ranked, and tables about the choice."""
 
     modules: tuple[str, ...] = ()  # their paths
     findings: Mapping[str, object] = field(default_factory=dict)  # tables for a report, as JSON data
@@ -88,7 +88,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The importance of units, and tables about it for a report.
+    """The result of ``Pruner.score``: the importance of units, and tables about it for a report.
 
     Args:
         scores: One number per unit; higher for units worth keeping.
@@ -104,7 +104,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Pruner:
-    """A pruning method, as a record of the functions that measure, score, allocate and compensate.
+    """A pruning method, as a record of the functions that score, allocate and compensate, and of what they need.
 
     Args:
         needs: What has to be measured before: weights, activations, gradients.
@@ -143,33 +143,29 @@ class Pruner:
 
 @dataclass(frozen=True)
 class Cut:
-    """The plan of a cut, with the scores that it follows from, and tables for a report."""
+    """The result of :func:`plan_cut`: the plan, the scores that it follows from, and tables for a report."""
 
     plan: Plan
     scores: Scores
     findings: Mapping[str, object] = field(default_factory=dict)
 
 
-def one_score(
-    name: str,
-    settings: Any,
-    needs: Collection[Need],
-    score: Callable[[PruningTask], Scores],
-    prune_outer: bool = True,
+def simple_pruner(
+    name: str, settings: Any, needs: Collection[Need], score: Callable[[PruningTask], Scores], prune_outer: bool = True
 ) -> Pruner:
-    """Return the pruner that ranks units by one score, and allocates and compensates as its settings say."""
+    """Return the pruner that ranks units by one score; ``settings`` has ``allocation`` and ``compensate``."""
     return Pruner(
         needs=frozenset({*needs, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda task: Ranking(score(task)),
         allocate=ALLOCATIONS[settings.allocation],
-        compensate=pooled_means if settings.compensate else None,
+        compensate=mean_inputs if settings.compensate else None,
         origin={"method": name, "settings": asdict(settings)},
         prune_outer=prune_outer,
     )
 
 
-def baseline(name: str, settings: Any, prune_outer: bool = True) -> Pruner:
-    """Return the pruner that ranks units by the metric of a baseline, made comparable for one ranking of all units."""
+def baseline_pruner(name: str, settings: Any, prune_outer: bool = True) -> Pruner:
+    """Return the pruner of a baseline in ``BASES``; where all units have one ranking, its scores are standardised."""
     base = BASES[name]
     metric = base.score if settings.allocation == "ranked" else base.metric
 
@@ -177,20 +173,18 @@ def baseline(name: str, settings: Any, prune_outer: bool = True) -> Pruner:
         statistics = None if base.need == Need.WEIGHTS else task.evidence.pooled()
         return metric(task.weights, task.axes, statistics, units=task.units)
 
-    return one_score(name, settings, {Need.WEIGHTS, base.need}, score, prune_outer)
+    return simple_pruner(name, settings, {Need.WEIGHTS, base.need}, score, prune_outer)
 
 
-def pooled_means(
-    model: nn.Module, axes: AxisGraph, kept: Kept, evidence: Evidence
-) -> Mapping[str, Mapping[int, float]]:
-    """Return the means of dropped inputs over all sources, as :attr:`Pruner.compensate` does."""
+def mean_inputs(model: nn.Module, axes: AxisGraph, kept: Kept, evidence: Evidence) -> Mapping[str, Mapping[int, float]]:
+    """Return the mean of each dropped input over all sources: weight name → position → mean (:attr:`Plan.means`)."""
     return means(model, axes, kept, evidence.pooled(gradients=False))
 
 
 def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
     """Raise ValueError unless a method can meet a budget, whatever it will measure."""
-    units = _units(pruner, axes, budget)
-    if pruner.drop is None:
+    units = _prunable_axes(pruner, axes, budget)
+    if pruner.drop is None:  # whether a budget can be met does not depend on the scores
         pruner.allocate(axes, random(axes, units=units), budget)
     pruner.check(axes, units, budget)
 
@@ -199,8 +193,8 @@ def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Object
     """Raise ValueError if a method compares probabilities of classes, and the network predicts something else."""
     if not pruner.compares_classes:
         return
-    # A loss of the user's own says nothing about that, and is taken.
-    firsts = [] if objective else [batch for source in sources for batch in islice(source, 1)]
+    # A loss of the user's own says nothing about that, and is accepted.
+    firsts = (batch for source in sources for batch in islice(source, 1))
     for predicted in [objective] if objective else [choose_objective(None, batch) for batch in firsts]:
         if predicted in (MULTI_LABEL, REGRESSION):
             raise ValueError(
@@ -218,21 +212,24 @@ def plan_cut(
     evidence: Evidence | None = None,
     *,
     objective: Objective | None = None,
-    run: PruningRun | None = None,
+    context: PruningContext | None = None,
 ) -> Cut:
-    """Score units, choose which stay within the budget, and return the plan; the model is unchanged."""
-    evidence, run, removal = evidence or Evidence(), run or PruningRun(), Removal()
+    """Score units, choose which stay within the budget, and return the plan; the model is unchanged.
+
+    Raise ValueError if the budget cannot be met, or the method cannot score this network.
+    """
+    evidence, context, removal = evidence or Evidence(), context or PruningContext(), Removal()
     axes = with_modules(pruner, model, axes)
-    units, whole, limit = _units(pruner, axes, budget), axes, budget
+    units, whole_axes, whole_budget = _prunable_axes(pruner, axes, budget), axes, budget
     check_objective(pruner, evidence.data.values(), objective)
     with freeze(model):
-        weights = weights_of(model) if run.weights is None else run.weights
-        task = PruningTask(model, axes, weights, units, budget, evidence, objective, run)
+        weights = weights_of(model) if context.weights is None else context.weights
+        task = PruningTask(model, axes, weights, units, budget, evidence, objective, context)
         if pruner.drop is not None:
             removal = pruner.drop(task)
-            axes, budget = without_modules(axes, budget, removal.modules)
+            axes, budget = remove_modules(axes, budget, removal.modules)
             units = [axes[axis.key] for axis in units if axis.key in axes.axes]
-        if pruner.compensate:  # biases that this makes count too
+        if pruner.compensate:  # biases that compensation adds count, too
             budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
         ranking = pruner.score(replace(task, axes=axes, units=units, budget=budget))
         scores = ranking.scores
@@ -241,21 +238,21 @@ def plan_cut(
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
         notes = [*evidence.notes, *removal.notes, *scores.notes]
         notes += uncompensated(model, axes, kept) if pruner.compensate else ()
-    origin = {**pruner.origin, **limit.record()}
+    origin = {**pruner.origin, **whole_budget.record()}
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
     origin |= {"notes": notes} if notes else {}
-    plan = Plan.dropping(whole, removal.modules, kept, means=means, origin=origin)
+    plan = Plan.dropping(whole_axes, removal.modules, kept, means=means, origin=origin)
     return Cut(plan, scores, {**removal.findings, **ranking.findings(chosen)})
 
 
 def with_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with the modules that can be dropped, if a method drops some and they are not known yet."""
-    known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
-    return with_branches(model, axes) if pruner.drop and axes.steps and not known else axes
+    """Return the axes with the modules that can be dropped; traced here if the method drops some and they lack them."""
+    is_known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
+    return with_branches(model, axes) if pruner.drop and axes.steps and not is_known else axes
 
 
-def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
-    """Return the axes without modules that are dropped, and the budget for what is left: the same limit."""
+def remove_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
+    """Return the axes without the dropped modules (paths), and a budget with the same limit for what is left."""
     if not modules:
         return axes, budget
     limit = budget.limit(cost_of(axes, budget).total)
@@ -265,6 +262,7 @@ def without_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -
     return axes.without(axes.branches[path] for path in modules), replace(budget, keep=1.0, target=target)
 
 
-def _units(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
+def _prunable_axes(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
+    """Return the axes that the budget lets be cut; without those of outer blocks, unless the method prunes these."""
     units = payers(axes, budget)
     return units if budget.regular or pruner.prune_outer else inner(units)

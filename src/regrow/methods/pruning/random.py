@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.methods.pruning.pruner import Pruner, one_score
+from regrow.methods.pruning.pruner import Pruner, simple_pruner
 from regrow.scoring.metrics import random
 from regrow.settings.constraints import CheckedSettings, OneOf
 
@@ -27,4 +27,4 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the random pruner: random scores, the same fraction of every axis, no compensation by default."""
-    return one_score("random", settings, (), lambda task: random(task.axes, units=task.units, seed=settings.seed))
+    return simple_pruner("random", settings, (), lambda task: random(task.axes, units=task.units, seed=settings.seed))

@@ -8,7 +8,7 @@ inputs are replaced by their mean unless switched off.
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.methods.pruning.pruner import Pruner, baseline
+from regrow.methods.pruning.pruner import Pruner, baseline_pruner
 from regrow.settings.constraints import CheckedSettings, OneOf
 
 CITATION = (
@@ -33,4 +33,4 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Pruner:
     """Return the Wanda-sp pruner: mean abs(W) · rms(x) per unit, the same fraction of every axis, bias compensation."""
-    return baseline("wanda_sp", settings)
+    return baseline_pruner("wanda_sp", settings)

@@ -20,7 +20,7 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 from regrow.streaming.network import StreamedNetwork
 from regrow.training.fit import FitOptions, fit
-from regrow.training.hooks import EarlyStopping, Tensors, restore_best, with_early_stopping
+from regrow.training.hooks import AxisTensors, EarlyStopping, restore_best, with_early_stopping
 from regrow.training.learner import Context, Learner, Loss
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState, read_checkpoint, write_checkpoint
@@ -30,15 +30,15 @@ FIELDS = {"weight", "ridge"}  # what a resumed refit reads of the record of a la
 
 
 class ChangedTensors:
-    """Tensors of a network that a recovery has changed, in files, one per step; each access reads one."""
+    """Tensors of a network that a recovery has changed, by name, in files, one per step; each access reads one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.key = folder, ""  # the folder is made when the first file is written
-        self.records: list[dict[str, Any]] = []
-        self.places: dict[str, Path] = {}
+        self.records: list[dict[str, Any]] = []  # one per step
+        self.places: dict[str, Path] = {}  # name of a tensor → the file of its step
 
     def open(self, key: str) -> None:
-        """Find the steps of an interrupted recovery; files of another one, and damaged ones, are deleted."""
+        """Find the steps of an interrupted recovery with this key; delete files of others, and damaged ones."""
         self.key, self.records, self.places = key, [], {}
         for i, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
             try:
@@ -46,15 +46,15 @@ class ChangedTensors:
             except StoreError:
                 header = {}
             names, record = header.get("names"), header.get("record")
-            expected = header.get("key") == key and path == self._path(i) and len(self.records) == i
+            expected = header.get("key") == key and path == self._step_path(i) and len(self.records) == i
             if expected and isinstance(names, list) and isinstance(record, dict) and record.keys() >= FIELDS:
                 self._add(path, names, record)
             else:
                 path.unlink()
 
     def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
-        """Write the tensors that a step has changed."""
-        path = self._path(len(self.records))
+        """Write the tensors that the next step has changed, and its record, which is JSON data."""
+        path = self._step_path(len(self.records))
         with explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"key": self.key, "record": dict(record)}, FORMAT)
@@ -64,13 +64,16 @@ class ChangedTensors:
         return name in self.places
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the new value of a tensor."""
-        return read_tensors(self.places[name], FORMAT)[1][name]
+        """Return the new value of a tensor, read from its file."""
+        _, tensors = read_tensors(self.places[name], FORMAT)
+        return tensors[name]
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06}.safetensors"
+    def _step_path(self, step: int) -> Path:
+        """Return the file of a step, from 0."""
+        return self.folder / f"{step:06}.safetensors"
 
     def _add(self, path: Path, names: list[str], record: dict[str, Any]) -> None:
+        """Note the file of a step, the names of its tensors and its record."""
         self.records.append(record)
         self.places |= dict.fromkeys(names, path)
 
@@ -118,13 +121,16 @@ class RecoveryTask:
     parallel: Parallel = ALONE
     streamed: StreamedPair | None = None
 
-    def loss_of(self, output: object, batch: Batch) -> Tensor:
-        """Return the loss of a batch by its labels, a scalar."""
+    def compute_loss(self, output: object, batch: Batch) -> Tensor:
+        """Return the loss of a network's output on a batch, by its labels, a scalar."""
         objective = self.objective or choose_objective(None, batch)
         return objective.compute_loss(output, batch)
 
-    def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
-        """Return the training batches of each source, and the held-out batches of all sources; no batch is both."""
+    def split_sources(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
+        """Return the training batches of each source, and the held-out batches of all (the fraction ``share``).
+
+        Raise ValueError without a source, or if one has a single batch.
+        """
         if not self.sources:
             raise ValueError("recovery learns from text or images; give at least one source, like --source news")
         if few := next((source for source in self.sources if len(source) < 2), None):
@@ -147,11 +153,14 @@ def fit_recovery(
 ) -> dict[str, Any]:
     """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
 
-    ``s.lr`` is the peak learning rate: it rises over the first tenth of the steps, then falls as a half cosine.
+    Return the steps, the best one and the history of evaluations. ``s`` has ``lr``, ``passes``, ``windows``, ``checks``
+    and ``held_out``. ``s.lr`` is the peak learning rate: it rises over the first tenth of the steps, then falls as a
+    half cosine. ``requires_grad`` is set.
     """
-    train, held = task.parts(s.held_out)
+    train, held = task.split_sources(s.held_out)
     held = [batch.to(device_of(task.model)) for batch in held]
     steps = max(1, round(s.passes * sum(map(len, train)) / s.windows))
+    # An epoch ends where the network is evaluated.
     ends = sorted({round(steps * (i + 1) / s.checks) for i in range(s.checks)} | {0, steps})
     epochs = [end - start for start, end in pairwise(ends)]
     phase = source_phase(
@@ -161,7 +170,7 @@ def fit_recovery(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     learner = with_early_stopping(
-        Learner[Tensors](
+        Learner[AxisTensors](
             {},
             loss=lambda state, context, step: Loss(loss(task, step.batch)),
             boundary=lambda state, context, boundary: state,
@@ -174,18 +183,21 @@ def fit_recovery(
             write_checkpoint(task.checkpoint, task.model, state, trained_only=True, header=task.header())
 
     options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
-    fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=_read(task), options=options)
-    stopped = fitted.state.learner
-    restore_best(task.model, stopped)
-    return {"steps": steps, "best": stopped.best_check.step, "history": [asdict(check) for check in stopped.history]}
+    fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=_read_state(task), options=options)
+    result = fitted.state.learner
+    restore_best(task.model, result)
+    return {"steps": steps, "best": result.best_check.step, "history": [asdict(check) for check in result.history]}
 
 
-def _read(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
-    """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used."""
+def _read_state(task: RecoveryTask) -> TrainState[EarlyStopping] | None:
+    """Return the training state from the checkpoint, whose values the network gets; ``None`` if there is no usable one.
+
+    Raise StoreError if only some of the processes can read it.
+    """
     state, ranks = None, task.parallel.ranks
     if task.checkpoint is not None and task.checkpoint.is_file():
         with suppress(StoreError):
-            state = read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)[2]
+            _, _, state = read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)
     if not (everywhere(ranks, state is not None) or everywhere(ranks, state is None)):
         raise StoreError(
             f"{task.checkpoint} cannot be read by all processes; make room in their folders for temporary files "

@@ -52,43 +52,44 @@ def build(settings: Settings) -> Recovery:
 
 
 def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Train the cut network to predict what the dense one predicts, in place."""
+    """Train the cut network to predict what the dense one predicts, in place; return a summary as JSON data."""
     parameters = dict(task.model.named_parameters())
-    with freeze(task.model, task.dense), precise(task.model):
-        summary = fit_recovery(task, parameters, partial(_loss, settings=settings), settings)
+    with freeze(task.model, task.dense), use_float32(task.model):
+        summary = fit_recovery(task, parameters, partial(_compute_loss, settings=settings), settings)
     return {**summary, "trained": sum(p.numel() for p in parameters.values())}
 
 
-def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
+def compute_divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
     """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
 
-    >>> bool(divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
+    >>> bool(compute_divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
     True
     """
-    said, wanted = ((z.float() / temperature).log_softmax(-1) for z in (logits, dense))
-    return F.kl_div(said, wanted, reduction="batchmean", log_target=True) * temperature**2
+    student, teacher = ((z.float() / temperature).log_softmax(-1) for z in (logits, dense))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
+def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
+    """Return (1 − mix) · divergence from the dense network + mix · the loss by labels, a scalar."""
     with torch.no_grad():
-        wanted = labelled_logits(logits_in(batch.run(task.dense)), batch.labels)
+        dense_logits = labelled_logits(logits_in(batch.run(task.dense)), batch.labels)
     output = batch.run(task.model)
     logits = labelled_logits(logits_in(output), batch.labels)
-    loss = (1 - settings.mix) * divergence(logits, wanted, settings.temperature)
+    loss = (1 - settings.mix) * compute_divergence(logits, dense_logits, settings.temperature)
     if settings.mix:
-        loss = loss + settings.mix * task.loss_of(output, batch)
+        loss = loss + settings.mix * task.compute_loss(output, batch)
     return loss
 
 
 @contextmanager
-def precise(model: nn.Module) -> Iterator[None]:
-    """Convert a half-precision network to float32 inside the ``with`` block; its own precision returns after it."""
-    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    before = [(tensor, tensor.dtype) for tensor in half]
-    for tensor in half:
+def use_float32(model: nn.Module) -> Iterator[None]:
+    """Context manager in which a half-precision network is in float32, in place; it is rounded back after it."""
+    tensors = (*model.parameters(), *model.buffers())
+    half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, _ in half:
         tensor.data = tensor.data.float()
     try:
         yield
     finally:
-        for tensor, dtype in before:
+        for tensor, dtype in half:
             tensor.data = tensor.data.to(dtype)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from regrow.core.axes import AxisGraph
-from regrow.core.sources import Batch
 from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
 from regrow.nets.loaded import missing_package
 from regrow.settings.constraints import CheckedSettings, Count, OpenFraction
@@ -55,24 +54,26 @@ def build(settings: Settings) -> Recovery:
 
 
 def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Train float32 adapters on the linear layers of the cut network, and merge them into its weights, in place."""
+    """Train float32 adapters on the linear layers of the cut network, and merge them into its weights, in place.
 
-    def loss(task: RecoveryTask, batch: Batch) -> torch.Tensor:
-        return task.loss_of(batch.run(task.model), batch)
-
+    Return a summary as JSON data. If training fails or is interrupted, the weights are unchanged.
+    """
     with freeze(task.model):
-        adapters = adapted(task.model, linear_layers(task.model, task.axes), settings, task.seed)
+        adapters = add_adapters(task.model, find_linear_layers(task.model, task.axes), settings, task.seed)
         try:
-            summary = fit_recovery(task, adapters, loss, settings)
+            summary = fit_recovery(task, adapters, lambda task, b: task.compute_loss(b.run(task.model), b), settings)
         except BaseException:
-            merged(task.model, undo=True)
+            remove_adapters(task.model, merge=False)
             raise
-        merged(task.model)
+        remove_adapters(task.model, merge=True)
     return {**summary, "trained": sum(p.numel() for p in adapters.values())}
 
 
-def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
-    """Return the paths of the linear layers that a ``keep`` fraction counts: not embeddings and tied output layers."""
+def find_linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
+    """Return the paths of the linear layers that a ``keep`` fraction counts: not embeddings and tied output layers.
+
+    Raise ValueError if there are none.
+    """
     paths = [name.removesuffix(".weight") for name in axes.counted if name.endswith(".weight")]
     modules = dict(model.named_modules())
     # transformers' Conv1D is a linear map under another name.
@@ -82,25 +83,25 @@ def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
     return chosen
 
 
-def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
+def add_adapters(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
     """Put an adapter around each of some layers, in place, and return the adapters' parameters by name."""
     import peft
 
-    known = {id(parameter) for parameter in model.parameters()}
+    before = {id(parameter) for parameter in model.parameters()}
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model)
-    return {name: p for name, p in model.named_parameters() if id(p) not in known}
+    return {name: p for name, p in model.named_parameters() if id(p) not in before}
 
 
-def merged(model: nn.Module, *, undo: bool = False) -> None:
-    """Remove the adapters, in place, after adding their changes to the weights (unless ``undo``)."""
+def remove_adapters(model: nn.Module, *, merge: bool) -> None:
+    """Remove all adapters from a network, in place; ``merge``: first add their changes to the weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for layer in layers.values():
-        if not undo:
+        if merge:
             layer.merge(safe_merge=True)
     set_modules(model, {name: layer.get_base_layer() for name, layer in layers.items()})
     if "peft_config" in vars(model):

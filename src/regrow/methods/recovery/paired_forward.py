@@ -40,7 +40,7 @@ class LayerCall:
     dim: int  # the dimension of the input that is contracted with the weight, negative: from the end
     output: Tensor  # the output of the layer, or a view of it; writing into it changes what the network computes
     again: Callable[[], Tensor]  # computes the output again, with the current weight
-    first: int  # `id` of the output itself
+    output_id: int  # `id` of the output itself, also where ``output`` is a view of it
     other: Tensor | None = None  # the tensor that is added to the output, if that is its first use
 
 
@@ -53,64 +53,69 @@ class LayerCalls(TorchFunctionMode):
     def __init__(self, watched: Mapping[int, str], handle: Callable[[LayerCall], None]) -> None:
         super().__init__()
         self.watched, self.handle = watched, handle
-        self.waiting: dict[int, LayerCall] = {}  # `id` of an unused output, or of a view of one → the call
+        self.unused: dict[int, LayerCall] = {}  # `id` of an unused output, or of a view of one → the call
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call :meth:`handle` for the watched layers whose outputs are operands, then run the operation."""
         kwargs = kwargs or {}
-        if self.waiting and getattr(func, "__name__", "") not in _SHAPE_METHODS:
+        if self.unused and getattr(func, "__name__", "") not in _SHAPE_METHODS:
             used = [
-                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) in self.waiting
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) in self.unused
             ]
             if used and getattr(func, "__name__", "") == "__get__":
-                answer = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
-                if not isinstance(answer, Tensor):
-                    return answer
+                attribute = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
+                if not isinstance(attribute, Tensor):
+                    return attribute
             keeps = func is torch.Tensor.view or (func is F.dropout and not kwargs.get("training", True))
-            if used and keeps and self._follow(used[0], result := func(*args, **kwargs)):
-                return result
+            if used and keeps:
+                result = func(*args, **kwargs)
+                if self._follow_view(used[0], result):
+                    return result
             for tensor in reversed(used):
                 if call := self._pop(id(tensor)):
-                    self.handle(replace(call, other=_added(call.output, func, args, kwargs)))
+                    self.handle(replace(call, other=_find_addend(call.output, func, args, kwargs)))
         result = func(*args, **kwargs)
-        if (read := next(find_inputs(self.watched, func, args, kwargs), None)) is not None:
-            name, value, dim = read
+        contraction = next(find_inputs(self.watched, func, args, kwargs), None)
+        if contraction is not None:
+            name, value, dim = contraction
             again = partial(func, *args, **kwargs)
-            self.waiting[id(result)] = LayerCall(name, value, dim, result, again, id(result))
+            self.unused[id(result)] = LayerCall(name, value, dim, result, again, id(result))
         return result
 
-    def _follow(self, output: Tensor, result: Tensor) -> bool:
-        """Note that a tensor is a view of an output; returns False if its channels are not the same."""
+    def _follow_view(self, output: Tensor, result: Tensor) -> bool:
+        """Note that ``result`` is a view of an unused output; if it has other channels, return False instead."""
         if result is output:
             return True
-        call = self.waiting[id(output)]
+        call = self.unused[id(output)]
         if result.dtype != output.dtype or result.shape[-1:] != output.shape[-1:] or call.dim != -1:
             return False
-        self.waiting[id(result)] = replace(call, output=result, again=lambda: call.again().view(result.shape))
+        self.unused[id(result)] = replace(call, output=result, again=lambda: call.again().view(result.shape))
         return True
 
-    def _pop(self, tensor: int) -> LayerCall | None:
-        """Remove the call with all views of its output."""
-        call = self.waiting.get(tensor)
-        self.waiting = {key: other for key, other in self.waiting.items() if call is None or other.first != call.first}
+    def _pop(self, tensor_id: int) -> LayerCall | None:
+        """Remove and return the call of an unused output, with all views of it; ``None`` if it was removed before."""
+        call = self.unused.get(tensor_id)
+        if call is not None:
+            self.unused = {key: other for key, other in self.unused.items() if other.output_id != call.output_id}
         return call
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """Call :meth:`handle` for the watched layers whose outputs were never used, unless the pass has failed."""
         super().__exit__(kind, value, trace)
-        while kind is None and self.waiting and (call := self._pop(next(iter(self.waiting)))):
-            self.handle(call)
+        while kind is None and self.unused:
+            if call := self._pop(next(iter(self.unused))):
+                self.handle(call)
 
 
-def _added(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the tensor of the same shape that an operation adds to an output, if that is what it does."""
+def _find_addend(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
+    """Return the tensor of the same shape that an operation adds to an output; ``None`` for any other operation."""
     if func not in ADDITIONS or len(args) != 2 or kwargs:
         return None
     other = args[1] if args[0] is output else args[0]
-    same = isinstance(other, Tensor) and other is not output and other.shape == output.shape
-    return other if same else None
+    is_addend = isinstance(other, Tensor) and other is not output and other.shape == output.shape
+    return other if is_addend else None
 
 
 class LayerOutputs:
@@ -122,11 +127,15 @@ class LayerOutputs:
     def __init__(self, run: Callable[[Around, Turns], object], count: int) -> None:
         self._request, self._queue, self._turns = threading.Semaphore(0), queue.SimpleQueue[Any](), Turns(count)
         self._state = capture_state()
-        self._stop, self._ended, self._early = False, False, dict[tuple[int, str], tuple[Tensor, Tensor | None]]()
+        self._stop, self._ended = False, False
+        self._early = dict[tuple[int, str], tuple[Tensor, Tensor | None]]()  # outputs that came before their request
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
     def __call__(self, number: int, name: str) -> tuple[Tensor, Tensor | None] | None:
-        """Return a layer's output and the tensor added to it, if any; ``None`` if the layer does not run."""
+        """Return a layer's output on batch ``number``, and the tensor added to it; ``None`` if the layer does not run.
+
+        It waits for the forward pass, and raises its errors.
+        """
         while (number, name) not in self._early:
             if self._ended:
                 return None
@@ -139,7 +148,8 @@ class LayerOutputs:
                 return None
             key, output, other = message
             if key != (number, name):  # it may be written over before it is requested
-                output, other = output.clone(), other if other is None else other.clone()
+                output = output.clone()
+                other = None if other is None else other.clone()
             self._early[key] = output, other
         return self._early.pop((number, name))
 
@@ -150,16 +160,19 @@ class LayerOutputs:
         self._turns.wait(number)
 
     def _wait(self) -> None:
+        """Wait in a thread for the next request; raise StopRunError if there will be none."""
         self._request.acquire()
         if self._stop:
             raise StopRunError
 
     @contextmanager
     def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
+        """Context manager of a batch's forward pass that hands over the outputs of watched layers."""
         with torch.no_grad(), LayerCalls(watched, lambda call: self._offer(number, call)):
             yield
 
     def _run(self, run: Callable[[Around, Turns], object]) -> None:
+        """Run the network from the first request on; ``None`` or an error follows the last output in the queue."""
         try:
             self._wait()
             with self._state():
@@ -173,7 +186,10 @@ class LayerOutputs:
 
 @contextmanager
 def run_in_thread(run: Callable[[Around, Turns], object], count: int = 1) -> Iterator[LayerOutputs]:
-    """Run a network in threads, layer by layer, only as far as its outputs are requested in the ``with`` block."""
+    """Context manager that runs a network in threads, layer by layer, only as far as its outputs are requested.
+
+    Gives the outputs, which are functions of (number of a batch, name of a weight).
+    """
     outputs = LayerOutputs(run, count)
     outputs._thread.start()
     try:

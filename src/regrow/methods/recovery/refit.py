@@ -41,16 +41,16 @@ from regrow.core.errors import ResourceError
 from regrow.core.sources import Batch, device_of
 from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.methods.recovery.refit_work import (
-    BATCHES,
+    MAX_BATCHES,
     Layer,
     LayerOrderError,
     RefitWork,
     keeps_state,
+    merge_batches,
     read_state,
-    regroup,
 )
 from regrow.methods.recovery.solve import RidgeCandidates
-from regrow.methods.recovery.streams import check_places, compare_outputs, count_calls, refit_layers
+from regrow.methods.recovery.streams import check_in_blocks, compute_outputs, count_calls, refit_layers
 from regrow.settings.constraints import OneOf, OpenFraction, check_constraints
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
@@ -103,50 +103,55 @@ def build(settings: Settings) -> Recovery:
 
 
 def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
-    """Refit the layers of the cut network that read cut units, by least squares and in place."""
+    """Refit the layers of the cut network that read cut units, by least squares and in place.
+
+    Return a summary as JSON data: a record per layer, the layers that were left out, and the target. Raise ValueError
+    if no layer can be refitted, or ResourceError if that needs both networks in memory.
+    """
     left_out_source = settings.choose_on == "left_out_source" and len(task.sources) > 1
     candidates = RidgeCandidates(settings.ridges, settings.shrinkages, left_out_source)
     if left_out_source:
         parts = [list(source) for source in task.sources]
     else:
-        fit, held = task.parts(settings.held_out)
+        fit, held = task.split_sources(settings.held_out)
         parts = [[batch for part in fit for batch in part], held]
     first = parts[0][0].to(device_of(task.model))
-    trains = next(task.model.parameters()).requires_grad
+    requires_grad = next(task.model.parameters()).requires_grad  # before freeze: that of new biases
     with freeze(task.model, task.dense), torch.no_grad():
         state = read_state(task.model)
         layers, left_out, added = find_layers(task, first)
         if left_out and not layers:
-            raise ValueError(f"{_refuse_first(left_out)}; recover by distil")
+            raise ValueError(f"{_explain_first(left_out)}; recover by distil")
         if task.streamed:
-            check_places(task.streamed, layers)
-        batches = regroup(parts, 1 if keeps_state(task.model, state) else BATCHES)
+            check_in_blocks(task.streamed, layers)
+        # Batches in turns would take from each other what a forward pass keeps in modules.
+        batches = merge_batches(parts, 1 if keeps_state(task.model, state) else MAX_BATCHES)
         parameters = dict(task.model.named_parameters())
         work = RefitWork(task, {layer.name: layer for layer in layers}, candidates, batches, parameters)
         no_stream = settings.target == "residual" and bool(layers) and not added
-        wanted = "auto" if no_stream else settings.target.replace("residual", "dense")
-        problem = "" if wanted == "dense" else _explain_mismatch(work, left_out, first)
-        if problem and wanted == "own":
+        requested = "auto" if no_stream else settings.target.replace("residual", "dense")
+        problem = "" if requested == "dense" else _explain_mismatch(work, left_out, first)
+        if problem and requested == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
-        target = "dense" if problem else wanted.replace("auto", "own")
+        target = "dense" if problem else requested.replace("auto", "own")
         if task.streamed and target == "dense":
             raise ResourceError(
                 f"{problem or 'target=dense'}: fitting to what the dense network has needs both networks in memory; "
                 "give more --memory, or recover by bias"
             )
-        biased = _with_biases(task.model, layers)
+        biased = _add_biases(task.model, layers)
         work.parameters = dict(task.model.named_parameters())
         work.resume()
         try:
             if not work.done:
-                refit_layers(work, target, biased)
+                refit_layers(work, target, added=biased)
         except LayerOrderError as error:
             raise ValueError(f"{error}: which layers run depends on the data; recover by distil") from None
     for name in biased:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.refitted:
-            task.model.get_parameter(bias_of(name)).requires_grad_(trains)
-        else:
+            task.model.get_parameter(bias_of(name)).requires_grad_(requires_grad)
+        else:  # the layer is not changed: it needs no bias
             setattr(task.model.get_submodule(path), leaf, None)
     notes = [f"{problem}; fitted to what the dense network has there"] if problem else []
     if no_stream and not problem:
@@ -162,11 +167,11 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
-    """Return the layers that read cut units and can be refitted, sorted by name; of each other, why it cannot.
+    """Return (layers that read cut units and can be refitted; weight → why another cannot; whether one is added).
 
-    The last result is whether the output of at least one of the first is added to another tensor as it is.
+    The last: whether the output of at least one of the first is added to another tensor as it is.
     """
-    axes, lays = task.axes, plan_layouts(task.axes, task.plan)
+    axes, layouts = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
     times, added = count_calls(task, names, batch)
     layers, left_out = [], {}
@@ -175,15 +180,16 @@ def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str
         if dim is None or not _can_refit(task, name, times[name]):
             left_out[name] = UNFIT
             continue
-        rows = [lay.source for at, lay in lays[name].items() if at != dim]
-        layers.append(Layer(name, dim, lays[name][dim].source, rows[0] if rows else None))
+        rows = [layout.source for other, layout in layouts[name].items() if other != dim]
+        layers.append(Layer(name, dim, layouts[name][dim].source, rows[0] if rows else None))
     return layers, left_out, any(added[layer.name] for layer in layers)
 
 
 def _can_refit(task: RecoveryTask, name: str, calls: int) -> bool:
+    """Whether the layer of a weight, which runs ``calls`` times per pass, is not among what ``UNFIT`` describes."""
     ties = task.axes.ties
-    shared = name in ties or name in ties.values() or name not in dict(task.model.named_parameters())
-    if shared or calls != 1:
+    is_shared = name in ties or name in ties.values() or name not in dict(task.model.named_parameters())
+    if is_shared or calls != 1:
         return False
     module, weight = task.model.get_submodule(name.rpartition(".")[0]), task.model.get_parameter(name)
     if isinstance(module, nn.Conv2d):
@@ -191,32 +197,33 @@ def _can_refit(task: RecoveryTask, name: str, calls: int) -> bool:
     return weight.dim() == 2 and not isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding)
 
 
-def _refuse_first(left_out: Mapping[str, str]) -> str:
+def _explain_first(left_out: Mapping[str, str]) -> str:
+    """Return why the first of the layers that are left out (weight → reason) cannot be refitted."""
     name, why = next(iter(left_out.items()))
     return f"{name}, which reads what was cut, cannot be refitted: {why}"
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
-    """Say why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
+    """Return why the dense network with the cut one's layers is not the cut network; ``""`` if it nearly is."""
     if left_out:
-        return _refuse_first(left_out)
+        return _explain_first(left_out)
     if not work.layers:
         return ""
-    carried, recovered = compare_outputs(work, batch)
-    for a, b in zip(tree_leaves(carried), tree_leaves(recovered), strict=False):
+    hybrid, cut = compute_outputs(work, batch)
+    for a, b in zip(tree_leaves(hybrid), tree_leaves(cut), strict=False):
         if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape:
-            away = float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
-            close = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) else 1)
-            if not away <= close:
+            error = float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
+            largest = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) else 1)
+            if not error <= largest:  # NaN, too
                 return (
                     "the network differs from the dense one in more than the layers that read what was cut (by "
-                    f"{away:.2g} of its output: trained since, or units of a residual stream cut)"
+                    f"{error:.2g} of its output: trained since, or units of a residual stream cut)"
                 )
     return ""
 
 
-def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Give zero biases to layers that can have one and have none; return the names of their weights."""
+def _add_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Give zero biases, in place, to layers that can have one and have none; return the names of their weights."""
     added = []
     for layer in layers:
         path, _, leaf = layer.name.rpartition(".")

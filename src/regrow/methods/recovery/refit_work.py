@@ -18,7 +18,7 @@ from regrow.surgery.compensate import bias_of
 
 # The fewest elements of inputs (tokens of text) that run together, unless there are fewer in all; and into how many
 # batches the data are divided at most.
-ELEMENTS, BATCHES = 2048, 16
+MIN_ELEMENTS, MAX_BATCHES = 2048, 16
 _OWN = ("_parameters", "_buffers", "_modules")  # the attributes of a module that hold its parts
 
 
@@ -31,28 +31,32 @@ class FitBatch:
     parts: tuple[tuple[int, int], ...]
 
 
-def regroup(parts: Sequence[Sequence[Batch]], most: int = BATCHES, elements: int = ELEMENTS) -> list[FitBatch]:
-    """Return the data in larger batches, which may hold the end of one part and the beginning of the next.
+def merge_batches(
+    parts: Sequence[Sequence[Batch]], max_batches: int = MAX_BATCHES, min_elements: int = MIN_ELEMENTS
+) -> list[FitBatch]:
+    """Return batches, without labels, joined into at most ``max_batches`` of at least ``min_elements`` elements each.
 
-    A single one (``most=1``) is for a network that keeps tensors of a forward pass in its modules.
+    One may hold the end of one part and the beginning of the next. Batches that cannot be joined stay alone; with
+    ``max_batches=1``, for a network that keeps tensors of a forward pass in its modules, raise ValueError then.
 
     >>> text = [Batch((torch.zeros(1, 4),))] * 3
-    >>> [one.parts for one in regroup([text, text[:1]], elements=8)]
+    >>> [batch.parts for batch in merge_batches([text, text[:1]], min_elements=8)]
     [((0, 2),), ((0, 1), (1, 2))]
     """
     pieces = [(part, replace(batch, labels=None)) for part, batches in enumerate(parts) for batch in batches]
     check_lengths([batch for _, batch in pieces])
-    least = max(elements, -(-sum(_size(batch)[1] for _, batch in pieces) // most))
+    elements = sum(_first_input(batch).numel() for _, batch in pieces)
+    min_elements = max(min_elements, -(-elements // max_batches))
     groups: list[list[tuple[int, Batch]]] = []
-    size, last, joined = 0, list[Any](), False
+    size, last_form, last_joins = 0, list[Any](), False
     for part, batch in pieces:
         form, joins = form_of(batch), is_joinable(batch)
-        if size >= least or not joins or not joined or form != last:
+        if size >= min_elements or not joins or not last_joins or form != last_form:
             groups.append([])
-            size, last, joined = 0, form, joins
+            size, last_form, last_joins = 0, form, joins
         groups[-1].append((part, batch))
-        size += _size(batch)[1]
-    if most == 1 < len(groups):
+        size += _first_input(batch).numel()
+    if max_batches == 1 < len(groups):
         raise ValueError(
             f"this network keeps tensors in its modules, so that all data must run in one batch, and {len(groups)} of "
             "these cannot be joined; give batches with the same arguments, or recover by distil"
@@ -61,21 +65,20 @@ def regroup(parts: Sequence[Sequence[Batch]], most: int = BATCHES, elements: int
     for group in groups:
         examples, ends = 0, dict[int, int]()
         for part, batch in group:
-            examples += _size(batch)[0]
+            examples += len(_first_input(batch))
             ends[part] = examples
         result.append(FitBatch(concatenate_batches([batch for _, batch in group]), tuple(ends.items())))
     return result
 
 
-def _size(batch: Batch) -> tuple[int, int]:
-    """Return how many examples and elements the first tensor of a batch has; 1 without a tensor."""
+def _first_input(batch: Batch) -> Tensor:
+    """Return the first input of a batch that is a tensor with dimensions; one of a single 0 if there is none."""
     inputs = [*batch.args, *batch.kwargs.values()]
-    first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
-    return len(first), first.numel()
+    return next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
 
 
 def read_state(model: nn.Module) -> dict[str, object]:
-    """Return the attributes of a network's modules that hold tensors, and its buffers, by name."""
+    """Return the attributes of a network's modules that hold tensors, and its buffers, by name; not its parameters."""
     return {
         f"{path}.{name}": value
         for path, module in model.named_modules()
@@ -85,7 +88,7 @@ def read_state(model: nn.Module) -> dict[str, object]:
 
 
 def keeps_state(model: nn.Module, before: Mapping[str, object]) -> bool:
-    """Whether a forward pass has put tensors into modules, which batches in turns would take from each other."""
+    """Whether a forward pass since ``before`` (of :func:`read_state`) has put tensors into modules."""
     after = read_state(model)
     return after.keys() != before.keys() or any(value is not before[name] for name, value in after.items())
 
@@ -97,9 +100,9 @@ def check_lengths(batches: Iterable[Batch]) -> None:
         for name, value in {**{str(i): value for i, value in enumerate(batch.args)}, **batch.kwargs}.items():
             if isinstance(value, Tensor):
                 shapes.setdefault(name, set()).add(tuple(value.shape[1:]))
-    for several in shapes.values():
-        if len(several) > 1:
-            raise ValueError(f"refit needs windows of one length, and these have {sorted(several)[:3]}; cut them alike")
+    for sizes in shapes.values():
+        if len(sizes) > 1:
+            raise ValueError(f"refit needs windows of one length, and these have {sorted(sizes)[:3]}; cut them alike")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class LayerOrderError(BaseException):
 
 @dataclass
 class RefitWork:
-    """The progress of a refit over all layers."""
+    """The progress of a refit: the layers, what is solved, and the sums of the layer that batches have reached."""
 
     task: RecoveryTask
     layers: Mapping[str, Layer]
@@ -126,28 +129,28 @@ class RefitWork:
     batches: Sequence[FitBatch]
     parameters: Mapping[str, nn.Parameter]  # of the cut network; if it is streamed, of the present block alone
     records: list[dict[str, Any]] = field(default_factory=list)  # per finished layer, in the order in which they run
-    _sums: dict[int, Sums] = field(default_factory=dict)
-    _reached: list[str] = field(default_factory=list)
+    _sums: dict[int, Sums] = field(default_factory=dict)  # of the present layer, by number of the part of the data
+    _reached: list[str] = field(default_factory=list)  # the present layer's name, once per batch that has reached it
     changed: ChangedTensors | None = None  # where each layer is kept once it is solved
-    _added: int = 0
+    _added: int = 0  # how many batches are in the sums
 
     @property
     def refitted(self) -> set[str]:
-        """The names of the weights that have been refitted."""
+        """The names of the weights that have been changed."""
         return {row["weight"] for row in self.records if row["ridge"]}
 
     @property
-    def waiting(self) -> set[str]:
-        """The names of the weights that have not been handled."""
+    def unsolved(self) -> set[str]:
+        """The names of the weights whose layers have no record yet."""
         return {*self.layers} - {row["weight"] for row in self.records}
 
     @property
     def done(self) -> bool:
-        """Whether every layer has been handled."""
+        """Whether every layer has a record: it was solved, changed or not."""
         return len(self.records) == len(self.layers)
 
     def resume(self) -> None:
-        """Find the layers that an interrupted call had solved, and load them if the networks are in memory."""
+        """Read the records of layers that an interrupted call had solved, and their weights if these are in memory."""
         task = self.task
         if task.streamed:
             self.changed = task.streamed.changed
@@ -161,29 +164,35 @@ class RefitWork:
             self.parameters[name].copy_(self.changed[name])
 
     def reach(self, layer: Layer) -> None:
-        """Note that a batch has reached a layer."""
+        """Note that a batch has reached a layer; raise LayerOrderError if the last one had reached another."""
         if self._reached and self._reached[-1] != layer.name:
             raise LayerOrderError(f"{layer.name} runs where {self._reached[-1]} does on other data")
         self._reached.append(layer.name)
 
     def add(
-        self, layer: Layer, number: int, inputs: Tensor, target: Tensor, missing: Tensor, shown: Tensor | None
+        self, layer: Layer, number: int, inputs: Tensor, target: Tensor, residual: Tensor, visible: Tensor | None
     ) -> None:
-        """Add the rows of a batch to the sums of a layer."""
+        """Add the rows of batch ``number`` to the sums of a layer, each to those of its part of the data.
+
+        ``residual``: target − output; ``visible``: which rows are no padding, bool; ``None``: all.
+        """
         if bias_of(layer.name) in self.parameters:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         parts = self.batches[number].parts
         ends = [0, *(len(inputs) * end // parts[-1][1] for _, end in parts)]
         for (part, _), (start, end) in zip(parts, pairwise(ends), strict=True):
-            x, y, r = (rows[start:end] for rows in (inputs, target, missing))
-            if shown is not None:  # without padding
-                where = shown[start:end].nonzero()[:, 0].to(x.device)
-                x, y, r = (rows.index_select(0, where) for rows in (x, y, r))
+            x, y, r = (rows[start:end] for rows in (inputs, target, residual))
+            if visible is not None:
+                indices = visible[start:end].nonzero()[:, 0].to(x.device)
+                x, y, r = (rows.index_select(0, indices) for rows in (x, y, r))
             self._sums[part] = self.candidates.sum_rows(x, y, r, self._sums.get(part))
         self._added += 1
 
     def finish(self, layer: Layer) -> None:
-        """Refit a layer that all batches have reached, unless the first of them to go on has seen to it."""
+        """Refit a layer that all batches have reached; every batch calls this, and the first call does it.
+
+        Raise StopRunError after the last layer, LayerOrderError if only some batches have reached it.
+        """
         if self._reached and self._reached[-1] == layer.name:
             if len(self._reached) < len(self.batches) or self._added not in (0, len(self.batches)):
                 raise LayerOrderError(f"{layer.name} does not run on part of the data")
@@ -191,14 +200,14 @@ class RefitWork:
             self._reached, self._sums, self._added = [], {}, 0
             if sums:  # none if it was refitted before, or the dense network does not run it
                 self.solve(layer, sums)
-                last = self.records[-1]
-                words = f"refitting, error {last['before']:.3f} → {last['after']:.3f}"
-                self.task.progress(len(self.records), len(self.layers), words)
+                record = self.records[-1]
+                text = f"refitting, error {record['before']:.3f} → {record['after']:.3f}"
+                self.task.progress(len(self.records), len(self.layers), text)
         if self.done:
             raise StopRunError
 
     def solve(self, layer: Layer, sums: Sequence[Sums]) -> None:
-        """Fit a layer by ridge regression, in place, and record its error before and after."""
+        """Fit a layer by ridge regression, in place, from the sums of each part; record its error before and after."""
         weight, bias = self.parameters[layer.name], self.parameters.get(bias_of(layer.name))
         choice = self.candidates.choose(sums, bias=bias is not None)
         if (change := choice.change) is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192  # the number of rows summed at a time
-EXACT = 1e-2  # below this ridge, sums are exact to float64
+EXACT = 1e-2  # if a candidate ridge is below this, sums are computed in float64
 
 
 @dataclass(frozen=True)
@@ -20,62 +20,61 @@ class Sums:
 
     gram: Tensor  # Σ x xᵀ, `[k, k]`
     cross: Tensor  # Σ x rᵀ, `[k, out]`
-    missing: float  # Σ |r|², the energy of the residuals
-    wanted: float  # Σ |target|², the energy of the target
+    residual_energy: float  # Σ |r|²
+    target_energy: float  # Σ |target|²
     rows: int  # the number of rows
 
     @classmethod
-    def of(
-        cls, inputs: Tensor, missing: Tensor, target: Tensor, *, fast: bool = False, onto: "Sums | None" = None
+    def over_rows(
+        cls, inputs: Tensor, residual: Tensor, target: Tensor, *, fast: bool = False, onto: "Sums | None" = None
     ) -> "Sums":
-        """Compute the sums over all rows in float64, chunk by chunk."""
+        """Return the float64 sums over all rows, added to ``onto``, whose tensors change in place.
+
+        All have one row per position, ``[positions, channels]``; ``fast``: products are in the rows' precision.
+        """
         if onto is None:
-            k, out = inputs.shape[1], missing.shape[1]
+            k, out = inputs.shape[1], residual.shape[1]
             gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=inputs.device) for n in (k, out))
-            lost = wanted = 0.0
-        else:
-            gram, cross, lost, wanted = onto.gram, onto.cross, onto.missing, onto.wanted
-        for x, r, t in zip(*(part.split(CHUNK) for part in (inputs, missing, target)), strict=True):
+            onto = cls(gram, cross, 0.0, 0.0, 0)
+        gram, cross, r_energy, t_energy = onto.gram, onto.cross, onto.residual_energy, onto.target_energy
+        for x, r, t in zip(*(rows.split(CHUNK) for rows in (inputs, residual, target)), strict=True):
             if fast:
                 gram += x.T @ x
                 cross += x.T @ r
-                lost, wanted = lost + _energy(r), wanted + _energy(t)
+                r_energy += _energy(r)
+                t_energy += _energy(t)
                 continue
             x, r = x.double(), r.double()
             gram.addmm_(x.T, x)
             cross.addmm_(x.T, r)
-            lost += float(r.square().sum())
-            wanted += float(t.double().square().sum())
-        return cls(gram, cross, lost, wanted, len(inputs) + (onto.rows if onto else 0))
+            r_energy += float(r.square().sum())
+            t_energy += float(t.double().square().sum())
+        return cls(gram, cross, r_energy, t_energy, onto.rows + len(inputs))
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.missing + other.missing,
-            self.wanted + other.wanted,
-            self.rows + other.rows,
-        )
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def relative(self, left: float) -> float:
+    def relative(self, energy: float) -> float:
         """Return an energy of residuals relative to the energy of the target."""
-        return left / max(self.wanted, 1e-300)
+        return energy / max(self.target_energy, 1e-300)
 
-    def left(self, change: Tensor) -> float:
-        """Return Σ |r − changeᵀ x|², the energy of the residuals that a change leaves."""
-        return self.missing - 2 * float((change * self.cross).sum()) + float((change * (self.gram @ change)).sum())
+    def energy_after(self, change: Tensor) -> float:
+        """Return Σ |r − changeᵀ x|², the energy of the residuals that a change ``[k, out]`` leaves."""
+        linear, quadratic = float((change * self.cross).sum()), float((change * (self.gram @ change)).sum())
+        return self.residual_energy - 2 * linear + quadratic
 
 
 def _energy(rows: Tensor) -> float:
+    """Return the sum of squares, accumulated in float64."""
     return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 
-def ridged(sums: Sums, ridge: float) -> Tensor:
+def solve_ridge(sums: Sums, ridge: float) -> Tensor:
     """Return the change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · mean(diag Σ x xᵀ) · |D|².
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-    >>> wanted = torch.tensor([[3.0], [-1.0]])
-    >>> torch.allclose(ridged(Sums.of(x, x @ wanted, x @ wanted), 1e-12), wanted.double())
+    >>> change = torch.tensor([[3.0], [-1.0]])
+    >>> torch.allclose(solve_ridge(Sums.over_rows(x, x @ change, x @ change), 1e-12), change.double())
     True
     """
     gram = sums.gram.clone()
@@ -88,7 +87,7 @@ def ridged(sums: Sums, ridge: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """The change of a layer, and how it was chosen."""
+    """The result of :meth:`RidgeCandidates.choose`: the change of a layer, and how it was chosen."""
 
     # The change of the weight, `[k, out]`, fitted to all rows; `None` if no candidate lowers the error.
     change: Tensor | None
@@ -99,21 +98,21 @@ class Choice:
     seen: float  # the mean error on left-out sources with the change fitted to all of them
 
 
-def _bias_alone(sums: Sums, bias: bool) -> Tensor:
-    """Return the change that adds the mean residual to the bias, ``[k, out]``; 0 without a bias."""
+def _bias_change(sums: Sums, bias: bool) -> Tensor:
+    """Return the change that adds the mean residual to the bias alone, ``[k, out]``; 0 without a bias."""
     start = torch.zeros_like(sums.cross)
     if bias and sums.rows:
         start[-1] = sums.cross[-1] / sums.rows
     return start
 
 
-def _left(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]) -> dict[float, float]:
-    """Return shrinkage → Σ |r − (start + shrinkage · (change − start))ᵀ x|²."""
+def _energies_after(held: Sums, start: Tensor, change: Tensor, shrinkages: Sequence[float]) -> dict[float, float]:
+    """Return shrinkage → Σ |r − (start + shrinkage · (change − start))ᵀ x|²; ``start`` changes the bias alone."""
     if tuple(shrinkages) == (1.0,):
-        return {1.0: held.left(change)}
+        return {1.0: held.energy_after(change)}
     step = change - start
-    shifted = held.cross - torch.outer(held.gram[:, -1], start[-1])
-    origin = held.missing - float((start[-1] * (held.cross[-1] + shifted[-1])).sum())
+    shifted = held.cross - torch.outer(held.gram[:, -1], start[-1])  # Σ x (r − startᵀ x)ᵀ
+    origin = held.residual_energy - float((start[-1] * (held.cross[-1] + shifted[-1])).sum())
     slope, curve = float((step * shifted).sum()), float((step * (held.gram @ step)).sum())
     return {factor: origin - 2 * factor * slope + factor * factor * curve for factor in shrinkages}
 
@@ -128,36 +127,36 @@ class RidgeCandidates:
     # is held out.
     left_out: bool = False
 
-    def sum_rows(self, inputs: Tensor, target: Tensor, missing: Tensor, onto: Sums | None) -> Sums:
-        """Return the sums over rows, as precise as the candidates need."""
-        return Sums.of(inputs, missing, target, fast=self.left_out and min(self.ridges) >= EXACT, onto=onto)
+    def sum_rows(self, inputs: Tensor, target: Tensor, residual: Tensor, onto: Sums | None) -> Sums:
+        """Return :meth:`Sums.over_rows`, added to ``onto``, as precise as the candidates need."""
+        return Sums.over_rows(inputs, residual, target, fast=self.left_out and min(self.ridges) >= EXACT, onto=onto)
 
     def choose(self, parts: Sequence[Sums], *, bias: bool) -> Choice:
-        """Choose ridge and shrinkage on parts that are not fitted, and solve for the change with them on all parts.
+        """Choose ridge and shrinkage by the error on parts that are not fitted; return the change fitted to all.
 
         error(ridge, shrinkage) = mean over judged parts m of |r − Dᵀ x|² / |target|², with D fitted to the others
         """
         errors: dict[tuple[float, float], list[float]] = {}
-        missing = []
+        errors_before = []
         for m, held in enumerate(parts):
-            if not self.left_out and not m:
+            if not self.left_out and not m:  # the first of two parts is fitted
                 continue
-            missing.append(held.relative(held.missing))
+            errors_before.append(held.relative(held.residual_energy))
             fit = reduce(add, [*parts[:m], *parts[m + 1 :]])
-            start = _bias_alone(fit, bias)
+            start = _bias_change(fit, bias)
             for ridge in self.ridges:
-                change = ridged(fit, ridge)
-                for shrinkage, left in _left(held, start, change, self.shrinkages).items():
-                    errors.setdefault((ridge, shrinkage), []).append(held.relative(left))
-        losses = {key: math.fsum(several) / len(several) for key, several in errors.items()}
-        before, best = math.fsum(missing) / len(missing), min(losses, key=lambda key: losses[key])
+                change = solve_ridge(fit, ridge)
+                for shrinkage, energy in _energies_after(held, start, change, self.shrinkages).items():
+                    errors.setdefault((ridge, shrinkage), []).append(held.relative(energy))
+        losses = {key: math.fsum(values) / len(values) for key, values in errors.items()}
+        before, best = math.fsum(errors_before) / len(errors_before), min(losses, key=lambda key: losses[key])
         choice = Choice(None, 0.0, 0.0, before, before, before)
         if losses[best] < before:
             (ridge, shrinkage), total = best, reduce(add, parts)
-            change = ridged(total, ridge)
+            change = solve_ridge(total, ridge)
             if shrinkage != 1:
-                change = torch.lerp(_bias_alone(total, bias), change, shrinkage)
-            seen = [part.relative(part.left(change)) for part in parts] if self.left_out else [math.nan]
+                change = torch.lerp(_bias_change(total, bias), change, shrinkage)
+            seen = [part.relative(part.energy_after(change)) for part in parts] if self.left_out else [math.nan]
             choice = Choice(change, ridge, shrinkage, before, losses[best], math.fsum(seen) / len(seen))
         return choice
 

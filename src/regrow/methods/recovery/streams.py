@@ -25,7 +25,8 @@ from regrow.scoring.watch import visible_rows
 from regrow.streaming.network import Around, StreamedNetwork
 from regrow.surgery.compensate import bias_of
 
-Rows = tuple[Tensor, Tensor, Tensor]  # a layer's inputs, its target and target − output, one row per position
+# A layer's inputs [positions, k], its target and its residual (target − output), both [positions, channels].
+Rows = tuple[Tensor, Tensor, Tensor]
 
 
 def _run_together(
@@ -36,11 +37,14 @@ def _run_together(
     turns: Turns,
     loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
 ) -> None:
-    """Run batches through a network, each in its context and all in turns; ``loading`` is around a streamed block."""
+    """Run batches through a network, each inside ``around`` (its number, ``id`` of a watched weight → name), in turns.
+
+    ``names``: those of the watched weights; ``loading``: the context of a block of a streamed network.
+    """
     if isinstance(network, StreamedNetwork):
         network.visit_together(batches, names, around, turns, loading)
         return
-    watched = _watched(network, names)
+    watched = _watch_parameters(network, names)
 
     def run(number: int) -> None:
         with around(number, watched):
@@ -49,12 +53,13 @@ def _run_together(
     turns.run(run)
 
 
-def _watched(model: nn.Module, names: Collection[str]) -> dict[int, str]:
+def _watch_parameters(model: nn.Module, names: Collection[str]) -> dict[int, str]:
+    """Return ``id`` → name of the named parameters of a network."""
     return {id(parameter): name for name, parameter in model.named_parameters() if name in names}
 
 
 def count_calls(task: RecoveryTask, names: Collection[str], batch: Batch) -> tuple[Counter[str], Counter[str]]:
-    """Return how often each of some layers of the cut network runs in a forward pass, and how often it is added."""
+    """Return (layer → runs in a forward pass of the cut network, layer → how often its output is added to a tensor)."""
     times, added = Counter[str](), Counter[str]()
 
     def count(call: LayerCall) -> None:
@@ -66,13 +71,13 @@ def count_calls(task: RecoveryTask, names: Collection[str], batch: Batch) -> tup
         with LayerCalls(watched, count) as calls:
             yield
             if task.streamed:
-                added.update(call.name for call in calls.waiting.values())  # the next block may add it
+                added.update(call.name for call in calls.unused.values())  # the next block may add it
 
     _run_together(task.streamed.model if task.streamed else task.model, [batch], names, counting, Turns(1))
     return times, added
 
 
-def compare_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
+def compute_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
     """Return the outputs of the dense network with the cut one's layers in it, and of the cut network."""
     task, pair, cut = work.task, work.task.streamed, _OwnTarget(work)
 
@@ -88,18 +93,18 @@ def compare_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
         (carried,) = pair.dense.outputs([batch], work.layers, carrying)
         (recovered,) = pair.model.outputs([batch])
         return carried, recovered
-    with carrying(0, _watched(task.dense, work.layers)):
+    with carrying(0, _watch_parameters(task.dense, work.layers)):
         carried = batch.to(device_of(task.dense)).run(task.dense)
     return carried, batch.run(task.model)
 
 
 def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
-    """Run the networks until all layers are refitted to ``target``; ``added``: weights of layers that get a bias."""
+    """Run the networks until all layers are refitted to ``target``, in place; ``added``: weights that get a bias."""
     task, pair, batches = work.task, work.task.streamed, [part.batch for part in work.batches]
-    turns, waiting, own = Turns(len(batches)), work.waiting, _OwnTarget(work)
+    turns, unsolved, own = Turns(len(batches)), work.unsolved, _OwnTarget(work)
 
     def run_dense(around: Around, turns: Turns) -> None:
-        _run_together(task.dense, batches, waiting, around, turns)
+        _run_together(task.dense, batches, unsolved, around, turns)
 
     with ExitStack() as stack:
         fitted: _OwnTarget | _DenseTarget = own
@@ -121,8 +126,8 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
             """Refit a layer once all batches have reached it, unless an interrupted call had; update its output."""
             layer = work.layers[call.name]
             work.reach(layer)
-            if layer.name in work.waiting:
-                _add(work, number, layer, call, fitted.rows(number, layer, call))
+            if layer.name in work.unsolved:
+                _add_rows(work, number, layer, call, fitted.rows(number, layer, call))
             turns.wait(number)
             work.finish(layer)
             fitted.put(layer, call)
@@ -130,7 +135,7 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
         @contextmanager
         def refitting(number: int, watched: Mapping[int, str]) -> Iterator[None]:
             if target != "own":
-                watched = {key: name for key, name in watched.items() if name in waiting}
+                watched = {key: name for key, name in watched.items() if name in unsolved}
             with torch.no_grad(), LayerCalls(watched, partial(refit, number)):
                 yield
 
@@ -138,7 +143,7 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
             _run_together(running, batches, work.layers, refitting, turns, loading)
 
 
-def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
+def check_in_blocks(pair: StreamedPair, layers: Sequence[Layer]) -> None:
     """Raise InputError unless all layers to refit lie in blocks."""
     inside = {name for block in pair.dense.blocks for name in block.names}
     if other := next((layer.name for layer in layers if layer.name not in inside), None):
@@ -148,12 +153,12 @@ def check_places(pair: StreamedPair, layers: Sequence[Layer]) -> None:
         )
 
 
-def _add(work: RefitWork, number: int, layer: Layer, call: LayerCall, rows: Rows | None) -> None:
-    """Add the rows of a batch to the sums of a layer, if it has a target; they are released before the batch waits."""
+def _add_rows(work: RefitWork, number: int, layer: Layer, call: LayerCall, rows: Rows | None) -> None:
+    """Add the rows of batch ``number`` to the sums of a layer, unless ``None``; a function, so that they are freed."""
     if rows is not None:
-        inputs, target, missing = rows
-        shown = visible_rows(call.value, call.dim, work.batches[number].batch)
-        work.add(layer, number, inputs, target, missing, shown)
+        inputs, target, residual = rows
+        visible = visible_rows(call.value, call.dim, work.batches[number].batch)
+        work.add(layer, number, inputs, target, residual, visible)
 
 
 @dataclass
@@ -167,26 +172,28 @@ class _OwnTarget:
 
     def rows(self, number: int, layer: Layer, call: LayerCall) -> Rows:
         """Return the cut layer's inputs, the dense layer's output as target, and target − the cut layer's output."""
-        target = _rows(call.output, call.output.dim() + call.dim, layer.rows)
-        inputs = self._inputs(layer, call)
-        return inputs, target, target - self._output(layer, inputs)
+        target = _to_rows(call.output, call.output.dim() + call.dim, layer.rows)
+        inputs = self._input_rows(layer, call)
+        return inputs, target, target - self._output_rows(layer, inputs)
 
     def put(self, layer: Layer, call: LayerCall) -> None:
         """Overwrite the output with the cut layer's; outputs that it does not have stay, since nothing reads them."""
         channel = call.output.dim() + call.dim
-        form = call.output.movedim(channel, -1).shape[:-1]
-        output = self._output(layer, self._inputs(layer, call))
-        output = output.reshape((*form, -1)).movedim(-1, channel).to(call.output.dtype)
+        shape = call.output.movedim(channel, -1).shape[:-1]
+        output = self._output_rows(layer, self._input_rows(layer, call))
+        output = output.reshape((*shape, -1)).movedim(-1, channel).to(call.output.dtype)
         if layer.rows is None:
             call.output.copy_(output)
         else:
             call.output.index_copy_(channel, layer.rows.to(call.output.device), output)
 
-    def _inputs(self, layer: Layer, call: LayerCall) -> Tensor:
+    def _input_rows(self, layer: Layer, call: LayerCall) -> Tensor:
+        """Return the cut layer's part of the dense layer's inputs, ``[positions, k]``."""
         kept = call.value.index_select(call.dim, layer.kept.to(call.value.device))
-        return _inputs(self.work.task.model, layer, kept, call.dim)
+        return _to_input_rows(self.work.task.model, layer, kept, call.dim)
 
-    def _output(self, layer: Layer, inputs: Tensor) -> Tensor:
+    def _output_rows(self, layer: Layer, inputs: Tensor) -> Tensor:
+        """Return the cut layer's outputs for rows of inputs, ``[positions, channels]``."""
         weight, bias = self.work.parameters[layer.name], self.work.parameters.get(bias_of(layer.name))
         flat = weight.flatten(1) if layer.dim else weight.T
         return F.linear(inputs, flat.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
@@ -195,7 +202,10 @@ class _OwnTarget:
     def resident(
         self, pair: StreamedPair, weights: Collection[str], added: Sequence[str]
     ) -> Iterator[dict[str, nn.Parameter]]:
-        """Context manager in which layers of the cut network are in memory as they were; gives their parameters."""
+        """Context manager in which layers of the cut network, as it was, are in memory; gives name → parameter.
+
+        ``weights``: the names of their weights; ``added``: those that get a bias of zeros.
+        """
         stored = pair.model.weights.stored
         names = [name for weight in weights for name in (weight, bias_of(weight)) if name in stored]
         with pair.model.resident(names):
@@ -218,33 +228,33 @@ class _DenseTarget:
 
         Where the output is added to a residual stream, the target is dense output + dense stream − own stream.
         """
-        answer, channel = self.dense(number, layer.name), call.output.dim() + call.dim
-        if answer is None:
+        result, channel = self.dense(number, layer.name), call.output.dim() + call.dim
+        if result is None:
             return None
-        device = call.output.device
-        target = _rows(answer[0].to(device), channel, layer.rows)
-        missing = target - _rows(call.output, channel)
-        if answer[1] is not None and call.other is not None:
-            stream = _rows(answer[1].to(device), channel, layer.rows)
-            target, missing = target + stream, missing + (stream - _rows(call.other, channel))
-        return _inputs(self.work.task.model, layer, call.value, call.dim), target, missing
+        (dense_output, dense_stream), device = result, call.output.device
+        target = _to_rows(dense_output.to(device), channel, layer.rows)
+        residual = target - _to_rows(call.output, channel)
+        if dense_stream is not None and call.other is not None:
+            stream = _to_rows(dense_stream.to(device), channel, layer.rows)
+            target, residual = target + stream, residual + (stream - _to_rows(call.other, channel))
+        return _to_input_rows(self.work.task.model, layer, call.value, call.dim), target, residual
 
     def put(self, layer: Layer, call: LayerCall) -> None:
-        """Compute the output again, with the fitted weight."""
+        """Overwrite the output with that of the fitted weight."""
         call.output.copy_(call.again())
 
 
-def _rows(value: Tensor, channel: int, some: Tensor | None = None) -> Tensor:
-    """Reshape a tensor to ``[positions, channels]`` in float32 (float64 stays), with only some channels if asked."""
-    value = value if some is None else value.index_select(channel, some.to(value.device))
+def _to_rows(value: Tensor, channel: int, indices: Tensor | None = None) -> Tensor:
+    """Return a tensor as ``[positions, channels]`` in float32 (float64 stays); ``indices``: of these channels alone."""
+    value = value if indices is None else value.index_select(channel, indices.to(value.device))
     value = value.movedim(channel, -1).flatten(0, -2)
     return value if value.dtype == torch.float64 else value.float()
 
 
-def _inputs(model: nn.Module, layer: Layer, value: Tensor, dim: int) -> Tensor:
+def _to_input_rows(model: nn.Module, layer: Layer, value: Tensor, dim: int) -> Tensor:
     """Return what a layer multiplies by its weight at each position, ``[positions, k]``, in float32 or float64."""
     module = model.get_submodule(layer.name.rpartition(".")[0])
     if not isinstance(module, nn.Conv2d):
-        return _rows(value, value.dim() + dim)
+        return _to_rows(value, value.dim() + dim)
     assert not isinstance(module.padding, str)
-    return _rows(F.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride), 1)
+    return _to_rows(F.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride), 1)

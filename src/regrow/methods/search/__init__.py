@@ -27,11 +27,11 @@ from regrow.methods.search.space import (
     build_layout,
     iterate_spans,
     measure_masked,
-    measure_whole,
+    measure_unmasked,
     scale_candidates,
 )
 from regrow.surgery.gate import parametrize
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, flags_along, task_loss
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, make_mask, task_loss
 
 Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and the state after it was made
 
@@ -43,25 +43,25 @@ class Search(ABC):
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
     masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
     fills_with_bare = True  # whether a commit that would remove too much may also take back operations without weights
-    trains_thresholds = False
-    second_share = 0.0
-    restores = False
+    trains_thresholds = False  # whether masks pass gradients to thresholds
+    second_share = 0.0  # as in Learner
+    restores = False  # as in Learner
 
     def __init__(self, s: Any, space: SearchSpace) -> None:
         self.space = space
         self.settings: Mapping[str, Any] = asdict(s)
 
     def check(self, context: Context) -> None:
-        """Raise ValueError for a search that cannot succeed."""
+        """Raise ValueError if the target cannot be reached, or the network cannot be searched."""
         self.space.check(context)
 
     @abstractmethod
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the next plan after the last epoch, and the new state."""
+        """Return the next plan after the last epoch, to meet ``target`` (a size), and the new state."""
 
     @cached_property
     def learner(self) -> Learner[SearchState]:
-        """The method's hooks of the training loop."""
+        """The method as a learner, whose hooks are the methods of these names."""
         return Learner(
             SearchState(),
             parametrize=self.parametrize,
@@ -101,20 +101,20 @@ class Search(ABC):
             None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
         )
 
-    def rates(self, context: Context) -> tuple[float, float]:
-        """Return the learning rates of importances and of thresholds."""
+    def learning_rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rates of importances (α, κ) and of thresholds; 0: not trained."""
         return 0.0, 0.0
 
     def trains(self, state: SearchState, context: Context) -> bool:
         """Whether importances are trained in this epoch."""
         return True
 
-    def allowed(self, state: SearchState, context: Context, target: float) -> float:
-        """Return the allowed size of the trained part now; a commit removes no more than that needs."""
+    def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
+        """Return the allowed size of the trained part now; a commit removes no more than it needs for that."""
         return target
 
-    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
-        """Return the fraction of each granularity that masks keep in the trained part, to log each epoch."""
+    def kept_fractions(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
+        """Return granularity → the fraction that masks keep in the trained part, to log each epoch."""
         runs, weights = state.layout.runs, masks.weights
         return {
             "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
@@ -133,12 +133,13 @@ class Search(ABC):
             return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
-        """Return the loss of a batch, of randomly shifted and mirrored images with the setting ``augment``."""
+        """Return the loss of a batch; with the setting ``augment``, of randomly shifted and mirrored images."""
         return Loss(self.compute_loss(context, step.batch))
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clip the gradients of the network, with the setting ``clip``."""
-        if (clip := self.settings.get("clip")) is not None:
+        """Clip the norm of the network's gradients, in place, to the setting ``clip``; return the state."""
+        clip = self.settings.get("clip")
+        if clip is not None:
             torch.nn.utils.clip_grad_norm_(context.parameters().values(), clip)
         return state
 
@@ -147,12 +148,13 @@ class Search(ABC):
         return state
 
     def plan(self, state: SearchState, context: Context) -> Commit:
-        """Return the next plan: those of ``finalize`` after the last epoch."""
-        at_end = context.epoch == context.epochs
-        return self.finalize(state, context, self.space.target) if at_end else (None, state)
+        """Return the next plan, and the new state; here, those of :meth:`finalize` after the last epoch."""
+        if context.epoch < context.epochs:
+            return None, state
+        return self.finalize(state, context, self.space.target)
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Start the state, let it follow plans, and log epochs and the result."""
+        """Return the state after an event: started, or accounting for a plan; log epochs and the result."""
         match boundary.event:
             case Event.TASK_START:
                 state = self._start(context)
@@ -169,10 +171,10 @@ class Search(ABC):
         return self._account_plan(state, context, boundary.plan) if boundary.plan else state
 
     def _start(self, context: Context) -> SearchState:
-        """Return the initial state, in which everything is kept."""
+        """Return the initial state: importances and thresholds are 0, so that everything is kept."""
         operations = sum(map(len, candidates_in(context.model).values()))
         axes = tuple(axis.key for axis in context.axes.units())
-        importance, threshold = self.rates(context)
+        importance, threshold = self.learning_rates(context)
 
         def zeros(size: int, lr: float) -> AxisTensor:
             return AxisTensor(torch.zeros(size, device=device_of(context.model)), (size,), lr)
@@ -183,14 +185,14 @@ class Search(ABC):
             filter_thresholds=zeros(len(axes), threshold),
             weight_thresholds=zeros(operations + 1, threshold),
             axes=axes,
-            whole=measure_whole(self.space, axes, context),
+            whole=measure_unmasked(self.space, axes, context),
         )
         return self.update_layout(state, context)
 
     def update_layout(self, state: SearchState, context: Context) -> SearchState:
-        """Return the state for the network as it is now, and let the network run up to the current stage's last part.
+        """Return the state for the network's present shape; set the network to run up to the stage's last part.
 
-        κ and flags of what was removed with an operation are discarded; restored filters and weights get new ones.
+        κ and masks of what was removed with an operation are discarded; restored filters and weights get new ones.
         """
         part = self.space.part(state.stage)
         if self.space.ends:
@@ -200,18 +202,18 @@ class Search(ABC):
         for key, (_, size, _) in iterate_spans(layout):
             if key not in kappa:
                 values = layout.alive.new_zeros(size, dtype=torch.float32)
-                kappa[key] = AxisTensor(values, (key,), self.rates(context)[0])
+                kappa[key] = AxisTensor(values, (key,), self.learning_rates(context)[0])
         zeros = {name: flags for name, flags in state.zeros.items() if name in context.axes.shapes}
         for name in layout.levels.weights:
             if name not in zeros:
-                zeros[name] = flags_along(context, name)
+                zeros[name] = make_mask(context, name)
         mask = torch.cat([zeros[name].values.reshape(-1) for name in layout.levels.weights])
         return replace(state, kappa=kappa, zeros=zeros, layout=layout, zero_mask=mask)
 
     def _account_plan(self, state: SearchState, context: Context, plan: Plan) -> SearchState:
         """Return the state after a plan: its new layout, and the savings of operations and filters so far."""
-        before, now = state.whole, measure_whole(self.space, state.axes, context)
-        if plan.back:
+        before, now = state.whole, measure_unmasked(self.space, state.axes, context)
+        if plan.back:  # operations come back, and filters with them
             operations = before - now
         else:
             operations, state = state.pending, replace(state, pending=0.0)
@@ -220,40 +222,42 @@ class Search(ABC):
         return self.update_layout(replace(state, whole=now, saved=saved), context)
 
     def size(self, state: SearchState, context: Context) -> float:
-        """Return the size of the trained part under its current masks."""
+        """Return the size of the trained part under its current masks, in the search's measure."""
         with torch.no_grad():
             return float(measure_masked(state, self.masks(state, context)))
 
     def compute_loss(self, context: Context, batch: Examples) -> Tensor:
-        """Return the loss of the context's objective on a batch."""
+        """Return the loss of the context's objective on a batch, a scalar; images may be augmented (``augment``)."""
         if self.settings.get("augment") and is_images(batch.inputs):
             batch = Examples(shift_and_flip(batch.inputs), batch.labels)
         return task_loss(None, context, Step(0, batch)).value
 
     def summary(self, state: SearchState) -> dict[str, float]:
-        """Return values to log at the end, besides sizes and fractions."""
+        """Return name → value to log at the end, besides sizes and kept fractions."""
         return {}
 
     def log_status(self, state: SearchState, context: Context) -> None:
         """Log the text beside the progress: stage, size, validation accuracy and kept fractions of the last epoch."""
-        words = [context.task.name] + [f"stage {state.stage + 1}"] * (len(self.space.ends) > 1)
-        for row in state.history[-1:]:
+        words = [context.task.name]
+        if len(self.space.ends) > 1:
+            words.append(f"stage {state.stage + 1}")
+        for row in state.history:
             if row["stage"] == state.stage:
-                most = f" of {short(row['allowed'])}" if row["allowed"] else ""
-                words += [f"{short(row['size'])}{most} {self.space.measure}", f"validation {row['accuracy']:.2f}"]
+                limit = f" of {short(row['allowed'])}" if row["allowed"] else ""
+                words += [f"{short(row['size'])}{limit} {self.space.measure}", f"validation {row['accuracy']:.2f}"]
                 words += [f"{name} {row[name]:.0%}" for name in GRANULARITIES if name in self.space.granularities]
         context.log("status", text=", ".join(words))
 
     def _log_epoch(self, state: SearchState, context: Context) -> SearchState:
-        """Log the validation score, current and allowed size, and the kept fraction of each granularity."""
+        """Log validation score, current and allowed size, and kept fractions; return the state with this row."""
         masks = self.masks(state, context)
-        with parametrize(context.model, self.parametrize(state, replace(context, answered=context.number)).values):
+        with parametrize(context.model, self.parametrize(state, replace(context, eval_task=context.number)).values):
             accuracy = mean_score(context.model, context.task.test, context.objective)
         row: dict[str, int | float] = {"epoch": context.epoch + 1, "stage": state.stage, "accuracy": accuracy}
         with torch.no_grad():
             row["size"] = float(measure_masked(state, masks))
-        row |= {"allowed": self.allowed(state, context, self.space.target), "mu": state.multiplier}
-        row |= self.shares(state, masks)
+        row |= {"allowed": self.allowed_size(state, context, self.space.target), "mu": state.multiplier}
+        row |= self.kept_fractions(state, masks)
         context.log("epoch", **row)
         state = replace(state, history=(row,))
         self.log_status(state, context)
@@ -264,7 +268,7 @@ class Search(ABC):
         context.log(
             "levels",
             saved=asdict(state.saved),
-            kept=self.shares(state, self.masks(state, context)),
+            kept=self.kept_fractions(state, self.masks(state, context)),
             measure=str(self.space.measure),
             asked=self.space.target,
             size=self.size(state, context),

@@ -15,7 +15,7 @@ from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.commit import fit_to_budget
+from regrow.methods.search.commit import plan_fit
 from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, rank_evenly
 from regrow.training.learner import Boundary, Context, Event
 
@@ -62,7 +62,7 @@ class Settings:
 
 
 class RandomSearch(Search):
-    """The search that removes at random."""
+    """The search that removes operations in random order, of all axes the same fraction, or the smallest weights."""
 
     needs_epochs = False
 
@@ -71,33 +71,33 @@ class RandomSearch(Search):
         self.s = s
 
     def trains(self, state: SearchState, context: Context) -> bool:
-        """Importances are never trained."""
+        """Return ``False``: importances are never trained."""
         return False
 
     def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
-        """Return one granularity at a time after the last epoch."""
+        """Return all granularities; after the last epoch the one whose turn it is."""
         return (self.s.what[state.turn],) if context.epoch == context.epochs else self.s.what
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Draw the order of operations at the start."""
+        """Return the state after an event; at the start with random α, the order in which operations are dropped."""
         state = super().boundary(state, context, boundary)
         if boundary.event != Event.TASK_START:
             return state
         generator = replace(context, seed=self.s.seed).generator(11)
         alpha = torch.randn(len(state.alpha.values), generator=generator).to(state.alpha.values.device)
         if self.s.keep_bare:
-            alpha[state.layout.bare()] = 50.0
+            alpha[state.layout.bare()] = 50.0  # above all others: dropped last
         state = rank_evenly(replace(state, alpha=replace(state.alpha, values=alpha)))
         return replace(state, removal=state.whole - self.s.target)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Let each granularity in turn lose its fraction of the removal."""
+        """Return the plan that removes, of the first granularity that is not done, its fraction of the removal."""
         for turn in range(state.turn, len(self.s.what)):
             state = replace(state, turn=turn)
-            alone = copy.copy(self)
-            alone.space = replace(self.space, granularities=(self.s.what[turn],))
-            left = target + sum(self.s.split[turn + 1 :]) * state.removal
-            plan, state = fit_to_budget(alone, state, context, left)
+            search = copy.copy(self)  # of this granularity alone
+            search.space = replace(self.space, granularities=(self.s.what[turn],))
+            turn_target = target + sum(self.s.split[turn + 1 :]) * state.removal  # later ones remove the rest
+            plan, state = plan_fit(search, state, context, turn_target)
             if plan:
                 return plan, state
         return None, state

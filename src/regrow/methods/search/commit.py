@@ -25,10 +25,13 @@ from regrow.training.state import follow_plan
 
 
 @torch.no_grad()
-def cut_masked(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
-    """Plan the removal of what is masked, limited by the controller's allowed size and by what the target needs."""
+def plan_masked_cut(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
+    """Return the plan that removes what is masked, without going below the allowed size, and the state after it.
+
+    Operations that are needed to reach ``target`` stay.
+    """
     layout, space = state.layout, search.space
-    masks = limit_removal(layout, masks, search.allowed(state, context, target), search.fills_with_bare)
+    masks = limit_removal(layout, masks, search.allowed_size(state, context, target), search.fills_with_bare)
     masks = protect_cheapest(build_layout(space, state.axes, context, space.part(-1)), masks, target, space.cuts)
     drop, keep = select_removed(layout, masks, context.axes)
     saved = savings(layout, masks)
@@ -36,15 +39,10 @@ def cut_masked(search: Search, state: SearchState, context: Context, masks: Gate
         state = state.with_zeros(state.zero_mask | (masks.over < 0))
     cut = dict(state.cut)
     for key, units in keep.items():
-        lost = (int(unit) for i, unit in enumerate(context.axes[key].ids) if i not in units)
-        cut[key] = (*cut.get(key, ()), *lost)
-    state = replace(
-        state,
-        cut=cut,
-        saved=replace(state.saved, weights=saved["weights"]),
-        pending=saved["operations"],
-        dropped=(*state.dropped, *drop),
-    )
+        removed = (int(unit) for i, unit in enumerate(context.axes[key].ids) if i not in units)
+        cut[key] = (*cut.get(key, ()), *removed)
+    state = replace(state, cut=cut, pending=saved["operations"], dropped=(*state.dropped, *drop))
+    state = replace(state, saved=replace(state.saved, weights=saved["weights"]))
     origin = {"method": "search", "epoch": context.epoch}
     if drop:
         return Plan.dropping(context.axes, drop, keep, origin=origin), state
@@ -52,8 +50,11 @@ def cut_masked(search: Search, state: SearchState, context: Context, masks: Gate
     return Plan.keeping(context.axes, keep, origin=origin) if keep else None, state
 
 
-def drop_operations(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
-    """Plan to drop operations that the masks still keep, which changes the network's outputs."""
+def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
+    """Return the plan that drops what ``ops``, ``[operations]``, does not keep, though masks may, and the new state.
+
+    Unlike the removal of masked operations, it changes the network's outputs.
+    """
     masks = replace(search.masks(state, context), ops=ops)
     drop, _ = select_removed(state.layout, masks, context.axes)
     if not drop:
@@ -63,8 +64,8 @@ def drop_operations(search: Search, state: SearchState, context: Context, ops: T
     return Plan.dropping(context.axes, drop, {}, origin=origin), state
 
 
-def fit_to_budget(search: Search, state: SearchState, context: Context, target: float) -> Commit:
-    """Plan the removal of what is masked and, least important first, of as much more as the target requires.
+def plan_fit(search: Search, state: SearchState, context: Context, target: float) -> Commit:
+    """Return the plan that removes what is masked and, least important first, as much more as the target requires.
 
     Of candidates marked as exclusive, all but one are dropped afterwards.
     """
@@ -76,74 +77,80 @@ def fit_to_budget(search: Search, state: SearchState, context: Context, target: 
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(search.masks(state, context), ops=ops, filters=filters)
-    plan, state = cut_masked(search, state, context, masks, target)
+    plan, state = plan_masked_cut(search, state, context, masks, target)
     state.clear_thresholds()
-    return (plan, state) if plan else keep_single(search, state, context)
+    return (plan, state) if plan else plan_single_choice(search, state, context)
 
 
-def keep_single(search: Search, state: SearchState, context: Context) -> Commit:
-    """Plan to drop all but the most important of candidates of which only one may remain."""
+def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:
+    """Return the plan that drops all but the most important of candidates of which only one may remain."""
     sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
     ops = search.masks(state, context).ops.detach().clone()
-    number = {path: i for i, path in enumerate(layout.ops)}
+    indices = {path: i for i, path in enumerate(layout.ops)}
     for paths in sets:
-        alive = [number[path] for path in paths if layout.alive[number[path]]]
+        alive = [indices[path] for path in paths if layout.alive[indices[path]]]
         best = max(alive, key=lambda i: float(alpha[layout.tied[i]]))
         ops[[i for i in alive if i != best]] = 0.0
-    return drop_operations(search, state, context, ops)
+    return plan_drop(search, state, context, ops)
 
 
 @torch.no_grad()
 def select_lowest(
-    search: Search, state: SearchState, context: Context, low: float, high: float, each: int
+    search: Search, state: SearchState, context: Context, low: float, high: float, limit: int
 ) -> tuple[Tensor, int]:
-    """Select the operations that remain after those of the smallest share of their node's importance are dropped."""
+    """Return (mask of the operations that remain, ``[operations]``; the number dropped), until the target is met.
+
+    Dropped are those with at most ``low`` of their node's importance, and the ``limit`` lowest of those up to ``high``.
+    """
     layout, space, target = state.layout, search.space, search.space.target
     masks = search.masks(state, context)
-    left, size = masks.ops.clone(), search.size(state, context)
+    remaining, size = masks.ops.clone(), search.size(state, context)
     kept, shares, _ = layout.shares(masks, state.alpha.values)
-    prices, many, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
+    prices, dropped, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
     for share, i in sorted(zip(shares[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
         below = share <= low
-        if size <= target or share > high or not (below or each):
+        if size <= target or share > high or not (below or limit):
             break
-        together = layout.together(i)
-        if layout.tied[i] == i and all(bool(layout.open(left)[j]) for j in together.nonzero()[:, 0]):
-            less = left.masked_fill(together, 0.0)
-            if reachable and least(replace(layout, alive=layout.alive & (less > 0)), space.cuts) > target:
-                continue  # the target will need it
+        together = layout.together(i)  # tied operations are dropped at once, with the first of them
+        if layout.tied[i] == i and all(bool(layout.open(remaining)[j]) for j in together.nonzero()[:, 0]):
+            trial = remaining.masked_fill(together, 0.0)
+            if reachable and least(replace(layout, alive=layout.alive & (trial > 0)), space.cuts) > target:
+                continue  # the target cannot be reached without it
             size -= float(prices[together].sum())
-            left = less
-            each, many = each - (not below), many + 1
-    return left, many
+            remaining = trial
+            dropped += 1
+            limit -= not below
+    return remaining, dropped
 
 
-def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
-    """Plan to restore a fraction of the operations dropped in this stage, sampled as MG-DARTS samples them."""
+def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
+    """Return the plan that restores a fraction of this stage's dropped operations, sampled as MG-DARTS samples them."""
     layout, count = state.layout, int(share * len(state.dropped))
-    there = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
-    dead, alive = [path for path, alive in there if not alive], [path for path, alive in there if alive]
-    moved = [] if state.drift is None else state.drift.values.abs().tolist()
-    drift = dict(zip(layout.ops, moved, strict=True))
+    running = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
+    dead, alive = [path for path, alive in running if not alive], [path for path, alive in running if alive]
+    drifts = [] if state.drift is None else state.drift.values.abs().tolist()
+    drift = dict(zip(layout.ops, drifts, strict=True))
     weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
     back = sample_operations(dead, alive, drift, weight, count, context.generator(context.epoch, 7)) if dead else []
     return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
 
 
-def restore_filters(search: Search, share: float, state: SearchState, context: Context) -> Commit:
-    """Plan to restore a fraction of the filters cut in this stage: those whose scale has the largest gradient."""
-    stored, lost = context.undo.restorable if context.undo else {}, dict[str, list[int]]()
+def plan_restoration(search: Search, share: float, state: SearchState, context: Context) -> Commit:
+    """Return the plan that restores a fraction of this stage's cut filters, by the gradient of their scale."""
+    stored = context.undo.restorable if context.undo else {}
+    restorable: dict[str, list[int]] = {}
     for key, ids in state.cut.items():
-        there = [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
-        if there:
-            lost[key] = there
-    if not (many := int(share * sum(map(len, lost.values())))):
+        units = [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
+        if units:
+            restorable[key] = units
+    count = int(share * sum(map(len, restorable.values())))
+    if not count:
         return None, state
     back: dict[str, list[int]] = {}
-    scores = score_cut_filters(search, state, context, lost, take_examples(context))
-    for _, key, unit in sorted(scores, reverse=True)[:many]:
+    scores = score_cut_filters(search, state, context, restorable, take_examples(context))
+    for _, key, unit in sorted(scores, reverse=True)[:count]:
         back.setdefault(key, []).append(unit)
     return Plan.restoring(context.axes, back, origin={"method": "mgas", "epoch": context.epoch}), state
 
@@ -151,19 +158,20 @@ def restore_filters(search: Search, share: float, state: SearchState, context: C
 def release_weights(search: Search, share: float, state: SearchState, context: Context) -> SearchState:
     """Return the state in which a fraction of the zeroed weights may train again: those with the largest gradient."""
     zero = state.zero_mask
-    if not (many := int(share * int(zero.sum()))):
+    count = int(share * int(zero.sum()))
+    if not count:
         return state
-    slopes = differentiate_weights(search, state, context, take_examples(context))
+    gradients = differentiate_weights(search, state, context, take_examples(context))
     scale = search.masks(state, context).filter_scale
-    scale = torch.cat([scale, scale.new_ones(1)])
-    gradient = torch.where(zero, (slopes * scale[state.layout.levels.reads]).abs(), -1.0)
-    released = zero.clone()
-    released[gradient.topk(many).indices] = False
-    return state.with_zeros(released)
+    scale = torch.cat([scale, scale.new_ones(1)])  # the last: of weights that read no filter
+    sizes = torch.where(zero, (gradients * scale[state.layout.levels.reads]).abs(), -1.0)
+    zero = zero.clone()
+    zero[sizes.topk(count).indices] = False
+    return state.with_zeros(zero)
 
 
 def reset_modules(context: Context, paths: Sequence[str]) -> None:
-    """Re-initialise modules at random, in place."""
+    """Re-initialise modules (``paths``) at random, in place; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.generator(context.epoch, 9).initial_seed() % 2**63)
         for path in paths:
@@ -174,8 +182,8 @@ def reset_modules(context: Context, paths: Sequence[str]) -> None:
 
 def take_examples(context: Context) -> Examples:
     """Return a batch of as many training examples as a step has; more could need more memory."""
-    many = -(-len(context.task.train) // context.steps)
-    return next(context.task.train.batches(many, seed=context.generator(context.epoch, 8).initial_seed()))
+    count = -(-len(context.task.train) // context.steps)  # rounded up
+    return next(context.task.train.batches(count, seed=context.generator(context.epoch, 8).initial_seed()))
 
 
 def differentiate_weights(search: Search, state: SearchState, context: Context, batch: Examples) -> Tensor:
@@ -183,14 +191,14 @@ def differentiate_weights(search: Search, state: SearchState, context: Context, 
 
     In that mode nothing is recomputed, so an eighth of the examples is used at a time.
     """
-    values = search.parametrize(state, replace(context, answered=context.number)).values
+    values = search.parametrize(state, replace(context, eval_task=context.number)).values
     levels = state.layout.levels
     learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
     total = torch.zeros(len(levels.reads), device=levels.reads.device)
     context.model.eval()
-    for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
+    for indices in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
         with parametrize(context.model, {**values, **learned}):
-            examples = batch.take(piece)
+            examples = batch.take(indices)
             if context.objective is CLASSIFICATION:
                 logits = context.logits(examples.inputs)
                 loss = F.cross_entropy(logits, examples.labels, reduction="sum") / len(batch)
@@ -204,22 +212,23 @@ def differentiate_weights(search: Search, state: SearchState, context: Context, 
 def score_cut_filters(
     search: Search, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
 ) -> list[tuple[float, str, int]]:
-    """Score cut filters by how much the loss would change if they came back: |∂ loss / ∂ g| at g = 0.
+    """Return (score, axis key, id) of cut filters; the score is |∂ loss / ∂ g| at g = 0, the effect of its return.
 
-    g scales what reads the filter. All are restored at this scale in a copy of the network, with thresholds at 0.
+    ``cut``: axis key → ids of filters. g scales what reads the filter. All are restored at this scale in a copy of the
+    network, with thresholds at 0.
     """
     plan = Plan.restoring(context.axes, cut)
     with run_whole(context.model):
         copied = clone_model(context.model)
     model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
-    there = replace(context, model=model, axes=axes)
+    restored = replace(context, model=model, axes=axes)
     probe = copy_state(follow_plan(state, context.axes, plan))
     probe.clear_thresholds()
-    probe = search.update_layout(probe, there)
+    probe = search.update_layout(probe, restored)
     for key, ids in cut.items():
-        probe.kappa[key].values[[axes[key].ids.index(unit) for unit in ids]] = -50.0
+        probe.kappa[key].values[[axes[key].ids.index(unit) for unit in ids]] = -50.0  # a scale of 2 σ(κ) ≈ 0
     levels = probe.layout.levels
-    each = differentiate_weights(search, probe, there, batch) * levels.flat(there.parameters()).detach()
-    score = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
+    products = differentiate_weights(search, probe, restored, batch) * levels.flat(restored.parameters()).detach()
+    score = products.new_zeros(levels.filters + 1).index_add(0, levels.reads, products).abs().tolist()
     first = {key: base for key, (base, _, _) in iterate_spans(probe.layout)}
     return [(score[first[key] + axes[key].ids.index(unit)], key, unit) for key, ids in cut.items() for unit in ids]

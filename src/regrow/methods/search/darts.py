@@ -26,7 +26,7 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import move_tensors
 from regrow.core.tasks import Examples
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.commit import cut_masked, fit_to_budget
+from regrow.methods.search.commit import plan_fit, plan_masked_cut
 from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Replacements, Step
@@ -67,34 +67,33 @@ class Darts(Search):
 
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         removable = ("operations", "filters")
-        super().__init__(
-            s, SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=removable)
-        )
+        space = SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=removable)
+        super().__init__(s, space)
         self.s = s
 
     def masks(
         self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
     ) -> GateMasks:
-        """Everything is kept; in the end only the chosen operations are."""
+        """Return masks that keep everything; once operations are chosen, only these."""
         masks = super().masks(state, context, flat, learning)
         return masks if state.chosen is None else replace(masks, ops=masks.ops * choose_operations(state))
 
-    def rates(self, context: Context) -> tuple[float, float]:
-        """Return the learning rates of α, and of thresholds, which are not trained."""
+    def learning_rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rate of α, and 0 for thresholds, which are not trained."""
         return self.s.lr / (context.epochs * context.steps or 1), 0.0
 
-    def allowed(self, state: SearchState, context: Context, target: float) -> float:
-        """Before operations are chosen, and for that, as much is removed as is masked."""
+    def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
+        """Return the target; 0 until operations are chosen, so that all others are removed whatever their size."""
         return target if state.chosen else 0.0
 
-    def shares(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
+    def kept_fractions(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
         """Return the kept fractions, and that of skips among the chosen operations; near 1 DARTS has collapsed."""
-        chosen = [path for path, here in zip(state.layout.ops, choose_operations(state), strict=True) if here]
+        chosen = [path for path, is_kept in zip(state.layout.ops, choose_operations(state), strict=True) if is_kept]
         skips = sum(path.rpartition(".")[2].startswith("skip") for path in chosen)
-        return super().shares(state, masks) | {"skips": skips / max(1, len(chosen))}
+        return super().kept_fractions(state, masks) | {"skips": skips / max(1, len(chosen))}
 
     def summary(self, state: SearchState) -> dict[str, float]:
-        """Return the size of the chosen operations with all their filters, and whether it met the target already."""
+        """Return the size of the chosen operations with all their filters, and whether that met the target already."""
         size = state.chosen
         return {} if size is None else {"discretised": size, "below": size <= self.s.target}
 
@@ -104,27 +103,27 @@ class Darts(Search):
         return Replacements(_scale_by_softmax(state, context))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Find edges, and draw α at the start."""
-        begins = boundary.event == Event.TASK_START
-        if begins or boundary.event == Event.RESUME:
+        """Return the state after an event: with the edges, and at the start with random α."""
+        is_start = boundary.event == Event.TASK_START
+        if is_start or boundary.event == Event.RESUME:
             state = replace(state, edges=move_tensors(Edges.of(context.model), context.device))
         edges = state.edges
         state = super().boundary(state, context, boundary)
-        if not begins:
+        if not is_start:
             return state
         # Small, so that at first all operations of an edge have about the same weight.
         alpha = (1e-3 * torch.randn(edges.entries, generator=context.generator(11))).to(context.device)
-        return replace(state, edges=edges, alpha=AxisTensor(alpha, (edges.entries,), self.rates(context)[0]))
+        return replace(state, edges=edges, alpha=AxisTensor(alpha, (edges.entries,), self.learning_rates(context)[0]))
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clip the gradients of the network; set that of α from the second part of the examples."""
+        """Clip the gradients of the network; set that of α from the second part of the examples, both in place."""
         state = super().project(state, context, step)
         if step.second is not None:
-            self._differentiate(state, context, step.second)
+            self._set_alpha_gradient(state, context, step.second)
         return state
 
-    def _differentiate(self, state: SearchState, context: Context, batch: Examples) -> None:
-        """Set the gradient of α to that of a loss; parameters and running statistics do not change."""
+    def _set_alpha_gradient(self, state: SearchState, context: Context, batch: Examples) -> None:
+        """Set the gradient of α to that of the loss on a batch; parameters and running statistics do not change."""
         alpha, buffers = state.alpha.values, [*context.model.buffers()]
         before = [buffer.clone() for buffer in buffers]
         with parametrize(context.model, _scale_by_softmax(state, context)):
@@ -134,14 +133,14 @@ class Darts(Search):
         alpha.grad = gradient + self.s.decay * alpha.detach()
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """First drop all operations that are not chosen; then cut filters, if the target requires it."""
+        """Return the plan that drops all operations that are not chosen; then one that cuts filters, if needed."""
         if state.chosen is None:
-            state = replace(state, chosen=0.0)
-            plan, state = cut_masked(self, state, context, self.masks(state, context), target)
+            state = replace(state, chosen=0.0)  # not None: masks keep the chosen operations alone
+            plan, state = plan_masked_cut(self, state, context, self.masks(state, context), target)
             state = replace(state, chosen=self.size(state, context))
             if plan:
                 return plan, state
-        return fit_to_budget(self, rank_evenly(state), context, target)
+        return plan_fit(self, rank_evenly(state), context, target)
 
 
 build = Darts
@@ -153,6 +152,6 @@ def choose_operations(state: SearchState) -> Tensor:
 
 
 def _scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
-    """Return the scale of each candidate by name."""
+    """Return the scales of candidates, softmax(α) on each edge, by name of the parameter; dropped ones have 0."""
     share = state.edges.share(state.alpha.values) * state.layout.alive
     return scale_candidates(context, share, keep=False)

@@ -28,7 +28,7 @@ from regrow.core.amounts import Measure
 from regrow.core.candidates import candidates_in
 from regrow.core.sources import to_host
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.commit import drop_operations, fit_to_budget, select_lowest
+from regrow.methods.search.commit import plan_drop, plan_fit, select_lowest
 from regrow.methods.search.space import SearchSpace, SearchState
 from regrow.settings.constraints import NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
@@ -78,14 +78,14 @@ class Settings:
 
 
 class GoldNas(Search):
-    """The GOLD-NAS-like search."""
+    """The GOLD-NAS-like search: a growing regulariser of operations, and drops after each epoch."""
 
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices))
         self.s = s
 
     def check(self, context: Context) -> None:
-        """Refuse, besides, a search in which nothing would be dropped, or a network without candidates."""
+        """Raise ValueError, besides, if the network has no candidates, or too few epochs to drop any."""
         if not candidates_in(context.model):
             raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
         if context.epochs < self.s.warm + 2:
@@ -95,8 +95,8 @@ class GoldNas(Search):
             )
         super().check(context)
 
-    def rates(self, context: Context) -> tuple[float, float]:
-        """Return the learning rates of α, and of thresholds, which are not trained."""
+    def learning_rates(self, context: Context) -> tuple[float, float]:
+        """Return the learning rate of α, and 0 for thresholds, which are not trained."""
         return self.s.lr / max(1, (context.epochs - self.s.warm) * context.steps), 0.0
 
     def trains(self, state: SearchState, context: Context) -> bool:
@@ -109,64 +109,67 @@ class GoldNas(Search):
         """Return masks that keep every operation until it is dropped (or α is below −13.8), scaled by 2 σ(α)."""
         masks = super().masks(state, context, flat, learning)
         alpha = state.alpha.values if learning else state.alpha.values.detach()
-        share = alpha.sigmoid().index_select(0, state.layout.tied)
-        return replace(masks, ops=masks.ops.detach(), op_scale=2 * share * masks.ops.detach())
+        importance = alpha.sigmoid().index_select(0, state.layout.tied)
+        return replace(masks, ops=masks.ops.detach(), op_scale=2 * importance * masks.ops.detach())
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
-        """Cross-entropy, and λ times the regulariser of operations."""
-        plain = self.compute_loss(context, step.batch)
+        """Return cross-entropy + λ times the regulariser of operations; ``aux`` has both terms, or ``()`` without λ."""
+        cross_entropy = self.compute_loss(context, step.batch)
         if not self.trains(state, context) or not state.penalty:
-            return Loss(plain, ())
-        kept, share, many = state.layout.shares(step.replaced.aux, state.alpha.values)
+            return Loss(cross_entropy, ())
+        kept, share, count = state.layout.shares(step.replaced.aux, state.alpha.values)
         cost = torch.where(kept, state.layout.prices(), 0.0)
         weight = 1 + self.s.cost_weight * cost / (cost.sum() / kept.sum()).clamp_min(1e-12)
-        regularizer = state.penalty * torch.where(kept, weight * torch.log1p(many * share), 0.0).sum()
-        return Loss(plain + regularizer, (plain.detach(), regularizer.detach()))
+        regularizer = state.penalty * torch.where(kept, weight * torch.log1p(count * share), 0.0).sum()
+        return Loss(cross_entropy + regularizer, (cross_entropy.detach(), regularizer.detach()))
 
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Add up the losses of the epoch."""
+        """Return the state with the terms of the loss added to the sums of the epoch."""
         if not step.aux:
             return state
-        plain, regularizer = (float(loss) for loss in to_host(step.aux))
-        return replace(state, losses=(state.losses[0] + plain, state.losses[1] + regularizer))
+        cross_entropy, regularizer = (float(loss) for loss in to_host(step.aux))
+        return replace(state, losses=(state.losses[0] + cross_entropy, state.losses[1] + regularizer))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Start the sums of losses again in each epoch."""
+        """Return the state after an event, with the sums of losses at 0 when an epoch starts."""
         state = super().boundary(state, context, boundary)
         return replace(state, losses=(0.0, 0.0)) if boundary.event == Event.EPOCH_START else state
 
     def plan(self, state: SearchState, context: Context) -> Commit:
-        """Drop the lowest operations after each epoch that trained α, except the last; then fit to the target."""
+        """Return the plan that drops the lowest operations, after epochs that trained α, and the state with a new λ.
+
+        After the last epoch: that of :meth:`finalize`.
+        """
         s = self.s
         if context.epoch == context.epochs:
             return self.finalize(state, context, s.target)
-        if context.epoch <= s.warm or context.applied:
+        if context.epoch <= s.warm or context.plans_applied:
             return None, state
         if self.size(state, context) <= s.target:
             return None, replace(state, penalty=0.0)
-        each = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
-        left, many = select_lowest(self, state, context, s.drop_below, s.keep_above, each)
-        return drop_operations(self, _update_penalty(state, many, each), context, left)
+        goal = s.drops_per_epoch or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
+        remaining, dropped = select_lowest(self, state, context, s.drop_below, s.keep_above, goal)
+        return plan_drop(self, _update_penalty(state, dropped, goal), context, remaining)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Drop what exceeds the target by the size of α."""
-        return fit_to_budget(self, state, context, target)
+        """Return the plan that drops operations of the smallest α until the target is met."""
+        return plan_fit(self, state, context, target)
 
 
 build = GoldNas
 
 
-def _update_penalty(state: SearchState, dropped: int, wanted: int) -> SearchState:
-    """Return the state with λ changed after a number of operations was dropped.
+def _update_penalty(state: SearchState, dropped: int, goal: int) -> SearchState:
+    """Return the state with λ (``penalty``) changed after ``dropped`` operations were dropped.
 
-    After twice as many as wanted, λ is halved and its step is reset. After fewer than wanted, it rises by twice its
+    After twice the goal or more, λ is halved and its step is reset. After fewer than the goal, it rises by twice its
     last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
     """
-    plain, regularizer = state.losses
-    state = replace(state, penalty_cap=state.penalty if plain < regularizer else state.penalty_cap)
-    if dropped >= 2 * wanted:
-        return replace(state, penalty_step=1e-5, penalty=state.penalty / 2)
-    if dropped < wanted and state.penalty < state.penalty_cap:
+    cross_entropy, regularizer = state.losses
+    state = replace(state, penalty_cap=state.penalty if cross_entropy < regularizer else state.penalty_cap)
+    if dropped >= 2 * goal:
+        return replace(state, penalty_step=SearchState.penalty_step, penalty=state.penalty / 2)
+    if dropped < goal and state.penalty < state.penalty_cap:
         step = 2 * state.penalty_step
         return replace(state, penalty_step=step, penalty=state.penalty + step)
     return state

@@ -107,7 +107,7 @@ class Settings:
 
 
 class Mgas(Search):
-    """The MGAS search: a schedule of stages, and a controller, which makes the network smaller."""
+    """The MGAS search: a schedule of stages, and a controller of the size: μ, whose loss term lowers it."""
 
     restores = True
     trains_thresholds = True
@@ -115,23 +115,23 @@ class Mgas(Search):
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
         self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
-        self.thins = "operations" in s.levels  # whether a term of the loss favours few operations per node
-        self.min_cost = s.min_cost if self.thins else 0.0
+        self.searches_operations = "operations" in s.levels
+        self.min_cost = s.min_cost if self.searches_operations else 0.0
         self.fills_with_bare = not self.min_cost
-        if self.thins:
+        if self.searches_operations:
             self.stage_share = s.share + s.regrow * (1 - s.share)
 
-    def bounds(self, context: Context, stage: int) -> tuple[int, int]:
-        """Return the first epoch of a stage, and of the next stage."""
+    def stage_bounds(self, context: Context, stage: int) -> tuple[int, int]:
+        """Return the first epoch of a stage, and that of the next stage."""
         epochs = context.epochs
         return round(stage * epochs / self.stages), round((stage + 1) * epochs / self.stages)
 
     def check(self, context: Context) -> None:
-        """Refuse stages without an epoch that trains masks, and a target that cannot be reached."""
+        """Raise ValueError if a stage has no epoch that trains masks, or the target cannot be reached."""
         n, warm = self.stages, self.s.warm
         if n == 1 and not self.s.reprune:
             raise ValueError("reprune=false needs several stages, and this search has one; use --stages 2")
-        bounds = [self.bounds(context, stage) for stage in range(n)]
+        bounds = [self.stage_bounds(context, stage) for stage in range(n)]
         if any(end - first <= warm for first, end in bounds):
             raise ValueError(
                 f"{context.epochs} epochs leave a stage of {n} no epoch to learn masks in, since the first {warm} of "
@@ -140,25 +140,26 @@ class Mgas(Search):
             )
         super().check(context)
 
-    def rates(self, context: Context) -> tuple[float, float]:
+    def learning_rates(self, context: Context) -> tuple[float, float]:
         """Return the learning rates of α and κ, and of thresholds."""
-        steps = self._steps(context)
+        steps = self._count_steps(context)
         return self.s.lr / steps, self.s.lr_threshold / steps
 
-    def _steps(self, context: Context) -> int:
+    def _count_steps(self, context: Context) -> int:
         """Return the number of steps of a stage in which masks are trained."""
         return max(1, (context.epochs // self.stages - self.s.warm) * context.steps)
 
     def trains(self, state: SearchState, context: Context) -> bool:
         """Whether masks are trained in this epoch."""
-        return context.epoch >= self.bounds(context, state.stage)[0] + self.s.warm
+        first, _ = self.stage_bounds(context, state.stage)
+        return context.epoch >= first + self.s.warm
 
-    def allowed(self, state: SearchState, context: Context, target: float) -> float:
+    def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
         """Return the allowed size of the trained part now: from its initial size to the stage's goal, log-linearly.
 
-        It is reached a fifth of the stage before its end.
+        The goal is reached after four fifths of the epochs that train masks; ``target`` is not used.
         """
-        first, end = self.bounds(context, state.stage)
+        first, end = self.stage_bounds(context, state.stage)
         training = max(1, end - first - self.s.warm)
         done = context.epoch - first - self.s.warm + state.examples / len(context.task.train)
         progress = min(1.0, max(0.0, done / (0.8 * training)))
@@ -167,31 +168,33 @@ class Mgas(Search):
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
         """Return cross-entropy + μ ((size + lifted) / allowed − 1) + λ · regulariser.
 
-        ``aux`` has the excess of the size, in epochs that train masks.
+        In epochs that train masks ``aux`` is the excess, size / allowed − 1; before, the loss is the cross-entropy.
         """
         loss = self.compute_loss(context, step.batch)
         masks, layout = step.replaced.aux, state.layout
         if not self.trains(state, context):
             return Loss(loss)
-        allowed = self.allowed(replace(state, examples=state.examples + len(step.batch)), context, 0.0)
-        over = measure_masked(state, masks) / allowed - 1
-        loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, self.min_cost) / allowed)
+        allowed = self.allowed_size(replace(state, examples=state.examples + len(step.batch)), context, 0.0)
+        excess = measure_masked(state, masks) / allowed - 1
+        loss = loss + state.multiplier * (excess + measure_lift(state, masks, self.min_cost) / allowed)
         if state.penalty:
             loss = loss + state.penalty * layout.operation_regularizer(masks, state.alpha.values, ~layout.single)
-        return Loss(loss, over.detach())
+        return Loss(loss, excess.detach())
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clip gradients, and update the moving average of the gradient of α, s ← 0.9 s + gradient."""
+        """Clip gradients, and update the drift, the moving sum s ← 0.9 s + gradient of α, both in place."""
         state = super().project(state, context, step)
-        if (gradient := state.alpha.values.grad) is not None and state.drift is not None:
+        gradient = state.alpha.values.grad
+        if gradient is not None and state.drift is not None:
             state.drift.values.mul_(0.9).add_(gradient)
         return state
 
     @torch.no_grad()
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clamp thresholds (to 0 in earlier stages that are not pruned again), and update μ."""
-        for thresholds, most in zip(state.thresholds, (0.99, 0.99, 2.0), strict=True):
-            thresholds.values.clamp_(0, most)
+        """Clamp thresholds in place (to 0 in earlier stages that are not pruned again); return the state with new μ."""
+        # Below 1, the largest σ(α) and σ(κ); |w| is over its mean.
+        for thresholds, largest in zip(state.thresholds, (0.99, 0.99, 2.0), strict=True):
+            thresholds.values.clamp_(0, largest)
         if state.earlier:
             ops, axes = state.earlier
             state.operation_thresholds.values.masked_fill_(ops, 0.0)
@@ -199,18 +202,18 @@ class Mgas(Search):
             state.filter_thresholds.values.index_fill_(0, axes, 0.0)
         multiplier = state.multiplier
         if self.trains(state, context):
-            multiplier = max(0.0, multiplier + self.s.gain / self._steps(context) * float(step.aux))
+            multiplier = max(0.0, multiplier + self.s.gain / self._count_steps(context) * float(step.aux))
         return replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Start stages, and re-initialise what is restored."""
+        """Return the state after an event: start the first stage, and re-initialise operations that a plan restores."""
         if boundary.plan:
             commit.reset_modules(context, boundary.plan.back)
         state = super().boundary(state, context, boundary)
         match boundary.event:
             case Event.TASK_START:
                 alpha, filters = state.alpha, state.filter_thresholds
-                if self.thins and not bool(state.layout.single.all()) and filters.lr is not None:
+                if self.searches_operations and not bool(state.layout.single.all()) and filters.lr is not None:
                     filters = replace(filters, lr=self.s.filter_lr_ratio * filters.lr)
                 drift = AxisTensor(torch.zeros_like(alpha.values), alpha.dims)
                 return self._start_stage(replace(state, drift=drift, filter_thresholds=filters), context, 0)
@@ -222,7 +225,7 @@ class Mgas(Search):
 
     def _start_stage(self, state: SearchState, context: Context, stage: int) -> SearchState:
         """Return the state at the start of a stage, with thresholds at 0 and the size that the stage has to reach."""
-        penalty = self.s.sparsity_penalty if self.thins else 0.0
+        penalty = self.s.sparsity_penalty if self.searches_operations else 0.0
         state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0, penalty=penalty)
         state.clear_thresholds()
         state = self._protect_earlier(self.update_layout(state, context), context)
@@ -237,46 +240,48 @@ class Mgas(Search):
         return replace(state, earlier=(layout.runs, layout.axis.unique()))
 
     def plan(self, state: SearchState, context: Context) -> Commit:
-        """Cut what is masked; at the end of a stage also restore a part of what it removed, and start the next stage.
+        """Return the next plan: cut what is masked; at the end of a stage also restore a part, and start the next.
 
-        Steps that were taken before at this boundary are skipped.
+        Steps that were taken before at this boundary are skipped (``state.turn`` counts them).
         """
         if context.epoch == context.epochs:
             return self.finalize(state, context, self.s.target)
-        first, end = self.bounds(context, state.stage)
-        epochs, over = context.epoch - first - self.s.warm, context.epoch == end
-        steps = [self._cut] if over or (epochs > 0 and epochs % self.s.every == 0) else []
-        if over:
-            steps += [partial(commit.revive_operations, self.s.regrow), self._restore]
+        first, end = self.stage_bounds(context, state.stage)
+        epochs, is_over = context.epoch - first - self.s.warm, context.epoch == end
+        steps = [self._cut] if is_over or (epochs > 0 and epochs % self.s.every == 0) else []
+        if is_over:
+            steps += [partial(commit.plan_revival, self.s.regrow), self._restore]
         for turn in range(state.turn, len(steps)):
             plan, state = steps[turn](replace(state, turn=turn + 1), context)
             if plan:
                 return plan, state
         state = replace(state, turn=0)
-        if over:
+        if is_over:
             state = self._start_stage(state, context, state.stage + 1)
             self.log_status(state, context)
         return None, state
 
     def _cut(self, state: SearchState, context: Context) -> Commit:
-        return commit.cut_masked(self, state, context, self.masks(state, context), self.s.target)
+        """Return the plan that removes what is masked, and the new state."""
+        return commit.plan_masked_cut(self, state, context, self.masks(state, context), self.s.target)
 
     def _restore(self, state: SearchState, context: Context) -> Commit:
+        """Return the plan that restores filters, and the state in which some zeroed weights may train again."""
         state = commit.release_weights(self, self.s.regrow_weights, state, context)
-        return commit.restore_filters(self, self.s.regrow_filters, state, context)
+        return commit.plan_restoration(self, self.s.regrow_filters, state, context)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Remove what is masked, and what exceeds the target."""
-        return commit.fit_to_budget(self, state, context, target)
+        """Return the plan that removes what is masked, and what exceeds the target."""
+        return commit.plan_fit(self, state, context, target)
 
 
 build = Mgas
 
 
-def lift_cheap_operations(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
-    """Return by how much kept operations cost less than ``min_cost``, in total; with the gradients of their masks."""
+def measure_lift(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
+    """Return by how much kept operations cost less than ``min_cost`` allows, summed; with the masks' gradients."""
     layout = state.layout
     if layout.levels.timed or not min_cost:
         return masks.ops.new_zeros(())
-    here = layout.alive & layout.runs & ~layout.single
-    return (masks.ops * here * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()
+    counted = layout.alive & layout.runs & ~layout.single
+    return (masks.ops * counted * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()

@@ -30,7 +30,10 @@ class RetrainState:
 
 
 def build(cutout: int, context: Context, weights: Mapping[str, Tensor]) -> Learner[RetrainState]:
-    """Return the learner that retrains a found network; ``cutout`` pixels is the side of a square that is blanked."""
+    """Return the learner that retrains a found network; ``cutout``: side in pixels of a square that is blanked.
+
+    ``weights``: name → the weights as the search left them, whose zeros stay 0.
+    """
     masks = {
         name: AxisTensor(weights[name].detach() != 0, context.axes.shapes[name])
         for name in context.weights
@@ -40,11 +43,13 @@ def build(cutout: int, context: Context, weights: Mapping[str, Tensor]) -> Learn
 
 
 def _mask(state: RetrainState, context: Context) -> Replacements:
+    """Return the weights under their masks."""
     parameters = context.parameters()
     return Replacements({name: parameters[name] * mask.values for name, mask in state.masks.items()})
 
 
 def _compute_loss(cutout: int, state: RetrainState, context: Context, step: Step) -> Loss:
+    """Return the loss of a batch; of images, randomly shifted, mirrored and partly blanked ones."""
     batch = step.batch
     if is_images(batch.inputs):
         batch = Examples(cut_out(shift_and_flip(batch.inputs), cutout), batch.labels)
@@ -52,5 +57,6 @@ def _compute_loss(cutout: int, state: RetrainState, context: Context, step: Step
 
 
 def _clip(state: RetrainState, context: Context, step: Step) -> RetrainState:
+    """Clip the norm of all gradients to ``CLIP``, in place."""
     nn.utils.clip_grad_norm_(context.parameters().values(), CLIP)
     return state

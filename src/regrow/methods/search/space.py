@@ -29,17 +29,18 @@ class SearchSpace:
     target: float  # the largest allowed size of the found network
     measure: Measure
     granularities: tuple[str, ...] = GRANULARITIES  # those that have masks
-    ends: tuple[int, ...] = ()  # the last part of the network that each stage trains; empty: all, in one stage
+    # The index of the last part of the network that each stage trains; empty: the whole network, in one stage.
+    ends: tuple[int, ...] = ()
     prices: Prices | None = None  # the time that weights and operations take, if the measure is time
     removable: tuple[str, ...] = ()  # granularities of which something may be removed; empty: those that have masks
 
     def part(self, stage: int) -> int:
-        """Return the last part of the network that a stage trains; −1 for the whole network."""
+        """Return the index of the last part of the network that a stage trains; −1: all. Stage −1 is the last one."""
         return self.ends[stage] if self.ends else -1
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The granularities of which the method may remove something."""
+        """The granularities of which something may be removed."""
         return self.removable or self.granularities
 
     def check(self, context: Context) -> None:
@@ -47,7 +48,8 @@ class SearchSpace:
         ops = [path for paths in candidates_in(context.model).values() for path in paths]
         for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
             raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
-        if (smallest := least(build_layout(self, (), context, self.part(-1)), self.cuts)) > self.target:
+        smallest = least(build_layout(self, (), context, self.part(-1)), self.cuts)
+        if smallest > self.target:
             raise ValueError(
                 f"a target of {self.target:g} {self.measure} is below what is left whatever goes, {smallest:g}: take a "
                 "higher one, a smaller space, or more levels"
@@ -70,14 +72,15 @@ class StageMemory:
     stage: int  # from 0
     epoch: int  # of the step, from 1
     joint: bool  # whether masks were trained in that step
-    held: int  # of tensors that existed before the step
-    peak: int  # the most of live tensors in the step
+    held: int  # bytes of tensors that existed before the step
+    peak: int  # the most bytes of live tensors in the step
     resident: int | None  # growth of the process's memory plus ``held``; ``None`` where this cannot be measured
     predicted: int | None  # when the stage began; ``None`` for the first stage
     recomputed: bool  # whether parts of the network were recomputed in the backward pass
 
 
 def _empty() -> AxisTensor:
+    """Return a tensor without entries."""
     return AxisTensor(torch.zeros(0), (0,))
 
 
@@ -124,7 +127,7 @@ class SearchState:
         return self.operation_thresholds, self.filter_thresholds, self.weight_thresholds
 
     def with_zeros(self, mask: Tensor) -> "SearchState":
-        """Return the state with another set of weights fixed at 0."""
+        """Return the state in which exactly the weights in ``mask``, ``[weights]`` bool, are fixed at 0."""
         named = self.layout.levels.apart(mask)
         zeros = {name: replace(self.zeros[name], values=values.clone()) for name, values in named.items()}
         return replace(self, zeros={**self.zeros, **zeros}, zero_mask=mask)
@@ -136,24 +139,27 @@ class SearchState:
 
 
 def copy_state(state: SearchState) -> SearchState:
-    """Return the state with copies of its tensors, which can be changed in place."""
+    """Return the state with copies of its stored tensors, which can be changed in place."""
     tensors = axis_tensors(state).items()
     return with_axis_tensors(state, {name: replace(t, values=t.values.detach().clone()) for name, t in tensors})
 
 
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
-    """Return where operations, filters and weights lie in the network up to one of its parts, and what they cost."""
-    staged = part >= 0
+    """Return where operations, filters and weights lie in the network up to ``part`` (−1: in all), and their costs.
+
+    ``axes``: the keys of the axes that have filters; empty: all of the network.
+    """
+    is_staged = part >= 0
 
     def runs(name: str) -> bool:
-        return not staged or cast(Staged, context.model).uses_parameter(name, part)
+        return not is_staged or cast(Staged, context.model).uses_parameter(name, part)
 
     layout = gates(
         context.model,
         context.axes,
         {name: tensor for name, tensor in counted_tensors(context.model, space.measure).items() if runs(name)},
         axes or [axis.key for axis in context.axes.units()],
-        cast(Staged, context.model).required_groups() if staged else [*candidates_in(context.model).values()],
+        cast(Staged, context.model).required_groups() if is_staged else [*candidates_in(context.model).values()],
         runs,
         space.measure,
         space.prices,
@@ -164,32 +170,35 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
 
 
 def iterate_spans(layout: Gates) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Yield each axis key with the place of its first filter, its number of filters, and the least number it keeps."""
+    """Yield (axis key, (index of its first filter, its number of filters, the least number of them that it keeps))."""
     return zip(layout.levels.axes, layout.spans, strict=True)
 
 
-def measure_whole(space: SearchSpace, axes: tuple[str, ...], context: Context) -> float:
-    """Return the size of the whole network with nothing masked, without the classifiers of all stages but the last."""
+def measure_unmasked(space: SearchSpace, axes: tuple[str, ...], context: Context) -> float:
+    """Return the network's size in ``space.measure``, nothing masked, without earlier stages' classifiers.
+
+    ``axes``: as in :func:`build_layout`.
+    """
     layout = build_layout(space, axes, context, space.part(-1))
     ops = layout.alive.float()
     return float(layout.levels.size(ops, ops.new_ones(layout.levels.filters)))
 
 
 def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
-    """Return the size of the trained part under masks, a scalar with the masks' gradients."""
+    """Return the size of the trained part under masks, in the search's measure, a scalar with the masks' gradients."""
     return state.layout.levels.size(masks.ops, masks.filters, masks.weights)
 
 
 def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str, Tensor]:
-    """Return the scales of candidate operations, by name of the parameter that holds them."""
-    sums = candidates_in(context.model)
-    parts, parameters = scale.split([*map(len, sums.values())]), context.parameters()
-    names = [f"{path}.scale".lstrip(".") for path in sums]
+    """Return name of a node's parameter → its operations' part of ``scale``; with ``keep`` times the parameter."""
+    nodes = candidates_in(context.model)
+    parts, parameters = scale.split([*map(len, nodes.values())]), context.parameters()
+    names = [f"{path}.scale".lstrip(".") for path in nodes]
     return {name: parameters[name] * part if keep else part for name, part in zip(names, parts, strict=True)}
 
 
 def rank_evenly(state: SearchState) -> SearchState:
-    """Return the state in which a filter's importance is its place in its axis, so all axes lose the same fraction."""
+    """Return the state with κ by a filter's place in its axis: all axes lose the same fraction, the last first."""
 
     def rank(like: Tensor) -> Tensor:
         n = len(like)

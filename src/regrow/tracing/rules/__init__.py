@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import as_list, module_of, op_name, operand_of, shapes_of, whole
+from regrow.tracing.nodes import as_int, as_list, module_of, op_name, operand_of, shapes_of
 from regrow.tracing.rules import contract, picks, reduce, shapes
 from regrow.tracing.walk import Dims, Rule, Value, Walk, all_dims
 
@@ -27,39 +27,41 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
     ``cautious``: freeze dimensions in data-dependent code, which may run other operations on other data. ``merged``:
     an earlier walk over another recording of the network, into which this one is merged.
     """
-    w = Walk(capture) if merged is None else merged.merging(capture)
-    known = {} if merged is None else {name: merged.of(node) for node, name in merged.capture.states.items()}
+    w = Walk(capture) if merged is None else merged.continue_on(capture)
+    state_dims = {name: merged.of(node) for node, name in merged.capture.states.items()} if merged is not None else {}
     if capture.decisions is not None:
         refusal = capture.refusal or "data decide what the network does"
         w.notes.append(f"recorded from one run, since torch.export refuses: {refusal}; other decisions were not seen")
     for node in capture.graph.nodes:
         if node.op == "placeholder":
-            w.dims[node] = _placeholder(w, node, known)
+            w.dims[node] = _placeholder(w, node, state_dims)
         elif node.op == "output":
             for expr in (expr for out in node.all_input_nodes for expr in all_dims(w.dims[out])):
                 d.freeze(expr, "it is an output of the model")
         elif node.op == "call_function":
-            w.dims[node] = _call(w, node)
+            w.dims[node] = _apply_rule(w, node)
         else:
             w.dims[node] = w.fresh(node)
         if cautious and w.decided:
-            w.passed_on(node)
+            w.freeze_passed_values(node)
     return w
 
 
-def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Value:
+def _placeholder(w: Walk, node: Node, state_dims: Mapping[str, Dims]) -> Value:
+    """Return the dimensions of a placeholder: of a parameter or buffer known or free ones, of others frozen ones."""
     shape = shapes_of(node)
     if isinstance(shape, tuple) and node in w.capture.states:
-        return known.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
+        return state_dims.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
     origin = "a tensor that is no parameter or buffer" if node in w.capture.constants else "the model's input"
     return w.fresh(node, f"it is a dimension of {origin}")
 
 
-def _call(w: Walk, node: Node) -> Value:
+def _apply_rule(w: Walk, node: Node) -> Value:
+    """Return the dimensions of an operation's result by its rule; without one, freeze all that it reads and note it."""
     name = op_name(node)
     if name == "getitem":
         value = w.dims[operand_of(node)]
-        return value[whole(node.args[1])] if isinstance(value, list) else None
+        return value[as_int(node.args[1])] if isinstance(value, list) else None
     rule = RULES.get(name)
     if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         rule = reduce.pointwise
@@ -79,10 +81,12 @@ def _call(w: Walk, node: Node) -> Value:
     return w.fresh(node)
 
 
+# What a rule raises for a form of its operation that it does not know
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def _assert_sizes(node: Node, dims: Value) -> None:
+    """Raise AssertionError or ValueError unless dimensions have the sizes of the node's value."""
     shape = shapes_of(node)
     assert isinstance(dims, list) == isinstance(shape, list)
     for expected, value in zip(as_list(shape), as_list(dims), strict=True):

@@ -8,7 +8,7 @@ from torch.fx.node import Argument
 from regrow.core.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, uncast, whole
+from regrow.tracing.nodes import argument, as_int, module_of, op_name, operand_of, operands_in, uncast
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
 ALIGNED = 16
@@ -18,11 +18,11 @@ ALIGNED = 16
 def linear(w: Walk, node: Node) -> Dims:
     """Rule for linear layers: ties the input's last dimension to ``W``'s second and the bias to its first."""
     x, weight = operand_of(node, 0, "input"), operand_of(node, 1, "weight")
-    _contract(w, node, (x, len(w.of(x)) - 1), (weight, 1))
-    w.role(weight, 0, Role.PRODUCES)
+    _tie_contraction(w, node, (x, len(w.of(x)) - 1), (weight, 1))
+    w.add_role(weight, 0, Role.PRODUCES)
     out = (*w.of(x)[:-1], w.of(weight)[0])
     _add_bias(w, node, argument(node, 2, "bias"), out)
-    w.contracts(node, (x, weight), (*out, w.of(x)[-1]))
+    w.add_contraction(node, (x, weight), (*out, w.of(x)[-1]))
     return out
 
 
@@ -37,9 +37,9 @@ def matmul(w: Walk, node: Node, first: int = 0) -> Dims:
     """Rule for matrix products: ties the summed dimensions of both factors, and batch dimensions by broadcasting."""
     a, b = operand_of(node, first), operand_of(node, first + 1)
     left, right = w.of(a), w.of(b)
-    _contract(w, node, (a, len(left) - 1), (b, max(len(right) - 2, 0)))
+    _tie_contraction(w, node, (a, len(left) - 1), (b, max(len(right) - 2, 0)))
     if len(right) > 1:
-        w.role(b, len(right) - 1, Role.PRODUCES)
+        w.add_role(b, len(right) - 1, Role.PRODUCES)
     out: list[Expr] = []
     batches = left[:-2], right[:-2]
     for i in range(-max(map(len, batches)), 0):
@@ -49,7 +49,7 @@ def matmul(w: Walk, node: Node, first: int = 0) -> Dims:
         out.append(pair[0] if pair else d.ONE)
     out += left[-2:-1] if len(left) > 1 else ()
     out += right[-1:] if len(right) > 1 else ()
-    w.contracts(node, (a, b), (*out, left[-1]))
+    w.add_contraction(node, (a, b), (*out, left[-1]))
     return tuple(out)
 
 
@@ -58,33 +58,35 @@ def einsum(w: Walk, node: Node) -> Dims:
     equation, operands = node.args[:2]
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     tensors = operands_in(operands)
-    terms, result = _letters(equation, [len(w.of(tensor)) for tensor in tensors])
-    known: dict[str, Expr] = {}
+    terms, result = _parse_equation(equation, [len(w.of(tensor)) for tensor in tensors])
+    exprs: dict[str, Expr] = {}
     for tensor, term in zip(tensors, terms, strict=True):
         for letter, expr in zip(term, w.of(tensor), strict=True):
             if term.count(letter) > 1:
                 w.freeze(node, [expr])
-            if d.size(known.get(letter, d.ONE)) == 1:
-                known[letter] = expr
+            if d.size(exprs.get(letter, d.ONE)) == 1:
+                exprs[letter] = expr
             elif d.size(expr) > 1:
-                w.unify(node, known[letter], expr)
-    for letter, expr in known.items():
+                w.unify(node, exprs[letter], expr)
+    for letter, expr in exprs.items():
         holders = {i: tensor for i, tensor in enumerate(tensors) if letter in terms[i]}
         summed = letter not in result and d.size(expr) > 1
-        role = Role.CONSUMES if summed else Role.SCALES if len(holders) > 1 else Role.PRODUCES
-        for i, tensor in holders.items():
-            w.role(tensor, terms[i].index(letter), role)
+        role = Role.SCALES if len(holders) > 1 else Role.PRODUCES
         if summed:
-            first = min(holders.values(), key=lambda tensor: bool(w.source(tensor)))
+            role = Role.CONSUMES
+        for i, tensor in holders.items():
+            w.add_role(tensor, terms[i].index(letter), role)
+        if summed:
+            first = min(holders.values(), key=lambda tensor: bool(w.source(tensor)))  # a computed one, if there is one
             others = [w.source(tensor) for tensor in holders.values() if tensor is not first]
             dim = terms[tensors.index(first)].index(letter)
-            w.reads(node, first, dim, weight=next(filter(None, others), ""))
-    w.contracts(node, tensors if len(tensors) > 1 else (), tuple(known.values()))
-    return tuple(known[letter] for letter in result)
+            w.add_reading(node, first, dim, weight=next(filter(None, others), ""))
+    w.add_contraction(node, tensors if len(tensors) > 1 else (), tuple(exprs.values()))
+    return tuple(exprs[letter] for letter in result)
 
 
-def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Return the letters of each operand and of the result, with an ellipsis replaced by letters."""
+def _parse_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """Return the letters of each operand, and of the result; an ellipsis is replaced by spare letters."""
     assert "->" in equation  # without it, the letters of the result would follow from those of the operands
     left, _, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -94,16 +96,17 @@ def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     return written, right.replace("...", spare[: max(covers)])
 
 
-def _contract(w: Walk, node: Node, *summed: tuple[Node, int]) -> None:
+def _tie_contraction(w: Walk, node: Node, *summed: tuple[Node, int]) -> None:
+    """Tie the dimensions (operand, index) over which two operands are summed; the first reads, both consume."""
     (x, i), (other, k) = summed
     w.unify(node, w.of(x)[i], w.of(other)[k])
-    w.reads(node, x, i, weight=w.source(other))
+    w.add_reading(node, x, i, weight=w.source(other))
     for operand, dim in summed:
-        w.role(operand, dim, Role.CONSUMES)
+        w.add_role(operand, dim, Role.CONSUMES)
 
 
-def _align(w: Walk, node: Node, operand: Node, dims: Dims) -> None:
-    """Tie an operand, whose dimensions of size 1 are broadcast, to the last dimensions of a tensor."""
+def _tie_broadcast(w: Walk, node: Node, operand: Node, dims: Dims) -> None:
+    """Tie an operand to the last of ``dims``, except for its dimensions of size 1, which are broadcast."""
     shape = w.of(operand)
     for expr, other in zip(shape, dims[len(dims) - len(shape) :], strict=True):
         if d.size(expr) > 1:
@@ -111,10 +114,11 @@ def _align(w: Walk, node: Node, operand: Node, dims: Dims) -> None:
 
 
 def _add_bias(w: Walk, node: Node, bias: Argument, out: Dims) -> None:
+    """Tie a bias, if there is one, to the last dimensions of the result."""
     if isinstance(bias, Node):
         for i in range(len(w.of(bias))):
-            w.role(bias, i, Role.SHIFTS)
-        _align(w, node, bias, out)
+            w.add_role(bias, i, Role.SHIFTS)
+        _tie_broadcast(w, node, bias, out)
 
 
 def convolution(w: Walk, node: Node) -> Dims:
@@ -127,20 +131,21 @@ def convolution(w: Walk, node: Node) -> Dims:
         d.freeze(expr, "it is a kernel's extent")
     w.freeze(node, dims[len(dims) - space :])
     transposed = "transpose" in op_name(node)
-    groups = whole(argument(node, 6, "groups") or 1)
-    made = _grouped(w, node, channels, kernel, groups, transposed)
-    w.role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
-    w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
-    if not (groups > 1 and d.size(kernel[1]) == 1 and d.size(kernel[0]) == groups):
-        w.reads(node, x, len(dims) - space - 1, weight=w.source(weight))
-    out = (*batch, made, *(w.frozen(node, n) for n in node.meta["val"].shape[-space:]))
-    _add_bias(w, node, argument(node, 2, "bias"), (made,))
-    w.contracts(node, (weight,), (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
+    groups = as_int(argument(node, 6, "groups") or 1)
+    out_channels = _tie_channels(w, node, channels, kernel, groups, transposed)
+    w.add_role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
+    w.add_role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
+    is_depthwise = groups > 1 and d.size(kernel[1]) == 1 and d.size(kernel[0]) == groups
+    if not is_depthwise:
+        w.add_reading(node, x, len(dims) - space - 1, weight=w.source(weight))
+    out = (*batch, out_channels, *(w.frozen(node, n) for n in node.meta["val"].shape[-space:]))
+    _add_bias(w, node, argument(node, 2, "bias"), (out_channels,))
+    w.add_contraction(node, (weight,), (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
     return out
 
 
-def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, transposed: bool) -> Expr:
-    """Tie the input channels to the kernel and return the output channels."""
+def _tie_channels(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, transposed: bool) -> Expr:
+    """Tie the input channels to the kernel, per group, and return the output channels."""
     first, second = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
     if groups == 1:
         w.unify(node, channels, second)
@@ -163,20 +168,22 @@ def attention(w: Walk, node: Node) -> Dims:
     q, k, v = w.of(query), w.of(operand_of(node, 1)), w.of(operand_of(node, 2))
     w.unify(node, q[-1], k[-1])
     w.unify(node, k[-2], v[-2])
-    d.mark(k[-2], Mark.COMPETED, w.why(node))
+    d.strengthen_mark(k[-2], Mark.COMPETED, w.why(node))
     w.freeze(node, [k[-2]])
     grouped = bool(argument(node, 7, "enable_gqa"))
     for i in range(len(q) - 2):
         w.unify(node, k[i], v[i])
-        repeated = grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i])
-        w.unify(node, q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))) if repeated else k[i])
+        heads = k[i]
+        if grouped and i == len(q) - 3 and d.size(q[i]) != d.size(heads):  # each key serves several queries
+            heads = d.times(heads, d.Leaf(d.size(q[i]) // d.size(heads)))
+        w.unify(node, q[i], heads)
     out = (*q[:-1], v[-1])
     if isinstance(mask := argument(node, 3), Node):
-        _align(w, node, mask, (*q[:-1], k[-2]))
-    w.reads(node, query, len(q) - 1)
+        _tie_broadcast(w, node, mask, (*q[:-1], k[-2]))
+    w.add_reading(node, query, len(q) - 1)
     if argument(node, 6, "scale") is None:
         w.norms.append((node, "scale"))
-    w.contracts(node, (), (*q, k[-2]), (*out, k[-2]))
+    w.add_contraction(node, (), (*q, k[-2]), (*out, k[-2]))
     return out
 
 
@@ -184,7 +191,7 @@ def embedding(w: Walk, node: Node) -> Dims:
     """Rule for embeddings: freezes the vocabulary, and appends ``W``'s second dimension to the index's."""
     table, index = operand_of(node), operand_of(node, 1)
     w.freeze(node, [w.of(table)[0]])
-    w.role(table, 1, Role.PRODUCES)
+    w.add_role(table, 1, Role.PRODUCES)
     if name := w.source(table):
         w.tables.append(name)
     return (*w.of(index), *w.of(table)[1:])
@@ -194,13 +201,13 @@ def grouped_product(w: Walk, node: Node) -> Dims:
     """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
     x, weight, ends = (operand_of(node, i) for i in range(3))
     rows, kernel = w.of(x), w.of(weight)
-    _contract(w, node, (x, 1), (weight, 1))
+    _tie_contraction(w, node, (x, 1), (weight, 1))
     w.unify(node, kernel[0], w.of(ends)[0])
     for expr in kernel[1:]:
-        d.in_multiples(expr, max(1, ALIGNED // node.meta["val"].itemsize))
-    w.role(weight, 0, Role.SCALES)
-    w.role(weight, 2, Role.PRODUCES)
-    w.contracts(node, (weight,), (rows[0], *kernel[1:]))
+        d.require_multiple(expr, max(1, ALIGNED // node.meta["val"].itemsize))
+    w.add_role(weight, 0, Role.SCALES)
+    w.add_role(weight, 2, Role.PRODUCES)
+    w.add_contraction(node, (weight,), (rows[0], *kernel[1:]))
     return (rows[0], kernel[2])
 
 
@@ -210,44 +217,45 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Operation → how many gates, blocks of hidden units, the rows of a weight consist of."""
 
 
-def layers(w: Walk, node: Node) -> Value:
-    """Rule for recurrent layers, of any number of layers and directions: freezes time, ties weights and states."""
+def recurrent(w: Walk, node: Node) -> Value:
+    """Rule for recurrent layers: freezes time, ties weights and states; returns output, last h and, of an LSTM, c."""
     assert getattr(node.target, "_overloadname", "") != "data" and len(node.args) == 9  # not for packed sequences
     x, states, params = operand_of(node), operands_in(node.args[1]), operands_in(node.args[2])
-    biased, count, both, batch_first = (whole(node.args[i]) for i in (3, 4, 7, 8))
-    ways = 2 if both else 1
-    each = len(params) // (count * ways)
+    biased, count, bidirectional, batch_first = (as_int(node.args[i]) for i in (3, 4, 7, 8))
+    directions = 2 if bidirectional else 1
+    each = len(params) // (count * directions)  # parameters per layer and direction
     *lead, read = w.of(x)
     time, batch = lead[::-1] if batch_first else lead
     w.freeze(node, [time])
     w.unify(node, batch, w.of(states[0])[1])
     results: list[Expr] = []
     hidden: list[Expr] = []
-    for i in range(count * ways):
+    for i in range(count * directions):
         weights = params[i * each : (i + 1) * each]
-        units, result = _tied(w, node, GATES[op_name(node)], weights, bool(biased), read, lead)
+        units, result = _tie_direction(w, node, GATES[op_name(node)], weights, bool(biased), read, lead)
         hidden.append(units)
         results.append(result)
-        operand, dim = (weights[0], 1) if i >= ways else (x, len(lead))
-        w.reads(node, operand, dim, weight=w.source(weights[0]))
-        if (i + 1) % ways == 0:
-            read = d.plus(*results[-ways:])
-    parts = [results, hidden][: len(states)]
+        # The input of later layers is no tensor of the graph: it can only be masked in the weight.
+        operand, dim = (weights[0], 1) if i >= directions else (x, len(lead))
+        w.add_reading(node, operand, dim, weight=w.source(weights[0]))
+        if (i + 1) % directions == 0:
+            read = d.plus(*results[-directions:])
+    parts = [results, hidden][: len(states)]  # of h and, in an LSTM, c
     for units_of in parts:
         w.equal += [(units_of[0], other, w.why(node)) for other in units_of[1:]]
     for state, units_of in zip(states, parts, strict=True):
-        _begin(w, node, state, units_of)
-    return [(*lead, read), *(_stacked(w, node, i, batch, units_of) for i, units_of in enumerate(parts, 1))]
+        _tie_initial_state(w, node, state, units_of)
+    return [(*lead, read), *(_final_state(w, node, i, batch, units_of) for i, units_of in enumerate(parts, 1))]
 
 
-def cell(w: Walk, node: Node) -> Value:
-    """Rule for recurrent cells: one step of a layer."""
+def recurrent_cell(w: Walk, node: Node) -> Value:
+    """Rule for recurrent cells, one step of a layer: ties weights and states; returns h and, of an LSTM, c."""
     _, state, *params = [*node.args, *node.kwargs.values()]
     x, states, weights = operand_of(node), operands_in(state), operands_in(params)
     batch, read = w.of(x)
     gates = GATES[op_name(node).removesuffix("_cell")]
-    units, _ = _tied(w, node, gates, weights, len(weights) > 2, read, [batch])
-    w.reads(node, x, 1, weight=w.source(weights[0]))
+    units, _ = _tie_direction(w, node, gates, weights, len(weights) > 2, read, [batch])
+    w.add_reading(node, x, 1, weight=w.source(weights[0]))
     out = (batch, units)
     for before in states:
         for expr, other in zip(w.of(before), out, strict=True):
@@ -255,49 +263,49 @@ def cell(w: Walk, node: Node) -> Value:
     return [out, out] if len(states) > 1 else out
 
 
-def _tied(
+def _tie_direction(
     w: Walk, node: Node, gates: int, params: Sequence[Node], biased: bool, read: Expr, lead: Sequence[Expr]
 ) -> tuple[Expr, Expr]:
-    """Tie the weights of a layer's direction to one another and its input; return its hidden units and its output."""
-    inner, back, *rest = params
+    """Tie the weights of a layer's direction to its input ``read``; return its hidden units and its output."""
+    weight_ih, weight_hh, *rest = params
     biases, projection = rest[: 2 * biased], rest[2 * biased :]
-    units = d.Leaf(d.size(w.of(inner)[0]) // gates)
+    units = d.Leaf(d.size(w.of(weight_ih)[0]) // gates)
     rows = d.times(w.frozen(node, gates), units)
-    for param in (inner, back, *biases):
+    for param in (weight_ih, weight_hh, *biases):
         w.unify(node, w.of(param)[0], rows)
-        w.role(param, 0, Role.SHIFTS if param in biases else Role.PRODUCES)
+        w.add_role(param, 0, Role.SHIFTS if param in biases else Role.PRODUCES)
     result: Expr = units
     for param in projection:
         result = w.of(param)[0]
         w.unify(node, w.of(param)[1], units)
-        w.role(param, 0, Role.PRODUCES)
-        w.role(param, 1, Role.CONSUMES)
-        w.reads(node, param, 1, weight=w.source(param))
-    w.unify(node, w.of(inner)[1], read)
-    w.unify(node, w.of(back)[1], result)
-    w.role(inner, 1, Role.CONSUMES)
-    w.role(back, 1, Role.CONSUMES)
+        w.add_role(param, 0, Role.PRODUCES)
+        w.add_role(param, 1, Role.CONSUMES)
+        w.add_reading(node, param, 1, weight=w.source(param))
+    w.unify(node, w.of(weight_ih)[1], read)
+    w.unify(node, w.of(weight_hh)[1], result)
+    w.add_role(weight_ih, 1, Role.CONSUMES)
+    w.add_role(weight_hh, 1, Role.CONSUMES)
     # Reads inside the fused operation can only be masked in the weights.
-    w.reads(node, back, 1, weight=w.source(back))
-    weights = (inner, back, *projection)
-    w.contracts(node, weights, *((*lead, *w.of(param)) for param in weights))
+    w.add_reading(node, weight_hh, 1, weight=w.source(weight_hh))
+    weights = (weight_ih, weight_hh, *projection)
+    w.add_contraction(node, weights, *((*lead, *w.of(param)) for param in weights))
     return units, result
 
 
-def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
+def _tie_initial_state(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
     """Tie an initial state ``[layers × directions, batch, units]`` to the units that start from it."""
-    held = w.stacked.get(state)
-    if held is None:
-        held = [w.of(state)[-1]] * (1 if op_name(uncast(state)) in _ALIKE else len(parts))
-    for expr, part in zip(held, parts, strict=False):
+    units = w.stacked.get(state)
+    if units is None:
+        units = [w.of(state)[-1]] * (1 if op_name(uncast(state)) in _ALIKE else len(parts))
+    for expr, part in zip(units, parts, strict=False):
         w.unify(node, expr, part)
 
 
-def _stacked(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr]) -> Dims:
+def _final_state(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr]) -> Dims:
     """Return the dimensions of a last state; units of several layers are tied unless each layer's is selected alone."""
     results = [user for user in node.users if user.args[1] == position]
     for result in results if len(parts) > 1 else ():
-        if all(_is_picked(user, result) for user in result.users):
+        if all(_is_per_layer(user, result) for user in result.users):
             w.stacked[result] = parts
         else:
             for other in parts[1:]:
@@ -305,10 +313,10 @@ def _stacked(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr])
     return (w.frozen(node, len(parts)), batch, parts[0])
 
 
-def _is_picked(user: Node, state: Node) -> bool:
+def _is_per_layer(user: Node, state: Node) -> bool:
     """Whether an operation selects one layer's state, or starts a layer from all of them."""
     if op_name(user) == "select":
-        return whole(user.args[1]) == 0
+        return as_int(user.args[1]) == 0
     return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]
 
 
@@ -324,6 +332,6 @@ RULES: dict[Rule, str] = {
     embedding: "embedding",
     einsum: "einsum",
     grouped_product: "_grouped_mm grouped_mm_fallback",
-    layers: " ".join(GATES),
-    cell: " ".join(f"{name}_cell" for name in GATES),
+    recurrent: " ".join(GATES),
+    recurrent_cell: " ".join(f"{name}_cell" for name in GATES),
 }

@@ -10,14 +10,14 @@ from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import (
     ALIASES,
     argument,
+    as_int,
+    as_ints,
     as_list,
     module_of,
     op_name,
     operand_of,
     result_shapes,
     shapes_of,
-    whole,
-    wholes,
 )
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
@@ -35,12 +35,12 @@ def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
     for arg in operands:
         dims = w.of(arg)
         for i, expr in enumerate(dims):
-            at = rank - len(dims) + i
-            w.role(arg, i, role)
-            if d.size(out[at]) == 1:
-                out[at] = expr
+            index = rank - len(dims) + i
+            w.add_role(arg, i, role)
+            if d.size(out[index]) == 1:
+                out[index] = expr
             elif d.size(expr) > 1:
-                w.unify(node, out[at], expr)
+                w.unify(node, out[index], expr)
     return tuple(out)
 
 
@@ -49,64 +49,65 @@ def prelu(w: Walk, node: Node) -> Dims:
     slope, dims = operand_of(node, 1), w.first(node)
     slopes = w.of(slope)
     if slopes and d.size(slopes[0]) > 1:
-        w.role(slope, 0, Role.SCALES)
+        w.add_role(slope, 0, Role.SCALES)
         w.unify(node, dims[min(1, len(dims) - 1)], slopes[0])
     return dims
 
 
-def _over(w: Walk, node: Node, position: int = 1) -> list[int]:
-    """Return the dimensions that an operation runs over; all of them if it names none."""
+def _reduced_dims(w: Walk, node: Node, position: int = 1) -> list[int]:
+    """Return the indices of the dimensions that an operation runs over; all of them if it names none."""
     rank = len(w.first(node))
     over = argument(node, position, "dim", "dims")
-    return list(range(rank)) if over is None or over == [] else [axis % rank for axis in wholes(over)]
+    return list(range(rank)) if over is None or over == [] else [axis % rank for axis in as_ints(over)]
 
 
-def _left(w: Walk, node: Node, over: list[int]) -> Dims:
+def _result_dims(w: Walk, node: Node, over: list[int]) -> Dims:
+    """Return the dimensions of a reduction's result: without those in ``over``, or with size 1 there (``keepdim``)."""
     dims = w.first(node)
-    kept = len(result_shapes(node)[0]) == len(dims)
-    return tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if kept or i not in over)
+    keepdim = len(result_shapes(node)[0]) == len(dims)
+    return tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if keepdim or i not in over)
 
 
 def total(w: Walk, node: Node) -> Dims:
     """Rule for sums and means: dropped units count as 0; a mean's divisor needs a fold (found later)."""
-    over = _over(w, node)
+    over = _reduced_dims(w, node)
     free = [i for i in over if d.is_free(w.first(node)[i])]
     for i in free:
-        w.reads(node, operand_of(node), i)
+        w.add_reading(node, operand_of(node), i)
     if free and op_name(node) == "mean":
         w.norms.append((node, "mean"))
-    return _left(w, node, over)
+    return _result_dims(w, node, over)
 
 
-def _measure(w: Walk, node: Node, over: list[int]) -> None:
-    """Read dimensions as vector norms do: for orders 1 and 2 dropped units count as 0; others freeze the dimension."""
+def _read_by_norm(w: Walk, node: Node, over: list[int]) -> None:
+    """Record that a vector norm reads dimensions: of orders 1 and 2 dropped units count as 0; others freeze them."""
     order = node.args[1] if len(node.args) > 1 else 2
     for i in over:
         if order in (1, 2):
-            w.reads(node, operand_of(node), i)
+            w.add_reading(node, operand_of(node), i)
         else:
             w.freeze(node, [w.first(node)[i]])
 
 
 def vector_norm(w: Walk, node: Node) -> Dims:
-    """Rule for vector norms."""
-    over = _over(w, node, 2)
-    _measure(w, node, over)
-    return _left(w, node, over)
+    """Rule for vector norms: of orders 1 and 2 dropped units count as 0; others freeze the dimensions."""
+    over = _reduced_dims(w, node, 2)
+    _read_by_norm(w, node, over)
+    return _result_dims(w, node, over)
 
 
 def renorm(w: Walk, node: Node) -> Dims:
     """Rule for ``renorm``, which scales each slice by its norm: reads the other dimensions as a vector norm does."""
-    dims, along = w.first(node), _over(w, node, 2)
-    _measure(w, node, [i for i in range(len(dims)) if i not in along])
+    dims, along = w.first(node), _reduced_dims(w, node, 2)
+    _read_by_norm(w, node, [i for i in range(len(dims)) if i not in along])
     return dims
 
 
 def softmax(w: Walk, node: Node) -> Dims:
     """Rule for softmax: marks the dimension as competed; dropped units count as −∞."""
-    for i in _over(w, node):
-        d.mark(w.first(node)[i], Mark.COMPETED, w.why(node))
-        w.reads(node, operand_of(node), i, -inf)
+    for i in _reduced_dims(w, node):
+        d.strengthen_mark(w.first(node)[i], Mark.COMPETED, w.why(node))
+        w.add_reading(node, operand_of(node), i, -inf)
     return w.first(node)
 
 
@@ -114,25 +115,25 @@ def extreme(w: Walk, node: Node) -> Value:
     """Rule for maxima and minima: dropped units count as ∓∞; used positions freeze it."""
     if len(node.args) > 1 and isinstance(node.args[1], Node):
         return pointwise(w, node)
-    over, dims = _over(w, node), w.first(node)
+    over, dims = _reduced_dims(w, node), w.first(node)
     fill = inf if op_name(node) in ("amin", "min") else -inf
     several = isinstance(shapes_of(node), list)
     if several and any(user.args[1] == 1 and user.users for user in node.users):
         w.freeze(node, (dims[i] for i in over))
     for i in over:
-        d.mark(dims[i], Mark.COMPETED, w.why(node))
-        w.reads(node, operand_of(node), i, fill)
-    left = _left(w, node, over)
+        d.strengthen_mark(dims[i], Mark.COMPETED, w.why(node))
+        w.add_reading(node, operand_of(node), i, fill)
+    left = _result_dims(w, node, over)
     return [left, left] if several else left
 
 
 def ordered(w: Walk, node: Node) -> Value:
     """Rule for operations that depend on the order or number of entries (sort, var, flip): freezes the dimension."""
     dims, name = w.first(node), op_name(node)
-    position = 2 if name in ("kthvalue", "roll", "diff") else 1
+    position = 2 if name in ("kthvalue", "roll", "diff") else 1  # of the argument that names the dimension
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     last = name in ("sort", "argsort", "kthvalue", "median", "mode") and not named
-    over = [len(dims) - 1] if last else _over(w, node, position)
+    over = [len(dims) - 1] if last else _reduced_dims(w, node, position)
     w.freeze(node, (dims[i] for i in over))
     shapes = as_list(shapes_of(node))
     if shapes[0] != tuple(map(d.size, dims)):
@@ -148,48 +149,48 @@ def batch_norm(w: Walk, node: Node) -> Dims:
     roles = (Role.SCALES, Role.SHIFTS, Role.SHIFTS, Role.SCALES)  # gain, bias, running mean and variance
     for role, arg in zip(roles, node.args[1:5], strict=False):
         if isinstance(arg, Node):
-            w.role(arg, 0, role)
+            w.add_role(arg, 0, role)
             w.unify(node, dims[1], w.of(arg)[0])
     return dims
 
 
 def norm(w: Walk, node: Node) -> Dims:
     """Rule for layer norm, taken over the kept units (restated), and root-mean-square norm, divided by their number."""
-    dims, rank, root = w.first(node), len(wholes(node.args[1])), op_name(node) == "rms_norm"
+    dims, rank, root = w.first(node), len(as_ints(node.args[1])), op_name(node) == "rms_norm"
     over = dims[len(dims) - rank :]
-    _gains(w, node, over)
+    _tie_affine(w, node, over)
     if rank == 1:
-        w.literal(node, d.size(over[0]), over[0], last=True)
+        w.add_literal(node, d.size(over[0]), over[0], last=True)
     else:
         w.freeze(node, over)
     for i, expr in enumerate(over, len(dims) - rank):
-        d.mark(expr, Mark.FOLDED if root else Mark.RESTATED, w.why(node))
-        w.reads(node, operand_of(node), i, 0.0 if root else None)
+        d.strengthen_mark(expr, Mark.FOLDED if root else Mark.RESTATED, w.why(node))
+        w.add_reading(node, operand_of(node), i, 0.0 if root else None)
     if root:
         w.norms.append((node, "rms_norm"))
     return dims
 
 
-def _gains(w: Walk, node: Node, over: Dims) -> None:
+def _tie_affine(w: Walk, node: Node, over: Dims) -> None:
     """Tie a norm's gain and bias to the dimensions that it runs over."""
     for arg, role in zip(node.args[2:4], (Role.SCALES, Role.SHIFTS), strict=False):
         if isinstance(arg, Node):
             for i, (expr, gain) in enumerate(zip(over, w.of(arg), strict=True)):
-                w.role(arg, i, role)
+                w.add_role(arg, i, role)
                 w.unify(node, expr, gain)
 
 
 def group_norm(w: Walk, node: Node) -> Dims:
     """Rule for group norm: whole groups can be cut; inside a group the norm is taken over kept units (restated)."""
-    groups, dims = whole(node.args[1]), w.first(node)
+    groups, dims = as_int(node.args[1]), w.first(node)
     group, inner = d.new(groups), d.new(d.size(dims[1]) // groups)
     channels = d.times(group, inner)
     w.unify(node, dims[1], channels)
-    _gains(w, node, (channels,))
-    d.mark(inner, Mark.RESTATED, w.why(node))
+    _tie_affine(w, node, (channels,))
+    d.strengthen_mark(inner, Mark.RESTATED, w.why(node))
     if groups > 1:
         w.groups.append((module_of(node), group))
-    w.reads(node, operand_of(node), 1, None, groups=group)
+    w.add_reading(node, operand_of(node), 1, None, groups=group)
     return dims
 
 

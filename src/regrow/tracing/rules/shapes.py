@@ -9,7 +9,9 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import (
     argument,
-    axis_of,
+    as_int,
+    as_ints,
+    dim_index,
     op_name,
     operand_of,
     operands_in,
@@ -17,8 +19,6 @@ from regrow.tracing.nodes import (
     result_shapes,
     shape_of,
     shapes_of,
-    whole,
-    wholes,
 )
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
@@ -27,20 +27,21 @@ def reshape(w: Walk, node: Node) -> Dims:
     """Rule for reshapes: neighbouring dimensions are grouped so that sizes match, and tied as products."""
     dims, shape = w.first(node), shape_of(node)
     why = w.why(node)
-    filled = iter(_regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why))
+    filled = iter(_group_to_shape([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why))
     result = tuple(d.ONE if n == 1 else next(filled) for n in shape)
     if op_name(node) == "unflatten":
-        numbers = [0] * axis_of(node, 1, len(dims)) + wholes(node.args[2])
+        numbers = [0] * dim_index(node, 1, len(dims)) + as_ints(node.args[2])
     else:
         sizes = argument(node, 1)
-        numbers = wholes(sizes) if isinstance(sizes, list | tuple) else []
+        numbers = as_ints(sizes) if isinstance(sizes, list | tuple) else []
     for i, (number, expr) in enumerate(zip(numbers, result, strict=False)):
         if number > 1:
-            w.literal(node, number, expr, last=i == len(numbers) - 1)
+            w.add_literal(node, number, expr, last=i == len(numbers) - 1)
     return result
 
 
-def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
+def _group_to_shape(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
+    """Return dimensions of the sizes ``shape``, as products of ``dims`` and factors of them; empties both lists."""
     if 0 in shape or not all(map(d.size, dims)):
         return [d.frozen(n, why) for n in shape]
     out: list[Expr] = []
@@ -51,8 +52,8 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
                 left.append(dims.pop(0))
             else:
                 right.append(shape.pop(0))
-        whole = d.times(*left)
-        out += [whole] if len(right) == 1 else d.split_product(whole, right, why)
+        product = d.times(*left)
+        out += [product] if len(right) == 1 else d.split_product(product, right, why)
     return out
 
 
@@ -67,14 +68,14 @@ def transpose(w: Walk, node: Node) -> Dims:
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """Rule for ``unsqueeze``: inserts a dimension of size 1."""
     dims = list(w.first(node))
-    dims.insert(whole(node.args[1]) % (len(dims) + 1), d.ONE)
+    dims.insert(as_int(node.args[1]) % (len(dims) + 1), d.ONE)
     return tuple(dims)
 
 
 def squeeze(w: Walk, node: Node) -> Dims:
     """Rule for ``squeeze``: removes dimensions of size 1."""
     dims = w.first(node)
-    named = [i % len(dims) for i in wholes(node.args[1])] if len(node.args) > 1 else range(len(dims))
+    named = [i % len(dims) for i in as_ints(node.args[1])] if len(node.args) > 1 else range(len(dims))
     return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
 
 
@@ -82,7 +83,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
     """Rule for ``cat``: the joined dimension is the sum of its parts; the others are tied."""
     operands = operands_in(node.args[0])
     parts = [operand for operand in operands if shape_of(operand) != (0,)] or operands
-    axis = axis_of(node, 1, len(shape_of(parts[0])))
+    axis = dim_index(node, 1, len(shape_of(parts[0])))
     dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
     out = list(dims[0])
     for other in dims[1:]:
@@ -100,7 +101,7 @@ def stack(w: Walk, node: Node) -> Dims:
     for part in parts[1:]:
         for a, b in zip(out, w.of(part), strict=True):
             w.unify(node, a, b)
-    out.insert(axis_of(node, 1, len(out) + 1), w.frozen(node, len(parts)))
+    out.insert(dim_index(node, 1, len(out) + 1), w.frozen(node, len(parts)))
     return tuple(out)
 
 
@@ -111,7 +112,7 @@ def split(w: Walk, node: Node) -> Value:
     why = w.why(node)
     pieces, rest = [], dims[axis]
     for length in lengths[:-1]:
-        piece, rest = d.halves(rest, length, why)
+        piece, rest = d.split_at(rest, length, why)
         pieces.append(piece)
     pieces.append(rest)
     for a, b in pairwise(pieces) if op_name(node) != "split_with_sizes" else ():
@@ -120,64 +121,65 @@ def split(w: Walk, node: Node) -> Value:
         else:
             w.freeze(node, [dims[axis]])
     for length, piece in zip(lengths, pieces, strict=True):
-        w.literal(node, length, piece)
-    return [exchanged(dims, axis, piece) for piece in pieces]
+        w.add_literal(node, length, piece)
+    return [replace_dim(dims, axis, piece) for piece in pieces]
 
 
-def exchanged(dims: Dims, axis: int, *exprs: Expr) -> Dims:
-    """Return dimensions with one replaced."""
+def replace_dim(dims: Dims, axis: int, *exprs: Expr) -> Dims:
+    """Return dimensions with that at index ``axis`` replaced by ``exprs``; removed if there are none."""
     return (*dims[:axis], *exprs, *dims[axis + 1 :])
 
 
-def piece(w: Walk, node: Node) -> Dims:
+def narrow(w: Walk, node: Node) -> Dims:
     """Rule for slices: cuts a dimension into the slice and the rest; a step other than 1 freezes it."""
     dims, axis = w.along(node, 1)
     n = d.size(dims[axis])
-    start, end = bounds(node)
-    step = whole(node.args[4]) if len(node.args) > 4 else 1
+    start, end = slice_bounds(node)
+    step = as_int(node.args[4]) if len(node.args) > 4 else 1
     if start == 0 and end == n and step == 1:
         return dims
     if start >= end:
-        return exchanged(dims, axis, w.frozen(node, 0))
+        return replace_dim(dims, axis, w.frozen(node, 0))
     if step != 1 or not d.is_free(dims[axis]):
-        return pick(w, node, axis)
+        return freeze_picked(w, node, axis)
     why = w.why(node)
-    before, rest = d.halves(dims[axis], start, why) if start else (d.ONE, dims[axis])
+    before, rest = d.split_at(dims[axis], start, why) if start else (d.ONE, dims[axis])
     if start:
         w.starts[node] = before
-    middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
-    if n == 2 * (end - start) and (start == 0 or end == n) and not _cut_elsewhere(node, axis, end - start):
+    middle, after = d.split_at(rest, end - start, why) if end < n else (rest, d.ONE)
+    # two halves must keep equally many units, as the pieces of a split
+    if n == 2 * (end - start) and (start == 0 or end == n) and not _has_other_cuts(node, axis, end - start):
         other = after if start == 0 else before
         w.equal.append((middle, other, why))
     for number in (start, end, end - start):
         if number > 1:
-            w.literal(node, number, middle if number == end - start else before)
-    return exchanged(dims, axis, middle)
+            w.add_literal(node, number, middle if number == end - start else before)
+    return replace_dim(dims, axis, middle)
 
 
-def pick(w: Walk, node: Node, axis: int) -> Dims:
+def freeze_picked(w: Walk, node: Node, axis: int) -> Dims:
     """Freeze a dimension from which an operation picks entries, and return the dimensions of its result."""
     dims = w.first(node)
     w.freeze(node, [dims[axis]])
-    return exchanged(dims, axis, w.frozen(node, shape_of(node)[axis]))
+    return replace_dim(dims, axis, w.frozen(node, shape_of(node)[axis]))
 
 
-def _cut_elsewhere(node: Node, axis: int, half: int) -> bool:
+def _has_other_cuts(node: Node, axis: int, half: int) -> bool:
     """Whether other slices of the same dimension cut it into more than two halves."""
     rank = len(shape_of(operand_of(node)))
     alike = [user for user in operand_of(node).users if op_name(user) == op_name(node) and len(user.args) > 1]
-    ends = [end for user in alike if axis_of(user, 1, rank) == axis for end in bounds(user)]
+    ends = [end for user in alike if dim_index(user, 1, rank) == axis for end in slice_bounds(user)]
     return not {0, half, 2 * half}.issuperset(ends)
 
 
-def bounds(node: Node) -> tuple[int, int]:
+def slice_bounds(node: Node) -> tuple[int, int]:
     """Return the first index of a slice and the index behind its last."""
     shape = shape_of(operand_of(node))
-    n = shape[axis_of(node, 1, len(shape))]
+    n = shape[dim_index(node, 1, len(shape))]
     if op_name(node) == "narrow":
-        start = whole(node.args[2]) % n
-        return start, start + whole(node.args[3])
-    first, end = (None if value is None else whole(value) for value in (argument(node, 2), argument(node, 3)))
+        start = as_int(node.args[2]) % n
+        return start, start + as_int(node.args[3])
+    first, end = (None if value is None else as_int(value) for value in (argument(node, 2), argument(node, 3)))
     return slice(first, end).indices(n)[:2]
 
 
@@ -193,7 +195,7 @@ def pixel_shuffle(w: Walk, node: Node) -> Dims:
 def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
     dims = w.first(node)
-    outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)
+    outer = len(dims) - {"1d": 1, "3d": 3}.get(op_name(node)[-2:], 2)  # without the dimensions of space
     w.freeze(node, dims[outer:])
     out: list[Dims | None] = [
         (*dims[:outer], *(w.frozen(node, n) for n in shape[outer:])) for shape in result_shapes(node)
@@ -210,12 +212,12 @@ def triangle(w: Walk, node: Node) -> Dims:
 def glu(w: Walk, node: Node) -> Dims:
     """Rule for GLU, where the second half gates the first: ties both halves, unit by unit."""
     dims, axis = w.along(node, 1, -1)
-    first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node))
+    first, second = d.split_at(dims[axis], d.size(dims[axis]) // 2, w.why(node))
     w.unify(node, first, second)
-    return exchanged(dims, axis, first)
+    return replace_dim(dims, axis, first)
 
 
-def frozen_whole(w: Walk, node: Node) -> Value:
+def freeze_operand(w: Walk, node: Node) -> Value:
     """Freeze all dimensions of the operand and return new frozen ones for the result."""
     w.freeze(node, w.first(node))
     return w.fresh(node)
@@ -229,7 +231,7 @@ RULES: dict[Rule, str] = {
     concatenate: "cat concat concatenate",
     stack: "stack",
     split: "split split_with_sizes chunk tensor_split",
-    piece: "slice narrow",
+    narrow: "slice narrow",
     pixel_shuffle: "pixel_shuffle",
     per_channel: (
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ from regrow.methods.continual.sparsegrow.gate import SparseGrowState
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery import fit_new_units
 from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
-from regrow.training.hooks import draw_rows, offer_rows
+from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -52,10 +52,11 @@ from regrow.training.learner import (
     Loss,
     Replacements,
     Step,
-    flags_along,
+    make_mask,
     set_train_mode,
 )
 
+COLLAPSED = 0.01  # the thresholds of a weight are reset to 0 where at most this fraction of its entries is kept
 CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed; gate: Kao et al. (2021), Ritter et al. (2018)"
 
 
@@ -139,14 +140,15 @@ def build(settings: Settings) -> Learner[SparseGrowState]:
 
 
 def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boundary) -> SparseGrowState:
+    """Start and end tasks, prepare the gates, and initialise new units; return the new state."""
     set_train_mode(state, context, boundary)
     match boundary.event:
         case Event.TASK_START:
-            return _freeze(s, state if context.number else _start(s, state, context), context)
+            return _prepare_gates(s, state if context.number else _start(s, state, context), context)
         case Event.PLAN_APPLIED if boundary.plan and boundary.plan.origin.get("method") == "sparsegrow":
             return _initialise_new_units(s, state, context, boundary.plan)
         case Event.RESUME | Event.PLAN_APPLIED:  # a plan from elsewhere
-            return _freeze(s, state, context)
+            return _prepare_gates(s, state, context)
         case Event.EPOCH_END:
             gate.apply_gates(state, context)
         case Event.TASK_END:
@@ -155,17 +157,18 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
 
 
 def _start(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Initialise thresholds and ownership at the start of the first task, when nothing is owned."""
-    units, threshold = 1 if s.threshold == "dst" else 0, {}
+    """Return the state at the start of the first task: thresholds 0, and nothing is owned."""
+    dims = 1 if s.threshold == "dst" else 0  # one threshold per unit, or per weight
+    threshold = {}
     for name in context.weights if s.threshold != "none" else ():
-        zeros = torch.zeros(context.parameters()[name].shape[:units], device=context.device)
-        threshold[name] = AxisTensor(zeros, context.axes.shapes[name][:units], s.lr)
-    owned = {name: flags_along(context, name) for name in context.parameters()}
+        zeros = torch.zeros(context.parameters()[name].shape[:dims], device=context.device)
+        threshold[name] = AxisTensor(zeros, context.axes.shapes[name][:dims], s.lr)
+    owned = {name: make_mask(context, name) for name in context.parameters()}
     return replace(state, base=context.axes.sizes(), owned=owned, threshold=threshold)
 
 
 def _mask(s: Settings, state: SparseGrowState, context: Context) -> Replacements:
-    """W ∘ [|W| ≥ t or owned] in the place of W."""
+    """Return W ∘ [|W| ≥ t or owned] for each weight W with thresholds; unless they are DST's, write it into W."""
     if not context.training:
         return Replacements()
     if s.threshold == "dst":
@@ -175,13 +178,13 @@ def _mask(s: Settings, state: SparseGrowState, context: Context) -> Replacements
                 masked[name] = apply_threshold(parameter, state.threshold[name].values, state.owned[name].values)
         return Replacements(masked)
     with torch.no_grad():  # as in AdaptCL's code: what is pruned is 0 at once, and the loss trains no threshold
-        for _, weight, _, kept in state.thresholded(context):
-            weight.mul_(kept)
+        for thresholded in state.thresholded(context):
+            thresholded.weight.mul_(thresholded.kept)
     return Replacements()
 
 
 def _replays_classes(s: Settings, context: Context) -> bool:
-    """Whether a memory holds examples of classes that came before."""
+    """Whether examples are replayed, and predictions are made among some classes only."""
     return bool(s.memory) and context.classes is not None
 
 
@@ -190,22 +193,24 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     batch = step.batch
     classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
     loss = F.cross_entropy(among(context.logits(batch.inputs), classes), batch.labels)
-    rows = draw_rows(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
+    rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
     if rows:
         loss = loss + F.cross_entropy(context.replay_logits(rows["inputs"], rows["labels"]), rows["labels"])
     for name in context.weights:
         if name in state.threshold:
             penalty = torch.exp(-state.threshold[name].values)
-            if penalty.dim() and (old := state.old.get(name)) is not None:
+            old = state.old.get(name)
+            if penalty.dim() and old is not None:
                 penalty = penalty * torch.where(old.values, 1.0, s.new_unit_penalty)
             loss = loss + s.alpha * penalty.sum()
     return Loss(loss, bool(rows))
 
 
 def _protect_gradients(state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
-    for name, (held, _) in state.frozen.items():
+    """Set the gradients of frozen entries to 0, in place."""
+    for name, (is_frozen, _) in state.frozen.items():
         if (gradient := context.model.get_parameter(name).grad) is not None:
-            gradient.masked_fill_(held, 0.0)
+            gradient.masked_fill_(is_frozen, 0.0)
     return state
 
 
@@ -215,70 +220,76 @@ def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: 
     if state.gates and state.steps % s.every == 0:
         gate.apply_gates(state, context)
     with torch.no_grad():
-        for name, (held, value) in state.frozen.items():
+        for name, (is_frozen, value) in state.frozen.items():
             parameter = context.model.get_parameter(name)
-            torch.where(held, value, parameter, out=parameter)
+            torch.where(is_frozen, value, parameter, out=parameter)
     if not s.memory:
         return state
     state = replace(state, recalled=state.recalled + step.aux)
     if context.epoch:
         return state
     rows = {"inputs": step.batch.inputs, "labels": step.batch.labels}
-    stored = offer_rows(state.rows, state.seen, context, s.memory, rows)
-    return replace(state, inputs=stored["inputs"], labels=stored["labels"], seen=state.seen + len(step.batch))
+    memory: dict[str, Any] = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
+    return replace(state, **memory, seen=state.seen + len(step.batch))
 
 
 def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
-    """Plan to widen the axes that are short of free weights, at the start of the late phase."""
-    if context.applied:
+    """Reset collapsed thresholds, in place; at the start of the late phase, plan to widen axes short of free weights.
+
+    An axis that ``cap`` does not let grow is left out.
+    """
+    if context.plans_applied:  # the hook is called until there is no plan
         return None, state
     with torch.no_grad():
-        for _, _, threshold, kept in state.thresholded(context):
-            if float(kept.double().mean()) <= 0.01:  # next to nothing is left of the weight
-                threshold.zero_()
-    first = context.epochs - max(1, round(s.late_phase * context.epochs))
-    if s.grow == "never" or context.epoch != first:
+        for thresholded in state.thresholded(context):
+            if float(thresholded.kept.double().mean()) <= COLLAPSED:
+                thresholded.threshold.zero_()
+    late_start = context.epochs - max(1, round(s.late_phase * context.epochs))
+    if s.grow == "never" or context.epoch != late_start:
         return None, state
     free = {axis: _free_share(s, state, axis, context) for axis in growable_axes(context.axes)}
-    limit = 1.0 if s.grow == "always" else s.min_free
-    short = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
-    wanted = growth(context.axes, short, state.base, share=s.width, multiple=s.multiple, cap=s.cap)
-    if not wanted:
+    limit = 1.0 if s.grow == "always" else s.min_free  # always: wherever any capacity is used
+    exhausted = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
+    added = growth(context.axes, exhausted, state.base, share=s.width, multiple=s.multiple, cap=s.cap)
+    if not added:
         return None, state
-    old = {}
+    old = {}  # all True now; new units get False when the plan is applied, which tells them apart
     for name in context.weights:
         parameter = context.model.get_parameter(name)
-        flags = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
-        old[name] = AxisTensor(flags, context.axes.shapes[name][:1])
+        ones = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+        old[name] = AxisTensor(ones, context.axes.shapes[name][:1])  # along the output dimension
     fill = Fill("zero_out", seed=s.seed)
-    return Plan.growing(context.axes, wanted, fill, origin={"method": "sparsegrow"}), replace(state, old=old)
+    return Plan.growing(context.axes, added, fill, origin={"method": "sparsegrow"}), replace(state, old=old)
 
 
 def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
-    """Make new units sparse, turn them away from earlier tasks, and give them the spread of the old ones."""
-    unread = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))[1]
+    """Make new units sparse, project them away from earlier tasks, and give them the old ones' spread, in place.
+
+    Return the state with the gates of the grown network.
+    """
+    _, zero_entries = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
     sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(2))
     gate.weigh_new_units(state, context, s.group_norm_damping)
-    state = _freeze(s, state, context)
+    state = _prepare_gates(s, state, context)
     if s.project_new_units:
-        gate.silence_new_units(state, context)
-        for entries in unread:
+        gate.project_new_units(state, context)
+        for entries in zero_entries:  # outgoing weights of new units stay 0
             parameter = context.model.get_parameter(entries.name).detach()
             entries.set(context.model, torch.zeros_like(entries.of(parameter)))
     if s.fit:
         examples = context.task.train.batches(256, seed=context.generator(3).initial_seed())
         batches = [Batch((batch.inputs,)) for batch in examples][:4]
-        with _masked(state, context):
+        with _mask_temporarily(state, context):
             fit_new_units(context.model, context.axes, plan, batches)
-    return _freeze(s, state, context)
+    return _prepare_gates(s, state, context)
 
 
 def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Set what is below its threshold to 0, own the rest, start thresholds again."""
+    """Set weights below their thresholds to 0, own the others, and reset thresholds, in place; log the owned shares."""
     with torch.no_grad():
-        for _, weight, threshold, kept in state.thresholded(context):
-            weight.mul_(kept)
-            threshold.zero_()
+        for thresholded in state.thresholded(context):
+            thresholded.weight.mul_(thresholded.kept)
+            thresholded.threshold.zero_()
     for name, parameter in context.parameters().items():
         owned = state.owned[name].values
         used = parameter.detach() != 0 if name in context.weights else torch.ones_like(owned)
@@ -293,45 +304,45 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
     return replace(state, old={}, frozen={}, gates={}, last={})
 
 
-def _freeze(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Decide what is not trained in this task, and through which gates the rest is."""
+def _prepare_gates(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
+    """Return the state with the gates of this task, and the owned entries that no gate covers as frozen."""
     if not context.number or s.gate == "none":
         return replace(state, frozen={}, gates={})
-    relief = s.strength_factor if _replays_classes(s, context) else 1.0
-    open_ = context.head if relief < 1 else ()
+    factor = s.strength_factor if _replays_classes(s, context) else 1.0
+    ungated = context.head if factor < 1 else ()
     gates, last, free = {}, dict(state.last), state.free
     if s.gate == "kronecker":
-        gates = gate.build_gates(state, context, s.strength * relief, s.damping)
-        gates = {name: layer for name, layer in gates.items() if name not in open_}
+        gates = gate.build_gates(state, context, s.strength * factor, s.damping)
+        gates = {name: layer for name, layer in gates.items() if name not in ungated}
         last = {name: gate.join_bias(context.model, name) for name in gates}
         free = {name: round(layer.free, 4) for name, layer in gates.items()}
-    trained = {*open_, *(name for weight in gates for name in gate.parameters_of(context.model, weight))}
+    trained = {*ungated, *(name for weight in gates for name in gate.parameters_of(context.model, weight))}
     frozen: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parameter in context.parameters().items():
-        held = state.owned[name].values
-        if name not in trained and bool(held.any()):
-            frozen[name] = held, parameter.detach().clone()
+        owned = state.owned[name].values
+        if name not in trained and bool(owned.any()):
+            frozen[name] = owned, parameter.detach().clone()
     return replace(state, frozen=frozen, gates=gates, last=last, free=free)
 
 
 def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Context) -> float:
-    """Return the fraction of an axis's weights that is free: that may be trained, or that may still be owned."""
+    """Return the free fraction of an axis's weights: what its gates let through, or else what no task owns or uses."""
     if s.gate == "kronecker":
         return min((state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates), default=1.0)
     shares = []
     for name in makers(axis, context.axes):
         weight = context.model.get_parameter(name).detach()
-        above = weight != 0
+        used = weight != 0
         if s.threshold != "none":
-            above &= margin(weight, state.threshold[name].values) >= 0
-        shares.append((above | state.owned[name].values).double().mean())
+            used &= margin(weight, state.threshold[name].values) >= 0
+        shares.append((used | state.owned[name].values).double().mean())
     return 1 - float(torch.stack(shares).mean())
 
 
 @contextmanager
-def _masked(state: SparseGrowState, context: Context) -> Iterator[None]:
-    """Inside, weights below their thresholds are 0."""
-    before = [(weight.detach(), kept, weight.detach().clone()) for _, weight, _, kept in state.thresholded(context)]
+def _mask_temporarily(state: SparseGrowState, context: Context) -> Iterator[None]:
+    """Context manager in which weights below their thresholds are 0; afterwards they have their values again."""
+    before = [(t.weight.detach(), t.kept, t.weight.detach().clone()) for t in state.thresholded(context)]
     for weight, kept, _ in before:
         weight.mul_(kept)
     yield

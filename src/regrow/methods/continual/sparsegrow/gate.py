@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,49 +32,60 @@ class Gate:
 
     inputs: Tensor  # Q_A, [n + 1, n + 1]
     outputs: Tensor  # Q_B, [m, m]
-    open: Tensor  # what each pair of directions is multiplied by, from 0 (blocked) to 1 (free), [m, n + 1]
-    kept: Tensor  # 1 / (1 + s λ_A): the same for input directions alone, [n + 1]
+    multipliers: Tensor  # of each pair of directions: 1 / (1 + s λ_B λ_A), from 0 (blocked) to 1 (free), [m, n + 1]
+    input_multipliers: Tensor  # of input directions alone: 1 / (1 + s λ_A), [n + 1]
 
     @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor, strength: float) -> "Gate":
-        """Make the preconditioner from the factors A and B, summed over tasks, and s; 0 leaves all directions free.
+    def from_factors(cls, inputs: Tensor, outputs: Tensor, strength: float) -> "Gate":
+        """Return the preconditioner for the factors A and B, summed over tasks, and s; 0 leaves all directions free.
 
-        >>> gate = Gate.of(torch.diag(torch.tensor([9.0, 0.0])), torch.eye(1), strength=1.0)
-        >>> gate.through(torch.ones(1, 2)).tolist()
+        >>> gate = Gate.from_factors(torch.diag(torch.tensor([9.0, 0.0])), torch.eye(1), strength=1.0)
+        >>> gate.shrink(torch.ones(1, 2)).tolist()
         [[0.10000000149011612, 1.0]]
         """
-        (read, q_a), (used, q_b) = (torch.linalg.eigh(factor.double()) for factor in (inputs, outputs))
-        read, used = read.clamp_min(0), used.clamp_min(0)
-        open_, kept = 1 / (1 + strength * used[:, None] * read), 1 / (1 + strength * read)
-        return cls(q_a.to(inputs), q_b.to(inputs), open_.to(inputs), kept.to(inputs))
+        (l_a, q_a), (l_b, q_b) = (torch.linalg.eigh(factor.double()) for factor in (inputs, outputs))
+        l_a, l_b = l_a.clamp_min(0), l_b.clamp_min(0)
+        both, inputs_alone = 1 / (1 + strength * l_b[:, None] * l_a), 1 / (1 + strength * l_a)
+        return cls(q_a.to(inputs), q_b.to(inputs), both.to(inputs), inputs_alone.to(inputs))
 
     @property
     def free(self) -> float:
         """The mean multiplier over all directions: 1 if the layer may change freely, 0 if it may not change."""
-        return float(self.open.mean())
+        return float(self.multipliers.mean())
 
-    def through(self, change: Tensor) -> Tensor:
-        """Return a change of weights and bias, shrunk in the directions that earlier tasks used, ``[m, n + 1]``."""
-        inside = (self.outputs.T @ change @ self.inputs).mul_(self.open)
+    def shrink(self, change: Tensor) -> Tensor:
+        """Return a change of weights and bias, ``[m, n + 1]``, shrunk in the directions that earlier tasks used."""
+        inside = (self.outputs.T @ change @ self.inputs).mul_(self.multipliers)
         return self.outputs @ inside @ self.inputs.T
 
-    def away(self, rows: Tensor) -> Tensor:
-        """Return rows of weights turned away from inputs that earlier tasks used: (1 + s A)⁻¹ · row, each.
+    def project(self, rows: Tensor) -> Tensor:
+        """Return rows of weights and bias projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row, each.
 
         The inverse is over the inputs that a row reads (its non-zero entries) and the bias; other entries stay 0.
 
-        >>> gate = Gate.of(torch.diag(torch.tensor([9.0, 1.0, 0.0])), torch.eye(1), strength=1.0)
-        >>> gate.away(torch.tensor([[1.0, 0.0, 2.0]])).round(decimals=3).tolist()
+        >>> gate = Gate.from_factors(torch.diag(torch.tensor([9.0, 1.0, 0.0])), torch.eye(1), strength=1.0)
+        >>> gate.project(torch.tensor([[1.0, 0.0, 2.0]])).round(decimals=3).tolist()
         [[0.10000000149011612, 0.0, 2.0]]
         """
-        turned, read = torch.zeros_like(rows), (self.inputs * (1 / self.kept - 1)) @ self.inputs.T
-        for row, into in zip(rows, turned, strict=True):
+        result, scaled_a = (
+            torch.zeros_like(rows),
+            (self.inputs * (1 / self.input_multipliers - 1)) @ self.inputs.T,
+        )  # s A
+        for row, projected in zip(rows, result, strict=True):
             reads = row != 0
-            reads[-1] = True
-            within = read[reads][:, reads].double()
+            reads[-1] = True  # the bias
+            within = scaled_a[reads][:, reads].double()
             within.diagonal().add_(1)
-            into[reads] = torch.linalg.solve(within, row[reads].double()).to(row)
-        return turned
+            projected[reads] = torch.linalg.solve(within, row[reads].double()).to(row)
+        return result
+
+
+class ThresholdedWeight(NamedTuple):
+    """A weight with thresholds, for :meth:`SparseGrowState.thresholded`."""
+
+    weight: Tensor
+    threshold: Tensor  # per unit, or one; detached
+    kept: Tensor  # which entries stay: those from the threshold up, and owned ones; bool, of the weight's shape
 
 
 @dataclass(frozen=True)
@@ -91,32 +102,33 @@ class SparseGrowState:
     inputs: AxisTensor | None = None  # the replay memory
     labels: AxisTensor | None = None
     base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
-    steps: int = 0
+    steps: int = 0  # of training, so far
     free: dict[str, float] = field(default_factory=dict)  # the fraction of directions that a layer's gate lets through
     seen: int = 0  # examples offered to the memory
     recalled: int = 0  # draws from the memory
     frozen: Mapping[str, tuple[Tensor, Tensor]] = derived(dict)  # entries not trained in this task, and their values
-    gates: Mapping[str, Gate] = derived(dict)
+    gates: Mapping[str, Gate] = derived(dict)  # by name of a layer's weight
     last: dict[str, Tensor] = derived(dict)  # a layer's parameters after the gate was last applied
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:
-        """The tensors of the replay memory by name."""
+        """The tensors of the replay memory by name, one example per row; ``None`` while it is empty."""
         return {"inputs": self.inputs, "labels": self.labels}
 
-    def thresholded(self, context: Context) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Yield the name of each weight with a threshold, the weight, its threshold, and which entries of it stay."""
+    def thresholded(self, context: Context) -> Iterator[ThresholdedWeight]:
+        """Yield each weight that has thresholds, which may be changed in place."""
         parameters = context.parameters()
         for name in context.weights:
             if name in self.threshold:
                 weight, threshold = parameters[name], self.threshold[name].values.detach()
-                yield name, weight, threshold, (margin(weight.detach(), threshold) >= 0) | self.owned[name].values
+                kept = (margin(weight.detach(), threshold) >= 0) | self.owned[name].values
+                yield ThresholdedWeight(weight, threshold, kept)
 
 
-Layer = nn.Linear | nn.Conv2d
+GatedLayer = nn.Linear | nn.Conv2d
 
 
-def _layers(model: nn.Module) -> dict[str, Layer]:
+def _find_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """Return weight name → layer, for the layers that K-FAC covers: linear and ungrouped 2-d convolutions."""
     return {
         f"{name}.weight": module
@@ -125,27 +137,28 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     }
 
 
-def _layer(model: nn.Module, weight: str) -> Layer:
-    return cast(Layer, model.get_submodule(weight.rpartition(".")[0]))
+def _get_layer(model: nn.Module, weight: str) -> GatedLayer:
+    """Return the layer that has the weight of a name."""
+    return cast(GatedLayer, model.get_submodule(weight.rpartition(".")[0]))
 
 
 def parameters_of(model: nn.Module, weight: str) -> list[str]:
     """Return the names of the parameters of a layer: its weight, and its bias if it has one."""
-    return [weight] if _layer(model, weight).bias is None else [weight, bias_of(weight)]
+    return [weight] if _get_layer(model, weight).bias is None else [weight, bias_of(weight)]
 
 
 def join_bias(model: nn.Module, weight: str) -> Tensor:
     """Return a layer's weight and bias side by side, ``[m, n + 1]``; the last column is 0 without a bias."""
-    layer = _layer(model, weight)
+    layer = _get_layer(model, weight)
     rows = layer.weight.detach().flatten(1)
     bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.detach()
     return torch.cat([rows, bias[:, None]], 1)
 
 
 @torch.no_grad()
-def _write(model: nn.Module, weight: str, rows: Tensor) -> None:
+def _write_rows(model: nn.Module, weight: str, rows: Tensor) -> None:
     """Set the weight and bias of a layer, in place, to rows as :func:`join_bias` returns them."""
-    layer = _layer(model, weight)
+    layer = _get_layer(model, weight)
     layer.weight.copy_(rows[:, :-1].reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(rows[:, -1])
@@ -179,17 +192,17 @@ def measure_factors(
 
     def add_inputs(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         with torch.no_grad():
-            rows = _read(layer, args[0])
+            rows = _input_rows(layer, args[0])
             add(inputs, name, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), len(rows) / len(output))
         output.register_hook(partial(add_outputs, name))
 
-    hooks = [layer.register_forward_hook(partial(add_inputs, name)) for name, layer in _layers(model).items()]
+    hooks = [layer.register_forward_hook(partial(add_inputs, name)) for name, layer in _find_layers(model).items()]
     examples = 0
     try:
         with evaluation_mode(model):
             for batch in batches:
                 model.zero_grad(set_to_none=True)
-                logs = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)
+                logs = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)  # probabilities
                 labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
                 logs.gather(1, labels).sum().backward()
                 examples += len(batch)
@@ -201,8 +214,8 @@ def measure_factors(
     return {name: (total / examples, scaled[name]) for name, total in inputs.items()}
 
 
-def _read(layer: nn.Module, value: Tensor) -> Tensor:
-    """Return what each output position of a layer reads (for a convolution its patch), one row per position."""
+def _input_rows(layer: nn.Module, value: Tensor) -> Tensor:
+    """Return what each output position of a layer reads (of a convolution its patch), ``[positions, n]``."""
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         value = F.pad(value, [int(p) for p in layer._reversed_padding_repeated_twice], mode=mode)
@@ -218,25 +231,26 @@ def add_factors(state: SparseGrowState, context: Context, samples: int) -> Spars
     examples = train.take(torch.randperm(len(train), generator=context.generator(4))[:samples])
     measured = measure_factors(context.model, examples.batches(250), context.generator(5), context.classes)
     for name, (read_now, used_now) in measured.items():
-        made, *inputs = context.axes.shapes[name]
+        outputs, *inputs = context.axes.shapes[name]
         shape = context.parameters()[name].shape[1:]
         _add(read, name, read_now[:-1, :-1].reshape(shape + shape), (*inputs, *inputs))
         _add(bias, name, read_now[:-1, -1].reshape(shape), tuple(inputs))
-        _add(used, name, used_now, (made, made))
+        _add(used, name, used_now, (outputs, outputs))
     return replace(state, read=read, bias=bias, used=used)
 
 
 def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) -> None:
+    """Add values to the sum of a name, or begin it; ``dims``: their :attr:`AxisTensor.dims`."""
     before = sums.get(name)
     sums[name] = AxisTensor(values if before is None else before.values + values, dims)
 
 
 def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> None:
-    """Give new units the mean output importance of the others, so that the gate also protects their weights.
+    """Give new units the mean output importance of the others, in place, so that the gate also protects their weights.
 
     Hidden units that were inactive in all earlier tasks get it too; network outputs do not: a class that no task has
-    had is free. Behind a norm that rescales groups of units (GroupNorm), inputs from new units count: they are active
-    there.
+    had is free. Behind a norm that rescales groups of units (GroupNorm), inputs from new units count ``share`` of the
+    mean: they are active there.
     """
     modules = dict(context.model.named_modules())
     norms = {path for path, module in modules.items() if isinstance(module, nn.GroupNorm | _InstanceNorm)}
@@ -264,29 +278,30 @@ def build_gates(state: SparseGrowState, context: Context, strength: float, dampi
         inputs = bias.new_empty(n + 1, n + 1)
         inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = state.read[name].values.reshape(n, n), bias, bias
         inputs[-1, -1] = context.number
-        if _layer(context.model, name).bias is None:  # no step changes it: it must not count for the weights
+        if _get_layer(context.model, name).bias is None:  # no step changes it: it must not count for the weights
             inputs[-1], inputs[:, -1] = 0.0, 0.0
-        least = 0.0 if name in context.head else damping
-        gates[name] = Gate.of(inputs, used / context.number + least * torch.eye(len(used)).to(used), strength)
+        layer_damping = 0.0 if name in context.head else damping
+        outputs = used / context.number + layer_damping * torch.eye(len(used)).to(used)
+        gates[name] = Gate.from_factors(inputs, outputs, strength)
     return gates
 
 
 def _gated_weights(state: SparseGrowState, context: Context) -> list[str]:
     """Return the names of the weights whose layers have Kronecker factors."""
-    return [name for name in _layers(context.model) if name in state.read]
+    return [name for name in _find_layers(context.model) if name in state.read]
 
 
 def apply_gates(state: SparseGrowState, context: Context) -> None:
     """Precondition the change of each gated layer's parameters since the gates were last applied; in place."""
     for name, gate in state.gates.items():
         before = state.last[name]
-        _write(context.model, name, before + gate.through(join_bias(context.model, name) - before))
+        _write_rows(context.model, name, before + gate.shrink(join_bias(context.model, name) - before))
         state.last[name] = join_bias(context.model, name)
 
 
-def silence_new_units(state: SparseGrowState, context: Context) -> None:
+def project_new_units(state: SparseGrowState, context: Context) -> None:
     """Project the input weights of new units away from the inputs that earlier tasks fed their layers; in place."""
     for name in state.gates.keys() & state.old.keys():
         rows, new = join_bias(context.model, name), ~state.old[name].values
-        rows[new] = state.gates[name].away(rows[new])
-        _write(context.model, name, rows)
+        rows[new] = state.gates[name].project(rows[new])
+        _write_rows(context.model, name, rows)

@@ -29,21 +29,13 @@ from regrow.evaluation.measure import evaluating
 from regrow.methods.pruning.depth.predictions import (
     DivergenceJournal,
     Predictions,
-    Window,
-    divergence,
+    ReferenceBatch,
+    compute_logits,
+    drop_modules,
     first_batches,
-    predict,
-    without,
+    measure_divergence,
 )
-from regrow.methods.pruning.pruner import (
-    NOT_FINITE,
-    Pruner,
-    PruningTask,
-    Ranking,
-    Removal,
-    pooled_means,
-    without_modules,
-)
+from regrow.methods.pruning.pruner import NOT_FINITE, Pruner, PruningTask, Ranking, Removal, mean_inputs, remove_modules
 from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import wifv
 from regrow.scoring.weights import readers
@@ -81,70 +73,74 @@ class Settings(CheckedSettings):
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the pruner that drops whole modules."""
+    """Return the pruner that drops whole modules, and cuts MLP neurons to meet the rest of the budget."""
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
         score=lambda task: Ranking(_score_neurons(settings, task)),
         allocate=uniform,
-        compensate=pooled_means if settings.compensate else None,
+        compensate=mean_inputs if settings.compensate else None,
         origin={"method": "depth", "settings": asdict(settings)},
         prune_outer=settings.prune_outer,
         runs_network=True,
         compares_classes=True,
-        drop=partial(_choose, settings),
-        check=partial(_check, settings),
+        drop=partial(_choose_modules, settings),
+        check=partial(_check_budget, settings),
     )
 
 
-def _check(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
-    """Raise ValueError if a budget cannot be met, or counts what dropped modules have no known share of."""
+def _check_budget(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
+    """Raise ValueError if a budget cannot be met, is regular with ``fill=neurons``, or limits time."""
     if budget.measure == Measure.TIME:
         raise ValueError("the time of whole modules is not measured; use a target in params, macs or bytes")
     if budget.regular and s.fill == "neurons":
         raise ValueError("depth with fill=neurons gives blocks different widths; leave out regular, or set fill=none")
-    rest, _ = without_modules(axes, budget, _candidates(s, axes, budget))
-    steps, total = _least_cost(s, rest, units, budget), cost_of(axes, budget).total
-    if steps > budget.limit(total):
-        wanted = str(budget.target) if budget.target else f"keep {budget.keep:g}"
-        least, word = budget.least(steps, total), "target" if budget.target else "keep"
+    rest, _ = remove_modules(axes, budget, _find_candidates(s, axes, budget))
+    cost, total = _least_cost(s, rest, units, budget), cost_of(axes, budget).total
+    if cost > budget.limit(total):
+        limit = str(budget.target) if budget.target else f"keep {budget.keep:g}"
+        setting = "target" if budget.target else "keep"
+        least = budget.least(cost, total)
         raise BudgetError(
-            f"{wanted} cannot be met: without every module that can be dropped, {100 * steps / total:.2f} % "
-            f"of {budget.measure} stays; use {word} {least:g}, or let more be cut (unit=any, fill=neurons)",
+            f"{limit} cannot be met: without every module that can be dropped, {100 * cost / total:.2f} % "
+            f"of {budget.measure} stays; use {setting} {least:g}, or let more be cut (unit=any, fill=neurons)",
             least,
         )
 
 
-def _choose(s: Settings, task: PruningTask) -> Removal:
-    modules = _candidates(s, task.axes, task.budget)
+def _choose_modules(s: Settings, task: PruningTask) -> Removal:
+    """Return the modules to drop: in the order of the search, as many as cost the least divergence under the budget."""
+    modules = _find_candidates(s, task.axes, task.budget)
     if not modules:
         note = f"unit={s.unit}: no module can be dropped whole (`regrow.with_branches` says why); only units are cut"
         return Removal(notes=(note,))
     search = DepthSearch(s, task, modules)
-    path = search.path()
-    counts = search.counts(path) if s.fill == "neurons" else {}
-    best = min(counts, key=lambda number: (counts[number], number)) if counts else len(path)
-    chosen = tuple(step.module for step in path[:best])
-    left = path[best - 1].left if best else 1.0
+    path = search.order_modules()
+    divergences = search.divergence_by_count(path) if s.fill == "neurons" else {}
+    search.journal.write()  # so that an interrupted run need not measure again
+    count = len(path)
+    if divergences:
+        count = min(divergences, key=lambda number: (divergences[number], number))  # ties: the fewest
+    chosen = tuple(step.module for step in path[:count])
+    remaining = path[count - 1].left if count else 1.0
     names = f" ({', '.join(chosen)})" if chosen else ""
-    share = f"{100 * left:.2f} % of {task.budget.measure}"
-    notes = [f"modules dropped whole: {best} of {len(modules)}, which leaves {share}{names}"]
-    if counts and search.short:
+    share = f"{100 * remaining:.2f} % of {task.budget.measure}"
+    notes = [f"modules dropped whole: {count} of {len(modules)}{names}; {share} stays"]
+    if divergences and search.without_held_out:
         notes.append(
             "how many modules are dropped was judged on the windows on which removals were measured, since there are "
-            f"no further ones of {', '.join(search.short)}; give more data, or set tokens lower"
+            f"no further ones of {', '.join(search.without_held_out)}; give more data, or set tokens lower"
         )
-    search.journal.write()
     tables: dict[str, Any] = {
         "unit": s.unit,
         "path": [asdict(step) for step in path],
-        "counts": [{"modules": number, "divergence": loss} for number, loss in counts.items()],
+        "counts": [{"modules": number, "divergence": value} for number, value in divergences.items()],
         "measured": len(search.journal.values),
     }
     return Removal(chosen, {"depth": tables}, tuple(notes))
 
 
-def modules_of(axes: AxisGraph, unit: str) -> dict[str, Branch]:
-    """Return the modules of a unit type that can be dropped, by path, in the order of the network.
+def find_modules(axes: AxisGraph, unit: str) -> dict[str, Branch]:
+    """Return the modules of a type (``Settings.unit``) that can be dropped, by path, in the order of the network.
 
     An attention is the innermost module that can be dropped and caches keys and values; a block is one around it; an
     MLP is the outermost module without a cache. Without caches, each type gives the outermost modules that can be
@@ -159,41 +155,41 @@ def modules_of(axes: AxisGraph, unit: str) -> dict[str, Branch]:
     inner = {path for path in cached if not any(other != path and lies_in(other, path) for other in cached)}
     plain = free.keys() - cached
     outer = {path for path in plain if not any(other != path and lies_in(path, other) for other in plain)}
-    of = {"attention": inner, "mlp": outer, "any": inner | outer, "block": cached - inner}
-    chosen = of[unit] if axes.caches else outer
+    by_unit = {"attention": inner, "mlp": outer, "any": inner | outer, "block": cached - inner}
+    chosen = by_unit[unit] if axes.caches else outer
     return {path: branch for path, branch in free.items() if path in chosen}
 
 
-def _candidates(s: Settings, axes: AxisGraph, budget: Budget) -> dict[str, Branch]:
-    """Return the modules that may be dropped for a budget: all of their weights are among those that may be cut."""
+def _find_candidates(s: Settings, axes: AxisGraph, budget: Budget) -> dict[str, Branch]:
+    """Return the modules that may be dropped, by path: the budget's ``only`` and ``exclude`` let all weights be cut."""
 
-    def allowed(branch: Branch) -> bool:
+    def is_allowed(branch: Branch) -> bool:
         names = [name for name in axes.parameters if lies_in(name, branch.module)]
-        chosen = not budget.only or all(any(matches(name, pattern) for pattern in budget.only) for name in names)
-        return chosen and not any(matches(name, pattern) for pattern in budget.exclude for name in names)
+        included = not budget.only or all(any(matches(name, pattern) for pattern in budget.only) for name in names)
+        return included and not any(matches(name, pattern) for pattern in budget.exclude for name in names)
 
-    return {path: branch for path, branch in modules_of(axes, s.unit).items() if allowed(branch)}
+    return {path: branch for path, branch in find_modules(axes, s.unit).items() if is_allowed(branch)}
 
 
-def _neurons(s: Settings, axes: AxisGraph, units: Sequence[Axis]) -> Sequence[Axis]:
-    """Return the axes that may be cut: those inside MLPs, and in a network without attention all."""
+def _select_neuron_axes(s: Settings, axes: AxisGraph, units: Sequence[Axis]) -> Sequence[Axis]:
+    """Return the axes whose neurons may be cut: those inside MLPs, without attention all; none unless fill=neurons."""
     if s.fill != "neurons":
         return ()
     if not axes.caches:
         return units
-    mlps = modules_of(axes, "mlp")
+    mlps = find_modules(axes, "mlp")
     return [axis for axis in units if any(all(lies_in(slot.name, path) for slot in axis.slots) for path in mlps)]
 
 
 def _least_cost(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> int:
-    """Return what is left of the measure once as many neurons are cut as may be, in whole steps."""
-    cut = _neurons(s, axes, [axes[axis.key] for axis in units if axis.key in axes.axes])
+    """Return the cost, in the budget's measure, once as many neurons are cut as may be."""
+    cut = _select_neuron_axes(s, axes, [axes[axis.key] for axis in units if axis.key in axes.axes])
     return cost_of(axes, budget)({axis.key: min(axis.size, max(axis.least, 1)) for axis in cut})
 
 
 def _score_neurons(s: Settings, task: PruningTask) -> Scores:
     """Return the weighted input variance of the neurons that may be cut; no scores if none may."""
-    units, pooled = _neurons(s, task.axes, task.units), task.evidence.pooled()
+    units, pooled = _select_neuron_axes(s, task.axes, task.units), task.evidence.pooled()
     if not units:
         return Scores({}, "divergence", task.evidence.sources, pooled.tokens)
     return wifv(task.weights, task.axes, pooled, units=units)
@@ -201,102 +197,106 @@ def _score_neurons(s: Settings, task: PruningTask) -> Scores:
 
 @dataclass(frozen=True)
 class DepthStep:
-    """A module in the order of removals, the divergence once it is dropped, and what is left of the measure."""
+    """A module in the order of removals, with those before it: the divergence, and what is left, once it is dropped."""
 
-    module: str
-    divergence: float
-    left: float
+    module: str  # its path
+    divergence: float  # from the dense network, in nats per label
+    left: float  # the fraction of the cost, in the budget's measure
 
 
 class DepthSearch:
-    """The measurements on the network that the choice of modules needs."""
+    """The measurements that the choice of modules needs; made, it runs the dense network on the first batches."""
 
     def __init__(self, s: Settings, task: PruningTask, modules: Mapping[str, Branch]) -> None:
         self.s, self.task, self.modules = s, task, modules
         self.journal = DivergenceJournal(task)
-        self.short: list[str] = []  # the sources without further batches
-        near: list[Batch] = []
+        self.without_held_out: list[str] = []  # names of sources without further batches
+        search: list[Batch] = []
         held_out: list[Batch] = []
         for source in task.evidence.data.values():
             first, others = first_batches(source, s.tokens)
             batches = max(1, POSITIONS * len(first) // max(1, sum(batch.size for batch in first)))
-            near += join_batches(replace(source, batches=first), batches)
+            search += join_batches(replace(source, batches=first), batches)
             held_out += join_batches(replace(source, batches=others or first), batches)
             if not others:
-                self.short.append(source.name)
+                self.without_held_out.append(source.name)
         with evaluating(task.model):
-            self.near, self.held_out = map(self._with_predictions, (near, held_out))
+            self.search, self.held_out = map(self._with_predictions, (search, held_out))
 
-    def _with_predictions(self, batches: Sequence[Batch]) -> list[Window]:
-        result = [(batch, Predictions.of(predict(self.task.model, batch))) for batch in batches]
-        if not all(bool(dense.chances.isfinite().all()) for _, dense in result):
+    def _with_predictions(self, batches: Sequence[Batch]) -> list[ReferenceBatch]:
+        """Return batches with the dense network's predictions; raise RefusedError if these are not finite."""
+        result = [(batch, Predictions.from_logits(compute_logits(self.task.model, batch))) for batch in batches]
+        if not all(bool(dense.probabilities.isfinite().all()) for _, dense in result):
             raise RefusedError(NOT_FINITE)
         return result
 
-    def _rest(self, dropped: Sequence[str]) -> AxisGraph:
+    def _axes_without(self, dropped: Sequence[str]) -> AxisGraph:
+        """Return the axes of the network without the modules of some paths."""
         return self.task.axes.without(self.modules[path] for path in dropped)
 
-    def _left(self, dropped: Sequence[str]) -> int:
-        """Return what is left of the measure without some modules, in whole steps."""
-        return cost_of(self._rest(dropped), self.task.budget).total
+    def _cost_without(self, dropped: Sequence[str]) -> int:
+        """Return the cost, in the budget's measure, of the network without the modules of some paths."""
+        return cost_of(self._axes_without(dropped), self.task.budget).total
 
-    def path(self) -> list[DepthStep]:
-        """Return the modules in the order in which they are dropped, as far as the budget takes them.
+    def order_modules(self) -> list[DepthStep]:
+        """Return the modules in the order in which they are dropped, until neurons or the last one meet the budget.
 
         The next one is that whose absence raises the divergence least per unit of what the budget counts.
         """
-        whole = cost_of(self.task.axes, self.task.budget).total
-        limit = self.task.budget.limit(whole)
-        saved = {path: max(1, whole - self._left([path])) for path in self.modules}
+        total = cost_of(self.task.axes, self.task.budget).total
+        limit = self.task.budget.limit(total)
+        saved = {path: max(1, total - self._cost_without([path])) for path in self.modules}
         dropped: list[str] = []
         result: list[DepthStep] = []
-        now, left, measured = 0.0, whole, dict.fromkeys(self.modules, -1)
-        rises = dict.fromkeys(self.modules, -inf)  # not yet measured
-        while left > limit:
+        divergence, cost = 0.0, total
+        measured_at = dict.fromkeys(self.modules, -1)  # the number of dropped modules when a rise was measured
+        rises = dict.fromkeys(self.modules, -inf)  # of the divergence; -inf: not yet measured
+        while cost > limit:
             finite = [path for path, rise in rises.items() if rise < inf]
-            fits = [path for path in finite if left - saved[path] >= limit]
-            enough = not fits and _least_cost(self.s, self._rest(dropped), self.task.units, self.task.budget) <= limit
-            if enough and (finite or dropped):
-                break
+            fits = [path for path in finite if cost - saved[path] >= limit]
+            may_end = not fits and bool(finite or dropped)
+            if may_end and _least_cost(self.s, self._axes_without(dropped), self.task.units, self.task.budget) <= limit:
+                break  # neurons alone meet the rest of the budget
             if not finite:
                 raise RefusedError(NOT_FINITE)
             best = min(fits or finite, key=lambda path: rises[path] / saved[path])
-            if measured[best] != len(dropped):
-                self.task.run.progress(whole - left, whole - limit, f"measuring without {best}")
-                less = [*dropped, best]
-                rises[best] = self._divergence(" ".join(sorted(less)), less, self.near) - now
-                measured[best] = len(dropped)
+            if measured_at[best] != len(dropped):  # an old rise: measure it again, and look for the best once more
+                self.task.context.progress(total - cost, total - limit, f"measuring without {best}")
+                trial = [*dropped, best]
+                rises[best] = self._divergence(" ".join(sorted(trial)), trial, self.search) - divergence
+                measured_at[best] = len(dropped)
                 continue
             dropped.append(best)
-            now, left = now + rises.pop(best), self._left(dropped)
-            result.append(DepthStep(best, now, left / whole))
+            divergence, cost = divergence + rises.pop(best), self._cost_without(dropped)
+            result.append(DepthStep(best, divergence, cost / total))
         return result
 
-    def counts(self, path: Sequence[DepthStep]) -> dict[int, float]:
+    def divergence_by_count(self, path: Sequence[DepthStep]) -> dict[int, float]:
         """Return number of dropped modules → divergence on held-out windows, with neurons cut to the budget.
 
-        Five numbers from none to all are measured, and then those halfway from the best one to its neighbours.
+        Five numbers from none to all are measured, and then those halfway from the best one to its neighbours. Numbers
+        with which the budget cannot be met are left out.
         """
         scores = _score_neurons(self.s, self.task)
-        losses: dict[int, float | None] = {}
-        wanted = {round(i * len(path) / 4) for i in range(5)}
-        while wanted:
-            for number in sorted(wanted):
-                self.task.run.progress(number, len(path) + 1, "judging numbers of modules")
-                losses[number] = self._filled([step.module for step in path[:number]], scores)
-            known = {number: inf if loss is None else loss for number, loss in sorted(losses.items())}
-            best = min(known, key=lambda number: known[number])
-            numbers = [*known]
-            at = numbers.index(best)
-            wanted = {(best + number) // 2 for number in numbers[max(0, at - 1) : at + 2]} - known.keys()
-        finite = {number: loss for number, loss in known.items() if loss < inf}
-        if not finite and any(loss is not None for loss in losses.values()):
+        divergences: dict[int, float | None] = {}
+        numbers = {round(i * len(path) / 4) for i in range(5)}
+        while numbers:
+            for number in sorted(numbers):
+                self.task.context.progress(number, len(path) + 1, "judging numbers of modules")
+                divergences[number] = self._divergence_at_budget([step.module for step in path[:number]], scores)
+            measured = {number: inf if value is None else value for number, value in sorted(divergences.items())}
+            best = min(measured, key=lambda number: measured[number])
+            index = [*measured].index(best)
+            neighbours = [*measured][max(0, index - 1) : index + 2]
+            numbers = {(best + number) // 2 for number in neighbours} - measured.keys()
+        finite = {number: value for number, value in measured.items() if value < inf}
+        if not finite and any(value is not None for value in divergences.values()):
             raise RefusedError(NOT_FINITE)
         return finite
 
-    def _filled(self, dropped: Sequence[str], scores: Scores) -> float | None:
-        """Return the divergence without some modules, with neurons cut to the budget; ``None`` if those are too few."""
-        model, (rest, budget) = self.task.model, without_modules(self.task.axes, self.task.budget, dropped)
+    def _divergence_at_budget(self, dropped: Sequence[str], scores: Scores) -> float | None:
+        """Return the divergence without some modules, with neurons cut to the budget; ``None`` if these are too few."""
+        model, (rest, budget) = self.task.model, remove_modules(self.task.axes, self.task.budget, dropped)
         values = {key: value for key, value in scores.values.items() if key in rest.axes}
         try:
             kept = uniform(rest, values, budget)
@@ -304,8 +304,8 @@ class DepthSearch:
             return None
         cut = {key: units for key, units in kept.items() if len(units) < rest[key].size}
         moments = self.task.evidence.pooled(gradients=False).moments if self.s.compensate else {}
-        reads = {reader.weight for reader in readers(rest, [rest[key] for key in cut])}
-        fills = constant_inputs(model, {name: moments[name] for name in reads & moments.keys()})
+        reading = {reader.weight for reader in readers(rest, [rest[key] for key in cut])}
+        fills = constant_inputs(model, {name: moments[name] for name in reading & moments.keys()})
         masked = gate_inputs(model, rest, gates_of(rest, cut), fills)
         limit = budget.limit(cost_of(rest, budget).total)
         return self._divergence(f"neurons to {limit}: {' '.join(sorted(dropped))}", dropped, self.held_out, masked)
@@ -314,14 +314,15 @@ class DepthSearch:
         self,
         key: str,
         dropped: Sequence[str],
-        windows: Sequence[Window],
+        batches: Sequence[ReferenceBatch],
         masked: AbstractContextManager[object] | None = None,
     ) -> float:
-        """Return the divergence without some modules; the journal has it under ``key``."""
+        """Return the divergence without some modules, inside ``masked``, in nats per label; recorded under ``key``."""
 
         def measure() -> float:
             model = self.task.model
-            with evaluating(model), without(model, [self.modules[path] for path in dropped]), masked or nullcontext():
-                return divergence(model, windows)
+            branches = [self.modules[path] for path in dropped]
+            with evaluating(model), drop_modules(model, branches), masked or nullcontext():
+                return measure_divergence(model, batches)
 
-        return self.journal.take(key, measure)
+        return self.journal.get_or_measure(key, measure)

@@ -27,44 +27,45 @@ class Predictions:
     """The most probable classes of the dense network at every position; the others together are one more class."""
 
     classes: Tensor  # [positions, k] int64
-    chances: Tensor  # their probabilities, [positions, k]
+    probabilities: Tensor  # those of these classes, [positions, k]
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Predictions":
-        """Return the predictions that logits are."""
-        chances, classes = logits.float().softmax(-1).topk(min(CLASSES, logits.shape[-1]))
-        return cls(classes, chances)
+    def from_logits(cls, logits: Tensor) -> "Predictions":
+        """Return the predictions of a network from its logits ``[positions, classes]``."""
+        probabilities, classes = logits.float().softmax(-1).topk(min(CLASSES, logits.shape[-1]))
+        return cls(classes, probabilities)
 
     def divergence(self, logits: Tensor) -> float:
-        """Return KL(these ‖ others) in nats per position, which is at most that over all classes."""
+        """Return the mean over positions of KL(dense ‖ ``logits``), in nats; at most that over all classes."""
         logits = logits.float()
         log = logits.gather(-1, self.classes) - logits.logsumexp(-1, keepdim=True)
-        loss = (self.chances * (self.chances.clamp_min(1e-30).log() - log)).sum(-1)
+        loss = (self.probabilities * (self.probabilities.clamp_min(1e-30).log() - log)).sum(-1)
         if self.classes.shape[-1] < logits.shape[-1]:
-            mine, theirs = ((1 - chances.sum(-1)).clamp_min(1e-6) for chances in (self.chances, log.exp()))
-            loss = loss + mine * (mine / theirs).log()
+            dense_rest = (1 - self.probabilities.sum(-1)).clamp_min(1e-6)
+            rest = (1 - log.exp().sum(-1)).clamp_min(1e-6)
+            loss = loss + dense_rest * (dense_rest / rest).log()
         return float(loss.mean())
 
 
-Window = tuple[Batch, Predictions]  # a batch, and what the dense network predicts on it
+ReferenceBatch = tuple[Batch, Predictions]  # a batch, and what the dense network predicts on it
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the logits of a network at the labelled positions of a batch."""
-    here = batch.to(device_of(model))
-    return labelled_logits(logits_in(here.run(model)), here.labels)
+def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits at the labelled positions of a batch, ``[positions, classes]``; modules keep their mode."""
+    moved = batch.to(device_of(model))
+    return labelled_logits(logits_in(moved.run(model)), moved.labels)
 
 
-def divergence(model: nn.Module, windows: Sequence[Window]) -> float:
-    """Return the divergence of a network's predictions from the dense ones, in nats per label."""
-    total = sum(batch.size * dense.divergence(predict(model, batch)) for batch, dense in windows)
-    return total / sum(batch.size for batch, _ in windows)
+def measure_divergence(model: nn.Module, batches: Sequence[ReferenceBatch]) -> float:
+    """Return KL(dense ‖ network) of the predictions, mean over all labels, in nats."""
+    total = sum(batch.size * dense.divergence(compute_logits(model, batch)) for batch, dense in batches)
+    return total / sum(batch.size for batch, _ in batches)
 
 
 @contextmanager
-def without(model: nn.Module, dropped: Iterable[Branch]) -> Iterator[None]:
-    """Context manager in which placeholders are in the place of modules."""
+def drop_modules(model: nn.Module, dropped: Iterable[Branch]) -> Iterator[None]:
+    """Context manager in which placeholders replace the modules of branches; the modules are put back after it."""
     placeholders = {path: module for branch in dropped for path, module in branch.placeholders.items()}
     modules = insert_placeholders(model, placeholders)
     try:
@@ -79,10 +80,10 @@ class DivergenceJournal:
 
     task: PruningTask
     values: dict[str, float] = field(default_factory=dict)
-    written: float = field(default_factory=time.monotonic)
+    last_write: float = field(default_factory=time.monotonic)  # in seconds
 
     def __post_init__(self) -> None:
-        path = self.task.run.checkpoint
+        path = self.task.context.checkpoint
         if path is not None and path.is_file():
             try:
                 divergences = read_header(path, FORMAT)["divergences"]
@@ -90,8 +91,8 @@ class DivergenceJournal:
             except (StoreError, KeyError, TypeError, ValueError, AttributeError):
                 self.values = {}
 
-    def take(self, key: str, measure: Callable[[], float]) -> float:
-        """Return the recorded divergence, or else a new one; infinite if it is NaN."""
+    def get_or_measure(self, key: str, measure: Callable[[], float]) -> float:
+        """Return the recorded divergence, or else measure and record it; infinite if it is NaN."""
         if key not in self.values:
             try:
                 value = measure()
@@ -99,20 +100,20 @@ class DivergenceJournal:
                 self.write()
                 raise
             self.values[key] = value if isfinite(value) else inf
-            if time.monotonic() - self.written > SECONDS:
+            if time.monotonic() - self.last_write > SECONDS:
                 self.write()
         return self.values[key]
 
     def write(self) -> None:
-        """Write the divergences to the checkpoint."""
-        run = self.task.run
-        if run.checkpoint is not None:
-            write_tensors(run.checkpoint, {}, {**run.header(), "divergences": self.values}, FORMAT)
-        self.written = time.monotonic()
+        """Write the divergences to the checkpoint, if there is one."""
+        context = self.task.context
+        if context.checkpoint is not None:
+            write_tensors(context.checkpoint, {}, {**context.checkpoint_header(), "divergences": self.values}, FORMAT)
+        self.last_write = time.monotonic()
 
 
 def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]]:
-    """Return the first batches of a source, with at most some tokens, and the next ones, with at most twice as many.
+    """Return the first batches of a source, with at most ``tokens`` tokens, and the next, with at most twice as many.
 
     Each part has at least one batch, as far as there are any; the source is not read further than that.
 
@@ -122,12 +123,12 @@ def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]
     """
     first: list[Batch] = []
     others: list[Batch] = []
-    part, left = first, tokens
+    part, room = first, tokens
     for batch in source:
-        if part and batch.size > left:
+        if part and batch.size > room:
             if part is others:
                 break
-            part, left = others, 2 * tokens
+            part, room = others, 2 * tokens
         part.append(batch)
-        left -= batch.size
+        room -= batch.size
     return first, others

@@ -23,9 +23,9 @@ from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
 from regrow.core.scores import Need, Scores, Statistics, Tensors, merged
-from regrow.methods.pruning.gprune.modules import Masks, Modules, partition, rank_in_modules, reliability
-from regrow.methods.pruning.gprune.shares import ModuleShares, as_tensor, read_learning
-from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, pooled_means
+from regrow.methods.pruning.gprune.modules import Masks, Modules, compute_reliability, partition, rank_in_modules
+from regrow.methods.pruning.gprune.shares import ModuleShares, as_axis_tensor, read_learning
+from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, mean_inputs
 from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import BASES, peak_to_peak
 from regrow.scoring.spaces import (
@@ -71,7 +71,7 @@ class Settings(CheckedSettings):
         partition: How units are grouped into modules: ``thresholds``, ``random`` or ``layer``; see
             :func:`~.modules.partition`.
         switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``never``,
-            ``always`` or ``reversed``; see :func:`~.modules.reliability`.
+            ``always`` or ``reversed``; see :func:`~.modules.compute_reliability`.
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
         instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
             weight-only part of the base metric).
@@ -112,56 +112,60 @@ class Settings(CheckedSettings):
 
 
 def build(settings: Settings) -> Pruner:
-    """Return the GPrune-LLM pruner."""
+    """Return the GPrune-LLM pruner: a base metric, ranked within modules whose pruning ratios are learned."""
     runs = settings.steps > 0 or settings.start == "best"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, BASES[settings.base].need}),
         score=partial(score_units, s=settings),
         allocate=rank,
-        compensate=pooled_means if settings.compensate else None,
+        compensate=mean_inputs if settings.compensate else None,
         origin={"method": "gprune", "settings": asdict(settings)},
         shards=settings.shards,
         sources=3,
         runs_network=runs,
         compares_classes=runs,
-        check=partial(_check, settings),
+        check=partial(_check_budget, settings),
     )
 
 
-def _check(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
+def _check_budget(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
+    """Raise ValueError if units are not neutral when masked, or the budget cuts more than ``settings.most`` of them."""
     units = scorable(axes, units)
     if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
         raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
-    single = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}
+    single = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}  # all units in one module
     costs, removed = module_costs(axes, single, 1, budget)
     ratios(torch.zeros(1, dtype=torch.float64), costs, removed, most=settings.most)
 
 
 def score_units(task: PruningTask, s: Settings) -> Ranking:
-    """Learn the pruning ratio of each module, and score units by how far their relative rank lies above it."""
-    task.run.progress(0, 1, "forming modules")
+    """Learn the pruning ratio of each module; return each unit's relative rank minus its module's ratio as the score.
+
+    With a checkpoint, learning resumes from it. Raise RefusedError if the predictions hold NaN or infinity.
+    """
+    task.context.progress(0, 1, "forming modules")
     units = scorable(task.axes, task.units)
-    seen, among = measure(task, s, units), spaces(units, parts=4)
-    first = seen[0]
-    modules = form_modules(s, first, among)
-    trusted = reliability(s.switch, among, modules, first.scores.values, first.sigma, most=s.switch_most)
-    masks = order_modules(task, s, seen, modules, trusted.trust, among)
+    views, all_spaces = score_views(task, s, units), spaces(units, parts=4)
+    first = views[0]
+    modules = form_modules(s, first, all_spaces)
+    trusted = compute_reliability(s.switch, all_spaces, modules, first.scores.values, first.sigma, most=s.switch_most)
+    masks = order_modules(task, s, views, modules, trusted.trust, all_spaces)
     priced = [
         module_costs(task.axes, {key: row[view] for key, row in masks.modules.items()}, len(modules), task.budget)
-        for view in range(len(seen))
+        for view in range(len(views))
     ]
-    costs, removed = torch.stack([each for each, _ in priced]), priced[0][1]
+    costs, removed = torch.stack([view_costs for view_costs, _ in priced]), priced[0][1]  # the budget is the same
     shares = ModuleShares(s, task, masks, costs, removed, torch.tensor(modules.spaces))
 
     kept = {name: _allocate_start(name, task, s, first) for name in (STARTS if s.start == "best" else (s.start,))}
     base = kept.get("base") or _allocate_start("base", task, s, first)
-    starts = {
+    starts = {  # without those that are the same as that of the base method
         name: masks.cut_shares(units) for name, units in kept.items() if name == next(iter(kept)) or units != base
     }
     losses, state = read_learning(task) if s.steps else ({}, None)
     if state is None and (s.steps or s.start == "best"):
         for i, (name, share) in enumerate(starts.items()):
-            task.run.progress(i, len(starts), f"evaluating the start {name}")
+            task.context.progress(i, len(starts), f"evaluating the start {name}")
             losses[name] = shares.held_out_loss(share)
     start = s.start
     if losses:
@@ -171,15 +175,15 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
         start = min(finite, key=lambda name: finite[name])
     if state is None:
         history = (Check(0, losses[start]),) if losses else ()
-        trained = shares.tensors(starts[start])
-        state = TrainState(EarlyStopping(trained, {"share": as_tensor(starts[start])}, history))
+        trained = shares.initial_tensors(starts[start])
+        state = TrainState(EarlyStopping(trained, {"share": as_axis_tensor(starts[start])}, history))
     if s.steps:
         state = shares.learn(state, losses)
     learned = state.learner
     share, checks = learned.best["share"].values, [asdict(check) for check in learned.history]
     columns = {
         "sensitivity": modules.mean(first.sigma),
-        "activity": modules.mean(within(first.scores.values, among, percentile)),
+        "activity": modules.mean(within(first.scores.values, all_spaces, percentile)),
         "unreliability": trusted.unreliability,
         "trust": trusted.trust,
         "cost": costs[0],
@@ -190,12 +194,12 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     robust = within(first.sigma, groups, lambda sigma: (sigma <= sigma.median()).double())
     several_shards = next(iter(first.ranks.shards.values())).shape[1] > 1
 
-    def findings(every: Kept) -> dict[str, Any]:
-        cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
+    def findings(kept: Kept) -> dict[str, Any]:
+        cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in kept}, kept)}
         return {
             "sources": list(first.ranks.sources),
             "spectrum": spectrum(first.ranks, groups) if several_shards else [],
-            "modules": modules.table(among, {**columns, "given": masks.cut_shares(every)}),
+            "modules": modules.table(all_spaces, {**columns, "given": masks.cut_shares(kept)}),
             "robust_among_cut": cut,
             "notes": list(task.evidence.notes),
             "starts": losses,
@@ -217,8 +221,8 @@ class View:
     sigma: Tensors  # how much the ranks vary between the sources
 
 
-def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
-    """Score and rank the units with all sources, and without each source in turn.
+def score_views(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
+    """Return the scores and ranks of units with all sources (view 0), and without each source in turn.
 
     A decision made without a source can be evaluated on that source as an unseen text domain.
     """
@@ -229,44 +233,44 @@ def measure(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]
 
     by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
     result = []
-    for left_out in (None, *sums):
-        names = [name for name in sums if name != left_out]
+    for excluded in (None, *sums):
+        names = [name for name in sums if name != excluded]
         pooled = [shard for name in names for shard in sums[name]]
         ranking = ranks({name: by_source[name] for name in names}, groups)
         result.append(View(merged(pooled), score(pooled), ranking, sensitivity(ranking)))
     return result
 
 
-def form_modules(s: Settings, view: View, among: Sequence[Space]) -> Modules:
-    """Partition the units into modules of similar sensitivity and score."""
-    return partition(s.partition, among, view.scores.values, view.sigma, seed=s.seed)
+def form_modules(s: Settings, view: View, all_spaces: Sequence[Space]) -> Modules:
+    """Partition the units of each ranking space into modules of similar sensitivity and score, in one view."""
+    return partition(s.partition, all_spaces, view.scores.values, view.sigma, seed=s.seed)
 
 
 def order_modules(
-    task: PruningTask, s: Settings, seen: Sequence[View], modules: Modules, trust: Tensor, among: Sequence[Space]
+    task: PruningTask, s: Settings, views: Sequence[View], modules: Modules, trust: Tensor, all_spaces: Sequence[Space]
 ) -> Masks:
-    """Form the modules and order the units in each, with all sources and without each source in turn."""
-    # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
-    formed = [modules, *(form_modules(s, view, among).numbered_as(modules, among) for view in seen[1:])]
+    """Return the order of the units in each module in every view; ``modules`` and ``trust`` are those of view 0."""
+    # A source must not influence the modules by which it is judged, as far as these have counterparts without it.
+    formed = [modules, *(form_modules(s, view, all_spaces).numbered_as(modules, all_spaces) for view in views[1:])]
     units = [task.axes[key] for key in modules.labels]
     if s.instead == "peaks":
         instead = peak_to_peak(task.weights, task.axes, units=units)
     else:
         instead = BASES[s.base].score(task.weights, task.axes, None, units)
-    places = [
-        rank_in_modules(m, trust, view.scores.values, instead.values) for m, view in zip(formed, seen, strict=True)
+    relative_ranks = [
+        rank_in_modules(m, trust, view.scores.values, instead.values) for m, view in zip(formed, views, strict=True)
     ]
-    filled = constant_inputs(task.model, seen[0].pooled.moments) if s.compensate else ()
+    filled = constant_inputs(task.model, views[0].pooled.moments) if s.compensate else ()
     return Masks(
         {key: torch.stack([m.labels[key] for m in formed]) for key in modules.labels},
-        {key: torch.stack([ranks[key] for ranks in places]) for key in modules.labels},
-        {name: torch.stack([view.pooled.moments[name].mean for view in seen]) for name in filled},
-        torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
+        {key: torch.stack([ranks[key] for ranks in relative_ranks]) for key in modules.labels},
+        {name: torch.stack([view.pooled.moments[name].mean for view in views]) for name in filled},
+        torch.tensor([s.width_few if all_spaces[i].pooled else s.width for i in modules.spaces]).double(),
     )
 
 
 def _allocate_start(how: str, task: PruningTask, s: Settings, view: View) -> Kept:
-    """Return the units of every axis that stay at the start of learning."""
+    """Return the units of every axis that stay at a start of learning (one of ``STARTS``), by axis key."""
     base, scores = BASES[s.base], view.scores.values
     allocate = ALLOCATIONS[base.allocation] if how == "base" else uniform
     inside = [task.axes[key] for key in scores]

@@ -11,6 +11,7 @@ from regrow.core.scores import Tensors, rank_order
 from regrow.scoring.spaces import Row, Space, percentile, within
 
 LEAST = 8  # modules with fewer units are merged with the module of the nearest mean sensitivity
+# Words of a module's name by the index of _split_at_medians; pooled spaces are split by sensitivity alone.
 _GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
 _HALVES = ("robust", "", "sensitive", "")
 
@@ -36,53 +37,57 @@ class Modules:
         """Return the number of units of each module, ``[modules]``."""
         return torch.bincount(torch.cat(list(self.labels.values())), minlength=len(self))
 
-    def numbered_as(self, other: "Modules", among: Sequence[Space]) -> "Modules":
-        """Return this partition with the module numbers of ``other``; spaces that it divides otherwise are as there."""
-        number = {name: i for i, name in enumerate(other.names)}
-        numbers = torch.tensor([number.get(name, -1) for name in self.names])
+    def numbered_as(self, other: "Modules", all_spaces: Sequence[Space]) -> "Modules":
+        """Return this partition with the module indices of ``other``; a space with other modules is as there."""
+        index_by_name = {name: i for i, name in enumerate(other.names)}
+        indices = torch.tensor([index_by_name.get(name, -1) for name in self.names])
         labels = dict(other.labels)
-        for i, space in enumerate(among):
+        for i, space in enumerate(all_spaces):
             if self._names_in(i) == other._names_in(i):
-                labels |= {key: numbers[self.labels[key]] for key in space.keys}
+                labels |= {key: indices[self.labels[key]] for key in space.keys}
         return Modules(labels, other.names, other.spaces)
 
     def _names_in(self, space: int) -> set[str]:
-        return {name for name, home in zip(self.names, self.spaces, strict=True) if home == space}
+        """Return the names of the modules of a ranking space, given by its index."""
+        return {name for name, index in zip(self.names, self.spaces, strict=True) if index == space}
 
-    def table(self, among: Sequence[Space], columns: Mapping[str, Tensor]) -> list[Row]:
-        """Return one JSON-able row per module: its name, space, kind, number of units, and columns of values."""
-        homes = [among[i] for i in self.spaces]
+    def table(self, all_spaces: Sequence[Space], columns: Mapping[str, Tensor]) -> list[Row]:
+        """Return one row per module, as JSON data: its name, space, its label, number of units, and columns of values.
+
+        ``columns``: name of a column → its value for each module.
+        """
+        spaces = [all_spaces[i] for i in self.spaces]
         return [
             {
                 "name": name,
-                "space": home.keys[0],
-                "label": home.label,
+                "space": space.keys[0],
+                "label": space.label,
                 "units": int(size),
                 **{column: float(values[i]) for column, values in columns.items()},
             }
-            for i, (name, home, size) in enumerate(zip(self.names, homes, self.sizes(), strict=True))
+            for i, (name, space, size) in enumerate(zip(self.names, spaces, self.sizes(), strict=True))
         ]
 
 
-def partition(how: str, among: Sequence[Space], scores: Tensors, sigma: Tensors, *, seed: int = 0) -> Modules:
-    """Divide the units of each ranking space into modules.
+def partition(how: str, all_spaces: Sequence[Space], scores: Tensors, sigma: Tensors, *, seed: int = 0) -> Modules:
+    """Return modules into which the units of each ranking space are divided, as ``how`` says.
 
-    ``thresholds``: sensitivity × score, each split at its median over all spaces of a kind (pooled spaces, whose units
-    are few: sensitivity alone); ``random``: modules as large as those, but who is in which is drawn; ``layer``: one
-    module per axis. ``sigma``: axis key → how much ranks vary between sources.
+    ``thresholds``: sensitivity × score, each split at its median over all spaces with the same label (pooled spaces,
+    whose units are few: sensitivity alone); ``random``: modules as large as those, of random units; ``layer``: one
+    module per axis. ``sigma``: axis key → sensitivity, how much ranks vary between sources.
 
     Source: GPrune-LLM (arXiv 2603.13418) states behaviour-consistent modules; how they are formed is ours.
     """
     labels: dict[str, Tensor] = {}
     names: list[str] = []
-    homes: list[int] = []
-    for index, space in enumerate(among):
+    space_indices: list[int] = []
+    for index, space in enumerate(all_spaces):
         first = space.keys[0]
         words: Sequence[str] = space.keys
         if how == "layer":
             cells = torch.arange(len(space.keys)).repeat_interleave(torch.tensor(space.sizes))
         else:
-            cells = _split_at_medians(space, among, scores, sigma)
+            cells = _split_at_medians(space, all_spaces, scores, sigma)
             prefix = first if len(space.keys) == 1 else f"{first} and {len(space.keys) - 1} more"
             words = [f"{prefix} {word}" for word in (_HALVES if space.pooled else _GRID)]
             if how == "random":
@@ -90,18 +95,18 @@ def partition(how: str, among: Sequence[Space], scores: Tensors, sigma: Tensors,
                 cells = cells[torch.randperm(len(cells), generator=generator)]
                 words = [f"{prefix} random {i}" for i in range(len(words))]
             cells = _merge_small(cells, space.gather(sigma))
-        present = cells.unique().tolist()
+        present = cells.unique().tolist()  # indices of modules are numbered without gaps, over all spaces
         numbers = torch.full((max(present) + 1,), -1)
         numbers[present] = torch.arange(len(present)) + len(names)
         labels |= space.scatter(numbers[cells])
         names += [words[cell] for cell in present]
-        homes += [index] * len(present)
-    return Modules(labels, tuple(names), tuple(homes))
+        space_indices += [index] * len(present)
+    return Modules(labels, tuple(names), tuple(space_indices))
 
 
-def _split_at_medians(space: Space, among: Sequence[Space], scores: Tensors, sigma: Tensors) -> Tensor:
-    """Return the index in ``_GRID`` (or ``_HALVES``) of each unit of a space, by the medians over its kind."""
-    alike = [other for other in among if other.label == space.label]
+def _split_at_medians(space: Space, all_spaces: Sequence[Space], scores: Tensors, sigma: Tensors) -> Tensor:
+    """Return the index in ``_GRID`` (or ``_HALVES``) of each unit of a space, by medians over spaces of its label."""
+    alike = [other for other in all_spaces if other.label == space.label]
     sensitive, strong = (
         (space.gather(values) > torch.cat([other.gather(values) for other in alike]).median()).long()
         for values in (sigma, scores)
@@ -110,7 +115,7 @@ def _split_at_medians(space: Space, among: Sequence[Space], scores: Tensors, sig
 
 
 def _merge_small(cells: Tensor, sigma: Tensor) -> Tensor:
-    """Merge the smallest module with the nearest in mean sensitivity until none is smaller than ``LEAST``."""
+    """Return ``cells``, the smallest merged with the nearest in mean sensitivity until each has ``LEAST`` units."""
     while len(present := cells.unique()) > 1:
         counts = torch.stack([(cells == cell).sum() for cell in present])
         if counts.min() >= LEAST:
@@ -128,28 +133,28 @@ class Reliability:
     """How far the activation-based metric is trusted in each module; all ``[modules]`` float64."""
 
     # U = S · (1 − A), with S the module's mean sensitivity and A the mean percentile of its scores, each scaled to 0..1
-    # over the modules of one kind.
+    # over the modules of spaces with the same label.
     unreliability: Tensor
     trust: Tensor  # the weight of the activation-based ranking: 1 uses it alone, 0 the data-free one alone
 
 
-def reliability(
-    how: str, among: Sequence[Space], modules: Modules, scores: Tensors, sigma: Tensors, *, most: float = 0.25
+def compute_reliability(
+    how: str, all_spaces: Sequence[Space], modules: Modules, scores: Tensors, sigma: Tensors, *, most: float = 0.25
 ) -> Reliability:
-    """Compute how far the activation-based ranking of each module is trusted.
+    """Return how far the activation-based ranking of each module is trusted, as ``how`` says.
 
     ``unreliable``: not trusted where U is highest, in at most a fraction ``most`` of the judged units; ``blend``: trust
-    1 − U; ``even``: the mean of that everywhere (does the place matter, or the mixture?); ``never`` and ``always``
-    switch; ``reversed``: the most reliable modules instead (a sign check). Modules of pooled spaces have too few units
-    to be judged, and are always trusted.
+    1 − U; ``even``: the mean of that everywhere (a control: does it matter which modules?); ``never``: all are trusted,
+    ``always``: none; ``reversed``: the most reliable modules are not (a sign check). Modules of pooled spaces have too
+    few units to be judged, and are always trusted.
 
     Source: GPrune-LLM (arXiv 2603.13418) names both factors; the formula is ours.
     """
-    labels = [among[i].label for i in modules.spaces]
-    sensitivity = _scaled(modules.mean(sigma), labels)
-    activity = _scaled(modules.mean(within(scores, among, percentile)), labels)
+    labels = [all_spaces[i].label for i in modules.spaces]
+    sensitivity = _scale_to_unit(modules.mean(sigma), labels)
+    activity = _scale_to_unit(modules.mean(within(scores, all_spaces, percentile)), labels)
     u, sizes = sensitivity * (1 - activity), modules.sizes()
-    judged = torch.tensor([not among[i].pooled for i in modules.spaces])
+    judged = torch.tensor([not all_spaces[i].pooled for i in modules.spaces])
     trust = torch.ones(len(modules), dtype=torch.float64)
     match how:
         case "unreliable":
@@ -167,70 +172,70 @@ def reliability(
 
 
 def rank_in_modules(modules: Modules, trust: Tensor, scores: Tensors, instead: Tensors) -> dict[str, Tensor]:
-    """Rank every unit within its module, (rank + ½) / n in (0, 1), lowest first; ties go by index.
+    """Return the relative rank of every unit in its module, (rank + ½) / n in (0, 1), lowest first; ties go by index.
 
     The activation-based ``scores`` order trusted modules, the data-free ``instead`` the others; a ``trust`` between 0
-    and 1 blends both percentiles.
+    and 1 (per module) blends both percentiles. All but ``trust`` are by axis key.
     """
     keys = list(modules.labels)
-    labels, first, second = (torch.cat([values[key] for key in keys]) for values in (modules.labels, scores, instead))
-    places = torch.empty(len(labels), dtype=torch.float64)
+    labels, active, free = (torch.cat([values[key] for key in keys]) for values in (modules.labels, scores, instead))
+    ranks = torch.empty(len(labels), dtype=torch.float64)
     for module, t in enumerate(trust.tolist()):
-        mine = labels == module
-        places[mine] = rank_order(t * percentile(first[mine]) + (1 - t) * percentile(second[mine]))
-    return dict(zip(keys, places.split([len(modules.labels[key]) for key in keys]), strict=True))
+        inside = labels == module
+        ranks[inside] = rank_order(t * percentile(active[inside]) + (1 - t) * percentile(free[inside]))
+    return dict(zip(keys, ranks.split([len(modules.labels[key]) for key in keys]), strict=True))
 
 
-def _scaled(values: Tensor, labels: Sequence[str]) -> Tensor:
-    """Return each value scaled to 0..1 over the values of the same label."""
+def _scale_to_unit(values: Tensor, labels: Sequence[str]) -> Tensor:
+    """Return each value scaled to 0..1 over the values of the same label; 0 where these are all equal."""
     result = torch.zeros_like(values)
     for label in set(labels):
-        mine = torch.tensor([other == label for other in labels])
-        low, high = values[mine].min(), values[mine].max()
-        result[mine] = (values[mine] - low) / (high - low) if high > low else 0.0
+        same = torch.tensor([other == label for other in labels])
+        low, high = values[same].min(), values[same].max()
+        result[same] = (values[same] - low) / (high - low) if high > low else 0.0
     return result
 
 
-def _distrust_highest(u: Tensor, sizes: Tensor, judged: Tensor, left: float) -> Tensor:
-    """Set the trust of the modules with the highest ``u`` to 0, for at most ``left`` units in all."""
+def _distrust_highest(u: Tensor, sizes: Tensor, judged: Tensor, max_units: float) -> Tensor:
+    """Return trust 0 for the judged modules with the highest ``u``, of at most ``max_units`` units together, else 1."""
     trust = torch.ones(len(u), dtype=torch.float64)
     for module in torch.argsort(-u, stable=True).tolist():
         if judged[module]:
-            if sizes[module] > left:
+            if sizes[module] > max_units:
                 break
             trust[module] = 0
-            left -= float(sizes[module])
+            max_units -= float(sizes[module])
     return trust
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Fixed orders of the units in their modules, in one view per ranking (by all sources; by all but one)."""
+    """Fixed orders of the units in their modules, in one view per ranking (0: all sources; i: all but the i-th)."""
 
-    modules: Tensors  # axis key → the module number of each unit, [views, size] int64
-    places: Tensors  # axis key → the relative rank of each unit in its module, in (0, 1), lowest first, [views, size]
+    modules: Tensors  # axis key → the module index of each unit, [views, size] int64
+    ranks: Tensors  # axis key → the relative rank of each unit in its module, in (0, 1), lowest first, [views, size]
     fills: Tensors  # name of a weight that reads units → the value that replaces each dropped input, [views, C]
     width: Tensor  # the range of relative ranks around the ratio that has a gradient, [modules]
 
     def margins(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
         """Return each unit's relative rank minus its module's pruning ratio, by axis key; units below 0 are cut."""
-        return {key: ranks[view] - share[self.modules[key][view]] for key, ranks in self.places.items()}
+        return {key: ranks[view] - share[self.modules[key][view]] for key, ranks in self.ranks.items()}
 
     def gates(self, share: Tensor, view: int) -> dict[str, Tensor]:
         """Return 1 for units that stay and 0 for units that are cut, by axis key, with a gradient to the ratios."""
         gates = {}
-        for key, ranks in self.places.items():
+        for key, ranks in self.ranks.items():
             label = self.modules[key][view]
             gates[key] = soft_step(ranks[view], share.index_select(0, label), self.width[label]).float()
         return gates
 
     def cut_shares(self, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
-        """Return the fraction of each module's units (first view) that a choice of units cuts."""
+        """Return the fraction of each module's units (view 0) that is not in ``kept``, ``[modules]`` float64."""
         labels = torch.cat([label[0] for label in self.modules.values()])
-        gone = torch.ones(len(labels), dtype=torch.float64)
+        is_cut = torch.ones(len(labels), dtype=torch.float64)
         start = 0
         for key, label in self.modules.items():
-            gone[torch.tensor(kept[key], dtype=torch.int64) + start] = 0
+            is_cut[torch.tensor(kept[key], dtype=torch.int64) + start] = 0
             start += label.shape[1]
-        count = torch.bincount(labels)
-        return torch.zeros(len(count), dtype=torch.float64).index_add(0, labels, gone) / count
+        sizes = torch.bincount(labels)
+        return torch.zeros(len(sizes), dtype=torch.float64).index_add(0, labels, is_cut) / sizes

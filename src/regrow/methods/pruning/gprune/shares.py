@@ -17,7 +17,7 @@ from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
 from regrow.surgery.gate import gate_inputs, gates_of
 from regrow.training.fit import FitOptions, fit
-from regrow.training.hooks import EarlyStopping, Tensors, with_early_stopping
+from regrow.training.hooks import AxisTensors, EarlyStopping, with_early_stopping
 from regrow.training.learner import Learner, Loss
 from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import FORMAT, TrainState, read_checkpoint, write_checkpoint
@@ -29,14 +29,14 @@ SECONDS = 120.0  # the longest time between two checkpoints, in seconds; one is 
 
 
 @dataclass(frozen=True)
-class Window:
-    """A batch of text, and the number of the ranking of the units under which the network is masked on it."""
+class ViewBatch:
+    """A batch of text, and the index of the view whose ranking masks the network on it (:class:`.modules.Masks`)."""
 
     batch: Batch
     view: int
 
-    def to(self, device: torch.device) -> "Window":
-        """Return the window itself: the comparison moves batches, since it caches predictions by batch."""
+    def to(self, device: torch.device) -> "ViewBatch":
+        """Return the batch unmoved: :meth:`ModuleShares.compare` moves it, since its cache has the ``id`` as key."""
         return self
 
 
@@ -52,105 +52,118 @@ class ModuleShares:
     masks: Masks
     costs: Tensor  # the cost of all units of each module, [views, modules]
     removed: float  # the cost that must be removed
-    homes: Tensor  # the number of the ranking space of each module, [modules] int64
-    # ``id`` of a batch → the batch, the dense network's probabilities, and their mean entropy in nats.
+    space_indices: Tensor  # the index of the ranking space of each module, [modules] int64
+    # ``id`` of a batch → the batch (so that the id stays its own), the dense network's probabilities, and their mean
+    # entropy in nats.
     cache: dict[int, tuple[Batch, Tensor, float]] = field(default_factory=dict, repr=False)
 
-    def tensors(self, share: Tensor) -> Tensors:
-        """Return the trained tensors that give the pruning ratios ``share``.
+    def initial_tensors(self, share: Tensor) -> AxisTensors:
+        """Return tensors to train from which :meth:`shares` computes the pruning ratios ``share``, ``[modules]``.
 
         There is one logit per module, and one more for what the modules of a ranking space have in common.
         """
         logits, lr = torch.logit((share / self.settings.most).clamp(0.02, 0.98)), self.settings.lr
-        return {"logits": as_tensor(logits, lr), "shared": as_tensor(logits.new_zeros(int(self.homes.max()) + 1), lr)}
+        shared = logits.new_zeros(int(self.space_indices.max()) + 1)
+        return {"logits": as_axis_tensor(logits, lr), "shared": as_axis_tensor(shared, lr)}
 
-    def shares(self, tensors: Tensors, view: int = 0) -> Tensor:
-        """Return the pruning ratio of each module, ``[modules]``, with a gradient to the trained tensors."""
-        logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.homes)
+    def shares(self, tensors: AxisTensors, view: int = 0) -> Tensor:
+        """Return the pruning ratio of each module, ``[modules]``, under the exact budget, with a gradient."""
+        logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.space_indices)
         return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
 
     def compare(self, batch: Batch, gates: Mapping[str, Tensor], view: int) -> Tensor:
-        """Return the loss of the masked network on a batch, as a scalar with a gradient to the gates."""
-        here = batch.to(device_of(self.task.model))
-        chances, entropy = self._dense(batch, here)
+        """Return KL(dense ‖ masked) on a batch in nats per position, a scalar with a gradient to the gates.
+
+        ``gates``: axis key → 1 for units that stay, 0 for those that are cut.
+        """
+        moved = batch.to(device_of(self.task.model))
+        probabilities, entropy = self._predict_dense(batch, moved)
         fills = {name: fill[view] for name, fill in self.masks.fills.items()}
         with gate_inputs(self.task.model, self.task.axes, gates, fills):
-            logits = logits_in(here.run(self.task.model))
+            logits = logits_in(moved.run(self.task.model))
         # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.
-        return F.cross_entropy(labelled_logits(logits, here.labels).float(), chances) - entropy
+        return F.cross_entropy(labelled_logits(logits, moved.labels).float(), probabilities) - entropy
 
     @torch.no_grad()
-    def _dense(self, batch: Batch, here: Batch) -> tuple[Tensor, float]:
-        """Return the dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""
+    def _predict_dense(self, batch: Batch, moved: Batch) -> tuple[Tensor, float]:
+        """Return the dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats.
+
+        ``batch`` is the key of the cache, and ``moved`` is on the network's device.
+        """
         if id(batch) in self.cache:
             return self.cache[id(batch)][1:]
-        logits = logits_in(here.run(self.task.model))
-        chances = labelled_logits(logits, here.labels).float().softmax(-1)
-        entropy = float(torch.special.entr(chances).sum(-1).mean())
-        if sum(row[1].nbytes for row in self.cache.values()) + chances.nbytes <= self.settings.memory * 2**30:
-            self.cache[id(batch)] = (batch, chances, entropy)
-        return chances, entropy
+        logits = logits_in(moved.run(self.task.model))
+        probabilities = labelled_logits(logits, moved.labels).float().softmax(-1)
+        entropy = float(torch.special.entr(probabilities).sum(-1).mean())
+        if sum(row[1].nbytes for row in self.cache.values()) + probabilities.nbytes <= self.settings.memory * 2**30:
+            self.cache[id(batch)] = (batch, probabilities, entropy)
+        return probabilities, entropy
 
     def held_out_loss(self, share: Tensor) -> float:
-        """Return the loss on held-out windows, mean over sources, of the network cut exactly to the budget."""
+        """Return the loss on held-out windows at some ratios, mean over sources, with units cut to the budget."""
         s, task = self.settings, self.task
         losses: list[float] = []
-        for i, source in enumerate(task.evidence.data.values()):
-            view, batches = i + 1, source.held_out(s.held_out)[1]
+        for view, source in enumerate(task.evidence.data.values(), start=1):  # view 0 is that of all sources
+            _, batches = source.held_out(s.held_out)
             kept = rank(task.axes, self.masks.margins(share, view), task.budget)
-            gates = gates_of(task.axes, {key: kept[key] for key in self.masks.places})
+            gates = gates_of(task.axes, {key: kept[key] for key in self.masks.ranks})
             with torch.no_grad():
-                each = [self.compare(batch, gates, view) for batch in batches]
-            losses.append(float(torch.stack(each).mean()))
+                batch_losses = [self.compare(batch, gates, view) for batch in batches]
+            losses.append(float(torch.stack(batch_losses).mean()))
         return sum(losses) / len(losses)
 
-    def windows(self, step: int) -> list[Window]:
-        """Return the windows of text that a training step uses, each with the ranking made without its source."""
+    def draw_batches(self, step: int) -> list[ViewBatch]:
+        """Return the batches of text that a training step uses, each with the view without its source."""
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
-        return [Window(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
+        return [ViewBatch(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
 
-    def _loss(self, tensors: Tensors, window: Window) -> Loss:
-        gates = self.masks.gates(self.shares(tensors, window.view), window.view)
-        return Loss(self.compare(window.batch, gates, window.view))
+    def _compute_loss(self, tensors: AxisTensors, step_batch: ViewBatch) -> Loss:
+        """Return the loss of a batch under its view's masks, with a gradient to the trained tensors."""
+        gates = self.masks.gates(self.shares(tensors, step_batch.view), step_batch.view)
+        return Loss(self.compare(step_batch.batch, gates, step_batch.view))
 
     def learn(self, state: TrainState[EarlyStopping], starts: Mapping[str, float]) -> TrainState[EarlyStopping]:
-        """Train the logits; the network's own parameters stay as they are."""
+        """Train the logits from a state on, and return the last one; the network's own parameters are unchanged.
+
+        ``starts``: name of a start → its held-out loss, for the checkpoint's header.
+        """
         s, task = self.settings, self.task
         every = min(s.every, s.steps)
-        epochs = [every] * (s.steps // every) + [s.steps % every] * bool(s.steps % every)
+        full, rest = divmod(s.steps, every)
+        epochs = [every] * full + ([rest] if rest else [])  # an evaluation ends each
         learner = with_early_stopping(
-            Learner[Tensors](
+            Learner[AxisTensors](
                 state.learner.tensors,
-                loss=lambda tensors, context, step: self._loss(tensors, step.batch),
+                loss=lambda tensors, context, step: self._compute_loss(tensors, step.batch),
                 boundary=lambda tensors, context, boundary: tensors,
                 scheduled=True,
             ),
             evaluate=lambda tensors, context: self.held_out_loss(self.shares(tensors)),
-            snapshot=lambda tensors, context: {"share": as_tensor(self.shares(tensors))},
+            snapshot=lambda tensors, context: {"share": as_axis_tensor(self.shares(tensors))},
         )
 
-        def write(now: TrainState[EarlyStopping]) -> None:
-            if task.run.checkpoint is not None:
-                header = {**task.run.header(), "starts": dict(starts)}
-                write_checkpoint(task.run.checkpoint, task.model, now, trained_only=True, header=header)
+        def write(current: TrainState[EarlyStopping]) -> None:
+            if task.context.checkpoint is not None:
+                header = {**task.context.checkpoint_header(), "starts": dict(starts)}
+                write_checkpoint(task.context.checkpoint, task.model, current, trained_only=True, header=header)
 
         if not (state.epoch or state.step or state.number):
             write(state)
         return fit(
             task.model,
             task.axes,
-            [source_phase("learning", epochs, self.windows)],
+            [source_phase("learning", epochs, self.draw_batches)],
             learner,
             Schedule("adamw", s.lr, decay="cosine", seed=s.seed),
             state=state,
-            options=FitOptions(checkpoint=lambda now, context: write(now), seconds=SECONDS, progress=task.run.progress),
+            options=FitOptions(checkpoint=lambda now, _: write(now), seconds=SECONDS, progress=task.context.progress),
         ).state
 
 
 def read_learning(task: PruningTask) -> tuple[dict[str, float], TrainState[EarlyStopping] | None]:
     """Return the losses of the starts and the training state from the checkpoint; ``({}, None)`` if there is none."""
-    path = task.run.checkpoint
+    path = task.context.checkpoint
     if path is None or not path.is_file():
         return {}, None
     try:
@@ -161,6 +174,6 @@ def read_learning(task: PruningTask) -> tuple[dict[str, float], TrainState[Early
     return losses, state
 
 
-def as_tensor(values: Tensor, lr: float | None = None) -> AxisTensor:
-    """Return a tensor of a learner's state, trained at the learning rate ``lr`` if there is one."""
+def as_axis_tensor(values: Tensor, lr: float | None = None) -> AxisTensor:
+    """Return a vector as a tensor of a learner's state, trained at the learning rate ``lr`` if there is one."""
     return AxisTensor(values.detach(), (len(values),), lr)
