@@ -34,7 +34,7 @@ from regrow.core.plan import Plan, PlanError
 from regrow.nets import Origin, replace_attention
 from regrow.store import load, save
 from regrow.surgery import apply
-from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.surgery.verify import RELATIVE_BOUND, measure_distances
 from regrow.tracing import TraceError, trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -125,7 +125,7 @@ def compared(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterat
     while again:
         again = False
         try:
-            for plan, distance in distances(model, axes, plans):
+            for plan, distance in measure_distances(model, axes, plans):
                 result["plans"] += 1
                 result["worst"] = max(result["worst"], distance)
                 if not distance <= RELATIVE_BOUND and distance <= 10 * (noise := sensitivity(model, axes, plan)):

@@ -31,7 +31,7 @@ from regrow.nets import replace_attention
 from regrow.scoring.metrics import magnitude
 from regrow.scoring.weights import weights_of
 from regrow.surgery import apply
-from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.surgery.verify import RELATIVE_BOUND, measure_distances
 from regrow.tracing import trace
 
 OUT = Path(__file__).parent / "results" / "peers.jsonl"
@@ -60,7 +60,7 @@ def ours(name: str) -> None:
     row["heads_left_whole"] = sum(peer.rows_of(layer) == shapes[layer][0] for layer in heads)
     row["layers_left_whole"] = sum(layer.weight.shape == shape for layer, shape in shapes.items())
     tell(row)
-    ((_, distance),) = distances(whole, axes, [plan])
+    ((_, distance),) = measure_distances(whole, axes, [plan])
     tell(row | {"beyond_masking": distance, "verdict": "exact" if distance <= RELATIVE_BOUND else "other"})
 
 

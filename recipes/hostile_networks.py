@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery import apply
-from regrow.surgery.carry import carry_out
+from regrow.surgery.carry import apply_unchecked
 from regrow.tracing import TraceError, trace
 
 OUT = Path(__file__).parent / "results" / "hostile_networks.jsonl"
@@ -151,8 +151,8 @@ def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tenso
     Raises:
         NotImplementedError: If neither way can tell.
     """
-    # carry_out is what apply does once it has tried
-    kept = kept_entries(lambda: made(make, warm).model, lambda model: carry_out(model, axes, plan)[0])
+    # apply_unchecked is what apply does once it has tried
+    kept = kept_entries(lambda: made(make, warm).model, lambda model: apply_unchecked(model, axes, plan)[0])
     masks, built = Masks(kept), made(make, warm)
     with masked(masks):
         results = run(built)

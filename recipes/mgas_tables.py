@@ -36,7 +36,7 @@ from harness import Row, add, arguments, difference, finished, rows, spread, tab
 
 import regrow
 from regrow.allocation.commits import kind_of
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.evaluation import macs
 from regrow.evaluation.continual import measure_accuracy
 from regrow.jobs.recording import ActiveRun, Invocation
@@ -139,7 +139,7 @@ def measured(arm: Arm, target: float, seed: int, args: Namespace) -> Row:
         "parameters": by["test"]["parameters"],
         "nonzero": by["test"]["nonzero"],
         "macs": macs(regrow.trace(net, one)),
-        "kinds": Counter(kind_of(path) for paths in candidates_in(net).values() for path in paths),
+        "kinds": Counter(kind_of(path) for paths in candidate_paths(net).values() for path in paths),
         "saved": {level: round(saved) for level, saved in by["levels"]["saved"].items()},
         "seconds": round(seconds),
     }

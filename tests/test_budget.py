@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow.core.amounts import IN_CONTEXT, Measure, Target, parse_amount
+from regrow.core.amounts import CONTEXT_MEASURES, Measure, Target, parse_amount
 from regrow.core.budget import Budget, Timing
 
 
 @given(st.sampled_from(list(Measure)), st.integers(1, 10**13), st.integers(1, 10**6))
 def test_a_target_reads_as_it_is_written(measure: Measure, much: int, tokens: int) -> None:
-    context = tokens if measure in IN_CONTEXT else 0
+    context = tokens if measure in CONTEXT_MEASURES else 0
     target, share = Target(measure, float(much), context), (much % 9999 + 1) / 1e4
     assert Target.parse(str(target)) == target
     part = Target.parse(str(Target(measure, context=context, share=share)))

@@ -9,7 +9,7 @@ from torch import nn
 import laws
 from fuzz import network
 from regrow.core.axes import AxisGraph, Mark
-from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.surgery.verify import RELATIVE_BOUND, measure_distances
 from regrow.tracing import trace
 
 CASES = 300
@@ -32,7 +32,7 @@ def test_a_random_network_is_cut_exactly(seed: int) -> None:
         laws.permuting_units_keeps_function(model, axes, axis, seed)
     laws.zeroed_equals_shrunk(model, axes, laws.random_plan(axes, generator, marks=SILENT))
     plan = laws.random_plan(axes, generator)
-    ((_, distance),) = distances(model, axes, [plan])
+    ((_, distance),) = measure_distances(model, axes, [plan])
     assert distance <= RELATIVE_BOUND
     laws.runs_with_its_ties(model, axes, plan)
 

@@ -44,7 +44,7 @@ def strange(request, tmp_path):
 
 
 def test_only_regular_files_are_opened(strange):
-    for read in (limits.read_bytes, limits.read_json, lambda path: limits.read_content(path, 10), items_in):
+    for read in (limits.read_bytes, limits.read_json, lambda path: limits.read_head(path, 10), items_in):
         with pytest.raises(InputError, match="strange"):
             read(strange)
     if not strange.is_dir():
@@ -95,7 +95,7 @@ def test_a_damaged_or_swelling_gz_is_refused(tmp_path):
     ):
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(data)
-        with pytest.raises(SourceError, match=f"{name}.txt.gz (swells|is not a whole gzip file|is not text)"):
+        with pytest.raises(SourceError, match=f"{name}.txt.gz (unpacks|is not a whole gzip file|is not text)"):
             text(f"mail={path}")
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(whole[: len(whole) // 2])
@@ -180,7 +180,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr("regrow.core.limits.os.access", lambda path, mode: False)
     readers = {
         "a.txt": limits.read_text,
-        "a.txt.gz": lambda path: limits.read_content(path, 9),
+        "a.txt.gz": lambda path: limits.read_head(path, 9),
         "run.json": lambda path: read_run(path.parent),
         "metrics.jsonl": lambda path: metrics.Metrics(path).rows(),
         "ledger.json": lambda path: Ledger(path).plans(),

@@ -22,7 +22,7 @@ from regrow.core.sources import Batch, Source
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.reports import read_runs
-from regrow.scoring.collect import CollectionRun, collect
+from regrow.scoring.collect import CollectionOptions, collect
 from regrow.store import StoreError
 from regrow.store.ledger import Ledger, replay
 from regrow.store.run_folder import RunFolder
@@ -335,7 +335,7 @@ def pruned(folder, die_after=0):
             os.kill(os.getpid(), signal.SIGKILL)
 
     method = flap.build(flap.Settings())
-    statistics = collect(model, axes, sources, method.needs, shards=2, run=CollectionRun(done=done, on_done=keep))
+    statistics = collect(model, axes, sources, method.needs, shards=2, run=CollectionOptions(done=done, on_done=keep))
     return plan_cut(method, model, axes, Budget(0.7), Evidence(statistics)).plan, len(done)
 
 

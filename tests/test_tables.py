@@ -11,7 +11,7 @@ from regrow.core.amounts import Measure
 from regrow.core.axes import Mark
 from regrow.core.change import Change
 from regrow.core.plan import Plan
-from regrow.core.tables import MOST_ROWS
+from regrow.core.tables import MAX_ROWS
 from regrow.evaluation.quality import Evaluation
 
 
@@ -42,7 +42,7 @@ def test_printed_axes_are_the_table_of_show_and_short() -> None:
     }
     lines = str(replace(axes, axes={**axes.axes, **many})).splitlines()
     kinds = len(axes.tables()[0].rows) + len(many)
-    assert len(lines) < MOST_ROWS + 6 and f"… and {kinds - MOST_ROWS} more" in lines
+    assert len(lines) < MAX_ROWS + 6 and f"… and {kinds - MAX_ROWS} more" in lines
 
 
 def test_results_have_tables_for_notebooks() -> None:

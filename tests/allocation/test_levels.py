@@ -10,16 +10,16 @@ from torch import nn
 from regrow import Plan, apply, trace
 from regrow.allocation.commits import (
     fit_to_budget,
-    least,
+    least_cost,
     limit_removal,
     protect_cheapest,
     sample_operations,
     select_removed,
 )
-from regrow.allocation.gates import gates
+from regrow.allocation.gates import build_gates
 from regrow.allocation.timed import spread_times
 from regrow.core.amounts import Measure
-from regrow.core.candidates import Candidates, candidates_in
+from regrow.core.candidates import Candidates, candidate_paths
 from regrow.evaluation import macs
 from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
@@ -45,7 +45,7 @@ def traced(request):
 
 def found_in(net, axes, measure=Measure.NONZERO):
     parameters, keys = dict(net.named_parameters()), [axis.key for axis in axes.units()]
-    return gates(net, axes, parameters, keys, net.required_groups(), lambda path: True, measure), parameters
+    return build_gates(net, axes, parameters, keys, net.required_groups(), lambda path: True, measure), parameters
 
 
 def drawn_masks(found, parameters, seed):
@@ -68,7 +68,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     flat = found.levels.flat(parameters)
     stood = found.levels.replace_weights({}, flat, masks.filter_scale.double(), masks.over)
     start = 0
-    for path, paths in candidates_in(net).items():
+    for path, paths in candidate_paths(net).items():
         stood[f"{path}.scale"] = parameters[f"{path}.scale"] * masks.op_scale[start : start + len(paths)]
         start += len(paths)
     with torch.no_grad(), parametrize(net, stood):
@@ -83,7 +83,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     left = kind(DESCRIBED[kind](small, CONFIGS[kind], find_placeholders(small).keys()))
     assert sum(p.numel() for p in left.parameters()) == float(found.levels.size(masks.ops, masks.filters))
     state = {name: value for name, value in small.named_parameters() if not name.endswith("scale")}
-    nonzero = sum(int(p.count_nonzero()) for p in state.values()) + sum(map(len, candidates_in(left).values()))
+    nonzero = sum(int(p.count_nonzero()) for p in state.values()) + sum(map(len, candidate_paths(left).values()))
     # A weight between filters that stand may be 0 by itself; none is here.
     assert nonzero == float(found.levels.size(masks.ops, masks.filters, masks.weights))
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_gradients_are_the_same_every_time_on_several_threads():
 
 def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     net, axes, _ = traced
-    sums = candidates_in(net)
+    sums = candidate_paths(net)
     ops = [path for paths in sums.values() for path in paths]
     kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
     layers = [name for name, m in net.named_modules() if isinstance(m, kinds) and ".ops." not in name]
@@ -147,7 +147,7 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     parts = {"ops": ops, "beside": sums, "layers": layers}
     keys = [axis.key for axis in axes.units()]
     spread = spread_times(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
-    found = gates(
+    found = build_gates(
         net, axes, dict(net.named_parameters()), keys, net.required_groups(), lambda path: True, Measure.TIME, spread
     )
     every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
@@ -230,7 +230,7 @@ def test_where_one_operation_of_each_sum_is_left_and_that_is_too_much_it_is_a_ch
     found, parameters = found_in(net, axes)
     alpha = found.prices() / found.prices().max()  # what is most expensive is most important
     masks = found.masks((alpha, torch.zeros(len(alpha))), None, None)
-    target = least(found, ("operations",)) + 10
+    target = least_cost(found, ("operations",)) + 10
     left, units, _ = fit_to_budget(found, masks, found.levels.flat(parameters), target)
     assert torch.equal(units, masks.filters) and all(int(left[one].sum()) >= 1 for one in found.needed)
     assert target - 10 <= float(found.levels.size(left, masks.filters)) <= target
@@ -246,14 +246,18 @@ def test_what_is_cheapest_where_a_choice_holds_in_two_places_is_cheapest_in_both
         return Candidates({"deep": deep, "one": nn.Conv2d(n, n, 1, bias=False)}, tied="both")
 
     net = nn.Sequential(choice(16), nn.Conv2d(16, 64, 1), choice(64))
-    axes, sums, parameters = trace(net, torch.randn(2, 16, 8, 8)), candidates_in(net), dict(net.named_parameters())
+    axes, sums, parameters = (
+        trace(net, torch.randn(2, 16, 8, 8)),
+        candidate_paths(net),
+        dict(net.named_parameters()),
+    )
     keys = [axis.key for axis in axes.units()]
-    found = gates(net, axes, parameters, keys, [*sums.values()], lambda _: True, Measure.PARAMETERS)
+    found = build_gates(net, axes, parameters, keys, [*sums.values()], lambda _: True, Measure.PARAMETERS)
     sizes = []
     for deep in (1.0, 0.0):
         one = torch.tensor([deep, 1 - deep] * 2)
         sizes.append(float(found.levels.size(one, torch.ones(found.levels.filters))))
-    assert least(found, ("operations",)) == sizes[0] < sizes[1]
+    assert least_cost(found, ("operations",)) == sizes[0] < sizes[1]
     masks = found.masks((torch.tensor([-9.0, 9.0] * 2), torch.zeros(4)), None, None)
     assert fit_to_budget(found, masks, found.levels.flat(parameters), sizes[0])[0].tolist() == [1.0, 0.0, 1.0, 0.0]
 
@@ -263,14 +267,14 @@ def test_a_commit_keeps_what_a_target_will_need_and_no_more(traced):
     found, parameters = found_in(net, axes)
     alpha = found.prices() / found.prices().max()
     masks = found.masks((alpha, torch.full_like(alpha, 0.99)), None, None)  # of each sum the most expensive stands
-    fewest, most = (least(one, ("operations",)) for one in (found, replace(found, alive=masks.ops > 0)))
+    fewest, most = (least_cost(one, ("operations",)) for one in (found, replace(found, alive=masks.ops > 0)))
     halfway = (fewest + most) / 2
     many = []
     for target in (fewest, halfway, most):
         left = protect_cheapest(found, masks, target, ("operations",))
         assert bool((left.ops >= masks.ops).all())
         there = replace(found, alive=left.ops > 0)
-        assert least(there, ("operations",)) <= target
+        assert least_cost(there, ("operations",)) <= target
         many.append(int((left.ops - masks.ops).sum()))
         later = there.masks((alpha, torch.full_like(alpha, 0.99)), None, None)
         ops, _, _ = fit_to_budget(there, later, found.levels.flat(parameters), target)
@@ -295,9 +299,9 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
 
 def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
     net = randomise(topology(3, 4))
-    axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
+    axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidate_paths(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
-    found = gates(net, axes, parameters, keys, needed, lambda _: True, Measure.NONZERO)
+    found = build_gates(net, axes, parameters, keys, needed, lambda _: True, Measure.NONZERO)
     alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3))
     masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
     every = torch.ones_like(found.single)
@@ -307,15 +311,19 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
         == float(found.operation_regularizer(masks, alpha, ~found.single))
     )
     many = replace(found, single=~every)
-    back = [float(limit_removal(one, masks, 1e9, bare=False).ops[one.bare()].mean()) for one in (found, many)]
-    assert back[0] == 1 > back[1] == float(masks.ops[found.bare()].mean())
+    back = [float(limit_removal(one, masks, 1e9, bare=False).ops[one.weightless()].mean()) for one in (found, many)]
+    assert back[0] == 1 > back[1] == float(masks.ops[found.weightless()].mean())
 
 
 def test_what_is_tied_stands_and_falls_together():
     net = randomise(topology(3, 4))
-    axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
+    axes, sums, parameters = (
+        trace(net, torch.randn(2, 3, 8, 8)),
+        candidate_paths(net),
+        dict(net.named_parameters()),
+    )
     keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
-    found = gates(net, axes, parameters, keys, needed, lambda path: True, Measure.PARAMETERS)
+    found = build_gates(net, axes, parameters, keys, needed, lambda path: True, Measure.PARAMETERS)
     alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3)).requires_grad_()
     masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
     per_cell = masks.ops.detach().view(3, 30)
@@ -325,7 +333,7 @@ def test_what_is_tied_stands_and_falls_together():
     size = float(found.levels.size(masks.ops, masks.filters).detach())
     masks = replace(masks, ops=masks.ops.detach())
     dear = found.masks((found.prices() / 1e4, torch.full_like(alpha, 0.99)), None, None)
-    fewest = least(found, ("operations",))
+    fewest = least_cost(found, ("operations",))
     spares = [masks, limit_removal(found, masks, 1.05 * size), protect_cheapest(found, dear, fewest, ("operations",))]
     assert int(spares[2].ops.sum()) > int(dear.ops.sum())
     flat = found.levels.flat(parameters)

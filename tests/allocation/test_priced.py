@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hand import lm, mlp, timed
-from regrow.allocation.cost import cost_of, payers
+from regrow.allocation.cost import cost_of, find_paying_axes
 from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget, Timing
 
@@ -59,12 +59,12 @@ def test_only_what_costs_something_pays() -> None:
     _, axes = lm()
     everything = {axis.key for axis in axes}
     cache = Budget(target=Target(Measure.CACHE, 1000, 8))
-    assert {axis.key for axis in payers(axes, Budget(0.5))} == everything
-    assert {axis.key for axis in payers(axes, cache)} == {key for key in everything if "gate" not in key}
+    assert {axis.key for axis in find_paying_axes(axes, Budget(0.5))} == everything
+    assert {axis.key for axis in find_paying_axes(axes, cache)} == {key for key in everything if "gate" not in key}
     one = Budget(0.5, only=("blocks.1",))
-    assert {axis.key for axis in payers(axes, one)} == {key for key in everything if "blocks.1" in key}
+    assert {axis.key for axis in find_paying_axes(axes, one)} == {key for key in everything if "blocks.1" in key}
     bound = replace(axes, axes={key: replace(a, count="n" * ("blocks.0" in key)) for key, a in axes.axes.items()})
-    found = {axis.key for axis in payers(bound, cache)}
+    found = {axis.key for axis in find_paying_axes(bound, cache)}
     assert found == {key for key in everything if "gate" not in key or "blocks.0" in key}, "what is bound to one is in"
 
 

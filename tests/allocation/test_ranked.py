@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hand import conv, graph, lm, mlp, slot, timed
 from regrow.allocation.cost import Cost, cost_of
 from regrow.allocation.ranked import BudgetError, rank, uniform
-from regrow.core.amounts import IN_CONTEXT, STEPS, Measure, Target
+from regrow.core.amounts import CONTEXT_MEASURES, STEPS_PER_UNIT, Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.budget import Budget
 from regrow.core.plan import Plan
@@ -78,8 +78,8 @@ def test_budget_is_never_exceeded_and_no_further_step_fits(
         axes = replace(axes, axes={key: replace(axis, count="n") for key, axis in axes.axes.items()})
     asked = Budget(keep, measure, round_to=round_to, regular=regular, timing=timed(axes, seed))
     if limit_by == "amount":
-        context = 7 if measure in IN_CONTEXT else 0
-        whole = cost_of(axes, replace(asked, keep=1.0, target=Target(measure, 1, context))).total / STEPS.get(
+        context = 7 if measure in CONTEXT_MEASURES else 0
+        whole = cost_of(axes, replace(asked, keep=1.0, target=Target(measure, 1, context))).total / STEPS_PER_UNIT.get(
             measure, 1
         )
         assume(whole)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow.allocation.stages import MemoryBudgetError, stages
+from regrow.allocation.stages import MemoryBudgetError, plan_stages
 from regrow.core.amounts import format_bytes, parse_bytes
 
 SIZES = st.lists(st.integers(1, 100), min_size=1, max_size=7)
@@ -30,34 +30,34 @@ def test_no_choice_of_cuts_needs_fewer_stages(sizes: list[int], share: float, bu
     every = [(*cut, n - 1) for k in range(n) for cut in combinations(range(n - 1), k)]
     fitting = [ends for ends in every if fits(ends)]
     if fitting:
-        plan = stages(peak, n, budget)
+        plan = plan_stages(peak, n, budget)
         assert plan.ends in fitting and len(plan.ends) == min(map(len, fitting))
         assert plan.peak == max(plan.peaks) <= budget
     else:
         with pytest.raises(MemoryBudgetError) as refused:
-            stages(peak, n, budget)
+            plan_stages(peak, n, budget)
         least, cell = refused.value.least, refused.value.cell
-        assert stages(peak, n, least).peak == least > budget and peak(cell, cell) == least
+        assert plan_stages(peak, n, least).peak == least > budget and peak(cell, cell) == least
         with pytest.raises(MemoryBudgetError):
-            stages(peak, n, least - 1)
+            plan_stages(peak, n, least - 1)
 
 
 def test_the_refusal_says_what_would_do() -> None:
     with pytest.raises(
         MemoryBudgetError, match=r"5 KiB of memory do not suffice: part 2, .* needs 7.5 KiB \(7680 b"
     ) as refused:
-        stages(lambda first, last: 7680 if last else 1024, 2, 5 * 1024)
+        plan_stages(lambda first, last: 7680 if last else 1024, 2, 5 * 1024)
     assert refused.value.cell == 1  # parts are counted from 1 where people read of them
 
 
 def test_the_rest_is_planned_again() -> None:
     """What earlier stages left is known by then; cells that were searched are no stage again."""
     peak = peak_of([4, 4, 4, 4], 0.5)
-    whole, rest = stages(peak, 4, 10), stages(peak, 4, 10, first=2)
+    whole, rest = plan_stages(peak, 4, 10), plan_stages(peak, 4, 10, first=2)
     assert (whole.ends, whole.peaks) == ((1, 2, 3), (8, 8, 10))
     assert (rest.ends, rest.peaks) == ((2, 3), (8, 10))
     with pytest.raises(ValueError, match="there is none"):
-        stages(peak, 4, 10, first=4)
+        plan_stages(peak, 4, 10, first=4)
 
 
 def test_nothing_is_asked_twice() -> None:
@@ -67,7 +67,7 @@ def test_nothing_is_asked_twice() -> None:
         asked.append((first, last))
         return last - first + 1
 
-    assert stages(peak, 6, 2).ends == (1, 3, 5)
+    assert plan_stages(peak, 6, 2).ends == (1, 3, 5)
     assert len(asked) == len(set(asked)) <= 6 + 3
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from regrow.allocation.widening import classify, widening
+from regrow.allocation.widening import classify_axes, plan_widening
 from regrow.core.amounts import Increase
 from zoo import trace_zoo
 
@@ -19,7 +19,7 @@ def test_increases_are_numbers_or_shares() -> None:
 )
 def test_axes_are_recognised_from_the_network(name: str, parts: set[str]) -> None:
     _, axes = trace_zoo(name)
-    found = classify(axes)
+    found = classify_axes(axes)
     assert {*found.values()} == parts
     assert not any(axes[axes[key].inside].key in found for key in found if axes[key].inside)
 
@@ -28,8 +28,8 @@ def test_widths_are_refused_with_the_reason() -> None:
     _, axes = trace_zoo("layernorm_block")
     under = next(axis.key for axis in axes if "layer_norm" in (axis.reason + axis.narrow) or axis.narrow)
     with pytest.raises(ValueError, match="cannot be widened"):
-        widening(axes, {}, {under: Increase(units=1)})
+        plan_widening(axes, {}, {under: Increase(units=1)})
     with pytest.raises(ValueError, match="no attention heads"):
-        widening(axes, {"heads": Increase(units=1)}, {})
+        plan_widening(axes, {"heads": Increase(units=1)}, {})
     with pytest.raises(ValueError, match="no axis fits"):
-        widening(axes, {}, {"nothing*": Increase(units=1)})
+        plan_widening(axes, {}, {"nothing*": Increase(units=1)})

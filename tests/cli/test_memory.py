@@ -222,7 +222,7 @@ def test_too_little_memory_is_refused_with_the_least(regrow, tiny_language_model
 @pytest.mark.parametrize(("whole", "block"), [(2**33, 2**20), (2**33, 2**38)], ids=["one fits", "none fits"])
 def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, block):
     """Of the whole network, which then does not fit, and of a block."""
-    monkeypatch.setattr(requirements, "predict_products", lambda layers, together: block if together else whole)
+    monkeypatch.setattr(requirements, "predict_bytes", lambda layers, together: block if together else whole)
     command = ("prune", str(tiny_language_model), *SOURCE, "--memory", "4GiB", "--dry-run", "plan.json")
     assert "with all blocks in memory" in regrow(*command)[1]
     code, said, error = regrow(*command, *OBS)

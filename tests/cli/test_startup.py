@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regrow.core import names
-from regrow.core.names import DOMAINS, PACKAGED, find_problem, torchvision_names
+from regrow.core.names import DOMAINS, PACKAGED, find_model_problem, torchvision_names
 from regrow.methods import TABLES
 from regrow.nets import packaged
 from regrow.nets.vision import known_names
@@ -103,8 +103,8 @@ def test_a_name_that_torchvision_may_have_says_how_to_install_it(monkeypatch):
     torchvision_names.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(names, "find_spec", lambda name: None)
-        assert "torchvision, that is not installed: pip install 'regrow[vision]'" in find_problem("resnet18")
-        assert "did you mean 'smollm2-135m'?" in find_problem("smolm2-135m")
-        assert find_problem("torchvision:resnet18") == ""  # loading it says what it needs
+        assert "torchvision, that is not installed: pip install 'regrow[vision]'" in find_model_problem("resnet18")
+        assert "did you mean 'smollm2-135m'?" in find_model_problem("smolm2-135m")
+        assert find_model_problem("torchvision:resnet18") == ""  # loading it says what it needs
     torchvision_names.cache_clear()
-    assert find_problem("resnet18") == "" and "did you mean 'resnet18'?" in find_problem("resnet1")
+    assert find_model_problem("resnet18") == "" and "did you mean 'resnet18'?" in find_model_problem("resnet1")

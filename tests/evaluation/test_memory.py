@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.allocation.levels import apply_threshold
-from regrow.allocation.stages import MemoryBudgetError, stages
+from regrow.allocation.stages import MemoryBudgetError, plan_stages
 from regrow.core.candidates import Prefix
 from regrow.core.sources import Batch
 from regrow.evaluation.memory import (
@@ -198,7 +198,7 @@ def test_stages_keep_the_budget_in_the_run_itself() -> None:
         return predict_memory(partial(build_prefix, config, first, last, share=0.2), batch, step).peak
 
     budget = peak(0, 3) // 2
-    plan = stages(peak, 4, budget)
+    plan = plan_stages(peak, 4, budget)
     begin = 0
     for end, foretold in zip(plan.ends, plan.peaks, strict=True):
         net = Cells({**thin_config(config, begin, 0.2), "heads": sorted({end, 3})})
@@ -206,5 +206,5 @@ def test_stages_keep_the_budget_in_the_run_itself() -> None:
         assert found == pytest.approx(foretold, rel=TOLERANCE) and found <= budget
         begin = end + 1
     with pytest.raises(MemoryBudgetError) as refused:
-        stages(peak, 4, plan.peak - 1)
+        plan_stages(peak, 4, plan.peak - 1)
     assert plan.peak - 1 < refused.value.least <= budget

@@ -6,7 +6,7 @@ from torch import nn
 
 from hand import lm, texts
 from regrow import trace
-from regrow.allocation.cost import cost_of, payers
+from regrow.allocation.cost import cost_of, find_paying_axes
 from regrow.core.amounts import Measure, Target
 from regrow.core.budget import Budget
 from regrow.core.scores import Evidence
@@ -80,4 +80,4 @@ def test_what_cannot_be_timed_is_said() -> None:
     assert set_row_length(Batch((), {"ids": torch.tensor([[1, 2]])}), 5).kwargs["ids"].tolist() == [[1, 2, 1, 2, 1]]
     _, axes = lm()
     with pytest.raises(ValueError, match="not measured"):
-        payers(axes, Budget(0.5, Measure.TIME))
+        find_paying_axes(axes, Budget(0.5, Measure.TIME))

@@ -16,7 +16,7 @@ from regrow.allocation.commits import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
 from regrow.core.amounts import Measure
-from regrow.core.candidates import Candidates, candidates_in
+from regrow.core.candidates import Candidates, candidate_paths
 from regrow.data.vision import cut_out
 from regrow.evaluation.continual import measure_accuracy
 from regrow.evaluation.timing import Latency
@@ -283,7 +283,7 @@ def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bo
     own = {"what": "operations", "keep_bare": keeps}
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": own}
     folder = run(Settings("cells:4-2-1", "digits", "params=40%", **given), Invocation(tmp_path / "run"))
-    left = [path for paths in candidates_in(regrow.load(folder.path)).values() for path in paths]
+    left = [path for paths in candidate_paths(regrow.load(folder.path)).values() for path in paths]
     assert (len([path for path in left if kind_of(path) in ("avg", "max")]) == 8) == keeps
 
 
@@ -459,7 +459,7 @@ def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
 
 def invented(model: torch.nn.Module, scale: float = 1.0) -> Latency:
     """A latency table of the same form as one that is measured, with times that are nobody's."""
-    sums = candidates_in(model)
+    sums = candidate_paths(model)
     ops = {path: scale * (1 + i / 100) for i, path in enumerate(p for paths in sums.values() for p in paths)}
     layers = {
         name: 0.5 for name, one in model.named_modules() if isinstance(one, torch.nn.Conv2d) and ".ops." not in name

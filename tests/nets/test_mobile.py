@@ -8,7 +8,7 @@ import torch
 
 from regrow import Plan, apply, trace
 from regrow.allocation.commits import cell_of, kind_of
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.jobs.spaces import rebuild
 from regrow.nets.load import build
 from regrow.nets.loaded import ModelError, Origin
@@ -89,7 +89,7 @@ def test_without_its_skip_a_block_may_be_of_another_width():
 
 
 def test_operations_that_come_back_are_drawn_by_block():
-    path = candidates_in(Mobile(CONFIG))["blocks.3"][0]
+    path = candidate_paths(Mobile(CONFIG))["blocks.3"][0]
     assert (cell_of(path), kind_of(path)) == ("blocks.3", "mb3e3")
 
 

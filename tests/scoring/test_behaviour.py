@@ -5,7 +5,7 @@ import torch
 
 from hand import lm, texts
 from regrow.core.axes import Axis
-from regrow.core.scores import Need, Scores, merged
+from regrow.core.scores import Need, Scores, merge_statistics
 from regrow.methods.pruning.gprune.modules import (
     LEAST,
     Modules,
@@ -15,14 +15,14 @@ from regrow.methods.pruning.gprune.modules import (
 )
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import peak_to_peak, wifv
-from regrow.scoring.spaces import percentile, ranks, sensitivity, spaces, spectrum
+from regrow.scoring.spaces import percentile, rank_units, ranking_spaces, sensitivity, spectrum
 from regrow.scoring.weights import weights_of
 
 PARTITIONS = ("thresholds", "random", "layer")
 SWITCHES = ("unreliable", "blend", "even", "never", "always", "reversed")
 N, M, S = 400, 4, 4
 AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]
-AMONG = spaces(AXES)
+AMONG = ranking_spaces(AXES)
 
 
 def drawn(noise: float, shift: float, seed: int = 0) -> dict[str, tuple[Scores, list[Scores]]]:
@@ -47,28 +47,28 @@ def test_equal_values_share_a_rank_and_monotone_maps_change_none() -> None:
 
 def test_identical_sources_are_not_sensitive() -> None:
     one = next(iter(drawn(0.3, 0.0).values()))
-    found = ranks({"x": one, "y": one, "z": one}, AMONG)
+    found = rank_units({"x": one, "y": one, "z": one}, AMONG)
     assert all(bool((value == 0).all()) for value in sensitivity(found).values())
 
 
 def test_sensitivity_ignores_a_monotone_map_of_one_source_and_follows_a_permutation() -> None:
     scores = drawn(0.3, 0.5)
-    before = sensitivity(ranks(scores, AMONG))
+    before = sensitivity(rank_units(scores, AMONG))
     whole, shards = scores["s1"]
     up = lambda s: Scores({key: (2 * value).exp() for key, value in s.values.items()}, "toy")  # noqa: E731
     assert all(
         torch.equal(before[key], value)
-        for key, value in sensitivity(ranks({**scores, "s1": (up(whole), [up(s) for s in shards])}, AMONG)).items()
+        for key, value in sensitivity(rank_units({**scores, "s1": (up(whole), [up(s) for s in shards])}, AMONG)).items()
     )
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     moved = lambda s: Scores({**s.values, "a": s.values["a"][order]}, "toy")  # noqa: E731
-    after = sensitivity(ranks({k: (moved(w), [moved(s) for s in p]) for k, (w, p) in scores.items()}, AMONG))
+    after = sensitivity(rank_units({k: (moved(w), [moved(s) for s in p]) for k, (w, p) in scores.items()}, AMONG))
     assert torch.equal(after["a"], before["a"][order]) and torch.equal(after["b"], before["b"])
 
 
 def test_noise_alone_is_told_from_sensitivity() -> None:
-    noise = {row["space"]: row for row in spectrum(ranks(drawn(0.5, 0.0), AMONG), AMONG)}
-    real = {row["space"]: row for row in spectrum(ranks(drawn(0.2, 0.6), AMONG), AMONG)}
+    noise = {row["space"]: row for row in spectrum(rank_units(drawn(0.5, 0.0), AMONG), AMONG)}
+    real = {row["space"]: row for row in spectrum(rank_units(drawn(0.2, 0.6), AMONG), AMONG)}
     for key in ("a", "b"):
         assert 0.02 < noise[key]["significant"] < 0.09 and abs(noise[key]["exceeds"] - noise[key]["exceeds_null"]) < 0.1
         assert abs(noise[key]["spearman_shards"] - noise[key]["spearman_within"]) < 0.03
@@ -80,8 +80,8 @@ def test_noise_alone_is_told_from_sensitivity() -> None:
 @pytest.mark.parametrize("how", PARTITIONS)
 def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
     scores = drawn(0.3, 0.5)
-    found = ranks(scores, AMONG)
-    among = spaces(AXES, parts=4)
+    found = rank_units(scores, AMONG)
+    among = ranking_spaces(AXES, parts=4)
     base = scores["s0"][0].values
     modules = partition(how, among, base, sensitivity(found), seed=1)
     assert {key: len(value) for key, value in modules.labels.items()} == {axis.key: axis.size for axis in AXES}
@@ -98,8 +98,8 @@ def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
 
 def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_same_sizes() -> None:
     scores = drawn(0.3, 0.5)
-    found, base = ranks(scores, AMONG), scores["s0"][0].values
-    spread, among = sensitivity(found), spaces(AXES, parts=4)
+    found, base = rank_units(scores, AMONG), scores["s0"][0].values
+    spread, among = sensitivity(found), ranking_spaces(AXES, parts=4)
     alike = partition("thresholds", among, base, spread)
     a = alike.labels["a"]
     robust, sensitive = ((spread["a"][a == i]) for i in (0, 2))
@@ -113,8 +113,8 @@ def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_sam
 
 def test_what_is_switched() -> None:
     scores = drawn(0.3, 0.5)
-    found, base = ranks(scores, AMONG), scores["s0"][0].values
-    spread, among = sensitivity(found), spaces(AXES, parts=4)
+    found, base = rank_units(scores, AMONG), scores["s0"][0].values
+    spread, among = sensitivity(found), ranking_spaces(AXES, parts=4)
     modules = partition("thresholds", among, base, spread)
     trust = {how: compute_reliability(how, among, modules, base, spread).trust for how in SWITCHES}
     small = torch.tensor([among[i].pooled for i in modules.spaces])
@@ -133,7 +133,7 @@ def test_what_is_switched() -> None:
 
 def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_order() -> None:
     scores = drawn(0.3, 0.5)
-    found, among = ranks(scores, AMONG), spaces(AXES, parts=4)
+    found, among = rank_units(scores, AMONG), ranking_spaces(AXES, parts=4)
     base, other = scores["s0"][0].values, scores["s3"][0].values
     modules = partition("thresholds", among, base, sensitivity(found))
     instead = {key: torch.rand(len(value), dtype=torch.float64) for key, value in base.items()}
@@ -161,16 +161,16 @@ def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
     model, axes = lm()
     found = collect(model, axes, [texts("x"), texts("y", seed=3)], {Need.ACTIVATIONS}, shards=2)
     score = lambda s: wifv(weights_of(model), axes, s, units=axes.units())  # noqa: E731
-    by = {name: (score(merged(shards[:2])), [score(one) for one in shards]) for name, shards in found.items()}
-    got = ranks(by, spaces(axes.units()))
+    by = {name: (score(merge_statistics(shards[:2])), [score(one) for one in shards]) for name, shards in found.items()}
+    got = rank_units(by, ranking_spaces(axes.units()))
     for axis in axes.units():
         assert got.whole[axis.key].shape == (2, axis.size) and got.shards[axis.key].shape == (2, 2, axis.size)
 
 
 def test_modules_keep_their_numbers_where_another_partition_has_the_same() -> None:
     scores = drawn(0.3, 0.5)
-    among, base = spaces(AXES, parts=4), scores["s0"][0].values
-    found = ranks(scores, AMONG)
+    among, base = ranking_spaces(AXES, parts=4), scores["s0"][0].values
+    found = rank_units(scores, AMONG)
     fine, coarse = (partition(how, among, base, sensitivity(found)) for how in ("thresholds", "layer"))
     assert fine.numbered_as(fine, among).labels.keys() == fine.labels.keys()
     assert all(torch.equal(row, fine.labels[key]) for key, row in fine.numbered_as(fine, among).labels.items())

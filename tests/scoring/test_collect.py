@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.core.axes import Axis, Role
-from regrow.core.scores import Moments, Need, Statistics, merged
+from regrow.core.scores import Moments, Need, Statistics, merge_statistics
 from regrow.core.sources import Batch, Source
 from regrow.evaluation.memory import MemoryCounterMode
 from regrow.scoring import watch
-from regrow.scoring.collect import CollectionRun, collect
+from regrow.scoring.collect import CollectionOptions, collect
 from regrow.scoring.gradients import add_gradients
 
 ACTIVATIONS = {Need.ACTIVATIONS}
@@ -60,7 +60,7 @@ def test_merging_halves_gives_the_whole_gradients_too() -> None:
     )
     (whole,) = collect(model, axes, [source], needs)["a"]
     parts = collect(model, axes, [source], needs, shards=2)["a"]
-    both = merged(parts[:2])
+    both = merge_statistics(parts[:2])
     assert [part.tokens for part in parts] == [42, 28] and both.tokens == whole.tokens
     for name, moments in whole.moments.items():
         same(both.moments[name], moments, rtol=1e-6, atol=1e-6)
@@ -203,10 +203,10 @@ def test_a_killed_pass_goes_on_where_it_stopped() -> None:
 
     model.train()
     with pytest.raises(KeyboardInterrupt):
-        collect(model, axes, sources, ACTIVATIONS, shards=2, run=CollectionRun(on_done=keep, progress=kill))
+        collect(model, axes, sources, ACTIVATIONS, shards=2, run=CollectionOptions(on_done=keep, progress=kill))
     assert model.training and set(done) == {("a", 0), ("a", 1), ("b", 0)}
     finished: list[int] = []
-    run = CollectionRun(done=done, progress=lambda i, total, what: finished.append(i))
+    run = CollectionOptions(done=done, progress=lambda i, total, what: finished.append(i))
     again = collect(model, axes, sources, ACTIVATIONS, shards=2, run=run)
     assert finished[-1] == 8 and len(finished) < 8
     for name in whole:
@@ -249,9 +249,13 @@ def test_sums_of_a_part_of_the_channels_at_a_time_are_those_of_all_at_once(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        parts = [watch._moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)]
-        monkeypatch.setattr(watch, "_strip", lambda rows, channels: rows.shape[channels])
-        whole = [watch._moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)]
+        parts = [
+            watch._sum_moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)
+        ]
+        monkeypatch.setattr(watch, "_strip_width", lambda rows, channels: rows.shape[channels])
+        whole = [
+            watch._sum_moments(rows.to(dtype), 2, mask.expand(shape[:2])) for dtype in (torch.bfloat16, torch.float32)
+        ]
     finally:
         torch.set_num_threads(before)
     for one, other in zip(parts, whole, strict=True):

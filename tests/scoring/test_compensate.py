@@ -11,7 +11,7 @@ from regrow.jobs.pruning import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring.collect import collect
-from regrow.scoring.compensate import means, uncompensated
+from regrow.scoring.compensate import means, note_uncompensated
 
 
 def test_the_mean_output_of_a_compensated_weight_is_unchanged() -> None:
@@ -38,7 +38,7 @@ def test_padded_and_grouped_convolutions_are_left_out(padding: int, groups: int,
     model, axes = conv(padding=padding, groups=groups)
     (seen,) = collect(model, axes, [Source("p", [Batch((torch.randn(2, 3, 5, 5),))])], {Need.ACTIVATIONS})["p"]
     assert bool(means(model, axes, {"0.weight:0": (0, 1)}, seen)) is exact
-    notes = uncompensated(model, axes, {"0.weight:0": (0, 1)})
+    notes = note_uncompensated(model, axes, {"0.weight:0": (0, 1)})
     assert [note.partition(":")[0] for note in notes] == ["no bias compensation for 3.weight"] * (not exact), notes
 
 

@@ -78,7 +78,7 @@ def test_sums_of_products_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(7, 3)
     batches = [Batch((x[:4],)), Batch((x[4:],))]
-    monkeypatch.setattr("regrow.scoring.grams.LIMIT", 8 * 25)  # a pass for each layer
+    monkeypatch.setattr("regrow.scoring.grams.MAX_SUM_BYTES", 8 * 25)  # a pass for each layer
     sums: dict[str, Gram] = {}
     sum_products(net, {"2.weight": 5, "4.weight": 4}, batches, sums.__setitem__)
     inside = net[:2](x).double()

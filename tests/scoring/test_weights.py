@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regrow.scoring.weights import PART, columns
+from regrow.scoring.weights import PART, column_norms
 
 
 @pytest.mark.parametrize("form", ["square", "norm", "mean"])
@@ -15,4 +15,4 @@ def test_norms_of_parts_are_those_of_the_whole_matrix(form, shape, dtype):
     wide = weight.double()
     square = wide.square().sum(0)
     expected = {"square": square, "norm": square.sqrt(), "mean": wide.abs().mean(0)}[form]
-    assert torch.equal(columns(weight, 1, form=form), expected)
+    assert torch.equal(column_norms(weight, 1, form=form), expected)

@@ -5,7 +5,7 @@ import torch
 
 from regrow import nets
 from regrow.core.scores import Need
-from regrow.scoring.collect import CollectionRun, collect
+from regrow.scoring.collect import CollectionOptions, collect
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
 
@@ -20,7 +20,7 @@ def test_streamed_sums_are_those_of_the_whole_network(folder, sources, on_disk, 
     assert len(network.blocks) == 3
     options = {"needs": {Need.ACTIVATIONS}, "shards": 3, "units": [*axes]}
     whole = collect(loaded.model, axes, sources, **options)
-    streamed = collect(opened.loaded.model, opened.axes, sources, run=CollectionRun(visits=network), **options)
+    streamed = collect(opened.loaded.model, opened.axes, sources, run=CollectionOptions(visits=network), **options)
     assert not any(tmp_path.iterdir())
     for name, shards in whole.items():
         for one, other in zip(shards, streamed[name], strict=True):

@@ -6,7 +6,7 @@ from regrow import nets
 from regrow.core.budget import Budget
 from regrow.jobs.pruning import build_pruner, collect_evidence
 from regrow.methods.pruning.pruner import PruningContext, plan_cut
-from regrow.scoring.collect import CollectionRun
+from regrow.scoring.collect import CollectionOptions
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
 
@@ -25,7 +25,7 @@ def test_streamed_plans_are_those_of_the_whole_network(folder, sources, method, 
     loaded, opened = nets.load(str(folder)), open_network(str(folder))
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     evidence = collect_evidence(loaded.model, axes, pruner, sources)
-    run = CollectionRun(opened.network())
+    run = CollectionOptions(opened.network())
     streamed = collect_evidence(opened.loaded.model, opened.axes, pruner, sources, run=run)
     whole = plan_cut(pruner, loaded.model, axes, budget, evidence)
     context = PruningContext(weights=opened.weights.parameters(), block_runner=opened.network())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regrow import Candidates, Plan, UndoStore, apply, trace, verify
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.plan import PlanError
 from regrow.nets.cells import Cells, supernet_config
 from zoo import randomise
@@ -23,7 +23,7 @@ def traced():
 def dropped(net, every=2):
     """Every second operation of each node, and what computes the same: those operations scaled by 0."""
     paths, masked = [], copy.deepcopy(net)
-    for parent, own in candidates_in(net).items():
+    for parent, own in candidate_paths(net).items():
         paths += own[::every]
         with torch.no_grad():
             masked.get_submodule(parent).scale[::every] = 0
@@ -91,7 +91,7 @@ def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     net, undo = copy.deepcopy(net), UndoStore()
     supernet_config = sum(tensor.numel() for tensor in net.state_dict().values())
     for place in (0, 1, 2, 3):
-        paths = [own[place] for own in candidates_in(net).values()]
+        paths = [own[place] for own in candidate_paths(net).values()]
         net, axes = apply(net, axes, Plan.dropping(axes, paths), undo=undo)
     keep = {axis.key: range(1, axis.size) for axis in axes.free()}
     net, axes = apply(net, axes, Plan.keeping(axes, keep), undo=undo)
@@ -100,7 +100,7 @@ def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
 
 def test_one_candidate_stays(traced):
     net, axes, _ = traced
-    own = next(iter(candidates_in(net).values()))
+    own = next(iter(candidate_paths(net).values()))
     with pytest.raises(PlanError, match="one of them must stay"):
         apply(copy.deepcopy(net), axes, Plan.dropping(axes, own))
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Plan, UndoStore, apply, grow, load, save, trace, verify
-from regrow.allocation.widening import deepening
+from regrow.allocation.widening import plan_insertions
 from regrow.core.amounts import Increase
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import PlanError
 from regrow.store import StoreError
 from regrow.store.ledger import read_plan, replay
 from regrow.store.shapes import content_digest
-from regrow.surgery.insert import renaming
+from regrow.surgery.insert import make_rename
 from regrow.tracing.stacks import find_stacks
 
 
@@ -71,7 +71,7 @@ def logits(net: nn.Module, x: Tensor) -> Tensor:
 
 def planned(net: nn.Module, axes: AxisGraph, many: int = 2) -> Plan:
     """A plan that inserts blocks, as it comes back from a file."""
-    plan = Plan(insert=deepening(find_stacks(net, axes), {"*": Increase(many)}))
+    plan = Plan(insert=plan_insertions(find_stacks(net, axes), {"*": Increase(many)}))
     return read_plan(json.loads(plan.to_json()))
 
 
@@ -113,7 +113,7 @@ def test_insertions_are_saved_replayed_and_undone(name: str, tmp_path: Path) -> 
     assert found.sizes() == axes.sizes()
     assert {axis.key: axis.ids for axis in found} == {axis.key: axis.ids for axis in axes}
     net, axes = apply(net, axes, Plan.restoring(axes, undo.restorable), undo=undo)
-    rename, restored = renaming(net, plan), net.state_dict()
+    rename, restored = make_rename(net, plan), net.state_dict()
     assert all(torch.equal(restored[rename(key)], value) for key, value in weights.items())
 
 

@@ -11,7 +11,7 @@ import laws
 from regrow.core.plan import Change, Plan, PlanError
 from regrow.surgery import verify
 from regrow.surgery.compensate import PlannedTensors
-from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.surgery.verify import RELATIVE_BOUND, measure_distances
 from regrow.tracing import trace
 from zoo import trace_zoo
 
@@ -22,7 +22,7 @@ def test_many_plans_are_compared_as_each_alone(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     plans = [laws.random_plan(axes, generator) for _ in range(3)]
     with laws.untouched(model):
-        found = list(distances(model, axes, plans))
+        found = list(measure_distances(model, axes, plans))
     assert [plan for plan, _ in found] == plans
     for plan, distance in found:
         report = verify(model, axes, plan)
@@ -31,7 +31,7 @@ def test_many_plans_are_compared_as_each_alone(name: str) -> None:
 
 def test_a_widening_is_compared_with_the_network_as_it_is() -> None:
     model, axes = trace_zoo("llama")
-    ((_, distance),) = distances(model, axes, [laws.joint_growing_plan(axes, "zero_out")])
+    ((_, distance),) = measure_distances(model, axes, [laws.joint_growing_plan(axes, "zero_out")])
     assert distance <= RELATIVE_BOUND
 
 
@@ -61,7 +61,7 @@ def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     planned, done = Plan.keeping(axes, {key: range(5)}), Plan.keeping(axes, {key: range(5, 10)})
     module = sys.modules["regrow.surgery.verify"]
     monkeypatch.setattr(module, "PlannedTensors", lambda model, axes, plan: PlannedTensors(model, axes, done))
-    ((_, distance),) = distances(model, axes, [planned])
+    ((_, distance),) = measure_distances(model, axes, [planned])
     assert distance > 1e-3
 
 
@@ -69,7 +69,7 @@ def test_a_plan_that_does_not_fit_ends_it_and_those_before_stand() -> None:
     model, axes = trace_zoo("llama")
     key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
     good, bad = Plan.keeping(axes, {key: range(5)}), Plan({key: Change(axes[key].size + 1, (0,), axes[key].slots)})
-    found = distances(model, axes, [good, bad])
+    found = measure_distances(model, axes, [good, bad])
     assert next(found)[0] is good
     with pytest.raises(PlanError):
         next(found)

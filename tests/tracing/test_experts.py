@@ -12,7 +12,7 @@ from regrow.allocation.ranked import rank
 from regrow.core.axes import Mark
 from regrow.core.budget import Budget
 from regrow.core.plan import PlanError
-from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.surgery.verify import RELATIVE_BOUND, measure_distances
 from zoo import GROUPED, SMALL, randomise
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -46,7 +46,7 @@ def test_experts_and_neurons_are_found(axes) -> None:
 def test_masked_is_shrunk(mixtral: nn.Module, axes) -> None:
     generator = torch.Generator().manual_seed(0)
     plans = [laws.smallest_plan(axes), *(laws.random_plan(axes, generator) for _ in range(4))]
-    assert all(distance <= RELATIVE_BOUND for _, distance in distances(mixtral, axes, plans))
+    assert all(distance <= RELATIVE_BOUND for _, distance in measure_distances(mixtral, axes, plans))
 
 
 def test_an_expert_goes_and_the_model_runs(mixtral: nn.Module, axes) -> None:

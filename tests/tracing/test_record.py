@@ -15,7 +15,7 @@ from regrow.core.axes import AxisGraph, Example, Mark, RecordedStep, Slot, size_
 from regrow.core.axes.operations import Tracer
 from regrow.core.plan import Plan
 from regrow.surgery import verify
-from regrow.surgery.carry import carry_out
+from regrow.surgery.carry import apply_unchecked
 from regrow.tracing import TraceError, trace
 from regrow.tracing.capture import capture, complete_example
 from regrow.tracing.graph import assemble
@@ -295,12 +295,12 @@ def test_verify_holds_scores_against_each_other_that_find_nothing(
     assert report.ok and report.bound > 0
 
     def spoiling(net: nn.Module, *more: Any) -> Any:
-        cut = carry_out(net, *more)
+        cut = apply_unchecked(net, *more)
         with torch.no_grad():
             net.two.weight.mul_(factor)
         return cut
 
-    monkeypatch.setattr(import_module("regrow.surgery.verify"), "carry_out", spoiling)
+    monkeypatch.setattr(import_module("regrow.surgery.verify"), "apply_unchecked", spoiling)
     assert not verify(model, axes, plan).ok
 
 

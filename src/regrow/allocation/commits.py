@@ -13,7 +13,7 @@ from regrow.core.axes.operations import lies_in
 
 
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
-    """Return the operations to drop, and for each axis that loses filters the positions of those that stay.
+    """Return the paths of operations to drop, and axis key → the positions that stay, for axes that lose filters.
 
     What the present masks set to 0 is removed.
     """
@@ -22,63 +22,67 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
     keep = {}
     for key, (base, size, _) in zip(gates.levels.axes, gates.spans, strict=True):
         active = masks.filters[base : base + size] > 0
-        stays = any(not any(lies_in(slot.name, path) for path in drop) for slot in axes[key].slots)
-        if stays and not bool(active.all()):
+        has_slots_left = any(not any(lies_in(slot.name, path) for path in drop) for slot in axes[key].slots)
+        if has_slots_left and not bool(active.all()):
             keep[key] = active.nonzero()[:, 0].tolist()
     return drop, keep
 
 
 def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
-    """Return masks that remove less: what is nearest to its threshold is put back while the cost fits."""
+    """Return masks that remove less: what is nearest to its threshold is put back, up to a cost of ``allowed``.
+
+    ``bare``: whether operations without parameters are put back, too.
+    """
     margins = torch.cat(masks.margins)
-    here = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
+    eligible = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
     if not bare:
-        here[: len(gates.ops)] &= gates.single | ~gates.bare()
-    lost = (here & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
-    order = lost[margins[lost].argsort(descending=True)].tolist()
+        eligible[: len(gates.ops)] &= gates.single | ~gates.weightless()
+    removed = (eligible & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
+    order = removed[margins[removed].argsort(descending=True)].tolist()
 
-    def too_large(many: int) -> bool:
-        return float(gates.levels.size(*_set(gates, masks, order[:many], 1.0), masks.weights)) > allowed
+    def is_too_large(count: int) -> bool:
+        return float(gates.levels.size(*_set_masks(gates, masks, order[:count], 1.0), masks.weights)) > allowed
 
-    most = bisect_left(range(1, len(order) + 1), True, key=too_large)  # pricing everything takes long
-    ops, filters = _set(gates, masks, order[:most], 1.0)
+    most = bisect_left(range(1, len(order) + 1), True, key=is_too_large)  # pricing everything takes long
+    ops, filters = _set_masks(gates, masks, order[:most], 1.0)
     return replace(masks, ops=ops, filters=filters)
 
 
-def _set(gates: Gates, masks: GateMasks, places: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
-    """Return the masks of operations and filters with a value in some places: of operations, then of filters."""
+def _set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
+    """Return copies of the masks of operations and filters with ``value`` at indices into both, operations first."""
     ops, filters = masks.ops.clone(), masks.filters.clone()
-    for at in places:
-        if at < len(ops):
-            ops[gates.together(at)] = value
+    for index in indices:
+        if index < len(ops):
+            ops[gates.tied_with(index)] = value
         else:
-            filters[at - len(ops)] = value
+            filters[index - len(ops)] = value
     return ops, filters
 
 
 def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
-    """Return masks that keep the target reachable: the cheapest operation of a needed set is put back.
+    """Return masks with which the target can still be reached: cheapest operations of needed sets are put back.
 
     Those nearest to their thresholds are put back first, until the target can be reached; none if it never can.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
-    lost = (_cheapest(gates) > ops).nonzero()[:, 0].tolist() if least(gates, searched) <= target else []
-    for at in sorted(lost, key=lambda at: (-margin[at].item(), at)):
-        if least(replace(gates, alive=gates.alive & (ops > 0)), searched) <= target:
+    can_reach = least_cost(gates, searched) <= target
+    removed = (_select_cheapest(gates) > ops).nonzero()[:, 0].tolist() if can_reach else []
+    for op in sorted(removed, key=lambda op: (-margin[op].item(), op)):
+        if least_cost(replace(gates, alive=gates.alive & (ops > 0)), searched) <= target:
             break
-        ops[gates.together(at)] = 1.0
+        ops[gates.tied_with(op)] = 1.0
     return replace(masks, ops=ops)
 
 
 def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
-    """Return level → the cost that its masks remove: operations, then filters of the rest, then weights."""
+    """Return level → the cost that its masks remove: operations, then filters of the rest, then weights of the rest."""
     size, ones = gates.levels.size, torch.ones_like(masks.filters)
     whole, ops, filters = size(gates.alive.float(), ones), size(masks.ops, ones), size(masks.ops, masks.filters)
     weights = size(masks.ops, masks.filters, masks.weights)
     return {"operations": float(whole - ops), "filters": float(ops - filters), "weights": float(filters - weights)}
 
 
-def least(gates: Gates, searched: Collection[str]) -> float:
+def least_cost(gates: Gates, searched: Collection[str]) -> float:
     """Return the cost of the cheapest network that can still be reached.
 
     It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
@@ -89,7 +93,7 @@ def least(gates: Gates, searched: Collection[str]) -> float:
     ops, weights = gates.alive.float(), None
     filters = ops.new_ones(levels.filters)
     if "operations" in searched and len(ops):
-        ops = _cheapest(gates)
+        ops = _select_cheapest(gates)
     for base, size, fewest in gates.spans if "filters" in searched else ():
         filters[base + min(fewest, size) : base + size] = 0.0
     if "weights" in searched:
@@ -97,23 +101,20 @@ def least(gates: Gates, searched: Collection[str]) -> float:
     return float(levels.size(ops, filters, weights))
 
 
-def _prices(gates: Gates) -> Tensor:
-    """Return the cost of each operation with those decided with it, ``[operations]``; ∞ if gone or not running."""
-    here = gates.alive & gates.runs
-    each = torch.where(here, gates.prices(), 0.0)
-    return torch.where(here, torch.zeros_like(each).index_add(0, gates.tied, each)[gates.tied], torch.inf)
+def _operation_prices(gates: Gates) -> Tensor:
+    """Return the cost of each operation with those tied to it, ``[operations]``; ∞ if dropped or not running."""
+    running = gates.alive & gates.runs
+    each = torch.where(running, gates.prices(), 0.0)
+    return torch.where(running, torch.zeros_like(each).index_add(0, gates.tied, each)[gates.tied], torch.inf)
 
 
-def _cheapest(gates: Gates) -> Tensor:
-    """Return a mask with the cheapest operation of each needed set that has none yet, ``[operations]``.
-
-    What does not run stays as it is.
-    """
-    prices = _prices(gates)
+def _select_cheapest(gates: Gates) -> Tensor:
+    """Return the mask ``[operations]`` of the cheapest operation of each needed set (and of what does not run)."""
+    prices = _operation_prices(gates)
     ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
     for needed in gates.needed:
         if not ops[needed].any():
-            ops[gates.together(int(needed[prices[needed].argmin()]))] = 1.0
+            ops[gates.tied_with(int(needed[prices[needed].argmin()]))] = 1.0
     return torch.where(gates.runs, ops, gates.alive.float())
 
 
@@ -122,9 +123,10 @@ def fit_to_budget(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Remove the least important of what is still active until the cost meets the target, and no more.
 
-    Weights are removed if they are searched and the measure counts only non-zero ones. Otherwise filters are removed,
-    if they are searched, and then operations; if that is not enough, operations that a node needs are exchanged for
-    cheaper ones, the least important first.
+    Returns the masks of operations and filters, and the removed weights, ``[N]`` bool; ``ValueError`` if the target
+    cannot be met. ``relative``: the importance of each weight, ``[N]``. Weights are removed if they are searched and
+    the measure counts only non-zero ones. Otherwise filters are removed, if they are searched, and then operations; if
+    that is not enough, operations that a node needs are exchanged for cheaper ones, the least important first.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
     none = gates.alive.new_zeros(gates.levels.entries)
@@ -133,28 +135,28 @@ def fit_to_budget(
         return float(gates.levels.size(ops, filters, weights))
 
     if weights is not None and relative is not None and gates.levels.sparse:
-        active = gates.levels.standing(ops, filters) & (weights > 0)
+        active = gates.levels.active(ops, filters) & (weights > 0)
         price = torch.where(active, gates.levels.price[: len(relative)], 0.0)
         order = torch.where(active, relative, torch.inf).argsort()
         before = price[order].cumsum(0) - price[order]
-        gone = none.clone()
-        gone[order[before < size() - target]] = True
+        removed = none.index_fill(0, order[before < size() - target], True)
         if size() - float(price.sum()) > target:
             raise ValueError(
                 f"the target {target:g} is below what is left without any weight, {size() - price.sum():g}"
             )
-        return ops, filters, gone & active
-    searched = [bool((margin != 1).any()) for margin in masks.margins]
-    places = [at + len(ops) for at in _removable_filters(gates, filters, masks.margins[1])] if searched[1] else []
-    places += _removable_operations(gates, ops, masks.margins[0]) if searched[0] else []
+        return ops, filters, removed & active
+    # Margins of a level that is not searched are all 1.
+    searches_ops, searches_filters = (bool((margin != 1).any()) for margin in masks.margins)
+    removable = [len(ops) + i for i in _removable_filters(gates, filters, masks.margins[1])] if searches_filters else []
+    removable += _removable_operations(gates, ops, masks.margins[0]) if searches_ops else []
 
-    def fits(many: int) -> bool:
-        return float(gates.levels.size(*_set(gates, masks, places[:many], 0.0))) <= target
+    def fits(count: int) -> bool:
+        return float(gates.levels.size(*_set_masks(gates, masks, removable[:count], 0.0))) <= target
 
-    least = bisect_left(range(len(places) + 1), True, key=fits)  # pricing everything takes long
-    ops, filters = _set(gates, masks, places[:least], 0.0)
-    if searched[0] and size() > target:
-        ops = _exchanged(gates, masks.ops, (ops, filters), masks.margins[0], target)
+    fewest = bisect_left(range(len(removable) + 1), True, key=fits)  # pricing everything takes long
+    ops, filters = _set_masks(gates, masks, removable[:fewest], 0.0)
+    if searches_ops and size() > target:
+        ops = _exchange_operations(gates, masks.ops, (ops, filters), masks.margins[0], target)
     if size() > target:
         raise ValueError(
             f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave; take a "
@@ -164,77 +166,81 @@ def fit_to_budget(
 
 
 def _removable_operations(gates: Gates, ops: Tensor, margin: Tensor) -> list[int]:
-    """Return the operations that can be removed one after the other, least important first."""
-    left, order = ops.clone(), []
-    for at in margin.argsort(stable=True).tolist():
-        if bool(gates.open(left)[at]):
-            left[gates.together(at)] = 0.0
-            order.append(at)
+    """Return the indices of operations that can be removed one after the other, least important first."""
+    remaining, order = ops.clone(), []
+    for op in margin.argsort(stable=True).tolist():
+        if bool(gates.removable(remaining)[op]):
+            remaining[gates.tied_with(op)] = 0.0
+            order.append(op)
     return order
 
 
 def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
-    """Return the filters that can be removed one after the other, least important first, until no axis has more."""
+    """Return the indices of filters that can be removed one after the other, least important first."""
     axis = [i for i, (_, size, _) in enumerate(gates.spans) for _ in range(size)]
     active = (filters > 0).tolist()
     spare = [sum(active[base : base + size]) - least for base, size, least in gates.spans]
     order = []
-    for at in margin.argsort(stable=True).tolist():
-        if active[at] and spare[axis[at]] > 0:
-            spare[axis[at]] -= 1
-            order.append(at)
+    for i in margin.argsort(stable=True).tolist():
+        if active[i] and spare[axis[i]] > 0:
+            spare[axis[i]] -= 1
+            order.append(i)
     return order
 
 
-def _exchanged(gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
-    """Exchange operations that a node needs for cheaper ones until the target is met, ``[operations]``.
+def _exchange_operations(
+    gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float
+) -> Tensor:
+    """Return the mask of operations once those that a node needs are exchanged for cheaper ones, ``[operations]``.
 
-    The least important are exchanged for the cheapest that can replace them, until the target is met or all are the
-    cheapest; then the former operations are put back where they fit, the most important first.
+    ``before``: the operations that may come back; ``masks``: the present masks of operations and filters. The least
+    important are exchanged for the cheapest that can replace them, until the target is met or all are the cheapest;
+    then the former operations are put back where they fit, the most important first.
     """
-    ops, filters, prices = masks[0].clone(), masks[1], _prices(gates)
+    ops, filters, prices = masks[0].clone(), masks[1], _operation_prices(gates)
 
     def fits(ops: Tensor) -> bool:
         return float(gates.levels.size(ops, filters)) <= target
 
-    for at in margin.argsort(stable=True).tolist():
+    for op in margin.argsort(stable=True).tolist():
         if fits(ops):
             break
-        sets = [needed for needed in gates.needed if bool((needed == at).any()) and int((ops[needed] > 0).sum()) == 1]
+        sets = [needed for needed in gates.needed if bool((needed == op).any()) and int((ops[needed] > 0).sum()) == 1]
         best = {int(needed[prices[needed].argmin()]) for needed in sets}
-        if ops[at] and float(prices[[*best]].sum()) < float(prices[at]):
-            ops[gates.together(at)] = 0.0
+        if ops[op] and float(prices[[*best]].sum()) < float(prices[op]):
+            ops[gates.tied_with(op)] = 0.0
             for cheaper in best:
-                ops[gates.together(cheaper)] = 1.0
+                ops[gates.tied_with(cheaper)] = 1.0
     if not fits(ops):
-        ops = _cheapest(gates)
-    for at in margin.argsort(stable=True, descending=True).tolist():
+        ops = _select_cheapest(gates)
+    for op in margin.argsort(stable=True, descending=True).tolist():
         larger = ops.clone()
-        larger[gates.together(at)] = 1.0
-        if before[at] and not ops[at] and fits(larger):
+        larger[gates.tied_with(op)] = 1.0
+        if before[op] and not ops[op] and fits(larger):
             ops = larger
     return ops
 
 
 def sample_operations(
-    dead: Sequence[str],
+    dropped: Sequence[str],
     alive: Sequence[str],
     drift: Mapping[str, float],
     weight: Mapping[str, float],
-    many: int,
+    count: int,
     generator: torch.Generator,
 ) -> list[str]:
-    """Sample at most ``many`` dropped operations to revive, by the regrowth rule of MGAS's code.
+    """Return the paths of at most ``count`` dropped operations to revive, sampled by the regrowth rule of MGAS's code.
 
-    For each cell i and kind j, with G the mean drift and A the mean importance over the active operations of that kind
-    (half of the least in the cell if none is active), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i
-    is the mean of its normalised drift and importance per active operation. Each of ``many`` draws picks (i, j) with
-    probability q_i · p_ij and revives one dropped operation of kind j in cell i; if there is none, the draw is lost.
+    ``drift`` and ``weight``: path of an active operation → its drift and its importance. For each cell i and kind j,
+    with G the mean drift and A the mean importance over the active operations of that kind (half of the least in the
+    cell if none is active), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i is the mean of its
+    normalised drift and importance per active operation. Each of ``count`` draws picks (i, j) with probability q_i ·
+    p_ij and revives one dropped operation of kind j in cell i; if there is none, the draw is lost.
 
     Source: the authors' code (train_search.py), read; the normalisations as there.
     """
-    cells = [*dict.fromkeys(map(cell_of, (*alive, *dead)))]
-    every_kind = [*dict.fromkeys(map(kind_of, (*alive, *dead)))]
+    cells = [*dict.fromkeys(map(cell_of, (*alive, *dropped)))]
+    every_kind = [*dict.fromkeys(map(kind_of, (*alive, *dropped)))]
     chance = torch.zeros(len(cells), len(every_kind), dtype=torch.float64)
     share = torch.zeros(len(cells), 2, dtype=torch.float64)
     for i, cell in enumerate(cells):
@@ -247,18 +253,18 @@ def sample_operations(
             least = min((mean for mean in means if mean is not None), default=0.0) / 2
             row = torch.tensor([least if mean is None else mean for mean in means], dtype=torch.float64)
             share[i, k] = row.sum() / max(1, len(active))
-            chance[i] += _normal(row) / 2
-    q = (_normal(share[:, 0]) + _normal(share[:, 1])) / 2
+            chance[i] += _normalize(row) / 2
+    q = (_normalize(share[:, 0]) + _normalize(share[:, 1])) / 2
     ends = (q[:, None] * chance).flatten().cumsum(0)
-    left, result = list(dead), []
-    for draw in torch.rand(many, generator=generator, dtype=torch.float64).tolist():
-        at = min(int(torch.searchsorted(ends, draw)), len(ends) - 1)
-        cell, kind = cells[at // len(every_kind)], every_kind[at % len(every_kind)]
-        if fitting := [path for path in left if (cell_of(path), kind_of(path)) == (cell, kind)]:
-            before = float(ends[at - 1]) if at else 0.0
-            inside = (draw - before) / max(float(ends[at]) - before, 1e-12)
+    remaining, result = list(dropped), []
+    for draw in torch.rand(count, generator=generator, dtype=torch.float64).tolist():
+        i = min(int(torch.searchsorted(ends, draw)), len(ends) - 1)
+        cell, kind = cells[i // len(every_kind)], every_kind[i % len(every_kind)]
+        if fitting := [path for path in remaining if (cell_of(path), kind_of(path)) == (cell, kind)]:
+            before = float(ends[i - 1]) if i else 0.0
+            inside = (draw - before) / max(float(ends[i]) - before, 1e-12)  # where in its interval the draw lies
             chosen = fitting[min(int(inside * len(fitting)), len(fitting) - 1)]
-            left.remove(chosen)
+            remaining.remove(chosen)
             result.append(chosen)
     return result
 
@@ -286,6 +292,7 @@ def cell_of(path: str) -> str:
     return total.rpartition(".nodes.")[0] or total
 
 
-def _normal(values: Tensor) -> Tensor:
+def _normalize(values: Tensor) -> Tensor:
+    """Return values divided by their sum; equal shares if that is not positive."""
     total = values.sum()
     return values / total if total > 0 else torch.full_like(values, 1 / len(values))

@@ -21,7 +21,8 @@ class Cost:
     """The cost of a network as a function of the sizes of its axes, in whole steps of its measure.
 
     Sizes are also written as a vector, ``[axes + 1]`` int64: in the order of ``index``, with a constant 1 behind them.
-    A key-value cache is that of ``tokens`` tokens. ``compensated`` weights get a bias once an input is dropped.
+    A key-value cache is that of ``tokens`` tokens. ``compensated`` weights get a bias once an input is dropped; without
+    ``timing``, time raises ``ValueError``.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Cost:
                 raise ValueError("how long the network takes was not measured: Budget(timing=time_widths(…))")
             self._terms = [_time_term(self.index, timing)]
         else:
-            self._terms = [_polynomial_term(self.index, _tensors(axes, measure, tokens))]
+            self._terms = [_polynomial_term(self.index, _counted_products(axes, measure, tokens))]
         if compensated:
             self._terms.append(_bias_term(self.index, self.present, axes, measure, compensated))
 
@@ -57,19 +58,19 @@ class Cost:
         return self.at(self.present)
 
     def at(self, vector: np.ndarray) -> int:
-        """Return the cost at sizes of all axes."""
+        """Return the cost at the sizes of all axes, as a vector ``[axes + 1]``."""
         return sum(term(vector) for term in self._terms)
 
 
 def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Dim, ...], int]]) -> Term:
-    """Return Σ over products of dimensions of coefficient · Π sizes.
+    """Return the term Σ coefficient · Π sizes, over (dimensions, coefficient); ``index``: axis key → its place.
 
     A convolution between two free axes costs a product of both sizes, so the cost of a unit depends on the other axis;
     this evaluates the cost of the whole planned network instead of adding up units.
     """
     monomials: Monomials = Counter()
     for dims, factor in products:
-        for keys, coefficient in expand(dims).items():
+        for keys, coefficient in expand_product(dims).items():
             monomials[keys] += coefficient * factor
     degree = max(map(len, monomials), default=0)
     # A last, constant size of 1 pads the shorter monomials.
@@ -80,7 +81,7 @@ def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Di
 
 
 def _time_term(index: Mapping[str, int], timing: Timing) -> Term:
-    """Return the nanoseconds of a forward pass: the measured total less what each axis saves at its width.
+    """Return the term of nanoseconds of a forward pass: the measured total less what each axis saves at its width.
 
     Between two measured widths time is interpolated linearly, below the smallest it is constant; axes without a
     measured curve save nothing. Savings of axes are added up; where two axes meet in one weight, as in consecutive
@@ -98,7 +99,7 @@ def _time_term(index: Mapping[str, int], timing: Timing) -> Term:
 def _bias_term(
     index: Mapping[str, int], present: np.ndarray, axes: AxisGraph, measure: Measure, weights: Iterable[str]
 ) -> Term:
-    """Return the cost of biases that bias compensation adds to layers without one, in parameters or bytes.
+    """Return the term of biases that bias compensation adds to the layers of ``weights``, in parameters or bytes.
 
     Dropping an input saves at least as many entries as the bias has, so a smaller network never costs more.
     """
@@ -106,22 +107,22 @@ def _bias_term(
     for name in weights:
         each = axes.itemsize.get(name, 4) if measure == Measure.BYTES else 1
         reads = axes.consumed.get(name, frozenset())
-        made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
-        read = sorted({index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
-        rows.append((read, each, [(n, [index[key] for key in keys]) for keys, n in expand(made).items()]))
+        outputs = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
+        inputs = sorted({index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
+        rows.append((inputs, each, [(n, [index[key] for key in keys]) for keys, n in expand_product(outputs).items()]))
 
     def cost(vector: np.ndarray) -> int:
         total = 0
-        for read, each, monomials in rows:
-            if any(vector[i] < present[i] for i in read):
-                total += each * sum(n * prod(int(vector[i]) for i in made) for n, made in monomials)
+        for inputs, each, monomials in rows:
+            if any(vector[i] < present[i] for i in inputs):
+                total += each * sum(n * prod(int(vector[i]) for i in factors) for n, factors in monomials)
         return total
 
     return cost
 
 
-def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
-    """Yield the products of dimensions that a measure sums, each with an integer coefficient."""
+def _counted_products(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
+    """Yield (dimensions, integer coefficient) of each product that a measure sums; ``ValueError`` for time, nonzero."""
     match measure:
         case Measure.MACS:
             yield from ((work.dims, 1) for work in axes.work_per_example())
@@ -139,10 +140,10 @@ def _tensors(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[t
             raise ValueError(f"{measure} does not follow from sizes; count params")
 
 
-def expand(dims: Iterable[Dim]) -> Monomials:
-    """Multiply dimensions out into a polynomial in axis sizes.
+def expand_product(dims: Iterable[Dim]) -> Monomials:
+    """Return the product of dimensions, multiplied out, as a polynomial in axis sizes: sorted keys → coefficient.
 
-    >>> dict(expand([Sum((2, "a")), "b", 3]))
+    >>> dict(expand_product([Sum((2, "a")), "b", 3]))
     {('b',): 6, ('a', 'b'): 3}
     """
     result: Monomials = Counter({(): 1})
@@ -154,10 +155,10 @@ def expand(dims: Iterable[Dim]) -> Monomials:
             case str():
                 factor[dim,] = 1
             case Product(parts):
-                factor = expand(parts)
+                factor = expand_product(parts)
             case Sum(parts):
                 for part in parts:
-                    factor.update(expand([part]))
+                    factor.update(expand_product([part]))
         multiplied: Monomials = Counter()
         for (a, x), (b, y) in product(result.items(), factor.items()):
             multiplied[tuple(sorted(a + b))] += x * y
@@ -166,16 +167,15 @@ def expand(dims: Iterable[Dim]) -> Monomials:
 
 
 def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
-    """Return the cost that a budget limits."""
+    """Return the cost function that a budget limits; raise ``ValueError`` if the network has none of its measure."""
     if budget.measure == Measure.CACHE and not axes.caches:
         raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
     tokens = (budget.target.context if budget.target else 0) or 1
-    counts_biases = budget.measure in (Measure.BYTES, Measure.PARAMETERS)
-    compensated = budget.compensated if counts_biases else ()
+    compensated = budget.compensated if budget.measure in (Measure.BYTES, Measure.PARAMETERS) else ()
     return Cost(axes, budget.measure, tokens=tokens, timing=budget.timing, compensated=compensated)
 
 
-def payers(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
+def find_paying_axes(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
     """Return the axes that can contribute to meeting a budget: allowed by it, and their units cost something."""
     cost, units = cost_of(axes, budget), budget.units(axes)
     paying = [axis for axis in units if cost({axis.key: min(axis.least, axis.size - 1)}) < cost.total]

@@ -31,19 +31,19 @@ class Edges:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Edges":
-        """Build the index tables of a network's candidate operations."""
+        """Return the index tables of a network's candidate operations; raise ``ValueError`` if it has none."""
         entries = 0
         rows: list[list[int]] = []
         edge, column = [], []
         for node in find_candidates(model).values():
-            here: dict[int, int] = {}
+            edge_of: dict[int, int] = {}
             for source in node.sources:
-                if source not in here:
-                    here[source] = len(rows)
+                if source not in edge_of:
+                    edge_of[source] = len(rows)
                     rows.append([entries])
                     entries += 1
-                row = rows[here[source]]
-                edge.append(here[source])
+                row = rows[edge_of[source]]
+                edge.append(edge_of[source])
                 column.append(len(row))
                 row.append(entries)
                 entries += 1
@@ -60,12 +60,15 @@ class Edges:
 
 
 def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
-    """Return which operations the discrete cell of DARTS keeps: the best of each of the best edges into each node."""
-    result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
+    """Return which operations a discrete cell keeps, ``[operations]`` bool: the best of each node's best two edges.
+
+    ``share``, ``edge`` and ``node``: of each operation, its softmax weight, edge and node, ``[operations]``.
+    """
+    result, used, room = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():
-        if edges[i] not in seen and left[nodes[i]]:
+        if edges[i] not in used and room[nodes[i]]:
             result[i] = True
-            seen.add(edges[i])
-            left[nodes[i]] -= 1
+            used.add(edges[i])
+            room[nodes[i]] -= 1
     return result

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.levels import Levels, levels, step_mask
+from regrow.allocation.levels import Levels, build_levels, step_mask
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
-from regrow.core.candidates import candidates_in, single_in, tied_in
+from regrow.core.candidates import candidate_paths, exclusive_sets, tied_operations
 
 # A margin so far below 0 that the surrogate gradient of the step function vanishes there
 NEVER = -2.0
 
 # Added to every threshold, so that a threshold of 0 removes what has importance 0
-_JUST = 1e-6
+_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -83,37 +83,41 @@ class Gates:
         filters: tuple[Tensor, Tensor] | None,
         weights: tuple[Tensor, Tensor, Tensor] | None,
     ) -> GateMasks:
-        """Compare importances with thresholds and return the masks and scales of all three levels."""
+        """Compare importances with thresholds and return the masks and scales of all three levels.
+
+        ``ops``: importance logits and thresholds, ``[operations]``, ``filters``: same, ``[filters]`` and ``[axes]``;
+        ``weights``: values ``[N]``, which are removed for good (bool), and thresholds. ``None``: a level not searched.
+        """
         ones = self.alive.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
             margin_o, mask_o, scale_o = ones, self.alive.float(), self.alive.float()
         else:
             share = ops[0].sigmoid().index_select(0, self.tied)
-            margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _JUST, NEVER)
-            mask_o = step_mask(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
+            margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _EPS, NEVER)
+            mask_o = step_mask(margin_o).masked_fill(self._protected_operations(margin_o.detach()), 1.0)
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
         if filters is None:
             margin_f = mask_f = scale_f = ones.new_ones(self.levels.filters)
         else:
             share = filters[0].sigmoid()
-            margin_f = share - filters[1].index_select(0, self.axis) - _JUST
-            mask_f = step_mask(margin_f).masked_fill(self._fewest(margin_f.detach()), 1.0)
+            margin_f = share - filters[1].index_select(0, self.axis) - _EPS
+            mask_f = step_mask(margin_f).masked_fill(self._protected_filters(margin_f.detach()), 1.0)
             scale_f = 2 * share * mask_f
         over = None
         if weights is not None:
             flat, gone, thresholds = weights
-            n, active = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
-            over = self.levels.relative(flat, active) - thresholds.index_select(0, self.levels.ops[:n]) - _JUST
+            n, active = len(flat), self.levels.active(mask_o.detach(), mask_f.detach())
+            over = self.levels.relative(flat, active) - thresholds.index_select(0, self.levels.ops[:n]) - _EPS
             over = over.masked_fill(gone, NEVER)
         return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
-    def together(self, at: int) -> Tensor:
-        """Return which operations are decided together with operation ``at``, ``[operations]`` bool."""
-        return self.tied == self.tied[at]
+    def tied_with(self, op: int) -> Tensor:
+        """Return the mask of the operations tied to operation ``op``, itself included, ``[operations]`` bool."""
+        return self.tied == self.tied[op]
 
-    def open(self, mask: Tensor) -> Tensor:
-        """Return which of the operations that a mask keeps could still be removed, as a bool vector."""
+    def removable(self, mask: Tensor) -> Tensor:
+        """Return which of the operations that a mask keeps could still be removed, ``[operations]`` bool."""
         result = (mask > 0) & self.alive & self.runs
         for ops in self.needed:
             if int((mask[ops] > 0).sum()) <= 1:
@@ -121,41 +125,38 @@ class Gates:
         return result
 
     def prices(self) -> Tensor:
-        """Return the cost of each operation with all parameters in it, ``[operations]``."""
+        """Return the cost of each operation with all parameters in it, unmasked, ``[operations]`` float64."""
         return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
 
-    def typical(self) -> Tensor:
+    def mean_node_prices(self) -> Tensor:
         """Return the mean cost of the operations with parameters in each operation's node, ``[operations]``; or 0."""
-        counted = self.alive & ~self.bare()
+        counted = self.alive & ~self.weightless()
         prices = torch.where(counted, self.prices(), 0.0)
         total = torch.zeros_like(prices).index_add(0, self.node, prices)
-        many = torch.zeros_like(self.node).index_add(0, self.node, counted.long())
-        return (total / many.clamp_min(1)).index_select(0, self.node)
+        count = torch.zeros_like(self.node).index_add(0, self.node, counted.long())
+        return (total / count.clamp_min(1)).index_select(0, self.node)
 
-    def bare(self) -> Tensor:
+    def weightless(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
         if not self.ops or self.levels.timed:
             return torch.zeros_like(self.alive)
         return self._sum_entries(torch.ones_like(self.levels.ops)) <= 1
 
     def _sum_entries(self, values: Tensor) -> Tensor:
-        """Return the sum of a value per entry over the entries in each operation, ``[operations]``."""
+        """Return the sums of ``values``, one per parameter entry, over each operation's entries, ``[operations]``."""
         return values.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, values)[:-1]
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normalised importance of each active operation within its node.
+        """Return which operations are active, their importance's share of their node, and how many are active there.
 
-        ``alpha`` has the importance logit of every operation, ``[operations]``.
+        ``alpha``: importance logits. All are ``[operations]``; the share of an operation that is not active is 0.
         """
-        active = self._active(masks)
+        active = (masks.ops.detach() > 0) & self.alive & self.runs
         share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
-        none = share.new_zeros(len(self.ops))
-        many = none.index_add(0, self.node, active.to(share.dtype))
-        total = torch.where(many > 0, none.index_add(0, self.node, share), 1.0)
-        return active, share / total.index_select(0, self.node), many.index_select(0, self.node)
-
-    def _active(self, masks: GateMasks) -> Tensor:
-        return (masks.ops.detach() > 0) & self.alive & self.runs
+        zeros = share.new_zeros(len(self.ops))
+        count = zeros.index_add(0, self.node, active.to(share.dtype))
+        total = torch.where(count > 0, zeros.index_add(0, self.node, share), 1.0)
+        return active, share / total.index_select(0, self.node), count.index_select(0, self.node)
 
     def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
         """Return the GOLD-NAS regulariser Σ log(1 + N a / Σ a) over active operations.
@@ -166,11 +167,11 @@ class Gates:
 
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
-        active, share, many = self.shares(masks, alpha)
-        return torch.where(active & among, torch.log1p(many * share), 0.0).sum()
+        active, share, count = self.shares(masks, alpha)
+        return torch.where(active & among, torch.log1p(count * share), 0.0).sum()
 
-    def _last(self, margin: Tensor) -> Tensor:
-        """Return the operations that stay because all others of a needed set are below their thresholds."""
+    def _protected_operations(self, margin: Tensor) -> Tensor:
+        """Return the best operation of each needed set all below their thresholds, ``[operations]`` bool: it stays."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for ops in self.needed:
             best = ops.index_select(0, margin.index_select(0, ops).argmax().view(1))
@@ -178,8 +179,8 @@ class Gates:
             result.index_put_((best,), result.index_select(0, best) | below)
         return result
 
-    def _fewest(self, margin: Tensor) -> Tensor:
-        """Return the filters that stay because their axis must keep that many."""
+    def _protected_filters(self, margin: Tensor) -> Tensor:
+        """Return the best filters of each axis with too few above their thresholds, ``[filters]`` bool: they stay."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for base, size, least in self.spans:
             part = margin[base : base + size]
@@ -187,7 +188,7 @@ class Gates:
         return result
 
 
-def gates(
+def build_gates(
     model: nn.Module,
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
@@ -197,15 +198,15 @@ def gates(
     measure: Measure,
     timed: Prices | None = None,
 ) -> Gates:
-    """Work out which operations, filters and weights may be removed in the running part of a network.
+    """Return which operations, filters and weights may be removed in the running part of a network.
 
     ``parameters`` are those of that part, ``keys`` the axes that have thresholds, ``needed`` sets of operations of each
-    of which at least one must stay.
+    of which at least one must stay; ``runs`` says whether the operation at a path runs, ``timed`` has measured times.
     """
-    sums, leaders, order = candidates_in(model), tied_in(model), {key: i for i, key in enumerate(keys)}
-    index = levels(axes, parameters, sums, measure, timed)
+    sums, leaders, order = candidate_paths(model), tied_operations(model), {key: i for i, key in enumerate(keys)}
+    index = build_levels(axes, parameters, sums, measure, timed)
     ops = tuple(path for paths in sums.values() for path in paths)
-    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single_in(model) for path in paths}
+    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in exclusive_sets(model) for path in paths}
     spans, axis = [], []
     for key, base in index.axes.items():
         size = axes[key].size

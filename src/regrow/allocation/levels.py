@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.timed import Prices, above, split_cost
+from regrow.allocation.timed import Prices, enclosing_modules, prices_in
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
@@ -28,7 +28,7 @@ _LARGE = 2**12
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Which filters and operations the entries of one parameter belong to, and their cost.
+    """Which filters and operations the entries of one parameter belong to, and what they cost.
 
     Args:
         shape: Its shape.
@@ -50,28 +50,27 @@ class TensorLayout:
         return self.shape.numel()
 
     def spread(self, line: tuple[int, Tensor] | None, none: int) -> Tensor:
-        """Return the filter of each entry along ``makes`` or ``reads``, ``[entries]``; ``none`` where there is none."""
+        """Return the filter of each entry by ``line`` (``makes`` or ``reads``), ``[entries]``; ``none`` without it."""
         if line is None:
             return torch.full((self.entries,), none, device=self.price.device)
         dim, filters = line
         return self.along(dim, filters).expand(self.shape).reshape(-1)
 
     def along(self, dim: int, values: Tensor) -> Tensor:
-        """Return values along a dimension, ``[size]``, in a shape that is broadcast to the parameter's."""
+        """Return ``values`` of a dimension, ``[size]``, in a shape that broadcasts to the parameter's."""
         return values.view([-1 if d == dim else 1 for d in range(len(self.shape))])
 
     def size(self, ops: Tensor, filters: Tensor) -> Tensor:
-        """Return the cost of the parameter under masks with a last entry of 1 (filters float64), a scalar float64."""
-        lines = [line for line in (self.makes, self.reads) if line]
-        if len(lines) == 2 and lines[0][0] == lines[1][0]:
-            both = filters.index_select(0, lines[0][1]) * filters.index_select(0, lines[1][1])
-            many = both.sum() * (self.entries / max(1, len(both)))
+        """Return the cost of the parameter, ``[]`` float64, under masks with a 1 at their end (filters float64)."""
+        if self.makes and self.reads and self.makes[0] == self.reads[0]:  # one dimension makes and reads filters
+            both = filters.index_select(0, self.makes[1]) * filters.index_select(0, self.reads[1])
+            count = both.sum() * (self.entries / max(1, len(both)))
         else:
-            many = filters.new_tensor(float(self.entries))
-            for _, line in lines:
-                many = many * filters.index_select(0, line).sum() / max(1, len(line))
+            count = filters.new_tensor(float(self.entries))
+            for _, line in filter(None, (self.makes, self.reads)):
+                count = count * filters.index_select(0, line).sum() / max(1, len(line))
         share = ops.index_select(0, self.ops) * self.price
-        return share.sum() * many / max(len(self.ops), len(self.price))
+        return share.sum() * count / max(len(self.ops), len(self.price))
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Levels:
     Args:
         weights: Names of the parameters that can be masked: those that read filters, and those in
             ``AxisGraph.counted``; N entries in all.
-        tensors: The layouts of ``weights``, and of all other parameters, of M entries.
+        layouts: The layouts of ``weights``, and then of all other parameters, of M entries.
         axes: Axis key → the index of its first filter among all filters.
         filters: How many filters there are.
         rest: The cost of the network that no entry accounts for.
@@ -90,7 +89,7 @@ class Levels:
     """
 
     weights: tuple[str, ...]
-    tensors: tuple[TensorLayout, ...]
+    layouts: tuple[TensorLayout, ...]
     axes: Mapping[str, int]
     filters: int
     rest: float = 0.0
@@ -98,63 +97,63 @@ class Levels:
     timed: bool = False
 
     @property
-    def masked_tensors(self) -> tuple[TensorLayout, ...]:
-        """The layouts of ``weights``."""
-        return self.tensors[: len(self.weights)]
+    def maskable_layouts(self) -> tuple[TensorLayout, ...]:
+        """The layouts of the parameters that can be masked, ``weights``: the first of ``layouts``."""
+        return self.layouts[: len(self.weights)]
 
     @property
     def entries(self) -> int:
         """N, the number of entries of ``weights``."""
-        return sum(tensor.entries for tensor in self.masked_tensors)
+        return sum(tensor.entries for tensor in self.maskable_layouts)
 
     @cached_property
-    def every(self) -> int:
+    def all_entries(self) -> int:
         """N + M, the number of all entries."""
-        return sum(tensor.entries for tensor in self.tensors)
+        return sum(tensor.entries for tensor in self.layouts)
 
     @property
     def entrywise(self) -> bool:
         """Whether the network is small enough to be priced and masked entry by entry."""
-        return self.every <= ENTRYWISE
+        return self.all_entries <= ENTRYWISE
 
     @cached_property
     def reads(self) -> Tensor:
-        """The filter that each entry of a weight reads, ``[N]``; ``filters`` if none."""
-        return _join([tensor.spread(tensor.reads, self.filters) for tensor in self.masked_tensors])
+        """The index of the filter that each entry of a weight reads, ``[N]``; ``filters`` if none."""
+        return _concat([tensor.spread(tensor.reads, self.filters) for tensor in self.maskable_layouts])
 
     @cached_property
     def makes(self) -> Tensor:
-        """The filter that each entry makes, ``[N + M]``; ``filters`` if none."""
-        return _join([tensor.spread(tensor.makes, self.filters) for tensor in self.tensors])
+        """The index of the filter that each entry makes, ``[N + M]``; ``filters`` if none."""
+        return _concat([tensor.spread(tensor.makes, self.filters) for tensor in self.layouts])
 
     @cached_property
     def ops(self) -> Tensor:
-        """The operation that each entry lies in, ``[N + M]``; the number of operations if none."""
-        return _join([tensor.ops.expand(tensor.entries) for tensor in self.tensors])
+        """The index of the operation that each entry lies in, ``[N + M]``; the number of operations if none."""
+        return _concat([tensor.ops.expand(tensor.entries) for tensor in self.layouts])
 
     @cached_property
     def weight(self) -> Tensor:
         """The index in ``weights`` of the tensor that each entry lies in, ``[N]``."""
-        return _join([tensor.ops.new_full((tensor.entries,), i) for i, tensor in enumerate(self.masked_tensors)])
+        return _concat([tensor.ops.new_full((tensor.entries,), i) for i, tensor in enumerate(self.maskable_layouts)])
 
     @cached_property
     def price(self) -> Tensor:
         """The cost of each entry, ``[N + M]`` float64."""
-        return _join([tensor.price.expand(tensor.entries) for tensor in self.tensors], torch.float64)
+        return _concat([tensor.price.expand(tensor.entries) for tensor in self.layouts], torch.float64)
 
     def precompute(self) -> None:
-        """Compute the vectors of a network that is priced entry by entry, which would else be made within a step."""
+        """Compute and cache the vectors of a network that is priced entry by entry, so that no step has to."""
         if self.entrywise:
             _ = self.reads, self.makes, self.ops, self.weight, self.price
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate all maskable weights into one vector, ``[N]``."""
+        """Return all maskable weights as one vector, ``[N]``, from name → parameter."""
         return torch.cat([parameters[name].reshape(-1) for name in self.weights])
 
-    def apart(self, flat: Tensor) -> dict[str, Tensor]:
-        """Split a vector ``[N]`` into tensors by name: the inverse of :meth:`flat`."""
-        parts = flat.split([tensor.entries for tensor in self.masked_tensors])
-        rows = zip(self.weights, parts, self.masked_tensors, strict=True)
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Split a vector ``[N]`` into weights, name → tensor: the inverse of :meth:`flat`."""
+        parts = flat.split([tensor.entries for tensor in self.maskable_layouts])
+        rows = zip(self.weights, parts, self.maskable_layouts, strict=True)
         return {name: part.view(tensor.shape) for name, part, tensor in rows}
 
     def relative(self, flat: Tensor, active: Tensor) -> Tensor:
@@ -163,41 +162,45 @@ class Levels:
         The mean is over weights between active filters (``active``, ``[N]`` bool) alone, so that it does not change
         when the others are cut.
         """
-        size, here = flat.detach().abs(), active.to(flat.dtype)
-        none = size.new_zeros(len(self.weights))
-        total, many = none.index_add(0, self.weight, size * here), none.index_add(0, self.weight, here)
-        return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
+        size, counted = flat.detach().abs(), active.to(flat.dtype)
+        zeros = size.new_zeros(len(self.weights))
+        total, count = zeros.index_add(0, self.weight, size * counted), zeros.index_add(0, self.weight, counted)
+        return size / (total / count.clamp_min(1)).clamp_min(1e-12)[self.weight]
 
     def replace_weights(
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the weights times the scale of the filter they read, and 0 below their threshold, by name."""
-        scale, result = _padded(filters), {}
+        """Return name → weight times the scale of the filters that it reads, 0 below its threshold.
+
+        ``flat``: all weights, to be masked one by one with ``over_by``, how far each is above its threshold; ``None``:
+        tensor by tensor, only those that read filters.
+        """
+        scale, result = _append_one(filters), {}
         if flat is not None:
             scaled = flat * scale.index_select(0, self.reads)
-            return self.apart(scaled if over_by is None else keep_above(scaled, over_by))
-        for name, tensor in zip(self.weights, self.masked_tensors, strict=True):
+            return self.unflatten(scaled if over_by is None else keep_above(scaled, over_by))
+        for name, tensor in zip(self.weights, self.maskable_layouts, strict=True):
             if tensor.reads:
                 dim, line = tensor.reads
                 result[name] = parameters[name] * tensor.along(dim, scale.index_select(0, line))
         return result
 
-    def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
-        """Return which weights lie in active operations and between active filters, ``[N]`` bool."""
-        n, here = len(self.reads), _padded(filters) > 0
-        return (_padded(ops) > 0)[self.ops[:n]] & here[self.makes[:n]] & here[self.reads]
+    def active(self, ops: Tensor, filters: Tensor) -> Tensor:
+        """Return which weights lie in active operations and between active filters, by their masks, ``[N]`` bool."""
+        n, active = len(self.reads), _append_one(filters) > 0
+        return (_append_one(ops) > 0)[self.ops[:n]] & active[self.makes[:n]] & active[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself."""
-        every, here = _padded(ops), _padded(filters)
-        whole = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
-        fast = not self.entrywise or (whole and self.every > _LARGE * len(self.tensors))
-        if fast and (weights is None or not self.sparse):
-            wide = here.double()
-            return torch.stack([tensor.size(every, wide) for tensor in self.tensors]).sum() + self.rest
-        alive = every.index_select(0, self.ops) * here.index_select(0, self.makes)
+        """Return the network's cost under masks, ``[]``: Σ over entries of price · its operation · filters · itself."""
+        op_masks, filter_masks = _append_one(ops), _append_one(filters)
+        exact = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
+        by_tensor = not self.entrywise or (exact and self.all_entries > _LARGE * len(self.layouts))
+        if by_tensor and (weights is None or not self.sparse):
+            wide = filter_masks.double()
+            return torch.stack([layout.size(op_masks, wide) for layout in self.layouts]).sum() + self.rest
+        alive = op_masks.index_select(0, self.ops) * filter_masks.index_select(0, self.makes)
         n = len(self.reads)
-        inner = alive[:n] * here.index_select(0, self.reads)
+        inner = alive[:n] * filter_masks.index_select(0, self.reads)
         if weights is not None and self.sparse:
             inner = inner * weights
         return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum() + self.rest
@@ -221,14 +224,17 @@ def check_levels(searched: Collection[str], measure: Measure) -> None:
         )
 
 
-def levels(
+def build_levels(
     axes: AxisGraph,
     parameters: Mapping[str, Tensor],
     candidates: Mapping[str, Sequence[str]],
     measure: Measure,
     timed: Prices | None,
 ) -> Levels:
-    """Build the index vectors and costs of a network's operations, filters and weights."""
+    """Return what ties a network's parameter entries to operations, filters and weights, and their costs.
+
+    ``candidates``: path of a sum → paths of its operations; ``timed``: measured times, for the measure of time.
+    """
     names = [name for name in parameters if name in axes.shapes]
     units = [
         axis
@@ -256,7 +262,7 @@ def levels(
 
     numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
     scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
-    prices = split_cost(axes, measure, timed, numbers)
+    prices = prices_in(axes, measure, timed, numbers)
     maskable, tensors = {*weights}, []
     for name in [*weights, *(name for name in names if name not in maskable)]:
         price = torch.tensor([prices.entries.get(name, 0.0)], dtype=torch.float64)
@@ -264,18 +270,20 @@ def levels(
             ops = [numbers[path] for path in paths]
             price = price + torch.tensor([prices.ops.get(path, 0.0) for path in paths])
         else:
-            ops = [next((numbers[path] for path in above(name) if path in numbers), len(numbers))]
+            ops = [next((numbers[path] for path in enclosing_modules(name) if path in numbers), len(numbers))]
         read = lines.get((name, True)) if name in maskable else None
         tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
     sparse, counts_time = measure == Measure.NONZERO, measure == Measure.TIME
     return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, sparse, counts_time)
 
 
-def _padded(values: Tensor) -> Tensor:
+def _append_one(values: Tensor) -> Tensor:
+    """Return a mask with a 1 behind it, for entries that have no operation or filter."""
     return torch.cat([values, values.new_ones(1)])
 
 
-def _join(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
+def _concat(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
+    """Return vectors one behind the other; of none, an empty one of ``dtype``."""
     return torch.cat([*parts]) if parts else torch.zeros(0, dtype=dtype)
 
 
@@ -285,7 +293,7 @@ def margin(weight: Tensor, threshold: Tensor) -> Tensor:
 
 
 def surrogate(x: Tensor) -> Tensor:
-    """Return the surrogate derivative of the step function: 2 − 4 abs(x) up to 0.4, 0.4 up to 1, 0 beyond.
+    """Return the step function's surrogate derivative: 2 − 4 abs(x) for abs(x) ≤ 0.4, 0.4 for ≤ 1, 0 beyond.
 
     >>> surrogate(torch.tensor([0.0, 0.25, -0.5, 2.0])).tolist()
     [2.0, 1.0, 0.4000000059604645, 0.0]
@@ -295,7 +303,7 @@ def surrogate(x: Tensor) -> Tensor:
 
 
 def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
-    """Mask the weights whose magnitude is below their threshold; weights get the dense gradient.
+    """Return weights with 0 where their magnitude is below their threshold; they get the dense gradient.
 
     The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
     get one again. The threshold's is Σ −g · w · surrogate(|w| − t) over the entries that are not owned; those that are
@@ -311,7 +319,7 @@ def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
 
 
 def step_mask(over_by: Tensor) -> Tensor:
-    """Return 1 where a value is at least 0, else 0; the backward pass uses the surrogate gradient."""
+    """Return 1 where ``over_by`` is at least 0, else 0; the backward pass uses the surrogate gradient."""
     return keep_above(over_by.new_ones(()), over_by)
 
 
@@ -320,17 +328,21 @@ def keep_above(values: Tensor, over_by: Tensor) -> Tensor:
 
     The gradient of the values is dense, as if none were masked; that of ``over_by`` is the surrogate's.
     """
-    result: Tensor = _Kept.apply(values, over_by)
+    result: Tensor = _KeepAbove.apply(values, over_by)
     return result
 
 
-class _Kept(torch.autograd.Function):
+class _KeepAbove(torch.autograd.Function):
+    """The function and gradients of :func:`keep_above`."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
+        """Return values where ``over_by`` is at least 0, else 0."""
         ctx.save_for_backward(values, over_by)
         return values * (over_by >= 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the dense gradient of the values and the surrogate's of ``over_by``."""
         values, over_by = ctx.saved_tensors
         return gradient, surrogate(over_by).mul_(values).mul_(gradient)

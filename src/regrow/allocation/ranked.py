@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.cost import Cost, cost_of
-from regrow.core.amounts import STEPS
+from regrow.core.amounts import STEPS_PER_UNIT
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.scores import Scores, Tensors, rank_order
@@ -26,8 +26,8 @@ class BudgetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Lane:
-    """Axes that are cut together, and the sizes to which they may shrink.
+class AxisGroup:
+    """Axes that are cut together, and the sizes to which they may shrink, from their own down.
 
     ``members`` are their indices in a cost, ``orders`` has per axis its units from lowest to highest score, ``values``
     the mean score of the units that each step to the next size removes, in non-decreasing order.
@@ -41,11 +41,11 @@ class Lane:
 
 
 def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str, tuple[int, ...]]:
-    """Keep the best units of all scored axes in one global ranking, so that the network's cost fits the budget.
+    """Return axis key → the units kept: the best of all scored axes in one ranking, so that the cost fits the budget.
 
-    Units are sorted by score (equal ones by axis key, then unit), the longest affordable tail is found by bisection
-    on the exact cost of the planned network, and what still fits is put back, best first. So the cost is never above
-    the budget, and no step of any axis would fit any more.
+    Raises :class:`BudgetError` if it cannot. Units are sorted by score (equal ones by axis key, then unit), the longest
+    affordable tail is found by bisection on the exact cost of the planned network, and what still fits is put back,
+    best first. So the cost is never above the budget, and no step of any axis would fit any more.
 
     Axes with the same ``count`` lose their i-th worst units together, at the mean of their scores; if one of them is
     free but not scored, none is cut. In a regular budget so do all axes of one kind, in whatever block; if one of them
@@ -55,47 +55,48 @@ def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str,
     values = scores.values if isinstance(scores, Scores) else scores
     cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
-    lanes = list(_lanes(axes, values, budget, cost))
-    owner = np.concatenate([np.full(len(lane.values), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
-    order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
+    groups = list(_make_axis_groups(axes, values, budget, cost))
+    owner = np.concatenate([np.full(len(group.values), i) for i, group in enumerate(groups)] or [np.zeros(0, int)])
+    order = np.argsort(np.concatenate([group.values for group in groups] or [np.zeros(0)]), kind="stable")
     owner = owner[order].astype(np.int64)
 
-    def take(many: int) -> np.ndarray:
-        return np.bincount(owner[:many], minlength=len(lanes))
+    def count_steps(total: int) -> np.ndarray:
+        """Return how many of the first ``total`` steps each group takes."""
+        return np.bincount(owner[:total], minlength=len(groups))
 
     def vector_of(taken: np.ndarray) -> np.ndarray:
         vector = cost.present.copy()
-        for lane, steps in zip(lanes, taken, strict=True):
-            vector[lane.members] = lane.sizes[steps]
+        for group, steps in zip(groups, taken, strict=True):
+            vector[group.members] = group.sizes[steps]
         return vector
 
-    def fits(many: int) -> bool:
-        return cost.at(vector_of(take(many))) <= limit
+    def fits(total: int) -> bool:
+        return cost.at(vector_of(count_steps(total))) <= limit
 
     if not fits(len(owner)):
-        raise _infeasible(budget, cost.at(vector_of(take(len(owner)))), cost.total, len(values))
-    taken = take(bisect_left(range(len(owner)), True, key=fits))
-    vector, open_lanes = vector_of(taken), {*np.flatnonzero(taken).tolist()}
+        raise _make_budget_error(budget, cost.at(vector_of(count_steps(len(owner)))), cost.total, len(values))
+    taken = count_steps(bisect_left(range(len(owner)), True, key=fits))
+    vector, open_groups = vector_of(taken), {*np.flatnonzero(taken).tolist()}
     # Keep removed units after all, best first. The remaining budget only shrinks and no unit gets cheaper as others
-    # return, so a lane that does not fit once is closed.
+    # return, so a group that does not fit once is closed.
     for number in owner[: int(taken.sum())][::-1].tolist():
-        if number in open_lanes:
-            lane, wider = lanes[number], vector.copy()
-            wider[lane.members] = lane.sizes[taken[number] - 1]
+        if number in open_groups:
+            group, wider = groups[number], vector.copy()
+            wider[group.members] = group.sizes[taken[number] - 1]
             if fitting := cost.at(wider) <= limit:
                 vector = wider
                 taken[number] -= 1
             if not fitting or not taken[number]:
-                open_lanes.remove(number)
+                open_groups.remove(number)
     kept = {key: tuple(range(len(scored))) for key, scored in values.items()}
-    for lane, steps in zip(lanes, taken, strict=True):
-        for key, worst in zip(lane.keys, lane.orders, strict=True):
-            kept[key] = tuple(np.sort(worst[len(worst) - lane.sizes[steps] :]).tolist())
+    for group, steps in zip(groups, taken, strict=True):
+        for key, worst in zip(group.keys, group.orders, strict=True):
+            kept[key] = tuple(np.sort(worst[len(worst) - group.sizes[steps] :]).tolist())
     return kept
 
 
 def uniform(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str, tuple[int, ...]]:
-    """Keep the same fraction of the units of every scored axis, the best of each, so that the budget is met.
+    """Return axis key → the units kept: the same fraction of every scored axis, the best of each, within the budget.
 
     Scores, which need not be comparable between axes, are replaced by percentiles within the axis, (rank + ½) / n, and
     ranked together as by :func:`rank`. The ½ rounds small axes to the nearest number of units (of three groups, one is
@@ -103,19 +104,19 @@ def uniform(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[s
     """
     values = scores.values if isinstance(scores, Scores) else scores
     finite = {key: bool(torch.isfinite(value).all()) for key, value in values.items()}
-    # The ranking refuses the others, with the axis's name.
+    # rank raises an error for scores that are not finite, with the axis's name.
     shares = {key: rank_order(value) if finite[key] else value for key, value in values.items()}
     return rank(axes, shares, budget)
 
 
-def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iterator[Lane]:
-    """Yield the groups of scored axes that are cut together, with their steps."""
+def _make_axis_groups(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iterator[AxisGroup]:
+    """Yield the groups of scored axes that are cut together, with their steps; ``ValueError`` if scores do not fit."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
             raise ValueError(f"the scores of {key!r} do not fit the network: {len(scores)} numbers")
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the scores of {key!r} hold NaN or infinity")
-    for keys in _groups(axes, values, budget.regular):
+    for keys in _group_keys(axes, values, budget.regular):
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
@@ -131,13 +132,13 @@ def _lanes(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iter
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
         means = np.maximum.accumulate(sums / steps) if len(steps) else sums
-        yield Lane(tuple(keys), [cost.index[key] for key in keys], orders, sizes, means)
+        yield AxisGroup(tuple(keys), [cost.index[key] for key in keys], orders, sizes, means)
 
 
-def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
-    """Group scored axes that must keep equally many units, with the axes not scored that bind them."""
+def _group_keys(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
+    """Return the keys of axes that must keep equally many units, by group: scored ones, and others that bind them."""
     regular_kinds = {axes[key].kind for key in values} if regular else frozenset()
-    home: dict[Any, int] = {}
+    group_of: dict[Any, int] = {}
     groups: dict[int, list[str]] = {}
     for number, axis in enumerate(sorted(axes, key=lambda axis: axis.key)):
         labels: list[Any] = [axis.count] if axis.count and axis.free else []
@@ -145,12 +146,12 @@ def _groups(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
             labels.append(axis.kind)
         if not labels and axis.key not in values:
             continue
-        first, *others = sorted({home[label] for label in labels if label in home}) or [number]
+        first, *others = sorted({group_of[label] for label in labels if label in group_of}) or [number]
         for other in others:
             groups[first] += groups.pop(other)
-            home = {label: first if at == other else at for label, at in home.items()}
+            group_of = {label: first if group == other else group for label, group in group_of.items()}
         groups.setdefault(first, []).append(axis.key)
-        home |= dict.fromkeys(labels, first)
+        group_of |= dict.fromkeys(labels, first)
     return [sorted(keys) for keys in groups.values()]
 
 
@@ -163,7 +164,8 @@ def _reachable_sizes(size: int, least: int, round_to: int) -> np.ndarray:
     return np.array([size, *range((size - 1) // round_to * round_to, least - 1, -round_to)], dtype=np.int64)
 
 
-def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
+def _make_budget_error(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
+    """Return the error for a budget below ``least``, the smallest cost of ``axes`` scored axes; ``total``: that now."""
     why = f"{axes} axes keep their least" if axes else "no axis is left to cut: loosen --only, --exclude"
     if axes and budget.regular:
         why += "; axes of one kind are cut in every block or in none"
@@ -173,7 +175,7 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
     else:
         share, amount = (reachable, 0.0) if budget.target.share else (0.0, reachable)
         least_target = replace(budget.target, share=share, amount=amount)
-        now = total / STEPS.get(budget.measure, 1)
+        now = total / STEPS_PER_UNIT.get(budget.measure, 1)
         what, remedy = f"the target {budget.target}", f"the least possible is {least_target}, of {now:,.10g} now"
     return BudgetError(f"{what} cannot be reached ({why}); {remedy}", reachable)
 
@@ -182,15 +184,15 @@ def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetErro
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
 
 
-def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
-    """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
+def removal_ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
+    """Return the fraction that each module removes, ``[modules]``, from learned logits; the budget is met exactly.
 
     p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.
 
     b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
     budget is met at every step of learning and needs no penalty.
 
-    >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
+    >>> p = removal_ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
     >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
     ([0.20000000298023224, 0.20000000298023224], 8.0)
 
@@ -202,8 +204,8 @@ def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95)
         )
     costs = costs.to(logits)
     values, exact = logits.detach().double(), costs.double()
-    low, high = -60.0 - float(values.max()), 60.0 - float(values.min())
-    for _ in range(80):
+    low, high = -60.0 - float(values.max()), 60.0 - float(values.min())  # every σ is nearly 0, or 1
+    for _ in range(80):  # 120 / 2⁸⁰ is less than float64 resolves
         shift = (low + high) / 2
         if float((exact * most * torch.sigmoid(values + shift)).sum()) > removed:
             high = shift
@@ -218,8 +220,8 @@ def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95)
 def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
     """Return the cost of all units of each module, ``[modules]``, and the total cost that must be removed.
 
-    A unit's cost is the average over all units that can be removed from its axis alone, which is exact where no two of
-    the axes meet in one weight, as in a transformer.
+    ``labels``: axis key → the module of each unit, ``[size]``. A unit's cost is the average over all units that can be
+    removed from its axis alone, which is exact where no two of the axes meet in one weight, as in a transformer.
     """
     cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
     for key, label in labels.items():
@@ -231,10 +233,10 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
     return costs, float(max(0, cost.total - budget.limit(cost.total)))
 
 
-def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
-    """Return 1 for each unit that stays and 0 for each that is removed, with a sigmoid's gradient.
+def soft_step(percentiles: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
+    """Return 1 for units that stay (percentile at least ``share``) and 0 for others, with a sigmoid's gradient.
 
-    The backward pass uses the slope of σ((place − share) / width).
+    The backward pass uses the slope of σ((percentile − share) / width).
     """
-    soft = torch.sigmoid((places - share) / width)
-    return (places >= share).to(soft) + (soft - soft.detach())
+    soft = torch.sigmoid((percentiles - share) / width)
+    return (percentiles >= share).to(soft) + (soft - soft.detach())

@@ -15,7 +15,7 @@ Peak = Callable[[int, int], int]
 
 
 class MemoryBudgetError(ValueError):
-    """Raised if no stages fit the memory budget; ``cell`` needs ``least`` bytes in a stage of its own."""
+    """Raised if no stages fit the memory budget; ``least`` bytes suffice, which ``cell`` needs by itself."""
 
     def __init__(self, message: str, least: int, cell: int) -> None:
         super().__init__(message)
@@ -24,7 +24,10 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """The stages of a search whose memory is limited: the last cell of each, and its peak memory in bytes."""
+    """The stages of a search whose memory is limited: the last cell of each, and its peak memory in bytes.
+
+    ``recomputed``: whether the peaks hold if activations are recomputed in the backward pass; the caller sets it.
+    """
 
     ends: tuple[int, ...]
     peaks: tuple[int, ...]
@@ -36,36 +39,39 @@ class MemoryStages:
         return max(self.peaks)
 
 
-def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
-    """Return the fewest stages that each fit the memory budget; earlier stages take as many cells as fit.
+def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
+    """Return stages of cells from ``first`` on that each fit ``budget`` bytes; earlier ones take as many as fit.
 
-    The last stage so has most room, since later stages depend on an estimate of how small earlier cells will be. After
-    each stage, plan again from the next cell on. A final phase over all cells, all of them small, needs no more memory
-    than the last stage.
+    Raises ``MemoryBudgetError`` if a cell by itself does not fit. They are the fewest if the peak grows with the last
+    cell. So the last stage has the most room to spare, since later stages depend on an estimate of how small earlier
+    cells will be. The caller plans again after each stage, with ``first`` = the next cell. A final phase over all
+    cells, all of them small, needs no more memory than the last stage.
 
-    >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
+    >>> plan_stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
     MemoryStages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
     """
     if not 0 <= first < cells:
         raise ValueError(f"cells {first} to {cells - 1} are to be searched: there is none")
-    peak = cache(peak)
-    if peak(first, cells - 1) <= budget:
-        return MemoryStages((cells - 1,), (peak(first, cells - 1),))
+    peak_of = cache(peak)
+    if peak_of(first, cells - 1) <= budget:  # even if fewer cells need more
+        return MemoryStages((cells - 1,), (peak_of(first, cells - 1),))
     ends, peaks = [], []
     while first < cells:
-        last = first
-        if peak(first, last) > budget:
-            alone = {cell: peak(cell, cell) for cell in range(first, cells)}
-            cell = max(alone, key=alone.__getitem__)
+        if peak_of(first, first) > budget:
+            worst = max(
+                range(first, cells), key=lambda cell: peak_of(cell, cell)
+            )  # so that the amount suffices for all
+            least = peak_of(worst, worst)
             raise MemoryBudgetError(
-                f"{format_bytes(budget)} of memory do not suffice: part {cell + 1}, searched in a stage of its own, "
-                f"needs {format_bytes(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
-                alone[cell],
-                cell,
+                f"{format_bytes(budget)} of memory do not suffice: part {worst + 1}, searched in a stage of its own, "
+                f"needs {format_bytes(least)} ({least} bytes). Give that much, or a smaller batch or width",
+                least,
+                worst,
             )
-        while last + 1 < cells and peak(first, last + 1) <= budget:
+        last = first
+        while last + 1 < cells and peak_of(first, last + 1) <= budget:
             last += 1
         ends.append(last)
-        peaks.append(peak(first, last))
+        peaks.append(peak_of(first, last))
         first = last + 1
     return MemoryStages(tuple(ends), tuple(peaks))

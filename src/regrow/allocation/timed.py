@@ -10,7 +10,7 @@ from regrow.core.axes import AxisGraph, Product, size_of
 
 @dataclass(frozen=True)
 class Prices:
-    """The cost of a network by what it consists of.
+    """The cost of a network in one measure, by what it consists of.
 
     Args:
         entries: Parameter or buffer name → the cost of each of its entries.
@@ -32,27 +32,29 @@ def spread_times(
     layers: Mapping[str, float],
     rest: float,
 ) -> Prices:
-    """Distribute measured times over parameter entries and operations, so that masks can be priced in time.
+    """Return measured times distributed over parameter entries and operations, so that masks can be priced in time.
 
-    A module takes its time in proportion to the multiply–accumulates of its weights, so a layer with half its inputs
-    and half its outputs is assumed to need a quarter; a module without any spreads it evenly over its parameters; an
-    operation without parameters carries it itself. The time of a sum beside its operations is divided equally among
-    them.
+    ``sums``: path of a sum → paths of its operations; ``ops``, ``layers``: path → its time; ``beside``: path of a sum →
+    its time beside its operations; ``rest``: all other time. A module takes its time in proportion to the
+    multiply–accumulates of its weights, so a layer with half its inputs and half its outputs is assumed to need a
+    quarter; a module without any spreads it evenly over its parameters; an operation without parameters carries it
+    itself. The time of a sum beside its operations is divided equally among them.
     """
-    sizes, each, modules = axes.sizes(), _macs_per_entry(axes, _macs_per_module(axes)), {**layers, **ops}
+    sizes, modules = axes.sizes(), {**layers, **ops}
+    macs_per_entry = _macs_per_entry(axes, _macs_per_module(axes))
     inside: dict[str, list[str]] = {}
     for name in sorted(axes.parameters - axes.ties.keys()):
-        if (path := next((path for path in above(name) if path in modules), None)) is not None:
+        if (path := next((path for path in enclosing_modules(name) if path in modules), None)) is not None:
             inside.setdefault(path, []).append(name)
     entries: dict[str, float] = {}
     alone = {path: beside.get(total, 0.0) / len(paths) for total, paths in sums.items() for path in paths}
     for path, time in modules.items():
-        many = {name: axes.count_entries([name], sizes) for name in inside.get(path, [])}
-        macs = {name: each[name] * n for name, n in many.items()}
+        counts = {name: axes.count_entries([name], sizes) for name in inside.get(path, [])}
+        macs = {name: macs_per_entry[name] * n for name, n in counts.items()}
         if total := sum(macs.values()):
-            entries |= {name: time * macs[name] / total / n for name, n in many.items()}
-        elif many:
-            entries |= dict.fromkeys(many, time / sum(many.values()))
+            entries |= {name: time * macs[name] / total / n for name, n in counts.items()}
+        elif counts:
+            entries |= dict.fromkeys(counts, time / sum(counts.values()))
         elif path in ops:
             alone[path] = alone.get(path, 0.0) + time
         else:
@@ -60,8 +62,8 @@ def spread_times(
     return Prices(entries, alone, rest)
 
 
-def split_cost(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
-    """Return what entries and operations cost by a measure; ``timed`` is the answer for time."""
+def prices_in(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
+    """Return the cost per parameter entry and operation (``ops``: paths) in a measure; for time, ``timed`` itself."""
     match measure:
         case Measure.PARAMETERS | Measure.NONZERO:
             return Prices(dict.fromkeys(axes.shapes, 1.0))
@@ -77,19 +79,19 @@ def split_cost(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Col
 
 
 def _count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
-    """Return costs in multiply–accumulates of one example, per parameter entry and operation (path).
+    """Return costs in multiply–accumulates of one example, per parameter entry and operation (``ops``: paths).
 
     Those of a module with a weight are spread over its entries. Those of other modules (attention, products of
     activations) count in full as long as their operation is active, which is too much once widths are cut.
     """
     macs, alone, rest = _macs_per_module(axes), dict.fromkeys(ops, 0.0), 0.0
-    for module, many in macs.items():
+    for module, count in macs.items():
         if f"{module}.weight".lstrip(".") in axes.parameters:
             continue
-        if path := next((path for path in (module, *above(module)) if path in alone), None):
-            alone[path] += many
+        if path := next((path for path in (module, *enclosing_modules(module)) if path in alone), None):
+            alone[path] += count
         else:
-            rest += many
+            rest += count
     return Prices(_macs_per_entry(axes, macs), alone, rest)
 
 
@@ -111,10 +113,10 @@ def _macs_per_entry(axes: AxisGraph, macs: Counter[str]) -> dict[str, float]:
     return result
 
 
-def above(name: str) -> list[str]:
+def enclosing_modules(name: str) -> list[str]:
     """Return the paths of the modules that contain a parameter, the innermost first.
 
-    >>> above("a.b.weight")
+    >>> enclosing_modules("a.b.weight")
     ['a.b', 'a']
     """
     parts = name.split(".")

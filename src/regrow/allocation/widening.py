@@ -7,7 +7,7 @@ from math import ceil
 from typing import Literal
 
 from regrow.core.amounts import Increase
-from regrow.core.axes import Axis, AxisGraph, Role, axes_in, block, matches
+from regrow.core.axes import Axis, AxisGraph, Role, axes_in, common_block, matches
 from regrow.core.change import BlockCopy, Insertion, Stack
 
 Part = Literal["mlp", "heads", "channels"]
@@ -16,46 +16,50 @@ _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels 
 
 @dataclass(frozen=True)
 class Widening:
-    """Axis key → how many units it gains, and axis key → why others cannot gain any."""
+    """Which axes gain units: ``grow``: key → how many; ``refused``: key → why another that was asked for gains none."""
 
     grow: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
-    """Return how many units each axis gains."""
-    wanted: dict[str, Increase] = {}
+def plan_widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
+    """Return how many units each axis gains; raise ``ValueError`` where no axis fits or can be widened.
+
+    ``parts``: kind of axes (``mlp``, ``heads``, ``channels``) → its increase; ``named``: axis key or pattern → the
+    same. Sizes are rounded up to the multiples that axes need.
+    """
+    increases: dict[str, Increase] = {}
     refused: dict[str, str] = {}
-    known = classify(axes) if parts else {}
+    kinds = classify_axes(axes) if parts else {}
     for part, increase in parts.items():
-        members = [axes[key] for key, kind in known.items() if kind == part]
+        members = [axes[key] for key, kind in kinds.items() if kind == part]
         if not members:
             raise ValueError(f"the network has no {_NAMES[part]}; `regrow show` lists its axes")
-        wanted |= dict.fromkeys(_widenable(members, refused, f"the {_NAMES[part]}"), increase)
+        increases |= dict.fromkeys(_select_widenable(members, refused, f"the {_NAMES[part]}"), increase)
     for name, increase in named.items():
-        wanted |= dict.fromkeys(_widenable(_named(axes, name), refused, f"axis {name!r}"), increase)
-    steps = {key: axes[key].multiple for key in wanted}
-    sizes = {key: axes[key].size for key in wanted}
-    after = {
-        key: -(-(sizes[key] + increase.of(sizes[key])) // steps[key]) * steps[key] for key, increase in wanted.items()
-    }
-    grow = {key: size - sizes[key] for key, size in after.items() if size != sizes[key]}
-    return Widening(grow, {key: why for key, why in refused.items() if key not in after})
+        increases |= dict.fromkeys(_select_widenable(_find_axes(axes, name), refused, f"axis {name!r}"), increase)
+    grow = {}
+    for key, increase in increases.items():
+        size, multiple = axes[key].size, axes[key].multiple
+        if added := ceil((size + increase.of(size)) / multiple) * multiple - size:
+            grow[key] = added
+    return Widening(grow, {key: why for key, why in refused.items() if key not in increases})
 
 
-def classify(axes: AxisGraph) -> dict[str, Part]:
+def classify_axes(axes: AxisGraph) -> dict[str, Part]:
     """Return axis key → what it is: hidden neurons of an MLP, attention heads, or inner channels of convolutions.
 
     An axis to which a residual connection adds is neither. Where convolutions lie in numbered blocks, channels outside
     of them (the first layer's) do not count.
     """
-    steps, heads = axes.steps, _heads(axes)
+    steps, heads = axes.steps, _find_head_axes(axes)
     readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation
     for number, step in enumerate(steps):
         for operand in step.operands:
             readers.setdefault(operand, number)
 
     def readers_of(axis: Axis, role: Role) -> list[int]:
+        """Return the operations that read the parameters with a role on an axis."""
         names = dict.fromkeys(axes.ties.get(slot.name, slot.name) for slot in axis.slots if slot.role is role)
         return [readers[name] for name in names if name in readers]
 
@@ -73,24 +77,24 @@ def classify(axes: AxisGraph) -> dict[str, Part]:
     result: dict[str, Part] = {}
     channels = []
     for axis in axes:
-        made, read = readers_of(axis, Role.PRODUCES), readers_of(axis, Role.CONSUMES)
+        producers, consumers = readers_of(axis, Role.PRODUCES), readers_of(axis, Role.CONSUMES)
         if axis.key in heads:
             result[axis.key] = "heads"
             continue
-        if _lies_in(axis, heads, axes) or not made or not read or not {*made}.isdisjoint(read):
+        if _lies_in(axis, heads, axes) or not producers or not consumers or not {*producers}.isdisjoint(consumers):
             continue
-        if any(adds(step) for step in made if step > min(read)):
+        if any(adds(step) for step in producers if step > min(consumers)):
             continue
-        if all(map(convolves, made)):
+        if all(map(convolves, producers)):
             channels.append(axis)
-        elif not any(map(convolves, (*made, *read))):
+        elif not any(map(convolves, (*producers, *consumers))):
             result[axis.key] = "mlp"
-    inner = [axis for axis in channels if block([slot.name for slot in axis.slots])]
+    inner = [axis for axis in channels if common_block([slot.name for slot in axis.slots])]
     return result | dict.fromkeys((axis.key for axis in inner or channels), "channels")
 
 
-def _heads(axes: AxisGraph) -> set[str]:
-    """Return the outermost axes that lie in the heads' dimension of an attention, the third from the end.
+def _find_head_axes(axes: AxisGraph) -> set[str]:
+    """Return the keys of the outermost axes that lie in the heads' dimension of an attention, the third from the end.
 
     Of an attention whose heads are frozen, these are the outermost frozen axes that its weights make.
     """
@@ -103,14 +107,14 @@ def _heads(axes: AxisGraph) -> set[str]:
                     attentions.add(step.module)
                     heads.update(axes_in(dims[-3]))
     for axis in axes:
-        made = {slot.name.rpartition(".")[0] for slot in axis.slots if slot.role is Role.PRODUCES}
-        if not axis.free and made and made <= attentions - {""}:
+        producers = {slot.name.rpartition(".")[0] for slot in axis.slots if slot.role is Role.PRODUCES}
+        if not axis.free and producers and producers <= attentions - {""}:
             heads.add(axis.key)
     return {key for key in heads if not _lies_in(axes[key], heads, axes)}
 
 
 def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
-    """Whether an axis lies, at any depth, inside one of some others."""
+    """Whether an axis lies, at any depth, inside one of the axes with keys ``others``."""
     inside = axis.inside
     while inside:
         if inside in others:
@@ -119,8 +123,8 @@ def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
     return False
 
 
-def _named(axes: AxisGraph, name: str) -> list[Axis]:
-    """Return the axis of a key, or those whose key or tensors' names all fit a pattern."""
+def _find_axes(axes: AxisGraph, name: str) -> list[Axis]:
+    """Return the axis with the key ``name``, or those whose key or tensors' names match it; ``ValueError`` if none."""
     if name in axes.axes:
         return [axes[name]]
     fitting = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
@@ -131,8 +135,8 @@ def _named(axes: AxisGraph, name: str) -> list[Axis]:
     return chosen
 
 
-def _widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
-    """Return the keys of the axes that can be widened, and note the reason of the others."""
+def _select_widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
+    """Return the keys of axes that can be widened (``ValueError`` if none); put others' reasons into ``refused``."""
     keys = []
     for axis in fitting:
         if why := axis.narrow or ("" if axis.free else axis.reason):
@@ -145,15 +149,15 @@ def _widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> l
     return keys
 
 
-def deepening(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:
-    """Return path of a stack → the copies inserted into it.
+def plan_insertions(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:
+    """Return path of a stack → the copies inserted into it; raise ``ValueError`` if no stack fits.
 
     The blocks that can be copied are divided into as many groups as there are new blocks, and each group is followed by
     a copy of its last block (block expansion, Wu et al., arXiv 2401.02415). ``increases``: path of a stack, or a
     pattern of paths (``"*"`` is every stack) → how many blocks it gains; a percentage is one of its present blocks.
 
     >>> stack = Stack(4, {i: ("last.weight",) for i in range(4)})
-    >>> [(copy.position, copy.of) for copy in deepening({"layers": stack}, {"*": Increase(2)})["layers"].copies]
+    >>> [(copy.position, copy.of) for copy in plan_insertions({"layers": stack}, {"*": Increase(2)})["layers"].copies]
     [(2, 1), (5, 3)]
     """
     if not stacks:
@@ -168,37 +172,40 @@ def deepening(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) ->
             raise ValueError(f"no stack of blocks is named {name!r}; there are {', '.join(stacks)}")
         for path in paths:
             stack = stacks[path]
-            many, blocks = increase.of(stack.size), sorted(stack.zeros)
-            ends = [blocks[-(-(i + 1) * len(blocks) // many) - 1] for i in range(many)]
+            count, blocks = increase.of(stack.size), sorted(stack.zeros)
+            ends = [blocks[-(-(i + 1) * len(blocks) // count) - 1] for i in range(count)]  # the last of each group
             copies = tuple(BlockCopy(of + 1 + i, of, stack.zeros[of]) for i, of in enumerate(ends))
             result[path] = Insertion(stack.size, copies)
     return result
 
 
 def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
-    """Return the axes that can be widened by growth: those whose units a single weight produces.
+    """Return the axes that a learner may widen: those whose units a single weight produces.
 
     A residual stream is produced by several weights, and is left out.
     """
-    return tuple(axis for axis in axes.units() if not axis.narrow and len(makers(axis, axes)) == 1)
+    return tuple(axis for axis in axes.units() if not axis.narrow and len(producing_weights(axis, axes)) == 1)
 
 
-def makers(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
-    """Return the names of the weights that produce an axis's units."""
+def producing_weights(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
+    """Return the names of the weights of linear layers and convolutions that produce an axis's units."""
     made = dict.fromkeys(slot.name for slot in axis.slots if slot.role is Role.PRODUCES)
     return tuple(name for name in made if name in axes.counted)
 
 
-def growth(
-    axes: AxisGraph, short: Iterable[Axis], base: Mapping[str, int], *, share: float, multiple: int, cap: float
+def plan_growth(
+    axes: AxisGraph, exhausted: Iterable[Axis], base: Mapping[str, int], *, share: float, multiple: int, cap: float
 ) -> dict[str, int]:
-    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it."""
+    """Return axis key → how many units it gains: ``share`` of its size in ``base``, rounded up to ``multiple``.
+
+    An axis that would give the network more than ``cap`` times the parameters it has at sizes ``base`` is left out.
+    """
     sizes, names = axes.sizes(), axes.parameters - axes.ties.keys()
     most = cap * axes.count_entries(names, {**sizes, **base})
     result: dict[str, int] = {}
-    for axis in short:
-        n = ceil(ceil(share * base[axis.key]) / multiple) * multiple
-        if axes.count_entries(names, {**sizes, axis.key: axis.size + n}) <= most:
-            sizes[axis.key] += n
-            result[axis.key] = n
+    for axis in exhausted:
+        added = ceil(ceil(share * base[axis.key]) / multiple) * multiple
+        if axes.count_entries(names, {**sizes, axis.key: axis.size + added}) <= most:
+            sizes[axis.key] += added
+            result[axis.key] = added
     return result

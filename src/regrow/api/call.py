@@ -28,7 +28,7 @@ from regrow.core.sources import (
     Source,
     device_of,
     generators_of,
-    moved,
+    move_inputs,
     preserve_random_state,
     seed_generators,
 )
@@ -99,7 +99,7 @@ class Call:
             first = sources[0].batches[0]
             known, where = Example(first.args, first.kwargs), first.where
         if (device := device_of(model)).type != "meta":
-            known = Example(moved(known.args, device), moved(dict(known.kwargs), device))
+            known = Example(move_inputs(known.args, device), move_inputs(dict(known.kwargs), device))
         network = Loaded(model, tokenizer, known, describe_origin(model), files=files)
         return Inputs(network, sources, objective, tests, where)
 

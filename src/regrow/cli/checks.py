@@ -12,7 +12,7 @@ import click
 from regrow.core.amounts import parse_bytes
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
-from regrow.core.names import DOMAINS, find_data_problem, find_problem, find_source_problem
+from regrow.core.names import DOMAINS, find_data_problem, find_model_problem, find_source_problem
 from regrow.methods import MethodKind, check_name
 from regrow.settings import export, grow
 from regrow.settings.declaration import options_of
@@ -57,7 +57,7 @@ def check_words(command: str, options: Mapping[str, Any]) -> None:
     if isinstance(settings, grow.Settings):
         settings.check()
     for model in filter(None, (values.get("model"), values.get("other")) if command != "learn" else ()):
-        if problem := find_problem(model):
+        if problem := find_model_problem(model):
             raise InputError(problem)
     for run in values.get("runs") or filter(None, [values.get("run")]):
         read_recorded(Path(run))

@@ -15,7 +15,7 @@ from regrow.cli.boundary import NOTHING_YET, Stopped, interrupts
 from regrow.cli.screen import err
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.distributed import read_ranks
 from regrow.settings import prune
 from regrow.settings.declaration import Declared, declared, options_of
@@ -206,7 +206,7 @@ def _read_config(run: Path, kind: type["DataclassInstance"], stated: Mapping[str
     recorded = convert_settings(record["settings"], kind)
     values = {field.name: getattr(recorded, field.name) for field in options_of(kind)}
     for field in options_of(kind):
-        if field.setting.code and field.name not in stated and names_code(name := values[field.name]):
+        if field.setting.code and field.name not in stated and names_function(name := values[field.name]):
             word = name if field.setting.argument else f"{field.option} {name}"
             raise InputError(
                 f"{run}: {field.option} is {name!r:.80}, which names code, and only the command line names code; "
@@ -272,5 +272,5 @@ def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
 def say_code(*names: str) -> None:
     """Print which of the names of models and methods on the command line are code that will be imported and run."""
     for name in names:
-        if names_code(name) and not Path(name).exists():
+        if names_function(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)

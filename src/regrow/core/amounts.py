@@ -25,12 +25,14 @@ class Measure(StrEnum):
     TIME = "ms"
 
 
-# Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds
-STEPS = {Measure.TIME: 10**6}
+# Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds, as integers
+STEPS_PER_UNIT = {Measure.TIME: 10**6}
 # The measures whose value depends on the number of tokens, so that a target may name it (`@4096`)
-IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
+CONTEXT_MEASURES = frozenset({Measure.CACHE, Measure.TIME})
 
+# Number, prefix, its "i" (powers of 1024), "b" or "bytes"
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
+# A number of units, or a percentage
 _INCREASE = re.compile(r"\+?\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _EXAMPLES = {
@@ -41,23 +43,27 @@ _EXAMPLES = {
 
 
 def parse_amount(text: str, measure: Measure) -> float:
-    """Parse an amount such as ``0.5M`` or ``50MiB`` into a number in units of the measure.
+    """Parse an amount such as ``0.5M`` or ``50MiB`` into parameters, MACs, bytes or milliseconds, by the measure.
+
+    Raises ``ValueError`` for other text, for bytes of what is not counted in bytes, and outside 0 to 2⁶³.
 
     >>> parse_amount("0.5M", Measure.PARAMETERS), parse_amount("50MiB", Measure.CACHE)
     (500000.0, 52428800.0)
     """
-    match, number = _AMOUNT.fullmatch(text.strip()), 0.0
-    of_bytes = measure in (Measure.BYTES, Measure.CACHE)
-    if match and not ((match[3] or match[4]) and not of_bytes) and not (match[2] and measure == Measure.TIME):
-        number = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[(match[2] or "").lower()]
-    if not 0 < number < 2**63:
+    amount = 0.0  # not valid
+    if match := _AMOUNT.fullmatch(text.strip()):
+        number, prefix, binary, named_bytes = match.groups("")
+        fits_bytes = measure in (Measure.BYTES, Measure.CACHE) or not (binary or named_bytes)
+        if fits_bytes and not (prefix and measure == Measure.TIME):
+            amount = float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()]
+    if not 0 < amount < 2**63:  # costs are int64
         forms = _EXAMPLES.get(measure, "2G, 0.5M, 50k or 500000")
-        raise ValueError(f"an amount of {measure} is above 0 and is written like {forms}; got {text!r:.40}")
-    return number
+        raise ValueError(f"an amount of {measure} is above 0, below 2**63 and written like {forms}; got {text!r:.40}")
+    return amount
 
 
 def parse_bytes(text: str | int) -> int:
-    """Parse an amount of memory such as ``2GiB`` into a whole number of bytes, at least 1.
+    """Parse an amount of memory such as ``2GiB`` into a whole number of bytes; raise ``ValueError`` below 1.
 
     >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("2G"), parse_bytes("4096 bytes")
     (2147483648, 1500000000, 2000000000, 4096)
@@ -69,7 +75,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_share(text: str) -> float:
-    """Parse a fraction written as ``0.2`` or ``20%`` into a float; its range is not checked.
+    """Parse a fraction written as ``0.2`` or ``20%`` into a float; other text raises, but the range is not checked.
 
     >>> parse_share("0.2"), parse_share("20 %")
     (0.2, 0.2)
@@ -82,7 +88,7 @@ def parse_share(text: str) -> float:
 
 
 def format_bytes(number: int) -> str:
-    """Format a number of bytes in powers of 1024, in a form that :func:`parse_bytes` reads.
+    """Format a number of bytes in powers of 1024 (``1.5 GiB``), in a form that :func:`parse_bytes` reads.
 
     >>> format_bytes(1_610_612_736), format_bytes(7)
     ('1.5 GiB', '7 bytes')
@@ -93,11 +99,11 @@ def format_bytes(number: int) -> str:
     return f"{number} bytes"
 
 
-def short(number: float) -> str:
+def format_short(number: float) -> str:
     """Format a number with three significant digits and a suffix (k, M, G, T) that :func:`parse_amount` reads.
 
-    >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
-    ('33.6k', '1M', '950', '7.25', '20T')
+    >>> [format_short(x) for x in (33_640, 999_700, 950.4, 7.25, 2e13)]
+    ['33.6k', '1M', '950', '7.25', '20T']
     """
     for unit in ("", "k", "M", "G"):
         if abs(number) < 999.5:
@@ -129,36 +135,36 @@ class Target:
             raise ValueError(
                 f"a target is an amount above 0 or a share of at most 100 %, for at least 1 token; got {self}"
             )
-        if self.context and self.measure not in IN_CONTEXT:
+        if self.context and self.measure not in CONTEXT_MEASURES:
             raise ValueError(f"only kv_cache and ms are for a number of tokens (@); got {self}")
         if self.measure == Measure.CACHE and self.amount and not self.context:
             raise ValueError(f"a cache grows with the text: say for how many tokens, like {self}@4096")
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%``, and ``@TOKENS`` if need be.
+        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%``, each perhaps with ``@TOKENS``.
 
         >>> Target.parse("kv_cache=50M@4096")
         Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096, share=0.0)
         """
         unit, equals, rest = text.strip().partition("=")
-        much, at, context = rest.partition("@")
+        amount, at, context = rest.partition("@")
         if not equals or unit not in tuple(Measure):
             raise ValueError(
                 f"a target is like params=100M, macs=50%, bytes=200M, kv_cache=50M@4096 or ms=120; got {text!r:.60}"
             )
         if at and not (context.isdecimal() and int(context)):
             raise ValueError(f"what follows @ is a number of tokens, like @4096; got {text!r:.60}")
-        if not much.strip().endswith("%"):
-            return cls(Measure(unit), parse_amount(much, Measure(unit)), int(context or 0))
-        share = parse_share(much)
+        if not amount.strip().endswith("%"):
+            return cls(Measure(unit), parse_amount(amount, Measure(unit)), int(context or 0))
+        share = parse_share(amount)
         if not 0 < share <= 1:
             raise ValueError(f"a share of a size is above 0% and at most 100%, like {unit}=70%; got {text!r:.60}")
         return cls(Measure(unit), context=int(context or 0), share=share)
 
     @classmethod
     def smaller(cls, by: float) -> "Target":
-        """Return the target of a network that loses a share of all its parameters.
+        """Return the target of a network that loses the fraction ``by`` of all its parameters.
 
         >>> str(Target.smaller(0.3))
         'params=70%'
@@ -168,13 +174,13 @@ class Target:
         return cls(Measure.PARAMETERS, share=1 - by)
 
     def limit(self, total: int) -> int:
-        """Return the limit in whole steps of the measure (milliseconds in nanoseconds).
+        """Return the limit in whole steps of the measure (milliseconds in nanoseconds); ``total``: the unpruned size.
 
         >>> Target.parse("macs=50%").limit(301), Target.parse("ms=2").limit(0)
         (150, 2000000)
         """
-        steps = self.share * total if self.share else self.amount * STEPS.get(self.measure, 1)
-        return floor(steps + 1e-6)
+        steps = self.share * total if self.share else self.amount * STEPS_PER_UNIT.get(self.measure, 1)
+        return floor(steps + 1e-6)  # 0.29 · 100 is 28.999…
 
     def __str__(self) -> str:
         number = f"{self.amount:.0f}" if self.amount == int(self.amount) else f"{self.amount!r}"
@@ -191,7 +197,7 @@ class Increase:
 
     @classmethod
     def parse(cls, text: str | int) -> "Increase":
-        """Parse an increase as users write it: ``+25%``, ``25%``, ``+32`` or ``32``.
+        """Parse an increase as users write it: ``+25%``, ``25%``, ``+32`` or ``32``; raise ``ValueError`` otherwise.
 
         >>> Increase.parse("+25%"), Increase.parse(32)
         (Increase(units=0, share=0.25), Increase(units=32, share=0.0))
@@ -203,7 +209,7 @@ class Increase:
         return increase
 
     def of(self, size: int) -> int:
-        """Return how many units a size gains; a fraction is rounded up.
+        """Return how many units are added to ``size`` units; a fraction is rounded up.
 
         >>> Increase(share=0.25).of(10), Increase(units=4).of(10)
         (3, 4)

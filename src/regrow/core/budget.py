@@ -14,7 +14,8 @@ from regrow.core.axes import Axis, AxisGraph, Mark
 class Timing:
     """Measured nanoseconds of a forward pass on one device, as a function of the width of each axis.
 
-    ``curves``: name → (width, nanoseconds), widths rising, time never falling; ``names``: axis key → its curve.
+    ``total``: of the unpruned network; ``curves``: name → (width, nanoseconds), widths rising, time never falling;
+    ``names``: axis key → the name of its curve.
     """
 
     device: str
@@ -79,15 +80,15 @@ class Budget:
             )
 
     def units(self, axes: AxisGraph) -> tuple[Axis, ...]:
-        """Return the axes that may be cut for the budget."""
+        """Return the axes that may be cut for the budget: by its patterns and marks."""
         return axes.units(self.only, self.exclude, self.marks)
 
     def limit(self, total: int) -> int:
-        """Return how much of a total may be left at most, in whole steps (milliseconds in nanoseconds)."""
+        """Return the largest size allowed, in whole steps (time in nanoseconds); ``total``: the present size."""
         return self.target.limit(total) if self.target else floor(self.keep * total + 1e-6)
 
     def least(self, steps: int, total: int) -> float:
-        """Return the smallest ``keep``, share or amount that allows a network of so many steps of a total."""
+        """Return the smallest ``keep`` (or share, or amount, as the target has it) that allows a size of ``steps``."""
         if self.target is None or self.target.share:
             return min(1.0, ceil(steps / total * 1e4) / 1e4)
         return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps

@@ -64,7 +64,7 @@ class Candidates(nn.Module):
 
 
 def fold_scales(model: nn.Module) -> None:
-    """Multiply each candidate's scale into the last layer of the candidate and set it to 1; outputs are unchanged.
+    """Multiply each candidate's scale into its last layer, in place, and set it to 1; outputs are unchanged.
 
     Scales of candidates that end otherwise (in a pool, an identity, a user's own module, a layer used twice) are left.
 
@@ -100,7 +100,7 @@ _LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class Staged(Protocol):
-    """Interface of a network searchable in stages: it can run a first part alone, with a classifier of its own."""
+    """Interface of a network searchable in stages: its first parts can run alone, with a classifier behind them."""
 
     # Whether activations are recomputed in the backward pass (checkpointing), to save memory
     recomputed: bool
@@ -121,7 +121,7 @@ class Staged(Protocol):
 
 
 @contextmanager
-def run_whole(model: nn.Module) -> Iterator[None]:
+def all_parts_active(model: nn.Module) -> Iterator[None]:
     """Context manager in which a staged network runs all its parts, as tracing requires; others are left alone."""
     active = getattr(model, "active", None) if hasattr(model, "logits_at") else None
     if active is None:
@@ -136,7 +136,7 @@ def run_whole(model: nn.Module) -> Iterator[None]:
 
 
 class Prefix(nn.Module):
-    """The parts of a :class:`Staged` network up to ``last``, as a network; later parts keep their parameters."""
+    """A :class:`Staged` network cut short: runs the parts up to index ``last``; later parts keep their parameters."""
 
     def __init__(self, net: nn.Module, last: int) -> None:
         super().__init__()
@@ -146,34 +146,34 @@ class Prefix(nn.Module):
         """Return logits ``[N, classes]`` of the classifier behind the last part."""
         return cast(Staged, self.net).logits_at(x, self.last)
 
-    def many(self) -> int:
-        """Return how many parameters the parts that run have."""
+    def count_parameters(self) -> int:
+        """Return the number of parameters (entries) of the parts that run."""
         net = cast(Staged, self.net)
         return sum(p.numel() for name, p in self.net.named_parameters() if net.uses_parameter(name, self.last))
 
 
 def find_candidates(model: nn.Module) -> dict[str, Candidates]:
-    """Return path → :class:`Candidates`, in order."""
+    """Return module path → :class:`Candidates`, for all in a network, in its order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Candidates)}
 
 
-def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the path of each :class:`Candidates` → the paths of its operations in order, dropped ones included.
+def candidate_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return path of a :class:`Candidates` → the paths of its operations in order, dropped ones included.
 
-    >>> candidates_in(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))
+    >>> candidate_paths(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))
     {'0': ('0.ops.a', '0.ops.b')}
     """
     nodes = find_candidates(model).items()
     return {path: tuple(f"{path}.ops.{name}".lstrip(".") for name in node.ops) for path, node in nodes}
 
 
-def tied_in(model: nn.Module) -> dict[str, str]:
-    """Return the path of each operation that is tied to an earlier one → the path of the first operation of its group.
+def tied_operations(model: nn.Module) -> dict[str, str]:
+    """Return path of an operation tied to an earlier one → path of the first of its group; ``ValueError`` if unequal.
 
-    >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
+    >>> tied_operations(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}
     """
-    nodes, paths = find_candidates(model), candidates_in(model)
+    nodes, paths = find_candidates(model), candidate_paths(model)
     first: dict[str, str] = {}
     result: dict[str, str] = {}
     for path, node in nodes.items():
@@ -181,13 +181,13 @@ def tied_in(model: nn.Module) -> dict[str, str]:
         if node.tied and leader != path:
             if list(node.ops) != list(nodes[leader].ops):
                 raise ValueError(
-                    f"candidates tied by {node.tied!r} have the same operations in the same order; {path} not"
+                    f"candidates tied by {node.tied!r} must have equal operations in order; {path} has others"
                 )
             result |= dict(zip(paths[path], paths[leader], strict=True))
     return result
 
 
-def single_in(model: nn.Module) -> list[tuple[str, ...]]:
-    """Return the sets of operation paths of which a search keeps exactly one."""
+def exclusive_sets(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the sets of operation paths of each of which a search keeps exactly one (``Candidates(single=True)``)."""
     nodes = find_candidates(model)
-    return [paths for path, paths in candidates_in(model).items() if nodes[path].single]
+    return [paths for path, paths in candidate_paths(model).items() if nodes[path].single]

@@ -13,7 +13,8 @@ from typing import Any
 from regrow.core.axes import Axis, Mark, Role, Slot
 
 # The largest number of units that one change may add to an axis
-MOST = 2**24
+MOST_NEW_UNITS = 2**24
+# The largest number of units of an axis
 MOST_UNITS = 2**26
 # The largest number of modules of a stack, and of copies that one plan inserts into it
 MOST_BLOCKS = 4096
@@ -92,14 +93,15 @@ class Change:
             raise PlanError(f"axis {key!r}: {problem}")
 
     def _find_problem(self) -> str:
+        """Return what is wrong with the change, for a message; empty if nothing is."""
         if not 0 < self.size <= MOST_UNITS:
             return f"an axis has 1 to {MOST_UNITS:,} units, the plan says {self.size:,}"
         if not self.keep:
             return "a plan must keep at least one unit"
         if any(map(operator.ge, self.keep, self.keep[1:])) or self.keep[0] < 0 or self.keep[-1] >= self.size:
             return f"kept units must be ascending, each once, within 0..{self.size - 1}"
-        if type(self.grow) is not int or not 0 <= self.grow <= MOST:
-            return f"it can grow by 0 to {MOST} units, a whole number; the plan says {str(self.grow)[:40]!r}"
+        if type(self.grow) is not int or not 0 <= self.grow <= MOST_NEW_UNITS:
+            return f"it can grow by 0 to {MOST_NEW_UNITS} units, a whole number; the plan says {str(self.grow)[:40]!r}"
         if not 0 <= self.fill.seed < 2**63:
             return f"a seed is a whole number from 0, below 2**63; got {self.fill.seed}"
         if self.fill.rule not in FILLS:
@@ -116,8 +118,8 @@ class Change:
         return ""
 
 
-def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
-    """Return positions of units of axis ``key`` in ascending order; raise ``PlanError`` for masks and fractions."""
+def sort_units(key: str, units: Iterable[Any]) -> tuple[int, ...]:
+    """Return unit positions or ids of axis ``key``, ascending; raise ``PlanError`` for masks and fractions."""
     units = tuple(units)
     if set(map(type, units)) <= {int}:
         return tuple(sorted(units))
@@ -133,28 +135,31 @@ def unit_positions(key: str, units: Iterable[Any]) -> tuple[int, ...]:
     return tuple(sorted(result))
 
 
-def growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
-    """Return why an axis cannot get the units that a change adds; empty if it can."""
+def find_growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
+    """Return why an axis cannot get the units that a change adds, for a message; empty if it can."""
     if axis.narrow:
         return axis.narrow
-    unread, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
-    if folded and not unread:
-        return f"{axis.reason}, which only new units of value 0 leave as it was; take the fill 'zero_out'"
-    made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
-    others = {(s.name, s.dim) for s in axis.slots if s.role is not Role.CONSUMES}
-    both = ", ".join(sorted(name for name, _ in others & read))
-    if both and not unread:
-        return f"{both} reads its units and does something else with them, too; take the fill 'zero_out'"
-    if both and (read <= made if folded else made <= read):
-        return f"{both} both makes and reads its units: 0 on both sides, new ones could never learn"
-    if unread and not {name for name, _ in (made if folded else read)} & parameters:
+    zero_out, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
+    if folded and not zero_out:
+        return f"{axis.reason}; only new units of value 0 leave its result as it was: take the fill 'zero_out'"
+    produced = {(slot.name, slot.dim) for slot in axis.slots if slot.role is Role.PRODUCES}
+    consumed = {(slot.name, slot.dim) for slot in axis.consumers()}
+    not_consumed = {(slot.name, slot.dim) for slot in axis.slots if slot.role is not Role.CONSUMES}
+    shared = ", ".join(sorted(name for name, _ in not_consumed & consumed))
+    if shared and not zero_out:
+        return f"{shared} reads its units and does something else with them, too; take the fill 'zero_out'"
+    # zero_out zeroes the consuming side, of a folded axis the producing one. What is in both sides is 0 in both.
+    zeroed, random = (produced, consumed) if folded else (consumed, produced)
+    if shared and random <= zeroed:
+        return f"{shared} both makes and reads its units: new ones would be 0 on both sides and get no gradient"
+    if zero_out and not {name for name, _ in zeroed} & parameters:
         return "no parameter is there that could learn to use new units"
     return ""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A container of modules, and those of which a copy gives its input unchanged.
+    """A container of ``size`` modules, and those of which a copy with some parameters set to 0 returns its input.
 
     ``zeros``: index of such a module → the names, within it, of the parameters that are 0 in a copy.
     """
@@ -165,7 +170,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """A copy of block ``of`` that is module ``position`` afterwards, at least 1; parameters ``zeros`` are 0 in it."""
+    """A copy of block ``of`` (index before) inserted as module ``position`` (index after); ``zeros`` are 0 in it."""
 
     position: int
     of: int
@@ -203,6 +208,7 @@ class Insertion:
             raise PlanError(f"stack {path!r}: {problem}")
 
     def _find_problem(self) -> str:
+        """Return what is wrong with the insertion, for a message; empty if nothing is."""
         positions = [copy.position for copy in self.copies]
         if not 0 < self.size <= MOST_BLOCKS or not 0 < len(positions) <= MOST_BLOCKS:
             return (

@@ -10,7 +10,7 @@ class ResourceError(ValueError):
 
 
 class RefusedError(ValueError):
-    """Raised where a check rejects a result, which is then not kept; its one line has the figure and the remedy."""
+    """Raised where a check rejects a result, which is then not saved; its one line has the figure and the remedy."""
 
 
 def first_line(error: BaseException) -> str:

@@ -31,7 +31,7 @@ _DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def check_regular(path: Path) -> None:
-    """Raise ``InputError`` unless a path is a readable regular file; opening a FIFO or a device might never return."""
+    """Raise ``InputError`` unless a path is a readable regular file; opening a pipe or device may never return."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat fails alike; this takes any name)
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """Read a regular file, or raise ``InputError`` if it is longer than ``most`` bytes."""
+    """Read a whole regular file; raise ``InputError`` if it cannot be read or is longer than ``most`` bytes."""
     check_regular(path)
     try:
         size = path.stat().st_size
@@ -57,7 +57,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
-    """Read a regular file as UTF-8 text, or raise ``InputError`` if it is longer than ``most`` bytes."""
+    """Read a whole regular file of at most ``most`` bytes as UTF-8 text, or raise ``InputError``."""
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -65,7 +65,7 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
-    """Read and parse a JSON file that may be hostile: one too long or too deeply nested raises ``InputError``."""
+    """Read and parse a JSON file; raise ``InputError`` if it is invalid, too long or too deeply nested."""
     return parse_json(read_text(path, most), str(path))
 
 
@@ -93,33 +93,34 @@ def parse_json(text: str | bytes, name: str = "the text") -> object:
     return value
 
 
-def read_content(path: Path, most: int) -> bytes:
+def read_head(path: Path, most: int) -> bytes:
     """Return the first ``most + 1`` bytes of a regular file, decompressed if its name ends in ``.gz``.
 
-    The byte beyond ``most`` shows that the file is longer. A damaged ``.gz`` and a decompression bomb are refused.
+    The byte beyond ``most`` shows that the file is longer. A damaged ``.gz`` and a decompression bomb raise InputError.
     """
     check_regular(path)
-    packed = path.stat().st_size if path.suffix == ".gz" else 0
+    packed_size = path.stat().st_size if path.suffix == ".gz" else 0  # 0: not packed, or nothing to decompress
+    allowed = max(_MIB, MAX_GZIP_RATIO * packed_size)  # a short file of one repeated line is no bomb
     parts, total = [], 0
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
+        with gzip.open(path) if packed_size else path.open("rb") as file:
             while total <= most and (part := file.read(min(_MIB, most + 1 - total))):
                 parts.append(part)
                 total += len(part)
-                if packed and total > max(_MIB, MAX_GZIP_RATIO * packed):
+                if packed_size and total > allowed:
                     raise InputError(
-                        f"{path} swells to more than {MAX_GZIP_RATIO} times its size, as no text or image data do; "
+                        f"{path} unpacks to more than {MAX_GZIP_RATIO} times its size, unlike any text or image data; "
                         "unpack it yourself if you trust it"
                     )
     except (OSError, EOFError, zlib.error) as error:
-        problem = "is not a whole gzip file" if packed else "cannot be read"
-        remedy = "fetch or pack it again" if packed else "check its permissions"
+        problem = "is not a whole gzip file" if packed_size else "cannot be read"
+        remedy = "fetch or pack it again" if packed_size else "check its permissions"
         raise InputError(f"{path} {problem} ({reason(error)}); {remedy}") from error
     return b"".join(parts)
 
 
 def expanded(path: Path) -> Path:
-    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder."""
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder; raise ``InputError`` if none."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -128,20 +129,20 @@ def expanded(path: Path) -> Path:
 
 def available_memory() -> int | None:
     """Return the bytes of memory that this process can still allocate (system and control group); ``None``: unknown."""
-    known = [1024 * value for value in _figures("/proc/meminfo", "MemAvailable:")]
-    for group, limit, used, cached in (
+    free = [1024 * value for value in _read_numbers("/proc/meminfo", "MemAvailable:")]
+    for group, limit, used, cached in (  # control groups, versions 2 and 1
         ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     ):
-        limits, taken = _figures(f"{group}/{limit}"), _figures(f"{group}/{used}")
+        limits, taken = _read_numbers(f"{group}/{limit}"), _read_numbers(f"{group}/{used}")
         # Memory used as file cache is released when processes allocate more.
-        returned = _figures(f"{group}/memory.stat", cached)
-        known += [max(0, most - now + sum(returned)) for most, now in zip(limits, taken, strict=False)]
-    return min(known, default=None)
+        returned = _read_numbers(f"{group}/memory.stat", cached)
+        free += [max(0, most - now + sum(returned)) for most, now in zip(limits, taken, strict=False)]
+    return min(free, default=None)
 
 
-def _figures(path: str, name: str = "") -> list[int]:
-    """Return the numbers in a file of the system, or those behind ``name`` in it; empty if there are none."""
+def _read_numbers(path: str, name: str = "") -> list[int]:
+    """Return the first number of each line of a system file, or those behind ``name``; empty if it cannot be read."""
     try:
         lines = [line.split() for line in Path(path).read_text("ascii").splitlines()]
         return [int(words[bool(name)]) for words in lines if not name or words[0] == name]
@@ -150,16 +151,16 @@ def _figures(path: str, name: str = "") -> list[int]:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; pass if that is unknown."""
-    there = available_memory()
-    if there is not None and needed > there:
+    """Raise ``ResourceError`` if fewer than ``needed`` bytes are available; ``what`` begins its message, a subject."""
+    free = available_memory()
+    if free is not None and needed > free:
         raise ResourceError(
-            f"{what} needs {format_bytes(needed)} of memory, and {format_bytes(there)} are free; {remedy}"
+            f"{what} needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free; {remedy}"
         )
 
 
 def problem(error: BaseException) -> str:
-    """Return the problem that an error states, on one line, without the remedy behind its first semicolon."""
+    """Return an error's message on one line, without the remedy behind its first semicolon."""
     return reason(error).partition("; ")[0]
 
 

@@ -12,20 +12,24 @@ from regrow.core.limits import expanded
 
 # The names of pretrained models that come in Python packages
 PACKAGED = ("smollm2-135m", "gemma3-270m")
+# A pattern of names of models on the Hugging Face Hub, OWNER/MODEL
 HUB = r"[\w-][\w.-]*/[\w-][\w.-]*"
+# The suffixes of files that are pickles
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
+# A function that torchvision registers as a model, with other decorators between
 _REGISTERED = re.compile(r"^@register_model\(\)\n(?:[@ )][^\n]*\n)*def (\w+)\(", re.MULTILINE)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# The names of the text domains that are included, and of the data set of images
 DOMAINS = ("news", "code", "manual", "talk")
 DIGITS = "digits"
 # The name of the text that the model generates
 GENERATED = "generated"
 
 
-def names_code(name: str) -> bool:
+def names_function(name: str) -> bool:
     """Whether a model name has the form of a Python function, ``package.module:function``.
 
-    >>> names_code("toys:classifier"), names_code("torchvision:resnet18"), names_code("resnet18")
+    >>> names_function("toys:classifier"), names_function("torchvision:resnet18"), names_function("resnet18")
     (True, False, False)
     """
     return _FUNCTION.fullmatch(name) is not None and not name.startswith("torchvision:")
@@ -33,7 +37,7 @@ def names_code(name: str) -> bool:
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Return the names of torchvision's networks, without quantised ones, read from its source; empty without it."""
+    """Return the names of torchvision's networks, without quantised ones, from its source; empty if it is missing."""
     spec = find_spec("torchvision")
     names: list[str] = []
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -43,10 +47,10 @@ def torchvision_names() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def find_problem(name: str) -> str:
-    """Return why a name leads to no model, with the remedy; empty if it may lead to one (:func:`regrow.nets.load`).
+def find_model_problem(name: str) -> str:
+    """Return why a model's name leads to none, with the remedy; empty if it may lead to one (:func:`regrow.nets.load`).
 
-    >>> find_problem("smollm2-135m"), find_problem("smolm2-135m").partition("; ")[2]
+    >>> find_model_problem("smollm2-135m"), find_model_problem("smolm2-135m").partition("; ")[2]
     ('', "did you mean 'smollm2-135m'?")
     """
     first = f"for a first try: {PACKAGED[0]!r}"
@@ -71,7 +75,7 @@ def find_problem(name: str) -> str:
     if path.is_file():
         return f"{name}: not a model; give a transformers folder, a .gguf file, or pkg.mod:fn"
     known = torchvision_names()
-    if name.startswith("torchvision:") or names_code(name) or name in known or re.fullmatch(HUB, name):
+    if name.startswith("torchvision:") or names_function(name) or name in known or re.fullmatch(HUB, name):
         return ""
     near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known], n=1, cutoff=0.5)
     if not known and not near and name.isidentifier():
@@ -84,7 +88,7 @@ def find_problem(name: str) -> str:
 
 
 def find_source_problem(spec: str) -> str:
-    """Return why a source (``NAME`` or ``NAME=PATH``) cannot be read, with the remedy; empty if it may be.
+    """Return why a source (``NAME`` or ``NAME=PATH``) cannot be read, with the remedy; empty if it may be readable.
 
     >>> find_source_problem("news"), find_source_problem("nws")
     ('', "no source 'nws'; did you mean 'news'?")
@@ -109,8 +113,8 @@ def find_source_problem(spec: str) -> str:
     )
 
 
-def check_evaluated(specs: Iterable[str]) -> None:
-    """Raise InputError if a source is to be evaluated on that has nothing to evaluate on."""
+def check_evaluation_sources(specs: Iterable[str]) -> None:
+    """Raise ``InputError`` if one of the sources to evaluate on is generated text, which has no evaluation half."""
     if GENERATED in specs:
         raise InputError(
             f"source {GENERATED!r} is text to calibrate on and has no evaluation half; evaluate on another source, "

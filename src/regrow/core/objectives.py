@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Score:
-    """Sum and sum of squares of the scores of some examples, so that batches can be added; higher is better."""
+    """Sum and sum of squares of the scores of ``count`` examples, so that batches can be added; higher is better."""
 
     total: float = 0.0
     squares: float = 0.0
@@ -29,12 +29,12 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """The mean score."""
+        """The mean score; NaN without examples."""
         return self.total / self.count if self.count else float("nan")
 
     @property
     def error(self) -> float:
-        """The standard error of the mean, √((mean of squares − mean²) / n)."""
+        """The standard error of the mean, √((mean of squares − mean²) / n); NaN without examples."""
         if not self.count:
             return float("nan")
         return (max(self.squares / self.count - self.mean**2, 0.0) / self.count) ** 0.5
@@ -58,17 +58,17 @@ class Objective:
     score: Callable[[object, Tensor], Tensor] | None = None
 
     def compute_loss(self, output: object, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar; raise ``InputError`` if the labels do not fit what was returned."""
-        at = f"{batch.where}: " if batch.where else ""
+        """Return the mean loss of a batch, a scalar; raise ``InputError`` if its labels do not fit the ``output``."""
+        where = f"{batch.where}: " if batch.where else ""
         try:
             loss = self.loss(output, batch.labels)
         except InputError as error:
-            raise InputError(f"{at}{error}") from error
+            raise InputError(f"{where}{error}") from error
         except MISFITS as error:
-            if not at or type(error) not in MISFITS:
+            if not where or type(error) not in MISFITS:
                 raise
             raise InputError(
-                f"{at}labels ({describe(batch.labels)}) do not fit the loss: {type(error).__name__}: "
+                f"{where}labels ({describe(batch.labels)}) do not fit the loss: {type(error).__name__}: "
                 f"{first_line(error):.200}; give labels as the loss takes them"
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -77,7 +77,7 @@ class Objective:
         return loss.reshape(())
 
     def compute_score(self, output: object, batch: Batch) -> Score:
-        """Return the summed score of a batch, for which the network returned ``output``."""
+        """Return the score of a batch as sums, for which the network returned ``output``."""
         if self.score is None or not isinstance(batch.labels, Tensor):
             value, n = -float(self.compute_loss(output, batch)), batch.size
             return Score(value * n, value**2 * n, n)
@@ -91,47 +91,47 @@ def class_loss(output: object, labels: object) -> Tensor:
     >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
     1.3863
     """
-    logits, wanted = logits_in(output), _tensor(labels)
-    if logits.dim() > 2 and logits.shape[:-1] == wanted.shape:
-        logits, wanted = logits.flatten(0, -2), wanted.flatten()
-    return F.cross_entropy(_precise(logits), wanted, ignore_index=IGNORED)
+    logits, classes = logits_in(output), _check_tensor(labels)
+    if logits.dim() > 2 and logits.shape[:-1] == classes.shape:
+        logits, classes = logits.flatten(0, -2), classes.flatten()
+    return F.cross_entropy(_to_float(logits), classes, ignore_index=IGNORED)
 
 
 def class_score(output: object, labels: Tensor) -> Tensor:
-    """Return per labelled position whether the greatest logit is that of its class, ``[positions]``."""
+    """Return per labelled position whether the greatest logit is that of its class, ``[positions]`` bool."""
     logits = logits_in(output)
-    if logits.shape[:-1] != labels.shape:
+    if logits.shape[:-1] != labels.shape:  # [N, classes, …], as cross_entropy takes it
         logits = logits.movedim(1, -1)
     counted = labels != IGNORED
     return logits.argmax(-1)[counted] == labels[counted]
 
 
 def binary_loss(output: object, labels: object) -> Tensor:
-    """Return the mean binary cross-entropy of labels between 0 and 1, one per output."""
-    logits, wanted = _precise(logits_in(output)), _tensor(labels)
-    if bool(((wanted < 0) | (wanted > 1)).any()):
+    """Return the mean binary cross-entropy of labels, one per output; ``InputError`` if one is not from 0 to 1."""
+    logits, chances = _to_float(logits_in(output)), _check_tensor(labels)
+    if bool(((chances < 0) | (chances > 1)).any()):
         raise InputError('labels of the loss multi-label are from 0 to 1; give loss="regression" for other values')
-    return F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype).reshape(logits.shape))
+    return F.binary_cross_entropy_with_logits(logits, chances.to(logits.dtype).reshape(logits.shape))
 
 
 def binary_score(output: object, labels: Tensor) -> Tensor:
-    """Return per label whether the sign of its logit is right, ``[labels]``."""
+    """Return per label whether the sign of its logit is right, ``[labels]`` bool."""
     return (logits_in(output).flatten() > 0) == (labels.flatten() > 0.5)
 
 
 def squared_loss(output: object, labels: object) -> Tensor:
     """Return the mean squared error of predictions, one per label."""
-    values = _precise(logits_in(output))
-    return F.mse_loss(values, _tensor(labels).to(values.dtype).reshape(values.shape))
+    values = _to_float(logits_in(output))
+    return F.mse_loss(values, _check_tensor(labels).to(values.dtype).reshape(values.shape))
 
 
 def squared_score(output: object, labels: Tensor) -> Tensor:
-    """Return per value the negative squared error, ``[values]``."""
+    """Return per value the negative squared error, ``[values]`` float64."""
     return -(logits_in(output).flatten().double() - labels.flatten().double()).square()
 
 
-def own_loss(output: object, labels: object) -> Tensor:
-    """Return the loss that a network computed itself: ``.loss``, ``["loss"]``, or the sum of a dict of losses.
+def returned_loss(output: object, labels: object) -> Tensor:
+    """Return the loss in a network's output: ``.loss``, ``["loss"]``, or the sum of a dict of losses; else InputError.
 
     Detection models of torchvision return such a dict in training mode; transformers models return ``.loss`` if the
     batch holds their labels. The labels are not used: the network has seen them among its inputs.
@@ -154,10 +154,9 @@ CLASSIFICATION = Objective("classification", class_loss, "accuracy", class_score
 NEXT_TOKEN = Objective("next-token", class_loss, "token accuracy", class_score)
 MULTI_LABEL = Objective("multi-label", binary_loss, "label accuracy", binary_score)
 REGRESSION = Objective("regression", squared_loss, "negative squared error", squared_score)
-OWN = Objective("own", own_loss)
+OWN = Objective("own", returned_loss)
 
-_KNOWN = (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)
-OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in _KNOWN}
+OBJECTIVES: Mapping[str, Objective] = {o.name: o for o in (CLASSIFICATION, NEXT_TOKEN, MULTI_LABEL, REGRESSION, OWN)}
 
 
 def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch) -> Objective:
@@ -191,12 +190,13 @@ def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch
     return NEXT_TOKEN if any(value.shape == labels.shape for value in sequences) else CLASSIFICATION
 
 
-def _precise(values: Tensor) -> Tensor:
-    """Return values in float32; float64 stays."""
+def _to_float(values: Tensor) -> Tensor:
+    """Return values in float32, or in float64 if they are already."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _tensor(labels: object) -> Tensor:
+def _check_tensor(labels: object) -> Tensor:
+    """Return labels unchanged; raise ``InputError`` unless they are a tensor."""
     if not isinstance(labels, Tensor):
         raise InputError(
             f"the batch has no tensor of labels but {type(labels).__name__}; give batches as (inputs, labels)"

@@ -9,12 +9,13 @@ import msgspec
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.axes.operations import Branch, lies_in
-from regrow.core.change import MOST, Change, Fill, Insertion, PlanError, growth_problem, unit_positions
+from regrow.core.change import MOST_NEW_UNITS, Change, Fill, Insertion, PlanError, find_growth_problem, sort_units
 from regrow.core.tables import Table, format_html
 
-__all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
+__all__ = ["MOST_NEW_UNITS", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
+# Name of a weight → position in its contracted dimension → the constant that replaces that dropped input
 Means = Mapping[str, Mapping[int, float]]
 Origin = Mapping[str, object]
 NONE: Mapping[str, Any] = {}
@@ -56,17 +57,15 @@ class Plan:
         for path, branch in self.drop.items():
             if branch.module != path or path not in branch.placeholders:
                 raise PlanError(f"the plan drops {path} without a placeholder for it")
-            others = (
-                other for other, b in self.drop.items() if other != path and any(map(b.holds, branch.placeholders))
-            )
-            if outer := next(others, ""):
+            outers = (name for name, b in self.drop.items() if name != path and any(map(b.holds, branch.placeholders)))
+            if outer := next(outers, ""):
                 raise PlanError(f"{path} goes with {outer}, which the plan drops too; leave it out")
         if len(set(self.back)) != len(self.back):
             raise PlanError("the plan brings a module back twice")
-        _check_alone({"drops branches": self.drop, "brings them back": self.back})
+        _check_exclusive({"drops branches": self.drop, "brings them back": self.back})
         if self.insert:
             changes = self.changes.values()
-            _check_alone(
+            _check_exclusive(
                 {
                     "inserts blocks": self.insert,
                     "cuts or restores units": any(change.dropped or change.restore for change in changes),
@@ -115,7 +114,7 @@ class Plan:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
         """
         fill = fill or Fill()
-        changes = {key: replace(_unchanged(axes, key), grow=units, fill=fill) for key, units in grow.items()}
+        changes = {key: replace(_keep_all(axes, key), grow=units, fill=fill) for key, units in grow.items()}
         return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
@@ -130,9 +129,7 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
-        changes = {
-            key: replace(_unchanged(axes, key), restore=unit_positions(key, ids)) for key, ids in restore.items()
-        }
+        changes = {key: replace(_keep_all(axes, key), restore=sort_units(key, ids)) for key, ids in restore.items()}
         return cls(changes, origin=origin)._checked(axes)
 
     @classmethod
@@ -157,11 +154,12 @@ class Plan:
         Raises:
             PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
         """
-        drop = {path: _droppable(axes, path) for path in modules}
-        changes = {key: replace(_unchanged(axes, key), keep=unit_positions(key, units)) for key, units in keep.items()}
+        drop = {path: _find_branch(axes, path) for path in modules}
+        changes = {key: replace(_keep_all(axes, key), keep=sort_units(key, units)) for key, units in keep.items()}
         return cls(changes, means, origin, drop)._checked(axes)
 
     def _checked(self, axes: AxisGraph) -> "Plan":
+        """Return the plan unchanged; raise ``PlanError`` unless it fits the axes."""
         self.check(axes)
         return self
 
@@ -172,7 +170,7 @@ class Plan:
 
     def check(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` unless the plan fits the network: its axes, their sizes and groups, its branches."""
-        _check_alone(
+        _check_exclusive(
             {
                 "compensates for what it drops": self.means,
                 "restores units": any(change.restore for change in self.changes.values()),
@@ -181,7 +179,7 @@ class Plan:
         )
         if self.drop:
             for path, branch in self.drop.items():
-                if _droppable(axes, path) != branch:
+                if _find_branch(axes, path) != branch:
                     raise PlanError(f"what goes with {path} here is not what the plan says; make it for these axes")
             rest = axes.without(self.drop.values())
             changed = (key for key, change in self.changes.items() if not change.idle and key not in rest.axes)
@@ -201,16 +199,16 @@ class Plan:
         counts: dict[str, tuple[str, int]] = {}
         for axis in axes:
             if axis.count and axis.free:
-                left = axis.times * (self.changes[axis.key].after if axis.key in self.changes else axis.size)
-                other, expected = counts.setdefault(axis.count, (axis.key, left))
-                if left != expected:
+                size = axis.times * (self.changes[axis.key].after if axis.key in self.changes else axis.size)
+                other, expected = counts.setdefault(axis.count, (axis.key, size))
+                if size != expected:
                     raise PlanError(
-                        f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {left}"
+                        f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {size}"
                     )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader should know about how the plan was made."""
+        """The notes in ``origin``: what a user should know about how the plan was made."""
         notes = self.origin.get("notes", ())
         return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
 
@@ -219,7 +217,7 @@ class Plan:
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
-        """Return the plan as JSON text, which :func:`regrow.store.ledger.read_plan` reads."""
+        """Return the plan as JSON text, which :func:`regrow.store.ledger.read_plan` reads once it is parsed."""
         # Of an object that was read, msgspec writes no field that was missing there, so each is named.
         names = [part.name for part in fields(Change)]
         parts = {
@@ -232,23 +230,23 @@ class Plan:
         return json.dumps({"format": FORMAT, "origin": self.origin, **msgspec.to_builtins(parts, str_keys=True)})
 
 
-def _unchanged(axes: AxisGraph, key: str) -> Change:
-    """Return the change that leaves an axis as it is."""
+def _keep_all(axes: AxisGraph, key: str) -> Change:
+    """Return the change that leaves an axis as it is; raise ``PlanError`` if the network has no such axis."""
     if key not in axes.axes:
         raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
     axis = axes[key]
     return Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids)
 
 
-def _check_alone(parts: Mapping[str, object]) -> None:
-    """Raise ``PlanError`` if a plan does several of some things (in words → whether it does), which need plans each."""
-    doing = [what for what, does in parts.items() if does]
-    if len(doing) > 1:
-        raise PlanError(f"one plan {doing[0]}, or {doing[1]}; make two")
+def _check_exclusive(parts: Mapping[str, object]) -> None:
+    """Raise ``PlanError`` if a plan does more than one of ``parts`` (what, in words → whether): each needs its own."""
+    actions = [what for what, does in parts.items() if does]
+    if len(actions) > 1:
+        raise PlanError(f"one plan {actions[0]}, or {actions[1]}; make two")
 
 
-def _droppable(axes: AxisGraph, path: str) -> Branch:
-    """Return the branch of a module, or raise ``PlanError`` with the reason why it cannot be dropped."""
+def _find_branch(axes: AxisGraph, path: str) -> Branch:
+    """Return the branch that dropping a module removes; raise ``PlanError`` with the reason if it cannot be dropped."""
     branch = axes.branches.get(path)
     inner = [name for name, other in axes.branches.items() if other.free and lies_in(name, path)]
     remedy = f"; in it, {inner[0]} can" if inner else ""
@@ -264,15 +262,15 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
 
 
 def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
-    """Return why a change does not fit an axis, to follow its name; empty if it does."""
-    staying = len(change.keep) + len(change.restore)
-    if staying < min(axis.least, axis.size):
-        return f"must keep at least {axis.least} units; the plan keeps {staying}"
+    """Return why a change does not fit an axis, as a predicate for its name (``is frozen: …``); empty if it does."""
+    remaining = len(change.keep) + len(change.restore)
+    if remaining < min(axis.least, axis.size):
+        return f"must keep at least {axis.least} units; the plan keeps {remaining}"
     if not axis.free:
         return f"is frozen: {axis.reason}"
     if change.after % axis.multiple:
         return f"must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
-    if change.grow and (problem := growth_problem(axis, change, parameters)):
+    if change.grow and (problem := find_growth_problem(axis, change, parameters)):
         return f"cannot be widened: {problem}"
     if axis.size != change.size:
         return f"has {axis.size} units here, the plan was made for {change.size}"

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # numbers of parameters in malloc.h
 _MADV_PAGEOUT = 21
 # The fewest bytes of memory-mapped tensors for which it is worth asking to reclaim their pages
-LEAST = 2**26
+LEAST_MAPPED_BYTES = 2**26
 
 
 def read_resident() -> int:
-    """Return the bytes of memory that this process has now; 0 if the system does not say."""
-    return _read("VmRSS") or 0
+    """Return the bytes of resident memory that this process has now; 0 if the system does not say."""
+    return _read_status("VmRSS") or 0
 
 
 def read_peak() -> int | None:
-    """Return the most resident memory of this process since :func:`reset_peak`; ``None`` if the system does not say."""
-    return _read("VmHWM")
+    """Return the peak resident memory of this process in bytes, since :func:`reset_peak`; ``None``: unknown."""
+    return _read_status("VmHWM")
 
 
 def reset_peak() -> bool:
-    """Set the peak of this process's resident memory to what it holds now; returns whether the system can."""
+    """Set the peak of this process's resident memory to what it holds now; return whether the system can do that."""
     try:  # Linux: writing 5 resets the high-water mark
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -38,26 +38,26 @@ def reset_peak() -> bool:
 
 
 def return_memory() -> bool:
-    """Give freed memory that the C library keeps back to the system; returns whether the library can."""
-    return _call("malloc_trim", 0)
+    """Give freed memory that the C library keeps back to the system; return whether the library can do that."""
+    return _call_c_library("malloc_trim", 0)
 
 
-def set_mmap_threshold(size: int, kept: int = 0) -> None:
-    """Let pieces of memory from a size on go back to the system once they are freed, where the C library can.
+def set_mmap_threshold(size_bytes: int, kept_bytes: int = 0) -> None:
+    """Let allocations of ``size_bytes`` or more go back to the system once they are freed, where the C library can.
 
-    Of smaller pieces, freed at the end of its memory, it keeps ``kept`` bytes; 0: as before.
+    Of smaller ones, freed at the end of its memory, it keeps ``kept_bytes``; 0: as before.
     """
-    _call("mallopt", _MMAP_THRESHOLD, size)
-    if kept:
-        _call("mallopt", _TRIM_THRESHOLD, kept)
+    _call_c_library("mallopt", _MMAP_THRESHOLD, size_bytes)
+    if kept_bytes:
+        _call_c_library("mallopt", _TRIM_THRESHOLD, kept_bytes)
 
 
 def limit_arenas() -> None:
-    """Let threads use memory that others have freed, for the rest of the process, where the C library keeps it apart.
+    """Let threads reuse memory that others have freed, for the rest of the process (malloc with a single arena).
 
     It has an effect before the process has many threads.
     """
-    _call("mallopt", _ARENA_MAX, 1)
+    _call_c_library("mallopt", _ARENA_MAX, 1)
 
 
 def release_pages(tensors: "Iterable[Tensor]") -> None:
@@ -70,7 +70,7 @@ def release_pages(tensors: "Iterable[Tensor]") -> None:
 
     plain = (x for x in tensors if x.layout is torch.strided and x.device.type == "cpu" and x.is_contiguous())
     large = [x for x in plain if not isinstance(x, FakeTensor) and x.nbytes >= 2 * PAGESIZE]
-    if sys.platform != "linux" or sum(x.nbytes for x in large) < LEAST:
+    if sys.platform != "linux" or sum(x.nbytes for x in large) < LEAST_MAPPED_BYTES:
         return
     try:
         rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -83,11 +83,11 @@ def release_pages(tensors: "Iterable[Tensor]") -> None:
         end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
         last = bisect_right(ranges, begin, key=lambda mapped: mapped[0]) - 1
         if last >= 0 and end <= ranges[last][1]:  # advice: where the kernel does not know it, nothing happens
-            _call("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+            _call_c_library("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
 
 
-def _call(function: str, *arguments: object) -> bool:
-    """Call a function of the C library; returns False where it is another than that of Linux."""
+def _call_c_library(function: str, *arguments: object) -> bool:
+    """Call a function of the C library and return True; False where it has none of that name, as outside Linux."""
     try:
         getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError, TypeError):
@@ -95,7 +95,8 @@ def _call(function: str, *arguments: object) -> bool:
     return True
 
 
-def _read(field: str) -> int | None:
+def _read_status(field: str) -> int | None:
+    """Return a field of this process's status file in bytes (``VmRSS``, ``VmHWM``); ``None`` if there is none."""
     with suppress(OSError, KeyError, ValueError, IndexError):
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return int(dict(line.split(":", 1) for line in lines if ":" in line)[field].split()[0]) * 1024

@@ -8,16 +8,16 @@ Progress = Callable[[int, int, str], None]
 
 
 def silent(done: int, total: int, what: str) -> None:
-    """Ignore a progress report: the callback for work that shows nothing."""
+    """Ignore a progress report: the default :data:`Progress`, which shows nothing."""
 
 
 class Log(Protocol):
-    """The type of a function that records a row of measurements."""
+    """The type of a function that records a row of measurements, such as a line of ``metrics.jsonl``."""
 
     def __call__(self, kind: str, /, **row: object) -> None:
-        """Record a row of measurements."""
+        """Record a row of measurements of a kind, column → value."""
         ...
 
 
 def discard(kind: str, /, **row: object) -> None:
-    """Ignore a row of measurements."""
+    """Ignore a row of measurements: the default :class:`Log`."""

@@ -25,7 +25,7 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of each unit of each axis, ``[size]`` float64: units with the lowest scores are cut first."""
+    """Importance of each unit, axis key → ``[size]`` float64: units with the lowest scores are cut first."""
 
     values: Tensors
     metric: str
@@ -38,7 +38,7 @@ class Scores:
 
 
 def rank_order(values: Tensor) -> Tensor:
-    """Return (rank + ½) / n of each of n values, ``[n]`` float64, lowest first; ties go by index."""
+    """Return (rank + ½) / n of each of n values, ``[n]`` float64, rank 0 being the lowest; ties go by index."""
     ranks = torch.empty(len(values), dtype=torch.float64)
     ranks[torch.argsort(values, stable=True)] = torch.arange(len(values), dtype=torch.float64)
     return (ranks + 0.5) / len(values)
@@ -46,7 +46,7 @@ def rank_order(values: Tensor) -> Tensor:
 
 @dataclass
 class Moments:
-    """Running sums of a weight's inputs, from which means and variances per input feature are computed.
+    """Running sums of a weight's inputs, ``[C]`` each, from which means and variances per input feature are computed.
 
     A *position* is a token of a text or a pixel of a picture.
 
@@ -93,7 +93,7 @@ class Statistics:
     fisher: dict[str, Tensor] = field(default_factory=dict)
 
     def accumulate(self, other: "Statistics") -> None:
-        """Add other sums in place."""
+        """Add other sums in place; gradients of ``other`` may become part of this one, uncopied."""
         self.tokens += other.tokens
         self.moments = _add_each(self.moments, other.moments)
         self.fisher = _add_each(self.fisher, other.fisher)
@@ -106,7 +106,7 @@ class Statistics:
         return [*moments, *self.gradients.values(), *self.fisher.values()]
 
     def header(self) -> dict[str, Any]:
-        """Return everything but the tensors and the name of the source, as JSON data."""
+        """Return everything but the tensors and the source's name as JSON data, for :meth:`assemble`."""
         return {
             "tokens": self.tokens,
             "moments": {name: moments.count for name, moments in self.moments.items()},
@@ -116,15 +116,15 @@ class Statistics:
 
     @classmethod
     def assemble(cls, source: str, header: Mapping[str, Any], tensors: Iterable[Tensor]) -> "Statistics":
-        """Return statistics made of a header and tensors."""
-        left = iter(tensors)
-        moments = {name: Moments(count, next(left), next(left)) for name, count in header["moments"].items()}
-        gradients, fisher = ({name: next(left) for name in header[kind]} for kind in ("gradients", "fisher"))
+        """Rebuild the statistics of a source from what :meth:`header` and :meth:`tensors` returned."""
+        rest = iter(tensors)
+        moments = {name: Moments(count, next(rest), next(rest)) for name, count in header["moments"].items()}
+        gradients, fisher = ({name: next(rest) for name in header[kind]} for kind in ("gradients", "fisher"))
         return cls(source, header["tokens"], moments, gradients, fisher)
 
 
-def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Return the sums of several shards or sources, at least one, added up."""
+def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """Return the sums of several shards or sources (at least one) added up; a single one is returned itself."""
     if len(parts) == 1:
         return parts[0]
     total, *rest = (replace(part, gradients={}) for part in parts)
@@ -139,6 +139,7 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
 
 
 def _add_each(a: dict, b: dict) -> dict:
+    """Return the entries of two mappings, with those of a common key added."""
     return a | {key: a[key] + value if key in a else value for key, value in b.items()}
 
 
@@ -156,8 +157,8 @@ class Evidence:
         return tuple(self.statistics)
 
     def pooled(self, *, gradients: bool = True) -> Statistics:
-        """Return the sums over all sources and shards."""
+        """Return the sums over all sources and shards (without gradients: ``gradients=False``); ValueError if none."""
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")
-        return merged(shards if gradients else [replace(shard, gradients={}) for shard in shards])
+        return merge_statistics(shards if gradients else [replace(shard, gradients={}) for shard in shards])

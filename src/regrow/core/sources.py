@@ -37,7 +37,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """The number of labelled positions; without labels, of examples."""
+        """The number of labelled positions (labels of floats: of labels); without labels, of examples."""
         if self.labels is not None:
             counted = self.labels.numel() if self.labels.is_floating_point() else int((self.labels != -100).sum())
             return counted if self.labels.dim() else 1
@@ -51,10 +51,11 @@ class Batch:
             device: The device.
         """
         labels = self.labels if self.labels is None else self.labels.to(device)
-        return replace(self, args=moved(self.args, device), kwargs=moved(dict(self.kwargs), device), labels=labels)
+        args, kwargs = move_inputs((self.args, dict(self.kwargs)), device)
+        return replace(self, args=args, kwargs=kwargs, labels=labels)
 
     def run(self, model: Callable[..., Any]) -> Any:
-        """Return what a network gives for the inputs.
+        """Run a network on the inputs and return its output.
 
         Args:
             model: The network, or a part of it that takes the same inputs.
@@ -95,13 +96,13 @@ class Source:
         return len(self.batches)
 
     def held_out(self, share: float) -> tuple[list[Batch], list[Batch]]:
-        """Split the batches into (training, held-out): the last ones are held out; a single batch serves as both.
+        """Return the batches as (training, held-out): the last ones are held out; a single batch serves as both.
 
         Args:
             share: The fraction of the batches that is held out, at least one batch.
         """
-        n, batches = max(1, round(len(self.batches) * share)), list(self.batches)
-        return batches[:-n] or batches, batches[-n:]
+        count, batches = max(1, round(len(self.batches) * share)), list(self.batches)
+        return batches[:-count] or batches, batches[-count:]
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -110,12 +111,12 @@ class Source:
 
     @property
     def tokens(self) -> int:
-        """The number of positions that carry a label (tokens of text, or images)."""
+        """The number of labelled positions of all batches (tokens of text, or images); reads them all."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
 
 
 def visible_positions(batch: Batch) -> Tensor | None:
-    """Return which positions of a batch count, ``[sequences, tokens]`` bool; ``None`` if nothing is padding."""
+    """Return which positions ``attention_mask`` shows, ``[sequences, tokens]`` bool; ``None`` if nothing is hidden."""
     mask = batch.kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
         return None
@@ -130,7 +131,7 @@ def generators_of(loader: object) -> list[torch.Generator]:
 
 @contextmanager
 def preserve_random_state(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Leave the random generators of Python, numpy and torch on the CPU as they were before the ``with`` block."""
+    """Context manager that restores the CPU's random state of Python, numpy and torch, and of ``generators``."""
     states = [(generator, generator.get_state()) for generator in generators]
     plain, arrays = random.getstate(), np.random.get_state()
     try:
@@ -144,7 +145,7 @@ def preserve_random_state(generators: Iterable[torch.Generator] = ()) -> Iterato
 
 
 def seed_generators(generators: Iterable[torch.Generator] = ()) -> None:
-    """Seed the random generators of the CPU, and others, with 0."""
+    """Seed the global random generators of Python, numpy and torch on the CPU, and ``generators``, with 0."""
     torch.default_generator.manual_seed(0)  # not torch.manual_seed, which reaches every device
     random.seed(0)
     np.random.seed(0)
@@ -153,7 +154,7 @@ def seed_generators(generators: Iterable[torch.Generator] = ()) -> None:
 
 
 def describe(value: object) -> str:
-    """Return the type and shape of an input or of labels, for messages.
+    """Return the dtype and shape of an input or of labels as text, or the type of what is no tensor, for messages.
 
     >>> describe(torch.zeros(2, 3)), describe([torch.tensor(1)])
     ('float32 [2, 3]', 'list')
@@ -169,8 +170,8 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def moved(value: object, device: torch.device) -> Any:
-    """Return a nested structure of inputs with every tensor on a device; itself if all are there."""
+def move_inputs(value: object, device: torch.device) -> Any:
+    """Return a nested structure of inputs with every tensor on a device; ``value`` itself if all are there already."""
     if all(leaf.device == device for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
         return value
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
@@ -179,15 +180,15 @@ def moved(value: object, device: torch.device) -> Any:
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors on the CPU; those of one device are copied together, so that the host waits for it once.
 
-    >>> [one.tolist() for one in to_host([torch.ones(2), torch.tensor(3)])]
+    >>> [tensor.tolist() for tensor in to_host([torch.ones(2), torch.tensor(3)])]
     [[1.0, 1.0], 3]
     """
     result = list(tensors)
-    there = [i for i, tensor in enumerate(result) if tensor.device.type != "cpu" and tensor.numel()]
-    there.sort(key=lambda i: -result[i].itemsize)  # so that each begins at a multiple of its own size
+    remote = [i for i, tensor in enumerate(result) if tensor.device.type != "cpu" and tensor.numel()]
+    remote.sort(key=lambda i: -result[i].itemsize)  # so that each begins at a multiple of its own size
     chunks: list[list[int]] = []
-    size = _CHUNK
-    for i in there:
+    size = _CHUNK  # so that the first tensor begins a chunk
+    for i in remote:
         if size + result[i].nbytes > _CHUNK or result[i].device != result[chunks[-1][0]].device:
             chunks.append([])
             size = 0
@@ -206,50 +207,51 @@ _CHUNK = 2**28
 
 
 def move_tensors(record: R, device: torch.device) -> R:
-    """Return a frozen record with the tensors of its fields, also those in tuples and records, on a device."""
+    """Return a copy of a dataclass with the tensors in its fields, in their tuples and dataclasses, on a device."""
 
-    def part(value: object) -> object:
+    def move(value: object) -> object:
         if isinstance(value, Tensor):
             return value.to(device)
         if is_dataclass(value) and not isinstance(value, type):
             return move_tensors(value, device)
-        return tuple(map(part, value)) if type(value) is tuple else value
+        return tuple(map(move, value)) if type(value) is tuple else value
 
     names = [field_.name for field_ in fields(record)]  # type: ignore[arg-type]
-    return replace(record, **{name: part(getattr(record, name)) for name in names})  # type: ignore[type-var]
+    return replace(record, **{name: move(getattr(record, name)) for name in names})  # type: ignore[type-var]
 
 
-def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
-    """Return the batches of one training step: from the sources in turn, each source shuffled anew in every pass.
+def draw_batches(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
+    """Return the ``n`` batches of a training step as (index of the source, batch), from the sources in turn.
 
-    The result depends on the step's number alone, so that training can be stopped and resumed.
+    Each source is shuffled anew in every pass over it. The result depends on the step's number alone, so that training
+    can be stopped and resumed.
 
-    >>> sorted((i, word) for step in (0, 1) for i, word in drawn([["a", "b"], ["c"]], 2, step))
+    >>> sorted((i, word) for step in (0, 1) for i, word in draw_batches([["a", "b"], ["c"]], 2, step))
     [(0, 'a'), (0, 'b'), (1, 'c'), (1, 'c')]
     """
     result = []
     for i in range(step * n, (step + 1) * n):
         source, turn = i % len(sources), i // len(sources)
-        many = len(sources[source])
-        order = torch.randperm(many, generator=torch.Generator().manual_seed(seed * 65537 + turn // many))
-        result.append((source, sources[source][int(order[turn % many])]))
+        count = len(sources[source])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 65537 + turn // count))
+        result.append((source, sources[source][int(order[turn % count])]))
     return result
 
 
-def logits_in(answer: Any) -> Tensor:
-    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]``, its first."""
-    result = getattr(answer, "logits", answer)
+def logits_in(output: Any) -> Tensor:
+    """Return the logits in a model's output: itself, ``.logits``, ``["logits"]``, ``["out"]`` or ``[0]``."""
+    result = getattr(output, "logits", output)
     if isinstance(result, dict):
         result = result.get("logits", result.get("out"))
     if isinstance(result, tuple | list) and result:
         result = result[0]
     if not isinstance(result, Tensor):
-        raise TypeError(f"expected logits from the model, got {type(answer).__name__}")
+        raise TypeError(f"expected logits from the model, got {type(output).__name__}")
     return result
 
 
 def labelled_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the logits of the labelled positions, ``[positions, classes]``.
+    """Return the logits of the positions whose label is not −100 (of all without labels), ``[positions, classes]``.
 
     >>> labels = torch.tensor([[0, -100]])
     >>> labelled_logits(torch.zeros(1, 2, 5), labels).shape, labelled_logits(torch.zeros(1, 5, 2), labels).shape

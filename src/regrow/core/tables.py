@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# The largest number of rows that are shown; the rest are counted
-MOST_ROWS = 40
+# The largest number of rows that are shown of all tables together; the rest are counted
+MAX_ROWS = 40
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the cells of the columns ``numbers`` are aligned right."""
+    """A table of results; ``numbers``: the indices of the columns that are aligned right."""
 
     title: str
     columns: Sequence[str]
@@ -19,7 +19,7 @@ class Table:
 
 
 def format_text(tables: Sequence[Table], note: str) -> str:
-    """Format tables as text, one below the other, and a line below them; those without rows are left out.
+    """Format tables as text, one below the other, and ``note`` as the last line; tables without rows are left out.
 
     >>> print(format_text([Table("Axes", ("key", "units"), [("a", 8), ("long", 16)], (1,))], "2 axes"))
     Axes
@@ -29,7 +29,7 @@ def format_text(tables: Sequence[Table], note: str) -> str:
     2 axes
     """
     lines: list[str] = []
-    for table, rows, hidden in _shortened(tables):
+    for table, rows, hidden in _limit_rows(tables):
         cells = [[str(cell) for cell in row] for row in (table.columns, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += [table.title] if table.title else []
@@ -44,13 +44,13 @@ def format_text(tables: Sequence[Table], note: str) -> str:
 
 
 def format_html(tables: Sequence[Table], note: str = "") -> str:
-    """Format tables as HTML; every text is escaped, and tables without rows are left out.
+    """Format tables and a note as HTML; every text is escaped, and tables without rows are left out.
 
     >>> format_html([Table("", ("key",), [("<a>",)])])
     '<table><thead><tr><th>key</th></tr></thead><tbody><tr><td>&lt;a&gt;</td></tr></tbody></table>'
     """
     parts: list[str] = []
-    for table, rows, hidden in _shortened(tables):
+    for table, rows, hidden in _limit_rows(tables):
         caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
         head = _html_row(table.columns, "th", table.numbers)
         body = "".join(_html_row(row, "td", table.numbers) for row in rows)
@@ -60,17 +60,18 @@ def format_html(tables: Sequence[Table], note: str = "") -> str:
 
 
 def _html_row(cells: Sequence[object], tag: str, numbers: Sequence[int]) -> str:
+    """Return an HTML table row; ``tag``: of its cells, ``th`` or ``td``; ``numbers``: columns aligned right."""
     right = ' style="text-align: right"'
     shown = (f"<{tag}{right * (i in numbers)}>{escape(str(cell))}</{tag}>" for i, cell in enumerate(cells))
     return f"<tr>{''.join(shown)}</tr>"
 
 
-def _shortened(tables: Sequence[Table]) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
-    """Return the tables that have rows, with the rows that are shown and how many are not; each shows at least one."""
-    result, left = [], MOST_ROWS
+def _limit_rows(tables: Sequence[Table]) -> list[tuple[Table, Sequence[Sequence[object]], int]]:
+    """Return (table, rows to show, number of hidden rows) per table with rows; each shows at least one."""
+    result, room = [], MAX_ROWS
     for table in tables:
         if table.rows:
-            rows = table.rows[: max(1, left)]
-            left -= len(rows)
+            rows = table.rows[: max(1, room)]
+            room -= len(rows)
             result.append((table, rows, len(table.rows) - len(rows)))
     return result

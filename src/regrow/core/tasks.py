@@ -8,12 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from regrow.core.sources import Batch, device_of, moved
+from regrow.core.sources import Batch, device_of, move_inputs
 
 
 @runtime_checkable
 class ExampleSet(Protocol):
-    """Labelled examples in memory or elsewhere, read in batches."""
+    """Interface of a set of labelled examples, in memory or elsewhere, that is read in batches."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -24,15 +24,15 @@ class ExampleSet(Protocol):
         ...
 
     def take(self, indices: Tensor) -> "Examples":
-        """Return the examples at some positions, in memory."""
+        """Return the examples at positions ``[N]`` (int64), in memory."""
         ...
 
     def subset(self, indices: Tensor) -> "ExampleSet":
-        """Return the examples at some positions as a set that is read like this one."""
+        """Return the examples at positions ``[N]`` (int64) as a set that is read like this one."""
         ...
 
     def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples, ``[N]``, if they are known without reading the examples."""
+        """Return the labels of all examples, ``[N]``; ``None`` if the examples would have to be read for that."""
         ...
 
 
@@ -62,8 +62,8 @@ class Examples:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Examples":
-        """Return the examples on a device."""
-        inputs, labels = moved(self.inputs, device), self.labels.to(device)
+        """Return the examples on a device; themselves if they are there already."""
+        inputs, labels = move_inputs(self.inputs, device), self.labels.to(device)
         return self if inputs is self.inputs and labels is self.labels else replace(self, inputs=inputs, labels=labels)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
@@ -80,7 +80,7 @@ class Examples:
     subset = take
 
     def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples."""
+        """Return the labels of all examples, ``[N, ...]``."""
         return self.labels
 
 
@@ -100,6 +100,7 @@ class ExamplesView:
 
     @cached_property
     def _number(self) -> int:
+        """The number of examples."""
         return len(self.base)  # which may take a pass over them
 
     @property
@@ -114,21 +115,22 @@ class ExamplesView:
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
         """Yield all examples in batches, as :meth:`Examples.batches`."""
-        return map(self._changed, self.base.batches(size if self.most is None else min(size, self.most), seed))
+        return map(self._apply_change, self.base.batches(size if self.most is None else min(size, self.most), seed))
 
     def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory."""
-        return self._changed(self.base.take(indices))
+        """Return the examples at some positions, in memory, with their changed inputs."""
+        return self._apply_change(self.base.take(indices))
 
     def subset(self, indices: Tensor) -> "ExamplesView":
-        """Return some of the examples as a set that is read in the same way."""
+        """Return the examples at some positions as a view with the same changes."""
         return replace(self, base=self.base.subset(indices))
 
     def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples, if they are known without reading the examples."""
+        """Return the labels of all examples; ``None`` if the examples would have to be read for that."""
         return self.base.labels_of()
 
-    def _changed(self, examples: Examples) -> Examples:
+    def _apply_change(self, examples: Examples) -> Examples:
+        """Return examples with their inputs changed by ``change``."""
         return examples if self.change is None else Examples(self.change(examples.inputs), examples.labels)
 
 
@@ -138,20 +140,20 @@ def first_examples(examples: ExampleSet, n: int) -> Examples:
 
 
 def input_shape(examples: ExampleSet) -> tuple[int, ...]:
-    """Return the shape of one input, without the batch dimension."""
+    """Return the shape of one input (of several, of the first), without the batch dimension; reads one example."""
     return tuple(first_tensor(first_examples(examples, 1).inputs).shape[1:])
 
 
 def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor]:
-    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`."""
+    """Return an iterator of the positions of ``n`` examples by batch, ``[size]`` int64, as :meth:`Examples.batches`."""
     order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     parts = order.split(size)
-    single = seed is not None and n % size == 1 < min(n, size)  # the last part
-    return iter(parts[:-1] if single else parts)
+    ends_in_single = seed is not None and n % size == 1 < min(n, size)
+    return iter(parts[:-1] if ends_in_single else parts)
 
 
 def first_tensor(inputs: Any) -> Tensor:
-    """Return the first tensor of an input: itself, or of a tuple or dict of tensors."""
+    """Return the first tensor of an input: itself, or of a tuple or dict of tensors; raise ``TypeError`` if none."""
     while not isinstance(inputs, Tensor):
         if not isinstance(inputs, Mapping | Sequence) or isinstance(inputs, str) or not inputs:
             raise TypeError(f"an input is a tensor, or a tuple or dict of tensors, got a {type(inputs).__name__}")
@@ -160,7 +162,7 @@ def first_tensor(inputs: Any) -> Tensor:
 
 
 def select_inputs(inputs: Any, indices: Tensor) -> Any:
-    """Return the inputs of some examples: of ``[N, ...]``, or of a tuple or dict of such tensors."""
+    """Return the inputs at ``indices`` along the first dimension: of a tensor, or of a tuple or dict of tensors."""
     if isinstance(inputs, Tensor):
         return inputs[indices]
     if isinstance(inputs, Mapping):
@@ -169,34 +171,34 @@ def select_inputs(inputs: Any, indices: Tensor) -> Any:
 
 
 def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Batch:
-    """Return inputs as a batch: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
+    """Return inputs (a tensor, a tuple of positional inputs, or a dict of inputs by name) as a :class:`Batch`."""
     if isinstance(inputs, Mapping):
         return Batch((), inputs, labels, where)
     return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}, labels, where)
 
 
 def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
-    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
-    return pack_batch(moved(inputs, device or device_of(model)), where=where).run(model)
+    """Return a network's output for inputs, moved to its device; ``where``: what errors call the batch."""
+    return pack_batch(move_inputs(inputs, device or device_of(model)), where=where).run(model)
 
 
-def among(logits: Tensor, classes: Tensor | None) -> Tensor:
-    """Mask logits with −∞ for every class that may not be predicted.
+def mask_classes(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Return logits with −∞ for every class that ``classes`` (``[..., classes]`` bool) lacks; ``None``: unchanged.
 
-    >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
+    >>> mask_classes(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
     [[0.0, -inf, -inf]]
     """
     if classes is None:
         return logits
     shape = (*classes.shape[:-1], logits.shape[-1])
-    chosen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
-    chosen[..., : classes.shape[-1]] = classes.to(logits.device)
-    return logits.masked_fill(~chosen, -torch.inf)
+    allowed = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+    allowed[..., : classes.shape[-1]] = classes.to(logits.device)
+    return logits.masked_fill(~allowed, -torch.inf)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a continual-learning sequence; a few zeros replace the data of one that are ``gone``."""
+    """One task of a continual-learning sequence: its data and class labels; ``gone``: zeros replace its data."""
 
     name: str
     train: ExampleSet
@@ -206,6 +208,6 @@ class Task:
 
     @classmethod
     def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
-        """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples."""
+        """Return a task whose data are no longer available: zeros, ``[2, *shape]``, replace its examples."""
         blank = Examples(torch.zeros((2, *shape)), torch.full((2,), classes[0]))
         return cls(name, blank, blank, classes, gone=True)

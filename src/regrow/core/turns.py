@@ -7,7 +7,7 @@ from contextvars import copy_context
 
 import torch
 
-# A context manager that gives a thread the state of another
+# Returns a context manager that gives a thread the state of another
 State = Callable[[], AbstractContextManager[None]]
 
 
@@ -16,7 +16,7 @@ class StopRunError(BaseException):
 
 
 def capture_state() -> State:
-    """Return a function that gives another thread this one's default device, autocast and inference mode."""
+    """Return a function whose context manager gives another thread this one's device, autocast and inference mode."""
     device, inference = torch.get_default_device(), torch.is_inference_mode_enabled()
     types = [device_type for device_type in ("cpu", "cuda") if torch.is_autocast_enabled(device_type)]
     casts = [(device_type, torch.get_autocast_dtype(device_type)) for device_type in types]
@@ -59,7 +59,7 @@ class Turns:
         self._error: BaseException | None = None
 
     def wait(self, number: int) -> None:
-        """Return once all other runs have waited, or ended, since this one last ran."""
+        """Let the other runs go on; return once each has waited or ended. ``number``: that of the calling run."""
         if self.count > 1:
             self._gates[self._following(number)].release()
             self._gates[number].acquire()
@@ -67,7 +67,7 @@ class Turns:
                 raise StopRunError
 
     def run(self, work: Callable[[int], object]) -> None:
-        """Run a function once per number, each in a thread, to its end; a single one runs in this thread."""
+        """Run ``work(number)`` for each number below ``count``, in a thread each; re-raise the first error."""
         if self.count == 1:
             work(0)
             return
@@ -101,6 +101,7 @@ class Turns:
             del failure  # its traceback holds this frame
 
     def _run(self, work: Callable[[int], object], number: int, state: State) -> None:
+        """Do the work of one thread when its turn comes, and hand the turn on; an error stops the other runs."""
         self._gates[number].acquire()
         try:
             if self._error is None:
@@ -116,4 +117,5 @@ class Turns:
             (self._gates[following] if self._left else self._ended).release()
 
     def _following(self, number: int) -> int:
+        """Return the number of the run whose turn follows."""
         return self._left[(self._left.index(number) + 1) % len(self._left)]

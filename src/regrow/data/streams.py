@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.core.limits import check_memory, check_regular, expanded, read_content
+from regrow.core.limits import check_memory, check_regular, expanded, read_head
 from regrow.core.names import DIGITS, find_data_problem
 from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, input_shape
 from regrow.data.datasets import StreamedExamples
@@ -209,7 +209,7 @@ def _read_idx(folder: Path, name: str, dims: int) -> Tensor:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
-    raw = read_content(path, _MAX_BYTES)
+    raw = read_head(path, _MAX_BYTES)
     shape = tuple(int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1))
     begin = 4 + 4 * dims  # behind the type (8: bytes), the number of dimensions, and their sizes
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != begin + prod(shape) or not all(shape):

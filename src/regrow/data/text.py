@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.errors import InputError
-from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_head
 from regrow.core.names import find_source_problem
 from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, Source
@@ -152,7 +152,7 @@ def _read_folder(path: Path) -> tuple[list[str], str]:
 
 def _read_text(path: Path) -> tuple[str, bool]:
     """Return the text of a file, cut to ``MAX_TEXT_BYTES``, and whether that is all of it; InputError if it is none."""
-    data = read_content(path, MAX_TEXT_BYTES)
+    data = read_head(path, MAX_TEXT_BYTES)
     whole = len(data) <= MAX_TEXT_BYTES
     if not whole:
         data = data[:MAX_TEXT_BYTES].rpartition(b"\n")[0]

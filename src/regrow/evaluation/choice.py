@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regrow.core.errors import InputError
-from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
+from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_head
 from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, logits_in
 from regrow.data.text import find_bos_tokens
@@ -84,7 +84,7 @@ def items_in(path: Path, n: int | None = None) -> list[Item]:
     Raises:
         ValueError: If the file cannot be read or has no item, or a line is not an item; names the line.
     """
-    data = read_content(expanded(path), MAX_TEXT_BYTES)
+    data = read_head(expanded(path), MAX_TEXT_BYTES)
     if len(data) > MAX_TEXT_BYTES:
         raise InputError(f"{path} holds more than {MAX_TEXT_BYTES:,} bytes of items; give a smaller file")
     try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regrow.core.objectives import CLASSIFICATION, Objective, Score
 from regrow.core.sources import Batch, logits_in
-from regrow.core.tasks import ExampleSet, among, run_network
+from regrow.core.tasks import ExampleSet, mask_classes, run_network
 from regrow.evaluation.measure import evaluating
 
 BATCH = 500  # examples that are evaluated at a time
@@ -98,6 +98,6 @@ def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, cla
         for batch in examples.batches(BATCH):
             output = run_network(model, batch.inputs, device, batch.where)
             if objective is CLASSIFICATION:
-                output = among(logits_in(output), classes)
+                output = mask_classes(logits_in(output), classes)
             total += objective.compute_score(output, Batch(labels=batch.labels.to(device), where=batch.where))
     return total.mean

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Timing
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.errors import first_line
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch
@@ -277,7 +277,7 @@ def measure_latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Late
     >>> list(table.layers), table.total >= sum(table.layers.values())
     (['0', '2'], True)
     """
-    nested = candidates_in(model)
+    nested = candidate_paths(model)
     prefixes = tuple(f"{op}." for ops in nested.values() for op in ops)
     sums = {path: ops for path, ops in nested.items() if not f"{path}.".startswith(prefixes)}
     ops = [op for ops in sums.values() for op in ops]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from regrow.core.axes import Example
 from regrow.core.sources import Batch, device_of, preserve_random_state
 from regrow.surgery.output_comparison import common_outputs, max_difference, max_magnitude
-from regrow.surgery.runner import Answers, preserve_generators, reseed
+from regrow.surgery.runner import Results, preserve_generators, reseed
 from regrow.tracing.capture import in_eval_mode
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import OutputError, Snapshot, find_tensors, output_tensors, preserve_state
@@ -32,7 +32,7 @@ def run_once(model: nn.Module, example: Example) -> None:
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, example: Example) -> Answers:
+def outputs_of(model: nn.Module, example: Example) -> Results:
     """Return the tensors and numbers that a network gives for an example, in eval mode; its state is not changed.
 
     Random operations start from the same seed in every call. Caches of states per block are left out.
@@ -67,16 +67,16 @@ def _compared(answer: object) -> Iterator[Tensor]:
                 yield torch.view_as_real(x.resolve_conj()).clone() if x.is_complex() else x.clone()
 
 
-def measure_change(before: Answers, after: Answers) -> tuple[float, float]:
+def measure_change(before: Results, after: Results) -> tuple[float, float]:
     """Return the largest absolute difference of two lists of outputs, and the largest output."""
     pairs = [(a, b) for a, b in common_outputs(before, after) if a.shape == b.shape]
     pairs = [(a, b) for a, b in pairs if a.is_floating_point()] or pairs
-    ours: Answers = [a for a, _ in pairs]
-    theirs: Answers = [b for _, b in pairs]
+    ours: Results = [a for a, _ in pairs]
+    theirs: Results = [b for _, b in pairs]
     return max_difference(ours, theirs) if pairs else torch.inf, max_magnitude([a.double() for a, _ in pairs])
 
 
-def measure_exactly(before: Answers, after: Answers) -> float:
+def measure_exactly(before: Results, after: Results) -> float:
     """Return the largest change of an entry of outputs that must be the same in number, shape and value.
 
     It is relative to the entry, or to ten times the median of its output where that is more: values of another order,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.allocation.widening import deepening, widening
+from regrow.allocation.widening import plan_insertions, plan_widening
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import RefusedError
 from regrow.core.objectives import Objective
@@ -29,7 +29,7 @@ from regrow.settings.grow import Settings
 from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.output_comparison import shallow_copy
-from regrow.surgery.runner import Answers
+from regrow.surgery.runner import Results
 from regrow.tracing.capture import trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
@@ -117,9 +117,9 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
     settings.check()
     parts, named, blocks = settings.parts(), settings.axes(), settings.stacks()
     fill = Fill(settings.fill, settings.seed)
-    wide = widening(axes, parts, named)
+    wide = plan_widening(axes, parts, named)
     with preserve_random_state():
-        insert = deepening(find_stacks(model, axes), blocks) if blocks else {}
+        insert = plan_insertions(find_stacks(model, axes), blocks) if blocks else {}
     changes = {}
     for key, units in wide.grow.items():
         axis = axes[key]
@@ -183,7 +183,7 @@ def _grow_checked(
 
 
 def _check_stack(
-    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Answers]], share: float
+    model: nn.Module, plan: Plan, path: str, before: Sequence[tuple[Example, Results]], share: float
 ) -> None:
     """Raise ``RefusedError`` unless a copy of the network with more blocks in one stack gives what it gave before.
 
@@ -206,7 +206,7 @@ def _check_stack(
         )
 
 
-def _run_grown(model: nn.Module, example: Example) -> Answers:
+def _run_grown(model: nn.Module, example: Example) -> Results:
     try:
         return outputs_of(model, example)
     except Exception as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow import data
 from regrow.core.errors import InputError
-from regrow.core.names import GENERATED, check_evaluated
+from regrow.core.names import GENERATED, check_evaluation_sources
 from regrow.core.sources import Batch, Source
 from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.data import Half
@@ -106,7 +106,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
     """Read the calibration and evaluation halves of every named source; generated text has no evaluation half."""
-    check_evaluated(specs.unseen)
+    check_evaluation_sources(specs.unseen)
     every = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in every]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -10,7 +10,7 @@ from typing import Any
 from regrow import store
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN
-from regrow.core.sources import moved
+from regrow.core.sources import move_inputs
 from regrow.core.tasks import Task, first_examples, input_shape
 from regrow.data import MissingError, SourceError
 from regrow.distributed.parallel import Parallel, broadcast_record
@@ -208,7 +208,7 @@ def open_named(settings: Settings, invocation: Invocation, begun: BegunRun | Non
         axes = NO_AXES
         if new or learner.uses_axes:
             example = start.example if start else Example((first_examples(tasks[0].train, 2).inputs,))
-            axes = trace(loaded.model, *moved(example.args, device), **moved(dict(example.kwargs), device))
+            axes = trace(loaded.model, *move_inputs(example.args, device), **move_inputs(dict(example.kwargs), device))
     schedule = make_task_schedule(settings, CLASSIFICATION if loaded.tokenizer is None else NEXT_TOKEN)
     names = record_tasks(settings.tasks, tasks)
     return LearnInputs(loaded, axes, tasks, learner, schedule, untrained=build, new=new, sequence=names)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow import evaluation
 from regrow.allocation.cost import cost_of
-from regrow.core.amounts import STEPS, Measure
+from regrow.core.amounts import STEPS_PER_UNIT, Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
@@ -155,7 +155,7 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
     amounts: dict[str, float] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
         amounts |= {"predicted": now, "after": fastest_pass(model, timed_input(before, budget))}
-        amounts = {name: steps / STEPS[Measure.TIME] for name, steps in amounts.items()}
+        amounts = {name: steps / STEPS_PER_UNIT[Measure.TIME] for name, steps in amounts.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""
     record.log("budget", {"measure": str(budget.measure), "context": context, "device": device} | amounts)

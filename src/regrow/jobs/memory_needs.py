@@ -24,8 +24,8 @@ from regrow.jobs.recovering import LastCut
 from regrow.methods.pruning.pruner import Pruner
 from regrow.methods.recovery.distil import compute_divergence
 from regrow.methods.recovery.refit_work import MAX_BATCHES, MIN_ELEMENTS
-from regrow.scoring.collect import differentiated
-from regrow.scoring.grams import BATCH
+from regrow.scoring.collect import differentiated_names
+from regrow.scoring.grams import MAX_BATCH_WINDOWS
 from regrow.settings.prune import Settings
 from regrow.settings.recover import CLOSED_FORM
 from regrow.settings.recover import Settings as RecoverSettings
@@ -44,7 +44,7 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
     network, window, sources = opened.network(), settings.seq_len, len(settings.sources)
     calibrated = sources * count_windows(settings.tokens, window)
     windows = max(calibrated, (sources + len(settings.unseen)) * count_windows(settings.eval_tokens, window))
-    size = max(settings.batch_size, min(BATCH, windows)) if pruner.products else settings.batch_size
+    size = max(settings.batch_size, min(MAX_BATCH_WINDOWS, windows)) if pruner.products else settings.batch_size
     plan = plan_memory(network, parse_bytes(invocation.memory), -(-windows // size), window * size)
     if pruner.products:
         plan = add_products(plan, network, opened.axes, budget.units(opened.axes))
@@ -135,7 +135,7 @@ def _predict_besides(settings: Settings, pruner: Pruner, opened: OpenedNetwork) 
     if GENERATED in settings.sources:
         needed.append(size + predict_generation_bytes(model, source_specs(settings).generated_windows, window))
     if Need.GRADIENTS in pruner.needs:
-        names = differentiated(model, opened.axes, budget_of(settings).units(opened.axes))
+        names = differentiated_names(model, opened.axes, budget_of(settings).units(opened.axes))
         sums = pruner.shards * max(pruner.sources, count)
         summed = sums * sum(4 * model.get_parameter(name).numel() for name in names)
         needed.append(2 * size + summed + _activation_bytes(model, window))

@@ -12,7 +12,7 @@ from regrow import nets, store
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.limits import expanded
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import moved
+from regrow.core.sources import move_inputs
 from regrow.data.vision import find_common_side
 from regrow.nets import Loaded, ModelError, Origin
 from regrow.nets.devices import choose_device
@@ -72,7 +72,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         shown = shaped_example(model, read_shape(spec.input))
     probed = bool(shapes.probe.header)
     example = shown or _find_example(model, origin, folder, spec.sources, probed)
-    example = Example(moved(example.args, device), moved(dict(example.kwargs), device))
+    example = Example(move_inputs(example.args, device), move_inputs(dict(example.kwargs), device))
     return Loaded(model, getattr(model, "tokenizer", None), example, origin, files=files)
 
 

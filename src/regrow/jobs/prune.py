@@ -48,7 +48,7 @@ from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objectiv
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
-from regrow.scoring.collect import CollectionRun
+from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings, complete_reconstruction
 from regrow.store import statistics
@@ -253,7 +253,7 @@ def _calibrate(
         batch_size=batch_size,
         units=units,
         objective=inputs.objective,
-        run=CollectionRun(network.visits, ranks, done, keep, run.progress),
+        run=CollectionOptions(network.visits, ranks, done, keep, run.progress),
     )
     return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.kept else ""
 

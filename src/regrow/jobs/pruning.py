@@ -9,7 +9,7 @@ from torch import nn
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need
@@ -22,7 +22,7 @@ from regrow.jobs.models import ModelSpec
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.nets.load import check_code
-from regrow.scoring.collect import CollectionRun, check_sources, collect
+from regrow.scoring.collect import CollectionOptions, check_sources, collect
 from regrow.settings.prune import Settings
 from regrow.store.run_record import convert_settings
 
@@ -30,7 +30,7 @@ from regrow.store.run_record import convert_settings
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
     """Return the settings in the ``run.json`` of a pruning run; ``code`` replaces the user's own code that it names."""
     settings = convert_settings(values, Settings)
-    if names_code(settings.model):
+    if names_function(settings.model):
         check_code(settings.model, True, code)
         return replace(settings, model=code)
     return settings
@@ -91,7 +91,7 @@ def collect_evidence(
     batch_size: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
-    run: CollectionRun | None = None,
+    run: CollectionOptions | None = None,
 ) -> Evidence:
     """Measure what a method needs on the sources; a source is split if the method compares more than there are.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from regrow import store
 from regrow.core.axes import AxisGraph
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
@@ -255,6 +255,6 @@ def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tup
         dense = load_model(replace(spec, name=str(cut.before), input=spec.input or recorded), invocation.progress, code)
         dense = replace(dense, origin=replace(dense.origin, name=Path(spec.name).name))
     else:
-        dense = load_model(spec, invocation.progress, "" if names_code(spec.name) else code)
+        dense = load_model(spec, invocation.progress, "" if names_function(spec.name) else code)
     loaded = load_model(replace(spec, name=str(source.path)), invocation.progress, code)
     return dense, replace(dense, model=loaded.model, files=(*dense.files, *loaded.files))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regrow import store
-from regrow.core.amounts import parse_bytes, short
+from regrow.core.amounts import format_short, parse_bytes
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import Staged, fold_scales
 from regrow.core.plan import Plan
@@ -80,12 +80,12 @@ class SearchResult:
         return format_html([self._table()], self._summary())
 
     def _table(self) -> Table:
-        rows = [(name, short(value)) for name, value in self.saved.items() if value]
+        rows = [(name, format_short(value)) for name, value in self.saved.items() if value]
         return Table("", ("removed", self.measure), rows, (1,))
 
     def _summary(self) -> str:
-        sizes = f"{short(self.before)} → {short(self.size)} {self.measure} (target {short(self.target)})"
-        return f"{sizes}, validation {self.metric} {self.score:.3f}"
+        sizes = f"{format_short(self.before)} → {format_short(self.size)} {self.measure}"
+        return f"{sizes} (target {format_short(self.target)}), validation {self.metric} {self.score:.3f}"
 
 
 @dataclass

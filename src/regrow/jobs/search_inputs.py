@@ -13,10 +13,10 @@ from regrow.allocation.stages import MemoryStages
 from regrow.allocation.timed import Prices, spread_times
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
-from regrow.core.candidates import candidates_in
-from regrow.core.names import names_code
+from regrow.core.candidates import candidate_paths
+from regrow.core.names import names_function
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
-from regrow.core.sources import Batch, device_of, moved
+from regrow.core.sources import Batch, device_of, move_inputs
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
@@ -79,7 +79,7 @@ def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: 
 def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
     """Return the data of a search, split into training, validation and test examples."""
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
-    specs = replace(specs, normalised=names_code(settings.space)).fit(start, settings.seq_len)
+    specs = replace(specs, normalised=names_function(settings.space)).fit(start, settings.seq_len)
     base, text = read_tasks(specs)[0], specs.tokenizer is not None
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
@@ -101,7 +101,7 @@ def read_parts(settings: Settings, start: Loaded | None = None) -> Parts:
 
 def trace_examples(model: nn.Module, task: Task, parts: Parts) -> AxisGraph:
     """Return the axes of a network, traced with two training examples of a task among the data."""
-    return trace(model, moved(first_examples(task.train, 2).inputs, device_of(model)), **parts.kwargs)
+    return trace(model, move_inputs(first_examples(task.train, 2).inputs, device_of(model)), **parts.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
@@ -152,7 +152,7 @@ def build_search(
     known: dict[str, object] = {"target": most, "seed": settings.seed, "stages": stages}
     if not augments:
         known["augment"] = False
-    candidates = candidates_in(model)
+    candidates = candidate_paths(model)
     if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
         known["levels"] = ("operations",) if candidates else ("filters",)
     prices = None

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak
-from regrow.allocation.stages import stages as cut
+from regrow.allocation.stages import plan_stages as cut
 from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
 from regrow.evaluation.memory import MemoryCounterMode, make_training_step, predict_memory, start_peak_meter
@@ -60,7 +60,7 @@ def build_space(
             check_outputs(start, task, 1 + max(task.classes))
         return start.model, start.origin, None
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
-    if names_code(space):
+    if names_function(space):
         builder = import_builder(space)
         return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
     if not fit:
@@ -172,7 +172,7 @@ def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix],
     def peak(first: int, last: int) -> int:
         plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
-            many = prefix(first, last).many()
+            many = prefix(first, last).count_parameters()
         return _add_masks(masked, plain, many)
 
     return peak
@@ -183,7 +183,7 @@ def predict_stage(search: Search, state: SearchState, context: Context, batch: B
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
-    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.many()) + cut_bytes
+    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.count_parameters()) + cut_bytes
 
 
 def _step() -> Callable[[nn.Module, Batch], Any]:

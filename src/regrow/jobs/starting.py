@@ -12,7 +12,7 @@ import torch
 
 from regrow import store
 from regrow.core.errors import InputError
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.core.objectives import Objective
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, run_network
@@ -161,7 +161,7 @@ def load_start(
     if run and (run / BEFORE / store.SHAPES).is_file():
         loaded = load_model(replace(spec, name=str(run / BEFORE)), progress, code)
         return replace(loaded, origin=replace(loaded.origin, name=Path(model).name))
-    if run and names_code(model):
+    if run and names_function(model):
         check_code(model, True, code)
         return load_model(replace(spec, name=code), progress)
     return load_model(spec, progress, code)

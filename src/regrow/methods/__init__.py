@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.settings.words import parse_pairs
 
 GROUP = "regrow.methods"  # the group of entry points by which packages add methods
@@ -131,7 +131,7 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
             return table[name]
     from regrow.nets.load import import_object
 
-    value = import_object(name if names_code(name) else _installed_methods()[name].value)
+    value = import_object(name if names_function(name) else _installed_methods()[name].value)
     if not isinstance(value, MethodEntry):
         raise ValueError(f"{name} is a {type(value).__name__}, not a regrow.methods.MethodEntry; name one")
     if kind and value.kind != kind:
@@ -151,7 +151,7 @@ def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = (
             if setting_names is not None and key not in setting_names:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(setting_names) or 'none'}")
         return
-    if names_code(name):
+    if names_function(name):
         return
     installed = _installed_methods()
     if name in installed:
@@ -176,7 +176,7 @@ def _installed_methods() -> dict[str, EntryPoint]:
 
 def refuse_recorded_code(name: str, command: str) -> None:
     """Raise ValueError if the method that a run folder names is user code; ``command``: that which started the run."""
-    if names_code(name):
+    if names_function(name):
         raise ValueError(
             f"the run's method is your own code ({name!r:.80}), and a name in a file is never imported; install it as "
             f"an entry point of {GROUP}, or give the whole command again: {command}"

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from regrow.core.axes import Example
 from regrow.core.errors import InputError, first_line
 from regrow.core.limits import expanded
-from regrow.core.names import HUB, find_problem, names_code
+from regrow.core.names import HUB, find_model_problem, names_function
 from regrow.core.progress import Progress, silent
 from regrow.nets.attention import replace_attention
 from regrow.nets.cells import Cells
@@ -168,7 +168,7 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:
     """Load a model by its name, as :func:`load` does, on the CPU; of other models than transformers', as stored."""
-    if problem := find_problem(name):
+    if problem := find_model_problem(name):
         raise ModelError(problem)
     path = expanded(Path(name))
     if name in PACKAGED:
@@ -184,7 +184,7 @@ def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any
             return load_torchvision(network, pixels=pixels)
         path = expanded(Path(weights))
         return _read_unchanged(path, lambda: load_torchvision(network, path, pixels))
-    if names_code(name):
+    if names_function(name):
         return _load_from_function(name, example, pixels)
     if re.fullmatch(HUB, name):
         return load_hub(name, dtype=dtype)
@@ -238,7 +238,7 @@ def import_builder(name: str) -> Builder:
 
 def import_object(name: str) -> Any:
     """Return the object ``pkg.mod:name``, imported; only for names of a user or an entry point. Raises ModelError."""
-    if not names_code(name):
+    if not names_function(name):
         raise ModelError(f"{name!r} does not name a function; write pkg.mod:fn, for example mynets:tiny")
     module_name, _, attribute = name.partition(":")
     try:
@@ -257,7 +257,7 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
     ``recorded`` is the name of it in the folder.
     """
     if needed and not code:
-        name = recorded if names_code(recorded) else "pkg.mod:fn"
+        name = recorded if names_function(recorded) else "pkg.mod:fn"
         shown = f" ({recorded!r:.80})" if recorded else ""
         problem = f"its network is built by your own code{shown}, and a name in a file is never imported"
         remedy = f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"

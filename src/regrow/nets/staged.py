@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.limits import check_memory
 from regrow.nets.loaded import ModelError
 
@@ -57,7 +57,7 @@ class StagedNetwork(nn.Module):
 
     def required_groups(self) -> list[tuple[str, ...]]:
         """Return groups of paths of operations, of each of which one must stay: those of each sum of candidates."""
-        return [*candidates_in(self).values()]
+        return [*candidate_paths(self).values()]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the logits ``[N, classes]`` behind part ``active``; ``None``: those of every classifier, in order."""

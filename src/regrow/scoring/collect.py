@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import Axis, AxisGraph
-from regrow.core.objectives import Objective, choose_objective
+from regrow.core.objectives import IGNORED, Objective, choose_objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Moments, Need, Statistics
 from regrow.core.sources import Batch, Source, to_host, visible_positions
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import receive, send
-from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, trunk_of
+from regrow.scoring.gradients import MaskGradients, add_fisher, add_gradients, evaluation_mode, find_trunk
 from regrow.scoring.watch import InputSums
-from regrow.scoring.weights import group_by_weight, readers, scorable, tensors
+from regrow.scoring.weights import axis_parameters, group_by_weight, readers, scorable_axes
 
 Key = tuple[str, int]  # the name of a source, and the number of a shard
 
 
 class BlockVisits(Protocol):
-    """A network that runs block by block: all batches through one block, then all through the next."""
+    """Interface of a network that runs block by block: all batches through one block, then all through the next."""
 
     def visit(
         self,
@@ -37,18 +37,18 @@ class BlockVisits(Protocol):
         names: Collection[str],
         around: Callable[[int, Mapping[int, str]], AbstractContextManager[object]],
     ) -> None:
-        """Run batches up to the last reader of the weights ``names``, in order, each block in ``around``.
+        """Run batches block by block, up to the last block that reads weights ``names``, each within ``around``.
 
         ``around`` is called with the number of the batch and ``id`` of a loaded weight → its name.
         """
 
     def passes(self, names: Collection[str]) -> int:
-        """Return through how many parts of the network each batch runs, up to the last reader of ``names``."""
+        """Return how many blocks each batch runs through, up to the last one that reads weights ``names``."""
 
 
 @dataclass(frozen=True)
-class CollectionRun:
-    """How the data run: as a whole or block by block, by which processes, and on from what."""
+class CollectionOptions:
+    """How the data run in :func:`collect`: whole or block by block, in which processes, and from where on."""
 
     visits: BlockVisits | None = None  # runs a network that does not fit into memory; the sums are the same
     ranks: ProcessRank = SINGLE  # the processes that share the batches and all call `collect`; rank 0 gets the sums
@@ -66,7 +66,7 @@ def collect(
     shards: int = 1,
     units: Sequence[Axis] | None = None,
     objective: Objective | None = None,
-    run: CollectionRun | None = None,
+    run: CollectionOptions | None = None,
 ) -> dict[str, list[Statistics]]:
     """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
@@ -91,21 +91,21 @@ def collect(
     check_sources(sources, shards)
     if set(needs) <= {Need.WEIGHTS}:
         return {}
-    run = run or CollectionRun()
-    known = dict(run.done)
-    left = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in known]
-    if left:
+    run = run or CollectionOptions()
+    done = dict(run.done)
+    todo = [(source, shard) for source in sources for shard in range(shards) if (source.name, shard) not in done]
+    if todo:
         objective = objective or choose_objective(None, sources[0].batches[0])
-        walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective, run)
+        walk = _Collector(model, axes, scorable_axes(axes, units), frozenset(needs), objective, run)
         if run.visits is None:
-            known |= walk.run_whole(left, shards, sum(map(len, sources)))
+            done |= walk.run_whole(todo, shards, sum(map(len, sources)))
         else:
-            known |= walk.run_blocks(left, shards, run.visits)
-    return {source.name: [known[source.name, shard] for shard in range(shards)] for source in sources}
+            done |= walk.run_blocks(todo, shards, run.visits)
+    return {source.name: [done[source.name, shard] for shard in range(shards)] for source in sources}
 
 
-class _Walk:
-    """Runs batches through the network and adds their input moments and gradients to given statistics."""
+class _Collector:
+    """Runs batches through a network and sums their input moments and gradients into statistics."""
 
     def __init__(
         self,
@@ -114,14 +114,14 @@ class _Walk:
         units: Sequence[Axis],
         needs: frozenset[Need],
         objective: Objective,
-        run: CollectionRun,
+        run: CollectionOptions,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         reads = readers(axes, units)
         self.model, self.trunk, self.objective, self.run = model, model, objective, run
         self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
         self.names = [reader.slot.name for reader in reads]
-        self.differentiated = differentiated(model, axes, units) if Need.GRADIENTS in needs else []
+        self.differentiated = differentiated_names(model, axes, units) if Need.GRADIENTS in needs else []
         self.masked = group_by_weight(reads) if Need.FISHER in needs else {}
         self.ids = {id(parameters[name]): name for name in self.masked}
         self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
@@ -129,19 +129,22 @@ class _Walk:
         self.first = not self.backward
         self.losses: list[Tensor] = []
 
-    def run_whole(self, left: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
-        """Run all batches of each unfinished shard through the whole network."""
-        finished = total - sum(len(range(shard, len(source), shards)) for source, shard in left)
+    def run_whole(self, todo: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
+        """Run all batches of each unfinished shard (``todo``) through the whole network; return their sums.
+
+        ``total``: the number of all batches, for the progress.
+        """
+        finished = total - sum(len(range(shard, len(source), shards)) for source, shard in todo)
         result = {}
         with evaluation_mode(self.model, self.differentiated if self.backward else None):
-            for source, shard in left:
+            for source, shard in todo:
                 sums = Statistics(source.name)
                 # A whole source is read batch by batch: a user's loader may not fit in memory.
                 batches = source if shards == 1 else source.batches[shard::shards]
                 for _ in self._add_batches(batches, sums):
                     finished += 1
                     self.run.progress(finished, total, f"measuring {source.name}")
-                result[source.name, shard] = self._settle(sums, shard)
+                result[source.name, shard] = self._finish_shard(sums, shard)
         return result
 
     def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
@@ -154,22 +157,22 @@ class _Walk:
             elif owner == ranks.rank:
                 part = Statistics(sums.source)
                 self._step(batch, part)
-                _send(part)
+                _send_statistics(part)
             elif ranks.leads:
-                sums.accumulate(_receive(owner))
+                sums.accumulate(_receive_statistics(owner))
             yield
 
-    def run_blocks(self, left: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
-        """Run all batches of all unfinished shards through one block after another."""
+    def run_blocks(self, todo: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
+        """Run all batches of all unfinished shards (``todo``) through one block after another; return their sums."""
         if self.backward:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
-        result = {(source.name, shard): Statistics(source.name) for source, shard in left}
-        rows = [((source.name, shard), batch) for source, shard in left for batch in source.batches[shard::shards]]
+        result = {(source.name, shard): Statistics(source.name) for source, shard in todo}
+        rows = [((source.name, shard), batch) for source, shard in todo for batch in source.batches[shard::shards]]
         names, counted, ranks = {*self.watched.values()}, set[tuple[int, str]](), self.run.ranks
-        mine, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
-        total, finished = visits.passes(names) * len(mine), 0
+        share, parts = ranks.share(rows), list[Statistics]()  # and what they gave in one pass, with several ranks
+        total, finished = visits.passes(names) * len(share), 0
         for key, batch in rows:
-            result[key].tokens += _positions(batch)
+            result[key].tokens += _count_positions(batch)
 
         def add_parts() -> None:
             for (key, _), part in zip(rows, _gather(parts, len(rows), ranks), strict=False):
@@ -179,10 +182,10 @@ class _Walk:
         @contextmanager
         def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
             nonlocal finished
-            key, batch = mine[number]
-            if len(parts) == len(mine):
+            key, batch = share[number]
+            if len(parts) == len(share):
                 add_parts()
-            with _input_sums(watched, batch) as watch:
+            with _make_input_sums(watched, batch) as watch:
                 yield
             if twice := next((name for name in watch.sums if (number, name) in counted), None):
                 raise ValueError(f"{twice!r} is read in several parts of the network; load it whole, without --memory")
@@ -195,25 +198,25 @@ class _Walk:
             finished += 1
             self.run.progress(finished, total, f"measuring {key[0]}")
 
-        visits.visit([batch for _, batch in mine], names, around)
+        visits.visit([batch for _, batch in share], names, around)
         if ranks.several:
             add_parts()
-        return {key: self._settle(sums, key[1]) for key, sums in result.items()}
+        return {key: self._finish_shard(sums, key[1]) for key, sums in result.items()}
 
     def _step(self, batch: Batch, statistics: Statistics) -> None:
-        """Run one batch and add its sums to ``statistics``."""
+        """Run one batch and add its sums to ``statistics``, in place."""
         if self.first:
-            self.first, self.trunk = False, trunk_of(self.model, batch, self.names)
+            self.first, self.trunk = False, find_trunk(self.model, batch, self.names)
         moments = self._measure(batch, self.trunk, statistics)
         if self.trunk is not self.model and len(moments) < len(self.watched):
-            # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
+            # The trunk may leave out weights that the whole network uses (an encoder, a head).
             whole = self._measure(batch, self.model, statistics)
             if len(whole) > len(moments):
                 self.trunk, moments = self.model, whole
-        statistics.accumulate(Statistics(statistics.source, _positions(batch), moments))
+        statistics.accumulate(Statistics(statistics.source, _count_positions(batch), moments))
 
-    def _settle(self, sums: Statistics, shard: int) -> Statistics:
-        """Return the sums of a finished shard on the CPU, moved in one transfer, and check that they are finite."""
+    def _finish_shard(self, sums: Statistics, shard: int) -> Statistics:
+        """Return the sums of a finished shard on the CPU; ``ValueError`` unless all are finite. Calls ``on_done``."""
         moved = iter(to_host([*sums.tensors(), *self.losses]))
         self.losses = []
         statistics = Statistics.assemble(sums.source, sums.header(), moved)
@@ -236,51 +239,59 @@ class _Walk:
         return statistics
 
     def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:
-        here, watch = batch.to(self.device), _input_sums(self.watched, batch)
+        """Run one batch through ``network``; return its input moments, and add its gradients to ``statistics``."""
+        local, watch = batch.to(self.device), _make_input_sums(self.watched, batch)
         if self.masked:
             masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
-            add_fisher(self.model, here, masks, statistics.fisher, self.objective, watch, batch)
+            add_fisher(self.model, local, masks, statistics.fisher, self.objective, watch, batch)
             if not self.differentiated:
                 return watch.sums
-            watch = _input_sums(self.watched, batch)
+            watch = _make_input_sums(self.watched, batch)
         with watch, torch.set_grad_enabled(bool(self.differentiated)):
             if self.differentiated:
                 sums, count = statistics.gradients, batch.size
                 self.losses.append(
-                    add_gradients(self.model, here, self.differentiated, sums, self.objective, count=count)
+                    add_gradients(self.model, local, self.differentiated, sums, self.objective, count=count)
                 )
             else:
-                here.run(network)
+                local.run(network)
         return watch.sums
 
 
-def differentiated(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> list[str]:
-    """Return the names of the parameters whose gradients are summed: those that measured axes run through."""
+def differentiated_names(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> list[str]:
+    """Return the names of the parameters whose gradients are summed: those that the axes ``units`` run through."""
     parameters = dict(model.named_parameters())
-    return list(dict.fromkeys(name for axis in scorable(axes, units) for name, _, _ in tensors(axes, axis, parameters)))
+    return list(
+        dict.fromkeys(
+            name for axis in scorable_axes(axes, units) for name, _, _ in axis_parameters(axes, axis, parameters)
+        )
+    )
 
 
 def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iterator[Statistics]:
-    """Yield the sums of all ``count`` batches on rank 0, in their order; the other ranks send theirs."""
+    """Yield the sums of all ``count`` batches on rank 0, in their order; other ranks send ``parts``, and yield none."""
     if ranks.leads:
         for number in range(count):
             owner = number % ranks.size
-            yield _receive(owner) if owner else parts[number // ranks.size]
+            yield _receive_statistics(owner) if owner else parts[number // ranks.size]
         return
     for part in parts:
-        _send(part)
+        _send_statistics(part)
 
 
-def _send(sums: Statistics) -> None:
+def _send_statistics(sums: Statistics) -> None:
+    """Send sums to rank 0."""
     send(sums.header(), to_host(sums.tensors()))
 
 
-def _receive(rank: int) -> Statistics:
+def _receive_statistics(rank: int) -> Statistics:
+    """Return the sums that another rank sends, without the name of their source."""
     header, values = receive(rank)
     return Statistics.assemble("", header, values)
 
 
-def _input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
+def _make_input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
+    """Return the mode that sums the inputs of watched weights (``id`` → name) on a batch, without padding."""
     return InputSums(watched, count_sequences(batch), visible_positions(batch))
 
 
@@ -300,17 +311,18 @@ def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
 
 
 def count_sequences(batch: Batch) -> int:
-    """Return how many sequences (texts, images) a batch has."""
-    return next((len(value) for value in _tensors(batch) if value.dim()), 1)
+    """Return how many sequences (texts, images) a batch has: the length of its first tensor."""
+    return next((len(value) for value in _input_tensors(batch) if value.dim()), 1)
 
 
-def _positions(batch: Batch) -> int:
-    """Count the labelled positions of a batch; without labels its token ids, or else its sequences."""
+def _count_positions(batch: Batch) -> int:
+    """Return how many labelled positions a batch has; without labels how many token ids, or else sequences."""
     if batch.labels is not None:
-        return int((batch.labels != -100).sum())
-    ids = (value.numel() for value in _tensors(batch) if value.dim() == 2 and not value.is_floating_point())
+        return int((batch.labels != IGNORED).sum())
+    ids = (value.numel() for value in _input_tensors(batch) if value.dim() == 2 and not value.is_floating_point())
     return next(ids, count_sequences(batch))
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
+def _input_tensors(batch: Batch) -> list[Tensor]:
+    """Return the inputs of a batch that are tensors."""
     return [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)]

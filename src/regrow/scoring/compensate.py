@@ -13,14 +13,14 @@ from regrow.scoring.weights import readers
 def means(
     model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]], statistics: Statistics
 ) -> dict[str, dict[int, float]]:
-    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly, as ``Plan.means``.
+    """Return the mean of every dropped input (as ``Plan.means``), for the weights whose bias can absorb it exactly.
 
     b′ = b + Σ over dropped j of W_j · E[x_j], exact for a linear map and for an ungrouped convolution without padding
-    whose weight no other module shares; :func:`uncompensated` lists the others. ``kept``: axis key → the units kept.
+    whose weight no other module shares; :func:`note_uncompensated` names the others. ``kept``: axis key → units kept.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
-    held = holders(model)
+    held = find_holders(model)
     inputs: dict[str, list[Tensor]] = {}
     expected: dict[str, Tensor] = {}
     for reader in readers(axes, [axes[key] for key in kept]):
@@ -41,10 +41,10 @@ def means(
 
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
-    """Return the weights whose layer has no bias yet and gets one when inputs of theirs are compensated."""
-    held = holders(model)
+    """Return the weights that read the axes ``units`` and whose layer gets a bias if their inputs are compensated."""
+    held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
-    bare = (name for name in names if getattr(_owner(model, name), "bias", 0) is None)
+    bare = (name for name in names if getattr(_owner_of(model, name), "bias", 0) is None)
     return tuple(name for name in bare if takes_constant(model, name, held))
 
 
@@ -52,8 +52,8 @@ def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
 Holders = Mapping[int, Sequence[tuple[str, nn.Module]]]
 
 
-def holders(model: nn.Module) -> Holders:
-    """Return which modules hold each parameter."""
+def find_holders(model: nn.Module) -> Holders:
+    """Return ``id`` of a parameter → (path, module) of each module that holds it."""
     result: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for value in module._parameters.values():
@@ -63,26 +63,26 @@ def holders(model: nn.Module) -> Holders:
 
 
 def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
-    """Return the path of another module that holds the same parameter, or ``None`` if there is none.
+    """Return the path of another module that holds the parameter ``name``, too; ``None`` if there is none.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
-    >>> sharing_module(net, "a.weight", holders(net)), sharing_module(net, "a.bias", holders(net))
+    >>> sharing_module(net, "a.weight", find_holders(net)), sharing_module(net, "a.bias", find_holders(net))
     ('b', None)
     """
-    owner = _owner(model, name)
+    owner = _owner_of(model, name)
     others = held.get(id(model.get_parameter(name)), ())
     return next((path for path, module in others if module is not owner), None)
 
 
 def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
-    """Whether a constant input to a weight can be moved exactly into the bias of its layer.
+    """Whether a constant input to the weight ``name`` can be moved exactly into the bias of its layer.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
-    >>> takes_constant(net, "0.weight", holders(net)), takes_constant(net, "1.weight", holders(net))
+    >>> takes_constant(net, "0.weight", find_holders(net)), takes_constant(net, "1.weight", find_holders(net))
     (True, False)
     """
-    owner = _owner(model, name)
+    owner = _owner_of(model, name)
     # Units of a recurrent layer have means of their own at the first step.
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase) or sharing_module(model, name, held) is not None:
         return False
@@ -92,14 +92,14 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
 
 
 def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return the means that can stand in for dropped inputs exactly: name of a weight → ``[channels]``."""
-    held = holders(model)
+    """Return name of a weight → mean inputs ``[channels]``, for weights whose bias can absorb these exactly."""
+    held = find_holders(model)
     return {name: value.mean for name, value in moments.items() if takes_constant(model, name, held)}
 
 
-def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
-    """Return a note on the weights that read dropped inputs and whose bias cannot absorb their means, if any."""
-    held = holders(model)
+def note_uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
+    """Return one note naming weights that read dropped inputs whose means no bias can absorb; empty if none."""
+    held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept]))
     left_out = [name for name in names if not takes_constant(model, name, held)]
     if not left_out:
@@ -109,5 +109,6 @@ def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable
     return (f"no bias compensation for {left_out[0]}{more}: {why}",)
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
+def _owner_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that has the parameter ``name``."""
     return model.get_submodule(name.rpartition(".")[0])

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
 from regrow.core.sources import Batch, logits_in
-from regrow.scoring.watch import Feed, rows_of
+from regrow.scoring.watch import Feed, to_rows
 from regrow.scoring.weights import Reader
 
-ENTRIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
+MAX_PROBABILITIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
 
 
 def add_gradients(
@@ -30,11 +30,14 @@ def add_gradients(
 ) -> Tensor:
     """Run the network on a batch, add the gradient of its *summed* loss to ``sums`` (float32); return the mean loss.
 
-    The backward pass runs on the mean, which half precision can hold. Each gradient is added as soon as it is there,
-    and then given back: one parameter's is in memory at a time, beside the sums.
+    ``names``: the parameters; ``count``: how many positions the loss is the mean of, ``batch.size`` unless given. The
+    ``.grad`` of the parameters is as before afterwards. The backward pass runs on the mean, which half precision can
+    hold. Each gradient is added as soon as it is there, and then given back: one parameter's is in memory at a time,
+    beside the sums.
     """
     parameters = dict(model.named_parameters())
-    chosen, many = {name: parameters[name] for name in names}, batch.size if count is None else count
+    chosen = {name: parameters[name] for name in names}
+    count = batch.size if count is None else count
     earlier = {name: parameter.grad for name, parameter in chosen.items()}
     # Before the activations are there, so that no gap is left between the sums.
     fresh = {name: torch.empty_like(p, dtype=torch.float32) for name, p in chosen.items() if name not in sums}
@@ -45,10 +48,10 @@ def add_gradients(
             return
         gradient, parameter.grad = parameter.grad.float(), None
         if name in unread:
-            torch.mul(gradient, many, out=fresh[name])
+            torch.mul(gradient, count, out=fresh[name])
             unread.remove(name)
         else:
-            sums[name].add_(gradient * many)
+            sums[name].add_(gradient * count)
 
     loss = objective.compute_loss(batch.run(model), batch)
     hooks = [p.register_post_accumulate_grad_hook(partial(add, name)) for name, p in chosen.items()]
@@ -69,25 +72,24 @@ def add_gradients(
 
 @contextmanager
 def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = None) -> Iterator[None]:
-    """Put the network in eval mode, with gradients for the named parameters alone if given; restore it afterwards."""
+    """Context manager of eval mode, in which only the parameters ``differentiated``, if given, require gradients."""
     modes = {module: module.training for module in model.modules()}
-    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    requirements = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
     if differentiated is not None:
-        wanted = set(differentiated)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
+            parameter.requires_grad_(name in differentiated)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for parameter, ask in asks.items():
-            parameter.requires_grad_(ask)
+        for parameter, required in requirements.items():
+            parameter.requires_grad_(required)
 
 
-def trunk_of(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
-    """Return the part of a network to run: without the head, if none of the named weights lies in it.
+def find_trunk(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
+    """Return the module to run for the weights ``names``: without the head, if none of them lies in it; or the model.
 
     That is transformers' ``base_model``, which takes the same inputs, but may leave out weights (an encoder, a head).
     """
@@ -121,8 +123,8 @@ class MaskGradients(Feed):
         self.partial: dict[str, Tensor] = {}
         self.waiting: Counter[str] = Counter()
 
-    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """Return the same input, as a tensor whose gradient is that of this use alone."""
+    def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """Return the same input as a new tensor, whose gradient is that of this use alone and is summed by a hook."""
         if not torch.is_grad_enabled() or not value.is_floating_point():
             return value
         use = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
@@ -130,8 +132,8 @@ class MaskGradients(Feed):
         use.register_hook(partial(self._add, name, value.detach(), dim))
         return use
 
-    def weighed(self, name: str, weight: Tensor) -> Tensor:
-        """Return the weight times a mask of its inputs, whose gradient is that of the whole batch."""
+    def replace_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Return the weight times a mask of ones for its inputs, whose gradient (of the whole batch) a hook sums."""
         if not torch.is_grad_enabled():
             return weight
         mask = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
@@ -140,12 +142,13 @@ class MaskGradients(Feed):
         return weight * mask
 
     def finish(self) -> dict[str, Tensor]:
-        """Return axis key → Σ of squared gradients, ``[size]`` float64, once the loss is differentiated."""
+        """Return axis key → Σ of squared gradients, ``[size]`` float64; call it after the backward pass."""
         for axis in list(self.partial):
             self._square(axis)
         return self.squares
 
     def _expect(self, name: str, value: Tensor) -> None:
+        """Count a gradient to come for each axis that a weight reads, and begin its sum."""
         for reader in self.reads[name]:
             self.waiting[reader.axis] += 1
             home = "cpu" if value.device.type == "mps" else value.device
@@ -153,35 +156,37 @@ class MaskGradients(Feed):
 
     @torch.no_grad()
     def _add(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
+        """Add Σ x · ∂L/∂x of one use of a weight's input to its axes; square what is then complete."""
         sequences = 1 if value.dim() == 1 else self.sequences
-        (rows, channels), (slopes, _) = (rows_of(tensor, dim, sequences) for tensor in (value, gradient))
+        (rows, channels), (slopes, _) = (to_rows(tensor, dim, sequences) for tensor in (value, gradient))
         wide = torch.promote_types(value.dtype, torch.float32)
         products = rows.to(wide) * slopes.to(wide)
         if channels == 1:
             products = products.sum(2)[:, None]
         for reader in self.reads[name]:
-            gradients = _to_units(products, reader.positions(products.shape[-1]))
+            gradients = _sum_by_unit(products, reader.positions(products.shape[-1]))
             if reader.axis in self.partial:
-                gradients = _added(self.partial[reader.axis], gradients)
+                gradients = _add_uses(self.partial[reader.axis], gradients)
             self.partial[reader.axis] = gradients
             self.waiting[reader.axis] -= 1
             if not self.waiting[reader.axis]:
                 self._square(reader.axis)
 
     def _square(self, axis: str) -> None:
+        """Add the squares of an axis's complete gradients to its sum, and forget them."""
         total = self.partial.pop(axis).square().sum((0, 1))
         self.squares[axis] += total.to(self.squares[axis].device, torch.float64)
 
 
-def _to_units(values: Tensor, where: Tensor) -> Tensor:
+def _sum_by_unit(values: Tensor, where: Tensor) -> Tensor:
     """Return the sums of values ``[..., channels]`` over each unit's channels ``[size, k]``, ``[..., size]``."""
     in_order = where.numel() == values.shape[-1] and torch.equal(where.flatten(), torch.arange(where.numel()))
     parts = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
     return parts[..., 0] if where.shape[1] == 1 else parts.sum(-1)
 
 
-def _added(first: Tensor, other: Tensor) -> Tensor:
-    """Return the sum of the gradients of two uses of a unit, summed over positions where these differ, then all."""
+def _add_uses(first: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of two uses' gradients ``[sequences, positions, size]``, summed over dimensions that differ."""
     for dim in (1, 0):
         if first.shape != other.shape:
             first, other = first.sum(dim, keepdim=True), other.sum(dim, keepdim=True)
@@ -197,7 +202,7 @@ def add_fisher(
     around: AbstractContextManager[object],
     origin: Batch,
 ) -> None:
-    """Run the network on a batch, in ``around``, and add the squared gradients of the masks to ``sums``.
+    """Run the network on a batch within ``around``; add squared mask gradients to ``sums``, axis key → ``[size]``.
 
     ``origin`` is the batch before it was moved to the network's device, so that labels are drawn without waiting for
     it.
@@ -222,7 +227,7 @@ def add_fisher(
 def draw_labels(
     output: object, batch: Batch, objective: Objective, origin: Batch | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw labels from a network's predictions; return the logits and the gradient of the summed loss in them.
+    """Draw labels from a network's predictions; return the logits and the summed loss's gradient in them, or ``None``.
 
     The random numbers of an example depend on its inputs alone; where the first dimension of no input is that of the
     labels, on all inputs and its index. Nothing is drawn for positions labelled −100, and for losses of one's own.
@@ -239,45 +244,49 @@ def draw_labels(
     if objective.name == MULTI_LABEL.name:
         logits = logits_in(output)
         chances = logits.detach().float().sigmoid()
-        ones = _uniform(origin, chances) < chances
+        ones = _draw_uniform(origin, chances) < chances
         return logits, (chances - ones.float()).to(logits)
     if objective.name == REGRESSION.name:
         values = logits_in(output)
-        return values, torch.special.ndtri(_uniform(origin, values).clamp(1e-6, 1 - 1e-6)).to(values)
+        return values, torch.special.ndtri(_draw_uniform(origin, values).clamp(1e-6, 1 - 1e-6)).to(values)
     return None
 
 
 def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
-    """Return probabilities minus one-hot labels, in the dtype of the logits ``[..., classes]``."""
-    random = _uniform(batch, counted).flatten()
+    """Return probabilities − one-hot drawn labels, ``[..., classes]``; 0 at positions that ``counted`` (bool) lacks."""
+    random = _draw_uniform(batch, counted).flatten()
     rows, valid = logits.reshape(-1, logits.shape[-1]), counted.flatten().to(logits.device)
     gradient = torch.empty_like(rows)
-    step = max(1, ENTRIES // rows.shape[1])
+    step = max(1, MAX_PROBABILITIES // rows.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
-    for part, into, u, seen in zip(*(all_.split(step) for all_ in (rows, gradient, random, valid)), strict=True):
-        chances = part.to(wide).softmax(-1)
+    chunks = zip(*(tensor.split(step) for tensor in (rows, gradient, random, valid)), strict=True)
+    for logits_part, gradient_part, u, valid_part in chunks:
+        chances = logits_part.to(wide).softmax(-1)
         edges = chances.cumsum(-1)
+        # u times the last edge, since rounding may leave it a little off 1
         classes = torch.searchsorted(edges, u[:, None].to(edges) * edges[:, -1:], right=True)
         classes.clamp_max_(rows.shape[1] - 1)
-        into.copy_(chances.scatter_add_(1, classes, chances.new_full((), -1).expand_as(classes)) * seen[:, None])
+        chances.scatter_add_(1, classes, chances.new_full((), -1).expand_as(classes))
+        gradient_part.copy_(chances * valid_part[:, None])
     return gradient.view(logits.shape)
 
 
-def _uniform(batch: Batch, like: Tensor) -> Tensor:
+def _draw_uniform(batch: Batch, like: Tensor) -> Tensor:
     """Return uniform random numbers in [0, 1) of the shape of ``like``, seeded by the inputs of each example."""
     leaves = tree_leaves((batch.args, dict(batch.kwargs)))
     tensors = [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor)]
     if not like.dim():
-        return torch.rand((), generator=_generator(tensors)).to(like.device)
+        return torch.rand((), generator=_seed_generator(tensors)).to(like.device)
     inputs = [tensor for tensor in tensors if tensor.dim() and len(tensor) == len(like)]
     rows = []
     for i in range(len(like)):
         seeds = [tensor[i] for tensor in inputs] if inputs else [*tensors, torch.tensor(i)]
-        rows.append(torch.rand(like.shape[1:], generator=_generator(seeds)))
+        rows.append(torch.rand(like.shape[1:], generator=_seed_generator(seeds)))
     return torch.stack(rows).to(like.device)
 
 
-def _generator(inputs: Sequence[Tensor]) -> torch.Generator:
+def _seed_generator(inputs: Sequence[Tensor]) -> torch.Generator:
+    """Return a CPU generator seeded by a digest of the bytes of tensors."""
     digest = sha256()
     for tensor in inputs:
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

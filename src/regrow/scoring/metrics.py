@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes import Axis, AxisGraph, Role
 from regrow.core.scores import Moments, Need, Scores, Statistics, Tensors
 from regrow.scoring.spaces import standardise, z_scores
-from regrow.scoring.weights import Reader, columns, readers, scorable, tensors
+from regrow.scoring.weights import Reader, axis_parameters, column_norms, readers, scorable_axes
 
 Units = Sequence[Axis] | None
 
@@ -26,18 +26,13 @@ def wanda_sp(
 
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
-    reads = readers(axes, scorable(axes, units))
+    reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "mean", lambda m: (m.square / m.count).sqrt())
-    return _finish("wanda_sp", to_units(channels, reads, pool), statistics)
+    return _make_scores("wanda_sp", pool_to_units(channels, reads, pool), statistics)
 
 
 def wifv(
-    weights: Tensors,
-    axes: AxisGraph,
-    statistics: Statistics | None,
-    *,
-    units: Units = None,
-    pool: str = "sum",
+    weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None, pool: str = "sum"
 ) -> Scores:
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
@@ -46,16 +41,16 @@ def wifv(
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), code.
     """
-    reads = readers(axes, scorable(axes, units))
+    reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda moments: moments.variance)
-    return _finish("wifv/token", to_units(channels, reads, pool), statistics)
+    return _make_scores("wifv/token", pool_to_units(channels, reads, pool), statistics)
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j."""
-    reads = readers(axes, scorable(axes, units))
+    """Score units by the output energy of the layers that read them, E[x_j²] · ‖W_j‖₂² per input channel j."""
+    reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
-    return _finish("energy", to_units(channels, reads), statistics)
+    return _make_scores("energy", pool_to_units(channels, reads), statistics)
 
 
 def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
@@ -65,17 +60,17 @@ def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 
     Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
     """
-    chosen = scorable(axes, units)
+    chosen = scorable_axes(axes, units)
     if statistics is None:
         reads = readers(axes, chosen)
-        return _finish("fisher", to_units(_score_channels(weights, reads, None, "square"), reads), None)
+        return _make_scores("fisher", pool_to_units(_score_channels(weights, reads, None, "square"), reads), None)
     if missing := next((axis.key for axis in chosen if axis.key not in statistics.fisher), ""):
         raise ValueError(
             f"source {statistics.source!r} never reached the units of {missing!r}; give more batches, or leave them "
             f"out (--exclude {missing.partition(':')[0]})"
         )
     tokens = max(statistics.tokens, 1)
-    return _finish("fisher", {axis.key: statistics.fisher[axis.key] / (2 * tokens) for axis in chosen}, statistics)
+    return _make_scores("fisher", {axis.key: statistics.fisher[axis.key] / (2 * tokens) for axis in chosen}, statistics)
 
 
 def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
@@ -85,9 +80,9 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
     et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
     """
     values: dict[str, Tensor] = {}
-    for axis in scorable(axes, units):
+    for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
-        for name, slot, where in tensors(axes, axis, weights):
+        for name, slot, where in axis_parameters(axes, axis, weights):
             weight = weights[name].detach().double()
             if statistics is None:
                 product = weight.square()
@@ -99,42 +94,38 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
             channels = product.abs().sum(rest) if rest else product.abs()
             total += channels.cpu()[where].sum(1)
         values[axis.key] = total
-    return _finish("taylor/element1", values, statistics)
+    return _make_scores("taylor/element1", values, statistics)
 
 
 def magnitude(
-    weights: Tensors,
-    axes: AxisGraph,
-    statistics: Statistics | None = None,
-    *,
-    units: Units = None,
+    weights: Tensors, axes: AxisGraph, statistics: Statistics | None = None, *, units: Units = None
 ) -> Scores:
     """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp")."""
     values: dict[str, Tensor] = {}
-    for reader in readers(axes, scorable(axes, units)):
-        norms = columns(weights[reader.weight], reader.slot.dim, form="norm")
+    for reader in readers(axes, scorable_axes(axes, units)):
+        norms = column_norms(weights[reader.weight], reader.slot.dim, form="norm")
         values[reader.axis] = values.get(reader.axis, 0) + norms[reader.positions(len(norms))].sum(1)
-    return _check(Scores(values, "magnitude/columns"))
+    return _check_finite(Scores(values, "magnitude/columns"))
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
-    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows."""
+    """Score units by Σ, over the matrices that produce them, of (max W + abs(min W)) of the unit's rows."""
     values = {}
-    for axis in scorable(axes, units):
+    for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
-        for name, slot, where in tensors(axes, axis, weights):
+        for name, slot, where in axis_parameters(axes, axis, weights):
             weight = weights[name].detach()
             if slot.role is Role.PRODUCES and weight.dim() > 1:
                 rest = [dim for dim in range(weight.dim()) if dim != slot.dim]
                 total += (weight.amax(rest) + weight.amin(rest).abs()).double().cpu()[where].mean(1)
         values[axis.key] = total
-    return _check(Scores(values, "path/peak-to-peak"))
+    return _check_finite(Scores(values, "path/peak-to-peak"))
 
 
 def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
-    """Score units by uniform random numbers, seeded by each axis's key, so the order of axes does not matter."""
+    """Score units by uniform random numbers in [0, 1), seeded per axis by ``seed`` and its key."""
     values = {}
-    for axis in scorable(axes, units):
+    for axis in scorable_axes(axes, units):
         number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
         values[axis.key] = torch.rand(axis.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     return Scores(values, "random")
@@ -151,7 +142,7 @@ class Base:
     prune_outer: bool = True  # whether the first and last blocks are pruned, too
 
     def score(self, weights: Tensors, axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]) -> Scores:
-        """Return scores that are comparable between axes; without statistics, scores by the weights alone."""
+        """Return scores of ``units`` that are comparable between axes; ``statistics=None``: by weights alone."""
         if self.standardised:
             return self.metric(weights, axes, statistics, units=units, pool="standardised")
         return z_scores(self.metric(weights, axes, statistics, units=units))
@@ -168,7 +159,7 @@ BASES: Mapping[str, Base] = {
 
 
 def moments_of(statistics: Statistics, weight: str) -> Moments:
-    """Return the running sums of the inputs of ``weight``; raise ValueError if no batch reached that weight."""
+    """Return the running sums of the inputs of ``weight``; raise ``ValueError`` if no batch reached that weight."""
     if weight not in statistics.moments:
         raise ValueError(
             f"source {statistics.source!r} never reached the weight {weight!r}; give more batches, or leave it out "
@@ -177,11 +168,12 @@ def moments_of(statistics: Statistics, weight: str) -> Moments:
     return statistics.moments[weight]
 
 
-def to_units(channels: Tensors, reads: Sequence[Reader], pool: str = "sum") -> dict[str, Tensor]:
+def pool_to_units(channels: Tensors, reads: Sequence[Reader], pool: str = "sum") -> dict[str, Tensor]:
     """Pool scores per input channel (weight → ``[C]`` float64) into one score per unit, axis key → ``[size]``.
 
-    ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's AL-AM): each weight's
-    channels are z-scored among themselves, then averaged, so that units of different layers can be ranked together.
+    ``pool`` is one of two. ``sum``: Σ over the unit's channels and the weights that read it. ``standardised`` (FLAP's
+    AL-AM): each weight's channels are z-scored among themselves, then averaged, so that units of different layers can
+    be ranked together.
     """
     parts: dict[str, list[Tensor]] = {}
     for reader in reads:
@@ -202,33 +194,34 @@ def _score_channels(
     form: str,
     factor: Callable[[Moments], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a norm of each input channel of the weights, times a factor from its moments, weight → ``[C]`` float64."""
+    """Return weight → a norm of each input channel (``form`` of ``column_norms``) times ``factor``, ``[C]`` float64."""
     channels: dict[str, Tensor] = {}
     for reader in reads:
         if reader.weight in channels:
             continue
         weight, dim = weights[reader.weight], reader.slot.dim
         if statistics is None or factor is None:
-            channels[reader.weight] = columns(weight, dim, form=form)
+            channels[reader.weight] = column_norms(weight, dim, form=form)
         else:
             activations = factor(moments_of(statistics, reader.weight)).cpu()
-            norms = columns(weight, dim, len(activations) // reader.width, form=form)
+            norms = column_norms(weight, dim, len(activations) // reader.width, form=form)
             channels[reader.weight] = activations * norms
     return channels
 
 
-def _finish(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
+def _make_scores(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
+    """Return values as scores with the metric's name and what they were measured on; ``ValueError`` if not finite."""
     if statistics is None:
-        return _check(Scores(values, f"{name}/weight-only"))
-    return _check(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
+        return _check_finite(Scores(values, f"{name}/weight-only"))
+    return _check_finite(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
 
 
-def _check(scores: Scores) -> Scores:
+def _check_finite(scores: Scores) -> Scores:
     """Return the scores unchanged, or raise ValueError, with the axis, if one of them is NaN or infinite."""
     for key, values in scores.values.items():
-        if bad := int((~torch.isfinite(values)).sum()):
+        if infinite := int((~torch.isfinite(values)).sum()):
             raise ValueError(
-                f"{scores.metric} of {key!r}: {bad} of {len(values)} scores are not finite; its weights or inputs "
+                f"{scores.metric} of {key!r}: {infinite} of {len(values)} scores are not finite; its weights or inputs "
                 "hold NaN or infinity"
             )
     return scores

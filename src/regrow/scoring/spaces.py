@@ -12,14 +12,15 @@ from regrow.core.scores import Scores, Tensors
 
 Row = dict[str, str | int | float]  # a row of a table in a report: column → value
 
-FEW = 16  # axes with fewer units than this are ranked together with others of their kind: three ranks say little
+# Axes with fewer units than this are ranked together with others of their kind: three ranks say little.
+MIN_RANKED_UNITS = 16
 SHUFFLES = 20  # how often shards are shuffled for the null distribution of :func:`spectrum`
 # The fractions of the blocks, at the beginning and at the end, that several methods leave unpruned.
 OUTER_BLOCKS = (0.125, 0.0625)
 
 
 def standardise(values: Tensor) -> Tensor:
-    """Return z-scores, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
+    """Return z-scores ``[n]``, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
 
     >>> standardise(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [-1.0, 0.0, 1.0]
@@ -30,7 +31,7 @@ def standardise(values: Tensor) -> Tensor:
 
 
 def percentile(values: Tensor) -> Tensor:
-    """Return each value's percentile rank along the last dimension, (rank + ½) / n; ties share their mean.
+    """Return each value's percentile in (0, 1) along the last dimension, (rank + ½) / n; ties share their mean.
 
     >>> percentile(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist()
     [0.5, 0.125, 0.5, 0.875]
@@ -42,7 +43,7 @@ def percentile(values: Tensor) -> Tensor:
 
 
 def z_scores(scores: Scores) -> Scores:
-    """Return scores made comparable between axes: z-scores within each axis."""
+    """Return scores made comparable between axes, as z-scores within each axis; the metric gains ``/zscore``."""
     values = {key: standardise(value) for key, value in scores.values.items()}
     return replace(scores, values=values, metric=f"{scores.metric}/zscore")
 
@@ -57,31 +58,31 @@ class Space:
 
     @property
     def pooled(self) -> bool:
-        """Whether it consists of axes that are too small to be ranked by themselves."""
-        return len(self.keys) > 1 or self.sizes[0] < FEW
+        """Whether it pools axes that are too small to be ranked by themselves."""
+        return len(self.keys) > 1 or self.sizes[0] < MIN_RANKED_UNITS
 
     def gather(self, values: Tensors) -> Tensor:
         """Concatenate the values of all its units (axis key → ``[..., size]``) along the last dimension."""
         return torch.cat([values[key] for key in self.keys], dim=-1)
 
     def scatter(self, values: Tensor) -> dict[str, Tensor]:
-        """Split values of all its units, ``[..., n]``, into one tensor per axis: the inverse of :meth:`gather`."""
+        """Split values of all its units, ``[..., n]``, by axis (key → ``[..., size]``): inverse of :meth:`gather`."""
         return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
 
 
-def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
+def ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     """Return the ranking spaces: one per large axis; small axes of one kind are pooled.
 
-    Axes of fewer than :data:`FEW` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
+    Axes of fewer than :data:`MIN_RANKED_UNITS` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
 
     >>> from regrow.core.axes import Axis
-    >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
+    >>> [space.keys for space in ranking_spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
     [('a',), ('b', 'c')]
     """
     small: dict[str, list[Axis]] = {}
     groups: list[list[Axis]] = []
     for axis in axes:
-        if axis.size < FEW:
+        if axis.size < MIN_RANKED_UNITS:
             small.setdefault(axis.label, []).append(axis)
         else:
             groups.append([axis])
@@ -95,14 +96,14 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     )
 
 
-def inner(units: Sequence[Axis]) -> list[Axis]:
-    """Return the axes that lie neither in the first nor in the last blocks of the network (:data:`OUTER_BLOCKS`).
+def select_inner(units: Sequence[Axis]) -> list[Axis]:
+    """Return the axes of ``units`` that lie neither in the first nor in the last blocks (:data:`OUTER_BLOCKS`).
 
     A block is the first number in a tensor's dotted name. Axes that lie in no block are always returned.
 
     >>> from regrow.core.axes import Axis
     >>> blocks = [Axis(f"h.{i}.w", 4, ()) for i in range(5)]
-    >>> [axis.key for axis in inner([*blocks, Axis("head", 4, ())])]
+    >>> [axis.key for axis in select_inner([*blocks, Axis("head", 4, ())])]
     ['h.1.w', 'h.2.w', 'h.3.w', 'h.4.w', 'head']
     """
     first, last = OUTER_BLOCKS
@@ -112,22 +113,22 @@ def inner(units: Sequence[Axis]) -> list[Axis]:
     return [axis for axis, match in zip(units, matches, strict=True) if not match or int(match[1]) in chosen]
 
 
-def within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply a function (a ranking, a standardisation), ``[..., n]`` → ``[..., n]``, to the units of each space."""
+def map_within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Apply ``each`` (``[..., n]`` → ``[..., n]``, such as a ranking) to all units of each space; axis key → result."""
     return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The importance rank of every unit on every source, and on every shard of each source."""
+class RankPercentiles:
+    """Rank percentiles in (0, 1) of every unit within its ranking space, on every source and every shard."""
 
     sources: tuple[str, ...]  # M names
     whole: Tensors  # axis key → ranks by the scores on whole sources, [M, size]
     shards: Tensors  # axis key → ranks by the scores on each of the S shards of a source, [M, S, size]
 
 
-def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> Ranks:
-    """Rank the units of each ranking space by their scores, in (0, 1), for each source and each of its shards.
+def rank_units(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> RankPercentiles:
+    """Return the rank percentiles of the units within each ranking space, for each source and each of its shards.
 
     ``scores``: source → its scores, and the scores of each of its shards; equally many shards each.
     """
@@ -136,10 +137,10 @@ def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence
     keys = [key for space in among for key in space.keys]
     whole = {key: torch.stack([pooled[key] for pooled, _ in scores.values()]) for key in keys}
     parts = {key: torch.stack([torch.stack([s[key] for s in shards]) for _, shards in scores.values()]) for key in keys}
-    return Ranks(tuple(scores), within(whole, among, percentile), within(parts, among, percentile))
+    return RankPercentiles(tuple(scores), map_within(whole, among, percentile), map_within(parts, among, percentile))
 
 
-def sensitivity(ranking: Ranks) -> dict[str, Tensor]:
+def sensitivity(ranking: RankPercentiles) -> dict[str, Tensor]:
     """Return how much each unit's rank varies: axis key → its standard deviation over sources, ``[size]`` float64.
 
     Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets.
@@ -149,17 +150,17 @@ def sensitivity(ranking: Ranks) -> dict[str, Tensor]:
     return {key: value.std(0) for key, value in ranking.whole.items()}
 
 
-def share_of(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
-    """Return the fraction of flagged units (1 per flag, else 0) among those that are removed; 0 if none is removed.
+def removed_share(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
+    """Return the fraction of flagged units (``flags``: 1, else 0) among those not ``kept``; 0 if none is removed.
 
-    >>> share_of({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
+    >>> removed_share({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
     0.6666666666666666
     """
     removed = [row[sorted(set(range(len(row))) - set(kept[key]))] for key, row in flags.items()]
     return float(torch.cat(removed).double().mean()) if any(map(len, removed)) else 0.0
 
 
-def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
+def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
     ``exceeds``: fraction of units with F > 1; ``significant``: with F above the 95 % point of the null, which shuffles
@@ -172,14 +173,15 @@ def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
     for space in among:
         whole, shards = space.gather(ranking.whole), space.gather(ranking.shards)
         m, s, n = shards.shape
-        between, noise, ratio = _effects(shards)
+        between, noise, ratio = _variance_components(shards)
         flat = shards.reshape(m * s, n)
         shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(SHUFFLES)]
-        null = torch.stack([_effects(draw)[2] for draw in shuffled])
-        corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
-        rho = _off_diagonal(torch.corrcoef(whole))
+        null = torch.stack([_variance_components(draw)[2] for draw in shuffled])
+        # torch.quantile takes at most 2**24 values.
+        critical = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
+        rho = _mean_off_diagonal(torch.corrcoef(whole))
         mixed = torch.corrcoef(flat).reshape(m, s, m, s)
-        same = torch.stack([_off_diagonal(mixed[i, :, i, :]) for i in range(m)]).mean()
+        same = torch.stack([_mean_off_diagonal(mixed[i, :, i, :]) for i in range(m)]).mean()
         other = torch.stack([mixed[i, :, j, :].mean() for i in range(m) for j in range(m) if i != j]).mean()
         rows.append(
             {
@@ -188,7 +190,7 @@ def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
                 "units": n,
                 "exceeds": float((ratio > 1).double().mean()),
                 "exceeds_null": float((null > 1).double().mean()),
-                "significant": float((ratio > corner).double().mean()),
+                "significant": float((ratio > critical).double().mean()),
                 "share": float(between.sum() / (between.sum() + noise.sum()).clamp_min(1e-30)),
                 "sigma": float(whole.std(0).median()),
                 "sigma_between": float(between.sqrt().median()),
@@ -201,14 +203,15 @@ def spectrum(ranking: Ranks, among: Sequence[Space]) -> list[Row]:
     return rows
 
 
-def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (between, within, F) per unit, of ``[M, S, n]``, S ≥ 2."""
-    s = shards.shape[1]
-    over = s * shards.mean(1).var(0)
-    inside = shards.var(1).mean(0)
-    return ((over - inside) / s).clamp_min(0), inside, over / inside.clamp_min(1e-30)
+def _variance_components(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the variances between and within sources, and F, ``[n]`` each, of values ``[sources, shards ≥ 2, n]``."""
+    count = shards.shape[1]
+    between = count * shards.mean(1).var(0)
+    within = shards.var(1).mean(0)
+    return ((between - within) / count).clamp_min(0), within, between / within.clamp_min(1e-30)
 
 
-def _off_diagonal(square: Tensor) -> Tensor:
+def _mean_off_diagonal(square: Tensor) -> Tensor:
+    """Return the mean of a square matrix's entries off the diagonal, ``[]``."""
     n = len(square)
     return (square.sum() - square.diagonal().sum()) / (n * (n - 1))

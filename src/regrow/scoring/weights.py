@@ -32,7 +32,7 @@ class Reader:
 
 
 def readers(axes: AxisGraph, units: Iterable[Axis]) -> tuple[Reader, ...]:
-    """Return the weights that read each of some axes; tied weights appear once."""
+    """Return the weights that read each of the axes ``units``, and where; tied weights appear once."""
     sizes = axes.sizes()
     result: dict[tuple[str, Slot], Reader] = {}
     for axis in units:
@@ -44,19 +44,19 @@ def readers(axes: AxisGraph, units: Iterable[Axis]) -> tuple[Reader, ...]:
 
 
 def group_by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
-    """Return name of a weight → the axes that it reads."""
+    """Return name of a weight → its readers, one per axis that it reads."""
     result: dict[str, list[Reader]] = {}
     for reader in reads:
         result.setdefault(reader.weight, []).append(reader)
     return result
 
 
-def scorable(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
-    """Return the axes that some weight reads, of ``units`` or ``axes.units()``; metrics cannot score the others."""
+def scorable_axes(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
+    """Return those of ``units`` (or ``axes.units()``) that some weight reads; metrics cannot score the others."""
     return tuple(axis for axis in (axes.units() if units is None else units) if axis.consumers())
 
 
-def tensors(axes: AxisGraph, axis: Axis, weights: Tensors) -> Iterator[tuple[str, Slot, Tensor]]:
+def axis_parameters(axes: AxisGraph, axis: Axis, weights: Tensors) -> Iterator[tuple[str, Slot, Tensor]]:
     """Yield the parameters that an axis runs through, tied ones once: (first name, slot, entries per unit).
 
     The entries have the shape ``[size, k]``; parameters that ``weights`` lacks are left out.
@@ -75,22 +75,23 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
+def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
     """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 
     ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij).
 
-    >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
+    >>> column_norms(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
     """
     plain = weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu"
     if plain and dim == 1 and groups == 1 and weight.numel() > PART:
         parts = weight.detach().split(max(STRIP, PART // len(weight) // STRIP * STRIP), 1)
-        return torch.cat([_columns(part.contiguous(), dim, groups, form) for part in parts])
-    return _columns(weight, dim, groups, form)
+        return torch.cat([_column_norms(part.contiguous(), dim, groups, form) for part in parts])
+    return _column_norms(weight, dim, groups, form)
 
 
-def _columns(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
+def _column_norms(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
+    """Return :func:`column_norms` of a weight that is in float64 as a whole."""
     wide = weight.detach().to(torch.float64, copy=True)  # worked on in place: an embedding's takes gigabytes
     parts = wide.unflatten(0, (groups, -1)) if groups > 1 else wide[None]
     rest = [d for d in range(1, parts.dim()) if d != dim + 1]

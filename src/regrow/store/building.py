@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regrow.core.axes.operations import Placeholder, lies_in
 from regrow.core.change import Insertion
 from regrow.core.errors import first_line
-from regrow.core.names import names_code
+from regrow.core.names import names_function
 from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.language import origin_of
 from regrow.store.errors import StoreError
@@ -295,4 +295,4 @@ def describe_origin(model: nn.Module) -> Origin:
     kind = type(model)
     reference = f"{kind.__module__}:{kind.__qualname__}"
     importable = kind.__module__.partition(".")[0] not in ("__main__", "torch", "torchvision")
-    return Origin("callable", reference if importable and names_code(reference) else "", {}, kind.__name__)
+    return Origin("callable", reference if importable and names_function(reference) else "", {}, kind.__name__)

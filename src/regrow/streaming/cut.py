@@ -22,12 +22,12 @@ from regrow.streaming.checkpoint import Checkpoint
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork
 from regrow.streaming.weights import StoredWeights
-from regrow.surgery.apply import check, try_out
+from regrow.surgery.apply import check_plan, rehearse_plan
 from regrow.surgery.carry import ProposedChange, commit, prepare
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.output_comparison import max_difference, max_magnitude
 from regrow.surgery.proof import Deviation, changed_blocks, check_block
-from regrow.surgery.runner import Answers, Runner, floats, preserve_generators, reseed
+from regrow.surgery.runner import Results, Runner, float_outputs, preserve_generators, reseed
 from regrow.tracing.capture import Capture, in_eval_mode
 from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.own_run import as_double
@@ -44,7 +44,7 @@ def check_streamed_run(
     """
     with network.on_demand() as model, preserve_generators(), in_eval_mode(model), torch.no_grad():
         reseed(0)
-        outputs = floats(model(*example.args, **example.kwargs))
+        outputs = float_outputs(model(*example.args, **example.kwargs))
     replayed = _replay(network, recorded, blocks, example)
     distance = max_difference(outputs, replayed)
     if distance == 0:
@@ -59,7 +59,7 @@ def check_streamed_run(
 
 def _replay(
     network: StreamedNetwork, recorded: Capture, blocks: Sequence[GraphBlock], example: Example, double: bool = False
-) -> Answers:
+) -> Results:
     """Return the outputs of the recorded operations, run block by block, in float64 if ``double``."""
 
     def load(name: str, double: bool) -> Tensor:
@@ -76,7 +76,7 @@ def _replay(
             with network.resident(names.get(block.path, ())):
                 runner.run_until(runner.nodes[block.stop] if block.stop < len(runner.nodes) else None)
         runner.run_until()
-    return runner.answers
+    return runner.outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +167,12 @@ class StreamedCut:
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
     """Try a plan on a copy without numbers of a network that is larger than memory; PlanError if it does not apply."""
     model, axes = opened.loaded.model, opened.axes
-    check(model, axes, plan)
+    check_plan(model, axes, plan)
     changes = plan.changes.values()
     if axes.recording is None or plan.changes_modules or any(change.grow or change.restore for change in changes):
         raise PlanError("only cuts of traced networks are made block by block; load it whole, without --memory")
     ready = prepare(model, axes, plan)
-    rehearsal = try_out(model, axes, plan)
+    rehearsal = rehearse_plan(model, axes, plan)
     change = ProposedChange(ready, axes.recording, rehearsal.planned)
     known = replace(axes, steps=with_new_constants(axes.steps, rehearsal.planned), recording=None)
     copied, after = commit(copy_model(model, lambda tensor: tensor), known, ready)

@@ -7,7 +7,7 @@ from regrow.core.amounts import format_bytes
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.errors import ResourceError
 from regrow.core.process_memory import read_peak, read_resident
-from regrow.scoring.grams import linear_readers, predict_products
+from regrow.scoring.grams import linear_readers, predict_bytes
 from regrow.streaming.network import StreamedNetwork
 
 # How many of the largest block are in memory in float64 at a time where a network in memory is compared.
@@ -114,7 +114,7 @@ def add_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, un
         name: (reader.width, shapes[name][1 - reader.slot.dim]) for name, reader in linear_readers(axes, units).items()
     }
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    whole = read_resident() + SPARE_BYTES["pruning"] + weights + predict_products([*widths.values()], together=False)
+    whole = read_resident() + SPARE_BYTES["pruning"] + weights + predict_bytes([*widths.values()], together=False)
     blocks = ([widths[name] for name in block.names if name in widths] for block in network.blocks)
-    least = plan.least + max(predict_products(sizes, together=True) for sizes in blocks)
+    least = plan.least + max(predict_bytes(sizes, together=True) for sizes in blocks)
     return replace(plan, whole=max(plan.whole, whole), least=least)

@@ -5,10 +5,4 @@ from regrow.surgery.new_units import fit_new_units
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.verify import Verification, verify
 
-__all__ = [
-    "UndoStore",
-    "Verification",
-    "apply",
-    "fit_new_units",
-    "verify",
-]
+__all__ = ["UndoStore", "Verification", "apply", "fit_new_units", "verify"]

@@ -1,4 +1,4 @@
-"""Carry a plan out on a model: the only function of regrow that changes a model's shape."""
+"""Apply a plan to a model in memory, once it is proved; :mod:`regrow.streaming.cut` does that block by block."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from regrow.core.axes import AxisGraph, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import ProposedChange, commit, prepare, resizing
-from regrow.surgery.drop import bring_back, without_branches
-from regrow.surgery.insert import with_copies
+from regrow.surgery.carry import ProposedChange, commit, plan_resizing, prepare
+from regrow.surgery.drop import restore_branches, without_branches
+from regrow.surgery.insert import with_inserted_blocks
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
     check_own_run,
@@ -76,15 +76,15 @@ def apply(
     """
     if torch.is_inference_mode_enabled():
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
-    check(model, axes, plan)
+    check_plan(model, axes, plan)
     if plan.insert:
-        with with_copies(model, axes, plan, optimizers, undo) as (left, rest, kept):
-            return apply(model, left, rest, undo=kept)
+        with with_inserted_blocks(model, axes, plan, optimizers, undo) as (new_axes, rest, kept):
+            return apply(model, new_axes, rest, undo=kept)
     if plan.back:
-        return bring_back(model, axes, plan, optimizers, undo)
+        return restore_branches(model, axes, plan, optimizers, undo)
     if plan.drop:
-        with without_branches(model, axes, plan, optimizers, undo) as (left, rest, kept):
-            return apply(model, check_own_run(model, left), rest, optimizers=optimizers, undo=kept)
+        with without_branches(model, axes, plan, optimizers, undo) as (new_axes, rest, kept):
+            return apply(model, check_own_run(model, new_axes), rest, optimizers=optimizers, undo=kept)
     if undo is None and (lost := next((key for key, change in plan.changes.items() if change.restore), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no undo store; give the one that was there when they "
@@ -93,7 +93,7 @@ def apply(
     if all(change.idle for change in plan.changes.values()):
         return model, axes
     ready = prepare(model, axes, plan, undo)
-    rehearsal = try_out(model, axes, plan)
+    rehearsal = rehearse_plan(model, axes, plan)
     known = replace(axes, steps=with_new_constants(axes.steps, rehearsal.planned), recording=None)
     if holds_numbers(model, axes.example):
         if axes.decisions is None:
@@ -101,18 +101,18 @@ def apply(
             check_blocks(ProposedChange(ready, recording, rehearsal.planned))
             known = replace(known, recording=Recording(rehearsal.planned, recording.reads, recording.code))
         else:
-            _check_whole(model, axes, plan)
+            _check_whole_network(model, axes, plan)
     return commit(model, known, ready, optimizers, undo, partial(check_own_run, model))
 
 
-def try_out(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
-    """Check on a copy without numbers that the network runs as planned; return the recordings of that."""
+def rehearse_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
+    """Run the planned network on a copy without numbers; return the recordings, or raise ``PlanError`` if it fails."""
     with without_garbage_collection():
-        return rehearse(model, axes, resizing(model, axes, plan))
+        return rehearse(model, axes, plan_resizing(model, axes, plan))
 
 
 def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
-    """Return a recording of the network as it is now: that of its axes, unless the network has changed since."""
+    """Return a recording of the network as it is now: ``present``, that of its axes if it still fits, or a new one."""
     example, recording = cast_example(axes.example, model), axes.recording
     if recording is None:
         fresh = record_readings(model, axes, example)
@@ -123,10 +123,11 @@ def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -
     return recording if present is None else Recording(present, recording.reads, describe_code(model))
 
 
-def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Compare the masked network with its cut copy as a whole in float64, where data decide what the network does.
+def _check_whole_network(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Raise ``PlanError`` unless the masked network and its cut copy agree as a whole, in float64.
 
-    Plans that restore units are not compared: no plan of the present network cuts those.
+    This is for networks in which data decide what runs. Plans that restore units are not compared: no plan of the
+    present network cuts those.
     """
     if any(change.restore for change in plan.changes.values()):
         return
@@ -135,7 +136,7 @@ def _check_whole(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         raise PlanError(describe_difference(distance, max_magnitude(masked)))
 
 
-def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+def check_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say."""
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a regrow.Plan, got a {type(plan).__name__}; for example Plan.keeping(axes, ...)")

@@ -1,4 +1,4 @@
-"""Compute what a checked plan makes of every tensor, and write it into the model, its optimisers and its axes."""
+"""Compute every tensor after a checked plan, and write them into the model and its optimisers: ``commit``."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from regrow.core.axes import Axis, AxisGraph, Fold, Role, size_of
 from regrow.core.plan import Plan, PlanError
 from regrow.core.process_memory import release_pages
-from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, fold_constants
+from regrow.surgery.compensate import PlannedTensors, bias_dim, bias_of, rescale_epsilons
 from regrow.surgery.layout import Layout, ids_after, next_ids_after, resize_moment, slots_after, slots_in
 from regrow.surgery.undo_store import UndoStore, plan_with_undo
 from regrow.tracing.attributes import get_attribute, set_attribute
@@ -26,7 +26,10 @@ from regrow.tracing.trial import Resizing, planned_integers
 
 @dataclass(frozen=True)
 class Prepared:
-    """The computed result of a plan, before anything is changed: the tensors to set, and the later undo store."""
+    """The computed result of a plan, before anything is changed.
+
+    ``values``: name → the tensor to write; ``constants``: ``module:attribute`` → its number; ``undo``: the store after.
+    """
 
     tensors: PlannedTensors
     values: Mapping[str, Tensor]
@@ -42,7 +45,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ProposedChange:
-    """A plan whose result is computed but not yet written, and the network recorded before and after it."""
+    """A plan whose result is computed but not yet written, and recordings of the network before and after it."""
 
     ready: Prepared
     recording: Recording
@@ -54,10 +57,10 @@ class ProposedChange:
         return self.ready.tensors
 
 
-def carry_out(
+def apply_unchecked(
     model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after."""
+    """Apply a plan in place without the checks of :func:`regrow.apply`, for copies that are compared right after."""
     return commit(model, axes, prepare(model, axes, plan, undo), undo=undo)
 
 
@@ -68,25 +71,25 @@ def prepare(
     undo: UndoStore | None = None,
     names: Collection[str] | None = None,
 ) -> Prepared:
-    """Compute the tensors that a plan leads to (only those called ``names``, if given), without changing the model."""
+    """Compute the tensors after a plan (only those in ``names``, if given); the model and ``undo`` stay unchanged."""
     if names is not None:
         plan = replace(plan, means={weight: row for weight, row in plan.means.items() if bias_of(weight) in names})
     tensors = PlannedTensors(model, axes, plan)
-    known = dict.fromkeys((*state_of(model), *tensors.biases) if names is None else names)
+    names = dict.fromkeys((*state_of(model), *tensors.biases) if names is None else names)
     with torch.no_grad():
-        values = {name: tensors.load(name) for name in known if tensors.changes(name)}
+        values = {name: tensors.load(name) for name in names if tensors.changes(name)}
         if undo is not None:
             values, undo = plan_with_undo(undo, tensors, values)
     for name, value in values.items():
         if list(value.shape) != [size_of(dim, tensors.sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
-    return Prepared(tensors, values, *fold_constants(model, axes, tensors.sizes), undo)
+    return Prepared(tensors, values, *rescale_epsilons(model, axes, tensors.sizes), undo)
 
 
-def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
-    """Return the sizes, constants and biases that a plan leads to, without computing any tensor."""
+def plan_resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
+    """Return the axis sizes, constants and added biases after a plan, without computing any tensor."""
     sizes = plan.sizes(axes)
-    constants, _ = fold_constants(model, axes, sizes)
+    constants, _ = rescale_epsilons(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)
@@ -100,46 +103,50 @@ def commit(
     undo: UndoStore | None = None,
     prove: Callable[[AxisGraph], AxisGraph] = lambda axes: axes,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Write a prepared plan into the model, the optimisers and the undo store, in place; return model and axes."""
+    """Write a prepared plan into model, optimisers and undo store, in place; return the model and its new axes.
+
+    ``prove`` gets the new axes once the model is changed, and returns them; if it raises, the model is restored.
+    """
     parameters = dict(model.named_parameters())
     replaced = {name: parameters[name] for name in ready.values if name in parameters}
-    exchanged = [Exchange(name, old, ready.tensors.lays(name)) for name, old in replaced.items()]
+    exchanged = [Exchange(name, old, ready.tensors.layouts(name)) for name, old in replaced.items()]
     for exchange in exchanged:
         if exchange.old._backward_hooks or exchange.old._post_accumulate_grad_hooks:
             raise PlanError(
                 f"{exchange.name} has a gradient hook, which does not follow a change of shape; remove it "
                 "(handle.remove()) and register it again on the new parameter"
             )
-    remember = follow(optimizers, exchanged, added=[name for name in ready.values if name not in axes.shapes])
+    added = [name for name in ready.values if name not in axes.shapes]
+    write_state = prepare_optimizers(optimizers, exchanged, added)
     before = Snapshot(model)
     try:
         write(model, axes, ready)
-        after = prove(_after(axes, ready))
+        after = prove(_axes_after(axes, ready))
     except BaseException:
         before.restore()
         raise
-    remember(dict(model.named_parameters()))
+    write_state(dict(model.named_parameters()))
     release_pages(exchange.old for exchange in exchanged)
     if undo is not None and ready.undo is not None:
-        undo.become(replace(ready.undo, network=after.network))
+        undo.replace_contents(replace(ready.undo, network=after.network))
     return model, after
 
 
 def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
-    """Write a prepared plan into the model alone, in place."""
-    made: dict[str, nn.Parameter | Tensor] = {}
+    """Write a prepared plan's tensors and numbers into the model's modules, in place; tied tensors stay tied."""
+    new_tensors: dict[str, nn.Parameter | Tensor] = {}
     for name, value in ready.values.items():
         path, _, leaf = name.rpartition(".")
         module, first = model.get_submodule(path), axes.ties.get(name, name)
-        if first not in made:
+        if first not in new_tensors:
             old = module._parameters.get(leaf)
             if leaf in module._buffers:
-                made[first] = _laid_out(value, module._buffers[leaf])
+                new_tensors[first] = _match_format(value, module._buffers[leaf])
             elif old is None:  # a bias that compensates; it trains if the weight beside it does
-                made[first] = nn.Parameter(value, requires_grad=module.get_parameter("weight").requires_grad)
+                new_tensors[first] = nn.Parameter(value, requires_grad=module.get_parameter("weight").requires_grad)
             else:
-                made[first] = _successor(old, value, ready.tensors.lays(name))
-        setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
+                new_tensors[first] = _make_successor(old, value, ready.tensors.layouts(name))
+        setattr(module, leaf, new_tensors[first])  # as a user would: modules that keep lists of their weights notice
     for attribute, number in {**planned_integers(axes, ready.sizes), **ready.constants}.items():
         path, name = attribute.split(":")
         module = model.get_submodule(path)
@@ -148,18 +155,18 @@ def write(model: nn.Module, axes: AxisGraph, ready: Prepared) -> None:
     _recompute_weights(model)
 
 
-def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
+def _make_successor(old: nn.Parameter, value: Tensor, layouts: Mapping[int, Layout]) -> nn.Parameter:
     """Return the new parameter that replaces an old one: with its memory format, attributes and gradient (0 if new)."""
-    made = nn.Parameter(_laid_out(value, old), requires_grad=old.requires_grad)
-    vars(made).update(vars(old))
+    new = nn.Parameter(_match_format(value, old), requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
     if old.grad is not None:
         with torch.no_grad():
-            made.grad = _laid_out(resize_moment(old.grad, lays, mean=False).to(made), old.grad)
-    return made
+            new.grad = _match_format(resize_moment(old.grad, layouts, mean=False).to(new), old.grad)
+    return new
 
 
-def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
-    """Return a tensor in the memory format of another one."""
+def _match_format(value: Tensor, like: Tensor | None) -> Tensor:
+    """Return a tensor in the memory format of ``like``: channels last if that is; unchanged for ``None``."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if like is None or like.layout is not torch.strided or like.dim() not in formats or like.is_contiguous():
         return value
@@ -167,14 +174,15 @@ def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
     return value.contiguous(memory_format=order) if like.is_contiguous(memory_format=order) else value
 
 
-def _after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
+def _axes_after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
+    """Return a network's axes after a prepared plan."""
     plan = ready.tensors.plan
     added = {name: (bias_dim(axes, name),) for name in ready.values if name not in axes.shapes}
     ids, next_ids = ids_after(axes, plan), next_ids_after(axes, plan)
 
     def changed(axis: Axis) -> Axis:
         key = axis.key
-        slots = [*slots_after(axis, axes, ready.tensors.lays, ready.sizes)]
+        slots = [*slots_after(axis, axes, ready.tensors.layouts, ready.sizes)]
         for name, (dim,) in added.items():
             slots += slots_in(name, 0, Role.SHIFTS, dim, key, ready.sizes)
         return replace(axis, size=ready.sizes[key], slots=tuple(slots), ids=ids[key], next_id=next_ids[key])
@@ -191,10 +199,10 @@ def _after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
 
 
 # Names of first moments in optimiser state: new entries get 0
-FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 
 # Names of second moments in optimiser state: new entries get the mean of the kept ones
-SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
 
 
 @dataclass(frozen=True)
@@ -203,15 +211,16 @@ class Exchange:
 
     name: str
     old: nn.Parameter
-    lays: Mapping[int, Layout]
+    layouts: Mapping[int, Layout]
 
 
-def follow(
+def prepare_optimizers(
     optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
-    """Compute the optimisers' state after a plan; return a function of the new parameters by name that writes it.
+    """Compute the optimisers' state after a plan; return a function that writes it, given name → new parameter.
 
-    Groups, their settings and their order stay, so learning-rate schedulers keep working.
+    ``added``: the names of biases that the plan adds, which join the group of their weight. Groups, their settings and
+    their order stay, so learning-rate schedulers keep working.
     """
     for optimizer in optimizers:
         if hasattr(optimizer, "_params"):
@@ -219,47 +228,48 @@ def follow(
             raise PlanError(
                 f"{kind} keeps all parameters in one piece and cannot follow; make a new one after the change"
             )
-    known = {id(exchange.old): exchange for exchange in exchanged}
+    by_id = {id(exchange.old): exchange for exchange in exchanged}
     states = [
         {
-            id(parameter): {what: _state(what, value, known[id(parameter)]) for what, value in memory.items()}
-            for parameter, memory in optimizer.state.items()
-            if id(parameter) in known
+            id(parameter): {key: _resize_state(key, value, by_id[id(parameter)]) for key, value in entries.items()}
+            for parameter, entries in optimizer.state.items()
+            if id(parameter) in by_id
         }
         for optimizer in optimizers
     ]
 
-    def commit(made: Mapping[str, nn.Parameter]) -> None:
+    def write_state(new: Mapping[str, nn.Parameter]) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
             for group in optimizer.param_groups:
                 params: list[nn.Parameter] = group["params"]
-                left = [p for p in params if id(p) not in known or known[id(p)].name in made]
-                params[:] = [made[known[id(p)].name] if id(p) in known else p for p in left]
+                remaining = [p for p in params if id(p) not in by_id or by_id[id(p)].name in new]
+                params[:] = [new[by_id[id(p)].name] if id(p) in by_id else p for p in remaining]
                 for name in added:
-                    weight = made.get(name.removesuffix("bias") + "weight")
+                    weight = new.get(name.removesuffix("bias") + "weight")
                     if any(parameter is weight for parameter in params):
-                        params.append(made[name])
+                        params.append(new[name])
             for exchange in exchanged:
-                if optimizer.state.pop(exchange.old, None) is not None and exchange.name in made:
-                    optimizer.state[made[exchange.name]] = state[id(exchange.old)]
+                if optimizer.state.pop(exchange.old, None) is not None and exchange.name in new:
+                    optimizer.state[new[exchange.name]] = state[id(exchange.old)]
 
-    return commit
+    return write_state
 
 
-def _state(what: str, value: object, exchange: Exchange) -> object:
-    if not isinstance(value, Tensor) or value.dim() == 0:
+def _resize_state(key: str, value: object, exchange: Exchange) -> object:
+    """Return an entry of an optimizer's state for a parameter after a plan; ``PlanError`` if it cannot follow."""
+    if not isinstance(value, Tensor) or value.dim() == 0:  # such as the number of steps
         return value
-    if value.shape != exchange.old.shape or what not in FIRST | SECOND:
+    if value.shape != exchange.old.shape or key not in FIRST_MOMENTS | SECOND_MOMENTS:
         raise PlanError(
-            f"the optimiser's {what!r} of {exchange.name}, of shape {tuple(value.shape)}, cannot follow a change of "
+            f"the optimiser's {key!r} of {exchange.name}, of shape {tuple(value.shape)}, cannot follow a change of "
             "shape; make a new optimiser after the change"
         )
     with torch.no_grad():
-        return resize_moment(value, exchange.lays, mean=what in SECOND)
+        return resize_moment(value, exchange.layouts, mean=key in SECOND_MOMENTS)
 
 
 def _recompute_weights(model: nn.Module) -> None:
-    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks)."""
+    """Recompute in place the weights that hooks compute before each run (weight norm, spectral norm, pruning masks)."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):

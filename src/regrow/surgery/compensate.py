@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Dim, Fold, Role, size_of
 from regrow.core.plan import Plan, PlanError
-from regrow.scoring.compensate import holders, sharing_module
+from regrow.scoring.compensate import find_holders, sharing_module
 from regrow.surgery.layout import Layout, lay_out_dims, resize, units_after
 from regrow.tracing.model_state import select_state
 from regrow.tracing.own_run import as_double
 
 
 class PlannedTensors:
-    """The parameters and buffers that a plan leads to, each computed when it is asked for."""
+    """The parameters and buffers after a plan, each computed by :meth:`load` when it is needed."""
 
     def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         self.model, self.axes, self.plan = model, axes, plan
@@ -27,7 +27,7 @@ class PlannedTensors:
         self._folds = {
             fold.weight: (fold, divisor_size(fold, self._before), divisor_size(fold, self.sizes)) for fold in axes.folds
         }
-        self._lays: dict[str, dict[int, Layout]] = {}
+        self._layouts: dict[str, dict[int, Layout]] = {}
         self._roles: dict[str, dict[int, set[Role]]] = {}
         for slot in (slot for key in plan.changes for slot in axes[key].slots):
             self._roles.setdefault(slot.name, {}).setdefault(slot.dim, set()).add(slot.role)
@@ -40,107 +40,109 @@ class PlannedTensors:
         """Whether the plan rewrites entries that stay: adds means to a bias, or changes a divisor."""
         return bool(self.biases) or any(map(self._is_rescaled, self._folds))
 
-    def lays(self, name: str) -> dict[int, Layout]:
+    def layouts(self, name: str) -> dict[int, Layout]:
         """Return dimension → the layout of its entries after the plan, for the dimensions of a tensor that change."""
-        if name not in self._lays:
-            self._lays[name] = lay_out_dims(self.axes.shapes.get(name, ()), self._before, self.units)
-        return self._lays[name]
+        if name not in self._layouts:
+            self._layouts[name] = lay_out_dims(self.axes.shapes.get(name, ()), self._before, self.units)
+        return self._layouts[name]
 
     def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor."""
-        return bool(self.lays(name)) or name in self.biases or self._is_rescaled(name)
+        """Whether the plan changes the tensor ``name``, or adds it."""
+        return bool(self.layouts(name)) or name in self.biases or self._is_rescaled(name)
 
     def computes(self, name: str) -> bool:
-        """Whether entries of a tensor may be computed (folded, compensated, new), instead of selected as they are."""
-        return name in self._folds or name in self.biases or any(bool(x.is_new.any()) for x in self.lays(name).values())
+        """Whether entries of the tensor ``name`` may be computed (folded, compensated, new) rather than selected."""
+        has_new = any(bool(layout.is_new.any()) for layout in self.layouts(name).values())
+        return has_new or name in self._folds or name in self.biases
 
     def load(self, name: str, exact: bool = False) -> Tensor:
-        """Return a tensor after the plan: as the network will hold it, or in float64 without rounding (``exact``)."""
+        """Return the tensor ``name`` after the plan: as the network will hold it, or (``exact``) unrounded float64."""
         tensor = select_state(self.model, [name]).get(name)  # none of a bias that compensation adds
         tensor = None if tensor is None else tensor.detach()
-        if tensor is not None and self.lays(name):
-            tensor = resize(name, tensor, self.lays(name), self._roles.get(name, {}), self._seed, exact)
+        if tensor is not None and self.layouts(name):
+            tensor = resize(name, tensor, self.layouts(name), self._roles.get(name, {}), self._seed, exact)
         if weight := self.biases.get(name):
-            tensor = self.compensated(weight, tensor, exact)
+            tensor = self.compensated_bias(weight, tensor, exact)
         assert tensor is not None
         tensor = as_double(tensor) if exact else tensor
         if self._is_rescaled(name):
             fold, before, after = self._folds[name]
-            factor = sqrt(before / after if fold.kind == "norm" else 1 / (before / after))
+            factor = sqrt(before / after if fold.kind == "norm" else 1 / (before / after))  # see Fold
             tensor = ((tensor.double() + fold.plus) * factor - fold.plus).to(tensor.dtype)
         return tensor
 
-    def compensated(self, weight: str, bias: Tensor | None, exact: bool = False) -> Tensor:
+    def compensated_bias(self, weight: str, bias: Tensor | None, exact: bool = False) -> Tensor:
         """Return a layer's bias with the means of its dropped inputs: b′ = b + Σ_dropped W[:, i] · E[x_i].
 
         ``bias`` is b after the plan; ``None``: b is the layer's own.
         """
-        (dim, own), matrix = self._read(weight), self.model.get_parameter(weight).detach()
+        (dim, own_bias), matrix = self._read_layer(weight), self.model.get_parameter(weight).detach()
         means = sorted(self.plan.means[weight].items())
         constants = torch.tensor([mean for _, mean in means], dtype=torch.float64, device=matrix.device)
         positions = torch.tensor([position for position, _ in means], device=matrix.device)
         columns = matrix.index_select(dim, positions).double().movedim(dim, 0)
         lost = torch.einsum("i...,i->...", columns, constants)
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
-        for other, lay in self.lays(weight).items():
-            lost = lost if other == dim else lost.index_select(0, lay.source.to(lost.device))
-        bias = own if bias is None else bias
-        made = lost if bias is None else bias.detach().double() + lost
-        return made if exact else made.to(matrix.dtype)
+        for other, layout in self.layouts(weight).items():
+            lost = lost if other == dim else lost.index_select(0, layout.source.to(lost.device))
+        bias = own_bias if bias is None else bias
+        new_bias = lost if bias is None else bias.detach().double() + lost
+        return new_bias if exact else new_bias.to(matrix.dtype)
 
-    def _read(self, weight: str) -> tuple[int, Tensor | None]:
-        """Return the dimension of a weight that consumes axes, and the bias of its layer, which can take up means."""
+    def _read_layer(self, weight: str) -> tuple[int, Tensor | None]:
+        """Return a weight's dimension that consumes axes, and its layer's bias; ``PlanError`` if it can have none."""
         path, _, leaf = weight.rpartition(".")
-        dim, parameters = read_dim(self.axes, weight), self.model.get_submodule(path)._parameters
+        dim, parameters = consumed_dim(self.axes, weight), self.model.get_submodule(path)._parameters
         if leaf != "weight" or dim is None or "bias" not in parameters:
             raise PlanError(f"{weight} has no bias that could take up the means of dropped inputs")
         return dim, parameters["bias"]
 
     def _check_means(self) -> None:
         """Raise ``PlanError`` unless each weight's layer can take up the means of its dropped inputs."""
-        held = holders(self.model) if self.biases else {}
+        held = find_holders(self.model) if self.biases else {}
         for name, row in self.plan.means.items():
-            dim, _ = self._read(name)
+            dim, _ = self._read_layer(name)
             if (sharing := sharing_module(self.model, name, held)) is not None:
                 raise PlanError(
                     f"means are given for {name}, which {sharing or 'the model'} holds too and would read without "
                     "them; leave them out"
                 )
-            lay, inputs = self.lays(name).get(dim), self.model.get_parameter(name).shape[dim]
-            if lay is None or bool(torch.isin(torch.tensor(list(row)), lay.kept).any()) or max(row) >= inputs:
+            layout, inputs = self.layouts(name).get(dim), self.model.get_parameter(name).shape[dim]
+            if layout is None or bool(torch.isin(torch.tensor(list(row)), layout.kept).any()) or max(row) >= inputs:
                 raise PlanError(f"the plan gives means for inputs of {name} that it does not drop")
 
     def _is_rescaled(self, name: str) -> bool:
+        """Whether the plan changes a divisor that is folded into the tensor ``name``."""
         return name in self._folds and self._folds[name][1] != self._folds[name][2]
 
 
-def read_dim(axes: AxisGraph, weight: str) -> int | None:
-    """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several."""
-    reads = axes.consumed.get(weight, frozenset())
-    return next(iter(reads)) if len(reads) == 1 else None
+def consumed_dim(axes: AxisGraph, weight: str) -> int | None:
+    """Return the index of the one dimension of a weight that consumes axes; ``None`` if there is none, or several."""
+    dims = axes.consumed.get(weight, frozenset())
+    return next(iter(dims)) if len(dims) == 1 else None
 
 
 def bias_of(weight: str) -> str:
-    """Return the name of the bias of the layer that has a weight."""
+    """Return the name of the bias beside a weight: ``a.bias`` for ``a.weight``."""
     return weight.removesuffix("weight") + "bias"
 
 
 def bias_dim(axes: AxisGraph, bias: str) -> Dim:
-    """Return the dimension of a layer's bias: the output dimension of its weight."""
+    """Return the dimension (size or axes) that a layer's bias has or would have: the output dimension of its weight."""
     weight = bias.removesuffix("bias") + "weight"
-    read = read_dim(axes, weight)
+    read = consumed_dim(axes, weight)
     return next(dim for i, dim in enumerate(axes.shapes[weight]) if i != read)
 
 
 def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
-    """Return the divisor of a fold: the product of the sizes of its dimensions."""
+    """Return the divisor of a fold at given axis sizes: the product of the sizes of its dimensions."""
     return prod(size_of(dim, sizes) for dim in fold.over)
 
 
-def fold_constants(
+def rescale_epsilons(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], tuple[Fold, ...]]:
-    """Return the rescaled epsilons of norms, ε′ = ε·n_old/n_new, and the folds with them."""
+    """Return ``module:attribute`` → rescaled epsilon of a norm, ε′ = ε·n_old/n_new, and all folds with them."""
     epsilons: dict[str, float] = {}
     folds = []
     for fold in axes.folds:

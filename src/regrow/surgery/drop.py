@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, Work, axes_in
 from regrow.core.axes.operations import Branch, Placeholder
 from regrow.core.plan import Plan, PlanError
-from regrow.surgery.carry import Exchange, carry_out, follow
+from regrow.surgery.carry import Exchange, apply_unchecked, prepare_optimizers
 from regrow.surgery.output_comparison import check_own_run
 from regrow.surgery.undo_store import RemovedBranch, UndoStore
 from regrow.tracing.branches import PlaceholderModule, find_branches, insert_placeholders, list_candidates, set_modules
@@ -26,9 +26,10 @@ from regrow.tracing.steps import find_caches, list_symbolic_steps
 
 
 def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
-    """Return the network's axes with a branch restored; the axes inside it must not have changed since.
+    """Return the network's axes (``axes``) with a branch restored, whose own axes are taken from ``old``.
 
-    The operations, work and branches of the result, and its order, must be taken from a new recording.
+    The axes inside it must not have changed since. The operations, work and branches of the result, and its order, must
+    be taken from a new recording.
     """
     inner = old.restricted(branch.holds)
     lost = inner.axes.keys() - axes.axes.keys()
@@ -36,9 +37,9 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
     def axis(key: str) -> Axis:
         if key not in old.axes:
             return axes[key]
-        now = axes.axes.get(key) or replace(old[key], slots=())
-        slots = (*now.slots, *(inner[key].slots if key in inner.axes else ()))
-        return replace(old[key], size=now.size, ids=now.ids, next_id=now.next_id, slots=slots)
+        current = axes.axes.get(key) or replace(old[key], slots=())
+        slots = (*current.slots, *(inner[key].slots if key in inner.axes else ()))
+        return replace(old[key], size=current.size, ids=current.ids, next_id=current.next_id, slots=slots)
 
     keys = [key for key in old.axes if key in inner.axes or key in axes.axes]
     integers = {
@@ -64,34 +65,38 @@ def _rejoin_axes(old: AxisGraph, branch: Branch, axes: AxisGraph) -> AxisGraph:
 def without_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises."""
+    """Context manager in which placeholders replace the branches that a plan drops; undone if the body raises.
+
+    Yields the axes, the rest of the plan and the undo store without them. On success the optimisers and ``undo``
+    follow.
+    """
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
-    left = _without(model, axes, removed)
-    rest = {key: replace(change, slots=left[key].slots) for key, change in plan.changes.items() if key in left.axes}
+    new_axes = _drop_branches(model, axes, removed)
+    changes = {key: replace(c, slots=new_axes[key].slots) for key, c in plan.changes.items() if key in new_axes.axes}
     named = model.named_parameters()
     lost = [Exchange(name, old, {}) for name, old in named if any(branch.holds(name) for branch in removed)]
-    forget = follow(optimizers, lost)
-    stowed, kept = undo.parted(removed, axes) if undo is not None else ({}, None)
+    write_state = prepare_optimizers(optimizers, lost)
+    dropped, kept = undo.split_off(removed, axes) if undo is not None else ({}, None)
     modules = insert_placeholders(model, _placeholders(removed))
     try:
-        yield left, Plan(rest, plan.means, plan.origin), kept
+        yield new_axes, Plan(changes, plan.means, plan.origin), kept
     except BaseException:
         set_modules(model, modules)
         raise
-    forget({})
+    write_state({})  # no parameter replaces those of the branches
     if undo is not None and kept is not None:
         branches = dict(kept.branches)
-        for path, branch in stowed.items():
+        for path, branch in dropped.items():
             branches[path] = replace(branch, modules={at: modules[at] for at in branch.branch.placeholders})
-        undo.become(replace(kept, branches=branches, network=kept.network or axes.network))
+        undo.replace_contents(replace(kept, branches=branches, network=kept.network or axes.network))
 
 
-def bring_back(
+def restore_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Restore dropped branches with the weights they had; return the model and its axes."""
+    """Restore the plan's dropped branches in place, with the weights they had; return the model and its axes."""
     if undo is None or (lost := next((path for path in plan.back if path not in undo.branches), "")):
         missing = plan.back[0] if undo is None else lost
         raise PlanError(
@@ -105,12 +110,12 @@ def bring_back(
             "no optimiser can follow a branch that comes back, for no group of it is known; apply the plan without, "
             "then give the optimiser its parameters (add_param_group)"
         )
-    left, again = axes, undo
+    new_axes, new_undo = axes, undo
     modules: dict[str, nn.Module] = {}
     for path in plan.back:
-        _check_back(model, undo.branches[path].branch)
-        removed = _replay_cuts(undo.branches[path], left)
-        left, again = _rejoin_axes(removed.axes, removed.branch, left), again.rejoined(removed)
+        _check_dropped(model, undo.branches[path].branch)
+        removed = _replay_cuts(undo.branches[path], new_axes)
+        new_axes, new_undo = _rejoin_axes(removed.axes, removed.branch, new_axes), new_undo.rejoin(removed)
         modules |= removed.modules
     placeholders = {path: model.get_submodule(path) for path in modules}
     like = next(model.parameters())
@@ -120,21 +125,24 @@ def bring_back(
     try:
         bare, mode = meta_copy(model, {})
         example = fake_example(cast_example(axes.example, model), mode)
-        left = check_own_run(model, _described(bare, example, capture(bare, example, tracer=left.tracer), left))
+        recorded = capture(bare, example, tracer=new_axes.tracer)
+        new_axes = check_own_run(model, _update_axes(bare, example, recorded, new_axes))
     except BaseException as error:
         set_modules(model, placeholders)
         if isinstance(error, TraceError):
             raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
         raise
-    undo.become(again)
-    return model, left
+    undo.replace_contents(new_undo)
+    return model, new_axes
 
 
 def _placeholders(branches: Iterable[Branch]) -> dict[str, Placeholder]:
+    """Return module path → the placeholder that replaces it, for several branches."""
     return {path: placeholder for branch in branches for path, placeholder in branch.placeholders.items()}
 
 
-def _check_back(model: nn.Module, branch: Branch) -> None:
+def _check_dropped(model: nn.Module, branch: Branch) -> None:
+    """Raise ``PlanError`` unless the branch's placeholders are in the model."""
     known = dict(model.named_modules())
     for path, placeholder in branch.placeholders.items():
         module = known.get(path)
@@ -148,28 +156,28 @@ def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     inner = old.restricted(removed.branch.holds)
     keep = {}
     for axis in inner:
-        key, now = axis.key, axes.axes.get(axis.key)
-        if now is None or now.ids == axis.ids:
+        key, current = axis.key, axes.axes.get(axis.key)
+        if current is None or current.ids == axis.ids:
             continue
         positions = {unit: i for i, unit in enumerate(axis.ids)}
-        if not positions.keys() >= set(now.ids) or now.next_id != axis.next_id:
+        if not positions.keys() >= set(current.ids) or current.next_id != axis.next_id:
             raise PlanError(
                 f"axis {key!r} has other units than when {removed.branch.module} was dropped; cut those first"
             )
-        keep[key] = [positions[unit] for unit in now.ids]
+        keep[key] = [positions[unit] for unit in current.ids]
     if not keep:
         return removed
     inner = replace(inner, axes={key: replace(axis, inside="") for key, axis in inner.axes.items()})
     # Only copies of the branch's modules are changed, inside an otherwise empty module.
-    shell = _shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
+    shell = _build_shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
     undo = copy.copy(removed.undo)
-    shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), undo=undo)
-    left = {key: replace(axis, inside=old[key].inside) for key, axis in cut.axes.items()}
+    shell, cut = apply_unchecked(shell, inner, Plan.keeping(inner, keep), undo=undo)
+    remaining = {key: replace(axis, inside=old[key].inside) for key, axis in cut.axes.items()}
     modules = {path: shell.get_submodule(path) for path in removed.modules}
-    return replace(removed, axes=replace(old, axes={**old.axes, **left}), undo=undo, modules=modules)
+    return replace(removed, axes=replace(old, axes={**old.axes, **remaining}), undo=undo, modules=modules)
 
 
-def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
+def _build_shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     """Return a module that contains the given modules at their paths, and nothing else."""
     shell = nn.Module()
     for path, module in modules.items():
@@ -183,8 +191,8 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     return shell
 
 
-def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
-    """Return the axes of a network without some branches, after proving on a copy without numbers that it is right."""
+def _drop_branches(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
+    """Return a network's axes without some branches, proved on a copy without numbers; ``PlanError`` if they stay."""
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
     example = fake_example(cast_example(axes.example, model), mode)
@@ -194,11 +202,11 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     try:
         insert_placeholders(bare, _placeholders(summed))
         recorded = capture(bare, example, tracer=axes.tracer)
-        left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
-        if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
+        remaining, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
+        if summed and (idle := [n for n in recorded.unused if n in remaining.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _described(bare, example, recorded, left)
+            return _update_axes(bare, example, recorded, remaining)
         whole = Effects(recorded)
         replaced = locate_branches(whole, proved)
         insert_placeholders(bare, _placeholders(proved))
@@ -211,24 +219,25 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(bare, example, small.capture, left)
+    return _update_axes(bare, example, small.capture, remaining)
 
 
-def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
     w = walk(recorded)
     trace_training(bare, example, w)
     fresh, names = assemble(bare, w, axes.example)
-    home = {slot: axis for axis in fresh for slot in axis.slots}
-    parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
-    now = {key: _together(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
-    known = {part: key for key, one in now.items() if one is not None for part in parts[key]}
-    looked = any(one.gives != "nothing" for one in axes.branches.values())
+    axis_of = {slot: axis for axis in fresh for slot in axis.slots}
+    parts = {a.key: [*dict.fromkeys(axis_of[slot].key for slot in a.slots if slot in axis_of)] for a in axes}
+    current = {key: _match_axis(axes[key], [fresh[part] for part in keys]) for key, keys in parts.items()}
+    known = {part: key for key, axis in current.items() if axis is not None for part in parts[key]}
+    # Candidates' operations alone give nothing: other branches are there if with_branches has looked for them.
+    has_branches = any(branch.gives != "nothing" for branch in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}
     names = Names({number: known[key] for number, key in names.keys.items() if key in known})
     return replace(
         axes,
-        axes={key: _now(axis, now[key]) for key, axis in axes.axes.items()},
+        axes={key: _refresh_axis(axis, current[key]) for key, axis in axes.axes.items()},
         counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=list_symbolic_steps(w, names),
@@ -237,12 +246,12 @@ def _described(bare: nn.Module, example: Example, recorded: Capture, axes: AxisG
         caches=find_caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=(find_branches(bare, recorded, axes.example) if looked else {}) | list_candidates(bare),
+        branches=(find_branches(bare, recorded, axes.example) if has_branches else {}) | list_candidates(bare),
     )
 
 
-def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
-    """Return the axis that a new trace finds in its place; several that only dropped modules tied count as one."""
+def _match_axis(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
+    """Return the new trace's axis with the slots of an old one, merged from ``parts``; ``None`` if none has them."""
     if {*axis.slots} != {slot for part in parts for slot in part.slots}:
         return None
     if len(parts) == 1:
@@ -259,8 +268,8 @@ def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
     return replace(first, key=axis.key, slots=axis.slots, least=least, multiple=multiple, narrow=narrow)
 
 
-def _now(axis: Axis, fresh: Axis | None) -> Axis:
-    """Return an axis without what was dropped: the same units, with the marks and limits of a new trace."""
+def _refresh_axis(axis: Axis, fresh: Axis | None) -> Axis:
+    """Return an axis with the slots, mark and limits of a new trace; frozen where it has none (``fresh=None``)."""
     if not axis.free or axis.size == 1:
         return axis
     if fresh is None:

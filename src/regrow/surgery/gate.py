@@ -17,25 +17,28 @@ def gate_inputs(
 ) -> Iterator[None]:
     """Context manager in which each weight that consumes a gated axis is fed ``fill + gate · (x − fill)``.
 
-    A gate of 1 passes x, a gate of 0 the fill. With gates of 0 and 1 this is the network that the cut would leave, for
-    axes that only weights consume; with means as fills, the bias-compensated one. Gradients reach the gates.
+    ``gates``: axis key → ``[size]``; ``fills``: name of a weight → ``[channels]``, 0 for weights not named. A gate of 1
+    passes x, a gate of 0 the fill. With gates of 0 and 1 this is the network that the cut would leave, for axes that
+    only weights consume; with means as fills, the bias-compensated one. Gradients reach the gates.
     """
     reads = readers(axes, [axes[key] for key in gates])
     parameters = dict(model.named_parameters())
     watched = {id(parameters[reader.weight]): reader.weight for reader in reads}
-    with _Gate(watched, group_by_weight(reads), gates, fills or {}):
+    with _GateFeed(watched, group_by_weight(reads), gates, fills or {}):
         yield
 
 
-def gates_of(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Return gates of 1 for the units that stay and 0 for the others, axis key → ``[size]``."""
+def make_gates(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return axis key → gates ``[size]`` float32: 1 for the units kept, 0 for the others."""
     return {
         key: torch.zeros(axes[key].size).index_fill(0, torch.tensor(units, dtype=torch.int64), 1.0)
         for key, units in kept.items()
     }
 
 
-class _Gate(Feed):
+class _GateFeed(Feed):
+    """Multiplies the inputs of weights by the gates of their channels, or moves them towards fills."""
+
     def __init__(
         self,
         watched: Mapping[int, str],
@@ -45,9 +48,10 @@ class _Gate(Feed):
     ) -> None:
         super().__init__(watched)
         self.reads, self.gates, self.fills = reads, gates, fills
-        self.made: dict[tuple[str, int], Tensor] = {}
+        self.channel_gates: dict[tuple[str, int], Tensor] = {}
 
-    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+    def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """Return an input of the weight ``name``, gated along dimension ``dim``."""
         shape = [-1, *[1] * (-dim - 1)]
         gate = self._channels(name, value.shape[dim]).to(value).view(shape)
         if name not in self.fills:
@@ -55,7 +59,7 @@ class _Gate(Feed):
         fill = self.fills[name].to(value).view(shape)
         return value * gate + fill * (1 - gate)
 
-    def weighed(self, name: str, weight: Tensor) -> Tensor:
+    def replace_weight(self, name: str, weight: Tensor) -> Tensor:
         """Return a recurrent weight with its columns gated, which is the same as gating its inputs."""
         if name in self.fills:
             raise ValueError(f"{name!r} is read inside a recurrent layer, where no mean stands in for an input")
@@ -63,7 +67,7 @@ class _Gate(Feed):
 
     def _channels(self, name: str, channels: int) -> Tensor:
         """Return the gate of each input channel of a weight: the product over the gated axes in that dimension."""
-        if (name, channels) not in self.made:
+        if (name, channels) not in self.channel_gates:
             total: Tensor | None = None
             for reader in self.reads[name]:
                 gate = self.gates[reader.axis]
@@ -73,13 +77,13 @@ class _Gate(Feed):
                 spread = torch.cat([gate, gate.new_ones(1)])[owner.to(gate.device)]
                 total = spread if total is None else total * spread
             assert total is not None
-            self.made[name, channels] = total
-        return self.made[name, channels]
+            self.channel_gates[name, channels] = total
+        return self.channel_gates[name, channels]
 
 
 @contextmanager
 def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context manager in which modules use given tensors in place of parameters; gradients flow to their inputs.
+    """Context manager in which modules use ``values`` (name → tensor) in place of parameters; gradients reach them.
 
     It must last until the backward pass is over, since activation checkpointing runs modules again.
 

@@ -28,10 +28,10 @@ Rename = Callable[[str], str]
 
 
 @contextmanager
-def with_copies(
+def with_inserted_blocks(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Context manager in which the plan's blocks are inserted; undone if the body raises.
+    """Context manager in which copies of blocks are inserted as a plan says; undone if the body raises.
 
     Yields:
         The axes with the new blocks, the rest of the plan for them, and the undo store for them.
@@ -50,48 +50,44 @@ def with_copies(
     inserted = []
     try:
         for path, insertion in plan.insert.items():
-            _insert(model, path, insertion)
+            try:
+                insert_copies(model, path, insertion)
+            except StackError as error:
+                raise PlanError(f"{error}; make the plan for this network") from None
             inserted.append(path)
-        rename = renaming(model, plan)
+        rename = make_rename(model, plan)
         try:
             if before is not None:
                 _check_identity(model, example, plan.insert)
                 _check_outputs(model, example, before, plan)
-            left, keys = _retraced(model, axes, example, rename)
+            new_axes, keys = _retrace(model, axes, example, rename)
         except PlanError:
             raise
         except Exception as error:
             raise PlanError(f"the plan cannot be carried out: the network does not run: {trim_error(error)}") from None
-        kept = None if undo is None else undo.renamed(rename, keys.get)
-        yield left, Plan(_changes(left, plan, keys, model), origin=plan.origin), kept
+        kept = None if undo is None else undo.rename(rename, keys.get)
+        yield new_axes, Plan(_map_changes(new_axes, plan, keys, model), origin=plan.origin), kept
     except BaseException:
         for path in reversed(inserted):
             remove_copies(model, path, plan.insert[path])
         raise
     if undo is not None and kept is not None:
-        undo.become(kept)
-
-
-def _insert(model: nn.Module, path: str, insertion: Insertion) -> None:
-    try:
-        insert_copies(model, path, insertion)
-    except StackError as error:
-        raise PlanError(f"{error}; make the plan for this network") from None
+        undo.replace_contents(kept)
 
 
 def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Insertion]) -> None:
-    """Raise ``PlanError`` unless every inserted block gives its input unchanged when the network runs."""
+    """Raise ``PlanError`` unless every inserted block returns its input unchanged when the network runs."""
     inputs: dict[nn.Module, Tensor] = {}
     changes: dict[nn.Module, float] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[module] = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).clone()
 
-    def compare(module: nn.Module, args: tuple[Any, ...], answer: object) -> None:
-        made = next((x for x in tree_leaves(answer) if isinstance(x, Tensor)), None)
+    def compare(module: nn.Module, args: tuple[Any, ...], result: object) -> None:
+        output = next((x for x in tree_leaves(result) if isinstance(x, Tensor)), None)
         before = inputs.pop(module)
-        same = made is not None and torch.equal(made, before)
-        changes[module] = 0.0 if same else max_difference([before], [made])
+        same = output is not None and torch.equal(output, before)
+        changes[module] = 0.0 if same else max_difference([before], [output])
 
     copies = {
         list(model.get_submodule(path).children())[copy.position]: (path, copy)
@@ -113,7 +109,7 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
 
 
 def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor], plan: Plan) -> None:
-    """Raise ``PlanError`` unless the network has the outputs that it had before blocks were inserted."""
+    """Raise ``PlanError`` unless the network's outputs are still ``before``, up to rounding."""
     after = compute_outputs(model, example)
     distance, largest = measure_distance(before, after)
     rounding = ROUNDING * max(torch.finfo(x.dtype).eps for x in (*before, torch.ones(())) if x.is_floating_point())
@@ -124,8 +120,8 @@ def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor],
         )
 
 
-def renaming(model: nn.Module, plan: Plan) -> Rename:
-    """Return the function from names before the plan's blocks are inserted to names after it."""
+def make_rename(model: nn.Module, plan: Plan) -> Rename:
+    """Return the function from names of modules and tensors before blocks are inserted to their names after that."""
     tables: dict[str, dict[str, str]] = {}
     for path, insertion in plan.insert.items():
         first = next(iter(model.get_submodule(path)._modules))
@@ -143,47 +139,48 @@ def renaming(model: nn.Module, plan: Plan) -> Rename:
     return rename
 
 
-def _retraced(model: nn.Module, axes: AxisGraph, example: Example, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
-    """Return the axes of the changed network, in which the units of old axes keep their ids; and key → its new key."""
-    left = trace(model, *example.args, **example.kwargs)
+def _retrace(model: nn.Module, axes: AxisGraph, example: Example, rename: Rename) -> tuple[AxisGraph, dict[str, str]]:
+    """Return the axes of the network with inserted blocks, with old units' ids; and old axis key → its new key."""
+    traced = trace(model, *example.args, **example.kwargs)
     if any(branch.gives != "nothing" for branch in axes.branches.values()):
-        left = with_branches(model, left)
-    home = {_spot(slot, slot.name): axis.key for axis in left for slot in axis.slots}
+        traced = with_branches(model, traced)
+    home = {_slot_key(slot, slot.name): axis.key for axis in traced for slot in axis.slots}
     keys, known = {}, {}
     for axis in axes:
-        spots = [_spot(slot, rename(slot.name)) for slot in axis.slots]
-        if new := next((home[spot] for spot in spots if spot in home), ""):
+        slot_keys = [_slot_key(slot, rename(slot.name)) for slot in axis.slots]
+        if new := next((home[slot_key] for slot_key in slot_keys if slot_key in home), ""):
             keys[axis.key] = new
-            if left[new].size == axis.size:
-                known[new] = replace(left[new], ids=axis.ids, next_id=axis.next_id)
-    return replace(left, axes={**left.axes, **known}, network=axes.network, example=axes.example), keys
+            if traced[new].size == axis.size:
+                known[new] = replace(traced[new], ids=axis.ids, next_id=axis.next_id)
+    return replace(traced, axes={**traced.axes, **known}, network=axes.network, example=axes.example), keys
 
 
-def _spot(slot: Slot, name: str) -> tuple[str, int, int, int]:
+def _slot_key(slot: Slot, name: str) -> tuple[str, int, int, int]:
+    """Return what identifies a slot of the tensor ``name`` across sizes: name, dimension, offset, inner."""
     return name, slot.dim, slot.offset, slot.inner
 
 
-def _changes(left: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Module) -> dict[str, Change]:
-    """Return the plan's changes for the changed network; copies get those of the blocks that they copy."""
+def _map_changes(axes: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Module) -> dict[str, Change]:
+    """Return new axis key → the plan's change of it; each copied block gets the changes of the block that it copies."""
     result: dict[str, Change] = {}
     for key, change in plan.changes.items():
         if change.idle or key not in keys:
             continue
-        axis = left[keys[key]]
+        axis = axes[keys[key]]
         twins = [axis]
         for path, insertion in plan.insert.items():
             names = list(model.get_submodule(path)._modules)
             for copy in insertion.copies:
                 source = f"{path}.{names[insertion.kept[copy.of]]}"
                 if all(lies_in(slot.name, source) for slot in axis.slots):
-                    twins.append(_twin(left, axis, source, f"{path}.{names[copy.position]}"))
+                    twins.append(_find_twin(axes, axis, source, f"{path}.{names[copy.position]}"))
         result |= {twin.key: replace(change, slots=twin.slots, ids=twin.ids) for twin in twins}
     return result
 
 
-def _twin(left: AxisGraph, axis: Axis, source: str, copy: str) -> Axis:
-    """Return the axis of a copied block that corresponds to an axis of the block that it copies."""
+def _find_twin(axes: AxisGraph, axis: Axis, source: str, copy: str) -> Axis:
+    """Return the axis in the block at path ``copy`` that corresponds to ``axis`` in the block at path ``source``."""
     first = axis.slots[0]
-    wanted = _spot(first, copy + first.name[len(source) :])
-    alike = (other for other in left if other.size == axis.size)
-    return next(other for other in alike if any(_spot(slot, slot.name) == wanted for slot in other.slots))
+    key = _slot_key(first, copy + first.name[len(source) :])
+    same_size = (other for other in axes if other.size == axis.size)
+    return next(other for other in same_size if any(_slot_key(slot, slot.name) == key for slot in other.slots))

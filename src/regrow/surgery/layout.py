@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
-from regrow.core.axes.axis import AxisTensor, occurrences
+from regrow.core.axes.axis import AxisTensor, find_occurrences
 from regrow.core.plan import Change, Plan
 
 
@@ -20,23 +20,23 @@ class Layout:
     Args:
         source: The index of the entry before the plan, or of the entry that a new one copies.
         is_new: Whether it is new (bool).
-        drawn: Whether it is new and randomly initialised instead of copied (bool).
+        is_random: Whether it is new and randomly initialised instead of copied (bool).
         inward: The factor on weights that make the entry (float64).
         outward: The factor on weights that consume the entry (float64).
     """
 
     source: Tensor
     is_new: Tensor
-    drawn: Tensor
+    is_random: Tensor
     inward: Tensor
     outward: Tensor
 
     @classmethod
     def of(cls, source: Tensor) -> "Layout":
         """Return the layout in which old entries stay, in the given order, and none is new."""
-        no = torch.zeros(len(source), dtype=torch.bool)
+        none = torch.zeros(len(source), dtype=torch.bool)
         ones = torch.ones(len(source), dtype=torch.float64)
-        return cls(source, no, no, ones, ones)
+        return cls(source, none, none, ones, ones)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -52,18 +52,21 @@ def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     sizes = axes.sizes()
     used = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
     units = {k: units_after(change, axes[k]) for k, change in plan.changes.items() if k in used and not change.idle}
-    lays = {name: lay_out_dims(dims, sizes, units) for name, dims in axes.shapes.items()}
-    return {name: pieces for name, pieces in lays.items() if pieces}
+    layouts = {name: lay_out_dims(dims, sizes, units) for name, dims in axes.shapes.items()}
+    return {name: pieces for name, pieces in layouts.items() if pieces}
 
 
 def lay_out_dims(dims: Sequence[Dim], sizes: Mapping[str, int], units: Mapping[str, Layout]) -> dict[int, Layout]:
-    """Return dimension index → its layout after a plan, for those of ``dims`` that change."""
+    """Return dimension index → its layout after a plan, for those of ``dims`` that change.
+
+    ``sizes``: of all axes before the plan; ``units``: axis key → the layout of its units, for axes that change.
+    """
     moved = {i: dim for i, dim in enumerate(dims) if not units.keys().isdisjoint(axes_in(dim))}
     return {i: lay_out(dim, sizes, units) for i, dim in moved.items()}
 
 
 def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
-    """Return the layout of a dimension after a plan, from the layouts of the axes that change."""
+    """Return the layout of one dimension after a plan; arguments as in :func:`lay_out_dims`."""
     match dim:
         case int():
             return Layout.of(torch.arange(dim))
@@ -72,7 +75,7 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
         case Product(parts):
             whole = lay_out(parts[0], sizes, units)
             for part in parts[1:]:
-                whole = _nested(whole, lay_out(part, sizes, units), size_of(part, sizes))
+                whole = _nest(whole, lay_out(part, sizes, units), size_of(part, sizes))
             return whole
         case Sum(parts):
             before, pieces = 0, []
@@ -83,8 +86,8 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
             return Layout(*(torch.cat([vars(piece)[name] for piece in pieces]) for name in vars(pieces[0])))
 
 
-def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
-    """Return the layout of a product dimension; ``size`` is that of the inner dimension before the plan."""
+def _nest(outer: Layout, inner: Layout, size: int) -> Layout:
+    """Return the layout of a product of two dimensions; ``size`` is that of the inner one before the plan."""
 
     def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.repeat_interleave(len(inner)), b.repeat(len(outer))
@@ -92,7 +95,7 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
     return Layout(
         torch.add(*pairs(outer.source * size, inner.source)),
         torch.logical_or(*pairs(outer.is_new, inner.is_new)),
-        torch.logical_or(*pairs(outer.drawn, inner.drawn)),
+        torch.logical_or(*pairs(outer.is_random, inner.is_random)),
         torch.mul(*pairs(outer.inward, inner.inward)),
         torch.mul(*pairs(outer.outward, inner.outward)),
     )
@@ -115,7 +118,7 @@ def units_after(change: Change, axis: Axis) -> Layout:
 
 
 def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
-    """Return the layout of kept units and new ones behind them, which change no output of the network."""
+    """Return the layout of kept units and ``added`` new ones behind them, which change no output of the network."""
     kept, total = len(keep), len(keep) + added
     generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.next_id) % 2**63)
     rounds = [torch.randperm(kept, generator=generator) for _ in range(-(-added // kept))]
@@ -129,12 +132,12 @@ def _add_units(keep: Tensor, added: int, change: Change, axis: Axis) -> Layout:
         return replace(units, outward=share / sums[owner])
     zeroed = torch.where(units.is_new, 0.0, units.outward)
     if axis.mark is Mark.FOLDED:  # a norm divides by the number of units: the units themselves must be 0
-        return replace(units, drawn=units.is_new, inward=zeroed)
-    return replace(units, drawn=units.is_new, outward=zeroed)
+        return replace(units, is_random=units.is_new, inward=zeroed)
+    return replace(units, is_random=units.is_new, outward=zeroed)
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
-    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones."""
+    """Return the ids of an axis's units after its change, unsorted: those kept, those restored, then new ones."""
     kept = [axis.ids[unit] for unit in change.keep]
     return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
 
@@ -152,34 +155,37 @@ def next_ids_after(axes: AxisGraph, plan: Plan) -> dict[str, int]:
 
 
 def slots_after(
-    axis: Axis, axes: AxisGraph, lays: Callable[[str], Mapping[int, Layout]], sizes: Mapping[str, int]
+    axis: Axis, axes: AxisGraph, layouts: Callable[[str], Mapping[int, Layout]], sizes: Mapping[str, int]
 ) -> tuple[Slot, ...]:
-    """Return the slots of an axis after a plan, without those of which nothing is left."""
+    """Return the slots of an axis after a plan, without those of which nothing is left.
+
+    ``layouts``: tensor name → dimension → its layout, where it changes; ``sizes``: of all axes after the plan.
+    """
     result: dict[Slot, None] = {}
     for slot in axis.slots:
-        lay = lays(slot.name).get(slot.dim)
-        if lay is None:
+        layout = layouts(slot.name).get(slot.dim)
+        if layout is None:
             result[slot] = None
         elif axis.free:
             dim = axes.shapes[slot.name][slot.dim]
             result |= dict.fromkeys(slots_in(slot.name, slot.dim, slot.role, dim, axis.key, sizes))
-        elif (moved := _moved(slot, lay, axis.size)) is not None:
+        elif (moved := _move_frozen_slot(slot, layout, axis.size)) is not None:
             result[moved] = None
     return tuple(result)
 
 
 def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[Slot]:
-    """Yield a slot for each place where the units of an axis lie in a dimension of a tensor."""
-    for loops, inner, offset in occurrences(dim, key, sizes):
+    """Yield a slot per place of the axis ``key`` in a tensor's dimension, given its ``index``, ``role`` and ``dim``."""
+    for loops, inner, offset in find_occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
         for turns in product(*(range(n) for n, _ in loops[1:])):
             before = sum(i * step for i, (_, step) in zip(turns, loops[1:], strict=True))
             yield Slot(name, index, outer, stride, inner, offset + before, role)
 
 
-def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
-    """Return where a slot of a frozen axis lies after a plan, derived from the places of its first unit."""
-    first = torch.isin(lay.source, slot.positions(size)[0]).nonzero().flatten()
+def _move_frozen_slot(slot: Slot, layout: Layout, size: int) -> Slot | None:
+    """Return a slot of a frozen axis after a plan, derived from its first unit's entries; ``None`` if those are cut."""
+    first = torch.isin(layout.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
         return None
     gaps = (torch.diff(first) != 1).nonzero().flatten()
@@ -194,43 +200,44 @@ Roles = Mapping[int, Collection[Role]]
 
 
 def resize(
-    name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
+    name: str, tensor: Tensor, layouts: Mapping[int, Layout], roles: Roles, seed: int = 0, exact: bool = False
 ) -> Tensor:
-    """Return a tensor after a plan, cut and widened, in storage of its own.
+    """Return a tensor after a plan, cut and widened, in new storage; ``exact``: in float64.
 
     New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
     random from the tensor's own values, unless they are copies. Weights that make new units are then multiplied by
     ``inward``, weights that consume them by ``outward``, so that the network's outputs do not change.
     """
     old = tensor.flatten()
-    for dim, lay in lays.items():
-        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+    for dim, layout in layouts.items():
+        tensor = tensor.index_select(dim, layout.source.to(tensor.device))
     if exact and tensor.is_floating_point():
         tensor = tensor.double()
-    for dim in sorted(lays, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
+    # Consuming dimensions come last: their factor, which may be 0, must also apply to what other dimensions draw.
+    for dim in sorted(layouts, key=lambda dim: Role.CONSUMES in roles.get(dim, ())):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
-        tensor = _filled(tensor, dim, lays[dim], roles.get(dim, ()), old, generator)
+        tensor = _fill(tensor, dim, layouts[dim], roles.get(dim, ()), old, generator)
     return tensor
 
 
-def _filled(
-    tensor: Tensor, dim: int, lay: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
+def _fill(
+    tensor: Tensor, dim: int, layout: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return a tensor with the new entries of one dimension initialised and scaled."""
-    if not tensor.is_floating_point() or not bool(lay.is_new.any()):
+    """Return a tensor with the new entries of one dimension initialised and scaled; ``old``: values to draw from."""
+    if not tensor.is_floating_point() or not bool(layout.is_new.any()):
         return tensor
-    if bool(lay.drawn.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
-        new = lay.drawn.nonzero().flatten().to(tensor.device)
+    if bool(layout.is_random.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
+        new = layout.is_random.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
         if old.is_meta or bool(old.any()):
-            drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
+            values = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
         else:  # a layer that starts at 0
-            drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
-            drawn = drawn * (part.shape[dim] / part.numel()) ** 0.5
-        tensor = tensor.index_copy(dim, new, drawn)
-    factor = torch.ones(len(lay), dtype=torch.float64)
-    factor = factor * lay.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
-    factor = factor * lay.outward if Role.CONSUMES in roles else factor
+            values = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
+            values = values * (part.shape[dim] / part.numel()) ** 0.5
+        tensor = tensor.index_copy(dim, new, values)
+    factor = torch.ones(len(layout), dtype=torch.float64)
+    factor = factor * layout.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor
+    factor = factor * layout.outward if Role.CONSUMES in roles else factor
     if bool((factor == 1).all()):
         return tensor
     shape = [1] * tensor.dim()
@@ -238,13 +245,13 @@ def _filled(
     return tensor * factor.to(tensor).view(shape)
 
 
-def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
-    """Return an optimiser's moment after a plan; kept entries are unchanged."""
-    for dim, lay in lays.items():
-        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
-        if not bool(lay.is_new.any()):
+def resize_moment(tensor: Tensor, layouts: Mapping[int, Layout], mean: bool) -> Tensor:
+    """Return an optimiser's moment (or a gradient) after a plan; new entries are 0 or, with ``mean``, the mean."""
+    for dim, layout in layouts.items():
+        tensor = tensor.index_select(dim, layout.source.to(tensor.device))
+        if not bool(layout.is_new.any()):
             continue
-        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (lay.is_new, ~lay.is_new))
+        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (layout.is_new, ~layout.is_new))
         part = tensor.index_select(dim, new)
         kept = tensor.index_select(dim, old)
         value = kept.mean(dim, keepdim=True).expand_as(part) if mean else torch.zeros_like(part)
@@ -253,7 +260,7 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 
 
 def resize_axis_tensor(tensor: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
-    """Return a tensor along axes after a plan: kept entries keep their values, new ones are 0 (``False``)."""
+    """Return an axis tensor after a plan, detached: kept entries keep their values, new ones are 0 (``False``)."""
     units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
-    lays = lay_out_dims(tensor.dims, axes.sizes(), units)
-    return AxisTensor(resize_moment(tensor.values.detach(), lays, mean=False), tensor.dims, tensor.lr)
+    layouts = lay_out_dims(tensor.dims, axes.sizes(), units)
+    return AxisTensor(resize_moment(tensor.values.detach(), layouts, mean=False), tensor.dims, tensor.lr)

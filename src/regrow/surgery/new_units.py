@@ -18,7 +18,7 @@ from regrow.tracing.capture import in_eval_mode
 
 @dataclass(frozen=True)
 class Entries:
-    """The indices that new units of an axis own in one dimension of a tensor, and those of its old units."""
+    """The indices that new units of an axis own in dimension ``dim`` of a tensor (``where``), and its old units'."""
 
     axis: str
     name: str
@@ -32,7 +32,7 @@ class Entries:
         return self.name.endswith("running_var")
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these entries of a tensor."""
+        """Return these entries of a tensor, copied."""
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
@@ -73,56 +73,61 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     for key in new:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
-    weights = _weights(model)
-    spots = _entries(axes, new, lambda name, role: role is Role.PRODUCES and name in weights)
-    spots += _entries(axes, new, lambda name, _: name.rpartition(".")[2] == "running_var")
-    met = [spot for spot, _, _ in _measure(model, spots, batches[:1])]
+    weights = _weight_names(model)
+    items = _entries(axes, new, lambda name, role: role is Role.PRODUCES and name in weights)
+    items += _entries(axes, new, lambda name, _: name.rpartition(".")[2] == "running_var")
+    reached = [item for item, _, _ in _measure(model, items, batches[:1])]
     for key in new:
-        if not any(spot.axis == key for spot in met):
+        if not any(item.axis == key for item in reached):
             raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
-    turns = [[spot for spot in met if spot.axis == key] for key in new]
+    by_axis = [[item for item in reached if item.axis == key] for key in new]
     # Later layers depend on earlier ones, so fit them in order; axes do not see each other's unused new units.
-    for i in range(max(map(len, turns))):
-        for spot, mean, variance in _measure(model, [turn[i] for turn in turns if i < len(turn)], batches):
-            if spot.is_statistic:
-                _set_statistics(model, spot, mean, variance)
+    for i in range(max(map(len, by_axis))):
+        for item, mean, variance in _measure(model, [members[i] for members in by_axis if i < len(members)], batches):
+            if item.is_statistic:
+                _set_statistics(model, item, mean, variance)
             else:
-                _scale_rows(model, spot, mean, variance.sqrt())
+                _scale_rows(model, item, mean, variance.sqrt())
     return model
 
 
 def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Set a random part of the random weights of new units to 0, but one of each; the outputs stay."""
-    for entries in split_entries(model, axes, new_units(model, axes, plan))[0]:
+    """Keep a random fraction ``density`` of the random weights of each new unit, at least one; set the others to 0.
+
+    The model is changed in place and returned. Its outputs stay, since the weights on the other side are still 0.
+    """
+    random_entries, _ = split_entries(model, axes, new_units(model, axes, plan))
+    for entries in random_entries:
         rows = entries.of(model.get_parameter(entries.name).detach()).movedim(entries.dim, 0)
         flat = rows.flatten(1)
-        order = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)
-        stays = order < max(1, round(density * flat.shape[1]))
-        entries.set(model, (flat * stays).view(rows.shape).movedim(0, entries.dim))
+        ranks = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)  # so many stay in every row
+        mask = ranks < max(1, round(density * flat.shape[1]))
+        entries.set(model, (flat * mask).view(rows.shape).movedim(0, entries.dim))
     return model
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return axis key → the positions of the units that a plan added."""
+    """Return axis key → positions of the units that a plan added; ``PlanError`` unless they still have no effect."""
     result = {}
     for key, change in plan.changes.items():
         if not change.grow:
             continue
         if change.fill.rule != "zero_out":
             raise PlanError(
-                f"axis {key!r}: units added by {change.fill.rule!r} are read already, so a change would be heard; "
+                f"axis {key!r}: units added by {change.fill.rule!r} are read already, so outputs would change; "
                 "take the fill 'zero_out'"
             )
         axis = axes[key]
         ids = {*range(axis.next_id - change.grow, axis.next_id)}
         if not ids <= set(axis.ids) or axis.size != change.after:
             raise PlanError(f"axis {key!r} is not as this plan left it; give the axes that apply returned for it")
-        result[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
+        result[key] = torch.tensor([unit for unit, unit_id in enumerate(axis.ids) if unit_id in ids])
     if not result:
         raise PlanError("the plan adds no units; there is nothing to fit")
-    for entries in split_entries(model, axes, result)[1]:
+    _, zero_entries = split_entries(model, axes, result)
+    for entries in zero_entries:
         if bool(entries.of(model.get_parameter(entries.name).detach()).any()):
             raise PlanError(
                 f"axis {entries.axis!r}: {entries.name} already uses its new units; fit them before they learn"
@@ -131,22 +136,23 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 
 
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
-    """Return the entries of new units as (randomly initialised, zero-initialised)."""
-    drawn, zero = list[Entries](), list[Entries]()
-    weights = _weights(model)
+    """Return the entries of new units (axis key → positions) in weights: (randomly initialised, zero-initialised)."""
+    random, zero = list[Entries](), list[Entries]()
+    weights = _weight_names(model)
     for side in (Role.PRODUCES, Role.CONSUMES):
         for entries in _entries(axes, new, lambda name, role: role is side and name in weights):  # noqa: B023
             is_zero = (side is Role.PRODUCES) == (axes[entries.axis].mark is Mark.FOLDED)
-            (zero if is_zero else drawn).append(entries)
-    return drawn, zero
+            (zero if is_zero else random).append(entries)
+    return random, zero
 
 
-def _weights(model: nn.Module) -> set[str]:
+def _weight_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of two or more dimensions."""
     return {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
 
 
 def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, Role], bool]) -> list[Entries]:
-    """Return the entries of new units in the tensors that are picked by name and role."""
+    """Return the entries of new units (axis key → positions) in the tensors that ``picks`` accepts by name and role."""
     indices: dict[tuple[str, str, int], tuple[list[int], list[int]]] = {}
     for key, units in new.items():
         is_new = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
@@ -164,8 +170,9 @@ def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, R
 
 
 def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -> None:
-    spreads, usual = spread[list(rows.where)], spread[list(rows.old)].median()
-    factor = torch.where((spreads > 0) & (usual > 0), usual / spreads, 1.0)
+    """Scale a layer's rows of new units to the median ``spread`` (std) of the old ones' outputs, in place."""
+    spreads, median = spread[list(rows.where)], spread[list(rows.old)].median()
+    factor = torch.where((spreads > 0) & (median > 0), median / spreads, 1.0)
     factor *= torch.where(mean[list(rows.where)] < -spreads, -1.0, 1.0)
     path, _, leaf = rows.name.rpartition(".")
     scaled = [rows]
@@ -178,6 +185,7 @@ def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -
 
 
 def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance: Tensor) -> None:
+    """Write the running mean and variance of a batch normalisation's new channels, in place."""
     module, where = model.get_submodule(channels.name.rpartition(".")[0]), list(channels.where)
     for buffer, value in ((module.running_mean, mean), (module.running_var, variance)):
         assert isinstance(buffer, Tensor)
@@ -185,15 +193,15 @@ def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance:
 
 
 def _measure(
-    model: nn.Module, spots: Sequence[Entries], batches: Sequence[Batch]
+    model: nn.Module, items: Sequence[Entries], batches: Sequence[Batch]
 ) -> list[tuple[Entries, Tensor, Tensor]]:
-    """Return mean and variance of the outputs of rows and of the inputs of channels, in the order of execution."""
-    watch = _Watch({id(model.get_parameter(spot.name)): spot.name for spot in spots if not spot.is_statistic})
+    """Return (entries, mean, variance), ``[channels]``, of layers' outputs and batch norms' inputs, as they run."""
+    watch = _OutputSums({id(model.get_parameter(item.name)): item.name for item in items if not item.is_statistic})
     handles = [
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
             lambda _, args, name=name: watch.add(name, args[0], 1)
         )
-        for name in {spot.name for spot in spots if spot.is_statistic}
+        for name in {item.name for item in items if item.is_statistic}
     ]
     device = device_of(model)
     try:
@@ -207,11 +215,11 @@ def _measure(
     for name, (count, total, square) in watch.sums.items():
         mean = total / count
         variance = (square / count - mean**2).clamp_min(0) * (count / max(count - 1, 1))
-        result += [(spot, mean, variance) for spot in spots if spot.name == name and len(mean) > max(spot.where)]
+        result += [(item, mean, variance) for item in items if item.name == name and len(mean) > max(item.where)]
     return result
 
 
-class _Watch(TorchFunctionMode):
+class _OutputSums(TorchFunctionMode):
     """Torch function mode that sums the outputs of watched weights, channel by channel."""
 
     def __init__(self, watched: Mapping[int, str]) -> None:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemovedWeights:
-    """All values that one tensor has had, with a place for every unit that ever existed; ``held``: which are known."""
+    """All values that one tensor has had, with entries for every unit that ever existed; ``held``: which are known."""
 
     values: Tensor
     held: Tensor
@@ -67,31 +67,30 @@ class UndoStore:
     branches: Mapping[str, RemovedBranch] = field(default_factory=dict)
     network: str = field(default="", compare=False)
 
-    def become(self, other: "UndoStore") -> None:
-        """Take over everything of another store, once a plan was applied."""
+    def replace_contents(self, other: "UndoStore") -> None:
+        """Replace all contents of this store by those of another, in place, once a plan was applied."""
         vars(self).update(vars(other))
 
-    def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
-        """Split the store for branches that are dropped: each branch with its own part, and the rest."""
+    def split_off(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
+        """Return path → dropped branch with its part of the store, and the store without them; change nothing."""
         parts, rest = {}, self
         for branch in branches:
-            inner, rest = rest._without(branch, axes)
+            inner, rest = rest._split(branch, axes)
             # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
             parts[branch.module] = RemovedBranch(branch, axes, replace(inner, branches={}))
         return parts, rest
 
-    def _without(self, branch: Branch, axes: AxisGraph) -> "tuple[UndoStore, UndoStore]":
+    def _split(self, branch: Branch, axes: AxisGraph) -> "tuple[UndoStore, UndoStore]":
+        """Return the part of the store that lies in a branch, and the rest."""
         stays = axes.without([branch]).axes.keys()
-        inner = self.renamed(
+        inner = self.rename(
             lambda name: name if branch.holds(name) else None, lambda key: None if key in stays else key
         )
-        rest = self.renamed(
-            lambda name: None if branch.holds(name) else name, lambda key: key if key in stays else None
-        )
+        rest = self.rename(lambda name: None if branch.holds(name) else name, lambda key: key if key in stays else None)
         return inner, rest
 
-    def rejoined(self, removed: RemovedBranch) -> "UndoStore":
-        """Return the store after a branch is restored, with the cuts inside it restorable again."""
+    def rejoin(self, removed: RemovedBranch) -> "UndoStore":
+        """Return the store once a branch is restored: with the part that the branch held, and without the branch."""
         inner = removed.undo
         return replace(
             self,
@@ -101,8 +100,8 @@ class UndoStore:
             branches={path: branch for path, branch in self.branches.items() if path != removed.branch.module},
         )
 
-    def renamed(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
-        """Return the store with other names of tensors and keys of axes, without those that have no new name."""
+    def rename(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
+        """Return the store with tensors and axes renamed; ``rename`` and ``rekey`` return ``None`` to leave one out."""
 
         def moved(stored: Mapping[str, T], new_name: Callable[[str], str | None]) -> dict[str, T]:
             return {new: value for name, value in stored.items() if (new := new_name(name)) is not None}
@@ -115,10 +114,11 @@ class UndoStore:
         )
 
     def contents(self) -> dict[str, Tensor]:
-        """Return every stored tensor under a unique name, those of dropped branches too; not copied."""
+        """Return unique name → stored tensor, for all, those of dropped branches too; not copied."""
         result = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
         for path, removed in self.branches.items():
-            held = {f"{at}.{name}": t for at, one in removed.modules.items() for name, t in one.state_dict().items()}
+            modules = removed.modules.items()
+            held = {f"{at}.{name}": t for at, module in modules for name, t in module.state_dict().items()}
             held |= removed.undo.contents()
             result |= {f"branch {path} {name}": tensor for name, tensor in held.items()}
         return result
@@ -148,8 +148,8 @@ class UndoStore:
                     "rewrote weights that stayed; add a new unit: Plan.growing"
                 )
 
-    def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
-        """Return the store with places for the units that were added since."""
+    def enlarge(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
+        """Return the store with its tensors enlarged for units added since; ``next_ids``: axis key → ids in all."""
         before = {**next_ids, **self.next_ids}
         weights = {}
         for name, removed in self.weights.items():
@@ -160,8 +160,8 @@ class UndoStore:
                 )
             shape = [size_of(dim, next_ids) for dim in dims]
             if list(removed.values.shape) != shape:
-                where = _places(dims, next_ids, {key: range(n) for key, n in before.items()})
-                values, held = (_put(x.new_zeros(shape), where, x) for x in (removed.values, removed.held))
+                where = _indices(dims, next_ids, {key: range(n) for key, n in before.items()})
+                values, held = (_put_entries(x.new_zeros(shape), where, x) for x in (removed.values, removed.held))
                 removed = RemovedWeights(values, held)
             weights[name] = removed
         return replace(self, weights=weights, next_ids=dict(next_ids))
@@ -178,18 +178,18 @@ def plan_with_undo(
     undo.check(axes, plan)
     next_ids, new_ids = next_ids_after(axes, plan), ids_after(axes, plan)
     old_ids = {axis.key: axis.ids for axis in axes}
-    undo = undo.enlarged(axes, next_ids)
+    undo = undo.enlarge(axes, next_ids)
     result, weights, state = dict(values), dict(undo.weights), state_of(tensors.model)
     moves = any(change.dropped or change.restore for change in plan.changes.values())
     restores = any(change.restore for change in plan.changes.values())
     for name in sorted({axes.ties.get(name, name) for name in values} if moves else ()):
-        dims, now = axes.shapes[name], state[name].detach()
-        stored = _store(weights.get(name), now.cpu(), _places(dims, next_ids, old_ids), dims, next_ids)
+        dims, current = axes.shapes[name], state[name].detach()
+        stored = _store(weights.get(name), current.cpu(), _indices(dims, next_ids, old_ids), dims, next_ids)
         weights[name] = stored
         if restores:
             reads = name in axes.consumed
-            made = _restore(stored, values[name].cpu(), _places(dims, next_ids, new_ids), tensors.lays(name), reads)
-            result[name] = made.to(now.device)
+            new = _restore(stored, values[name].cpu(), _indices(dims, next_ids, new_ids), tensors.layouts(name), reads)
+            result[name] = new.to(current.device)
     restorable = {}
     for axis in axes:
         change = plan.changes.get(axis.key)
@@ -202,52 +202,52 @@ def plan_with_undo(
 def _store(
     stored: RemovedWeights | None, now: Tensor, where: list[Tensor], dims: tuple[Dim, ...], next_ids: Mapping[str, int]
 ) -> RemovedWeights:
-    """Return the stored values of a tensor with copies of its present ones at their places."""
+    """Return the stored values of a tensor (``None``: none yet) with those of ``now`` at indices ``where``."""
     if stored is None:
         shape = [size_of(dim, next_ids) for dim in dims]
         stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool))
     values = stored.values.to(now.dtype)  # the network may have been cast since
-    held = _put(stored.held, where, torch.ones_like(now, dtype=torch.bool))
-    return RemovedWeights(_put(values, where, now.clone()), held)
+    held = _put_entries(stored.held, where, torch.ones_like(now, dtype=torch.bool))
+    return RemovedWeights(_put_entries(values, where, now.clone()), held)
 
 
 def _restore(
-    stored: RemovedWeights, made: Tensor, where: list[Tensor], lays: Mapping[int, Layout], reads: bool
+    stored: RemovedWeights, planned: Tensor, where: list[Tensor], layouts: Mapping[int, Layout], reads: bool
 ) -> Tensor:
-    """Return a tensor after a plan with the stored values in restored units.
+    """Return ``planned``, a tensor after a plan, with the stored values in restored units.
 
-    Where it consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other
-    was cut.
+    ``where``: its indices in the stored tensor, per dimension; ``layouts``: the layouts of its dimensions. Where it
+    consumes units (``reads``), an entry of two that never existed together is 0: one was added while the other was cut.
     """
-    held, new = _get(stored.held, where), torch.zeros(made.shape, dtype=torch.bool)
-    for dim, lay in lays.items():
-        new |= lay.is_new.view([-1 if i == dim else 1 for i in range(made.dim())])
+    held, new = _take_entries(stored.held, where), torch.zeros(planned.shape, dtype=torch.bool)
+    for dim, layout in layouts.items():
+        new |= layout.is_new.view([-1 if i == dim else 1 for i in range(planned.dim())])
     known = torch.full_like(held, reads)
     for dim in range(held.dim()):
         rest = [other for other in range(held.dim()) if other != dim]
         known &= held.any(rest, keepdim=True) if rest else held
-    made = torch.where(new & ~held & known, torch.zeros_like(made), made)
-    return torch.where(new & held, _get(stored.values, where), made)
+    planned = torch.where(new & ~held & known, torch.zeros_like(planned), planned)
+    return torch.where(new & held, _take_entries(stored.values, where), planned)
 
 
-def _places(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:
-    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension."""
-    own = {key for dim in dims for key in axes_in(dim)} & ids.keys()
-    units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in own}
+def _indices(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:
+    """Return the indices of a tensor's entries in its stored tensor, per dimension; ``ids``: axis key → unit ids."""
+    keys = {key for dim in dims for key in axes_in(dim)} & ids.keys()
+    units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in keys}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
-def _get(full: Tensor, where: list[Tensor]) -> Tensor:
+def _take_entries(full: Tensor, where: list[Tensor]) -> Tensor:
     """Return the entries of a stored tensor at the given indices of each dimension (ascending)."""
     for dim, at in enumerate(where):
         full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
-def _put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
-    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
+def _put_entries(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
+    """Return a stored tensor with the entries at indices ``where``, from dimension ``dim`` on, replaced by ``part``."""
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:
-        return _put(full, where, part, dim + 1)
-    return full.index_copy(dim, where[dim], _put(full.index_select(dim, where[dim]), where, part, dim + 1))
+        return _put_entries(full, where, part, dim + 1)
+    return full.index_copy(dim, where[dim], _put_entries(full.index_select(dim, where[dim]), where, part, dim + 1))

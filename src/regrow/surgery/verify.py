@@ -8,8 +8,8 @@ from torch import nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.plan import Plan
-from regrow.surgery.apply import apply, check, record_present, try_out
-from regrow.surgery.carry import carry_out, prepare, resizing, write
+from regrow.surgery.apply import apply, check_plan, record_present, rehearse_plan
+from regrow.surgery.carry import apply_unchecked, plan_resizing, prepare, write
 from regrow.surgery.compensate import PlannedTensors
 from regrow.surgery.output_comparison import (
     RELATIVE_BOUND,
@@ -21,7 +21,7 @@ from regrow.surgery.output_comparison import (
     record_run,
     run_whole_pair,
 )
-from regrow.surgery.runner import Answers, Runner, loader, masking, run_both
+from regrow.surgery.runner import Results, Runner, make_masking, run_both, tensor_getter
 from regrow.tracing.capture import Capture, holds_numbers
 from regrow.tracing.meta_copy import cast_example, leaves_in
 from regrow.tracing.model_state import Snapshot
@@ -84,10 +84,10 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
-    check(model, axes, plan)
+    check_plan(model, axes, plan)
     runs = _Runs(model, axes, plan, example or axes.example)
-    exact_masked, exact_shrunk, decisions = runs.both(double=True)
-    masked, shrunk, _ = runs.both(double=False, decisions=decisions)
+    exact_masked, exact_shrunk, decisions = runs.run_pair(double=True)
+    masked, shrunk, _ = runs.run_pair(double=False, decisions=decisions)
     difference, largest = max_difference(exact_masked, exact_shrunk), max_magnitude(exact_masked)
     rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.shape == b.shape]
     positions = sum(a[..., 0].numel() if a.dim() else 1 for a, _ in rows)
@@ -103,17 +103,17 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     )
 
 
-def distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
-    """Yield each of many plans with max |masked − shrunk| / max |masked| in float64."""
+def measure_distances(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[tuple[Plan, float]]:
+    """Yield each plan with max |masked − cut| / max |masked| of its outputs in float64; ∞ if nothing was compared."""
     for plan in plans:
-        check(model, axes, plan)
-        masked, shrunk, _ = _Runs(model, axes, plan, axes.example).both(double=True)
+        check_plan(model, axes, plan)
+        masked, shrunk, _ = _Runs(model, axes, plan, axes.example).run_pair(double=True)
         compared = bool(common_outputs(masked, shrunk))
         yield plan, max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0) if compared else inf
 
 
 class _Runs:
-    """Runs of the network masked and cut by a plan, after the checks that :func:`regrow.apply` makes on a copy."""
+    """Runs of the masked and the cut network, after the checks that :func:`regrow.apply` makes on a copy."""
 
     def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan, example: Example) -> None:
         self.model, self.axes, self.plan, self.example = model, axes, plan, cast_example(example, model)
@@ -121,37 +121,37 @@ class _Runs:
         self.planned: Capture | None = None  # where a recording is run instead of the cut network
         if plan.changes_modules:
             return
-        rehearsal = try_out(model, axes, plan)
+        rehearsal = rehearse_plan(model, axes, plan)
         if axes.decisions is not None:
             return
         if example is axes.example:
-            known = record_present(model, axes, rehearsal.present)
-            self.recorded = Readings(known.capture, leaves_in(self.example), known.reads, axes.sizes(), ())
+            recording = record_present(model, axes, rehearsal.present)
+            self.recorded = Readings(recording.capture, leaves_in(self.example), recording.reads, axes.sizes(), ())
             self.planned = rehearsal.planned
         else:
             self.recorded = record_readings(model, axes, self.example)
-            there = replace(axes, example=self.example)
-            self.planned = record_resized(model, there, resizing(model, axes, plan))
+            example_axes = replace(axes, example=self.example)
+            self.planned = record_resized(model, example_axes, plan_resizing(model, axes, plan))
 
-    def both(self, double: bool, decisions: Decisions = ()) -> tuple[Answers, Answers, Decisions]:
-        """Run the masked and the cut network in float64 or their own precision; return outputs, and decisions."""
-        model, axes, plan, known = self.model, self.axes, self.plan, self.recorded
-        if known is None or self.planned is None:
-            taken = None if axes.decisions is None else decisions
-            carried = apply if plan.changes_modules else carry_out
-            return run_whole_pair(model, axes, plan, self.example, double, taken, carried)
+    def run_pair(self, double: bool, decisions: Decisions = ()) -> tuple[Results, Results, Decisions]:
+        """Run both networks (``double``: in float64); return the masked one's outputs, the cut one's, and decisions."""
+        model, axes, plan, recorded = self.model, self.axes, self.plan, self.recorded
+        if recorded is None or self.planned is None:
+            given = None if axes.decisions is None else decisions
+            apply_plan = apply if plan.changes_modules else apply_unchecked
+            return run_whole_pair(model, axes, plan, self.example, double, given, apply_plan)
         keep = {key: change.keep for key, change in plan.changes.items()}
-        mask = masking(known.capture, known.reads, known.sizes, keep, plan.means)
-        masked = Runner(known.capture, known.given, loader(model), double, mask, exact=lambda name: True)
+        mask = make_masking(recorded.capture, recorded.reads, recorded.sizes, keep, plan.means)
+        masked = Runner(recorded.capture, recorded.given, tensor_getter(model), double, mask, exact=lambda name: True)
         cut = PlannedTensors(model, axes, plan)
-        shrunk = Runner(self.planned, known.given, cut.load, double, exact=lambda name: not cut.computes(name))
+        shrunk = Runner(self.planned, recorded.given, cut.load, double, exact=lambda name: not cut.computes(name))
         alike = [op_name(node) for node in masked.nodes] == [op_name(node) for node in shrunk.nodes]
         # If the network runs other operations at other sizes, the two have no common blocks.
-        run_both(masked, shrunk, divide_into_blocks(known.capture) if alike else ())
-        return masked.answers, shrunk.answers, None
+        run_both(masked, shrunk, divide_into_blocks(recorded.capture) if alike else ())
+        return masked.outputs, shrunk.outputs, None
 
     def check_own_run(self) -> str:
-        """Compare the cut network's own forward pass with its recording; return why that could not be done.
+        """Raise ``PlanError`` unless the cut network runs as recorded; return why that was not compared, or ``""``.
 
         The model itself is cut for that, and restored: a copy may run otherwise.
         """

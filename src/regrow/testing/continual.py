@@ -45,20 +45,20 @@ class Subject:
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def build(self, **defaults: object) -> Any:
-        """Build the method anew; its settings go before the defaults."""
+        """Build the method and return it; its settings go before ``defaults``."""
         return self.entry.create("the method", {**defaults, **self.settings})
 
 
+# Raises `AssertionError` if the method breaks the law
 Law = Callable[[Subject], None]
-"""Raises ``AssertionError`` if the method breaks the law."""
 
 
 class StoppedError(Exception):
-    """Training was stopped on purpose."""
+    """Raised by a law to stop training on purpose, as a kill would."""
 
 
 def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
-    """Small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task."""
+    """Return small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task."""
     tasks = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -69,23 +69,25 @@ def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
 
 
 def _noisy(patterns: Tensor, size: int, generator: torch.Generator) -> Examples:
+    """Return ``size`` noisy copies of patterns, labelled by their pattern."""
     labels = torch.arange(size) % CLASSES
     noise = torch.randn(size, *patterns.shape[1:], generator=generator)
     return Examples(patterns[labels] + 0.5 * noise, labels)
 
 
 def make_network() -> tuple[nn.Module, AxisGraph]:
-    """Return a small network with random weights, and its axes."""
+    """Return a small network with new random weights, and its axes."""
     model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
     return model, trace(model, torch.zeros(2, 1, SIDE, SIDE))
 
 
 def _fit(learner: Learner[Any], tasks: list[Task], schedule: TaskSchedule = SCHEDULE) -> Fitted[Any]:
+    """Train a new small network on tasks, one after the other, and return it with its final state."""
     return learn(*make_network(), tasks, learner, schedule)
 
 
 def check_record(subject: Subject) -> None:
-    """The method is a :class:`Learner`, and its state is a frozen dataclass."""
+    """Law: the method is a :class:`Learner`, and its state is a frozen dataclass."""
     learner = subject.build()
     assert isinstance(learner, Learner), f"build returns a {type(learner).__name__}, not a Learner"
     assert_frozen(learner.state)
@@ -98,19 +100,19 @@ def assert_frozen(state: object) -> None:
 
 
 def check_learning(subject: Subject) -> None:
-    """The first task is learned to more than twice the accuracy of chance."""
+    """Law: the first task is learned to more than twice the accuracy of chance."""
     accuracy = _fit(subject.build(), make_tasks(1), replace(SCHEDULE, epochs=6)).state.rows[0][0]
     assert accuracy > 2 / CLASSES, f"accuracy {accuracy:.2f} on the first task; chance is {1 / CLASSES:.2f}"
 
 
 def check_seed(subject: Subject) -> None:
-    """Two runs with the same seed give the same weights, bit for bit."""
+    """Law: two runs with the same seed give the same weights, bit for bit."""
     first, second = (_fit(subject.build(), make_tasks()).model.state_dict() for _ in range(2))
     assert_equal_tensors(first, second, "two runs with the same seed differ")
 
 
 def check_resume(subject: Subject) -> None:
-    """Training that is stopped after each epoch in turn, and resumed from its checkpoint, ends with the same bits."""
+    """Law: training that is stopped after each epoch and resumed from its checkpoint ends with the same bits."""
     tasks = make_tasks()
     resumed = train_in_pieces(subject.build, make_network, tasks, SCHEDULE)
     assert_same_training(_fit(subject.build(), tasks), resumed)
@@ -122,7 +124,7 @@ def train_in_pieces(
     tasks: Sequence[Task],
     schedule: TaskSchedule,
 ) -> Fitted[Any]:
-    """Train, but stop after each epoch, and go on from its checkpoint as a new process would."""
+    """Return the result of training that stops after each epoch and resumes from its checkpoint in a new network."""
     (model, axes), undo, state = make_network(), UndoStore(), None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
@@ -141,7 +143,7 @@ def train_in_pieces(
 
 
 def assert_same_training(whole: Fitted[Any], resumed: Fitted[Any]) -> None:
-    """Raise an ``AssertionError`` unless training in pieces gave what training in one went gave."""
+    """Raise an ``AssertionError`` unless training in pieces gave the bits that training without stops gave."""
     where = "resumed after every epoch"
     assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), where)
     assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
@@ -149,7 +151,7 @@ def assert_same_training(whole: Fitted[Any], resumed: Fitted[Any]) -> None:
 
 
 def check_stored_state(subject: Subject) -> None:
-    """A state that is restored from its tensors and values equals the original."""
+    """Law: a state that is restored from its tensors and values equals the original."""
     learner = subject.build()
     state = _fit(learner, make_tasks()).state.learner
     restored = restore_state(learner.state, axis_tensors(state), json_values(state))
@@ -157,8 +159,8 @@ def check_stored_state(subject: Subject) -> None:
     assert axis_tensors(restored).keys() == axis_tensors(state).keys(), "tensors are missing"
 
 
-def check_plans(subject: Subject) -> None:
-    """The state follows plans of other origin that cut and widen the network, and it trains further."""
+def check_external_plans(subject: Subject) -> None:
+    """Law: the learner's state follows a cut and a growth that it did not plan itself, and training goes on."""
     learner, tasks = subject.build(), make_tasks()
     fitted = _fit(learner, tasks[:1])
     context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner
@@ -176,7 +178,7 @@ def check_plans(subject: Subject) -> None:
 
 
 def check_mixed_precision(subject: Subject) -> None:
-    """With losses computed in bfloat16, parameters and the learner's state stay in float32."""
+    """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32."""
     fitted = _fit(subject.build(), make_tasks(), replace(SCHEDULE, precision="bfloat16"))
     assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}, "parameters changed their precision"
     dtypes = {tensor.values.dtype for tensor in axis_tensors(fitted.state.learner).values()}
@@ -184,7 +186,7 @@ def check_mixed_precision(subject: Subject) -> None:
 
 
 def check_finished(subject: Subject) -> None:
-    """The network that is saved, without its learner, has the logits of the network that was evaluated."""
+    """Law: the network that is saved, without its learner, has the logits of the network that was evaluated."""
     learner, tasks = subject.build(), make_tasks()
     fitted = _fit(learner, tasks)
     state, last = fitted.state.learner, len(tasks) - 1
@@ -210,7 +212,7 @@ LAWS: Mapping[str, Law] = {
     "the same seed gives the same weights": check_seed,
     "killed and resumed gives the same bits": check_resume,
     "a stored state comes back": check_stored_state,
-    "the state follows plans": check_plans,
+    "the state follows plans": check_external_plans,
     "mixed precision keeps parameters in float32": check_mixed_precision,
     "the finished network is the one evaluated": check_finished,
 }

@@ -31,7 +31,10 @@ DOMAINS = 3
 
 
 def make_network(order: Sequence[int] | None = None, *, tied: bool = False) -> tuple[nn.Module, AxisGraph]:
-    """A small classifier in float64 with fixed random weights, and its axes."""
+    """Return a small classifier in float64 with fixed random weights, and its axes.
+
+    ``order``: a permutation of the first layer's units; ``tied``: with two layers more, which share a weight.
+    """
     torch.manual_seed(0)
     first, second = WIDTHS
     model = nn.Sequential(
@@ -65,12 +68,13 @@ def make_sources() -> list[Source]:
 
 
 def _cut(subject: Subject, model: nn.Module, axes: AxisGraph, keep: float = 0.5) -> Cut:
+    """Return what the method would cut to keep a fraction of the weights; the network stays unchanged."""
     pruner: Pruner = subject.build()
     return plan_cut(pruner, model, axes, Budget(keep), collect_evidence(model, axes, pruner, make_sources()))
 
 
 def check_record(subject: Subject) -> None:
-    """The method is a :class:`Pruner`, and every setting is documented in the docstring of its settings."""
+    """Law: the method is a :class:`Pruner`, and every setting is documented in the docstring of its settings."""
     pruner = subject.build()
     assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
     settings = subject.entry.settings
@@ -79,7 +83,7 @@ def check_record(subject: Subject) -> None:
 
 
 def check_budget(subject: Subject) -> None:
-    """A budget is met within one unit, and never exceeded."""
+    """Law: a budget is met within one unit, and never exceeded."""
     model, axes = make_network()
     cost, sizes = Cost(axes), axes.sizes()
     unit = max(cost.total - cost({**sizes, axis.key: axis.size - 1}) for axis in axes.units()) / cost.total
@@ -90,7 +94,7 @@ def check_budget(subject: Subject) -> None:
 
 
 def check_seed(subject: Subject) -> None:
-    """The same seed gives the same plan, the plan survives JSON, and planning does not change the network."""
+    """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network."""
     model, axes = make_network()
     before = copy.deepcopy(model.state_dict())
     first, second = (_cut(subject, model, axes).plan for _ in range(2))
@@ -100,7 +104,7 @@ def check_seed(subject: Subject) -> None:
 
 
 def check_cut(subject: Subject) -> None:
-    """The plan is valid, the cut network computes what the masked one does, and its outputs are finite."""
+    """Law: the plan is valid, the cut network computes what the masked one does, and its outputs are finite."""
     model, axes = make_network()
     inputs = torch.randn(5, INPUTS, dtype=torch.float64)
     for keep in KEEPS:
@@ -113,7 +117,7 @@ def check_cut(subject: Subject) -> None:
 
 
 def check_scores(subject: Subject) -> None:
-    """Every axis that may be cut is scored, one finite number per unit, also where two layers share a weight."""
+    """Law: every axis that may be cut is scored, one finite number per unit, also where two layers share a weight."""
     for tied in (False, True):
         model, axes = make_network(tied=tied)
         values = _cut(subject, model, axes).scores.values
@@ -125,7 +129,7 @@ def check_scores(subject: Subject) -> None:
 
 
 def check_compensation(subject: Subject) -> None:
-    """Compensation, if there is any, moves the network's outputs closer to those of the dense network."""
+    """Law: compensation, if there is any, moves the network's mean outputs closer to those of the dense network."""
     model, axes = make_network()
     plan = _cut(subject, model, axes).plan
     if not plan.means:
@@ -141,12 +145,12 @@ def check_compensation(subject: Subject) -> None:
 
 
 def check_permutation(subject: Subject) -> None:
-    """Permuting the units of a network permutes the plan."""
+    """Law: permuting the units of a network permutes the plan."""
     order = torch.randperm(WIDTHS[0], generator=torch.Generator().manual_seed(1)).tolist()
     plans = [_cut(subject, *make_network(units)).plan for units in (None, order)]
     key = "0.weight:0"
-    kept, moved = ([*plan.changes[key].keep] if key in plan.changes else [*range(WIDTHS[0])] for plan in plans)
-    assert sorted(order[unit] for unit in moved) == sorted(kept), "other units are kept of a permuted network"
+    kept, permuted = ([*plan.changes[key].keep] if key in plan.changes else [*range(WIDTHS[0])] for plan in plans)
+    assert sorted(order[unit] for unit in permuted) == sorted(kept), "other units are kept of a permuted network"
 
 
 LAWS: Mapping[str, Law] = {
@@ -175,14 +179,15 @@ def make_task(checkpoint: Path | None = None, progress: Progress = silent) -> Re
 
 
 def _recover(subject: Subject, task: RecoveryTask) -> dict[str, Tensor]:
+    """Recover a task's network in place and return its state dict."""
     subject.build()(task)
     return task.model.state_dict()
 
 
-def check_recovery_shapes(subject: Subject) -> None:
-    """The network keeps its shapes (biases may be added), its numbers stay finite, and the dense one stays as it is."""
+def check_recovered_network(subject: Subject) -> None:
+    """Law: the network keeps its shapes (biases may be added) and finite numbers, and the dense one stays as it is."""
     task = make_task()
-    before, dense = copy.deepcopy(task.model.state_dict()), copy.deepcopy(task.dense.state_dict())
+    before, dense_before = (copy.deepcopy(network.state_dict()) for network in (task.model, task.dense))
     after = _recover(subject, task)
     changed = [name for name, value in before.items() if name not in after or after[name].shape != value.shape]
     assert not changed, f"shapes changed: {', '.join(changed)}"
@@ -190,11 +195,11 @@ def check_recovery_shapes(subject: Subject) -> None:
     assert not added, f"parameters were added: {', '.join(added)}"
     broken = [name for name, value in after.items() if not bool(value.isfinite().all())]
     assert not broken, f"numbers are not finite: {', '.join(broken)}"
-    assert_equal_tensors(dense, task.dense.state_dict(), "the dense network was changed")
+    assert_equal_tensors(dense_before, task.dense.state_dict(), "the dense network was changed")
 
 
 def check_recovery_seed(subject: Subject) -> None:
-    """The same seed gives the same weights, bit for bit, and a cut network is changed."""
+    """Law: the same seed gives the same weights, bit for bit, and a cut network is changed."""
     first, second = (_recover(subject, make_task()) for _ in range(2))
     assert_equal_tensors(first, second, "two runs with the same seed differ")
     cut = make_task().model.state_dict()
@@ -202,7 +207,7 @@ def check_recovery_seed(subject: Subject) -> None:
 
 
 def check_recovery_resume(subject: Subject) -> None:
-    """Stopped in the middle and resumed from its checkpoint, a recovery ends with the same bits."""
+    """Law: a recovery that is stopped in the middle and resumed from its checkpoint ends with the same bits."""
 
     def stop(done: int, total: int, what: str) -> None:
         if 2 * done >= total:
@@ -217,7 +222,7 @@ def check_recovery_resume(subject: Subject) -> None:
 
 
 RECOVERY_LAWS: Mapping[str, Law] = {
-    "shapes stay, and the dense network too": check_recovery_shapes,
+    "shapes stay, and the dense network too": check_recovered_network,
     "the same seed gives the same weights": check_recovery_seed,
     "killed and resumed gives the same bits": check_recovery_resume,
 }

@@ -36,16 +36,16 @@ SIDE, CLASSES = 8, 4
 SPACE = supernet_config(
     (1, SIDE, SIDE), CLASSES, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"), heads=(0,)
 )
-"""A space of two cells, each with a classifier, so that it can be searched in one stage or in two."""
+
 ORIGIN = Origin("cells", "cells", SPACE, "cells")
 SCHEDULE = TaskSchedule(epochs=4, batch_size=48, lr=0.02)
+# Measure → how much may be left of about 3,000
 TARGETS = {"params": 1500.0, "nonzero": 1200.0}
-"""Measure → how much may be left of about 3,000."""
 TASK = make_tasks(1, SIDE)[0]
 
 
 def make_network() -> tuple[Cells, AxisGraph]:
-    """The space as a network with fixed random weights, and its axes."""
+    """Return the space as a network with fixed random weights, and its axes as of a new trace."""
     axes = replace(_trace_space(), network=uuid4().hex)  # as if it were traced anew
     torch.manual_seed(0)
     return Cells(SPACE), axes
@@ -53,20 +53,23 @@ def make_network() -> tuple[Cells, AxisGraph]:
 
 @cache
 def _trace_space() -> AxisGraph:
+    """Return the axes of the space, traced once."""
     return trace(Cells(SPACE), torch.zeros(2, 1, SIDE, SIDE))
 
 
 def _measure_of(subject: Subject) -> str:
+    """Return the measure in the method's settings, ``params`` unless given."""
     return str(subject.settings.get("measure", "params"))
 
 
 def _build(subject: Subject) -> Search:
+    """Build the method for the space, with the target of its measure, and return it."""
     search: Search = subject.build(target=TARGETS[_measure_of(subject)], measure="params", stages=(1,))
     return search
 
 
 def _search(subject: Subject) -> tuple[Search, Fitted[Any], Context]:
-    """Search, without the plans after the last epoch."""
+    """Search; return the method, the network and state, and the context, before the plans after the last epoch."""
     search, undo = _build(subject), UndoStore()
     fitted = learn(*make_network(), [TASK], search.learner, SCHEDULE, options=FitOptions(undo=undo))
     epochs, steps = SCHEDULE.epochs, -(-len(TASK.train) // SCHEDULE.batch_size)
@@ -74,14 +77,14 @@ def _search(subject: Subject) -> tuple[Search, Fitted[Any], Context]:
 
 
 def check_record(subject: Subject) -> None:
-    """The method is a frozen record, and so is the state of its learner."""
+    """Law: the method is a frozen record, and so is the state of its learner."""
     search = _build(subject)
     assert isinstance(search, Search), f"build returns a {type(search).__name__}, not a Search"
     assert_frozen(search.learner.state)
 
 
 def check_target(subject: Subject) -> None:
-    """The network that is found meets the target, as a plain network with nothing masked."""
+    """Law: the network that is found meets the target, as a plain network with nothing masked."""
     search, fitted, context = _search(subject)
     fitted, _ = finish_training(search.learner, fitted, context)
     plain, _ = extract_network(fitted.model, ORIGIN)
@@ -91,13 +94,13 @@ def check_target(subject: Subject) -> None:
 
 
 def check_resume(subject: Subject) -> None:
-    """A search that is stopped after each epoch in turn, and resumed from its checkpoint, ends with the same bits."""
+    """Law: a search that is stopped after each epoch and resumed from its checkpoint ends with the same bits."""
     _, whole, _ = _search(subject)
     assert_same_training(whole, train_in_pieces(lambda: _build(subject).learner, make_network, [TASK], SCHEDULE))
 
 
 def check_finished(subject: Subject) -> None:
-    """The finished network gives the masked one's outputs, and so does the plain network that is built from it."""
+    """Law: the finished network gives the masked one's outputs, and so does the plain network built from it."""
     search, fitted, context = _search(subject)
     inputs, masked = first_examples(TASK.test, 8).inputs, list[Tensor]()
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
-from regrow.core.candidates import Candidates, candidates_in
+from regrow.core.candidates import Candidates, candidate_paths
 from regrow.tracing.capture import Capture, capture, in_eval_mode, silence_torch, trim_error
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
@@ -102,7 +102,7 @@ def list_candidates(model: nn.Module) -> dict[str, Branch]:
     """Return path → branch of every operation of a :class:`regrow.Candidates`; these need no analysis."""
     return {
         path: Branch(path, {path: Placeholder("nothing", 0)})
-        for parent, paths in candidates_in(model).items()
+        for parent, paths in candidate_paths(model).items()
         for path in paths
         if type(model.get_submodule(parent)).forward is Candidates.forward
         and not isinstance(model.get_submodule(path), PlaceholderModule)

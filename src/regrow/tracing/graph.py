@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from regrow.core.axes import Axis, AxisGraph, Dim, Example, Mark, Product, Role, Slot, Sum, Work, axes_in, size_of
-from regrow.core.axes.axis import occurrences
+from regrow.core.axes.axis import find_occurrences
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
@@ -190,7 +190,7 @@ def _find_slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
         sizes = {key: leaf.size for key, leaf in inside.items()}
         dim = Names({leaf.number: key for key, leaf in inside.items()}).dim(expr)
         for key, leaf in inside.items():
-            for loops, inner, offset in occurrences(dim, key, sizes):
+            for loops, inner, offset in find_occurrences(dim, key, sizes):
                 # the outermost loop is the slot's own; each turn of the inner ones gives a slot
                 starts = [
                     offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))

@@ -18,7 +18,7 @@ from regrow.core.objectives import CLASSIFICATION, Objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Log, discard
 from regrow.core.sources import device_of, logits_in
-from regrow.core.tasks import Examples, Task, among, run_network
+from regrow.core.tasks import Examples, Task, mask_classes, run_network
 from regrow.surgery import UndoStore
 
 S = TypeVar("S")
@@ -113,7 +113,7 @@ class Context:
 
     def logits(self, inputs: Any) -> Tensor:
         """Return the network's logits ``[N, classes]`` for inputs ``[N, ...]``; −∞ for classes outside ``classes``."""
-        return among(logits_in(run_network(self.model, inputs, self.device)), self.classes)
+        return mask_classes(logits_in(run_network(self.model, inputs, self.device)), self.classes)
 
     def replay_logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return logits of examples of any task so far; with ``classes``, over those of the example's own task.
@@ -132,7 +132,7 @@ class Context:
         for task in self.past:
             of_task = torch.zeros_like(classes).index_fill(0, torch.tensor(task.classes, device=labels.device), True)
             choice = torch.where((of_task & ~classes)[labels][:, None], of_task, choice)
-        return among(logits, choice)
+        return mask_classes(logits, choice)
 
     def generator(self, *purpose: int) -> torch.Generator:
         """Return a new random generator on the CPU that depends only on the seed, the task and ``purpose``.

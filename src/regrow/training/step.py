@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from regrow.core.candidates import run_whole
+from regrow.core.candidates import all_parts_active
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
 from regrow.distributed.parallel import Parallel
@@ -99,7 +99,7 @@ def apply_plan(
     before, old_tensors = context, axis_tensors(state)
     # No optimizer knows the group of what a plan brings back yet.
     resized = [optimizers.network] if optimizers and not plan.back else []
-    with run_whole(context.model):
+    with all_parts_active(context.model):
         model, axes = apply(context.model, context.axes, plan, optimizers=resized, undo=context.undo)
     context = replace(context, model=model, axes=axes, plans_applied=context.plans_applied + 1)
     state = follow_plan(state, before.axes, plan)

@@ -17,7 +17,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tasks import Task
 from regrow.data.batch_streams import BatchStream
-from regrow.surgery.insert import renaming
+from regrow.surgery.insert import make_rename
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.tracing.capture import in_eval_mode, keep_modes
 from regrow.training.fit import FitOptions, fit
@@ -146,7 +146,7 @@ def find_added_entries(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[st
 
     ``model`` is the grown network, ``axes`` are those before ``plan``.
     """
-    rename = renaming(model, plan)
+    rename = make_rename(model, plan)
     old_names = {rename(name): name for name in axes.shapes}
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from torch import nn
 from hand import lm, texts, timed
 from regrow import apply, trace
 from regrow.allocation.cost import cost_of
-from regrow.core.amounts import STEPS, Measure, Target
+from regrow.core.amounts import STEPS_PER_UNIT, Measure, Target
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.scores import Evidence
@@ -56,7 +56,7 @@ def test_the_target_is_met_with_round_and_regular_widths(
     )
     assert asked.target is not None
     whole = cost_of(axes, asked).total
-    asked = replace(asked, target=replace(asked.target, amount=0.75 * whole / STEPS.get(measure, 1)))
+    asked = replace(asked, target=replace(asked.target, amount=0.75 * whole / STEPS_PER_UNIT.get(measure, 1)))
     check_pruning(method, axes, asked, sources)
     plan = plan_cut(method, model, axes, asked, evidence).plan
     sizes = plan.sizes(axes)

@@ -18,7 +18,7 @@ from methods.search.searches import (
 )
 from regrow import trace
 from regrow.allocation.darts import Edges
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build
 from regrow.nets.cells import Cells, supernet_config
@@ -135,7 +135,7 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run, task):
     _, context, state = end(run, task, 1e4)
     share = dict(zip(state.layout.ops, state.edges.share(state.alpha.values.detach()).tolist(), strict=True))
     model = run[2]
-    for path, paths in candidates_in(model).items():
+    for path, paths in candidate_paths(model).items():
         sources = dict(zip(paths, model.get_submodule(path).sources, strict=True))
         left = [one for one in paths if one in context.axes.branches]
         assert len({sources[one] for one in left}) == len(left) == 2

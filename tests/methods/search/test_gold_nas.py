@@ -7,7 +7,7 @@ import torch
 
 from methods.search.searches import change, compute_loss, draw, finalize, replace_parameters, size, start, train, write
 from regrow import trace
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.tasks import Examples
 from regrow.methods.search.commit import plan_drop
 from regrow.methods.search.gold_nas import Settings, build
@@ -107,7 +107,7 @@ def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task,
     context, state = change(search, state, context, drop)
     assert all(set(paths) & set(context.axes.branches) for paths in context.model.required_groups())
     ops = search.masks(state, context, None, False).ops
-    assert not bool(state.layout.open(ops).any())  # each that is left is the last of its node or of its input
+    assert not bool(state.layout.removable(ops).any())  # each that is left is the last of its node or of its input
     search, state, context = begun(axes, task, target=6000.0, drops_per_epoch=1000, keep_above=1.0)
     whole_size, prices = size(search, state, context), state.layout.prices().tolist()
     prices = dict(zip(state.layout.ops, prices, strict=True))
@@ -175,7 +175,7 @@ def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     write(search, state, context)
     assert torch.equal(net.logits_at(task.test.inputs, 1), masked)
     assert state.saved.filters == state.saved.weights == 0
-    assert {*candidates_in(net)} == {*candidates_in(network())}  # each node is still there
+    assert {*candidate_paths(net)} == {*candidate_paths(network())}  # each node is still there
 
 
 def test_what_says_nothing_is_refused(task, axes):

@@ -329,7 +329,7 @@ def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
         assert with_both == cost == penalty == neither
     else:  # all weigh the same
         assert penalty - neither == pytest.approx(0.05 * math.log(2) * len(layout.ops), rel=1e-3)
-        lifted = float((layout.typical() - layout.prices()).clamp_min(0).sum())
+        lifted = float((layout.mean_node_prices() - layout.prices()).clamp_min(0).sum())
         assert cost - neither == pytest.approx(lifted / allowed, rel=1e-3)
         assert with_both - neither == pytest.approx(cost + penalty - 2 * neither, rel=1e-3)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 from uuid import uuid4
 
@@ -27,7 +28,7 @@ from regrow.core.axes.axis import (
     Slot,
     Sum,
     axes_in,
-    divided,
+    divide_dims,
     size_of,
 )
 from regrow.core.axes.operations import Branch, Decision, Fold, RecordedStep, Tracer, Work
@@ -49,7 +50,7 @@ __all__ = [
     "Sum",
     "Work",
     "axes_in",
-    "block",
+    "common_block",
     "matches",
     "size_of",
 ]
@@ -57,7 +58,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table of axes; a unit saves ``unit_params`` and ``unit_macs``, 0 on a frozen axis."""
+    """One axis in the table of axes; cutting a unit saves ``unit_params`` and ``unit_macs``, 0 if it is frozen."""
 
     key: str
     label: str
@@ -144,6 +145,7 @@ class AxisGraph:
 
     @property
     def _note(self) -> str:
+        """The line below the tables: the summary, and why the recording is unproven."""
         return self.summary() + (f"; unproven on the network itself: {self.unproven}" if self.unproven else "")
 
     @property
@@ -153,7 +155,7 @@ class AxisGraph:
 
     @cached_property
     def consumed(self) -> Mapping[str, frozenset[int]]:
-        """Tensor name → the dimensions in which it consumes axes; without the tensors that consume none."""
+        """Tensor name → the indices of the dimensions in which it consumes axes; without tensors that consume none."""
         result: dict[str, set[int]] = {}
         for axis in self:
             for slot in axis.slots:
@@ -178,12 +180,12 @@ class AxisGraph:
         return first.shape[0] if last == first.shape[0] else 1
 
     def work_per_example(self) -> tuple[Work, ...]:
-        """Return the contractions for a single example; those that do not depend on the batch stay whole."""
-        many = self.batch_size()
-        return self.work if many == 1 else tuple(replace(work, dims=divided(work.dims, many)) for work in self.work)
+        """Return ``work`` of a single example of the batch; contractions that do not depend on the batch stay whole."""
+        size = self.batch_size()
+        return self.work if size == 1 else tuple(replace(work, dims=divide_dims(work.dims, size)) for work in self.work)
 
     def inventory(self) -> list[Row]:
-        """Return one row per axis, in the order of the network."""
+        """Return one row of the table per axis, frozen ones too, in the order of the network."""
         sizes = self.sizes()
         names = [name for name in self.shapes if name in self.parameters and name not in self.ties]
         parameters = unit_costs(sizes, [self.shapes[name] for name in names])
@@ -195,7 +197,7 @@ class AxisGraph:
                 Row(
                     key=axis.key,
                     label=axis.label,
-                    block=block(names),
+                    block=common_block(names),
                     size=axis.size,
                     mark=str(axis.mark),
                     reason=axis.reason,
@@ -208,11 +210,11 @@ class AxisGraph:
         return rows
 
     def tables(self, *, everything: bool = False) -> tuple[Table, Table]:
-        """Return the tables of ``regrow show``: the axes that can be cut, by kind, and the frozen ones, by reason."""
-        return tables_of(self.inventory(), everything=everything)
+        """Return the tables of ``regrow show``: free axes by kind, frozen ones by reason (``everything``: by key)."""
+        return make_tables(self.inventory(), everything=everything)
 
     def count_entries(self, names: Iterable[str], sizes: Mapping[str, int]) -> int:
-        """Return how many entries tensors have together at given axis sizes."""
+        """Return how many entries the named tensors have together at the given axis sizes (key → size, all axes)."""
         return sum(size_of(Product(self.shapes[name]), sizes) for name in names)
 
     def summary(self) -> str:
@@ -250,20 +252,20 @@ class AxisGraph:
         return tuple(axis for axis in chosen if axis.inside not in keys)
 
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
-        """Return a copy without everything that dropping some branches removes, for costing what is left."""
+        """Return a copy without the tensors, axes and work that dropping ``branches`` removes."""
         removed = list(branches)
         return self.restricted(lambda name: not any(branch.holds(name) for branch in removed))
 
     def restricted(self, stays: Callable[[str], bool]) -> "AxisGraph":
-        """Return a copy with the modules and tensors alone whose names stay, and with what is made of them."""
+        """Return a copy with only the modules and tensors whose names ``stays`` accepts, and the axes they hold."""
 
         def filtered(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in values.items() if stays(name)}
 
         slots = {axis.key: tuple(slot for slot in axis.slots if stays(slot.name)) for axis in self}
-        axes = {key: replace(self[key], slots=left) for key, left in slots.items() if left}
+        axes = {key: replace(self[key], slots=kept) for key, kept in slots.items() if kept}
 
-        def known(*dims: Dim) -> bool:
+        def valid(*dims: Dim) -> bool:
             return axes.keys() >= set(axes_in(Product(dims)))
 
         return replace(
@@ -274,9 +276,9 @@ class AxisGraph:
             counted=tuple(filter(stays, self.counted)),
             itemsize=filtered(self.itemsize),
             ties=filtered(self.ties),
-            work=tuple(work for work in self.work if stays(work.module) and known(*work.dims)),
-            caches=tuple(cache for cache in self.caches if stays(cache.module) and known(*cache.keys, *cache.values)),
-            integers={at: dim for at, dim in self.integers.items() if stays(at.partition(":")[0]) and known(dim)},
+            work=tuple(work for work in self.work if stays(work.module) and valid(*work.dims)),
+            caches=tuple(cache for cache in self.caches if stays(cache.module) and valid(*cache.keys, *cache.values)),
+            integers={name: dim for name, dim in self.integers.items() if stays(name.partition(":")[0]) and valid(dim)},
             folds=tuple(fold for fold in self.folds if stays(fold.weight)),
             unreached=tuple(filter(stays, self.unreached)),
         )
@@ -292,16 +294,16 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def unit_costs(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Counter[str]:
-    """Return by how much a sum of products of sizes falls if an axis loses one unit, by axis key."""
-    less = Counter[str]()
+    """Return axis key → by how much a sum of products of dimensions falls if that axis loses one unit."""
+    savings = Counter[str]()
     for dims in map(Product, products):
         for key in set(axes_in(dims)):
-            less[key] += size_of(dims, sizes) - size_of(dims, ChainMap({key: sizes[key] - 1}, sizes))
-    return less
+            savings[key] += size_of(dims, sizes) - size_of(dims, ChainMap({key: sizes[key] - 1}, sizes))
+    return savings
 
 
-def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
-    """Return a table of the axes that can be cut, by kind, and one of the frozen axes, by reason or (all) by key."""
+def make_tables(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
+    """Return a table of the free axes, by kind, and one of the frozen axes, by reason (``everything``: by key)."""
     alike: dict[tuple[str, str, bool], list[Row]] = {}
     reasons: dict[str, list[Row]] = {}
     for row in rows:
@@ -310,7 +312,7 @@ def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
         else:
             alike.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
     columns = ("made by → read by", "where", "axes", "units", "mark", "parameters a unit", "MACs a unit")
-    free = Table("What can be cut", columns, list(map(_describe_kind, alike.values())), (2, 3, 5, 6))
+    free = Table("What can be cut", columns, list(map(_summarize_rows, alike.values())), (2, 3, 5, 6))
     if everything:
         each = [(row.key, row.size, row.reason) for (row,) in reasons.values()]
         return free, Table("Frozen", ("axis", "units", "why"), each, (1,))
@@ -319,9 +321,11 @@ def tables_of(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
     return free, Table("Frozen", ("axes", "why (of the first)", "the first"), lines, (0,))
 
 
-def _describe_kind(rows: Sequence[Row]) -> tuple[object, ...]:
+def _summarize_rows(rows: Sequence[Row]) -> tuple[object, ...]:
+    """Return the cells of a table row for axes of one kind, with spans where they differ (``8–16``)."""
     first, blocks = rows[0], [row.block for row in rows if row.block]
-    where = f"{blocks[0]} … {blocks[-1]}" if len(blocks) > 1 else (blocks[0] if blocks else first.key)
+    where = blocks[0] if blocks else first.key
+    where += f" … {blocks[-1]}" if len(blocks) > 1 else ""
     spans = []
     for numbers in zip(*((row.size, row.unit_params, row.unit_macs) for row in rows), strict=True):
         low, high = min(numbers), max(numbers)
@@ -330,12 +334,9 @@ def _describe_kind(rows: Sequence[Row]) -> tuple[object, ...]:
     return first.label, where, len(rows), spans[0], mark, *spans[1:]
 
 
-def block(names: list[str]) -> str:
-    """Return the longest numbered path prefix that all names share, such as ``model.layers.7``; or ``""``."""
-    shared: list[str] = []
-    for level in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
+def common_block(names: list[str]) -> str:
+    """Return the path of the outermost numbered block in which all names lie (``model.layers.7``); empty if none."""
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     numbered = [i for i, part in enumerate(shared) if part.isdigit()]
     return ".".join(shared[: numbered[0] + 1]) if numbered else ""

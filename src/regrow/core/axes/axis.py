@@ -39,7 +39,7 @@ Dim = int | str | Product | Sum
 
 @dataclass(frozen=True)
 class Cache:
-    """The keys and values that one attention caches per token, before key-value heads are repeated."""
+    """Dimensions of the keys and values that one attention caches per token, before key-value heads are repeated."""
 
     module: str
     keys: tuple[Dim, ...]
@@ -74,12 +74,12 @@ def axes_in(dim: Dim) -> Iterator[str]:
                 yield from axes_in(part)
 
 
-def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """Yield each place of an axis in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
+def find_occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+    """Yield, per place of axis ``key`` in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
 
     Loops that continue each other without a gap are one; the longest comes first.
 
-    >>> list(occurrences(Product((3, Sum(("a", 2)))), "a", {"a": 4}))
+    >>> list(find_occurrences(Product((3, Sum(("a", 2)))), "a", {"a": 4}))
     [([(3, 6)], 1, 0)]
     """
     match dim:
@@ -88,42 +88,42 @@ def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[
         case Sum(parts):
             before = 0
             for part in parts:
-                for loops, inner, offset in occurrences(part, key, sizes):
+                for loops, inner, offset in find_occurrences(part, key, sizes):
                     yield loops, inner, offset + before
                 before += size_of(part, sizes)
         case Product(parts):
             for i, part in enumerate(parts):
-                times, tail = (size_of(Product(some), sizes) for some in (parts[:i], parts[i + 1 :]))
-                for loops, inner, offset in occurrences(part, key, sizes):
+                times, tail = size_of(Product(parts[:i]), sizes), size_of(Product(parts[i + 1 :]), sizes)
+                for loops, inner, offset in find_occurrences(part, key, sizes):
                     around = [(times, size_of(part, sizes) * tail)] if times > 1 else []
-                    yield _merged([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
+                    yield _merge_loops([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
 
 
-def divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
-    """Return dimensions divided by ``many`` if their fixed sizes contain that factor; unchanged otherwise.
+def divide_dims(dims: tuple[Dim, ...], divisor: int) -> tuple[Dim, ...]:
+    """Return dimensions whose product is divided by ``divisor``, if their fixed sizes contain it; else unchanged.
 
-    >>> divided((128, "a", 3), 64), divided((3, "a"), 64)
+    >>> divide_dims((128, "a", 3), 64), divide_dims((3, "a"), 64)
     ((2, 'a', 3), (3, 'a'))
     """
-    left = many
+    rest = divisor  # what is still to be divided out
 
-    def without(dim: Dim) -> Dim:
-        nonlocal left
+    def divide(dim: Dim) -> Dim:
+        nonlocal rest
         match dim:
             case int():
-                shared = gcd(dim, left)
-                left //= shared
+                shared = gcd(dim, rest)
+                rest //= shared
                 return dim // shared
             case Product(parts):
-                return Product(tuple(without(part) for part in parts))
+                return Product(tuple(map(divide, parts)))
         return dim
 
-    result = tuple(without(dim) for dim in dims)
-    return result if left == 1 else dims
+    result = tuple(map(divide, dims))
+    return result if rest == 1 else dims
 
 
-def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merge loops that continue each other without a gap, and sort them by length, longest first."""
+def _merge_loops(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return loops ``(times, stride)`` with those merged that continue each other without a gap, longest first."""
     merged: list[tuple[int, int]] = []
     for times, stride in sorted(loops, key=lambda loop: -loop[1]):
         if merged and merged[-1][1] == times * stride:
@@ -241,7 +241,7 @@ class Axis:
 
     @property
     def kind(self) -> tuple[int, tuple[tuple[str, int, int, int, int, int, Role], ...]]:
-        """Return a key that is equal for axes of the same size and role in different blocks, ignoring block numbers."""
+        """A key that is equal for axes of the same size and slots in different blocks: its names have no numbers."""
         slots = {
             (re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role)
             for s in self.slots
@@ -249,22 +249,22 @@ class Axis:
         return (self.size, tuple(sorted(slots)))
 
     def consumers(self) -> tuple[Slot, ...]:
-        """Return the slots of dimensions that consume the units as input."""
+        """Return the slots in dimensions that consume the units as input (the other roles are left out)."""
         return tuple(slot for slot in self.slots if slot.role is Role.CONSUMES)
 
     @property
     def label(self) -> str:
         """Name of the axis in reports, equal in every block: producers → consumers (``up_proj → down_proj``)."""
-        made = _modules(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
-        read = _modules(slot.name for slot in self.consumers())
+        producers = _module_names(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
+        consumers = _module_names(slot.name for slot in self.consumers())
         widths = {slot.inner for slot in self.consumers() if slot.inner > 1}
-        every = made or _modules(slot.name for slot in self.slots)
-        text = f"{_listed(made)} → {_listed(read)}" if read else _listed(every)
+        every = producers or _module_names(slot.name for slot in self.slots)
+        text = f"{_join_names(producers)} → {_join_names(consumers)}" if consumers else _join_names(every)
         return f"{text} (blocks of {min(widths)})" if widths else text
 
 
-def _modules(names: Iterable[str]) -> list[str]:
-    """Return the last named module in each tensor name, without numbers and repetitions."""
+def _module_names(names: Iterable[str]) -> list[str]:
+    """Return the last named module in each tensor name, without numbers and repetitions (``up_proj``)."""
     result = []
     for name in names:
         parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
@@ -272,7 +272,8 @@ def _modules(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(result))
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
+    """Return up to three names with commas, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

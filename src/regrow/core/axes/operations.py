@@ -32,7 +32,7 @@ Numbers = tuple[Number | tuple[Number, ...], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply–accumulates of one contraction in a module: the product of the sizes of ``dims``."""
+    """One contraction in a module; its multiply–accumulates are the product of the sizes of ``dims``."""
 
     module: str
     op: str
@@ -89,7 +89,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Decision:
-    """A data-dependent value that the network used in one run, such as the result of ``.item()`` or of an NMS."""
+    """A data-dependent value (``answer``) that the network used in one run: the result of ``.item()`` or of an NMS."""
 
     op: str
     module: str
@@ -125,7 +125,10 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Branch:
-    """A module that can be dropped, or the reason why not; placeholders replace it and what only it uses."""
+    """A module that can be dropped, or the ``reason`` why not; ``placeholders``: path → what replaces that module.
+
+    They replace the module itself and modules that only it uses.
+    """
 
     module: str
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
@@ -142,7 +145,7 @@ class Branch:
         return self.placeholders[self.module].gives if self.free else ""
 
     def holds(self, name: str) -> bool:
-        """Whether a module or tensor is removed when the branch is dropped.
+        """Whether the module or tensor ``name`` is removed when the branch is dropped.
 
         >>> Branch("a.b", {"a.b": Placeholder("zero", 0)}).holds("a.b.weight")
         True
@@ -151,7 +154,7 @@ class Branch:
 
 
 def lies_in(name: str, path: str) -> bool:
-    """Whether a dotted name is that of a module or of anything inside it.
+    """Whether the dotted ``name`` is the module ``path`` itself or lies inside it.
 
     >>> lies_in("a.b.weight", "a.b"), lies_in("a.bc.weight", "a.b")
     (True, False)

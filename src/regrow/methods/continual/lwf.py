@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import logits_in
-from regrow.core.tasks import among, run_network
+from regrow.core.tasks import mask_classes, run_network
 from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
@@ -48,7 +48,7 @@ def build(settings: Settings) -> Learner[LwfState]:
 
     def compute_loss(state: LwfState, context: Context, step: Step) -> Loss:
         logits = logits_in(run_network(context.model, step.batch.inputs))
-        loss = F.cross_entropy(among(logits, context.classes), step.batch.labels)
+        loss = F.cross_entropy(mask_classes(logits, context.classes), step.batch.labels)
         if not context.number:
             return Loss(loss)
         teacher_logits = _compute_teacher_logits(state, context, step.batch.inputs)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.tasks import among
+from regrow.core.tasks import mask_classes
 from regrow.settings.constraints import CheckedSettings, Count, NonNegative
 from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
 from regrow.training.learner import Context, Learner, Loss, Step
@@ -62,7 +62,7 @@ def build(settings: Settings) -> Learner[ReplayState]:
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
         logits = context.logits(batch.inputs)
-        task_logits = among(logits, context.task_classes) if settings.asymmetric_loss else logits
+        task_logits = mask_classes(logits, context.task_classes) if settings.asymmetric_loss else logits
         loss = F.cross_entropy(task_logits, batch.labels)
         rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:

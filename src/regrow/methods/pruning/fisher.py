@@ -24,9 +24,9 @@ from regrow.core.sources import Batch, device_of
 from regrow.methods.pruning.pruner import Kept, Pruner, PruningTask, Ranking, simple_pruner
 from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import fisher
-from regrow.scoring.spaces import inner
+from regrow.scoring.spaces import select_inner
 from regrow.settings.constraints import CheckedSettings, OneOf
-from regrow.surgery.gate import gate_inputs, gates_of
+from regrow.surgery.gate import gate_inputs, make_gates
 
 CITATION = (
     "Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787; for masks as "
@@ -91,7 +91,7 @@ def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
     note says either. Leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
     """
     scores = _score_units(task, per_weight=False)
-    inside = {axis.key for axis in inner(task.units)}
+    inside = {axis.key for axis in select_inner(task.units)}
     candidates: dict[str, tuple[Scores, Callable[..., Kept]]] = {}
     if not task.budget.regular and len(inside) < len(task.units):
         values = {key: value for key, value in scores.values.items() if key in inside}
@@ -131,7 +131,7 @@ def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
 
 def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
     """Return name of an allocation → mean loss per label when it masks units; ``{}`` if no batch has a finite loss."""
-    masks = {name: gates_of(task.axes, units) for name, units in kept.items()}
+    masks = {name: make_gates(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
     sums, counted_labels, all_labels = dict.fromkeys(masks, 0.0), 0, 0
     sources = list(task.evidence.data.values())

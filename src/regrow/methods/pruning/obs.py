@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from regrow.core.scores import Need, Scores, Statistics
 from regrow.data.batch_streams import join_sources
 from regrow.methods.pruning.pruner import Pruner, PruningTask, simple_pruner
-from regrow.scoring.grams import BATCH, Gram, linear_readers, sum_products
+from regrow.scoring.grams import MAX_BATCH_WINDOWS, Gram, linear_readers, sum_products
 from regrow.scoring.metrics import energy, moments_of, wifv
 from regrow.scoring.spaces import z_scores
 from regrow.settings.constraints import CheckedSettings, OneOf, Positive
@@ -226,7 +226,7 @@ def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
-    batches = join_sources(task.evidence.data.values(), BATCH)
+    batches = join_sources(task.evidence.data.values(), MAX_BATCH_WINDOWS)
     if layers and not len(batches):
         raise ValueError("this method reads the data itself, got none; give Evidence with data=")
     widths = {name: reader.width for name, reader in layers.items()}

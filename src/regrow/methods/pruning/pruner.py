@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.allocation.cost import cost_of, payers
+from regrow.allocation.cost import cost_of, find_paying_axes
 from regrow.allocation.ranked import ALLOCATIONS
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph
@@ -22,9 +22,9 @@ from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need, Scores
 from regrow.core.sources import Source
 from regrow.scoring.collect import BlockVisits
-from regrow.scoring.compensate import means, uncompensated, weights_without_bias
+from regrow.scoring.compensate import means, note_uncompensated, weights_without_bias
 from regrow.scoring.metrics import BASES, random
-from regrow.scoring.spaces import inner
+from regrow.scoring.spaces import select_inner
 from regrow.scoring.weights import weights_of
 from regrow.tracing import with_branches
 from regrow.training.hooks import freeze
@@ -230,14 +230,14 @@ def plan_cut(
             axes, budget = remove_modules(axes, budget, removal.modules)
             units = [axes[axis.key] for axis in units if axis.key in axes.axes]
         if pruner.compensate:  # biases that compensation adds count, too
-            budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
+            budget = replace(budget, compensated=weights_without_bias(model, axes, find_paying_axes(axes, budget)))
         ranking = pruner.score(replace(task, axes=axes, units=units, budget=budget))
         scores = ranking.scores
         chosen = pruner.allocate(axes, scores, budget) if ranking.kept is None else ranking.kept
         kept = {key: keep for key, keep in chosen.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
         notes = [*evidence.notes, *removal.notes, *scores.notes]
-        notes += uncompensated(model, axes, kept) if pruner.compensate else ()
+        notes += note_uncompensated(model, axes, kept) if pruner.compensate else ()
     origin = {**pruner.origin, **whole_budget.record()}
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
     origin |= {"notes": notes} if notes else {}
@@ -264,5 +264,5 @@ def remove_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) ->
 
 def _prunable_axes(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
     """Return the axes that the budget lets be cut; without those of outer blocks, unless the method prunes these."""
-    units = payers(axes, budget)
-    return units if budget.regular or pruner.prune_outer else inner(units)
+    units = find_paying_axes(axes, budget)
+    return units if budget.regular or pruner.prune_outer else select_inner(units)

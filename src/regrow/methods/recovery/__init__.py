@@ -14,7 +14,7 @@ from regrow.core.axes import AxisGraph
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, Source, device_of, drawn
+from regrow.core.sources import Batch, Source, device_of, draw_batches
 from regrow.distributed.parallel import ALONE, Parallel, everywhere
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import read_header, read_tensors, write_tensors
@@ -164,7 +164,7 @@ def fit_recovery(
     ends = sorted({round(steps * (i + 1) / s.checks) for i in range(s.checks)} | {0, steps})
     epochs = [end - start for start, end in pairwise(ends)]
     phase = source_phase(
-        "training", epochs, lambda step: [batch for _, batch in drawn(train, s.windows, step, task.seed)]
+        "training", epochs, lambda step: [batch for _, batch in draw_batches(train, s.windows, step, task.seed)]
     )
     schedule = Schedule("adamw", s.lr, decay="cosine", warm_up=0.1, clip=1.0, seed=task.seed)
     for parameter in parameters.values():

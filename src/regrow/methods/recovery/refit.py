@@ -52,7 +52,7 @@ from regrow.methods.recovery.refit_work import (
 from regrow.methods.recovery.solve import RidgeCandidates
 from regrow.methods.recovery.streams import check_in_blocks, compute_outputs, count_calls, refit_layers
 from regrow.settings.constraints import OneOf, OpenFraction, check_constraints
-from regrow.surgery.compensate import bias_of, read_dim
+from regrow.surgery.compensate import bias_of, consumed_dim
 from regrow.surgery.layout import plan_layouts
 from regrow.training.hooks import freeze
 
@@ -176,7 +176,7 @@ def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str
     times, added = count_calls(task, names, batch)
     layers, left_out = [], {}
     for name in sorted(names):
-        dim = read_dim(axes, name)
+        dim = consumed_dim(axes, name)
         if dim is None or not _can_refit(task, name, times[name]):
             left_out[name] = UNFIT
             continue

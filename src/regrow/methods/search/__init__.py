@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.gates import GateMasks
-from regrow.core.amounts import short
+from regrow.core.amounts import format_short
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.candidates import Staged, candidates_in
+from regrow.core.candidates import Staged, candidate_paths
 from regrow.core.plan import Plan
 from regrow.core.sources import device_of
 from regrow.core.tasks import Examples
@@ -172,7 +172,7 @@ class Search(ABC):
 
     def _start(self, context: Context) -> SearchState:
         """Return the initial state: importances and thresholds are 0, so that everything is kept."""
-        operations = sum(map(len, candidates_in(context.model).values()))
+        operations = sum(map(len, candidate_paths(context.model).values()))
         axes = tuple(axis.key for axis in context.axes.units())
         importance, threshold = self.learning_rates(context)
 
@@ -243,8 +243,9 @@ class Search(ABC):
             words.append(f"stage {state.stage + 1}")
         for row in state.history:
             if row["stage"] == state.stage:
-                limit = f" of {short(row['allowed'])}" if row["allowed"] else ""
-                words += [f"{short(row['size'])}{limit} {self.space.measure}", f"validation {row['accuracy']:.2f}"]
+                limit = f" of {format_short(row['allowed'])}" if row["allowed"] else ""
+                words += [f"{format_short(row['size'])}{limit} {self.space.measure}"]
+                words += [f"validation {row['accuracy']:.2f}"]
                 words += [f"{name} {row[name]:.0%}" for name in GRANULARITIES if name in self.space.granularities]
         context.log("status", text=", ".join(words))
 

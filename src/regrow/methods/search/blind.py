@@ -86,7 +86,7 @@ class RandomSearch(Search):
         generator = replace(context, seed=self.s.seed).generator(11)
         alpha = torch.randn(len(state.alpha.values), generator=generator).to(state.alpha.values.device)
         if self.s.keep_bare:
-            alpha[state.layout.bare()] = 50.0  # above all others: dropped last
+            alpha[state.layout.weightless()] = 50.0  # above all others: dropped last
         state = rank_evenly(replace(state, alpha=replace(state.alpha, values=alpha)))
         return replace(state, removal=state.whole - self.s.target)
 

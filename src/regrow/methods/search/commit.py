@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation import commits
-from regrow.allocation.commits import least, limit_removal, protect_cheapest, sample_operations, savings, select_removed
+from regrow.allocation.commits import (
+    least_cost,
+    limit_removal,
+    protect_cheapest,
+    sample_operations,
+    savings,
+    select_removed,
+)
 from regrow.allocation.gates import GateMasks
-from regrow.core.candidates import run_whole, single_in
+from regrow.core.candidates import all_parts_active, exclusive_sets
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
@@ -73,7 +80,7 @@ def plan_fit(search: Search, state: SearchState, context: Context, target: float
         masks = search.masks(state, context)
         relative, levels = None, state.layout.levels
         if masks.over is not None:
-            relative = levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
+            relative = levels.relative(levels.flat(context.parameters()), levels.active(masks.ops, masks.filters))
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(search.masks(state, context), ops=ops, filters=filters)
@@ -84,7 +91,7 @@ def plan_fit(search: Search, state: SearchState, context: Context, target: float
 
 def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:
     """Return the plan that drops all but the most important of candidates of which only one may remain."""
-    sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
+    sets, layout, alpha = exclusive_sets(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
     ops = search.masks(state, context).ops.detach().clone()
@@ -108,15 +115,15 @@ def select_lowest(
     masks = search.masks(state, context)
     remaining, size = masks.ops.clone(), search.size(state, context)
     kept, shares, _ = layout.shares(masks, state.alpha.values)
-    prices, dropped, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
+    prices, dropped, reachable = layout.prices(), 0, least_cost(layout, space.cuts) <= target
     for share, i in sorted(zip(shares[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
         below = share <= low
         if size <= target or share > high or not (below or limit):
             break
-        together = layout.together(i)  # tied operations are dropped at once, with the first of them
-        if layout.tied[i] == i and all(bool(layout.open(remaining)[j]) for j in together.nonzero()[:, 0]):
+        together = layout.tied_with(i)  # tied operations are dropped at once, with the first of them
+        if layout.tied[i] == i and all(bool(layout.removable(remaining)[j]) for j in together.nonzero()[:, 0]):
             trial = remaining.masked_fill(together, 0.0)
-            if reachable and least(replace(layout, alive=layout.alive & (trial > 0)), space.cuts) > target:
+            if reachable and least_cost(replace(layout, alive=layout.alive & (trial > 0)), space.cuts) > target:
                 continue  # the target cannot be reached without it
             size -= float(prices[together].sum())
             remaining = trial
@@ -218,7 +225,7 @@ def score_cut_filters(
     network, with thresholds at 0.
     """
     plan = Plan.restoring(context.axes, cut)
-    with run_whole(context.model):
+    with all_parts_active(context.model):
         copied = clone_model(context.model)
     model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
     restored = replace(context, model=model, axes=axes)

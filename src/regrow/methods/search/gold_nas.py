@@ -25,7 +25,7 @@ from torch import Tensor
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
-from regrow.core.candidates import candidates_in
+from regrow.core.candidates import candidate_paths
 from regrow.core.sources import to_host
 from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import plan_drop, plan_fit, select_lowest
@@ -86,7 +86,7 @@ class GoldNas(Search):
 
     def check(self, context: Context) -> None:
         """Raise ValueError, besides, if the network has no candidates, or too few epochs to drop any."""
-        if not candidates_in(context.model):
+        if not candidate_paths(context.model):
             raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
         if context.epochs < self.s.warm + 2:
             raise ValueError(

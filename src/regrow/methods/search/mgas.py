@@ -284,4 +284,4 @@ def measure_lift(state: SearchState, masks: GateMasks, min_cost: float) -> Tenso
     if layout.levels.timed or not min_cost:
         return masks.ops.new_zeros(())
     counted = layout.alive & layout.runs & ~layout.single
-    return (masks.ops * counted * (min_cost * layout.typical() - layout.prices()).clamp_min(0)).sum()
+    return (masks.ops * counted * (min_cost * layout.mean_node_prices() - layout.prices()).clamp_min(0)).sum()

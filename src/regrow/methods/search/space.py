@@ -7,14 +7,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from regrow.allocation.commits import least
+from regrow.allocation.commits import least_cost
 from regrow.allocation.darts import Edges
-from regrow.allocation.gates import GateMasks, Gates, gates
+from regrow.allocation.gates import GateMasks, Gates, build_gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.candidates import Staged, candidates_in
+from regrow.core.candidates import Staged, candidate_paths
 from regrow.core.sources import device_of, move_tensors
 from regrow.training.learner import Context
 from regrow.training.state import axis_tensors, derived, with_axis_tensors
@@ -45,10 +45,10 @@ class SearchSpace:
 
     def check(self, context: Context) -> None:
         """Raise ValueError if the target cannot be reached, or candidates contain other candidates."""
-        ops = [path for paths in candidates_in(context.model).values() for path in paths]
+        ops = [path for paths in candidate_paths(context.model).values() for path in paths]
         for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
             raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
-        smallest = least(build_layout(self, (), context, self.part(-1)), self.cuts)
+        smallest = least_cost(build_layout(self, (), context, self.part(-1)), self.cuts)
         if smallest > self.target:
             raise ValueError(
                 f"a target of {self.target:g} {self.measure} is below what is left whatever goes, {smallest:g}: take a "
@@ -128,7 +128,7 @@ class SearchState:
 
     def with_zeros(self, mask: Tensor) -> "SearchState":
         """Return the state in which exactly the weights in ``mask``, ``[weights]`` bool, are fixed at 0."""
-        named = self.layout.levels.apart(mask)
+        named = self.layout.levels.unflatten(mask)
         zeros = {name: replace(self.zeros[name], values=values.clone()) for name, values in named.items()}
         return replace(self, zeros={**self.zeros, **zeros}, zero_mask=mask)
 
@@ -154,12 +154,12 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
     def runs(name: str) -> bool:
         return not is_staged or cast(Staged, context.model).uses_parameter(name, part)
 
-    layout = gates(
+    layout = build_gates(
         context.model,
         context.axes,
         {name: tensor for name, tensor in counted_tensors(context.model, space.measure).items() if runs(name)},
         axes or [axis.key for axis in context.axes.units()],
-        cast(Staged, context.model).required_groups() if is_staged else [*candidates_in(context.model).values()],
+        cast(Staged, context.model).required_groups() if is_staged else [*candidate_paths(context.model).values()],
         runs,
         space.measure,
         space.prices,
@@ -191,7 +191,7 @@ def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
 
 def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str, Tensor]:
     """Return name of a node's parameter → its operations' part of ``scale``; with ``keep`` times the parameter."""
-    nodes = candidates_in(context.model)
+    nodes = candidate_paths(context.model)
     parts, parameters = scale.split([*map(len, nodes.values())]), context.parameters()
     names = [f"{path}.scale".lstrip(".") for path in nodes]
     return {name: parameters[name] * part if keep else part for name, part in zip(names, parts, strict=True)}

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation.levels import apply_threshold, margin
-from regrow.allocation.widening import growable_axes, growth, makers
+from regrow.allocation.widening import growable_axes, plan_growth, producing_weights
 from regrow.core.axes import Axis
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Fill, Plan
 from regrow.core.sources import Batch
-from regrow.core.tasks import among
+from regrow.core.tasks import mask_classes
 from regrow.methods.continual.sparsegrow import gate
 from regrow.methods.continual.sparsegrow.gate import SparseGrowState
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
@@ -192,7 +192,7 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     """Return the cross-entropy + α Σ exp(−t), with a larger α for new units, plus the loss on replayed examples."""
     batch = step.batch
     classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
-    loss = F.cross_entropy(among(context.logits(batch.inputs), classes), batch.labels)
+    loss = F.cross_entropy(mask_classes(context.logits(batch.inputs), classes), batch.labels)
     rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
     if rows:
         loss = loss + F.cross_entropy(context.replay_logits(rows["inputs"], rows["labels"]), rows["labels"])
@@ -250,7 +250,7 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
     free = {axis: _free_share(s, state, axis, context) for axis in growable_axes(context.axes)}
     limit = 1.0 if s.grow == "always" else s.min_free  # always: wherever any capacity is used
     exhausted = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
-    added = growth(context.axes, exhausted, state.base, share=s.width, multiple=s.multiple, cap=s.cap)
+    added = plan_growth(context.axes, exhausted, state.base, share=s.width, multiple=s.multiple, cap=s.cap)
     if not added:
         return None, state
     old = {}  # all True now; new units get False when the plan is applied, which tells them apart
@@ -330,7 +330,7 @@ def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Contex
     if s.gate == "kronecker":
         return min((state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates), default=1.0)
     shares = []
-    for name in makers(axis, context.axes):
+    for name in producing_weights(axis, context.axes):
         weight = context.model.get_parameter(name).detach()
         used = weight != 0
         if s.threshold != "none":

@@ -14,7 +14,7 @@ from regrow.allocation.levels import margin
 from regrow.core.axes import axes_in
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import logits_in
-from regrow.core.tasks import Examples, among, run_network
+from regrow.core.tasks import Examples, mask_classes, run_network
 from regrow.scoring.gradients import evaluation_mode
 from regrow.surgery.compensate import bias_of
 from regrow.training.learner import Context
@@ -202,7 +202,9 @@ def measure_factors(
         with evaluation_mode(model):
             for batch in batches:
                 model.zero_grad(set_to_none=True)
-                logs = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)  # probabilities
+                logs = mask_classes(logits_in(run_network(model, batch.inputs)), classes).log_softmax(
+                    -1
+                )  # probabilities
                 labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
                 logs.gather(1, labels).sum().backward()
                 examples += len(batch)

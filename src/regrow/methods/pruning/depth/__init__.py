@@ -40,7 +40,7 @@ from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import wifv
 from regrow.scoring.weights import readers
 from regrow.settings.constraints import CheckedSettings, Count, OneOf
-from regrow.surgery.gate import gate_inputs, gates_of
+from regrow.surgery.gate import gate_inputs, make_gates
 
 CITATION = (
     "Song et al., SLEB, ICML 2024, arXiv:2402.09025, and Zhong et al., BlockPruner, arXiv:2406.10594; whole blocks as "
@@ -306,7 +306,7 @@ class DepthSearch:
         moments = self.task.evidence.pooled(gradients=False).moments if self.s.compensate else {}
         reading = {reader.weight for reader in readers(rest, [rest[key] for key in cut])}
         fills = constant_inputs(model, {name: moments[name] for name in reading & moments.keys()})
-        masked = gate_inputs(model, rest, gates_of(rest, cut), fills)
+        masked = gate_inputs(model, rest, make_gates(rest, cut), fills)
         limit = budget.limit(cost_of(rest, budget).total)
         return self._divergence(f"neurons to {limit}: {' '.join(sorted(dropped))}", dropped, self.held_out, masked)
 

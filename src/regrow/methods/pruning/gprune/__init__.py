@@ -18,30 +18,30 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from regrow.allocation.ranked import ALLOCATIONS, BudgetError, module_costs, rank, ratios, uniform
+from regrow.allocation.ranked import ALLOCATIONS, BudgetError, module_costs, rank, removal_ratios, uniform
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget
 from regrow.core.errors import RefusedError
-from regrow.core.scores import Need, Scores, Statistics, Tensors, merged
+from regrow.core.scores import Need, Scores, Statistics, Tensors, merge_statistics
 from regrow.methods.pruning.gprune.modules import Masks, Modules, compute_reliability, partition, rank_in_modules
 from regrow.methods.pruning.gprune.shares import ModuleShares, as_axis_tensor, read_learning
 from regrow.methods.pruning.pruner import NOT_FINITE, Kept, Pruner, PruningTask, Ranking, mean_inputs
 from regrow.scoring.compensate import constant_inputs
 from regrow.scoring.metrics import BASES, peak_to_peak
 from regrow.scoring.spaces import (
-    FEW,
-    Ranks,
+    MIN_RANKED_UNITS,
+    RankPercentiles,
     Space,
-    inner,
+    map_within,
     percentile,
-    ranks,
+    rank_units,
+    ranking_spaces,
+    removed_share,
+    select_inner,
     sensitivity,
-    share_of,
-    spaces,
     spectrum,
-    within,
 )
-from regrow.scoring.weights import scorable
+from regrow.scoring.weights import scorable_axes
 from regrow.settings.constraints import (
     CheckedSettings,
     Count,
@@ -130,12 +130,12 @@ def build(settings: Settings) -> Pruner:
 
 def _check_budget(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
     """Raise ValueError if units are not neutral when masked, or the budget cuts more than ``settings.most`` of them."""
-    units = scorable(axes, units)
+    units = scorable_axes(axes, units)
     if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
         raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
     single = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}  # all units in one module
     costs, removed = module_costs(axes, single, 1, budget)
-    ratios(torch.zeros(1, dtype=torch.float64), costs, removed, most=settings.most)
+    removal_ratios(torch.zeros(1, dtype=torch.float64), costs, removed, most=settings.most)
 
 
 def score_units(task: PruningTask, s: Settings) -> Ranking:
@@ -144,8 +144,8 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     With a checkpoint, learning resumes from it. Raise RefusedError if the predictions hold NaN or infinity.
     """
     task.context.progress(0, 1, "forming modules")
-    units = scorable(task.axes, task.units)
-    views, all_spaces = score_views(task, s, units), spaces(units, parts=4)
+    units = scorable_axes(task.axes, task.units)
+    views, all_spaces = score_views(task, s, units), ranking_spaces(units, parts=4)
     first = views[0]
     modules = form_modules(s, first, all_spaces)
     trusted = compute_reliability(s.switch, all_spaces, modules, first.scores.values, first.sigma, most=s.switch_most)
@@ -183,19 +183,19 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     share, checks = learned.best["share"].values, [asdict(check) for check in learned.history]
     columns = {
         "sensitivity": modules.mean(first.sigma),
-        "activity": modules.mean(within(first.scores.values, all_spaces, percentile)),
+        "activity": modules.mean(map_within(first.scores.values, all_spaces, percentile)),
         "unreliability": trusted.unreliability,
         "trust": trusted.trust,
         "cost": costs[0],
         "start": starts[start],
         "learned": share,
     }
-    groups = spaces(units)
-    robust = within(first.sigma, groups, lambda sigma: (sigma <= sigma.median()).double())
+    groups = ranking_spaces(units)
+    robust = map_within(first.sigma, groups, lambda sigma: (sigma <= sigma.median()).double())
     several_shards = next(iter(first.ranks.shards.values())).shape[1] > 1
 
     def findings(kept: Kept) -> dict[str, Any]:
-        cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in kept}, kept)}
+        cut = {"base": removed_share(robust, base), "gprune": removed_share({key: robust[key] for key in kept}, kept)}
         return {
             "sources": list(first.ranks.sources),
             "spectrum": spectrum(first.ranks, groups) if several_shards else [],
@@ -217,7 +217,7 @@ class View:
 
     pooled: Statistics  # summed over the sources
     scores: Scores
-    ranks: Ranks
+    ranks: RankPercentiles
     sigma: Tensors  # how much the ranks vary between the sources
 
 
@@ -226,18 +226,18 @@ def score_views(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[V
 
     A decision made without a source can be evaluated on that source as an unseen text domain.
     """
-    sums, groups = task.evidence.statistics, spaces(units)
+    sums, groups = task.evidence.statistics, ranking_spaces(units)
 
     def score(shards: Sequence[Statistics]) -> Scores:
-        return BASES[s.base].score(task.weights, task.axes, merged(shards), units)
+        return BASES[s.base].score(task.weights, task.axes, merge_statistics(shards), units)
 
     by_source = {name: (score(shards), [score([shard]) for shard in shards]) for name, shards in sums.items()}
     result = []
     for excluded in (None, *sums):
         names = [name for name in sums if name != excluded]
         pooled = [shard for name in names for shard in sums[name]]
-        ranking = ranks({name: by_source[name] for name in names}, groups)
-        result.append(View(merged(pooled), score(pooled), ranking, sensitivity(ranking)))
+        ranking = rank_units({name: by_source[name] for name in names}, groups)
+        result.append(View(merge_statistics(pooled), score(pooled), ranking, sensitivity(ranking)))
     return result
 
 
@@ -275,8 +275,8 @@ def _allocate_start(how: str, task: PruningTask, s: Settings, view: View) -> Kep
     allocate = ALLOCATIONS[base.allocation] if how == "base" else uniform
     inside = [task.axes[key] for key in scores]
     if how == "inner" or (how == "base" and not base.prune_outer):
-        inside = inside if task.budget.regular else inner(inside)  # a regular plan cuts every block alike
-    chosen = {axis.key: scores[axis.key] for axis in inside if how != "inner" or axis.size >= FEW}
+        inside = inside if task.budget.regular else select_inner(inside)  # a regular plan cuts every block alike
+    chosen = {axis.key: scores[axis.key] for axis in inside if how != "inner" or axis.size >= MIN_RANKED_UNITS}
     try:
         kept = allocate(task.axes, chosen, task.budget)
     except BudgetError:  # blocks that stay whole otherwise are cut, too

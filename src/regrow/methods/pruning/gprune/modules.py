@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regrow.allocation.ranked import soft_step
 from regrow.core.scores import Tensors, rank_order
-from regrow.scoring.spaces import Row, Space, percentile, within
+from regrow.scoring.spaces import Row, Space, map_within, percentile
 
 LEAST = 8  # modules with fewer units are merged with the module of the nearest mean sensitivity
 # Words of a module's name by the index of _split_at_medians; pooled spaces are split by sensitivity alone.
@@ -152,7 +152,7 @@ def compute_reliability(
     """
     labels = [all_spaces[i].label for i in modules.spaces]
     sensitivity = _scale_to_unit(modules.mean(sigma), labels)
-    activity = _scale_to_unit(modules.mean(within(scores, all_spaces, percentile)), labels)
+    activity = _scale_to_unit(modules.mean(map_within(scores, all_spaces, percentile)), labels)
     u, sizes = sensitivity * (1 - activity), modules.sizes()
     judged = torch.tensor([not all_spaces[i].pooled for i in modules.spaces])
     trust = torch.ones(len(modules), dtype=torch.float64)

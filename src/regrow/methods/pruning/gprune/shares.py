@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.ranked import rank, ratios
+from regrow.allocation.ranked import rank, removal_ratios
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.sources import Batch, device_of, drawn, labelled_logits, logits_in
+from regrow.core.sources import Batch, device_of, draw_batches, labelled_logits, logits_in
 from regrow.methods.pruning.gprune.modules import Masks
 from regrow.methods.pruning.pruner import PruningTask
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header
-from regrow.surgery.gate import gate_inputs, gates_of
+from regrow.surgery.gate import gate_inputs, make_gates
 from regrow.training.fit import FitOptions, fit
 from regrow.training.hooks import AxisTensors, EarlyStopping, with_early_stopping
 from regrow.training.learner import Learner, Loss
@@ -69,7 +69,7 @@ class ModuleShares:
     def shares(self, tensors: AxisTensors, view: int = 0) -> Tensor:
         """Return the pruning ratio of each module, ``[modules]``, under the exact budget, with a gradient."""
         logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.space_indices)
-        return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
+        return removal_ratios(logits, self.costs[view], self.removed, most=self.settings.most)
 
     def compare(self, batch: Batch, gates: Mapping[str, Tensor], view: int) -> Tensor:
         """Return KL(dense ‖ masked) on a batch in nats per position, a scalar with a gradient to the gates.
@@ -106,7 +106,7 @@ class ModuleShares:
         for view, source in enumerate(task.evidence.data.values(), start=1):  # view 0 is that of all sources
             _, batches = source.held_out(s.held_out)
             kept = rank(task.axes, self.masks.margins(share, view), task.budget)
-            gates = gates_of(task.axes, {key: kept[key] for key in self.masks.ranks})
+            gates = make_gates(task.axes, {key: kept[key] for key in self.masks.ranks})
             with torch.no_grad():
                 batch_losses = [self.compare(batch, gates, view) for batch in batches]
             losses.append(float(torch.stack(batch_losses).mean()))
@@ -116,7 +116,7 @@ class ModuleShares:
         """Return the batches of text that a training step uses, each with the view without its source."""
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
-        return [ViewBatch(batch, i + 1) for i, batch in drawn(sources, s.windows, step, s.seed)]
+        return [ViewBatch(batch, i + 1) for i, batch in draw_batches(sources, s.windows, step, s.seed)]
 
     def _compute_loss(self, tensors: AxisTensors, step_batch: ViewBatch) -> Loss:
         """Return the loss of a batch under its view's masks, with a gradient to the trained tensors."""
