@@ -36,7 +36,16 @@ from harness import Row, add, arguments, difference, rows, spread, table
 from torch import nn
 
 from regrow.core.tasks import Examples, Task
-from regrow.data.streams import alike, digits_task, fewer, idx, permuted_tasks, pictures, rotated_tasks, split
+from regrow.data.streams import (
+    load_digits,
+    load_idx,
+    load_image_folder,
+    permuted_tasks,
+    resize_tasks,
+    rotated_tasks,
+    sample_task,
+    split_by_classes,
+)
 from regrow.methods import LEARNERS
 from regrow.nets.vision import small
 from regrow.tracing import trace
@@ -222,22 +231,25 @@ def stream(spec: str, folders: Namespace, seed: int) -> list[Task]:
         return held(folder, data, int(n), folders, seed)
     if kind == "domains":
         many = (int(n) * folders.train, int(n) * folders.test, seed)
-        base = fewer(idx(folder, data), *many) if data == "fashion" else pictures(folder, data, *many)
-        return split(base, int(n), relabel=True)
-    base = fewer(idx(folder, data), folders.train, folders.test, seed)
+        if data == "fashion":
+            base = sample_task(load_idx(folder, data), *many)
+        else:
+            base = load_image_folder(folder, data, *many)
+        return split_by_classes(base, int(n), relabel=True)
+    base = sample_task(load_idx(folder, data), folders.train, folders.test, seed)
     if kind == "digits":
-        return alike([base, digits_task(), over_photographs(idx(folder, data), folders, seed)])
+        return resize_tasks([base, load_digits(), over_photographs(load_idx(folder, data), folders, seed)])
     if kind == "permuted":
         return permuted_tasks(base, int(n), seed)
-    return rotated_tasks(base, int(n)) if kind == "rotated" else split(base, int(n))
+    return rotated_tasks(base, int(n)) if kind == "rotated" else split_by_classes(base, int(n))
 
 
 def held(folder: Path, data: str, n: int, folders: Namespace, seed: int) -> list[Task]:
     """Pairs of classes as ``domains`` has them, of training pictures alone: other ones to test on, pairs drawn anew."""
-    base = pictures(folder, data, n * (folders.train + folders.test), 1, seed).train
+    base = load_image_folder(folder, data, n * (folders.train + folders.test), 1, seed).train
     names = torch.randperm(10, generator=torch.Generator().manual_seed(seed))[base.labels]
     halves = [Examples(base.inputs[part], names[part]) for part in torch.arange(len(base)).split(n * folders.train)]
-    return split(Task("held", halves[0], halves[1], tuple(range(10))), n, relabel=True)
+    return split_by_classes(Task("held", halves[0], halves[1], tuple(range(10))), n, relabel=True)
 
 
 def over_photographs(digits: Task, folders: Namespace, seed: int) -> Task:
@@ -245,10 +257,10 @@ def over_photographs(digits: Task, folders: Namespace, seed: int) -> Task:
     if folders.cifar is None:
         raise SystemExit("--cifar FOLDER is needed: photographs to lay digits over")
     # The first task has the first ones of the same order.
-    base = fewer(digits, 2 * folders.train, 2 * folders.test, seed)
+    base = sample_task(digits, 2 * folders.train, 2 * folders.test, seed)
     halves = [(base.train, folders.train), (base.test, folders.test)]
     base = Task("", *(Examples(part.inputs[n:], part.labels[n:]) for part, n in halves), base.classes)
-    photographs = pictures(folders.cifar, "photographs", len(base.train), len(base.test), seed)
+    photographs = load_image_folder(folders.cifar, "photographs", len(base.train), len(base.test), seed)
     found = []
     for part, photo in ((base.train, photographs.train), (base.test, photographs.test)):
         found.append(Examples((photo.inputs[:, :, 2:30, 2:30] - part.inputs).abs(), part.labels))

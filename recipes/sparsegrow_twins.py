@@ -34,7 +34,7 @@ from regrow.core.objectives import class_loss
 from regrow.core.plan import Plan
 from regrow.core.sources import Batch
 from regrow.core.tasks import Task
-from regrow.data.streams import fewer, idx, permuted_tasks, rotated_tasks
+from regrow.data.streams import load_idx, permuted_tasks, rotated_tasks, sample_task
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import SparseGrowState, weigh_new_units
 from regrow.nets.vision import small
@@ -301,7 +301,7 @@ def main() -> None:
             told = {"stream": kind, "gate": gate, "seed": seed, "at": args.at}
             if any(told.items() <= row.items() for row in there):
                 continue
-            base = fewer(idx(args.fashion, "fashion"), 5000, 2000, seed)
+            base = sample_task(load_idx(args.fashion, "fashion"), 5000, 2000, seed)
             tasks = permuted_tasks(base, 10, seed) if kind == "permuted" else rotated_tasks(base, 10)
             for row in twins(tasks, args.at, seed, gate):
                 print(add(args.out, told | row), flush=True)

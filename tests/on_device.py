@@ -235,7 +235,7 @@ def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
 
 def test_auto_takes_the_best_device(monkeypatch):
     for there, best in ((["cpu"], "cpu"), (["cpu", "mps"], "cpu"), (["cpu", "cuda:0", "mps"], "cuda")):
-        monkeypatch.setattr(devices, "devices_here", lambda there=there: there)
+        monkeypatch.setattr(devices, "list_devices", lambda there=there: there)
         assert choose_device("auto").type == best
 
 

@@ -203,12 +203,12 @@ _register()
 @contextmanager
 def pretending() -> Iterator[torch.device]:
     """Context manager in which the device ``acc:0`` exists and networks on it can be traced."""
-    before = devices.devices_here, tracing.tensor_problem
-    devices.devices_here = lambda: ["cpu", "acc:0"]
+    before = devices.list_devices, tracing.tensor_problem
+    devices.list_devices = lambda: ["cpu", "acc:0"]
     tracing.tensor_problem = lambda tensor: ""
     _PRETENDING.append(True)
     try:
         yield torch.device("acc", 0)
     finally:
-        devices.devices_here, tracing.tensor_problem = before
+        devices.list_devices, tracing.tensor_problem = before
         _PRETENDING.pop()

@@ -15,7 +15,7 @@ from regrow.core.errors import InputError, ResourceError
 from regrow.core.plan import Plan, PlanError
 from regrow.data import SourceError, streams, text
 from regrow.data.streams import read_images
-from regrow.data.vision import images, open_image, picture_tensor
+from regrow.data.vision import image_tensor, images, open_image
 from regrow.evaluation import items_in
 from regrow.nets.files import check_safetensors, read_gguf_sizes
 from regrow.store import metrics
@@ -100,7 +100,7 @@ def test_a_damaged_or_swelling_gz_is_refused(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not a whole gzip file"):
-        streams.idx(tmp_path)
+        streams.load_idx(tmp_path)
 
 
 def test_images_beyond_the_limits_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
@@ -120,10 +120,10 @@ def test_images_beyond_the_limits_are_refused_before_they_are_decoded(tmp_path, 
     thin = tmp_path / "thin.png"
     Image.new("L", (1, 60_000)).save(thin)
     with pytest.raises(SourceError, match="at most 67,108,864 are read"):
-        picture_tensor(open_image(thin), 224, "thin", normalised=True)
+        image_tensor(open_image(thin), 224, "thin", normalised=True)
     dot = tmp_path / "dot.png"
     Image.new("L", (1, 1)).save(dot)
-    assert picture_tensor(open_image(dot), 8, "dot", normalised=True).shape == (3, 8, 8)
+    assert image_tensor(open_image(dot), 8, "dot", normalised=True).shape == (3, 8, 8)
     monkeypatch.setattr(limits, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"needs .* of memory, and .* bytes are free"):
         read_images([thin] * 3)
@@ -155,11 +155,11 @@ def test_image_data_that_do_not_belong_together_are_refused(tmp_path):
     ):
         written(**more)
         with pytest.raises(SourceError, match=says):
-            streams.idx(tmp_path)
+            streams.load_idx(tmp_path)
 
 
 def test_a_home_folder_of_nobody_is_told(tmp_path):
-    for read in (lambda p: text(f"a={p}"), lambda p: images("a", Path(p)), streams.of):
+    for read in (lambda p: text(f"a={p}"), lambda p: images("a", Path(p)), streams.load_task):
         with pytest.raises(SourceError, match="no such user"):
             read("~nobody-of-this-name/x")
 

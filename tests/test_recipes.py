@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from regrow.data import SourceError
-from regrow.data.streams import digits_task, fewer, permuted_tasks
+from regrow.data.streams import load_digits, permuted_tasks, sample_task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -80,7 +80,7 @@ def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Every way of growing goes through the rest of a task and the next one."""
     monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module("sparsegrow_twins")
-    rows = recipe.twins(permuted_tasks(fewer(digits_task(), 200, 80), 3), at=1, seed=0, gate=gate)
+    rows = recipe.twins(permuted_tasks(sample_task(load_digits(), 200, 80), 3), at=1, seed=0, gate=gate)
     assert [row["twin"] for row in rows] == [*recipe.WIDE, *recipe.OTHER]
     plain, *grown = (row["parameters"] for row in rows)
     assert min(grown) > plain

@@ -26,7 +26,7 @@ from regrow.scoring.collect import CollectionOptions, collect
 from regrow.store import StoreError
 from regrow.store.ledger import Ledger, replay
 from regrow.store.run_folder import RunFolder
-from regrow.store.statistics import file_name, fingerprint, read_finished_shards, save_statistics
+from regrow.store.statistics import fingerprint, read_finished_shards, save_statistics, shard_file_name
 from store import saved
 
 SETTINGS = {"model": "m", "keep": 0.9, "only": ("mlp",), "sources": [{"name": "news"}]}
@@ -290,10 +290,10 @@ def test_damaged_checkpoints_are_measured_again(run):
 
 @given(st.text(max_size=80), st.text(max_size=80), st.integers(0, 99), st.integers(0, 99))
 def test_names_of_sources_are_never_paths(one, other, shard, another):
-    name = file_name(one, shard)
+    name = shard_file_name(one, shard)
     assert Path(name).name == name and name == name.lower() and name.isascii() and len(name) < 100
     assert not name.startswith((".", "-"))
-    assert (name == file_name(other, another)) == ((one, shard) == (other, another))
+    assert (name == shard_file_name(other, another)) == ((one, shard) == (other, another))
 
 
 def test_hostile_names_of_sources(run):

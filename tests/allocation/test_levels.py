@@ -30,10 +30,10 @@ from topology import topology
 from zoo import randomise
 
 CONFIGS = {
-    Cells: cells.supernet((3, 16, 16), 5, width=4, cells=2, nodes=2),
-    Mobile: mobile.supernet((3, 16, 16), 5, width=4, blocks=2),
+    Cells: cells.supernet_config((3, 16, 16), 5, width=4, cells=2, nodes=2),
+    Mobile: mobile.supernet_config((3, 16, 16), 5, width=4, blocks=2),
 }
-DESCRIBED = {Cells: cells.describe, Mobile: mobile.describe}
+DESCRIBED = {Cells: cells.describe_result, Mobile: mobile.describe_result}
 
 
 @pytest.fixture(scope="module", params=[Cells, Mobile])
@@ -45,7 +45,7 @@ def traced(request):
 
 def found_in(net, axes, measure=Measure.NONZERO):
     parameters, keys = dict(net.named_parameters()), [axis.key for axis in axes.units()]
-    return build_gates(net, axes, parameters, keys, net.needed(), lambda path: True, measure), parameters
+    return build_gates(net, axes, parameters, keys, net.required_groups(), lambda path: True, measure), parameters
 
 
 def drawn_masks(found, parameters, seed):
@@ -108,7 +108,7 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
 
 
 def test_gradients_are_the_same_every_time_on_several_threads():
-    net = randomise(Cells(cells.supernet((3, 16, 16), 5, width=16, cells=3, nodes=2)))
+    net = randomise(Cells(cells.supernet_config((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
     flat = found.levels.flat(parameters).detach()
     gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.keys), len(found.ops) + 1)
@@ -148,7 +148,7 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     keys = [axis.key for axis in axes.units()]
     spread = spread_times(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
     found = build_gates(
-        net, axes, dict(net.named_parameters()), keys, net.needed(), lambda path: True, Measure.TIME, spread
+        net, axes, dict(net.named_parameters()), keys, net.required_groups(), lambda path: True, Measure.TIME, spread
     )
     every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
     whole = float(found.levels.size(every, filters))

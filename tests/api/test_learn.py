@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
 from regrow.core.tasks import first_examples
-from regrow.data.streams import digits_task, permuted_tasks
+from regrow.data.streams import load_digits, permuted_tasks
 from regrow.nets.vision import small
 
 INPUTS = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def test_any_labels_are_learned(kind):
 @pytest.mark.parametrize("method", ["sparsegrow", "ewc", "replay"])
 def test_data_sets_that_are_read_equal_tasks_in_memory(method):
     """Bit for bit, as does a finished network whose data were read from data sets."""
-    base = permuted_tasks(digits_task(), 2)
+    base = permuted_tasks(load_digits(), 2)
     read = [
         tuple(
             [(x, int(y)) for x, y in zip(some.inputs, some.labels, strict=True)]
@@ -82,7 +82,7 @@ def test_an_optimizer_of_ones_own():
 
 def test_a_network_that_grows_is_the_result():
     model, _ = small("mlp:12", (1, 8, 8), 10, 0)
-    learned = regrow.learn(model, permuted_tasks(digits_task(), 2), settings={"grow": "always", "cap": 4.0})
+    learned = regrow.learn(model, permuted_tasks(load_digits(), 2), settings={"grow": "always", "cap": 4.0})
     assert learned.model is model
     assert learned.plans
     assert "average" in str(learned)

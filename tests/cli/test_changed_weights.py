@@ -72,7 +72,7 @@ def removed(path: Path) -> None:
 @pytest.fixture
 def model(tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of its own, too large for memory as a whole."""
-    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+    monkeypatch.setattr(requirements, "WHOLE_COPIES", 1e9)
     shutil.copytree(tiny_language_model, tmp_path / "model")
     return tmp_path / "model"
 

@@ -14,7 +14,7 @@ from regrow import load
 from regrow.cli.checks import check_run_folder
 from regrow.core.errors import InputError, ResourceError
 from regrow.nets.devices import choose_device
-from regrow.nets.files import check_config, check_files, check_safetensors
+from regrow.nets.files import check_config, check_regular_files, check_safetensors
 from regrow.nets.vision import small
 from regrow.settings import evaluate, learn, prune, recover, search
 from regrow.settings.declaration import check_settings
@@ -160,7 +160,7 @@ def test_a_folder_with_a_pipe_for_a_tokenizer_is_refused(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "tokenizer_config.json")
     with pytest.raises(InputError, match=r"tokenizer_config\.json is no regular file"):
-        check_files(tmp_path)
+        check_regular_files(tmp_path)
 
 
 def test_what_a_killed_replacement_leaves_is_deleted_by_a_command_that_is_refused(tmp_path: Path) -> None:

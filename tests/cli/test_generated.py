@@ -11,7 +11,7 @@ from regrow.jobs import inputs as run_data
 from regrow.jobs import memory_needs
 from regrow.jobs.inputs import GENERATED_FILE
 from regrow.store.run_folder import RunFolder
-from regrow.store.run_record import unfinished_folder
+from regrow.store.run_record import find_unfinished
 from regrow.store.tensors import read_tensors, write_tensors
 
 WORDS = (
@@ -36,7 +36,7 @@ def test_windows_are_stored_and_used_again(
     with monkeypatch.context() as patch:
         patch.setattr("regrow.jobs.prune._calibrate", stop)
         assert regrow(*command)[0] == 130
-    first = tokens(str(unfinished_folder(Path("one"))))
+    first = tokens(str(find_unfinished(Path("one"))))
     assert first.shape == (4, 32) and first.min() >= 0
     with monkeypatch.context() as patch:
         patch.setattr(run_data, "generate_tokens", stop)

@@ -8,7 +8,7 @@ import pytest
 
 from cli.conftest import Run
 from regrow.store.errors import StoreError
-from regrow.store.metrics import KINDS, Metrics, MetricsRow
+from regrow.store.metrics import ROW_KINDS, Metrics, MetricsRow
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "runs"
 LEARN = ("learn", "permuted:digits:1", "--model", "mlp:8", "--epochs", "1", "--train", "64", "--test", "32")
@@ -106,7 +106,7 @@ def test_measurements_of_runs_hold_what_is_needed(folder: Path) -> None:
     assert Metrics(folder / "metrics.jsonl").rows()
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (schema, _) in KINDS.items() if schema is not MetricsRow])
+@pytest.mark.parametrize("kind", [kind for kind, (schema, _) in ROW_KINDS.items() if schema is not MetricsRow])
 def test_every_kind_is_checked(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"what": "other", "x": 1}) + "\n" + json.dumps({"what": kind}) + "\n")

@@ -21,7 +21,7 @@ FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "prob
 @pytest.fixture
 def streams(monkeypatch):
     """Let every network be too large for memory as a whole."""
-    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+    monkeypatch.setattr(requirements, "WHOLE_COPIES", 1e9)
 
 
 OBS = ("--method", "obs")

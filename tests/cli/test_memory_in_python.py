@@ -11,7 +11,7 @@ from regrow.streaming import requirements
 @pytest.fixture
 def streams(monkeypatch):
     """Let every network be too large for memory as a whole."""
-    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+    monkeypatch.setattr(requirements, "WHOLE_COPIES", 1e9)
 
 
 def data():

@@ -91,7 +91,7 @@ BLOCKS = """
 import sys
 from regrow.cli import run_command
 from regrow.streaming import requirements
-requirements.WHOLE = 1e9
+requirements.WHOLE_COPIES = 1e9
 sys.exit(run_command(sys.argv[1:]))
 """
 SHARED_ROWS = 1e-4
@@ -130,7 +130,7 @@ def run(name: str, mode: str) -> Path:
         return out
     with pytest.MonkeyPatch.context() as patch:
         if "streamed" in mode:
-            patch.setattr(requirements, "WHOLE", 1e9)
+            patch.setattr(requirements, "WHOLE_COPIES", 1e9)
             patch.setattr(memory_needs, "SPARE_BYTES", 2**40)
         if mode.startswith("Python"):
             PYTHON[name.split()[0]](name, out, "64GiB" if "streamed" in mode else "")

@@ -94,9 +94,9 @@ def test_names_known_without_torch_are_those_of_the_library():
             assert table.setting_names(name) in (None, tuple(field.name for field in fields(entry.settings)))
     assert set(torchvision_names()) == set(known_names())
     assert tuple(packaged.PACKAGED) == PACKAGED
-    from regrow.data import KINDS
+    from regrow.data import TEXT_DOMAINS
 
-    assert tuple(KINDS) == DOMAINS
+    assert tuple(TEXT_DOMAINS) == DOMAINS
 
 
 def test_a_name_that_torchvision_may_have_says_how_to_install_it(monkeypatch):

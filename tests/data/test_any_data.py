@@ -106,7 +106,7 @@ def stopped():
 @pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize("command", CALLS)
 def test_every_form_of_data_gives_what_a_list_gives_or_is_refused(command, monkeypatch):
-    monkeypatch.setattr(batch_streams, "MOST", 200)
+    monkeypatch.setattr(batch_streams, "MAX_BATCHES", 200)
     call, references = CALLS[command], {}
 
     def results(same):

@@ -146,7 +146,7 @@ def test_inputs_by_name():
 
 
 def test_every_shape_of_a_sequence_of_tasks(monkeypatch):
-    monkeypatch.setattr(datasets, "HELD_OUT", 2 / 11)
+    monkeypatch.setattr(datasets, "HELD_OUT_FRACTION", 2 / 11)
     rows = [(INPUTS[i], int(LABELS[i]), 0) for i in range(11)]
     data = (INPUTS, LABELS)
     for tasks in (
@@ -163,7 +163,7 @@ def test_every_shape_of_a_sequence_of_tasks(monkeypatch):
 
 
 def test_held_out_examples_are_not_learned(monkeypatch):
-    monkeypatch.setattr(datasets, "HELD_OUT", 0.3)
+    monkeypatch.setattr(datasets, "HELD_OUT_FRACTION", 0.3)
     rows = [(INPUTS[i], int(LABELS[i])) for i in range(11)]
     for data in (
         (INPUTS, LABELS),

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_of_classes_in_two_halves(folder: Path) -> None:
     """Every image is in exactly one half, with its class, cut to size and normalised."""
     parts = [images("fruit", folder, size=8, batch_size=2, half=h) for h in (Half.CALIBRATION, Half.EVALUATION)]
-    files = [{file for file, _ in part.batches.pictures.files} for part in parts]
+    files = [{file for file, _ in part.batches.dataset.files} for part in parts]
     assert [len(f) for f in files] == [5, 4]
     assert not files[0] & files[1]
     assert [len(part) for part in parts] == [3, 2]
@@ -34,16 +34,16 @@ def test_a_folder_of_classes_in_two_halves(folder: Path) -> None:
         for number, batch in enumerate(part):
             pixels = batch.args[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
             assert batch.args[0].shape[1:] == (3, 8, 8)
-            for row, (file, label) in zip(pixels, part.batches.pictures.files[number * 2 :], strict=False):
+            for row, (file, label) in zip(pixels, part.batches.dataset.files[number * 2 :], strict=False):
                 assert file.parent.name == ("apple", "pear")[label]
                 expected = torch.tensor([40 * int(file.stem), 100 * label, 7]) / 255
                 assert torch.allclose(row.amax((1, 2)), expected, atol=1e-5)
                 assert torch.allclose(row.amin((1, 2)), expected, atol=1e-5)
             assert batch.labels.tolist() == [
-                label for _, label in part.batches.pictures.files[number * 2 : number * 2 + 2]
+                label for _, label in part.batches.dataset.files[number * 2 : number * 2 + 2]
             ]
     assert parts[0].tokens == 5
-    assert len(images("fruit", folder, n=2, half=Half.WHOLE).batches.pictures.files) == 2
+    assert len(images("fruit", folder, n=2, half=Half.WHOLE).batches.dataset.files) == 2
     assert parts[0].batches[-1].labels.tolist() == parts[0].batches[2].labels.tolist()
     with pytest.raises(IndexError):
         parts[0].batches[3]
@@ -56,7 +56,7 @@ def test_learning_sees_the_images_that_pruning_and_evaluation_see(normalised: bo
         (tmp_path / half / "apple").mkdir(parents=True)
         pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / half / "apple" / "0.png")
-    learned = streams.of(str(tmp_path), normalised=normalised).test.inputs
+    learned = streams.load_task(str(tmp_path), normalised=normalised).test.inputs
     (batch,) = images("fruit", tmp_path / "test", size=8, half=Half.WHOLE, normalised=normalised)
     assert torch.equal(learned, batch.args[0])
     raw = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
@@ -71,7 +71,7 @@ def test_an_image_that_is_too_large_is_found_before_images_are_read(
         (tmp_path / half / "apple").mkdir(parents=True)
         Image.new("RGB", (side, side)).save(tmp_path / half / "apple" / "0.png")
     with pytest.raises(SourceError, match=r"0\.png is 11 × 11 pixels, at most 100 are read"):
-        streams.of(str(tmp_path))
+        streams.load_task(str(tmp_path))
 
 
 def test_bad_folders_are_errors(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -80,7 +80,7 @@ def test_bad_folders_are_errors(folder: Path, tmp_path_factory: pytest.TempPathF
         images("fruit", folder / "gone")
     with pytest.raises(SourceError, match="CLASS"):
         images("fruit", tmp_path_factory.mktemp("none"))
-    with pytest.raises(SourceError, match="at least 1 image"):
+    with pytest.raises(SourceError, match="at least 1; got n="):
         images("fruit", folder, n=0)
     (folder / "apple" / "0.png").write_bytes(b"no image")
     with pytest.raises(SourceError, match="not a readable image"):

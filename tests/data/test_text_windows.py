@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.data import KINDS, Half, SourceError, Text, text, windows
-from regrow.data.halves import PARAGRAPH, half_of
-from regrow.data.text import read
+from regrow.data import TEXT_DOMAINS, Half, SourceError, Text, text, windows
+from regrow.data.halves import PARAGRAPH_CHARACTERS, select_half
+from regrow.data.text import load_files
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
@@ -45,31 +45,31 @@ def kind(name: str) -> Text:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TEXT_DOMAINS)
 def test_the_halves_of_every_kind_share_no_document_and_no_long_paragraph(name: str) -> None:
     """The whole point of two halves; both are big enough to be worth it."""
     documents = kind(name).documents
-    one, two = half_of(documents, Half.CALIBRATION), half_of(documents, Half.EVALUATION)
+    one, two = select_half(documents, Half.CALIBRATION), select_half(documents, Half.EVALUATION)
     assert not set(one) & set(two)
-    paragraphs = [{p for d in part for p in d.split("\n\n") if len(p) >= PARAGRAPH} for part in (one, two)]
+    paragraphs = [{p for d in part for p in d.split("\n\n") if len(p) >= PARAGRAPH_CHARACTERS} for part in (one, two)]
     assert not paragraphs[0] & paragraphs[1]
     sizes = [sum(map(len, part)) for part in (one, two)]
     assert min(sizes) > 15_000
     assert min(sizes) / sum(sizes) > 0.25
-    assert half_of(documents, Half.EVALUATION) == two
+    assert select_half(documents, Half.EVALUATION) == two
 
 
 def test_talk_asks_no_question_in_both_halves() -> None:
     """Short lines escape the paragraph rule; questions are kept together instead."""
     documents = kind("talk").documents
-    asked = [{d.splitlines()[0] for d in half_of(documents, half)} for half in (Half.CALIBRATION, Half.EVALUATION)]
+    asked = [{d.splitlines()[0] for d in select_half(documents, half)} for half in (Half.CALIBRATION, Half.EVALUATION)]
     assert not asked[0] & asked[1]
 
 
 def test_one_long_document_is_cut_in_its_middle_at_a_paragraph() -> None:
     """Nothing is lost, nothing doubled."""
     document = "\n\n".join(f"paragraph {i} " + "x" * (i % 7) for i in range(200))
-    one, two = half_of([document], Half.CALIBRATION)[0], half_of([document], Half.EVALUATION)[0]
+    one, two = select_half([document], Half.CALIBRATION)[0], select_half([document], Half.EVALUATION)[0]
     assert f"{one}\n\n{two}" == document
     assert abs(len(one) - len(two)) < 100
 
@@ -77,7 +77,7 @@ def test_one_long_document_is_cut_in_its_middle_at_a_paragraph() -> None:
 def test_one_huge_document_among_small_ones_does_not_starve_a_half() -> None:
     """Dealing out would give one half 1 % of the text."""
     documents = ["huge line\n" * 5000, *(f"small {i}\nand more" for i in range(20))]
-    sizes = [sum(map(len, half_of(documents, half))) for half in (Half.CALIBRATION, Half.EVALUATION)]
+    sizes = [sum(map(len, select_half(documents, half))) for half in (Half.CALIBRATION, Half.EVALUATION)]
     assert min(sizes) / sum(sizes) > 0.25
 
 
@@ -85,7 +85,7 @@ def test_windows_are_real_text_with_shifted_labels(tokenizer: object) -> None:
     """Every window stands in its half, word for word, and the labels are the next tokens."""
     news = kind("news")
     source = windows(news, tokenizer, n=5, seq_len=64, seed=3, half=Half.EVALUATION, batch_size=2)
-    joined = "\n\n".join(half_of(news.documents, Half.EVALUATION))
+    joined = "\n\n".join(select_half(news.documents, Half.EVALUATION))
     assert [batch.args[0].shape[0] for batch in source] == [2, 2, 1]
     assert source.tokens == 5 * 63
     assert "evaluation half" in source.origin
@@ -139,10 +139,10 @@ def test_fewer_windows_than_asked_for_are_admitted(letters: object) -> None:
 def test_windows_that_cannot_be_are_errors(letters: object) -> None:
     """Each names the source and the remedy."""
     short = Text("mine", ("a\nb\nc\nd",), "made")
-    with pytest.raises(SourceError, match=r"'mine'.*shorter than one window of 15.*--seq-len"):
+    with pytest.raises(SourceError, match=r"'mine'.*shorter than one window of 16.*--seq-len"):
         windows(short, letters, n=1, seq_len=16)
     for bad in ({"n": 0, "seq_len": 4}, {"n": 1, "seq_len": 1}, {"n": 1, "seq_len": 4, "batch_size": 0}):
-        with pytest.raises(SourceError, match="at least 1 window"):
+        with pytest.raises(SourceError, match="numbers of windows"):
             windows(short, letters, **bad)
     with pytest.raises(SourceError, match="single line"):
         windows(Text("mine", ("only one line " * 100,), "made"), letters, n=1, seq_len=4)
@@ -164,7 +164,7 @@ def test_a_users_files(tmp_path: Path) -> None:
     assert "1 unreadable" in found.origin
     with gzip.open(tmp_path / "f.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": "packed"}))
-    assert read("g", tmp_path / "f.jsonl.gz").documents == ("packed",)
+    assert load_files("g", tmp_path / "f.jsonl.gz").documents == ("packed",)
 
 
 def test_bad_sources_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from regrow.streaming import requirements
 port, *words = sys.argv[1:]
 codes = [run_command([*words, "--out", "whole"])]
 os.environ["MASTER_PORT"] = port  # other processes meet here, as far as torch knows
-requirements.WHOLE = 1e9 if os.environ["RANK"] == "0" else 0  # rank 0 decides that blocks are read one by one
+requirements.WHOLE_COPIES = 1e9 if os.environ["RANK"] == "0" else 0  # rank 0 decides that blocks are read one by one
 sys.exit(max(*codes, run_command([*words, "--memory", "64GiB", "--out", "streamed"])))
 """
 

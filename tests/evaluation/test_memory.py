@@ -22,7 +22,7 @@ from regrow.evaluation.memory import (
     predict_memory,
     start_peak_meter,
 )
-from regrow.nets.cells import OPERATIONS, Cells, prefix, supernet, thin
+from regrow.nets.cells import OPERATIONS, Cells, build_prefix, supernet_config, thin_config
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 TOLERANCE = 0.02
@@ -40,7 +40,7 @@ FEW = ("skip", "sep3", "max")
 
 def cells(width: int, last: int, operations: Sequence[str] = FEW) -> Callable[[], Prefix]:
     """A small super-network up to a cell."""
-    config = supernet((3, 16, 16), 10, width=width, cells=3, nodes=2, heads=range(3), operations=operations)
+    config = supernet_config((3, 16, 16), 10, width=width, cells=3, nodes=2, heads=range(3), operations=operations)
     return lambda: Prefix(Cells(config), last)
 
 
@@ -177,31 +177,31 @@ def test_resident_memory_is_beside_it() -> None:
 
 
 def test_thinned_cells_keep_their_share_and_run() -> None:
-    config = supernet((3, 16, 16), 10, width=4, cells=3, nodes=3)
-    small = thin(config, 2, 0.3)
+    config = supernet_config((3, 16, 16), 10, width=4, cells=3, nodes=3)
+    small = thin_config(config, 2, 0.3)
     counts = [[len(node["ops"]) for node in cell["nodes"]] for cell in small["cells"]]
     assert [sum(nodes) for nodes in counts] == [19, 19, 63]
     names = [op[0] for node in small["cells"][0]["nodes"] for op in node["ops"]]
     assert all(2 <= names.count(op) <= 3 for op in set(names)) and len(set(names)) == 7
-    assert [len(node["ops"]) for node in thin(config, 1, 0.0)["cells"][0]["nodes"]] == [1, 1, 1]
-    assert thin(config, 3, 1.0) == config
+    assert [len(node["ops"]) for node in thin_config(config, 1, 0.0)["cells"][0]["nodes"]] == [1, 1, 1]
+    assert thin_config(config, 3, 1.0) == config
     assert Cells(small)(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
 def test_stages_keep_the_budget_in_the_run_itself() -> None:
     """Planned on shapes alone, then learned: half of what the whole network needs is enough, and is not exceeded."""
-    config = supernet((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
+    config = supernet_config((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
     batch, step = images(64), make_training_step(SGD)
 
     @cache
     def peak(first: int, last: int) -> int:
-        return predict_memory(partial(prefix, config, first, last, share=0.2), batch, step).peak
+        return predict_memory(partial(build_prefix, config, first, last, share=0.2), batch, step).peak
 
     budget = peak(0, 3) // 2
     plan = plan_stages(peak, 4, budget)
     begin = 0
     for end, foretold in zip(plan.ends, plan.peaks, strict=True):
-        net = Cells({**thin(config, begin, 0.2), "heads": sorted({end, 3})})
+        net = Cells({**thin_config(config, begin, 0.2), "heads": sorted({end, 3})})
         found = measure_memory(Prefix(net, end), batch, step).peak
         assert found == pytest.approx(foretold, rel=TOLERANCE) and found <= budget
         begin = end + 1

@@ -16,10 +16,10 @@ from regrow.exporters import ExportError
 from regrow.exporters import onnx as format
 from regrow.exporters.onnx import place_file, unused_name, write
 from regrow.nets import Origin
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.store import save
-from regrow.store.atomic import staging_folder
+from regrow.store.atomic import stage_folder
 from regrow.tracing.branches import PlaceholderModule
 from store.saved import CASES, cut
 from zoo import ZOO
@@ -118,7 +118,7 @@ def test_an_image_network_takes_any_batch(tmp_path: Path) -> None:
 
 def found_cells() -> tuple[Cells, dict[str, Any]]:
     """Cells after a search: half of the operations dropped, every width cut to a number of its own."""
-    config = supernet((3, 16, 16), 5, width=6, cells=3, nodes=2)
+    config = supernet_config((3, 16, 16), 5, width=6, cells=3, nodes=2)
     net = Cells(config).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -203,7 +203,7 @@ def test_no_file_of_the_user_goes_with_the_old_weights(tmp_path: Path, monkeypat
 
 def put(path: Path, value: float) -> None:
     """Place a small file whose weights lie beside it, as an export does."""
-    with staging_folder(path) as stage:
+    with stage_folder(path) as stage:
         name = unused_name(path)
         weights = onnx.numpy_helper.from_array(np.full(4, value, np.float32), "w")
         output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])

@@ -15,7 +15,7 @@ from regrow.core.amounts import Target
 from regrow.core.axes import Example
 from regrow.core.budget import Budget
 from regrow.core.sources import Batch, Source
-from regrow.data.vision import side_of
+from regrow.data.vision import find_common_side
 from regrow.evaluation import dense, macs, size
 from regrow.jobs import search as searching
 from regrow.jobs.recording import Invocation
@@ -198,6 +198,6 @@ def test_the_side_of_the_images_of_a_folder(tmp_path: Path) -> None:
     for i, (w, h) in enumerate(((8, 8), (8, 8), (8, 6))):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.fromarray(np.zeros((h, w), np.uint8)).save(tmp_path / "a" / f"{i}.png")
-        assert side_of(tmp_path) == (8 if i < 2 else 0)
+        assert find_common_side(tmp_path) == (8 if i < 2 else 0)
     (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    assert side_of(tmp_path) == 0 == side_of(tmp_path / "b")
+    assert find_common_side(tmp_path) == 0 == find_common_side(tmp_path / "b")

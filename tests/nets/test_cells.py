@@ -9,26 +9,26 @@ from torch import nn
 
 from regrow.core.candidates import Candidates, fold_scales
 from regrow.nets import mobile
-from regrow.nets.cells import OPERATIONS, Cells, describe, operation, supernet
+from regrow.nets.cells import OPERATIONS, Cells, build_operation, describe_result, supernet_config
 from regrow.nets.loaded import ModelError
 from regrow.nets.mobile import Mobile
 
 
 def small(**more):
-    return supernet((3, 16, 16), 5, width=4, cells=3, nodes=2, heads=(0,), **more)
+    return supernet_config((3, 16, 16), 5, width=4, cells=3, nodes=2, heads=(0,), **more)
 
 
 def test_every_operation_keeps_or_halves_the_picture():
     x = torch.randn(2, 4, 8, 8)
     for name in OPERATIONS:
-        assert operation(name, 4, 4, 1)(x).shape == (2, 4, 8, 8)
-        assert operation(name, 4, 4, 2)(x).shape == (2, 4, 4, 4)
-        assert operation(name, 4, 4, 2)(x[..., :7]).shape == (2, 4, 4, 4)
+        assert build_operation(name, 4, 4, 1)(x).shape == (2, 4, 8, 8)
+        assert build_operation(name, 4, 4, 2)(x).shape == (2, 4, 4, 4)
+        assert build_operation(name, 4, 4, 2)(x[..., :7]).shape == (2, 4, 4, 4)
 
 
 def test_pictures_of_any_size_are_taken():
     for side in (28, 27):
-        net = Cells(supernet((1, side, side), 5, width=4, cells=3, nodes=1))
+        net = Cells(supernet_config((1, side, side), 5, width=4, cells=3, nodes=1))
         assert net(torch.randn(2, 1, side, side)).shape == (2, 5)
 
 
@@ -36,20 +36,20 @@ def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():
     net = Cells(small()).eval()
     x = torch.randn(2, 3, 16, 16)
     first, last = net(x)
-    assert torch.equal(net.upto(x, 0), first)
-    assert torch.equal(net.upto(x, 2), last)
+    assert torch.equal(net.logits_at(x, 0), first)
+    assert torch.equal(net.logits_at(x, 2), last)
 
 
 def test_a_stage_runs_what_lies_within_it_and_nothing_else():
     net = Cells(small())
-    net.upto(torch.randn(2, 3, 16, 16), 0).sum().backward()
+    net.logits_at(torch.randn(2, 3, 16, 16), 0).sum().backward()
     for name, parameter in net.named_parameters():
-        assert (parameter.grad is not None) == net.within(name, 0), name
+        assert (parameter.grad is not None) == net.uses_parameter(name, 0), name
 
 
 SPACES = (
     (Cells, small()),
-    (Mobile, mobile.supernet((3, 32, 32), 5, width=4, blocks=1)),
+    (Mobile, mobile.supernet_config((3, 32, 32), 5, width=4, blocks=1)),
 )
 
 
@@ -102,13 +102,13 @@ def test_a_scale_stays_where_a_layer_does_not_say_all():
 def test_a_description_builds_what_it_describes():
     config = small()
     net = Cells(config)
-    again = Cells(json.loads(json.dumps(describe(net, config, ()))))
+    again = Cells(json.loads(json.dumps(describe_result(net, config, ()))))
     left = {name: value.shape for name, value in net.state_dict().items() if not name.startswith("heads.0.")}
     assert {name: value.shape for name, value in again.state_dict().items()} == left
 
 
 def test_each_input_of_a_cell_and_each_node_needs_an_operation():
-    found = Cells(small()).needed()
+    found = Cells(small()).required_groups()
     assert len(found) == 3 * 2 + 3 * 2
     assert ("cells.0.nodes.0.ops.skip_0" in one for one in found)
 

@@ -10,8 +10,8 @@ from regrow.nets.loaded import ModelError
 from regrow.nets.staged import OPERATION_BYTES, check_space_fits
 
 SPACES = {
-    "cells": (cells.Cells, cells.supernet((3, 8, 8), 4, width=6, cells=3, nodes=2)),
-    "mobile": (mobile.Mobile, mobile.supernet((3, 32, 32), 4, width=8, blocks=2)),
+    "cells": (cells.Cells, cells.supernet_config((3, 8, 8), 4, width=6, cells=3, nodes=2)),
+    "mobile": (mobile.Mobile, mobile.supernet_config((3, 32, 32), 4, width=8, blocks=2)),
 }
 
 
@@ -32,4 +32,4 @@ def test_the_weights_of_all_operations_are_counted(name, monkeypatch):
 @pytest.mark.parametrize(("many", "nodes"), [(99, 99), (64, 17), (65, 1), (0, 3)])
 def test_too_many_cells_are_refused_before_they_are_described(many, nodes):
     with pytest.raises(ModelError, match=f"1 to 64 cells of 1 to 16 nodes, got {many} and {nodes}; write it as"):
-        cells.supernet((3, 8, 8), 4, cells=many, nodes=nodes)
+        cells.supernet_config((3, 8, 8), 4, cells=many, nodes=nodes)

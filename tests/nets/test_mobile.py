@@ -12,12 +12,12 @@ from regrow.core.candidates import candidate_paths
 from regrow.jobs.spaces import rebuild_network
 from regrow.nets.load import build
 from regrow.nets.loaded import ModelError, Origin
-from regrow.nets.mobile import Mobile, check_description, describe, prefix, supernet, thin
+from regrow.nets.mobile import Mobile, build_prefix, check_description, describe_result, supernet_config, thin_config
 from regrow.tracing.branches import find_placeholders
 from zoo import randomise
 
 FEW = ("mb3e3", "mb7e6", "skip")
-CONFIG = supernet((3, 16, 16), 5, width=4, blocks=2, heads=(3,), operations=FEW)
+CONFIG = supernet_config((3, 16, 16), 5, width=4, blocks=2, heads=(3,), operations=FEW)
 FIRST = {name: value for name, value in CONFIG.items() if name != "blocks"} | {
     "blocks": CONFIG["blocks"][:2],
     "heads": [1],
@@ -26,7 +26,7 @@ FIRST = {name: value for name, value in CONFIG.items() if name != "blocks"} | {
 
 
 def test_the_paper_s_space_is_the_default():
-    config = supernet((3, 224, 224), 1000)
+    config = supernet_config((3, 224, 224), 1000)
     assert config["stem"] == [32, 16] and config["mix"] == 1280 and len(config["blocks"]) == 21
     assert [plan["width"] for plan in config["blocks"]] == [w for w in (24, 40, 80, 96, 192) for _ in range(4)] + [320]
     assert [i for i, plan in enumerate(config["blocks"]) if plan["stride"] == 2] == [0, 4, 8, 16]
@@ -39,15 +39,15 @@ def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():
     x = torch.randn(2, 3, 16, 16)
     first, last = net(x)
     assert first.shape == last.shape == (2, 5)
-    assert torch.equal(net.upto(x, 3), first)
-    assert torch.equal(net.upto(x, 10), last)
+    assert torch.equal(net.logits_at(x, 3), first)
+    assert torch.equal(net.logits_at(x, 10), last)
 
 
 def test_a_stage_runs_what_lies_within_it_and_nothing_else():
     net = Mobile(CONFIG)
-    net.upto(torch.randn(2, 3, 16, 16), 3).sum().backward()
+    net.logits_at(torch.randn(2, 3, 16, 16), 3).sum().backward()
     for name, parameter in net.named_parameters():
-        assert (parameter.grad is not None) == net.within(name, 3), name
+        assert (parameter.grad is not None) == net.uses_parameter(name, 3), name
 
 
 def test_a_block_is_what_it_reads_and_what_bottlenecks_make_of_it():
@@ -71,7 +71,7 @@ def test_what_is_left_is_described_and_built_again_alike():
     drop = ["blocks.0.ops.mb3e3", "blocks.1.ops.mb3e3", "blocks.1.ops.mb7e6"]
     keep = {k: v for k, v in keep.items() if not any(axes[k].slots[0].name.startswith(path) for path in drop)}
     small, _ = apply(net, axes, Plan.dropping(axes, drop, keep))
-    config = describe(small, FIRST, find_placeholders(small).keys())
+    config = describe_result(small, FIRST, find_placeholders(small).keys())
     assert [[name for name, _ in plan["ops"]] for plan in config["blocks"]] == [["mb7e6"], ["skip"]]
     assert config["blocks"][0]["ops"][0][1] == 12 and config["mix"] == FIRST["mix"] // 2
     again = rebuild_network(json.loads(json.dumps(config)), small)
@@ -94,11 +94,11 @@ def test_operations_that_come_back_are_drawn_by_block():
 
 
 def test_earlier_blocks_are_thinned_evenly_and_the_prefix_runs():
-    small = thin(CONFIG, 4, 0.4)
+    small = thin_config(CONFIG, 4, 0.4)
     many = [len(plan["ops"]) for plan in CONFIG["blocks"][:4]], [len(plan["ops"]) for plan in small["blocks"][:4]]
     assert sum(many[1]) == 4 and all(n == 1 for n in many[1]) and sum(many[0]) == 10
-    assert small["blocks"][4:] == CONFIG["blocks"][4:] and thin(CONFIG, 4, 1.0) == CONFIG
-    net = prefix(CONFIG, 4, 6, 0.4)
+    assert small["blocks"][4:] == CONFIG["blocks"][4:] and thin_config(CONFIG, 4, 1.0) == CONFIG
+    net = build_prefix(CONFIG, 4, 6, 0.4)
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 5) and sorted(map(int, net.net.heads)) == [3, 6, 10]
 
 

@@ -9,13 +9,13 @@ from torch import nn
 from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
-from regrow.nets.staged import again
+from regrow.nets.staged import run_recomputed
 from regrow.surgery.gate import parametrize
 from zoo import randomise
 
 NETS = {
-    "cells": lambda: Cells(cells.supernet((3, 16, 16), 5, width=4, cells=3, nodes=2)),
-    "mobile": lambda: Mobile(mobile.supernet((3, 16, 16), 5, width=4, blocks=1, stride=1)),
+    "cells": lambda: Cells(cells.supernet_config((3, 16, 16), 5, width=4, cells=3, nodes=2)),
+    "mobile": lambda: Mobile(mobile.supernet_config((3, 16, 16), 5, width=4, blocks=1, stride=1)),
 }
 
 
@@ -42,7 +42,7 @@ def test_two_steps_are_the_same_bit_for_bit(name, masked):
 def test_what_is_drawn_is_drawn_once():
     net, x = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 1)), torch.randn(16, 8)
     found = []
-    for run in (net, lambda value: again(net, value)):
+    for run in (net, lambda value: run_recomputed(net, value)):
         torch.manual_seed(3)
         net.zero_grad()
         run(x).sum().backward()

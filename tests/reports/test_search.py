@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from regrow.cli.app import regrow
 from regrow.nets import mobile
-from regrow.nets.cells import supernet
+from regrow.nets.cells import supernet_config
 from regrow.reports import ReportError, read_runs, to_html, write_page
 from regrow.reports.comparison import compare
 from regrow.reports.summary import RECONSTRUCTED, summarise
@@ -108,7 +108,7 @@ def found_as(path, **config):
 
 
 def test_blocks_are_listed(tmp_path):
-    plans = mobile.supernet((1, 8, 8), 10, width=4, blocks=2, operations=("mb3e6", "skip"))["blocks"]
+    plans = mobile.supernet_config((1, 8, 8), 10, width=4, blocks=2, operations=("mb3e6", "skip"))["blocks"]
     text = to_html(read_runs([found_as(tmp_path / "run", blocks=[*plans, {"ops": [["x", 1]]}])]))  # of an unknown kind
     check_self_contained(text)
     said = words_of(text)
@@ -118,7 +118,7 @@ def test_blocks_are_listed(tmp_path):
 
 @pytest.mark.parametrize(("many", "nodes"), [(6, 3), (12, 4), (2, 5), (1, 1)])
 def test_whole_spaces_are_listed(tmp_path, many, nodes):
-    space = supernet((3, 32, 32), 10, cells=many, nodes=nodes)
+    space = supernet_config((3, 32, 32), 10, cells=many, nodes=nodes)
     parts = read_runs([searched(tmp_path / "whole", space["cells"])])[0].found.parts
     assert len(parts) == many * nodes
     assert sum(len(sums.split("; ")) for _, _, sums in parts) == many * 7 * nodes * (nodes + 3) // 2

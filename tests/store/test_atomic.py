@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regrow.store.atomic import LEFTOVER, atomic_write, staging_folder, write_bytes, write_text
+from regrow.store.atomic import LEFTOVER, atomic_write, stage_folder, write_bytes, write_text
 from regrow.store.errors import StoreError
 
 
@@ -65,7 +65,7 @@ def test_the_error_of_a_library_that_met_a_full_disk(tmp_path):
 
 
 def test_names_of_unfinished_files(tmp_path):
-    with staging_folder(tmp_path / "a.json") as stage:
+    with stage_folder(tmp_path / "a.json") as stage:
         assert LEFTOVER.fullmatch(stage.name)
     assert not LEFTOVER.fullmatch("a.json") and not LEFTOVER.fullmatch(".hidden")
 

@@ -14,7 +14,7 @@ import regrow.store.models as store
 from regrow.nets import Origin
 from regrow.store import StoreError, load, save
 from regrow.store.shapes import content_digest
-from regrow.store.weights import measure
+from regrow.store.weights import describe_file
 from store import saved
 
 
@@ -67,7 +67,7 @@ def rewritten(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-    file = measure(folder / "model.safetensors")
+    file = describe_file(folder / "model.safetensors")
     return edited(folder, lambda d: d["files"].update({"model.safetensors": msgspec.to_builtins(file)}))
 
 

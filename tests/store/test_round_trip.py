@@ -163,7 +163,7 @@ def test_a_tokenizer_travels_without_paths(tmp_path):
 def test_large_models_are_written_in_shards_that_transformers_reads(tmp_path, monkeypatch):
     case = saved.CASES["llama_tied"]
     model = case.build()
-    monkeypatch.setattr("regrow.store.weights.SHARD", 20_000)
+    monkeypatch.setattr("regrow.store.weights.SHARD_BYTES", 20_000)
     save(model, tmp_path, origin=case.origin(model))
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
     plain = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path)

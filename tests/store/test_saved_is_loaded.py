@@ -180,14 +180,14 @@ def test_a_record_puts_no_attribute_in_another_place(tmp_path, name):
 
 
 def test_a_changed_tensor_is_named(tmp_path):
-    from regrow.store.weights import measure
+    from regrow.store.weights import describe_file
 
     net = holding()
     save(net, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["second.weight"][0, 0] += 1e-6
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    file = measure(tmp_path / "model.safetensors")
+    file = describe_file(tmp_path / "model.safetensors")
     fewer_layers(
         tmp_path / "shapes.json",
         lambda d: d["files"].update({"model.safetensors": msgspec.to_builtins(file)}),
@@ -207,7 +207,7 @@ class Powers(Holding):
 def test_a_network_that_answers_otherwise_is_refused(tmp_path):
     net = holding()
     save(net, tmp_path)
-    with pytest.raises(ValueError, match=r"answers otherwise .* differ by .* check=False"):
+    with pytest.raises(ValueError, match=r"outputs differ .* by .* check=False"):
         load(tmp_path, model=lambda: Powers())
     assert isinstance(load(tmp_path, model=lambda: Powers(), check=False), Powers)
     path = tmp_path / "probe.st"
@@ -238,18 +238,18 @@ def test_how_near_an_answer_must_be(tmp_path, conditions, change, fits):
 
     from regrow.store.probe import FILE, FORMAT
     from regrow.store.tensors import read_tensors, write_tensors
-    from regrow.store.weights import measure
+    from regrow.store.weights import describe_file
 
     header, tensors = read_tensors(tmp_path / FILE, FORMAT)
     header["conditions"] |= conditions
     kept = {key: value for key, value in header.items() if key not in ("format", "names", "sha256")}
     write_tensors(tmp_path / FILE, tensors, kept, FORMAT)
-    file = measure(tmp_path / FILE)
+    file = describe_file(tmp_path / FILE)
     fewer_layers(tmp_path / "shapes.json", lambda d: d.update(probe=msgspec.to_builtins(file)))
     if fits:
         load(tmp_path, model=other)
     else:
-        with pytest.raises(ValueError, match="answers otherwise"):
+        with pytest.raises(ValueError, match="outputs differ"):
             load(tmp_path, model=other)
 
 

@@ -13,7 +13,7 @@ from regrow.streaming.requirements import plan_memory
 
 def test_the_amount_that_is_named_is_enough_for_a_process_that_has_more(folder, monkeypatch):
     network = open_network(str(folder)).network()
-    monkeypatch.setattr(requirements, "WHOLE", 1e9)
+    monkeypatch.setattr(requirements, "WHOLE_COPIES", 1e9)
     for resident in (123_456_789, 987_654_321, 5_678_901_234):
         monkeypatch.setattr(requirements, "read_resident", lambda resident=resident: resident)
         with pytest.raises(ResourceError) as refused:

@@ -9,13 +9,13 @@ from torch import nn
 from regrow import Candidates, Plan, UndoStore, apply, trace, verify
 from regrow.core.candidates import candidate_paths
 from regrow.core.plan import PlanError
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from zoo import randomise
 
 
 @pytest.fixture(scope="module")
 def traced():
-    net = randomise(Cells(supernet((3, 16, 16), 5, width=4, cells=2, nodes=2))).double()
+    net = randomise(Cells(supernet_config((3, 16, 16), 5, width=4, cells=2, nodes=2))).double()
     example = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     return net, trace(net, example), example
 
@@ -89,13 +89,13 @@ def test_what_comes_back_was_cut_with_the_rest(traced):
 def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     net, axes, _ = traced
     net, undo = copy.deepcopy(net), UndoStore()
-    supernet = sum(tensor.numel() for tensor in net.state_dict().values())
+    supernet_config = sum(tensor.numel() for tensor in net.state_dict().values())
     for place in (0, 1, 2, 3):
         paths = [own[place] for own in candidate_paths(net).values()]
         net, axes = apply(net, axes, Plan.dropping(axes, paths), undo=undo)
     keep = {axis.key: range(1, axis.size) for axis in axes.free()}
     net, axes = apply(net, axes, Plan.keeping(axes, keep), undo=undo)
-    assert sum(tensor.numel() for tensor in undo.contents().values()) <= supernet
+    assert sum(tensor.numel() for tensor in undo.contents().values()) <= supernet_config
 
 
 def test_one_candidate_stays(traced):

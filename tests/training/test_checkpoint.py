@@ -9,7 +9,7 @@ from torch import nn
 
 import laws
 from regrow.core.axes import AxisGraph
-from regrow.data.streams import digits_task, fewer, permuted_tasks
+from regrow.data.streams import load_digits, permuted_tasks, sample_task
 from regrow.methods.continual import sparsegrow
 from regrow.methods.search import mgas
 from regrow.nets.vision import small
@@ -32,7 +32,7 @@ def network(method: str) -> nn.Module:
 def learned(method: str) -> tuple[AxisGraph, Learner[Any], UndoStore | None, Fitted[Any]]:
     """A network whose masks were learned and whose shape has changed, and the axes that it had at first."""
     model = network(method)
-    axes, task = trace(model, torch.zeros(2, *SHAPE)), fewer(digits_task(), 100, 40)
+    axes, task = trace(model, torch.zeros(2, *SHAPE)), sample_task(load_digits(), 100, 40)
     learner: Learner[Any]
     if method == "mgas":
         target = 0.4 * sum(p.numel() for p in model.parameters())

@@ -9,7 +9,7 @@ import torch
 
 from regrow.core.axes import AxisGraph
 from regrow.core.plan import Fill, Plan
-from regrow.data.streams import digits_task, permuted_tasks, split
+from regrow.data.streams import load_digits, permuted_tasks, split_by_classes
 from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, learn_named
 from regrow.jobs.recording import Invocation
@@ -32,7 +32,7 @@ def widen_once(context: Context, rule: str = "zero_out") -> Plan | None:
 
 def test_what_is_told_changes_no_step() -> None:
     """The same as steps written out by hand, growth included, bit for bit."""
-    task = permuted_tasks(digits_task(), 1)[0]
+    task = permuted_tasks(load_digits(), 1)[0]
     learner = replace(PLAIN, plan=lambda state, context: (widen_once(context), state))
     schedule = TaskSchedule(epochs=2, lr=0.05)
     nets: list[Any] = [small("mlp:12-8", (1, 8, 8), 10)[0] for _ in range(2)]
@@ -76,7 +76,7 @@ def test_a_growth_is_told_once_after_a_stop(tmp_path: Path, monkeypatch: pytest.
 
 def test_earlier_tasks_are_probed_among_their_own_classes() -> None:
     """Where a task is told, accuracy around a growth is that of the matrix, not of the classes of the current task."""
-    tasks = split(digits_task(), 5)[:2]
+    tasks = split_by_classes(load_digits(), 5)[:2]
     model, _ = small("mlp:24-16", (1, 8, 8), 10)
     learner = LEARNERS["sparsegrow"].create("sparsegrow", {"grow": "always"})
     schedule = TaskSchedule(scenario="task", epochs=4, batch_size=32, lr=0.05)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import regrow
 from regrow.data import SourceError
-from regrow.data.streams import digits_task, permuted_tasks, split
+from regrow.data.streams import load_digits, permuted_tasks, split_by_classes
 from regrow.evaluation.continual import Matrix, measure_accuracy
 from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, extend, learn_named
@@ -38,7 +38,7 @@ SETTINGS = Settings(
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_method_learns_and_tells(name: str) -> None:
     """Each learns the first of two tasks far better than chance, and its matrix is that of the network it leaves."""
-    tasks = permuted_tasks(digits_task(), 2)
+    tasks = permuted_tasks(load_digits(), 2)
     model, _ = small("mlp:48-32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = find_method(MethodKind.CONTINUAL, name).build(find_method(MethodKind.CONTINUAL, name).settings())
@@ -104,7 +104,7 @@ def test_killed_and_resumed_is_never_stopped(
     ],
 )
 def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: str, given: dict[str, Any]) -> None:
-    tasks = split(digits_task(), 5)
+    tasks = split_by_classes(load_digits(), 5)
     model, _ = small("mlp:32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = find_method(MethodKind.CONTINUAL, method).create(method, given)

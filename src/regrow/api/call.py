@@ -32,7 +32,7 @@ from regrow.jobs.models import ModelSpec, attach_origin, load_model
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
-from regrow.nets.loaded import WeightFile, guessed_example
+from regrow.nets.loaded import WeightFile, guess_example
 from regrow.reports import write_run_page
 from regrow.store.building import describe_origin
 from regrow.store.statistics import fingerprint
@@ -84,7 +84,7 @@ class Call:
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         example = self.example if self.axes is None else self.axes.example
         known_example = known_example if example is None else to_example(example)
-        guess = known_example or guessed_example(model)
+        guess = known_example or guess_example(model)
         side = find_side(guess.args if guess else ())
         reading = choose_reading(model, tokenizer, self.batch_size, side)
         sources, tests, objective = self._read_data(reading)

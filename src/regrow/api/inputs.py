@@ -13,7 +13,7 @@ from regrow.core.errors import InputError
 from regrow.core.objectives import LossFunction, Objective
 from regrow.core.sources import Batch, Source, device_of
 from regrow.data.batch_forms import ReadOptions
-from regrow.data.batches import INPUTS
+from regrow.data.batches import INPUT_KEYS
 from regrow.nets import Loaded, Origin
 from regrow.tracing import TraceError, trace
 
@@ -66,7 +66,7 @@ class Inputs:
         """
         example = self.loaded.example
         parts = [*example.args, *example.kwargs.values()]
-        known = not example.args and any(name in INPUTS for name in example.kwargs)
+        known = not example.args and any(name in INPUT_KEYS for name in example.kwargs)
         batched = all(isinstance(part, Tensor) and part.dim() > 1 for part in parts) and len({*map(len, parts)}) == 1
         if batched and (known or (len(example.args) == 1 and not example.kwargs)):
             named = {name: part[:2] for name, part in example.kwargs.items()}

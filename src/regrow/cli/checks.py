@@ -20,7 +20,7 @@ from regrow.settings.learn import parse_sequence
 from regrow.store.atomic import JSON, LEFTOVER, check_output
 from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
-from regrow.store.run_record import RUN, read_run, unfinished_folder
+from regrow.store.run_record import RUN, find_unfinished, read_run
 
 FOLDER_COMMANDS = frozenset({"prune", "grow", "recover", "learn", "search", "apply"})
 """Commands that write a folder of their own, ``--out``."""
@@ -84,7 +84,7 @@ def check_command_line(command: str, options: Mapping[str, Any]) -> None:
 def read_run_record(folder: Path) -> dict[str, Any]:
     """Return ``run.json`` of a finished or unfinished run, or raise StoreError; ends a replacement that was killed."""
     settle(folder)
-    return read_run(unfinished_folder(folder) or folder)
+    return read_run(find_unfinished(folder) or folder)
 
 
 def _check_data(values: Mapping[str, object]) -> None:

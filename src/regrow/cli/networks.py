@@ -48,7 +48,7 @@ def show(model: str, everything: bool, code: str, dtype: str, input: str) -> Non
     before it.
     """
     from regrow.jobs.models import ModelSpec, trace_model
-    from regrow.nets.loaded import written_shape
+    from regrow.nets.loaded import format_shape
 
     command.announce_code(model, code)
     with show_progress() as progress:
@@ -57,7 +57,7 @@ def show(model: str, everything: bool, code: str, dtype: str, input: str) -> Non
         print_table(part.title, part.columns, part.rows, part.numbers)
     method = "on fake data, as torch.export does" if axes.recorded == "export" else "by recording one eager run"
     say(f"traced {method}")
-    say(f"MACs are those of one example, with dense kernels, of an input of {written_shape(loaded.example)}")
+    say(f"MACs are those of one example, with dense kernels, of an input of {format_shape(loaded.example)}")
     for note in axes.notes:
         say(f"note: {note}")
     if axes.unreached:

@@ -107,23 +107,23 @@ class Staged(Protocol):
     # The index of the last part that runs when the network is called; `None`: all parts run
     active: int | None
 
-    def upto(self, x: Tensor, last: int) -> Tensor:
-        """Run the parts up to index ``last`` and return its classifier's logits, ``[N, classes]``."""
+    def logits_at(self, x: Tensor, last: int) -> Tensor:
+        """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
         ...
 
-    def within(self, name: str, last: int) -> bool:
-        """Whether :meth:`upto` with the same ``last`` uses the parameter ``name``."""
+    def uses_parameter(self, name: str, last: int) -> bool:
+        """Whether a parameter is used by :meth:`logits_at`."""
         ...
 
-    def needed(self) -> list[tuple[str, ...]]:
-        """Return sets of operation paths, of each of which at least one operation must stay."""
+    def required_groups(self) -> list[tuple[str, ...]]:
+        """Return sets of paths of operations; one of each set must stay."""
         ...
 
 
 @contextmanager
 def all_parts_active(model: nn.Module) -> Iterator[None]:
-    """Context manager in which a :class:`Staged` network runs all its parts, as tracing requires."""
-    active = getattr(model, "active", None) if hasattr(model, "upto") else None
+    """Context manager in which a staged network runs all its parts, as tracing requires; others are left alone."""
+    active = getattr(model, "active", None) if hasattr(model, "logits_at") else None
     if active is None:
         yield
         return
@@ -144,12 +144,12 @@ class Prefix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[N, classes]`` of the classifier behind the last part."""
-        return cast(Staged, self.net).upto(x, self.last)
+        return cast(Staged, self.net).logits_at(x, self.last)
 
     def count_parameters(self) -> int:
         """Return the number of parameters (entries) of the parts that run."""
         net = cast(Staged, self.net)
-        return sum(p.numel() for name, p in self.net.named_parameters() if net.within(name, self.last))
+        return sum(p.numel() for name, p in self.net.named_parameters() if net.uses_parameter(name, self.last))
 
 
 def find_candidates(model: nn.Module) -> dict[str, Candidates]:

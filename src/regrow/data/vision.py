@@ -18,23 +18,23 @@ from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import LazyBatches
 from regrow.data.halves import Half, SourceError
 
-SAMPLED = 32  # images of a folder that are looked at to learn their size, spread over all
-SHIFT = 4  # pixels, the largest shift in both directions
+SAMPLED_FILES = 32  # images of a folder that are read to learn their size, spread over all
+MAX_SHIFT = 4  # pixels, the largest shift in both directions
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per colour, as torchvision's pretrained networks expect
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
-class PictureFiles:
+class ImageFileSet:
     """Image files as a data set of pairs (image ``[3, H, W]``, class), read when they are asked for.
 
-    To a square size, images are scaled and cropped as by :func:`picture_tensor`; to any other, they are scaled.
+    To a square size, images are scaled and cropped as by :func:`image_tensor`; to any other, they are scaled.
     """
 
-    files: tuple[tuple[Path, int], ...]
-    size: tuple[int, int]
-    normalised: bool
+    files: tuple[tuple[Path, int], ...]  # each with its class
+    size: tuple[int, int]  # height, width
+    normalised: bool  # as torchvision's pretrained networks expect; else 0 to 1
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,35 +47,35 @@ class PictureFiles:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image and its class."""
         (file, label), (height, width) = self.files[index], self.size
-        picture = open_image(file)
+        image = open_image(file)
         if height == width:
-            return picture_tensor(picture, height, str(file), normalised=self.normalised), label
-        if picture.size != (width, height):
-            picture = picture.resize((width, height))
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+            return image_tensor(image, height, str(file), normalised=self.normalised), label
+        if image.size != (width, height):
+            image = image.resize((width, height))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return normalise_(pixels) if self.normalised else pixels, label
 
 
 @dataclass(frozen=True)
-class ImageFiles(LazyBatches):
+class ImageFileBatches(LazyBatches):
     """Batches of image files, read lazily: the same each time, and never all in memory."""
 
-    pictures: PictureFiles
+    dataset: ImageFileSet
     batch_size: int
-    channels: int = 3
+    channels: int = 3  # or 1: the mean of the colours
 
     def __len__(self) -> int:
-        return -(-len(self.pictures) // self.batch_size)
+        return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.read(range(len(self)))
 
     def read(self, positions: range) -> Iterator[Batch]:
-        """Return some batches."""
+        """Yield the batches at some positions."""
         for i in positions:
-            indices = range(len(self.pictures))[i * self.batch_size : (i + 1) * self.batch_size]
-            rows = [self.pictures[index] for index in indices]
-            inputs = torch.stack([picture for picture, _ in rows])
+            indices = range(len(self.dataset))[i * self.batch_size : (i + 1) * self.batch_size]
+            rows = [self.dataset[index] for index in indices]
+            inputs = torch.stack([image for image, _ in rows])
             inputs = inputs if self.channels == 3 else inputs.mean(1, keepdim=True)
             yield Batch((inputs,), labels=torch.tensor([label for _, label in rows]))
 
@@ -119,15 +119,15 @@ def images(
     if not path.is_dir():
         raise SourceError(f"source {name!r}: {path} is not a folder; give one with a sub-folder of images per class")
     classes = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    files = [(file, label) for label, folder in enumerate(classes) for file in _part(image_files(folder), half)]
+    files = [(file, label) for label, folder in enumerate(classes) for file in _select_half(image_files(folder), half)]
     if not files:
         raise SourceError(f"source {name!r}: no {half} images in sub-folders of {path}; give path/CLASS/image.jpg")
     chosen = random.Random(seed).sample(files, min(len(files), n or len(files)))
     for file, _ in chosen:  # a damaged one is found before the work begins
         open_image(file)
-    origin = f"{path.name}/, {len(classes)} classes; {half.words}; {len(chosen)} images of {size} pixels, seed {seed}"
-    pictures = PictureFiles(tuple(chosen), (size, size), normalised)
-    return Source(name, ImageFiles(pictures, batch_size, channels), origin)
+    origin = f"{path.name}/, {len(classes)} classes; {half.phrase}; {len(chosen)} images of {size} pixels, seed {seed}"
+    batches = ImageFileBatches(ImageFileSet(tuple(chosen), (size, size), normalised), batch_size, channels)
+    return Source(name, batches, origin)
 
 
 def digits(
@@ -154,7 +154,7 @@ def digits(
     """
     _check_amounts("digits", n, batch_size)
     pixels, labels = read_digits()
-    indices = [i for label in range(10) for i in _part((labels == label).nonzero()[:, 0].tolist(), half)]
+    indices = [i for label in range(10) for i in _select_half((labels == label).nonzero()[:, 0].tolist(), half)]
     chosen = random.Random(seed).sample(indices, min(len(indices), n or len(indices)))
     inputs = pixels[chosen]
     if size != 8:
@@ -162,7 +162,7 @@ def digits(
     inputs = inputs.expand(-1, channels, -1, -1).contiguous()
     parts = zip(inputs.split(batch_size), labels[chosen].split(batch_size), strict=True)
     batches = [Batch((rows,), labels=classes) for rows, classes in parts]
-    origin = f"scikit-learn digits; {half.words}; {len(chosen)} images of {size} pixels, seed {seed}"
+    origin = f"scikit-learn digits; {half.phrase}; {len(chosen)} images of {size} pixels, seed {seed}"
     return Source("digits", batches, origin)
 
 
@@ -178,11 +178,11 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Rows of a data set as pairs (image ``[3, size, size]``, class)."""
+    """Rows of a data set with columns as pairs (image ``[3, size, size]``, class), read when they are asked for."""
 
-    data: Sequence[Any]
-    image: str
-    label: str
+    data: Sequence[Any]  # its rows are mappings
+    image_column: str
+    label_column: str
     size: int
     normalised: bool
 
@@ -192,26 +192,26 @@ class ImageRows:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image and its class."""
         row = self.data[index]
-        picture = picture_tensor(row[self.image], self.size, "an image", normalised=self.normalised)
-        return picture, int(row[self.label])
+        image = image_tensor(row[self.image_column], self.size, "an image", normalised=self.normalised)
+        return image, int(row[self.label_column])
 
 
-def picture_tensor(picture: Any, size: int, name: str, *, normalised: bool) -> Tensor:
+def image_tensor(image: Any, size: int, name: str, *, normalised: bool) -> Tensor:
     """Return the centre of a PIL image as ``[3, size, size]`` float32, its shorter side scaled to 8/7 of the size.
 
-    An image that is of this size already is taken as it is.
+    An image that is of this size already is taken as it is. ``name`` is its name in messages.
     """
     from PIL.Image import Resampling
 
-    picture = picture.convert("RGB")
-    if picture.size != (size, size):
-        scale = size * 8 / 7 / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        scale = size * 8 / 7 / min(image.size)  # 256 pixels for a crop of 224, as torchvision has it
+        width, height = (max(size, round(side * scale)) for side in image.size)
         check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
-        picture = picture.resize((width, height), Resampling.BILINEAR)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
-    pixels = torch.from_numpy(cut / np.float32(255)).permute(2, 0, 1).contiguous()
+        image = image.resize((width, height), Resampling.BILINEAR)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    centre = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    pixels = torch.from_numpy(centre / np.float32(255)).permute(2, 0, 1).contiguous()
     return normalise_(pixels) if normalised else pixels
 
 
@@ -225,11 +225,11 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
-def side_of(folder: Path) -> int:
-    """Return the side in pixels of the images below a folder; 0 unless a sample of them is square and of one size."""
+def find_common_side(folder: Path) -> int:
+    """Return the side in pixels of the images below a folder; 0 unless those of a sample are square and of one size."""
     files = image_files(folder)
     try:
-        sizes = {open_image(file).size for file in files[:: max(1, len(files) // SAMPLED)]}
+        sizes = {open_image(file).size for file in files[:: max(1, len(files) // SAMPLED_FILES)]}
     except InputError:  # reading the source says what is wrong with it
         return 0
     (width, height) = next(iter(sizes), (0, 0))
@@ -237,7 +237,7 @@ def side_of(folder: Path) -> int:
 
 
 def open_image(file: Path) -> Any:
-    """Open an image file with pillow, converted to RGB."""
+    """Return the image in a file as a PIL image in RGB, or raise SourceError if it is none, damaged or too large."""
     try:
         from PIL import Image
     except ImportError:
@@ -262,24 +262,24 @@ def is_images(inputs: Any) -> bool:
     return isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()
 
 
-def shift_and_flip(pictures: Tensor) -> Tensor:
-    """Return images randomly shifted by up to 4 pixels (zero-padded) and mirrored with probability ½.
+def shift_and_flip(images: Tensor) -> Tensor:
+    """Return images ``[N, C, H, W]`` randomly shifted by up to 4 pixels (zero-padded) and mirrored with probability ½.
 
     >>> int(shift_and_flip(torch.ones(2, 1, 8, 8)).sum()) in range(32, 129)
     True
     """
-    n, _, height, width = pictures.shape
-    padded = F.pad(pictures, (SHIFT,) * 4)
-    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n)).unbind(0)
+    n, _, height, width = images.shape
+    padded = F.pad(images, (MAX_SHIFT,) * 4)
+    down, right = torch.randint(0, 2 * MAX_SHIFT + 1, (2, n)).unbind(0)
     rows = (down[:, None] + torch.arange(height))[:, None, :, None]
     columns = (right[:, None] + torch.arange(width))[:, None, None, :]
     columns = torch.where(torch.rand(n)[:, None, None, None] < 0.5, columns.flip(-1), columns)
-    which, channels = torch.arange(n)[:, None, None, None], torch.arange(pictures.shape[1])[None, :, None, None]
-    return padded[tuple(index.to(pictures.device) for index in (which, channels, rows, columns))]
+    which, channels = torch.arange(n)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None]
+    return padded[tuple(index.to(images.device) for index in (which, channels, rows, columns))]
 
 
-def cut_out(pictures: Tensor, side: int) -> Tensor:
-    """Return images with a random square set to 0 (cutout); its centre may lie anywhere in the image.
+def cut_out(images: Tensor, side: int) -> Tensor:
+    """Return images ``[N, C, H, W]``, each with a random square set to 0 (cutout), whose centre lies in the image.
 
     Source: DeVries and Taylor (arXiv 1708.04552).
 
@@ -287,27 +287,29 @@ def cut_out(pictures: Tensor, side: int) -> Tensor:
     True
     """
     if not side:
-        return pictures
-    n, _, height, width = pictures.shape
+        return images
+    n, _, height, width = images.shape
     inside = []
     for size in (height, width):
         first = torch.randint(size, (n, 1)) - side // 2
         inside.append((torch.arange(size) >= first) & (torch.arange(size) < first + side))
     blank = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
-    return pictures.masked_fill(blank.to(pictures.device), 0.0)
+    return images.masked_fill(blank.to(images.device), 0.0)
 
 
 def check_pixels(file: Path | str, width: int, height: int) -> None:
-    """Raise SourceError unless an image is small enough to be read."""
+    """Raise SourceError unless an image of this size has pixels, and at most ``MAX_PIXELS``."""
     if not 0 < width * height <= MAX_PIXELS:
         raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
 
-def _part(values: list[Any], half: Half) -> list[Any]:
+def _select_half(values: list[Any], half: Half) -> list[Any]:
+    """Return every second value, from the first or the second on, or all."""
     first, step = {Half.CALIBRATION: (0, 2), Half.EVALUATION: (1, 2), Half.WHOLE: (0, 1)}[half]
     return values[first::step]
 
 
 def _check_amounts(name: str, n: int | None, batch_size: int) -> None:
+    """Raise SourceError unless the numbers of images and of images per batch are positive."""
     if (n is not None and n < 1) or batch_size < 1:
-        raise SourceError(f"source {name!r}: at least 1 image, and 1 per batch; got {n} and {batch_size}")
+        raise SourceError(f"source {name!r}: n and batch_size are at least 1; got n={n}, batch_size={batch_size}")

@@ -39,7 +39,7 @@ class ProcessRank:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items of this rank: every ``size``-th one, from its own number on.
+        """Return the items of this rank: every ``size``-th one, from its own number on; all if there is one process.
 
         >>> ProcessRank(1, 3).share("abcde")
         'be'
@@ -50,12 +50,13 @@ class ProcessRank:
         return f"rank {self.rank} of {self.size}"
 
 
-SINGLE = ProcessRank()
-"""A process that works alone."""
+SINGLE = ProcessRank()  # a process that works alone
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
-    """Return the rank of this process, as torchrun and accelerate launch tell it; ``SINGLE`` without them.
+    """Return the rank of this process from the variables of torchrun or accelerate; ``SINGLE`` without them.
+
+    Raises InputError if they contradict one another.
 
     >>> read_ranks({"RANK": "1", "WORLD_SIZE": "4"})
     ProcessRank(rank=1, size=4, local=1)
@@ -75,6 +76,8 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
 def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Mapping[str, str] = os.environ) -> str:
     """Return the name of the device of a process: of several processes on GPUs, each gets one of its own.
 
+    ``name`` is what the user chose, ``gpus`` how many this machine has. Raises InputError or ResourceError.
+
     >>> choose_rank_device("cuda", ProcessRank(3, 4, local=1), 2), choose_rank_device("auto", ProcessRank(1, 2), 0)
     ('cuda:1', 'cpu')
     """
@@ -83,6 +86,7 @@ def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Ma
     if name == "auto" and not gpus:
         return "cpu"
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    # Some launchers show each process a GPU of its own, which is its number 0.
     number = 0 if gpus == 1 and visible and "," not in visible else ranks.local
     device = f"cuda:{number}"
     if name not in ("auto", "cuda", device):

@@ -23,19 +23,21 @@ from torch.distributed.rendezvous import rendezvous
 from regrow.core.errors import ResourceError
 from regrow.distributed import SINGLE, ProcessRank
 
-MEETING = timedelta(minutes=5)
-"""How long the processes wait for one another at the start."""
-WORK = timedelta(days=7)
-"""How long a rank waits for another one."""
+MEETING_TIMEOUT = timedelta(minutes=5)  # how long the processes wait for one another at the start
+# How long a rank waits for another one later, such as for one that measures or writes alone.
+WORK_TIMEOUT = timedelta(days=7)
+# In the RuntimeError that gloo raises for a broken connection: its source file, or the system's words.
 _BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer|Broken pipe")
-"""What gloo says, which raises RuntimeError, of a broken connection: its source file, or the system's words."""
 
 
 @contextmanager
 def connected(ranks: ProcessRank) -> Iterator[None]:
-    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together."""
+    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together.
+
+    Raises ResourceError if they do not meet, or if one ends early.
+    """
     try:
-        store = next(rendezvous("env://", ranks.rank, ranks.size, timeout=MEETING))[0]
+        store, *_ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=MEETING_TIMEOUT))
     except (RuntimeError, ValueError, OSError) as error:
         raise ResourceError(
             f"{ranks} cannot reach the others ({' '.join(str(error).split())[:120]}); start {ranks.size} processes "
@@ -43,7 +45,7 @@ def connected(ranks: ProcessRank) -> Iterator[None]:
         ) from error
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK_TIMEOUT)
         yield
         dist.barrier()
     except RuntimeError as error:
@@ -60,21 +62,20 @@ def is_broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(_BROKEN.search(str(error)))
 
 
-PART = 2**28
-"""The most bytes of a file that are sent in one message."""
+MESSAGE_BYTES = 2**28  # the most bytes of a file in one message
 
 
 def send(record: object, tensors: Sequence[Tensor] = ()) -> None:
-    """Send a record and tensors to rank 0, and wait until it receives them."""
-    plain = [tensor.contiguous() for tensor in tensors]
-    forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in plain]
-    text = _text({"record": record, "tensors": forms})
-    for part in (torch.tensor([len(text)]), text, *(as_bytes(tensor) for tensor in plain if tensor.numel())):
+    """Send a record (JSON data) and CPU tensors to rank 0, and wait until it receives them (:func:`receive`)."""
+    tensors = [tensor.contiguous() for tensor in tensors]
+    forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
+    text = _encode_json({"record": record, "tensors": forms})
+    for part in (torch.tensor([len(text)]), text, *(view_bytes(tensor) for tensor in tensors if tensor.numel())):
         dist.send(part, 0)
 
 
 def receive(rank: int) -> tuple[Any, list[Tensor]]:
-    """Return the next record and tensors that a rank sent to this one."""
+    """Return the next record and tensors that a rank sends to this one, and wait for them."""
     length = torch.empty(1, dtype=torch.int64)
     dist.recv(length, rank)
     text = torch.empty(int(length), dtype=torch.uint8)
@@ -83,15 +84,15 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
     tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in message["tensors"]]
     for tensor in tensors:
         if tensor.numel():
-            dist.recv(as_bytes(tensor), rank)
+            dist.recv(view_bytes(tensor), rank)
     return message["record"], tensors
 
 
 def broadcast_record(ranks: ProcessRank, record: object = None, source: int = 0) -> Any:
-    """Return the record of one rank on every rank."""
+    """Return the record (JSON data) of rank ``source`` on every rank; all must call this."""
     if not ranks.several:
         return record
-    text = _text(record) if ranks.rank == source else torch.empty(0, dtype=torch.uint8)
+    text = _encode_json(record) if ranks.rank == source else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([len(text)])
     dist.broadcast(length, source)
     if ranks.rank != source:
@@ -101,13 +102,13 @@ def broadcast_record(ranks: ProcessRank, record: object = None, source: int = 0)
 
 
 def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
-    """Return the rows of all ranks, in the order of the items that :meth:`ProcessRank.share` dealt out."""
+    """Return the rows of all ranks, in the order of the items that :meth:`ProcessRank.share` divides; all call this."""
     parts = [broadcast_record(ranks, list(rows), rank) for rank in range(ranks.size)]
     return [parts[i % ranks.size][i // ranks.size] for i in range(sum(map(len, parts)))]
 
 
 def everywhere(ranks: ProcessRank, holds: bool) -> bool:
-    """Whether a condition holds on every rank."""
+    """Return on every rank whether a condition holds on all of them; all must call this."""
     if not ranks.several:
         return holds
     least = torch.tensor([int(holds)])
@@ -116,34 +117,37 @@ def everywhere(ranks: ProcessRank, holds: bool) -> bool:
 
 
 def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
-    """Set tensors to those of rank 0, in place."""
+    """Set tensors, on any device, to those of rank 0, in place; all ranks must call this."""
     if not ranks.several:
         return
     with torch.no_grad():
         for tensor in tensors:
-            here = tensor.detach().cpu().contiguous()
-            if here.numel():
-                dist.broadcast(as_bytes(here), 0)
+            sent = tensor.detach().cpu().contiguous()
+            if sent.numel():
+                dist.broadcast(view_bytes(sent), 0)
             if not ranks.leads:
-                tensor.copy_(here)
+                tensor.copy_(sent)
 
 
 def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
-    """Return a file of rank 0 on every rank: the file itself on rank 0, a copy elsewhere; it need not exist."""
+    """Return the path of a file of rank 0: the file itself there, a copy in ``folder`` on other ranks; all call this.
+
+    A file that does not exist is not copied.
+    """
     if not ranks.several:
         return path
-    left = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
+    remaining = broadcast_record(ranks, path.stat().st_size if ranks.leads and path.is_file() else -1)
     target = path if ranks.leads else folder / path.name
-    if left < 0:
+    if remaining < 0:
         return target
     with target.open("rb" if ranks.leads else "wb") as file:
-        while left:
-            size = min(left, PART)
+        while remaining:
+            size = min(remaining, MESSAGE_BYTES)
             part = torch.frombuffer(bytearray(file.read(size) if ranks.leads else size), dtype=torch.uint8)
             dist.broadcast(part, 0)
             if not ranks.leads:
                 file.write(part.numpy().data)
-            left -= size
+            remaining -= size
     return target
 
 
@@ -154,21 +158,21 @@ def checksum(tensor: Tensor) -> int:
     False
     """
     plain = tensor.detach().cpu().contiguous()
-    return zlib.crc32(as_bytes(plain).numpy().data) if plain.numel() else 0
+    return zlib.crc32(view_bytes(plain).numpy().data) if plain.numel() else 0
 
 
-def _text(record: object) -> Tensor:
+def _encode_json(record: object) -> Tensor:
+    """Return a record as JSON text in UTF-8, ``[bytes]`` uint8."""
     return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the memory of a contiguous tensor as bytes."""
+def view_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor, not a copy, as ``[bytes]`` uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 T = TypeVar("T")
-BUCKET = 2**25
-"""The bytes of gradients that are summed in one message."""
+BUCKET = 2**25  # the least bytes of gradients that are summed in one message, unless fewer are left
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Parallel:
     by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """Return the batches of this rank."""
+        """Return the batches of this rank in a step; by rows, all. Raises ValueError if they do not divide evenly."""
         if self.by_rows:
             return batches
         if len(batches) % self.ranks.size:
@@ -196,7 +200,7 @@ class Parallel:
         return self.ranks.share(batches)
 
     def reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
-        """Sum the gradients of all ranks, in place, and return the mean loss of a step over all batches.
+        """Sum the gradients of all ranks, in place, and return the sum of their losses; all must call this.
 
         By rows, gradients are averaged, and the loss is returned as it is, since all ranks have the same.
         """
@@ -211,40 +215,40 @@ class Parallel:
         return float(total)
 
     def check_same(self, what: str, data: object) -> None:
-        """Raise ResourceError on every rank unless all have the same data, such as a list of tensors."""
+        """Raise ResourceError on every rank unless all have the same ``data``, named ``what``; all must call this."""
         if not self.ranks.several:
             return
         parts = data if isinstance(data, list) else [data]
         digest = zlib.crc32(repr([checksum(part) if isinstance(part, Tensor) else part for part in parts]).encode())
-        if not everywhere(self.ranks, broadcast_record(self.ranks, digest) == digest):
+        same = broadcast_record(self.ranks, digest) == digest
+        if not everywhere(self.ranks, same):
             raise ResourceError(
                 f"the processes have computed different {what} from the same data, as different kinds of CPU may; "
                 "start them on machines of one kind, with the same number of threads and version of torch"
             )
 
     def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
-        """Return the value of each item, on all ranks; each rank computes its share."""
+        """Return ``function`` of each item, in order, on all ranks; each computes its share, and all must call this."""
         size, last = self.ranks.size, len(items) - 1
-        # Rows of equal length are gathered.
+        # all_gather takes rows of one length: a rank without an item in the last round computes the last one again.
         computed = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
         if size == 1:
             return computed
-        here = torch.tensor(computed, dtype=torch.float64)
-        parts = [torch.empty_like(here) for _ in range(size)]
-        dist.all_gather(parts, here)
+        share = torch.tensor(computed, dtype=torch.float64)
+        parts = [torch.empty_like(share) for _ in range(size)]
+        dist.all_gather(parts, share)
         return [float(parts[i % size][i // size]) for i in range(len(items))]
 
 
-ALONE = Parallel()
-"""Training by a single process."""
+ALONE = Parallel()  # training by a single process
 
 
 def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:
-    """Sum the gradients of all ranks over ``divisor``, in place; a parameter that no rank has one of stays without."""
-    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    if len(there):
-        dist.all_reduce(there, dist.ReduceOp.MAX)
-    parameters = [parameter for parameter, holds in zip(parameters, there.tolist(), strict=True) if holds]
+    """Set gradients to the sum of those of all ranks, divided by ``divisor``; those that no rank has stay ``None``."""
+    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    if len(present):
+        dist.all_reduce(present, dist.ReduceOp.MAX)
+    parameters = [parameter for parameter, holds in zip(parameters, present.tolist(), strict=True) if holds]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -253,6 +257,7 @@ def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:
         assert parameter.grad is not None
         bucket.append(parameter.grad)
         following = parameters[i + 1] if i + 1 < len(parameters) else None
+        # A message has gradients of one dtype.
         if following is None or following.dtype != parameter.dtype or sum(grad.nbytes for grad in bucket) > BUCKET:
             joined = torch.cat([grad.reshape(-1) for grad in bucket])
             dist.all_reduce(joined)

@@ -14,7 +14,7 @@ from regrow.core.errors import InputError
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_head
 from regrow.core.objectives import IGNORED
 from regrow.core.sources import Batch, logits_in
-from regrow.data.text import find_start
+from regrow.data.text import find_bos_tokens
 from regrow.evaluation.measure import evaluating
 from regrow.evaluation.quality import finite_or_none, share_error, token_losses
 
@@ -157,7 +157,7 @@ def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item])
 
 def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
     """Return the tokens of every choice and where its ending begins; beyond ``LONGEST`` tokens the beginning is cut."""
-    bos, rows = find_start(tokenizer), list[Row]()
+    bos, rows = find_bos_tokens(tokenizer), list[Row]()
     for number, item in enumerate(items):
         for context, ending in _split_choices(item, f"item {number}"):
             # Tokenised together, as the model would meet them; the ending begins where the context alone ends.

@@ -14,7 +14,7 @@ from regrow.core.errors import InputError, RefusedError
 from regrow.core.names import GENERATED
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
-from regrow.data.text import find_separator, find_start, token_windows
+from regrow.data.text import find_bos_tokens, find_separator_token, token_windows
 from regrow.tracing.meta_copy import copy_model
 
 ROWS, ROWS_ON_CPU = 128, 32  # windows that are generated at a time: a step reads all weights, whatever their number
@@ -114,9 +114,9 @@ def generate_source(
         InputError: If the model cannot generate text.
         SourceError: If the tokenizer has no token with which a document starts.
     """
-    bos = find_start(tokenizer)
+    bos = find_bos_tokens(tokenizer)
     tokens = torch.full((n, seq_len - len(bos)), -1)
-    generate_tokens(model, tokens, find_separator(tokenizer), seed, progress=progress)
+    generate_tokens(model, tokens, find_separator_token(tokenizer), seed, progress=progress)
     return token_windows(GENERATED, tokens, bos, describe_generated(n, seq_len, seed))
 
 

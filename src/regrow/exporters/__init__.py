@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Example
 from regrow.core.errors import RefusedError, first_line
-from regrow.nets.loaded import written_shape
+from regrow.nets.loaded import format_shape
 from regrow.store.errors import StoreError
-from regrow.store.models import keep_others
+from regrow.store.models import link_other_files
 from regrow.store.replacing import WORK, replace_folder
 from regrow.store.shapes import SHAPES
 
@@ -59,7 +59,7 @@ def export_folder(out: Path) -> Iterator[Path]:
         raise StoreError(f"{out} holds something else; choose another folder")
     with replace_folder(out) as folder:
         yield folder
-        keep_others(out, folder)
+        link_other_files(out, folder)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -88,6 +88,6 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
     try:
         leaves = tree_leaves(model(*example.args, **example.kwargs))
     except Exception as error:
-        problem = f"{type(model).__name__} does not take an input of {written_shape(example)} ({first_line(error)})"
+        problem = f"{type(model).__name__} does not take an input of {format_shape(example)} ({first_line(error)})"
         raise ExportError(f"{problem}, so that the export is not compared; give an input that it takes") from None
     return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor)]

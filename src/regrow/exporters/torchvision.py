@@ -11,7 +11,7 @@ from regrow import store
 from regrow.core.progress import Progress, silent
 from regrow.exporters import ExportError, ExportResult, compare_outputs, export_folder, folder_bytes
 from regrow.nets import Origin
-from regrow.nets.vision import example_of, unweighted_arguments
+from regrow.nets.vision import torchvision_example, unweighted_arguments
 from regrow.store import portable
 from regrow.store.atomic import write_text
 
@@ -26,7 +26,7 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Export
     with export_folder(out) as folder:
         progress(0, 2, "writing the folder")
         store.write_model(model, folder, origin=origin)
-        record = portable.record(model, store.read_shapes(folder))
+        record = portable.record_changes(model, store.read_shapes(folder))
         if record is None:
             modules = "modules that torchvision has not (opened attention, inserted blocks)"
             raise ExportError(f"{origin.name} has {modules}; export it to onnx")
@@ -34,9 +34,9 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Export
         build = {"builder": origin.reference, "settings": settings, "regrow": record}
         write_text(folder / "network.json", json.dumps(build, indent=1) + "\n")
         for name in FILES:
-            write_text(folder / name, portable.code(name))
+            write_text(folder / name, portable.read_template(name))
         progress(1, 2, "building it with torchvision")
-        example = example_of(origin.reference, model)
+        example = torchvision_example(origin.reference, model)
         difference = compare_outputs(model, _build(folder), example, f"{folder}: what torchvision builds")
         progress(2, 2, "building it with torchvision")
     note = "load it with load_regrow.load() of the folder"

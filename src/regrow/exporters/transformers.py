@@ -19,8 +19,8 @@ from regrow.core.progress import Progress, silent
 from regrow.exporters import ROUNDING, ExportError, ExportResult, compare_outputs, export_folder, folder_bytes
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.language import (
-    ATTENTION,
-    MLP,
+    ATTENTION_LAYERS,
+    MLP_LAYERS,
     DecoderLayer,
     decoder_layers,
     example_of_transformers,
@@ -28,14 +28,14 @@ from regrow.nets.language import (
     quiet,
     require_transformers,
 )
-from regrow.nets.loaded import guessed_example
+from regrow.nets.loaded import guess_example
 from regrow.store import portable
 from regrow.store.portable import update_origin
 from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Settings of config.json that add a bias to every linear layer of a part; missing biases become zeros.
-BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
+BIASES = {"attention_bias": ATTENTION_LAYERS, "mlp_bias": MLP_LAYERS}
 CONVERSION = 0.2  # the allowed output difference, relative to the largest output, if the dtype of weights changes
 
 
@@ -62,7 +62,7 @@ def write(
             raise ExportError(f"{problem}; export it to onnx")
         progress(1, 2, "loading it with transformers")
         loaded = _load(folder, has_code, getattr(cast(Any, model).config, "_attn_implementation", "sdpa"))
-        example = example or guessed_example(model) or example_of_transformers(cast(Any, model))
+        example = example or guess_example(model) or example_of_transformers(cast(Any, model))
         tolerance = ROUNDING if stored in (None, present) else CONVERSION
         difference = compare_outputs(model, loaded, example, f"{folder}: what transformers loads", tolerance)
         progress(2, 2, "loading it with transformers")

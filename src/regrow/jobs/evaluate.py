@@ -32,7 +32,7 @@ from regrow.settings.declaration import check_settings
 from regrow.settings.evaluate import Settings
 from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import OpenedNetwork, open_network
-from regrow.streaming.requirements import MemoryPlan, plan_memory, record_peak
+from regrow.streaming.requirements import MemoryPlan, plan_memory
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def evaluate_network(
             batch = opened.tests[0].batches[0] if opened.tests else example
             speed = evaluation.speed(model, batch, progress=progress)
     check_unchanged(loaded.files)
-    memory = record_peak(plan) if plan else None
+    memory = plan.record() if plan else None
     return EvaluateResult(model, sources, tuple(choices), speed, memory)
 
 

@@ -68,9 +68,7 @@ def export_network(
     written: ExportResult = write(opened.model, out, progress=progress, **{name: values[name] for name in arguments})
     if opened.memory is None:
         return written
-    from regrow.streaming.requirements import record_peak
-
-    return replace(written, memory=record_peak(opened.memory))
+    return replace(written, memory=opened.memory.record())
 
 
 def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:

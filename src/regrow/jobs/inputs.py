@@ -14,7 +14,7 @@ from regrow.core.names import GENERATED, check_evaluation_sources
 from regrow.core.sources import Batch, Source
 from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.data import Half
-from regrow.data.text import find_separator, find_start, token_windows
+from regrow.data.text import find_bos_tokens, find_separator_token, token_windows
 from regrow.data.vision import digits, images
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record, broadcast_tensors, checksum, everywhere
@@ -177,12 +177,12 @@ def _make_generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | 
             "model, or another source"
         )
     check_generation(loaded.model)
-    find_separator(loaded.tokenizer)
+    find_separator_token(loaded.tokenizer)
     n = specs.generated_windows
     if tokens is None:
         return Source(GENERATED, PendingWindows(n))
     origin = describe_generated(n, specs.seq_len, specs.seed)
-    return token_windows(GENERATED, tokens, find_start(loaded.tokenizer), origin)
+    return token_windows(GENERATED, tokens, find_bos_tokens(loaded.tokenizer), origin)
 
 
 def fill_generated(
@@ -213,7 +213,7 @@ def fill_generated(
                 write_tensors(folder / GENERATED_FILE, {"tokens": tokens}, header, GENERATED_FORMAT)
 
         if (tokens < 0).any():
-            separator = find_separator(loaded.tokenizer)
+            separator = find_separator_token(loaded.tokenizer)
             generate_tokens(loaded.model, tokens, separator, specs.seed, progress=run.progress, store=store)
         store()
     broadcast_tensors(run.ranks, [tokens])
@@ -246,7 +246,7 @@ def complete_data(
 
 def _make_pending_tokens(specs: SourceSpecs, loaded: Loaded) -> Tensor:
     """Return the tokens of the windows to generate, ``[windows, tokens]``, each -1: not generated yet."""
-    return torch.full((specs.generated_windows, specs.seq_len - len(find_start(loaded.tokenizer))), -1)
+    return torch.full((specs.generated_windows, specs.seq_len - len(find_bos_tokens(loaded.tokenizer))), -1)
 
 
 def check_generated_stored(
@@ -269,7 +269,7 @@ def _make_header(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | 
     """Return the header of the file of generated text: the seed, first token, vocabulary and weights it depends on."""
     return {
         "seed": specs.seed,
-        "separator": find_separator(loaded.tokenizer),
+        "separator": find_separator_token(loaded.tokenizer),
         "vocabulary": len(cast(Any, loaded.model).get_input_embeddings().weight),
         "weights": parameter_sums(loaded.model) if weights is None else list(weights),
     }

@@ -28,7 +28,7 @@ from regrow.jobs.starting import (
 )
 from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.devices import choose_device
-from regrow.nets.files import check_files
+from regrow.nets.files import check_regular_files
 from regrow.nets.loaded import Loaded, image_example
 from regrow.nets.vision import small
 from regrow.settings.declaration import check_settings
@@ -335,7 +335,7 @@ def _read_run_to_extend(out: Path, sequences: tuple[str, ...]) -> tuple[dict[str
     holds no run of learning.
     """
     if out.is_dir():
-        check_files(out)  # links that lead out of it are refused
+        check_regular_files(out)  # links that lead out of it are refused
     clear_leftovers(out)
     folder = RunFolder.open_unfinished(out) or RunFolder.open(out)
     record = folder.read_record()

@@ -13,20 +13,20 @@ from regrow.core.axes import AxisGraph, Example
 from regrow.core.limits import expanded
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import move_inputs
-from regrow.data.vision import side_of
+from regrow.data.vision import find_common_side
 from regrow.nets import Loaded, ModelError, Origin
 from regrow.nets.devices import choose_device
-from regrow.nets.files import check_files
+from regrow.nets.files import check_regular_files
 from regrow.nets.load import call_builder, check_code, import_builder
 from regrow.nets.loaded import (
     WeightFile,
-    guessed_example,
+    format_shape,
+    guess_example,
     image_example,
+    log_guess,
     read_shape,
-    say_guess,
     shaped_example,
     text_example,
-    written_shape,
 )
 from regrow.nets.packaged import PACKAGED
 from regrow.store import probe
@@ -59,7 +59,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
         shape = read_shape(spec.input) if spec.input else None
         pixels = 0 if spec.input or folder.exists() else find_image_side(spec.sources)
         return nets.load(spec.name, dtype=dtype, device=device, example=shape, pixels=pixels, progress=progress)
-    check_files(folder)
+    check_regular_files(folder)
     shapes = store.read_shapes(folder)
     try:
         check_code(shapes.origin.reference, shapes.origin.kind == "callable", code)
@@ -122,14 +122,14 @@ def find_image_side(sources: Sequence[str]) -> int:
         _, _, path = spec.partition("=")
         if spec == "digits":
             return 8
-        if path and (side := side_of(expanded(Path(path)))):
+        if path and (side := find_common_side(expanded(Path(path)))):
             return side
     return 0
 
 
 def describe_input(loaded: Loaded) -> dict[str, str]:
     """Return ``{"input": shape}`` for ``run.json``; ``{}`` for text, and if no single shape describes the input."""
-    shape = written_shape(loaded.example)
+    shape = format_shape(loaded.example)
     return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
 
 
@@ -148,8 +148,8 @@ def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Seque
     pixels = find_image_side(sources)
     if has_probe and not pixels:
         return probe.read_example(folder / probe.FILE, model)
-    if (guess := guessed_example(model, pixels)) is None:
+    if (guess := guess_example(model, pixels)) is None:
         raise ModelError(f"{origin.name}: the model does not say what input it takes; give --input 1x3x32x32")
     if not pixels:
-        say_guess(guess)
+        log_guess(guess)
     return guess

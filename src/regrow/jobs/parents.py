@@ -13,11 +13,18 @@ from regrow.core.plan import Plan
 from regrow.nets import Loaded
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
-from regrow.store.replacing import check_files, clear_leftovers, copy_folder, count_bytes, record_files, replace_folder
+from regrow.store.replacing import (
+    check_recorded_files,
+    clear_leftovers,
+    copy_folder,
+    count_bytes,
+    record_files,
+    replace_folder,
+)
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import RUN, read_run
-from regrow.store.shapes import Kind, Shapes
-from regrow.store.weights import OutsideTensors, check_file, inside
+from regrow.store.shapes import Shapes, TensorKind
+from regrow.store.weights import OutsideTensors, check_file, require_file
 
 BEFORE = "before"
 """Name of the folder, inside a run folder, with the model that the run started from."""
@@ -126,7 +133,7 @@ def digest_weights(shapes: Shapes) -> str:
 
 def count_parameters(shapes: Shapes) -> int:
     """Return the number of parameters of a saved model."""
-    return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is Kind.PARAMETER)
+    return sum(prod(stored.shape) for stored in shapes.tensors.values() if stored.kind is TensorKind.PARAMETER)
 
 
 def _write_snapshot(
@@ -143,7 +150,7 @@ def _write_snapshot(
             copy_folder(source, target)
         files = record_files(target)
     for name, expected in store.read_shapes(target).files.items():
-        check_file(inside(target, name), expected)
+        check_file(require_file(target, name), expected)
     return {"bytes": count_bytes(target), "files": files}
 
 
@@ -184,5 +191,5 @@ def undo_run(run: Path, out: Path | None = None) -> Path:
         raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
     with explain_os_errors(out), replace_folder(out) as new:
         copy_folder(before, new, link=out == run)
-        check_files(new, snapshot["files"], before)
+        check_recorded_files(new, snapshot["files"], before)
     return out

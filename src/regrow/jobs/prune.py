@@ -55,7 +55,7 @@ from regrow.store import statistics
 from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
-from regrow.streaming.requirements import MemoryPlan, record_peak
+from regrow.streaming.requirements import MemoryPlan
 from regrow.tracing.meta_copy import copy_model
 from regrow.training import tune
 from regrow.training.state import FORMAT
@@ -123,7 +123,7 @@ def prune_network(
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
             notes += job.cut(plan)
         if opened.memory:
-            record.update(memory=record_peak(opened.memory))
+            record.update(memory=opened.memory.record())
         if cuts:
             run.finish()
         return PruneResult(plan, network.loaded, notes)

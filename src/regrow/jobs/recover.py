@@ -39,7 +39,7 @@ from regrow.settings.declaration import check_settings
 from regrow.settings.recover import Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.run_folder import RunFolder
-from regrow.streaming.requirements import MemoryPlan, record_peak
+from regrow.streaming.requirements import MemoryPlan
 from regrow.surgery import verify
 
 
@@ -104,7 +104,7 @@ def recover_network(
         if record.wants_measurements and (run.ranks.leads or loaded.tokenizer is not None):
             with run.stage("evaluate"):
                 _measure_recovered(run, replace(opened, data=data), number)
-        record.update(memory=record_peak(opened.memory) if opened.memory else None)
+        record.update(memory=opened.memory.record() if opened.memory else None)
         run.finish()
         return summary
 

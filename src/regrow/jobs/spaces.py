@@ -33,8 +33,8 @@ from regrow.tracing.branches import find_placeholders
 from regrow.training.learner import Context
 
 STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]], Callable[..., Prefix], str]] = {
-    "cells": (Cells, cells.supernet, cells.prefix, "cells"),
-    "mobile": (Mobile, mobile.supernet, mobile.prefix, "blocks"),
+    "cells": (Cells, cells.supernet_config, cells.build_prefix, "cells"),
+    "mobile": (Mobile, mobile.supernet_config, mobile.build_prefix, "blocks"),
 }
 """Space that can be searched in stages → its network, its description, a part of it, and what its parts are."""
 MASK_FACTOR, BYTES_PER_WEIGHT, GRANULARITY_BYTES = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
@@ -150,9 +150,9 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
         case _ if in_place:
             return model.eval(), origin
         case Cells():
-            config = cells.describe(model, origin.config, removed)
+            config = cells.describe_result(model, origin.config, removed)
         case Mobile():
-            config = mobile.describe(model, origin.config, removed)
+            config = mobile.describe_result(model, origin.config, removed)
         case _:
             return model.eval(), origin
     return rebuild_network(config, model), replace(origin, config=config)

@@ -18,7 +18,7 @@ from regrow.core.objectives import Objective
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, run_network
 from regrow.data import Half, MissingError, SourceError, streams, text, windows
-from regrow.data.datasets import LoadedExamples, join_examples, to_examples_of_batch
+from regrow.data.datasets import LoadedExamples, batch_to_examples, join_examples
 from regrow.jobs.models import ModelSpec, find_input_shape, load_model
 from regrow.jobs.parents import BEFORE
 from regrow.jobs.recording import Invocation
@@ -78,7 +78,7 @@ def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task]
             tasks += _restore_tasks(recorded[i], count)
     if specs.tokenizer is not None or (len(tasks) == 1 and not specs.shape):
         return tasks
-    return streams.alike(tasks, specs.shape)
+    return streams.resize_tasks(tasks, specs.shape)
 
 
 def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
@@ -86,7 +86,9 @@ def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
     if specs.tokenizer is not None:
         return [_read_text(spec, specs)]
     transformation, data, n = parse_sequence(spec)
-    base = streams.of(data, specs.train, specs.test, specs.seed, size=specs.shape[1:], normalised=specs.normalised)
+    base = streams.load_task(
+        data, specs.train, specs.test, specs.seed, size=specs.shape[1:], normalised=specs.normalised
+    )
     if n < 1:
         raise SourceError(f"{spec}: a sequence has at least one task")
     match transformation:
@@ -96,7 +98,7 @@ def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
             return streams.permuted_tasks(base, n, specs.seed)
         case "rotated":
             return streams.rotated_tasks(base, n)
-    return streams.split(base, n, relabel=specs.scenario == "domain")
+    return streams.split_by_classes(base, n, relabel=specs.scenario == "domain")
 
 
 def _read_text(spec: str, specs: TaskSpecs) -> Task:
@@ -105,7 +107,7 @@ def _read_text(spec: str, specs: TaskSpecs) -> Task:
     read = partial(windows, domain, specs.tokenizer, seq_len=specs.seq_len, seed=specs.seed)
     train = read(n=specs.train or None, half=Half.CALIBRATION)
     test = read(n=specs.test or None, half=Half.EVALUATION)
-    return Task(domain.name, join_examples(map(to_examples_of_batch, train)), LoadedExamples(test.batches), ())
+    return Task(domain.name, join_examples(map(batch_to_examples, train)), LoadedExamples(test.batches), ())
 
 
 def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:

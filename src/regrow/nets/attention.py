@@ -18,6 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, old: nn.MultiheadAttention) -> None:
         super().__init__()
+        # Heads of values may be cut narrower than those of queries and keys.
         self.num_heads, self.head_dim, self.v_head_dim = old.num_heads, old.head_dim, old.head_dim
         self.batch_first, self.dropout = old.batch_first, old.dropout
         if old.in_proj_weight is not None:
@@ -25,8 +26,8 @@ class Attention(nn.Module):
         else:
             weights = (old.q_proj_weight, old.k_proj_weight, old.v_proj_weight)
         biases = (None,) * 3 if old.in_proj_bias is None else old.in_proj_bias.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
-        self.out_proj = _linear(old.out_proj.weight, old.out_proj.bias)
+        self.q_proj, self.k_proj, self.v_proj = map(_copy_to_linear, weights, biases)
+        self.out_proj = _copy_to_linear(old.out_proj.weight, old.out_proj.bias)
         self.train(old.training)
 
     def forward(
@@ -41,28 +42,30 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attended values, and the attention weights if needed, as ``nn.MultiheadAttention`` does."""
+        # is_causal is only a hint for a faster kernel: attn_mask is applied in any case.
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal, and there is no attn_mask; give it")
-        single = query.dim() == 2
-        if single:
+        unbatched = query.dim() == 2
+        if unbatched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(key).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(value).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
-        mask = _joined(attn_mask, key_padding_mask, q, self.num_heads)
+        mask = _merge_masks(attn_mask, key_padding_mask, self.num_heads, q.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+            scores = scores if mask is None else scores + mask
+            weights = F.dropout(scores.softmax(-1), dropout)  # dropout is 0 in eval mode
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if single:
+        if unbatched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
 
@@ -99,26 +102,27 @@ def replace_attention(model: nn.Module, names: Container[str] | None = None) -> 
     return model
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-    made.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+def _copy_to_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear layer with copies of a weight and a bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+    linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-    return made
+        linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return linear
 
 
-def _joined(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:
-    """Combine both masks into one that is added to the scores, ``[batch, head, query, key]``."""
+def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """Return one mask, to be added to scores ``[batch, head, query, key]``: the sum of both; ``None`` without any."""
     total: Tensor | None = None
-    for mask, padded in ((attn_mask, False), (padding, True)):
+    for mask, is_padding in ((attn_mask, False), (padding, True)):
         if mask is None:
             continue
         added = mask
         if mask.dtype == torch.bool:
-            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
-        if padded:
+            added = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+        if is_padding:
             added = added.reshape(-1, 1, 1, added.shape[-1])
-        elif added.dim() == 3:
+        elif added.dim() == 3:  # [batch · heads, query, key]
             added = added.reshape(-1, heads, *added.shape[1:])
         total = added if total is None else total + added
     return total

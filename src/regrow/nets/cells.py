@@ -43,10 +43,11 @@ class Depthwise(nn.Sequential):
         )
 
 
-def operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> nn.Module:
-    """Build one of ``OPERATIONS``; pools, and ``skip`` with stride 1, cannot change the number of channels.
+def build_operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> nn.Module:
+    """Build one of ``OPERATIONS`` from ``before`` to ``after`` channels; ModelError if it cannot change their number.
 
-    ``mid`` are the channels between the two halves of a ``sep``; ``before`` if 0.
+    Pools, and ``skip`` with stride 1, cannot. ``mid`` are the channels between the two halves of a ``sep``; ``before``
+    if 0.
     """
     kernel = int(name[-1]) if name[-1].isdigit() else 3
     if name.startswith("sep"):
@@ -75,15 +76,14 @@ class Cell(nn.Module):
     def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
         super().__init__()
         widths = list(plan["inputs"])
-        self.inputs = nn.ModuleList(
-            Pointwise(b, w, 2 if s else 1) for b, w, s in zip(before, widths, shrinks, strict=True)
-        )
+        forms = zip(before, widths, shrinks, strict=True)
+        self.inputs = nn.ModuleList(Pointwise(old, new, 2 if shrink else 1) for old, new, shrink in forms)
         self.nodes = nn.ModuleList()
         for node in plan["nodes"]:
             ops = {}
             for name, source, mid in node["ops"]:
                 stride = 2 if plan["reduce"] and source < 2 else 1
-                ops[f"{name}_{source}"] = operation(name, widths[source], node["width"], stride, mid)
+                ops[f"{name}_{source}"] = build_operation(name, widths[source], node["width"], stride, mid)
             self.nodes.append(Candidates(ops, [source for _, source, _ in node["ops"]]))
             widths.append(node["width"])
         self.width = sum(widths[2:])
@@ -110,7 +110,7 @@ class Cells(StagedNetwork):
         check_description(config)
         self.stem = staged.build_stem(config, config["stem"])
         self.cells, self.heads = nn.ModuleList(), nn.ModuleDict()
-        widths, scales = [config["stem"]] * 2, [0, 0]
+        widths, scales = [config["stem"]] * 2, [0, 0]  # of the last two outputs; how often each was halved
         for i, plan in enumerate(config["cells"]):
             level = max(scales)
             cell = Cell(widths, [scale < level for scale in scales], plan)
@@ -120,19 +120,19 @@ class Cells(StagedNetwork):
                 self.heads[str(i)] = nn.Linear(cell.width, config["classes"])
 
     def classify(self, head: nn.Module, x: Tensor) -> Tensor:
-        """Return the logits of a classifier."""
+        """Return the logits ``[N, classes]`` of a classifier for the output of the cell that it follows."""
         return head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
-    def needed(self) -> list[tuple[str, ...]]:
-        """Return sets of operations of each of which one must stay: of each node, and of the readers of each input."""
-        reads: dict[tuple[str, int], list[str]] = {}
+    def required_groups(self) -> list[tuple[str, ...]]:
+        """Return groups of paths of operations, of each of which one must stay: a node's, and those on an input."""
+        readers: dict[tuple[str, int], list[str]] = {}  # cell, source → operations that read it
         for path, node in self.named_modules():
             for key, source in zip(node.ops, node.sources, strict=True) if isinstance(node, Candidates) else ():
-                reads.setdefault((path.partition(".nodes.")[0], source), []).append(f"{path}.ops.{key}")
-        return super().needed() + [tuple(paths) for (_, source), paths in reads.items() if source < 2]
+                readers.setdefault((path.partition(".nodes.")[0], source), []).append(f"{path}.ops.{key}")
+        return super().required_groups() + [tuple(paths) for (_, source), paths in readers.items() if source < 2]
 
 
-def supernet(
+def supernet_config(
     shape: Sequence[int],
     classes: int,
     *,
@@ -143,10 +143,11 @@ def supernet(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """Return the configuration of the super-network: every operation on every edge, halving twice.
+    """Return the configuration of the super-network as plain data: every operation on every edge, halving twice.
 
     ``width`` are the channels of a node before the first reduction, where they double; ``heads`` are indices of cells
-    at which a stage of the search ends. The last cell has a classifier anyway.
+    that a classifier follows, since a stage of the search ends there. The last cell has one anyway. Raises ModelError
+    for a number of cells or nodes that is not built.
     """
     if not 0 < cells <= MOST_CELLS or not 0 < nodes <= MOST_NODES:
         sizes = f"1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}"
@@ -155,19 +156,19 @@ def supernet(
     stem, plans = 3 * width, list[dict[str, Any]]()
     for i in range(cells):
         width *= 2 if i in reductions else 1
-        ops = [[[op, source, width] for source in range(2 + n) for op in operations] for n in range(nodes)]
-        inner = [{"width": width, "ops": edges} for edges in ops]
-        plans.append({"reduce": i in reductions, "inputs": [width, width], "nodes": inner})
+        edges = [[[op, source, width] for source in range(2 + n) for op in operations] for n in range(nodes)]
+        node_plans = [{"width": width, "ops": ops} for ops in edges]
+        plans.append({"reduce": i in reductions, "inputs": [width, width], "nodes": node_plans})
     config = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": plans}
     return {**config, "heads": sorted({*heads, cells - 1})}
 
 
-def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
-    """Return a configuration with a fraction of the operations left in its first cells, as a search may leave it.
+def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+    """Return a configuration with a fraction of the operations left in its first ``before`` cells, as after a stage.
 
     Each kind of operation keeps this fraction, spread evenly over the edges; each node keeps at least one operation.
 
-    >>> config = thin(supernet((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
+    >>> config = thin_config(supernet_config((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
     >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]
     [5, 14]
     """
@@ -185,28 +186,31 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     return {**config, "cells": cells}
 
 
-def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """Build the network up to cell ``last``, as a stage of a search runs it; cells before ``first`` are thinned."""
+def build_prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
+    """Build the network up to cell ``last``, as a stage of a search runs it: a ``share`` is left before ``first``."""
     heads = sorted({*config["heads"], last})
-    return Prefix(Cells(thin({**config, "heads": heads}, first, share)), last)
+    return Prefix(Cells(thin_config({**config, "heads": heads}, first, share)), last)
 
 
-def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration that builds exactly what is left of a network, with its last classifier alone."""
+def describe_result(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """Return the configuration that builds what is left of a cut network without the operations ``gone`` (paths).
+
+    It has the last classifier alone. ``config`` is that of the super-network.
+    """
     cells = list[dict[str, Any]]()
     for i, plan in enumerate(config["cells"]):
         widths = [norm_widths(net.get_submodule(f"cells.{i}.inputs.{k}"))[-1] for k in range(2)]
         nodes: list[dict[str, Any]] = []
         for j, node in enumerate(plan["nodes"]):
-            ops, outs = list[list[str | int]](), list[int]()
+            ops, outputs = list[list[str | int]](), list[int]()
             for name, source, mid in node["ops"]:
                 path = f"cells.{i}.nodes.{j}.ops.{name}_{source}"
                 if path not in gone:
-                    op = net.get_submodule(path)
-                    ops.append([name, source, norm_widths(op)[0] if name.startswith("sep") else mid])
-                    outs.append((norm_widths(op) or [widths[source]])[-1])
-            nodes.append({"width": outs[0], "ops": ops})
-            widths.append(outs[0])
+                    norms = norm_widths(net.get_submodule(path))
+                    ops.append([name, source, norms[0] if name.startswith("sep") else mid])
+                    outputs.append(norms[-1] if norms else widths[source])  # without a norm, the width is that read
+            nodes.append({"width": outputs[0], "ops": ops})
+            widths.append(outputs[0])
         cells.append({"reduce": plan["reduce"], "inputs": widths[:2], "nodes": nodes})
     return {**config, "stem": norm_widths(net.stem)[0], "cells": cells, "heads": [len(cells) - 1]}
 
@@ -221,10 +225,10 @@ def check_description(config: Mapping[str, Any]) -> None:
             nodes = cell["nodes"]
             sizes += [*cell["inputs"], *(node["width"] for node in nodes)]
             valid &= 0 < len(nodes) <= MOST_NODES and len(cell["inputs"]) == 2 and type(cell["reduce"]) is bool
-            for known, node in enumerate(nodes, start=2):
+            for sources, node in enumerate(nodes, start=2):  # a node reads the two inputs and the nodes before it
                 sizes += [mid for _, _, mid in node["ops"]]
                 valid &= bool(node["ops"]) and all(
-                    name in OPERATIONS and type(source) is int and 0 <= source < known
+                    name in OPERATIONS and type(source) is int and 0 <= source < sources
                     for name, source, _ in node["ops"]
                 )
         staged.check_sizes("cells", sizes)

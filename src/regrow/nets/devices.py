@@ -15,28 +15,28 @@ from regrow.settings.shared import PRECISION
 
 
 def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:
-    """Return the torch device of a name, or raise an error if this machine does not have it.
+    """Return the torch device of a name (``auto``: a GPU if there is one), or raise an error if there is no such one.
 
     Of several processes that share a run, each gets a GPU of its own (``regrow.distributed.choose_rank_device``).
 
     >>> choose_device("cpu")
     device(type='cpu')
     """
-    there = devices_here()
+    names = list_devices()
     name = choose_rank_device(str(name), ranks, torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if "cuda:0" in there else "cpu")
+        return torch.device("cuda" if "cuda:0" in names else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):
         raise InputError(f"there is no device {str(name)!r}; write auto, cpu, cuda, cuda:1 or mps") from None
-    alike = [other for other in there if other.partition(":")[0] == device.type]
-    if (device.index or 0) >= len(alike):
-        raise ResourceError(f"device {name} is not available; this machine has {', '.join(there)}; use --device cpu")
+    same_type = [other for other in names if other.partition(":")[0] == device.type]
+    if (device.index or 0) >= len(same_type):
+        raise ResourceError(f"device {name} is not available; this machine has {', '.join(names)}; use --device cpu")
     return device
 
 
-def devices_here() -> list[str]:
+def list_devices() -> list[str]:
     """Return the names of the devices of this machine that models can run on, like ``cpu`` and ``cuda:0``."""
     result = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     result += ["mps"] if torch.backends.mps.is_available() else []
@@ -44,7 +44,7 @@ def devices_here() -> list[str]:
 
 
 def check_precision(model: nn.Module, precision: str) -> None:
-    """Raise InputError unless a network can compute in a precision."""
+    """Raise InputError unless a network can compute in a precision: any in float32, float32 weights in bfloat16."""
     if precision not in PRECISION.choices:
         raise InputError(f"precision must be one of {', '.join(PRECISION.choices)}, got {precision!r:.40}")
     if precision == "float32":
@@ -58,7 +58,7 @@ def check_precision(model: nn.Module, precision: str) -> None:
 
 @contextmanager
 def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
-    """Compute the forward passes of a network in a precision inside the ``with`` block; its outputs are float32 again.
+    """Context manager in which a network computes its forward passes in a precision; outputs are float32 again.
 
     Only what runs inside a call of the network is computed so: weights keep their format, and losses, sums and
     optimizers theirs.
@@ -83,6 +83,7 @@ def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
         entered.pop().__exit__(None, None, None)
         return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, output)
 
+    # Gradients for scores run the model below the head of a transformers model by itself.
     called = {part for part in (model, getattr(model, "base_model", None)) if isinstance(part, nn.Module)}
     hooks = [part.register_forward_pre_hook(enter) for part in called]
     hooks += [part.register_forward_hook(leave, always_call=True) for part in called]

@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 ATTENTION = ("eager", "sdpa")  # the attention implementations that need no code but torch's
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
+# Patterns of the modules in transformers that hold classes of models, and of tokenizers.
 MODELS = r"models\.(?!auto\.)\w+\.modeling_\w+"
 TOKENIZERS = r"models\.(?!auto\.)\w+\.tokenization_\w+|tokenization_utils_\w+"
-_FETCHING = frozenset({"use_pretrained_backbone", "use_kernels"})
-_IGNORED = frozenset({"auto_map", "custom_pipelines"})
+_FETCHING = frozenset({"use_pretrained_backbone", "use_kernels"})  # settings that fetch files or code
+_IGNORED = frozenset({"auto_map", "custom_pipelines"})  # settings that name code, of which none is run
 _SIZES = re.compile(r"(size|dim|dims|width|widths|heads?|hidden|channels|embd|experts|inner|positions|groups|labels)$")
+# Suffixes of files that transformers reads.
 _READ = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".safetensors"})
 _LAYERS = re.compile(r"(layers?|blocks|depths?)$")
-_MOST_SETTINGS = 10_000
+_MAX_SETTINGS = 10_000
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 def check_safetensors(file: Path) -> dict[str, int]:
-    """Raise ModelError unless a safetensors file is complete; return its number of entries per dtype."""
+    """Return dtype (its name in the file) → number of entries; raise ModelError unless the file is complete."""
     from safetensors import SafetensorError, safe_open
 
     counts: dict[str, int] = {}
@@ -46,7 +48,7 @@ def check_safetensors(file: Path) -> dict[str, int]:
 
 
 def is_possible(shape: Sequence[int]) -> bool:
-    """Whether a tensor can have a shape: an empty one whose other sizes exceed any memory cannot be made.
+    """Whether a tensor can have a shape: torch makes no empty one whose other sizes exceed any memory, either.
 
     >>> is_possible([3, 0]), is_possible([2**59, 2**59, 0])
     (True, False)
@@ -54,68 +56,74 @@ def is_possible(shape: Sequence[int]) -> bool:
     return prod(max(1, size) for size in shape) < 2**59
 
 
-def check_files(folder: Path) -> None:
+def check_regular_files(folder: Path) -> None:
     """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files in it."""
     real = folder.resolve()
-    within = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    # The hub's cache has links in snapshots/COMMIT to files in blobs/.
+    allowed = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for path in sorted(folder.iterdir()):
         if path.suffix in _READ:
             check_regular(path)
-            if path.resolve().parent not in within:
+            if path.resolve().parent not in allowed:
                 raise ModelError(f"{path} leads out of the folder; put the file itself there")
 
 
-def check_weight_names(folder: Path, config: Mapping[str, object], name: str) -> None:
-    """Raise ModelError if the configuration or an index of a folder names weights that do not lie in it."""
-    named = config.get("transformers_weights") or ""
-    if not isinstance(named, str) or Path(named).name != named:
-        raise ModelError(f"{name}: config.json names the weights {named!r:.60}, which is no file beside it; restore it")
+def check_weight_paths(folder: Path, config: Mapping[str, object], name: str) -> None:
+    """Raise ModelError if config.json or a shard index names a weight file by a path, such as ``../x``.
+
+    Whether the file exists is not checked. ``name``: the model's in messages.
+    """
+    file = config.get("transformers_weights") or ""
+    if not isinstance(file, str) or Path(file).name != file:
+        raise ModelError(f"{name}: config.json names the weights {file!r:.60}, which is no file beside it; restore it")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         read_shards(index)
 
 
 def read_shards(index: Path) -> dict[str, str]:
-    """Return tensor → the name of the file beside an index that holds it."""
+    """Return tensor → name of the file beside a shard index that holds it; ModelError if the index is damaged."""
     data = read_json(index)
-    named = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+    file_of = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
         raise ModelError(f"{index} has no weight_map from tensors to files; copy or download it again")
-    for file in sorted(set(named.values())):
+    for file in sorted(set(file_of.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             problem = f"names the file {file!r:.60}, which is no .safetensors file beside it"
             raise ModelError(f"{index} {problem}; restore it")
-    return named
+    return file_of
 
 
-def check_weights(files: list[Path], name: str, width: int | None) -> None:
-    """Raise an error unless weight files are complete and fit into memory."""
+def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
+    """Raise an error unless weight files are complete and fit into memory.
+
+    ``itemsize``: bytes of a floating-point number in memory; ``None``: those in the files.
+    """
     needed = 0
     for file in files:
-        for kind, many in check_safetensors(file).items():
-            stored = _BYTES.get(kind, 1)
-            needed += many * (width if width and "F" in kind else stored)
+        for dtype, count in check_safetensors(file).items():
+            needed += count * (itemsize if itemsize and "F" in dtype else _BYTES.get(dtype, 1))
     check_memory(needed, f"loading {name}", "take a smaller model, or --dtype bfloat16")
 
 
 def check_config(path: Path, name: str) -> dict[str, object]:
-    """Read a ``config.json`` and raise ModelError unless its sizes are ones that a network can have."""
+    """Return the content of a ``config.json``; raise ModelError unless its sizes are ones that a network can have."""
     config = read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is a {type(config).__name__}, not an object; restore it")
-    for key, value in settings_of(config):
+    for key, value in iterate_settings(config):
         for number in value if isinstance(value, list) else [value]:
-            most = MAX_LAYERS if _LAYERS.search(key) else MAX_WIDTH if _SIZES.search(key) else 2**63 - 1
-            if type(number) is int and not -most <= number <= most:
-                raise ModelError(f"{name}: config.json says {key} = {number:,}, at most {most:,} is built; restore it")
+            limit = MAX_LAYERS if _LAYERS.search(key) else MAX_WIDTH if _SIZES.search(key) else 2**63 - 1
+            if type(number) is int and not -limit <= number <= limit:
+                raise ModelError(f"{name}: config.json says {key} = {number:,}, at most {limit:,} is built; restore it")
     return config
 
 
 def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
-    """Return tensor → number of entries of a GGUF file; raise an error unless it is whole and fits into memory."""
+    """Return tensor → number of entries of a GGUF file; raise an error unless it is complete and fits into memory."""
     import gguf
 
     class Reader(gguf.GGUFReader):
-        """Refuses to read behind the end, where the package goes on with nothing, as often as a damaged file says."""
+        """Raises ValueError at the end of the file, where gguf's own reader goes on as often as a damaged file says."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             values = super()._get(offset, dtype, count, override_order)
@@ -126,8 +134,8 @@ def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
     check_regular(path)
     try:
         tensors = Reader(path).tensors
-        if odd := [tensor.name for tensor in tensors if not is_possible(tensor.shape.tolist())]:
-            raise ValueError(f"no memory holds the tensor {odd[0]!r:.60}")
+        if impossible := [tensor.name for tensor in tensors if not is_possible(tensor.shape.tolist())]:
+            raise ValueError(f"no memory holds the tensor {impossible[0]!r:.60}")
     except Exception as error:  # a damaged header may raise anything
         raise ModelError(f"{name}: no whole GGUF file ({first_line(error)}); download it again") from None
     sizes = {tensor.name: int(tensor.n_elements) for tensor in tensors}
@@ -135,29 +143,35 @@ def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
     return sizes
 
 
-def library_class(name: str, modules: str) -> type | None:
-    """Return the class of transformers that a file names, or ``None`` if transformers has none of this name."""
+def find_library_class(name: str, modules: str) -> type | None:
+    """Return the class of this name in transformers' modules that match a pattern; ``None`` if there is none.
+
+    Names come from files: only transformers' own classes are found, without importing any other module.
+    """
     import transformers
 
-    place = getattr(transformers, "_class_to_module", {}).get(name)
-    if not isinstance(place, str) or not re.fullmatch(modules, place):
+    module = getattr(transformers, "_class_to_module", {}).get(name)
+    if not isinstance(module, str) or not re.fullmatch(modules, module):
         return None
-    kind = getattr(transformers, name, None)
-    inside = isinstance(kind, type) and kind.__module__.startswith("transformers.")
-    return kind if inside else None
+    found = getattr(transformers, name, None)
+    inside = isinstance(found, type) and found.__module__.startswith("transformers.")
+    return found if inside else None
 
 
-def model_class(name: str) -> "type[PreTrainedModel] | None":
-    """Return the model class of transformers that a file names, or ``None`` if there is none of this name."""
+def find_model_class(name: str) -> "type[PreTrainedModel] | None":
+    """Return the model class of this name in transformers; ``None`` if there is none."""
     import transformers
 
-    kind = library_class(name, MODELS)
-    return kind if kind is not None and issubclass(kind, transformers.PreTrainedModel) else None
+    found = find_library_class(name, MODELS)
+    return found if found is not None and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> None:
-    """Raise ModelError if a setting of a configuration, nested or not, would load code or fetch files."""
-    for key, value in settings_of(config):
+    """Raise ModelError if a setting of a configuration, nested or not, would load code or fetch files.
+
+    ``automatic``: the settings that name code are skipped, since the class that loads it is told to trust none.
+    """
+    for key, value in iterate_settings(config):
         if key in _IGNORED and automatic:
             continue
         attention = key in ("attn_implementation", "_attn_implementation", "experts_implementation")
@@ -170,23 +184,23 @@ def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> 
 
 
 def check_tokenizer(settings: Mapping[str, object]) -> None:
-    """Raise ModelError unless a tokenizer's settings name a transformers class and no files elsewhere."""
-    named = settings.get("tokenizer_class")
-    if named is not None and (not isinstance(named, str) or library_class(named, TOKENIZERS) is None):
-        raise ModelError(f"'tokenizer_class' is {named!s:.60}, which is no tokenizer of transformers; take it out")
-    if away := next((key for key, value in settings.items() if leads_away(key, value)), ""):
-        raise ModelError(f"{away!r} leads out of the folder ({settings[away]!s:.60}); take that line out")
+    """Raise ModelError unless a tokenizer's settings name a transformers class, if any, and no files elsewhere."""
+    name = settings.get("tokenizer_class")
+    if name is not None and (not isinstance(name, str) or find_library_class(name, TOKENIZERS) is None):
+        raise ModelError(f"'tokenizer_class' is {name!s:.60}, which is no tokenizer of transformers; take it out")
+    if key := next((key for key, value in settings.items() if leads_away(key, value)), ""):
+        raise ModelError(f"{key!r} leads out of the folder ({settings[key]!s:.60}); take that line out")
 
 
 def leads_away(key: str, value: object) -> bool:
-    """Whether a setting names a file outside the folder."""
+    """Whether a setting of a tokenizer names a file by a path, and so outside its folder."""
     return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
 
 
-def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield every setting of a configuration, those of nested ones too."""
+def iterate_settings(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield (name, value) of every setting of a configuration, nested ones too; ModelError if there are too many."""
     waiting: list[Any] = [config]
-    for _ in range(_MOST_SETTINGS):
+    for _ in range(_MAX_SETTINGS):
         if not waiting:
             return
         nested = waiting.pop()
@@ -195,4 +209,4 @@ def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
                 yield key, value
             if isinstance(value, Mapping | list):
                 waiting.append(value)
-    raise ModelError(f"the configuration has more than {_MOST_SETTINGS} nested settings; restore it")
+    raise ModelError(f"the configuration has more than {_MAX_SETTINGS} nested settings; restore it")

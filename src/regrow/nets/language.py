@@ -21,43 +21,43 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.nets.files import (
     check_config,
-    check_files,
+    check_regular_files,
     check_settings,
     check_tokenizer,
-    check_weight_names,
+    check_weight_paths,
     check_weights,
-    model_class,
+    find_model_class,
     read_gguf_sizes,
 )
-from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, needs, text_example
+from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, missing_package, text_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HUB_TIMEOUT = 10.0
-Empty = Callable[[nn.Parameter], nn.Parameter]  # returns a parameter of its shape, dtype and device without numbers
+HUB_TIMEOUT = 10.0  # seconds
+Emptied = Callable[[nn.Parameter], nn.Parameter]  # returns a parameter of its shape, dtype and device without numbers
 # The linear layers of a Llama-like decoder layer.
-ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+ATTENTION_LAYERS = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP_LAYERS = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class _Location:
     """Where transformers reads a model from, and what the user calls it."""
 
-    where: str
+    where: str  # a folder, or a name on the hub
     name: str
     options: Mapping[str, str | bool] = field(default_factory=dict)  # of transformers: gguf_file, local_files_only
 
 
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model and its tokenizer from a transformers folder with safetensors weights."""
+    """Load a model and its tokenizer from a transformers folder with safetensors weights; ``dtype``: else as stored."""
     check_weights(_check_folder(folder, name), name, None if dtype is None else dtype.itemsize)
-    return _load(_Checkpoint(str(folder), name), dtype)
+    return _load(_Location(str(folder), name), dtype)
 
 
 def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
-    """Load a model from the Hugging Face hub; from its local cache without network access if it is there."""
+    """Load a model by its id on the Hugging Face hub; if it is in the local cache, without network access."""
     require_transformers()
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -70,18 +70,18 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
             problem = f"{name!r} is no folder here, and the hub does not give it ({first_line(error)})"
             remedy = "check the name and the network, or give the folder of a downloaded model"
             raise ModelError(f"{problem}; {remedy}") from None
-    return _load(_Checkpoint(name, name, {"local_files_only": cached}), dtype)
+    return _load(_Location(name, name, {"local_files_only": cached}), dtype)
 
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model from a GGUF file, with its quantised weights converted to dense ones."""
+    """Load a model from a GGUF file, with its quantised weights converted to dense ones, float32 by default."""
     for package in ("gguf", "accelerate"):
         _require(package)
     sizes = read_gguf_sizes(path, name)
-    with tempfile.TemporaryDirectory(prefix="regrow-") as alone:
+    with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
         # transformers takes a folder, and would read configurations and tokenizers that happen to lie beside the file.
-        (Path(alone) / "model.gguf").symlink_to(path.resolve())
-        loaded = _load(_Checkpoint(alone, name, {"gguf_file": "model.gguf"}), dtype or torch.float32)
+        (Path(folder) / "model.gguf").symlink_to(path.resolve())
+        loaded = _load(_Location(folder, name, {"gguf_file": "model.gguf"}), dtype or torch.float32)
     model = cast("PreTrainedModel", loaded.model)
     _check_surplus(sizes, model, name)
     # save_pretrained refuses a model that still calls itself quantised.
@@ -94,13 +94,13 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
 
 def origin_of(model: "PreTrainedModel", name: str) -> Origin:
     """Return the origin of a transformers model, without paths and without entries that name code."""
-    away = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
+    left_out = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
 
-    def plain(config: dict[str, object]) -> dict[str, object]:
-        return {k: plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
+    def filtered(config: dict[str, object]) -> dict[str, object]:
+        return {k: filtered(v) if isinstance(v, dict) else v for k, v in config.items() if k not in left_out}
 
     config = parse_configuration(model.config.to_json_string(use_diff=False))
-    return Origin("transformers", type(model).__name__, plain(config), name)
+    return Origin("transformers", type(model).__name__, filtered(config), name)
 
 
 def parse_configuration(text: str) -> dict[str, object]:
@@ -109,11 +109,11 @@ def parse_configuration(text: str) -> dict[str, object]:
 
 
 def build_transformers(origin: Origin) -> nn.Module:
-    """Build a transformers architecture on the CPU; parameters are *not* initialised, buffers are right."""
+    """Build a transformers architecture on the CPU, or raise ModelError; parameters are *not* initialised."""
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    architecture, settings = model_class(origin.reference), dict(origin.config)
+    architecture, settings = find_model_class(origin.reference), dict(origin.config)
     if architecture is None:
         raise ModelError(f"transformers {transformers.__version__} has no model class {origin.reference!r}")
     check_settings(settings)
@@ -153,65 +153,65 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(checkpoint: _Checkpoint, dtype: torch.dtype | None) -> Loaded:
+def _load(location: _Location, dtype: torch.dtype | None) -> Loaded:
+    """Load a model with transformers; ModelError unless weights and configuration belong together."""
     require_transformers()
-    name = checkpoint.name
     try:
         with quiet():
-            model, info = _class_for(checkpoint).from_pretrained(
-                checkpoint.where,
+            model, info = _class_for(location).from_pretrained(
+                location.where,
                 dtype=dtype or "auto",
-                use_safetensors=None if "gguf_file" in checkpoint.options else True,
+                use_safetensors=None if "gguf_file" in location.options else True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **checkpoint.options,
+                **location.options,
             )
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {name}: {_explained(error)}") from None
-    if wrong := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]:
-        problem = f"{len(wrong)} tensors are in the weights or in config.json alone, {wrong[0]!r} first"
-        raise ModelError(f"{name}: {problem}; download both again")
-    return _complete(model, checkpoint)
+        raise ModelError(f"cannot load {location.name}: {_explain_load_error(error)}") from None
+    if unmatched := [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]:
+        problem = f"{len(unmatched)} tensors are in the weights or in config.json alone, {unmatched[0]!r} first"
+        raise ModelError(f"{location.name}: {problem}; download both again")
+    return _to_loaded(model, location)
 
 
-def _complete(model: "PreTrainedModel", checkpoint: _Checkpoint) -> Loaded:
-    tokenizer = _read_tokenizer(checkpoint) if model.main_input_name == "input_ids" else None
-    return Loaded(model.eval(), tokenizer, example_of_transformers(model), origin_of(model, checkpoint.name))
+def _to_loaded(model: "PreTrainedModel", location: _Location) -> Loaded:
+    """Return a model with its tokenizer, an example input and its origin, in eval mode."""
+    tokenizer = _read_tokenizer(location) if model.main_input_name == "input_ids" else None
+    return Loaded(model.eval(), tokenizer, example_of_transformers(model), origin_of(model, location.name))
 
 
-def _class_for(checkpoint: _Checkpoint) -> Any:
-    """Return the transformers class that the configuration of a model names."""
+def _class_for(location: _Location) -> Any:
+    """Return the transformers class that a configuration names, else ``AutoModelForCausalLM``; ModelError if unsafe."""
     transformers = require_transformers()
-    settings, _ = transformers.PretrainedConfig.get_config_dict(checkpoint.where, **checkpoint.options)
+    settings, _ = transformers.PretrainedConfig.get_config_dict(location.where, **location.options)
     try:
         check_settings(settings, automatic=True)
     except ModelError as error:
-        raise ModelError(f"{checkpoint.name}: config.json: {error}") from None
-    config = transformers.AutoConfig.from_pretrained(checkpoint.where, trust_remote_code=False, **checkpoint.options)
+        raise ModelError(f"{location.name}: config.json: {error}") from None
+    config = transformers.AutoConfig.from_pretrained(location.where, trust_remote_code=False, **location.options)
     names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
-    return next(filter(None, map(model_class, names)), transformers.AutoModelForCausalLM)
+    return next(filter(None, map(find_model_class, names)), transformers.AutoModelForCausalLM)
 
 
-def _read_tokenizer(checkpoint: _Checkpoint) -> Any | None:
+def _read_tokenizer(location: _Location) -> Any | None:
     """Return the tokenizer of a transformers model, or ``None`` if it has none that can be read."""
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    where = checkpoint.where
     try:
         with quiet():
-            if "gguf_file" not in checkpoint.options:
-                check_tokenizer(get_tokenizer_config(where, **checkpoint.options))
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **checkpoint.options)
+            if "gguf_file" not in location.options:
+                check_tokenizer(get_tokenizer_config(location.where, **location.options))
+            return AutoTokenizer.from_pretrained(location.where, trust_remote_code=False, **location.options)
     except Exception:
         # A model without a tokenizer still has a shape to change; whoever needs text will ask for one.
         return None
 
 
 def example_of_transformers(model: "PreTrainedModel") -> Example:
-    """Return an input of the form that a transformers model takes: tokens or an image."""
+    """Return an input of the form that a transformers model takes: a row of tokens, or an image of its size."""
     if model.main_input_name == "input_ids":
         return text_example(model, model.config.get_text_config().vocab_size)
     size = getattr(model.config, "image_size", PIXELS)
@@ -220,11 +220,11 @@ def example_of_transformers(model: "PreTrainedModel") -> Example:
 
 
 def _check_folder(folder: Path, name: str) -> list[Path]:
-    """Return the weight files of a transformers folder, or raise an error unless it is complete and names no code."""
+    """Return the weight files of a transformers folder; raise ModelError unless it is complete and names no code."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
-    check_files(folder)
-    check_weight_names(folder, check_config(folder / "config.json", name), name)
+    check_regular_files(folder)
+    check_weight_paths(folder, check_config(folder / "config.json", name), name)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{name}: holds an adapter of peft beside the model; merge it first (merge_and_unload)")
     files = sorted(folder.glob("*.safetensors"))
@@ -241,15 +241,16 @@ def _check_surplus(sizes: Mapping[str, int], model: "PreTrainedModel", name: str
     """Raise ModelError if a GGUF file holds weights that its metadata do not name: transformers leaves them out."""
     embeddings = cast(Any, model.get_output_embeddings())
     tied = embeddings is not None and embeddings.weight is cast(Any, model.get_input_embeddings()).weight
-    spare = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
-    held = sum(size for tensor, size in sizes.items() if not tensor.startswith(spare))
-    taken = sum(parameter.numel() for parameter in model.parameters())
-    if held > taken:
-        problem = f"the file holds {held:,} weights, of which its metadata describe {taken:,}"
+    surplus = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))  # no parameters of the model
+    in_file = sum(size for tensor, size in sizes.items() if not tensor.startswith(surplus))
+    in_model = sum(parameter.numel() for parameter in model.parameters())
+    if in_file > in_model:
+        problem = f"the file holds {in_file:,} weights, of which its metadata describe {in_model:,}"
         raise ModelError(f"{name}: {problem}; it is damaged or of another version: download it again")
 
 
-def _explained(error: Exception) -> str:
+def _explain_load_error(error: Exception) -> str:
+    """Return why transformers cannot load a model, and the remedy."""
     text = str(error)
     if "trust_remote_code" in text:
         remedy = "if you trust it, build the model in a function of your own and name that: pkg.mod:fn"
@@ -260,51 +261,53 @@ def _explained(error: Exception) -> str:
 
 
 def _require(package: str) -> ModuleType:
+    """Return an imported package that the extra ``llm`` installs, or raise ModelError if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise needs("llm", package) from None
+        raise missing_package("llm", package) from None
 
 
-def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Empty) -> Loaded:
-    """Build the model of a transformers folder: parameters have no numbers, buffers that code computes are right."""
+def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Emptied) -> Loaded:
+    """Build the model of a transformers folder with parameters replaced by ``empty``, in ``dtype``, else as stored."""
     _check_folder(folder, name)
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    checkpoint = _Checkpoint(str(folder), name)
+    location = _Location(str(folder), name)
     try:
         with quiet():
-            architecture = _class_for(checkpoint)
-            config = transformers.AutoConfig.from_pretrained(checkpoint.where, trust_remote_code=False)
+            architecture = _class_for(location)
+            config = transformers.AutoConfig.from_pretrained(location.where, trust_remote_code=False)
             recorded = getattr(config, "dtype", None)
-            chosen = dtype or (getattr(torch, recorded) if isinstance(recorded, str) else recorded) or stored
+            recorded = getattr(torch, recorded) if isinstance(recorded, str) else recorded
+            chosen = dtype or recorded or stored
             with no_init_weights(), replacing_parameters(empty):
                 model = architecture._from_config(config, dtype=chosen)
             model.tie_weights()
             if model.can_generate():
                 with suppress(OSError):  # it has none
-                    model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.where)
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(location.where)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"cannot build {name} without its weights: {first_line(error)}; prune it in memory") from None
-    exact = any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    if chosen in (torch.float16, torch.bfloat16) and exact:
+    keeps_float32 = any(getattr(model, key, None) for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    if chosen in (torch.float16, torch.bfloat16) and keeps_float32:
         raise ModelError(f"{name} keeps some weights in float32, which is not read block by block; prune it in memory")
-    return _complete(model, checkpoint)
+    return _to_loaded(model, location)
 
 
 @contextmanager
-def replacing_parameters(empty: Empty) -> Iterator[None]:
-    """Context manager in which each parameter that a module registers is replaced by one without numbers."""
+def replacing_parameters(empty: Emptied) -> Iterator[None]:
+    """Context manager in which ``empty`` replaces each parameter that a module of this thread registers."""
     thread = get_ident()  # the hook acts in all threads: parameters of others are left as they are
 
-    def replaced(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return empty(parameter) if get_ident() == thread else parameter
 
-    # Its stub says that hooks return nothing; what they return takes the parameter's place.
-    handle = register_module_parameter_registration_hook(replaced)  # type: ignore[arg-type]
+    # What the hook returns takes the parameter's place, though its stub says that hooks return nothing.
+    handle = register_module_parameter_registration_hook(replace)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -324,7 +327,7 @@ class DecoderLayer:
 
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """Return the layers of a Llama-like decoder (separate q, k, v layers, gated MLP), of any width."""
+    """Return the layers of a Llama-like decoder (separate q, k, v layers, gated MLP), of any width; else ModelError."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ModelError(f"{type(model).__name__} is no Llama-like decoder: it has no model.layers")
@@ -332,13 +335,16 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 
 
 def _read_layer(layer: nn.Module, name: str) -> DecoderLayer:
+    """Return the sizes and linear layers of a decoder layer; ModelError if attention or MLP lack some of theirs."""
     modules = dict(layer.named_modules())
-    linear = {path: module for path in (*ATTENTION, *MLP) if isinstance(module := modules.get(path), nn.Linear)}
-    for parts in (ATTENTION, MLP):
+    paths = (*ATTENTION_LAYERS, *MLP_LAYERS)
+    linear = {path: module for path in paths if isinstance(module := modules.get(path), nn.Linear)}
+    for parts in (ATTENTION_LAYERS, MLP_LAYERS):
         present = [path for path in parts if path in linear]
-        if present and (missing := [path for path in parts if path not in linear]):
+        missing = [path for path in parts if path not in linear]
+        if present and missing:  # a part that was dropped whole is fine
             raise ModelError(f"{name} is no Llama-like one: it has {present[0]} and no {missing[0]}")
     head_dim = int(getattr(modules.get("self_attn"), "head_dim", 0))
-    heads, kv_heads = (linear[path].out_features // head_dim if path in linear else 0 for path in ATTENTION[:2])
-    width = linear[MLP[0]].out_features if MLP[0] in linear else 0
+    heads, kv_heads = (linear[path].out_features // head_dim if path in linear else 0 for path in ATTENTION_LAYERS[:2])
+    width = linear[MLP_LAYERS[0]].out_features if MLP_LAYERS[0] in linear else 0
     return DecoderLayer(layer, heads, kv_heads, head_dim, width, linear)

@@ -28,16 +28,16 @@ from regrow.nets.loaded import (
     ModelError,
     Origin,
     find_weight_files,
-    guessed_example,
+    format_shape,
+    guess_example,
     image_example,
-    say_guess,
+    log_guess,
+    run_error,
     shaped_example,
-    takes,
-    written_shape,
 )
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
-from regrow.nets.vision import build_small, build_torchvision, example_of, load_torchvision
+from regrow.nets.vision import build_small, build_torchvision, load_torchvision, torchvision_example
 
 Builder = Callable[[], object]  # returns a network, or a network and its example input
 _PART = 2**20
@@ -74,7 +74,7 @@ def load(
     Raises:
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
-    device = choose_device(str(device))
+    device = choose_device(device)
     try:
         loaded = _load(name, dtype, progress, example, pixels)
     except ModelError:
@@ -82,14 +82,14 @@ def load(
     except InputError as error:
         raise ModelError(str(error)) from error
     if example is not None:
-        loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
+        loaded = replace(loaded, example=_to_example(loaded.model, example), guessed=False)
     model = loaded.model
     if loaded.origin.kind != "transformers":  # whose folders others load, by the names they know
         model = replace_attention(model.to(dtype))
     model = model.to(device)
     check_finite(model, name)
     if loaded.guessed:
-        say_guess(loaded.example)
+        log_guess(loaded.example)
     inputs = (loaded.example.args, dict(loaded.example.kwargs))
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else None), inputs)
     return replace(loaded, model=model.eval(), example=Example(args, kwargs))
@@ -135,14 +135,14 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
         case "transformers":
             return example_of_transformers(model)
         case "torchvision":
-            return example_of(origin.reference, model)
+            return torchvision_example(origin.reference, model)
         case "small" | "cells" | "mobile":
             return image_example(model, *origin.input_shape)
-    return guessed_example(model)
+    return guess_example(model)
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of -inf."""
+    """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of −∞."""
     for key, parameter in model.named_parameters():
         if bad := count_nonfinite(parameter):
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
@@ -157,9 +157,9 @@ def count_nonfinite(tensor: Tensor) -> int:
     if not tensor.is_floating_point() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return 0
     # In parts, since isfinite makes several copies of its input.
-    whole = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.numel() > _PART
+    divisible = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.numel() > _PART
     count = 0
-    for part in tensor.flatten().split(_PART) if whole else [tensor]:
+    for part in tensor.flatten().split(_PART) if divisible else [tensor]:
         wide = part.float() if part.element_size() == 1 else part  # isfinite knows no eight-bit numbers
         if not bool(wide.sum().isfinite()):  # finite only if all terms are; takes a tenth of the time
             count += int((~torch.isfinite(wide)).sum())
@@ -167,31 +167,32 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 
 def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:
+    """Load a model by its name, as :func:`load` does, on the CPU; of other models than transformers', as stored."""
     if problem := find_model_problem(name):
         raise ModelError(problem)
     path = expanded(Path(name))
     if name in PACKAGED:
         path = packaged_folder(name, progress)
     if path.is_dir():
-        loaded = _watched(path, lambda: load_folder(path, name=name, dtype=dtype))
+        loaded = _read_unchanged(path, lambda: load_folder(path, name=name, dtype=dtype))
         return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes)) if name in PACKAGED else loaded
     if path.is_file():
-        return _watched(path, lambda: load_gguf(path, name=name, dtype=dtype))
+        return _read_unchanged(path, lambda: load_gguf(path, name=name, dtype=dtype))
     if name.startswith("torchvision:"):
         network, _, weights = name.removeprefix("torchvision:").partition(":")
         if not weights:
             return load_torchvision(network, pixels=pixels)
         path = expanded(Path(weights))
-        return _watched(path, lambda: load_torchvision(network, path, pixels))
+        return _read_unchanged(path, lambda: load_torchvision(network, path, pixels))
     if names_function(name):
-        return _from_callable(name, example, pixels)
+        return _load_from_function(name, example, pixels)
     if re.fullmatch(HUB, name):
         return load_hub(name, dtype=dtype)
     return load_torchvision(name, pixels=pixels)
 
 
-def _watched(path: Path, read: Callable[[], Loaded]) -> Loaded:
-    """Return what a function reads from a folder or file, with its weight files; refuse it if they change meanwhile."""
+def _read_unchanged(path: Path, read: Callable[[], Loaded]) -> Loaded:
+    """Return what ``read`` loads from a folder or file, with its weight files; InputError if they change meanwhile."""
     files = find_weight_files(path)
     loaded = read()
     for file in files:
@@ -199,44 +200,49 @@ def _watched(path: Path, read: Callable[[], Loaded]) -> Loaded:
     return replace(loaded, files=files)
 
 
-def _from_callable(name: str, example: Any, pixels: int) -> Loaded:
+def _load_from_function(name: str, example: Any, pixels: int) -> Loaded:
+    """Build a network by the user's function ``pkg.mod:fn``.
+
+    Its input is the given one, that which the function returns, one of the size of the source's images (``pixels``) if
+    the network runs on it, or a guess.
+    """
     builder = import_builder(name)
-    model, returned = call_builder(builder, name)
+    model, own_example = call_builder(builder, name)
     model.eval()
-    origin = Origin("callable", name, {}, name, builder)
-    chosen, guessed = returned if example is None else _input(model, example), False
+    origin = Origin("callable", reference=name, name=name, builder=builder)
+    chosen = own_example if example is None else _to_example(model, example)
+    guessed = chosen is None
     if chosen is None:
-        sized = guessed_example(model, pixels) if pixels else None
-        if sized is not None and takes(model, sized):
+        sized = guess_example(model, pixels) if pixels else None
+        if sized is not None and run_error(model, sized) is None:
             return Loaded(model, None, sized, origin)
-        chosen, guessed = guessed_example(model), True
+        chosen = guess_example(model)
     if chosen is None:
         raise ModelError(f"{name}: cannot guess the model's input; {_GIVE_INPUT}")
-    try:
-        with torch.no_grad():
-            model(*chosen.args, **chosen.kwargs)
-    except Exception as error:
-        problem = f"the model does not take an input of {written_shape(chosen)} ({first_line(error)})"
-        raise ModelError(f"{name}: {problem}; {_GIVE_INPUT}") from None
+    error = run_error(model, chosen)
+    if error is not None:
+        problem = f"the model does not take an input of {format_shape(chosen)} ({first_line(error)})"
+        raise ModelError(f"{name}: {problem}; {_GIVE_INPUT}")
     return Loaded(model, None, chosen, origin, guessed=guessed)
 
 
-def _input(model: nn.Module, example: Example | Sequence[int]) -> Example:
+def _to_example(model: nn.Module, example: Example | Sequence[int]) -> Example:
+    """Return an example input, or one of a shape."""
     return example if isinstance(example, Example) else shaped_example(model, example)
 
 
 def import_builder(name: str) -> Builder:
-    """Return the user's function that builds a network, given its name on the command line."""
-    return partial(_run, import_object(name))
+    """Return the user's function that builds a network, imported by its name ``pkg.mod:fn``; ModelError if it fails."""
+    return partial(_call_in_folder, import_object(name))
 
 
 def import_object(name: str) -> Any:
-    """Import an object by the name that a user or an installed package's entry point gives."""
+    """Return the object ``pkg.mod:name``, imported; only for names of a user or an entry point. Raises ModelError."""
     if not names_function(name):
         raise ModelError(f"{name!r} does not name a function; write pkg.mod:fn, for example mynets:tiny")
     module_name, _, attribute = name.partition(":")
     try:
-        return _run(lambda: getattr(importlib.import_module(module_name), attribute))
+        return _call_in_folder(lambda: getattr(importlib.import_module(module_name), attribute))
     except ImportError as error:
         where = "modules are searched in the current folder and among installed packages"
         remedy = f"{where}, and named without .py, for example mynets:tiny"
@@ -246,10 +252,14 @@ def import_object(name: str) -> Any:
 
 
 def check_code(recorded: str, needed: bool, code: str) -> None:
-    """Raise ModelError unless the user named a function if and only if the folder's network is built by one."""
+    """Raise ModelError unless the user named a function (``code``) exactly if the folder's network ``needed`` one.
+
+    ``recorded`` is the name of it in the folder.
+    """
     if needed and not code:
-        name, known = recorded if names_function(recorded) else "pkg.mod:fn", f" ({recorded!r:.80})" if recorded else ""
-        problem = f"its network is built by your own code{known}, and a name in a file is never imported"
+        name = recorded if names_function(recorded) else "pkg.mod:fn"
+        shown = f" ({recorded!r:.80})" if recorded else ""
+        problem = f"its network is built by your own code{shown}, and a name in a file is never imported"
         remedy = f"add --code {name} if you trust it (in Python: regrow.load(folder, model=function))"
         raise ModelError(f"{problem}; {remedy}")
     if code and not needed:
@@ -257,12 +267,12 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
 
 
 def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
-    """Call the user's function and return its network, and the example input if it returns one."""
+    """Call the user's function and return its network, and the example input if it returns one; ModelError if not."""
     try:
-        made = builder()
+        result = builder()
     except Exception as error:
         raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         problem = f"returned a {type(model).__name__}, not a torch.nn.Module"
         raise ModelError(f"{name}: {problem}; name a function that returns a network")
@@ -271,7 +281,7 @@ def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None
     return model, example
 
 
-def _run(function: Callable[[], Any]) -> Any:
+def _call_in_folder(function: Callable[[], Any]) -> Any:
     """Call a function with the current folder on ``sys.path``, as ``python -m`` does; console scripts do not."""
     here = str(Path.cwd())
     added = here not in sys.path

@@ -21,9 +21,10 @@ from regrow.core.sources import device_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SUFFIXES = (".safetensors", ".gguf")
-TOKENS = 16
-PIXELS = 224
+_SUFFIXES = (".safetensors", ".gguf")  # of weight files
+TOKENS = 16  # of an example input
+PIXELS = 224  # height and width of an example input; of signals, the number of samples
+CLIP = (16, 112, 112)  # frames, height and width of an example input of three dimensions
 MAX_ENTRIES = 2**28  # of an example input
 
 
@@ -31,10 +32,10 @@ class ModelError(InputError):
     """Raised if a model cannot be found, read or built; one line with the value and the remedy."""
 
 
-def needs(extra: str, package: str) -> ModelError:
+def missing_package(extra: str, package: str) -> ModelError:
     """Return the error for an optional package that is not installed, which an extra of regrow installs.
 
-    >>> str(needs("vision", "torchvision"))
+    >>> str(missing_package("vision", "torchvision"))
     "this needs torchvision, which is not installed: pip install 'regrow[vision]'"
     """
     return ModelError(f"this needs {package}, which is not installed: pip install 'regrow[{extra}]'")
@@ -76,7 +77,10 @@ class Origin:
 
 
 class WeightFile:
-    """A file as it was when it was opened: its size, times and inode."""
+    """A file as it was when it was opened: its size, times and inode, with which :meth:`check` compares it later.
+
+    ``handle`` is the descriptor of the open file, if it is open; ``held``: its content is in memory.
+    """
 
     def __init__(self, path: Path, handle: int | None = None, *, held: bool = False) -> None:
         self.path, self.held = path, held
@@ -85,7 +89,8 @@ class WeightFile:
     def check(self, handle: int | None = None) -> None:
         """Raise InputError unless the file is the one that was opened, unchanged; it may get or lose hard links."""
         now = self._read(handle)
-        linked = now[:4] == self.status[:4] and now[5] != self.status[5]  # which changes the time of the inode, too
+        # Device, inode, size and content are the same, and a hard link came or went, which changes the inode's time.
+        linked = now[:4] == self.status[:4] and now[5] != self.status[5]
         if now != self.status and not linked:
             raise InputError(
                 f"{self.path} was replaced or written to while it was in use; nothing is saved, start again"
@@ -94,17 +99,18 @@ class WeightFile:
 
     @property
     def record(self) -> dict[str, int]:
-        """What tells a later process whether the file is the same, as JSON data; times in nanoseconds."""
+        """Inode, size and times (in nanoseconds) as JSON data, by which a later process recognises the file."""
         return dict(zip(("inode", "bytes", "modified", "changed"), self.status[1:5], strict=True))
 
     def leads_to_it(self) -> bool:
-        """Whether the path still leads to the file that was opened."""
+        """Whether the path still leads to the file that was opened, which may have been changed."""
         try:
             return self._read(None)[:2] == self.status[:2]
         except InputError:
             return False
 
     def _read(self, handle: int | None) -> tuple[int, ...]:
+        """Return device, inode, size, times of content and inode, and number of links; InputError if it is gone."""
         try:
             now = os.stat(self.path) if handle is None else os.fstat(handle)  # noqa: PTH116 (alike for both)
         except OSError as error:
@@ -136,13 +142,13 @@ class Loaded:
 
 
 def find_weight_files(path: Path) -> tuple[WeightFile, ...]:
-    """Return the files with weights of a model that is loaded whole, from its folder or the file itself."""
+    """Return the files with weights in a folder, or the file itself if it is one, of a model that is loaded whole."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return tuple(WeightFile(file, held=True) for file in files if file.suffix in _SUFFIXES and file.is_file())
 
 
 def check_unchanged(files: Iterable[WeightFile]) -> None:
-    """Raise InputError if a file was changed while it was in use; one whose content is held may be gone or replaced."""
+    """Raise InputError if a file was changed; one whose content is in memory may be gone or replaced by another."""
     for file in files:
         if not file.held or file.leads_to_it():
             file.check()
@@ -178,13 +184,18 @@ def shaped_example(model: nn.Module, shape: Sequence[int]) -> Example:
     for layer in model.modules():
         if isinstance(layer, nn.Embedding):
             return text_example(model, layer.num_embeddings, shape)
-        if any(True for _ in layer.parameters(recurse=False)):
+        if _has_own_parameters(layer):
             break
     return noise_example(model, shape)
 
 
+def _has_own_parameters(layer: nn.Module) -> bool:
+    """Whether a module has parameters besides those of its submodules."""
+    return next(layer.parameters(recurse=False), None) is not None
+
+
 def read_shape(text: str) -> tuple[int, ...]:
-    """Parse an input shape as users write it on the command line.
+    """Parse an input shape as users write it on the command line; ModelError unless it is one.
 
     >>> read_shape("1x3x32x32")
     (1, 3, 32, 32)
@@ -194,26 +205,28 @@ def read_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def written_shape(example: Example) -> str:
+def format_shape(example: Example) -> str:
     """Return the shapes of an input's tensors in the form that :func:`read_shape` parses, joined by commas.
 
-    >>> written_shape(Example((torch.ones(1, 3, 8, 8),)))
+    >>> format_shape(Example((torch.ones(1, 3, 8, 8),)))
     '1x3x8x8'
     """
     values = [x for value in example.args for x in (value if isinstance(value, list | tuple) else [value])]
     return ", ".join("x".join(map(str, x.shape)) for x in values if isinstance(x, torch.Tensor))
 
 
-def say_guess(example: Example) -> None:
+def log_guess(example: Example) -> None:
     """Log which example input was guessed, since multiply–accumulates are counted for it."""
     how = "(guessed; set it with --input 1x3x32x32, or give an image source)"
-    logging.getLogger("regrow").warning("example input: %s %s", written_shape(example), how)
+    logging.getLogger("regrow").warning("example input: %s %s", format_shape(example), how)
 
 
-def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
-    """Guess an input from the first layer with weights; ``None`` if that layer does not determine it.
+def guess_example(model: nn.Module, pixels: int = 0) -> Example | None:
+    """Return an input for the first registered layer with weights; ``None`` if that layer does not determine it.
 
-    >>> guessed_example(nn.Sequential(nn.Linear(3, 2))).args[0].shape
+    ``pixels``: height and width where the layer leaves them open; 0: ``PIXELS``.
+
+    >>> guess_example(nn.Sequential(nn.Linear(3, 2))).args[0].shape
     torch.Size([1, 3])
     """
     for layer in model.modules():
@@ -221,21 +234,21 @@ def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
             case nn.Embedding():
                 return text_example(model, layer.num_embeddings)
             case nn.Linear():
-                return image_example(model, layer.in_features)
+                return noise_example(model, (1, layer.in_features))
             case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-                rank = layer.weight.dim() - 2
-                sides = (16, 112, 112) if rank == 3 else (pixels or PIXELS,) * rank
+                spatial_dims = layer.weight.dim() - 2
+                sides = CLIP if spatial_dims == 3 else (pixels or PIXELS,) * spatial_dims
                 return noise_example(model, (1, layer.in_channels, *sides))
-            case _ if any(True for _ in layer.parameters(recurse=False)):
+            case _ if _has_own_parameters(layer):
                 return None
     return None
 
 
-def takes(model: nn.Module, example: Example) -> bool:
-    """Whether a network in eval mode runs on an input without an error."""
+def run_error(model: nn.Module, example: Example) -> Exception | None:
+    """Run a network on an input without gradients, and return the error that it raises; ``None``: it raises none."""
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)
-    except Exception:  # whatever it raises, it does not run
-        return False
-    return True
+    except Exception as error:  # whatever a user's network raises
+        return error
+    return None

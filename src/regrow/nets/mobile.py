@@ -18,6 +18,8 @@ from regrow.nets.staged import StagedNetwork, norm_widths
 # Bottlenecks mb{kernel}e{expansion ratio}, with the ratio before any cut, and the identity.
 OPERATIONS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
 
+MOST_BLOCKS = 128
+
 # Width, blocks and stride of each stage of the paper's space; its stem has 32 and 16 channels, its last layer 1280.
 STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 1))
 
@@ -31,6 +33,7 @@ class Bottleneck(nn.Sequential):
 
 
 def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
+    """Build the layers of a depthwise and a 1 × 1 convolution, each with BatchNorm, with ReLU6 between them."""
     return [
         nn.Conv2d(before, before, kernel, stride, kernel // 2, groups=before, bias=False),
         nn.BatchNorm2d(before),
@@ -40,16 +43,18 @@ def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Mod
     ]
 
 
-def block(before: int, plan: Mapping[str, Any]) -> Candidates:
-    """Build the candidate operations of a block from ``width`` (channels out), ``stride`` and ``ops``: [name, mid].
+def build_block(before: int, plan: Mapping[str, Any]) -> Candidates:
+    """Build the candidate operations of a block on ``before`` channels.
 
-    ``skip`` reads a separate input, so that it does not compete with bottlenecks.
+    ``plan`` has ``width`` (channels out), ``stride`` and ``ops``: a list of [name, channels inside]. ``skip`` reads a
+    separate input, so that it does not compete with bottlenecks.
     """
     ops, sources = dict[str, nn.Module](), []
     for name, mid in plan["ops"]:
-        skips = name == "skip"
-        ops[name] = nn.Identity() if skips else Bottleneck(before, mid, plan["width"], int(name[2]), plan["stride"])
-        sources.append(0 if skips else 1)
+        is_skip = name == "skip"
+        # The kernel size is the third character, as of mb5e3.
+        ops[name] = nn.Identity() if is_skip else Bottleneck(before, mid, plan["width"], int(name[2]), plan["stride"])
+        sources.append(0 if is_skip else 1)
     return Candidates(ops, sources)
 
 
@@ -57,8 +62,8 @@ class Mobile(StagedNetwork):
     """A network of blocks: a stem, blocks, and classifiers behind the last block and the end of each stage.
 
     ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the
-    stem, ``blocks`` as :func:`block` takes them, ``mix`` (channels of the 1 × 1 convolution before the last classifier)
-    and ``heads``: indices of the blocks that a classifier follows, ascending.
+    stem, ``blocks`` as :func:`build_block` takes them, ``mix`` (channels of the 1 × 1 convolution before the last
+    classifier) and ``heads``: indices of the blocks that a classifier follows, ascending.
     """
 
     parts_name = "blocks"
@@ -70,7 +75,7 @@ class Mobile(StagedNetwork):
         self.stem = staged.build_stem(config, first).append(nn.ReLU6()).extend(_depthwise(first, width, 3, 1))
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
         for i, plan in enumerate(blocks):
-            self.blocks.append(block(width, plan))
+            self.blocks.append(build_block(width, plan))
             width = channels = plan["width"]
             if i in config["heads"]:
                 self.heads[str(i)] = head = nn.Sequential()
@@ -84,7 +89,7 @@ class Mobile(StagedNetwork):
         return part(second, second)
 
 
-def supernet(
+def supernet_config(
     shape: Sequence[int],
     classes: int,
     *,
@@ -94,13 +99,13 @@ def supernet(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """Return the configuration of the super-network; the defaults are those of the paper.
+    """Return the configuration of the super-network as plain data; the defaults are those of the paper.
 
     ``width`` are the channels of the first stage, from which all other widths of ``STAGES`` are scaled, in multiples of
-    4; ``blocks`` is their number per stage (the last stage has one); ``heads`` are indices of blocks at which a stage
-    of the search ends. The last block has a classifier anyway.
+    4; ``blocks`` is their number per stage (the last stage has one); ``heads`` are indices of blocks that a classifier
+    follows, since a stage of the search ends there. The last block has one anyway.
 
-    >>> config = supernet((3, 32, 32), 10, width=8, blocks=1)
+    >>> config = supernet_config((3, 32, 32), 10, width=8, blocks=1)
     >>> [plan["width"] for plan in config["blocks"]], config["stem"], config["mix"]
     ([8, 12, 28, 32, 64, 108], [12, 4], 428)
     """
@@ -110,24 +115,24 @@ def supernet(
 
     stem = [scaled(32), scaled(16)]
     before, plans = stem[1], list[dict[str, Any]]()
-    for channels, many, first in STAGES:
+    for channels, paper_blocks, first_stride in STAGES:
         after = scaled(channels)
-        for i in range(blocks if many > 1 else 1):
-            step = first if i == 0 else 1
-            names = [name for name in operations if name != "skip" or (step == 1 and before == after)]
+        for i in range(blocks if paper_blocks > 1 else 1):
+            block_stride = first_stride if i == 0 else 1
+            names = [name for name in operations if name != "skip" or (block_stride == 1 and before == after)]
             ops = [[name, after if name == "skip" else int(name[-1]) * before] for name in names]
-            plans.append({"width": after, "stride": step, "ops": ops})
+            plans.append({"width": after, "stride": block_stride, "ops": ops})
             before = after
     config = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "blocks": plans}
     return {**config, "mix": scaled(1280), "heads": sorted({*heads, len(plans) - 1})}
 
 
-def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
-    """Return a configuration with a fraction of the operations left in its first blocks, as a search may leave it.
+def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+    """Return a configuration with a fraction of the operations left in its first ``before`` blocks, as after a stage.
 
     The fraction of the operations of the first ``before`` blocks is rounded up; each keeps at least one.
 
-    >>> config = thin(supernet((3, 8, 8), 2, blocks=1), before=2, share=0.3)
+    >>> config = thin_config(supernet_config((3, 8, 8), 2, blocks=1), before=2, share=0.3)
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
     [['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
     """
@@ -138,21 +143,24 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     return {**config, "blocks": blocks}
 
 
-def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """Build the network up to block ``last``, as a stage of a search runs it; blocks before ``first`` are thinned."""
+def build_prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
+    """Build the network up to block ``last``, as a stage of a search runs it: a ``share`` is left before ``first``."""
     heads = sorted({*config["heads"], last})
-    return Prefix(Mobile(thin({**config, "heads": heads}, first, share)), last)
+    return Prefix(Mobile(thin_config({**config, "heads": heads}, first, share)), last)
 
 
-def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration that builds exactly what is left of a network, with its last classifier alone."""
+def describe_result(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """Return the configuration that builds what is left of a cut network without the operations ``gone`` (paths).
+
+    It has the last classifier alone. ``config`` is that of the super-network.
+    """
     stem, blocks = norm_widths(net.stem), list[dict[str, Any]]()
     width = stem[-1]
     for i, plan in enumerate(config["blocks"]):
-        left = [name for name, _ in plan["ops"] if f"blocks.{i}.ops.{name}" not in gone]
-        inside = {name: norm_widths(net.get_submodule(f"blocks.{i}.ops.{name}")) for name in left if name != "skip"}
-        width = next((widths[-1] for widths in inside.values()), width)
-        ops = [[name, inside[name][0] if name in inside else width] for name in left]
+        names = [name for name, _ in plan["ops"] if f"blocks.{i}.ops.{name}" not in gone]
+        norms = {name: norm_widths(net.get_submodule(f"blocks.{i}.ops.{name}")) for name in names if name != "skip"}
+        width = next((widths[-1] for widths in norms.values()), width)  # of a lone skip, that of the block before
+        ops = [[name, norms[name][0] if name in norms else width] for name in names]
         blocks.append({"width": width, "stride": plan["stride"], "ops": ops})
     last = len(blocks) - 1
     mix = norm_widths(net.get_submodule(f"heads.{last}"))[0]
@@ -164,11 +172,12 @@ def check_description(config: Mapping[str, Any]) -> None:
     with staged.explain_description("blocks"):
         blocks = config["blocks"]
         sizes = [*config["shape"], config["classes"], *config["stem"], config["stride"], config["mix"]]
-        valid = 0 < len(blocks) <= 128 and len(config["stem"]) == 2 and staged.heads_fit(config, len(blocks))
+        valid = 0 < len(blocks) <= MOST_BLOCKS and len(config["stem"]) == 2 and staged.heads_fit(config, len(blocks))
         before = config["stem"][-1]
         for plan in blocks:
             width, stride, names = plan["width"], plan["stride"], [name for name, _ in plan["ops"]]
             sizes += [width, stride, *(mid for _, mid in plan["ops"])]
+            # At least one operation, all known, none twice.
             valid &= stride in (1, 2) and 0 < len(names) == len({*names} & {*OPERATIONS})
             valid &= "skip" not in names or (stride == 1 and width == before)
             before = width

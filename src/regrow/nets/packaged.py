@@ -45,7 +45,7 @@ PACKAGED = {
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``."""
+    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``; it need not exist."""
     try:
         return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
     except RuntimeError:
@@ -53,7 +53,10 @@ def cache_folder() -> Path:
 
 
 def packaged_folder(name: str, progress: Progress) -> Path:
-    """Return the transformers folder of a packaged model; converted atomically on first use."""
+    """Return the transformers folder of a model in ``PACKAGED``, which is converted atomically on first use.
+
+    Raises ModelError if its package is missing or the folder cannot be written.
+    """
     entry = PACKAGED[name]
     try:
         folder = cache_folder() / f"{name}-{version(entry.distribution)}-float32"
@@ -74,8 +77,9 @@ def packaged_folder(name: str, progress: Progress) -> Path:
 
 
 def _convert(entry: Packaged, name: str, scratch: Path, progress: Progress) -> None:
+    """Write the transformers folder ``model`` of a packaged model into a folder, and sync its files to the disk."""
     progress(0, 3, f"unpacking {name} (once)")
-    source = _gguf(entry, scratch)
+    source = _find_gguf(entry, scratch)
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
     loaded = load_gguf(source, name=name, dtype=torch.float32)
     if loaded.tokenizer is None:
@@ -91,7 +95,8 @@ def _convert(entry: Packaged, name: str, scratch: Path, progress: Progress) -> N
     progress(3, 3, f"{name} is ready")
 
 
-def _gguf(entry: Packaged, scratch: Path) -> Path:
+def _find_gguf(entry: Packaged, scratch: Path) -> Path:
+    """Return the GGUF file of a packaged model, assembled in the folder ``scratch`` if it comes in parts."""
     module = entry.distribution.replace("-", "_")
     if entry.parts:
         importlib.import_module(module).assemble(str(scratch / entry.file))

@@ -15,7 +15,7 @@ from regrow.core.candidates import candidate_paths
 from regrow.core.limits import check_memory
 from regrow.nets.loaded import ModelError
 
-MAX_SIZE = 2**14  # in a description
+MAX_SIZE = 2**14  # of widths and other sizes in a description
 COPIES = 3  # numbers that a search holds per weight: the weight, its gradient and its momentum
 # Of the Python modules of one operation, without weights (measured on networks of 784 to 19,712 operations).
 OPERATION_BYTES = 15_000
@@ -35,55 +35,57 @@ class StagedNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.recomputed = False
-        self.active: int | None = None
+        self.active: int | None = None  # the part whose classifier ``forward`` returns; ``None``: all of them
 
     def run_part(self, part: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
-        """Return the output of a part for the outputs of the last two parts."""
+        """Return the output of a part for the outputs of the last two parts, of which ``first`` is the older one."""
         return part(first, second)
 
     def classify(self, head: nn.Module, x: Tensor) -> Tensor:
-        """Return the logits of a classifier for the output of the part that it follows."""
+        """Return the logits ``[N, classes]`` of a classifier for the output of the part that it follows."""
         return head(x)
 
-    def upto(self, x: Tensor, last: int) -> Tensor:
+    def logits_at(self, x: Tensor, last: int) -> Tensor:
         """Return the logits, ``[N, classes]``, of the classifier behind part ``last``; later parts do not run."""
         return self._logits(x, [last])[0]
 
-    def within(self, name: str, last: int) -> bool:
-        """Whether the parameter ``name`` is used by :meth:`upto` for part ``last``."""
+    def uses_parameter(self, name: str, last: int) -> bool:
+        """Whether :meth:`logits_at` uses the parameter ``name`` for part ``last``."""
         part, _, rest = name.partition(".")
         number = int(rest.partition(".")[0]) if part != "stem" else 0
         return part == "stem" or (number <= last if part == self.parts_name else number == last)
 
-    def needed(self) -> list[tuple[str, ...]]:
-        """Return sets of operations of each of which one must stay: those of each candidates."""
+    def required_groups(self) -> list[tuple[str, ...]]:
+        """Return groups of paths of operations, of each of which one must stay: those of each sum of candidates."""
         return [*candidate_paths(self).values()]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return the logits behind part ``active``, or of every classifier if ``active`` is ``None``."""
+        """Return the logits ``[N, classes]`` behind part ``active``; ``None``: those of every classifier, in order."""
         logits = self._logits(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
         return logits[0] if len(logits) == 1 else tuple(logits)
 
-    def _logits(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+    def _logits(self, x: Tensor, heads: Sequence[int]) -> list[Tensor]:
+        """Return the logits behind some parts (ascending indices); parts behind the last of them do not run."""
         result, parts = [], getattr(self, self.parts_name)
         # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
         first = second = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for i in range(wanted[-1] + 1):
-            run = partial(again, parts[i]) if self.recomputed and self.training else parts[i]
+        for i in range(heads[-1] + 1):
+            run = partial(run_recomputed, parts[i]) if self.recomputed and self.training else parts[i]
             first, second = second, self.run_part(run, first, second)
-            if i in wanted:
+            if i in heads:
                 result.append(self.classify(self.heads[str(i)], second))
         return result
 
 
-def again(module: nn.Module, *inputs: Tensor) -> Tensor:
+def run_recomputed(module: nn.Module, *inputs: Tensor) -> Tensor:
     """Run ``module(*inputs)`` with gradient checkpointing: activations are recomputed in the backward pass.
 
     Outputs and gradients are the same, bit for bit, at the time of one more forward pass. BatchNorm's running
     statistics are updated once.
 
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.ones(2, 4)
-    >>> first, second = (torch.autograd.grad(run(x).sum(), net[0].bias)[0] for run in (net, lambda x: again(net, x)))
+    >>> outputs = net(x), run_recomputed(net, x)
+    >>> first, second = (torch.autograd.grad(output.sum(), net[0].bias)[0] for output in outputs)
     >>> torch.equal(first, second)
     True
 
@@ -93,28 +95,28 @@ def again(module: nn.Module, *inputs: Tensor) -> Tensor:
         return module(*inputs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _still(module)
+        return nullcontext(), _freeze_norm_statistics(module)
 
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of BatchNorm unchanged in the block, though it normalises by the batch."""
+def _freeze_norm_statistics(module: nn.Module) -> Iterator[None]:
+    """Context manager in which BatchNorm normalises by the batch, but leaves its running statistics unchanged."""
     norms = [
         (norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules() if isinstance(norm, _BatchNorm)
     ]
-    for norm, _, seen in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None if seen is None else seen.clone()
+    for norm, _, tracked in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if tracked is None else tracked.clone()
     try:
         yield
     finally:
-        for norm, momentum, seen in norms:
-            norm.momentum, norm.num_batches_tracked = momentum, seen
+        for norm, momentum, tracked in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 def build_stem(config: Mapping[str, Any], width: int) -> nn.Sequential:
-    """Build the first convolution of a network, with BatchNorm."""
+    """Build the first convolution of a network, to ``width`` channels, with BatchNorm."""
     conv = nn.Conv2d(config["shape"][0], width, 3, config["stride"], 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(width))
 
@@ -135,7 +137,7 @@ def norm_widths(module: nn.Module) -> list[int]:
 
 @contextmanager
 def explain_description(what: str) -> Iterator[None]:
-    """Turn errors of reading a description in the block into a ModelError."""
+    """Turn errors of reading a description in the block into a ModelError; ``what``: its parts, for the message."""
     try:
         yield
     except ModelError:
@@ -145,16 +147,16 @@ def explain_description(what: str) -> Iterator[None]:
 
 
 def check_sizes(what: str, sizes: Sequence[object]) -> None:
-    """Raise ModelError unless all sizes of a description are whole numbers that a network can have."""
-    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MAX_SIZE]:
-        raise ModelError(f"a network of {what} has sizes from 1 to {MAX_SIZE}; got {odd[0]!r:.40}")
+    """Raise ModelError unless all sizes of a description are whole numbers from 1 to ``MAX_SIZE``."""
+    if invalid := [size for size in sizes if type(size) is not int or not 0 < size <= MAX_SIZE]:
+        raise ModelError(f"a network of {what} has sizes from 1 to {MAX_SIZE}; got {invalid[0]!r:.40}")
 
 
 def heads_fit(config: Mapping[str, Any], parts: int) -> bool:
-    """Whether a description of images and some parts has classifiers behind known parts and behind the last one."""
+    """Whether a description takes images, and has classifiers behind some of its ``parts`` parts and the last one."""
     heads = config["heads"]
-    known = all(type(head) is int and 0 <= head < parts for head in heads)
-    return len(config["shape"]) == 3 and known and parts - 1 in heads
+    exist = all(type(head) is int and 0 <= head < parts for head in heads)
+    return len(config["shape"]) == 3 and exist and parts - 1 in heads
 
 
 def check_space_fits(network: Callable[[Mapping[str, Any]], nn.Module], config: Mapping[str, Any], what: str) -> None:

@@ -16,10 +16,12 @@ from regrow.core.axes import Example
 from regrow.core.errors import first_line
 from regrow.core.limits import check_memory
 from regrow.nets.files import check_weights
-from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, needs, takes
+from regrow.nets.loaded import CLIP, PIXELS, Loaded, ModelError, Origin, image_example, missing_package, run_error
 
-MAX_SIZE = 2**16  # of a small network
-GROUP = 2  # channels per group of a GroupNorm: few, since a network with GroupNorm is widened by whole groups
+MAX_SIZE = 2**16  # of widths and other sizes of a small network
+MAX_STAGES = 8  # of a small residual network
+FLOW_PIXELS = 128  # the least height and width that RAFT takes
+GROUP_CHANNELS = 2  # channels per group of a GroupNorm: few, since a network with GroupNorm is widened by whole groups
 # Arguments of torchvision's builders that would download weights.
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone"})
 # Builders that would otherwise draw their weights from scipy, one warning and many seconds each.
@@ -36,7 +38,10 @@ def known_names() -> list[str]:
 
 
 def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) -> Loaded:
-    """Load a torchvision network with weights from a safetensors file, or with fixed random weights."""
+    """Load a torchvision network with weights from a safetensors file, or with fixed random weights.
+
+    The number of classes is that of the weights. ``pixels``: as for :func:`regrow.nets.load`. Raises ModelError.
+    """
     arguments: dict[str, object] = {}
     model, notes = _build(name, arguments), tuple[str, ...]()
     if weights is None:
@@ -46,7 +51,7 @@ def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) ->
 
         check_weights([weights], str(weights), None)
         state, fresh = load_file(weights), model.state_dict()
-        last = [key for key, value in fresh.items() if key.endswith("weight") and value.dim() >= 2][-1]
+        *_, last = (key for key, value in fresh.items() if key.endswith("weight") and value.dim() >= 2)
         if last in state and len(state[last]) != len(fresh[last]):
             arguments = {"num_classes": len(state[last])}
             model = _build(name, arguments)
@@ -55,17 +60,19 @@ def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) ->
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:160]
             raise ModelError(f"{weights} does not fit torchvision's {name}: {detail}") from None
-    loaded = Loaded(model.eval(), None, example_of(name, model), Origin("torchvision", name, arguments, name), notes)
+    origin = Origin("torchvision", name, arguments, name)
+    loaded = Loaded(model.eval(), None, torchvision_example(name, model), origin, notes)
     first = loaded.example.args[0]
+    # One batch of images is its only input: not a list, a video or a pair.
     if pixels and len(loaded.example.args) == 1 and isinstance(first, Tensor) and first.dim() == 4:
         sized = image_example(model, 3, pixels, pixels)
-        if takes(model, sized):
+        if run_error(model, sized) is None:
             return replace(loaded, example=sized)
     return replace(loaded, guessed=True)
 
 
 def build_torchvision(origin: Origin) -> nn.Module:
-    """Build a torchvision network on the CPU, in float32 and eval mode, without trained weights."""
+    """Build a torchvision network on the CPU, in float32 and eval mode, with random weights, or raise ModelError."""
     for key, value in origin.config.items():
         numbers = value if isinstance(value, list | tuple) else [value]
         if key in _FETCHING or not all(number is None or isinstance(number, int | float) for number in numbers):
@@ -74,10 +81,11 @@ def build_torchvision(origin: Origin) -> nn.Module:
 
 
 def _build(name: str, arguments: Mapping[str, object]) -> nn.Module:
+    """Build a torchvision network with random weights, always the same; the global random state is unchanged."""
     try:
         from torchvision.models import get_model
     except ImportError:
-        raise needs("vision", "torchvision") from None
+        raise missing_package("vision", "torchvision") from None
     if name not in known_names():
         raise ModelError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
     try:
@@ -96,23 +104,25 @@ def unweighted_arguments(name: str) -> dict[str, bool | None]:
     return result
 
 
-def example_of(name: str, model: nn.Module) -> Example:
-    """Return an input of the form that a torchvision network was made for."""
+def torchvision_example(name: str, model: nn.Module) -> Example:
+    """Return an input of the form and size that a torchvision network was made for: images, a video, or two frames."""
     from torchvision.models import get_model_builder, get_model_weights
 
-    family = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")
-    chosen = getattr(get_model_weights(name), "DEFAULT", None)
-    settings = getattr(getattr(chosen, "transforms", None), "keywords", {})
-    size = settings.get("crop_size", PIXELS)
-    match family[0] if len(family) > 1 else "classification":
+    # Modules are torchvision.models.detection.faster_rcnn and so on; those for classification have no folder.
+    folder, _, module = get_model_builder(name).__module__.removeprefix("torchvision.models.").partition(".")
+    weights = getattr(get_model_weights(name), "DEFAULT", None)
+    preprocessing = getattr(getattr(weights, "transforms", None), "keywords", {})  # arguments of a partial
+    size = preprocessing.get("crop_size", PIXELS)
+    match folder if module else "classification":
         case "detection":
-            return Example(([image_example(model, 3, PIXELS, PIXELS).args[0][0]],))
+            (image,) = image_example(model, 3, PIXELS, PIXELS).args[0]
+            return Example(([image],))  # a list of images
         case "video":
             height, width = size if isinstance(size, tuple) else (size, size)
-            return image_example(model, 3, 16, height, width)
+            return image_example(model, 3, CLIP[0], height, width)
         case "optical_flow":
-            image = image_example(model, 3, 128, 128).args[0]
-            return Example((image, image.flip(-1)))
+            (frames,) = image_example(model, 3, FLOW_PIXELS, FLOW_PIXELS).args
+            return Example((frames, frames.flip(-1)))  # the first frames, and the second ones
         case "segmentation":
             return image_example(model, 3, PIXELS, PIXELS)
     # A vision transformer holds its own image size; published weights may have been made for another.
@@ -121,7 +131,7 @@ def example_of(name: str, model: nn.Module) -> Example:
 
 
 def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple[nn.Module, Origin]:
-    """Build a network by its short name, with random weights; also return its origin.
+    """Return a network built by its short name, with random weights, and its origin; ModelError if there is none.
 
     ``mlp:100-100`` names widths of hidden layers, ``resnet:16-3`` the width of the first stage, and stages of one
     residual block each. ``resnet-gn:16-3`` is the same with GroupNorm, whose output depends on the input alone, while
@@ -143,12 +153,13 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
 
 
 def build_small(origin: Origin) -> nn.Module:
-    """Build the network of an origin, with random weights, in eval mode, after checking its sizes and memory."""
+    """Build the small network of an origin, with random weights, in eval mode; error if it is invalid or too large."""
     config: Mapping[str, Any] = origin.config
     lists = [config.get("widths"), config.get("shape")]
     numbers = [config.get("classes"), *(n for part in lists if isinstance(part, list) for n in part)]
-    known = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
-    if origin.reference not in BUILDERS or not known or not all(type(n) is int and 0 < n <= MAX_SIZE for n in numbers):
+    are_lists = all(isinstance(part, list) and 0 < len(part) <= 64 for part in lists)
+    are_sizes = all(type(n) is int and 0 < n <= MAX_SIZE for n in numbers)
+    if origin.reference not in BUILDERS or not are_lists or not are_sizes:
         problem = f"{origin.reference!r} with {dict(config)!s:.80} is not a small network"
         remedy = "use other sizes, or restore the file that they come from"
         raise ModelError(f"{problem}, whose sizes are 1 to {MAX_SIZE:,}; {remedy}")
@@ -162,7 +173,10 @@ def build_small(origin: Origin) -> nn.Module:
 
 
 def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """Build a multilayer perceptron: linear layers with ReLUs between them, for flattened inputs."""
+    """Build a multilayer perceptron: linear layers with ReLUs between them, for inputs of a shape, flattened.
+
+    ``widths`` are those of hidden layers.
+    """
     net = nn.Sequential(nn.Flatten())
     for before, after in pairwise([prod(shape), *widths]):
         net.extend([nn.Linear(before, after), nn.ReLU()])
@@ -190,25 +204,27 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(
-    widths: Sequence[int], shape: Sequence[int], classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    numbers: Sequence[int], shape: Sequence[int], classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """Build a small residual network: a stem, stages of one residual block each, and a linear head.
+    """Build a small residual network for images ``[C, H, W]``: a stem, stages of one block each, and a linear head.
 
+    ``numbers``: the width of the first stage, and the number of stages (3 if absent, at most 8), as in ``resnet:16-3``.
     Each stage is twice as wide as the one before, at half its resolution.
     """
-    width, stages = widths[0], widths[1] if len(widths) > 1 else 3
-    sizes = [width * 2**i for i in range(min(stages, 8))]
+    width = numbers[0]
+    stages = numbers[1] if len(numbers) > 1 else 3
+    widths = [width * 2**i for i in range(min(stages, MAX_STAGES))]
     net = nn.Sequential(nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), norm(width), nn.ReLU())
-    for i, (before, after) in enumerate(pairwise([width, *sizes])):
+    for i, (before, after) in enumerate(pairwise([width, *widths])):
         net.append(ResidualBlock(before, after, 1 if i == 0 else 2, norm))
-    return net.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], classes)])
+    return net.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)])
 
 
-def resnet_gn(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """Build a small residual network with GroupNorm, two channels per group."""
-    if widths[0] % GROUP:
-        raise ModelError(f"resnet-gn:{widths[0]} has groups of {GROUP} channels; take an even width")
-    return resnet(widths, shape, classes, lambda n: nn.GroupNorm(n // GROUP, n))
+def resnet_gn(numbers: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
+    """Build a small residual network as :func:`resnet` does, with GroupNorm, two channels per group."""
+    if numbers[0] % GROUP_CHANNELS:
+        raise ModelError(f"resnet-gn:{numbers[0]} has groups of {GROUP_CHANNELS} channels; take an even width")
+    return resnet(numbers, shape, classes, lambda n: nn.GroupNorm(n // GROUP_CHANNELS, n))
 
 
 BUILDERS: dict[str, Callable[[Sequence[int], Sequence[int], int], nn.Module]] = {

@@ -93,7 +93,7 @@ class TrainingRow(msgspec.Struct, frozen=True):
     loss_after: Figure
 
 
-ROWS: dict[str, type[Any]] = {key: row for key, (row, _) in metrics.KINDS.items() if row is not metrics.MetricsRow}
+ROWS: dict[str, type[Any]] = {key: row for key, (row, _) in metrics.ROW_KINDS.items() if row is not metrics.MetricsRow}
 ROWS |= {
     "commit": Commit,
     "epoch": SearchEpoch,

@@ -24,10 +24,10 @@ class LockedError(StoreError):
     """Raised if another process is writing to the folder."""
 
 
-class Lock:
-    """An exclusive lock on a folder, held until it is released or the process ends.
+class FolderLock:
+    """An exclusive lock on a folder, made by :func:`lock`, held until it is released or the process ends.
 
-    Nothing is locked if ``handle``, the descriptor of the open folder, is ``None``: the file system has no locks.
+    ``handle`` is the descriptor of the open folder; ``None``: the file system has no locks, and nothing is locked.
     """
 
     def __init__(self, handle: int | None) -> None:
@@ -39,15 +39,15 @@ class Lock:
             os.close(self.handle)
             self.handle = None
 
-    def __enter__(self) -> "Lock":
+    def __enter__(self) -> "FolderLock":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.release()
 
 
-def lock(folder: Path) -> Lock:
-    """Lock a folder exclusively, or raise LockedError if another process holds its lock."""
+def lock(folder: Path) -> FolderLock:
+    """Lock an existing folder exclusively, or raise LockedError if another process holds its lock."""
     while True:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -59,26 +59,26 @@ def lock(folder: Path) -> Lock:
             ) from None
         except OSError:  # a file system without locks
             os.close(handle)
-            return Lock(None)
+            return FolderLock(None)
         try:
             # Between opening and locking, the folder may have been exchanged for another one, or deleted.
             if os.path.samestat(os.fstat(handle), folder.stat()):
-                return Lock(handle)
+                return FolderLock(handle)
         except OSError:
             os.close(handle)
             raise
         os.close(handle)
 
 
+# Pattern of the names of unfinished files and folders, and of replaced folders that are being deleted.
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
-"""Pattern of the names of unfinished files and folders, and of replaced folders that are being deleted."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it replaces ``path`` when the block ends without an error."""
+    """Yield the path of an empty temporary file; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
-    with explain_os_errors(path), staging_folder(path) as stage:
+    with explain_os_errors(path), stage_folder(path) as stage:
         temporary = stage / path.name
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = temporary.stat().st_mode
@@ -118,8 +118,8 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staging_folder(path: Path) -> Iterator[Path]:
-    """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted at the end.
+def stage_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted when the block ends.
 
     Staging folders that killed processes left behind are deleted first.
     """
@@ -127,7 +127,7 @@ def staging_folder(path: Path) -> Iterator[Path]:
     while True:
         stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         stage.mkdir()
-        with contextlib.suppress(LockedError, FileNotFoundError):  # another process took it for a leftover
+        with contextlib.suppress(LockedError, FileNotFoundError):  # another process took it for a leftover: try again
             owner = lock(stage)
             break
     try:
@@ -137,8 +137,8 @@ def staging_folder(path: Path) -> Iterator[Path]:
         owner.release()
 
 
-def leftovers(path: Path) -> list[Path]:
-    """Return the unfinished folders beside ``path`` that were to become it, of live processes too."""
+def find_leftovers(path: Path) -> list[Path]:
+    """Return the folders beside ``path`` with unfinished or replaced files of it, sorted; of live processes too."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
     return sorted(
@@ -147,23 +147,26 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Delete the unfinished folders that killed processes left beside ``path``."""
-    for leftover in leftovers(path):
+    """Delete the folders that :func:`find_leftovers` finds beside ``path``, unless a live process has locked them."""
+    for leftover in find_leftovers(path):
         with contextlib.suppress(LockedError, FileNotFoundError), lock(leftover) as owner:
-            if owner.handle is not None:
+            if owner.handle is not None:  # without locks, a live process may own it
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-JSON = (".json",)
-PAGES = (".html", ".htm")
-PAGE = "report.html"
-"""The report page of a run, which may be written again in its run folder."""
+JSON = (".json",)  # suffixes of JSON files that a user names
+PAGES = (".html", ".htm")  # suffixes of report pages that a user names
+PAGE = "report.html"  # the report page of a run, which may be written again in its run folder
+# A folder that holds one of these files is a run folder or a model folder.
 _RECORDS = ("run.json", "shapes.json", "config.json")
-"""A folder that holds one of these files is a run folder or a model folder."""
 
 
 def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = ()) -> Path:
-    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed."""
+    """Return the path that an output file would take, links followed; raise StoreError if it may not be written.
+
+    ``suffixes`` are those that an existing file may have; ``inputs`` are files or names of models that the command
+    reads. Nothing is opened or changed.
+    """
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
         try:
@@ -173,8 +176,8 @@ def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Pat
                 raise StoreError(f"{path}: there is no folder {target.parent}; make it, or choose another") from None
             return target
     if not stat.S_ISREG(status.st_mode):
-        check_readable(path)
-    if any(_is_same(status, file) for file in inputs):
+        check_readable(path)  # raises: the path is a folder, device or pipe
+    if any(_is_same_file(status, file) for file in inputs):
         raise StoreError(f"{path} is an input of this command; name another output file")
     if target.suffix.lower() not in suffixes:
         raise StoreError(f"{path} exists and is not a {suffixes[0]} file; name a new file")
@@ -184,11 +187,12 @@ def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Pat
 
 
 def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
-    """Write text in UTF-8 to a file that the user names, atomically."""
+    """Write text in UTF-8 atomically to a file that the user names; raise StoreError as :func:`check_output` does."""
     write_text(check_output(path, suffixes), text)
 
 
-def _is_same(status: os.stat_result, name: str | Path) -> bool:
+def _is_same_file(status: os.stat_result, name: str | Path) -> bool:
+    """Whether a path leads to the file of this status; ``False`` if it leads nowhere, as the name of a model does."""
     with contextlib.suppress(OSError, ValueError):
-        return os.path.samestat(status, os.stat(name))  # noqa: PTH116 (any text, such as the name of a model)
+        return os.path.samestat(status, os.stat(name))  # noqa: PTH116 (any text)
     return False

@@ -1,4 +1,4 @@
-"""Tell how a network differs from its newly built architecture, build that again, and check that it fits."""
+"""Record how a network differs from its newly built architecture, build that again, and check that the record fits."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,19 +17,20 @@ from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.language import origin_of
 from regrow.store.errors import StoreError
 from regrow.store.portable import check_configuration, is_pretrained
-from regrow.store.shapes import DTYPES, MOST, SHAPES, Kind, Number, Shapes, Stored
+from regrow.store.shapes import DTYPES, SHAPES, SIZE_LIMIT, Number, Shapes, StoredTensor, TensorKind
 from regrow.store.state import (
-    USUAL,
-    Held,
+    MODULE_VARS,
+    HeldTensor,
     attribute_tensors,
+    container_tensors,
     find_numbers,
     find_ties,
     named_tensors,
-    packed_tensors,
     same_number,
     same_tensor,
     settable_numbers,
 )
+from regrow.store.tensors import dtype_name
 from regrow.tracing.branches import find_placeholders, insert_placeholders
 from regrow.tracing.stacks import StackError, find_insertions, insert_copies
 
@@ -37,55 +38,66 @@ Builder = Callable[[], Any]
 _OTHER_CODE = "it was built by other code or settings, or shapes.json was changed"
 
 
-def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
-    """Return the record of a network: how it differs from its newly built architecture, without files."""
+def describe_network(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
+    """Return the record of a network, still without files and digests.
+
+    ``fresh`` is its newly built architecture, changed here in place (blocks are inserted and dropped as in ``model``);
+    ``None``: there is none, and everything is listed. ``dtype`` is that in which floating-point weights are stored;
+    ``None``: their own. Raises StoreError if the record could not be loaded again.
+    """
     placeholders, inserted = find_placeholders(model), find_insertions(model)
     if fresh is not None:
         _insert_and_drop(fresh, inserted, placeholders)
-    now, before = named_tensors(model), named_tensors(fresh) if fresh is not None else {}
+    now = named_tensors(model)
+    before = {} if fresh is None else named_tensors(fresh)
     ties = find_ties(now)
     tensors = {}
     for name, held in now.items():
         old = before.get(name)
-        if name in ties or (held.kind is Kind.DERIVED and old is not None and same_tensor(held.tensor, old.tensor)):
+        derived = held.kind is TensorKind.DERIVED
+        if name in ties or (derived and old is not None and same_tensor(held.tensor, old.tensor)):
             continue
         shape = tuple(held.tensor.shape)
-        tensors[name] = Stored(
+        tensors[name] = StoredTensor(
             _stored_dtype(name, held, dtype),
             shape,
             held.kind,
-            held.kind is not Kind.PARAMETER or held.tensor.requires_grad,
+            held.kind is not TensorKind.PARAMETER or held.tensor.requires_grad,
             tuple(old.tensor.shape) if old is not None and old.tensor.shape != shape else None,
             fresh is not None and old is None,
         )
     for name, tensor in _unregistered_tensors(model, fresh).items():
-        stored_dtype = _stored_dtype(name, Held(tensor, Kind.ATTRIBUTE), None)
-        tensors[name] = Stored(stored_dtype, tuple(tensor.shape), Kind.ATTRIBUTE)
+        stored_dtype = _stored_dtype(name, HeldTensor(tensor, TensorKind.ATTRIBUTE), None)
+        tensors[name] = StoredTensor(stored_dtype, tuple(tensor.shape), TensorKind.ATTRIBUTE)
     numbers = find_numbers(model)
     if fresh is not None:
-        there = settable_numbers(fresh)
-        numbers = {place: n for place, n in numbers.items() if place in there and not same_number(n, there[place])}
+        old_numbers = settable_numbers(fresh)
+        numbers = {k: n for k, n in numbers.items() if k in old_numbers and not same_number(n, old_numbers[k])}
     dropped = tuple(name for name in before if name not in now)
     shapes = Shapes(
         origin, tensors, numbers, ties, dropped, fresh is not None, placeholders=placeholders, inserted=inserted
     )
     if fresh is not None:
-        check(fresh, shapes)
+        check_fits(fresh, shapes)
     return shapes
 
 
 def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
-    """Return the tensors in attributes that a newly built network does not have so."""
+    """Return name → tensor, of plain attributes that a newly built network lacks or has with other numbers.
+
+    Raises StoreError if a list or mapping of a module holds such a tensor: it would not be stored.
+    """
     names = {id(held.tensor): name for name, held in named_tensors(model).items()}
     if fresh is None:
         return attribute_tensors(model)
     fresh_names = {id(held.tensor): name for name, held in named_tensors(fresh).items()}
-    fresh_packed, fresh_attributes = packed_tensors(fresh), attribute_tensors(fresh)
-    for place, tensor in packed_tensors(model).items():
-        if id(tensor) not in names and not (place in fresh_packed and same_tensor(tensor, fresh_packed[place])):
+    fresh_packed, fresh_attributes = container_tensors(fresh), attribute_tensors(fresh)
+    for place, tensor in container_tensors(model).items():
+        rebuilt = place in fresh_packed and same_tensor(tensor, fresh_packed[place])
+        if id(tensor) not in names and not rebuilt:
             raise StoreError(
-                f"{place} is a tensor in a list or mapping of a module, which a newly built network does not have so; "
-                "make it a buffer (register_buffer)"
+                f"{place} is a tensor in a list or mapping of a module, and differs from that of a newly built "
+                "network; make it a buffer (register_buffer)"
             )
     result = {}
     for name, tensor in attribute_tensors(model).items():
@@ -96,21 +108,22 @@ def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str
     return result
 
 
-def _stored_dtype(name: str, held: Held, dtype: torch.dtype | None) -> str:
+def _stored_dtype(name: str, held: HeldTensor, dtype: torch.dtype | None) -> str:
+    """Return the name of the dtype in which a tensor is stored; raise StoreError if it has no numbers to store."""
     tensor = held.tensor
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise StoreError(f"{name!r} is on the meta device or sparse and has no numbers to save; load the model first")
-    if dtype is not None and tensor.is_floating_point() and held.kind is not Kind.DERIVED:
-        return str(dtype).removeprefix("torch.")
-    known = str(tensor.dtype).removeprefix("torch.")
-    if known not in DTYPES:
-        raise StoreError(f"{name!r} has the dtype {known}, which is not stored; cast the model first")
-    return known
+    if dtype is not None and tensor.is_floating_point() and held.kind is not TensorKind.DERIVED:
+        return dtype_name(dtype)
+    own_dtype = dtype_name(tensor.dtype)
+    if own_dtype not in DTYPES:
+        raise StoreError(f"{name!r} has the dtype {own_dtype}, which is not stored; cast the model first")
+    return own_dtype
 
 
-def check(fresh: nn.Module, shapes: Shapes) -> None:
+def check_fits(fresh: nn.Module, shapes: Shapes) -> None:
     """Raise StoreError unless a newly built network, with its modules dropped, fits the record."""
-    there, modules = named_tensors(fresh), dict(fresh.named_modules(remove_duplicate=False))
+    present, modules = named_tensors(fresh), dict(fresh.named_modules(remove_duplicate=False))
     recorded = dict(shapes.tensors)
     for name, first in shapes.ties.items():
         if first not in shapes.tensors or name in shapes.tensors:
@@ -118,10 +131,11 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
         recorded[name] = shapes.tensors[first]
     for name, stored in recorded.items():
         path, _, leaf = name.rpartition(".")
-        held, module = there.get(name), modules.get(path)
-        if stored.kind is Kind.ATTRIBUTE:
+        held, module = present.get(name), modules.get(path)
+        if stored.kind is TensorKind.ATTRIBUTE:
             fits = module is not None and _takes_attribute(module, leaf)
         elif held is None:
+            # The module has a parameter or buffer of this name that is None, such as a bias left out.
             free = module is not None and leaf in {**module._parameters, **module._buffers}
             fits = free and (stored.added or not shapes.compared)
         else:
@@ -132,9 +146,10 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
                 f"the architecture has no place for the tensor {name!r}: it has {has} there, the record says "
                 f"{stored.kind} {stored.was or stored.shape}; {_OTHER_CODE}"
             )
-    required = {name for name, held in there.items() if held.kind.carried}
-    if other := (required - {*recorded, *shapes.dropped}) | ({*shapes.dropped} - there.keys()):
-        raise StoreError(f"shapes.json and the architecture disagree about the tensor {min(other)!r}; restore it")
+    required = {name for name, held in present.items() if held.kind.carried}
+    dropped = {*shapes.dropped}
+    if disputed := (required - recorded.keys() - dropped) | (dropped - present.keys()):
+        raise StoreError(f"shapes.json and the architecture disagree about the tensor {min(disputed)!r}; restore it")
     numbers = settable_numbers(fresh)
     for place, value in shapes.attributes.items():
         # Without a comparison everything is listed, numbers too that a module first sets when it runs.
@@ -143,8 +158,8 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
             _check_number(place, value, value if unset else numbers.get(place))
 
 
-def _is_like(held: Held, stored: Stored, compared: bool) -> bool:
-    """Whether a tensor of a newly built network is what the record says of it."""
+def _is_like(held: HeldTensor, stored: StoredTensor, compared: bool) -> bool:
+    """Whether a newly built tensor has the recorded kind and rank and, if the record was compared, the old shape."""
     shape = tuple(held.tensor.shape)
     if held.kind is not stored.kind or stored.added or len(shape) != len(stored.shape):
         return False
@@ -153,7 +168,7 @@ def _is_like(held: Held, stored: Stored, compared: bool) -> bool:
 
 def _takes_attribute(module: nn.Module, leaf: str) -> bool:
     """Whether a tensor may be assigned to a plain attribute of this name."""
-    taken = (*module._parameters, *module._buffers, *module._modules, *USUAL)
+    taken = (*module._parameters, *module._buffers, *module._modules, *MODULE_VARS)
     if not leaf.isidentifier() or leaf.startswith("__") or leaf in taken:
         return False
     return all(
@@ -162,22 +177,27 @@ def _takes_attribute(module: nn.Module, leaf: str) -> bool:
 
 
 def _check_number(place: str, value: Number, old: Number | None) -> None:
+    """Raise StoreError unless an attribute may be set to a recorded value; ``old``: that of a newly built network."""
     news, olds = (v if isinstance(v, tuple) else (v,) for v in (value, 0 if old is None else old))
     alike = old is not None and isinstance(value, tuple) == isinstance(old, tuple) and len(news) == len(olds)
     if not alike or not all(map(_may_become, olds, news)):
         raise StoreError(f"{place!r} is {old} in the architecture, {value} in the record; {_OTHER_CODE}")
 
 
-def _may_become(was: float, new: float) -> bool:
-    """Whether a number may have changed so: it stays finite, and a size from 0 to 2^31 - 1."""
-    finite = math.isfinite(new) or not math.isfinite(was)
-    return finite and not (isinstance(was, int) and was > 0 > new) and not abs(was) < MOST <= abs(new)
+def _may_become(old: float, new: float) -> bool:
+    """Whether a number may have changed so: finite stays finite, and a size stays from 0 to 2^31 - 1."""
+    finite = math.isfinite(new) or not math.isfinite(old)
+    negative = isinstance(old, int) and old > 0 > new
+    return finite and not negative and not abs(old) < SIZE_LIMIT <= abs(new)
 
 
 def _insert_and_drop(
     fresh: nn.Module, inserted: Mapping[str, tuple[Insertion, ...]], placeholders: Mapping[str, Placeholder]
 ) -> None:
-    """Insert copies of blocks into a newly built network, then replace modules by placeholders, in place."""
+    """Insert recorded copies of blocks into a newly built network, then replace dropped modules, in place.
+
+    Raises StoreError if the network has no such blocks or modules.
+    """
     try:
         for path, insertions in inserted.items():
             for insertion in insertions:
@@ -195,11 +215,14 @@ def _insert_and_drop(
 def build_checked(
     folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return the architecture that a record describes, of its depth, after checking that it fits the record."""
+    """Return the recorded architecture with blocks inserted and dropped, or raise StoreError unless it fits the record.
+
+    Its tensors still have the shapes of a new network. ``model``: as for :func:`regrow.store.load`.
+    """
     try:
         net = build_network(folder, shapes, model, dtype)
         _insert_and_drop(net, shapes.inserted, shapes.placeholders)
-        check(net, shapes)
+        check_fits(net, shapes)
     except (ModelError, StoreError) as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else text[:399] + "…"
@@ -210,12 +233,15 @@ def build_checked(
 def build_network(
     folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return the architecture that a record describes: newly built, or the one that the caller passes."""
+    """Return the architecture of a record before any change: newly built, or the network that the caller passes.
+
+    Raises StoreError or ModelError if it cannot be built or building it would run or fetch what a file names.
+    """
     origin = shapes.origin
     if origin.kind == "transformers":
         check_configuration(origin, folder, len(shapes.tensors))
         if dtype is not None:
-            origin = replace(origin, config={**origin.config, "dtype": str(dtype).removeprefix("torch.")})
+            origin = replace(origin, config={**origin.config, "dtype": dtype_name(dtype)})
     if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
         raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
     if isinstance(model, nn.Module):
@@ -229,15 +255,15 @@ def build_network(
         raise StoreError(f"model must be a network or the function that builds it, got a {type(model).__name__}")
     try:
         with torch.random.fork_rng(devices=[]):
-            made = build(origin) if model is None else model()
+            net = build(origin) if model is None else model()
     except ModelError:
         raise
     except Exception as error:
         raise StoreError(f"building the architecture failed: {first_line(error)}") from None
-    made = made[0] if isinstance(made, tuple) and made else made
-    if not isinstance(made, nn.Module):
-        raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
-    return replace_attention(made, {*shapes.tensors, *shapes.ties})
+    net = net[0] if isinstance(net, tuple) and net else net  # a function may return (network, example input)
+    if not isinstance(net, nn.Module):
+        raise StoreError(f"model= gave a {type(net).__name__}, not a torch.nn.Module")
+    return replace_attention(net, {*shapes.tensors, *shapes.ties})
 
 
 def build_fresh(origin: Origin) -> nn.Module | None:
@@ -255,7 +281,9 @@ def build_fresh(origin: Origin) -> nn.Module | None:
 
 
 def describe_origin(model: nn.Module) -> Origin:
-    """Return how an architecture is built, as far as the network says.
+    """Return how a network's architecture is built, from its ``origin``, its transformers configuration or its class.
+
+    The reference is empty if its class cannot be imported or is a generic one of torch or torchvision.
 
     >>> describe_origin(nn.Linear(1, 2)).reference
     ''

@@ -17,7 +17,9 @@ Record = TypeVar("Record")
 
 
 def convert(data: object, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
-    """Convert JSON data to a typed record, or raise an error that says what is wrong, and where.
+    """Convert JSON data to a record of type ``kind`` without coercion, or raise StoreError that names the field.
+
+    ``where`` is the file's name in the error, ``remedy`` its last words.
 
     >>> convert({"names": ["a"]}, dict[str, list[int]], "run.json")
     Traceback (most recent call last):
@@ -31,7 +33,9 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
 
 
 def check_fields(data: object, written: object) -> None:
-    """Raise StoreError unless JSON data have the fields that writing what was read from them gives, at any depth.
+    """Raise StoreError unless JSON data have the same fields as ``written``, at any depth; values are not compared.
+
+    ``written`` is what was read from the data, written again: a field in one of both alone is unknown or missing.
 
     >>> check_fields({"a": [{"b": 1, "c": 2}]}, {"a": [{"b": 1}]})
     Traceback (most recent call last):
@@ -48,17 +52,17 @@ def check_fields(data: object, written: object) -> None:
             check_fields(value, other)
 
 
-def check_format(data: object, known: str, where: str | Path, remedy: str = "run it again") -> None:
-    """Raise StoreError unless JSON data name the format that this version reads."""
+def check_format(data: object, expected: str, where: str | Path, remedy: str = "run it again") -> None:
+    """Raise StoreError unless the ``format`` of JSON data is the expected one, which this version reads."""
     written = data.get("format") if isinstance(data, Mapping) else None
-    if written != known:
+    if written != expected:
         raise StoreError(
-            f"{where} has the format {written!s:.40}, this version of regrow reads {known}; restore it, or {remedy}"
+            f"{where} has the format {written!s:.40}, this version of regrow reads {expected}; restore it, or {remedy}"
         )
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Read a JSON file that may be hostile; ``None`` if it does not exist."""
+    """Return the data of a JSON file that may be hostile; ``None`` if it does not exist. Raises StoreError."""
     try:
         return limits.read_json(path, max_bytes) if path.exists() else None
     except InputError as error:
@@ -79,15 +83,14 @@ def replace_nonfinite(value: Any) -> Any:
 
 
 # Unit numbers of plans are written as intervals, so that a wide layer takes as much room as a narrow one.
-_LISTS = ("keep", "ids", "restore")
-_FEW, _RATIO = 2**21, 100
-"""How many numbers the intervals of any file may expand to, and how many more for each of its bytes."""
-_BYTES = 150
-"""Bytes of memory that each number takes while a plan is read."""
+_UNIT_FIELDS = ("keep", "ids", "restore")
+# How many unit numbers the intervals of any file may expand to, and how many more for each of its bytes.
+_FREE_UNITS, _UNITS_PER_BYTE = 2**21, 100
+_BYTES_PER_UNIT = 150  # bytes of memory that each unit number takes while a plan is read
 
 
 def to_intervals(numbers: Sequence[Any]) -> list[Any]:
-    """Replace runs of consecutive whole numbers by ``[first, last]``; other lists are returned unchanged.
+    """Return numbers with runs of three or more consecutive ones as ``[first, last]``; other lists as they are.
 
     >>> to_intervals([0, 1, 2, 3, 7, 8, 11])
     [[0, 3], 7, 8, 11]
@@ -109,24 +112,27 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
     """
     result: list[Any] = []
     for entry in entries:
-        result += range(entry[0], entry[1] + 1) if _length(entry) else [entry]
+        result += range(entry[0], entry[1] + 1) if _interval_length(entry) else [entry]
     return result
 
 
 def shorten_plan(plan: Any) -> Any:
-    """Write the unit numbers of a plan (JSON data) as intervals, in place; anything that is not a plan is unchanged."""
+    """Replace the unit numbers of a plan (JSON data) by intervals, in place, and return it; other data stay as is."""
     for change, name in _unit_lists(plan):
         change[name] = to_intervals(change[name])
     return plan
 
 
 def expand_plans(plans: list[Any], length: int) -> list[Any]:
-    """Expand the intervals in the plans of a ledger of ``length`` bytes, in place: undoes :func:`shorten_plan`."""
+    """Undo :func:`shorten_plan` in the plans of a ledger of ``length`` bytes, in place, and return them.
+
+    Raises StoreError if intervals name more units than a file of this length should, and ResourceError without memory.
+    """
     lists = [row for plan in plans for row in _unit_lists(plan)]
-    numbers = sum(_length(entry) for change, name in lists for entry in change[name])
-    if numbers > _FEW + _RATIO * length:
+    numbers = sum(_interval_length(entry) for change, name in lists for entry in change[name])
+    if numbers > _FREE_UNITS + _UNITS_PER_BYTE * length:
         raise StoreError(f"its intervals name {numbers:,} units, which is no plan of a network; restore it")
-    check_memory(_BYTES * numbers, f"a ledger that names {numbers:,} units", "read it on a larger machine")
+    check_memory(_BYTES_PER_UNIT * numbers, f"a ledger that names {numbers:,} units", "read it on a larger machine")
     for change, name in lists:
         change[name] = from_intervals(change[name])
     return plans
@@ -137,10 +143,10 @@ def _unit_lists(plan: Any) -> Iterator[tuple[dict[str, Any], str]]:
     changes = plan.get("changes") if isinstance(plan, dict) else None
     for change in changes.values() if isinstance(changes, dict) else ():
         if isinstance(change, dict):
-            yield from ((change, name) for name in _LISTS if isinstance(change.get(name), list))
+            yield from ((change, name) for name in _UNIT_FIELDS if isinstance(change.get(name), list))
 
 
-def _length(entry: Any) -> int:
+def _interval_length(entry: Any) -> int:
     """Return how many numbers an interval expands to; 0 for anything that is not an interval."""
     match entry:
         case [int(first), int(last)] if type(first) is type(last) is int and 0 <= first <= last:

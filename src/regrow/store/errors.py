@@ -25,29 +25,31 @@ def check_readable(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn operating-system errors in the block into a one-line StoreError with a remedy."""
+    """Turn operating-system errors in the block into a one-line StoreError about ``path``, with a remedy."""
     try:
         yield
     except Exception as error:
-        number = _number(error)
+        number = _find_errno(error)
         if number is None and not isinstance(error, OSError):
             raise
-        known = number is None or (isinstance(error, OSError) and error.errno is not None)
-        cause = error if known else OSError(number, os.strerror(number or 0))
-        raise StoreError(f"{path}: {_explain(error)}") from cause
+        # The command line chooses its exit code by the number of the cause, which may stand in the text alone.
+        complete = number is None or (isinstance(error, OSError) and error.errno is not None)
+        cause = error if complete else OSError(number, os.strerror(number or 0))
+        raise StoreError(f"{path}: {_explain_errno(error)}") from cause
 
 
-def _number(error: Exception) -> int | None:
+def _find_errno(error: Exception) -> int | None:
     """Return the operating system's error number of an exception, or ``None`` if it has none."""
     if isinstance(error, OSError):
-        # numpy tells a short write as "16 requested and 0 written", without a number.
+        # numpy reports a short write as "16 requested and 0 written", without a number.
         return error.errno or (errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else None)
-    fit = re.search(r"\(os error (\d+)\)", str(error))
-    return int(fit[1]) if fit and not isinstance(error, StoreError) else None
+    match = re.search(r"\(os error (\d+)\)", str(error))  # of libraries in Rust: safetensors, tokenizers
+    return int(match[1]) if match and not isinstance(error, StoreError) else None
 
 
-def _explain(error: Exception) -> str:
-    number = _number(error)
+def _explain_errno(error: Exception) -> str:
+    """Return what an operating-system error means for the user, and the remedy."""
+    number = _find_errno(error)
     match number:
         case errno.ENOSPC | errno.EDQUOT:
             return "the disk is full; free some space or choose another folder, and run again"

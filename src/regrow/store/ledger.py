@@ -23,19 +23,19 @@ from regrow.surgery import UndoStore, apply
 from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/2"
-_LONGEST = 2**30
+_MAX_BYTES = 2**30  # of a ledger that is read
 _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """File with every plan that was applied to a network, in order; append to it, read it, or cut its end off."""
+    """The file ``ledger.json``: every plan that was applied to a network, in order; ``len`` is their number."""
 
-    path: Path  # the ledger.json of a run; it need not exist yet
+    path: Path  # it need not exist yet
     skip: int = 0  # how many plans at the head of the file belong to earlier runs; they are neither read nor removed
 
     def plans(self) -> tuple[Plan, ...]:
-        """Return every plan, in the order in which they were applied; empty if there is no file."""
+        """Return the plans in the order in which they were applied; empty if there is no file. Raises StoreError."""
         plans = []
         for i, entry in enumerate(self._entries()[self.skip :], self.skip):
             try:
@@ -46,36 +46,39 @@ class Ledger:
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
-        """Write a plan to the end of the file; the plans before it are not parsed."""
-        line = _line(json.loads(plan.to_json()))
+        """Write a plan to the end of the file, atomically; it is on the disk when this returns."""
+        line = _format_plan(json.loads(plan.to_json()))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        if text.startswith(_HEAD) and text.endswith(_TAIL) and len(_HEAD + _TAIL) < len(text) < _LONGEST:
+        # The plans before it are not parsed again if the file has the layout that is written here.
+        if text.startswith(_HEAD) and text.endswith(_TAIL) and len(_HEAD + _TAIL) < len(text) < _MAX_BYTES:
             write_text(self.path, f"{text.removesuffix(_TAIL)},\n{line}{_TAIL}")
         else:
-            self._write([*map(_line, self._entries()), line])
+            self._write([*map(_format_plan, self._entries()), line])
 
     def replace(self, plan: Plan) -> None:
-        """Write the only plan of a run; that of an attempt that was stopped is replaced if it is another."""
-        if list(map(_line, self._entries()[self.skip :])) != [_line(json.loads(plan.to_json()))]:
+        """Make a plan the only one of the run, in place of those of a stopped attempt; unchanged if it is there."""
+        if list(map(_format_plan, self._entries()[self.skip :])) != [_format_plan(json.loads(plan.to_json()))]:
             self.truncate(0)
             self.append(plan)
 
-    def truncate(self, many: int) -> None:
-        """Remove all but the first ``many`` plans: those whose result a killed process did not store."""
-        entries, many = self._entries(), many + self.skip
-        if len(entries) > many == 0:
+    def truncate(self, count: int) -> None:
+        """Keep the first ``count`` plans: a killed process did not store the result of the others."""
+        entries, count = self._entries(), count + self.skip
+        if len(entries) > count == 0:
             self.path.unlink()
-        elif len(entries) > many:
-            self._write(map(_line, entries[:many]))
+        elif len(entries) > count:
+            self._write(map(_format_plan, entries[:count]))
 
     def _write(self, lines: Iterable[str]) -> None:
+        """Write the whole file atomically, with a line per plan."""
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:
         return max(0, len(self._entries()) - self.skip)
 
     def _entries(self) -> list[Any]:
-        data = read_json(self.path, _LONGEST)
+        """Return the plans of the whole file as JSON data, with expanded intervals; empty if there is no file."""
+        data = read_json(self.path, _MAX_BYTES)
         if data is None:
             return []
         check_format(data, FORMAT, self.path)
@@ -86,12 +89,13 @@ class Ledger:
             raise StoreError(f"{self.path}: {error}") from None
 
 
-def _line(plan: Any) -> str:
+def _format_plan(plan: Any) -> str:
+    """Return a plan (JSON data, changed in place) as a line of the file, with unit numbers as intervals."""
     return json.dumps(shorten_plan(plan))
 
 
 def read_plan(data: object) -> Plan:
-    """Read a plan from JSON data strictly: missing, unknown and mistyped fields are errors that name the field."""
+    """Convert JSON data to a plan strictly; raise PlanError or StoreError for missing, unknown and mistyped fields."""
     if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
         raise PlanError(f"not a plan: expected the format {PLAN_FORMAT!r}")
     drop = convert(data.get("drop"), dict[str, dict[str, Placeholder]], "drop")
@@ -104,13 +108,14 @@ def read_plan(data: object) -> Plan:
 def replay(
     model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Apply plans one after the other to the model they were made for, to get the same shapes again.
+    """Apply plans one after the other, in place, and return the model and its axes afterwards.
 
-    A plan that restores units restores those that the plans before it cut, with the weights that this model has.
+    The model must be as the one that the plans were made for. A plan that restores units restores those that the plans
+    before it cut, with the weights that this model has.
     """
     plans = list(plans)
-    back = any(plan.back or any(change.restore for change in plan.changes.values()) for plan in plans)
-    undo = UndoStore() if undo is None and back else undo
+    restores = any(plan.back or any(change.restore for change in plan.changes.values()) for plan in plans)
+    undo = UndoStore() if undo is None and restores else undo
     axes = with_branches_of(plans, model, axes)
     for plan in plans:
         model, axes = apply(model, axes, plan, undo=undo)
@@ -118,6 +123,6 @@ def replay(
 
 
 def with_branches_of(plans: Iterable[Plan], model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with the modules that can be dropped, if plans drop some that the axes do not name."""
+    """Return the axes; if plans drop modules that they do not name, with all modules that can be dropped."""
     unknown = any(path not in axes.branches for plan in plans for path in plan.drop)
     return with_branches(model, axes) if unknown else axes

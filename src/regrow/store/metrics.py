@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: the measurements of a run; each has a key, so that a resumed run adds none a second time."""
+"""``metrics.jsonl``: the measurements of a run; most have a key, so that a resumed run adds none a second time."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from regrow.store.schemas import Count
 Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 Figure = Number | None  # a number; None if it was not finite
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]  # a fraction
 
 
 class MetricsRow(msgspec.Struct, frozen=True):
@@ -96,7 +96,7 @@ class BudgetRow(msgspec.Struct, frozen=True):
 class RecoveryRow(msgspec.Struct, frozen=True):
     """One round of recovery after a cut: the method, the tokens used and the seconds taken."""
 
-    by: str
+    by: str  # the method
     tokens: Count
     seconds: Seconds
     round: Count = 1
@@ -130,14 +130,14 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class CommitRow(msgspec.Struct, frozen=True):
-    """A change of shape during training."""
+    """A change of shape during training, of kind ``commit`` or ``growth``."""
 
     task: Count  # the index of the task during which the shape changed
     epoch: Count  # the epoch after which it changed
     grown: dict[str, Count] = {}  # axis key → units added
     cut: dict[str, Count] = {}  # axis key → units removed
-    dropped: list[str] = []
-    back: list[str] = []
+    dropped: list[str] = []  # paths of modules
+    back: list[str] = []  # paths of modules that were restored
 
 
 class MatrixRow(msgspec.Struct, frozen=True):
@@ -146,9 +146,9 @@ class MatrixRow(msgspec.Struct, frozen=True):
     tasks: list[str]
     matrix: list[list[Share | None]]  # matrix[i][j]: the accuracy on task j after learning task i
     before: list[Share | None]  # the accuracy on each task before any was learned
-    average: Figure
-    average_along: Figure
-    learning: Figure
+    average: Figure  # over all tasks, after the last one
+    average_along: Figure  # during learning: over the tasks learned by then, averaged over all points in time
+    learning: Figure  # on each task just after it was learned
     forgetting: Figure
     backward_transfer: Figure
     forward_transfer: Figure
@@ -167,7 +167,7 @@ class MissingTasksRow(msgspec.Struct, frozen=True):
 class LevelsRow(msgspec.Struct, frozen=True):
     """The cost that each level of a search (operations, filters, weights) removed."""
 
-    saved: dict[str, Number]
+    saved: dict[str, Number]  # level → cost
 
 
 class SearchResultRow(msgspec.Struct, frozen=True):
@@ -187,9 +187,9 @@ class TestRow(msgspec.Struct, frozen=True):
     images: Count
 
 
-# Kind of measurement → the schema of its rows, and the fields that, with the kind, identify a row of a run; ``None``:
-# its number does. Rows may have further fields, and rows of other kinds may hold anything.
-KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
+# Kind of measurement (``what``) → the schema of its rows, and the fields that, with the kind, identify a row of a run;
+# ``None``: its number does. Rows may have further fields, and rows of other kinds may hold anything.
+ROW_KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "budget": (BudgetRow, ()),
     "choice": (ChoiceRow, ("model", "task", "round")),
     "commit": (CommitRow, None),
@@ -213,39 +213,47 @@ KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "training": (MetricsRow, ()),
     "verify": (VerifyRow, ()),
 }
-KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in KINDS.items() if fields is not None}
+# Kind of measurement → the fields that identify a row, for kinds that have such fields.
+KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in ROW_KINDS.items() if fields is not None}
 
 
 @dataclass
 class Metrics:
-    """The rows of a ``metrics.jsonl`` file, which need not exist; one that is added replaces the whole file."""
+    """The rows of a ``metrics.jsonl`` file, which need not exist; adding a row writes the whole file again, atomically.
+
+    One object writes a file: the keys of its rows are read once.
+    """
 
     path: Path
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every row, in order."""
+        """Return every row, in order; raise StoreError if one does not have the schema of its kind."""
         rows = []
         for where, row in self._lines():
-            if row["what"] in KINDS:
-                convert(row, KINDS[row["what"]][0], where, "restore it or delete that line")
+            if row["what"] in ROW_KINDS:
+                convert(row, ROW_KINDS[row["what"]][0], where, "restore it or delete that line")
             rows.append(row)
         return rows
 
     def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
-        """Append a row, unless one with its key is there, and say whether; it is on the disk when this returns."""
+        """Append a row with a kind ``what`` and sync it to the disk; ``False``: a row with its key was there.
+
+        ``number`` counts the rows of its kind in a run, from 0; it identifies those that no fields identify.
+        """
         plain = replace_nonfinite(row)
         key = _key(plain, number)
         if key is not None and key in self._keys:
             return False
-        lines = self._read()
-        separator = b"\n" if lines and not lines.endswith(b"\n") else b""
-        write_bytes(self.path, lines + separator + json.dumps(plain, allow_nan=False).encode() + b"\n")
+        content = self._read()
+        separator = b"\n" if content and not content.endswith(b"\n") else b""
+        write_bytes(self.path, content + separator + json.dumps(plain, allow_nan=False).encode() + b"\n")
         if key is not None:
             self._keys.add(key)
         return True
 
     @cached_property
     def _keys(self) -> set[str | None]:
+        """The keys of all rows of the file."""
         counts: Counter[str] = Counter()
         keys = set()
         for _, row in self._lines():
@@ -254,7 +262,7 @@ class Metrics:
         return keys
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield where each row stands, and the row."""
+        """Yield each row with its file and line for messages; raise StoreError for a line that is no measurement."""
         for number, line in enumerate(self._read().split(b"\n"), 1):
             where = f"{self.path}: line {number}"
             if line.strip():
@@ -267,6 +275,7 @@ class Metrics:
                 yield where, row
 
     def _read(self) -> bytes:
+        """Return the content of the file, empty if it is missing; StoreError if it is a link or no regular file."""
         if self.path.is_symlink():
             raise StoreError(f"{self.path} is a symbolic link; put the file itself there")
         if not self.path.exists():
@@ -280,4 +289,4 @@ def _key(row: Mapping[str, object], number: int | None) -> str | None:
     what = str(row.get("what"))
     if what in KEYS:
         return json.dumps([what, *(row.get(name) for name in KEYS[what])])
-    return json.dumps([what, number]) if what in KINDS and number is not None else None
+    return json.dumps([what, number]) if what in ROW_KINDS and number is not None else None

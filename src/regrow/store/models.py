@@ -21,22 +21,17 @@ from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attenti
 from regrow.nets.loaded import check_unchanged
 from regrow.store import probe
 from regrow.store.atomic import write_text
-from regrow.store.building import Builder, build_checked, build_fresh, describe, describe_origin
+from regrow.store.building import Builder, build_checked, build_fresh, describe_network, describe_origin
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.portable import main_dtype, read_tokenizer, update_origin, write_pretrained, write_tokenizer
 from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.run_record import versions
-from regrow.store.shapes import DTYPES, SHAPES, Kind, Probe, Shapes
+from regrow.store.shapes import DTYPES, SHAPES, ProbeRecord, Shapes, TensorKind
 from regrow.store.state import all_tensors, named_tensors, restore
-from regrow.store.weights import (
-    OutsideTensors,
-    check_file,
-    inside,
-    measure,
-    read_weights,
-    write_weights,
-)
+from regrow.store.tensors import dtype_name
+from regrow.store.weights import OutsideTensors, check_file, describe_file, read_weights, require_file, write_weights
 
+# Files that only some saved models have.
 CARRIED = (
     "modeling_regrow.py",
     "reshape_regrow.py",
@@ -45,13 +40,12 @@ CARRIED = (
     "buffers.safetensors",
     probe.FILE,
 )
-"""Files that only some saved models have."""
+# Name patterns of all files of a saved model.
 FILES = (
     *("model*.safetensors", "model.safetensors.index.json", SHAPES, *CARRIED, "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
-"""Name patterns of all files of a saved model."""
 
 _log = logging.getLogger("regrow")
 
@@ -97,7 +91,7 @@ def save(
         raise StoreError(f"{folder} holds a run that is not finished; choose another folder")
     with replace_folder(folder) as new:
         write_model(model, new, origin=origin, tokenizer=tokenizer, dtype=dtype, example=example)
-        keep_others(folder, new)
+        link_other_files(folder, new)
     return folder
 
 
@@ -113,7 +107,8 @@ def write_model(
 ) -> None:
     """Write the files of a model into an unfinished folder, replacing those of another model.
 
-    Each file is written atomically, but not all of them together; use :func:`save` for a finished folder.
+    Each file is written atomically, but not all of them together; use :func:`save` for a finished folder. Arguments
+    are those of :func:`save`; with ``outside``, ``model`` has no numbers, and its tensors are read from there.
     """
     net, loaded = (model.model, model) if isinstance(model, Loaded) else (model, None)
     if loaded is not None:
@@ -125,35 +120,36 @@ def write_model(
     if origin.kind == "transformers":
         origin = update_origin(origin, net, dtype or main_dtype(net))
     fresh = build_fresh(origin)
-    fresh = fresh and replace_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
-    shapes = describe(net, fresh, origin, dtype)
+    if fresh is not None:
+        fresh = replace_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
+    shapes = describe_network(net, fresh, origin, dtype)
     with explain_os_errors(folder):
         folder.mkdir(exist_ok=True)  # not its parents: a run folder that was deleted does not come back
-        for path in _files_of_a_model(folder):
+        for path in _model_files(folder):
             path.unlink()
     if outside is None:
         tensors = all_tensors(net)
         shapes = write_weights(((name, tensors[name]) for name in shapes.tensors), shapes, folder)
-        kept = _write_probe(net, shapes, example, folder)
+        record = _write_probe(net, shapes, example, folder)
     else:
         shapes = write_weights(outside.each(shapes), shapes, folder, ahead=outside.ahead)
         with outside.running(folder) as running:
-            kept = _write_probe(running, shapes, example, folder, outside.aligned)
-    if not kept.header:
-        _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", kept.reason)
+            record = _write_probe(running, shapes, example, folder, outside.aligned)
+    if not record.header:
+        _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", record.reason)
     if origin.kind == "transformers":
         write_pretrained(net, shapes, folder)
     if hasattr(tokenizer, "save_pretrained"):
         write_tokenizer(tokenizer, folder)
     if loaded is not None:
         check_unchanged(loaded.files)
-    write_text(folder / SHAPES, replace(shapes, probe=kept, versions=versions()).to_json())
+    write_text(folder / SHAPES, replace(shapes, probe=record, versions=versions()).to_json())
 
 
-def keep_others(old: Path, new: Path) -> None:
-    """Link or copy the files of an old folder that do not belong to its model into the new folder."""
+def link_other_files(old: Path, new: Path) -> None:
+    """Hard-link or copy the files of an old folder that do not belong to its model into the new folder."""
     if old.is_dir():
-        link_tree(old, new, skip={path.name for path in _files_of_a_model(old)})
+        link_tree(old, new, skip={path.name for path in _model_files(old)})
 
 
 def load(
@@ -195,39 +191,41 @@ def _load(
     *,
     check: bool,
 ) -> nn.Module:
+    """Load a saved network as :func:`load` does, from a folder that is not replaced meanwhile."""
     shapes = read_shapes(folder, check=check)
     net = build_checked(folder, shapes, model, dtype)
     tensors = read_weights(folder, shapes, check=check)
     transformers = shapes.origin.kind == "transformers"
     if dtype is not None and transformers:
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and shapes.tensors[name].kind is not Kind.DERIVED:
+            if tensor.is_floating_point() and shapes.tensors[name].kind is not TensorKind.DERIVED:
                 tensors[name] = tensor.to(dtype)
     restore(net, shapes, tensors)
     net.eval()
     if check and shapes.probe.header:
-        check_file(inside(folder, probe.FILE), shapes.probe)
+        check_file(require_file(folder, probe.FILE), shapes.probe)
         dtypes = {DTYPES[stored.dtype] for stored in shapes.tensors.values()}
         probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
     elif check:
         reason = shapes.probe.reason
         _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, reason)
     net.to(device, None if transformers else dtype)
-    builds = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
-    origin = replace(shapes.origin, builder=model) if builds else shapes.origin
-    describe_loaded(net, origin, read_tokenizer(folder) if transformers else None)
+    origin = shapes.origin
+    if origin.kind == "callable" and model is not None and not isinstance(model, nn.Module):
+        origin = replace(origin, builder=model)  # so that this process can save the network again
+    attach_origin(net, origin, read_tokenizer(folder) if transformers else None)
     return net
 
 
-def describe_loaded(net: nn.Module, origin: Origin, tokenizer: Any | None) -> None:
-    """Give a loaded network its origin and tokenizer as attributes, unless it has attributes of these names."""
+def attach_origin(net: nn.Module, origin: Origin, tokenizer: Any | None) -> None:
+    """Set ``origin`` and ``tokenizer`` as attributes of a loaded network, unless it has attributes of these names."""
     for name, value in (("origin", origin), ("tokenizer", tokenizer)):
         if value is not None and not hasattr(net, name):
             setattr(net, name, value)
 
 
 def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
-    """Read and validate ``shapes.json`` of a model folder."""
+    """Return the validated record of a model folder, or raise StoreError; ``check`` compares its digest, too."""
     folder = Path(folder)
     settle(folder)
     if not folder.is_dir():
@@ -241,7 +239,7 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
                 "open it with regrow.nets.load"
             )
         raise StoreError(f"{folder} holds no saved model (no {SHAPES}); give the folder of a finished run")
-    path = inside(folder, SHAPES)
+    path = require_file(folder, SHAPES)
     try:
         return Shapes.from_json(read_text(path), check=check)
     except (InputError, StoreError) as error:
@@ -250,25 +248,30 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
 
 def _write_probe(
     net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path, aligned: bool | None = None
-) -> Probe:
-    """Write an input and the network's output for it; return its record, or why there is none."""
+) -> ProbeRecord:
+    """Write ``probe.st``, an input and the network's output for it; return its record, or one with the reason why not.
+
+    ``aligned``: as for :func:`regrow.store.probe.write_probe`.
+    """
     try:
         example = Example((example,)) if isinstance(example, Tensor) else example or example_for(net, shapes.origin)
         if example is None:
             raise probe.UnprobedError("no example input is known")
-        there = named_tensors(net)
+        held = named_tensors(net)
         cast = any(
-            str(there[n].tensor.dtype) != f"torch.{stored.dtype}" for n, stored in shapes.tensors.items() if n in there
+            dtype_name(held[name].tensor.dtype) != stored.dtype
+            for name, stored in shapes.tensors.items()
+            if name in held
         )
         probe.write_probe(net, example, folder / probe.FILE, cast=cast, aligned=aligned)
     except (probe.UnprobedError, ModelError) as error:
-        return Probe(reason=f"{error}; give one that it takes: save(…, example=input)")
-    file = measure(folder / probe.FILE)
-    return Probe(file.bytes, file.header)
+        return ProbeRecord(reason=f"{error}; give one that it takes: save(…, example=input)")
+    file = describe_file(folder / probe.FILE)
+    return ProbeRecord(file.bytes, file.header)
 
 
-def _files_of_a_model(folder: Path) -> list[Path]:
-    """Return the files in a folder that belong to the model saved there."""
+def _model_files(folder: Path) -> list[Path]:
+    """Return the files of the model that was saved in a folder; none unless the folder has ``shapes.json``."""
     if not (folder / SHAPES).exists():
         return []
     return [path for path in folder.iterdir() if any(path.match(name) for name in FILES) and path.is_file()]

@@ -20,17 +20,16 @@ from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.schemas import Shape
 from regrow.store.shapes import DTYPES
-from regrow.store.tensors import digest, read_tensors, write_tensors
+from regrow.store.tensors import digest_tensors, dtype_name, read_tensors, write_tensors
 
+# A safetensors file with another suffix: some tools take every ``*.safetensors`` for weights of the model.
 FILE, FORMAT = "probe.st", "regrow-probe/1"
-"""A safetensors file with another suffix: some tools take every ``*.safetensors`` for weights of the model."""
-MOST = 2**16
-"""The most numbers of an input tensor that are stored; a larger one is replaced by a fixed pattern of its shape."""
-SAMPLED = 4096
-"""The most numbers of each output tensor that are stored beside its digest."""
-LAW = 3
-"""How many times its own rounding error an output may differ by if it is computed on another machine or version."""
-_LARGEST, _ELEMENTS = 2**28, 2**26
+# The most numbers of a floating-point input that are stored; a larger one gives way to a fixed pattern.
+MAX_INPUT_NUMBERS = 2**16
+MAX_SAMPLES = 4096  # the most numbers of each output tensor that are stored beside its digest
+# How many times its own rounding error an output may differ by if it is computed on another machine or version.
+ROUNDING_FACTOR = 3
+_MAX_BYTES, _MAX_PATTERN = 2**28, 2**26  # of the file; numbers of an input that a pattern replaces
 
 
 class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,42 +53,50 @@ class UnprobedError(ValueError):
 
 
 def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, aligned: bool | None) -> None:
-    """Run a network on an input, and write the input and the output to a file."""
+    """Run a network on an input, and write the input, digests of the outputs and samples of them to a file.
+
+    ``cast``: some weights are stored in another dtype than they have here. ``aligned``: whether all begin at a cache
+    line; ``None``: looked up here. Raises UnprobedError if the network or the format does not take the input.
+    """
     inputs: list[Tensor] = []
-    shape = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
+    structure = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
     patterns: list[tuple[str, list[int]] | None] = [None] * len(inputs)
     for i, tensor in enumerate(inputs):
-        if tensor.is_floating_point() and tensor.numel() > MOST:
-            patterns[i] = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-            inputs[i] = _pattern(tensor.shape, tensor.dtype)
+        if tensor.is_floating_point() and tensor.numel() > MAX_INPUT_NUMBERS:
+            patterns[i] = dtype_name(tensor.dtype), list(tensor.shape)
+            inputs[i] = _make_pattern(tensor.shape, tensor.dtype)
     try:
-        digests, samples = compute_answer(model, shape, inputs)
+        digests, samples = sample_outputs(model, structure, inputs)
     except Exception as error:
         raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
     aligned = all(map(_is_aligned, model.parameters())) if aligned is None else aligned
     header = {
-        "inputs": shape,
+        "inputs": structure,
         "patterns": patterns,
         "outputs": digests,
         # Kernels choose by the alignment and the layout of weights, and a loaded network has both in order.
         "exact": not cast and aligned,
-        "conditions": conditions(),
+        "conditions": read_conditions(),
     }
     tensors = {f"i{i}": tensor for i, tensor in enumerate(inputs) if patterns[i] is None}
     write_tensors(path, tensors | {f"o{i}": sample for i, sample in enumerate(samples)}, header, FORMAT)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor lies on the CPU, contiguous, from the begin of a cache line on, as loaded ones do."""
     return tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 and tensor.device.type == "cpu"
 
 
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], cast: bool = False) -> None:
-    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved."""
-    header, inputs, before = _read(path)
+    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved.
+
+    ``stored``: the dtypes of its weights in the files. ``cast``: they were converted to another one when loaded.
+    """
+    header, inputs, before = _read_probe(path)
     if cast or not header.exact:  # the weights have, or were stored in, another dtype than the recorded input
-        inputs = _fitting(inputs, model)
+        inputs = _cast_inputs(inputs, model)
     try:
-        digests, samples = compute_answer(model, header.inputs, inputs)
+        digests, samples = sample_outputs(model, header.inputs, inputs)
     except Exception as error:
         raise StoreError(
             f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); {_REMEDY}"
@@ -97,31 +104,34 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], 
     if digests == header.outputs:
         return
     if [x.shape for x in samples] != [x.shape for x in before]:
-        raise StoreError(f"{path.parent}: the network answers in another form than the one that was saved; {_REMEDY}")
-    gap, size = _distance(before, samples), max((float(x.abs().max()) for x in before if len(x)), default=0.0)
-    same = header.exact and not cast and header.conditions == conditions()
-    allowed = 0.0 if same else size * 64 * _epsilon(model, stored)
-    if not same and not gap <= allowed:
-        allowed = max(allowed, LAW * _rounding(model, header.inputs, inputs, samples))
-    if not gap <= allowed or (same and gap == 0):
+        raise StoreError(f"{path.parent}: the outputs have other shapes than those of the saved network; {_REMEDY}")
+    difference = _max_difference(before, samples)
+    magnitude = max((float(x.abs().max()) for x in before if len(x)), default=0.0)
+    same = header.exact and not cast and header.conditions == read_conditions()
+    allowed = 0.0 if same else magnitude * 64 * _coarsest_epsilon(model, stored)
+    # Rounding is measured only where the cheap bound does not suffice; comparisons with NaN are false.
+    if not same and not difference <= allowed:
+        allowed = max(allowed, ROUNDING_FACTOR * _measure_rounding(model, header.inputs, inputs, samples))
+    # Under the same conditions, digests that differ are enough: the difference may lie outside the samples.
+    if not difference <= allowed or (same and difference == 0):
         raise StoreError(
-            f"{path.parent}: the network answers otherwise than the one that was saved: they differ by {gap:.3g} of "
-            f"{size:.3g}, allowed are {allowed:.3g}; {_REMEDY}"
+            f"{path.parent}: the outputs differ from those of the saved network by {difference:.3g} of "
+            f"{magnitude:.3g}, allowed are {allowed:.3g}; {_REMEDY}"
         )
 
 
 def read_example(path: Path, model: nn.Module) -> Example:
     """Return the input that was recorded when a network was saved, in the network's dtype."""
-    header, inputs, _ = _read(path)
+    header, inputs, _ = _read_probe(path)
     try:
-        args, kwargs = _from_json(header.inputs, _fitting(inputs, model))
+        args, kwargs = _from_json(header.inputs, _cast_inputs(inputs, model))
         return Example(tuple(args), dict(kwargs))
     except (ValueError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error!s:.60}); copy it again") from None
 
 
-def _fitting(inputs: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """Return floating-point inputs in the dtype of a network."""
+def _cast_inputs(inputs: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
+    """Return inputs, the floating-point ones in the dtype of the network's first such parameter."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
@@ -129,13 +139,14 @@ def _fitting(inputs: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
 _REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
 
 
-def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
+def sample_outputs(model: nn.Module, structure: object, inputs: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
     """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
 
-    A sample is at most :data:`SAMPLED` numbers of an output, evenly spaced, in float64.
+    ``structure`` is the JSON data of its arguments, of which ``inputs`` are the tensors. A sample is at most
+    :data:`MAX_SAMPLES` numbers of an output, evenly spaced, in float64. The network is left as it was.
     """
     device = device_of(model)
-    args, kwargs = _from_json(shape, [x.to(device) for x in inputs])
+    args, kwargs = _from_json(structure, [x.to(device) for x in inputs])
     with _preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         leaves = tree_leaves(model.eval()(*args, **kwargs))
@@ -144,15 +155,15 @@ def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) ->
             raise ValueError("it gives no tensor")
         samples = []
         for output in outputs:
-            sample = output.flatten()[:: max(1, -(-output.numel() // SAMPLED))]
+            sample = output.flatten()[:: max(1, -(-output.numel() // MAX_SAMPLES))]
             sample = torch.view_as_real(sample).flatten() if sample.is_complex() else sample
             samples.append(sample.to(torch.float64).clone())
-        return [digest({"": output}) for output in outputs], samples
+        return [digest_tensors({"": output}) for output in outputs], samples
 
 
 @contextmanager
 def _preserve_modules(model: nn.Module) -> Iterator[None]:
-    """Restore, when the block ends, all attributes of modules and their small buffers.
+    """Restore, when the block ends, all attributes of modules, and the numbers of buffers of up to 2^20 entries.
 
     What modules reach besides is left alone: a network that is read block by block keeps what it has read.
     """
@@ -172,7 +183,7 @@ def _preserve_modules(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def conditions() -> dict[str, str]:
+def read_conditions() -> dict[str, str]:
     """Return what the last bits of an output depend on besides network and input: torch, threads, CPU, precision."""
     return {
         "torch": torch.__version__,
@@ -183,6 +194,7 @@ def conditions() -> dict[str, str]:
 
 
 def _processor() -> str:
+    """Return the model name of the CPU, or its architecture where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -190,14 +202,15 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _read(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
-    if path.is_file() and path.stat().st_size > _LARGEST:
+def _read_probe(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
+    """Return the header, the input tensors and the samples of the outputs; raise StoreError for a damaged file."""
+    if path.is_file() and path.stat().st_size > _MAX_BYTES:
         raise StoreError(f"{path} is larger than any probe; restore it")
     data, tensors = read_tensors(path, FORMAT)
     header = convert(data, ProbeHeader, path)
     try:
         inputs = [
-            tensors[f"i{i}"] if pattern is None else _pattern(pattern[1], DTYPES[pattern[0]])
+            tensors[f"i{i}"] if pattern is None else _make_pattern(pattern[1], DTYPES[pattern[0]])
             for i, pattern in enumerate(header.patterns)
         ]
         return header, inputs, [tensors[f"o{i}"] for i in range(len(header.outputs))]
@@ -206,7 +219,7 @@ def _read(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
-    """Convert arguments to JSON data; their tensors are appended to ``tensors``."""
+    """Return arguments as JSON data, and append their tensors to ``tensors``; UnprobedError for any other type."""
     match value:
         case Tensor():
             tensors.append(value.detach())
@@ -221,8 +234,9 @@ def _to_json(value: Any, tensors: list[Tensor]) -> Any:
     raise UnprobedError(f"the example input holds a {type(value).__name__}, which is not written down")
 
 
-def _from_json(shape: Any, tensors: Sequence[Tensor]) -> Any:
-    match shape:
+def _from_json(structure: Any, tensors: Sequence[Tensor]) -> Any:
+    """Undo :func:`_to_json`; a pair of converted values gives a pair. Raises ValueError for anything else."""
+    match structure:
         case {"tensor": int(i)} if 0 <= i < len(tensors):
             return tensors[i]
         case {"tuple": [*parts]}:
@@ -235,19 +249,20 @@ def _from_json(shape: Any, tensors: Sequence[Tensor]) -> Any:
             return value
         case [args, kwargs]:
             return _from_json(args, tensors), _from_json(kwargs, tensors)
-    raise ValueError(f"not an argument: {shape!s:.60}")
+    raise ValueError(f"not an argument: {structure!s:.60}")
 
 
-def _pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return numbers from -1 to 1 that are the same on every machine."""
+def _make_pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of numbers from -1 to 1 that are the same on every machine; ValueError if it is too large."""
     count = prod(shape)
-    if not 0 <= count <= _ELEMENTS:
+    if not 0 <= count <= _MAX_PATTERN:
         raise ValueError(f"a tensor of {count} numbers")
+
     return (torch.arange(count) * 7919 % 257).to(torch.float32).div(128).sub(1).to(dtype).reshape(tuple(shape))
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Return the largest absolute difference; NaN equals NaN, and infinity equals infinity."""
+def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference of two rows of tensors; NaN equals NaN, and infinity equals infinity."""
     result = 0.0
     for x, y in zip(a, b, strict=True):
         different = ~((x == y) | (x.isnan() & y.isnan()))
@@ -256,16 +271,17 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return result
 
 
-def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
+def _coarsest_epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
     """Return the machine epsilon of the coarsest dtype that a network has or was stored in."""
     dtypes = {dtype for dtype in (*stored, *(p.dtype for p in model.parameters())) if dtype.is_floating_point}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
-def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], samples: Sequence[Tensor]) -> float:
-    """Return how far a network's output is from its output in float64."""
+def _measure_rounding(model: nn.Module, structure: Any, inputs: Sequence[Tensor], samples: Sequence[Tensor]) -> float:
+    """Return the largest difference of a network's sampled outputs to those in float64; 0 if it does not run so."""
     try:
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
-        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide)[1], samples)
+        _, exact = sample_outputs(copy.deepcopy(model).double(), structure, wide)
+        return _max_difference(exact, samples)
     except Exception:
         return 0.0

@@ -16,18 +16,21 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from regrow.store.atomic import LEFTOVER, PAGE, Lock, LockedError, leftovers, lock, staging_folder, sweep, sync
+from regrow.store.atomic import LEFTOVER, PAGE, FolderLock, LockedError, find_leftovers, lock, stage_folder, sweep, sync
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
-WORK = ".work"
-"""Name of the folder, inside a run folder, with the files of an unfinished run."""
-_EXCHANGE, _HERE = 2, -100
+WORK = ".work"  # name of the folder, inside a run folder, with the files of an unfinished run
+_REPLACED = ".replaced"  # behind the name of a new folder: of the old one, between the two renames
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of linux/fs.h and fcntl.h
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
-    """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error."""
+def replace_folder(folder: Path, owner: FolderLock | None = None) -> Iterator[Path]:
+    """Yield a new, empty folder that replaces ``folder`` as a whole when the block ends without an error.
+
+    ``owner`` is the caller's lock on ``folder``; without one, it is locked here. Raises StoreError if it cannot be.
+    """
     target = folder.resolve()
     check_replaceable(folder)
     with explain_os_errors(folder), contextlib.ExitStack() as stack:
@@ -35,7 +38,7 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
         settle(target)
         if owner is None and target.is_dir():
             stack.enter_context(lock(target))
-        stage = stack.enter_context(staging_folder(target))
+        stage = stack.enter_context(stage_folder(target))
         new = stage / target.name
         new.mkdir()
         stack.enter_context(lock(new))
@@ -51,7 +54,7 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise StoreError unless a folder can be created, or replaced as a whole."""
+    """Raise StoreError unless a folder can be created or replaced as a whole: no file, mount or current folder."""
     target = folder.resolve()
     if target.exists() and not target.is_dir():
         raise StoreError(f"{folder} is a file; name a folder that does not exist yet")
@@ -67,23 +70,26 @@ def check_replaceable(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Complete the replacement of a folder that a killed process left half done, if there is one."""
+    """Rename the new folder to ``folder`` if a killed process has moved only the old one away; else do nothing."""
     target = folder.resolve()
-    for stage in [] if target.exists() else leftovers(target):
+    for stage in [] if target.exists() else find_leftovers(target):
         new = stage / target.name
-        if Path(f"{new}.replaced").is_dir() and new.is_dir():
+        if Path(f"{new}{_REPLACED}").is_dir() and new.is_dir():
             with contextlib.suppress(OSError):  # another reader did it
                 new.rename(target)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete the temporary folders that killed processes left beside a folder that they were replacing."""
+    """Complete the replacement of a folder that a killed process left half done, and delete its temporary folders."""
     settle(folder)
     sweep(folder.resolve())
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = ()) -> None:
-    """Hard-link the files of a folder into another one, or copy them where links are not supported."""
+    """Hard-link the files of a folder and of those in it into another one, or copy them where links are not supported.
+
+    Existing files, unfinished ones, and the names ``skip`` at the top are left out.
+    """
     for path in sorted(source.iterdir()):
         copied = target / path.name
         if path.name in skip or LEFTOVER.fullmatch(path.name):
@@ -91,12 +97,12 @@ def link_tree(source: Path, target: Path, skip: Collection[str] = ()) -> None:
         if path.is_dir() and not path.is_symlink():
             copied.mkdir(exist_ok=True)
             link_tree(path, copied)
-        elif not copied.exists() and not _link(path, copied):
+        elif not copied.exists() and not _try_link(path, copied):
             shutil.copy2(path, copied, follow_symlinks=False)
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
-    """Read several files of a folder consistently: all from before or all from after a replacement."""
+    """Return what ``read`` returns, which reads several files of a folder; called again if the folder was replaced."""
     while True:
         settle(folder)
         before = _identity(folder)
@@ -111,6 +117,7 @@ def read_whole(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return the device and inode of a folder, by which a replaced one differs; ``None`` if it is not there."""
     try:
         status = folder.stat()
     except OSError:
@@ -119,7 +126,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Give a folder the name of another one; if that exists, it moves to where the first one was."""
+    """Rename ``new`` to ``target``; an existing target takes the name of ``new``, or else that and ``_REPLACED``."""
     if not target.exists():
         try:
             new.rename(target)
@@ -127,22 +134,24 @@ def _exchange(new: Path, target: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise LockedError(f"{target} was made by another process meanwhile; choose another folder") from None
-    elif not _exchange_atomically(new, target):
-        target.rename(f"{new}.replaced")
-        try:
-            new.rename(target)
-        except FileNotFoundError:  # a reader has completed it
-            if not target.is_dir():
-                raise
+        return
+    if _exchange_atomically(new, target):
+        return
+    target.rename(f"{new}{_REPLACED}")
+    try:
+        new.rename(target)
+    except FileNotFoundError:  # settle() in another process has renamed it
+        if not target.is_dir():
+            raise
 
 
 def _exchange_atomically(new: Path, target: Path) -> bool:
-    """Exchange two names atomically; ``False`` if the system or the file system does not support it."""
+    """Exchange two names atomically, and return whether the system and the file system support it."""
     try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    if not call(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _EXCHANGE):
+    if not renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE):
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
@@ -151,6 +160,7 @@ def _exchange_atomically(new: Path, target: Path) -> bool:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Flush a folder and all files in it to the disk."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             _sync_tree(path)
@@ -160,10 +170,13 @@ def _sync_tree(folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
-    """Copy the regular files of a folder; unfinished files, and links that lead out, are left out."""
+    """Copy the files of a folder, and of those in it, into an existing folder.
+
+    Unfinished files, and symbolic links that lead elsewhere than to a file beside them, are left out. With ``link``,
+    files that have no other hard link are linked instead.
+    """
     for path in sorted(source.iterdir()):
         name = path.name
-        # A link may lead to a file beside it alone.
         leads_out = path.is_symlink() and not (path.is_file() and path.resolve().parent == path.parent.resolve())
         if name == WORK or LEFTOVER.fullmatch(name) or leads_out:
             continue
@@ -172,7 +185,8 @@ def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
             copy_folder(path, target / name, link=link)
             continue
         check_readable(path)
-        if not (link and path.lstat().st_nlink == 1 and not path.is_symlink() and _link(path, target / name)):
+        linkable = link and path.lstat().st_nlink == 1 and not path.is_symlink()
+        if not (linkable and _try_link(path, target / name)):
             shutil.copy2(path, target / name)
 
 
@@ -188,20 +202,23 @@ def record_files(folder: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def check_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
-    """Raise StoreError unless a folder holds the recorded files and no others but pages, which are made from them."""
+def check_recorded_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
+    """Raise StoreError unless a folder holds the files of :func:`record_files`, unchanged, and no others but pages.
+
+    ``shown`` is the path of the folder in messages.
+    """
     present = record_files(folder)
     for name, expected in recorded.items():
         if name not in present:
             raise StoreError(f"{shown / name} is missing or a link; put the file of the run there again")
         if present[name] != expected:
             raise StoreError(f"{shown / name} does not have the recorded SHA-256: it is damaged; copy it again")
-    if other := min(present.keys() - recorded.keys(), default=None):
-        raise StoreError(f"{shown / other} is no file of the run; move it elsewhere")
+    if surplus := min(present.keys() - recorded.keys(), default=None):
+        raise StoreError(f"{shown / surplus} is no file of the run; move it elsewhere")
 
 
 def count_bytes(folder: Path) -> int:
-    """Return how many bytes a copy of a folder takes."""
+    """Return the size of the regular files in a folder and in those in it, without links and unfinished work."""
     return sum(path.stat().st_size for path in _files(folder))
 
 
@@ -216,8 +233,8 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _link(source: Path, target: Path) -> bool:
-    """Hard-link a file; ``False`` where the file system has no links, or too many of this file."""
+def _try_link(source: Path, target: Path) -> bool:
+    """Hard-link a file, and return whether that worked: not every file system has links, or more of this file."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

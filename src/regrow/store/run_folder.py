@@ -16,15 +16,14 @@ from typing import Any, ClassVar
 from regrow.core.axes import AxisGraph
 from regrow.nets.loaded import WeightFile, check_unchanged
 from regrow.store import run_record
-from regrow.store.atomic import Lock, lock, write_text
+from regrow.store.atomic import FolderLock, lock, write_text
 from regrow.store.convert import replace_nonfinite
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.ledger import Ledger
 from regrow.store.metrics import Metrics
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
 
-WritePage = Callable[[Path], object]
-"""Writes the report page of a run into the folder that it is given."""
+WritePage = Callable[[Path], object]  # writes the report page of a run into the folder that it is given
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class RunFolder:
     path: Path
     resumed: bool = False
     out: Path | None = None
-    owner: Lock | None = None
+    owner: FolderLock | None = None
     inputs: list[WeightFile] = field(default_factory=list)
-    is_kept: ClassVar[bool] = True
-    wants_measurements: ClassVar[bool] = True
+    is_kept: ClassVar[bool] = True  # whether the run is on disk; one without a folder says False
+    wants_measurements: ClassVar[bool] = True  # whether quality is measured
 
     @classmethod
     def create(
@@ -57,49 +56,56 @@ class RunFolder:
         defaults: Mapping[str, object] | None = None,
         command: str = "",
     ) -> "RunFolder":
-        """Start a run in a new or empty folder, or resume the same run if it was interrupted."""
-        out, wanted = Path(out), dict[str, Any](verb=verb, settings=settings)
-        wanted |= {} if defaults is None else {"defaults": defaults}
-        cls.check(out, wanted)
+        """Start a run in a new or empty folder and lock it, or resume the same run if it was interrupted.
+
+        The run is the same if ``verb``, ``settings`` and ``defaults`` (if given) are. Raises StoreError if the folder
+        holds anything else, and LockedError if another process writes to it.
+        """
+        out = Path(out)
+        identity: dict[str, Any] = {"verb": verb, "settings": settings}
+        if defaults is not None:
+            identity["defaults"] = defaults
+        cls.check(out, identity)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
         with ExitStack() as stack:
             stack.enter_context(owner)
-            resumed = run_record.is_resumable(out, wanted)
-            folder = cls(out / WORK if resumed else run_record.make_area(out), resumed, out, owner)
+            resumed = run_record.is_resumable(out, identity)
+            folder = cls(out / WORK if resumed else run_record.recreate_area(out), resumed, out, owner)
             if not resumed:
-                record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **wanted}
+                record = {"format": run_record.FORMAT, "command": command, "defaults": {}, **identity}
                 folder.write(run_record.RUN, record | {"versions": run_record.versions(), "started": _now()})
             stack.pop_all()
         return folder
 
     @classmethod
-    def check(cls, out: str | Path, wanted: Mapping[str, Any]) -> "RunFolder | None":
+    def check(cls, out: str | Path, identity: Mapping[str, Any]) -> "RunFolder | None":
         """Return the interrupted run that :meth:`create` would resume, for reading; ``None``: it would start a new one.
 
-        What killed processes left beside the folder is deleted; nothing else is changed.
+        Raises StoreError where :meth:`create` would. ``identity``: verb, settings and defaults by name. What killed
+        processes left beside the folder is deleted; nothing else is changed.
         """
         out = Path(out)
         check_replaceable(out)
         clear_leftovers(out)
         if out.is_dir():
             lock(out).release()
-        begun = cls.open_unfinished(out) if run_record.is_resumable(out, wanted) else None
-        if begun:
-            begun.metrics()  # what goes on with damaged measurements ends with them
-        return begun
+        unfinished = cls.open_unfinished(out) if run_record.is_resumable(out, identity) else None
+        if unfinished:
+            unfinished.metrics()  # raises if they are damaged, before the run goes on with them
+        return unfinished
 
     @classmethod
     def reopen(cls, out: str | Path) -> "RunFolder":
-        """Open the run in a folder for writing; a finished one does not change until :meth:`finish`."""
+        """Lock and open the run in a folder for writing; a finished one does not change until :meth:`finish`."""
         out = Path(out)
         check_replaceable(out)
         with explain_os_errors(out):
             owner = lock(out)
         with ExitStack() as stack:
             stack.enter_context(owner)
-            if not run_record.unfinished_folder(out):
+            if not run_record.find_unfinished(out):
                 cls.open(out)
                 run_record.copy_into_area(out)
             stack.pop_all()
@@ -107,22 +113,21 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """Open a finished run for reading."""
+        """Open a finished run for reading; raise StoreError if it is unfinished, damaged or no run."""
         path = Path(path)
         settle(path)
         folder = cls(path)
         if not (path / run_record.RUN).is_file() or not folder.read_record().get("finished"):
-            if begun := cls.open_unfinished(path):
-                raise StoreError(
-                    f"{path}: the run is not finished; resume it first: {begun.read_record().get('command')}"
-                )
-            folder.read_record()
+            if unfinished := cls.open_unfinished(path):
+                command = unfinished.read_record().get("command")
+                raise StoreError(f"{path}: the run is not finished; resume it first: {command}")
+            folder.read_record()  # raises unless it is a run folder
         return folder
 
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
         """Open the unfinished run in a folder for reading; ``None`` if there is none."""
-        area = run_record.unfinished_folder(Path(path))
+        area = run_record.find_unfinished(Path(path))
         return cls(area) if area else None
 
     def __enter__(self) -> "RunFolder":
@@ -142,7 +147,11 @@ class RunFolder:
         self.write(run_record.RUN, {name: value for name, value in run.items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
-        """Complete the run: its files replace the folder for which it was started, atomically."""
+        """Complete the run and return its final folder, which its files replace atomically; its lock is released.
+
+        ``write_page`` writes the report page before that; ``fields`` are set in ``run.json``. Raises InputError if a
+        file that the run has read was changed meanwhile.
+        """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
         self.update(**fields, finished=_now())
@@ -150,7 +159,7 @@ class RunFolder:
             write_page(self.path)
         check_unchanged(self.inputs)
         with replace_folder(self.out, self.owner) as new:
-            link_tree(self.path, new, skip={"statistics"})
+            link_tree(self.path, new, skip={"statistics"})  # needed to resume alone
         if self.owner:
             self.owner.release()
         return RunFolder(self.out)
@@ -168,7 +177,10 @@ class RunFolder:
     def log(
         self, what: str, row: Mapping[str, object] | None = None, /, *, number: int | None = None, **values: object
     ) -> None:
-        """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns."""
+        """Append a measurement of kind ``what`` to ``metrics.jsonl`` and sync it, unless one with its key is there.
+
+        Its fields are ``row`` and ``values``; ``number``: as for :meth:`regrow.store.metrics.Metrics.add`.
+        """
         self._metrics.add({"what": what, **(row or {}), **values}, number)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -176,13 +188,14 @@ class RunFolder:
         return self._metrics.rows()
 
     def last(self, what: str) -> dict[str, Any]:
-        """Return the last measurement of the kind ``what``."""
+        """Return the last measurement of the kind ``what``, or raise StoreError if there is none."""
         if not (rows := [row for row in self.metrics() if row["what"] == what]):
             raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
         return rows[-1]
 
     @cached_property
     def _metrics(self) -> Metrics:
+        """The file with the measurements of the run."""
         return Metrics(self.path / "metrics.jsonl")
 
     def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
@@ -191,9 +204,10 @@ class RunFolder:
         self.write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 
     def write(self, name: str, data: Mapping[str, object]) -> None:
-        """Write a JSON file of the run, such as ``scores.json``."""
+        """Write a JSON file of the run atomically, such as ``findings.json``; NaN and infinity become null."""
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
 
 def _now() -> str:
+    """Return the present time in UTC, in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

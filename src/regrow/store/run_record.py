@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
-RUN = "run.json"
+RUN = "run.json"  # name of the record in the folder of a run
 FORMAT = "regrow-run/2"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read and check the ``run.json`` of a run folder."""
+    """Return the content of the ``run.json`` in a folder, or raise StoreError if it is missing or damaged."""
     run: dict[str, Any] | None = read_json(folder / RUN)
     if run is None:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
@@ -40,11 +40,11 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
-    """Convert the recorded settings of a run to the dataclass of its command, and check them."""
+    """Return the recorded settings of a run as the dataclass ``kind`` of its command, or raise StoreError."""
     known = {field.name for field in fields(kind)}
-    if other := min(known ^ values.keys(), default=""):
-        what = "unknown here" if other in values else "missing"
-        raise StoreError(f"settings: {other!r:.60} is {what}; use the version of regrow that wrote the run")
+    if differing := min(known ^ values.keys(), default=""):
+        what = "unknown here" if differing in values else "missing"
+        raise StoreError(f"settings: {differing!r:.60} is {what}; use the version of regrow that wrote the run")
     settings = convert(values, kind, "run.json: settings")
     check_settings(settings)
     return settings
@@ -59,18 +59,18 @@ def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the run in a folder is the wanted one, and not finished."""
-    if run["verb"] != wanted["verb"]:
+def check_same_run(path: Path, run: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise StoreError unless a run record has this verb, these settings and defaults, and is not finished."""
+    if run["verb"] != identity["verb"]:
         raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
-    if difference := first_difference(run["settings"], wanted["settings"]):
+    if difference := find_changed_setting(run["settings"], identity["settings"]):
         name, was, now = difference
         raise StoreError(
             f"{path} holds another run ({name} was {was}, here {now}); choose another folder, or delete it"
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    if difference := first_difference(run["defaults"], wanted.get("defaults", run["defaults"])):
+    if difference := find_changed_setting(run["defaults"], identity.get("defaults", run["defaults"])):
         name, was, now = difference
         raise StoreError(
             f"{path} was begun by regrow {run['versions'].get('regrow')}, where {name} was {was} by default, "
@@ -78,8 +78,8 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
 
 
-def first_difference(old: Mapping[str, object], new: Mapping[str, object]) -> tuple[str, str, str] | None:
-    """Return the name of the first setting that differs, and both values in short; ``None`` if all are equal."""
+def find_changed_setting(old: Mapping[str, object], new: Mapping[str, object]) -> tuple[str, str, str] | None:
+    """Return name, old and new value, as JSON cut to 60 characters, of the first setting that differs, if any."""
     for name in {**new, **old}:
         was, now = (json.dumps(values.get(name), sort_keys=True) for values in (old, new))
         if was != now:
@@ -87,39 +87,40 @@ def first_difference(old: Mapping[str, object], new: Mapping[str, object]) -> tu
     return None
 
 
-def unfinished_folder(out: Path) -> Path | None:
-    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none."""
+def find_unfinished(out: Path) -> Path | None:
+    """Return the working area of the unfinished run in ``out``, if there is one; StoreError if it holds links."""
     check_area(out / WORK)
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
-def is_resumable(out: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing, else it is refused."""
+def is_resumable(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this run, unfinished; ``False`` if it is empty or missing, StoreError for all else."""
     if not out.is_dir():
         return False
     names = {path.name for path in out.iterdir() if not LEFTOVER.fullmatch(path.name)}
     if RUN in names:
-        check_same(out, read_run(out), wanted)
+        check_same_run(out, read_run(out), identity)
         raise StoreError(f"{out / RUN} has no finishing time; restore it, or delete {out}")
     if names - {WORK}:
         raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
-    begun = unfinished_folder(out)
-    if begun is None:
+    area = find_unfinished(out)
+    if area is None:
         return False
-    check_same(out, read_run(begun) | {"finished": None}, wanted)
+    # One that was killed in finish() may have its finishing time already.
+    check_same_run(out, read_run(area) | {"finished": None}, identity)
     return True
 
 
 def check_area(area: Path) -> None:
     """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it."""
-    inside = (Path(at) / name for at, names, _ in os.walk(area) for name in names)
+    inside = (Path(root) / name for root, names, _ in os.walk(area) for name in names)
     for path in (area, *inside):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise StoreError(f"{path} is not a folder of its own, as unfinished work needs it; delete {area}")
 
 
-def make_area(out: Path) -> Path:
-    """Create an empty working area in a folder, and return its path."""
+def recreate_area(out: Path) -> Path:
+    """Create an empty working area in a folder, deleting one that is there, and return its path."""
     area = out / WORK
     with explain_os_errors(out):
         if area.exists():
@@ -129,18 +130,19 @@ def make_area(out: Path) -> Path:
 
 
 def copy_into_area(out: Path) -> None:
-    """Fill the working area with the files of the finished run in a folder, so that they can be changed there."""
-    area = make_area(out)
+    """Replace the working area in a folder by one with the files of its finished run, which can be changed there."""
+    area = recreate_area(out)
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN})
     write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run
 
 
+# The packages whose versions are recorded.
 PACKAGES = ("regrow", "torch", "transformers", "tokenizers", "torchvision", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed.
+    """Return name → version, of Python and of those of ``PACKAGES`` that are installed.
 
     >>> sorted({"python", "torch", "regrow"} & versions().keys())
     ['python', 'regrow', 'torch']

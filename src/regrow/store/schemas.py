@@ -9,10 +9,10 @@ import msgspec
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Whole = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
-Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
+Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]  # of a tensor
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256
 
 
 class ParentJson(msgspec.Struct, frozen=True):
@@ -21,7 +21,7 @@ class ParentJson(msgspec.Struct, frozen=True):
     name: str
     weights: str
     parameters: Count
-    plans: Count
+    plans: Count  # how many plans of its ledger the run begins with
     files: dict[str, dict[str, int]] = {}
 
 
@@ -127,7 +127,7 @@ class AxisRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The progress of continual learning: the present task and epoch, and what was measured so far."""
 
-    number: Count
+    number: Count  # the index of the task
     epoch: Count
     step: Count
     before: list[Any]
@@ -142,5 +142,5 @@ class CourseHeader(msgspec.Struct, frozen=True):
     along: dict[str, tuple[list[Any], float | None]]
     values: dict[str, Any]
     numbers: dict[str, float]
-    course: ProgressJson
+    course: ProgressJson  # the progress
     plans: list[dict[str, Any]] | Count

@@ -18,25 +18,25 @@ from regrow.core.limits import parse_json
 from regrow.nets import Origin
 from regrow.store.convert import check_fields, check_format, convert
 from regrow.store.errors import StoreError
-from regrow.store.schemas import Count, Digest, Shape, Whole
-from regrow.store.tensors import DTYPE_NAMES
+from regrow.store.schemas import Count, Digest, Int64, Shape
+from regrow.store.tensors import DTYPE_NAMES, dtype_name
 
 FORMAT = "regrow-shapes/2"
-DTYPES: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
-"""The dtypes that can be stored, by name."""
+# The dtypes that can be stored, by name.
+DTYPES: Mapping[str, torch.dtype] = {dtype_name(dtype): dtype for dtype in DTYPE_NAMES}
 
-MOST = 2**31
-SHAPES = "shapes.json"
+SIZE_LIMIT = 2**31  # sizes in module attributes are smaller
+SHAPES = "shapes.json"  # name of the record in a model folder
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w-]*\.safetensors\Z")]
-Place = Annotated[str, msgspec.Meta(pattern="^[^:]*:[^:]*$")]  # module:attribute
+AttributeName = Annotated[str, msgspec.Meta(pattern="^[^:]*:[^:]*$")]  # module:attribute
 DType = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(DTYPES)})$")]
 
-Number = Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]
-"""The values of module attributes that are recorded: sizes, and constants such as epsilons."""
+# The values of module attributes that are recorded: sizes, and constants such as epsilons.
+Number = Int64 | float | Annotated[tuple[Int64, ...], msgspec.Meta(max_length=64)]
 
 
-class Kind(StrEnum):
-    """The kind of a stored tensor; a derived buffer is one that the state dict leaves out."""
+class TensorKind(StrEnum):
+    """Where a module holds a stored tensor; a derived buffer is one that the state dict leaves out."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -45,16 +45,16 @@ class Kind(StrEnum):
 
     @property
     def carried(self) -> bool:
-        """Whether it is in ``model.safetensors``, which other tools read; otherwise in ``buffers.safetensors``."""
-        return self in (Kind.PARAMETER, Kind.BUFFER)
+        """Whether such tensors are in ``model.safetensors``, for other tools, and not in ``buffers.safetensors``."""
+        return self in (TensorKind.PARAMETER, TensorKind.BUFFER)
 
 
-class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The record of one stored tensor."""
+class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The record of one stored tensor: dtype, shape, kind, and its shape in a newly built network if that differs."""
 
     dtype: DType
     shape: Shape
-    kind: Kind = Kind.PARAMETER
+    kind: TensorKind = TensorKind.PARAMETER
     trains: bool = True  # whether a parameter requires gradients
     was: Shape | None = None  # its shape in a newly built network, if it differs
     added: bool = False  # whether a newly built network has no such tensor, such as a bias that compensates for a cut
@@ -62,11 +62,11 @@ class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     @property
     def bytes(self) -> int:
-        """The size of its data in bytes."""
+        """The size of its numbers in bytes, in the stored dtype."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The size of a safetensors file in bytes, and the SHA-256 of its header; each tensor has a digest of its own."""
 
     bytes: Count = 0
@@ -74,7 +74,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     sha256: Digest | Literal[""] = ""  # of the whole file, which earlier versions wrote; it is not compared
 
 
-class Probe(File, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ProbeRecord(FileRecord, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The record of ``probe.st``, or the reason why there is none."""
 
     reason: str = ""
@@ -85,21 +85,21 @@ class Shapes:
     """The record of a saved network: how to build its architecture, and every difference from it."""
 
     origin: Origin
-    tensors: Mapping[str, Stored]  # tied tensors under their first name alone
-    attributes: Mapping[Place, Number] = field(default_factory=dict)  # where they differ
+    tensors: Mapping[str, StoredTensor]  # tied tensors under their first name alone
+    attributes: Mapping[AttributeName, Number] = field(default_factory=dict)  # where they differ
     ties: Mapping[str, str] = field(default_factory=dict)  # further name of a tied tensor → its first name
     dropped: tuple[str, ...] = ()  # tensors that a newly built network has and this one lacks
     # Whether a newly built network was there to compare with; if not, everything is listed, without a ``was``.
     compared: bool = True
-    files: Mapping[FileName, File] = field(default_factory=dict)
+    files: Mapping[FileName, FileRecord] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     # Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
-    probe: Probe = field(default_factory=Probe)
+    probe: ProbeRecord = field(default_factory=ProbeRecord)
     # Path of a stack of blocks → the insertions into it, in order, which come before anything is dropped.
     inserted: Mapping[str, tuple[Insertion, ...]] = field(default_factory=dict)
 
-    def data(self) -> dict[str, Any]:
+    def to_data(self) -> dict[str, Any]:
         """Return the record as JSON data, without its digest."""
         parts = {
             "versions": self.versions,
@@ -118,13 +118,13 @@ class Shapes:
 
     def to_json(self) -> str:
         """Return the record as JSON text, one line per entry, with the digest of its content."""
-        data = self.data()
+        data = self.to_data()
         data["sha256"] = content_digest(data)
-        return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {_to_lines(value)}" for key, value in data.items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
-        """Parse and validate a record, which may come from anybody."""
+        """Return the record of JSON text from anybody, or raise StoreError; ``check`` compares its digest, too."""
         try:
             data = parse_json(text, "it")
         except InputError as error:
@@ -135,11 +135,12 @@ class Shapes:
         shapes = replace(convert(data, Shapes), placeholders=placeholders)
         if check and data.get("sha256") != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
-        shapes._check()
-        check_fields({key: value for key, value in data.items() if key != "sha256"}, shapes.data())
+        shapes._check_insertions()
+        check_fields({key: value for key, value in data.items() if key != "sha256"}, shapes.to_data())
         return shapes
 
-    def _check(self) -> None:
+    def _check_insertions(self) -> None:
+        """Raise StoreError unless the recorded insertions are valid, and no more than there are tensors."""
         copies = sum(len(insertion.copies) for insertions in self.inserted.values() for insertion in insertions)
         if copies > len(self.tensors):
             raise StoreError(f"inserted: {copies} blocks, but only {len(self.tensors)} tensors are stored; restore it")
@@ -161,7 +162,8 @@ def content_digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _lines(value: Any) -> str:
+def _to_lines(value: Any) -> str:
+    """Return a value as JSON text, a mapping with one line per entry."""
     if not isinstance(value, Mapping) or not value:
         return json.dumps(value)
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"

@@ -11,40 +11,40 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from regrow.store.shapes import Kind, Number, Shapes
+from regrow.store.shapes import Number, Shapes, TensorKind
 from regrow.store.tensors import as_bytes
 from regrow.tracing import attributes as named
 
-USUAL = frozenset(vars(nn.Module()))
-"""Attributes that every module has: its parameters, buffers, submodules and hooks."""
-_DEEPEST = 4
+# Attributes that every module has: its parameters, buffers, submodules and hooks.
+MODULE_VARS = frozenset(vars(nn.Module()))
+_MAX_DEPTH = 4  # of containers in a list or dict, in which tensors are looked for
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldTensor:
     """A tensor of a network, and whether it is a parameter, a buffer or another kind."""
 
     tensor: Tensor
-    kind: Kind
+    kind: TensorKind
 
 
-def named_tensors(model: nn.Module) -> dict[str, Held]:
-    """Return every parameter and buffer under each of its names."""
-    result: dict[str, Held] = {}
+def named_tensors(model: nn.Module) -> dict[str, HeldTensor]:
+    """Return name → tensor, for every parameter and buffer; one with several names is under each of them."""
+    result: dict[str, HeldTensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                result[dot + leaf] = Held(parameter, Kind.PARAMETER)
+                result[dot + leaf] = HeldTensor(parameter, TensorKind.PARAMETER)
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
-                kind = Kind.DERIVED if leaf in module._non_persistent_buffers_set else Kind.BUFFER
-                result[dot + leaf] = Held(buffer, kind)
+                kind = TensorKind.DERIVED if leaf in module._non_persistent_buffers_set else TensorKind.BUFFER
+                result[dot + leaf] = HeldTensor(buffer, kind)
     return result
 
 
-def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
-    """Return, for every further name of a tied tensor, its first name.
+def find_ties(tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
+    """Return further name → first name, of tensors that are the same object or memory (tied ones).
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
@@ -55,10 +55,10 @@ def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
     result = {}
     for name, held in tensors.items():
         t = held.tensor
-        if held.kind is Kind.DERIVED:
+        if held.kind is TensorKind.DERIVED:
             continue
-        numbers = t.numel() and not t.is_meta and not isinstance(t, FakeTensor)
-        memory = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) if numbers else id(t)
+        has_memory = t.numel() and not t.is_meta and not isinstance(t, FakeTensor)
+        memory = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) if has_memory else id(t)
         owner = first.setdefault((held.kind, memory), name)
         if owner != name:
             result[name] = owner
@@ -73,55 +73,59 @@ def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
     >>> list(attribute_tensors(net))
     ['scale']
     """
-    return {name: value for name, value in _attributes(model) if isinstance(value, Tensor)}
+    return {name: value for name, value in _own_attributes(model) if isinstance(value, Tensor)}
 
 
-def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return place → tensor, for every tensor inside a list, tuple or dict that a module holds.
+def container_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return ``attribute[key]`` → tensor, for every tensor inside a list, tuple or dict that a module holds.
 
     >>> net = nn.Linear(2, 2)
     >>> net.anchors = [torch.ones(2)]
-    >>> list(packed_tensors(net))
+    >>> list(container_tensors(net))
     ['anchors[0]']
     """
     return {
         f"{name}{key}": tensor
-        for name, value in _attributes(model)
+        for name, value in _own_attributes(model)
         if isinstance(value, list | tuple | dict)
-        for key, tensor in _inside(value, _DEEPEST)
+        for key, tensor in _tensors_in(value, _MAX_DEPTH)
     }
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return name → tensor, for every tensor that a network holds under a name."""
+    """Return name → tensor, for every parameter, buffer and plain attribute of a network."""
     held = {name: held.tensor for name, held in named_tensors(model).items()}
     return held | attribute_tensors(model)
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _own_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of the attributes of modules that not every module has."""
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        yield from ((dot + name, value) for name, value in vars(module).items() if name not in USUAL)
+        yield from ((dot + name, value) for name, value in vars(module).items() if name not in MODULE_VARS)
 
 
-def _inside(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield ([key] or [key][key]…, tensor) of a list, tuple or dict, and of up to ``depth`` levels of those in it."""
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in parts:
         if isinstance(part, Tensor):
             yield f"[{key!r}]", part
         elif isinstance(part, list | tuple | dict) and depth:
-            yield from ((f"[{key!r}]{place}", tensor) for place, tensor in _inside(part, depth - 1))
+            yield from ((f"[{key!r}]{keys}", tensor) for keys, tensor in _tensors_in(part, depth - 1))
 
 
 def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Replace tensors, in place, wherever modules hold them outside their parameters and buffers."""
+    """Replace tensors by ``id`` → new tensor, in place, wherever modules hold them outside parameters and buffers."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if name not in USUAL and any(id(tensor) in new for _, tensor in _inside([value], _DEEPEST + 1)):
+            held = () if name in MODULE_VARS else _tensors_in([value], _MAX_DEPTH + 1)
+            if any(id(tensor) in new for _, tensor in held):
                 vars(module)[name] = _replace(value, new)
 
 
 def _replace(value: Any, new: Mapping[int, Tensor]) -> Any:
+    """Return a value with tensors replaced by ``id`` → new tensor; lists and dicts are changed in place."""
     match value:
         case Tensor():
             return new.get(id(value), value)
@@ -135,7 +139,7 @@ def _replace(value: Any, new: Mapping[int, Tensor]) -> Any:
 
 
 def find_numbers(model: nn.Module) -> dict[str, Number]:
-    """Return ``module:attribute`` → value, for every module attribute that is a number or a tuple of integers.
+    """Return ``module:attribute`` → value, of every module attribute that is a number or a list or tuple of integers.
 
     >>> find_numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
     (3,)
@@ -144,7 +148,7 @@ def find_numbers(model: nn.Module) -> dict[str, Number]:
 
 
 def settable_numbers(model: nn.Module) -> dict[str, Number | None]:
-    """Return :func:`find_numbers`, with the attributes that are ``None`` and may become one (a default epsilon).
+    """Return :func:`find_numbers` and the attributes that are ``None``, which a number may replace (an epsilon).
 
     >>> settable_numbers(nn.RMSNorm(3))
     {':normalized_shape': (3,), ':eps': None}
@@ -154,12 +158,13 @@ def settable_numbers(model: nn.Module) -> dict[str, Number | None]:
         for name, value in (*vars(module).items(), *named.config_counts(module)):
             if _is_number(value):
                 result[f"{path}:{name}"] = tuple(value) if isinstance(value, list) else value
-            elif value is None and name not in USUAL:
+            elif value is None and name not in MODULE_VARS:
                 result[f"{path}:{name}"] = None
     return result
 
 
 def _is_number(value: Any) -> bool:
+    """Whether an attribute is an int, a float, or a non-empty list or tuple of ints."""
     if isinstance(value, tuple | list):
         return bool(value) and all(type(part) is int for part in value)
     return type(value) in (int, float)
@@ -178,23 +183,23 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
-    """Give a newly built and checked network the recorded tensors and numbers, in place."""
+    """Give a newly built network the recorded tensors and numbers, in place; it was checked against the record."""
     before = {name: held.tensor for name, held in named_tensors(model).items()}
-    made = {name: tensors[name] for name in shapes.tensors}
+    new = {name: tensors[name] for name in shapes.tensors}
     for name, stored in shapes.tensors.items():
-        if stored.kind is Kind.PARAMETER:
-            made[name] = nn.Parameter(tensors[name], stored.trains)
-    made |= {name: made[first] for name, first in shapes.ties.items()}
+        if stored.kind is TensorKind.PARAMETER:
+            new[name] = nn.Parameter(tensors[name], stored.trains)
+    new |= {name: new[first] for name, first in shapes.ties.items()}
     # Assigned as a user would, not through the dictionaries: some modules keep a second list of their weights.
-    for name in (*made, *shapes.dropped):
+    for name in (*new, *shapes.dropped):
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, made.get(name))
-    replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
+        setattr(model.get_submodule(path), leaf, new.get(name))
+    replace_tensors(model, {id(old): new[name] for name, old in before.items() if name in new})
     present = settable_numbers(model)
-    for place, number in shapes.attributes.items():
-        if place in present and not same_number(number, present[place]):
-            path, name = place.split(":")
+    for key, number in shapes.attributes.items():
+        if key in present and not same_number(number, present[key]):
+            path, name = key.split(":")
             module = model.get_submodule(path)
-            held_as = type(named.get_attribute(module, name))
-            several = isinstance(number, tuple) and present[place] is not None
-            named.set_attribute(module, name, held_as(number) if several else number)
+            if isinstance(number, tuple) and present[key] is not None:  # a list stays a list
+                number = type(named.get_attribute(module, name))(number)
+            named.set_attribute(module, name, number)

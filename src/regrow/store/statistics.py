@@ -14,8 +14,8 @@ from regrow.store.errors import explain_os_errors
 from regrow.store.schemas import Count
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
+# Name of the folder in which a run keeps what it needs to resume; not part of a finished run.
 FOLDER = "statistics"
-"""Where a run keeps what it needs to resume; not part of a finished run."""
 FORMAT = "regrow-statistics/3"
 
 
@@ -31,13 +31,13 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
     fisher: list[str]
 
 
-def file_name(source: str, shard: int) -> str:
-    """Return a file name for a shard of a source: safe on every disk, and different for different sources."""
+def shard_file_name(source: str, shard: int) -> str:
+    """Return the file name for a shard of a source: a hash, since names of sources are not safe on every disk."""
     return f"{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{shard}.safetensors"
 
 
 def fingerprint(source: Source, *settings: object) -> str:
-    """Return a digest of everything that statistics on a source depend on.
+    """Return the SHA-256 of the batches of a source, which are all read, and of the settings.
 
     >>> import torch
     >>> from regrow.core.sources import Batch
@@ -54,8 +54,8 @@ def fingerprint(source: Source, *settings: object) -> str:
 
 
 def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-    """Store the measurements on one shard of a source in a run folder; ``key`` is the digest of what they depend on."""
-    path = run / FOLDER / file_name(source, shard)
+    """Write the statistics of one shard of a source below a run folder; ``key`` is the :func:`fingerprint`."""
+    path = run / FOLDER / shard_file_name(source, shard)
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     tensors = {f"{i:06}": tensor for i, tensor in enumerate(statistics.tensors())}
@@ -63,18 +63,19 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-    """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
+    """Return (source, shard) → statistics that an interrupted calibration finished, for ``collect(done=…)``.
 
-    Files that are damaged or of another source, shard or key are left out.
+    ``keys``: name of a source → its :func:`fingerprint`. Files that are damaged or of another source, shard or key are
+    left out.
     """
     finished = {}
     for source, key in keys.items():
         for shard in range(shards):
             try:
-                header, tensors = read_tensors(run / FOLDER / file_name(source, shard), FORMAT)
+                header, tensors = read_tensors(run / FOLDER / shard_file_name(source, shard), FORMAT)
                 record = convert(header, StatisticsHeader)
-                many = 2 * len(record.moments) + len(record.gradients) + len(record.fisher)
-                if (record.source, record.shard, record.key, len(tensors)) == (source, shard, key, many):
+                count = 2 * len(record.moments) + len(record.gradients) + len(record.fisher)
+                if (record.source, record.shard, record.key, len(tensors)) == (source, shard, key, count):
                     finished[source, shard] = Statistics.assemble(source, header, tensors.values())
             except (ValueError, KeyError, TypeError):
                 continue
@@ -82,5 +83,5 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
 
 
 def parameter_sums(model: nn.Module) -> list[float]:
-    """Return one sum per parameter, which tells different weights apart cheaply."""
+    """Return the sum of the first 4096 entries of each parameter, by which different weights are told apart cheaply."""
     return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]

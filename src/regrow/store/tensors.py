@@ -18,6 +18,7 @@ from regrow.store.atomic import atomic_write
 from regrow.store.convert import check_format
 from regrow.store.errors import StoreError, explain_os_errors
 
+# The names of dtypes in a safetensors file; tensors are sorted in this order, then by name, as its own writer does.
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -36,21 +37,28 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The names of dtypes in the file; tensors are sorted in this order, then by name."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in records, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 class TensorFile:
-    """A safetensors file that is being written, its tensors one by one in any order."""
+    """A safetensors file that is being written, its tensors one by one in any order; to be closed by ``with``.
+
+    ``entries``: name → dtype and shape of every tensor. Raises ValueError for a dtype that the format lacks.
+    """
 
     def __init__(
         self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         if unknown := [name for name, (dtype, _) in entries.items() if dtype not in DTYPE_NAMES]:
-            kind = str(entries[unknown[0]][0]).removeprefix("torch.")
-            raise ValueError(f"safetensors files do not hold {kind}, the dtype of {unknown[0]}; convert it first")
+            name = dtype_name(entries[unknown[0]][0])
+            raise ValueError(f"safetensors files do not hold {name}, the dtype of {unknown[0]}; convert it first")
         order = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-        self.places: dict[str, tuple[int, int]] = {}
+        self.places: dict[str, tuple[int, int]] = {}  # begin and end, behind the header
         end = 0
         for name in sorted(entries, key=lambda name: (order[entries[name][0]], name)):
             dtype, shape = entries[name]
@@ -58,13 +66,13 @@ class TensorFile:
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
             self.places[name] = begin, end
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8, as the format's own writer has it
         self.path, self.header = path, struct.pack("<Q", len(text)) + text
         self.file = path.open("wb", buffering=0)
         self._write(0, memoryview(self.header))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor in its place."""
+        """Write a tensor in its place in the file; ValueError unless it has the bytes that the header says."""
         begin, end = self.places[name]
         if tensor.nbytes != end - begin:
             raise ValueError(f"{name} has {tensor.nbytes} bytes, not the {end - begin} in the header")
@@ -72,8 +80,9 @@ class TensorFile:
             self._write(len(self.header) + begin, memoryview(as_bytes(tensor).numpy().data))
 
     def _write(self, start: int, view: memoryview) -> None:
+        """Write bytes from a position in the file on."""
         self.file.seek(start)
-        while view:
+        while view:  # an unbuffered file may write a part of them
             view = view[self.file.write(view) :]
 
     def __enter__(self) -> "TensorFile":
@@ -94,29 +103,29 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str) -> None:
-    """Write named tensors and a JSON header to one file atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], format_name: str) -> None:
+    """Write named tensors and a JSON header, with its format and their digest, to one file atomically."""
     names = list(tensors)
     # The file format restricts names: tensors are numbered.
-    here = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
-    record = {"format": kind, **header, "names": names, "sha256": digest(here)}
-    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in here.items()}
-    with (
-        atomic_write(path) as temporary,
-        TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file,
-    ):
-        for name, tensor in here.items():
+    numbered = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
+    record = {"format": format_name, **header, "names": names, "sha256": digest_tensors(numbered)}
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in numbered.items()}
+    with atomic_write(path) as temporary, TensorFile(temporary, entries, {"regrow": json.dumps(record)}) as file:
+        for name, tensor in numbered.items():
             file.write(name, tensor)
 
 
 def read_header(path: Path, *formats: str) -> dict[str, Any]:
-    """Read the header of a file written by :func:`write_tensors`, without its tensors."""
-    with _telling(path), safe_open(path, framework="pt") as content:
-        return _header(content, formats)
+    """Return the header of a file of :func:`write_tensors`, of one of some formats; StoreError if it is damaged."""
+    with _explain_read_errors(path), safe_open(path, framework="pt") as content:
+        return _parse_header(content, formats)
 
 
 def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
-    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted."""
+    """Return the header of an interrupted stage's checkpoint, with this key; else delete the file and return ``{}``.
+
+    The file's folder is made if it is missing.
+    """
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
@@ -129,13 +138,13 @@ def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
     return {}
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a file written by :func:`write_tensors`, and check its digest."""
-    with _telling(path):
+def read_tensors(path: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header and tensors of a file of :func:`write_tensors`; StoreError unless format and digest are right."""
+    with _explain_read_errors(path):
         with safe_open(path, framework="pt") as content:
-            header = _header(content, (kind,))
+            header = _parse_header(content, (format_name,))
             tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if digest(tensors) != header["sha256"]:
+        if digest_tensors(tensors) != header["sha256"]:
             raise ValueError("its numbers do not have the recorded SHA-256")
         names = header["names"]
         if len(names) != len(tensors):
@@ -143,8 +152,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
         return header, {name: tensors[f"t{i}"] for i, name in enumerate(names)}
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors, independent of their order."""
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and numbers of tensors, independent of their order."""
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         add_to_digest(hasher, (name, tensors[name]))
@@ -170,8 +179,9 @@ def add_to_digest(hasher: Any, value: Any) -> None:
             hasher.update(f"{value!r};".encode())
 
 
-def _header(content: Any, formats: Sequence[str]) -> dict[str, Any]:
-    header = json.loads((content.metadata() or {}).get("regrow", "null"))
+def _parse_header(file: Any, formats: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON header in the metadata of an open safetensors file; ValueError if it is damaged."""
+    header = json.loads((file.metadata() or {}).get("regrow", "null"))
     if not isinstance(header, dict) or header.get("format") not in formats:
         check_format(header, formats[0], "it")
     names = header.get("names")
@@ -183,8 +193,8 @@ def _header(content: Any, formats: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Turn every error of reading a file into one line with a remedy."""
+def _explain_read_errors(path: Path) -> Iterator[None]:
+    """Turn every error of reading a file in the block into a StoreError of one line with a remedy."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

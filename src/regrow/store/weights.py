@@ -1,4 +1,4 @@
-"""A network's tensors in safetensors files: written in shards, validated against the record when read."""
+"""A network's weights in safetensors files: written in shards, validated against the record when read."""
 
 import hashlib
 import json
@@ -18,24 +18,23 @@ from torch import Tensor, nn
 from regrow.nets.load import count_nonfinite
 from regrow.store.atomic import atomic_write, write_text
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
-from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
-from regrow.store.tensors import TensorFile, as_bytes
+from regrow.store.shapes import DTYPES, FileRecord, Shapes, StoredTensor, TensorKind
+from regrow.store.tensors import TensorFile, as_bytes, dtype_name
 
-SHARD = 5 * 10**9
-"""The most bytes of tensors in one file; more are split into several files."""
+SHARD_BYTES = 5 * 10**9  # the most bytes of tensors in one file; more are split into several files
+# The most bytes of tensors that wait to be written, besides one tensor that is larger than this.
 AHEAD = 2**26
-"""The most bytes of tensors that wait to be written."""
-FLUSHED = 2**27
-"""After how many bytes the disk is waited for: what the system keeps in memory until then counts for a limit."""
-_LONGEST = 2**28
+# After how many bytes the disk is waited for: what the system keeps in memory until then counts for a limit.
+FLUSH_BYTES = 2**27
+_MAX_HEADER_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class OutsideTensors:
-    """The tensors of a network that is larger than memory: it has their shapes, but not their numbers."""
+    """Functions that give the tensors of a network that is larger than memory, and run it once they are written."""
 
-    each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]
-    running: Callable[[Path], AbstractContextManager[nn.Module]]
+    each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]  # yields (name, tensor) of the recorded ones, in any order
+    running: Callable[[Path], AbstractContextManager[nn.Module]]  # the network of the written files, which can be run
     aligned: bool = False  # whether they would all begin at a cache line if the network were in memory
     ahead: int = AHEAD  # the most bytes of tensors that wait to be written while the next ones are made
 
@@ -43,22 +42,22 @@ class OutsideTensors:
 def write_weights(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, *, ahead: int = AHEAD) -> Shapes:
     """Write every recorded tensor, given in any order, and return the record with the digests of tensors and headers.
 
-    A model's own go to ``model.safetensors``, others to ``buffers.safetensors``. Parameters that would hold NaN or
-    infinity are refused.
+    A model's own go to ``model.safetensors``, others to ``buffers.safetensors``. Raises StoreError for parameters that
+    would hold NaN or infinity. ``ahead``: as for :class:`TensorWriter`.
     """
-    files = _files(shapes)
-    places: dict[str, TensorFile] = {}
+    files = _assign_files(shapes)
+    open_files: dict[str, TensorFile] = {}
     with ExitStack() as stack:
         for name, part in files.items():
             entries = {key: (DTYPES[stored.dtype], stored.shape) for key, stored in part.items()}
             temporary = stack.enter_context(atomic_write(folder / name))
             file = stack.enter_context(TensorFile(temporary, entries, {"format": "pt"}))
-            places |= dict.fromkeys(part, file)
-        with TensorWriter(places, ahead) as writer:
+            open_files |= dict.fromkeys(part, file)
+        with TensorWriter(open_files, ahead) as writer:
             for key, tensor in tensors:
                 stored = shapes.tensors[key]
                 tensor = tensor.detach().to("cpu", DTYPES[stored.dtype]).contiguous()
-                if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
+                if stored.kind is TensorKind.PARAMETER and (bad := count_nonfinite(tensor)):
                     raise StoreError(f"{bad} entries of {key!r} are NaN or infinite; use another dtype or model")
                 writer.write(key, tensor)
             digests = writer.finish()
@@ -68,19 +67,22 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder:
         index = {"metadata": {"total_size": size}, "weight_map": shards}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     records = {name: msgspec.structs.replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
-    return replace(shapes, tensors=records, files={name: measure(folder / name) for name in files})
+    return replace(shapes, tensors=records, files={name: describe_file(folder / name) for name in files})
 
 
-def _files(shapes: Shapes) -> dict[str, dict[str, Stored]]:
-    """Return file name → the tensors that it holds."""
-    parts: list[dict[str, Stored]] = [{}]
-    rest: dict[str, Stored] = {}
+def _assign_files(shapes: Shapes) -> dict[str, dict[str, StoredTensor]]:
+    """Divide the recorded tensors among files: shards of up to ``SHARD_BYTES``, and ``buffers.safetensors``.
+
+    Returns file name → the tensors that it holds.
+    """
+    parts: list[dict[str, StoredTensor]] = [{}]
+    rest: dict[str, StoredTensor] = {}
     size = 0
     for name, stored in shapes.tensors.items():
         if not stored.kind.carried:
             rest[name] = stored
             continue
-        if parts[-1] and size + stored.bytes > SHARD:
+        if parts[-1] and size + stored.bytes > SHARD_BYTES:
             parts.append({})
             size = 0
         parts[-1][name] = stored
@@ -91,34 +93,35 @@ def _files(shapes: Shapes) -> dict[str, dict[str, Stored]]:
 
 
 def read_weights(
-    folder: Path, shapes: Shapes, *, check: bool = True, kinds: Collection[Kind] = tuple(Kind)
+    folder: Path, shapes: Shapes, *, check: bool = True, kinds: Collection[TensorKind] = tuple(TensorKind)
 ) -> dict[str, Tensor]:
-    """Read every recorded tensor and validate it against the record.
+    """Return name → tensor, of every recorded one of some kinds; raise StoreError unless all files fit the record.
 
-    Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results.
+    Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results. ``check``
+    compares digests, too.
     """
     result: dict[str, Tensor] = {}
-    there: set[str] = set()
+    stored: set[str] = set()
     for name, expected in shapes.files.items():
-        path = inside(folder, name)
+        path = require_file(folder, name)
         check_file(path, expected, digests=check)
         try:
             with safe_open(path, framework="pt") as content:
                 for key in content.keys():  # noqa: SIM118 (it is no dictionary)
-                    if key in there or key not in shapes.tensors:
+                    if key in stored or key not in shapes.tensors:
                         raise StoreError(f"{path} holds the tensor {key!r}, which is not recorded; restore the file")
-                    there.add(key)
+                    stored.add(key)
                     if shapes.tensors[key].kind in kinds:
-                        result[key] = _check(path, key, content.get_tensor(key), shapes.tensors[key], check)
+                        result[key] = _copy_checked(path, key, content.get_tensor(key), shapes.tensors[key], check)
         except (SafetensorError, OSError, AttributeError, RuntimeError) as error:
             raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
-    if missing := [name for name in shapes.tensors if name not in there]:
+    if missing := [name for name in shapes.tensors if name not in stored]:
         raise StoreError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first; restore its files")
     return result
 
 
-def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder, or raise StoreError if it is missing or leads elsewhere."""
+def require_file(folder: Path, name: str) -> Path:
+    """Return the path of a regular file in a folder, or raise StoreError if it is missing or leads elsewhere."""
     path = folder / name
     if not path.is_file():
         raise StoreError(f"{path} is missing; copy the folder again")
@@ -128,43 +131,44 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def measure(path: Path) -> File:
-    """Return the size of a safetensors file, and the SHA-256 of its header."""
+def describe_file(path: Path) -> FileRecord:
+    """Return the record of a safetensors file: its size in bytes, and the SHA-256 of its header."""
     with explain_os_errors(path), path.open("rb") as file:
         length = file.read(8)
-        header = file.read(min(int.from_bytes(length, "little"), _LONGEST))
-        return File(path.stat().st_size, hashlib.sha256(length + header).hexdigest())
+        header = file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
+        return FileRecord(path.stat().st_size, hashlib.sha256(length + header).hexdigest())
 
 
-def digest(tensor: Tensor) -> str:
+def digest_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order.
 
-    >>> digest(torch.zeros(2))[:8]
+    >>> digest_tensor(torch.zeros(2))[:8]
     'af5570f5'
     """
     return hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest()
 
 
-def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
-    """Raise StoreError unless a file has the recorded size and header digest."""
+def check_file(path: Path, expected: FileRecord, *, digests: bool = True) -> None:
+    """Raise StoreError unless a file has the recorded size and, with ``digests``, the recorded digest of its header."""
     length = path.stat().st_size
     if length != expected.bytes:
         what = f"{length} bytes, not the recorded {expected.bytes}: it is truncated or was changed"
         raise StoreError(f"{path} has {what}; copy it again")
-    if digests and measure(path).header != expected.header:
+    if digests and describe_file(path).header != expected.header:
         raise StoreError(f"{path} does not have the recorded SHA-256: it is damaged or was changed; copy it again")
 
 
-def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -> Tensor:
+def _copy_checked(path: Path, name: str, tensor: Tensor, stored: StoredTensor, check: bool) -> Tensor:
+    """Return a copy of a tensor, or raise StoreError unless it has the recorded form, finite numbers and digest."""
     if tuple(tensor.shape) != stored.shape or tensor.dtype != DTYPES[stored.dtype]:
         raise StoreError(
-            f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
+            f"{path}: {name!r} is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
             f"the record says {stored.dtype} {stored.shape}; restore the file"
         )
     tensor = tensor.clone(memory_format=torch.contiguous_format)
-    if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(tensor)):
+    if stored.kind is TensorKind.PARAMETER and (bad := count_nonfinite(tensor)):
         raise StoreError(f"{path}: {bad} entries of {name!r} are NaN or infinite; use an undamaged file")
-    if check and digest(tensor) != stored.sha256:
+    if check and digest_tensor(tensor) != stored.sha256:
         raise StoreError(
             f"{path}: {name!r} does not have the recorded SHA-256: it is damaged or was changed; copy it again"
         )
@@ -172,7 +176,10 @@ def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -
 
 
 class TensorWriter:
-    """Writes tensors to their files in threads, and takes their digests."""
+    """Writes tensors to their files in a thread, and takes their digests in another one.
+
+    ``files``: name of a tensor → its file. At most ``ahead`` bytes of tensors wait, besides one that is larger.
+    """
 
     def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
         self.files, self.ahead = files, ahead
@@ -182,16 +189,19 @@ class TensorWriter:
         self.pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; it must not change any more."""
-        size = tensor.nbytes if tensor.nbytes <= self.ahead else 0
-        while self.waiting and size + sum(other for other, _ in self.waiting) > self.ahead:
+        """Queue a tensor, which must not change any more; waits for room in the queue, and raises earlier errors."""
+        while self.waiting:
+            sizes = sorted([tensor.nbytes, *(size for size, _ in self.waiting)])
+            # One tensor larger than ``ahead`` is let through: the first block is cut while the embedding is written.
+            if sum(sizes[:-1] if sizes[-1] > self.ahead else sizes) <= self.ahead:
+                break
             self._wait()
         data = as_bytes(tensor)
         work = self.pools[0].submit(self._write, name, tensor), self.pools[1].submit(self._digest, name, data)
-        self.waiting.append((size, work))
+        self.waiting.append((tensor.nbytes, work))
 
     def finish(self) -> Mapping[str, str]:
-        """Wait until all is written; return the SHA-256 of each tensor."""
+        """Wait until all is written, raise its errors, and return name → SHA-256 of each tensor."""
         while self.waiting:
             self._wait()
         return self.digests
@@ -204,16 +214,19 @@ class TensorWriter:
             pool.shutdown(cancel_futures=True)
 
     def _wait(self) -> None:
+        """Wait until the oldest tensor is written and hashed; raise the error of either."""
         for work in self.waiting.popleft()[1]:
             work.result()
 
     def _write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its file, and wait for the disk after every ``FLUSH_BYTES``."""
         file = self.files[name]
         file.write(name, tensor)
         self.unflushed += tensor.nbytes
-        if self.unflushed > FLUSHED:
+        if self.unflushed > FLUSH_BYTES:
             os.fsync(file.file.fileno())
             self.unflushed = 0
 
     def _digest(self, name: str, data: Tensor) -> None:
+        """Take the SHA-256 of a tensor's bytes."""
         self.digests[name] = hashlib.sha256(data.numpy().data).hexdigest()

@@ -24,16 +24,14 @@ from regrow.nets.loaded import WeightFile
 from regrow.store.errors import StoreError
 from regrow.store.tensors import DTYPE_NAMES
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_LONGEST = 10**8
-"""The longest header in bytes that is read, as in the format's own reader."""
-_LINE = 64
-"""The bytes of a cache line."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # names of weight files in a folder
+_MAX_HEADER_BYTES = 10**8  # the longest header in bytes that is read, as in the format's own reader
+_CACHE_LINE = 64  # the bytes of a cache line
 _DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class BufferPool:
-    """Memory of released tensors, which the next ones are read into.
+    """Memory of tensors that were garbage-collected, which the next ones are read into.
 
     Fresh memory costs several times what reading into it does: the system fills each of its pages with zeros first.
     Buffers in use and free ones together take no more memory than were in use at some time.
@@ -50,30 +48,32 @@ class BufferPool:
             if fitting:
                 memory = self.free.pop(min(fitting, key=lambda i: len(self.free[i])))
             else:
-                left = size
-                while left > 0 and self.free:  # the system gets back as much as it gives
-                    left -= len(self.free.pop(max(range(len(self.free)), key=lambda i: len(self.free[i]))))
+                missing = size
+                while missing > 0 and self.free:  # the system gets back as much as it gives, the largest first
+                    largest = max(range(len(self.free)), key=lambda i: len(self.free[i]))
+                    missing -= len(self.free.pop(largest))
                 memory = torch.empty(size, dtype=torch.uint8).numpy()  # numpy's own asks for huge pages
-        lent = memory[:size]
-        weakref.finalize(lent, self.free.append, memory).atexit = False
-        return torch.from_numpy(lent)
+        buffer = memory[:size]
+        # The tensor keeps this view alive: when it is collected, its memory is free again.
+        weakref.finalize(buffer, self.free.append, memory).atexit = False
+        return torch.from_numpy(buffer)
 
     def clear(self) -> None:
-        """Give free memory back to the system; memory in use is given back once it is released."""
+        """Give the free memory back to the system; memory in use still becomes free when its tensor is collected."""
         with self.lock:
             self.free.clear()
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in a file."""
+    """Where a tensor lies in a file, and its form."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # the position in the file of its first byte
     bytes: int
-    opened: WeightFile | None = None
+    opened: WeightFile | None = None  # the file as it was when its header was read
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,61 +85,62 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
-        """The files as they were when they were opened."""
+        """The files as they were when they were opened, each once."""
         return tuple({id(place.opened): place.opened for place in self.places.values() if place.opened}.values())
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a model folder: its single file, or else shards with an index."""
+        """Return the checkpoint in a model folder: its single file, or else shards with an index. Raises StoreError."""
         if (folder / INDEX).exists() and not (folder / SINGLE).is_file():
             return cls(_read_shards(folder))
         return cls(read_places(folder / SINGLE))
 
     def read(self, name: str, pool: BufferPool | None = None, first: int | None = None) -> Tensor:
-        """Read a tensor, or its first entries in row-major order, on the CPU; in memory of a pool if there is one."""
+        """Return a tensor on the CPU, or its ``first`` entries in row-major order, ``[first]``; in memory of a pool."""
         return read_tensor(self.places[name], first, aligned=first is None and name in self.aligned, pool=pool)
 
 
 def read_tensor(
-    place: TensorPlace, most: int | None = None, *, aligned: bool = False, pool: BufferPool | None = None
+    place: TensorPlace, first: int | None = None, *, aligned: bool = False, pool: BufferPool | None = None
 ) -> Tensor:
-    """Read a tensor into memory of its own.
+    """Return a tensor read into memory of its own, or its ``first`` entries, ``[first]``; StoreError if it fails.
 
     Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
     another one, kernels may sum in another order.
     """
-    length = place.bytes if most is None else min(place.bytes, most * place.dtype.itemsize)
-    room = torch.empty(length + _LINE, dtype=torch.uint8) if pool is None else pool.allocate(length + _LINE)
-    offset = ((0 if aligned else place.start) - room.data_ptr()) % _LINE
+    length = place.bytes if first is None else min(place.bytes, first * place.dtype.itemsize)
+    size = length + _CACHE_LINE  # so that the tensor may begin anywhere in the first line
+    memory = torch.empty(size, dtype=torch.uint8) if pool is None else pool.allocate(size)
+    offset = ((0 if aligned else place.start) - memory.data_ptr()) % _CACHE_LINE
     offset -= offset % place.dtype.itemsize  # an unpadded header puts tensors where torch reads none
-    made = room[offset : offset + length]
-    view = memoryview(made.numpy().data)
+    content = memory[offset : offset + length]
+    view = memoryview(content.numpy().data)
     try:
         with place.file.open("rb", buffering=0) as file:
             _read_into(view, place, file)
     except OSError as error:
         raise StoreError(f"{place.file} cannot be read ({error.strerror}); copy it again") from None
-    flat = made.view(place.dtype) if length else torch.empty(0, dtype=place.dtype)
-    return flat if most is not None else flat.view(place.shape)
+    flat = content.view(place.dtype) if length else torch.empty(0, dtype=place.dtype)
+    return flat if first is not None else flat.view(place.shape)
 
 
 def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> None:
-    """Fill a buffer from where a tensor lies in an open file, to which nothing may happen meanwhile."""
+    """Fill a buffer from where a tensor lies in an open file; raise InputError if the file was changed meanwhile."""
     if place.opened:
         place.opened.check(file.fileno())
     done = 0
     file.seek(place.start)
     while done < len(view):
-        many = file.readinto(view[done:])
-        if not many:
+        count = file.readinto(view[done:])
+        if not count:
             raise StoreError(f"{place.file} has become shorter while it was read; copy it again")
-        done += many
+        done += count
     if place.opened:
         place.opened.check(file.fileno())
 
 
 def read_places(path: Path) -> dict[str, TensorPlace]:
-    """Read the header of a safetensors file and return where its tensors lie."""
+    """Return name → place of every tensor of a safetensors file, from its header; StoreError if it is damaged."""
     try:
         check_regular(path)
         with path.open("rb") as file:
@@ -147,19 +148,20 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
             with safe_open(path, framework="np"):  # refuses what is no complete file of the format
                 pass
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= _LONGEST:
+            if not 0 < length <= _MAX_HEADER_BYTES:
                 raise InputError(f"its header has {length} bytes")
             header = parse_json(file.read(length).decode(), "its header")
             opened.check()
         assert isinstance(header, dict)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _place(opened, name, entry, 8 + length) for name, entry in entries.items()}
+        return {name: _parse_entry(opened, name, entry, 8 + length) for name, entry in entries.items()}
     except (InputError, OSError, UnicodeDecodeError, SafetensorError) as error:
         why = " ".join(str(error).split("; ")[0].split())[:120]
         raise StoreError(f"{path} is no complete safetensors file ({why}); copy or download it again") from None
 
 
-def _place(file: WeightFile, name: str, entry: Any, begin: int) -> TensorPlace:
+def _parse_entry(file: WeightFile, name: str, entry: Any, begin: int) -> TensorPlace:
+    """Return the place of a tensor by its header entry; numbers ``begin`` behind the header. InputError if invalid."""
     dtype, shape, (start, stop) = _DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
     if dtype is None or prod(shape) * dtype.itemsize != stop - start or not is_possible(shape):
         raise InputError(f"{name!r:.60} has {stop - start} bytes, and is {entry['dtype']!s:.20} {shape!s:.60}")
@@ -167,16 +169,17 @@ def _place(file: WeightFile, name: str, entry: Any, begin: int) -> TensorPlace:
 
 
 def _read_shards(folder: Path) -> dict[str, TensorPlace]:
+    """Return name → place of every tensor of a sharded checkpoint; StoreError unless index and files agree."""
     path = folder / INDEX
     try:
-        named = read_shards(path)
+        file_of = read_shards(path)
     except InputError as error:
         raise StoreError(str(error)) from None
     result: dict[str, TensorPlace] = {}
-    for file in sorted(set(named.values())):
+    for file in sorted(set(file_of.values())):
         places = read_places(folder / file)
-        expected = {name for name, holder in named.items() if holder == file}
-        if other := min(expected ^ places.keys(), default=None):
-            raise StoreError(f"{path} and {file} disagree about the tensor {other!r:.60}; download both again")
+        expected = {name for name, holder in file_of.items() if holder == file}
+        if disputed := min(expected ^ places.keys(), default=None):
+            raise StoreError(f"{path} and {file} disagree about the tensor {disputed!r:.60}; download both again")
         result |= places
     return result

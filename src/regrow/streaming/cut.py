@@ -38,7 +38,7 @@ from regrow.tracing.steps import with_new_constants
 def check_streamed_run(
     network: StreamedNetwork, recorded: Capture, blocks: Sequence[GraphBlock], example: Example
 ) -> None:
-    """Raise ``PlanError`` unless a network's own forward pass gives what its recording gives.
+    """Raise PlanError unless a network's own forward pass gives what its recorded operations give on the example.
 
     Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
     """
@@ -60,7 +60,7 @@ def check_streamed_run(
 def _replay(
     network: StreamedNetwork, recorded: Capture, blocks: Sequence[GraphBlock], example: Example, double: bool = False
 ) -> Results:
-    """Return the outputs of a recording, with one block in memory at a time."""
+    """Return the outputs of the recorded operations, run block by block, in float64 if ``double``."""
 
     def load(name: str, double: bool) -> Tensor:
         path, _, leaf = name.rpartition(".")
@@ -81,25 +81,28 @@ def _replay(
 
 @dataclass(frozen=True, eq=False)
 class StreamedCut:
-    """A plan for a network that is larger than memory, tried on a copy without numbers."""
+    """A plan for a network that is larger than memory, tried on a copy without numbers by :func:`propose_cut`."""
 
-    opened: OpenedNetwork
+    opened: OpenedNetwork  # the network before the cut
     change: ProposedChange  # the plan, with the shapes of what it makes
     loaded: Loaded  # the cut network without numbers, its tokenizer, an example input and its origin
-    axes: AxisGraph
+    axes: AxisGraph  # of the cut network
 
     @cached_property
     def changed_paths(self) -> frozenset[str]:
-        """The paths of the blocks that are compared."""
+        """The paths of the blocks that the plan changes, which are compared with the masked ones."""
         return frozenset(block.path for block in changed_blocks(self.change))
 
     def write(self, folder: Path, *, progress: Progress = silent) -> list[Deviation]:
-        """Cut and write the network, as ``store.write_model`` writes one that is in memory."""
+        """Cut the network and write it as ``store.write_model`` does; return how far each changed block deviates.
+
+        Raises an error if one deviates from the masked block by more than its bound.
+        """
         deviations: list[Deviation] = []
 
         def each(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-            made = self._tensors(deviations, progress)
-            return ((name, tensor) for name, tensor in made if name in shapes.tensors)
+            tensors = self._tensors(deviations, progress)
+            return ((name, tensor) for name, tensor in tensors if name in shapes.tensors)
 
         @contextmanager
         def running(written: Path) -> Iterator[nn.Module]:
@@ -116,18 +119,21 @@ class StreamedCut:
         return deviations
 
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
-        """Return the cut network, to be run one block at a time."""
-        made, before = Checkpoint.open(folder).places, self.opened.weights
+        """Return the cut network as it was written to a folder, to be run one block at a time.
+
+        Results of blocks are kept in the folder ``results``, or in memory.
+        """
+        written, before = Checkpoint.open(folder).places, self.opened.weights
         changed = self.change.ready.values.keys()
         # What the plan leaves alone is read from where it was, so that it lies in memory as in a network loaded whole.
-        left = {name: before.checkpoint.places[before.stored[name]] for name in made if name not in changed}
-        aligned = {*changed, *(name for name in left if before.stored[name] in before.checkpoint.aligned)}
-        weights = StoredWeights(Checkpoint({**made, **left}, aligned), self.loaded.model, before.name)
-        weights.finite.update(changed & made.keys())  # checked when they were written
+        unchanged = {name: before.checkpoint.places[before.stored[name]] for name in written if name not in changed}
+        aligned = {*changed, *(name for name in unchanged if before.stored[name] in before.checkpoint.aligned)}
+        weights = StoredWeights(Checkpoint({**written, **unchanged}, aligned), self.loaded.model, before.name)
+        weights.finite.update(changed & written.keys())  # checked when they were written
         return StreamedNetwork(self.loaded.model, weights, self.change.recording.blocks, results)
 
     def _tensors(self, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the cut network, block by block, each block after it was compared."""
+        """Yield (name, tensor) of the cut network block by block, each after it was compared, and append deviations."""
         network, what = self.opened.network(), "cutting and checking the blocks"
         for name, held in named_tensors(self.loaded.model).items():
             if not held.kind.carried:
@@ -145,7 +151,7 @@ class StreamedCut:
         progress(len(ordered) + 1, len(ordered) + 1, what)
 
     def _cut(self, path: str, names: tuple[str, ...], deviations: list[Deviation]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of one block, or of what lies outside the blocks, after the plan."""
+        """Yield (name, tensor) after the cut, of the block ``path``; empty: of what lies outside the blocks."""
         change, whole = self.change, self.change.tensors
         cut = {*names, *(bias_of(weight) for weight in whole.plan.means if weight in names)}
         ready = prepare(whole.model, whole.axes, whole.plan, names=cut)
@@ -159,7 +165,7 @@ class StreamedCut:
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
-    """Try a plan on a copy without numbers of a network that is larger than memory."""
+    """Try a plan on a copy without numbers of a network that is larger than memory; PlanError if it does not apply."""
     model, axes = opened.loaded.model, opened.axes
     check_plan(model, axes, plan)
     changes = plan.changes.values()

@@ -1,7 +1,7 @@
 """Run a network that is larger than memory: each block is loaded, runs on all batches, and is released.
 
-For every block the network's own forward runs up to that block, with the modules of earlier blocks answering with the
-results that they gave before. So each block gets what its parent passes it (masks, positions, caches), whatever the
+For every block the network's own forward runs up to that block, while the modules of earlier blocks return the results
+that were kept of them. So each block gets what its parent passes it (masks, positions, caches), whatever the
 architecture; only embeddings and what else lies outside the blocks are computed once per block.
 """
 
@@ -24,32 +24,34 @@ from regrow.core.turns import Turns
 from regrow.streaming.weights import BlockResults, ReadAhead, StoredWeights
 from regrow.tracing.readings import GraphBlock
 
+# Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs.
 Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
-"""Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs."""
 
 
 @dataclass(frozen=True)
 class StreamedBlock:
-    """A block of a network, as the modules know it."""
+    """A block of a network that is a module."""
 
     path: str
     names: tuple[str, ...]  # the stored tensors in it
-    last: int
-    passed: int  # how many results later operations read
+    last: int  # the last pass that reads its result
+    outputs_read: int  # how many of its outputs later operations read
 
 
-Replace = Callable[[int, StreamedBlock, Callable[..., Any]], Callable[..., Any]]
-"""Function of a block's number, the block, and its forward, that returns what replaces the forward."""
+# Function of a block's index, the block, and its forward, that returns what replaces the forward.
+WrapForward = Callable[[int, StreamedBlock, Callable[..., Any]], Callable[..., Any]]
 
 
-class _ReachedError(BaseException):
-    """Raised in a network once the block that runs is finished; no ``except Exception`` of its code catches it."""
+class _PassEndedError(BaseException):
+    """Raised in a network once the block of the pass is finished; no ``except Exception`` of its code catches it."""
 
 
 class StreamedNetwork:
     """A network whose weights lie in files; those of its blocks are in memory one block at a time.
 
-    What lies outside the blocks (embeddings, the head) stays in memory once it is loaded.
+    A pass runs all batches through one block; the pass behind the last block gives the outputs. What lies outside the
+    blocks (embeddings, the head) stays in memory meanwhile. ``graph``: the traced blocks; ``folder``: where results of
+    blocks are kept; ``None``: in memory. Raises InputError if the network does not consist of such blocks.
     """
 
     def __init__(
@@ -57,12 +59,12 @@ class StreamedNetwork:
     ) -> None:
         self.model, self.weights, self.folder = model.eval(), weights, folder
         self.blocks = _streamed_blocks(graph, weights)
-        self.segments = _segments(graph)
+        self.last_passes = _last_passes(graph)
         inside = {name for block in self.blocks for name in block.names}
         self.outer = tuple(name for name in weights.stored if name not in inside)
         self.ahead = ReadAhead(weights)
-        self._running = threading.local()  # the number of the batch that runs in this thread
-        self.places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self._running = threading.local()  # its ``index`` is that of the batch that runs in this thread
+        self.places: dict[str, list[tuple[dict[str, Any], str]]] = {}  # first name → (dictionary of a module, key)
         for name, first in weights.first.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
@@ -76,7 +78,7 @@ class StreamedNetwork:
 
     @contextmanager
     def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
-        """Context manager in which stored tensors are loaded; they are released when it ends."""
+        """Context manager in which stored tensors are in memory; ``following`` are read meanwhile, to be taken next."""
         before: dict[str, Any] = {}
         following = frozenset(following)
         try:
@@ -97,11 +99,12 @@ class StreamedNetwork:
             return_memory()
 
     def _put(self, name: str, value: Tensor) -> None:
+        """Set a tensor in every module that holds it."""
         for held, leaf in self.places[name]:
             held[leaf] = value
 
     def visit(self, batches: Sequence[Batch], names: Collection[str], around: Around) -> None:
-        """Run batches block by block, as far as some weights are read."""
+        """Run batches block by block, as far as the weights ``names`` are read, each in the context ``around``."""
         for _ in self._run_blocks(self.passes(names), batches, names, around):
             pass
 
@@ -113,20 +116,23 @@ class StreamedNetwork:
         turns: Turns,
         loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
     ) -> None:
-        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another."""
+        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another.
+
+        Each pass runs in the context ``loading`` of the ``id`` → name of the loaded weights.
+        """
         passes = self.passes(names)
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
-            for number in range(passes):
-                with self._loaded(number, passes, names) as watched, loading(watched):
-                    run = partial(self._run_one, number, batches, results, around, watched)
-                    with self._replaced(self._answering(number, results)):
+            for current in range(passes):
+                with self._load_block(current, passes, names) as watched, loading(watched):
+                    run = partial(self._run_batch, current, batches, results, around, watched)
+                    with self._patch_forwards(self._forward_wrapper(current, results)):
                         turns.run(run)
 
     def passes(self, names: Collection[str]) -> int:
-        """Return in how many passes all of some weights are read."""
+        """Return after how many passes all of some weights were read; 0 without weights."""
         inside = {name: i for i, block in enumerate(self.blocks) for name in block.names}
         last = len(self.blocks)
-        return 1 + max((inside.get(name, self.segments.get(name, last)) for name in names), default=-1)
+        return 1 + max((inside.get(name, self.last_passes.get(name, last)) for name in names), default=-1)
 
     def outputs(
         self,
@@ -134,7 +140,7 @@ class StreamedNetwork:
         names: Collection[str] = (),
         around: Around = lambda index, watched: nullcontext(),
     ) -> Iterator[Any]:
-        """Yield the network's output for each batch."""
+        """Yield the network's output for each batch; batches run in the context ``around`` of the weights ``names``."""
         return self._run_blocks(len(self.blocks) + 1, batches, names, around)
 
     def _run_blocks(
@@ -142,98 +148,106 @@ class StreamedNetwork:
     ) -> Iterator[Any]:
         """Run each block on all batches and keep its results; the pass behind the last block yields the outputs."""
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
-            for number in range(passes):
-                with self._loaded(number, passes, names) as watched:
+            for current in range(passes):
+                with self._load_block(current, passes, names) as watched:
                     for index in range(len(batches)):
-                        with self._replaced(self._answering(number, results)):
-                            output = self._run_one(number, batches, results, around, watched, index)
-                        if number == len(self.blocks):
+                        with self._patch_forwards(self._forward_wrapper(current, results)):
+                            output = self._run_batch(current, batches, results, around, watched, index)
+                        if current == len(self.blocks):
                             yield output
 
     @contextmanager
     def on_demand(self) -> Iterator[nn.Module]:
         """Context manager in which the network runs as any other: each block is loaded when it is called."""
 
-        def loading(at: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def load(index: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with self.resident(block.names, self._names(at + 1)):
+                with self.resident(block.names, self._names(index + 1)):
                     return forward(*args, **kwargs)
 
             return run
 
-        with self.resident(self.outer, self._names(0)), self._replaced(loading):
+        with self.resident(self.outer, self._names(0)), self._patch_forwards(load):
             yield self.model
 
-    def _names(self, number: int) -> tuple[str, ...]:
+    def _names(self, index: int) -> tuple[str, ...]:
         """Return the stored tensors of a block; none behind the last."""
-        return self.blocks[number].names if number < len(self.blocks) else ()
+        return self.blocks[index].names if index < len(self.blocks) else ()
 
     @contextmanager
-    def _loaded(self, number: int, passes: int, names: Collection[str]) -> Iterator[dict[int, str]]:
-        """Context manager in which a block is in memory; gives ``id`` → name of the wanted weights that are loaded."""
-        with self.resident(self._names(number), self._names(number + 1) if number + 1 < passes else ()):
-            wanted = {*names} if number < len(self.blocks) else {*names} & {*self.outer}
+    def _load_block(self, current: int, passes: int, names: Collection[str]) -> Iterator[dict[int, str]]:
+        """Context manager in which a block is in memory; gives ``id`` → name of the loaded ones of ``names``.
+
+        The next block is read meanwhile, unless this is the last of the passes. Behind the last block, only weights
+        outside the blocks count.
+        """
+        with self.resident(self._names(current), self._names(current + 1) if current + 1 < passes else ()):
+            wanted = {*names} if current < len(self.blocks) else {*names} & {*self.outer}
             parameters = self.model.named_parameters(remove_duplicate=False)
             yield {id(parameter): name for name, parameter in parameters if name in wanted and not parameter.is_meta}
 
-    def _run_one(
+    def _run_batch(
         self,
-        number: int,
+        current: int,
         batches: Sequence[Batch],
         results: BlockResults,
         around: Around,
         watched: Mapping[int, str],
         index: int,
     ) -> Any:
-        """Run one batch through one block; the pass behind the last block returns the network's output."""
+        """Run a batch up to the block of a pass; return the output in the pass behind the last block, else ``None``."""
         self._running.index = index
         output, batch = None, batches[index]
         with around(index, watched):
             try:
                 with torch.no_grad():
                     output = self.model(*batch.args, **batch.kwargs)
-            except _ReachedError:
+            except _PassEndedError:
                 pass
             else:
-                if number < len(self.blocks):
+                if current < len(self.blocks):
                     name = self.weights.name
                     raise InputError(f"{name} ran without one of its blocks on some data; load it in memory")
-        for j, block in enumerate(self.blocks[:number]):
-            if block.last == number:
+        for j, block in enumerate(self.blocks[:current]):
+            if block.last == current:
                 results.drop(j, index)
         return output
 
-    def _answering(self, number: int, results: BlockResults) -> Replace:
-        """Return the function that replaces the forward of each block in a pass, for the batch of the thread."""
+    def _forward_wrapper(self, current: int, results: BlockResults) -> WrapForward:
+        """Return what replaces the forward of blocks in a pass: a kept result, or a run that ends the pass."""
 
-        def replaced(at: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def answer(*args: Any, **kwargs: Any) -> Any:
-                return results.get(at, self._running.index)
+        def wrap(index: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def recall(*args: Any, **kwargs: Any) -> Any:
+                return results.get(index, self._running.index)
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                if at > number:
+                if index > current:
                     raise InputError(f"{self.weights.name} runs its blocks in another order on some data")
                 result = forward(*args, **kwargs)
-                if block.passed > sum(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-                    raise InputError(f"{block.path} passes on values beside its result; load the model in memory")
-                results.put(at, self._running.index, result)
-                raise _ReachedError
+                # Later blocks may read a value elsewhere, such as from an attribute of the module.
+                if block.outputs_read > sum(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+                    raise InputError(
+                        f"{block.path} gives later blocks values that it does not return; load the model in memory"
+                    )
+                results.put(index, self._running.index, result)
+                raise _PassEndedError  # the rest of the network is not needed in this pass
 
-            return answer if at < number else run
+            return recall if index < current else run
 
-        return replaced
+        return wrap
 
     @contextmanager
-    def _replaced(self, replace: Replace) -> Iterator[None]:
-        """Context manager in which the forward of each block is replaced."""
+    def _patch_forwards(self, wrap: WrapForward) -> Iterator[None]:
+        """Context manager in which ``wrap`` replaces the forward of each block."""
         modules = [self.model.get_submodule(block.path) for block in self.blocks]
-        before = [vars(module).get("forward") for module in modules]
+        # What another library has set on the instance; None: the method of the class.
+        patched = [vars(module).get("forward") for module in modules]
         try:
             for i, (module, block) in enumerate(zip(modules, self.blocks, strict=True)):
-                module.forward = replace(i, block, module.forward)
+                module.forward = wrap(i, block, module.forward)
             yield
         finally:
-            for module, forward in zip(modules, before, strict=True):
+            for module, forward in zip(modules, patched, strict=True):
                 if forward is None:
                     vars(module).pop("forward", None)
                 else:
@@ -241,7 +255,7 @@ class StreamedNetwork:
 
 
 def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tuple[StreamedBlock, ...]:
-    """Return the blocks that are modules, after checking that each has weights of its own."""
+    """Return the blocks that are modules; raise InputError unless there are several, each with weights of its own."""
     modules = [block for block in graph if block.path]
     if len(modules) < 2:
         raise InputError(f"{weights.name} does not consist of blocks that follow one another; load it in memory")
@@ -254,13 +268,13 @@ def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tup
         shared += [name for other in graph if other is not block for name in other.states if name in names]
         if shared:
             raise InputError(f"{weights.name}: {shared[0]!r} is shared by several blocks; load it in memory")
-        last = [order.get(other.start, len(modules)) for other in graph if {*block.outputs} & {*other.inputs}]
-        passed = sum(any(step in other.inputs for other in graph) for step in block.outputs)
-        result.append(StreamedBlock(block.path, tuple(sorted(firsts)), max(last, default=0), passed))
+        readers = [order.get(other.start, len(modules)) for other in graph if {*block.outputs} & {*other.inputs}]
+        outputs_read = sum(any(step in other.inputs for other in graph) for step in block.outputs)
+        result.append(StreamedBlock(block.path, tuple(sorted(firsts)), max(readers, default=0), outputs_read))
     return tuple(result)
 
 
-def _segments(graph: Sequence[GraphBlock]) -> dict[str, int]:
+def _last_passes(graph: Sequence[GraphBlock]) -> dict[str, int]:
     """Return the pass in which each weight outside the blocks is read last."""
     result: dict[str, int] = {}
     number = 0

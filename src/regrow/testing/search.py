@@ -15,7 +15,7 @@ from regrow.evaluation import dense
 from regrow.jobs.spaces import extract_network
 from regrow.methods.search import Search
 from regrow.methods.search.space import SearchState
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
@@ -33,8 +33,7 @@ from regrow.training.fit import FitOptions, Fitted, finish_training
 from regrow.training.learner import Boundary, Context, Event
 
 SIDE, CLASSES = 8, 4
-# A space of two cells, each with a classifier, so that it can be searched in one stage or in two
-SPACE = supernet(
+SPACE = supernet_config(
     (1, SIDE, SIDE), CLASSES, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"), heads=(0,)
 )
 

@@ -15,7 +15,7 @@ from regrow.core.errors import InputError
 from regrow.core.sources import device_of, logits_in
 from regrow.core.tasks import first_tensor
 from regrow.distributed import ProcessRank
-from regrow.distributed.parallel import as_bytes
+from regrow.distributed.parallel import view_bytes
 
 
 class SynchronisedBatchNorm(TorchFunctionMode):
@@ -199,7 +199,7 @@ class _GatheredRows(torch.autograd.Function):
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))  # all_gather needs equal shapes
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather([as_bytes(rank_rows) for rank_rows in parts], as_bytes(padded))
+        dist.all_gather([view_bytes(rank_rows) for rank_rows in parts], view_bytes(padded))
         return torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])
 
     @staticmethod

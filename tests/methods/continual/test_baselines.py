@@ -7,7 +7,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
-from regrow.data.streams import digits_task, fewer, permuted_tasks, split
+from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
 from regrow.evaluation.continual import measure_accuracy
 from regrow.jobs.learn import Settings, learn_named, make_task_specs
 from regrow.jobs.recording import Invocation
@@ -32,7 +32,7 @@ def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16",
     return net, state.learner, state
 
 
-TWO = permuted_tasks(fewer(digits_task(), 200, 80), 2)
+TWO = permuted_tasks(sample_task(load_digits(), 200, 80), 2)
 
 
 @pytest.mark.parametrize("model", ["mlp:16", "resnet:8-2"])
@@ -76,7 +76,7 @@ def test_answers_of_a_network_that_has_learned_are_held() -> None:
 
 def test_lwf_asks_the_network_as_it_was() -> None:
     """Its old running statistics included, which the question does not move; the task may be told."""
-    tasks = split(digits_task(), 5)[:2]
+    tasks = split_by_classes(load_digits(), 5)[:2]
     _, _, course = learned("lwf", {}, tasks, scenario="task", lr=0.05)
     assert course.rows[1][0] > 0.9
     net, state, _ = learned("lwf", {}, TWO[:1], "resnet:8-2")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from regrow.core.tasks import Task
-from regrow.data.streams import digits_task, permuted_tasks, split
+from regrow.data.streams import load_digits, permuted_tasks, split_by_classes
 from regrow.methods import LEARNERS
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import build_gates
@@ -24,7 +24,7 @@ SCHEDULE = TaskSchedule(epochs=4, batch_size=64, lr=0.05)
 
 @pytest.fixture(scope="module")
 def tasks() -> list[Task]:
-    return permuted_tasks(digits_task(), 3)
+    return permuted_tasks(load_digits(), 3)
 
 
 def begun(tasks: list[Task], spec: str = "mlp:24-16") -> tuple[nn.Module, Any]:
@@ -262,7 +262,7 @@ def test_without_growth_it_is_adaptcl(tasks: list[Task]) -> None:
 
 def test_classes_to_come_stay_free() -> None:
     """In a class-incremental sequence a task does not own the rows of classes that it has not seen."""
-    parts = split(digits_task(), 5)
+    parts = split_by_classes(load_digits(), 5)
     _, _, state, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
     owned = state.owned["5.weight"].values
     assert bool(owned[:4].any()) and not bool(owned[4:].any())
@@ -270,7 +270,7 @@ def test_classes_to_come_stay_free() -> None:
 
 def test_outputs_of_classes_to_come_stay_free_when_it_grows() -> None:
     """Newborn hidden units count as used; rows of classes that nobody has learned do not."""
-    parts = split(digits_task(), 5)
+    parts = split_by_classes(load_digits(), 5)
     _, _, state, _ = learned(parts[:2], Settings(grow="always"), scenario="class", epochs=2)
     head, hidden = (state.used[f"{name}.weight"].values.diagonal() for name in ("5", "1"))
     assert bool((head[:4] > 0).all()) and not bool(head[4:].any()) and bool((hidden > 0).all())
@@ -390,7 +390,7 @@ def test_a_memory_goes_along(tasks: list[Task]) -> None:
 @pytest.mark.parametrize("relief", [0.01, 1.0])
 def test_a_memory_relieves_the_gate_where_classes_come(scenario: str, memory: int, relief: float) -> None:
     """Then the output layer moves freely, the others more than without; in no other case anything is changed."""
-    parts = split(digits_task(), 5, relabel=scenario == "domain")[:2]
+    parts = split_by_classes(load_digits(), 5, relabel=scenario == "domain")[:2]
     seen: dict[str, Any] = {}
 
     def look(state: Any, context: Context, plan: Any) -> None:
@@ -414,7 +414,7 @@ def test_a_memory_relieves_the_gate_where_classes_come(scenario: str, memory: in
 @pytest.mark.parametrize("own", [True, False])
 def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, own: bool) -> None:
     """Without a memory's examples in the batch, ER-ACE gives the rows of old classes no gradient."""
-    parts = split(digits_task(), 5)
+    parts = split_by_classes(load_digits(), 5)
     model, axes = begun(parts)
     learner = LEARNERS[method].create(method, {"asymmetric_loss": own, "memory": 50})
     classes = torch.tensor([c < 4 for c in range(10)])

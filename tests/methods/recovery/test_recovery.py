@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.core.sources import Batch, Source, logits_in
-from regrow.data.batch_streams import concatenate
+from regrow.data.batch_streams import concatenate_batches
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, MethodKind, find_method, recovery
 from regrow.methods.recovery import RecoveryTask, distil, lora, refit, refit_work
@@ -237,7 +237,7 @@ def test_refit_is_judged_on_the_source_that_is_left_out():
 def test_sources_are_left_out_whole_whatever_the_sizes_of_their_batches():
     one, settings = perceptron(), refit.Settings(choose_on="left_out_source")
     sources = [rows(1, size=48, seed=1), rows(6, size=8, seed=2), rows(2, size=16, seed=3)]
-    whole = [Source(source.name, [concatenate(list(source))]) for source in sources]
+    whole = [Source(source.name, [concatenate_batches(list(source))]) for source in sources]
     found = [
         refit.refit(replace(one, model=copy.deepcopy(one.model), sources=some), settings) for some in (sources, whole)
     ]

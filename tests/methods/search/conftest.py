@@ -9,5 +9,5 @@ from regrow.data import streams
 @pytest.fixture(scope="module")
 def task() -> Task:
     """A hundred digits to learn, forty to test."""
-    base = streams.fewer(streams.digits_task(), 100, 40)
+    base = streams.sample_task(streams.load_digits(), 100, 40)
     return Task("digits", base.train, base.test, base.classes)

@@ -69,7 +69,9 @@ def count_left(context, last):
     """Parameters up to a part, without the scales of dropped operations."""
     nodes = [node for node in context.model.modules() if hasattr(node, "scale")]
     dropped = sum(len(node.ops) for node in nodes) - len(context.axes.branches)
-    return sum(p.numel() for n, p in context.model.named_parameters() if context.model.within(n, last)) - dropped
+    return (
+        sum(p.numel() for n, p in context.model.named_parameters() if context.model.uses_parameter(n, last)) - dropped
+    )
 
 
 def draw(shape, seed=0):

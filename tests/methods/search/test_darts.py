@@ -21,14 +21,14 @@ from regrow.allocation.darts import Edges
 from regrow.core.candidates import candidate_paths
 from regrow.core.tasks import Examples, Task
 from regrow.methods.search.darts import Settings, build
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.learner import Context, Step
 
 OPERATIONS = ("skip", "sep3", "max")
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
 SCHEDULE = TaskSchedule(epochs=3, batch_size=25, lr=0.02)
 
 
@@ -123,7 +123,7 @@ def test_the_gradient_of_alpha_is_that_of_the_held_out_loss(task, axes):
 
 
 def test_an_edge_shares_one_with_none():
-    net = Cells(supernet((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
+    net = Cells(supernet_config((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
     edges = Edges.of(net)
     assert edges.entries == 4 * 5 * (len(OPERATIONS) + 1)
     alpha = torch.randn(edges.entries, generator=torch.Generator().manual_seed(0))
@@ -143,7 +143,7 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run, task):
             assert share[one] == max(share[other] for other in paths if sources[other] == sources[one])
         out = [other for other in paths if sources[other] not in {sources[one] for one in left}]
         assert max((share[other] for other in out), default=0.0) <= min(share[one] for one in left)
-    assert all(set(one) & set(context.axes.branches) for one in context.model.needed())
+    assert all(set(one) & set(context.axes.branches) for one in context.model.required_groups())
 
 
 def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run, task):
@@ -166,7 +166,7 @@ def test_what_is_left_answers_as_its_masks_did(run, task):
     with torch.no_grad(), parametrize(context.model, replace_parameters(search, state, context)):
         masked = context.logits(task.test.inputs)
     write(search, state, context)
-    assert torch.equal(context.model.upto(task.test.inputs, 1), masked)
+    assert torch.equal(context.model.logits_at(task.test.inputs, 1), masked)
 
 
 def test_a_collapse_to_skips_is_told(run, task):

@@ -11,14 +11,14 @@ from regrow.core.candidates import candidate_paths
 from regrow.core.tasks import Examples
 from regrow.methods.search.commit import plan_drop
 from regrow.methods.search.gold_nas import Settings, build
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.surgery.gate import parametrize
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
 from topology import topology
 
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
 
 
@@ -105,7 +105,7 @@ def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task,
     search, state, context = begun(axes, task, target=10.0, drops_per_epoch=1000, keep_above=1.0)
     drop, state = plan(search, state, context)
     context, state = change(search, state, context, drop)
-    assert all(set(paths) & set(context.axes.branches) for paths in context.model.needed())
+    assert all(set(paths) & set(context.axes.branches) for paths in context.model.required_groups())
     ops = search.masks(state, context, None, False).ops
     assert not bool(state.layout.removable(ops).any())  # each that is left is the last of its node or of its input
     search, state, context = begun(axes, task, target=6000.0, drops_per_epoch=1000, keep_above=1.0)
@@ -173,7 +173,7 @@ def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     with torch.no_grad(), parametrize(net, replace_parameters(search, state, context)):
         masked = context.logits(task.test.inputs)
     write(search, state, context)
-    assert torch.equal(net.upto(task.test.inputs, 1), masked)
+    assert torch.equal(net.logits_at(task.test.inputs, 1), masked)
     assert state.saved.filters == state.saved.weights == 0
     assert {*candidate_paths(net)} == {*candidate_paths(network())}  # each node is still there
 

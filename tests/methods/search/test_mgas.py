@@ -32,7 +32,7 @@ from regrow.methods.search import commit
 from regrow.methods.search.commit import plan_masked_cut, plan_restoration, score_cut_filters
 from regrow.methods.search.mgas import Settings, build, measure_lift
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
 from regrow.surgery import UndoStore
 from regrow.surgery.gate import parametrize
@@ -42,13 +42,13 @@ from regrow.training.learner import PLAIN, Boundary, Context, Event, Step
 from regrow.training.schedule import Optimizers
 from topology import topology
 
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
 
 
 @pytest.fixture(scope="module")
 def task():
-    base = streams.fewer(streams.digits_task(), 150, 100)
+    base = streams.sample_task(streams.load_digits(), 150, 100)
     return Task("digits", base.train, base.test, base.classes)
 
 
@@ -83,7 +83,7 @@ def test_at_first_nothing_stands_otherwise(task, axes):
     x = task.test.inputs[:8]
     for stage, last in enumerate((0, 1)):
         state = search.update_layout(replace(state, stage=stage), context)
-        plain = context.model.upto(x, last)
+        plain = context.model.logits_at(x, last)
         with parametrize(context.model, replace_parameters(search, state, context)):
             assert torch.equal(context.logits(x), plain)
 
@@ -112,8 +112,10 @@ def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
     with torch.no_grad(), parametrize(context.model, replace_parameters(search, state, context)):
         masked = context.logits(x)
     write(search, state, context)
-    assert torch.equal(context.model.upto(x, 1), masked)
-    left = sum(int(p.count_nonzero()) for n, p in context.model.named_parameters() if context.model.within(n, 1))
+    assert torch.equal(context.model.logits_at(x, 1), masked)
+    left = sum(
+        int(p.count_nonzero()) for n, p in context.model.named_parameters() if context.model.uses_parameter(n, 1)
+    )
     dropped = sum(len(node.ops) for node in context.model.modules() if hasattr(node, "scale"))
     assert left - (dropped - len(context.axes.branches)) <= 2500
 

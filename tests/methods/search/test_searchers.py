@@ -9,14 +9,14 @@ from regrow import trace
 from regrow.core.tasks import Task
 from regrow.data import streams
 from regrow.methods import SEARCHERS, MethodKind, find_method
-from regrow.nets.cells import Cells, supernet
+from regrow.nets.cells import Cells, supernet_config
 from regrow.surgery import UndoStore
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
 from regrow.training.state import axis_tensors, json_values, read_checkpoint, write_checkpoint
 
-CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
-WIRED = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
+CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+WIRED = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
 STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
 STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
 SEARCHES = {
@@ -34,7 +34,7 @@ SCHEDULE = TaskSchedule(epochs=6, batch_size=25, lr=0.02)
 
 @pytest.fixture(scope="module")
 def task():
-    base = streams.fewer(streams.digits_task(), 75, 40)
+    base = streams.sample_task(streams.load_digits(), 75, 40)
     return Task("digits", base.train, base.test, base.classes)
 
 

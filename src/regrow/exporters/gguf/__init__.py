@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from regrow.core.progress import Progress, silent
 from regrow.exporters import CheckError, ExportError, ExportResult, Results
 from regrow.exporters.gguf.llama_cpp import NORMS, PARTS, Decoder, describe_decoder, describe_tokenizer, query_scale
-from regrow.nets.language import ATTENTION, MLP, DecoderLayer
-from regrow.nets.loaded import needs
+from regrow.nets.language import ATTENTION_LAYERS, MLP_LAYERS, DecoderLayer
+from regrow.nets.loaded import missing_package
 from regrow.store.atomic import atomic_write, check_output
 
 __all__ = ["write"]
@@ -78,7 +78,7 @@ def write(
     try:
         import gguf
     except ImportError:
-        raise ExportError(str(needs("export", "gguf"))) from None
+        raise ExportError(str(missing_package("export", "gguf"))) from None
     out = Path(out)
     check_output(out, (".gguf",))
     decoder = describe_decoder(model)
@@ -114,7 +114,7 @@ def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTenso
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
         sizes = (layer.heads * decoder.head_dim, layer.width)
-        for norm, size, parts in zip(NORMS, sizes, (ATTENTION, MLP), strict=True):
+        for norm, size, parts in zip(NORMS, sizes, (ATTENTION_LAYERS, MLP_LAYERS), strict=True):
             if not size:
                 continue
             present = parts[0] in layer.linear  # else zeros are written
@@ -140,9 +140,9 @@ def _read_permuted(decoder: Decoder, layer: DecoderLayer, path: str, read: Read,
     """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
-    if path == ATTENTION[0] and (scale := query_scale(layer, decoder.scale)) != 1:
+    if path == ATTENTION_LAYERS[0] and (scale := query_scale(layer, decoder.scale)) != 1:
         rows = rows.float() * scale
-    heads = {ATTENTION[0]: layer.heads, ATTENTION[1]: layer.kv_heads}.get(path)  # others are not rotated
+    heads = {ATTENTION_LAYERS[0]: layer.heads, ATTENTION_LAYERS[1]: layer.kv_heads}.get(path)  # others are not rotated
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.exporters import ExportError
-from regrow.nets.language import ATTENTION, MLP, DecoderLayer, decoder_layers
+from regrow.nets.language import ATTENTION_LAYERS, MLP_LAYERS, DecoderLayer, decoder_layers
 from regrow.nets.loaded import ModelError
 from regrow.tracing.branches import PlaceholderModule
 
@@ -90,7 +90,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
     layers = [layer for layer in fitted if layer is not None]
     if not layers:
         raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
-    attending = [layer for layer in layers if ATTENTION[0] in layer.linear]
+    attending = [layer for layer in layers if ATTENTION_LAYERS[0] in layer.linear]
     dim = 2 * rotary.inv_freq.numel()  # the channels of a head that are rotated
     dims = {layer.head_dim for layer in attending}
     if dims - {dim}:
@@ -170,7 +170,7 @@ def _fit_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
     if not layer.heads:
         return layer if layer.width else None
     dim = layer.head_dim
-    q, k, v, o = (layer.linear[path] for path in ATTENTION)
+    q, k, v, o = (layer.linear[path] for path in ATTENTION_LAYERS)
     heads, kv = layer.heads * dim, layer.kv_heads * dim
     if (q.out_features, o.in_features) != (heads, heads) or (k.out_features, v.out_features) != (kv, kv):
         raise ExportError(f"layer {i}: queries, keys and values have heads of other sizes; llama.cpp takes one size")
@@ -184,7 +184,7 @@ def _common_epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
     """Return the epsilon of all norms; raise ExportError if they differ, since a file has one for all."""
     norms = [net.model.norm]
     for layer in layers:
-        parts = zip(NORMS, (ATTENTION, MLP), strict=True)
+        parts = zip(NORMS, (ATTENTION_LAYERS, MLP_LAYERS), strict=True)
         norms += [getattr(layer.module, name) for name, paths in parts if paths[0] in layer.linear]
     epsilons = sorted({float(norm.variance_epsilon) for norm in norms})
     if len(epsilons) > 1:

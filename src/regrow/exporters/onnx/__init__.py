@@ -38,8 +38,8 @@ from regrow.exporters.onnx.calls import (
     resize_inputs,
     sizes_of,
 )
-from regrow.nets.loaded import guessed_example, needs, noise_example
-from regrow.store.atomic import check_output, staging_folder, sync
+from regrow.nets.loaded import guess_example, missing_package, noise_example
+from regrow.store.atomic import check_output, stage_folder, sync
 from regrow.store.errors import explain_os_errors
 
 __all__ = ["OPSET", "write"]
@@ -76,13 +76,13 @@ def write(
     total_steps = 5 if dtype == "int8" else 4
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise ExportError(str(needs("export", package)))
+            raise ExportError(str(missing_package("export", package)))
     if out.suffix != ".onnx":
         raise ExportError(f"{out}: the name of an ONNX file must end in .onnx; use {out.with_suffix('.onnx')}")
     target = check_output(out, (".onnx",))
     net, notes = _to_float32(model)
     tokenizer = getattr(model, "tokenizer", None)
-    with explain_os_errors(target), staging_folder(target) as stage, _quiet(), evaluating(net):
+    with explain_os_errors(target), stage_folder(target) as stage, _quiet(), evaluating(net):
         progress(0, total_steps, "recording the network")
         call = describe_call(net, _choose_example(net, example))
         path = stage / "float32" / unused_name(target)
@@ -118,7 +118,7 @@ def _to_float32(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _choose_example(model: nn.Module, example: Example | None) -> Example:
     """Return the given example, or noise in a guessed shape; raise ExportError if none can be guessed."""
     shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
-    result = example or (noise_example(model, (1, *shape)) if shape else guessed_example(model))
+    result = example or (noise_example(model, (1, *shape)) if shape else guess_example(model))
     if result is None:
         raise ExportError("the network does not say what input it takes; give an example")
     return result

@@ -15,7 +15,7 @@ from torch import nn
 
 from regrow.core.axes import AxisGraph
 from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
-from regrow.nets.loaded import needs
+from regrow.nets.loaded import missing_package
 from regrow.settings.constraints import CheckedSettings, Count, OpenFraction
 from regrow.tracing.branches import set_modules
 from regrow.training.hooks import freeze
@@ -49,7 +49,7 @@ class Settings(CheckedSettings):
 def build(settings: Settings) -> Recovery:
     """Return the recovery that trains and merges LoRA adapters."""
     if find_spec("peft") is None:
-        raise needs("recover", "peft")
+        raise missing_package("recover", "peft")
     return partial(lora, settings=settings)
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.sources import Batch
 from regrow.core.turns import StopRunError
-from regrow.data.batch_streams import concatenate, form_of, is_joinable
+from regrow.data.batch_streams import concatenate_batches, form_of, is_joinable
 from regrow.methods.recovery import ChangedTensors, RecoveryTask
 from regrow.methods.recovery.solve import RidgeCandidates, Sums
 from regrow.surgery.compensate import bias_of
@@ -67,7 +67,7 @@ def merge_batches(
         for part, batch in group:
             examples += len(_first_input(batch))
             ends[part] = examples
-        result.append(FitBatch(concatenate([batch for _, batch in group]), tuple(ends.items())))
+        result.append(FitBatch(concatenate_batches([batch for _, batch in group]), tuple(ends.items())))
     return result
 
 

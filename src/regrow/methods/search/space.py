@@ -152,14 +152,14 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
     is_staged = part >= 0
 
     def runs(name: str) -> bool:
-        return not is_staged or cast(Staged, context.model).within(name, part)
+        return not is_staged or cast(Staged, context.model).uses_parameter(name, part)
 
     layout = build_gates(
         context.model,
         context.axes,
         {name: tensor for name, tensor in counted_tensors(context.model, space.measure).items() if runs(name)},
         axes or [axis.key for axis in context.axes.units()],
-        cast(Staged, context.model).needed() if is_staged else [*candidate_paths(context.model).values()],
+        cast(Staged, context.model).required_groups() if is_staged else [*candidate_paths(context.model).values()],
         runs,
         space.measure,
         space.prices,

@@ -18,19 +18,21 @@ from torch import nn
 from regrow.core.errors import first_line
 from regrow.nets import ModelError, Origin
 from regrow.nets.attention import Attention
-from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
+from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, iterate_settings, leads_away
 from regrow.nets.language import parse_configuration, quiet, require_transformers
-from regrow.store.atomic import staging_folder, sync, write_text
+from regrow.store.atomic import stage_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.shapes import Kind, Shapes
+from regrow.store.shapes import Shapes, TensorKind
 from regrow.store.state import named_tensors
-from regrow.store.weights import inside
+from regrow.store.tensors import dtype_name
+from regrow.store.weights import require_file
 from regrow.tracing.stacks import DEPTHS, PER_BLOCK
 
+# Settings of a configuration that change nothing in the network that is built.
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
-MOST_DERIVED = 2**16
-"""The most numbers of derived buffers (not in the state dict) that are written into the configuration."""
+# The most numbers of derived buffers (not in the state dict) that are written into the configuration.
+MAX_DERIVED = 2**16
 
 _CLASS = """
 
@@ -43,22 +45,24 @@ _PREFIX = """
 
 
 def is_changed(shapes: Shapes) -> bool:
-    """Whether a network differs from what its architecture's configuration builds."""
-    differing = any(
-        stored.was is not None or stored.added or not stored.kind.carried for stored in shapes.tensors.values()
-    )
-    return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
+    """Whether a recorded network differs from what its architecture's configuration builds."""
+    if any(stored.was is not None or stored.added or not stored.kind.carried for stored in shapes.tensors.values()):
+        return True
+    return bool(shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
 
 
-def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds."""
+def record_changes(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
+    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds.
+
+    ``None`` if it differs in ways that ``reshape_regrow`` does not know.
+    """
     tensors = named_tensors(model)
-    derived = {name: stored for name, stored in shapes.tensors.items() if stored.kind is Kind.DERIVED}
-    foreign = any(isinstance(module, Attention) for module in model.modules())
+    derived = {name: stored for name, stored in shapes.tensors.items() if stored.kind is TensorKind.DERIVED}
+    own_modules = any(isinstance(module, Attention) for module in model.modules())
     empty = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
-    loose = any(stored.kind is Kind.ATTRIBUTE for stored in shapes.tensors.values())
-    many = sum(tensors[name].tensor.numel() for name in derived) > MOST_DERIVED
-    if foreign or empty or loose or many or shapes.inserted:
+    plain_attributes = any(stored.kind is TensorKind.ATTRIBUTE for stored in shapes.tensors.values())
+    too_many = sum(tensors[name].tensor.numel() for name in derived) > MAX_DERIVED
+    if own_modules or empty or plain_attributes or too_many or shapes.inserted:
         return None
     return {
         "tensors": {
@@ -81,8 +85,8 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
-    """Write ``config.json``, and where its entries suffice to build a changed network, the code that does it."""
-    changes = settings(model, shapes) if is_changed(shapes) else None
+    """Write ``config.json`` and, if entries in it suffice to rebuild a changed network, the code that does it."""
+    changes = config_entries(model, shapes) if is_changed(shapes) else None
     if changes is None:
         write_configuration(shapes.origin, model, folder)
     else:
@@ -90,19 +94,20 @@ def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
         write_code(model, shapes.origin.reference, folder)
 
 
-def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration."""
+def config_entries(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
+    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration.
+
+    ``None`` if transformers has no Auto class for it, or its changes cannot be written there.
+    """
     reference = shapes.origin.reference
-    automatic = dict.fromkeys(_automatic(reference), reference)
-    changes = record(model, shapes) if automatic else None
+    references = dict.fromkeys(_auto_class_names(reference), reference)
+    changes = record_changes(model, shapes) if references else None
     if changes is None:
         return None
-    if within := inner(model):
-        automatic["AutoModel"] = within[0]
-    names = {
-        name: f"modeling_regrow.{class_name(reference_name)}" for name, reference_name in sorted(automatic.items())
-    }
-    return {"regrow": changes, "auto_map": names}
+    if inner := find_inner_model(model):
+        references["AutoModel"] = inner[0]
+    auto_map = {auto: f"modeling_regrow.{class_name(name)}" for auto, name in sorted(references.items())}
+    return {"regrow": changes, "auto_map": auto_map}
 
 
 def class_name(reference: str) -> str:
@@ -114,50 +119,55 @@ def class_name(reference: str) -> str:
     return f"Regrown{reference}"
 
 
-def inner(model: nn.Module) -> tuple[str, str] | None:
-    """Return the class of the model within a network with a head, which ``AutoModel`` builds, and its name's prefix."""
+def find_inner_model(model: nn.Module) -> tuple[str, str] | None:
+    """Return class name and name prefix of the model below the head, which ``AutoModel`` builds; ``None``: no such one.
+
+    The prefix is that of its tensors' names in the whole network, such as ``model.``.
+    """
     path = getattr(model, "base_model_prefix", "")
     base = getattr(model, path, None) if path else None
     name = type(base).__name__
-    return (name, f"{path}.") if isinstance(base, nn.Module) and "AutoModel" in _automatic(name) else None
+    return (name, f"{path}.") if isinstance(base, nn.Module) and "AutoModel" in _auto_class_names(name) else None
 
 
 def write_code(model: nn.Module, reference: str, folder: Path) -> None:
     """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``."""
-    classes = {reference: ""} | dict([within] if (within := inner(model)) else [])
-    text = code("modeling_regrow.py")
+    classes = {reference: ""}  # class of transformers → prefix of its tensors' names
+    if inner := find_inner_model(model):
+        classes |= dict([inner])
+    text = read_template("modeling_regrow.py")
     for name, prefix in classes.items():
         if not name.isidentifier():
             raise ValueError(f"no class is named {name!r}")
         text += _CLASS.format(name=class_name(name), reference=name)
         text += _PREFIX.format(prefix=prefix) if prefix else ""
     write_text(folder / "modeling_regrow.py", text)
-    write_text(folder / "reshape_regrow.py", code("reshape_regrow.py"))
+    write_text(folder / "reshape_regrow.py", read_template("reshape_regrow.py"))
 
 
-def code(name: str) -> str:
+def read_template(name: str) -> str:
     """Return the text of a file that is copied into model folders."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _automatic(reference: str) -> list[str]:
+def _auto_class_names(reference: str) -> list[str]:
     """Return the Auto classes of transformers whose models include the given class."""
     from transformers.models.auto import modeling_auto
 
     require_transformers()
     result = []
-    for name, automatic in vars(modeling_auto).items():
+    for name, auto_class in vars(modeling_auto).items():
         if name.startswith("AutoModel"):
-            mapping = getattr(automatic, "_model_mapping", None)
-            classes: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
-            if any(reference in (known if isinstance(known, tuple) else (known,)) for known in classes.values()):
+            mapping = getattr(auto_class, "_model_mapping", None)
+            classes: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})  # a name, or a tuple of names
+            if any(reference in (names if isinstance(names, tuple) else (names,)) for names in classes.values()):
                 result.append(name)
     return sorted(result)
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
     """Return the origin of a transformers model with its present depth, dtype and attention implementation."""
-    config = {**origin.config, "dtype": str(dtype).removeprefix("torch.")}
+    config = {**origin.config, "dtype": dtype_name(dtype)}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention in ATTENTION:
         config["attn_implementation"] = attention
@@ -166,7 +176,7 @@ def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
 
 
 def _with_depth(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the present number of layers, and lists with one entry for each."""
+    """Return the settings ``config`` with those of ``now`` that count layers or have an entry for each."""
     changed = {
         name: _with_depth(value, now[name]) if isinstance(value, dict) else now[name]
         for name, value in config.items()
@@ -178,7 +188,10 @@ def _with_depth(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 def write_configuration(
     origin: Origin, model: object, folder: Path, changes: Mapping[str, object] | None = None, architecture: str = ""
 ) -> None:
-    """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``."""
+    """Write ``config.json`` (of the architecture before any cut) and, if the model has one, ``generation_config.json``.
+
+    ``changes`` are further entries; ``architecture`` replaces the class name. Raises StoreError.
+    """
     settings = dict(origin.config)
     settings.pop("attn_implementation", None)
     try:
@@ -202,16 +215,16 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer's files, without paths of this machine."""
     with (
         explain_os_errors(folder),
-        staging_folder(folder / "tokenizer") as stage,
+        stage_folder(folder / "tokenizer") as stage,
     ):  # transformers would write through links
         with quiet():
             tokenizer.save_pretrained(str(stage))
         path = stage / "tokenizer_config.json"
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
-            kept = {key: value for key, value in settings.items() if not leads_away(key, value)}
-            kept.pop("name_or_path", None)
-            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            settings = {key: value for key, value in settings.items() if not leads_away(key, value)}
+            settings.pop("name_or_path", None)
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path_in_stage in sorted(stage.rglob("*")):
             target = folder / path_in_stage.relative_to(stage)
             if path_in_stage.is_dir():
@@ -227,31 +240,34 @@ def read_tokenizer(folder: Path) -> Any | None:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        check_tokenizer(json.loads(inside(folder, "tokenizer_config.json").read_text(encoding="utf-8")))
-        automatic = require_transformers().AutoTokenizer
+        check_tokenizer(json.loads(require_file(folder, "tokenizer_config.json").read_text(encoding="utf-8")))
+        auto_class = require_transformers().AutoTokenizer
         with quiet():
-            return automatic.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            return auto_class.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise StoreError(f"{folder}: tokenizer_config.json cannot be used ({first_line(error)}); restore it") from None
 
 
 def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
-    """Raise StoreError unless a recorded configuration is safe to build and agrees with ``config.json``."""
+    """Raise StoreError unless a recorded configuration is safe to build and agrees with ``config.json``.
+
+    ``tensors`` is how many are stored: a configuration of more layers is damaged.
+    """
     try:
         check_settings(origin.config)
-        settings = list(settings_of(origin.config))
+        settings = list(iterate_settings(origin.config))
     except ModelError as error:
         raise StoreError(f"{folder}: shapes.json: {error}") from None
     for key, value in settings:
         if _LAYERS.fullmatch(key) and isinstance(value, int) and not 0 <= value <= max(tensors, 1):
             raise StoreError(f"{folder}: {key!r} is {value}, but {tensors} tensors are stored; restore shapes.json")
     try:
-        config = parse_configuration(inside(folder, "config.json").read_text(encoding="utf-8"))
-        other = next(_differing(config, origin.config), None)
+        config = parse_configuration(require_file(folder, "config.json").read_text(encoding="utf-8"))
+        difference = next(_differing(config, origin.config), None)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{folder}: config.json cannot be read ({first_line(error)}); restore it") from None
-    if other:
-        key, actual, expected = other
+    if difference:
+        key, actual, expected = difference
         raise StoreError(
             f"{folder}: config.json has {key} = {str(actual)[:60]}, but the model was saved with "
             f"{str(expected)[:60]}; restore it"
@@ -259,7 +275,7 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
 
 
 def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the settings, nested ones included, that both configurations have and that differ."""
+    """Yield (name, value, recorded value) of settings, nested ones included, that both have and that differ."""
     for key in sorted((config.keys() & recorded.keys()) - INFORMATIVE):
         if isinstance(config[key], dict) and isinstance(recorded[key], dict):
             yield from ((f"{key}.{name}", *pair) for name, *pair in _differing(config[key], recorded[key]))
@@ -273,7 +289,7 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of most floating-point parameters."""
+    """Return the dtype of most floating-point weights, counted by entries; float32 without any."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
