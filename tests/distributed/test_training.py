@@ -107,7 +107,7 @@ def test_a_checkpoint_that_some_ranks_cannot_read_is_refused(monkeypatch):
     from regrow.store import StoreError
 
     task = SimpleNamespace(checkpoint=None, parallel=ALONE)
-    assert fitting._read(task) is None
+    assert fitting._read_state(task) is None
     monkeypatch.setattr(fitting, "everywhere", lambda ranks, holds: False)
     with pytest.raises(StoreError, match="cannot be read by all processes; make room"):
-        fitting._read(task)
+        fitting._read_state(task)
