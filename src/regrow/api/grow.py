@@ -22,8 +22,8 @@ from regrow.jobs.recording import ActiveRun
 from regrow.settings.grow import Settings
 from regrow.store.statistics import parameter_sums
 
+# An increase: ``"+25%"``, ``"+32"`` or ``32``.
 Amount = int | str
-"""An increase: ``"+25%"``, ``"+32"`` or ``32``."""
 
 
 def grow(

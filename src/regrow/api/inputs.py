@@ -17,12 +17,12 @@ from regrow.data.batches import INPUT_KEYS
 from regrow.nets import Loaded, Origin
 from regrow.tracing import TraceError, trace
 
+# A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder.
 ModelLike = nn.Module | str | Path
-"""A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
+# A device, ``"auto"`` for the best one of this machine, or ``None``: where the network is.
 DeviceLike = str | torch.device | None
-"""A device, ``"auto"`` for the best one of this machine, or ``None``: where the network is."""
+# A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels.
 LossLike = str | LossFunction | Objective | None
-"""A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from regrow.training.continual import TaskSchedule, accuracy_matrix
 from regrow.training.schedule import NO_AXES
 from regrow.training.state import CHECKPOINT
 
+# ``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer.
 OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
-"""``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer."""
 
 
 @dataclass(frozen=True)

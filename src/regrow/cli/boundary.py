@@ -19,6 +19,7 @@ from regrow.cli import INTERRUPTED
 from regrow.core.errors import RefusedError, ResourceError
 
 USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
+# Exit code → its meaning.
 EXIT_CODES = {
     0: "success",
     USAGE: "an option, a file or a setting cannot be used",
@@ -27,8 +28,8 @@ EXIT_CODES = {
     BUG: "a bug in regrow; its traceback is printed, too",
     INTERRUPTED: "stopped by Ctrl-C",
 }
-"""Exit code → its meaning."""
 
+# Package → the extra of regrow that installs it, as in ``pip install 'regrow[llm]'``.
 EXTRAS = {
     **dict.fromkeys(("transformers", "tokenizers", "gguf", "accelerate", "huggingface_hub"), "llm"),
     **dict.fromkeys(("torchvision", "PIL"), "vision"),
@@ -38,7 +39,6 @@ EXTRAS = {
     "peft": "recover",
     "yaml": "demo",
 }
-"""Package → the extra of regrow that installs it, as in ``pip install 'regrow[llm]'``."""
 
 PACKAGE = Path(__file__).parents[1]
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}

@@ -22,15 +22,15 @@ from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, settle
 from regrow.store.run_record import RUN, find_unfinished, read_run
 
+# Commands that write a folder of their own, ``--out``.
 FOLDER_COMMANDS = frozenset({"prune", "grow", "recover", "learn", "search", "apply"})
-"""Commands that write a folder of their own, ``--out``."""
+# Command → the kind of its methods.
 METHOD_KINDS = {
     "prune": MethodKind.PRUNING,
     "recover": MethodKind.RECOVERY,
     "learn": MethodKind.CONTINUAL,
     "search": MethodKind.SEARCH,
 }
-"""Command → the kind of its methods."""
 _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
 
 

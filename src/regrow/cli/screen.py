@@ -52,8 +52,8 @@ def escape_controls(text: str, keep: str = "") -> str:
 
 
 LINE_SECONDS = 10
+# Characters that ordinary texts need: line ends, tabs, soft hyphens and zero-width joiners.
 TEXT = "\n\t\u00ad\u200c\u200d"
-"""Characters that ordinary texts need: line ends, tabs, soft hyphens and zero-width joiners."""
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 

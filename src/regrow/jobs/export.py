@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from regrow.jobs.recording import Invocation
     from regrow.streaming.requirements import MemoryPlan
 
+# Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared.
 SPARE_BYTES = 2**27
-"""Bytes that the interpreter and the writer need besides one tensor: parts of it that are compared."""
+# How many float32 copies of the largest tensor are in memory at a time: its numbers, and what they become.
 FLOAT32_COPIES = 2.5
-"""How many float32 copies of the largest tensor are in memory at a time: its numbers, and what they become."""
 
 
 @dataclass(frozen=True)

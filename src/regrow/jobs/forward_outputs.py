@@ -19,8 +19,8 @@ from regrow.tracing.capture import in_eval_mode
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import OutputError, Snapshot, find_tensors, output_tensors, preserve_state
 
+# Parts of an output that hold a state per block, and so have more parts in a network of more blocks.
 CACHES = frozenset(("past_key_values", "cache_params", "mems"))
-"""Parts of an output that hold a state per block, and so have more parts in a network of more blocks."""
 
 
 def warm_caches(model: nn.Module, example: Example) -> None:

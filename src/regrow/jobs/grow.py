@@ -42,10 +42,10 @@ from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
 from regrow.training.tune import find_added_entries, measure_mean_loss, train_grown
 
+# The largest change of an output in the model's own precision, relative to the largest output, that is kept.
 MAX_CHANGE = 1e-3
-"""The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
+# The largest relative change behind blocks that give their input unchanged: every operation gets the same numbers.
 MAX_IDENTITY_CHANGE = 1e-7
-"""The largest relative change behind blocks that give their input unchanged: every operation gets the same numbers."""
 OTHER_STACK = "name other stacks in blocks, or widen it with mlp, heads or channels"
 AS_BEFORE = "the network is as it was"
 

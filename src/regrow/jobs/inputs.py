@@ -30,13 +30,13 @@ from regrow.streaming.weights import StoredWeights
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration.
 GENERATED_FILE = "generated/windows.safetensors"
-"""The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration."""
 GENERATED_FORMAT = "regrow-generated/1"
+# Settings that may name another folder on another host: what they lead to is compared.
 _PATH_SETTINGS = ("model", "run", "sources", "unseen", "input")
-"""Settings that may name another folder on another host: what they lead to is compared."""
+# How many examples of each part of a task are compared.
 COMPARED_EXAMPLES = 256
-"""How many examples of each part of a task are compared."""
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from regrow.store.run_folder import RunFolder
 from regrow.streaming.opening import OpenedNetwork, limit_caches, open_network
 from regrow.streaming.requirements import MemoryPlan, add_products, plan_memory
 
+# Bytes that the interpreter and the operations need besides.
 SPARE_BYTES = 2**26
-"""Bytes that the interpreter and the operations need besides."""
 
 
 def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNetwork, MemoryPlan]:

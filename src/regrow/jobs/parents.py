@@ -26,10 +26,10 @@ from regrow.store.run_record import RUN, read_run
 from regrow.store.shapes import Shapes, TensorKind
 from regrow.store.weights import OutsideTensors, check_file, require_file
 
+# Name of the folder, inside a run folder, with the model that the run started from.
 BEFORE = "before"
-"""Name of the folder, inside a run folder, with the model that the run started from."""
+# Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them.
 _REBUILT = ("cells", "mobile")
-"""Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them."""
 
 
 @dataclass(frozen=True)

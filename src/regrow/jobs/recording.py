@@ -79,8 +79,8 @@ class Unrecorded:
 
 
 UNRECORDED = Unrecorded()
+# What a run writes while it is carried out: its folder, or nothing.
 Record = RunFolder | Unrecorded
-"""What a run writes while it is carried out: its folder, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class FolderRecorder:
         return record.finish(self.write_page, seconds=seconds, stage=describe_stage(record))
 
 
+# What begins and completes the record of a run.
 Recorder = FolderRecorder | Unrecorded
-"""What begins and completes the record of a run."""
 
 
 @dataclass

@@ -33,10 +33,10 @@ from regrow.streaming.requirements import MemoryPlan
 from regrow.streaming.weights import StoredWeights
 from regrow.surgery import apply, verify
 
+# The folder, among the files for resuming, with the tensors that a recovery has changed.
 CHANGED_FOLDER = "changed"
-"""The folder, among the files for resuming, with the tensors that a recovery has changed."""
+# The folder, among the files for resuming, with the hidden states for which memory has no room.
 STATES_FOLDER = "results"
-"""The folder, among the files for resuming, with the hidden states for which memory has no room."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class BlockwiseNetwork:
         """Do nothing: the network was written as it was cut."""
 
 
+# The network of a pruning run: in memory, or read one block at a time.
 PrunedNetwork = WholeNetwork | BlockwiseNetwork
-"""The network of a pruning run: in memory, or read one block at a time."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,8 @@ from regrow.training.learner import Boundary, Context, Event, write_replacements
 from regrow.training.state import CHECKPOINT, TrainState, resume_training, write_checkpoint
 
 RETRAINING_FILE = "retraining.safetensors"
+# Names of method settings that the run sets from its own settings.
 SET_BY_RUN = ("target", "measure", "stages", "seed")
-"""Names of method settings that the run sets from its own settings."""
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,12 @@ from regrow.training import tune
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
 
+# How many batches of training examples the statistics of BatchNorms are measured on.
 MOST_BATCHES = 100
-"""How many batches of training examples the statistics of BatchNorms are measured on."""
+# The fraction of the training examples that is held out for validation.
 HELD_OUT = 0.2
-"""The fraction of the training examples that is held out for validation."""
+# The most windows of text that are evaluated in one pass: each has as many outputs as there are tokens.
 WINDOWS = 4
-"""The most windows of text that are evaluated in one pass: each has as many outputs as there are tokens."""
 
 
 @dataclass(frozen=True)

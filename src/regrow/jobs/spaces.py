@@ -32,14 +32,14 @@ from regrow.settings.search import Settings, parse_search_target
 from regrow.tracing.branches import find_placeholders
 from regrow.training.learner import Context
 
+# Space that can be searched in stages → its network, its description, a part of it, and what its parts are.
 STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]], Callable[..., Prefix], str]] = {
     "cells": (Cells, cells.supernet_config, cells.build_prefix, "cells"),
     "mobile": (Mobile, mobile.supernet_config, mobile.build_prefix, "blocks"),
 }
-"""Space that can be searched in stages → its network, its description, a part of it, and what its parts are."""
+# The predicted memory of a step with masks is that of one without, times a factor, and these bytes per weight: some
+# always, and further ones for each granularity that is searched.
 MASK_FACTOR, BYTES_PER_WEIGHT, GRANULARITY_BYTES = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
-"""The predicted memory of a step with masks is that of one without, times a factor, and these bytes per weight: some
-always, and further ones for each granularity that is searched."""
 
 
 def build_space(

@@ -33,8 +33,8 @@ from regrow.training.continual import TaskSchedule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The largest number of values in an example, and of classes, that ``run.json`` may claim.
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
-"""The largest number of values in an example, and of classes, that ``run.json`` may claim."""
 
 
 @dataclass(frozen=True)

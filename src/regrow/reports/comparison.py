@@ -8,10 +8,10 @@ from regrow.reports.figures import Drawing, draw_front
 from regrow.reports.records import Run
 from regrow.reports.summary import Summary, SummaryTable, summarise
 
+# Settings in which runs must agree, or their quality cannot be compared.
 EVALUATION = ("tasks", "data", "scenario", "train", "test", "validation", "eval_tokens", "seq_len")
-"""Settings in which runs must agree, or their quality cannot be compared."""
+# Text domains and tasks that a headline names.
 MAX_NAMES = 8
-"""Text domains and tasks that a headline names."""
 
 
 @dataclass(frozen=True)

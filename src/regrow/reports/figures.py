@@ -26,8 +26,8 @@ _WIDTH, _PIXELS = 440, 72  # of a figure, in pixels; pixels per inch
 _MAX_ROWS = 40  # text domains in a figure
 _STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 
+# A label, a horizontal and a vertical value; a point with a missing value is not drawn.
 Point = tuple[str, float | None, float | None]
-"""A label, a horizontal and a vertical value; a point with a missing value is not drawn."""
 
 
 @dataclass(frozen=True)

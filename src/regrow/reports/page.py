@@ -16,8 +16,8 @@ from regrow.store.atomic import PAGE, write_text
 from regrow.store.errors import StoreError
 
 FIGURES: dict[str, Callable[[Run], Drawing | None]] = {"quality": draw_quality, "search": draw_search}
+# Kinds of axes that a page shows as strips, besides the kind of all single axes.
 MAX_STRIPS = 12
-"""Kinds of axes that a page shows as strips, besides the kind of all single axes."""
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:

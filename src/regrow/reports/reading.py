@@ -25,13 +25,13 @@ from regrow.store.run_record import read_run as read_run_json
 from regrow.store.schemas import AxisRows, RunJson
 
 MAX_RUNS = 64
+# Command → the files that its page needs; of other commands metrics.jsonl and axes.json.
 NEEDED = {"learn": ("metrics.jsonl",), "search": ("metrics.jsonl", "shapes.json")}
-"""Command → the files that its page needs; of other commands metrics.jsonl and axes.json."""
 _MODELS = {"dense": "before", "pruned": "changed", "after": "changed"}
 _MODELS |= {name: name for name in ("before", "cut", "recovered")}
 """Name of a model in metrics.jsonl → the step of which it is the result; ``cut``: before its layers are fitted."""
+# Characters of a name, and of a command or a note, beyond which a text is cut.
 _MAX_NAME, _MAX_COMMAND = 300, 8000
-"""Characters of a name, and of a command or a note, beyond which a text is cut."""
 # Characters that are not printed, or change the direction of text.
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+"

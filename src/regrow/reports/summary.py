@@ -21,6 +21,7 @@ from regrow.reports.records import (
 )
 from regrow.store.metrics import BudgetRow, MissingTasksRow, ReconstructionRow, RecoveryRow, TestRow, VerifyRow
 
+# What a target counts → its name on pages, where that is not the one of the command line.
 MEASURES = {
     "params": "parameters",
     "nonzero": "nonzero parameters",
@@ -28,15 +29,14 @@ MEASURES = {
     "kv_cache": "key-value cache",
     "ms": "time per pass",
 }
-"""What a target counts → its name on pages, where that is not the one of the command line."""
+# Methods whose results must be shown with a note that they were written without the full paper.
 RECONSTRUCTED = ("gprune", "sparsegrow", "mgas", "gold_nas")
-"""Methods whose results must be shown with a note that they were written without the full paper."""
+# The fraction of the allowed size below which a found network is reported as too small.
 OVERSHOT = 0.8
-"""The fraction of the allowed size below which a found network is reported as too small."""
+# The fraction by which a measured time may exceed its target without a warning.
 TIMING_ERROR = 0.01
-"""The fraction by which a measured time may exceed its target without a warning."""
+# The largest change of a logit at a commit of a search that is not reported.
 MOVED = 1e-3
-"""The largest change of a logit at a commit of a search that is not reported."""
 
 
 @dataclass(frozen=True)

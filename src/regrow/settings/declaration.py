@@ -24,8 +24,8 @@ from regrow.settings.constraints import Range
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# The largest number of tokens, images or examples.
 MAX_COUNT = 2**31 - 1
-"""The largest number of tokens, images or examples."""
 
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 SEED = Range(0, 2**63 - 1)

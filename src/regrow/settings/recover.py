@@ -9,8 +9,8 @@ from regrow.settings.constraints import Range
 from regrow.settings.declaration import MAX_COUNT, SEED, Setting
 from regrow.settings.shared import PRECISION, Undo
 
+# Recoveries that solve for weights instead of training them; their passes run in the format of the weights.
 CLOSED_FORM = ("refit",)
-"""Recoveries that solve for weights instead of training them; their passes run in the format of the weights."""
 
 
 @dataclass(frozen=True)

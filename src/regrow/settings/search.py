@@ -11,8 +11,8 @@ from regrow.settings.declaration import Setting, list_declared
 
 SEARCH, RETRAIN = "Search", "Training of the final network"
 
+# The measures that a search can use for single weights and operations.
 SIZES = (Measure.PARAMETERS, Measure.NONZERO, Measure.MACS, Measure.BYTES, Measure.TIME)
-"""The measures that a search can use for single weights and operations."""
 
 
 def parse_search_target(text: str) -> Target:

@@ -16,8 +16,8 @@ MethodSettings = Annotated[Mapping[str, Any], Setting(
     option="--set", metavar="NAME=VALUE",
 )]
 BatchSize = Annotated[int, Setting("Training examples per step.", group=TRAINING, range=Range(1, 2**20))]
+# The allowed learning rates.
 RATES = Range(0, 1000, exclusive_minimum=True, exclusive_maximum=True)
-"""The allowed learning rates."""
 LearningRate = Annotated[float, Setting(
     "Learning rate.",
     group=TRAINING, range=RATES, example="0.01",

@@ -101,10 +101,10 @@ def _capture_and_compare(model: nn.Module, example: Example) -> tuple[Capture, s
         ) from error
 
 
+# Classes of torch whose modules cannot be traced; importing them would take longer than most traces.
 _CLASSES = frozenset(
     ("ScriptModule", "ObserverBase", "FakeQuantizeBase", "DistributedDataParallel", "FullyShardedDataParallel")
 )
-"""Classes of torch whose modules cannot be traced; importing them would take longer than most traces."""
 
 
 def _check_traceable(model: nn.Module) -> None:

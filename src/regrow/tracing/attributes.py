@@ -15,6 +15,7 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.walk import Dims, Literal, Walk
 
+# Attributes that hold a size of a tensor of their module: name → (tensor, dimension), the first of that size.
 OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "in_features": (("weight", 1),),
     "out_features": (("weight", 0),),
@@ -29,7 +30,6 @@ OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "hidden_size": (("weight_hr_l0", 1), ("weight_hh_l0", 1), ("weight_hh", 1)),
     "proj_size": (("weight_hr_l0", 0),),
 }
-"""Attributes that hold a size of a tensor of their module: name → (tensor, dimension), the first of that size."""
 
 _WIDTHS = (
     "head_dim head_size attention_head_size d_head d_kv dim_head hidden_size hidden_dim embed_dim split_size "
@@ -42,15 +42,15 @@ _COUNTS = (
     "kv_heads num_q_heads nhead n_group num_groups n_groups num_experts num_local_experts n_routed_experts"
 )
 _REPEATS = "num_key_value_groups n_rep num_kv_groups kv_groups n_repeat num_queries_per_kv num_key_value_group"
+# Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated.
 WIDTHS, COUNTS, REPEATS = (frozenset(names.split()) for names in (_WIDTHS, _COUNTS, _REPEATS))
-"""Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
 
+# Names of attributes that hold the constant under the root of a norm.
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
-"""Names of attributes that hold the constant under the root of a norm."""
 
 
+# Pairs of dimensions whose size one attribute sets, and why they must stay equal.
 EqualPairs = list[tuple[Expr, Expr, str]]
-"""Pairs of dimensions whose size one attribute sets, and why they must stay equal."""
 
 
 def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], EqualPairs]:

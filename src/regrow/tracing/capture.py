@@ -148,8 +148,8 @@ def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> 
     return replace(_to_capture(model, recorder), decisions=None, tracer=tracer)
 
 
+# Types that an example may have besides tensors.
 _EXAMPLE_TYPES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
-"""Types that an example may have besides tensors."""
 
 
 def _record_by_export(model: nn.Module, example: Example) -> Capture:

@@ -24,11 +24,11 @@ from regrow.tracing.nodes import (
     writes_in_place,
 )
 
+# Node → the node whose value replaces its own; ``None``: zeros replace it.
 Replaced = Mapping[Node, Node | None]
-"""Node → the node whose value replaces its own; ``None``: zeros replace it."""
 
+# The output of a module that can be dropped, and its input, if that passes through; ``None``: zeros replace it.
 Site = tuple[Node, Node | None]
-"""The output of a module that can be dropped, and its input, if that passes through; ``None``: zeros replace it."""
 
 
 class BranchError(Exception):

@@ -107,8 +107,8 @@ def _fold_scale(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]
 
 _RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))
 
+# Kind of division by a size → the function that finds its folds.
 _FOLDS = {"mean": _fold_written_norm, "rms_norm": _fold_fused_norm, "scale": _fold_scale}
-"""Kind of division by a size → the function that finds its folds."""
 
 
 def _find_gain(w: Walk, node: Node | None) -> tuple[str, float]:
@@ -236,5 +236,5 @@ _PRODUCTS = frozenset(
 )
 
 _SUMMING = "square cat concat sum mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
+# Further operations whose result is 0 where all operands are 0.
 _SUMS = frozenset(_SUMMING.split())
-"""Further operations whose result is 0 where all operands are 0."""

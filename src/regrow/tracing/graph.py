@@ -19,8 +19,8 @@ from regrow.tracing.folds import find_folds, not_zero_initialisable
 from regrow.tracing.model_state import state_of
 from regrow.tracing.walk import Dims, Walk, all_dims
 
+# A leaf, and how many entries of the dimension each of its units counts for.
 Multiple = tuple[Leaf, int]
-"""A leaf, and how many entries of the dimension each of its units counts for."""
 
 
 def _group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:

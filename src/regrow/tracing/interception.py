@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+# A file name and a line number.
 Line = tuple[str, int]
-"""A file name and a line number."""
 
+# Key in a node's metadata under which a recording notes the line that ran the operation.
 LINE = "line"
-"""Key in a node's metadata under which a recording notes the line that ran the operation."""
 
 
 def current_line() -> Line | None:
@@ -136,8 +136,8 @@ def as_exporting() -> Iterator[None]:
         flags._is_compiling_flag, flags._is_exporting_flag = before
 
 
+# The most operations that a recording may have.
 most_calls: ContextVar[float] = ContextVar("most_calls", default=inf)
-"""The most operations that a recording may have."""
 
 
 @contextmanager

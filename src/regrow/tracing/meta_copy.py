@@ -149,11 +149,11 @@ class _Copier:
             return value
 
 
+# Methods that a class of modules overrides to define its own way of being copied.
 _USUAL = {name: getattr(nn.Module, name) for name in ("__reduce__", "__reduce_ex__", "__getstate__")}
-"""Methods that a class of modules overrides to define its own way of being copied."""
 
+# Types of values that a copy shares with the model.
 _WHOLE = frozenset((int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device))
-"""Types of values that a copy shares with the model."""
 
 
 def leaves_in(example: Example) -> list[Any]:
@@ -320,6 +320,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_get_ops("layer_norm"), _infer_layer_norm),
 }
 
+# Operations whose meta kernels give the right shape and strides for any device.
 _KERNELS = frozenset(
     _get_ops(
         "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean "
@@ -328,4 +329,3 @@ _KERNELS = frozenset(
         "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
     )
 )
-"""Operations whose meta kernels give the right shape and strides for any device."""

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Packages whose objects (locks, loggers, devices) are not searched: a network's code does not write into them.
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
-"""Packages whose objects (locks, loggers, devices) are not searched: a network's code does not write into them."""
 
+# Types of values that hold nothing else.
 LEAVES = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
-"""Types of values that hold nothing else."""
 
 
 @dataclass(eq=False)
@@ -269,8 +269,8 @@ def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:
     }
 
 
+# Attributes that every module has.
 _OF_MODULES = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
 
 
 def _describe_value(value: Any, depth: int) -> Any:
@@ -342,5 +342,5 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
                     tensor.detach().copy_(old)
 
 
+# The snapshot of the network whose state is preserved now: its copies reach the same objects outside themselves.
 _REACHED: ContextVar[Snapshot | None] = ContextVar("reached", default=None)
-"""The snapshot of the network whose state is preserved now: its copies reach the same objects outside themselves."""

@@ -11,20 +11,20 @@ from torch.fx.node import Argument
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
+# The shape of a tensor; a list of them for several values; ``None`` for what is no tensor.
 Shapes = Shape | list[Shape | None] | None
-"""The shape of a tensor; a list of them for several values; ``None`` for what is no tensor."""
 
 _CASTS = "to _to_copy clone contiguous alias detach detach_copy lift_fresh lift_fresh_copy type_as"
+# Operations that only cast or copy a tensor.
 ALIASES = frozenset(_CASTS.split())
-"""Operations that only cast or copy a tensor."""
 
 _PASSING = (
     "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish dropout feature_dropout view reshape "
     "flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze slice narrow split "
     "split_with_sizes chunk getitem expand"
 )
+# Operations on one tensor whose result is 0 where the tensor is 0.
 ZERO_PRESERVING = frozenset(_PASSING.split())
-"""Operations on one tensor whose result is 0 where the tensor is 0."""
 
 
 def op_name(node: Node) -> str:

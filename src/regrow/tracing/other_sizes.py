@@ -22,14 +22,14 @@ from regrow.tracing.rules import walk
 from regrow.tracing.steps import find_step_difference, fit_steps, list_symbolic_steps
 from regrow.tracing.trial import Resizing, freeze_axes, group_by_class, plan_deep_cuts, record_resized
 
+# Why an axis is frozen that no operation freezes on the traced example.
 REASON = "what the network does with it depends on the batch size or length of the input"
-"""Why an axis is frozen that no operation freezes on the traced example."""
 
+# Axes of fewer units (of heads, mostly) are no widths with which a network's code compares a length.
 LEAST_WIDTH = 8
-"""Axes of fewer units (of heads, mostly) are no widths with which a network's code compares a length."""
 
+# The most operations on another example, as a multiple of those on the traced one.
 MOST_TIMES_LONGER = 3
-"""The most operations on another example, as a multiple of those on the traced one."""
 
 
 def freeze_by_size(model: nn.Module, axes: AxisGraph) -> AxisGraph:

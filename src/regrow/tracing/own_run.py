@@ -90,11 +90,11 @@ _EXACT: Mapping[object, Callable[..., Tensor]] = {
 }
 
 
+# The largest float64 difference allowed, relative to the largest output.
 BOUND = 1e-9
-"""The largest float64 difference allowed, relative to the largest output."""
 
+# The largest difference that counts as rounding, in units in the last place of the largest output.
 ROUNDING = 64
-"""The largest difference that counts as rounding, in units in the last place of the largest output."""
 
 
 class DeviationError(RuntimeError):

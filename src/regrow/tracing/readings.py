@@ -306,5 +306,5 @@ def _operation_names(recorded: Capture) -> list[str]:
     return [name for node in list_operations(recorded) if (name := op_name(node)) not in _DROPOUT]
 
 
+# Operations that are not compared: evaluation may leave them out or not, with the same result.
 _DROPOUT = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
-"""Operations that are not compared: evaluation may leave them out or not, with the same result."""

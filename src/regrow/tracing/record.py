@@ -31,8 +31,8 @@ from regrow.tracing.nodes import map_arguments, operands_in
 
 aten = torch.ops.aten
 
+# Operations that put entries in order, with the positions as their only or second result.
 ORDERS = frozenset((aten.sort.default, aten.sort.stable, aten.topk.default, aten.argsort.default, aten.argsort.stable))
-"""Operations that put entries in order, with the positions as their only or second result."""
 
 
 class DivergedError(RuntimeError):
@@ -326,16 +326,16 @@ def _reorder(x: Tensor, dim: int, result: Tensor | Sequence[Tensor], order: Tens
     return order if isinstance(result, Tensor) else (x.gather(dim, order), order)
 
 
+# Operations that also take masks; recorded with the positions where the mask is true.
 _PICKS = frozenset((aten.index.Tensor, aten.index_put.default, aten.index_put_.default))
-"""Operations that also take masks; recorded with the positions where the mask is true."""
 
 # Operations of forward-mode differentiation, which are refused
 _FORWARD_MODE = frozenset((aten._make_dual.default, aten._unpack_dual.default))
 
+# Exceptions of fake tensors that cannot tell a result without data.
 _DATA_DECIDE = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
     fake_tensor.UnsupportedOperatorException,
     fake_tensor.UnsupportedFakeTensorException,
 )
-"""Exceptions of fake tensors that cannot tell a result without data."""

@@ -33,8 +33,8 @@ from regrow.tracing.nodes import map_arguments, writes_in_place
 if TYPE_CHECKING:
     from regrow.tracing.record import Recorder
 
+# The attribute that numbers the blocks of a network.
 NUMBER = "layer_idx"
-"""The attribute that numbers the blocks of a network."""
 
 
 def _describe_module(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
@@ -92,8 +92,8 @@ def _describe_attribute(value: Any, objects: dict[int, object]) -> object:
     return objects[id(value)]
 
 
+# How many calls of a structure are examined before its modules are run each time.
 _TRIES = 3
-"""How many calls of a structure are examined before its modules are run each time."""
 
 
 @dataclass(frozen=True)

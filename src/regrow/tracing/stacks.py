@@ -20,14 +20,14 @@ from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
 from regrow.tracing.repeated_calls import NUMBER
 
+# Names of configuration entries that hold how many blocks a stack has.
 DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
-"""Names of configuration entries that hold how many blocks a stack has."""
 
+# Names of configuration entries that hold a list with one entry per block.
 PER_BLOCK = frozenset(("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"))
-"""Names of configuration entries that hold a list with one entry per block."""
 
+# The attribute of a stack that records the insertions into it which no configuration tells of.
 INSERTIONS = "block_insertions"
-"""The attribute of a stack that records the insertions into it which no configuration tells of."""
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
@@ -145,11 +145,11 @@ def _is_shareable(value: object) -> bool:
     return value is not None and not isinstance(value, plain) and not callable(value)
 
 
+# Operations between a sum and the output of a block, or between the sum and what is added, that only move entries.
 _MOVING = ALIASES | {
     *("dropout", "relu", "hardtanh", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze"),
     *("unsqueeze", "roll", "slice", "getitem", "narrow", "contiguous"),
 }
-"""Operations between a sum and the output of a block, or between the sum and what is added, that only move entries."""
 
 
 def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:

@@ -34,8 +34,8 @@ from regrow.tracing.nodes import (
 from regrow.tracing.rules.shapes import slice_bounds
 from regrow.tracing.walk import Dims, Walk, all_dims
 
+# The most operations between a softmax and the matrix products before and after it.
 MOST_STEPS = 16
-"""The most operations between a softmax and the matrix products before and after it."""
 
 
 def find_caches(w: Walk, names: Names) -> tuple[Cache, ...]:
@@ -116,8 +116,8 @@ def _is_token(expr: Expr, tokens: Container[int]) -> bool:
     return isinstance(expr, Leaf) and expr.number in tokens
 
 
+# The problem of a network that caches something at its first run, with these inputs, and has not run.
 FIRST_RUN = "it reads what it keeps at its first run, which is not known yet; run the network once"
-"""The problem of a network that caches something at its first run, with these inputs, and has not run."""
 
 
 @dataclass(frozen=True)
@@ -316,11 +316,11 @@ _NOT_COMPARED = (
     "size sizes shape split_size split_sizes normalized_shape output_size repeats groups num_groups length steps dtype "
     "device layout memory_format pin_memory cudnn_enabled cudnn_enable output_dtype non_blocking copy"
 )
+# Arguments that are not compared: they follow from the result's shape, or set device, precision and layout.
 _SIZES = frozenset(_NOT_COMPARED.split())
-"""Arguments that are not compared: they follow from the result's shape, or set device, precision and layout."""
 
+# Further arguments that are not compared, per operation; a histogram's range follows the units that it counts.
 _OF_OPERATION = {"arange": ("end",), "slice": ("end",), "histc": ("bins", "min", "max")}
-"""Further arguments that are not compared, per operation; a histogram's range follows the units that it counts."""
 
 
 def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Iterator[Number]:

@@ -13,8 +13,8 @@ from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import ALIASES, as_list, dim_index, module_of, op_name, operand_of, permutation, shapes_of
 
 Dims = tuple[Expr, ...]
+# The dimensions of a tensor; a list of them for several values; ``None`` for what is no tensor.
 Value = Dims | list[Dims | None] | None
-"""The dimensions of a tensor; a list of them for several values; ``None`` for what is no tensor."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def _common_ancestor(a: str, b: str) -> str:
     return ".".join(part for part, _ in common)
 
 
+# Operations that combine a weight with a mask, a scale or an update; the result has the weight's roles.
 _ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
-"""Operations that combine a weight with a mask, a scale or an update; the result has the weight's roles."""
 
 
 def all_dims(dims: Value) -> list[Expr]:
@@ -193,5 +193,5 @@ def all_dims(dims: Value) -> list[Expr]:
     return [expr for value in as_list(dims) for expr in value or ()]
 
 
+# A function from an operation to the dimensions of its result, which ties or freezes those of its operands.
 Rule = Callable[[Walk, Node], Value]
-"""A function from an operation to the dimensions of its result, which ties or freezes those of its operands."""

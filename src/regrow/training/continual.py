@@ -30,8 +30,8 @@ from regrow.training.state import TrainState, axis_tensors
 
 S = TypeVar("S")
 
+# The largest number of tasks whose accuracy is measured right before and after a change of shape.
 MAX_PROBED_TASKS = 20
-"""The largest number of tasks whose accuracy is measured right before and after a change of shape."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from regrow.training.step import apply_plan, compute_gradients, hold_interrupts
 
 S = TypeVar("S")
 
+# (learner's state, context, number of the step in its epoch) → a context manager inside which the step is taken.
 Around = Callable[[Any, Context, int], AbstractContextManager[None]]
-"""(learner's state, context, number of the step in its epoch) → a context manager inside which the step is taken."""
 
 
 class Observer(Generic[S]):

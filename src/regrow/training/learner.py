@@ -277,8 +277,8 @@ class NoState:
     """The state of a learner without state."""
 
 
+# The learner of plain training.
 PLAIN: Learner[NoState] = Learner(NoState())
-"""The learner of plain training."""
 
 
 def write_replacements(learner: Learner[S], state: S, context: Context) -> None:

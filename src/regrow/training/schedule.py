@@ -17,14 +17,14 @@ from regrow.settings.constraints import CheckedSettings, OneOf, Range
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.training.learner import Context, Learner
 
+# An empty axis graph, for networks whose shape does not change in training.
 NO_AXES = AxisGraph({}, {}, frozenset())
-"""An empty axis graph, for networks whose shape does not change in training."""
+# Per step: the batches whose mean loss is minimised, and a batch of the second part of the training examples.
 Batches = Iterator[tuple[Sequence[Any], Examples | None]]
-"""Per step: the batches whose mean loss is minimised, and a batch of the second part of the training examples."""
 
 
+# Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, such as momentum.
 Moments = Mapping[str, Mapping[str, Any]]
-"""Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, such as momentum."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
 class Regrown:
     """The widths that ``config.json`` records, for a class of transformers: ``class New(Regrown, Original)``."""
 
+    # What the names of this model start with in the files; empty for the whole network.
     prefix = ""
-    """What the names of this model start with in the files; empty for the whole network."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg, unused-ignore]

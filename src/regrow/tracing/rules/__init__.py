@@ -17,8 +17,8 @@ from regrow.tracing.rules import contract, picks, reduce, shapes
 from regrow.tracing.walk import Dims, Rule, Value, Walk, all_dims
 
 _TABLES = (reduce.RULES, contract.RULES, shapes.RULES, picks.RULES)
+# Operation name → rule. Operations that torch tags as pointwise need no entry.
 RULES: dict[str, Rule] = {name: rule for table in _TABLES for rule, names in table.items() for name in names.split()}
-"""Operation name → rule. Operations that torch tags as pointwise need no entry."""
 
 
 def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) -> Walk:

@@ -11,8 +11,8 @@ from regrow.tracing.dimensions import Expr
 from regrow.tracing.nodes import argument, as_int, module_of, op_name, operand_of, operands_in, uncast
 from regrow.tracing.walk import Dims, Rule, Value, Walk
 
+# Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires.
 ALIGNED = 16
-"""Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires."""
 
 
 def linear(w: Walk, node: Node) -> Dims:
@@ -213,8 +213,8 @@ def grouped_product(w: Walk, node: Node) -> Dims:
 
 # --- recurrent layers and cells: a hidden unit owns one row in each gate, and a column in whatever reads it -----------
 
+# Operation → how many gates, blocks of hidden units, the rows of a weight consist of.
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-"""Operation → how many gates, blocks of hidden units, the rows of a weight consist of."""
 
 
 def recurrent(w: Walk, node: Node) -> Value:
@@ -320,8 +320,8 @@ def _is_per_layer(user: Node, state: Node) -> bool:
     return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]
 
 
+# Operations that make constant tensors: as initial state they do not tie the units of different layers.
 _ALIKE = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"))
-"""Operations that make constant tensors: as initial state they do not tie the units of different layers."""
 
 RULES: dict[Rule, str] = {
     linear: "linear",
