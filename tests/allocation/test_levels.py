@@ -16,8 +16,8 @@ from regrow.allocation.commits import (
     sample_operations,
     select_removed,
 )
+from regrow.allocation.cost import spread_times
 from regrow.allocation.gates import build_gates
-from regrow.allocation.timed import spread_times
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidate_paths
 from regrow.evaluation import macs

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from regrow.allocation.cost import Prices
 from regrow.allocation.levels import Levels, build_levels, step_mask
-from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import candidate_paths, exclusive_sets, tied_operations

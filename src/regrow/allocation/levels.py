@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.timed import Prices, enclosing_modules, prices_in
+from regrow.allocation.cost import Prices, enclosing_modules, prices_in
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.allocation.cost import Cost
+from regrow.allocation.cost import Cost, Prices, spread_times
 from regrow.allocation.stages import MemoryStages
-from regrow.allocation.timed import Prices, spread_times
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import candidate_paths

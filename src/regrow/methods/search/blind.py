@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from regrow.allocation.cost import Prices
 from regrow.allocation.levels import check_levels
-from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import plan_fit

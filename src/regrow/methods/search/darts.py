@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from regrow.allocation.cost import Prices
 from regrow.allocation.darts import Edges, select_operations
 from regrow.allocation.gates import GateMasks
-from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.sources import move_tensors

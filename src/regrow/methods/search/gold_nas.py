@@ -22,8 +22,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from regrow.allocation.cost import Prices
 from regrow.allocation.gates import GateMasks
-from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.candidates import candidate_paths
 from regrow.core.sources import to_host

@@ -31,9 +31,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from regrow.allocation.cost import Prices
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
-from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.methods.search import Commit, Search, commit

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.commits import least_cost
+from regrow.allocation.cost import Prices
 from regrow.allocation.darts import Edges
 from regrow.allocation.gates import GateMasks, Gates, build_gates
 from regrow.allocation.levels import counted_tensors
-from regrow.allocation.timed import Prices
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.candidates import Staged, candidate_paths
