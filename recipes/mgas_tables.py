@@ -37,8 +37,9 @@ from harness import Row, add, arguments, difference, finished, rows, spread, tab
 import regrow
 from regrow.allocation.commits import kind_of
 from regrow.core.candidates import candidate_paths
+from regrow.core.objectives import CLASSIFICATION
 from regrow.evaluation import macs
-from regrow.evaluation.continual import measure_accuracy
+from regrow.evaluation.continual import mean_score
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, retrain, search_named
 from regrow.jobs.search_inputs import read_search_data
@@ -106,7 +107,7 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
         folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
         whole = replace(parts, whole=parts.search)
         trained = retrain(ActiveRun(record=folder), drawn, whole, regrow.load(folder.path / "found"))
-        found[measure_accuracy(trained, parts.search.test)] = drawn
+        found[mean_score(trained, parts.search.test, CLASSIFICATION)] = drawn
     return found[max(found)]
 
 

@@ -17,8 +17,9 @@ from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidate_paths
+from regrow.core.objectives import CLASSIFICATION
 from regrow.data.vision import cut_out
-from regrow.evaluation.continual import measure_accuracy
+from regrow.evaluation.continual import mean_score
 from regrow.evaluation.timing import Latency
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
@@ -70,11 +71,11 @@ def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
     net = regrow.load(done.path)
     parts = read_search_data(SETTINGS)
     told = rows(done, "test")[0]
-    assert told["accuracy"] == measure_accuracy(net, parts.test) and told["images"] == 100
+    assert told["accuracy"] == mean_score(net, parts.test, CLASSIFICATION) and told["images"] == 100
     assert told["nonzero"] <= 3000
     assert sum(int(p.count_nonzero()) for p in net.parameters()) == told["nonzero"]
     found = regrow.load(done.path / "found")
-    assert rows(done, "found")[0]["accuracy"] == measure_accuracy(found, parts.search.test)
+    assert rows(done, "found")[0]["accuracy"] == mean_score(found, parts.search.test, CLASSIFICATION)
     zero = {name for name, p in found.named_parameters() if not bool(p.all())}
     assert all(bool((net.get_parameter(n)[found.get_parameter(n) == 0] == 0).all()) for n in zero if "weight" in n)
 
@@ -332,7 +333,9 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
 
     net = regrow.load(folder.path, model=own_nets.tiny)
     assert (
-        measure_accuracy(net, read_search_data(Settings("own_nets:tiny", "digits", "params=30%", **given)).test)
+        mean_score(
+            net, read_search_data(Settings("own_nets:tiny", "digits", "params=30%", **given)).test, CLASSIFICATION
+        )
         == (rows(folder, "test")[0]["accuracy"])
     )
     with pytest.raises(
@@ -428,7 +431,9 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     )
     done = search_named(settings, Invocation(tmp_path / "run"))
     net, told = regrow.load(done.path), rows(done, "test")[0]
-    assert isinstance(net, Mobile) and told["accuracy"] == measure_accuracy(net, read_search_data(settings).test)
+    assert isinstance(net, Mobile) and told["accuracy"] == mean_score(
+        net, read_search_data(settings).test, CLASSIFICATION
+    )
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")

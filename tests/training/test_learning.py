@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import regrow
+from regrow.core.objectives import CLASSIFICATION
 from regrow.data import SourceError
 from regrow.data.streams import load_digits, permuted_tasks, split_by_classes
-from regrow.evaluation.continual import Matrix, measure_accuracy
+from regrow.evaluation.continual import Matrix, mean_score
 from regrow.jobs import learn as learning_run
 from regrow.jobs.learn import Settings, extend, learn_named
 from regrow.jobs.recording import Invocation
@@ -45,7 +46,7 @@ def test_every_method_learns_and_tells(name: str) -> None:
     state = learn(model, axes, tasks, learner, TaskSchedule(epochs=4, batch_size=32, lr=0.05)).state
     assert state.rows[0][0] > 0.6 > 0.3 > state.before[0]
     if name != "wsn":  # which answers through its masks
-        again = tuple(measure_accuracy(model, task.test) for task in tasks)
+        again = tuple(mean_score(model, task.test, CLASSIFICATION) for task in tasks)
         assert again == state.rows[-1]
 
 
@@ -147,7 +148,7 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     factors = 4 * sum((one.in_features + 1) * one.in_features + one.out_features**2 for one in layers)
     assert told["remembered"] == flags + factors + 4 * sum(one.out_features for one in layers)
     tasks = read_tasks(TaskSpecs(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
-    assert tuple(measure_accuracy(model, task.test) for task in tasks) == tuple(last["matrix"][-1])
+    assert tuple(mean_score(model, task.test, CLASSIFICATION) for task in tasks) == tuple(last["matrix"][-1])
     assert model[1].out_features > 16
 
 

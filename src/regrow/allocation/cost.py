@@ -1,4 +1,4 @@
-"""A network's cost at given axis sizes (parameters, MACs, bytes, cache, time), and prices of its entries and operations."""
+"""A network's cost at given axis sizes (parameters, MACs, bytes, cache, time), and prices of entries and operations."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -30,13 +30,15 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Print the report of RUN, or the comparison of several, and write it as an HTML page that needs no internet."""
     from regrow.reports import comparison, read_runs, to_html
     from regrow.store.atomic import write_output
-    from regrow.store.run_record import find_unfinished
+    from regrow.store.run_record import RUN, find_unfinished
 
     if out is None and len(runs) > 1:
         out = Path("comparison.html")
     elif out is None:
-        finished = (runs[0] / "run.json").is_file()
-        out = (runs[0] if finished else find_unfinished(runs[0]) or runs[0]) / PAGE
+        run = runs[0]
+        if not (run / RUN).is_file():
+            run = find_unfinished(run) or run  # the page of an unfinished run lies in its working area
+        out = run / PAGE
     records = read_runs(runs)
     write_output(out, to_html(records), PAGES)
     if len(runs) == 1:

@@ -109,15 +109,12 @@ class Staged(Protocol):
 
     def logits_at(self, x: Tensor, last: int) -> Tensor:
         """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
-        ...
 
     def uses_parameter(self, name: str, last: int) -> bool:
         """Whether a parameter is used by :meth:`logits_at`."""
-        ...
 
     def required_groups(self) -> list[tuple[str, ...]]:
         """Return sets of paths of operations; one of each set must stay."""
-        ...
 
 
 @contextmanager

@@ -16,7 +16,6 @@ class Log(Protocol):
 
     def __call__(self, kind: str, /, **row: object) -> None:
         """Record a row of measurements of a kind, column → value."""
-        ...
 
 
 def discard(kind: str, /, **row: object) -> None:

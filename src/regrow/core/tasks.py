@@ -17,23 +17,18 @@ class ExampleSet(Protocol):
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        ...
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
         """Yield all examples in batches of ``size``; a seed shuffles them and leaves out a last batch of one."""
-        ...
 
     def take(self, indices: Tensor) -> "Examples":
         """Return the examples at positions ``[N]`` (int64), in memory."""
-        ...
 
     def subset(self, indices: Tensor) -> "ExampleSet":
         """Return the examples at positions ``[N]`` (int64) as a set that is read like this one."""
-        ...
 
     def labels_of(self) -> Tensor | None:
         """Return the labels of all examples, ``[N]``; ``None`` if the examples would have to be read for that."""
-        ...
 
 
 @dataclass(frozen=True)

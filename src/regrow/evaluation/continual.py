@@ -86,11 +86,6 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(numbers) if numbers else nan
 
 
-def measure_accuracy(model: nn.Module, examples: ExampleSet, classes: Tensor | None = None) -> float:
-    """Return the accuracy, 0 to 1: how often the greatest logit among ``classes`` (``None``: all) is the label's."""
-    return mean_score(model, examples, CLASSIFICATION, classes)
-
-
 def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
     """Return a network's mean score in eval mode; classifiers predict only ``classes``, a bool mask (``None``: all)."""
     total = Score()

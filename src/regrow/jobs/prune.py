@@ -266,14 +266,15 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
         raise InputError(
             "--reconstruct runs in one process without --memory; leave it out, and use `regrow recover RUN --by refit`"
         )
-    network: WholeNetwork | BlockwiseNetwork | None = None
+    network: WholeNetwork | BlockwiseNetwork
     memory, axes = None, None
     with run.stage("load"):
         if invocation.memory:
             opened, memory = open_to_prune(settings, invocation)
-            if memory.streams:
-                network, axes = BlockwiseNetwork(opened, memory), opened.axes
-        network = network or WholeNetwork(load_model(make_model_spec(settings), invocation.progress, invocation.code))
+        if memory is not None and memory.streams:
+            network, axes = BlockwiseNetwork(opened, memory), opened.axes
+        else:
+            network = WholeNetwork(load_model(make_model_spec(settings), invocation.progress, invocation.code))
         specs = make_source_specs(settings)
         data = read_sources(specs, network.loaded)
     with run.stage("trace"):

@@ -1,7 +1,7 @@
 """Results of operations on fake tensors, inferred once for operands of the same shapes, strides, dtypes and devices."""
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class KnownForms:
         self.mode = mode
         self.cache: dict[Hashable, Form | int] = {}  # int: the result is the operand with this index
 
-    def infer_once(self, infer: Callable[[Any, Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
+    def infer_once(self, infer: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
         """Return the result of an operation on fake tensors, by ``infer(func, args, kwargs)`` if it is not cached."""
         operands: list[Tensor] = []
         try:
@@ -34,7 +34,7 @@ class KnownForms:
             with no_python_dispatcher():
                 return FakeTensor(self.mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
         result = infer(func, args, kwargs)
-        if not func._schema.is_mutable and not torch._C._is_any_autocast_enabled():
+        if not (func._schema.is_mutable or torch._C._is_any_autocast_enabled()):
             itself = next((i for i, operand in enumerate(operands) if operand is result), None)
             if itself is not None:
                 self.cache[key] = itself
@@ -53,18 +53,18 @@ def _describe(value: object, operands: list[Tensor]) -> Hashable:
     if isinstance(value, list | tuple):
         return tuple([_describe(part, operands) for part in value])
     if isinstance(value, dict):
-        return tuple([(name, _describe(part, operands)) for name, part in value.items()])
+        return _describe([*value.items()], operands)
     return type(value), value  # 1, 1.0 and True are equal
 
 
-def is_plain(x: object) -> bool:
+def is_plain(x: object) -> TypeGuard[FakeTensor]:
     """Whether a value is a fake tensor that its form describes completely: dense, of unknown value, no lazy flags."""
     return (
         type(x) is FakeTensor and x.layout is torch.strided and x.constant is None and not (x.is_conj() or x.is_neg())
     )
 
 
-def _form_of(x: Any) -> Form:
+def _form_of(x: FakeTensor) -> Form:
     """Return the form of a fake tensor."""
     return x.shape, x.stride(), x.dtype, x.fake_device
 

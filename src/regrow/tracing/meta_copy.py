@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.axes import Example
+from regrow.tracing.known_forms import is_plain
 from regrow.tracing.model_state import copy_tensor, find_tensors, state_of
 from regrow.tracing.nodes import leaves_of, map_arguments
 
@@ -192,7 +193,7 @@ def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, objec
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented
     tensors = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
-    operands = [x for x in tensors if type(x) is FakeTensor and x.fake_mode is mode and x.layout is torch.strided]
+    operands = [x for x in tensors if is_plain(x) and x.fake_mode is mode]
     if len({x.fake_device for x in operands}) != 1 or len(operands) < len(tensors):
         return NotImplemented
     device, dtype = operands[0].fake_device, operands[0].dtype
@@ -233,28 +234,18 @@ def _infer_entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
     tensors = [y for y in others if isinstance(y, Tensor)]
     if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
         return None
-    if all(x.shape == y.shape and x.stride() == y.stride() for y in tensors):
-        dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
-        return (x.shape, x.stride()) if dense else None
-    shape = _broadcast_shape(x.shape, tensors[0].shape)
-    return (shape,) if shape is not None and x.is_contiguous() and tensors[0].is_contiguous() else None
+    if any(x.shape != y.shape or x.stride() != y.stride() for y in tensors):
+        return None
+    dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
+    return (x.shape, x.stride()) if dense else None
 
 
 def _infer_in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
     """Rule for entrywise operations that write into their first operand."""
     tensors = [y for y in others if isinstance(y, Tensor)]
     numbers = sum(isinstance(y, int | float) for y in others)
-    fits = all(_broadcast_shape(x.shape, y.shape) == x.shape for y in tensors)
+    fits = all(x.shape == y.shape for y in tensors)
     return x if fits and len(tensors) + numbers == len(others) else None
-
-
-def _broadcast_shape(a: Any, b: Any) -> Any:
-    """Return the shape that two shapes broadcast to, if it is one of the two; else ``None``."""
-    a, b = (a, b) if len(a) >= len(b) else (b, a)
-    padded = (1,) * (len(a) - len(b)) + tuple(b)
-    if all(m in (n, 1) for n, m in zip(a, padded, strict=True)):
-        return a
-    return padded if all(n in (m, 1) for n, m in zip(a, padded, strict=True)) else None
 
 
 def _infer_convolution(
@@ -270,7 +261,9 @@ def _infer_convolution(
     n = weight.dim() - 2
     if x.dim() != n + 2 or not (x.is_contiguous() and weight.is_contiguous()) or x.shape[1] != weight.shape[1] * groups:
         return None
-    if weight.shape[0] % groups or not _has_shape(bias, weight.shape[:1]) or not (x.numel() and weight.numel()):
+    if weight.shape[0] % groups or not (x.numel() and weight.numel()):
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     steps, pads, gaps = (list(part) * n if len(part) == 1 else part for part in (stride, padding, dilation))
     sides = [
@@ -278,25 +271,6 @@ def _infer_convolution(
         for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
     ]
     return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
-
-
-def _infer_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
-    """Rule for batch norm with running statistics."""
-    has_statistics = mean is not None and variance is not None
-    fits = all(_has_shape(part, x.shape[1:2]) for part in (weight, bias, mean, variance))
-    return (x.shape,) if has_statistics and fits and x.dim() > 1 and x.is_contiguous() else None
-
-
-def _infer_layer_norm(x: Tensor, over: Any, weight: Any = None, bias: Any = None, *settings: Any) -> Any:
-    """Rule for layer norm over the last dimensions, whose sizes are ``over``."""
-    last = tuple(x.shape[x.dim() - len(over) :])
-    fits = last == tuple(over) and _has_shape(weight, last) and _has_shape(bias, last)
-    return (x.shape,) if fits and x.is_contiguous() else None
-
-
-def _has_shape(x: Tensor | None, shape: Any) -> bool:
-    """Whether a tensor has a shape, or is ``None``."""
-    return x is None or tuple(x.shape) == tuple(shape)
 
 
 def _get_ops(names: str) -> list[Any]:
@@ -316,8 +290,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_get_ops(_ENTRYWISE), _infer_entrywise),
     **dict.fromkeys(_get_ops(_IN_PLACE), _infer_in_place),
     **dict.fromkeys(_get_ops("conv1d conv2d conv3d"), _infer_convolution),
-    **dict.fromkeys(_get_ops("batch_norm"), _infer_batch_norm),
-    **dict.fromkeys(_get_ops("layer_norm"), _infer_layer_norm),
 }
 
 # Operations whose meta kernels give the right shape and strides for any device.
@@ -326,6 +298,6 @@ _KERNELS = frozenset(
         "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean "
         "mean.dim sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim "
         "expand slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding "
-        "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
+        "batch_norm layer_norm gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
     )
 )

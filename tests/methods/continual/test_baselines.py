@@ -7,8 +7,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
+from regrow.core.objectives import CLASSIFICATION
 from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
-from regrow.evaluation.continual import measure_accuracy
+from regrow.evaluation.continual import mean_score
 from regrow.jobs.learn import Settings, learn_named, make_task_specs
 from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import read_tasks
@@ -106,7 +107,7 @@ def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
     )
     rows = [row for row in folder.metrics() if row["what"] == "matrix"][-1]["matrix"]
     tasks = read_tasks(make_task_specs(convert_settings(folder.read_record()["settings"], Settings)))
-    assert [measure_accuracy(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]
+    assert [mean_score(regrow.load(folder.path), task.test, CLASSIFICATION) for task in tasks] == rows[-1]
 
 
 @pytest.mark.parametrize(
