@@ -9,7 +9,7 @@ from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.quality import Evaluation
 from regrow.jobs.evaluate import EvaluateInputs, evaluate_network, plan_evaluation_memory
-from regrow.jobs.memory_needs import start_streaming
+from regrow.jobs.memory_needs import check_memory_plan
 from regrow.settings.evaluate import Settings
 
 
@@ -70,7 +70,7 @@ def _open_inputs(call: Call, settings: Settings, memory: str, progress: Progress
             f"precision={call.precision}": call.precision != "float32",
             "a model without text": opened.loaded.tokenizer is None,
         }
-        if not start_streaming(opened, plan, needs, lambda line: progress(0, 1, line)):
+        if not check_memory_plan(opened, plan, needs, lambda line: progress(0, 1, line)):
             opened = None
     if opened is None:
         inputs = call.read(progress)

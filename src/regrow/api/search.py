@@ -135,7 +135,7 @@ def _open_inputs(call: Call, test: object, config: Settings, optimizer: Optimize
 
 
 def _format_target(target: str | Target, smaller: str | float | None) -> str:
-    """Return the target as text, whether given as such or as the share that is removed; InputError unless one is."""
+    """Return ``target`` as text, or ``"params=70%"`` for ``smaller="30%"``; InputError unless exactly one is given."""
     if bool(target) == (smaller is not None):
         got = f"target={target!s} and smaller={smaller}" if target else "neither"
         raise InputError(f'give one of target= and smaller=, got {got}; for example smaller="30%"')

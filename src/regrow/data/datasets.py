@@ -189,7 +189,7 @@ def _to_input(value: Any) -> Any:
 
 
 def _stack_inputs(inputs: list[Any]) -> Any:
-    """Return inputs as a batch, ``[N, ...]``, converted by :func:`_to_input`."""
+    """Return inputs as a batch: tensors and images by :func:`_to_input`, ``[N, ...]``; tuples and dicts by part."""
     # Tensors of one dtype are stacked first and converted in one go.
     if not all(isinstance(x, Tensor) for x in inputs) or len({x.dtype for x in inputs}) > 1:
         inputs = [_to_input(x) for x in inputs]

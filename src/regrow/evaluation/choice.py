@@ -164,7 +164,7 @@ def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
             together = bos + tokenizer(context + ending, add_special_tokens=False)["input_ids"]
             alone = bos + tokenizer(context, add_special_tokens=False)["input_ids"]
             end = getattr(tokenizer, "eos_token_id", None)
-            if not alone and end is not None:  # as lm-eval does; else the ending's first token is not scored
+            if not alone and end is not None:  # as lm-eval; else its first token is not scored
                 alone, together = [end], [end, *together]
             # At least one token before the ending to predict it from, and one in it.
             begin = max(1, min(len(alone), len(together) - 1))

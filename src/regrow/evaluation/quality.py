@@ -47,7 +47,7 @@ class Perplexity:
 
     @property
     def error(self) -> float:
-        """The standard error of :attr:`mean` over windows (of a ratio; NaN for a single window).
+        """The standard error of :attr:`mean`, a ratio of sums over windows; NaN for a single window.
 
         √(n/(n−1) · Σ (nllᵢ − mean · tokensᵢ)²) / Σ tokens
         """

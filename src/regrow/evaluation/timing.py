@@ -241,7 +241,7 @@ def _make_monotone(curve: dict[int, float]) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class Latency:
-    """The milliseconds of a forward pass, divided among operations, sums and layers.
+    """The milliseconds of a search space's forward pass: by candidate operation, sum of candidates, and other layer.
 
     Args:
         total: Milliseconds of the whole pass.

@@ -47,9 +47,9 @@ class ExportResult:
 
 @contextmanager
 def export_folder(out: Path) -> Iterator[Path]:
-    """Context manager: a temporary folder that replaces ``out`` if the block succeeds, and takes over its other files.
+    """Context manager: a temporary folder that replaces ``out`` if the block succeeds; files besides the model stay.
 
-    Raise StoreError unless ``out`` is new, empty or an earlier export.
+    Raises StoreError unless ``out`` is new, empty, or holds a model that regrow wrote, and no run.
     """
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; name a folder")

@@ -22,7 +22,7 @@ from regrow.data.batch_streams import join_batches
 from regrow.evaluation.choice import CHOICE_TOKENS, count_choice_tokens
 from regrow.evaluation.quality import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
-from regrow.jobs.memory_needs import list_model_needs, start_streaming
+from regrow.jobs.memory_needs import check_memory_plan, list_model_needs
 from regrow.jobs.models import DTYPES, ModelSpec, load_model
 from regrow.jobs.recording import Invocation
 from regrow.nets import Loaded
@@ -130,7 +130,7 @@ def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
         tests = _read_tests(settings, opened.loaded)
         plan = plan_evaluation_memory(opened, tests, invocation.memory, settings)
         needs = {"--speed": settings.speed} | list_model_needs(spec, settings.precision, opened)
-        if start_streaming(opened, plan, needs, invocation.announce):
+        if check_memory_plan(opened, plan, needs, invocation.announce):
             return EvaluateInputs(opened.loaded, tests, opened=opened, memory=plan)
     loaded = load_model(spec, invocation.progress, invocation.code)
     return EvaluateInputs(loaded, _read_tests(settings, loaded), memory=plan)

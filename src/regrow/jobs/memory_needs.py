@@ -61,7 +61,7 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
         f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": budget.measure == Measure.TIME,
     }
-    start_streaming(opened, plan, needs | list_model_needs(spec, settings.precision, opened), invocation.announce)
+    check_memory_plan(opened, plan, needs | list_model_needs(spec, settings.precision, opened), invocation.announce)
     return opened, plan
 
 
@@ -97,7 +97,7 @@ def open_to_recover(
         "recovery where the run dropped whole modules": bool(cut.plan.drop),
         "fitting to what the dense network has": settings.recovery_settings.get("target") in ("dense", "residual"),
     }
-    start_streaming(dense, plan, needs | list_model_needs(spec, cut.settings.precision, dense), invocation.announce)
+    check_memory_plan(dense, plan, needs | list_model_needs(spec, cut.settings.precision, dense), invocation.announce)
     if plan.streams:
         small.check_output()
     return dense, small, plan
@@ -121,12 +121,13 @@ def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> 
     }
 
 
-def start_streaming(
+def check_memory_plan(
     opened: OpenedNetwork, plan: MemoryPlan, needs: Mapping[str, bool], announce: Callable[[str], None]
 ) -> bool:
-    """Return whether a network is read one block at a time; announce it, and limit the process's caches if so.
+    """Announce a memory plan, and return whether it streams; if so, limit caches and check the recorded output.
 
-    Raises ResourceError if the limit is too low, and InputError if any of ``needs`` needs the whole network.
+    Raises ResourceError if the limit is too low; if it streams, InputError if any of ``needs`` (text → whether it
+    holds) is true, and StoreError if the network's output differs from the recorded one.
     """
     plan.check()
     reason = next((text for text, holds in needs.items() if holds), "")
@@ -144,7 +145,7 @@ def start_streaming(
 
 
 def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
-    """Return the bytes of memory that generating text or computing gradients needs, whichever is more; else 0."""
+    """Return the bytes that generating text or scoring take besides what the process holds, whichever is more; or 0."""
     model, window, count = opened.loaded.model, settings.seq_len, len(settings.sources)
     size, needed = _count_weight_bytes(model), []
     if GENERATED in settings.sources:

@@ -44,7 +44,7 @@ from regrow.jobs.recording import ActiveRun, Invocation, RunStart
 from regrow.jobs.recovery_steps import reconstruct
 from regrow.jobs.run_networks import BlockwiseNetwork, PrunedNetwork, WholeNetwork
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_droppable_modules
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision
@@ -108,7 +108,7 @@ def prune_network(
         raise InputError(
             f"reconstruct fits on data of which it holds a part out, and there are {batches} batches; give more data"
         )
-    axes = with_modules(method, model, opened.axes)
+    axes = with_droppable_modules(method, model, opened.axes)
     check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
     with run.stage("time"):
         budget = with_timing(model, axes, budget, recorded=recorded.get("timing"), progress=run.progress)

@@ -135,7 +135,7 @@ def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Sour
 def with_timing(
     model: nn.Module, axes: AxisGraph, budget: Budget, recorded: Any = None, progress: Progress = silent
 ) -> Budget:
-    """Return the budget; one that counts time with the recorded timing ``recorded``, or one that is measured now."""
+    """Return the budget; if it is in milliseconds, with its timing: ``recorded``, or measured now on the network."""
     if budget.measure != Measure.TIME:
         return budget
     if recorded:

@@ -139,9 +139,10 @@ def choose_stage_ends(parts: int, stages: int) -> tuple[int, ...]:
 
 
 def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False) -> tuple[nn.Module, Origin]:
-    """Return what a search left of a space as a plain network in eval mode, and the record of how to build it.
+    """Fold the scales of a searched space into its weights, in place; return the network, in eval mode, and its origin.
 
-    Scales are folded into weights, in place; ``in_place`` returns ``model`` itself, else cells and blocks are rebuilt.
+    Cells and blocks are built again as a plain network with an origin of its own. Any other space, and any with
+    ``in_place``, is ``model`` itself, with the same origin.
     """
     removed = find_placeholders(model).keys()
     fold_scales(model)

@@ -206,7 +206,7 @@ def read_shape(text: str) -> tuple[int, ...]:
 
 
 def format_shape(example: Example) -> str:
-    """Return the shapes of an input's tensors in the form that :func:`read_shape` parses, joined by commas.
+    """Return the shapes of an input's positional tensors, each as :func:`read_shape` parses it, joined by commas.
 
     >>> format_shape(Example((torch.ones(1, 3, 8, 8),)))
     '1x3x8x8'

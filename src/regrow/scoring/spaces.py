@@ -73,7 +73,7 @@ class Space:
 def ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     """Return the ranking spaces: one per large axis; small axes of one kind are pooled.
 
-    Axes of fewer than :data:`MIN_RANKED_UNITS` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
+    Axes of fewer than :data:`MIN_RANKED_UNITS` units are small; those of a kind are divided, in order, into ``parts``.
 
     >>> from regrow.core.axes import Axis
     >>> [space.keys for space in ranking_spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]

@@ -225,7 +225,7 @@ def attach_origin(net: nn.Module, origin: Origin, tokenizer: Any | None) -> None
 
 
 def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
-    """Return the validated record of a model folder, or raise StoreError; ``check`` compares its digest, too."""
+    """Return the validated ``shapes.json`` of a folder, or raise StoreError; ``check`` compares its own digest, too."""
     folder = Path(folder)
     settle(folder)
     if not folder.is_dir():

@@ -219,7 +219,7 @@ def _read_probe(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
-    """Return arguments as JSON data, and append their tensors to ``tensors``; UnprobedError for any other type."""
+    """Return arguments as JSON data, tensors as indices in ``tensors``, where they are appended; or UnprobedError."""
     match value:
         case Tensor():
             tensors.append(value.detach())

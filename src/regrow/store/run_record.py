@@ -88,7 +88,7 @@ def find_changed_setting(old: Mapping[str, object], new: Mapping[str, object]) -
 
 
 def find_unfinished(out: Path) -> Path | None:
-    """Return the working area of the unfinished run in ``out``, if there is one; StoreError if it holds links."""
+    """Return the working area of an unfinished run in ``out``, or ``None``; StoreError if a folder of it is a link."""
     check_area(out / WORK)
     return out / WORK if (out / WORK / RUN).is_file() else None
 

@@ -168,7 +168,7 @@ class ReadAhead:
 
 
 class BlockResults:
-    """What blocks returned for each batch, until its last reader: in memory, or in files in a folder of their own."""
+    """What blocks returned for each batch, in memory or in a temporary folder; after ``drop`` only the forms."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = None if folder is None else Path(mkdtemp(prefix="results-", dir=folder))

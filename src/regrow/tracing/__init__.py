@@ -108,7 +108,7 @@ _CLASSES = frozenset(
 
 
 def _check_traceable(model: nn.Module) -> None:
-    """Raise :class:`TraceError` for a network that cannot be traced, naming the module and the remedy."""
+    """Raise :class:`TraceError` for a scripted, quantised or wrapped module, or a tensor of a class of its own."""
     for path, module in model.named_modules():
         if _is_converted(module):
             raise TraceError(

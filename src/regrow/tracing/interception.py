@@ -32,7 +32,7 @@ def current_line() -> Line | None:
 
 
 def describe_line(line: Line | None) -> str:
-    """Return a clause that names a line of code; empty if there is none.
+    """Return a clause that names a line of code, and quotes it if its file can be read; empty if there is none.
 
     >>> describe_line(("net.py", 12))
     '; it is the code at net.py:12'

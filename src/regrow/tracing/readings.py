@@ -175,7 +175,7 @@ class ReadDim:
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded network and the dimensions in which it reads its axes; independent of the values of its tensors."""
+    """A traced network to run with units masked: its operations and the dimensions that read axes, but no values."""
 
     capture: Capture  # the operations, to be run one by one
     reads: tuple[ReadDim, ...]  # they hold for a cut copy too, whose operations are the same

@@ -38,7 +38,7 @@ NUMBER = "layer_idx"
 
 
 def _describe_module(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
-    """Return a description of a module: equal ones run alike. The numbers of those in ``numbered`` are left out."""
+    """Return a description of a module; equal ones run alike. ``numbered``: modules whose ``layer_idx`` is left out."""
     ids: dict[int, int] = {}
     parts: list[object] = []
     objects: dict[int, object] = {}

@@ -174,7 +174,7 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
             zeros = {
                 i: names
                 for i, (name, child) in enumerate(module._modules.items())
-                if classes[type(child)] > 1 and (names := blocks.find_zeros(f"{path}.{name}"))
+                if classes[type(child)] > 1 and (names := blocks.find_zeroed(f"{path}.{name}"))
             }
             if zeros:
                 result[path] = Stack(len(module), zeros)
@@ -188,8 +188,8 @@ class _Blocks:
     axes: AxisGraph
     calls: Mapping[str, list[ModuleCall]]
 
-    def find_zeros(self, path: str) -> tuple[str, ...]:
-        """Return the names, within a module, of the parameters that are 0 in a copy; empty if it cannot be copied."""
+    def find_zeroed(self, path: str) -> tuple[str, ...]:
+        """Return which parameters of a module must be 0 in a copy that passes its input on; empty: no such copy."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 or not _keeps_form(calls[0]):
             return ()

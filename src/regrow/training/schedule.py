@@ -72,7 +72,7 @@ class Phase:
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
-    """Return a phase that trains on batches of sources instead of a task's examples.
+    """Return a phase whose steps take what ``batches`` gives: no task's examples, and no seed for each epoch.
 
     ``epochs``: the number of steps of each epoch; ``batches``: the step, counted over all epochs → its batches.
     """

@@ -21,7 +21,7 @@ from regrow.core.sources import Batch, Source, labelled_logits
 from regrow.jobs.pruning_inputs import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth
 from regrow.methods.pruning.depth import find_modules, predictions
-from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut, with_modules
+from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut, with_droppable_modules
 from regrow.store import save
 from regrow.surgery import verify
 from regrow.tracing.branches import PlaceholderModule
@@ -38,7 +38,7 @@ def llama() -> Any:
 
 def traced(model: Any) -> AxisGraph:
     axes = trace(model, input_ids=torch.ones(1, 5, dtype=torch.int64))
-    return with_modules(build_pruner("depth", {}), model, axes)
+    return with_droppable_modules(build_pruner("depth", {}), model, axes)
 
 
 def prepared(model: Any, axes: AxisGraph, **settings: Any) -> tuple[Any, AxisGraph, Evidence]:

@@ -77,7 +77,7 @@ def axes_in(dim: Dim) -> Iterator[str]:
 def find_occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
     """Yield, per place of axis ``key`` in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
 
-    Loops that continue each other without a gap are one; the longest comes first.
+    Extent and offset are in entries. Loops that continue each other are one; that of the most turns comes first.
 
     >>> list(find_occurrences(Product((3, Sum(("a", 2)))), "a", {"a": 4}))
     [([(3, 6)], 1, 0)]

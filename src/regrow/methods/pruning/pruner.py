@@ -219,7 +219,7 @@ def plan_cut(
     Raise ValueError if the budget cannot be met, or the method cannot score this network.
     """
     evidence, context, removal = evidence or Evidence(), context or PruningContext(), Removal()
-    axes = with_modules(pruner, model, axes)
+    axes = with_droppable_modules(pruner, model, axes)
     units, whole_axes, whole_budget = _prunable_axes(pruner, axes, budget), axes, budget
     check_objective(pruner, evidence.data.values(), objective)
     with freeze(model):
@@ -245,8 +245,8 @@ def plan_cut(
     return Cut(plan, scores, {**removal.findings, **ranking.findings(chosen)})
 
 
-def with_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with the modules that can be dropped; traced here if the method drops some and they lack them."""
+def with_droppable_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """Return the axes; if the method drops modules, with those that can be dropped: the network runs again."""
     is_known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
     return with_branches(model, axes) if pruner.drop and axes.steps and not is_known else axes
 

@@ -110,7 +110,7 @@ class LayerCalls(TorchFunctionMode):
 
 
 def _find_addend(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
-    """Return the tensor of the same shape that an operation adds to an output; ``None`` for any other operation."""
+    """Return what an addition adds to ``output``, one of its operands; ``None`` unless it is of the same shape."""
     if func not in ADDITIONS or len(args) != 2 or kwargs:
         return None
     other = args[1] if args[0] is output else args[0]

@@ -223,7 +223,7 @@ def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch
 
 
 def _add_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Give zero biases, in place, to layers that can have one and have none; return the names of their weights."""
+    """Give zero biases without gradients, in place, to layers whose bias is ``None``; return their weights' names."""
     added = []
     for layer in layers:
         path, _, leaf = layer.name.rpartition(".")

@@ -226,7 +226,8 @@ class _DenseTarget:
     def rows(self, number: int, layer: Layer, call: LayerCall) -> Rows | None:
         """Return the layer's inputs, the dense network's value where the output goes, and the difference to it.
 
-        Where the output is added to a residual stream, the target is dense output + dense stream − own stream.
+        Where the output is added to a residual stream, both are of the sum: target = dense output + dense stream,
+        residual = target − (output + own stream).
         """
         result, channel = self.dense(number, layer.name), call.output.dim() + call.dim
         if result is None:

@@ -191,7 +191,7 @@ class Mgas(Search):
 
     @torch.no_grad()
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clamp thresholds in place (to 0 in earlier stages that are not pruned again); return the state with new μ."""
+        """Clamp thresholds in place; return the state with examples counted and, while masks train, the next μ."""
         # Below 1, the largest σ(α) and σ(κ); |w| is over its mean.
         for thresholds, largest in zip(state.thresholds, (0.99, 0.99, 2.0), strict=True):
             thresholds.values.clamp_(0, largest)

@@ -86,7 +86,7 @@ def _empty() -> AxisTensor:
 
 @dataclass(frozen=True)
 class SearchState:
-    """The state of a search: importances, thresholds, stage, and what was removed."""
+    """What every search method carries from step to step: importances, thresholds, sizes, stage, what was removed."""
 
     alpha: AxisTensor = field(default_factory=_empty)  # α, the importance of operations
     kappa: Mapping[str, AxisTensor] = field(default_factory=dict)  # axis → κ, the importance of its filters
