@@ -165,4 +165,4 @@ def count_positions(batch: Batch) -> int:
     first = next((value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)), None)
     if first is None or first.dim() == 0:
         return 1
-    return first.shape[0] if first.is_floating_point() else first.numel()
+    return len(first) if first.is_floating_point() else first.numel()

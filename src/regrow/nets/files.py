@@ -122,7 +122,7 @@ def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
     """Return tensor → number of entries of a GGUF file; raise an error unless it is complete and fits into memory."""
     import gguf
 
-    class Reader(gguf.GGUFReader):
+    class CheckedReader(gguf.GGUFReader):
         """Raises ValueError at the end of the file, where gguf's own reader goes on as often as a damaged file says."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
@@ -133,7 +133,7 @@ def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
 
     check_regular(path)
     try:
-        tensors = Reader(path).tensors
+        tensors = CheckedReader(path).tensors
         if impossible := [tensor.name for tensor in tensors if not is_possible(tensor.shape.tolist())]:
             raise ValueError(f"no memory holds the tensor {impossible[0]!r:.60}")
     except Exception as error:  # a damaged header may raise anything

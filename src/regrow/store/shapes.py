@@ -71,6 +71,7 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     bytes: Count = 0
     header: Digest | Literal[""] = ""
+    sha256: str = ""  # of the whole file, which earlier versions wrote; it is not compared
 
 
 class ProbeRecord(FileRecord, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

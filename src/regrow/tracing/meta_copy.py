@@ -261,7 +261,7 @@ def _infer_convolution(
     n = weight.dim() - 2
     if x.dim() != n + 2 or not (x.is_contiguous() and weight.is_contiguous()) or x.shape[1] != weight.shape[1] * groups:
         return None
-    if weight.shape[0] % groups or not (x.numel() and weight.numel()):
+    if len(weight) % groups or not (x.numel() and weight.numel()):
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
@@ -270,7 +270,7 @@ def _infer_convolution(
         (side + 2 * pad - gap * (kernel - 1) - 1) // step + 1
         for side, kernel, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
     ]
-    return ((x.shape[0], weight.shape[0], *sides),) if min(sides) > 0 and min(pads) >= 0 else None
+    return ((len(x), len(weight), *sides),) if min(sides) > 0 and min(pads) >= 0 else None
 
 
 def _get_ops(names: str) -> list[Any]:

@@ -263,10 +263,7 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
 
 
 def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
-    """Make new units sparse, project them away from earlier tasks, and give them the old ones' spread, in place.
-
-    Return the state with the gates of the grown network.
-    """
+    """Make new units sparse, projected away from earlier tasks, of the old ones' spread, in place; return the state."""
     _, zero_entries = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
     sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(2))
     gate.weigh_new_units(state, context, s.group_norm_damping)
@@ -345,6 +342,8 @@ def _mask_temporarily(state: SparseGrowState, context: Context) -> Iterator[None
     before = [(t.weight.detach(), t.kept, t.weight.detach().clone()) for t in state.thresholded(context)]
     for weight, kept, _ in before:
         weight.mul_(kept)
-    yield
-    for weight, kept, value in before:
-        torch.where(kept, weight, value, out=weight)
+    try:
+        yield
+    finally:
+        for weight, kept, value in before:
+            torch.where(kept, weight, value, out=weight)
