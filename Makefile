@@ -1,7 +1,7 @@
 # make demo    prune a real language model on four kinds of real text, and write a page about it
 # make test    every test function on its quick cases, in ten minutes
 # make test-all    the whole suite, with more random plans per network
-# make test-fast   what takes less than half a second, in 90 seconds
+# make test-fast   what takes at most a tenth of a second, in 90 seconds
 # make check   style, types, import floors
 # make bench   the law on networks of full size, and what it costs to measure and cut
 #

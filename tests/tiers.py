@@ -31,7 +31,7 @@ class Tier:
     unlisted: float = 0.0
 
 
-TIERS = {"fast": Tier(0.3, 0.5, 0.02), "usual": Tier(4, 10), "all": Tier(inf, inf)}
+TIERS = {"fast": Tier(0.1, 0.1, 0.05), "usual": Tier(2, 10), "all": Tier(inf, inf)}
 WEIGHTS = {"tests/test_laws.py::test_every_law_holds": 25, "tests/cli/test_modes.py::test_modes": 10}
 """Functions whose cases are many different networks or runs: multiples of a tier's seconds."""
 
@@ -39,7 +39,7 @@ WEIGHTS = {"tests/test_laws.py::test_every_law_holds": 25, "tests/cli/test_modes
 def choose(names: Iterable[str], seconds: Mapping[str, float], tier: Tier) -> set[str]:
     """Return the tests of a tier among those with some names.
 
-    >>> sorted(choose(["f[a]", "f[b]", "g", "h"], {"f[a]": 0.4, "f[b]": 0.2, "g": 5.0}, TIERS["fast"]))
+    >>> sorted(choose(["f[a]", "f[b]", "g", "h"], {"f[a]": 0.1, "f[b]": 0.05, "g": 5.0}, TIERS["fast"]))
     ['f[b]', 'h']
     """
     functions = defaultdict(list)
