@@ -246,7 +246,7 @@ def faults(outcome: Outcome, baseline: int) -> list[str]:
 def message(outcome: Outcome) -> str:
     """The message without values: what is the same for inputs of one kind."""
     line = next((line for line in outcome.said.splitlines() if line.startswith("regrow: ")), "")
-    line = re.sub(r"/\S*/malformed-\w+", "PLACE", line.removeprefix("regrow: "))
+    line = re.sub(r"/\S*/(malformed|regrow)-\w+", "PLACE", line.removeprefix("regrow: "))
     line = re.sub(r"(['\"`]).*?\1", "'…'", re.sub(r"x{20,}", "xx…", line))
     return re.sub(r"\d[\d,.e+]*", "N", line)[:200]
 

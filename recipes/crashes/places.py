@@ -134,7 +134,7 @@ class Place:
         interrupt: float = 0.0,
     ) -> Outcome:
         """Run the command, or another step, in a child process; as another user, or with Ctrl-C at some time."""
-        does, told = work(self.case.command if step is None else step), self.folder / "modules"
+        does, modules = work(self.case.command if step is None else step), self.folder / "modules"
 
         def child() -> None:
             if user:
@@ -144,15 +144,15 @@ class Place:
                 does()
             finally:
                 if not user and not interrupt:
-                    told.write_text(json.dumps(list(sys.modules)))
+                    modules.write_text(json.dumps(list(sys.modules)))
 
         watch = self.root if watched else None
         text = self.folder / ("text-watched" if watched else "text")  # both may run at once
         more = {"exchange": self.exchange, "interrupt": interrupt}
         outcome = run(child, self.root / "at", text, root=watch, act=act, **more)
-        if told.is_file():
-            _import(json.loads(told.read_text()))
-            told.unlink()
+        if modules.is_file():
+            _import(json.loads(modules.read_text()))
+            modules.unlink()
         return outcome
 
     def readings(self) -> dict[str, str]:
@@ -240,15 +240,15 @@ def contents(folder: Path) -> Contents:
 
 def state(there: Contents) -> str:
     """A digest of everything in a place; random parts of names do not count."""
-    told = sorted((steady(name), digest) for name, digest in there.items())
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    entries = sorted((steady(name), digest) for name, digest in there.items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:12]
 
 
 def differences(expected: Contents, there: Contents) -> list[str]:
     """What is missing, different, or there beside what is expected."""
-    told = [f"missing {name}" for name in expected if name not in there]
-    told += [f"different {name}" for name in expected if name in there and there[name] != expected[name]]
-    return told + [f"left over {steady(name)}" for name in there if name not in expected]
+    faults = [f"missing {name}" for name in expected if name not in there]
+    faults += [f"different {name}" for name in expected if name in there and there[name] != expected[name]]
+    return faults + [f"left over {steady(name)}" for name in there if name not in expected]
 
 
 def _of(there: Contents, result: str) -> Contents:
