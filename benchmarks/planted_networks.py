@@ -53,7 +53,7 @@ from regrow.methods.pruning.gprune import Settings, form_modules, order_modules,
 from regrow.methods.pruning.gprune.modules import compute_reliability
 from regrow.methods.pruning.pruner import PruningTask, Ranking, plan_cut
 from regrow.methods.recovery import RecoveryTask
-from regrow.scoring.spaces import ranking_spaces
+from regrow.scoring.spaces import make_ranking_spaces
 from regrow.scoring.weights import scorable_axes
 from regrow.store.run_record import versions
 
@@ -179,7 +179,7 @@ ARMS = (
 def same_ratio(task: PruningTask, settings: Settings) -> Ranking:
     """Score units by their rank relative to their module, so that every module gives the same fraction."""
     units = scorable_axes(task.axes, task.units)
-    seen, among = score_views(task, settings, units), ranking_spaces(units, parts=4)
+    seen, among = score_views(task, settings, units), make_ranking_spaces(units, parts=4)
     groups = form_modules(settings, seen[0], among)
     values, sigma = seen[0].scores.values, seen[0].sigma
     trust = compute_reliability(settings.switch, among, groups, values, sigma, most=settings.switch_most).trust

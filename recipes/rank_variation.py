@@ -20,7 +20,7 @@ from width_pruning_points import FOLDS
 from regrow.core.scores import Need
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import wanda_sp, wifv
-from regrow.scoring.spaces import rank_units, ranking_spaces, spectrum
+from regrow.scoring.spaces import make_ranking_spaces, rank_units, spectrum
 from regrow.scoring.weights import weights_of
 
 OUT = Path(__file__).parent / "results" / "rank_variation.json"
@@ -37,7 +37,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     sources = [bench.calibration(name, 0) for fold in FOLDS for name in fold]
     found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
     weights, units = weights_of(bench.model), bench.axes.units()
-    among, rows = ranking_spaces(units), {}
+    among, rows = make_ranking_spaces(units), {}
     for name, score in METRICS.items():
         by = {
             domain: (

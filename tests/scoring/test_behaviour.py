@@ -15,14 +15,14 @@ from regrow.methods.pruning.gprune.modules import (
 )
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import peak_to_peak, wifv
-from regrow.scoring.spaces import percentile, rank_units, ranking_spaces, sensitivity, spectrum
+from regrow.scoring.spaces import make_ranking_spaces, percentile, rank_units, sensitivity, spectrum
 from regrow.scoring.weights import weights_of
 
 PARTITIONS = ("thresholds", "random", "layer")
 SWITCHES = ("unreliable", "blend", "even", "never", "always", "reversed")
 N, M, S = 400, 4, 4
 AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]
-AMONG = ranking_spaces(AXES)
+AMONG = make_ranking_spaces(AXES)
 
 
 def drawn(noise: float, shift: float, seed: int = 0) -> dict[str, tuple[Scores, list[Scores]]]:
@@ -81,7 +81,7 @@ def test_noise_alone_is_told_from_sensitivity() -> None:
 def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
     scores = drawn(0.3, 0.5)
     found = rank_units(scores, AMONG)
-    among = ranking_spaces(AXES, parts=4)
+    among = make_ranking_spaces(AXES, parts=4)
     base = scores["s0"][0].values
     modules = partition(how, among, base, sensitivity(found), seed=1)
     assert {key: len(value) for key, value in modules.labels.items()} == {axis.key: axis.size for axis in AXES}
@@ -99,7 +99,7 @@ def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
 def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_same_sizes() -> None:
     scores = drawn(0.3, 0.5)
     found, base = rank_units(scores, AMONG), scores["s0"][0].values
-    spread, among = sensitivity(found), ranking_spaces(AXES, parts=4)
+    spread, among = sensitivity(found), make_ranking_spaces(AXES, parts=4)
     alike = partition("thresholds", among, base, spread)
     a = alike.labels["a"]
     robust, sensitive = ((spread["a"][a == i]) for i in (0, 2))
@@ -114,7 +114,7 @@ def test_modules_are_split_by_sensitivity_and_score_and_random_ones_have_the_sam
 def test_what_is_switched() -> None:
     scores = drawn(0.3, 0.5)
     found, base = rank_units(scores, AMONG), scores["s0"][0].values
-    spread, among = sensitivity(found), ranking_spaces(AXES, parts=4)
+    spread, among = sensitivity(found), make_ranking_spaces(AXES, parts=4)
     modules = partition("thresholds", among, base, spread)
     trust = {how: compute_reliability(how, among, modules, base, spread).trust for how in SWITCHES}
     small = torch.tensor([among[i].pooled for i in modules.spaces])
@@ -133,7 +133,7 @@ def test_what_is_switched() -> None:
 
 def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_order() -> None:
     scores = drawn(0.3, 0.5)
-    found, among = rank_units(scores, AMONG), ranking_spaces(AXES, parts=4)
+    found, among = rank_units(scores, AMONG), make_ranking_spaces(AXES, parts=4)
     base, other = scores["s0"][0].values, scores["s3"][0].values
     modules = partition("thresholds", among, base, sensitivity(found))
     instead = {key: torch.rand(len(value), dtype=torch.float64) for key, value in base.items()}
@@ -162,14 +162,14 @@ def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
     found = collect(model, axes, [texts("x"), texts("y", seed=3)], {Need.ACTIVATIONS}, shards=2)
     score = lambda s: wifv(weights_of(model), axes, s, units=axes.units())  # noqa: E731
     by = {name: (score(merge_statistics(shards[:2])), [score(one) for one in shards]) for name, shards in found.items()}
-    got = rank_units(by, ranking_spaces(axes.units()))
+    got = rank_units(by, make_ranking_spaces(axes.units()))
     for axis in axes.units():
         assert got.whole[axis.key].shape == (2, axis.size) and got.shards[axis.key].shape == (2, 2, axis.size)
 
 
 def test_modules_keep_their_numbers_where_another_partition_has_the_same() -> None:
     scores = drawn(0.3, 0.5)
-    among, base = ranking_spaces(AXES, parts=4), scores["s0"][0].values
+    among, base = make_ranking_spaces(AXES, parts=4), scores["s0"][0].values
     found = rank_units(scores, AMONG)
     fine, coarse = (partition(how, among, base, sensitivity(found)) for how in ("thresholds", "layer"))
     assert fine.numbered_as(fine, among).labels.keys() == fine.labels.keys()

@@ -14,10 +14,10 @@ class RefusedError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's text, for messages that must stay on one line.
+    """Return the first non-empty line of an error's text, at most 200 characters, without a final full stop.
 
     >>> first_line(ValueError("\\nsize mismatch:\\n  a long list"))
     'size mismatch:'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__

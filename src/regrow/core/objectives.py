@@ -69,7 +69,7 @@ class Objective:
                 raise
             raise InputError(
                 f"{where}labels ({describe(batch.labels)}) do not fit the loss: {type(error).__name__}: "
-                f"{first_line(error):.200}; give labels as the loss takes them"
+                f"{first_line(error)}; give labels as the loss takes them"
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -71,7 +71,7 @@ class Batch:
             got = ", ".join([*map(describe, self.args), *(f"{key}={describe(x)}" for key, x in self.kwargs.items())])
             raise InputError(
                 f"{self.where}: the network does not take its inputs ({got}): {type(error).__name__}: "
-                f"{first_line(error):.200}; give batches as the network's forward takes them"
+                f"{first_line(error)}; give batches as the network's forward takes them"
             ) from error
 
 

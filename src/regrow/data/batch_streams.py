@@ -153,7 +153,7 @@ def explain_loader_errors(data: Iterable[Any], name: str) -> Iterator[Any]:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            problem = f"{type(error).__name__}: {first_line(error):.200}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
             if isinstance(error, InputError):
                 problem = first_line(error)
             elif problem.count("Caught ") and len(lines := str(error).strip().splitlines()) > 1:

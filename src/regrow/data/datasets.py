@@ -159,7 +159,7 @@ def join_examples(parts: Iterable[Examples]) -> Examples:
         return Examples(inputs, labels, parts[0].where.partition(", batch")[0])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         odd = next((part for part in parts if _form(part) != _form(parts[0])), parts[-1])
-        problem = f"is unlike the first batch, with which it is joined: {first_line(error):.200}"
+        problem = f"is unlike the first batch, with which it is joined: {first_line(error)}"
         raise SourceError(f"{odd.where or 'a batch'} {problem}; give batches of one form") from error
 
 

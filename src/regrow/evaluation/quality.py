@@ -51,10 +51,10 @@ class Perplexity:
 
         √(n/(n−1) · Σ (nllᵢ − mean · tokensᵢ)²) / Σ tokens
         """
-        n = len(self.nll)
+        n, mean = len(self.nll), self.mean
         if n < 2:
             return math.nan
-        squares = sum((x - self.mean * t) ** 2 for x, t in zip(self.nll, self.tokens, strict=True))
+        squares = sum((x - mean * t) ** 2 for x, t in zip(self.nll, self.tokens, strict=True))
         return math.sqrt(n / (n - 1) * squares) / sum(self.tokens)
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from regrow.core.axes import Example
 from regrow.core.sources import Batch, device_of, preserve_random_state
@@ -38,7 +38,7 @@ def compute_outputs(model: nn.Module, example: Example) -> Results:
     The network's state is not changed. Random operations start from the same seed in every call. Caches of states per
     block are left out. For each output with NaN, a mask of these is added, and NaN is 0 in the output.
     """
-    inputs = Example(*tree_map(_copy_tensor, (example.args, dict(example.kwargs))))
+    inputs = Example(*tree_map_only(Tensor, lambda x: x.detach().clone(), (example.args, dict(example.kwargs))))
     with preserve_state(model, entries=True), preserve_random_state(), preserve_generators(), in_eval_mode(model):
         reseed(0)
         random.seed(0)
@@ -46,11 +46,6 @@ def compute_outputs(model: nn.Module, example: Example) -> Results:
         outputs = [*_comparable_tensors(model(*inputs.args, **inputs.kwargs))]
         nan_masks = [x.isnan() for x in outputs if x.is_floating_point() and bool(x.isnan().any())]
         return [*(x.nan_to_num(0.0, torch.inf, -torch.inf) for x in outputs), *nan_masks]
-
-
-def _copy_tensor(value: object) -> object:
-    """Return a detached copy of a tensor, and any other value as it is."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _comparable_tensors(output: object) -> Iterator[Tensor]:
@@ -126,10 +121,8 @@ def vary_example(example: Example) -> list[Example]:
 
 def _map_tensors(example: Example, change: Any) -> Example:
     """Return an example with ``change`` applied to each tensor that has dimensions."""
-    args, kwargs = tree_map(
-        lambda x: change(x) if isinstance(x, Tensor) and x.dim() else x, (example.args, dict(example.kwargs))
-    )
-    return Example(args, kwargs)
+    inputs = example.args, dict(example.kwargs)
+    return Example(*tree_map_only(Tensor, lambda x: change(x) if x.dim() else x, inputs))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from regrow import store
 from regrow.allocation.widening import plan_insertions, plan_widening
 from regrow.core.axes import AxisGraph, Example
-from regrow.core.errors import RefusedError
+from regrow.core.errors import RefusedError, first_line
 from regrow.core.objectives import Objective
 from regrow.core.plan import Change, Fill, Plan
 from regrow.core.sources import preserve_random_state
@@ -37,7 +37,6 @@ from regrow.store.run_folder import RunFolder
 from regrow.surgery import apply, verify
 from regrow.surgery.output_comparison import shallow_copy
 from regrow.surgery.runner import Results
-from regrow.tracing.capture import trim_error
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.stacks import find_stacks, insert_copies
 from regrow.training.tune import find_added_entries, measure_mean_loss, train_grown
@@ -209,7 +208,7 @@ def _check_stack(
         worst = max(measure_relative_change(outputs, compute_outputs(deeper, x)) for x, outputs in before)
     except Exception as error:
         raise RefusedError(
-            f"stack {path!r} cannot get further blocks: the network does not run with them: {trim_error(error)}; "
+            f"stack {path!r} cannot get further blocks: the network does not run with them: {first_line(error)}; "
             f"{OTHER_STACK}; {AS_BEFORE}"
         ) from None
     if not worst <= share:
@@ -226,7 +225,7 @@ def _run_grown(model: nn.Module, example: Example) -> Results:
         return compute_outputs(model, example)
     except Exception as error:
         raise RefusedError(
-            f"the grown network does not run on what the network ran on: {trim_error(error)}; {AS_BEFORE}"
+            f"the grown network does not run on what the network ran on: {first_line(error)}; {AS_BEFORE}"
         ) from None
 
 

@@ -146,7 +146,7 @@ def _require_image_shape(loaded: Loaded, spec: str) -> torch.Size:
     """Return the shape ``[N, C, H, W]`` of the images that a model takes; InputError if it does not take ``spec``."""
     shape = find_input_shape(loaded)
     dtype = next(loaded.model.parameters()).dtype
-    takes_channels = len(shape) == 4 and (spec == "digits" or shape[1] in (1, 3))
+    takes_channels = len(shape) == 4 and (spec == "digits" or shape[1] in (1, 3))  # digits have any number
     if not takes_channels or shape[2] != shape[3] or dtype != torch.float32:
         raise InputError(
             f"source {spec!r} gives square images of 1 or 3 channels in float32, and the model takes inputs of shape "

@@ -13,6 +13,7 @@ from regrow.allocation.cost import cost_of
 from regrow.core.amounts import STEPS_PER_UNIT, Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
+from regrow.core.errors import first_line
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
 from regrow.evaluation.quality import Evaluation, evaluate_objective
@@ -22,7 +23,6 @@ from regrow.jobs.recording import ActiveRun, Record
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting
 from regrow.streaming.network import StreamedNetwork
-from regrow.tracing.capture import trim_error
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class EvaluationData:
     halves: SourceHalves  # networks are evaluated on the evaluation halves
     objective: Objective | None = None  # what networks are trained for; `None`: text with a tokenizer, else classes
     precision: str = "float32"  # the precision of forward passes
+
+
+def round_column(recoveries: int) -> dict[str, int]:
+    """Return the column of metrics rows that tells the rows of a second recovery, and of later ones, from earlier."""
+    return {"round": recoveries} if recoveries > 1 else {}
 
 
 def measure_network(
@@ -54,7 +59,7 @@ def measure_network(
     if not record.wants_measurements:
         return {}
     loaded = loaded if network is None else replace(loaded, model=network.model)
-    columns: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
+    columns: dict[str, Any] = {"model": name, **round_column(recoveries)}
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
     counts = {"params_all": size["parameters"], "params_counted": size["counted"], "macs": evaluation.macs(axes)}
     record.log("size", columns | counts, bytes=size["bytes"], dtype=size["dtype"])
@@ -77,7 +82,7 @@ def measure_network(
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if not data.halves.evaluates_on_calibration:
                 raise
-            line = f"the quality of the network is not measured: {trim_error(error)}; give validation= data"
+            line = f"the quality of the network is not measured: {first_line(error)}; give validation= data"
             warnings.warn(line, stacklevel=2)
     run.progress(len(tests), len(tests), f"evaluating the {name} model")
     return perplexities

@@ -24,7 +24,7 @@ from regrow.jobs.inputs import (
     complete_data,
     read_sources,
 )
-from regrow.jobs.measuring import EvaluationData, log_pairs, measure_network
+from regrow.jobs.measuring import EvaluationData, log_pairs, measure_network, round_column
 from regrow.jobs.memory_needs import open_to_recover
 from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning_inputs import make_model_spec, make_source_specs
@@ -96,7 +96,7 @@ def recover_network(
             task = replace(task, progress=run.progress, parallel=Parallel(run.ranks))
             origin, number = dense.origin.record(), len(settings.before) + 1
             summary = recover(record, task, settings.by, settings.recovery_settings, origin=origin, precision=precision)
-            record.log("recovery", {"by": settings.by, **summary, **({"round": number} if number > 1 else {})})
+            record.log("recovery", {"by": settings.by, **summary, **round_column(number)})
         if record.is_kept:
             outside = streamed.outside(loaded, pair.changed) if streamed and pair else None
             with run.stage("save"):
@@ -123,7 +123,6 @@ def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> No
 
 def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], number: int) -> None:
     """Log the paired difference in log-perplexity of the recovered model to the pruned and dense ones in the run."""
-    columns: dict[str, object] = {"round": number} if number > 1 else {}
     rows = {(row["model"], row["source"]): row for row in record.metrics() if row["what"] == "perplexity"}
     for name, after in perplexities.items():
         for model in ("pruned", "dense"):  # a page takes the last: what is left of the damage
@@ -131,7 +130,7 @@ def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], num
             nll = row.get("nll_per_window", [])
             if row.get("tokens") == sum(after.tokens) and len(nll) == len(after.nll) and None not in nll:
                 before = Perplexity(name, tuple(nll), after.tokens, after.bytes, after.origin)
-                log_pairs(record, {name: before}, {name: after}, {"of": [model, "recovered"], **columns})
+                log_pairs(record, {name: before}, {name: after}, {"of": [model, "recovered"], **round_column(number)})
 
 
 def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
@@ -144,7 +143,7 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
     for row in inputs.rows or ():
         recoveries += row["what"] == "recovery"
         if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
-            record.log(row["what"], {**({"round": recoveries} if recoveries > 1 else {}), **row})
+            record.log(row["what"], {**round_column(recoveries), **row})
     if inputs.rows is None and record.is_kept:
         dense, loaded = inputs.dense, inputs.loaded
         cut = trace_loaded(loaded)
@@ -165,9 +164,9 @@ def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """
     source = RunFolder.open(settings.run)
     cut = find_last_cut(source, invocation.code)
-    complete = _complete_settings(settings, source, cut)
+    inherited = _complete_settings(settings, source, cut)
     open_inputs = partial(open_named, settings, invocation, source, cut)
-    recover_network(complete, open_inputs, invocation.start_run(settings, settings.run, undo=settings.undo))
+    recover_network(inherited, open_inputs, invocation.start_run(settings, settings.run, undo=settings.undo))
     return RunFolder(Path(invocation.out))
 
 

@@ -51,8 +51,9 @@ def build_space(
     stages that the space cannot have, and MemoryBudgetError if no stage fits the budget.
     """
     space, stages, seed = settings.space, settings.stages, settings.seed
-    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
-    if (start or not fit) and (settings.memory or stages > 1):
+    # cells:WIDTH-CELLS-NODES or mobile:WIDTH-BLOCKS
+    match = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})|mobile:(\d{1,3})-(\d{1,2})", space)
+    if (start or not match) and (settings.memory or stages > 1):
         option = "memory" if settings.memory else f"stages {stages}"
         raise ValueError(f"{space} is searched in one stage: no --{option}")
     if start:
@@ -62,12 +63,13 @@ def build_space(
     shape, classes = list(input_shape(task.train)), 1 + max(task.classes)
     if names_function(space):
         builder = import_builder(space)
-        return _build_named(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
-    if not fit:
+        origin = Origin("callable", space, {}, space, builder)
+        return _build_named(space, builder, task, seed), origin, None
+    if not match:
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
     network_class, configure, prefix, parts = STAGED[kind]
-    sizes = zip(("width", parts, "nodes"), (int(size) for size in fit.groups() if size), strict=False)
+    sizes = zip(("width", parts, "nodes"), (int(size) for size in match.groups() if size), strict=False)
     configure = partial(configure, shape, classes, stride=settings.stride, **dict(sizes))
     whole, plan = configure(), None
     check_space_fits(network_class, whole, f"a search of {space}")
@@ -146,16 +148,12 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
     """
     removed = find_placeholders(model).keys()
     fold_scales(model)
-    config: Mapping[str, object]
-    match model:
-        case _ if in_place:
-            return model.eval(), origin
-        case Cells():
-            config = cells.describe_result(model, origin.config, removed)
-        case Mobile():
-            config = mobile.describe_result(model, origin.config, removed)
-        case _:
-            return model.eval(), origin
+    if in_place or not isinstance(model, Cells | Mobile):
+        return model.eval(), origin
+    if isinstance(model, Cells):
+        config = cells.describe_result(model, origin.config, removed)
+    else:
+        config = mobile.describe_result(model, origin.config, removed)
     return rebuild_network(config, model), replace(origin, config=config)
 
 

@@ -70,13 +70,13 @@ class Space:
         return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
 
 
-def ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
+def make_ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     """Return the ranking spaces: one per large axis; small axes of one kind are pooled.
 
     Axes of fewer than :data:`MIN_RANKED_UNITS` units are small; those of a kind are divided, in order, into ``parts``.
 
     >>> from regrow.core.axes import Axis
-    >>> [space.keys for space in ranking_spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
+    >>> [space.keys for space in make_ranking_spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
     [('a',), ('b', 'c')]
     """
     small: dict[str, list[Axis]] = {}

@@ -68,8 +68,10 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, a
     try:
         digests, samples = sample_outputs(model, structure, inputs)
     except Exception as error:
-        raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
-    aligned = all(map(_is_aligned, model.parameters())) if aligned is None else aligned
+        raise UnprobedError(f"the network does not take the example input ({first_line(error)})") from None
+    if aligned is None:  # as loaded tensors: on the CPU, contiguous, from the begin of a cache line on
+        parameters = model.parameters()
+        aligned = all(x.is_contiguous() and x.data_ptr() % 64 == 0 and x.device.type == "cpu" for x in parameters)
     header = {
         "inputs": structure,
         "patterns": patterns,
@@ -80,11 +82,6 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, a
     }
     tensors = {f"i{i}": tensor for i, tensor in enumerate(inputs) if patterns[i] is None}
     write_tensors(path, tensors | {f"o{i}": sample for i, sample in enumerate(samples)}, header, FORMAT)
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor lies on the CPU, contiguous, from the begin of a cache line on, as loaded ones do."""
-    return tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 and tensor.device.type == "cpu"
 
 
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], cast: bool = False) -> None:
@@ -99,7 +96,7 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], 
         digests, samples = sample_outputs(model, header.inputs, inputs)
     except Exception as error:
         raise StoreError(
-            f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); {_REMEDY}"
+            f"{path.parent}: the network fails on the input it was saved with ({first_line(error)}); {_REMEDY}"
         ) from None
     if digests == header.outputs:
         return

@@ -73,7 +73,7 @@ def without_branches(
     if undo is not None:
         undo.check_network(axes)
     removed = tuple(plan.drop.values())
-    new_axes = _drop_branches(model, axes, removed)
+    new_axes = _prove_drop(model, axes, removed)
     changes = {key: replace(c, slots=new_axes[key].slots) for key, c in plan.changes.items() if key in new_axes.axes}
     named = model.named_parameters()
     lost = [Exchange(name, old, {}) for name, old in named if any(branch.holds(name) for branch in removed)]
@@ -191,35 +191,36 @@ def _build_shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     return shell
 
 
-def _drop_branches(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
-    """Return a network's axes without some branches, proved on a copy without numbers; ``PlanError`` if they stay."""
-    names = ", ".join(branch.module for branch in removed)
+def _prove_drop(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
+    """Return a network's axes without some branches; PlanError unless the rest, on fake tensors, does the same."""
     bare, mode = meta_copy(model, {})
     example = fake_example(cast_example(axes.example, model), mode)
-    # Candidates leaves operations that return None out of its sum, which needs no proof.
-    summed = [branch for branch in removed if branch.gives == "nothing"]
-    proved = [branch for branch in removed if branch.gives != "nothing"]
+    # A module of class Candidates sums its operations and leaves out those that return None: nothing to prove.
+    candidates = [branch for branch in removed if branch.gives == "nothing"]
+    others = [branch for branch in removed if branch.gives != "nothing"]
     try:
-        insert_placeholders(bare, _placeholders(summed))
+        insert_placeholders(bare, _placeholders(candidates))
         recorded = capture(bare, example, tracer=axes.tracer)
-        remaining, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
-        if summed and (idle := [n for n in recorded.unused if n in remaining.shapes and n not in tied]):
+        remaining = axes.without(removed)
+        may_be_idle = {*axes.ties, *axes.ties.values(), *axes.unreached}
+        if candidates and (idle := [n for n in recorded.unused if n in remaining.shapes and n not in may_be_idle]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
-        if not proved:
+        if not others:
             return _update_axes(bare, example, recorded, remaining)
         whole = Effects(recorded)
-        replaced = locate_branches(whole, proved)
-        insert_placeholders(bare, _placeholders(proved))
+        replaced = locate_branches(whole, others)
+        insert_placeholders(bare, _placeholders(others))
         small = Effects(capture(bare, example, tracer=axes.tracer))
+        pairs = zip(replaced.items(), others, strict=True)
+        zeros = {node: small.inside[branch.module][-1] for (node, source), branch in pairs if source is None}
+        if problem := find_effect_difference(whole, replaced, small, zeros):
+            raise BranchError(f"without it the network does something else, {problem}")
+        if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
+            raise BranchError(f"nothing would use {idle[0]} any more, which stays")
+        return _update_axes(bare, example, small.capture, remaining)
     except (BranchError, TraceError) as error:
+        names = ", ".join(branch.module for branch in removed)
         raise PlanError(f"{names} cannot be dropped: {error}") from None
-    pairs = zip(replaced.items(), proved, strict=True)
-    zeros = {node: small.inside[branch.module][-1] for (node, source), branch in pairs if source is None}
-    if problem := find_effect_difference(whole, replaced, small, zeros):
-        raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
-    if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
-        raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _update_axes(bare, example, small.capture, remaining)
 
 
 def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:

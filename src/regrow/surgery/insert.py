@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import Axis, AxisGraph, Example, Slot
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Change, Insertion
+from regrow.core.errors import first_line
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.output_comparison import max_difference
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing import trace, with_branches
-from regrow.tracing.capture import holds_numbers, in_eval_mode, trim_error
+from regrow.tracing.capture import holds_numbers, in_eval_mode
 from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import ROUNDING, compute_outputs, measure_distance
@@ -64,7 +65,7 @@ def with_inserted_blocks(
         except PlanError:
             raise
         except Exception as error:
-            raise PlanError(f"the plan cannot be carried out: the network does not run: {trim_error(error)}") from None
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {first_line(error)}") from None
         kept = None if undo is None else undo.rename(rename, keys.get)
         yield new_axes, Plan(_map_changes(new_axes, plan, keys, model), origin=plan.origin), kept
     except BaseException:

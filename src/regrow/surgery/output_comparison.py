@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Decision, Example
+from regrow.core.errors import first_line
 from regrow.core.plan import Plan, PlanError
 from regrow.surgery.carry import apply_unchecked
 from regrow.surgery.runner import Results, Runner, float_outputs, make_masking, tensor_getter
-from regrow.tracing.capture import Capture, TraceError, capture, holds_numbers, in_eval_mode, trim_error
+from regrow.tracing.capture import Capture, TraceError, capture, holds_numbers, in_eval_mode
 from regrow.tracing.meta_copy import cast_example, copy_model, map_tensors
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.own_run import CastsToDouble, as_double, compare_with_recording, made_in_double
@@ -155,5 +156,5 @@ def check_recording(model: nn.Module, recorded: Capture, example: Example) -> st
     try:
         return compare_with_recording(model, recorded, example)
     except Exception as error:
-        problem = f"the network does not run as recorded: {trim_error(error)}"
+        problem = f"the network does not run as recorded: {first_line(error)}"
         raise PlanError(f"the plan cannot be carried out: {problem}; plan other sizes") from error

@@ -18,7 +18,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning_inputs import collect_evidence
-from regrow.methods.pruning.pruner import Cut, Pruner, plan_cut
+from regrow.methods.pruning.pruner import PlannedCut, Pruner, plan_cut
 from regrow.methods.recovery import RecoveryTask
 from regrow.store.ledger import read_plan
 from regrow.surgery import apply, verify
@@ -67,7 +67,7 @@ def make_sources() -> list[Source]:
     return sources
 
 
-def _cut(subject: Subject, model: nn.Module, axes: AxisGraph, keep: float = 0.5) -> Cut:
+def _cut(subject: Subject, model: nn.Module, axes: AxisGraph, keep: float = 0.5) -> PlannedCut:
     """Return what the method would cut to keep a fraction of the weights; the network stays unchanged."""
     pruner: Pruner = subject.build()
     return plan_cut(pruner, model, axes, Budget(keep), collect_evidence(model, axes, pruner, make_sources()))

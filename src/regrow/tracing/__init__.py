@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Tracer
+from regrow.core.errors import first_line
 from regrow.tracing.branches import list_candidates, with_branches
-from regrow.tracing.capture import Capture, TraceError, capture, complete_example, holds_numbers, trim_error
+from regrow.tracing.capture import Capture, TraceError, capture, complete_example, holds_numbers
 from regrow.tracing.graph import assemble
 from regrow.tracing.interception import without_garbage_collection
 from regrow.tracing.model_state import preserve_state
@@ -67,7 +68,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
                 "forward takes, for example trace(model, torch.ones(1, 3, 224, 224))"
             ) from error
         except Exception as error:
-            problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {trim_error(error)}"
+            problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
             raise TraceError(f"{problem}; please report this: it is a fault of regrow") from error
 
 
@@ -95,7 +96,7 @@ def _capture_and_compare(model: nn.Module, example: Example) -> tuple[Capture, s
                 recorded = capture(model, example, tracer=Tracer.PLAIN)
                 return recorded, compare_with_recording(model, recorded, example)
         raise TraceError(
-            f"{type(model).__name__} does not run as it is recorded: {trim_error(error)}; give an input that its "
+            f"{type(model).__name__} does not run as it is recorded: {first_line(error)}; give an input that its "
             "forward takes, and remove what its code asks of the mode (export, gradients, types of tensors) or of "
             "hidden state"
         ) from error

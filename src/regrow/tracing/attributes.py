@@ -93,9 +93,9 @@ def restated_sizes(
     """
     candidates = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
     weight = shapes.get("weight", ())
-    values = (vars(module).get("in_features"), vars(module).get("out_features"))
-    square = values == weight[::-1] and output != 1
-    if values == weight and {*map(type, values)} == {int} and not square:  # stored input by output
+    features = (vars(module).get("in_features"), vars(module).get("out_features"))
+    output_first = features == weight[::-1] and output != 1  # as in nn.Linear; a square weight fits both orders
+    if features == weight and {*map(type, features)} == {int} and not output_first:
         candidates |= {"in_features": (("weight", 0),), "out_features": (("weight", 1),)}
     result = {}
     for name, spots in candidates.items():

@@ -13,7 +13,8 @@ from torch.fx import Node
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidate_paths
-from regrow.tracing.capture import Capture, capture, in_eval_mode, silence_torch, trim_error
+from regrow.core.errors import first_line
+from regrow.tracing.capture import Capture, capture, in_eval_mode, silence_torch
 from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
@@ -287,7 +288,7 @@ class _Search:
         try:
             calls, output = record_calls(self.model, self.example)
         except Exception as error:
-            return f"the network does not run without it: {trim_error(error)}"
+            return f"the network does not run without it: {first_line(error)}"
         finally:
             set_modules(self.model, dropped)
         for branch in members:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from regrow.core.axes import Decision, Example
 from regrow.core.axes.operations import Tracer
+from regrow.core.errors import first_line
 from regrow.tracing.interception import RecordableCalls, as_exporting, follow_modules, without_garbage_collection
 from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
 from regrow.tracing.model_state import OutputError, copy_tensor, describe_state, preserve_state, select_state, state_of
@@ -94,7 +95,7 @@ def capture(
             raise _refusal(model, refused or error) from error
         if refused is None:
             return recorded
-        return replace(_repeat_on_fake_data(model, example, recorded), refusal=trim_error(refused))
+        return replace(_repeat_on_fake_data(model, example, recorded), refusal=first_line(refused))
 
 
 def capture_in_training(model: nn.Module, example: Example) -> Capture:
@@ -215,15 +216,9 @@ def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) 
 def _refusal(model: nn.Module, error: Exception) -> TraceError:
     """Return the error to raise for a model that cannot be recorded."""
     return TraceError(
-        f"torch.export refuses {type(model).__name__}: {trim_error(error)}. "
+        f"torch.export refuses {type(model).__name__}: {first_line(error)}. "
         "Check that the example input is what the model's forward takes"
     )
-
-
-def trim_error(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters; the error's class if it has none."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
 
 
 def holds_numbers(model: nn.Module, example: Example) -> bool:

@@ -261,14 +261,17 @@ def _unify_product_with_sum(product: Times, sum_: Expr, why: str) -> None:
 
 
 def _try_split(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
-    """Return the first ``at`` entries of a dimension and the rest; splits leaves in place; ``None`` if impossible."""
+    """Return the first ``at`` entries of a dimension (0 < ``at`` < its size) and the rest; splits leaves in place.
+
+    ``None`` if a product cannot be split there.
+    """
     expr = resolve(expr)
     match expr:
         case Leaf(size=n):
             first, second = _split_leaf(expr, Plus, (at, n - at))
             return first, second
         case Plus(parts):
-            before = 0
+            before = 0  # entries of the parts before
             for i, part in enumerate(parts):
                 if before == at:
                     return plus(*parts[:i]), plus(*parts[i:])
@@ -278,6 +281,6 @@ def _try_split(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
                 before += size(part)
             return None
         case Times(parts):
-            inner = times(*parts[1:])
+            inner = times(*parts[1:])  # the first factor varies slowest: split between its entries
             pieces = None if at % size(inner) else _try_split(parts[0], at // size(inner))
             return pieces and (times(pieces[0], inner), times(pieces[1], inner))

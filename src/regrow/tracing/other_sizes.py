@@ -134,7 +134,11 @@ def _freeze_with_partners(axes: AxisGraph, reasons: Mapping[str, str]) -> AxisGr
 
 
 def _larger_examples(axes: AxisGraph) -> Iterator[Example]:
-    """Yield larger examples: batch and length above every width, multiples of the traced ones, then only one larger."""
+    """Yield examples with a larger batch, larger lengths or both, in the order in which they tell most.
+
+    Sizes above every width show where a network mistakes one for the other. Some networks take only multiples of the
+    traced sizes, and some only one of the two larger.
+    """
     main = _main_shape(axes.example)
     if not main:
         return
@@ -144,7 +148,8 @@ def _larger_examples(axes: AxisGraph) -> Iterator[Example]:
     tries = [(batch, {d: widest + 1 + main[d] for d in dims}) for dims in lengths]
     tries += [(batch, {d: multiples[d] for d in dims}) for dims in lengths]
     tries += [(batch, {d: 2 * main[d] for d in dims}) for dims in lengths]
-    tries += [(multiples[0], {}), *((main[0], {d: multiples[d] for d in dims}) for dims in lengths)]
+    tries += [(multiples[0], {})]
+    tries += [(main[0], {d: multiples[d] for d in dims}) for dims in lengths]
     yield from (_resize_example(axes.example, main, size, grown) for size, grown in tries)
 
 

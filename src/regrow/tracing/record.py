@@ -34,6 +34,20 @@ aten = torch.ops.aten
 # Operations that put entries in order, with the positions as their only or second result.
 ORDERS = frozenset((aten.sort.default, aten.sort.stable, aten.topk.default, aten.argsort.default, aten.argsort.stable))
 
+# Operations that also take masks; recorded with the positions where the mask is true.
+_PICKS = frozenset((aten.index.Tensor, aten.index_put.default, aten.index_put_.default))
+
+# Operations of forward-mode differentiation, which are refused
+_FORWARD_MODE = frozenset((aten._make_dual.default, aten._unpack_dual.default))
+
+# Exceptions of fake tensors that cannot tell a result without data.
+_DATA_DECIDE = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+
 
 class DivergedError(RuntimeError):
     """Raised where a run reaches other data-dependent decisions than those it is to replay."""
@@ -170,21 +184,22 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an operation and return its result; where data decide the result, record a decision instead."""
-        if func.namespace == "profiler":
+        if func.namespace == "profiler":  # marks for torch's profiler compute nothing
             return func(*args, **kwargs)
         if func in _FORWARD_MODE:
             raise RuntimeError("it takes forward derivatives (torch.func.jvp), which cannot be run again as recorded")
         if func in _PICKS:
             args = (args[0], [part for index in args[1] for part in self._positions(index)], *args[2:])
+        # `constant`: the result follows from numbers in the code, so the recording may compute it.
         nodes, named = map_arguments((args, kwargs), Tensor, self._node)
         constant = self.constant_results.are_operands(func, nodes, named)
         try:
-            form = self._infer_once(func, *map_arguments((nodes, named), Node, _get_value))
+            form = self.forms.infer_once(self._infer, func, *map_arguments((nodes, named), Node, _get_value))
         except _DATA_DECIDE:
             if not constant:
                 return self._record_decision(func, args, kwargs)
             return tree_map_only(Tensor, self._constant, self.constant_results.run(func, nodes, named))
-        if not constant and func._schema.is_mutable:
+        if not constant and func._schema.is_mutable:  # overwritten by data
             self.constant_results.forget(nodes, named)
         node = self._write(func, nodes, named, form)
         self._keep_compared_values(node, args, kwargs)
@@ -196,10 +211,6 @@ class Recorder(ProxyTorchDispatchMode):
             self.constant_results.add_call(node, func, nodes, named)
         self._associate(node, out, form, constant)
         return out
-
-    def _infer_once(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on fake tensors, inferred once for operands of the same forms."""
-        return self.forms.infer_once(self._infer, func, args, kwargs)
 
     def _infer(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return the result of an operation on fake tensors; raise one of ``_DATA_DECIDE`` where data decide it."""
@@ -324,18 +335,3 @@ def _reorder(x: Tensor, dim: int, result: Tensor | Sequence[Tensor], order: Tens
     if order is None or order.shape != positions.shape:
         return result
     return order if isinstance(result, Tensor) else (x.gather(dim, order), order)
-
-
-# Operations that also take masks; recorded with the positions where the mask is true.
-_PICKS = frozenset((aten.index.Tensor, aten.index_put.default, aten.index_put_.default))
-
-# Operations of forward-mode differentiation, which are refused
-_FORWARD_MODE = frozenset((aten._make_dual.default, aten._unpack_dual.default))
-
-# Exceptions of fake tensors that cannot tell a result without data.
-_DATA_DECIDE = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.UnsupportedOperatorException,
-    fake_tensor.UnsupportedFakeTensorException,
-)

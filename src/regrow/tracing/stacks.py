@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
+from regrow.core.errors import first_line
 from regrow.tracing.branches import ModuleCall, record_calls
-from regrow.tracing.capture import TraceError, trim_error
+from regrow.tracing.capture import TraceError
 from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
 from regrow.tracing.nodes import ALIASES
@@ -161,7 +162,7 @@ def find_stacks(model: nn.Module, axes: AxisGraph) -> dict[str, Stack]:
     try:
         calls, _ = record_calls(*fake_copy(model, cast_example(axes.example, model)))
     except Exception as error:
-        raise TraceError(f"the network does not run on tensors without numbers: {trim_error(error)}") from None
+        raise TraceError(f"the network does not run on tensors without numbers: {first_line(error)}") from None
     blocks = _Blocks(axes, calls)
     result: dict[str, Stack] = {}
     for path, module in model.named_modules():

@@ -10,9 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.core.axes import Axis, AxisGraph, Example, Mark, size_of
+from regrow.core.errors import first_line
 from regrow.core.plan import PlanError
 from regrow.tracing.attributes import get_attribute, set_attribute
-from regrow.tracing.capture import Capture, TraceError, capture, capture_in_training, trim_error
+from regrow.tracing.capture import Capture, TraceError, capture, capture_in_training
 from regrow.tracing.interception import describe_raising
 from regrow.tracing.meta_copy import cast_example, fake_example, fake_like, meta_copy
 from regrow.tracing.steps import FIRST_RUN, find_changed_constant, find_step_difference, with_new_epsilons
@@ -197,7 +198,7 @@ def _try_training(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -
 def _describe_refusal(error: TraceError) -> str:
     """Return the problem of a network that cannot be recorded at a size, with the line of its code."""
     cause = error.__cause__ or error
-    return f"the network does not run at that size: {trim_error(cause)}{describe_raising(cause)}"
+    return f"the network does not run at that size: {first_line(cause)}{describe_raising(cause)}"
 
 
 def resize_copy(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> tuple[nn.Module, FakeTensorMode]:

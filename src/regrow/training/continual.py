@@ -23,7 +23,7 @@ from regrow.settings.constraints import OneOf, Range
 from regrow.surgery.gate import parametrize
 from regrow.tracing.capture import keep_modes
 from regrow.training.fit import FitOptions, Fitted, Observer, fit
-from regrow.training.learner import PLAIN, Context, Learner
+from regrow.training.learner import PLAIN, Context, Learner, Stream
 from regrow.training.schedule import NO_AXES, Phase, Schedule
 from regrow.training.shared_rows import share_rows
 from regrow.training.state import TrainState, axis_tensors
@@ -106,7 +106,7 @@ def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedul
     if share:
         task = replace(task, train=fix_order(task.train))
         context = Context(nn.Identity(), NO_AXES, task, number, seed=schedule.seed)
-        order = torch.randperm(len(task.train), generator=context.generator(12))
+        order = torch.randperm(len(task.train), generator=context.generator(Stream.HELD_OUT))
         first, last = order.tensor_split([len(order) - int(share * len(order))])
         train, second = task.train.subset(first), task.train.subset(last)
     steps = -(-len(train) // schedule.batch_size)
@@ -123,7 +123,7 @@ def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedul
 
 def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
     """Return the indices of ``examples`` in random order, split into at most ``steps`` batches of at least 2."""
-    order = torch.randperm(len(examples), generator=context.generator(context.epoch, 13))
+    order = torch.randperm(len(examples), generator=context.generator(context.epoch, Stream.HELD_OUT_ORDER))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
         parts.pop()  # a BatchNorm cannot train on it

@@ -18,7 +18,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Log, Progress, discard, silent
 from regrow.distributed.parallel import ALONE, Parallel, broadcast_record, broadcast_tensors
 from regrow.surgery import UndoStore
-from regrow.training.learner import Boundary, Context, Event, Learner, write_replacements
+from regrow.training.learner import Boundary, Context, Event, Learner, Stream, write_replacements
 from regrow.training.schedule import Optimizers, Phase, Schedule
 from regrow.training.state import TrainState, axis_tensors
 from regrow.training.step import apply_plan, compute_gradients, hold_interrupts
@@ -214,7 +214,7 @@ class _TaskTraining(Generic[S]):
         """Take the remaining steps of an epoch; ``state`` follows each, so that Ctrl-C finds that of the last one."""
         context, options, state, clip = self.context, self.options, self.state, self.schedule.clip
         if self.phase.seeded:
-            torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
+            torch.manual_seed(context.generator(context.epoch, Stream.STEPS).initial_seed() % 2**63)
         state = replace(state, learner=self._call_boundary(Event.EPOCH_START))
         done, total = sum(self.phase.epochs[: context.epoch]), sum(self.phase.epochs)
         for i, (batches, second) in islice(enumerate(self.phase.batches(context)), state.step, None):

@@ -18,6 +18,7 @@ from regrow.training.learner import (
     Learner,
     Loss,
     Step,
+    Stream,
     make_tensor,
     set_train_mode,
     task_loss,
@@ -115,7 +116,7 @@ def add_to_replay_memory(
         shape = (size, *like.shape[1:])
         if name not in memory:
             memory[name] = AxisTensor(torch.zeros(shape, dtype=like.dtype, device=like.device), shape)
-    generator = context.generator(7, seen)
+    generator = context.generator(Stream.REPLAY_STORE, seen)
     chosen: dict[int, int] = {}  # index in the memory → that in the batch
     for i in range(len(next(iter(rows.values())))):
         index = seen if seen < size else int(torch.randint(seen + 1, (), generator=generator))
@@ -139,7 +140,7 @@ def draw_from_replay_memory(
     filled = min(seen, size)
     if not filled or not context.number:
         return {}
-    indices = torch.randint(filled, (min(n, filled),), generator=context.generator(6, recalled + 1))
+    indices = torch.randint(filled, (min(n, filled),), generator=context.generator(Stream.REPLAY_DRAW, recalled + 1))
     return {
         name: memory.values[indices.to(memory.values.device)] for name, memory in stored.items() if memory is not None
     }

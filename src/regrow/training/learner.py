@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -34,6 +34,25 @@ class Event(StrEnum):
     EPOCH_END = "epoch end"
     TASK_END = "task end"
     FINISH = "finish"
+
+
+class Stream(IntEnum):
+    """What a random stream is drawn for; seeded results depend on these numbers. Replay and search share two."""
+
+    STEPS = 1  # dropout and augmentation
+    SPARSITY = 2
+    CALIBRATION = 3
+    FISHER_EXAMPLES = 4
+    FISHER_LABELS = 5
+    REPLAY_DRAW = 6
+    REPLAY_STORE = 7
+    RETURNING_OPERATIONS = 7
+    PAST_TASKS = 8
+    GRADIENT_EXAMPLES = 8
+    RESET = 9
+    ALPHA = 11
+    HELD_OUT = 12
+    HELD_OUT_ORDER = 13
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +157,7 @@ class Context:
         """Return a new random generator on the CPU that depends only on the seed, the task and ``purpose``.
 
         Args:
-            *purpose: Numbers that distinguish random streams, such as the epoch.
+            *purpose: Numbers that distinguish random streams: a :class:`Stream`, the epoch or the step.
         """
         seed = self.seed
         for part in (self.number, *purpose):

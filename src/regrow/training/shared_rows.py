@@ -51,7 +51,7 @@ def _batch_norm(
         return F.batch_norm(values, running_mean, running_var, weight, bias, training, momentum, eps)
     dims, shape = [0, *range(2, values.dim())], (1, -1, *[1] * (values.dim() - 2))
     wide = values if values.dtype == torch.float64 else values.float()
-    # The last entry is the number of values per channel.
+    # The last entry is the number of values per channel, which differs between ranks.
     sums = _sum_over_ranks(torch.cat([wide.sum(dims), wide.new_tensor([wide.numel() / wide.shape[1]])]))
     count = sums[-1].detach()
     mean = sums[:-1] / count

@@ -21,7 +21,7 @@ from regrow.core.sources import Batch, Source, labelled_logits
 from regrow.jobs.pruning_inputs import build_pruner, check_pruning, collect_evidence
 from regrow.methods.pruning import depth
 from regrow.methods.pruning.depth import find_modules, predictions
-from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut, with_droppable_modules
+from regrow.methods.pruning.pruner import PlannedCut, PruningContext, plan_cut, with_droppable_modules
 from regrow.store import save
 from regrow.surgery import verify
 from regrow.tracing.branches import PlaceholderModule
@@ -132,7 +132,7 @@ def test_an_interrupted_search_goes_on_from_what_it_measured(
     pruner, axes, evidence = prepared(*known)
     place = {"checkpoint": tmp_path / "learned.safetensors"}
 
-    def run(stop: int) -> Cut:
+    def run(stop: int) -> PlannedCut:
         steps = iter(range(stop))
 
         def progress(*_: object) -> None:

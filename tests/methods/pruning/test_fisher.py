@@ -21,7 +21,7 @@ from regrow.jobs.pruning_inputs import collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import fisher
 from regrow.methods.pruning.fisher import ALL, INNER, RANKED
-from regrow.methods.pruning.pruner import Cut, plan_cut
+from regrow.methods.pruning.pruner import PlannedCut, plan_cut
 from regrow.scoring import spaces
 
 MLP = Budget(0.8, only=("gate", "up", "down"))
@@ -36,7 +36,7 @@ def first_half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cut(
     model: nn.Module, source: Source, method: str, budget: Budget, axes: AxisGraph | None = None, **settings: object
-) -> Cut:
+) -> PlannedCut:
     """The plan of a method from one source."""
     pruner = find_method(MethodKind.PRUNING, method).create(method, settings)
     axes = axes or trace(model, *source.batches[0].args)

@@ -15,7 +15,7 @@ from regrow.core.plan import Plan
 from regrow.jobs.pruning_inputs import check_pruning, collect_evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning import gprune
-from regrow.methods.pruning.pruner import Cut, PruningContext, plan_cut
+from regrow.methods.pruning.pruner import PlannedCut, PruningContext, plan_cut
 from regrow.store.tensors import open_checkpoint
 from regrow.training.state import FORMAT
 
@@ -24,7 +24,7 @@ SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 
 def run(
     settings: Mapping[str, Any], keep: float = 0.6, method: str = "gprune", blocks: int = 2, **more: Any
-) -> tuple[Plan, Cut, Any]:
+) -> tuple[Plan, PlannedCut, Any]:
     model, axes = lm(**SIZES, blocks=blocks)
     built = find_method(MethodKind.PRUNING, method).build(find_method(MethodKind.PRUNING, method).settings(**settings))
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]

@@ -80,7 +80,7 @@ def write(
     except ImportError:
         raise ExportError(str(missing_package("export", "gguf"))) from None
     out = Path(out)
-    check_output(out, (".gguf",))
+    target = check_output(out, (".gguf",))  # before any work
     decoder = describe_decoder(model)
     vocabulary, notes = describe_tokenizer(getattr(model, "tokenizer", None), rows=len(decoder.embedding))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -90,7 +90,7 @@ def write(
         return weights[names[id(tensor)]] if weights is not None and id(tensor) in names else tensor.detach()
 
     entries = list(_list_tensors(decoder, TYPES[dtype], read))
-    with atomic_write(check_output(out, (".gguf",))) as temporary:
+    with atomic_write(target) as temporary:
         _write_file(gguf, temporary, decoder, vocabulary, entries, progress)
         checked = _check_file(gguf, temporary, decoder, entries, progress)
     notes = [*decoder.notes, *notes, *_explain_types(entries, TYPES[dtype])]

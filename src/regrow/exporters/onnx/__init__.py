@@ -140,7 +140,7 @@ def _export_and_compare(call: ExportedCall, path: Path, progress: Progress, tota
             session = OnnxSession(path, call)
             results = _compare(session, labels)
         except Exception as error:
-            reason = first_line(error)[:300]
+            reason = first_line(error)
             if dynamic == ():
                 raise ExportError(f"the network cannot be written as ONNX: {reason}") from None
             reasons = {**dict.fromkeys(sizes, reason), **reasons}

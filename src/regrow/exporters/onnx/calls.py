@@ -209,7 +209,7 @@ class OnnxSession:
             gap[ours == theirs] = 0  # two infinities as well
             if mask is not None and name == "logits":
                 counted = mask[:, -theirs.shape[1] :].bool()
-                gap, size = gap[counted], size[counted]
+                gap, size = gap[counted], size[counted]  # the last positions: a cache may hold earlier ones
             gaps.append(_largest(gap))
             sizes.append(_largest(size[size.isfinite()]))
         return _largest(torch.tensor(gaps)), max(sizes)

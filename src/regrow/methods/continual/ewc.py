@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
 from regrow.training.hooks import copy_parameters, quadratic_loss
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, make_tensor, set_train_mode
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, Stream, make_tensor, set_train_mode
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
@@ -65,8 +65,8 @@ def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
     """Return the estimated diagonal of the current task's Fisher information, by parameter name; clears gradients."""
     was_training, parameters = context.model.training, context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    order = torch.randperm(len(context.task.train), generator=context.generator(4))[:samples]
-    generator = context.generator(5)
+    order = torch.randperm(len(context.task.train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples]
+    generator = context.generator(Stream.FISHER_LABELS)
     context.model.eval()
     for i in order.tolist():
         context.model.zero_grad(set_to_none=True)

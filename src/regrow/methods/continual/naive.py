@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from regrow.core.tasks import Examples
 from regrow.settings.constraints import CheckedSettings, OneOf
 from regrow.training.hooks import train_with_frozen_norms
-from regrow.training.learner import Context, Learner, Loss, Step, set_train_mode, task_loss
+from regrow.training.learner import Context, Learner, Loss, Step, Stream, set_train_mode, task_loss
 
 CITATION = "controls"
 
@@ -65,7 +65,7 @@ def build(settings: Settings) -> Learner[NaiveState]:
 def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
     """Return the loss on a batch and on as many examples of earlier tasks; all tasks have equal weight."""
     past = context.past
-    generator = context.generator(8, state.step + 1)
+    generator = context.generator(Stream.PAST_TASKS, state.step + 1)
     task_indices = torch.randint(len(past), (len(batch),), generator=generator)  # of each drawn example
     parts = [batch]
     for i, task in enumerate(past):

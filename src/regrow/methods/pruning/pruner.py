@@ -142,7 +142,7 @@ class Pruner:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PlannedCut:
     """The result of :func:`plan_cut`: the plan, the scores that it follows from, and tables for a report."""
 
     plan: Plan
@@ -213,7 +213,7 @@ def plan_cut(
     *,
     objective: Objective | None = None,
     context: PruningContext | None = None,
-) -> Cut:
+) -> PlannedCut:
     """Score units, choose which stay within the budget, and return the plan; the model is unchanged.
 
     Raise ValueError if the budget cannot be met, or the method cannot score this network.
@@ -242,7 +242,7 @@ def plan_cut(
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
     origin |= {"notes": notes} if notes else {}
     plan = Plan.dropping(whole_axes, removal.modules, kept, means=means, origin=origin)
-    return Cut(plan, scores, {**removal.findings, **ranking.findings(chosen)})
+    return PlannedCut(plan, scores, {**removal.findings, **ranking.findings(chosen)})
 
 
 def with_droppable_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:

@@ -193,7 +193,7 @@ class RefitWork:
 
         Raise StopRunError after the last layer, LayerOrderError if only some batches have reached it.
         """
-        if self._reached and self._reached[-1] == layer.name:
+        if self._reached and self._reached[-1] == layer.name:  # else an earlier call has refitted it
             if len(self._reached) < len(self.batches) or self._added not in (0, len(self.batches)):
                 raise LayerOrderError(f"{layer.name} does not run on part of the data")
             sums = [self._sums[part] for part in sorted(self._sums)]

@@ -229,10 +229,11 @@ class _DenseTarget:
         Where the output is added to a residual stream, both are of the sum: target = dense output + dense stream,
         residual = target − (output + own stream).
         """
-        result, channel = self.dense(number, layer.name), call.output.dim() + call.dim
-        if result is None:
+        result = self.dense(number, layer.name)
+        if result is None:  # the dense network does not run it
             return None
-        (dense_output, dense_stream), device = result, call.output.device
+        dense_output, dense_stream = result
+        device, channel = call.output.device, call.output.dim() + call.dim  # `call.dim` counts from the end
         target = _to_rows(dense_output.to(device), channel, layer.rows)
         residual = target - _to_rows(call.output, channel)
         if dense_stream is not None and call.other is not None:

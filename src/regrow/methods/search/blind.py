@@ -17,7 +17,7 @@ from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import plan_fit
 from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, rank_evenly
-from regrow.training.learner import Boundary, Context, Event
+from regrow.training.learner import Boundary, Context, Event, Stream
 
 CITATION = "controls; Li, Talwalkar, Random Search and Reproducibility for NAS (arXiv 1902.07638)"
 
@@ -83,7 +83,7 @@ class RandomSearch(Search):
         state = super().boundary(state, context, boundary)
         if boundary.event != Event.TASK_START:
             return state
-        generator = replace(context, seed=self.s.seed).generator(11)
+        generator = replace(context, seed=self.s.seed).generator(Stream.ALPHA)
         alpha = torch.randn(len(state.alpha.values), generator=generator).to(state.alpha.values.device)
         if self.s.keep_bare:
             alpha[state.layout.weightless()] = 50.0  # above all others: dropped last

@@ -27,7 +27,7 @@ from regrow.methods.search.space import SearchState, build_layout, copy_state, i
 from regrow.surgery import apply
 from regrow.surgery.gate import parametrize
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.learner import Context, Step, task_loss
+from regrow.training.learner import Context, Step, Stream, task_loss
 from regrow.training.state import follow_plan
 
 
@@ -140,7 +140,8 @@ def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
     drifts = [] if state.drift is None else state.drift.values.abs().tolist()
     drift = dict(zip(layout.ops, drifts, strict=True))
     weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
-    back = sample_operations(dead, alive, drift, weight, count, context.generator(context.epoch, 7)) if dead else []
+    generator = context.generator(context.epoch, Stream.RETURNING_OPERATIONS)
+    back = sample_operations(dead, alive, drift, weight, count, generator) if dead else []
     return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
 
 
@@ -180,7 +181,7 @@ def release_weights(search: Search, share: float, state: SearchState, context: C
 def reset_modules(context: Context, paths: Sequence[str]) -> None:
     """Re-initialise modules (``paths``) at random, in place; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.generator(context.epoch, 9).initial_seed() % 2**63)
+        torch.manual_seed(context.generator(context.epoch, Stream.RESET).initial_seed() % 2**63)
         for path in paths:
             for module in context.model.get_submodule(path).modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
@@ -190,7 +191,8 @@ def reset_modules(context: Context, paths: Sequence[str]) -> None:
 def take_examples(context: Context) -> Examples:
     """Return a batch of as many training examples as a step has; more could need more memory."""
     count = -(-len(context.task.train) // context.steps)  # rounded up
-    return next(context.task.train.batches(count, seed=context.generator(context.epoch, 8).initial_seed()))
+    generator = context.generator(context.epoch, Stream.GRADIENT_EXAMPLES)
+    return next(context.task.train.batches(count, seed=generator.initial_seed()))
 
 
 def differentiate_weights(search: Search, state: SearchState, context: Context, batch: Examples) -> Tensor:

@@ -29,7 +29,7 @@ from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import plan_fit, plan_masked_cut
 from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
 from regrow.surgery.gate import parametrize
-from regrow.training.learner import Boundary, Context, Event, Replacements, Step
+from regrow.training.learner import Boundary, Context, Event, Replacements, Step, Stream
 
 CITATION = "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order"
 
@@ -112,7 +112,7 @@ class Darts(Search):
         if not is_start:
             return state
         # Small, so that at first all operations of an edge have about the same weight.
-        alpha = (1e-3 * torch.randn(edges.entries, generator=context.generator(11))).to(context.device)
+        alpha = (1e-3 * torch.randn(edges.entries, generator=context.generator(Stream.ALPHA))).to(context.device)
         return replace(state, edges=edges, alpha=AxisTensor(alpha, (edges.entries,), self.learning_rates(context)[0]))
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:

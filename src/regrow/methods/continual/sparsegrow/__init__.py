@@ -52,6 +52,7 @@ from regrow.training.learner import (
     Loss,
     Replacements,
     Step,
+    Stream,
     make_mask,
     set_train_mode,
 )
@@ -265,7 +266,7 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
 def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
     """Make new units sparse, projected away from earlier tasks, of the old ones' spread, in place; return the state."""
     _, zero_entries = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
-    sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(2))
+    sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(Stream.SPARSITY))
     gate.weigh_new_units(state, context, s.group_norm_damping)
     state = _prepare_gates(s, state, context)
     if s.project_new_units:
@@ -274,7 +275,7 @@ def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context,
             parameter = context.model.get_parameter(entries.name).detach()
             entries.set(context.model, torch.zeros_like(entries.of(parameter)))
     if s.fit:
-        examples = context.task.train.batches(256, seed=context.generator(3).initial_seed())
+        examples = context.task.train.batches(256, seed=context.generator(Stream.CALIBRATION).initial_seed())
         batches = [Batch((batch.inputs,)) for batch in examples][:4]
         with _mask_temporarily(state, context):
             fit_new_units(context.model, context.axes, plan, batches)

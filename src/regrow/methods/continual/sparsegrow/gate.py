@@ -17,7 +17,7 @@ from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, mask_classes, run_network
 from regrow.scoring.gradients import evaluation_mode
 from regrow.surgery.compensate import bias_of
-from regrow.training.learner import Context
+from regrow.training.learner import Context, Stream
 from regrow.training.state import derived
 
 
@@ -230,8 +230,9 @@ def add_factors(state: SparseGrowState, context: Context, samples: int) -> Spars
     """Add the current task's Kronecker factors of every layer to the sums over earlier tasks; return the new state."""
     read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
     train = context.task.train
-    examples = train.take(torch.randperm(len(train), generator=context.generator(4))[:samples])
-    measured = measure_factors(context.model, examples.batches(250), context.generator(5), context.classes)
+    examples = train.take(torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples])
+    labels = context.generator(Stream.FISHER_LABELS)
+    measured = measure_factors(context.model, examples.batches(250), labels, context.classes)
     for name, (read_now, used_now) in measured.items():
         outputs, *inputs = context.axes.shapes[name]
         shape = context.parameters()[name].shape[1:]

@@ -32,10 +32,10 @@ from regrow.scoring.spaces import (
     MIN_RANKED_UNITS,
     RankPercentiles,
     Space,
+    make_ranking_spaces,
     map_within,
     percentile,
     rank_units,
-    ranking_spaces,
     removed_share,
     select_inner,
     sensitivity,
@@ -145,7 +145,7 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
     """
     task.context.progress(0, 1, "forming modules")
     units = scorable_axes(task.axes, task.units)
-    views, all_spaces = score_views(task, s, units), ranking_spaces(units, parts=4)
+    views, all_spaces = score_views(task, s, units), make_ranking_spaces(units, parts=4)
     first = views[0]
     modules = form_modules(s, first, all_spaces)
     trusted = compute_reliability(s.switch, all_spaces, modules, first.scores.values, first.sigma, most=s.switch_most)
@@ -190,7 +190,7 @@ def score_units(task: PruningTask, s: Settings) -> Ranking:
         "start": starts[start],
         "learned": share,
     }
-    groups = ranking_spaces(units)
+    groups = make_ranking_spaces(units)
     robust = map_within(first.sigma, groups, lambda sigma: (sigma <= sigma.median()).double())
     several_shards = next(iter(first.ranks.shards.values())).shape[1] > 1
 
@@ -226,7 +226,7 @@ def score_views(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[V
 
     A decision made without a source can be evaluated on that source as an unseen text domain.
     """
-    sums, groups = task.evidence.statistics, ranking_spaces(units)
+    sums, groups = task.evidence.statistics, make_ranking_spaces(units)
 
     def score(shards: Sequence[Statistics]) -> Scores:
         return BASES[s.base].score(task.weights, task.axes, merge_statistics(shards), units)
