@@ -9,8 +9,8 @@
 
 A mutant is killed if a test fails. The list is ``mutants.json``: the names and what goes wrong for a user stay; if code
 moves, the file, the snippets and the tests of a mutant move with it (``tests/test_mutants.py`` notices). Each mutant is
-run in a copy of the files that git knows: first the doctests of its file, then the tests of the list, up to the first
-failure. Random tests draw the same examples each time. ``--full`` leaves out the rules of style, which would kill a
+run in a copy of the files that git knows: first the doctests of its file, then what ``make test`` runs of the tests of
+the list, up to the first failure. Random tests draw the same examples each time. ``--full`` runs every test but the rules of style, which would kill a
 mutant for its form.
 
 ``--limit`` are the seconds of one mutant, after which it counts as killed, and ``--jobs`` the processes of ``--full``.
@@ -138,7 +138,7 @@ def run_tests(folder: Path, words: Sequence[str], seconds: float) -> Row:
 
 def run_mutant(mutant: Mutant, full: bool, jobs: int, seconds: float) -> Row:
     """Run the tests on a copy of the checkout that has the slip."""
-    words = [(PACKAGE / mutant.file).as_posix(), *mutant.tests]
+    words = ["--tier", "usual", (PACKAGE / mutant.file).as_posix(), *mutant.tests]
     if full:
         words = [f"--ignore={name}" for name in NO_BEHAVIOUR]
         words += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
@@ -157,7 +157,7 @@ def run_clean(mutants: Iterable[Mutant], seconds: float) -> Row:
     words = {name: None for mutant in mutants for name in ((PACKAGE / mutant.file).as_posix(), *mutant.tests)}
     with tempfile.TemporaryDirectory(prefix="clean-", ignore_cleanup_errors=True) as folder:
         copy_checkout(Path(folder))
-        return run_tests(Path(folder), sorted(words), seconds)
+        return run_tests(Path(folder), ["--tier", "usual", *sorted(words)], seconds)
 
 
 def commit() -> str:
