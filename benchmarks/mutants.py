@@ -10,8 +10,8 @@
 A mutant is killed if a test fails. The list is ``mutants.json``: the names and what goes wrong for a user stay; if code
 moves, the file, the snippets and the tests of a mutant move with it (``tests/test_mutants.py`` notices). Each mutant is
 run in a copy of the files that git knows: first the doctests of its file, then what ``make test`` runs of the tests of
-the list, up to the first failure. Random tests draw the same examples each time. ``--full`` runs every test but the rules of style, which would kill a
-mutant for its form.
+the list, up to the first failure. Random tests draw the same examples each time. ``--full`` runs every test but the
+rules of style, which would kill a mutant for its form.
 
 ``--limit`` are the seconds of one mutant, after which it counts as killed, and ``--jobs`` the processes of ``--full``.
 Rows are added to ``results/mutants.jsonl`` as they come; a later one replaces an earlier one of the same state.

@@ -2,16 +2,13 @@
 
 import importlib
 import json
-import os
 import runpy
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from regrow.data import SourceError
 from regrow.data.streams import load_digits, permuted_tasks, sample_task
@@ -183,46 +180,6 @@ def test_points_that_are_not_screened_have_the_names_of_the_table(monkeypatch: p
     assert len(names) == len(set(names)) and names[0] == "dense"
     assert {name + points.RECONSTRUCTED for name in points.UNSCREENED} < set(names)
     assert points.with_prior(points.fisher(0.9)).key in {one.key for one in found}
-
-
-def test_a_grid_goes_on_past_a_failure_and_runs_that_row_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    recipe = importlib.import_module("grid_on_ray")
-    monkeypatch.chdir(tmp_path)
-    root = Path(__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root / "src"), str(root / "tests" / "cli")]))
-    Path("grid.toml").write_text(
-        'command = ["prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--tokens", "64", '
-        '"--eval-tokens", "64"]\ngrid = {no_undo = [true], source = [["digits"], ["mine=pictures"]]}\n'
-    )
-    monkeypatch.setattr("sys.argv", ["grid_on_ray.py", "grid.toml", "--out", "grid", "--local", "2"])
-    assert recipe.main() == 1 and "2 runs, 1 failed" in capsys.readouterr().out
-    rows = sorted(map(json.loads, Path("grid/rows.jsonl").read_text().splitlines()), key=lambda row: row["exit_code"])
-    assert [row["exit_code"] for row in rows] == [0, 2] and "pictures does not exist" in rows[1]["error"]
-    before = Path(rows[0]["folder"], "run.json").stat().st_mtime_ns
-    for name in ("a", "b"):
-        Path("pictures", name).mkdir(parents=True)
-        for i in range(40):
-            Image.fromarray(np.full((8, 8), i, np.uint8)).save(f"pictures/{name}/{i}.png")
-    assert recipe.main() == 0 and "2 runs, 0 failed" in capsys.readouterr().out
-    assert Path(rows[0]["folder"], "run.json").stat().st_mtime_ns == before
-    assert Path(rows[1]["folder"], "model.safetensors").is_file()
-
-
-def test_a_grid_takes_lists_of_values_and_whole_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    recipe = importlib.import_module("grid_on_ray")
-    (tmp_path / "a.toml").write_text(
-        'command = ["prune", "m"]\ngrid = {keep = [0.8, 0.5], eval_tokens = [64], regular = [true, false]}\n'
-    )
-    base = ["prune", "m", "--keep"]
-    assert recipe.read_rows(tmp_path / "a.toml") == [
-        [*base, keep, "--eval-tokens", "64", *regular] for keep in ("0.8", "0.5") for regular in (["--regular"], [])
-    ]
-    (tmp_path / "b.json").write_text('{"rows": [["learn", "digits", "--seed", 1]]}')
-    assert recipe.read_rows(tmp_path / "b.json") == [["learn", "digits", "--seed", "1"]]
 
 
 def test_fetched_corpora_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

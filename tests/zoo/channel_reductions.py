@@ -87,5 +87,5 @@ CHANNEL_REDUCTIONS = (
     along_channels("any_over_channels", lambda m, x: x * (x > 1).any(1, keepdim=True), zeros="producers"),
     along_channels("argmax", lambda m, x: x * x.argmax(1, keepdim=True), Frozen(STEM)),
     along_channels("median", lambda m, x: x - x.median(1, keepdim=True).values, Frozen(STEM)),
-    along_channels("fft", lambda m, x: torch.fft.fft(x, dim=1).real, Frozen(STEM), Noted("fft")),
+    along_channels("fft", lambda m, x: torch.fft.fft(x, dim=1).real, Frozen(STEM, "to fft_fft"), Noted("fft")),
 )

@@ -39,9 +39,10 @@ class Has:
 
 @dataclass(frozen=True)
 class Frozen:
-    """No free axis lies in any of the places, and the axis that does says why."""
+    """No free axis lies in any of the places, and the axis that does says why: its reason contains ``why``."""
 
     at: tuple[str, ...]
+    why: str = ""
 
     def missed(self, axes: AxisGraph) -> str:
         """The free axes found there, or the missing reason."""
@@ -49,8 +50,8 @@ class Frozen:
             found = lying_at(axes, place)
             if free := [axis.key for axis in found if axis.free]:
                 return f"{free} is free at {place}"
-            if not any(axis.reason for axis in found):
-                return f"nothing says why {place} is frozen"
+            if not any(axis.reason and self.why in axis.reason for axis in found):
+                return f"nothing says why {place} is frozen ({self.why})"
         return ""
 
 
