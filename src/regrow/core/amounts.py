@@ -45,7 +45,8 @@ _EXAMPLES = {
 def parse_amount(text: str, measure: Measure) -> float:
     """Parse an amount such as ``0.5M`` or ``50MiB`` into parameters, MACs, bytes or milliseconds, by the measure.
 
-    Raises ``ValueError`` for other text, for bytes of what is not counted in bytes, and outside 0 to 2⁶³.
+    k, M, G and T are powers of 1000; Ki, Mi, Gi, Ti (of 1024), B and bytes fit bytes alone; milliseconds have no
+    suffix. Raises ``ValueError`` for other text, and unless the amount is above 0 and below 2⁶³.
 
     >>> parse_amount("0.5M", Measure.PARAMETERS), parse_amount("50MiB", Measure.CACHE)
     (500000.0, 52428800.0)
@@ -63,7 +64,7 @@ def parse_amount(text: str, measure: Measure) -> float:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Parse an amount of memory such as ``2GiB`` into a whole number of bytes; raise ``ValueError`` below 1.
+    """Parse an amount of memory such as ``2GiB`` into whole bytes; raise ``ValueError`` for other text and below 1.
 
     >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("2G"), parse_bytes("4096 bytes")
     (2147483648, 1500000000, 2000000000, 4096)
@@ -75,7 +76,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_share(text: str) -> float:
-    """Parse a fraction written as ``0.2`` or ``20%`` into a float; other text raises, but the range is not checked.
+    """Parse a fraction such as ``0.2`` or ``20%``; raise ``ValueError`` for other text, but not for any number.
 
     >>> parse_share("0.2"), parse_share("20 %")
     (0.2, 0.2)
@@ -121,8 +122,12 @@ class Target:
             masked, multiply–accumulates of one example, bytes of the file in the dtype as loaded, bytes of the cache of
             keys and values of one sequence, or milliseconds of a forward pass on this device.
         amount: The limit, in units of the measure; 0 where a share is given.
-        context: The number of tokens for which it holds; 0: that of the traced example.
+        context: The number of tokens for which it holds, of key-value cache and time alone; 0: that of the traced
+            example.
         share: The limit as a fraction of what the unpruned network has, in (0, 1]; 0 where an amount is given.
+
+    Raises:
+        ValueError: If both or neither of amount and share are given, or the context does not fit the measure.
     """
 
     measure: Measure
@@ -142,7 +147,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%``, each perhaps with ``@TOKENS``.
+        """Parse a target, ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%`` and perhaps ``@TOKENS``; else raise ValueError.
 
         >>> Target.parse("kv_cache=50M@4096")
         Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096, share=0.0)
@@ -164,7 +169,7 @@ class Target:
 
     @classmethod
     def smaller(cls, by: float) -> "Target":
-        """Return the target of a network that loses the fraction ``by`` of all its parameters.
+        """Return the target of a network that loses the fraction ``by`` of all its parameters, in (0, 1).
 
         >>> str(Target.smaller(0.3))
         'params=70%'
@@ -174,7 +179,9 @@ class Target:
         return cls(Measure.PARAMETERS, share=1 - by)
 
     def limit(self, total: int) -> int:
-        """Return the limit in whole steps of the measure (milliseconds in nanoseconds); ``total``: the unpruned size.
+        """Return the limit, rounded down: parameters, MACs or bytes, or nanoseconds for ``ms``.
+
+        ``total``: what the unpruned network has, in that unit; a limit given as an amount does not depend on it.
 
         >>> Target.parse("macs=50%").limit(301), Target.parse("ms=2").limit(0)
         (150, 2000000)
@@ -190,7 +197,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Increase:
-    """How much is added to a size: a number of units, or a fraction of the size; the other is 0."""
+    """How much an axis is widened: by a number of units, or by a fraction of its size; the other is 0."""
 
     units: int = 0
     share: float = 0.0

@@ -14,8 +14,12 @@ from regrow.core.axes import Axis, AxisGraph, Mark
 class Timing:
     """Measured nanoseconds of a forward pass on one device, as a function of the width of each axis.
 
-    ``total``: of the unpruned network; ``curves``: name → (width, nanoseconds), widths rising, time never falling;
-    ``names``: axis key → the name of its curve.
+    Args:
+        device: The name of the device.
+        positions: How many tokens or images the pass had.
+        total: Nanoseconds of the unpruned network.
+        curves: Name of a curve → (width in units, nanoseconds of one axis), widths rising, time never falling.
+        names: Axis key → the name of its curve, which all axes of one kind share.
     """
 
     device: str
@@ -41,9 +45,10 @@ class Budget:
     Args:
         keep: The fraction of the measure that stays, in (0, 1].
         measure: What is counted; replaced by the target's measure if there is a target.
-        only: Patterns; cut only axes all of whose tensors match one; empty: all axes.
-        exclude: Patterns; leave out axes with a tensor that matches one.
-        marks: Which marks of axes may be cut.
+        only: Patterns of tensor names (:func:`regrow.core.axes.matches`): only axes all of whose tensors match one are
+            cut; empty: all axes.
+        exclude: Patterns of tensor names: axes with a tensor that matches one are left out.
+        marks: Which axes may be cut, by how exact the cut is (:class:`regrow.core.axes.Mark`).
         round_to: Units left per axis are a multiple of this, as far as an axis has that many.
         regular: Whether axes with the same role in several blocks keep equally many units, each axis its own best.
         target: An upper limit on a measure, in its units or as a share, instead of a fraction.
@@ -80,21 +85,24 @@ class Budget:
             )
 
     def units(self, axes: AxisGraph) -> tuple[Axis, ...]:
-        """Return the axes that may be cut for the budget: by its patterns and marks."""
+        """Return the axes whose units may be cut: :meth:`AxisGraph.units` by the budget's patterns and marks."""
         return axes.units(self.only, self.exclude, self.marks)
 
     def limit(self, total: int) -> int:
-        """Return the largest size allowed, in whole steps (time in nanoseconds); ``total``: the present size."""
+        """Return the largest size allowed (time in nanoseconds); ``total``: the unpruned size, in the same unit."""
         return self.target.limit(total) if self.target else floor(self.keep * total + 1e-6)
 
     def least(self, steps: int, total: int) -> float:
-        """Return the smallest ``keep`` (or share, or amount, as the target has it) that allows a size of ``steps``."""
+        """Return the smallest ``keep``, share or amount, whichever the budget has, that allows a size; for messages.
+
+        ``steps``, ``total``: that size and the unpruned one, as in :meth:`limit`. Shares are rounded up to 0.01 %.
+        """
         if self.target is None or self.target.share:
             return min(1.0, ceil(steps / total * 1e4) / 1e4)
         return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps
 
     def record(self) -> dict[str, object]:
-        """Return the budget as JSON data, as plans and reports store it."""
+        """Return the budget as JSON data, as plans and reports store it; without ``compensated`` and ``timing``."""
         return {
             **({"keep": self.keep} if self.target is None else {"target": str(self.target)}),
             "measure": str(self.measure),

@@ -48,7 +48,7 @@ class Candidates(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the scaled sum of the candidates that were not dropped.
+        """Return the scaled sum of the candidates that were not dropped; raise ``ValueError`` if none is left.
 
         Args:
             *inputs: The tensors that ``sources`` refers to.
@@ -100,21 +100,23 @@ _LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class Staged(Protocol):
-    """Interface of a network searchable in stages: its first parts can run alone, with a classifier behind them."""
+    """Interface of a network searchable in stages: its first parts can run alone, with a classifier behind them.
 
-    # Whether activations are recomputed in the backward pass (checkpointing), to save memory
+    ``active``: the index of the last part that runs in a call, ``None``: all run; ``recomputed``: whether the backward
+    pass recomputes activations, to save memory.
+    """
+
     recomputed: bool
-    # The index of the last part that runs when the network is called; `None`: all parts run
     active: int | None
 
     def logits_at(self, x: Tensor, last: int) -> Tensor:
         """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
 
     def uses_parameter(self, name: str, last: int) -> bool:
-        """Whether a parameter is used by :meth:`logits_at`."""
+        """Whether a parameter is used by :meth:`logits_at` with this ``last``."""
 
     def required_groups(self) -> list[tuple[str, ...]]:
-        """Return sets of paths of operations; one of each set must stay."""
+        """Return sets of paths of candidate operations; a search must keep at least one of each set."""
 
 
 @contextmanager
@@ -133,7 +135,10 @@ def all_parts_active(model: nn.Module) -> Iterator[None]:
 
 
 class Prefix(nn.Module):
-    """A :class:`Staged` network cut short: runs the parts up to index ``last``; later parts keep their parameters."""
+    """The :class:`Staged` network ``net`` cut short: runs the parts up to index ``last``, which is included.
+
+    Later parts stay in ``net`` with their parameters.
+    """
 
     def __init__(self, net: nn.Module, last: int) -> None:
         super().__init__()
@@ -165,7 +170,9 @@ def candidate_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def tied_operations(model: nn.Module) -> dict[str, str]:
-    """Return path of an operation tied to an earlier one → path of the first of its group; ``ValueError`` if unequal.
+    """Return path of an operation tied to an earlier one → path of the first of its group (``Candidates(tied=…)``).
+
+    Raises ``ValueError`` if ``Candidates`` of one group have other names or another order of operations.
 
     >>> tied_operations(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}
@@ -185,6 +192,6 @@ def tied_operations(model: nn.Module) -> dict[str, str]:
 
 
 def exclusive_sets(model: nn.Module) -> list[tuple[str, ...]]:
-    """Return the sets of operation paths of each of which a search keeps exactly one (``Candidates(single=True)``)."""
+    """Return per ``Candidates(single=True)`` the paths of its operations, of which a search keeps exactly one."""
     nodes = find_candidates(model)
     return [paths for path, paths in candidate_paths(model).items() if nodes[path].single]

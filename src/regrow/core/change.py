@@ -21,7 +21,7 @@ MOST_BLOCKS = 4096
 
 
 class PlanError(ValueError):
-    """Raised for a plan that cannot be read, or does not fit the network to which it is applied."""
+    """Raised for a plan that cannot be read or carried out, or does not fit the network to which it is applied."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Change:
 
     @property
     def alive(self) -> tuple[int, ...]:
-        """The ids of the units before the change."""
+        """The ids of the units that the axis has before the change, by position."""
         return self.ids or tuple(range(self.size))
 
     @property
@@ -119,7 +119,7 @@ class Change:
 
 
 def sort_units(key: str, units: Iterable[Any]) -> tuple[int, ...]:
-    """Return unit positions or ids of axis ``key``, ascending; raise ``PlanError`` for masks and fractions."""
+    """Return unit positions or ids, ascending; ``PlanError``, which names axis ``key``, for masks and fractions."""
     units = tuple(units)
     if set(map(type, units)) <= {int}:
         return tuple(sorted(units))
@@ -135,7 +135,7 @@ def sort_units(key: str, units: Iterable[Any]) -> tuple[int, ...]:
     return tuple(sorted(result))
 
 
-def find_growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
+def find_growth_problem(axis: Axis, change: Change, parameter_names: frozenset[str]) -> str:
     """Return why an axis cannot get the units that a change adds, for a message; empty if it can."""
     if axis.narrow:
         return axis.narrow
@@ -152,16 +152,16 @@ def find_growth_problem(axis: Axis, change: Change, parameters: frozenset[str]) 
     zeroed, random = (produced, consumed) if folded else (consumed, produced)
     if shared and random <= zeroed:
         return f"{shared} both makes and reads its units: new ones would be 0 on both sides and get no gradient"
-    if zero_out and not {name for name, _ in zeroed} & parameters:
+    if zero_out and not {name for name, _ in zeroed} & parameter_names:
         return "no parameter is there that could learn to use new units"
     return ""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A container of ``size`` modules, and those of which a copy with some parameters set to 0 returns its input.
+    """A container of ``size`` modules, some of which are blocks of which a copy can be made to return its input.
 
-    ``zeros``: index of such a module → the names, within it, of the parameters that are 0 in a copy.
+    ``zeros``: index of such a block → the names, within it, of the parameters that must be 0 in a copy for that.
     """
 
     size: int
@@ -170,7 +170,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """A copy of block ``of`` (index before) inserted as module ``position`` (index after); ``zeros`` are 0 in it."""
+    """A copy of module ``of`` of a stack (index before) inserted as module ``position`` (index after).
+
+    ``zeros``: the names, within the block, of the parameters that are 0 in the copy.
+    """
 
     position: int
     of: int
@@ -179,7 +182,7 @@ class BlockCopy:
 
 @dataclass(frozen=True)
 class Insertion:
-    """Copies of blocks, by ascending position, that are inserted into a stack of ``size`` modules."""
+    """Copies of blocks, by ascending position, that are inserted into a stack that has ``size`` modules before."""
 
     size: int
     copies: tuple[BlockCopy, ...]

@@ -14,7 +14,7 @@ class RefusedError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's text, at most 200 characters, without a final full stop.
+    """Return the first non-empty line of an error's text, or its type, at most 200 characters, without a final stop.
 
     >>> first_line(ValueError("\\nsize mismatch:\\n  a long list"))
     'size mismatch:'

@@ -70,7 +70,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
 
 
 def parse_json(text: str | bytes, name: str = "the text") -> object:
-    """Parse JSON that may be hostile: like ``json.loads``, but invalid or deeply nested text raises ``InputError``.
+    """Parse JSON that may be hostile; ``InputError``, which calls it ``name``, if it is invalid or deeply nested.
 
     >>> parse_json("[1, [2]]")
     [1, [2]]
@@ -142,7 +142,7 @@ def available_memory() -> int | None:
 
 
 def _read_numbers(path: str, name: str = "") -> list[int]:
-    """Return the first number of each line of a system file, or those behind ``name``; empty if it cannot be read."""
+    """Return the first number of each line of a file, or that behind ``name``, the first word; empty if unreadable."""
     try:
         lines = [line.split() for line in Path(path).read_text("ascii").splitlines()]
         return [int(words[bool(name)]) for words in lines if not name or words[0] == name]
@@ -151,7 +151,10 @@ def _read_numbers(path: str, name: str = "") -> list[int]:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise ``ResourceError`` if fewer than ``needed`` bytes are available; ``what`` begins its message, a subject."""
+    """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; unknown memory is enough.
+
+    Its message: "``what`` needs 3 GiB of memory, and 2 GiB are free; ``remedy``".
+    """
     free = available_memory()
     if free is not None and needed > free:
         raise ResourceError(
@@ -160,11 +163,11 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 
 
 def problem(error: BaseException) -> str:
-    """Return an error's message on one line, without the remedy behind its first semicolon."""
+    """Return :func:`reason` without the remedy, which an error's message has behind its first semicolon."""
     return reason(error).partition("; ")[0]
 
 
 def reason(error: BaseException) -> str:
-    """Return an exception's message on one line of at most 100 characters."""
+    """Return an exception's message, or its type if it has none, on one line of at most 100 characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:100]

@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Score:
-    """Sum and sum of squares of the scores of ``count`` examples, so that batches can be added; higher is better."""
+    """Sum (``total``) and sum of squares of ``count`` scores, so that those of batches can be added by ``+``."""
 
     total: float = 0.0
     squares: float = 0.0
@@ -29,12 +29,12 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """The mean score; NaN without examples."""
+        """The mean score, higher is better; NaN without scores."""
         return self.total / self.count if self.count else float("nan")
 
     @property
     def error(self) -> float:
-        """The standard error of the mean, √((mean of squares − mean²) / n); NaN without examples."""
+        """The standard error of the mean, √((mean of squares − mean²) / n); NaN without scores."""
         if not self.count:
             return float("nan")
         return (max(self.squares / self.count - self.mean**2, 0.0) / self.count) ** 0.5
@@ -77,7 +77,10 @@ class Objective:
         return loss.reshape(())
 
     def compute_score(self, output: object, batch: Batch) -> Score:
-        """Return the score of a batch as sums, for which the network returned ``output``."""
+        """Return the scores of a batch, for which the network returned ``output``, as sums over labelled positions.
+
+        Without a score function or labels each of them counts as the negative mean loss.
+        """
         if self.score is None or not isinstance(batch.labels, Tensor):
             value, n = -float(self.compute_loss(output, batch)), batch.size
             return Score(value * n, value**2 * n, n)
@@ -86,7 +89,9 @@ class Objective:
 
 
 def class_loss(output: object, labels: object) -> Tensor:
-    """Return the mean cross-entropy of class labels, in float32 or float64; the label −100 is not counted.
+    """Return the mean cross-entropy of class labels in nats, a scalar; the label −100 is not counted.
+
+    ``output``: holds logits (:func:`regrow.core.sources.logits_in`), ``[..., classes]`` or ``[N, classes, ...]``.
 
     >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
     1.3863
@@ -98,7 +103,10 @@ def class_loss(output: object, labels: object) -> Tensor:
 
 
 def class_score(output: object, labels: Tensor) -> Tensor:
-    """Return per labelled position whether the greatest logit is that of its class, ``[positions]`` bool."""
+    """Return per labelled position whether the greatest logit is that of its class; arguments as :func:`class_loss`.
+
+    The result is ``[positions]`` bool; positions with the label −100 are left out.
+    """
     logits = logits_in(output)
     if logits.shape[:-1] != labels.shape:  # [N, classes, …], as cross_entropy takes it
         logits = logits.movedim(1, -1)
@@ -107,7 +115,7 @@ def class_score(output: object, labels: Tensor) -> Tensor:
 
 
 def binary_loss(output: object, labels: object) -> Tensor:
-    """Return the mean binary cross-entropy of labels, one per output; ``InputError`` if one is not from 0 to 1."""
+    """Return the mean binary cross-entropy in nats, one label per logit; ``InputError`` if one is not from 0 to 1."""
     logits, chances = _to_float(logits_in(output)), _check_tensor(labels)
     if bool(((chances < 0) | (chances > 1)).any()):
         raise InputError('labels of the loss multi-label are from 0 to 1; give loss="regression" for other values')
@@ -115,18 +123,18 @@ def binary_loss(output: object, labels: object) -> Tensor:
 
 
 def binary_score(output: object, labels: Tensor) -> Tensor:
-    """Return per label whether the sign of its logit is right, ``[labels]`` bool."""
+    """Return per label whether its logit is on the right side of 0 (a label above 0.5 is true), ``[labels]`` bool."""
     return (logits_in(output).flatten() > 0) == (labels.flatten() > 0.5)
 
 
 def squared_loss(output: object, labels: object) -> Tensor:
-    """Return the mean squared error of predictions, one per label."""
+    """Return the mean squared error of the predictions in a network's output, one per label, as a scalar."""
     values = _to_float(logits_in(output))
     return F.mse_loss(values, _check_tensor(labels).to(values.dtype).reshape(values.shape))
 
 
 def squared_score(output: object, labels: Tensor) -> Tensor:
-    """Return per value the negative squared error, ``[values]`` float64."""
+    """Return the negative squared error of each prediction in a network's output, ``[labels]`` float64."""
     return -(logits_in(output).flatten().double() - labels.flatten().double()).square()
 
 
@@ -162,9 +170,10 @@ OBJECTIVES: Mapping[str, Objective] = {o.name: o for o in (CLASSIFICATION, NEXT_
 def choose_objective(loss: "str | LossFunction | Objective | None", batch: Batch) -> Objective:
     """Return the objective that a user named, or the one that fits the labels of a batch.
 
-    Class labels (integers) mean ``classification``, or ``next-token`` where each position of a sequence of integers
-    has one; values of 0 and 1 (floats) mean ``multi-label``; other floats ``regression``; no labels mean that the
-    network returns its loss itself (``own``).
+    ``loss``: a name in ``OBJECTIVES`` (``InputError`` for others), a loss function, or an objective; ``None``: by the
+    labels. Class labels (integers) mean ``classification``, or ``next-token`` where each position of a sequence of
+    integers has one; values of 0 and 1 (floats, of two or more dimensions) mean ``multi-label``; other floats
+    ``regression``; no labels mean that the network returns its loss itself (``own``).
 
     >>> choose_objective(None, Batch((torch.ones(2, 3),), labels=torch.tensor([0, 1]))).name
     'classification'

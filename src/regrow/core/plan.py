@@ -213,7 +213,7 @@ class Plan:
         return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
 
     def sizes(self, axes: AxisGraph) -> dict[str, int]:
-        """Return axis key → its number of units after the plan, for every axis."""
+        """Return axis key → its number of units after the plan, for every axis of ``axes``, those before the plan."""
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
@@ -261,7 +261,7 @@ def _find_branch(axes: AxisGraph, path: str) -> Branch:
     return branch
 
 
-def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
+def _find_misfit(axis: Axis, change: Change, parameter_names: frozenset[str]) -> str:
     """Return why a change does not fit an axis, as a predicate for its name (``is frozen: …``); empty if it does."""
     remaining = len(change.keep) + len(change.restore)
     if remaining < min(axis.least, axis.size):
@@ -270,7 +270,7 @@ def _find_misfit(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
         return f"is frozen: {axis.reason}"
     if change.after % axis.multiple:
         return f"must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
-    if change.grow and (problem := find_growth_problem(axis, change, parameters)):
+    if change.grow and (problem := find_growth_problem(axis, change, parameter_names)):
         return f"cannot be widened: {problem}"
     if axis.size != change.size:
         return f"has {axis.size} units here, the plan was made for {change.size}"

@@ -45,7 +45,7 @@ def return_memory() -> bool:
 def set_mmap_threshold(size_bytes: int, kept_bytes: int = 0) -> None:
     """Let allocations of ``size_bytes`` or more go back to the system once they are freed, where the C library can.
 
-    Of smaller ones, freed at the end of its memory, it keeps ``kept_bytes``; 0: as before.
+    ``kept_bytes``: how many freed bytes of smaller ones it keeps at the end of the heap; 0: this setting stays.
     """
     _call_c_library("mallopt", _MMAP_THRESHOLD, size_bytes)
     if kept_bytes:
@@ -61,8 +61,9 @@ def limit_arenas() -> None:
 
 
 def release_pages(tensors: "Iterable[Tensor]") -> None:
-    """Let Linux reclaim the pages of tensors in memory-mapped files; they are read again from there if they are used.
+    """Let Linux reclaim the pages of tensors in memory-mapped files, from which they are read again when used.
 
+    Tensors elsewhere are left alone; of less than ``LEAST_MAPPED_BYTES`` in all, so are these.
     A checkpoint stays mapped while any of its tensors is in use, and its pages count as memory of the process.
     """
     import torch
@@ -87,7 +88,7 @@ def release_pages(tensors: "Iterable[Tensor]") -> None:
 
 
 def _call_c_library(function: str, *arguments: object) -> bool:
-    """Call a function of the C library and return True; False where it has none of that name, as outside Linux."""
+    """Call a function of the C library and return True, whatever it returns; False where it has none of that name."""
     try:
         getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError, TypeError):

@@ -25,7 +25,11 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of each unit, axis key → ``[size]`` float64: units with the lowest scores are cut first."""
+    """Importance of each unit, axis key → ``[size]`` float64: units with the lowest scores are cut first.
+
+    ``metric``: the name of the score; ``sources``, ``tokens``: the data sources that it was measured on, if any, and
+    how many labelled positions they had; ``notes``: what a user should know.
+    """
 
     values: Tensors
     metric: str
@@ -81,7 +85,7 @@ class Statistics:
     Args:
         source: The name of the source.
         tokens: How many labelled positions were seen.
-        moments: Name of a consuming weight → running sums of its inputs.
+        moments: Name of a weight whose inputs are units of an axis → running sums of these inputs.
         gradients: Name of a parameter → the loss gradient summed over batches; empty unless asked for.
         fisher: Axis key → Σ of the squared loss gradient of each unit's mask, ``[size]``; empty unless asked for.
     """
@@ -101,7 +105,7 @@ class Statistics:
             self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors, in the order that :meth:`assemble` takes."""
+        """Return all tensors, not copied, in the order that :meth:`assemble` takes."""
         moments = [tensor for moments in self.moments.values() for tensor in (moments.total, moments.square)]
         return [*moments, *self.gradients.values(), *self.fisher.values()]
 
@@ -124,7 +128,7 @@ class Statistics:
 
 
 def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Return the sums of several shards or sources (at least one) added up; a single one is returned itself."""
+    """Return the sums of several shards or sources added up, these unchanged; a single one is returned itself."""
     if len(parts) == 1:
         return parts[0]
     total, *rest = (replace(part, gradients={}) for part in parts)
@@ -145,7 +149,11 @@ def _add_each(a: dict, b: dict) -> dict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Calibration measurements that a pruning method scores units with: per source the sums of its shards, and data."""
+    """Calibration measurements and data that a pruning method scores units with.
+
+    ``statistics``: name of a source → the sums measured on each of its shards; ``data``: name of a source → its
+    batches, for methods that run the network themselves; ``notes``: what a user should know.
+    """
 
     statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
     data: Mapping[str, Source] = field(default_factory=dict)
@@ -157,7 +165,7 @@ class Evidence:
         return tuple(self.statistics)
 
     def pooled(self, *, gradients: bool = True) -> Statistics:
-        """Return the sums over all sources and shards (without gradients: ``gradients=False``); ValueError if none."""
+        """Return the sums over all sources and shards, perhaps without gradients; ``ValueError`` if there are none."""
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")

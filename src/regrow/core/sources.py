@@ -26,7 +26,7 @@ class Batch:
         args: Positional inputs.
         kwargs: Inputs by name.
         labels: Class per position, int64, −100 where the loss ignores the position: ``[batch]`` for images, ``[batch,
-            tokens]`` for text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``).
+            tokens]`` for text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``); or float values.
         where: What error messages call a batch of a user's data: ``"source 'data', batch 3"``; empty: another batch.
     """
 
@@ -37,7 +37,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """The number of labelled positions (labels of floats: of labels); without labels, of examples."""
+        """The number of labels that are not −100, of float labels all of them; without labels, of examples."""
         if self.labels is not None:
             counted = self.labels.numel() if self.labels.is_floating_point() else int((self.labels != -100).sum())
             return counted if self.labels.dim() else 1
@@ -207,7 +207,7 @@ _CHUNK = 2**28
 
 
 def move_tensors(record: R, device: torch.device) -> R:
-    """Return a copy of a dataclass with the tensors in its fields, in their tuples and dataclasses, on a device."""
+    """Return a copy of a dataclass with the tensors in its fields, in tuples and dataclasses too, on a device."""
 
     def move(value: object) -> object:
         if isinstance(value, Tensor):
@@ -221,7 +221,7 @@ def move_tensors(record: R, device: torch.device) -> R:
 
 
 def draw_batches(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
-    """Return the ``n`` batches of a training step as (index of the source, batch), from the sources in turn.
+    """Return the ``n`` batches of a training step (from 0) as (index of the source, batch), from the sources in turn.
 
     Each source is shuffled anew in every pass over it. The result depends on the step's number alone, so that training
     can be stopped and resumed.
@@ -239,7 +239,7 @@ def draw_batches(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: in
 
 
 def logits_in(output: Any) -> Tensor:
-    """Return the logits in a model's output: itself, ``.logits``, ``["logits"]``, ``["out"]`` or ``[0]``."""
+    """Return the logits in an output: itself, ``.logits``, ``["logits"]``, ``["out"]`` or ``[0]``; else TypeError."""
     result = getattr(output, "logits", output)
     if isinstance(result, dict):
         result = result.get("logits", result.get("out"))
@@ -251,7 +251,9 @@ def logits_in(output: Any) -> Tensor:
 
 
 def labelled_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the logits of the positions whose label is not −100 (of all without labels), ``[positions, classes]``.
+    """Return the logits of the positions whose label is not −100, ``[positions, classes]``.
+
+    ``logits``: classes come last, or second. Those of all positions are returned if there is not one label for each.
 
     >>> labels = torch.tensor([[0, -100]])
     >>> labelled_logits(torch.zeros(1, 2, 5), labels).shape, labelled_logits(torch.zeros(1, 5, 2), labels).shape

@@ -81,9 +81,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class ExamplesView:
-    """Examples that are read from others: with changed inputs, or in batches of at most ``most``.
+    """Examples that are read from ``base``, with changed inputs or in smaller batches, so that tasks can share them.
 
-    So many tasks share the memory of one; ``change``: (inputs ``[N, ...]``) → the changed inputs.
+    ``change``: inputs ``[N, ...]`` → the changed ones; ``most``: the largest batch; ``None``: as in ``base``.
     """
 
     base: ExampleSet
@@ -166,14 +166,17 @@ def select_inputs(inputs: Any, indices: Tensor) -> Any:
 
 
 def pack_batch(inputs: Any, labels: Tensor | None = None, where: str = "") -> Batch:
-    """Return inputs (a tensor, a tuple of positional inputs, or a dict of inputs by name) as a :class:`Batch`."""
+    """Return a :class:`Batch` of inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name."""
     if isinstance(inputs, Mapping):
         return Batch((), inputs, labels, where)
     return Batch((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}, labels, where)
 
 
 def run_network(model: nn.Module, inputs: Any, device: torch.device | None = None, where: str = "") -> Any:
-    """Return a network's output for inputs, moved to its device; ``where``: what errors call the batch."""
+    """Return a network's output for inputs that are moved to ``device`` (``None``: that of its parameters).
+
+    ``where``: what the error for inputs that the network cannot take calls them, as :attr:`Batch.where`.
+    """
     return pack_batch(move_inputs(inputs, device or device_of(model)), where=where).run(model)
 
 
@@ -193,7 +196,10 @@ def mask_classes(logits: Tensor, classes: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a continual-learning sequence: its data and class labels; ``gone``: zeros replace its data."""
+    """One task of a continual-learning sequence: its data, and the class labels that occur in them.
+
+    ``gone``: whether its data are no longer available, and zeros replace them.
+    """
 
     name: str
     train: ExampleSet
@@ -203,6 +209,6 @@ class Task:
 
     @classmethod
     def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
-        """Return a task whose data are no longer available: zeros, ``[2, *shape]``, replace its examples."""
+        """Return a task whose data are no longer available: two inputs of zeros, each of ``shape``, replace them."""
         blank = Examples(torch.zeros((2, *shape)), torch.full((2,), classes[0]))
         return cls(name, blank, blank, classes, gone=True)

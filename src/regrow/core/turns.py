@@ -59,7 +59,10 @@ class Turns:
         self._error: BaseException | None = None
 
     def wait(self, number: int) -> None:
-        """Let the other runs go on; return once each has waited or ended. ``number``: that of the calling run."""
+        """Let the other runs go on; return once each has waited or ended. ``number``: that of the calling run.
+
+        Raises ``StopRunError`` once another run has failed.
+        """
         if self.count > 1:
             self._gates[self._following(number)].release()
             self._gates[number].acquire()
@@ -67,7 +70,7 @@ class Turns:
                 raise StopRunError
 
     def run(self, work: Callable[[int], object]) -> None:
-        """Run ``work(number)`` for each number below ``count``, in a thread each; re-raise the first error."""
+        """Run ``work(number)`` for numbers below ``count``, each in a thread if several; re-raise the first error."""
         if self.count == 1:
             work(0)
             return

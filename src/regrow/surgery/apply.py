@@ -106,13 +106,16 @@ def apply(
 
 
 def rehearse_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> Rehearsal:
-    """Run the planned network on a copy without numbers; return the recordings, or raise ``PlanError`` if it fails."""
+    """Run the planned network on a copy of fake tensors; return the recordings, or raise ``PlanError`` if it fails."""
     with without_garbage_collection():
         return rehearse(model, axes, plan_resizing(model, axes, plan))
 
 
 def record_present(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
-    """Return a recording of the network as it is now: ``present``, that of its axes if it still fits, or a new one."""
+    """Return a recording of the network as it is now, with the dimensions in which its operations read axes.
+
+    ``present``: its operations if they were just recorded; ``None``: ``axes.recording`` if that still fits, else anew.
+    """
     example, recording = cast_example(axes.example, model), axes.recording
     if recording is None:
         fresh = record_readings(model, axes, example)

@@ -28,7 +28,12 @@ from regrow.tracing.trial import Resizing, planned_integers
 class Prepared:
     """The computed result of a plan, before anything is changed.
 
-    ``values``: name → the tensor to write; ``constants``: ``module:attribute`` → its number; ``undo``: the store after.
+    Args:
+        tensors: All tensors after the plan, computed when they are asked for.
+        values: Name → the tensor to write, for those that change; perhaps not all (``prepare(names=…)``).
+        constants: ``module:attribute`` → the epsilon to write.
+        folds: All divisors of the network (``AxisGraph.folds``), with their new epsilons.
+        undo: The undo store after the plan; ``None``: there is none.
     """
 
     tensors: PlannedTensors
@@ -45,7 +50,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ProposedChange:
-    """A plan whose result is computed but not yet written, and recordings of the network before and after it."""
+    """A plan whose result is computed but not yet written.
+
+    ``recording``: of the network before the plan; ``planned``: of the network after it.
+    """
 
     ready: Prepared
     recording: Recording
@@ -71,7 +79,10 @@ def prepare(
     undo: UndoStore | None = None,
     names: Collection[str] | None = None,
 ) -> Prepared:
-    """Compute the tensors after a plan (only those in ``names``, if given); the model and ``undo`` stay unchanged."""
+    """Compute the tensors after a plan (only those in ``names``, if given); the model and ``undo`` stay unchanged.
+
+    ``undo``: holds the weights of restored units. Raises ``PlanError`` if a tensor cannot become what the plan says.
+    """
     if names is not None:
         plan = replace(plan, means={weight: row for weight, row in plan.means.items() if bias_of(weight) in names})
     tensors = PlannedTensors(model, axes, plan)
@@ -87,7 +98,7 @@ def prepare(
 
 
 def plan_resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
-    """Return the axis sizes, constants and added biases after a plan, without computing any tensor."""
+    """Return the axis sizes after a plan, the epsilons of norms, and the biases it adds, without computing tensors."""
     sizes = plan.sizes(axes)
     constants, _ = rescale_epsilons(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
@@ -106,6 +117,7 @@ def commit(
     """Write a prepared plan into model, optimisers and undo store, in place; return the model and its new axes.
 
     ``prove`` gets the new axes once the model is changed, and returns them; if it raises, the model is restored.
+    ``PlanError`` for gradient hooks, and optimisers that cannot follow, is raised before anything is changed.
     """
     parameters = dict(model.named_parameters())
     replaced = {name: parameters[name] for name in ready.values if name in parameters}
@@ -207,7 +219,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum",
 
 @dataclass(frozen=True)
 class Exchange:
-    """A parameter that a plan replaces or removes, and the layouts of its dimensions after the plan."""
+    """A parameter (``old``) that a plan replaces or removes; ``layouts``: changed dimension → its layout after that."""
 
     name: str
     old: nn.Parameter
@@ -219,8 +231,9 @@ def prepare_optimizers(
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
     """Compute the optimisers' state after a plan; return a function that writes it, given name → new parameter.
 
-    ``added``: the names of biases that the plan adds, which join the group of their weight. Groups, their settings and
-    their order stay, so learning-rate schedulers keep working.
+    Of ``exchanged`` parameters those without a new one are left out. ``added``: the names of biases that the plan adds,
+    which join the group of their weight. Groups, their settings and their order stay, so learning-rate schedulers keep
+    working. Raises ``PlanError`` if an optimiser cannot follow.
     """
     for optimizer in optimizers:
         if hasattr(optimizer, "_params"):
@@ -256,7 +269,7 @@ def prepare_optimizers(
 
 
 def _resize_state(key: str, value: object, exchange: Exchange) -> object:
-    """Return an entry of an optimizer's state for a parameter after a plan; ``PlanError`` if it cannot follow."""
+    """Return the entry ``key`` of a parameter's optimiser state after a plan; ``PlanError`` if it cannot follow."""
     if not isinstance(value, Tensor) or value.dim() == 0:  # such as the number of steps
         return value
     if value.shape != exchange.old.shape or key not in FIRST_MOMENTS | SECOND_MOMENTS:

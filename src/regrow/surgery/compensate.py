@@ -17,7 +17,11 @@ from regrow.tracing.own_run import as_double
 
 
 class PlannedTensors:
-    """The parameters and buffers after a plan, each computed by :meth:`load` when it is needed."""
+    """The parameters and buffers after a plan, each computed by :meth:`load` when it is needed.
+
+    ``sizes``: axis key → units after the plan; ``units``: key of a changed axis → the layout of its units; ``biases``:
+    bias → the weight whose dropped inputs it takes up. ``PlanError`` is raised if a weight has no bias that can.
+    """
 
     def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         self.model, self.axes, self.plan = model, axes, plan
@@ -142,7 +146,10 @@ def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
 def rescale_epsilons(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], tuple[Fold, ...]]:
-    """Return ``module:attribute`` → rescaled epsilon of a norm, ε′ = ε·n_old/n_new, and all folds with them."""
+    """Return ``module:attribute`` → epsilon ε′ = ε·n_old/n_new of a norm, if that changes; and all folds, with these.
+
+    ``sizes``: axis key → units after a plan.
+    """
     epsilons: dict[str, float] = {}
     folds = []
     for fold in axes.folds:

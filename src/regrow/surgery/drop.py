@@ -67,8 +67,9 @@ def without_branches(
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Context manager in which placeholders replace the branches that a plan drops; undone if the body raises.
 
-    Yields the axes, the rest of the plan and the undo store without them. On success the optimisers and ``undo``
-    follow.
+    Yields the axes without the branches, the plan without dropping them, and the undo store without their part, or
+    ``None``. After the body the branches' parameters leave the optimisers, and ``undo`` gets the branches. Raises
+    ``PlanError`` unless the rest of the network does the same without them.
     """
     if undo is not None:
         undo.check_network(axes)
@@ -96,7 +97,10 @@ def without_branches(
 def restore_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Restore the plan's dropped branches in place, with the weights they had; return the model and its axes."""
+    """Restore the plan's dropped branches in place, with the weights they had; return the model and its axes.
+
+    They leave ``undo``. Raises ``PlanError`` if one is not in it, or ``optimizers`` are given, which cannot follow.
+    """
     if undo is None or (lost := next((path for path in plan.back if path not in undo.branches), "")):
         missing = plan.back[0] if undo is None else lost
         raise PlanError(
@@ -151,7 +155,7 @@ def _check_dropped(model: nn.Module, branch: Branch) -> None:
 
 
 def _replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
-    """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged."""
+    """Return a copy of a dropped branch with the cuts of its axes since; ``PlanError`` if units were added to them."""
     old = removed.axes
     inner = old.restricted(removed.branch.holds)
     keep = {}
@@ -192,7 +196,7 @@ def _build_shell(modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _prove_drop(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
-    """Return a network's axes without some branches; PlanError unless the rest, on fake tensors, does the same."""
+    """Return the axes without some branches; ``PlanError`` unless the rest runs the same operations on fake tensors."""
     bare, mode = meta_copy(model, {})
     example = fake_example(cast_example(axes.example, model), mode)
     # A module of class Candidates sums its operations and leaves out those that return None: nothing to prove.
@@ -224,7 +228,10 @@ def _prove_drop(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) ->
 
 
 def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
-    """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut."""
+    """Return ``axes`` updated by a new recording of the network: operations, work, branches, and what can be cut.
+
+    ``bare``: a copy of the network on fake tensors, of which ``recorded`` was made with ``example``.
+    """
     w = walk(recorded)
     trace_training(bare, example, w)
     fresh, names = assemble(bare, w, axes.example)

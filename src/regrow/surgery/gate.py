@@ -37,7 +37,11 @@ def make_gates(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, 
 
 
 class _GateFeed(Feed):
-    """Multiplies the inputs of weights by the gates of their channels, or moves them towards fills."""
+    """Multiplies the inputs of weights by the gates of their channels, or moves them towards fills.
+
+    ``watched``: id of a weight → its name; ``reads``: its name → the axes that it consumes; ``gates``, ``fills``: as in
+    :func:`gate_inputs`.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class _GateFeed(Feed):
         self.channel_gates: dict[tuple[str, int], Tensor] = {}
 
     def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """Return an input of the weight ``name``, gated along dimension ``dim``."""
+        """Return ``value``, an input of the weight ``name``, gated along its dimension ``dim`` (negative)."""
         shape = [-1, *[1] * (-dim - 1)]
         gate = self._channels(name, value.shape[dim]).to(value).view(shape)
         if name not in self.fills:

@@ -35,7 +35,10 @@ def with_inserted_blocks(
     """Context manager in which copies of blocks are inserted as a plan says; undone if the body raises.
 
     Yields:
-        The axes with the new blocks, the rest of the plan for them, and the undo store for them.
+        The axes with the new blocks, the plan's other changes for these axes, and the undo store for them, or ``None``.
+
+    Raises:
+        PlanError: If outputs change, a copy does not return its input, or ``optimizers`` are given: none can follow.
     """
     if optimizers:
         raise PlanError(
@@ -110,7 +113,7 @@ def _check_identity(model: nn.Module, example: Example, insert: Mapping[str, Ins
 
 
 def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor], plan: Plan) -> None:
-    """Raise ``PlanError`` unless the network's outputs are still ``before``, up to rounding."""
+    """Raise ``PlanError`` unless the network's outputs are those ``before`` the plan's insertions, up to rounding."""
     after = compute_outputs(model, example)
     distance, largest = measure_distance(before, after)
     rounding = ROUNDING * max(torch.finfo(x.dtype).eps for x in (*before, torch.ones(())) if x.is_floating_point())
@@ -122,7 +125,7 @@ def _check_outputs(model: nn.Module, example: Example, before: Sequence[Tensor],
 
 
 def make_rename(model: nn.Module, plan: Plan) -> Rename:
-    """Return the function from names of modules and tensors before blocks are inserted to their names after that."""
+    """Return the function from the name of a module or tensor before the plan's insertions to its name after them."""
     tables: dict[str, dict[str, str]] = {}
     for path, insertion in plan.insert.items():
         first = next(iter(model.get_submodule(path)._modules))
@@ -162,7 +165,10 @@ def _slot_key(slot: Slot, name: str) -> tuple[str, int, int, int]:
 
 
 def _map_changes(axes: AxisGraph, plan: Plan, keys: Mapping[str, str], model: nn.Module) -> dict[str, Change]:
-    """Return new axis key → the plan's change of it; each copied block gets the changes of the block that it copies."""
+    """Return new axis key → the plan's change of it; each copied block gets the changes of the block that it copies.
+
+    ``axes``, ``model``: with the inserted blocks; ``keys``: axis key before → after.
+    """
     result: dict[str, Change] = {}
     for key, change in plan.changes.items():
         if change.idle or key not in keys:

@@ -175,7 +175,7 @@ def slots_after(
 
 
 def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[Slot]:
-    """Yield a slot per place of the axis ``key`` in a tensor's dimension, given its ``index``, ``role`` and ``dim``."""
+    """Yield a slot per place of axis ``key`` in dimension ``index`` of tensor ``name``, written ``dim`` in axes."""
     for loops, inner, offset in find_occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
         for turns in product(*(range(n) for n, _ in loops[1:])):
@@ -184,7 +184,7 @@ def slots_in(name: str, index: int, role: Role, dim: Dim, key: str, sizes: Mappi
 
 
 def _move_frozen_slot(slot: Slot, layout: Layout, size: int) -> Slot | None:
-    """Return a slot of a frozen axis after a plan, derived from its first unit's entries; ``None`` if those are cut."""
+    """Return a slot of a frozen axis of ``size`` units, derived from its first unit's entries; ``None`` if cut."""
     first = torch.isin(layout.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
         return None
@@ -207,6 +207,8 @@ def resize(
     New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
     random from the tensor's own values, unless they are copies. Weights that make new units are then multiplied by
     ``inward``, weights that consume them by ``outward``, so that the network's outputs do not change.
+
+    ``layouts``: changed dimension → its layout after the plan; ``name``, ``seed``: what random numbers depend on.
     """
     old = tensor.flatten()
     for dim, layout in layouts.items():
@@ -223,7 +225,7 @@ def resize(
 def _fill(
     tensor: Tensor, dim: int, layout: Layout, roles: Collection[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return a tensor with the new entries of one dimension initialised and scaled; ``old``: values to draw from."""
+    """Return a resized tensor with new entries along ``dim`` initialised and scaled; ``old``: values to draw from."""
     if not tensor.is_floating_point() or not bool(layout.is_new.any()):
         return tensor
     if bool(layout.is_random.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
@@ -246,7 +248,7 @@ def _fill(
 
 
 def resize_moment(tensor: Tensor, layouts: Mapping[int, Layout], mean: bool) -> Tensor:
-    """Return an optimiser's moment (or a gradient) after a plan; new entries are 0 or, with ``mean``, the mean."""
+    """Return an optimiser's moment or a gradient after a plan; new entries are 0 or (``mean``) the kept ones' mean."""
     for dim, layout in layouts.items():
         tensor = tensor.index_select(dim, layout.source.to(tensor.device))
         if not bool(layout.is_new.any()):

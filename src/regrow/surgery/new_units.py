@@ -18,7 +18,10 @@ from regrow.tracing.capture import in_eval_mode
 
 @dataclass(frozen=True)
 class Entries:
-    """The indices that new units of an axis own in dimension ``dim`` of a tensor (``where``), and its old units'."""
+    """The indices that the new units of an axis (its key) own in dimension ``dim`` of tensor ``name``: ``where``.
+
+    ``old``: those of its other units.
+    """
 
     axis: str
     name: str
@@ -36,7 +39,7 @@ class Entries:
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
-        """Write a value into these entries of the model's parameter, in place."""
+        """Write a value, expanded to their shape, into these entries of the model's parameter, in place."""
         tensor = model.get_parameter(self.name).detach()
         part = value.to(tensor).expand_as(self.of(tensor))
         tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
@@ -96,7 +99,8 @@ def sparsify_new_units(
 ) -> nn.Module:
     """Keep a random fraction ``density`` of the random weights of each new unit, at least one; set the others to 0.
 
-    The model is changed in place and returned. Its outputs stay, since the weights on the other side are still 0.
+    The model is changed in place and returned. Its outputs stay, since the weights on the other side are still 0; if
+    they are not, ``PlanError`` is raised. ``axes``: those after the plan; ``generator``: by default torch's global one.
     """
     random_entries, _ = split_entries(model, axes, new_units(model, axes, plan))
     for entries in random_entries:
@@ -109,7 +113,10 @@ def sparsify_new_units(
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Return axis key → positions of the units that a plan added; ``PlanError`` unless they still have no effect."""
+    """Return axis key → positions of the units that a plan added; ``PlanError`` if there are none, or they are used.
+
+    ``axes``: those after the plan. Units are unused as long as the weights on one side of them are 0.
+    """
     result = {}
     for key, change in plan.changes.items():
         if not change.grow:
@@ -136,7 +143,7 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 
 
 def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
-    """Return the entries of new units (axis key → positions) in weights: (randomly initialised, zero-initialised)."""
+    """Return the entries of new units (axis key → positions) in weights: (initialised at random, initialised to 0)."""
     random, zero = list[Entries](), list[Entries]()
     weights = _weight_names(model)
     for side in (Role.PRODUCES, Role.CONSUMES):
@@ -170,7 +177,10 @@ def _entries(axes: AxisGraph, new: Mapping[str, Tensor], picks: Callable[[str, R
 
 
 def _scale_rows(model: nn.Module, rows: Entries, mean: Tensor, spread: Tensor) -> None:
-    """Scale a layer's rows of new units to the median ``spread`` (std) of the old ones' outputs, in place."""
+    """Scale a layer's rows of new units, in place, so that their outputs get the median std of the old ones'.
+
+    ``mean``, ``spread``: mean and std of each output, ``[channels]``; a row with a mean below −std is negated.
+    """
     spreads, median = spread[list(rows.where)], spread[list(rows.old)].median()
     factor = torch.where((spreads > 0) & (median > 0), median / spreads, 1.0)
     factor *= torch.where(mean[list(rows.where)] < -spreads, -1.0, 1.0)
@@ -195,7 +205,7 @@ def _set_statistics(model: nn.Module, channels: Entries, mean: Tensor, variance:
 def _measure(
     model: nn.Module, items: Sequence[Entries], batches: Sequence[Batch]
 ) -> list[tuple[Entries, Tensor, Tensor]]:
-    """Return (entries, mean, variance), ``[channels]``, of layers' outputs and batch norms' inputs, as they run."""
+    """Return (entries, mean, variance), ``[channels]``, of layers' outputs and batch norms' inputs, in run order."""
     watch = _OutputSums({id(model.get_parameter(item.name)): item.name for item in items if not item.is_statistic})
     handles = [
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
@@ -220,7 +230,10 @@ def _measure(
 
 
 class _OutputSums(TorchFunctionMode):
-    """Torch function mode that sums the outputs of watched weights, channel by channel."""
+    """Torch function mode that sums the outputs of layers whose weights are ``watched`` (id → name), per channel.
+
+    ``sums``: name → (number of positions, Σ y, Σ y²).
+    """
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()

@@ -86,8 +86,10 @@ def run_whole_pair(
 ) -> tuple[Results, Results, Decisions]:
     """Run the masked network and its cut copy as a whole: where data decide what runs, and where branches are dropped.
 
+    ``decisions``: what both do where data decide; ``()``: decided by the masked network; ``None``: data decide nothing.
+
     Returns:
-        The outputs of both, and the data-dependent decisions of the masked network.
+        The outputs of both (masked, cut), in float64 if ``double``, and the decisions of the masked network.
     """
     whole = _widen(model, axes) if double else shallow_copy(model)
     example = map_tensors(example, as_double) if double else example
@@ -131,9 +133,9 @@ def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions,
 
 
 def check_own_run(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Compare a changed network's own forward pass with its recording; return the axes, with ``unproven`` set.
+    """Compare a changed network's own forward pass with its recording; raise ``PlanError`` if they differ.
 
-    Raises ``PlanError`` if they differ.
+    Returns the axes, whose ``unproven`` says why they could not be compared; empty: they were.
     """
     if not holds_numbers(model, axes.example):
         return replace(axes, unproven="the network or its example has no numbers")

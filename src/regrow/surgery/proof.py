@@ -107,7 +107,7 @@ def describe_difference(distance: float, largest: float) -> str:
 
 
 def select_blocks(change: ProposedChange) -> list[GraphBlock]:
-    """Return up to ``PER_CLASS`` blocks to check per changed class: smallest and largest (entries), others if small."""
+    """Return at most ``PER_CLASS`` blocks of each changed class: smallest and largest by entries, more if all small."""
     sizes = {name: value.numel() for name, value in {**state_of(change.tensors.model), **change.ready.values}.items()}
     classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in changed_blocks(change):
@@ -133,7 +133,10 @@ def changed_blocks(change: ProposedChange) -> list[GraphBlock]:
 
 
 class _Pair:
-    """The masked and the planned network, run block by block; ``gaps``: (difference, bound) of a block's outputs."""
+    """The masked and the planned network, run block by block, or ``only`` one block.
+
+    ``gaps``: (difference, bound) of each output of the block that was compared last.
+    """
 
     def __init__(self, change: ProposedChange, only: GraphBlock | None = None) -> None:
         self.change = change
@@ -312,7 +315,7 @@ def _exact_loader(
 def _parameter_free(
     recorded: Capture, parameters: Collection[str], writers: Mapping[Node, Sequence[Node]]
 ) -> list[Node]:
-    """Return the operations that depend on no parameter and read nothing that is written in place."""
+    """Return the operations that depend on no parameter (by name) and read nothing that ``writers`` write in place."""
     dependent: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
     dependent |= {node for origin, writes in writers.items() for node in (origin, *writes)}
     result = []

@@ -44,10 +44,10 @@ class Masking:
     """The replacements that mask dropped units and branches in a recorded network.
 
     Args:
-        reads: Operation → its reads of dropped units: the read, the operand, and which entries stay (bool).
+        reads: Operation → its reads of dropped units: (dimension that is read, operand, mask of entries that stay).
         groups: For a norm inside groups: operation → how many groups stay.
-        means: Weight → position → the value that replaces a dropped input.
-        compared: Operation → operands that are compared too, and whether no entry of them is dropped.
+        means: Name of a weight → index of an input → the value that replaces it where it is dropped.
+        compared: Operation → (operand that is compared beside the outputs, whether none of its entries is dropped).
         branches: Output of a dropped branch → the value that replaces it, or ``None`` for zeros.
     """
 
@@ -67,9 +67,10 @@ def make_masking(
     compared: Iterable[tuple[Node, Node, tuple[Dim, ...]]] = (),
     drop: Collection[Branch] = (),
 ) -> Masking:
-    """Return the replacements that mask a recorded network to the kept units (``keep``) without branches (``drop``).
+    """Return the replacements that mask a recorded network to the kept units, and without branches (``drop``).
 
-    ``sizes``: of all axes before the plan; ``compared``: (operation, operand to compare too, its dimensions).
+    ``sizes``: of all axes before the plan; ``keep``: axis key → positions of the kept units; ``means``: as in
+    :class:`regrow.core.plan.Plan`; ``compared``: (operation, operand to compare too, its dimensions).
     """
     nodes = list_operations(recorded)
     masked: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
@@ -94,7 +95,8 @@ class Runner(Interpreter):
     """Interpreter of a recorded network that can be masked, run in float64 (``double``), and run block by block.
 
     ``leaves`` are the tensors of its inputs; ``exact`` says whether ``load`` returns the tensor of a name as the
-    network stores it, to be cast in parts. ``outputs`` has the outputs once it has run to the end.
+    network stores it, to be cast in parts. Once it has run to the end, ``outputs`` has the outputs and values compared
+    beside them, and ``orders`` the indices that sorting operations returned.
     """
 
     def __init__(
@@ -140,7 +142,10 @@ class Runner(Interpreter):
     def run_only(
         self, nodes: Iterable[Node], before: Mapping[Node, object] | None = None, outputs: Sequence[Node] = ()
     ) -> list[object]:
-        """Run operations, given values ``before`` them (all are forgotten then); return the values of ``outputs``."""
+        """Run operations; return the values of ``outputs``.
+
+        ``before``: node → value that they read; all values are forgotten then. ``None``: what was computed stays.
+        """
         known = set(self.env)
         self.env.update(before or {})
         with torch.no_grad(), made_in_double(self.double):

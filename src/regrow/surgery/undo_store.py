@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemovedWeights:
-    """All values that one tensor has had, with entries for every unit that ever existed; ``held``: which are known."""
+    """The last values of a tensor's entries, for every unit that ever existed; ``held`` (bool): which were stored."""
 
     values: Tensor
     held: Tensor
@@ -101,7 +101,7 @@ class UndoStore:
         )
 
     def rename(self, rename: Callable[[str], str | None], rekey: Callable[[str], str | None]) -> "UndoStore":
-        """Return the store with tensors and axes renamed; ``rename`` and ``rekey`` return ``None`` to leave one out."""
+        """Return the store with tensors renamed by ``rename`` and axis keys by ``rekey``; ``None`` leaves one out."""
 
         def moved(stored: Mapping[str, T], new_name: Callable[[str], str | None]) -> dict[str, T]:
             return {new: value for name, value in stored.items() if (new := new_name(name)) is not None}
@@ -114,7 +114,7 @@ class UndoStore:
         )
 
     def contents(self) -> dict[str, Tensor]:
-        """Return unique name → stored tensor, for all, those of dropped branches too; not copied."""
+        """Return unique name → stored tensor, not copied; those of dropped branches are among them."""
         result = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
         for path, removed in self.branches.items():
             modules = removed.modules.items()
@@ -149,7 +149,10 @@ class UndoStore:
                 )
 
     def enlarge(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
-        """Return the store with its tensors enlarged for units added since; ``next_ids``: axis key → ids in all."""
+        """Return the store with its tensors enlarged for units added since; ``PlanError`` if it is of another network.
+
+        ``next_ids``: axis key → how many units the axis ever had.
+        """
         before = {**next_ids, **self.next_ids}
         weights = {}
         for name, removed in self.weights.items():
@@ -170,7 +173,10 @@ class UndoStore:
 def plan_with_undo(
     undo: UndoStore, tensors: PlannedTensors, values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], UndoStore]:
-    """Return a plan's tensors, with the stored weights in restored units, and the store after it; change nothing."""
+    """Return a plan's tensors, with the stored weights in restored units, and the store after it; change nothing.
+
+    ``values``: name → tensor after the plan, as ``tensors`` computed it.
+    """
     axes, plan = tensors.axes, tensors.plan
     if tensors.rewrites:
         undo.check_network(axes)
@@ -202,7 +208,7 @@ def plan_with_undo(
 def _store(
     stored: RemovedWeights | None, now: Tensor, where: list[Tensor], dims: tuple[Dim, ...], next_ids: Mapping[str, int]
 ) -> RemovedWeights:
-    """Return the stored values of a tensor (``None``: none yet) with those of ``now`` at indices ``where``."""
+    """Return a tensor's stored values (``None``: none yet) with those of ``now`` at ``where``: indices by dimension."""
     if stored is None:
         shape = [size_of(dim, next_ids) for dim in dims]
         stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool))
@@ -231,7 +237,10 @@ def _restore(
 
 
 def _indices(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]) -> list[Tensor]:
-    """Return the indices of a tensor's entries in its stored tensor, per dimension; ``ids``: axis key → unit ids."""
+    """Return per dimension the indices of the entries of units in a tensor as it is stored, for all ids ever given.
+
+    ``next_ids``: axis key → number of these; ``ids``: axis key → the ids of the units.
+    """
     keys = {key for dim in dims for key in axes_in(dim)} & ids.keys()
     units = {key: Layout.of(torch.tensor(list(ids[key]), dtype=torch.long)) for key in keys}
     return [lay_out(dim, next_ids, units).source for dim in dims]

@@ -58,7 +58,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Row:
-    """One axis in the table of axes; cutting a unit saves ``unit_params`` and ``unit_macs``, 0 if it is frozen."""
+    """One axis in the table of axes; fields with the name of one of :class:`Axis` mean the same.
+
+    ``block``: the path of the numbered block in which the axis lies, or empty; ``tensors``: how many tensors it has
+    dimensions of; ``unit_params``, ``unit_macs``: what cutting one unit saves (of one example), 0 if it is frozen.
+    """
 
     key: str
     label: str
@@ -83,7 +87,7 @@ class AxisGraph:
         parameters: The names in ``shapes`` that are parameters (the others are buffers).
         counted: The weights of which ``keep`` is a fraction: those of linear layers and convolutions; where the
             network looks its input up in an embedding, without the embedding and the output head.
-        itemsize: Name → bytes per entry.
+        itemsize: Parameter or buffer name → bytes per entry.
         work: The multiply–accumulates of the traced example, per contraction.
         caches: The keys and values that each attention caches per token.
         integers: ``module:attribute`` → the dimension whose size the attribute holds (``out_features``, ``head_dim``).
@@ -101,7 +105,7 @@ class AxisGraph:
         example: The traced input, for verifying.
         recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), to prove a
             change; ``None``: the proof makes a new one.
-        network: The id of the traced network: new for every trace, unchanged by cuts and growth.
+        network: The network's id, for undo stores: new for a trace, and for a plan that rewrites weights that stay.
     """
 
     axes: Mapping[str, Axis]
@@ -140,7 +144,7 @@ class AxisGraph:
         return format_text(self.tables(), self._note)
 
     def _repr_html_(self) -> str:
-        """Return the same as HTML, for notebooks."""
+        """Return the tables of ``regrow show`` as HTML, for notebooks."""
         return format_html(self.tables(), self._note)
 
     @property
@@ -155,7 +159,7 @@ class AxisGraph:
 
     @cached_property
     def consumed(self) -> Mapping[str, frozenset[int]]:
-        """Tensor name → the indices of the dimensions in which it consumes axes; without tensors that consume none."""
+        """Name of a weight that takes units as input → the indices of its dimensions that do (``Role.CONSUMES``)."""
         result: dict[str, set[int]] = {}
         for axis in self:
             for slot in axis.slots:
@@ -235,9 +239,10 @@ class AxisGraph:
         exclude: tuple[str, ...] = (),
         marks: frozenset[Mark] = frozenset({Mark.NEUTRAL}),
     ) -> tuple[Axis, ...]:
-        """Return the axes that a pruning method may cut: free, of the given marks, not inside another chosen axis.
+        """Return the axes whose units may be cut: free, of the given marks, not inside another chosen axis.
 
-        Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
+        ``only``: if there are patterns (:func:`matches`), every tensor of an axis must match one; ``exclude``: none
+        may. Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
         """
         uneven = {axis.count for axis in self if axis.count and axis.times != 1}
         chosen = tuple(
@@ -257,7 +262,10 @@ class AxisGraph:
         return self.restricted(lambda name: not any(branch.holds(name) for branch in removed))
 
     def restricted(self, stays: Callable[[str], bool]) -> "AxisGraph":
-        """Return a copy with only the modules and tensors whose names ``stays`` accepts, and the axes they hold."""
+        """Return a copy with only the modules and tensors whose names ``stays`` accepts, and the axes they hold.
+
+        Steps, branches, notes and recording stay those of the whole network.
+        """
 
         def filtered(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in values.items() if stays(name)}
@@ -294,7 +302,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def unit_costs(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Counter[str]:
-    """Return axis key → by how much a sum of products of dimensions falls if that axis loses one unit."""
+    """Return axis key → by how much a sum of products of dimensions falls if that axis, of ``sizes``, loses a unit."""
     savings = Counter[str]()
     for dims in map(Product, products):
         for key in set(axes_in(dims)):
@@ -303,7 +311,7 @@ def unit_costs(sizes: dict[str, int], products: Iterable[tuple[Dim, ...]]) -> Co
 
 
 def make_tables(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]:
-    """Return a table of the free axes, by kind, and one of the frozen axes, by reason (``everything``: by key)."""
+    """Return a table of free axes, a row per kind, and one of frozen axes, a row per reason (``everything``: each)."""
     alike: dict[tuple[str, str, bool], list[Row]] = {}
     reasons: dict[str, list[Row]] = {}
     for row in rows:
@@ -322,7 +330,7 @@ def make_tables(rows: Sequence[Row], *, everything: bool) -> tuple[Table, Table]
 
 
 def _summarize_rows(rows: Sequence[Row]) -> tuple[object, ...]:
-    """Return the cells of a table row for axes of one kind, with spans where they differ (``8–16``)."""
+    """Return the seven cells of the row for free axes of one kind, with spans where they differ (``8–16``)."""
     first, blocks = rows[0], [row.block for row in rows if row.block]
     where = blocks[0] if blocks else first.key
     where += f" … {blocks[-1]}" if len(blocks) > 1 else ""

@@ -39,7 +39,10 @@ Dim = int | str | Product | Sum
 
 @dataclass(frozen=True)
 class Cache:
-    """Dimensions of the keys and values that one attention caches per token, before key-value heads are repeated."""
+    """Dimensions of the keys and values that one attention caches per token, before key-value heads are repeated.
+
+    ``module``: the path of the attention; ``itemsize``: bytes per entry.
+    """
 
     module: str
     keys: tuple[Dim, ...]
@@ -75,9 +78,10 @@ def axes_in(dim: Dim) -> Iterator[str]:
 
 
 def find_occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """Yield, per place of axis ``key`` in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
+    """Yield, per place of axis ``key`` in a dimension, the entries of its units as (loops, inner, offset).
 
-    Extent and offset are in entries. Loops that continue each other are one; that of the most turns comes first.
+    A loop (times, stride) repeats the axis that many times, ``stride`` entries apart; the one of the most times comes
+    first. ``inner``: contiguous entries per unit; ``offset``: entries before the first unit; ``sizes``: of all axes.
 
     >>> list(find_occurrences(Product((3, Sum(("a", 2)))), "a", {"a": 4}))
     [([(3, 6)], 1, 0)]
@@ -123,7 +127,7 @@ def divide_dims(dims: tuple[Dim, ...], divisor: int) -> tuple[Dim, ...]:
 
 
 def _merge_loops(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return loops ``(times, stride)`` with those merged that continue each other without a gap, longest first."""
+    """Return loops (times, stride in entries), where those that continue each other are one, the most times first."""
     merged: list[tuple[int, int]] = []
     for times, stride in sorted(loops, key=lambda loop: -loop[1]):
         if merged and merged[-1][1] == times * stride:
@@ -134,7 +138,7 @@ def _merge_loops(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Role(StrEnum):
-    """How a tensor's dimension takes part in an axis: it produces its units, consumes, scales or shifts them."""
+    """What a tensor's dimension does with units: produce (a weight's outputs), consume (its inputs), scale or shift."""
 
     PRODUCES = "produces"
     CONSUMES = "consumes"
@@ -241,7 +245,7 @@ class Axis:
 
     @property
     def kind(self) -> tuple[int, tuple[tuple[str, int, int, int, int, int, Role], ...]]:
-        """A key that is equal for axes of the same size and slots in different blocks: its names have no numbers."""
+        """(size, sorted fields of the slots, with ``#`` for numbers in names): equal for like axes in other blocks."""
         slots = {
             (re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role)
             for s in self.slots

@@ -32,7 +32,7 @@ Numbers = tuple[Number | tuple[Number, ...], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """One contraction in a module; its multiply–accumulates are the product of the sizes of ``dims``."""
+    """One contraction, ``op``, in the module at a path; its multiply–accumulates are the product of ``dims``."""
 
     module: str
     op: str
@@ -49,8 +49,8 @@ class Fold:
     n_old) into the weight and bias that make the query.
 
     Args:
-        over: The dimension whose size is the divisor.
-        weight: The parameter that is multiplied by √(n_old / n_new), or by √(n_new / n_old) for ``"scale"``.
+        over: The dimensions whose sizes multiplied are the divisor.
+        weight: Name of the parameter that is multiplied by √(n_old / n_new), or √(n_new / n_old) for ``"scale"``.
         kind: ``"norm"`` for a root-mean-square norm, ``"scale"`` for the scale of an attention.
         plus: The constant that the network adds to the parameter before it multiplies (1 where the gain is ``1 + γ``).
         epsilon: ``module:attribute`` that holds the constant under the root; empty for ``"scale"``.
@@ -89,7 +89,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Decision:
-    """A data-dependent value (``answer``) that the network used in one run: the result of ``.item()`` or of an NMS."""
+    """A data-dependent value (``answer``) that a run used: the result of ``op``, such as ``.item()``, in a module."""
 
     op: str
     module: str
@@ -125,9 +125,9 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Branch:
-    """A module that can be dropped, or the ``reason`` why not; ``placeholders``: path → what replaces that module.
+    """A module (by its path) that can be dropped, or the ``reason`` why not; empty: it can be.
 
-    They replace the module itself and modules that only it uses.
+    ``placeholders``: path → what replaces that module; they replace the module itself and those that only it uses.
     """
 
     module: str
