@@ -54,7 +54,10 @@ EqualPairs = list[tuple[Expr, Expr, str]]
 
 
 def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], EqualPairs]:
-    """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets."""
+    """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets.
+
+    ``dims``: name of a parameter or buffer → its dimensions.
+    """
     groups: dict[str, list[Expr]] = {}
     for path, expr in w.groups:
         groups.setdefault(path, []).append(expr)
@@ -159,7 +162,7 @@ def _find_output_dim(tensors: Mapping[str, Dims]) -> int | None:
 
 
 def _find_literal_dims(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
-    """Return the distinct dimensions whose size a module wrote as ``value`` in its reshapes and slices.
+    """Return the distinct dimensions whose size a module wrote as ``value`` (attribute ``name``) in reshapes, slices.
 
     If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.
     """
@@ -182,7 +185,10 @@ def _is_among(expr: Expr, others: Iterable[Expr]) -> bool:
 
 
 def _find_products(module: nn.Module, literals: Sequence[Literal], by_name: Mapping[str, Expr]) -> dict[str, Expr]:
-    """Return count attribute, of a module or its configuration → the only factor of that size in its literals."""
+    """Return count attribute, of a module or its configuration → the only factor of that size in its literals.
+
+    ``by_name``: attribute → dimension, as far as known; such attributes and dimensions are left out.
+    """
     written = [part for literal in literals if d.is_free(literal.expr) for part in _outermost_products(literal.expr)]
     result: dict[str, Expr] = {}
     listed = [(name, value) for name, value in _size_attributes(module) if name in COUNTS and name not in by_name]
@@ -211,7 +217,7 @@ def _is_repeat(expr: Expr) -> bool:
 
 
 def _add_channels(module: nn.Module, by_name: dict[str, Expr], kernel: Dims | None) -> None:
-    """Add the channel and group counts of a convolution to ``by_name``; its input channels count all groups."""
+    """Add the channel and group counts of a convolution to ``by_name``; ``kernel``: the dimensions of its weight."""
     if kernel is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
     if module.groups == d.size(kernel[0]) and d.size(kernel[1]) == 1:  # depthwise, also where the weight is shared

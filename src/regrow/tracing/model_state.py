@@ -112,7 +112,7 @@ class Snapshot:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether a value is an object of a class outside torch and the standard library."""
+    """Whether a value is an object with attributes, of a class outside torch, numpy and the standard library."""
     return not isinstance(value, type) and hasattr(value, "__dict__") and not _is_foreign(type(value))
 
 
