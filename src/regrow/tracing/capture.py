@@ -76,9 +76,9 @@ def capture(
     """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
 
     On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails;
-    with ``tracer``, only in that way. ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple
-    runs eagerly too, and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record_run`.
-    The state of the model is restored. Raises :class:`TraceError` if the model cannot be recorded.
+    a given ``tracer`` is the only one tried. ``decisions`` of an earlier eager run are replayed in a new one; an empty
+    tuple runs eagerly too, and lets the data decide. ``orders``: results of its sorting operations, as in
+    :func:`record_run`. The state of the model is restored. Raises :class:`TraceError` if the model cannot be recorded.
     """
     with in_mode(model, training=False), _prepare_recording(model):
         refused: Exception | None = None

@@ -92,7 +92,7 @@ class Effects:
         return result
 
     def root(self, value: Argument) -> Node:
-        """Return the node that made the memory in which a value lies, behind views."""
+        """Return the node that made the memory in which a value (the first, of a list) lies, behind views."""
         while True:
             node = self.source_of(value[0] if isinstance(value, list | tuple) else value)
             if node.op != "call_function" or not node.args or not _is_view(node):
@@ -214,7 +214,7 @@ def _is_view(node: Node) -> bool:
 
 
 def find_effect_difference(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
-    """Return the first difference between ``ours``, with some values replaced, and ``theirs``; empty if there is none.
+    """Describe the first difference between ``ours``, with some values replaced, and ``theirs``; empty if none.
 
     ``zeros``: node of ``ours`` → node of ``theirs`` that gives the zeros in its place. Both are reduced to the
     operations on which their outputs depend, which are compared one by one.

@@ -77,7 +77,7 @@ def _fold_fused_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[
 
 
 def _fold_written_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    """Return the fold of a norm written as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, at its mean; else []."""
+    """Return the fold of a norm ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, whose mean is ``node``; else []."""
     squared = operand_of(node)
     if len(over) != 1 or not _is_square(squared):
         return []

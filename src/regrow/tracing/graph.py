@@ -284,9 +284,10 @@ def _make_key(slot: Slot, existing: Mapping[str, Axis]) -> str:
 
 
 def _counted_weights(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]) -> tuple[str, ...]:
-    """Return the names of the weights of which ``keep`` is a fraction: no vectors, embeddings, or heads beside these.
+    """Return the names of the weights of which ``keep`` is a fraction.
 
-    ``ties``: further name → first name of a tied tensor; ``state``: name → dimensions.
+    Vectors, embeddings and, in a network with embeddings, output heads are left out. ``ties``: further name → first
+    name of a tied tensor; ``state``: name → dimensions.
     """
     tables = {ties.get(name, name) for name in w.tables}
     counted: dict[str, None] = {}

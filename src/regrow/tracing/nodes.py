@@ -96,7 +96,7 @@ def module_of(node: Node) -> str:
 
 
 def shapes_of(node: Node) -> Shapes:
-    """Return the shape of a node's value; a list for several values, ``None`` for no tensor; symbolic sizes raise."""
+    """Return the shape of a node's value; a list for several values, ``None`` for no tensor; unknown sizes raise."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return tuple(map(int, value.shape))

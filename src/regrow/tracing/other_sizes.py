@@ -88,12 +88,12 @@ class _Probe:
         """Whether a network with few units of the axes ``cut`` deviates from its plan otherwise than as traced."""
         sizes = plan_deep_cuts(self.axes, cut)
         problem = self._find_deviation(self.other, sizes)
-        if not problem and (self.is_as_traced or self.near_axes.axes is self.other.axes):
+        if not problem and (self.is_as_traced or self.enlarged_axes.axes is self.other.axes):
             return False
-        return problem != self._find_deviation(self.near_axes, sizes)
+        return problem != self._find_deviation(self.enlarged_axes, sizes)
 
     @cached_property
-    def near_axes(self) -> AxisGraph:
+    def enlarged_axes(self) -> AxisGraph:
         """The axes on the traced example with batch size and lengths of 3 or more; as traced if that fails."""
         example, main, other = self.axes.example, _main_shape(self.axes.example), _main_shape(self.other.example)
         lengths = [d for dims in _length_dims(self.axes) for d in dims if main[d] != other[d]]

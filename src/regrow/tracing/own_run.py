@@ -229,7 +229,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 def measure_distance(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the largest absolute difference (infinite if shapes, integers or nans differ), and finite ``outputs``."""
+    """Return the largest |difference| (infinite if shapes, integers or nans differ) and largest finite |output|."""
     distance, largest = 0.0, 0.0
     if len(outputs) != len(others):
         return float("inf"), largest

@@ -63,7 +63,7 @@ def divide_into_blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
             if start < stop:
                 form = net.hash_form(start, stop, sized=False)
                 block_class = numbers.setdefault(form, len(numbers))
-                inputs, outputs, states = net.find_seams(start, stop)
+                inputs, outputs, states = net.find_boundaries(start, stop)
                 result.append(GraphBlock(path, start, stop, inputs, outputs, states, block_class))
         before = block.stop
     return tuple(result)
@@ -129,7 +129,7 @@ class _Net:
         return sum(len(self.shapes.get(name, ())) > 1 for name in read) > 1
 
     def hash_form(self, start: int, stop: int, sized: bool = True) -> int:
-        """Return a hash of what operations ``start`` to ``stop - 1`` compute, without names; ``sized``: with shapes."""
+        """Return a hash of what operations ``start`` to ``stop - 1`` compute, of any input; ``sized``: with shapes."""
         outside: dict[int | str, int] = {}
         form = []
         for step in self.steps[start:stop]:
@@ -144,7 +144,7 @@ class _Net:
             form.append((step.op, step.shapes if sized else _without_sizes(step.shapes), step.numbers, tuple(operands)))
         return hash(tuple(form))
 
-    def find_seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
+    def find_boundaries(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
         """Return (inputs, outputs, states) of operations ``start`` to ``stop - 1``, as in :class:`GraphBlock`."""
         read = dict.fromkeys(operand for step in self.steps[start:stop] for operand in step.operands)
         states = tuple(x for x in read if isinstance(x, str) and x in self.shapes)

@@ -115,7 +115,7 @@ class _RecordedCall:
 
 @contextmanager
 def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
-    """Context manager that copies the operations of repeated modules from the first, in ``nn.Module.__call__``."""
+    """Context manager in which calls of repeated modules copy the operations of the first (``nn.Module.__call__``)."""
     candidates = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
     numbered = {module for module in candidates if type(vars(module).get(NUMBER)) is int}
     repeated = _find_repeated(model, numbered)

@@ -103,7 +103,7 @@ _LAID_OUT = ALIASES | frozenset(_SHAPES.split())
 
 
 def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
-    """Return the factors of dimensions that are no tokens (leaves numbered in ``tokens``); ``None`` if none are."""
+    """Return the factors of dimensions that are no tokens (leaves in ``tokens``); ``None`` if no factor is one."""
     whole = d.times(*dims)
     parts = whole.parts if isinstance(whole, d.Times) else (whole,)
     rest = tuple(part for part in parts if not _is_token(part, tokens))

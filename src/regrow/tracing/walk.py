@@ -82,7 +82,7 @@ class Walk:
         return self.of(operand_of(node))
 
     def along(self, node: Node, position: int, default: int = 0) -> tuple[Dims, int]:
-        """Return the first operand's dimensions, and the index of one: that of :func:`dim_index`."""
+        """Return the first operand's dimensions, and the index of the one that ``dim`` names (:func:`dim_index`)."""
         dims = self.first(node)
         return dims, dim_index(node, position, len(dims), default)
 

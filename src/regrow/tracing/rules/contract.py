@@ -34,7 +34,7 @@ def addmm(w: Walk, node: Node) -> Dims:
 
 
 def matmul(w: Walk, node: Node, first: int = 0) -> Dims:
-    """Rule for ``a @ b``: ties summed dimensions, and batches by broadcasting; ``first``: the argument that is ``a``."""
+    """Rule for ``a @ b``: ties summed dimensions, and batches by broadcasting; ``first``: which argument is ``a``."""
     a, b = operand_of(node, first), operand_of(node, first + 1)
     left, right = w.of(a), w.of(b)
     _tie_contraction(w, node, (a, len(left) - 1), (b, max(len(right) - 2, 0)))
@@ -86,7 +86,7 @@ def einsum(w: Walk, node: Node) -> Dims:
 
 
 def _parse_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Return the letters of each operand (of ``ranks``), and of the result; spare letters replace an ellipsis."""
+    """Return the letters of each operand, and of the result; ``ranks``: dimensions of each, to fill an ellipsis."""
     assert "->" in equation  # without it, the letters of the result would follow from those of the operands
     left, _, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
