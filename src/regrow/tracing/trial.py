@@ -49,7 +49,7 @@ def plan_deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
 
 
 def _plan_small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
-    """Return axis key → size in a trial where the axes in ``cut`` lose one to three steps of units, in turn."""
+    """Return axis key → size in a trial where the axes in ``cut`` lose 1, 2 or 3 times the least they can, in turn."""
     sizes = axes.sizes()
     turns: dict[str, int] = {}
     for axis in cut:
@@ -171,7 +171,7 @@ def _describe_plan_problem(problem: str) -> str:
 
 
 def _resize(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> tuple[nn.Module, Example]:
-    """Return a resized copy on fake tensors, and the example for it."""
+    """Return a resized copy on fake tensors, and the example of ``axes`` for it, in the model's precision."""
     copy, mode = resize_copy(model, axes, resizing)
     return copy, fake_example(cast_example(axes.example, model), mode)
 
