@@ -84,7 +84,7 @@ def _trace(model: nn.Module, example: Example) -> AxisGraph:
 
 
 def _capture_and_compare(model: nn.Module, example: Example) -> tuple[Capture, str]:
-    """Return a recording, and why it could not be compared with the network; TraceError if their outputs differ."""
+    """Return a recording, and why its outputs could not be compared with the network's; TraceError if they differ."""
     recorded = capture(model, example)
     if not holds_numbers(model, example):
         return recorded, "the network or its example has no numbers"
@@ -133,7 +133,7 @@ def _is_converted(module: nn.Module) -> bool:
 
 
 def tensor_problem(tensor: Tensor) -> str:
-    """Return why a parameter or buffer cannot be cut, and the remedy; empty if it can."""
+    """Return why a parameter or buffer cannot be cut, as a clause behind its name, with the remedy; empty if it can."""
     kind = type(tensor.data)
     if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         return "has no shape yet; run the model once on an example, then trace it"

@@ -54,7 +54,10 @@ EqualPairs = list[tuple[Expr, Expr, str]]
 
 
 def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], EqualPairs]:
-    """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets."""
+    """Return ``module:attribute`` → the dimension whose size it holds, and the pairs whose size one attribute sets.
+
+    ``dims``: name of a parameter or buffer → its dimensions.
+    """
     groups: dict[str, list[Expr]] = {}
     for path, expr in w.groups:
         groups.setdefault(path, []).append(expr)
@@ -67,12 +70,12 @@ def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[
         dot = f"{path}." if path else ""
         tensors = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
         shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in tensors.items()}
-        restated = restated_sizes(module, shapes, _find_output_dim(tensors))
-        by_name = {name: tensors[tensor][dim] for name, (tensor, dim) in restated.items()}
+        spots = find_size_attributes(module, shapes, _find_output_dim(tensors))
+        by_name = {name: tensors[tensor][dim] for name, (tensor, dim) in spots.items()}
         for expr in groups.get(path, ()):
             by_name |= {name: expr for name in ("groups", "num_groups") if vars(module).get(name) == d.size(expr)}
         written = literals.get(path, ())
-        for name, value in _size_attributes(module):
+        for name, value in _named_sizes(module):
             exprs = _find_literal_dims(written, name, value) if name not in by_name else []
             if exprs:
                 by_name[name] = exprs[0]
@@ -83,7 +86,7 @@ def find_integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[
     return result, pairs
 
 
-def restated_sizes(
+def find_size_attributes(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], output: int | None = None
 ) -> dict[str, tuple[str, int]]:
     """Return the attributes of a module that hold sizes of its own tensors: name → (tensor, dimension).
@@ -143,7 +146,7 @@ def find_epsilon(model: nn.Module, path: str, value: float | None) -> str:
     return next((f"{path}:{name}" for name in EPSILONS if name in values and values[name] == value), "")
 
 
-def _size_attributes(module: nn.Module) -> Iterator[tuple[str, int]]:
+def _named_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield (name, value) of each attribute that by its name holds a width, count or repetition, and is above 1."""
     for name, stored in vars(module).items():
         value = stored[0] if isinstance(stored, tuple) and len(stored) == 1 else stored
@@ -152,14 +155,14 @@ def _size_attributes(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _find_output_dim(tensors: Mapping[str, Dims]) -> int | None:
-    """Return the dimension of ``weight`` that the bias shares; ``None`` if it is ambiguous."""
+    """Return the dimension of ``weight`` that is the bias's; ``None`` unless exactly one is (names in a module)."""
     weight, bias = tensors.get("weight", ()), tensors.get("bias", ())
     matches = [dim for dim, expr in enumerate(weight) if len(bias) == 1 and d.identical(expr, bias[0])]
     return matches[0] if len(matches) == 1 else None
 
 
 def _find_literal_dims(literals: Sequence[Literal], name: str, value: int) -> list[Expr]:
-    """Return the distinct dimensions whose size a module wrote as ``value`` in its reshapes and slices.
+    """Return the distinct dimensions whose size a module wrote as ``value`` (attribute ``name``) in reshapes, slices.
 
     If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.
     """
@@ -182,10 +185,13 @@ def _is_among(expr: Expr, others: Iterable[Expr]) -> bool:
 
 
 def _find_products(module: nn.Module, literals: Sequence[Literal], by_name: Mapping[str, Expr]) -> dict[str, Expr]:
-    """Return count attribute, of a module or its configuration → the only factor of that size in its literals."""
+    """Return count attribute, of a module or its configuration → the only factor of that size in its literals.
+
+    ``by_name``: attribute → dimension, as far as known; such attributes and dimensions are left out.
+    """
     written = [part for literal in literals if d.is_free(literal.expr) for part in _outermost_products(literal.expr)]
     result: dict[str, Expr] = {}
-    listed = [(name, value) for name, value in _size_attributes(module) if name in COUNTS and name not in by_name]
+    listed = [(name, value) for name, value in _named_sizes(module) if name in COUNTS and name not in by_name]
     for name, value in (*listed, *config_counts(module)) if written else ():
         fitting: list[Expr] = []
         for expr in written:
@@ -211,7 +217,7 @@ def _is_repeat(expr: Expr) -> bool:
 
 
 def _add_channels(module: nn.Module, by_name: dict[str, Expr], kernel: Dims | None) -> None:
-    """Add the channel and group counts of a convolution to ``by_name``; its input channels count all groups."""
+    """Add the channel and group counts of a convolution to ``by_name``; ``kernel``: the dimensions of its weight."""
     if kernel is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
     if module.groups == d.size(kernel[0]) and d.size(kernel[1]) == 1:  # depthwise, also where the weight is shared

@@ -39,7 +39,7 @@ class PlaceholderModule(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
-        """Return zeros like the argument, or the argument, in the form of the dropped module's output; or ``None``."""
+        """Return zeros like an input, or that input, in the form of the dropped module's output; or ``None``."""
         placeholder = self.placeholder
         if placeholder.gives == "nothing":
             return None
@@ -111,7 +111,10 @@ def list_candidates(model: nn.Module) -> dict[str, Branch]:
 
 
 def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
-    """Return path → branch of every module that runs, with the reason if it cannot be dropped; {} if unknown."""
+    """Return path → branch of every module that runs, with the reason if it cannot be dropped.
+
+    {} if data decide which operations run, or the network does not run without numbers.
+    """
     if recorded.decisions is not None:
         return {}
     copy, fake = fake_copy(model, cast_example(example, model))
@@ -126,7 +129,7 @@ def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
-    """Run a network on an example in evaluation mode; return module path → its calls, and the network's output."""
+    """Run a network on an example in evaluation mode; return submodule's path → calls, and the network's output."""
     calls: dict[str, list[ModuleCall]] = {}
 
     def make_hook(path: str) -> Any:
@@ -146,11 +149,11 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 class _Search:
     """Search for branches in a recording, and in runs of a copy without numbers."""
 
-    effects: Effects
-    model: nn.Module
-    example: Example
-    calls: Mapping[str, list[ModuleCall]]
-    output: object
+    effects: Effects  # of the recording
+    model: nn.Module  # the copy without numbers, which is changed on trial and restored
+    example: Example  # without numbers, too
+    calls: Mapping[str, list[ModuleCall]]  # path of a submodule → its calls, with nothing dropped
+    output: object  # of the network then
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -179,7 +182,10 @@ class _Search:
             return Branch(path, reason=str(error))
 
     def _make_placeholders(self, path: str, top: list[str], site: Site, dead: set[Node]) -> dict[str, Placeholder]:
-        """Return path → placeholder of a branch and of the modules in ``top`` that go with it, or raise BranchError."""
+        """Return path → placeholder of a branch and of the modules in ``top`` that go with it, or raise BranchError.
+
+        ``site``: as :meth:`Effects.find_site` returns it; ``dead``: the operations that go with the branch.
+        """
         placeholders = {path: self._make_placeholder(path, site)}
         for name in sorted({*top} - {path}):
             try:
@@ -213,7 +219,7 @@ class _Search:
 
     @staticmethod
     def _locate_output(output: object, form: Tensor | None) -> tuple[int, int]:
-        """Return how many parts an output has (0: it is one tensor), and the index of the one shaped like ``form``."""
+        """Return (number of parts of an output, 0: one tensor; index of that like ``form``), or raise BranchError."""
         if isinstance(output, Tensor):
             return 0, 0
         parts = output if type(output) is tuple else ()
@@ -223,7 +229,7 @@ class _Search:
         return len(parts), fitting[0]
 
     def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
-        """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""
+        """Raise BranchError if something dropped is used elsewhere, or a kept tensor by ``dead`` operations alone."""
 
         def is_dropped(name: str) -> bool:
             """Whether a tensor or module lies in a dropped module."""

@@ -47,7 +47,7 @@ class Capture:
     decisions: tuple[Decision, ...] | None = None  # of an eager run; None where fake data were enough
     refusal: str = ""  # why fake data were not enough
     values: tuple[Tensor, ...] = ()  # of an eager run on real tensors: its outputs, and what decisions were based on
-    tracer: Tracer = Tracer.RECORD
+    tracer: Tracer = Tracer.RECORD  # how it was recorded, on fake data
     root: nn.Module = field(default_factory=nn.Module)  # the module that holds the attributes named in the graph
 
     @cached_property
@@ -58,7 +58,7 @@ class Capture:
 
 
 def complete_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
-    """Return arguments as an example, with ``use_cache=False`` added where the model takes that and none is given."""
+    """Return arguments of a call as an example, with ``use_cache=False`` if the model takes that and none is given."""
     accepts = inspect.signature(model.forward).parameters
     named = dict(kwargs)
     if "use_cache" in accepts:
@@ -75,10 +75,10 @@ def capture(
 ) -> Capture:
     """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
 
-    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails
-    (``tracer=None``). ``decisions`` of an earlier eager run are replayed in a new one; an empty tuple runs eagerly too,
-    and lets the data decide. ``orders``: results of its sorting operations, as in :func:`record_run`. The state of the
-    model is restored. Raises :class:`TraceError` if the model cannot be recorded.
+    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails;
+    a given ``tracer`` is the only one tried. ``decisions`` of an earlier eager run are replayed in a new one; an empty
+    tuple runs eagerly too, and lets the data decide. ``orders``: results of its sorting operations, as in
+    :func:`record_run`. The state of the model is restored. Raises :class:`TraceError` if the model cannot be recorded.
     """
     with in_mode(model, training=False), _prepare_recording(model):
         refused: Exception | None = None
@@ -122,7 +122,7 @@ class _CachedStateError(RuntimeError):
 
 
 def _capture_on_fake_data(model: nn.Module, example: Example, tracer: Tracer | None) -> Capture:
-    """Record a run on fake data, by ``tracer``, or RECORD and then EXPORT; raises where data would decide something."""
+    """Record a run on fake data by ``tracer``, or by RECORD or else EXPORT; raises where data would decide."""
     if tracer != Tracer.EXPORT:
         try:
             return _record_on_fake_data(model, example, tracer or Tracer.RECORD)
@@ -135,7 +135,10 @@ def _capture_on_fake_data(model: nn.Module, example: Example, tracer: Tracer | N
 
 
 def _record_on_fake_data(model: nn.Module, example: Example, tracer: Tracer) -> Capture:
-    """Record a run of a fake copy by :func:`record_run`, as RECORD or PLAIN; raises if it reads cached tensors."""
+    """Record a run of a fake copy by :func:`record_run`; raises RuntimeError if it reads tensors cached before.
+
+    ``tracer``: RECORD (in export mode, repeated modules are copied) or PLAIN (neither).
+    """
     leaves = leaves_in(example)
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _EXAMPLE_TYPES), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
@@ -188,7 +191,7 @@ def _make_refusing_mode() -> FakeTensorMode:
 
 
 def _to_capture(model: nn.Module, recorder: Recorder) -> Capture:
-    """Return what a recorder holds after a run of the model as a recording."""
+    """Return what a recorder holds after a run of the model as a :class:`Capture`."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     unused = _unused_parameters(recorder.states, parameters)
     decisions, values = tuple(recorder.decisions), tuple(recorder.values)
@@ -196,12 +199,12 @@ def _to_capture(model: nn.Module, recorder: Recorder) -> Capture:
 
 
 def _unused_parameters(states: Mapping[Node, str], parameters: Container[str]) -> tuple[str, ...]:
-    """Return the names of those placeholders that are parameters and that no operation reads."""
+    """Return the names of those placeholders (``states``) that no operation reads and that are in ``parameters``."""
     return tuple(name for node, name in states.items() if not node.users and name in parameters)
 
 
 def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) -> Capture:
-    """Repeat an eager run on fake data, since cut copies are recorded on fake data and will be compared with it.
+    """Repeat an eager run (``recorded``) with its decisions on fake data, as cut copies are recorded, to be comparable.
 
     If the network does not run on fake data, no copy will, and the real run is returned.
     """
@@ -214,7 +217,7 @@ def _repeat_on_fake_data(model: nn.Module, example: Example, recorded: Capture) 
 
 
 def _refusal(model: nn.Module, error: Exception) -> TraceError:
-    """Return the error to raise for a model that cannot be recorded."""
+    """Return the TraceError to raise for a model whose recording raised ``error``."""
     return TraceError(
         f"torch.export refuses {type(model).__name__}: {first_line(error)}. "
         "Check that the example input is what the model's forward takes"
@@ -275,10 +278,10 @@ def record_run(
 ) -> Recorder:
     """Run a network, on real or on fake tensors, and record its operations; its second run, if the first caches.
 
-    ``answers`` are decisions of an earlier run; after them the data decide. ``orders``: the positions that each sorting
-    operation is to return, in order of the calls, as two networks may order equal values differently. ``copying``: copy
-    the operations of repeated modules, on fake tensors. A tied tensor is a placeholder under each of its names, and
-    used under the last, as in ``torch.export``.
+    ``answers`` are decisions of an earlier run; after them the data decide (on fake tensors: DivergedError).
+    ``orders``: the positions that each sorting operation is to return, in order of the calls, as two networks may
+    order equal values differently. ``copying``: copy the operations of repeated modules, on fake tensors. A tied tensor
+    is a placeholder under each of its names, and used under the last, as in ``torch.export``.
     """
     leaves, spec = tree_flatten((example.args, dict(example.kwargs)))
     tensors = (*model.parameters(), *model.buffers(), *leaves)

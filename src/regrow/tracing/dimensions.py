@@ -27,7 +27,7 @@ class Leaf:
     least: int = 1  # how many entries it must keep
     multiple: int = 1  # what its size must stay a multiple of
     link: "Expr | None" = None  # what replaces it, once it is unified
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(default_factory=lambda: next(_numbers))  # what identifies it
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def plus(*parts: Expr) -> Expr:
 
 
 def _join_parts(kind: type[Times] | type[Plus], parts: Iterable[Expr]) -> Expr:
-    """Return a product or sum of dimensions, flattened; of one part, that itself."""
+    """Return a product or sum (``kind``) of dimensions, resolved and flattened; of one part, that itself."""
     flat = _flatten_parts(kind, parts)
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
@@ -110,12 +110,12 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
 
 
 def new(n: int) -> Expr:
-    """Return a new free dimension of size ``n``."""
+    """Return a new free dimension of size ``n``; of size 1 the constant ``ONE``."""
     return ONE if n == 1 else Leaf(n)
 
 
 def frozen(n: int, reason: str) -> Expr:
-    """Return a new dimension of size ``n`` that cannot change, with the reason."""
+    """Return a new dimension of size ``n`` that cannot change, with the reason; of size 1 the constant ``ONE``."""
     return ONE if n == 1 else Leaf(n, frozen=reason)
 
 
@@ -137,7 +137,7 @@ def is_free(expr: Expr) -> bool:
 
 
 def strengthen_mark(expr: Expr, kind: Mark, why: str) -> None:
-    """Give each leaf of a dimension a mark, unless it has a stronger one: neutral < competed < folded < restated."""
+    """Give each leaf a mark (no FROZEN) and why, unless its own is stronger: neutral < competed < folded < restated."""
     for leaf in leaves(expr):
         if _STRENGTH[kind] > _STRENGTH[leaf.mark]:
             leaf.mark, leaf.why = kind, why
@@ -180,7 +180,10 @@ def unify(a: Expr, b: Expr, why: str) -> None:
 
 
 def split_at(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
-    """Split a dimension into its first ``at`` entries and the rest; if impossible, freeze it; return frozen ones."""
+    """Split a dimension, in place, behind its first ``at`` entries; return both parts.
+
+    If that is impossible, freeze it for the reason ``why``, and return new frozen parts. 0 < ``at`` < its size.
+    """
     pieces = _try_split(expr, at)
     if pieces is None:
         freeze(expr, why)
@@ -196,7 +199,10 @@ def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
 
 
 def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
-    """Replace a leaf by a dimension of its size, in place; the dimension takes on the leaf's restrictions."""
+    """Replace a leaf by a dimension of its size, in place; the dimension takes on the leaf's restrictions.
+
+    If the dimension contains the leaf, both are frozen instead, for the reason ``why``.
+    """
     if _shares_leaf([expr], leaf):
         freeze_both(leaf, expr, f"{why}: the dimension would have to contain itself")
         return
@@ -213,14 +219,14 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
 
 
 def _split_leaf(leaf: Leaf, kind: type[Times] | type[Plus], sizes: Iterable[int]) -> tuple[Leaf, ...]:
-    """Replace a leaf by a product or sum of new ones, which inherit its properties; return these."""
+    """Replace a leaf by a product or sum (``kind``) of new ones, which inherit its properties; return these."""
     parts = tuple(Leaf(n, leaf.frozen, leaf.mark, leaf.why, leaf.integer, multiple=leaf.multiple) for n in sizes)
     leaf.link = kind(parts)
     return parts
 
 
 def _unify_parts(kind: type[Times] | type[Plus], left: Times | Plus, right: Times | Plus, why: str) -> None:
-    """Unify two products, or two sums, part by part from the front; of unequal parts the larger is divided."""
+    """Unify two products, or two sums, part by part from the front; the larger of two parts is split, or all freeze."""
     a, b = list(left.parts), list(right.parts)
     while a and b:
         small, large = (a, b) if size(a[0]) <= size(b[0]) else (b, a)
@@ -244,7 +250,7 @@ def _shares_leaf(parts: Iterable[Expr], expr: Expr) -> bool:
 
 
 def _unify_product_with_sum(product: Times, sum_: Expr, why: str) -> None:
-    """Unify a product with a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
+    """Unify a product with a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``; freeze both where their sizes do not fit."""
     assert isinstance(sum_, Plus)
     first, inner = product.parts[0], times(*product.parts[1:])
     if isinstance(first, Plus):

@@ -83,7 +83,7 @@ class Effects:
 
     @cached_property
     def inside(self) -> dict[str, list[Node]]:
-        """Path of a module → the operations in it and in its children, in order."""
+        """Path of a module → the operations in it and in its children, in order; the network itself is left out."""
         result: dict[str, list[Node]] = {}
         for node in self.calls:
             for path, *_ in modules_around(node):
@@ -92,7 +92,7 @@ class Effects:
         return result
 
     def root(self, value: Argument) -> Node:
-        """Return the node that made the memory in which a value lies, behind views."""
+        """Return the node that made the memory in which a value (the first, of a list) lies, behind views."""
         while True:
             node = self.source_of(value[0] if isinstance(value, list | tuple) else value)
             if node.op != "call_function" or not node.args or not _is_view(node):
@@ -115,7 +115,7 @@ class Effects:
         return reached - replaced.keys()
 
     def dead(self, site: Site) -> set[Node]:
-        """Return the operations on which no output depends once a module is dropped."""
+        """Return the operations on which no output depends once the module at ``site`` is dropped."""
         return {*self.calls} - self.live(dict([site]))
 
     def find_other_use(self, zeros: Iterable[Node]) -> str:
@@ -151,7 +151,7 @@ class Effects:
         return ""
 
     def find_site(self, path: str) -> Site:
-        """Return the output of a module and its replacement; raise BranchError if the module cannot be dropped."""
+        """Return a module's output node and its replacement (``None``: zeros); BranchError if it cannot be dropped."""
         inside = dict.fromkeys(self.inside.get(path, []))
         if not inside:
             raise BranchError("nothing is recorded in it: it hands on what it is given")
@@ -214,10 +214,10 @@ def _is_view(node: Node) -> bool:
 
 
 def find_effect_difference(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
-    """Return the first difference between a network with replaced values and another network; empty if none.
+    """Describe the first difference between ``ours``, with some values replaced, and ``theirs``; empty if none.
 
-    ``zeros``: node of the network with replaced values → node of the other that gives the zeros in its place. Both are
-    reduced to the operations on which their outputs depend, which are compared one by one.
+    ``zeros``: node of ``ours`` → node of ``theirs`` that gives the zeros in its place. Both are reduced to the
+    operations on which their outputs depend, which are compared one by one.
     """
     our_live, their_live = ours.live(replaced), theirs.live(dict.fromkeys(zeros.values()))
     named = {name: node for node, name in theirs.capture.states.items()}

@@ -32,7 +32,10 @@ from regrow.tracing.walk import Dims, Reading, Value, Walk, all_dims
 
 
 def find_folds(model: nn.Module, w: Walk) -> list[tuple[Dims, Fold]]:
-    """Return (dimensions divided by, fold) of each norm; marks these as folded, and freezes those without a fold."""
+    """Return (dimensions divided by, fold without ``over``) of each division by an axis size in ``w.norms``.
+
+    In place, marks these dimensions as folded, and freezes those of divisions without a fold.
+    """
     result: list[tuple[Dims, Fold]] = []
     weights: set[str] = set()
     for node, kind in w.norms:
@@ -61,7 +64,10 @@ def find_divisor_dims(w: Walk, node: Node, kind: str) -> Dims:
 
 
 def _fold_fused_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    """Return the fold of a ``rms_norm`` into its gain, if that is a weight and an attribute holds epsilon; else []."""
+    """Return the fold of a ``rms_norm`` into its gain, if that is a weight and an attribute holds epsilon; else [].
+
+    ``over``: the dimensions that the operation ``node`` divides by, here and in the other functions of this form.
+    """
     value, weight = argument(node, 3), w.source(argument(node, 2))
     if not weight or not isinstance(value, int | float | None) or len(over) != 1:
         return []
@@ -71,7 +77,7 @@ def _fold_fused_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[
 
 
 def _fold_written_norm(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold]:
-    """Return the fold of a norm written as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, at its mean; else []."""
+    """Return the fold of a norm ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, whose mean is ``node``; else []."""
     squared = operand_of(node)
     if len(over) != 1 or not _is_square(squared):
         return []
@@ -112,7 +118,7 @@ _FOLDS = {"mean": _fold_written_norm, "rms_norm": _fold_fused_norm, "scale": _fo
 
 
 def _find_gain(w: Walk, node: Node | None) -> tuple[str, float]:
-    """Return the weight γ and the number p of a gain ``γ + p``; an empty name if there is no weight."""
+    """Return the weight γ and the number p of a gain ``γ + p`` (``node``); an empty name if there is no weight."""
     bare = _behind_casts(node)
     if not w.source(node) and bare is not None and op_name(bare) == "add":
         numbers = [arg for arg in bare.args if isinstance(arg, int | float)]
@@ -145,7 +151,10 @@ def _only_user(node: Node | None, name: str) -> Node | None:
 
 
 def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Return leaf number → why new units would change the output or never learn; the other leaves can be widened."""
+    """Return leaf number → why its axis cannot be widened: new units would change the output, or never learn.
+
+    ``tensors``: name → parameter or buffer; those that are not floating-point have no zeros to start from.
+    """
     zeros = _propagate_zeros(w)
     result: dict[int, str] = {}
     for reading in w.readings:
@@ -163,7 +172,10 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
 
 
 def _is_disturbing(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> bool:
-    """Whether new units would change the result of an operation that reads them, or could never learn there."""
+    """Whether new units of a leaf would change what an operation that reads them computes, or never learn there.
+
+    ``zeros``: as :func:`_propagate_zeros` returns it.
+    """
     if reading.groups is not None and leaf in d.leaves(reading.groups):
         return False  # a new group is normed by itself
     # Units are multiplied by units there, not by weights; or weights by weights, neither of which makes the units.
@@ -176,7 +188,7 @@ def _is_disturbing(w: Walk, reading: Reading, leaf: d.Leaf, zeros: Mapping[Node,
 
 
 def _propagate_zeros(w: Walk) -> dict[Node, frozenset[int]]:
-    """Return node → the leaves on which its value is 0 if the weights that make and shift new units are 0."""
+    """Return node → numbers of the leaves at whose new units it is 0, if the weights that make these are 0."""
     zeros: dict[Node, frozenset[int]] = {}
     spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
     for node in w.capture.graph.nodes:
@@ -193,7 +205,7 @@ def _leaf_numbers(dims: Value) -> frozenset[int]:
 
 
 def _zero_leaves(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
-    """Return the leaves on which a node's value is 0, given those of its operands, by its operation."""
+    """Return the numbers of the leaves at whose new units a node is 0, given those (``zeros``) of its operands."""
     none: frozenset[int] = frozenset()
     if node in w.capture.states:
         name, makes = w.capture.states[node], {Role.PRODUCES, Role.SHIFTS}
@@ -227,7 +239,7 @@ def _zero_leaves(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> f
 
 
 def _intersect_zeros(nodes: list[Node], zeros: Mapping[Node, frozenset[int]]) -> frozenset[int]:
-    """Return the leaves on which the values of all nodes are 0; of no nodes, none."""
+    """Return the numbers of the leaves at whose new units all nodes are 0; of no nodes, none."""
     return frozenset.intersection(*(zeros[node] for node in nodes)) if nodes else frozenset()
 
 

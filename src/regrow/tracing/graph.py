@@ -24,7 +24,7 @@ Multiple = tuple[Leaf, int]
 
 
 def _group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
-    """Return leaf number → (label of its group of equal sizes, entries per unit); freezes leaves that cannot agree."""
+    """Return leaf number → (``count``, ``times``) of its axis, by the pairs in ``w.equal``; freezes what conflicts."""
     pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
         leaves = _pair_leaves(a, b)
@@ -50,7 +50,10 @@ def _group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
 
 
 def _pair_leaves(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
-    """Return the pairs of leaves whose sizes must match for two dimensions to be of equal size; ``None`` if unclear."""
+    """Return the pairs of leaves whose sizes must match for two dimensions to be of equal size.
+
+    Empty: they are identical; ``None``: no pairs of leaves say it.
+    """
     a, b = d.resolve(a), d.resolve(b)
     if d.identical(a, b):
         return []
@@ -76,12 +79,12 @@ def _as_multiple(expr: Expr) -> Multiple | None:
 
 @dataclass(frozen=True)
 class Names:
-    """Writes the expressions of a walk in axes: each leaf becomes the key of an axis, or a fixed size."""
+    """Writes symbolic dimensions of a walk in axes: each leaf becomes the key of its axis, or its size if frozen."""
 
     keys: Mapping[int, str]  # number of a leaf → the key of its axis
 
     def dim(self, expr: Expr) -> Dim:
-        """Return an expression as a dimension written in axes."""
+        """Return a symbolic dimension written in axes: an integer if nothing in it can change."""
         expr = d.resolve(expr)
         if isinstance(expr, Leaf):
             return self.keys.get(expr.number, expr.size)
@@ -90,12 +93,12 @@ class Names:
         return whole if {*axes_in(whole)} else size_of(whole, {})
 
     def dims(self, exprs: Dims) -> tuple[Dim, ...]:
-        """Return several expressions as dimensions written in axes."""
+        """Return several symbolic dimensions written in axes."""
         return tuple(map(self.dim, exprs))
 
 
 def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Names]:
-    """Return the axis graph of a walked network, and the names of its axes; freezes further dimensions of the walk."""
+    """Return the axis graph of a walked network, and the names of its axes; freezes further dimensions of ``w``."""
     state = {name: w.of(node) for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _unify_ties(model, w, state)
     groups: dict[str, list[str]] = {}
@@ -147,7 +150,10 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
 
 
 def _unify_ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
-    """Return further name of a tied tensor → its first name; unifies their dimensions and enters both in ``state``."""
+    """Unify the dimensions of tied tensors; return further name of a tied tensor → its first name.
+
+    ``state``: name → dimensions, to which the missing ones of both names are added in place.
+    """
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, tensor in state_of(model).items():
@@ -166,7 +172,10 @@ def _unify_ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, 
 
 
 def _freeze_unreachable(model: nn.Module, w: Walk, unreached: Iterable[str]) -> None:
-    """Freeze dimensions that unused modules might read: those of the size of an unused weight's second dimension."""
+    """Freeze dimensions that modules may read which did not run.
+
+    ``unreached``: the names of unused parameters. Any dimension of the size of their second one is frozen.
+    """
     for name in unreached:
         shape = model.get_parameter(name).shape
         for dims in w.dims.values() if len(shape) > 1 else ():
@@ -176,7 +185,7 @@ def _freeze_unreachable(model: nn.Module, w: Walk, unreached: Iterable[str]) -> 
 
 
 def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
-    """Freeze repetitions whose number no attribute of their module or its parent holds."""
+    """Freeze repetitions (by ``expand``) whose number no attribute of their module or its parent holds."""
     for literal in w.literals:
         leaf, path = d.resolve(literal.expr), literal.module
         if isinstance(leaf, Leaf) and leaf.integer and not attributes.holds_repeats(model, path, literal.number):
@@ -184,7 +193,7 @@ def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
 
 
 def _find_slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
-    """Yield each leaf in a tensor's dimensions with each of its slots there; their roles are not known yet."""
+    """Yield (leaf, slot) per place of a leaf in the dimensions ``dims`` of tensor ``name``; roles are not known yet."""
     for i, expr in enumerate(dims):
         inside = {str(leaf.number): leaf for leaf in d.leaves(expr)}
         sizes = {key: leaf.size for key, leaf in inside.items()}
@@ -202,7 +211,10 @@ def _find_slots(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
 
 
 def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameters: Container[str]) -> list[Slot]:
-    """Return the slot once per role; of unknown role, a parameter produces its units and a buffer scales them."""
+    """Return the slot once per role; of unknown role, a parameter produces its units and a buffer scales them.
+
+    ``aliases``: name of a tied tensor → all of its names; ``parameters``: the names of the parameters.
+    """
     names = aliases.get(slot.name, [slot.name])
     roles = {role for name in names for role in w.roles.get((name, slot.dim), ())}
     if slot.name not in parameters and roles > {Role.PRODUCES}:
@@ -214,7 +226,11 @@ def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameter
 def _make_axes(
     w: Walk, slots: Mapping[Leaf, list[Slot]], equal: Mapping[int, tuple[str, int]], narrow: Mapping[int, str]
 ) -> tuple[dict[str, Axis], dict[int, str]]:
-    """Return key → axis, and number of a leaf → the key of its axis, if that is free."""
+    """Return key → axis, and number of a leaf → the key of its axis, if that is free.
+
+    ``slots``: leaf → its slots; ``equal``: leaf number → ``(count, times)``; ``narrow``: leaf number → why it cannot
+    be widened.
+    """
     exprs = [*(w.of(reading.operand)[reading.dim] for reading in w.readings), *(expr for expr, _ in w.training_reads)]
     read = {leaf.number for expr in exprs for leaf in d.leaves(expr)}
     keys: dict[int, str] = {}
@@ -268,7 +284,11 @@ def _make_key(slot: Slot, existing: Mapping[str, Axis]) -> str:
 
 
 def _counted_weights(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]) -> tuple[str, ...]:
-    """Return the weights of which ``keep`` is a fraction: no vectors, embeddings, or output head that mirrors one."""
+    """Return the names of the weights of which ``keep`` is a fraction.
+
+    Vectors, embeddings and, in a network with embeddings, output heads are left out. ``ties``: further name → first
+    name of a tied tensor; ``state``: name → dimensions.
+    """
     tables = {ties.get(name, name) for name in w.tables}
     counted: dict[str, None] = {}
     for name in w.weights:
@@ -280,7 +300,7 @@ def _counted_weights(w: Walk, ties: Mapping[str, str], state: Mapping[str, Dims]
 
 
 def _find_unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory."""
+    """Yield (name, reason) of tensors whose shapes must not change, for a spectral norm or shared memory."""
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         for name in _spectral_tensors(module):
@@ -290,7 +310,7 @@ def _find_unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _spectral_tensors(module: nn.Module) -> Iterator[str]:
-    """Yield the tensors from which a module computes a weight that a spectral norm divides."""
+    """Yield the names, in the module, of the tensors of which it makes a weight that a spectral norm divides."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm):
             yield f"{hook.name}_orig"
@@ -302,7 +322,7 @@ def _spectral_tensors(module: nn.Module) -> Iterator[str]:
 
 
 def _find_overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield pairs of tensors whose ranges of memory overlap, each pair in both orders."""
+    """Yield pairs of names of parameters and buffers whose ranges of memory overlap, each pair in both orders."""
     stores: dict[int, list[tuple[int, int, str]]] = {}
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if x.layout is torch.strided and x.numel():

@@ -27,7 +27,7 @@ LINE = "line"
 
 
 def current_line() -> Line | None:
-    """Return file and number of the innermost running line that is not torch's or regrow's; ``None``: there is none."""
+    """Return file and number of the innermost running line of a network's own code; ``None``: there is none."""
     return _first_own_line(traceback.walk_stack(sys._getframe(1)))
 
 
@@ -45,12 +45,12 @@ def describe_line(line: Line | None) -> str:
 
 
 def describe_raising(error: BaseException) -> str:
-    """Return a clause that names the innermost line of a network's own code in an error's traceback, or nothing."""
+    """Return a clause that names the innermost line of a network's own code in an error's traceback; empty if none."""
     return describe_line(_first_own_line(reversed([*traceback.walk_tb(error.__traceback__)])))
 
 
 def _first_own_line(frames: Iterable[tuple[FrameType, int]]) -> Line | None:
-    """Return the first (frame, line number) of a network's own code as a line; ``None`` if there is none."""
+    """Return the first (frame, line number) of a network's own code as (file, number); ``None`` if there is none."""
     lines = ((frame.f_code.co_filename, number) for frame, number in frames)
     return next((line for line in lines if _is_own_code(line[0])), None)
 
@@ -69,7 +69,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 @lru_cache(maxsize=20_000)
 def _is_own_code(name: str) -> bool:
-    """Whether a file may hold a network's own code: it is no generated code, and of neither torch nor regrow."""
+    """Whether file ``name`` may hold a network's own code: not generated, nor of torch, regrow's tracing or surgery."""
     return not name.startswith(("<", *_FOREIGN))
 
 
@@ -78,7 +78,10 @@ _FOREIGN = tuple(f"{path}{os.sep}" for path in (_HERE / "tracing", _HERE / "surg
 
 
 class RecordableCalls(TorchFunctionMode):
-    """Torch function mode that replaces calls that bypass the dispatcher (``tolist``, ``data``) by recordable ones."""
+    """Torch function mode that replaces calls that bypass the dispatcher by recordable ones.
+
+    These are ``tolist``, reading ``data``, and ``x[index] = y`` by a tensor of one dimension.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__setitem__ and all(isinstance(x, Tensor) for x in args):
@@ -103,7 +106,10 @@ def _to_list(x: Tensor) -> Any:
 
 @contextmanager
 def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[str, type]]]]:
-    """Context manager that yields a function returning path → (path, class) of the running modules, innermost last."""
+    """Context manager that yields a function returning path → (path, class) of the running modules, innermost last.
+
+    This is the form of ``nn_module_stack`` in a node's metadata. Path ``""`` is the model itself.
+    """
     paths = {module: path for path, module in model.named_modules()}
     stacks: list[dict[str, tuple[str, type]]] = [{}]
 
@@ -126,7 +132,7 @@ def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[st
 
 @contextmanager
 def as_exporting() -> Iterator[None]:
-    """Context manager in which ``torch.compiler.is_compiling`` and ``is_exporting`` return true."""
+    """Context manager in which ``torch.compiler.is_compiling`` and ``is_exporting`` are true, as when exporting."""
     flags = torch.compiler
     before = flags._is_compiling_flag, flags._is_exporting_flag
     flags._is_compiling_flag = flags._is_exporting_flag = True
@@ -142,7 +148,7 @@ most_calls: ContextVar[float] = ContextVar("most_calls", default=inf)
 
 @contextmanager
 def limit_calls(limit: int) -> Iterator[None]:
-    """Context manager in which a recording of more than ``limit`` operations raises RuntimeError."""
+    """Context manager in which a :class:`.record.Recorder` raises RuntimeError at more than ``limit`` operations."""
     token = most_calls.set(limit)
     try:
         yield

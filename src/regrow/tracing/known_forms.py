@@ -13,14 +13,18 @@ Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
 class KnownForms:
-    """A cache of results (one tensor each) by operation, forms of its operands, and its other arguments."""
+    """A cache of results by operation, forms of its operands, and its other arguments, on fake tensors of one mode."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         self.cache: dict[Hashable, Form | int] = {}  # int: the result is the operand with this index
 
     def infer_once(self, infer: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on fake tensors, by ``infer(func, args, kwargs)`` if it is not cached."""
+        """Return the result of an operation on fake tensors, by ``infer(func, args, kwargs)`` if it is not cached.
+
+        Cached are results that are one tensor, either an operand itself or of storage of its own. Results of operations
+        that write in place, or run under autocast, are not.
+        """
         operands: list[Tensor] = []
         try:
             key = (func, torch.get_default_dtype(), _describe((args, kwargs), operands))
@@ -65,10 +69,10 @@ def is_plain(x: object) -> TypeGuard[FakeTensor]:
 
 
 def _form_of(x: FakeTensor) -> Form:
-    """Return the form of a fake tensor."""
+    """Return shape, stride, dtype and device of a fake tensor."""
     return x.shape, x.stride(), x.dtype, x.fake_device
 
 
 def _storage(x: Tensor) -> int:
-    """Return the address that identifies a tensor's storage."""
+    """Return a number that identifies a tensor's storage while that exists."""
     return x.untyped_storage()._cdata

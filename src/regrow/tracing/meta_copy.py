@@ -230,7 +230,7 @@ def _infer_by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, de
 
 
 def _infer_entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
-    """Rule for entrywise operations on one or two tensors."""
+    """Return (shape, strides) of an entrywise operation on dense tensors of one form; ``None`` if they are not."""
     tensors = [y for y in others if isinstance(y, Tensor)]
     if len(tensors) > 1 or not all(isinstance(y, Tensor | int | float | str) for y in others):
         return None
@@ -241,7 +241,7 @@ def _infer_entrywise(x: Tensor, *others: Any, **settings: Any) -> Any:
 
 
 def _infer_in_place(x: Tensor, *others: Any, **settings: Any) -> Any:
-    """Rule for entrywise operations that write into their first operand."""
+    """Return ``x``, into which an entrywise operation writes; ``None`` if operands have another shape."""
     tensors = [y for y in others if isinstance(y, Tensor)]
     numbers = sum(isinstance(y, int | float) for y in others)
     fits = all(x.shape == y.shape for y in tensors)
@@ -257,7 +257,7 @@ def _infer_convolution(
     dilation: Any = (1,),
     groups: int = 1,
 ) -> Any:
-    """Rule for convolutions of contiguous, non-empty tensors with padding given as numbers."""
+    """Return (shape,) of a convolution of contiguous, non-empty tensors with numbers as padding; else ``None``."""
     n = weight.dim() - 2
     if x.dim() != n + 2 or not (x.is_contiguous() and weight.is_contiguous()) or x.shape[1] != weight.shape[1] * groups:
         return None

@@ -54,7 +54,7 @@ class Snapshot:
         )
 
     def restore(self, inside: bool = True) -> None:
-        """Restore contents that have changed, and clear caches that have grown; ``inside``: attributes, too."""
+        """Restore changed contents in place, and clear caches that grew; ``inside``: attributes of objects too."""
         for holder, old in (*self.holders, *(self.attributes if inside else ())):
             if not _has_contents(holder, old):
                 _restore_contents(holder, old)
@@ -112,7 +112,7 @@ class Snapshot:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether a value is an object of a class outside torch and the standard library."""
+    """Whether a value is an object with attributes, of a class outside torch, numpy and the standard library."""
     return not isinstance(value, type) and hasattr(value, "__dict__") and not _is_foreign(type(value))
 
 
@@ -180,7 +180,7 @@ def _restore_contents(holder: Any, old: list[Any]) -> None:
 
 
 def find_tensors(value: object) -> Iterator[Tensor]:
-    """Yield every tensor in a value: a network with its lists, dicts and objects, or any of these.
+    """Yield each tensor in a value once: a network with its lists, dicts and objects, or any of these.
 
     >>> [x.shape for x in find_tensors({"a": [torch.ones(2)], "b": (torch.ones(3), 1)})]
     [torch.Size([2]), torch.Size([3])]

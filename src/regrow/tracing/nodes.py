@@ -28,20 +28,20 @@ ZERO_PRESERVING = frozenset(_PASSING.split())
 
 
 def op_name(node: Node) -> str:
-    """Return the plain name of an operation (``linear``, ``add``); in-place forms have the same name."""
+    """Return the plain name of an operation (``add`` for ``add_`` too); empty for an input."""
     return _name_of(node.target)
 
 
 @lru_cache(maxsize=4096)
 def _name_of(target: object) -> str:
-    """Return the plain name of an operation's target; empty if it has none."""
+    """Return the plain name of ``Node.target``, such as an ATen overload; empty for a string, as inputs have."""
     named = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     name: str = getattr(named, "__name__", "")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -> Any:
-    """Return an operation's nested arguments with every instance of a type replaced.
+    """Return an operation's nested arguments (lists, tuples, dicts) with ``change(x)`` for each ``x`` of type ``kind``.
 
     >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
     ('1', ['2', 'x'], {'y': '3'})
@@ -58,19 +58,19 @@ def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -
 
 
 def leaves_of(value: object) -> list[object]:
-    """Return the leaves of nested lists, tuples and dicts, in order."""
+    """Return the leaves of nested lists, tuples and dicts (of these the values), in order; of another value, itself."""
     if isinstance(value, dict):
         return leaves_of([*value.values()])
     return [leaf for part in value for leaf in leaves_of(part)] if isinstance(value, list | tuple) else [value]
 
 
 def operands_in(value: object) -> list[Node]:
-    """Return the nodes in an argument, or in nested lists of arguments, in order."""
+    """Return the graph nodes in an argument, or in nested arguments, in order, with repetitions."""
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Node)]
 
 
 def operands(node: Node) -> list[Node]:
-    """Return the nodes that an operation takes, in order; one that it takes twice is listed twice."""
+    """Return the nodes that an operation takes, positional ones first; one that it takes twice is listed twice."""
     return operands_in((node.args, node.kwargs))
 
 
@@ -80,12 +80,12 @@ def schema_parameters(target: object) -> Sequence[Any]:
 
 
 def writes_in_place(node: Node) -> bool:
-    """Whether an operation writes into a tensor in place."""
+    """Whether an operation writes into a tensor that it takes (``add_``, or ``out=``)."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def modules_around(node: Node) -> list[tuple[str, type]]:
-    """Return (path, class) of the modules in whose forward a node was recorded, innermost last."""
+    """Return (path, class) of the modules in whose forward a node was recorded, innermost last; ``""`` is the model."""
     return list((node.meta.get("nn_module_stack") or {}).values())
 
 
@@ -96,7 +96,7 @@ def module_of(node: Node) -> str:
 
 
 def shapes_of(node: Node) -> Shapes:
-    """Return the shape of a node's value; a list of shapes for several values, ``None`` for no tensor."""
+    """Return the shape of a node's value; a list for several values, ``None`` for no tensor; unknown sizes raise."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return tuple(map(int, value.shape))
@@ -132,7 +132,7 @@ def uncast(node: Node) -> Node:
 
 
 def argument(node: Node, position: int, *names: str) -> Argument:
-    """Return an argument of a call, given by position or by one of its names; ``None`` if it is left out."""
+    """Return an argument of a call, by position or one of its names; ``None`` if left out, whatever its default."""
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
@@ -157,13 +157,16 @@ def as_ints(value: Argument) -> list[int]:
 
 
 def dim_index(node: Node, position: int, rank: int, default: int = 0) -> int:
-    """Return the index (from 0) of the dimension that ``dim``, or the argument at ``position``, names."""
+    """Return the index (from 0) of the dimension that argument ``dim`` names, or the argument at ``position``.
+
+    ``rank``: how many dimensions the operand has; ``default``: the index if the argument is left out.
+    """
     value = argument(node, position, "dim")
     return (default if value is None else as_int(value)) % max(rank, 1)
 
 
 def permutation(node: Node, rank: int) -> list[int] | None:
-    """Return, per dimension of a transposed result, that of the operand; ``None`` for any other operation."""
+    """Return, per dimension of a transposed result, that of the operand (of rank ``rank``); else ``None``."""
     order = list(range(rank))
     match op_name(node):  # ATen calls give dimensions by position
         case "mT" | "mH" | "adjoint":

@@ -67,8 +67,8 @@ class _Probe:
     """A comparison of a traced network with the same network on an example of other sizes."""
 
     model: nn.Module
-    axes: AxisGraph
-    other: AxisGraph
+    axes: AxisGraph  # on the traced example
+    other: AxisGraph  # on the example of other sizes
 
     def freeze(self) -> AxisGraph:
         """Return the traced graph with every axis frozen that cannot be cut on the other example."""
@@ -85,16 +85,16 @@ class _Probe:
         return self.other.axes is self.axes.axes
 
     def depends_on_size(self, cut: Sequence[Axis]) -> bool:
-        """Whether a network with few units of the axes ``cut`` deviates from its plan in what it does not as traced."""
+        """Whether a network with few units of the axes ``cut`` deviates from its plan otherwise than as traced."""
         sizes = plan_deep_cuts(self.axes, cut)
         problem = self._find_deviation(self.other, sizes)
-        if not problem and (self.is_as_traced or self.near_axes.axes is self.other.axes):
+        if not problem and (self.is_as_traced or self.enlarged_axes.axes is self.other.axes):
             return False
-        return problem != self._find_deviation(self.near_axes, sizes)
+        return problem != self._find_deviation(self.enlarged_axes, sizes)
 
     @cached_property
-    def near_axes(self) -> AxisGraph:
-        """The axes on the traced example, where a batch size or length below 3 becomes 3."""
+    def enlarged_axes(self) -> AxisGraph:
+        """The axes on the traced example with batch size and lengths of 3 or more; as traced if that fails."""
         example, main, other = self.axes.example, _main_shape(self.axes.example), _main_shape(self.other.example)
         lengths = [d for dims in _length_dims(self.axes) for d in dims if main[d] != other[d]]
         if main[0] < 3 or any(main[d] < 3 for d in lengths):

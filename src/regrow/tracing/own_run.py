@@ -71,7 +71,10 @@ def compute_grouped_product(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute ``torch._grouped_mm`` of rows and experts by single products, in any dtype; ``offs`` ends the groups."""
+    """Compute ``torch._grouped_mm`` of rows and experts by single products, in any dtype; ``out_dtype`` is ignored.
+
+    ``offs``: the end of each expert's rows. NotImplementedError without it, for a bias, or for other ranks.
+    """
     if bias is not None or offs is None or (x.dim(), weight.dim()) != (2, 3):
         raise NotImplementedError(
             "in float64 a grouped matrix product takes rows of experts and no bias; add it behind"
@@ -124,7 +127,10 @@ def compare_with_recording(model: nn.Module, recorded: Capture, example: Example
 def _compare_outputs(
     model: nn.Module, recorded: Capture, example: Example, written: Container[Node], outputs: list[Tensor]
 ) -> str:
-    """Compare a network's outputs with a recording's, as :func:`compare_with_recording`; ``written``: to be copied."""
+    """Compare ``outputs`` with those of a recording; return or raise as :func:`compare_with_recording`.
+
+    ``written``: placeholders that the recording writes into, which are copied before it runs.
+    """
     if recorded.decisions is not None:
         # Other kernels may have run under the recorder, and in float64 another decision could be taken.
         outputs, replayed = [x for x in outputs if x.is_floating_point()], [*recorded.values]
@@ -223,7 +229,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 def measure_distance(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the largest absolute difference (infinite if shapes or integers differ), and the largest finite output."""
+    """Return the largest |difference| (infinite if shapes, integers or nans differ) and largest finite |output|."""
     distance, largest = 0.0, 0.0
     if len(outputs) != len(others):
         return float("inf"), largest

@@ -63,14 +63,14 @@ def divide_into_blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
             if start < stop:
                 form = net.hash_form(start, stop, sized=False)
                 block_class = numbers.setdefault(form, len(numbers))
-                inputs, outputs, states = net.find_seams(start, stop)
+                inputs, outputs, states = net.find_boundaries(start, stop)
                 result.append(GraphBlock(path, start, stop, inputs, outputs, states, block_class))
         before = block.stop
     return tuple(result)
 
 
 class _Net:
-    """A recording as a list of operations, with the modules around each and its last reader."""
+    """A recording as a list of operations, with the modules around each, and the last reader of each result."""
 
     def __init__(self, recorded: Capture) -> None:
         self.steps = list_steps(recorded)
@@ -79,7 +79,7 @@ class _Net:
         self.readers = {operand: i for i, step in enumerate(self.steps) for operand in step.operands}
 
     def find_repeated(self, indices: Sequence[int], depth: int = 0) -> list[GraphBlock]:
-        """Return the repeated modules, ``depth`` levels below the network, among those that run some operations.
+        """Return the repeated modules, ``depth`` levels below the network, among the operations numbered ``indices``.
 
         A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
         blocks); parallel modules, such as experts, are no chain.
@@ -122,14 +122,14 @@ class _Net:
         return True
 
     def _is_block(self, indices: Sequence[int]) -> bool:
-        """Whether operations are contiguous and read two weights or more."""
+        """Whether operations (their numbers) are contiguous and read two weights or more."""
         if indices[-1] - indices[0] + 1 != len(indices):
             return False
         read = {operand for i in indices for operand in self.steps[i].operands if isinstance(operand, str)}
         return sum(len(self.shapes.get(name, ())) > 1 for name in read) > 1
 
     def hash_form(self, start: int, stop: int, sized: bool = True) -> int:
-        """Return a hash of what operations compute, without names and sources of inputs; ``sized``: with shapes."""
+        """Return a hash of what operations ``start`` to ``stop - 1`` compute, of any input; ``sized``: with shapes."""
         outside: dict[int | str, int] = {}
         form = []
         for step in self.steps[start:stop]:
@@ -144,8 +144,8 @@ class _Net:
             form.append((step.op, step.shapes if sized else _without_sizes(step.shapes), step.numbers, tuple(operands)))
         return hash(tuple(form))
 
-    def find_seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
-        """Return the inputs, outputs and states of contiguous operations, as in :class:`GraphBlock`."""
+    def find_boundaries(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
+        """Return (inputs, outputs, states) of operations ``start`` to ``stop - 1``, as in :class:`GraphBlock`."""
         read = dict.fromkeys(operand for step in self.steps[start:stop] for operand in step.operands)
         states = tuple(x for x in read if isinstance(x, str) and x in self.shapes)
         inputs = tuple(x for x in read if x not in self.shapes and not (isinstance(x, int) and x >= start))
@@ -165,7 +165,7 @@ class ReadDim:
     """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there."""
 
     step: int  # the number of the operation in AxisGraph.steps
-    operand: int  # which of the tensors that the operation takes
+    operand: int  # the index of the tensor among those that the operation takes
     axis: int  # the index of the dimension in that tensor
     dim: Dim  # that dimension written in axes
     fill: float | None  # what replaces dropped units; None: the operation runs over the kept units (a restated norm)
@@ -216,10 +216,10 @@ def _has_form(value: object, form: object) -> bool:
 class Readings:
     """A recorded network, the dimensions in which it reads its axes, and the input it was recorded with."""
 
-    capture: Capture
+    capture: Capture  # the recorded operations
     given: Sequence[object]  # the tensors and other values that the network takes, as leaves_in returns them
-    reads: tuple[ReadDim, ...]
-    sizes: Mapping[str, int]  # of each axis that occurs in them
+    reads: tuple[ReadDim, ...]  # in order of the operations
+    sizes: Mapping[str, int]  # key of each axis of the network → its units
     # In an eager recording, each operand from which an operation computes integers or booleans: the operation, the
     # operand, and its dimensions written in axes.
     compared: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
@@ -228,7 +228,10 @@ class Readings:
 def record_readings(
     model: nn.Module, axes: AxisGraph, example: Example, decisions: tuple[Decision, ...] | None = None
 ) -> Readings:
-    """Record a network anew, on ``example``, and return where it reads the axes of ``axes``; or raise TraceError."""
+    """Record a network anew, on ``example``, and return where it reads the axes of ``axes``; or raise TraceError.
+
+    ``decisions``: of an earlier eager run, which are replayed, as in :func:`capture`.
+    """
     recorded = capture(model, example, decisions, tracer=axes.tracer)
     w = walk(recorded, cautious=False)
     if axes.trained:
@@ -249,7 +252,7 @@ def record_readings(
 
 
 def make_recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
-    """Return a walked network's recording; ``None`` where data decide which operations run."""
+    """Return a walked network's recording, to run it masked; ``None`` where data decide which operations run."""
     if w.capture.decisions is not None:
         return None
     return Recording(w.capture, list_reads(w, names), describe_code(model))

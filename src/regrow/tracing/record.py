@@ -54,12 +54,12 @@ class DivergedError(RuntimeError):
 
 
 def decision(*read: Tensor) -> tuple[Tensor, ...]:
-    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant."""
+    """Mark a data-dependent decision in a graph: returns the tensors that were read; what was decided is a constant."""
     return read
 
 
 def compared_operands(node: Node) -> list[Node]:
-    """Return the floating-point operands from which an operation computes integers or booleans, or a decision."""
+    """Return the floating-point operands from which a node computes integers, booleans or a decision; else none."""
     results = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
     if node.op != "call_function" or (node.target is not decision and all(x.is_floating_point() for x in results)):
         return []
@@ -84,7 +84,7 @@ class TensorMap:
 
 
 class ConstantResults:
-    """The nodes of a recording whose values are made of constants alone; they are computed once one is needed."""
+    """Values of those nodes of a recording that follow from constants alone; they are computed once one is needed."""
 
     def __init__(self) -> None:
         self.values: dict[Node, Any] = {}  # None: pending
@@ -94,17 +94,17 @@ class ConstantResults:
         return node in self.values
 
     def add_call(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
-        """Add an operation on constants; it is run when a value is needed."""
+        """Add an operation on constants, with nodes for tensors; it is run when a value is needed."""
         self.values[node] = None
         self.pending.append((node, func, args, kwargs))
 
     def are_operands(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether an operation works on constants alone, and draws no random numbers."""
+        """Whether an operation, with nodes for tensors, works on constants alone, and draws no random numbers."""
         constant = all(node in self.values for node in operands_in((args, kwargs)))
         return constant and torch.Tag.nondeterministic_seeded not in func.tags
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation on constants, with real values."""
+        """Return the result of an operation on constants (nodes), with real values."""
         with no_python_dispatcher(), unset_fake_temporarily():
             self._run_pending()
             return self._run_call(func, args, kwargs)
@@ -132,7 +132,7 @@ class ConstantResults:
 
 
 def _storage_addresses(value: Any) -> set[int]:
-    """Return the addresses of the storages of all tensors in a value."""
+    """Return the data pointers of the storages of all tensors in a nested value."""
     return {x.untyped_storage().data_ptr() for x in tree_leaves(value) if isinstance(x, Tensor)}
 
 
@@ -150,7 +150,11 @@ class Recorder(ProxyTorchDispatchMode):
         running: Callable[[], dict[str, Any]],
         fake: FakeTensorMode | None,
     ) -> None:
-        """Begin a recording; ``running`` returns the running modules, ``fake`` is ``None`` for real tensors."""
+        """Begin a recording; ``running`` returns path → (path, class) of the running modules.
+
+        ``answers``: decisions to replay, in order; ``orders``: results of sorting operations; ``fake``: ``None`` if
+        the tensors are real.
+        """
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
         self.graph = Graph()  # its placeholders are parameters, buffers, inputs and constants
         self.states: dict[Node, str] = {}  # placeholder → name of the parameter or buffer
@@ -224,14 +228,17 @@ class Recorder(ProxyTorchDispatchMode):
         return form
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
-        """Return a boolean index as one tensor of positions per dimension; another index as the only entry."""
+        """Return a boolean index as one tensor of positions per dimension; any other index as the only entry."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
         positions = self._record(aten.nonzero.default, (index,), {})
         return list(self._record(aten.unbind.int, (positions, 1), {}))
 
     def _record_decision(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Record a data-dependent decision and return its result: the next replayed one, or that of the data."""
+        """Record a data-dependent decision and return its result: the next replayed one, or that of the data.
+
+        Raises DivergedError if the replayed one is of another operation or module, or none is left for fake tensors.
+        """
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         nodes = [self._node(x) for x in read]
         node = self._write(decision, tuple(nodes), {}, list(map(_get_value, nodes)))
@@ -248,19 +255,19 @@ class Recorder(ProxyTorchDispatchMode):
         return tree_map_only(Tensor, lambda x: self._constant(x, is_known=False), answer)
 
     def _keep_compared_values(self, node: Node, args: Any, kwargs: Any) -> None:
-        """Append copies of the operands that an operation compares to ``values``, on real tensors."""
+        """On real tensors, append copies to ``values`` of the operands that an operation (``node``) compares."""
         if self.real:
             live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             self.values += [copy_tensor(live[operand]) for operand in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
-        """Add an operation to the graph, with the fake result ``val``, the running modules and the running line."""
+        """Add an operation (on nodes) to the graph, with its fake result ``val``, the running modules and the line."""
         node = self._add(target, args, kwargs)
         node.meta |= {"val": val, "nn_module_stack": self.running(), LINE: current_line()}
         return node
 
     def _add(self, target: Any, args: Any, kwargs: Any) -> Node:
-        """Add an operation to the graph and to ``calls``; raise RuntimeError above the limit of operations."""
+        """Add an operation on nodes to the graph and to ``calls``; raise RuntimeError above the limit of operations."""
         if len(self.calls) >= most_calls.get():
             raise RuntimeError(f"it runs more than {len(self.calls)} operations")
         node = self.graph.create_node("call_function", target, args, kwargs)
@@ -268,13 +275,16 @@ class Recorder(ProxyTorchDispatchMode):
         return node
 
     def write_copy(self, node: Node, args: Any, kwargs: Any, stack: dict[str, Any]) -> Node:
-        """Record an operation once more, on other operands (nodes) and in other modules; return the new node."""
+        """Record an operation once more, on other operands (nodes) in modules ``stack``; return the new node."""
         copied = self._add(node.target, args, kwargs)
         copied.meta |= node.meta | {"nn_module_stack": stack}
         return copied
 
     def _associate(self, node: Node, out: Any, form: Any, constant: bool) -> None:
-        """Enter the results of an operation in ``nodes``; entries of a list get a node of their own (``getitem``)."""
+        """Enter the tensors of a result in ``nodes``; entries of a list get a node of their own (``getitem``).
+
+        ``out``: the result; ``form``: the same on fake tensors; ``constant``: whether it follows from constants alone.
+        """
         if isinstance(out, Tensor):
             self.nodes[out] = node
         elif isinstance(out, list | tuple):
@@ -286,7 +296,7 @@ class Recorder(ProxyTorchDispatchMode):
                     self._associate(entry, part, val, constant)
 
     def _node(self, x: Tensor) -> Node:
-        """Return the node of a tensor; a tensor that no operation made becomes a constant."""
+        """Return the node of a tensor; one that no recorded operation made is added as a constant."""
         if x not in self.nodes:
             if torch._C._functorch.is_functorch_wrapped_tensor(x):
                 raise RuntimeError("it runs inside torch.func (vmap, grad), whose tensors cannot be recorded")
@@ -305,7 +315,7 @@ class Recorder(ProxyTorchDispatchMode):
         return value
 
     def placeholder(self, value: Any) -> Node:
-        """Add an input of the graph and return its node: a parameter, buffer, constant, or input of the network."""
+        """Add an input of the graph and return its node: for a parameter, buffer, constant, or input of the network."""
         with self.graph.inserting_before(self.calls[0]) if self.calls else nullcontext():
             node = self.graph.placeholder(f"given_{len(self.graph.nodes)}")
         node.meta["val"] = value
@@ -316,12 +326,12 @@ class Recorder(ProxyTorchDispatchMode):
 
 
 def _get_value(node: Node) -> Any:
-    """Return the fake value of a node, or what else its placeholder holds."""
+    """Return the fake tensors that a node stands for, or the plain value of a placeholder."""
     return node.meta["val"]
 
 
 def _cast_answer(read: list[Tensor], answer: object) -> object:
-    """Return a replayed decision in the precision of the tensors that are read now, if these have only one."""
+    """Return a replayed decision in the only floating-point dtype of the tensors ``read`` now; else unchanged."""
     dtypes = {x.dtype for x in read if x.is_floating_point()}
     if len(dtypes) != 1:
         return answer
@@ -330,7 +340,7 @@ def _cast_answer(read: list[Tensor], answer: object) -> object:
 
 
 def _reorder(x: Tensor, dim: int, result: Tensor | Sequence[Tensor], order: Tensor | None) -> Tensor | Sequence[Tensor]:
-    """Return the result of a sorting operation in ``order`` (positions), if that has the shape of its positions."""
+    """Return the ``result`` of sorting ``x`` along ``dim`` in ``order`` (positions), if that has the right shape."""
     positions = result if isinstance(result, Tensor) else result[1]
     if order is None or order.shape != positions.shape:
         return result

@@ -38,7 +38,10 @@ NUMBER = "layer_idx"
 
 
 def _describe_module(module: nn.Module, numbered: Container[nn.Module] = ()) -> tuple[object, ...]:
-    """Return a description of a module; equal ones run alike. ``numbered``: modules whose ``layer_idx`` is left out."""
+    """Return a description of a module; equal ones run alike. TypeError if it has hooks or a random generator.
+
+    ``numbered``: modules whose ``layer_idx`` is left out.
+    """
     ids: dict[int, int] = {}
     parts: list[object] = []
     objects: dict[int, object] = {}
@@ -63,7 +66,7 @@ _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" 
 
 
 def _describe_tensor(x: Tensor, ids: dict[int, int]) -> object:
-    """Return the form of a parameter or buffer, and its index among a module's distinct tensors (``ids``)."""
+    """Return a tensor's form, and its index among a module's distinct ones; ``ids``: id → index, is extended."""
     index = ids.setdefault(id(x), len(ids))
     return (type(x), isinstance(x, nn.Parameter), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, index)
 
@@ -101,7 +104,7 @@ class _RecordedCall:
     """A recorded call of a module, of which later calls copy the operations."""
 
     module: nn.Module
-    outer: Mapping[str, Any]  # the modules that ran it
+    outer: Mapping[str, Any]  # path → (path, class) of the modules that ran it
     before: tuple[Node, ...]  # the nodes of its operands and of its own tensors before the call
     after: tuple[Node, ...]  # and after it; another one where an operation gave a tensor that it was given
     calls: tuple[Node, ...]  # its operations, in order
@@ -112,7 +115,7 @@ class _RecordedCall:
 
 @contextmanager
 def copy_repeats(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
-    """Context manager in which the operations of repeated modules are copied from the first of them."""
+    """Context manager in which calls of repeated modules copy the operations of the first (``nn.Module.__call__``)."""
     candidates = [module for module in model.modules() if not hasattr(type(module), NUMBER)]
     numbered = {module for module in candidates if type(vars(module).get(NUMBER)) is int}
     repeated = _find_repeated(model, numbered)
@@ -208,7 +211,10 @@ class _RepeatedCalls:
         inputs: list[Tensor],
         tensors: list[Tensor],
     ) -> Any:
-        """Copy the operations of a known call, and return the result of this one; extends ``mapping`` (node → copy)."""
+        """Copy the operations of a known call, and return the result of this one; extends ``mapping`` (node → copy).
+
+        ``inputs``: the tensors that the module is given; ``tensors``: these and its own.
+        """
         pairs = zip(earlier.module.modules(), module.modules(), strict=True)
         names = {self.paths[a]: self.paths[b] for a, b in pairs if a in self.paths and b in self.paths}
         stacks: dict[int, dict[str, Any]] = {}
@@ -241,7 +247,7 @@ class _RepeatedCalls:
         return result
 
     def _describe_operands(self, leaves: list[Any]) -> tuple[object, ...]:
-        """Return what identifies the operands of a call; raise TypeError where nothing does."""
+        """Return what identifies the operands of a call (``leaves``); raise TypeError where nothing does."""
         ids: dict[int, int] = {}
         return tuple([self._describe_operand(x, ids.setdefault(id(x), len(ids))) for x in leaves])
 
@@ -257,7 +263,7 @@ class _RepeatedCalls:
 
 
 def _map_nodes(earlier: tuple[Node, ...], nodes: tuple[Node, ...]) -> dict[Node, Node] | None:
-    """Return node of the known call → that of this one; ``None`` if one node would be two."""
+    """Return node of the known call → that of this one, in order; ``None`` if one node would be two."""
     mapping = dict(zip(earlier, nodes, strict=True))
     return mapping if all(mapping[a] is b for a, b in zip(earlier, nodes, strict=True)) else None
 
@@ -278,7 +284,10 @@ def _find_repeated(model: nn.Module, numbered: Container[nn.Module]) -> frozense
 
 
 def _find_source(x: Any, inputs: list[Tensor], nodes: Any) -> tuple[str, Any]:
-    """Return the source of a result's entry: "plain", value; "operand", index; "computed", node; or "unknown", None."""
+    """Return where a result's entry is from: ("plain", value), ("operand", index in ``inputs``), ("computed", node).
+
+    ("unknown", ``None``) for all else. ``nodes``: tensor → node.
+    """
     if not isinstance(x, Tensor):
         return ("plain", x) if type(x) in LEAVES else ("unknown", None)
     for index, operand in enumerate(inputs):

@@ -48,7 +48,10 @@ def get_stack(model: nn.Module, path: str, size: int) -> nn.Sequential | nn.Modu
 
 
 def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
-    """Put copies of blocks into a stack, in place; parameters that are to be 0 in a copy are set to 0."""
+    """Put copies of blocks into a stack, in place; StackError if it does not fit ``insertion``.
+
+    Parameters that are to be 0 in a copy are set to 0. Configurations, or else the stack, record the insertion.
+    """
     stack = get_stack(model, path, insertion.size)
     old = list(stack)
     copies = {copy.position: _copy_block(model, old[copy.of], copy.zeros) for copy in insertion.copies}
@@ -58,7 +61,7 @@ def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
 
 
 def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
-    """Undo :func:`insert_copies`, in place."""
+    """Undo :func:`insert_copies`, in place; StackError if the stack at ``path`` does not fit ``insertion``."""
     stack = get_stack(model, path, insertion.after)
     before = list(stack)
     _rearrange(model, path, [before[i] for i in insertion.kept], insertion.kept)
@@ -71,7 +74,8 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
 def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int]) -> bool:
     """Give a stack other modules, in place, and renumber them; return whether the network's configuration was changed.
 
-    ``sources``: per module, the position it is from. Configurations of modules around that hold the depth are set.
+    ``sources``: per module, its position before, or that of the block it copies. Configurations of modules around that
+    hold the depth are set.
     """
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.Sequential | nn.ModuleList)
@@ -187,10 +191,10 @@ class _Blocks:
     """The axes and module calls of a network, for the search for blocks that can be copied."""
 
     axes: AxisGraph
-    calls: Mapping[str, list[ModuleCall]]
+    calls: Mapping[str, list[ModuleCall]]  # path of a module → its calls in one run
 
     def find_zeroed(self, path: str) -> tuple[str, ...]:
-        """Return which parameters of a module must be 0 in a copy that passes its input on; empty: no such copy."""
+        """Return which parameters in a module must be 0 in a copy that passes its input on; empty: no such copy."""
         calls = self.calls.get(path, [])
         if len(calls) != 1 or not _keeps_form(calls[0]):
             return ()
@@ -200,7 +204,10 @@ class _Blocks:
         return tuple(n.removeprefix(f"{path}.") for n in names) if all(lies_in(n, path) for n in names) else ()
 
     def _find_written(self, output: int, inside: set[int]) -> tuple[str, ...]:
-        """Return the parameters that make what is added to a block's input; empty if it is not such a sum."""
+        """Return the parameters that make what is added to a block's input; empty if it is not such a sum.
+
+        ``output``: the number of the operation that gives the block's output; ``inside``: those of its operations.
+        """
         pending, visited, sums, passes_input = [output], {output}, 0, False
         names: dict[str, None] = {}
         for number in pending:  # which grows
@@ -221,7 +228,7 @@ class _Blocks:
         return tuple(name for name in names if name in self.axes.parameters) if passes_input and sums else ()
 
     def _find_makers(self, number: int, inside: set[int], output: int) -> list[str]:
-        """Return the nearest parameters before an operation, in a block, that make units of the output's axes."""
+        """Return the nearest parameters before operation ``number`` in a block that make units of the output's axes."""
         out = {key for dims in self.axes.steps[output].shapes for key in axes_in(Product(dims or ()))}
         makes = {s.name for key in out for s in self.axes[key].slots if s.role in (Role.PRODUCES, Role.SHIFTS)}
         pending, visited = [number], {number}

@@ -55,7 +55,7 @@ def find_caches(w: Walk, names: Names) -> tuple[Cache, ...]:
 
 
 def _parse_attention(w: Walk, node: Node) -> tuple[Node | None, Node | None, Expr]:
-    """Return keys, values and the dimension attended over, of a fused attention or a softmax; else ``None``s."""
+    """Return (keys, values, dimension attended over) of a fused attention or a softmax; ``None`` if not found."""
     if op_name(node) == "scaled_dot_product_attention":
         key, value = operand_of(node, 1, "key"), operand_of(node, 2, "value")
         return key, value, w.of(key)[-2]
@@ -87,7 +87,7 @@ _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
 
 
 def _smallest_form(node: Node) -> Node:
-    """Return the node with the fewest bytes among a tensor and those from which it was only reshaped or repeated."""
+    """Return the node with the fewest bytes among ``node`` and those from which it was only reshaped or repeated."""
     chain = [node]
     while op_name(node) in _LAID_OUT and isinstance(node.args[0], Node):
         node = node.args[0]
@@ -103,7 +103,7 @@ _LAID_OUT = ALIASES | frozenset(_SHAPES.split())
 
 
 def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
-    """Return the factors of dimensions that are not tokens; ``None`` if none of them are."""
+    """Return the factors of dimensions that are no tokens (leaves in ``tokens``); ``None`` if no factor is one."""
     whole = d.times(*dims)
     parts = whole.parts if isinstance(whole, d.Times) else (whole,)
     rest = tuple(part for part in parts if not _is_token(part, tokens))
@@ -124,7 +124,7 @@ FIRST_RUN = "it reads what it keeps at its first run, which is not known yet; ru
 class Difference:
     """The first operation in which two recordings of a network differ."""
 
-    problem: str
+    problem: str  # what differs and where, as a clause for users
     # Whether a constant or an operand differs. Constants also differ between precisions and after a fold, operands
     # after a bias was added, so only a comparison with the present network can tell.
     constant: bool = False
@@ -159,7 +159,10 @@ def list_steps(recorded: Capture, started: Container[Node] = ()) -> list[Recorde
 def find_step_difference(
     steps: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int], added: Collection[str] = ()
 ) -> Difference | None:
-    """Return the first difference of a recording from known steps at ``sizes``, or ``None``; ``added``: new biases."""
+    """Return the first difference of a recording from known steps at ``sizes`` (axis key → units), or ``None``.
+
+    One of constants or operands is returned only if all operations and shapes agree. ``added``: names of new biases.
+    """
     nodes, resized = list_operations(recorded), list_steps(recorded, _moving_slices(steps, recorded))
     for i, (step, other) in enumerate(zip_longest(steps, resized)):
         if step is None or other is None or step.op != other.op:
@@ -185,7 +188,10 @@ def find_step_difference(
 def find_changed_constant(
     present: Capture, planned: Capture, steps: Sequence[RecordedStep] | None = None
 ) -> Difference | None:
-    """Return the first constant or operand that differs between recordings before and after a resize, or ``None``."""
+    """Return the first constant or operand that differs between recordings before and after a resize, or ``None``.
+
+    ``steps``: known steps, which tell the slices whose start may change; without them no start is compared.
+    """
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference(FIRST_RUN)
     before, after = (list_steps(recorded, _moving_slices(steps, recorded)) for recorded in (present, planned))
@@ -249,7 +255,7 @@ def list_operations(recorded: Capture) -> list[Node]:
 
 
 def _moving_slices(steps: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
-    """Return the slices whose start follows from axis sizes; all operations, where no steps are known."""
+    """Return the slices whose start follows from axis sizes; all operations, if ``steps`` is ``None``."""
     pairs = zip_longest(steps or (), list_operations(recorded))
     return {node for step, node in pairs if steps is None or (step is not None and step.start is not None)}
 
@@ -265,7 +271,7 @@ def _line_clause(nodes: Sequence[Node]) -> str:
 
 
 def _compare_constants(step: RecordedStep, other: RecordedStep, node: Node) -> Difference | None:
-    """Return how an operation's constants or operands differ from those of another one; ``None`` if they are equal."""
+    """Return how ``other`` (of ``node``) differs from ``step`` in constants or operands; ``None`` if it does not."""
     if step.numbers != other.numbers:
         old, new = [*step.numbers], [*other.numbers]
         if len(old) == len(new):  # name those that differ
@@ -279,7 +285,7 @@ def _compare_constants(step: RecordedStep, other: RecordedStep, node: Node) -> D
 
 
 def _constants_of(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
-    """Yield the constants of a call that are not sizes.
+    """Yield the constants of a call that are not sizes; nor the start of a slice, if ``started``.
 
     Sizes follow from the shape of the result, which is compared by itself. Constants that equal their default are left
     out, since some recordings write them down and others do not.

@@ -32,7 +32,7 @@ class Resizing:
 class Rehearsal:
     """The recordings that :func:`rehearse` makes."""
 
-    planned: Capture
+    planned: Capture  # of the network at the planned sizes
     present: Capture | None = None  # of the present network, where a constant is another than when it was traced
 
 
@@ -49,7 +49,7 @@ def plan_deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
 
 
 def _plan_small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
-    """Return axis key → size in a trial where the axes in ``cut`` lose one to three steps of units, in turn."""
+    """Return axis key → size in a trial where the axes in ``cut`` lose 1, 2 or 3 times the least they can, in turn."""
     sizes = axes.sizes()
     turns: dict[str, int] = {}
     for axis in cut:
@@ -62,7 +62,7 @@ def _plan_small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
 
 
 def _least_loss(axis: Axis, axes: AxisGraph) -> int:
-    """Return how many units an axis loses at least, so that its size and those of its group stay valid."""
+    """Return the smallest number of units that an axis can lose so that its size and those of its group stay valid."""
     if not axis.count:
         return axis.multiple
     return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
@@ -123,7 +123,7 @@ def _find_failing(model: nn.Module, axes: AxisGraph, classes: Sequence[Sequence[
 
 
 def group_by_class(axes: Sequence[Axis]) -> dict[tuple, list[Axis]]:
-    """Return class → axes whose slots differ in layer numbers only, each with all axes of their counts."""
+    """Return class → axes whose slots differ in layer numbers only, with those that must keep as many units as they."""
     classes: dict[tuple, list[Axis]] = {}
     for axis in axes:
         slots = {(_without_numbers(s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role) for s in axis.slots}
@@ -166,12 +166,12 @@ def rehearse(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> Rehearsal
 
 
 def _describe_plan_problem(problem: str) -> str:
-    """Return the message of a PlanError, with the remedy."""
+    """Return the message of a PlanError for a problem, with the remedy."""
     return f"the plan cannot be carried out: {problem}; plan other sizes, or write that code without the size"
 
 
 def _resize(model: nn.Module, axes: AxisGraph, resizing: Resizing) -> tuple[nn.Module, Example]:
-    """Return a resized copy on fake tensors, and the example for it."""
+    """Return a resized copy on fake tensors, and the example of ``axes`` for it, in the model's precision."""
     copy, mode = resize_copy(model, axes, resizing)
     return copy, fake_example(cast_example(axes.example, model), mode)
 

@@ -21,9 +21,9 @@ Value = Dims | list[Dims | None] | None
 class Reading:
     """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there."""
 
-    node: Node
-    operand: Node
-    dim: int
+    node: Node  # the operation
+    operand: Node  # the tensor that it reads
+    dim: int  # the index of the dimension in that tensor
     fill: float | None  # what a dropped unit counts as (0 or ±∞); None: the operation runs over the kept units
     weight: str = ""  # the parameter it is multiplied with; empty if there is none
     groups: Expr | None = None  # the dimension of groups, where the operation runs inside each group
@@ -33,9 +33,9 @@ class Reading:
 class Literal:
     """A number that a module passed as a size, and the dimension it is the size of."""
 
-    module: str
+    module: str  # its path
     number: int
-    expr: Expr
+    expr: Expr  # the dimension
     last: bool = False  # whether it was the last number of a reshape (a width, not a number of heads)
 
 
@@ -72,7 +72,7 @@ class Walk:
         )
 
     def of(self, node: Node) -> Dims:
-        """Return the dimensions of a node's value, which must be one tensor."""
+        """Return the dimensions of a node's value; AssertionError unless that is one tensor."""
         dims = self.dims[node]
         assert isinstance(dims, tuple)
         return dims
@@ -82,7 +82,7 @@ class Walk:
         return self.of(operand_of(node))
 
     def along(self, node: Node, position: int, default: int = 0) -> tuple[Dims, int]:
-        """Return the dimensions of the first operand, and the index of the one named by ``dim`` or at ``position``."""
+        """Return the first operand's dimensions, and the index of the one that ``dim`` names (:func:`dim_index`)."""
         dims = self.first(node)
         return dims, dim_index(node, position, len(dims), default)
 
@@ -92,7 +92,7 @@ class Walk:
         return origin[0] if origin else ""
 
     def _origin(self, node: object, dim: int) -> tuple[str, int] | None:
-        """Return (parameter or buffer, its dimension) that a node's dimension is; ``None`` if it is computed."""
+        """Return (parameter or buffer, its dimension) that dimension ``dim`` of a node is; ``None``: it is computed."""
         if not isinstance(node, Node):
             return None
         if node in self.capture.states:
@@ -105,7 +105,10 @@ class Walk:
         return self._origin(node.args[0], order[dim]) if order is not None and dim < len(order) else None
 
     def add_role(self, node: object, dim: int, role: Role) -> None:
-        """Record a role of a node's dimension, if that is one of a parameter, cast or combined entry by entry."""
+        """Record a role for the dimension of the parameter or buffer that dimension ``dim`` of a node comes from.
+
+        The node may be cast, transposed, or combined with others entry by entry (a mask on a weight).
+        """
         if not isinstance(node, Node):
             return
         if origin := self._origin(node, dim):
@@ -137,7 +140,7 @@ class Walk:
         self.readings.append(Reading(node, operand, dim, fill, weight, groups))
 
     def add_contraction(self, node: Node, weights: Iterable[Node], *works: Dims) -> None:
-        """Record the weights that an operation sums over, and per product the dimensions whose sizes give its work."""
+        """Record the weights that an operation sums over, and per product the dimensions whose sizes give its MACs."""
         self.weights |= dict.fromkeys(filter(None, map(self.source, weights)))
         self.work += [(module_of(node), op_name(node), dims) for dims in works]
 
@@ -146,7 +149,7 @@ class Walk:
         self.literals.append(Literal(module_of(node), number, expr, last))
 
     def freeze_passed_values(self, node: Node) -> None:
-        """Freeze the operands that pass through a module whose code depends on data; inside its children they stay."""
+        """Freeze the operands that a module hands on whose code depends on data; those inside its children stay."""
         for operand in node.all_input_nodes:
             module = _common_ancestor(module_of(operand), module_of(node))
             if module in self.decided and operand.op != "placeholder":
@@ -172,7 +175,7 @@ class Walk:
         return d.frozen(n, self.why(node))
 
     def fresh(self, node: Node, why: str = "") -> Value:
-        """Return new dimensions in the shape of the node's value, frozen; ``why``: the reason, if not the operation."""
+        """Return new frozen dimensions in the shape of the node's value; ``why``: the reason, if not the operation."""
         why = why or self.why(node)
         dims = [None if s is None else tuple(d.frozen(n, why) for n in s) for s in as_list(shapes_of(node))]
         return dims if isinstance(shapes_of(node), list) else dims[0]

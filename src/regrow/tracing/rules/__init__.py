@@ -48,7 +48,7 @@ def walk(capture: Capture, cautious: bool = True, merged: Walk | None = None) ->
 
 
 def _placeholder(w: Walk, node: Node, state_dims: Mapping[str, Dims]) -> Value:
-    """Return the dimensions of a placeholder: of a parameter or buffer known or free ones, of others frozen ones."""
+    """Return the dimensions of a placeholder: for a parameter or buffer from ``state_dims`` or free; else frozen."""
     shape = shapes_of(node)
     if isinstance(shape, tuple) and node in w.capture.states:
         return state_dims.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)

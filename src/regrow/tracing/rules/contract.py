@@ -34,7 +34,7 @@ def addmm(w: Walk, node: Node) -> Dims:
 
 
 def matmul(w: Walk, node: Node, first: int = 0) -> Dims:
-    """Rule for matrix products: ties the summed dimensions of both factors, and batch dimensions by broadcasting."""
+    """Rule for ``a @ b``: ties summed dimensions, and batches by broadcasting; ``first``: which argument is ``a``."""
     a, b = operand_of(node, first), operand_of(node, first + 1)
     left, right = w.of(a), w.of(b)
     _tie_contraction(w, node, (a, len(left) - 1), (b, max(len(right) - 2, 0)))
@@ -86,7 +86,7 @@ def einsum(w: Walk, node: Node) -> Dims:
 
 
 def _parse_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Return the letters of each operand, and of the result; an ellipsis is replaced by spare letters."""
+    """Return the letters of each operand, and of the result; ``ranks``: dimensions of each, to fill an ellipsis."""
     assert "->" in equation  # without it, the letters of the result would follow from those of the operands
     left, _, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -97,7 +97,7 @@ def _parse_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 
 
 def _tie_contraction(w: Walk, node: Node, *summed: tuple[Node, int]) -> None:
-    """Tie the dimensions (operand, index) over which two operands are summed; the first reads, both consume."""
+    """Tie the two dimensions (operand, index) that are summed over; the first operand reads it, both consume it."""
     (x, i), (other, k) = summed
     w.unify(node, w.of(x)[i], w.of(other)[k])
     w.add_reading(node, x, i, weight=w.source(other))
@@ -145,7 +145,7 @@ def convolution(w: Walk, node: Node) -> Dims:
 
 
 def _tie_channels(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, transposed: bool) -> Expr:
-    """Tie the input channels to the kernel, per group, and return the output channels."""
+    """Tie the input channels to the dimensions of a kernel, per group, and return the output channels."""
     first, second = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
     if groups == 1:
         w.unify(node, channels, second)
@@ -198,7 +198,7 @@ def embedding(w: Walk, node: Node) -> Dims:
 
 
 def grouped_product(w: Walk, node: Node) -> Dims:
-    """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
+    """Rule for the grouped product of experts, ``y[s] = x[s] W[e(s)]`` for row s, with ``W`` as [experts, in, out]."""
     x, weight, ends = (operand_of(node, i) for i in range(3))
     rows, kernel = w.of(x), w.of(weight)
     _tie_contraction(w, node, (x, 1), (weight, 1))
@@ -266,7 +266,11 @@ def recurrent_cell(w: Walk, node: Node) -> Value:
 def _tie_direction(
     w: Walk, node: Node, gates: int, params: Sequence[Node], biased: bool, read: Expr, lead: Sequence[Expr]
 ) -> tuple[Expr, Expr]:
-    """Tie the weights of a layer's direction to its input ``read``; return its hidden units and its output."""
+    """Tie the weights of a layer's direction to its input ``read``; return its hidden units and its output.
+
+    ``gates``: how many blocks of hidden units the rows of a weight have; ``params``: weights for input and state, their
+    biases if ``biased``, and a projection, if any; ``lead``: the input's dimensions (time, batch) before ``read``.
+    """
     weight_ih, weight_hh, *rest = params
     biases, projection = rest[: 2 * biased], rest[2 * biased :]
     units = d.Leaf(d.size(w.of(weight_ih)[0]) // gates)
@@ -293,7 +297,7 @@ def _tie_direction(
 
 
 def _tie_initial_state(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
-    """Tie an initial state ``[layers × directions, batch, units]`` to the units that start from it."""
+    """Tie an initial state [layers × directions, batch, units] to ``parts``, the units of each layer and direction."""
     units = w.stacked.get(state)
     if units is None:
         units = [w.of(state)[-1]] * (1 if op_name(uncast(state)) in _ALIKE else len(parts))
@@ -302,7 +306,10 @@ def _tie_initial_state(w: Walk, node: Node, state: Node, parts: list[Expr]) -> N
 
 
 def _final_state(w: Walk, node: Node, position: int, batch: Expr, parts: list[Expr]) -> Dims:
-    """Return the dimensions of a last state; units of several layers are tied unless each layer's is selected alone."""
+    """Return the dimensions of a last state, result ``position``; ``parts``: the units of each layer and direction.
+
+    Units of several layers are tied unless each layer's state is selected alone.
+    """
     results = [user for user in node.users if user.args[1] == position]
     for result in results if len(parts) > 1 else ():
         if all(_is_per_layer(user, result) for user in result.users):
@@ -314,7 +321,7 @@ def _final_state(w: Walk, node: Node, position: int, batch: Expr, parts: list[Ex
 
 
 def _is_per_layer(user: Node, state: Node) -> bool:
-    """Whether an operation selects one layer's state, or starts a layer from all of them."""
+    """Whether ``user`` selects one layer's part of a state, or starts a recurrent layer from all of them."""
     if op_name(user) == "select":
         return as_int(user.args[1]) == 0
     return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]

@@ -171,7 +171,7 @@ def weight_norm(w: Walk, node: Node) -> Dims:
 
 
 def topk(w: Walk, node: Node) -> Value:
-    """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
+    """Rule for ``topk``: dropped units count as −∞; freezes the dimension unless its positions are only counted."""
     dims, axis = w.along(node, 2, -1)
     leaf, k = d.resolve(dims[axis]), as_int(node.args[1])
     positions = [user for user in node.users if user.args[1] == 1]
@@ -188,7 +188,7 @@ def topk(w: Walk, node: Node) -> Value:
 
 
 def _only_counted(positions: Node) -> bool:
-    """Whether positions are only counted and used to order rows, so that renumbering them does no harm."""
+    """Whether positions (a node) are only counted and used to order rows, so that renumbering them does no harm."""
     for user in positions.users:
         name = op_name(user)
         if name == "sort":

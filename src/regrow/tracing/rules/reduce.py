@@ -55,7 +55,7 @@ def prelu(w: Walk, node: Node) -> Dims:
 
 
 def _reduced_dims(w: Walk, node: Node, position: int = 1) -> list[int]:
-    """Return the indices of the dimensions that an operation runs over; all of them if it names none."""
+    """Return the indices of dimensions that ``dim`` or the argument at ``position`` names; all if it names none."""
     rank = len(w.first(node))
     over = argument(node, position, "dim", "dims")
     return list(range(rank)) if over is None or over == [] else [axis % rank for axis in as_ints(over)]
@@ -80,7 +80,7 @@ def total(w: Walk, node: Node) -> Dims:
 
 
 def _read_by_norm(w: Walk, node: Node, over: list[int]) -> None:
-    """Record that a vector norm reads dimensions: of orders 1 and 2 dropped units count as 0; others freeze them."""
+    """Record that a vector norm reads dimensions ``over``: at orders 1, 2 dropped units are 0; others freeze them."""
     order = node.args[1] if len(node.args) > 1 else 2
     for i in over:
         if order in (1, 2):
@@ -112,7 +112,7 @@ def softmax(w: Walk, node: Node) -> Dims:
 
 
 def extreme(w: Walk, node: Node) -> Value:
-    """Rule for maxima and minima: dropped units count as ∓∞; used positions freeze it."""
+    """Rule for maxima and minima: dropped units count as ∓∞; freezes the dimension if the positions found are used."""
     if len(node.args) > 1 and isinstance(node.args[1], Node):
         return pointwise(w, node)
     over, dims = _reduced_dims(w, node), w.first(node)

@@ -158,14 +158,14 @@ def narrow(w: Walk, node: Node) -> Dims:
 
 
 def freeze_picked(w: Walk, node: Node, axis: int) -> Dims:
-    """Freeze a dimension from which an operation picks entries, and return the dimensions of its result."""
+    """Freeze the dimension at index ``axis``, from which an operation picks entries; return the result's dimensions."""
     dims = w.first(node)
     w.freeze(node, [dims[axis]])
     return replace_dim(dims, axis, w.frozen(node, shape_of(node)[axis]))
 
 
 def _has_other_cuts(node: Node, axis: int, half: int) -> bool:
-    """Whether other slices of the same dimension cut it into more than two halves."""
+    """Whether other slices cut dimension ``axis`` elsewhere than into two halves of ``half`` entries."""
     rank = len(shape_of(operand_of(node)))
     alike = [user for user in operand_of(node).users if op_name(user) == op_name(node) and len(user.args) > 1]
     ends = [end for user in alike if dim_index(user, 1, rank) == axis for end in slice_bounds(user)]
