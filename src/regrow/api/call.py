@@ -41,7 +41,7 @@ from regrow.streaming.opening import OpenedNetwork, open_network
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a call such as :func:`regrow.prune`, with its meanings: network, data, and the run's folder."""
+    """The arguments that calls such as :func:`regrow.prune` share, with the meanings that they have there."""
 
     model: ModelLike
     data: object = None
@@ -58,7 +58,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The network's name in the settings of a run: as given, or of an ``nn.Module`` that of its origin or class."""
+        """The network's name in the settings of a run: as given, or of a module that of its recorded build or class."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
     def read(self, progress: Progress = silent) -> Inputs:

@@ -46,7 +46,7 @@ class Inputs:
         return self.tests is self.sources
 
     def trace(self) -> AxisGraph:
-        """Return the axes of the network, traced with its example; a TraceError names the batch that it is, if any."""
+        """Return the axes of the network, traced with its example; a TraceError names the example's batch, if known."""
         try:
             return trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         except TraceError as error:
@@ -103,7 +103,7 @@ def require_weights(model: nn.Module) -> None:
 
 
 def explain_no_network(model: object, data: object) -> str:
-    """Return the error message for a ``model`` argument that is no network; ``data``: the argument after it."""
+    """Return the error message for a ``model`` that is no network; ``data``: the next argument, perhaps the network."""
     got = f"got a {type(model).__name__}"
     if isinstance(model, type):
         got = f"got the class {model.__name__}; write {model.__name__}()"

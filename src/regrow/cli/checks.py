@@ -105,7 +105,7 @@ def _check_data(values: Mapping[str, object]) -> None:
 
 
 def check_run_folder(out: Path) -> None:
-    """Raise StoreError unless a run can write its folder: new, empty, or with a run; temporary files are deleted."""
+    """Raise StoreError unless a run can write its folder: new, empty, or with a run; delete what killed runs left."""
     check_replaceable(out)
     clear_leftovers(out)
     if not out.is_dir():

@@ -177,9 +177,10 @@ def _make_parameters(settings_class: type["DataclassInstance"]) -> list[click.Pa
 
 
 def _take_settings(settings_class: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
-    """Remove the settings' values and ``config`` from ``context.params``, and return the settings made of both.
+    """Remove the settings' values and ``config`` from ``context.params``, and return the settings made of them.
 
-    With ``--resume``, which takes those of its run, return ``None``; raise UsageError if any is given besides.
+    ``config``: a run whose settings count where the command line gives none. With ``--resume``, which takes those of
+    its run, return ``None``, or raise UsageError if one is given besides.
     """
     stated: dict[str, Any] = {}
     options = []

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iterator[Invocation]":
     """Context manager: yield an ``Invocation``, with which the block runs a job that writes ``out``; print the result.
 
-    ``code``, ``memory``: the values of these options; empty: not given. Of several processes, only rank 0 prints and
-    writes the page.
+    ``out``: the run folder, which was checked to be given; ``code``, ``memory``: the values of these options; empty:
+    not given. Of several processes, only rank 0 prints and writes the page.
     """
     assert out is not None  # as `check_command_line` found
     from regrow.jobs.recording import Invocation

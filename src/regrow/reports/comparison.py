@@ -34,7 +34,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs, on the text domains and tasks on which all were evaluated; seen: by all runs, in calibration."""
+    """Compare runs on the text domains and tasks that all evaluated; a domain is seen if all runs calibrated on it."""
     seen_by_run = [{row.name: row.seen for row in run.quality if row.after is not None} for run in runs]
     names = [name for name in seen_by_run[0] if all(name in seen for seen in seen_by_run)]
     seen_in = {name: [seen[name] for seen in seen_by_run] for name in names}  # whether each run saw it

@@ -78,7 +78,7 @@ def to_html(runs: Sequence[Run]) -> str:
 
 
 def group_strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
-    """Return the kinds of axes to draw: the first ``MAX_STRIPS`` of several axes, then all kinds of one axis as one."""
+    """Return the kinds to draw: the first ``MAX_STRIPS`` with several axes, then those of one axis, as one kind."""
     several = [kind for kind in widths if len(kind.rows) > 1][:MAX_STRIPS]
     single = [row for kind in widths if len(kind.rows) == 1 for row in kind.rows]
     return [*several, AxisKind("other axes", single)] if single else several

@@ -73,7 +73,7 @@ class Summary:
 
 
 def summarise(run: Run) -> Summary:
-    """Return what the head of the page of a run says; what, depends on the command that made it."""
+    """Return what the head of a run's page says: its result in a sentence, figures, details and warnings."""
     summarisers = {"learn": _summarise_learning, "search": _summarise_search}
     summary = summarisers.get(run.file.verb, _summarise_change)(run)
     if not run.file.finished:
@@ -285,7 +285,7 @@ def quality_table(run: Run) -> SummaryTable:
 
 
 def accuracy_table(run: Run) -> SummaryTable:
-    """Return a table: a row before learning and after each task, a column with the accuracy on each; of 40 at most."""
+    """Return a table of accuracies: a row before learning and after each task, a column per task; 40 tasks at most."""
     results, most = run.task_results, 40  # tasks in rows and columns
     names = results.names[:most]
     columns = ["After learning", *names, "Parameters"]

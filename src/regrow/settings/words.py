@@ -17,7 +17,8 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 def format_command_line(settings: "DataclassInstance", *further: str) -> str:
     """Return the shell command, quoted, that runs with settings; ``further`` words are appended.
 
-    Settings that have their default are left out, unless they are required or their declaration shows them always.
+    Settings that have their default are left out, but for required ones, those of which one must be given, and those
+    that are ``always_shown``.
     """
     settings_class = type(settings)
     options = list_options(settings_class)
