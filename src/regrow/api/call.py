@@ -41,30 +41,32 @@ from regrow.streaming.opening import OpenedNetwork, open_network
 
 @dataclass(frozen=True)
 class Call:
-    """What a call from Python is given, as for ``prune``: its network, its data, and where it is written."""
+    """The arguments that calls such as :func:`regrow.prune` share, with the meanings that they have there."""
 
     model: ModelLike
     data: object = None
-    validation: object = None
-    example: object = None
+    validation: object = None  # data on which quality is measured
+    example: object = None  # the input with which the network is traced
     loss: LossLike = None
     tokenizer: Any = None
     batch_size: int = 32
     device: DeviceLike = None
     precision: str = "float32"
-    axes: AxisGraph | None = None  # their example is then that of the network
-    out: str | Path | None = None
-    generators: tuple[Generator, ...] = ()  # of the loaders that are given
+    axes: AxisGraph | None = None  # the network's, if known; their example then replaces ``example``
+    out: str | Path | None = None  # the run folder to write; None: nothing is written
+    generators: tuple[Generator, ...] = ()  # the random generators of the loaders in the data (``with_generators``)
 
     @property
     def name(self) -> str:
-        """The name of the network in the settings of a run: as given, or of a network by its origin."""
+        """The network's name in the settings of a run: as given, or of a module that of its recorded build or class."""
         return describe_origin(self.model).name if isinstance(self.model, nn.Module) else str(self.model)
 
     def read(self, progress: Progress = silent) -> Inputs:
         """Load the network if it is named, move it to the device, read the data, and choose example and objective.
 
-        Raises InputError for what is no network, one without weights, or if there is no input to run it with.
+        The example is that of ``axes``, else the one given, that of the loaded network, or the first batch. A network
+        that was given is itself moved. Raises InputError for what is no network, for data with a network without
+        weights, for a precision that does not fit it, or without any input to run it with.
         """
         device = None if self.device is None else choose_device(self.device)
         model, tokenizer = self.model, self.tokenizer
@@ -105,9 +107,9 @@ class Call:
         return Inputs(network, sources, objective, tests, where)
 
     def open_files(self, memory: str) -> tuple[OpenedNetwork, Inputs]:
-        """Open a named network without its weights, and read the data; InputError for a network that is no name.
+        """Open a network given by its name or path, without its weights, and read the data; InputError for a module.
 
-        ``memory`` is the caller's limit, for messages.
+        ``memory``: the user's limit such as ``"4GiB"``, used in the error text alone.
         """
         if not isinstance(self.model, str | Path):
             raise InputError(
@@ -121,23 +123,30 @@ class Call:
         return opened, Inputs(network, sources, objective, tests)
 
     def describe_inputs(self, inputs: Inputs, weights: Callable[[], Sequence[float]]) -> dict[str, object] | None:
-        """Return what the result of a call depends on besides settings, as :meth:`describe_data` does.
+        """Return digests of data and weights for ``run.json``, as :meth:`describe_data`; ``None`` without a folder.
 
-        ``weights`` returns a sum of each parameter; it is called only if there is a folder.
+        ``inputs``: what :meth:`read` returned; ``weights`` returns a sum of each parameter, and is called only with a
+        folder.
         """
         tests = () if inputs.evaluates_on_calibration else inputs.tests
         validation = (replace(test, name=f"validation {test.name}") for test in tests)
         return self.describe_data((*inputs.sources, *validation), weights, {})
 
     def _read_data(self, reading: ReadOptions) -> tuple[tuple[Source, ...], tuple[Source, ...], Objective | None]:
-        """Return the sources, those for validation (the same tuple without data for it), and the objective."""
+        """Return (sources, sources for validation, objective), read as ``reading`` says.
+
+        Without validation data, the second is the same tuple as the first. The objective is ``None`` without data.
+        """
         sources = tuple(to_sources(self.data, reading))
         tests = sources if self.validation is None else tuple(to_sources(self.validation, reading))
         labelled = next((source.batches[0] for source in (*sources[:1], *tests[:1])), None)
         return sources, tests, choose_objective(self.loss, labelled) if labelled is not None else None
 
     def with_generators(self, **data: object) -> "Call":
-        """Return this call with the random generators of its data; raise InputError for iterators with ``out=``."""
+        """Return this call with the random generators of loaders in ``data`` (argument → value); without out, itself.
+
+        Raise InputError, with ``out``, for an iterator in the data, which a resumed run could not read again.
+        """
         if self.out is None:
             return self
         generators: list[Generator] = []
@@ -152,7 +161,11 @@ class Call:
         return replace(self, generators=tuple(generators))
 
     def start_run(self, verb: str, progress: Progress, changed: nn.Module | None = None) -> ActiveRun:
-        """Return the run of a call, in its folder if it has one; ``changed``: the network to record, not ``model``."""
+        """Return the run to carry out, recorded in ``out`` if that is given; nothing is written yet.
+
+        ``verb``: the name of the function, such as ``"prune"``; ``changed``: the network whose class names the run,
+        instead of ``model``.
+        """
         if self.out is None:
             return ActiveRun(UNRECORDED, progress=progress)
         model = self.model if changed is None else changed
@@ -163,26 +176,27 @@ class Call:
     def describe_data(
         self, sources: Iterable[Source], weights: Callable[[], Sequence[float]], arguments: Mapping[str, object]
     ) -> dict[str, object] | None:
-        """Return what the result of a call depends on besides settings, as JSON data; ``None`` without a folder.
+        """Return what a result depends on besides settings, as JSON data for ``run.json``; ``None`` without a folder.
 
-        Of each source that is a digest of its first batch, which tells most data apart without reading all. The state
-        of every random generator is afterwards what it was before: a folder changes no result.
+        Of each source that is a digest of its first batch, which tells most data apart without reading all;
+        ``weights`` returns a sum of each parameter; ``arguments``: further entries, added as they are. The state of
+        every random generator is afterwards what it was before: a folder changes no result.
         """
         if self.out is None:
             return None
         with preserve_random_state(self.generators):
             seed_generators()
             data = {source.name: fingerprint(Source(source.name, list(islice(source, 1)))) for source in sources}
-        return {"data": data, "loss": describe_argument(self.loss), **arguments, "weights": digest_json(weights())}
+        return {"data": data, "loss": describe_argument(self.loss), **arguments, "weights": digest_repr(weights())}
 
 
-def digest_json(value: object) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of JSON data."""
+def digest_repr(value: object) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a value's ``repr``, such as of numbers or JSON text."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def describe_argument(value: object) -> str:
-    """Return what a run records of an argument that may be code: its text, without the address of a function.
+    """Return what a run records of an argument that may be a function: its text without address; ``None``: empty.
 
     >>> from functools import partial
     >>> describe_argument(None), describe_argument("regression"), describe_argument(partial(round, ndigits=2))
@@ -192,7 +206,7 @@ def describe_argument(value: object) -> str:
 
 
 def _walk(value: object) -> Iterator[object]:
-    """Yield a value and, of lists, tuples and mappings, what is in them, at any depth."""
+    """Yield a value itself, then, of lists, tuples and mappings, the values in them, at any depth; not the keys."""
     yield value
     if isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:

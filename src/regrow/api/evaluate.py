@@ -60,7 +60,10 @@ def evaluate(
 
 
 def _open_inputs(call: Call, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:
-    """Open the network, one block at a time if ``memory`` does not hold it, and read the data; InputError without."""
+    """Open the network and read the data; InputError without data, ResourceError if nothing fits into ``memory``.
+
+    With ``memory``, such as ``"4GiB"``, a network that does not fit is opened to be read one block at a time.
+    """
     opened = plan = None
     if memory:
         opened, inputs = call.open_files(memory)

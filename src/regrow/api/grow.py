@@ -57,8 +57,9 @@ def grow(
         mlp: How many hidden neurons every MLP gains: a number, or a share of the width, rounded up (``"+25%"``).
         heads: How many attention heads every attention gains; whole groups where key-value heads are shared.
         channels: How many channels the convolutions inside of blocks gain.
-        blocks: How many copies of residual blocks, which pass their input on, every stack gains; or path → how many.
-        axis: Axis key, or a pattern of keys → how many units such axes gain.
+        blocks: How many blocks every stack of residual blocks gains, copies that pass their input on until they are
+            trained; or path (or pattern) of a stack → how many.
+        axis: Axis key, or a pattern of keys or tensor names → how many units each such axis gains.
         fill: How new units are initialised: ``"zero_out"`` or ``"split"`` (:class:`regrow.Fill`).
         seed: The random seed of the fill.
         data: What the grown network is trained on, as for :func:`regrow.prune`.
@@ -102,7 +103,7 @@ def grow(
 
 
 def _open_inputs(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
-    """Open the network, trace it, and read the data."""
+    """Load the network if it is named, trace it unless its axes are given, and read the data."""
     inputs = call.read(run.progress)
     return GrowInputs(
         inputs.for_saving(),
@@ -114,7 +115,10 @@ def _open_inputs(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
 
 
 def _check_training(data: Any, steps: int, train: str) -> tuple[str, ...]:
-    """Return the names of the data in the settings; raise InputError if steps lack data, or data steps."""
+    """Return the names of the data, as settings have them: the keys of a dict, ``"data"``, or none without data.
+
+    Raise InputError for steps without data, data without steps, or a ``train`` that is neither ``new`` nor ``all``.
+    """
     if bool(steps) != (data is not None) or train not in ("new", "all"):
         got = f"steps={steps}, train={train!r:.20}"
         raise InputError(f"training takes data=, steps= and train='new' or 'all'; got {got}")
@@ -133,7 +137,7 @@ def _format_amount(amount: Amount) -> str:
 
 
 def _format_amounts(amounts: Amount | Mapping[str, Amount] | None) -> tuple[str, ...]:
-    """Return amounts by name as the command line takes them, ``NAME=+8``; a single amount, for all, as ``+8``."""
+    """Return name → amount as texts ``NAME=+8``, a single amount, which is for all, as ``+8``, and none as ``()``."""
     if isinstance(amounts, Mapping):
         return tuple(f"{name}={_format_amount(amount)}" for name, amount in amounts.items())
     return (_format_amount(amounts),) if amounts else ()

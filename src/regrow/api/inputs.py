@@ -29,24 +29,24 @@ LossLike = str | LossFunction | Objective | None
 class Inputs:
     """A network with everything that is needed to trace it, measure it and train it."""
 
-    loaded: Loaded
-    sources: tuple[Source, ...] = ()
-    objective: Objective | None = None  # what the network is trained for; None without data
-    tests: tuple[Source, ...] = ()  # the data on which quality is measured
+    loaded: Loaded  # the network with its tokenizer and the example with which it is traced
+    sources: tuple[Source, ...] = ()  # the data to calibrate or train on; empty without data
+    objective: Objective | None = None  # the loss and score of the data; None without data
+    tests: tuple[Source, ...] = ()  # the data on which quality is measured; without such, `sources` itself
     where: str = ""  # what messages call the batch that the example is; empty: it comes from elsewhere
 
     @property
     def model(self) -> nn.Module:
-        """The network."""
+        """The network, on its device."""
         return self.loaded.model
 
     @property
     def evaluates_on_calibration(self) -> bool:
-        """Whether ``tests`` is ``sources`` itself, not a copy; labels of the run's data need not fit."""
+        """Whether quality is measured on ``sources``, since no other data were given (``tests`` is the same tuple)."""
         return self.tests is self.sources
 
     def trace(self) -> AxisGraph:
-        """Return the axes of the network; raise TraceError, which names the batch that the example is, if known."""
+        """Return the axes of the network, traced with its example; a TraceError names the example's batch, if known."""
         try:
             return trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         except TraceError as error:
@@ -55,14 +55,14 @@ class Inputs:
             raise TraceError(f"{self.where}: {error}") from error
 
     def with_example(self, batch: Batch) -> "Inputs":
-        """Return these inputs with a batch as the example, moved to the device of the network."""
+        """Return a copy whose example to trace with is a batch, without labels, on the device of the network."""
         batch = batch.to(device_of(self.model))
         return replace(self, loaded=replace(self.loaded, example=Example(batch.args, batch.kwargs)))
 
     def for_saving(self) -> Loaded:
-        """Return the network as it is saved: with the first two rows of its example, where these are examples.
+        """Return the network as it is saved: with two rows of its example, where the first dimension is the batch.
 
-        That is known of a single tensor, and of inputs by the names that transformers uses.
+        That is known of a single tensor, and of inputs by the names that transformers uses; else the example is whole.
         """
         example = self.loaded.example
         parts = [*example.args, *example.kwargs.values()]
@@ -75,9 +75,10 @@ class Inputs:
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:
-    """Return how the data of a network are read; ``size`` is the height and width of images from files, in pixels.
+    """Return how data are read for a network: in its dtype, if it has a single one, ``batch_size`` examples at a time.
 
-    Images are normalised unless the ``origin`` of the network says that regrow built it itself.
+    ``tokenizer``: for text, or ``None``; ``size``: height and width of images from files, in pixels. Images are
+    normalised unless the network's ``origin`` denies it. Labels of causal language models are shifted by one token.
     """
     shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     origin = getattr(model, "origin", None)
@@ -88,12 +89,12 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
 
 
 def find_side(inputs: Sequence[object]) -> int:
-    """Return the last size of the first tensor, the side of images in pixels; 224 if there is no tensor."""
+    """Return the last size of the first tensor among ``inputs``, the width of images in pixels; 224 without tensor."""
     return next((value.shape[-1] for value in inputs if isinstance(value, Tensor)), 224)
 
 
 def require_weights(model: nn.Module) -> None:
-    """Raise InputError for a network on the device meta, which cannot be run on data."""
+    """Raise InputError for a network on the device ``meta``, which has no weights and cannot be run on data."""
     if device_of(model).type == "meta":
         raise InputError(
             "the network is on the device meta and has no weights; give it some: model.to_empty(device='cpu'), then "
@@ -102,7 +103,7 @@ def require_weights(model: nn.Module) -> None:
 
 
 def explain_no_network(model: object, data: object) -> str:
-    """Return the message for a ``model`` that is no network: what was given instead, and the remedy."""
+    """Return the error message for a ``model`` that is no network; ``data``: the next argument, perhaps the network."""
     got = f"got a {type(model).__name__}"
     if isinstance(model, type):
         got = f"got the class {model.__name__}; write {model.__name__}()"
@@ -112,7 +113,9 @@ def explain_no_network(model: object, data: object) -> str:
 
 
 def to_example(example: Any) -> Example:
-    """Return an example input as users write it: a tensor, a tuple or list, a dict of inputs by name, or a batch.
+    """Convert an example input: a tensor, a tuple or list of inputs, a dict of inputs by name, or a batch.
+
+    Raise InputError for anything else, ``None`` and tuples of integers (sizes) included. Tensors are not copied.
 
     >>> import torch
     >>> to_example({"x": torch.ones(1)}).kwargs

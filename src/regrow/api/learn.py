@@ -46,8 +46,9 @@ class Learned:
         model: The trained network, without any part of the method: the one that was given, changed in place.
         axes: Its axes; empty if the method changes no shapes.
         tasks: The names of the tasks.
-        scores: ``scores.rows[i][j]``: the score on task j after learning task i (of classes: accuracy), with averages.
-        plans: Every change of shape, in order.
+        scores: ``scores.rows[i][j]``: the score on task j after learning task i (of classes: accuracy), NaN where
+            it was not measured; ``scores.before[j]``: that before any task was learned.
+        plans: Every change of shape, in the order in which they were applied to ``model``.
         rows: One row per task: parameters, multiply–accumulates of one example, bytes of state, seconds.
     """
 
@@ -68,14 +69,14 @@ class Learned:
         return format_html([Table("", ("after learning", *self.tasks), rows, range(1, len(rows) + 1))], self._summary())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """Return the task and its scores on all tasks, as text, after each task; "–" where it was not measured."""
+        """Return, per task learned, its name and then the score on every task, as text; "–" where none was measured."""
         return [
             (name, *("–" if score != score else f"{score:.3f}" for score in row))
             for name, row in zip(self.tasks, self.scores.rows, strict=False)
         ]
 
     def _summary(self) -> str:
-        """Return the average score and the forgetting after the last task, in one line."""
+        """Return one line: the average score after the last task, and forgetting, the mean fall from the best score."""
         return f"average {self.scores.average:.3f}, forgetting {self.scores.forgetting or 0:.3f}"
 
 
@@ -156,7 +157,10 @@ def learn(
 def _open_inputs(
     call: Call, config: Settings, net: Inputs, tasks: list[Task], optimizer: OptimizerLike, run: ActiveRun
 ) -> LearnInputs:
-    """Return the inputs of a run, with what is recorded of them; InputError if loss, network and data do not fit."""
+    """Return the inputs of a run, with what is recorded of them; InputError if loss, network and data do not fit.
+
+    ``net``: the network; its example is replaced by the first batch of the first task if the call has none.
+    """
     learner = build_learner(config.method, config.method_settings, config.seed)
     batch = first_batch(tasks[0])
     objective = find_objective(net.model, call.loss, batch)
@@ -179,9 +183,10 @@ def _open_inputs(
 
 
 def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
-    """Return what a network is trained for, after computing the loss of a batch; raises what a loss that fails raises.
+    """Return the loss and score with which a network is trained, after it has run on a batch in eval mode as a test.
 
-    A loss that is a function is not computed, as outputs may depend on the mode.
+    A named loss is computed, too, and raises what does not fit. A loss that is a function is not, as outputs may
+    depend on the mode; with a network that returns its own loss, nothing runs.
     """
     objective = choose_objective(loss, batch)
     if objective is not OWN:
@@ -194,7 +199,10 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
 
 
 def with_optimizer(schedule: TaskSchedule, optimizer: OptimizerLike) -> TaskSchedule:
-    """Return the schedule with an optimizer, given by name or as a function; InputError if it is neither."""
+    """Return a copy of the schedule with an optimizer, given by name or as a function (parameter groups) → optimizer.
+
+    Raise InputError for anything else. Names are not checked here.
+    """
     if isinstance(optimizer, str):
         return replace(schedule, optimizer=optimizer)
     if callable(optimizer):
@@ -206,7 +214,7 @@ def with_optimizer(schedule: TaskSchedule, optimizer: OptimizerLike) -> TaskSche
 
 
 def first_batch(task: Task) -> Batch:
-    """Return the first two training examples of a task as a batch, with labels."""
+    """Return the first two training examples of a task (or its only one) as a batch, with labels."""
     first = first_examples(task.train, 2)
     where = f"source {task.name!r}, first examples"
     if isinstance(first.inputs, Mapping):

@@ -62,10 +62,11 @@ def prune(
             a dict of such by name. Methods that score by weights need none.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction of the weights of linear layers and convolutions (of a decoder) that stays; ``None``: 0.8.
-        target: A size instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
-            ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share of what the
-            network has, ``"params=70%"``.
+        keep: The fraction of the weights of linear layers and convolutions that stays (of a language model:
+            without embeddings and output layer); ``None``: 0.8.
+        target: The largest allowed size, instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``,
+            ``"bytes=200M"``, ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share
+            of what the network has, ``"params=70%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
         loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or a
@@ -75,18 +76,21 @@ def prune(
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16.
         axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
-        only: Patterns; only axes all of whose tensors match one are cut; empty: all.
-        exclude: Patterns; axes with a tensor that matches one are left uncut.
-        marks: Which marks of axes are cut.
+        only: Patterns of tensor names, such as ``"mlp"`` or ``"layers.1*"``; only axes all of whose tensors match one
+            are cut; empty: all.
+        exclude: Patterns of tensor names; axes with a tensor that matches one are left uncut.
+        marks: Only axes with one of these marks are cut. ``"neutral"``: the cut equals setting units to 0; the others
+            are in :class:`regrow.core.axes.Mark`.
         round_to: Widths are multiples of this number where an axis has that many units.
-        regular: Whether every block gets the same widths.
+        regular: Whether every block gets the same widths; which units stay is still chosen per block.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
 
     Returns:
-        The same model, smaller, and the plan. Warnings tell of a source that was split, and of BatchNorms without data.
+        The network, smaller, and the plan of the cut, as :func:`regrow.apply` takes it. Warnings are issued for a
+        source that was split, since the method compares several, and for BatchNorms that no data measure again.
 
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
@@ -111,7 +115,7 @@ def prune(
 
 
 def _with_size(config: Settings, keep: float | None, target: str, smaller: str | float | None) -> Settings:
-    """Return the settings with the size given in one of three ways (none: keep 0.8); InputError if in several."""
+    """Return a copy of the settings with the size, given in one of three ways (none: keep 0.8); InputError for more."""
     sizes = {"keep": keep, "target": target or None, "smaller": smaller}
     arguments = [f"{name}={value}" for name, value in sizes.items() if value is not None]
     if len(arguments) > 1:
@@ -122,7 +126,10 @@ def _with_size(config: Settings, keep: float | None, target: str, smaller: str |
 
 
 def _open_inputs(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
-    """Open the network, trace it, and read the data; for reconstruction, batches of unequal lengths are refused."""
+    """Load the network if it is named, trace it unless its axes are given, and read the data.
+
+    ``reconstruct``: layers are fitted after the cut, so that sources with batches of unequal lengths are refused.
+    """
     inputs = call.read(run.progress)
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.api.call import Call, digest_json
+from regrow.api.call import Call, digest_repr
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
@@ -55,7 +55,8 @@ def recover(
         model: The network after the cut, changed in place.
         dense: The network before the cut.
         plan: The plan of the cut, as :func:`regrow.prune` returned it.
-        data: The data to learn from, as for :func:`regrow.prune`; the last part of each source is held out.
+        data: The data to learn from, as for :func:`regrow.prune`; the last part of each source is held out
+            (an eighth; the setting ``held_out``).
         validation: With ``out``: labelled data on which the quality of all three networks is measured; ``None``: it is
             not.
         by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``lora``, ``distil``.
@@ -73,7 +74,9 @@ def recover(
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
-        A summary: the held-out error before and after, and what the method counts.
+        A summary as JSON data: of ``refit`` the ``layers`` with their errors before and after, those ``left_out`` with
+        the reason, and the ``target``; of ``lora`` and ``distil`` the ``steps``, the ``best`` one, which is restored,
+        the ``history`` of held-out losses, and the number of ``trained`` parameters.
 
     Raises:
         ValueError: If the method or a setting is unknown, or the data are of no use for it.
@@ -104,7 +107,10 @@ def recover(
 
 
 def _open_inputs(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> RecoverInputs:
-    """Read the data, trace the dense network, and move the cut network to its device; InputError without data."""
+    """Read the data, trace the dense network, and move ``model``, the cut one, to its device; InputError without data.
+
+    ``call``: the arguments, whose network is the dense one; ``plan``: that of the cut.
+    """
     inputs = call.read(run.progress)
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
@@ -115,8 +121,8 @@ def _open_inputs(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> Re
     small = replace(inputs.for_saving(), model=model, origin=describe_origin(model))
     recorded = call.describe_inputs(inputs, partial(parameter_sums, model))
     if recorded is not None:
-        recorded["dense"] = digest_json(parameter_sums(dense))
-        recorded["plan"] = digest_json(replace(plan, origin={}).to_json())
+        recorded["dense"] = digest_repr(parameter_sums(dense))
+        recorded["plan"] = digest_repr(replace(plan, origin={}).to_json())
     halves = SourceHalves(inputs.sources, () if call.validation is None else inputs.tests)
     return RecoverInputs(
         replace(small, model=dense), small, axes, plan, halves, objective=inputs.objective, python_call=recorded
@@ -124,7 +130,7 @@ def _open_inputs(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> Re
 
 
 def _check_dense(model: nn.Module, dense: nn.Module) -> None:
-    """Raise InputError if the dense network is smaller somewhere than the one that was cut from it."""
+    """Raise InputError if a parameter of ``dense`` is smaller in some dimension than that of its name in ``model``."""
     parameters = dict(dense.named_parameters())
     for name, small in model.named_parameters():
         large = parameters.get(name, small)
@@ -157,8 +163,8 @@ def finetune(
         model: The network, changed in place and left in the mode it was in; or a model's name or a run folder.
         data: The training data, as for :func:`regrow.prune`, with labels; or batches for a network that returns its
             own loss, as detection models do.
-        epochs: Passes over the data.
-        lr: The first learning rate.
+        epochs: Passes over each source of the data; several are trained on one after the other.
+        lr: The first learning rate, of each source.
         weight_decay: Weight decay.
         loss: The loss, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
@@ -167,11 +173,11 @@ def finetune(
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16; weights,
             sums and surgery keep their formats.
         seed: Seed of the order of batches, and of Dropout.
-        recalibrate: Whether the running statistics of BatchNorms are measured anew afterwards.
+        recalibrate: Whether the running statistics of BatchNorms are measured on the data again afterwards.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
-        The network.
+        The network: the one that was given, or the loaded one.
 
     Raises:
         ValueError: If there are no data, or the loss is not finite.

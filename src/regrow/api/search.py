@@ -63,7 +63,7 @@ def search(
             ``"nonzero=50k"``, ``"ms=12"`` (a batch on this device); or a share of what it has, ``"macs=50%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         validation: Data for the reported scores; ``None``: a fifth of ``data`` (read into memory if it has no indices).
-        test: With ``out``: data on which the found network is tested once, if its score is a share.
+        test: With ``out``: data on which the found network is tested once; recorded if the score is between 0 and 1.
         method: One of ``regrow.methods.SEARCHERS``.
         settings: Settings that differ from the method's defaults; images are shifted and mirrored by ``augment=True``.
         loss: The loss, as for :func:`regrow.prune`.
@@ -107,7 +107,10 @@ def search(
 
 
 def _open_inputs(call: Call, test: object, config: Settings, optimizer: OptimizerLike, run: ActiveRun) -> SearchInputs:
-    """Open the network, trace it, and split the data into those to train on, to validate on and to test on."""
+    """Load the network if it is named, trace it, and split the data into those to train, to validate and to test on.
+
+    ``test``: the data to test on, or ``None``; ``call`` has the others.
+    """
     example = Example() if call.example is None else call.example  # empty: the data are read below
     net = replace(call, data=None, validation=None, example=example, axes=None).read(run.progress)
     task, test_examples = _read_task(net, (call.data, call.validation, test), config.batch_size, config.seed)
@@ -143,9 +146,10 @@ def _format_target(target: str | Target, smaller: str | float | None) -> str:
 
 
 def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: int) -> tuple[Task, ExampleSet | None]:
-    """Return the task to train and validate on, and the examples to test on (``None`` if there are none).
+    """Return the task to train on, whose test examples are for validation, and the examples to test on, if any.
 
-    ``data`` is for training, validation and test; without data for validation, a fifth is held out at random.
+    ``data``: (training, validation, test), the last two may be ``None``; without data for validation, a fifth of the
+    training data, chosen by ``seed``, is held out.
     """
     reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, find_side(net.loaded.example.args))
     train_data, validation_data, test_data = data

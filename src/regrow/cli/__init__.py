@@ -9,7 +9,7 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line with the process's arguments, and exit with its exit code."""
+    """Run the command line with the process's arguments, and exit the process with its exit code."""
     open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)  # until the modules of the command are imported
@@ -27,20 +27,20 @@ def main() -> None:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C while modules are imported, which may swallow an exception: end the process."""
+    """End the process at Ctrl-C (a signal handler): for imports, which may swallow an exception."""
     os.write(2, b"regrow: stopped; nothing was written\n")
     os._exit(INTERRUPTED)
 
 
 def run_command(words: list[str]) -> int:
-    """Run one command, given without the program's name, and return its exit code; imports the commands first."""
+    """Import the commands, run one, and return its exit code; ``words``: the command line without ``regrow``."""
     from regrow.cli import app
 
     return app.run_command(words)
 
 
 def open_closed_streams() -> None:
-    """Open standard streams that are closed on the null device, for the life of the process.
+    """Replace each closed standard stream by the null device, for the life of the process.
 
     A closed descriptor would be taken by the next file that is opened, and messages of compiled code would land there.
     """

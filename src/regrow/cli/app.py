@@ -41,7 +41,7 @@ for verb in VERBS:
 
 
 def run_command(words: list[str]) -> int:
-    """Run one command; a failure is printed in one line, and an exit code of ``boundary.EXIT_CODES`` is returned."""
+    """Run the command in ``words``, print a failure in one line, and return an exit code of ``boundary.EXIT_CODES``."""
     limit_arenas()
     set_up_terminal()
     try:
@@ -57,7 +57,7 @@ def run_command(words: list[str]) -> int:
 
 
 def _report_error(error: Exception) -> int:
-    """Print an error, with its traceback if it is raised by no check of regrow, and return the exit code."""
+    """Print an error, with its traceback if regrow did not raise it on purpose, and return the exit code."""
     failure = boundary.classify_failure(error)
     if failure.traced:
         sys.stderr.write(escape_controls("".join(traceback.format_exception(error)), keep="\n"))

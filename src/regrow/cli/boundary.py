@@ -52,8 +52,8 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|
 class Failure:
     """The exit code and the line to print for a failure."""
 
-    code: int
-    line: str
+    code: int  # one of EXIT_CODES
+    line: str  # the problem and the remedy, without `regrow: `
     traced: bool = False  # whether the traceback is printed, too
 
 
@@ -86,7 +86,7 @@ def classify_failure(error: BaseException) -> Failure:
 
 
 def _classify_usage(error: click.ClickException) -> Failure:
-    """Return what is printed about an error of the command line, with ``--help`` as remedy if it names none."""
+    """Return what is printed about an error that click raised, with ``--help`` as remedy if its text names none."""
     line = error.format_message()
     if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
         line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
@@ -94,7 +94,7 @@ def _classify_usage(error: click.ClickException) -> Failure:
 
 
 def _choose_exit_code(error: ValueError) -> int:
-    """Return the exit code of an error that regrow raised on purpose, which the machine may have caused."""
+    """Return the code of an error that regrow raised: REFUSED, ENVIRONMENT if the machine is the cause, else USAGE."""
     if isinstance(error, RefusedError):
         return REFUSED
     if isinstance(error, ResourceError):
@@ -107,9 +107,10 @@ def _choose_exit_code(error: ValueError) -> int:
 
 @contextlib.contextmanager
 def record_interrupts() -> Iterator[list[int]]:
-    """Context manager: yield a list that gets the signal number at every Ctrl-C, besides raising KeyboardInterrupt.
+    """Context manager: yield a list that gets the signal number at every Ctrl-C, which raises KeyboardInterrupt, too.
 
-    Compiled code may turn that into another error. Another handler than Python's is left in place.
+    Compiled code may turn that into another error, so the list tells whether there was one. If the handler of Ctrl-C
+    is not Python's own, it is left in place, and the list stays empty.
     """
     signals: list[int] = []
 
@@ -129,7 +130,7 @@ def record_interrupts() -> Iterator[list[int]]:
 
 
 def _walk_causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that led to it, from the nearest on."""
+    """Yield an error, then those that led to it (``__cause__``, else ``__context__``), the nearest first."""
     visited: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in visited:
@@ -139,7 +140,7 @@ def _walk_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _classify_os_error(error: OSError) -> Failure:
-    """Return what is printed about an error of the system: the file, the reason, and a remedy."""
+    """Return what is printed about an error of the operating system: the file, the reason, and a remedy."""
     number = error.errno or 0
     name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
     where = f"{name}: " if name else ""
@@ -149,7 +150,7 @@ def _classify_os_error(error: OSError) -> Failure:
 
 
 def _is_raised_by_regrow(error: ValueError) -> bool:
-    """Whether a ``raise`` statement of regrow raised an error, not a function that it called, such as ``int("x")``."""
+    """Whether an error comes from a ``raise`` statement of regrow, not from within a call such as ``int("x")``."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -160,7 +161,10 @@ def _is_raised_by_regrow(error: ValueError) -> bool:
 
 
 def _find_user_line(tb: TracebackType | None) -> str:
-    """Return the innermost line of the user's own code in a traceback, as ``file:line in function``; empty: none."""
+    """Return the innermost line of the user's own code in a traceback, as ``file:line in function``; empty: none.
+
+    Code of regrow, of Python and of installed packages is not the user's.
+    """
     paths = sysconfig.get_paths()
     roots = (PACKAGE, *(Path(path) for name, path in paths.items() if name not in ("scripts", "data")))
     where = ""
@@ -172,7 +176,7 @@ def _find_user_line(tb: TracebackType | None) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error as ``KeyError: 'x'``, on one line."""
+    """Return an error as ``KeyError: 'x'``, on one line, its text cut to 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 
 

@@ -37,8 +37,8 @@ _DEVICE = re.compile(r"auto|(?:cpu|cuda|mps|xpu)(?::\d{1,3})?")
 def check_command_line(command: str, options: Mapping[str, Any]) -> None:
     """Raise ValueError or UsageError if a command line names something unusable, as far as names and files show.
 
-    ``options`` are the parsed parameters, with the settings as ``settings``. The errors are those that the command
-    itself would raise once it had loaded what it needs.
+    ``command``: its name, such as ``"prune"``; ``options``: parameter name → parsed value, with the dataclass of
+    settings as ``settings``. The errors are those that the command would raise once it had loaded what it needs.
     """
     values = dict(options)
     settings = values.pop("settings", None)
@@ -82,13 +82,16 @@ def check_command_line(command: str, options: Mapping[str, Any]) -> None:
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """Return ``run.json`` of a finished or unfinished run, or raise StoreError; ends a replacement that was killed."""
+    """Return the parsed ``run.json`` of a finished or unfinished run, or raise StoreError.
+
+    If a process was killed while it replaced the folder, the replacement is completed first.
+    """
     settle(folder)
     return read_run(find_unfinished(folder) or folder)
 
 
 def _check_data(values: Mapping[str, object]) -> None:
-    """Raise InputError unless every data set or text that ``data`` (of a search) or ``tasks`` name exists."""
+    """Raise InputError unless all data exist that ``values["data"]`` (of a search) or ``values["tasks"]`` name."""
     tasks = values.get("tasks")
     names = [str(values["data"])] if values.get("data") else []
     for spec in map(str, tasks if isinstance(tasks, tuple) else ()):
@@ -102,7 +105,7 @@ def _check_data(values: Mapping[str, object]) -> None:
 
 
 def check_run_folder(out: Path) -> None:
-    """Raise StoreError unless a run can write its folder: new, empty, or with a run; deletes what killed runs left."""
+    """Raise StoreError unless a run can write its folder: new, empty, or with a run; delete what killed runs left."""
     check_replaceable(out)
     clear_leftovers(out)
     if not out.is_dir():
@@ -114,7 +117,7 @@ def check_run_folder(out: Path) -> None:
 
 
 def _check_export(settings: export.Settings, out: Path) -> None:
-    """Raise InputError or StoreError unless the file or folder of an export may be written."""
+    """Raise InputError or StoreError unless an export may write ``out``: what is there must suit the format."""
     from regrow.jobs.export import check_out
 
     check_out(settings, out)
@@ -123,7 +126,7 @@ def _check_export(settings: export.Settings, out: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise StoreError unless the nearest folder above a path takes new files."""
+    """Raise StoreError unless the nearest existing folder above a path is one in which this process may write."""
     parent = next(folder for folder in expanded(path).resolve().parents if folder.exists())
     if not parent.is_dir():
         raise StoreError(f"{path} cannot be made, since {parent} is a file; choose another place")

@@ -65,7 +65,7 @@ class _SettingType(click.ParamType):
 
 
 class PositionalArgument(click.Argument):
-    """The positional argument of a setting, with its help text."""
+    """The positional argument of a setting, which parses and checks it; its help is ``text``."""
 
     def __init__(self, field: DeclaredSetting) -> None:
         metavar = field.setting.metavar or f"{field.name.upper()}{'...' if field.is_repeated else ''}"
@@ -75,7 +75,7 @@ class PositionalArgument(click.Argument):
 
 
 class GroupedOption(click.Option):
-    """An option that is listed under a heading of ``--help``."""
+    """An option that ``--help`` lists under ``heading``; empty: under ``Options``."""
 
     def __init__(self, words: list[str], *, heading: str = "", **attributes: Any) -> None:
         super().__init__(words, **attributes)
@@ -83,7 +83,7 @@ class GroupedOption(click.Option):
 
 
 class Verb(click.Command):
-    """A command of regrow, with the options of its ``settings``.
+    """A command of regrow, with the options of its ``settings`` (a dataclass of ``regrow.settings``) and ``params``.
 
     ``preload`` is a module that is imported before it runs, so that Ctrl-C does not interrupt imports: the default
     imports torch and nearly all that the other jobs need. ``distributed``: several processes may run it together.
@@ -102,7 +102,10 @@ class Verb(click.Command):
         self.preload, self.settings, self.distributed = preload, settings, distributed
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words into ``ctx.params``, with the settings as ``settings``; UsageError unless they are UTF-8."""
+        """Parse the words into ``ctx.params``, those of settings into a dataclass under ``settings``.
+
+        Return the words that are left, as click does. Raise UsageError for words that are not UTF-8.
+        """
         for word in args:
             try:
                 word.encode("utf-8")
@@ -164,7 +167,7 @@ class Verb(click.Command):
 
 
 def _make_parameters(settings_class: type["DataclassInstance"]) -> list[click.Parameter]:
-    """Return the click parameters by which a command gets its settings."""
+    """Return the click parameters, one per setting, by which a command gets the values of its settings."""
     return [
         PositionalArgument(field)
         if field.setting.argument
@@ -174,7 +177,11 @@ def _make_parameters(settings_class: type["DataclassInstance"]) -> list[click.Pa
 
 
 def _take_settings(settings_class: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
-    """Remove the settings' values from ``context.params``, and return the settings; ``None`` with ``--resume``."""
+    """Remove the settings' values and ``config`` from ``context.params``, and return the settings made of them.
+
+    ``config``: a run whose settings count where the command line gives none. With ``--resume``, which takes those of
+    its run, return ``None``, or raise UsageError if one is given besides.
+    """
     stated: dict[str, Any] = {}
     options = []
     for field in list_options(settings_class):
@@ -197,7 +204,10 @@ def _take_settings(settings_class: type["DataclassInstance"], context: click.Con
 
 
 def _read_config(run: Path, settings_class: type["DataclassInstance"], stated: Mapping[str, object]) -> dict[str, Any]:
-    """Return a run's settings by field name; InputError for another command's, or code that is not in ``stated``."""
+    """Return the settings of a run that ``--config`` names, by field name; InputError for a run of another command.
+
+    ``stated``: what the command line gives. InputError, too, if a setting names the user's code and is not in it.
+    """
     from regrow.cli.checks import read_run_record
     from regrow.store.run_record import check_repeatable, convert_settings
 
@@ -218,7 +228,7 @@ def _read_config(run: Path, settings_class: type["DataclassInstance"], stated: M
 
 
 def _describe_option(field: DeclaredSetting) -> dict[str, Any]:
-    """Return the arguments of :class:`GroupedOption` for a setting."""
+    """Return the keyword arguments of :class:`GroupedOption` for a setting: type, default, help, heading."""
     setting, text = field.setting, field.setting.help
     default = ", ".join(field.default) if field.is_repeated else field.default
     if field.is_required:
@@ -240,7 +250,7 @@ def _describe_option(field: DeclaredSetting) -> dict[str, Any]:
 
 
 def _make_option(name: str) -> Decorator:
-    """Return the decorator that adds the option of a setting of ``prune`` to a command without settings of its own."""
+    """Return a decorator that adds the option of a setting of ``prune``, by field name, to another command."""
     field = list_declared(prune.Settings)[name]
     return click.option(field.option, name, cls=GroupedOption, **_describe_option(field))
 
@@ -264,7 +274,7 @@ memory = click.option(
 
 
 def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: add the options ``--out``, the folder of a run, and ``--config``."""
+    """Decorator: add ``--out``, the run folder to write, and ``--config``, a run whose settings are taken."""
     help = "A run of this command, whose settings are taken; options on the command line take precedence."
     config = click.option("--config", type=PATH, metavar="RUN", help=help)
     help = "The run folder to write. If the run was stopped, the same command resumes it."
@@ -272,7 +282,7 @@ def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def announce_code(*names: str) -> None:
-    """Print, on the error stream, which of the names on the command line are code that will be imported and run."""
+    """Print, on the error stream, each name that is code to be imported and run, ``module:function``; skip others."""
     for name in names:
         if names_function(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)

@@ -99,7 +99,7 @@ def chat(
 
 
 def _ask_questions() -> Iterator[str]:
-    """Yield what the user types, until an empty line or Ctrl-D."""
+    """Ask on the terminal and yield each line that is typed, without outer blanks, until an empty one or Ctrl-D."""
     while True:
         try:
             text = click.prompt("you", prompt_suffix=" › ", default="", show_default=False).strip()

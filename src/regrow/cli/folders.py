@@ -96,7 +96,7 @@ def methods(name: str | None) -> None:
 
 
 def _format_default(value: object) -> str:
-    """Return the default of a method's setting as it is typed after ``--set NAME=``."""
+    """Return the default of a method's setting as text for ``--set NAME=``: ``true``, ``0.1,0.3``."""
     if isinstance(value, tuple):
         return ",".join(map(_format_default, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

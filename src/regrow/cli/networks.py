@@ -68,7 +68,7 @@ def show(model: str, everything: bool, code: str, dtype: str, input: str) -> Non
 
 
 def _say_history(run: Path) -> None:
-    """Print the runs that made the network of a run, their commands, and the copies of the model before each."""
+    """Print the runs that made the network in a run folder, in order, with their commands and model copies."""
     from regrow.jobs.parents import read_stages
 
     stages = read_stages(run)
@@ -123,7 +123,7 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
 
 def _read_plans(path: Path) -> list[Any]:
-    """Return the plans in a ledger or a file of a single plan, or raise UsageError, which names the file."""
+    """Return the plans in a ledger, in order, or the one in a plan's file; raise UsageError, which names the file."""
     from regrow.core.limits import parse_json, read_text
     from regrow.store.ledger import Ledger, read_plan
 
@@ -155,7 +155,7 @@ def grow(settings: growing.Settings, out: Path | None, dry_run: Path | None, cod
 
 
 def _write_growth_plan(settings: growing.Settings, path: Path, code: str) -> None:
-    """Write the plan of a growth to a JSON file, and print it; nothing grows."""
+    """Write the plan of a growth to the JSON file ``path``, and print it; nothing grows. ``code``: as ``--code``."""
     from regrow.jobs.grow import plan_named
     from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output

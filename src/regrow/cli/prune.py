@@ -52,7 +52,10 @@ def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str,
 
 
 def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
-    """Write the plan of a pruning run to a JSON file, and print how to apply it; nothing is cut."""
+    """Write the plan of a pruning run to the JSON file ``path``, and print how to apply it; nothing is cut.
+
+    ``code``, ``memory``: the values of these options; empty: not given.
+    """
     from regrow.jobs.prune import plan_named
     from regrow.jobs.recording import Invocation
     from regrow.store.atomic import JSON, write_output

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iterator[Invocation]":
-    """Context manager: yield how a command is called, for the block to run it; then print the result and its place.
+    """Context manager: yield an ``Invocation``, with which the block runs a job that writes ``out``; print the result.
 
-    Of several processes, only rank 0 prints and writes the page.
+    ``out``: the run folder, which was checked to be given; ``code``, ``memory``: the values of these options; empty:
+    not given. Of several processes, only rank 0 prints and writes the page.
     """
     assert out is not None  # as `check_command_line` found
     from regrow.jobs.recording import Invocation
@@ -45,7 +46,8 @@ def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iter
 def join_processes() -> Iterator[ProcessRank]:
     """Context manager: connect this process with those that torchrun started, and yield its rank; only rank 0 prints.
 
-    A rank ends with one line on the error stream at its next exchange with one that has failed or ended.
+    A single process is not connected. Of several, one whose peer has failed or ended ends at the next exchange, with
+    one line on the error stream.
     """
     ranks = read_ranks()
     if not ranks.several:
@@ -59,7 +61,7 @@ def join_processes() -> Iterator[ProcessRank]:
 
 
 def say_run(path: Path) -> None:
-    """Print what the page of a run says at its head, the quality of its networks, and the command to go on with."""
+    """Print the report of a run folder: result, quality of its networks, warnings, and the command to go on with."""
     from regrow.reports import read_runs, summary
 
     (run,) = read_runs([path])

@@ -21,7 +21,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class _Notes(logging.Handler):
-    """Prints the log messages of the library, one line each, on the error stream."""
+    """A handler of logging that prints the library's messages on the error stream, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one log message."""
@@ -29,7 +29,7 @@ class _Notes(logging.Handler):
 
 
 def set_up_terminal() -> None:
-    """Connect the library's log to the terminal, and escape characters that a stream's encoding does not have."""
+    """Print the library's log on the error stream from now on, and make streams escape what their encoding lacks."""
     logger = logging.getLogger("regrow")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
@@ -39,9 +39,9 @@ def set_up_terminal() -> None:
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Return a text with control, bidirectional and invisible characters escaped, but for those of ``keep``.
+    """Return a text with control, bidirectional and invisible characters escaped, except those in ``keep``.
 
-    So it cannot steer a terminal.
+    So the text cannot move the cursor or change the screen of a terminal.
 
     >>> print(escape_controls("a" + chr(27) + "[31mb" + chr(10) + "c"))
     a\\x1b[31mb\\nc
@@ -58,7 +58,7 @@ _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def print_failure(text: str, code: int) -> int:
-    """Print an error, its problem and remedy, in one line on the error stream; return ``code``, the exit code."""
+    """Print an error text, joined into one line, on the error stream; return ``code``, the exit code, as it is."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
     sys.stderr.write(f"regrow: {escape_controls(line)}\n")  # an interrupted console may keep what it is given
     sys.stderr.flush()
@@ -66,12 +66,12 @@ def print_failure(text: str, code: int) -> int:
 
 
 def say(text: str, *, lines: bool = False) -> None:
-    """Print a result: one line, or a text of several ``lines``, whose ends and tabs are printed as they are."""
+    """Print a result on standard output, controls escaped; ``lines``: line ends and tabs are printed as they are."""
     out.print(escape_controls(text, keep=TEXT if lines else ""), markup=False)
 
 
 def say_peak(row: Mapping[str, Any]) -> None:
-    """Print the peak memory of a command beside its prediction, from ``peak`` and ``predicted`` (bytes) of a row."""
+    """Print the entries ``peak`` and ``predicted`` (bytes) of a memory record; nothing if ``peak`` is ``None``."""
     if row["peak"] is not None:
         say(f"memory: {format_bytes(row['peak'])} at the peak, {format_bytes(row['predicted'])} predicted")
 
@@ -79,7 +79,7 @@ def say_peak(row: Mapping[str, Any]) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()
 ) -> None:
-    """Print a table; columns whose indices are in ``numbers`` are aligned right."""
+    """Print a table of cells as text; columns whose indices are in ``numbers`` are aligned right."""
     table = Table(title=_make_text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(_make_text(column), justify="right" if i in numbers else "left", overflow="fold")
@@ -89,7 +89,7 @@ def print_table(
 
 
 def _make_text(cell: object) -> Text:
-    """Return a cell's text, printed literally whatever markup it contains."""
+    """Return a cell as rich text that is printed literally, whatever markup it contains; controls are escaped."""
     return Text(escape_controls(str(cell)))
 
 
@@ -131,7 +131,7 @@ def _plain_progress() -> Progress:
 
 
 def say_pieces(title: str, pieces: Iterator[str]) -> str:
-    """Print a text behind its title as its pieces arrive, without leading blanks, and return it whole."""
+    """Print ``title: `` and a text as its pieces arrive, without its leading blanks; return the joined pieces."""
     out.print(f"{escape_controls(title)}: ", end="", markup=False)
     text = ""
     for piece in pieces:
@@ -143,7 +143,7 @@ def say_pieces(title: str, pieces: Iterator[str]) -> str:
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """Format a number: large and whole ones as 1,234, others with ``digits`` significant digits, ``None`` as "–"."""
+    """Format a number: ``int`` and large ones as 1,234, others with ``digits`` significant digits, ``None`` as "–"."""
     if value is None:
         return "–"
     if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e15):

@@ -11,49 +11,49 @@ ShortList = msgspec.Meta(max_length=128)  # a damaged file may name any number o
 
 
 class Operation(msgspec.Struct, frozen=True, array_like=True):
-    """An operation of a node: its kind, its source (0 and 1 are the cells before), and the channels inside it."""
+    """An operation of a node in a cell: what it is, what it reads, and its hidden channels."""
 
-    kind: str
-    source: Count
-    inside: Count | None = None
+    kind: str  # as in the search space: `skip`, `sep5`, …
+    source: Count  # what it reads: 0 the cell before last, 1 the last cell, from 2 on nodes of this cell
+    inside: Count | None = None  # channels between its layers; None if it has a single one
 
 
 class BlockOperation(msgspec.Struct, frozen=True, array_like=True):
-    """An operation of a block: its kind, and the channels inside it."""
+    """An operation of an inverted-bottleneck block: what it is, and its hidden channels."""
 
-    kind: str
+    kind: str  # as in the search space: `mb3e6` (kernel 3, expansion 6), `skip`
     inside: Count | None = None
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A node of a cell: its width, and the operations that it sums."""
+    """A node of a cell: the operations whose outputs it sums, and its width in channels."""
 
     ops: Annotated[list[Operation], ShortList] = []
     width: Count | None = None
 
 
 class FoundCell(msgspec.Struct, frozen=True):
-    """A cell: its nodes, in order."""
+    """A cell of a DARTS-like network: its nodes, in order."""
 
     nodes: Annotated[list[Node], ShortList] = []
 
 
 class Block(msgspec.Struct, frozen=True):
-    """An inverted-bottleneck block: the operations that it sums, and its width."""
+    """An inverted-bottleneck block: the operations whose outputs it sums, and its width in channels."""
 
     ops: Annotated[list[BlockOperation], ShortList] = []
     width: Count | None = None
 
 
 class FoundNetwork(msgspec.Struct, frozen=True):
-    """The cells or the blocks of the network that a search found, from the record of how to build it."""
+    """The cells or the blocks of the network that a search found; both empty for a network that has neither."""
 
     cells: Annotated[list[FoundCell], ShortList] = []
     blocks: Annotated[list[Block], ShortList] = []
 
     @property
     def parts(self) -> list[tuple[str, int | None, str]]:
-        """(name, width, operations in words) of every node or block, in order."""
+        """(name, width in channels, operations in words) of every node or block, in order; width ``None``: unknown."""
         rows: list[tuple[str, int | None, str]] = []
         for i, cell in enumerate(self.cells, 1):
             for j, node in enumerate(cell.nodes, 1):
@@ -66,7 +66,7 @@ class FoundNetwork(msgspec.Struct, frozen=True):
 
 
 def read_found(shapes: Any) -> FoundNetwork:
-    """Return the parts of a found network from the content of its ``shapes.json``; StoreError if they do not fit."""
+    """Return the cells or blocks in the parsed JSON of ``shapes.json``; StoreError if they do not fit the schema."""
     origin = shapes.get("origin") if isinstance(shapes, dict) else None
     config = origin.get("config") if isinstance(origin, dict) else None
     config = config if isinstance(config, dict) else {}  # of networks that no search found
@@ -75,7 +75,7 @@ def read_found(shapes: Any) -> FoundNetwork:
 
 
 def _name_operation(kind: str, inside: int | None) -> str:
-    """Return an operation in words, with the number of channels inside it.
+    """Return an operation in words, with its hidden channels (of a bottleneck or separable convolution).
 
     >>> _name_operation("mb3e6", 40), _name_operation("skip", 8), _name_operation("sep5", 3)
     ('3 × 3 bottleneck (40 inside)', 'skip', 'sep5 (3 inside)')
@@ -85,5 +85,5 @@ def _name_operation(kind: str, inside: int | None) -> str:
 
 
 def _name_source(source: int) -> str:
-    """Return in words what an operation of a cell reads: one of the two cells before, or an earlier node."""
+    """Return in words what an operation reads, by :attr:`Operation.source`; nodes are numbered from 1."""
     return ("the cell before last", "the last cell")[source] if source < 2 else f"node {source - 1}"

@@ -19,13 +19,13 @@ class Comparison:
     """What the page of several runs shows: a headline, one table, warnings, and each run with its summary."""
 
     headline: str
-    table: SummaryTable
-    alarms: list[str]
-    runs: list[Run]
-    summaries: list[Summary]
+    table: SummaryTable  # a row per run, with the settings in which they differ
+    alarms: list[str]  # warnings: sentences
+    runs: list[Run]  # with the quality on what all runs were evaluated on alone
+    summaries: list[Summary]  # one per run, in the same order
 
     def draw(self) -> Drawing | None:
-        """Draw the runs' quality against their number of parameters; ``None`` if fewer than two sizes are known."""
+        """Draw the runs' quality against their number of parameters; ``None`` if fewer than two different sizes."""
         pairs = zip(self.runs, self.summaries, strict=True)
         points = [(run.name, summary.size, summary.quality) for run, summary in pairs]
         lower = any(row.seen is not None for run in self.runs for row in run.quality)
@@ -34,7 +34,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs, on the text domains and tasks on which all were evaluated; a domain is seen if all runs saw it."""
+    """Compare runs on the text domains and tasks that all evaluated; a domain is seen if all runs calibrated on it."""
     seen_by_run = [{row.name: row.seen for row in run.quality if row.after is not None} for run in runs]
     names = [name for name in seen_by_run[0] if all(name in seen for seen in seen_by_run)]
     seen_in = {name: [seen[name] for seen in seen_by_run] for name in names}  # whether each run saw it
@@ -62,7 +62,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings and defaults that all runs have and in which they differ: name → one value per run."""
+    """Return the settings that all runs have and in which they differ: name → the value of each run, as text."""
     tables = [run.defaults | run.settings for run in runs]
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     columns = {name: [table[name] for table in tables] for name in shared}
@@ -72,7 +72,10 @@ def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 def _tabulate(
     title: str, runs: Sequence[Run], summaries: Sequence[Summary], differences: dict[str, list[str]]
 ) -> SummaryTable:
-    """Return a row per run, after one of the values before them, as far as these are the same for all runs."""
+    """Return the table: a row per run of its value of each of ``differences``, then its figures after the run.
+
+    The first row has the figures before the runs, where these are the same for all; it is missing if none is.
+    """
     figures = [{row.label: row for row in summary.figures} for summary in summaries]
     labels = list(dict.fromkeys(label for by_label in figures for label in by_label))
     rows, before = [], []
@@ -88,6 +91,6 @@ def _tabulate(
 
 
 def _evaluated_tasks(run: Run) -> tuple[object, ...]:
-    """Return the names of a run's tasks, and which of them were not evaluated at its end, to compare runs."""
+    """Return a key that is equal for runs with the same tasks (names, then whether each was left out at the end)."""
     results = run.task_results
     return (*results.names, *(value is None for last in results.accuracies[-1:] for value in last))

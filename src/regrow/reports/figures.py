@@ -34,12 +34,12 @@ Point = tuple[str, float | None, float | None]
 class Drawing:
     """A figure as inline SVG, and in words."""
 
-    svg: str
-    description: str
+    svg: str  # the text of the `<svg>` element, with the colours as CSS variables
+    description: str  # what it shows, for screen readers
 
 
 def draw_quality(run: Run) -> Drawing | None:
-    """Draw the perplexity of a run's models on each text domain, with 95 % intervals; ``None`` for fewer than two."""
+    """Draw the perplexity of a run's models on each text domain, with 95 % intervals; ``None`` below two domains."""
     rows = [row for row in run.quality if row.seen is not None and row.lost is not None][:_MAX_ROWS]
     if len(rows) < 2:
         return None
@@ -95,7 +95,10 @@ def draw_search(run: Run) -> Drawing | None:
 
 
 def draw_front(points: Sequence[Point], x_title: str, y_title: str, *, lower: bool = False) -> Drawing | None:
-    """Draw labelled points and their Pareto front; ``lower``: a low y is better. ``None`` without two x values."""
+    """Draw labelled points and their Pareto front of small x and good y; ``None`` below two different x values.
+
+    ``x_title``, ``y_title``: the names of the axes; ``lower``: a low y is better (log scale), else y is a fraction.
+    """
     complete = sorted((x, y, label) for label, x, y in points if x is not None and y is not None)
     if len({x for x, _, _ in complete}) < 2:
         return None
@@ -124,12 +127,12 @@ def draw_front(points: Sequence[Point], x_title: str, y_title: str, *, lower: bo
 
 
 def _nan_if_missing(value: float | None) -> float:
-    """Return a value for matplotlib, which leaves a gap where it is NaN."""
+    """Return a value, NaN for ``None``: matplotlib leaves a gap there."""
     return math.nan if value is None else value
 
 
 def _format_ticks(axis: "Axis", style: str) -> None:
-    """Put few ticks on a matplotlib axis, as ``"percent"``, ``"count"`` or ``"number"``; on log axes at 1, 2, 5."""
+    """Put few ticks on an axis, as ``"percent"`` (of fractions), ``"count"`` or ``"number"``; log axes: at 1, 2, 5."""
     from matplotlib import ticker
 
     log = axis.get_scale() == "log"
@@ -141,7 +144,10 @@ def _format_ticks(axis: "Axis", style: str) -> None:
 
 
 def _draw(name: str, description: str, height: float, paint: Callable[["Figure"], None]) -> Drawing:
-    """Draw a figure by ``paint``, with the page's colours and font; ids depend on ``name``, lengths are in pixels."""
+    """Return what ``paint`` draws, ``height`` pixels high, in the page's style; raise ReportError without matplotlib.
+
+    ``name`` seeds the ids in the SVG, which are unique on a page; ``description``: the figure in words.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -40,7 +40,7 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
 
 
 def write_run_page(folder: Path) -> None:
-    """Write ``report.html`` into a run folder; if the page cannot be made, log a warning, but raise StoreError."""
+    """Write ``report.html`` into a run folder; log an error as a warning, but raise StoreError, such as a full disk."""
     try:
         write_page([folder], folder / PAGE)
     except StoreError:  # such as a full disk: the run fails, too, and can be resumed
@@ -53,7 +53,7 @@ def to_html(runs: Sequence[Run]) -> str:
     """Return the page of one run, or of a comparison of several, as the text of an HTML file.
 
     Args:
-        runs: The result of :func:`regrow.reports.read_runs`.
+        runs: The result of :func:`regrow.reports.read_runs`; at least one.
 
     Raises:
         ReportError: If jinja2 or matplotlib is not installed.
@@ -78,7 +78,7 @@ def to_html(runs: Sequence[Run]) -> str:
 
 
 def group_strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
-    """Return the kinds of axes to show: the first ``MAX_STRIPS`` of several axes, and all single axes as one kind."""
+    """Return the kinds to draw: the first ``MAX_STRIPS`` with several axes, then those of one axis, as one kind."""
     several = [kind for kind in widths if len(kind.rows) > 1][:MAX_STRIPS]
     single = [row for kind in widths if len(kind.rows) == 1 for row in kind.rows]
     return [*several, AxisKind("other axes", single)] if single else several

@@ -10,7 +10,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def power(value: float) -> str:
-    """Format a number as digits times a power of ten.
+    """Format a number as two digits times a power of ten.
 
     >>> power(3.14e-14)
     '3.1·10⁻¹⁴'
@@ -52,7 +52,10 @@ def decimal_bytes(value: float | None) -> str:
 
 
 def _scaled(value: float | None, units: Sequence[str], least: float) -> str:
-    """Format a number, from ``least`` on with the largest unit that it reaches; each is 1000 times the one before."""
+    """Format a number, scaled from ``least`` on to the largest unit that it reaches; ``None``: a dash.
+
+    ``units``: the names of 1, 1000, 1000², …
+    """
     if value is None:
         return NONE
     if abs(value) < least:
@@ -63,7 +66,7 @@ def _scaled(value: float | None, units: Sequence[str], least: float) -> str:
 
 
 def amount(value: float | None, measure: str) -> str:
-    """Format an amount of what a budget counts: bytes, milliseconds, or a number.
+    """Format an amount of what a budget limits (:class:`regrow.core.amounts.Measure`): bytes, milliseconds or a count.
 
     >>> amount(5e7, "kv_cache"), amount(7.5, "ms"), amount(1536, "macs")
     ('50.0\\xa0MB', '7.50\\xa0ms', '1,536')
@@ -74,7 +77,7 @@ def amount(value: float | None, measure: str) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """Format a fraction as a percentage.
+    """Format a fraction, 0 to 1, as a percentage; ``None``: a dash.
 
     >>> percent(0.9004)
     '90.0\\xa0%'
@@ -83,7 +86,7 @@ def percent(fraction: float | None) -> str:
 
 
 def points(difference: float | None) -> str:
-    """Format a difference of two fractions in percentage points.
+    """Format a difference of two fractions in percentage points, with its sign; ``None``: a dash.
 
     >>> points(0.0123), points(-0.2)
     ('+1.2\\xa0points', '−20.0\\xa0points')
@@ -92,7 +95,7 @@ def points(difference: float | None) -> str:
 
 
 def factor(value: float | None) -> str:
-    """Format a ratio, with ``×`` in front.
+    """Format a ratio, with ``×`` in front; ``None``: a dash.
 
     >>> factor(1.2345), factor(0.931), factor(17.29)
     ('×1.23', '×0.93', '×17.3')
@@ -112,7 +115,7 @@ def duration(seconds: float) -> str:
 
 
 def format_setting(value: object) -> str:
-    """Format the value of a setting as a short text; a dash for ``None`` and objects.
+    """Format the value of a setting, as JSON has it, as a short text; a dash for ``None``, mappings and empty lists.
 
     >>> format_setting(True), format_setting(0.30000000000000004), format_setting(["a", 2]), format_setting(None)
     ('yes', '0.3', 'a, 2', '–')

@@ -63,7 +63,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(path: Path) -> Run:
-    """Read a run folder, finished or not; ReportError without a valid ``run.json``, other faults become problems."""
+    """Read a run folder, finished or not; ReportError without a valid ``run.json``; ``problems`` names other faults.
+
+    A replacement of the folder that was killed is completed first (:func:`regrow.store.replacing.settle`).
+    """
     settle(path)
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
@@ -120,7 +123,8 @@ def _read_run(path: Path) -> Run:
 def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield (place for errors, kind of measurement, content) of each line of ``metrics.jsonl`` that a page reads.
 
-    A line that is not a measurement is left out and named, unless it is the last one, which a crash may have cut short.
+    A line that is no measurement is left out and named in ``problems``, in place, unless it is the last one, which a
+    crash may have cut short. A file that does not exist has no lines.
     """
     if not path.is_file():
         return
@@ -140,7 +144,7 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any
 
 
 def clean(value: Any, max_length: int = _MAX_NAME) -> Any:
-    """Return JSON data whose texts are one printable line, cut to ``max_length``, and whose numbers are finite or None.
+    """Return a copy of JSON data with texts as one printable line of ``max_length`` characters at most, no NaN or ∞.
 
     >>> clean({"a\\n\\x00b": ["abcdef", float("nan")]}, max_length=4)
     {'a b': ['abc…', None]}
@@ -155,7 +159,7 @@ def clean(value: Any, max_length: int = _MAX_NAME) -> Any:
 
 
 def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
-    """Return one record per text domain and then per task, with what was measured of each model."""
+    """Return a record per text domain and then per task from typed rows; of rows for one model, the last counts."""
     texts, tasks = dict[str, Quality](), dict[str, Quality]()
     for row in rows:
         if isinstance(row, BoundedPerplexity) and row.model in _MODELS:
@@ -169,10 +173,10 @@ def _collect_quality(rows: Sequence[Any]) -> list[Quality]:
 
 
 def _collect_widths(axes: AxisRows, *, retraced: bool) -> list[AxisKind]:
-    """Return the widths of the axes that can change, per kind: block numbers in names are replaced by ``*``.
+    """Return the widths of the axes that can change, grouped by name with block numbers replaced by ``*``.
 
-    An axis that is not there afterwards was removed with its block; in a network that was traced again (``retraced``),
-    it may have another name, and is left out.
+    ``axes``: before and after the run. An axis that is not there afterwards was removed with its block and has width 0;
+    in a network that was traced again (``retraced``), it may have another name, and is left out.
     """
     after = {axis.key: axis.size for axis in axes.after}
     kinds: dict[str, list[tuple[str, int, int]]] = {}
@@ -186,7 +190,7 @@ def _collect_widths(axes: AxisRows, *, retraced: bool) -> list[AxisKind]:
 
 
 def _collect_task_results(rows: Sequence[Any]) -> TaskResults:
-    """Return the accuracies after each task, from the last matrix of the run and the rows of tasks after it."""
+    """Return the accuracies after each task, from the last accuracy matrix of the run and the rows of later tasks."""
     records = {row.task: row for row in rows if isinstance(row, metrics.TaskRow)}
     end = next((row for row in reversed(rows) if isinstance(row, metrics.MatrixRow)), None)
     learned = {i: row.accuracy for i, row in records.items()} | dict(enumerate(end.matrix if end else []))
@@ -199,5 +203,5 @@ def _collect_task_results(rows: Sequence[Any]) -> TaskResults:
 
 
 def _format_settings(values: Mapping[str, object]) -> dict[str, str]:
-    """Return settings as short texts, at most 200."""
+    """Return name → value as a short text, of the first 200 settings."""
     return {name: format_setting(value) for name, value in list(values.items())[:200]}

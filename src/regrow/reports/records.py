@@ -12,6 +12,7 @@ from regrow.store.metrics import Figure
 from regrow.store.schemas import Count, RunJson, StageJson
 
 Record = TypeVar("Record")
+# Bounded, so that a figure can show them; None if not measured or not finite
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1.001)] | None
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)] | None
 Spread = Annotated[float, msgspec.Meta(ge=0, le=60)] | None
@@ -21,7 +22,7 @@ class BoundedPerplexity(metrics.PerplexityRow, frozen=True):
     """The perplexity of a model on a text domain; bounded, so that a figure can show it."""
 
     ppl: Annotated[float, msgspec.Meta(gt=0, le=1e200)] | None
-    se: Spread = None
+    se: Spread = None  # the standard error of the log-perplexity
 
 
 class PairedDifference(metrics.PairedRow, frozen=True):
@@ -35,50 +36,50 @@ class PairedDifference(metrics.PairedRow, frozen=True):
 class Commit(metrics.CommitRow, frozen=True):
     """A change of shape in training: a growth, or a cut of a search, which may also restore units."""
 
-    restored: dict[str, Count] = msgspec.field(default_factory=dict)
+    restored: dict[str, Count] = msgspec.field(default_factory=dict)  # axis key → units
     stood: bool = False  # whether what it removed was active before
-    logits_moved: Amount = None
+    logits_moved: Amount = None  # the largest change of a logit
 
 
 class SearchEpoch(msgspec.Struct, frozen=True):
-    """The state of a search after an epoch: size, allowed size and validation accuracy of its active part."""
+    """The state of a search after an epoch, of the part of the network that is searched in its stage."""
 
     epoch: Count
     stage: Count = 0
-    accuracy: Figure = None
-    size: Amount = None
-    allowed: Amount = None
+    accuracy: Figure = None  # on the validation data, 0 to 1
+    size: Amount = None  # what is not removed yet, in the measure of the target
+    allowed: Amount = None  # the size that is allowed after this epoch
 
 
 class FoundRow(msgspec.Struct, frozen=True):
     """The network that a search found: its size, and its validation accuracy or another score."""
 
     parameters: Count
-    nonzero: Count
-    macs: Count
+    nonzero: Count  # the parameters that are not 0
+    macs: Count  # multiply–accumulates of one example
     bytes: Count
-    accuracy: Fraction = None
-    metric: str = "accuracy"
+    accuracy: Fraction = None  # None if another score is given
+    metric: str = "accuracy"  # the name of the score
     score: Figure = None
 
 
 class SearchTotals(msgspec.Struct, frozen=True):
     """The size that a search was to reach, and the size that it reached, in its measure."""
 
-    measure: str = ""
-    asked: Amount = None
-    size: Amount = None
+    measure: str = ""  # such as `params`
+    asked: Amount = None  # the largest allowed size
+    size: Amount = None  # the size of what was found
 
 
 class StageMemoryRow(msgspec.Struct, frozen=True):
     """The peak of memory of a stage of a search, and whether parts were recomputed in the backward pass."""
 
-    peak: Count | None = None
+    peak: Count | None = None  # in bytes
     recomputed: bool = False
 
 
 class PassTimes(msgspec.Struct, frozen=True):
-    """Measured milliseconds of a pass through the whole space, and through the found network."""
+    """Measured milliseconds of a forward pass of the whole searched network, and of the found one."""
 
     whole: Amount = None
     found: Amount = None
@@ -87,7 +88,7 @@ class PassTimes(msgspec.Struct, frozen=True):
 class TrainingRow(msgspec.Struct, frozen=True):
     """The training of a grown network: of which parameters, its steps, and the loss before and after."""
 
-    train: str
+    train: str  # the parameters that were trained: `new` or `all`
     steps: Count
     loss_before: Figure
     loss_after: Figure
@@ -115,21 +116,21 @@ ROWS |= {
 class Quality:
     """The perplexity on a text domain, or the accuracy on a task, of the models of a run."""
 
-    name: str
-    seen: bool | None = None  # in calibration; None for a task
-    # before, cut, changed, recovered → what was measured
+    name: str  # of the text domain or task
+    seen: bool | None = None  # whether a domain was calibrated on; None for a task
+    # "before", "cut" (before layers are fitted), "changed" (cut or grown), "recovered" → what was measured
     models: dict[str, BoundedPerplexity | metrics.ChoiceRow] = field(default_factory=dict)
-    paired: PairedDifference | None = None
+    paired: PairedDifference | None = None  # of the last two models that were compared
 
     def value(self, model: str) -> float | None:
-        """Return the perplexity or accuracy of a model; ``None`` if it was not measured."""
+        """Return the perplexity or accuracy (0 to 1) of a model, a key of ``models``; ``None`` if not measured."""
         row = self.models.get(model)
         if isinstance(row, BoundedPerplexity):
             return row.ppl
         return row.acc if row else None
 
     def error(self, model: str) -> float | None:
-        """Return half the 95 % interval of :meth:`value`, of perplexity its upper half; ``None`` if unknown."""
+        """Return half the width of the 95 % interval of :meth:`value`, of perplexity its upper half, or ``None``."""
         row = self.models.get(model)
         if isinstance(row, BoundedPerplexity):
             return None if row.ppl is None or row.se is None else row.ppl * math.expm1(1.96 * row.se)
@@ -142,9 +143,10 @@ class Quality:
 
     @property
     def lost(self) -> float | None:
-        """The log-perplexity at the end minus that before; of a task the difference in accuracy.
+        """The log-perplexity at the end minus that before, in nats; of a task accuracy minus accuracy; or ``None``.
 
-        If the run has a paired difference, that is returned (:attr:`PairedDifference.delta_nll`).
+        If the run has a paired difference, that is returned (:attr:`PairedDifference.delta_nll`). Positive is worse for
+        a text domain, better for a task.
         """
         if self.paired and self.paired.delta_nll is not None:
             return self.paired.delta_nll
@@ -165,19 +167,19 @@ class Quality:
 
 @dataclass(frozen=True)
 class AxisKind:
-    """The widths of the axes of one kind, before and after a run, in order of depth."""
+    """The widths of the axes of one kind, such as the MLPs of all blocks, before and after a run, in order of depth."""
 
-    name: str
+    name: str  # that of its axes, with block numbers replaced by `*`
     rows: list[tuple[str, int, int]]  # key, units before and after
 
     @property
     def before(self) -> int:
-        """The units of all its axes before the run."""
+        """The number of units of all its axes together before the run."""
         return sum(before for _, before, _ in self.rows)
 
     @property
     def after(self) -> int:
-        """The units of all its axes after the run."""
+        """The number of units of all its axes together after the run."""
         return sum(after for _, _, after in self.rows)
 
 
@@ -185,8 +187,8 @@ class AxisKind:
 class TaskResults:
     """The accuracies and sizes after each task of a learning run; empty for other runs."""
 
-    names: list[str]
-    accuracies: list[list[Fraction]]  # after each task that was learned, on every task
+    names: list[str]  # of all tasks that are known, in order
+    accuracies: list[list[Fraction]]  # [i][j]: on task j after learning task i
     records: list[metrics.TaskRow]  # of each task that was learned
     end: metrics.MatrixRow | None  # the figures of the matrix, once the last task is done
 
@@ -195,33 +197,33 @@ class TaskResults:
 class Run:
     """The content of a run folder; what is missing or damaged is empty, and named in ``problems``."""
 
-    name: str
-    file: RunJson
-    model: str
-    method: str
-    code: str  # the function that builds the network, if it is the user's
+    name: str  # of the folder; of equal names with a number, `small #2`
+    file: RunJson  # the content of run.json
+    model: str  # the name of the network that the run started from, without folders
+    method: str  # several of one network joined by `+`; without one, the command
+    code: str  # the user's function that builds the network, `module:function`; empty: there is none
     is_text: bool  # whether it holds a language model with its tokenizer
     settings: dict[str, str]  # of the command and the method, in words
-    defaults: dict[str, str]
+    defaults: dict[str, str]  # of the method, in words
     rows: list[Any]  # of metrics.jsonl, in order, as the records of ROWS
     quality: list[Quality]
-    sizes: dict[str, metrics.SizeRow]  # before, cut, changed, recovered
-    widths: list[AxisKind]
+    sizes: dict[str, metrics.SizeRow]  # "before", "cut", "changed", "recovered", as in `Quality.models`
+    widths: list[AxisKind]  # of the axes that can change
     task_results: TaskResults
     found: FoundNetwork  # the network that a search found
-    problems: list[str]
+    problems: list[str]  # what is missing or damaged, in words; 20 at most
 
     def rows_of(self, kind: type[Record]) -> list[Record]:
-        """Return the rows of ``metrics.jsonl`` that are of a type, in order."""
+        """Return the rows of ``metrics.jsonl`` that are of a class among the values of ``ROWS``, in order."""
         return [row for row in self.rows if isinstance(row, kind)]
 
     def last_of(self, kind: type[Record]) -> Record | None:
-        """Return the last row of ``metrics.jsonl`` that is of a type; ``None`` if there is none."""
+        """Return the last row of ``metrics.jsonl`` that is of such a class; ``None`` if there is none."""
         return next(reversed(self.rows_of(kind)), None)
 
     @property
     def models(self) -> dict[str, str]:
-        """The models whose quality was measured (``"before"``, ``"cut"``, …), in order → their names in tables."""
+        """The models whose quality was measured, by their key in :attr:`Quality.models` → their title in tables."""
         measured = {name for row in self.quality for name in row.models if row.value(name) is not None}
         changed = "Reconstructed" if "cut" in measured else "Pruned"
         if self.file.verb == "grow":

@@ -46,16 +46,17 @@ class SummaryTable:
     title: str
     columns: Sequence[str]
     rows: list[list[str]]
-    shades: list[list[float | None]] = field(default_factory=list)  # how dark each cell is, 0 to 1
+    # How dark each cell is, 0 to 1, in the form of `rows`; None: it has no shade; empty: no cell has
+    shades: list[list[float | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SummaryRow:
     """A row of the table at the head of a page: a quantity after a run and before it, formatted, and a remark."""
 
-    label: str
+    label: str  # the name of the quantity
     after: str
-    before: str = q.NONE
+    before: str = q.NONE  # a dash where there is no such value
     remark: str = ""
 
 
@@ -63,16 +64,16 @@ class SummaryRow:
 class Summary:
     """What the head of a page says of a run, and the size and quality by which it is compared with others."""
 
-    sentence: str
-    figures: list[SummaryRow]
+    sentence: str  # the result in one or two sentences
+    figures: list[SummaryRow]  # the table of numbers
     details: list[str]  # further sentences
-    size: float | None  # parameters at the end
-    quality: float | None  # mean perplexity, or mean accuracy
+    size: float | None  # parameters at the end; None if unknown
+    quality: float | None  # mean perplexity, or mean accuracy (0 to 1), at the end; None if not measured
     alarms: list[str] = field(default_factory=list)  # warnings: sentences that must not be overlooked
 
 
 def summarise(run: Run) -> Summary:
-    """Return what the head of the page of a run says, by its command."""
+    """Return what the head of a run's page says: its result in a sentence, figures, details and warnings."""
     summarisers = {"learn": _summarise_learning, "search": _summarise_search}
     summary = summarisers.get(run.file.verb, _summarise_change)(run)
     if not run.file.finished:
@@ -86,7 +87,7 @@ def summarise(run: Run) -> Summary:
 
 
 def name_measure(measure: str) -> str:
-    """Return the name on pages of what a target counts."""
+    """Return the name on pages of the measure that a target limits: ``"params"`` → ``"parameters"``."""
     return MEASURES.get(measure, measure)
 
 
@@ -136,7 +137,7 @@ def _summarise_change(run: Run) -> Summary:
 
 
 def _describe_training(run: Run) -> list[str]:
-    """Return sentences on what followed a cut or a growth: least squares, recovery, training."""
+    """Return sentences on what followed a cut or a growth, if anything: least squares, recovery, training."""
     lines = []
     if fit := run.last_of(ReconstructionRow):
         lines.append(f"After the cut, {len(fit.layers)} layers were fitted by least squares on {fit.tokens:,} tokens.")
@@ -214,7 +215,10 @@ def _summarise_search(run: Run) -> Summary:
 
 
 def search_target(run: Run) -> tuple[str, float | None, float | None]:
-    """Return what the target of a search counts, how much of it was allowed, and how much the found network has."""
+    """Return (measure, allowed size, size of the found network) of a search, such as ``("params", 5e4, 4.9e4)``.
+
+    A size that is not known yet is ``None``.
+    """
     totals, found = run.last_of(SearchTotals) or SearchTotals(), run.last_of(FoundRow)
     target, asked = run.settings.get("target", ""), totals.asked
     measure = totals.measure or (target.partition("=")[0] if "=" in target else "params")
@@ -227,7 +231,7 @@ def search_target(run: Run) -> tuple[str, float | None, float | None]:
 
 
 def _warn_of_search(run: Run) -> list[str]:
-    """Return warnings of a search: a target that was missed or overshot, and commits that changed outputs."""
+    """Return warnings of a search: a target that was missed or overshot, cuts of idle parts that changed outputs."""
     measure, asked, reached = search_target(run)
     alarms = []
     if asked and reached is not None:
@@ -246,7 +250,10 @@ def _warn_of_search(run: Run) -> list[str]:
 
 
 def next_command(run: Run) -> str:
-    """Return the shell command to go on with: that of the run if it is unfinished; empty for a run from Python."""
+    """Return the shell command to go on with, such as ``regrow recover …``; empty after a run from Python.
+
+    For an unfinished run it is the run's own command, which resumes it, in whatever form that was recorded.
+    """
     name, verb = shlex.quote(run.name), run.file.verb
     if not run.file.finished:
         return run.file.command
@@ -263,7 +270,7 @@ def next_command(run: Run) -> str:
 
 
 def quality_table(run: Run) -> SummaryTable:
-    """Return a row per text domain (perplexity) and task (accuracy), with the value of each model of the run."""
+    """Return a table of a row per text domain (perplexity) and task (accuracy), a column per model, and the change."""
     models, rows, recovered = run.models, [], any(row.recovered is not None for row in run.quality)
     for row in run.quality[:200]:  # a damaged folder may name any number
         format_value = q.percent if row.seen is None else q.significant
@@ -278,7 +285,7 @@ def quality_table(run: Run) -> SummaryTable:
 
 
 def accuracy_table(run: Run) -> SummaryTable:
-    """Return a row per task learned, after one for before: the accuracy on each task, and the number of parameters."""
+    """Return a table of accuracies: a row before learning and after each task, a column per task; 40 tasks at most."""
     results, most = run.task_results, 40  # tasks in rows and columns
     names = results.names[:most]
     columns = ["After learning", *names, "Parameters"]
@@ -294,7 +301,7 @@ def accuracy_table(run: Run) -> SummaryTable:
 
 
 def describe_proof(run: Run) -> str:
-    """Return a sentence on the verification of a run's change, with the largest differences and their bounds."""
+    """Return sentences on the check of a cut or growth against what it should compute: differences and their bounds."""
     rows = [row for row in run.rows_of(VerifyRow) if row.max_abs_diff is not None and row.bound is not None]
     if not rows:
         return "It was not checked that the changed model computes what it should."
@@ -311,19 +318,19 @@ def describe_proof(run: Run) -> str:
 
 
 def is_broken(run: Run) -> bool:
-    """Whether the outputs of a verification differed by more than their bound."""
+    """Whether outputs differed by more than the bound in a check of the run's change; False if none was checked."""
     return any((row.max_abs_diff or 0) > row.bound for row in run.rows_of(VerifyRow) if row.bound is not None)
 
 
 def mean_perplexities(rows: Sequence[Quality]) -> tuple[float | None, float | None]:
-    """Return geometric mean perplexities over text domains, before and after: over those with both, if any has."""
+    """Return geometric mean perplexities (before, after) over text domains, over those with both if any has both."""
     rows = [row for row in rows if row.seen is not None and row.after is not None]
     rows = [row for row in rows if row.value("before") is not None] or rows
     return _geometric_mean([row.value("before") for row in rows]), _geometric_mean([row.after for row in rows])
 
 
 def _describe_change(row: Quality) -> str:
-    """Return the change of a row in words: the ratio of perplexities with its 95 % interval, or points of accuracy."""
+    """Return the change as text: ratio of perplexities ± half its 95 % interval, or points of accuracy; else a dash."""
     if row.seen is None or row.lost is None:
         return q.points(row.lost)
     ratio = math.exp(max(-60.0, min(60.0, row.lost)))
@@ -332,6 +339,6 @@ def _describe_change(row: Quality) -> str:
 
 
 def _geometric_mean(values: Sequence[float | None]) -> float | None:
-    """Return the geometric mean of the values that are not ``None``; ``None`` if there is none."""
+    """Return the geometric mean of the values (above 0) that are not ``None``; ``None`` if there is none."""
     logs = [math.log(value) for value in values if value is not None]
     return math.exp(sum(logs) / len(logs)) if logs else None

@@ -34,7 +34,7 @@ class Range:
     exclusive_maximum: bool = False
 
     def allows(self, value: object) -> bool:
-        """Whether a number lies in the interval; NaN and infinity never do."""
+        """Whether a value is a number in the interval; NaN, infinity and what is no number never are."""
         if not isinstance(value, int | float):
             return False
         lower = value > self.minimum if self.exclusive_minimum else value >= self.minimum
@@ -56,7 +56,7 @@ OPEN_UNIT = Range(0, 1, exclusive_minimum=True, exclusive_maximum=True)
 
 
 class OneOf:
-    """A constraint: the value of a setting is one of these texts."""
+    """A constraint: the value of a setting is one of the texts with which this is constructed."""
 
     def __init__(self, *choices: str) -> None:
         self.choices = choices
@@ -78,7 +78,7 @@ Positive = Annotated[float, Range(0, exclusive_minimum=True)]
 
 
 def check_constraints(settings: "DataclassInstance") -> None:
-    """Raise ValueError unless every value meets the constraint that the annotation of its field declares."""
+    """Raise ValueError, with the setting's default as remedy, for a value outside the constraint in its annotation."""
     for name, constraint in _constraints(type(settings)).items():
         value = getattr(settings, name)
         if not constraint.allows(value):
@@ -88,7 +88,7 @@ def check_constraints(settings: "DataclassInstance") -> None:
 
 @dataclass(frozen=True)
 class CheckedSettings:
-    """Base class of settings whose constraints are checked when they are constructed."""
+    """Base dataclass of settings whose constraints are checked on construction (:func:`check_constraints`)."""
 
     def __post_init__(self) -> None:
         check_constraints(self)
@@ -96,6 +96,6 @@ class CheckedSettings:
 
 @cache
 def _constraints(settings_class: "type[DataclassInstance]") -> dict[str, Range | OneOf]:
-    """Return name → the constraint of the fields whose annotation has one."""
+    """Return field name → its constraint, of the fields annotated as ``Annotated[type, constraint]``."""
     hints = get_type_hints(settings_class, include_extras=True).items()
     return {name: get_args(hint)[1] for name, hint in hints if get_origin(hint) is Annotated}

@@ -55,11 +55,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class DeclaredSetting:
-    """A field of a command's settings: its name, type hint, default (``MISSING`` if required), command-line form."""
+    """A field of a command's settings: its name, type, default and command-line form."""
 
     name: str
-    hint: object
-    default: Any
+    hint: object  # its type without the `Setting`, such as `int` or `tuple[str, ...]`
+    default: Any  # the value itself, of a `default_factory` too; `MISSING` if the setting is required
     setting: Setting
 
     @property
@@ -81,26 +81,29 @@ class DeclaredSetting:
 
     @property
     def is_mapping(self) -> bool:
-        """Whether the setting holds a mapping of names to values."""
+        """Whether the setting holds a mapping of names to values, given as ``NAME=VALUE`` several times."""
         return get_origin(self.hint) not in (None, tuple, UnionType)
 
     @property
     def type(self) -> type:
-        """The type of one value: ``str``, ``int``, ``float`` or ``bool``."""
+        """The type of one value, of several too: ``str``, ``int``, ``float`` or ``bool``; of a mapping ``str``."""
         if self.is_mapping:
             return str
         return cast(type, get_args(self.hint)[0] if get_origin(self.hint) else self.hint)
 
     @property
     def example(self) -> str:
-        """The setting with a plausible value, as typed on the command line: ``--keep 0.8``."""
+        """The setting as typed on the command line, ``--keep 0.8``: with its example, else first choice or default."""
         if self.type is bool and not self.setting.argument:
             return self.option
         value = self.setting.example or (self.setting.choices[0] if self.setting.choices else self.default)
         return f"{value}" if self.setting.argument else f"{self.option} {value}"
 
     def check(self, value: Any) -> None:
-        """Raise InputError unless a value has the setting's type, is among its choices and lies in its range."""
+        """Raise InputError unless a value has the setting's type, is among its choices and lies in its range.
+
+        Of a repeated setting, ``value`` is the tuple of all values. The default is always a choice.
+        """
         self._convert(value, self.hint)
         if value is None:
             return
@@ -114,7 +117,7 @@ class DeclaredSetting:
             raise InputError(f"{self.option} must be {interval}, got {value}; for example {self.example}")
 
     def parse(self, text: str) -> Any:
-        """Return one value from its text on the command line (``80%`` is 0.8), checked as by :meth:`check`."""
+        """Return one checked value from its text on the command line (``80%`` is 0.8); of a mapping the text itself."""
         if self.is_mapping:
             return text
         is_percentage = self.type is float and text.endswith("%")
@@ -124,7 +127,7 @@ class DeclaredSetting:
         return value
 
     def _convert(self, value: object, hint: Any, *, strict: bool = True) -> Any:
-        """Return a value as a type hint asks, or raise InputError; texts are parsed unless ``strict``."""
+        """Return a value in the type ``hint``, or raise InputError; unless ``strict``, ``"3"`` is converted to 3."""
         try:
             return msgspec.convert(value, hint, strict=strict)
         except msgspec.ValidationError:
@@ -134,7 +137,7 @@ class DeclaredSetting:
 
 @cache
 def list_declared(settings_class: "type[DataclassInstance]") -> Mapping[str, DeclaredSetting]:
-    """Return the fields of a command's settings by name, in order."""
+    """Return field name → declaration of a command's settings, in the order of the dataclass."""
     hints = get_type_hints(settings_class, include_extras=True)
     fields_by_name = {}
     for field in fields(settings_class):
@@ -145,7 +148,7 @@ def list_declared(settings_class: "type[DataclassInstance]") -> Mapping[str, Dec
 
 
 def list_options(settings_class: "type[DataclassInstance]") -> list[DeclaredSetting]:
-    """Return the settings that can be given on the command line; positional arguments come first."""
+    """Return the settings that the command line takes (no hidden ones), positional arguments first."""
     options = [field for field in list_declared(settings_class).values() if not field.setting.hidden]
     return sorted(options, key=lambda field: not field.setting.argument)
 

@@ -11,12 +11,12 @@ from regrow.settings.shared import Input
 
 @dataclass(frozen=True)
 class Format:
-    """The properties of an export format, which the module of its name in ``regrow.exporters`` writes."""
+    """An export format, written by the module of its name in ``regrow.exporters``: its dtypes, inputs and suffix."""
 
     # The dtypes in which it stores weights, of which the first is the default; empty text: as they are
     dtypes: tuple[str, ...]
-    arguments: tuple[str, ...]  # what its `write` takes of `dtype`, `example` and `weights`
-    suffix: str = ""  # the suffix of its files; empty if it is a folder
+    arguments: tuple[str, ...]  # the keyword arguments that its `write` takes, of `dtype`, `example` and `weights`
+    suffix: str = ""  # the suffix of the file, such as `.gguf`; empty if a folder is written
 
 
 FORMATS: Mapping[str, Format] = {

@@ -99,12 +99,12 @@ class Settings:
             raise InputError(f"{has} trains the grown model and needs the other, too; add {lacks}")
 
     def parse_parts(self) -> dict[str, Increase]:
-        """Return part (``mlp``, ``heads``, ``channels``) → how much each of its axes gains."""
+        """Return part (``mlp``, ``heads``, ``channels``) → what each of its axes gains, for the parts that grow."""
         amounts = {"mlp": self.mlp, "heads": self.heads, "channels": self.channels}
         return {part: _parse_increase(f"--{part}", amount) for part, amount in amounts.items() if amount}
 
     def parse_axes(self) -> dict[str, Increase]:
-        """Return axis key or pattern → how much each axis gains; InputError for a text without key."""
+        """Return axis key or pattern of keys → what each such axis gains; InputError for a text without key."""
         increases = {}
         for text in self.axis:
             key, _, amount = text.rpartition("=")
@@ -114,13 +114,13 @@ class Settings:
         return increases
 
     def parse_stacks(self) -> dict[str, Increase]:
-        """Return path or pattern of a stack of blocks → how many copies it gains; ``"*"`` is every stack."""
+        """Return path or pattern of a stack of blocks → how many copied blocks it gains; ``"*"``: every stack."""
         pairs = (text.rpartition("=") for text in self.blocks)
         return {stack or "*": _parse_increase("--blocks", amount) for stack, _, amount in pairs}
 
 
 def _parse_increase(option: str, amount: str) -> Increase:
-    """Parse an increase, ``+25%`` or ``+32``; raise InputError, which names the option."""
+    """Parse an increase, ``+25%`` or ``+32``, above 0; raise InputError, which names the ``option``, otherwise."""
     try:
         return Increase.parse(amount)
     except ValueError as error:

@@ -10,7 +10,9 @@ from regrow.settings.declaration import Setting
 
 
 def parse_sequence(spec: str) -> tuple[str, str, int]:
-    """Return the transformation, the data's name and the number of tasks of a sequence, as ``tasks`` has them.
+    """Return (transformation, data's name, number of tasks) of a sequence of tasks such as ``permuted:DATA:5``.
+
+    A text of another form is the name of data for one task, without transformation (empty).
 
     >>> parse_sequence("permuted:digits:5"), parse_sequence("digits")
     (('permuted', 'digits', 5), ('', 'digits', 1))

@@ -15,11 +15,11 @@ AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After
 
 
 def make_reconstruction_settings(sources: Collection[str]) -> dict[str, object]:
-    """Return the settings of ``refit`` with which ``--reconstruct`` fits layers.
+    """Return the settings of the recovery ``refit`` (least squares) with which ``--reconstruct`` fits layers.
 
-    With text that the model generates among the data, layers are fitted to what the dense network has there, so that
-    they make up for the errors of earlier layers, if at least one writes to a residual stream directly (``residual``);
-    the two are measured together.
+    ``sources``: the names of the calibration data. With ``"generated"`` among them, the target is ``residual``: layers
+    are fitted to what the dense network has there, so that they make up for errors of earlier layers, if at least one
+    writes to a residual stream directly. Otherwise it is ``auto``.
 
     >>> make_reconstruction_settings(["news", "generated"])["target"]
     'residual'

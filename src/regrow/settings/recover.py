@@ -9,7 +9,7 @@ from regrow.settings.constraints import Range
 from regrow.settings.declaration import MAX_COUNT, SEED, Setting
 from regrow.settings.shared import PRECISION, Undo
 
-# Recoveries that solve for weights instead of training them; their passes run in the format of the weights.
+# Names of recoveries that solve for weights instead of training them; forward passes run in the dtype of the weights.
 CLOSED_FORM = ("refit",)
 
 

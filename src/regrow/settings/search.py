@@ -16,7 +16,9 @@ SIZES = (Measure.PARAMETERS, Measure.NONZERO, Measure.MACS, Measure.BYTES, Measu
 
 
 def parse_search_target(text: str) -> Target:
-    """Parse the target of a search; raise ValueError unless it is an amount or a share of one of ``SIZES``.
+    """Parse the target of a search, ``MEASURE=AMOUNT`` or ``MEASURE=SHARE%``.
+
+    Raise ValueError for a measure that is not in ``SIZES``, a number of tokens (``@512``), or a share of 100 %.
 
     >>> str(parse_search_target("macs=3M"))
     'macs=3000000'

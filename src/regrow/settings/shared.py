@@ -56,6 +56,7 @@ Input = Annotated[str, Setting(
     "given by the function that builds the model, or of the images in --source; otherwise a guess, which is printed.",
     metavar="SHAPE", group=LOADING,
 )]
+# Whether a copy of the model before the run is kept for `regrow undo`; the option turns it off
 Undo = Annotated[bool, Setting(
     "Keep no copy of the model as it was before this run; `regrow undo` cannot return to it then.",
     option="--no-undo",
@@ -64,7 +65,11 @@ Undo = Annotated[bool, Setting(
 
 
 def check_formats(precision: str, *, dtype: str = "", measure: str = "") -> None:
-    """Raise InputError unless a precision fits the weights' ``dtype`` and a budget's ``measure``; float32 does."""
+    """Raise InputError for bfloat16 forward passes of weights in another stated dtype than float32, or a target in ms.
+
+    ``precision``: the format of forward passes, ``float32`` (always allowed) or ``bfloat16``; ``dtype``: the format in
+    which weights are loaded, empty: as stored; ``measure``: what the target limits, such as ``"ms"``; empty: no target.
+    """
     if precision == "float32":
         return
     if dtype not in ("", "float32"):

@@ -15,7 +15,11 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def format_command_line(settings: "DataclassInstance", *further: str) -> str:
-    """Return the command line that runs with settings, and further words; most that have their default are left out."""
+    """Return the shell command, quoted, that runs with settings; ``further`` words are appended.
+
+    Settings that have their default are left out, but for required ones, those of which one must be given, and those
+    that are ``always_shown``.
+    """
     settings_class = type(settings)
     options = list_options(settings_class)
     stated = [field for field in options if field.is_required or field.setting.exclusive_group]
@@ -30,12 +34,12 @@ def format_command_line(settings: "DataclassInstance", *further: str) -> str:
 
 
 def command_name(settings_class: type) -> str:
-    """Return the name of the command whose settings a dataclass declares: the name of its module."""
+    """Return the command, such as ``"prune"``, whose settings a dataclass declares: the name of its module."""
     return settings_class.__module__.rpartition(".")[2]
 
 
 def _words(field: DeclaredSetting, value: Any) -> Iterator[str]:
-    """Yield the words of a command line that give a setting its value: the option, if it has one, before each part."""
+    """Yield the unquoted words that give a setting its value: ``--source news``, repeated for each value of several."""
     if field.is_mapping:
         for name, part in value.items():
             yield from (field.option, f"{name}={part if isinstance(part, str) else json.dumps(part)}")
@@ -47,7 +51,9 @@ def _words(field: DeclaredSetting, value: Any) -> Iterator[str]:
 
 
 def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """Return name → value of ``NAME=VALUE`` texts of an option: JSON where that can be parsed, otherwise text.
+    """Return name → value of ``NAME=VALUE`` texts: JSON where that can be parsed, otherwise text.
+
+    Of equal names the last counts. Raise InputError, which names ``option``, for a text without ``=``.
 
     >>> parse_pairs(["allocation=ranked", "seed=2", "compensate=false"])
     {'allocation': 'ranked', 'seed': 2, 'compensate': False}
@@ -65,9 +71,10 @@ def parse_pairs(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
 
 
 def build_settings(settings_class: type[Settings], stated: Mapping[str, Any], recorded: Mapping[str, Any]) -> Settings:
-    """Build settings from the values by field name that a command line states, and from those of an earlier run.
+    """Build settings from field name → value as a command line states them and as an earlier run has them.
 
-    The command line has precedence. Raises InputError for a missing setting, and for several of an exclusive group.
+    ``stated`` has precedence; mappings are merged; ``recorded`` is empty without an earlier run. Raises InputError for
+    a missing setting, for several of a group of which one must be given, and (without an earlier run) for none of it.
     """
     options = list_options(settings_class)
     rivals = [field for field in options if field.setting.exclusive_group]
