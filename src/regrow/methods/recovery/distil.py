@@ -83,7 +83,7 @@ def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Te
 
 @contextmanager
 def use_float32(model: nn.Module) -> Iterator[None]:
-    """Context manager in which a half-precision network is in float32, in place; it is rounded back after it."""
+    """Context manager in which half-precision tensors of a network are float32, in place; then they are rounded."""
     tensors = (*model.parameters(), *model.buffers())
     half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
     for tensor, _ in half:

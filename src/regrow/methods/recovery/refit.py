@@ -167,9 +167,10 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
-    """Return (layers that read cut units and can be refitted; weight → why another cannot; whether one is added).
+    """Return (layers that read cut units and can be refitted; weight → why another cannot; whether any is added).
 
-    The last: whether the output of at least one of the first is added to another tensor as it is.
+    The last is whether at least one of these layers has an output that is added to another tensor as it is. The cut
+    network runs on ``batch`` to find that.
     """
     axes, layouts = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
@@ -204,7 +205,10 @@ def _explain_first(left_out: Mapping[str, str]) -> str:
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
-    """Return why the dense network with the cut one's layers is not the cut network; ``""`` if it nearly is."""
+    """Return why the cut network is not the dense one with its own layers put in; ``""`` if it nearly is.
+
+    ``left_out``: weight → why its layer cannot be refitted; ``batch``: both networks run on it.
+    """
     if left_out:
         return _explain_first(left_out)
     if not work.layers:
