@@ -60,7 +60,7 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def compute_divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
+    """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)) of ``[positions, classes]``, in nats per position.
 
     >>> bool(compute_divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
     True

@@ -187,7 +187,7 @@ def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str
 
 
 def _can_refit(task: RecoveryTask, name: str, calls: int) -> bool:
-    """Whether the layer of a weight, which runs ``calls`` times per pass, is not among what ``UNFIT`` describes."""
+    """Whether the layer of the weight ``name``, which runs ``calls`` times per pass, is no case of ``UNFIT``."""
     ties = task.axes.ties
     is_shared = name in ties or name in ties.values() or name not in dict(task.model.named_parameters())
     if is_shared or calls != 1:
