@@ -90,7 +90,7 @@ class MethodTable(Mapping[str, MethodEntry]):
         return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
 
     def setting_names(self, name: str) -> tuple[str, ...] | None:
-        """Return the names of a method's settings, from its source, not imported; ``None``: not in this package."""
+        """Return the names of a method's settings, read from its source; ``None`` if it is not in this package."""
         path = Path(__file__).parent / self._kind / name
         for file in (path.with_suffix(".py"), *path.glob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():

@@ -168,7 +168,7 @@ def simple_pruner(
 
 
 def baseline_pruner(name: str, settings: Any, prune_outer: bool = True) -> Pruner:
-    """Return the pruner of the metric ``name`` in ``BASES``; z-scores where ``settings.allocation`` is ``ranked``."""
+    """Return the pruner of the metric ``name`` in ``BASES``; for ``ranked``, scores are comparable between axes."""
     base = BASES[name]
     metric = base.score if settings.allocation == "ranked" else base.metric
 
@@ -222,10 +222,8 @@ def plan_cut(
 ) -> PlannedCut:
     """Score units, choose which stay within the budget, and return the plan; the model is unchanged.
 
-    Raise ValueError if the budget cannot be met, or the method cannot score this network.
-
-    ``evidence`` is what was measured; ``None`` for methods that need no data. ``objective``: as in
-    :class:`PruningTask`.
+    ``evidence``: what was measured; ``None`` for methods without data. ``objective``: as in :class:`PruningTask`. Raise
+    ValueError if the budget cannot be met, or the method cannot score this network.
     """
     evidence, context, removal = evidence or Evidence(), context or PruningContext(), Removal()
     axes = with_droppable_modules(pruner, model, axes)
@@ -261,7 +259,7 @@ def with_droppable_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) ->
 
 
 def remove_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
-    """Return the axes without the dropped modules (paths), and a budget that leaves as much in all as before."""
+    """Return the axes without the dropped modules (paths), and a budget with the same limit in absolute numbers."""
     if not modules:
         return axes, budget
     limit = budget.limit(cost_of(axes, budget).total)

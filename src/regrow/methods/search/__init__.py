@@ -37,7 +37,7 @@ Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and th
 
 
 class Search(ABC):
-    """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need."""
+    """A search method with settings (a dataclass) and a space; subclasses override the hooks of :class:`Learner`."""
 
     needs_epochs = True  # whether the search has to be trained
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
@@ -57,10 +57,7 @@ class Search(ABC):
 
     @abstractmethod
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the next plan after the last epoch, to meet ``target`` (a size), and the new state.
-
-        It is called until it returns no plan.
-        """
+        """Return the next plan after the last epoch to meet ``target`` (a size), or ``None`` at last; and the state."""
 
     @cached_property
     def learner(self) -> Learner[SearchState]:
@@ -114,10 +111,7 @@ class Search(ABC):
         return True
 
     def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
-        """Return the size that the trained part may have now; a commit removes no more than it needs for that.
-
-        ``target``: the size that the whole network must have at the end, in units of the measure.
-        """
+        """Return the size that the trained part may have now, at the end ``target``; commits stop removing there."""
         return target
 
     def kept_fractions(self, state: SearchState, masks: GateMasks) -> dict[str, float]:

@@ -91,10 +91,7 @@ def plan_fit(search: Search, state: SearchState, context: Context, target: float
 
 
 def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:
-    """Return the plan that leaves the most important of each set of exclusive candidates; and the state.
-
-    ``None`` as the plan if there are no such sets, or each has one left.
-    """
+    """Return the plan that drops all but the best of each set of exclusive candidates, or ``None``; and the state."""
     sets, layout, alpha = exclusive_sets(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state

@@ -264,7 +264,7 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
 
 
 def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
-    """Make the new units of an applied ``plan`` sparse, off earlier inputs, and scaled, in place; return the state."""
+    """Make new units of ``plan`` sparse, project them off earlier inputs, scale them, in place; return the state."""
     _, zero_entries = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
     sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(Stream.SPARSITY))
     gate.weigh_new_units(state, context, s.group_norm_damping)
@@ -324,7 +324,7 @@ def _prepare_gates(s: Settings, state: SparseGrowState, context: Context) -> Spa
 
 
 def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Context) -> float:
-    """Return how free an axis is: its least :attr:`Gate.free`, or else the fraction of entries not owned or used."""
+    """Return how free an axis is: its least :attr:`Gate.free`, or (other gates) the share neither owned nor used."""
     if s.gate == "kronecker":
         return min((state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates), default=1.0)
     shares = []

@@ -25,9 +25,10 @@ from regrow.training.state import derived
 class Gate:
     """A layer's preconditioner (1 + s A ⊗ B)⁻¹: it shrinks weight changes in directions that earlier tasks used.
 
-    The change Δ ``[m, n + 1]`` becomes  Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and
-    eigenvalues λ of both factors. Source: Kao et al., Natural Continual Learning (NeurIPS 2021), without its pull to
-    earlier parameters; factors as in Ritter et al., Online Structured Laplace Approximations (NeurIPS 2018).
+    The change Δ of the weights and the bias (last column), ``[m outputs, n inputs + 1]``, becomes
+    Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and eigenvalues λ of both factors. Source:
+    Kao et al., Natural Continual Learning (NeurIPS 2021), without its pull to earlier parameters; factors as in Ritter
+    et al., Online Structured Laplace Approximations (NeurIPS 2018).
     """
 
     inputs: Tensor  # Q_A, [n + 1, n + 1]
@@ -117,7 +118,7 @@ class SparseGrowState:
         return {"inputs": self.inputs, "labels": self.labels}
 
     def thresholded(self, context: Context) -> Iterator[ThresholdedWeight]:
-        """Yield each weight that has thresholds; changing its weight or threshold in place changes the network."""
+        """Yield each weight that has thresholds, with these and its mask; the first two may be changed in place."""
         parameters = context.parameters()
         for name in context.weights:
             if name in self.threshold:

@@ -88,17 +88,14 @@ def build(settings: Settings) -> Pruner:
     )
 
 
-def _check_budget(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
-    """Raise ValueError if a budget cannot be met, is regular with ``fill=neurons``, or limits time.
-
-    ``units``: the axes that may be cut, as for :attr:`Pruner.check`.
-    """
+def _check_budget(s: Settings, axes: AxisGraph, prunable: Sequence[Axis], budget: Budget) -> None:
+    """Raise ValueError if a budget cannot be met, is regular with ``fill=neurons``, or limits time."""
     if budget.measure == Measure.TIME:
         raise ValueError("the time of whole modules is not measured; use a target in params, macs or bytes")
     if budget.regular and s.fill == "neurons":
         raise ValueError("depth with fill=neurons gives blocks different widths; leave out regular, or set fill=none")
     rest, _ = remove_modules(axes, budget, _find_candidates(s, axes, budget))
-    cost, total = _least_cost(s, rest, units, budget), cost_of(axes, budget).total
+    cost, total = _least_cost(s, rest, prunable, budget), cost_of(axes, budget).total
     if cost > budget.limit(total):
         limit = str(budget.target) if budget.target else f"keep {budget.keep:g}"
         setting = "target" if budget.target else "keep"

@@ -128,12 +128,9 @@ def build(settings: Settings) -> Pruner:
     )
 
 
-def _check_budget(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
-    """Raise ValueError if units are not neutral when masked, or the budget cuts more than ``settings.most`` of them.
-
-    ``units``: the axes that may be cut, as for :attr:`Pruner.check`.
-    """
-    units = scorable_axes(axes, units)
+def _check_budget(settings: Settings, axes: AxisGraph, prunable: Sequence[Axis], budget: Budget) -> None:
+    """Raise ValueError if units are not neutral when masked, or the budget cuts more than ``settings.most`` of them."""
+    units = scorable_axes(axes, prunable)
     if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
         raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
     single = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}  # all units in one module

@@ -235,10 +235,7 @@ class Masks:
         return {key: ranks[view] - ratios[self.modules[key][view]] for key, ranks in self.ranks.items()}
 
     def gates(self, ratios: Tensor, view: int) -> dict[str, Tensor]:
-        """Return axis key → 1 for units that stay, 0 for units that are cut, with a gradient to the ratios.
-
-        ``ratios``: as for :meth:`margins`.
-        """
+        """Return axis key → 1 for units that stay, 0 for cut ones, with a gradient to ``ratios`` (:meth:`margins`)."""
         gates = {}
         for key, ranks in self.ranks.items():
             label = self.modules[key][view]
