@@ -128,8 +128,8 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
 def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
     """Return the order of units that have several channels, removed exactly one at a time.
 
-    ``inverse``: H⁻¹ ``[k, k]``; ``columns``: Wᵀ ``[k, out]``; both are changed. ``channels``: the inputs
-    of each unit ``[size, c]``.
+    ``inverse``: H⁻¹ ``[k, k]``; ``columns``: Wᵀ ``[k, out]``; both are changed. ``channels``: the
+    inputs of each unit ``[size, c]``.
     """
     remaining, order, losses = list(range(len(channels))), [], []
     while remaining:

@@ -47,7 +47,7 @@ class Settings(CheckedSettings):
 
 
 def build(settings: Settings) -> Recovery:
-    """Return the recovery that trains and merges LoRA adapters."""
+    """Return the recovery that trains and merges LoRA adapters; raise ModelError if peft is not installed."""
     if find_spec("peft") is None:
         raise missing_package("recover", "peft")
     return partial(lora, settings=settings)

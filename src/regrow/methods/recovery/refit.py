@@ -72,8 +72,8 @@ class Settings:
     """Settings of ``refit``: the target of the least squares, the candidate ridges, and the held-out fraction.
 
     Args:
-        target: ``own``: the output that the uncut layer would have on the cut network's stream; ``dense``: the dense
-            network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``: ``dense``
+        target: ``own``: the output that the uncut layer would have on the cut network's activations; ``dense``: the
+            dense network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``: ``dense``
             if the output of at least one fitted layer is added to another tensor directly, else ``auto``.
         ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
         held_out: The fraction of the text on which the ridge is chosen.

@@ -37,10 +37,10 @@ def _run_together(
     turns: Turns,
     loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
 ) -> None:
-    """Run batches through a network, each inside ``around`` (its number, ``id`` of a watched weight → name), in turns.
+    """Run batches through a network in turns, each inside ``around(number, watched)``; ``number``: its index.
 
-    ``names``: those of the watched weights; ``loading``: watched weights of a block → context manager in which the
-    block of a streamed network runs.
+    ``watched``: ``id`` → name of the weights ``names``; ``loading``: ``watched`` of a block → context manager in which
+    the block of a streamed network runs.
     """
     if isinstance(network, StreamedNetwork):
         network.visit_together(batches, names, around, turns, loading)
@@ -60,9 +60,9 @@ def _watch_parameters(model: nn.Module, names: Collection[str]) -> dict[int, str
 
 
 def count_calls(task: RecoveryTask, names: Collection[str], batch: Batch) -> tuple[Counter[str], Counter[str]]:
-    """Return (weight → runs of its layer in a forward pass of the cut network; weight → how often a tensor is added).
+    """Return (weight → runs of its layer in a pass of the cut network; weight → additions of a tensor to its output).
 
-    ``names``: the weights that are watched. A tensor counts if it is added to the output at its first use.
+    ``names``: the weights that are watched. An addition counts if it is the first use of the output.
     """
     times, added = Counter[str](), Counter[str]()
 

@@ -327,7 +327,7 @@ class DepthSearch:
     ) -> float:
         """Return the divergence in nats per label without some modules (paths), measured inside ``masked``.
 
-        It is recorded under ``key``, or read if that is recorded.
+        ``key``: under which it is recorded, or read if it is there; ``masked``: a context in which units are masked.
         """
 
         def measure() -> float:

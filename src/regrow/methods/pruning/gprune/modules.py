@@ -40,7 +40,7 @@ class Modules:
     def numbered_as(self, other: "Modules", all_spaces: Sequence[Space]) -> "Modules":
         """Return this partition with modules numbered as those of the same name in ``other``.
 
-        A ranking space whose modules have other names than in ``other`` is divided as there.
+        A ranking space whose modules have other names there takes the modules of ``other``.
         """
         index_by_name = {name: i for i, name in enumerate(other.names)}
         indices = torch.tensor([index_by_name.get(name, -1) for name in self.names])
