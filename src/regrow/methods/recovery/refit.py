@@ -73,8 +73,8 @@ class Settings:
 
     Args:
         target: ``own``: the output that the uncut layer would have on the cut network's activations; ``dense``: the
-            dense network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``: ``dense``
-            if the output of at least one fitted layer is added to another tensor directly, else ``auto``.
+            dense network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``:
+            ``dense`` if the output of at least one fitted layer is added to another tensor directly, else ``auto``.
         ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
         held_out: The fraction of the text on which the ridge is chosen.
         choose_on: ``held_out``: the ridge is chosen on held-out text of the same sources; ``left_out_source``: on each
