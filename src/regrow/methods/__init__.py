@@ -58,10 +58,10 @@ class MethodEntry:
         return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
     def create(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
-        """Build the method with settings; others have their defaults. ValueError for an unknown name or a wrong type.
+        """Build the method; settings not given have defaults. ValueError for an unknown setting or a wrong type.
 
-        ``name`` is for errors; ``inputs`` are further keyword arguments of ``build``, such as ``prices``, the time that
-        operations take. Returns a Pruner, a Learner, a Search or what a recovery's ``build`` returns.
+        ``name``: the method's, for errors; ``inputs`` are further keyword arguments of ``build``, such as ``prices``,
+        the time that operations take. Returns a Pruner, a Learner, a Search or what a recovery's ``build`` returns.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
@@ -78,7 +78,7 @@ class MethodEntry:
 
 
 class MethodTable(Mapping[str, MethodEntry]):
-    """The methods of one kind, by name (of a module or folder); a module is imported when its entry is read."""
+    """A read-only mapping from name to built-in method of one kind; reading an entry imports its module."""
 
     def __init__(self, kind: MethodKind, names: Sequence[str]) -> None:
         self._kind, self._names = kind, names
@@ -90,7 +90,7 @@ class MethodTable(Mapping[str, MethodEntry]):
         return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
 
     def setting_names(self, name: str) -> tuple[str, ...] | None:
-        """Return the names of a method's settings, read from its source without importing it; ``None`` if not found."""
+        """Return the names of a method's settings, read from its source; ``None`` if it is not in this package."""
         path = Path(__file__).parent / self._kind / name
         for file in (path.with_suffix(".py"), *path.glob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
@@ -122,8 +122,8 @@ METHODS, LEARNERS, SEARCHERS, RECOVERIES = (TABLES[kind] for kind in MethodKind)
 def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
     """Look up a method by name: built in, from an installed package, or ``pkg.mod:NAME`` of the user's own code.
 
-    NAME is then a :class:`MethodEntry`. Never pass a name of code that comes from a file. Raise ValueError if there is
-    no such method (suggests the nearest name), or it is not of the wanted kind.
+    NAME is then a :class:`MethodEntry`. Never pass a name of code that comes from a file. ``kind``: the wanted one,
+    ``None``: any. Raise ValueError if there is no such method (suggests the nearest name), or it is of another kind.
     """
     check_name(kind, name)
     for table in _tables(kind):
@@ -140,9 +140,9 @@ def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
 
 
 def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = ()) -> None:
-    """Raise ValueError unless a name is that of a method, or has the form of user code's; imports no method.
+    """Raise ValueError unless a name is known or of the form ``pkg.mod:NAME`` of user code; imports no method.
 
-    A method of this package must also have the named ``settings``.
+    ``kind``: as for :func:`find_method`; ``settings``: names of settings that a method of this package must have.
     """
     tables = _tables(kind)
     if table := next((table for table in tables if name in table), None):
@@ -175,7 +175,7 @@ def _installed_methods() -> dict[str, EntryPoint]:
 
 
 def refuse_recorded_code(name: str, command: str) -> None:
-    """Raise ValueError if the method that a run folder names is user code; ``command``: that which started the run."""
+    """Raise ValueError if a run folder's method is user code; ``command``: the command line to repeat."""
     if names_function(name):
         raise ValueError(
             f"the run's method is your own code ({name!r:.80}), and a name in a file is never imported; install it as "
@@ -184,7 +184,7 @@ def refuse_recorded_code(name: str, command: str) -> None:
 
 
 def added_methods() -> dict[str, MethodEntry]:
-    """Return the methods that installed packages add, by name; those that cannot be imported are left out."""
+    """Return name → method of any kind that an installed package adds; those that cannot be imported are left out."""
     methods = {}
     for name in _installed_methods():
         with suppress(ValueError):

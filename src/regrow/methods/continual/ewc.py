@@ -36,7 +36,7 @@ class Settings(CheckedSettings):
 
 @dataclass(frozen=True)
 class EwcState:
-    """The state of EWC between tasks, by parameter name."""
+    """What EWC carries from task to task, by parameter name; empty before the end of the first task."""
 
     # The diagonal of the Fisher information, summed over tasks (with `decay`).
     fisher: Mapping[str, AxisTensor] = field(default_factory=dict)
@@ -62,7 +62,10 @@ def build(settings: Settings) -> Learner[EwcState]:
 
 
 def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
-    """Return the estimated diagonal of the current task's Fisher information, by parameter name; clears gradients."""
+    """Return parameter name → diagonal of the current task's Fisher information, estimated in eval mode.
+
+    ``samples``: the largest number of examples that are drawn. Gradients are cleared; the network's mode is restored.
+    """
     was_training, parameters = context.model.training, context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
     order = torch.randperm(len(context.task.train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples]

@@ -69,7 +69,10 @@ def build(settings: Settings) -> Learner[LwfState]:
 
 
 def _compute_teacher_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
-    """Return the logits, in eval mode, of the network as it was before the current task; training mode follows."""
+    """Return the logits of the network as it was before the task, ``[N, classes]``, in eval mode, without gradients.
+
+    ``context.model`` keeps its parameters and is left in training mode.
+    """
     old = {name: tensor.values for name, tensor in state.old.items()}
     context.model.eval()
     with torch.no_grad():

@@ -63,7 +63,7 @@ def build(settings: Settings) -> Learner[NaiveState]:
 
 
 def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
-    """Return the loss on a batch and on as many examples of earlier tasks; all tasks have equal weight."""
+    """Return the loss on a batch and on as many random examples of earlier tasks; every task has the same weight."""
     past = context.past
     generator = context.generator(Stream.PAST_TASKS, state.step + 1)
     task_indices = torch.randint(len(past), (len(batch),), generator=generator)  # of each drawn example

@@ -96,13 +96,19 @@ def build(settings: Settings) -> Learner[PackNetState]:
 
 
 def _protected_entries(state: PackNetState, context: Context) -> dict[str, Tensor]:
-    """Return weight name → bool mask of the entries that the current task does not train."""
+    """Return weight name → bool mask, true where the current task must not train the entry.
+
+    Before the task has pruned, these are the entries that earlier tasks own; then all but its own.
+    """
     trained = context.number + 1 if state.pruned else 0  # before it prunes: all free entries
     return {name: owner.values != trained for name, owner in state.owner.items()}
 
 
 def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:
-    """Set the smallest ``share`` of the free weights to 0, in place; the task now owns the others."""
+    """Set the fraction ``share`` of each weight's free entries that is smallest to 0, in place; at least one entry.
+
+    The task now owns the other free entries, in ``state.owner``. Return the state with ``pruned`` set.
+    """
     with torch.no_grad():
         for name in context.weights:
             weight, owner = context.parameters()[name], state.owner[name].values

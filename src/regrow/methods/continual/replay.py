@@ -52,7 +52,7 @@ class ReplayState:
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:
-        """The memory's tensors by name, one example per row; ``None`` while it is empty."""
+        """The memory's tensors by field name, one row per stored example; ``None`` while it is empty."""
         return {"inputs": self.inputs, "labels": self.labels, "logits": self.logits}
 
 

@@ -100,12 +100,12 @@ def build(settings: Settings) -> Learner[WsnState]:
 
 
 def _values(tensors: Mapping[str, AxisTensor]) -> dict[str, Tensor]:
-    """Return the values of tensors, by the same names."""
+    """Return name → plain tensor of the tensors of a state."""
     return {name: tensor.values for name, tensor in tensors.items()}
 
 
 def _select_largest(scores: Tensor, share: float) -> Tensor:
-    """Return a bool mask of the fraction ``share`` of the scores that are largest in absolute value."""
+    """Return a bool mask, true for the ``share`` (a fraction) of the scores with the largest absolute values."""
     magnitudes = scores.abs()
     threshold = magnitudes.flatten().kthvalue(max(1, round((1 - share) * magnitudes.numel()))).values
     return magnitudes >= threshold

@@ -69,13 +69,13 @@ def build(settings: Settings) -> Pruner:
 
 
 def _score_units(task: PruningTask, per_weight: bool) -> Scores:
-    """Return the estimated loss of cutting each unit; ``per_weight``: per unit of cost that it removes."""
+    """Return the estimated loss of cutting each unit; ``per_weight``: divided by the cost that cutting it removes."""
     scores = fisher(task.weights, task.axes, task.evidence.pooled(), units=task.units)
     return _divide_by_cost(task, scores) if per_weight else scores
 
 
 def _divide_by_cost(task: PruningTask, scores: Scores) -> Scores:
-    """Return scores divided by the mean cost, in the budget's measure, that cutting a unit of their axis removes."""
+    """Return scores divided by the mean cost, in the budget's measure, that cutting a unit of their axis saves."""
     cost, values = cost_of(task.axes, task.budget), {}
     for key, losses in scores.values.items():
         axis = task.axes[key]
@@ -85,7 +85,7 @@ def _divide_by_cost(task: PruningTask, scores: Scores) -> Scores:
 
 
 def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
-    """Return the scores and units of the allocation under which the masked network has the lowest loss.
+    """Return the scores and kept units of the allocation under which the masked network has the lowest loss.
 
     Allocations that cannot meet the budget are left out. Where the losses cannot be compared, the first is taken. A
     note says either. Leaving outer blocks unpruned is from LLM-Pruner (arXiv 2305.11627).
@@ -130,7 +130,10 @@ def _rank_measured(task: PruningTask, settings: Settings) -> Ranking:
 
 
 def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: bool) -> dict[str, float]:
-    """Return name of an allocation → mean loss per label when it masks units; ``{}`` if no batch has a finite loss."""
+    """Return name of an allocation → mean loss per label with its units masked; ``{}`` if no batch has a finite loss.
+
+    ``kept``: name of an allocation → the units that stay; ``compensate``: masked inputs have their mean, not 0.
+    """
     masks = {name: make_gates(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
     sums, counted_labels, all_labels = dict.fromkeys(masks, 0.0), 0, 0
@@ -151,7 +154,7 @@ def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: boo
 
 
 def _first_labelled(source: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the first batches with labels, until these are at least ``LABELS``."""
+    """Yield the batches with labels from the start of a source, until these have at least ``LABELS`` labels."""
     labels = 0
     for batch in source:
         if batch.size:

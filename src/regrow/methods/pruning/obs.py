@@ -59,7 +59,7 @@ def build(settings: Settings) -> Pruner:
 
 
 def _score_units(task: PruningTask, settings: Settings) -> Scores:
-    """Return the error that each unit's removal adds, by :func:`order_layers`; on other axes, if it is the only one."""
+    """Return scores in the order of :func:`order_layers`; on other axes, the error if one unit alone is removed."""
     pooled = task.evidence.pooled()
     orders = order_layers(task, pooled, ridge=settings.ridge, centre=settings.compensate)
     others = [axis for axis in task.units if axis.key not in orders]
@@ -79,7 +79,7 @@ class Elimination:
     losses: Tensor  # what each removal adds to the squared change of the layer's output, [size] float64
 
     def scores(self) -> Tensor:
-        """Return one score per unit, ``[size]``: the error that its removal adds, at least what earlier ones added.
+        """Return each unit's score, ``[size]``: the error that its removal adds, at least what earlier ones added.
 
         A unit that is removed later has a higher score, if only by rounding, so that scores keep the order.
 
@@ -126,7 +126,11 @@ def eliminate(gram: Tensor, weight: Tensor, channels: Tensor, ridge: float) -> E
 
 
 def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
-    """Remove units of several channels, exactly one at a time; ``inverse`` and ``columns`` ``[k, out]`` are changed."""
+    """Return the order of units that have several channels, removed exactly one at a time.
+
+    ``inverse``: H⁻¹ ``[k, k]``; ``columns``: Wᵀ ``[k, out]``; both are changed. ``channels``: the
+    inputs of each unit ``[size, c]``.
+    """
     remaining, order, losses = list(range(len(channels))), [], []
     while remaining:
         costs = []
@@ -144,7 +148,7 @@ def _eliminate_groups(inverse: Tensor, columns: Tensor, channels: Tensor) -> Eli
 
 
 def _remove(inverse: Tensor, columns: Tensor, channels: Tensor) -> None:
-    """Update columns and inverse, in place, to those without some channels, whose own rows are not read again."""
+    """Remove channels (indices) from H⁻¹ and Wᵀ, in place, and adapt the others; their own rows become invalid."""
     rows = inverse[channels]
     scaled = torch.linalg.solve(rows[:, channels], torch.cat([columns[channels], rows], 1))
     out = columns.shape[1]
@@ -153,7 +157,7 @@ def _remove(inverse: Tensor, columns: Tensor, channels: Tensor) -> None:
 
 
 def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> Elimination:
-    """Remove units of one channel each, in small groups; ``inverse`` and ``columns`` ``[k, out]`` may be changed."""
+    """As :func:`_eliminate_groups` for one channel per unit, ``channels`` ``[size]``, removed in small groups."""
     units = torch.arange(len(channels))  # those whose rows the tensors hold
     if not torch.equal(channels, torch.arange(len(inverse))):
         inverse, columns = inverse[channels][:, channels], columns[channels]
@@ -181,7 +185,10 @@ def _eliminate_channels(inverse: Tensor, columns: Tensor, channels: Tensor) -> E
 
 
 def _order_candidates(inverse: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return (indices of the ``count`` candidates whose removal, one after the other, costs least; these costs)."""
+    """Return (indices of the ``count`` units whose removal, one after the other, costs least; these costs).
+
+    Arguments as of :func:`_eliminate_groups`, but the rows of candidates alone; they are not changed.
+    """
     inverse, columns, removed = inverse.clone(), columns.clone(), torch.zeros(len(inverse), dtype=torch.bool)
     order, costs = [], []
     for _ in range(count):
@@ -202,7 +209,8 @@ def order_layers(task: PruningTask, pooled: Statistics, *, ridge: float, centre:
     """Return axis key → the order of :func:`eliminate`, for every axis that one linear layer reads.
 
     ``pooled``: the sums over all sources; ``centre``: whether a bias makes up for the means of dropped inputs. Other
-    axes, and inputs that do not vary, have no entry. It runs the network on the data, which it needs.
+    axes, and inputs that do not vary, have no entry. It runs the network on the data of ``task.evidence``.
+    Raise ValueError if there are none, or as :func:`eliminate` does.
     """
     parameters = dict(task.model.named_parameters(remove_duplicate=False))
     recurrent = [module for module in task.model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]

@@ -147,13 +147,16 @@ class PlannedCut:
 
     plan: Plan
     scores: Scores
-    findings: Mapping[str, object] = field(default_factory=dict)
+    findings: Mapping[str, object] = field(default_factory=dict)  # of ``Removal`` and ``Ranking``, as JSON data
 
 
 def simple_pruner(
     name: str, settings: Any, needs: Collection[Need], score: Callable[[PruningTask], Scores], prune_outer: bool = True
 ) -> Pruner:
-    """Return the pruner that ranks units by one score; ``settings`` has ``allocation`` and ``compensate``."""
+    """Return the pruner that ranks units by one score; ``settings`` has ``allocation`` and ``compensate``.
+
+    ``name``: recorded in the plan; ``needs``: what ``score`` reads; activations are added where it compensates.
+    """
     return Pruner(
         needs=frozenset({*needs, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda task: Ranking(score(task)),
@@ -165,7 +168,7 @@ def simple_pruner(
 
 
 def baseline_pruner(name: str, settings: Any, prune_outer: bool = True) -> Pruner:
-    """Return the pruner of a baseline in ``BASES``; where all units have one ranking, its scores are standardised."""
+    """Return the pruner of the metric ``name`` in ``BASES``; for ``ranked``, scores are comparable between axes."""
     base = BASES[name]
     metric = base.score if settings.allocation == "ranked" else base.metric
 
@@ -177,12 +180,12 @@ def baseline_pruner(name: str, settings: Any, prune_outer: bool = True) -> Prune
 
 
 def mean_inputs(model: nn.Module, axes: AxisGraph, kept: Kept, evidence: Evidence) -> Mapping[str, Mapping[int, float]]:
-    """Return the mean of each dropped input over all sources: weight name → position → mean (:attr:`Plan.means`)."""
+    """Return the means of dropped inputs over all sources: weight name → input position → mean (:attr:`Plan.means`)."""
     return means(model, axes, kept, evidence.pooled(gradients=False))
 
 
 def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
-    """Raise ValueError unless a method can meet a budget, whatever it will measure."""
+    """Raise ValueError unless a method can meet a budget, whatever it will measure; no data are read."""
     units = _prunable_axes(pruner, axes, budget)
     if pruner.drop is None:  # whether a budget can be met does not depend on the scores
         pruner.allocate(axes, random(axes, units=units), budget)
@@ -190,7 +193,10 @@ def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
 
 
 def check_objective(pruner: Pruner, sources: Iterable[Source], objective: Objective | None) -> None:
-    """Raise ValueError if a method compares probabilities of classes, and the network predicts something else."""
+    """Raise ValueError if a method compares probabilities of classes, and the network predicts something else.
+
+    ``objective``: what the network is trained for; ``None``: the labels in each source's first batch tell.
+    """
     if not pruner.compares_classes:
         return
     # A loss of the user's own says nothing about that, and is accepted.
@@ -216,7 +222,8 @@ def plan_cut(
 ) -> PlannedCut:
     """Score units, choose which stay within the budget, and return the plan; the model is unchanged.
 
-    Raise ValueError if the budget cannot be met, or the method cannot score this network.
+    ``evidence``: what was measured; ``None`` for methods without data. ``objective``: as in :class:`PruningTask`. Raise
+    ValueError if the budget cannot be met, or the method cannot score this network.
     """
     evidence, context, removal = evidence or Evidence(), context or PruningContext(), Removal()
     axes = with_droppable_modules(pruner, model, axes)
@@ -246,13 +253,13 @@ def plan_cut(
 
 
 def with_droppable_modules(pruner: Pruner, model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes; if the method drops modules, with those that can be dropped: the network runs again."""
+    """Return the axes; for a method that drops modules, with ``branches`` found by another run of the network."""
     is_known = any(branch.free and branch.gives != "nothing" for branch in axes.branches.values())
     return with_branches(model, axes) if pruner.drop and axes.steps and not is_known else axes
 
 
 def remove_modules(axes: AxisGraph, budget: Budget, modules: Collection[str]) -> tuple[AxisGraph, Budget]:
-    """Return the axes without the dropped modules (paths), and a budget with the same limit for what is left."""
+    """Return the axes without the dropped modules (paths), and a budget with the same limit in absolute numbers."""
     if not modules:
         return axes, budget
     limit = budget.limit(cost_of(axes, budget).total)

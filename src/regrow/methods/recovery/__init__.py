@@ -30,7 +30,7 @@ FIELDS = {"weight", "ridge"}  # what a resumed refit reads of the record of a la
 
 
 class ChangedTensors:
-    """Tensors of a network that a recovery has changed, by name, in files, one per step; each access reads one."""
+    """Name → tensor that a recovery has changed, in files of a folder, one per step; each look-up reads a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.key = folder, ""  # the folder is made when the first file is written
@@ -38,7 +38,7 @@ class ChangedTensors:
         self.places: dict[str, Path] = {}  # name of a tensor → the file of its step
 
     def open(self, key: str) -> None:
-        """Find the steps of an interrupted recovery with this key; delete files of others, and damaged ones."""
+        """Take over the steps that an interrupted recovery with this key left; delete other and damaged files."""
         self.key, self.records, self.places = key, [], {}
         for i, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
             try:
@@ -69,11 +69,11 @@ class ChangedTensors:
         return tensors[name]
 
     def _step_path(self, step: int) -> Path:
-        """Return the file of a step, from 0."""
+        """Return the path of the file of a step, numbered from 0."""
         return self.folder / f"{step:06}.safetensors"
 
     def _add(self, path: Path, names: list[str], record: dict[str, Any]) -> None:
-        """Note the file of a step, the names of its tensors and its record."""
+        """Note the next step: its file, the names of the tensors in it, and its record."""
         self.records.append(record)
         self.places |= dict.fromkeys(names, path)
 
@@ -127,7 +127,7 @@ class RecoveryTask:
         return objective.compute_loss(output, batch)
 
     def split_sources(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
-        """Return the training batches of each source, and the held-out batches of all (the fraction ``share``).
+        """Return (the training batches of each source, the held-out batches of all); ``share``: the fraction held out.
 
         Raise ValueError without a source, or if one has a single batch.
         """
@@ -153,9 +153,10 @@ def fit_recovery(
 ) -> dict[str, Any]:
     """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
 
-    Return the steps, the best one and the history of evaluations. ``s`` has ``lr``, ``passes``, ``windows``, ``checks``
-    and ``held_out``. ``s.lr`` is the peak learning rate: it rises over the first tenth of the steps, then falls as a
-    half cosine. ``requires_grad`` is set.
+    ``parameters``: those to train, by name; ``loss``: (task, batch) → a scalar. ``s`` has ``lr``, ``passes``,
+    ``windows``, ``checks`` and ``held_out``, as in :mod:`.distil`. Return the number of steps, the best step and the
+    history of evaluations. ``s.lr`` is the peak learning rate: it rises over the first tenth of the steps, then falls
+    as a half cosine. ``requires_grad`` is set.
     """
     train, held = task.split_sources(s.held_out)
     held = [batch.to(device_of(task.model)) for batch in held]

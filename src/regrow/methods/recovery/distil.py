@@ -60,7 +60,7 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def compute_divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
+    """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)) of ``[positions, classes]``, in nats per position.
 
     >>> bool(compute_divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
     True
@@ -83,7 +83,7 @@ def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Te
 
 @contextmanager
 def use_float32(model: nn.Module) -> Iterator[None]:
-    """Context manager in which a half-precision network is in float32, in place; it is rounded back after it."""
+    """Context manager in which half-precision tensors of a network are float32, in place; then they are rounded."""
     tensors = (*model.parameters(), *model.buffers())
     half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
     for tensor, _ in half:

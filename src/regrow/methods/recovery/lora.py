@@ -47,7 +47,7 @@ class Settings(CheckedSettings):
 
 
 def build(settings: Settings) -> Recovery:
-    """Return the recovery that trains and merges LoRA adapters."""
+    """Return the recovery that trains and merges LoRA adapters; raise ModelError if peft is not installed."""
     if find_spec("peft") is None:
         raise missing_package("recover", "peft")
     return partial(lora, settings=settings)
@@ -70,7 +70,7 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def find_linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
-    """Return the paths of the linear layers that a ``keep`` fraction counts: not embeddings and tied output layers.
+    """Return the paths of the linear layers in ``axes.counted``: not embeddings and tied output layers.
 
     Raise ValueError if there are none.
     """
@@ -84,7 +84,10 @@ def find_linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
 
 
 def add_adapters(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Put an adapter around each of some layers, in place, and return the adapters' parameters by name."""
+    """Put an adapter around each layer in ``paths``, in place; return name → the adapters' parameters.
+
+    ``settings`` has rank and scale; ``seed``: of the initial values; the global random state is unchanged.
+    """
     import peft
 
     before = {id(parameter) for parameter in model.parameters()}

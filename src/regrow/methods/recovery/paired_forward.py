@@ -45,9 +45,10 @@ class LayerCall:
 
 
 class LayerCalls(TorchFunctionMode):
-    """Calls ``handle`` for each watched layer (``id`` of a weight → its name), as soon as its output is first used.
+    """Calls ``handle`` with each run of a watched layer as soon as its output is first used, or at the end.
 
-    A view of the output with the same channels, and dropout in evaluation mode, do not count as a use.
+    A context manager around forward passes. ``watched``: ``id`` of a weight → its name. A view of the output with the
+    same channels, and dropout in evaluation mode, do not count as a use.
     """
 
     def __init__(self, watched: Mapping[int, str], handle: Callable[[LayerCall], None]) -> None:
@@ -95,7 +96,7 @@ class LayerCalls(TorchFunctionMode):
         return True
 
     def _pop(self, tensor_id: int) -> LayerCall | None:
-        """Remove and return the call of an unused output, with all views of it; ``None`` if it was removed before."""
+        """Remove and return the call whose output, or a view of it, has this ``id``; ``None`` if it is not there."""
         call = self.unused.get(tensor_id)
         if call is not None:
             self.unused = {key: other for key, other in self.unused.items() if other.output_id != call.output_id}
@@ -110,7 +111,7 @@ class LayerCalls(TorchFunctionMode):
 
 
 def _find_addend(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
-    """Return what an addition adds to ``output``, one of its operands; ``None`` unless it is of the same shape."""
+    """Return the other operand if ``func`` adds a tensor of the same shape to ``output``, and else ``None``."""
     if func not in ADDITIONS or len(args) != 2 or kwargs:
         return None
     other = args[1] if args[0] is output else args[0]
@@ -121,7 +122,7 @@ def _find_addend(output: Tensor, func: Callable[..., Any], args: tuple[Any, ...]
 class LayerOutputs:
     """The outputs of a network's layers, produced one by one on request by forward passes in threads of their own.
 
-    ``run`` runs the network on ``count`` batches, each batch and part in the context and the turns that it is given.
+    ``run``: (around, turns) → runs the network on ``count`` batches, each inside ``around(number, watched)``, in turns.
     """
 
     def __init__(self, run: Callable[[Around, Turns], object], count: int) -> None:
@@ -132,9 +133,9 @@ class LayerOutputs:
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
     def __call__(self, number: int, name: str) -> tuple[Tensor, Tensor | None] | None:
-        """Return a layer's output on batch ``number``, and the tensor added to it; ``None`` if the layer does not run.
+        """Return (a layer's output on batch ``number``, the tensor added to it); ``None`` if the layer does not run.
 
-        It waits for the forward pass, and raises its errors.
+        ``name``: of the layer's weight. It waits for the forward pass, and raises its errors.
         """
         while (number, name) not in self._early:
             if self._ended:
@@ -154,25 +155,25 @@ class LayerOutputs:
         return self._early.pop((number, name))
 
     def _offer(self, number: int, call: LayerCall) -> None:
-        """Hand over a layer's output, from a thread, wait for the next request, and let the others go first."""
+        """In a thread: hand over a layer's output on batch ``number`` and wait for the next request and its turn."""
         self._queue.put(((number, call.name), call.output, call.other))
         self._wait()
         self._turns.wait(number)
 
     def _wait(self) -> None:
-        """Wait in a thread for the next request; raise StopRunError if there will be none."""
+        """In a thread: wait for the next request; raise StopRunError if there will be none."""
         self._request.acquire()
         if self._stop:
             raise StopRunError
 
     @contextmanager
     def _offering(self, number: int, watched: Mapping[int, str]) -> Iterator[None]:
-        """Context manager of a batch's forward pass that hands over the outputs of watched layers."""
+        """Context manager of the forward pass of batch ``number``, which hands over outputs of watched layers."""
         with torch.no_grad(), LayerCalls(watched, lambda call: self._offer(number, call)):
             yield
 
     def _run(self, run: Callable[[Around, Turns], object]) -> None:
-        """Run the network from the first request on; ``None`` or an error follows the last output in the queue."""
+        """In a thread: call ``run`` after the first request; then put ``None``, or its error, into the queue."""
         try:
             self._wait()
             with self._state():
@@ -188,7 +189,8 @@ class LayerOutputs:
 def run_in_thread(run: Callable[[Around, Turns], object], count: int = 1) -> Iterator[LayerOutputs]:
     """Context manager that runs a network in threads, layer by layer, only as far as its outputs are requested.
 
-    Gives the outputs, which are functions of (number of a batch, name of a weight).
+    ``run``, ``count``: as for :class:`LayerOutputs`, which it gives: a function of (number of a batch, name of a
+    weight).
     """
     outputs = LayerOutputs(run, count)
     outputs._thread.start()

@@ -72,9 +72,9 @@ class Settings:
     """Settings of ``refit``: the target of the least squares, the candidate ridges, and the held-out fraction.
 
     Args:
-        target: ``own``: the output that the uncut layer would have on the cut network's stream; ``dense``: the dense
-            network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``: ``dense``
-            if the output of at least one fitted layer is added to another tensor directly, else ``auto``.
+        target: ``own``: the output that the uncut layer would have on the cut network's activations; ``dense``: the
+            dense network's value there; ``auto``: ``own`` where that can be computed, else ``dense``; ``residual``:
+            ``dense`` if the output of at least one fitted layer is added to another tensor directly, else ``auto``.
         ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
         held_out: The fraction of the text on which the ridge is chosen.
         choose_on: ``held_out``: the ridge is chosen on held-out text of the same sources; ``left_out_source``: on each
@@ -167,9 +167,10 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
 
 
 def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str], bool]:
-    """Return (layers that read cut units and can be refitted; weight → why another cannot; whether one is added).
+    """Return (layers that read cut units and can be refitted; weight → why another cannot; whether any is added).
 
-    The last: whether the output of at least one of the first is added to another tensor as it is.
+    The last is whether at least one of these layers has an output that is added to another tensor as it is. The cut
+    network runs on ``batch`` to find that.
     """
     axes, layouts = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
@@ -186,7 +187,7 @@ def find_layers(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str
 
 
 def _can_refit(task: RecoveryTask, name: str, calls: int) -> bool:
-    """Whether the layer of a weight, which runs ``calls`` times per pass, is not among what ``UNFIT`` describes."""
+    """Whether the layer of the weight ``name``, which runs ``calls`` times per pass, is no case of ``UNFIT``."""
     ties = task.axes.ties
     is_shared = name in ties or name in ties.values() or name not in dict(task.model.named_parameters())
     if is_shared or calls != 1:
@@ -204,7 +205,10 @@ def _explain_first(left_out: Mapping[str, str]) -> str:
 
 
 def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
-    """Return why the dense network with the cut one's layers is not the cut network; ``""`` if it nearly is."""
+    """Return why the cut network is not the dense one with its own layers put in; ``""`` if it nearly is.
+
+    ``left_out``: weight → why its layer cannot be refitted; ``batch``: both networks run on it.
+    """
     if left_out:
         return _explain_first(left_out)
     if not work.layers:

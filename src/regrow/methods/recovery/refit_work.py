@@ -27,7 +27,7 @@ class FitBatch:
     """Text or images that run through the networks together, and the parts of the data that they belong to."""
 
     batch: Batch  # the inputs
-    # Per stretch of the batch, in order, the number of its part, and the number of its last example, from 1.
+    # For each part in the batch, in order: (number of the part, number of examples up to its end).
     parts: tuple[tuple[int, int], ...]
 
 
@@ -36,8 +36,10 @@ def merge_batches(
 ) -> list[FitBatch]:
     """Return batches, without labels, joined into at most ``max_batches`` of at least ``min_elements`` elements each.
 
-    One may hold the end of one part and the beginning of the next. Batches that cannot be joined stay alone; with
-    ``max_batches=1``, for a network that keeps tensors of a forward pass in its modules, raise ValueError then.
+    ``parts``: the batches of each part of the data, such as a source; elements are those of the first input, such as
+    tokens. One batch may hold the end of one part and the beginning of the next. Batches that cannot be joined stay
+    alone; with ``max_batches=1``, for a network that keeps tensors of a forward pass in its modules, raise ValueError
+    then.
 
     >>> text = [Batch((torch.zeros(1, 4),))] * 3
     >>> [batch.parts for batch in merge_batches([text, text[:1]], min_elements=8)]
@@ -72,13 +74,13 @@ def merge_batches(
 
 
 def _first_input(batch: Batch) -> Tensor:
-    """Return the first input of a batch that is a tensor with dimensions; one of a single 0 if there is none."""
+    """Return the first input of a batch that is a tensor with dimensions; without one, a tensor of a single 0."""
     inputs = [*batch.args, *batch.kwargs.values()]
     return next((value for value in inputs if isinstance(value, Tensor) and value.dim()), torch.zeros(1))
 
 
 def read_state(model: nn.Module) -> dict[str, object]:
-    """Return the attributes of a network's modules that hold tensors, and its buffers, by name; not its parameters."""
+    """Return name → attribute of a module that holds tensors, or buffer; parameters are left out."""
     return {
         f"{path}.{name}": value
         for path, module in model.named_modules()
@@ -136,7 +138,7 @@ class RefitWork:
 
     @property
     def refitted(self) -> set[str]:
-        """The names of the weights that have been changed."""
+        """The names of the weights whose layers have been solved and changed."""
         return {row["weight"] for row in self.records if row["ridge"]}
 
     @property
@@ -174,7 +176,8 @@ class RefitWork:
     ) -> None:
         """Add the rows of batch ``number`` to the sums of a layer, each to those of its part of the data.
 
-        ``residual``: target − output; ``visible``: which rows are no padding, bool; ``None``: all.
+        ``inputs`` ``[positions, k]``, ``target``, ``residual`` ``[positions, channels]``: target − output; ``visible``:
+        which rows are no padding, bool; ``None``: all.
         """
         if bias_of(layer.name) in self.parameters:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)

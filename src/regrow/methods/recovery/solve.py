@@ -30,7 +30,8 @@ class Sums:
     ) -> "Sums":
         """Return the float64 sums over all rows, added to ``onto``, whose tensors change in place.
 
-        All have one row per position, ``[positions, channels]``; ``fast``: products are in the rows' precision.
+        ``residual``: target − output. All have one row per position, ``[positions, channels]``. ``onto``: earlier sums;
+        ``None``: none. ``fast``: products are in the rows' precision.
         """
         if onto is None:
             k, out = inputs.shape[1], residual.shape[1]
@@ -55,7 +56,7 @@ class Sums:
         return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def relative(self, energy: float) -> float:
-        """Return an energy of residuals relative to the energy of the target."""
+        """Return an energy of residuals (a sum of squares) divided by that of the target."""
         return energy / max(self.target_energy, 1e-300)
 
     def energy_after(self, change: Tensor) -> float:
@@ -65,7 +66,7 @@ class Sums:
 
 
 def _energy(rows: Tensor) -> float:
-    """Return the sum of squares, accumulated in float64."""
+    """Return the sum of squares of all entries, accumulated in float64."""
     return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 
@@ -99,7 +100,7 @@ class Choice:
 
 
 def _bias_change(sums: Sums, bias: bool) -> Tensor:
-    """Return the change that adds the mean residual to the bias alone, ``[k, out]``; 0 without a bias."""
+    """Return the change that adds the mean residual to the bias, the last row of ``[k, out]``; 0 without ``bias``."""
     start = torch.zeros_like(sums.cross)
     if bias and sums.rows:
         start[-1] = sums.cross[-1] / sums.rows
@@ -128,12 +129,13 @@ class RidgeCandidates:
     left_out: bool = False
 
     def sum_rows(self, inputs: Tensor, target: Tensor, residual: Tensor, onto: Sums | None) -> Sums:
-        """Return :meth:`Sums.over_rows`, added to ``onto``, as precise as the candidates need."""
+        """Return :meth:`Sums.over_rows` of rows, added to ``onto``, in the precision that the candidates need."""
         return Sums.over_rows(inputs, residual, target, fast=self.left_out and min(self.ridges) >= EXACT, onto=onto)
 
     def choose(self, parts: Sequence[Sums], *, bias: bool) -> Choice:
         """Choose ridge and shrinkage by the error on parts that are not fitted; return the change fitted to all.
 
+        ``parts``: the sums of each part of the data; ``bias``: whether the last input is the constant 1 of a bias.
         error(ridge, shrinkage) = mean over judged parts m of |r − Dᵀ x|² / |target|², with D fitted to the others
         """
         errors: dict[tuple[float, float], list[float]] = {}
@@ -161,7 +163,7 @@ class RidgeCandidates:
         return choice
 
     def record(self, name: str, choice: Choice) -> dict[str, Any]:
-        """Return what is recorded of a layer, as JSON data."""
+        """Return the record of the layer of weight ``name``: errors before and after, ridge, and more, as JSON data."""
         row = {"weight": name, "before": choice.before, "after": choice.after, "ridge": choice.ridge}
         if self.left_out or self.shrinkages != (1.0,):
             row["shrinkage"] = choice.shrinkage

@@ -37,9 +37,10 @@ def _run_together(
     turns: Turns,
     loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
 ) -> None:
-    """Run batches through a network, each inside ``around`` (its number, ``id`` of a watched weight → name), in turns.
+    """Run batches through a network in turns, each inside ``around(number, watched)``; ``number``: its index.
 
-    ``names``: those of the watched weights; ``loading``: the context of a block of a streamed network.
+    ``watched``: ``id`` → name of the weights ``names``; ``loading``: ``watched`` of a block → context manager in which
+    the block of a streamed network runs.
     """
     if isinstance(network, StreamedNetwork):
         network.visit_together(batches, names, around, turns, loading)
@@ -54,12 +55,15 @@ def _run_together(
 
 
 def _watch_parameters(model: nn.Module, names: Collection[str]) -> dict[int, str]:
-    """Return ``id`` → name of the named parameters of a network."""
+    """Return ``id`` → name of those parameters of a network that ``names`` has."""
     return {id(parameter): name for name, parameter in model.named_parameters() if name in names}
 
 
 def count_calls(task: RecoveryTask, names: Collection[str], batch: Batch) -> tuple[Counter[str], Counter[str]]:
-    """Return (layer → runs in a forward pass of the cut network, layer → how often its output is added to a tensor)."""
+    """Return (weight → runs of its layer in a pass of the cut network; weight → additions of a tensor to its output).
+
+    ``names``: the weights that are watched. An addition counts if it is the first use of the output.
+    """
     times, added = Counter[str](), Counter[str]()
 
     def count(call: LayerCall) -> None:
@@ -78,7 +82,7 @@ def count_calls(task: RecoveryTask, names: Collection[str], batch: Batch) -> tup
 
 
 def compute_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
-    """Return the outputs of the dense network with the cut one's layers in it, and of the cut network."""
+    """Return (the dense network's output with the cut one's layers in it, the cut network's output) on a batch."""
     task, pair, cut = work.task, work.task.streamed, _OwnTarget(work)
 
     @contextmanager
@@ -99,7 +103,11 @@ def compute_outputs(work: RefitWork, batch: Batch) -> tuple[Any, Any]:
 
 
 def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
-    """Run the networks until all layers are refitted to ``target``, in place; ``added``: weights that get a bias."""
+    """Run the networks until all layers are refitted in place to ``target``, ``own`` or ``dense``.
+
+    The targets are those of ``refit.Settings``, with ``auto`` and ``residual`` resolved. ``added``: weights that got a
+    new bias.
+    """
     task, pair, batches = work.task, work.task.streamed, [part.batch for part in work.batches]
     turns, unsolved, own = Turns(len(batches)), work.unsolved, _OwnTarget(work)
 
@@ -144,7 +152,7 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
 
 
 def check_in_blocks(pair: StreamedPair, layers: Sequence[Layer]) -> None:
-    """Raise InputError unless all layers to refit lie in blocks."""
+    """Raise InputError unless all layers to refit lie in blocks of the streamed networks."""
     inside = {name for block in pair.dense.blocks for name in block.names}
     if other := next((layer.name for layer in layers if layer.name not in inside), None):
         raise InputError(
@@ -154,7 +162,7 @@ def check_in_blocks(pair: StreamedPair, layers: Sequence[Layer]) -> None:
 
 
 def _add_rows(work: RefitWork, number: int, layer: Layer, call: LayerCall, rows: Rows | None) -> None:
-    """Add the rows of batch ``number`` to the sums of a layer, unless ``None``; a function, so that they are freed."""
+    """Add a layer's ``rows`` from batch ``number`` to its sums, if any; a function, so that they are freed."""
     if rows is not None:
         inputs, target, residual = rows
         visible = visible_rows(call.value, call.dim, work.batches[number].batch)
@@ -163,7 +171,7 @@ def _add_rows(work: RefitWork, number: int, layer: Layer, call: LayerCall, rows:
 
 @dataclass
 class _OwnTarget:
-    """Fits layers to the output that the uncut layer would have on the cut network's stream.
+    """Fits layers to the output that the uncut layer would have on the cut network's activations.
 
     The dense network runs with the cut one's layers in it; only these read dropped units.
     """
@@ -177,7 +185,7 @@ class _OwnTarget:
         return inputs, target, target - self._output_rows(layer, inputs)
 
     def put(self, layer: Layer, call: LayerCall) -> None:
-        """Overwrite the output with the cut layer's; outputs that it does not have stay, since nothing reads them."""
+        """Overwrite the call's output with the cut layer's; channels that it lacks stay, since nothing reads them."""
         channel = call.output.dim() + call.dim
         shape = call.output.movedim(channel, -1).shape[:-1]
         output = self._output_rows(layer, self._input_rows(layer, call))
@@ -202,7 +210,7 @@ class _OwnTarget:
     def resident(
         self, pair: StreamedPair, weights: Collection[str], added: Sequence[str]
     ) -> Iterator[dict[str, nn.Parameter]]:
-        """Context manager in which layers of the cut network, as it was, are in memory; gives name → parameter.
+        """Context manager in which layers of the unrecovered cut network are in memory; gives name → parameter.
 
         ``weights``: the names of their weights; ``added``: those that get a bias of zeros.
         """
@@ -221,13 +229,13 @@ class _DenseTarget:
     """Fits layers to the dense network's value where the output goes; the dense network runs beside the cut one."""
 
     work: RefitWork
-    dense: LayerOutputs
+    dense: LayerOutputs  # of the dense network, which runs in threads
 
     def rows(self, number: int, layer: Layer, call: LayerCall) -> Rows | None:
-        """Return the layer's inputs, the dense network's value where the output goes, and the difference to it.
+        """Return the layer's inputs, the dense network's output as target, target − output; ``None`` if it has none.
 
-        Where the output is added to a residual stream, both are of the sum: target = dense output + dense stream,
-        residual = target − (output + own stream).
+        Where the output is added to a tensor, such as a residual stream, the sums take its place: target = dense
+        output + dense tensor, residual = target − (output + own tensor).
         """
         result = self.dense(number, layer.name)
         if result is None:  # the dense network does not run it
@@ -242,19 +250,25 @@ class _DenseTarget:
         return _to_input_rows(self.work.task.model, layer, call.value, call.dim), target, residual
 
     def put(self, layer: Layer, call: LayerCall) -> None:
-        """Overwrite the output with that of the fitted weight."""
+        """Overwrite the call's output with that of the fitted weight."""
         call.output.copy_(call.again())
 
 
 def _to_rows(value: Tensor, channel: int, indices: Tensor | None = None) -> Tensor:
-    """Return a tensor as ``[positions, channels]`` in float32 (float64 stays); ``indices``: of these channels alone."""
+    """Return a tensor as ``[positions, channels]``, at least float32; ``channel``: the dimension of its channels.
+
+    ``indices``: the channels that are taken; ``None``: all.
+    """
     value = value if indices is None else value.index_select(channel, indices.to(value.device))
     value = value.movedim(channel, -1).flatten(0, -2)
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _to_input_rows(model: nn.Module, layer: Layer, value: Tensor, dim: int) -> Tensor:
-    """Return what a layer multiplies by its weight at each position, ``[positions, k]``, in float32 or float64."""
+    """Return what a layer multiplies by its weight at each position, ``[positions, k]``, at least float32.
+
+    ``value``: its input, in which ``dim``, counted from the end, is multiplied by the weight.
+    """
     module = model.get_submodule(layer.name.rpartition(".")[0])
     if not isinstance(module, nn.Conv2d):
         return _to_rows(value, value.dim() + dim)

@@ -37,7 +37,7 @@ Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and th
 
 
 class Search(ABC):
-    """A search method; subclasses override the hooks of :class:`regrow.training.learner.Learner` that they need."""
+    """A search method with settings (a dataclass) and a space; subclasses override the hooks of :class:`Learner`."""
 
     needs_epochs = True  # whether the search has to be trained
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
@@ -57,7 +57,7 @@ class Search(ABC):
 
     @abstractmethod
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the next plan after the last epoch, to meet ``target`` (a size), and the new state."""
+        """Return the next plan after the last epoch to meet ``target`` (a size), or ``None`` at last; and the state."""
 
     @cached_property
     def learner(self) -> Learner[SearchState]:
@@ -76,7 +76,7 @@ class Search(ABC):
         )
 
     def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
-        """Return the granularities whose masks are computed; the others are complete."""
+        """Return the granularities whose masks are computed; masks of the others keep everything."""
         return self.space.granularities
 
     def masks(
@@ -84,7 +84,8 @@ class Search(ABC):
     ) -> GateMasks:
         """Return masks that keep what is at least as important as its threshold: σ(α), σ(κ), and |w| over its mean.
 
-        ``flat`` has all weights, ``[weights]``; ``learning``: whether masks have gradients.
+        ``flat``: all weights in one vector, ``[weights]``; ``None``: read from the network. ``learning``: whether masks
+        have gradients.
         """
         layout, searched = state.layout, self.granularities(state, context)
         if flat is None and "weights" in searched:
@@ -106,15 +107,15 @@ class Search(ABC):
         return 0.0, 0.0
 
     def trains(self, state: SearchState, context: Context) -> bool:
-        """Whether importances are trained in this epoch."""
+        """Whether importances and thresholds are trained in the present epoch."""
         return True
 
     def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
-        """Return the allowed size of the trained part now; a commit removes no more than it needs for that."""
+        """Return the size that the trained part may have now, at the end ``target``; commits stop removing there."""
         return target
 
     def kept_fractions(self, state: SearchState, masks: GateMasks) -> dict[str, float]:
-        """Return granularity → the fraction that masks keep in the trained part, to log each epoch."""
+        """Return granularity → the fraction (0 to 1) that masks keep in the trained part, to log each epoch."""
         runs, weights = state.layout.runs, masks.weights
         return {
             "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
@@ -123,38 +124,38 @@ class Search(ABC):
         }
 
     def parametrize(self, state: SearchState, context: Context) -> Replacements:
-        """Return the parameters under their masks, the masks as ``aux``, and gradients in epochs that train masks."""
+        """Hook ``parametrize``: parameters under masks; ``aux``: the masks, with gradients in epochs that train."""
         parameters, levels = context.parameters(), state.layout.levels
         with nullcontext() if context.training else torch.no_grad():
             entrywise = levels.entrywise or "weights" in self.space.granularities
             flat = levels.flat(parameters) if entrywise else None
             masks = self.masks(state, context, flat, context.training and self.trains(state, context))
             values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
-            return Replacements({**values, **scale_candidates(context, masks.op_scale, keep=True)}, masks)
+            return Replacements({**values, **scale_candidates(context, masks.op_scale, multiply=True)}, masks)
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
-        """Return the loss of a batch; with the setting ``augment``, of randomly shifted and mirrored images."""
+        """Hook ``loss``: the loss of a batch; with the setting ``augment``, of randomly shifted and mirrored images."""
         return Loss(self.compute_loss(context, step.batch))
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clip the norm of the network's gradients, in place, to the setting ``clip``; return the state."""
+        """Hook ``project``: clip the norm of the network's gradients, in place, to the setting ``clip``."""
         clip = self.settings.get("clip")
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(context.parameters().values(), clip)
         return state
 
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Return the state after a step."""
+        """Hook ``after_step``: return the state as it is."""
         return state
 
     def plan(self, state: SearchState, context: Context) -> Commit:
-        """Return the next plan, and the new state; here, those of :meth:`finalize` after the last epoch."""
+        """Hook ``plan``: here no plan before the last epoch is over, then those of :meth:`finalize`."""
         if context.epoch < context.epochs:
             return None, state
         return self.finalize(state, context, self.space.target)
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Return the state after an event: started, or accounting for a plan; log epochs and the result."""
+        """Hook ``boundary``: start, resume, log epochs and the result, and account for an applied plan."""
         match boundary.event:
             case Event.TASK_START:
                 state = self._start(context)
@@ -190,7 +191,7 @@ class Search(ABC):
         return self.update_layout(state, context)
 
     def update_layout(self, state: SearchState, context: Context) -> SearchState:
-        """Return the state for the network's present shape; set the network to run up to the stage's last part.
+        """Return the state for the network's present shape; let the network run up to the stage's last part, in place.
 
         κ and masks of what was removed with an operation are discarded; restored filters and weights get new ones.
         """
@@ -211,7 +212,7 @@ class Search(ABC):
         return replace(state, kappa=kappa, zeros=zeros, layout=layout, zero_mask=mask)
 
     def _account_plan(self, state: SearchState, context: Context, plan: Plan) -> SearchState:
-        """Return the state after a plan: its new layout, and the savings of operations and filters so far."""
+        """Return the state after an applied plan: its new layout, and the savings of operations and filters so far."""
         before, now = state.whole, measure_unmasked(self.space, state.axes, context)
         if plan.back:  # operations come back, and filters with them
             operations = before - now
@@ -233,7 +234,7 @@ class Search(ABC):
         return task_loss(None, context, Step(0, batch)).value
 
     def summary(self, state: SearchState) -> dict[str, float]:
-        """Return name → value to log at the end, besides sizes and kept fractions."""
+        """Return name → value to log at the end, besides sizes and kept fractions; here none."""
         return {}
 
     def log_status(self, state: SearchState, context: Context) -> None:

@@ -75,11 +75,11 @@ class RandomSearch(Search):
         return False
 
     def granularities(self, state: SearchState, context: Context) -> Sequence[str]:
-        """Return all granularities; after the last epoch the one whose turn it is."""
+        """Return all granularities of the setting ``what``; after the last epoch the one whose turn it is."""
         return (self.s.what[state.turn],) if context.epoch == context.epochs else self.s.what
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Return the state after an event; at the start with random α, the order in which operations are dropped."""
+        """Hook ``boundary``: as of :class:`Search`; at the start α is random, which orders the operations."""
         state = super().boundary(state, context, boundary)
         if boundary.event != Event.TASK_START:
             return state
@@ -91,7 +91,7 @@ class RandomSearch(Search):
         return replace(state, removal=state.whole - self.s.target)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the plan that removes, of the first granularity that is not done, its fraction of the removal."""
+        """Return the plan that removes the fraction of the next granularity in ``what``, and the new state."""
         for turn in range(state.turn, len(self.s.what)):
             state = replace(state, turn=turn)
             search = copy.copy(self)  # of this granularity alone

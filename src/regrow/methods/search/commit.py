@@ -33,9 +33,10 @@ from regrow.training.state import follow_plan
 
 @torch.no_grad()
 def plan_masked_cut(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
-    """Return the plan that removes what is masked, without going below the allowed size, and the state after it.
+    """Return the plan that removes what ``masks`` masks, as far as the size is above the allowed one, and the state.
 
-    Operations that are needed to reach ``target`` stay.
+    The allowed size is :meth:`Search.allowed_size`. Masked operations stay where ``target``, a size, could not be
+    reached without them.
     """
     layout, space = state.layout, search.space
     masks = limit_removal(layout, masks, search.allowed_size(state, context, target), search.fills_with_bare)
@@ -58,9 +59,9 @@ def plan_masked_cut(search: Search, state: SearchState, context: Context, masks:
 
 
 def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
-    """Return the plan that drops what ``ops``, ``[operations]``, does not keep, though masks may, and the new state.
+    """Return the plan that drops the operations with 0 in ``ops``, ``[operations]``, and the state after it.
 
-    Unlike the removal of masked operations, it changes the network's outputs.
+    Unlike the removal of masked operations, it changes the network's outputs. ``None`` if there is nothing to drop.
     """
     masks = replace(search.masks(state, context), ops=ops)
     drop, _ = select_removed(state.layout, masks, context.axes)
@@ -74,7 +75,7 @@ def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor)
 def plan_fit(search: Search, state: SearchState, context: Context, target: float) -> Commit:
     """Return the plan that removes what is masked and, least important first, as much more as the target requires.
 
-    Of candidates marked as exclusive, all but one are dropped afterwards.
+    Thresholds are set to 0 in place. Without anything to remove, the plan is that of :func:`plan_single_choice`.
     """
     with torch.no_grad():
         masks = search.masks(state, context)
@@ -90,7 +91,7 @@ def plan_fit(search: Search, state: SearchState, context: Context, target: float
 
 
 def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:
-    """Return the plan that drops all but the most important of candidates of which only one may remain."""
+    """Return the plan that drops all but the best of each set of exclusive candidates, or ``None``; and the state."""
     sets, layout, alpha = exclusive_sets(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
@@ -107,9 +108,10 @@ def plan_single_choice(search: Search, state: SearchState, context: Context) -> 
 def select_lowest(
     search: Search, state: SearchState, context: Context, low: float, high: float, limit: int
 ) -> tuple[Tensor, int]:
-    """Return (mask of the operations that remain, ``[operations]``; the number dropped), until the target is met.
+    """Return (mask of the operations that remain, ``[operations]``; number of those dropped); no plan is made.
 
-    Dropped are those with at most ``low`` of their node's importance, and the ``limit`` lowest of those up to ``high``.
+    Dropped are those with at most the fraction ``low`` of their node's importance, and the ``limit`` lowest of those up
+    to ``high``, lowest first, until the target is met.
     """
     layout, space, target = state.layout, search.space, search.space.target
     masks = search.masks(state, context)
@@ -133,7 +135,10 @@ def select_lowest(
 
 
 def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
-    """Return the plan that restores a fraction of this stage's dropped operations, sampled as MG-DARTS samples them."""
+    """Return the plan that restores the fraction ``share`` of this stage's dropped operations, and the state.
+
+    They are sampled as in MG-DARTS, by the size of ``state.drift`` and by α.
+    """
     layout, count = state.layout, int(share * len(state.dropped))
     running = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
     dead, alive = [path for path, alive in running if not alive], [path for path, alive in running if alive]
@@ -146,7 +151,10 @@ def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
 
 
 def plan_restoration(search: Search, share: float, state: SearchState, context: Context) -> Commit:
-    """Return the plan that restores a fraction of this stage's cut filters, by the gradient of their scale."""
+    """Return the plan that restores the fraction ``share`` of this stage's cut filters, and the state.
+
+    They have the largest scores by :func:`score_cut_filters`. ``None`` if that is no filter.
+    """
     stored = context.undo.restorable if context.undo else {}
     restorable: dict[str, list[int]] = {}
     for key, ids in state.cut.items():
@@ -164,7 +172,7 @@ def plan_restoration(search: Search, share: float, state: SearchState, context: 
 
 
 def release_weights(search: Search, share: float, state: SearchState, context: Context) -> SearchState:
-    """Return the state in which a fraction of the zeroed weights may train again: those with the largest gradient."""
+    """Return the state in which the fraction ``share`` of zeroed weights may train again: the largest gradients."""
     zero = state.zero_mask
     count = int(share * int(zero.sum()))
     if not count:
@@ -189,16 +197,17 @@ def reset_modules(context: Context, paths: Sequence[str]) -> None:
 
 
 def take_examples(context: Context) -> Examples:
-    """Return a batch of as many training examples as a step has; more could need more memory."""
+    """Return a random batch of as many training examples as a step has; more could need more memory."""
     count = -(-len(context.task.train) // context.steps)  # rounded up
     generator = context.generator(context.epoch, Stream.GRADIENT_EXAMPLES)
     return next(context.task.train.batches(count, seed=generator.initial_seed()))
 
 
 def differentiate_weights(search: Search, state: SearchState, context: Context, batch: Examples) -> Tensor:
-    """Return ∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
+    """Return the gradient of the batch's mean loss with respect to the weights under masks, ``[weights]``.
 
-    In that mode nothing is recomputed, so an eighth of the examples is used at a time.
+    The network is left in evaluation mode, in which nothing is recomputed, so an eighth of the examples is used at a
+    time.
     """
     values = search.parametrize(state, replace(context, eval_task=context.number)).values
     levels = state.layout.levels
@@ -221,10 +230,10 @@ def differentiate_weights(search: Search, state: SearchState, context: Context, 
 def score_cut_filters(
     search: Search, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
 ) -> list[tuple[float, str, int]]:
-    """Return (score, axis key, id) of cut filters; the score is |∂ loss / ∂ g| at g = 0, the effect of its return.
+    """Return (score, axis key, filter id) of cut filters; the score is |∂ loss / ∂ g| at g = 0 on ``batch``.
 
-    ``cut``: axis key → ids of filters. g scales what reads the filter. All are restored at this scale in a copy of the
-    network, with thresholds at 0.
+    ``cut``: axis key → ids of filters. g is the scale of the filter where it is read. All are restored at this scale in
+    a copy of the network, with thresholds at 0.
     """
     plan = Plan.restoring(context.axes, cut)
     with all_parts_active(context.model):

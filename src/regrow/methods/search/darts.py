@@ -61,7 +61,7 @@ class Settings:
 
 
 class Darts(Search):
-    """The DARTS search."""
+    """The DARTS search: softmax over α on each edge; half of the training examples train α."""
 
     second_share = 0.5
 
@@ -93,17 +93,17 @@ class Darts(Search):
         return super().kept_fractions(state, masks) | {"skips": skips / max(1, len(chosen))}
 
     def summary(self, state: SearchState) -> dict[str, float]:
-        """Return the size of the chosen operations with all their filters, and whether that met the target already."""
+        """Return the size with the chosen operations and all their filters, and whether it is at most the target."""
         size = state.chosen
         return {} if size is None else {"discretised": size, "below": size <= self.s.target}
 
     @torch.no_grad()
     def parametrize(self, state: SearchState, context: Context) -> Replacements:
-        """Return the candidates' scales without gradients for α, for the examples that train the weights."""
+        """Return the candidates' scales, without gradients to α, which other examples train (:meth:`project`)."""
         return Replacements(_scale_by_softmax(state, context))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Return the state after an event: with the edges, and at the start with random α."""
+        """Return the state after an event: with the edges, once it starts or resumes, and at first random α."""
         is_start = boundary.event == Event.TASK_START
         if is_start or boundary.event == Event.RESUME:
             state = replace(state, edges=move_tensors(Edges.of(context.model), context.device))
@@ -133,7 +133,7 @@ class Darts(Search):
         alpha.grad = gradient + self.s.decay * alpha.detach()
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the plan that drops all operations that are not chosen; then one that cuts filters, if needed."""
+        """Return the plan that drops operations that are not chosen; called again, one that cuts filters, if needed."""
         if state.chosen is None:
             state = replace(state, chosen=0.0)  # not None: masks keep the chosen operations alone
             plan, state = plan_masked_cut(self, state, context, self.masks(state, context), target)
@@ -147,11 +147,11 @@ build = Darts
 
 
 def choose_operations(state: SearchState) -> Tensor:
-    """Return the final choice as a mask: per node the best operation of its two best edges, ``[operations]`` bool."""
+    """Return the final choice, ``[operations]`` bool: the best operation on each of the two best edges of a node."""
     return select_operations(state.edges.share(state.alpha.values).detach(), state.edges.edge, state.layout.node)
 
 
 def _scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
-    """Return the scales of candidates, softmax(α) on each edge, by name of the parameter; dropped ones have 0."""
+    """Return name of each node's parameter → scales of its operations, softmax(α) per edge; 0 for dropped ones."""
     share = state.edges.share(state.alpha.values) * state.layout.alive
-    return scale_candidates(context, share, keep=False)
+    return scale_candidates(context, share, multiply=False)

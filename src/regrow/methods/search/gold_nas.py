@@ -85,7 +85,7 @@ class GoldNas(Search):
         self.s = s
 
     def check(self, context: Context) -> None:
-        """Raise ValueError, besides, if the network has no candidates, or too few epochs to drop any."""
+        """Raise ValueError as :class:`Search` does, or if there are no candidates, or too few epochs to drop any."""
         if not candidate_paths(context.model):
             raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
         if context.epochs < self.s.warm + 2:
@@ -106,14 +106,14 @@ class GoldNas(Search):
     def masks(
         self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
     ) -> GateMasks:
-        """Return masks that keep every operation until it is dropped (or α is below −13.8), scaled by 2 σ(α)."""
+        """Return masks that keep every operation until it is dropped (or σ(α) is below 10⁻⁶), scaled by 2 σ(α)."""
         masks = super().masks(state, context, flat, learning)
         alpha = state.alpha.values if learning else state.alpha.values.detach()
         importance = alpha.sigmoid().index_select(0, state.layout.tied)
         return replace(masks, ops=masks.ops.detach(), op_scale=2 * importance * masks.ops.detach())
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
-        """Return cross-entropy + λ times the regulariser of operations; ``aux`` has both terms, or ``()`` without λ."""
+        """Hook ``loss``: cross-entropy + λ · regulariser of operations; ``aux``: both terms, or ``()`` without λ."""
         cross_entropy = self.compute_loss(context, step.batch)
         if not self.trains(state, context) or not state.penalty:
             return Loss(cross_entropy, ())
@@ -124,19 +124,19 @@ class GoldNas(Search):
         return Loss(cross_entropy + regularizer, (cross_entropy.detach(), regularizer.detach()))
 
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Return the state with the terms of the loss added to the sums of the epoch."""
+        """Hook ``after_step``: add the terms of the loss to ``state.losses``, the sums of the epoch."""
         if not step.aux:
             return state
         cross_entropy, regularizer = (float(loss) for loss in to_host(step.aux))
         return replace(state, losses=(state.losses[0] + cross_entropy, state.losses[1] + regularizer))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Return the state after an event, with the sums of losses at 0 when an epoch starts."""
+        """Hook ``boundary``: as of :class:`Search`, with the sums of losses at 0 when an epoch starts."""
         state = super().boundary(state, context, boundary)
         return replace(state, losses=(0.0, 0.0)) if boundary.event == Event.EPOCH_START else state
 
     def plan(self, state: SearchState, context: Context) -> Commit:
-        """Return the plan that drops the lowest operations, after epochs that trained α, and the state with a new λ.
+        """Hook ``plan``: drop the lowest operations after epochs that trained α, and return the state with a new λ.
 
         After the last epoch: that of :meth:`finalize`.
         """
@@ -162,8 +162,9 @@ build = GoldNas
 def _update_penalty(state: SearchState, dropped: int, goal: int) -> SearchState:
     """Return the state with λ (``penalty``) changed after ``dropped`` operations were dropped.
 
-    After twice the goal or more, λ is halved and its step is reset. After fewer than the goal, it rises by twice its
-    last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
+    ``goal``: the number that an epoch should drop. After twice the goal or more, λ is halved and its step is reset.
+    After fewer than the goal, it rises by twice its last step, unless the regulariser exceeds the cross-entropy: then
+    it has reached its cap.
     """
     cross_entropy, regularizer = state.losses
     state = replace(state, penalty_cap=state.penalty if cross_entropy < regularizer else state.penalty_cap)

@@ -122,7 +122,7 @@ class Mgas(Search):
             self.stage_share = s.share + s.regrow * (1 - s.share)
 
     def stage_bounds(self, context: Context, stage: int) -> tuple[int, int]:
-        """Return the first epoch of a stage, and that of the next stage."""
+        """Return (the first epoch of a stage, the first epoch of the next one); stages and epochs count from 0."""
         epochs = context.epochs
         return round(stage * epochs / self.stages), round((stage + 1) * epochs / self.stages)
 
@@ -141,7 +141,7 @@ class Mgas(Search):
         super().check(context)
 
     def learning_rates(self, context: Context) -> tuple[float, float]:
-        """Return the learning rates of α and κ, and of thresholds."""
+        """Return (the learning rate of α and κ, that of thresholds)."""
         steps = self._count_steps(context)
         return self.s.lr / steps, self.s.lr_threshold / steps
 
@@ -166,9 +166,10 @@ class Mgas(Search):
         return float(state.start * (state.goal / state.start) ** progress)
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
-        """Return cross-entropy + μ ((size + lifted) / allowed − 1) + λ · regulariser.
+        """Hook ``loss``: cross-entropy + μ ((size + lift) / allowed − 1) + λ · regulariser.
 
-        In epochs that train masks ``aux`` is the excess, size / allowed − 1; before, the loss is the cross-entropy.
+        The lift is :func:`measure_lift`. In epochs that train masks ``aux`` is the excess, size / allowed − 1; before,
+        the loss is the cross-entropy.
         """
         loss = self.compute_loss(context, step.batch)
         masks, layout = step.replaced.aux, state.layout
@@ -182,7 +183,7 @@ class Mgas(Search):
         return Loss(loss, excess.detach())
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clip gradients, and update the drift, the moving sum s ← 0.9 s + gradient of α, both in place."""
+        """Hook ``project``: clip gradients, and update ``state.drift``, s ← 0.9 s + gradient of α, both in place."""
         state = super().project(state, context, step)
         gradient = state.alpha.values.grad
         if gradient is not None and state.drift is not None:
@@ -191,7 +192,7 @@ class Mgas(Search):
 
     @torch.no_grad()
     def after_step(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Clamp thresholds in place; return the state with examples counted and, while masks train, the next μ."""
+        """Hook ``after_step``: clamp thresholds in place, count examples and, while masks train, set the next μ."""
         # Below 1, the largest σ(α) and σ(κ); |w| is over its mean.
         for thresholds, largest in zip(state.thresholds, (0.99, 0.99, 2.0), strict=True):
             thresholds.values.clamp_(0, largest)
@@ -206,7 +207,7 @@ class Mgas(Search):
         return replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Return the state after an event: start the first stage, and re-initialise operations that a plan restores."""
+        """Hook ``boundary``: start the first stage, and re-initialise operations that a plan restores, in place."""
         if boundary.plan:
             commit.reset_modules(context, boundary.plan.back)
         state = super().boundary(state, context, boundary)
@@ -233,14 +234,14 @@ class Mgas(Search):
         return replace(state, start=size, goal=self.s.target if stage == self.stages - 1 else self.s.share * size)
 
     def _protect_earlier(self, state: SearchState, context: Context) -> SearchState:
-        """Return the state with the operations and axes of earlier stages, where these are not pruned again."""
+        """Return the state with ``earlier``: operations and axes of earlier stages, if these are not pruned again."""
         if self.s.reprune or not state.stage:
             return replace(state, earlier=())
         layout = build_layout(self.space, state.axes, context, self.space.part(state.stage - 1))
         return replace(state, earlier=(layout.runs, layout.axis.unique()))
 
     def plan(self, state: SearchState, context: Context) -> Commit:
-        """Return the next plan: cut what is masked; at the end of a stage also restore a part, and start the next.
+        """Hook ``plan``: cut what is masked; at the end of a stage also restore a part, and start the next stage.
 
         Steps that were taken before at this boundary are skipped (``state.turn`` counts them).
         """
@@ -262,7 +263,7 @@ class Mgas(Search):
         return None, state
 
     def _cut(self, state: SearchState, context: Context) -> Commit:
-        """Return the plan that removes what is masked, and the new state."""
+        """Return the plan that removes what is masked, down to the allowed size, and the new state."""
         return commit.plan_masked_cut(self, state, context, self.masks(state, context), self.s.target)
 
     def _restore(self, state: SearchState, context: Context) -> Commit:
@@ -271,7 +272,7 @@ class Mgas(Search):
         return commit.plan_restoration(self, self.s.regrow_filters, state, context)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the plan that removes what is masked, and what exceeds the target."""
+        """Return the plan that removes what is masked, and then what exceeds the target; and the new state."""
         return commit.plan_fit(self, state, context, target)
 
 
@@ -279,7 +280,11 @@ build = Mgas
 
 
 def measure_lift(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
-    """Return by how much kept operations cost less than ``min_cost`` allows, summed; with the masks' gradients."""
+    """Return by how much kept operations cost less than ``min_cost`` times their node's mean cost, summed.
+
+    A scalar in units of the measure, with gradients; 0 where that is time. Operations do not count in nodes that keep
+    exactly one.
+    """
     layout = state.layout
     if layout.levels.timed or not min_cost:
         return masks.ops.new_zeros(())

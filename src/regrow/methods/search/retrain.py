@@ -43,13 +43,13 @@ def build(cutout: int, context: Context, weights: Mapping[str, Tensor]) -> Learn
 
 
 def _mask(state: RetrainState, context: Context) -> Replacements:
-    """Return the weights under their masks."""
+    """Hook ``parametrize``: the weights that have zeros, under their masks."""
     parameters = context.parameters()
     return Replacements({name: parameters[name] * mask.values for name, mask in state.masks.items()})
 
 
 def _compute_loss(cutout: int, state: RetrainState, context: Context, step: Step) -> Loss:
-    """Return the loss of a batch; of images, randomly shifted, mirrored and partly blanked ones."""
+    """Hook ``loss``: the loss of a batch; images are randomly shifted, mirrored and partly blanked before."""
     batch = step.batch
     if is_images(batch.inputs):
         batch = Examples(cut_out(shift_and_flip(batch.inputs), cutout), batch.labels)
@@ -57,6 +57,6 @@ def _compute_loss(cutout: int, state: RetrainState, context: Context, step: Step
 
 
 def _clip(state: RetrainState, context: Context, step: Step) -> RetrainState:
-    """Clip the norm of all gradients to ``CLIP``, in place."""
+    """Hook ``project``: clip the norm of all gradients to ``CLIP``, in place."""
     nn.utils.clip_grad_norm_(context.parameters().values(), CLIP)
     return state

@@ -26,16 +26,16 @@ GRANULARITIES = ("operations", "filters", "weights")
 class SearchSpace:
     """What a search may remove, and how the network's size is measured."""
 
-    target: float  # the largest allowed size of the found network
+    target: float  # the largest allowed size of the found network, in units of ``measure``
     measure: Measure
     granularities: tuple[str, ...] = GRANULARITIES  # those that have masks
     # The index of the last part of the network that each stage trains; empty: the whole network, in one stage.
     ends: tuple[int, ...] = ()
-    prices: Prices | None = None  # the time that weights and operations take, if the measure is time
+    prices: Prices | None = None  # the time in ms that weights and operations take, if that is the measure
     removable: tuple[str, ...] = ()  # granularities of which something may be removed; empty: those that have masks
 
     def part(self, stage: int) -> int:
-        """Return the index of the last part of the network that a stage trains; −1: all. Stage −1 is the last one."""
+        """Return the index of the last network part that a stage trains, −1 for all; stage −1 is the last stage."""
         return self.ends[stage] if self.ends else -1
 
     @property
@@ -44,7 +44,7 @@ class SearchSpace:
         return self.removable or self.granularities
 
     def check(self, context: Context) -> None:
-        """Raise ValueError if the target cannot be reached, or candidates contain other candidates."""
+        """Raise ValueError if no removal reaches the target, or candidate operations contain other candidates."""
         ops = [path for paths in candidate_paths(context.model).values() for path in paths]
         for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
             raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
@@ -80,7 +80,7 @@ class StageMemory:
 
 
 def _empty() -> AxisTensor:
-    """Return a tensor without entries."""
+    """Return a state tensor without entries, a default."""
     return AxisTensor(torch.zeros(0), (0,))
 
 
@@ -88,20 +88,21 @@ def _empty() -> AxisTensor:
 class SearchState:
     """What every search method carries from step to step: importances, thresholds, sizes, stage, what was removed."""
 
-    alpha: AxisTensor = field(default_factory=_empty)  # α, the importance of operations
-    kappa: Mapping[str, AxisTensor] = field(default_factory=dict)  # axis → κ, the importance of its filters
-    operation_thresholds: AxisTensor = field(default_factory=_empty)
+    # α, the importance of operations, [operations]; DARTS has one entry more per edge
+    alpha: AxisTensor = field(default_factory=_empty)
+    kappa: Mapping[str, AxisTensor] = field(default_factory=dict)  # axis key → κ of its filters, their importance
+    operation_thresholds: AxisTensor = field(default_factory=_empty)  # [operations], each compared with σ(α)
     filter_thresholds: AxisTensor = field(default_factory=_empty)  # one per axis of ``axes``
     weight_thresholds: AxisTensor = field(default_factory=_empty)  # one per operation; the last for other weights
     zeros: Mapping[str, AxisTensor] = field(default_factory=dict)  # weight → which entries are fixed at 0
     drift: AxisTensor | None = None  # the smoothed gradient of α (MGAS)
     axes: tuple[str, ...] = ()  # the keys of the axes when the search began
-    stage: int = 0
+    stage: int = 0  # the index of the present stage
     whole: float = 0.0  # the size of the network as it is, without classifiers of earlier stages
     saved: Savings = Savings()
     pending: float = 0.0  # the reduction of the size by operations in the plan that is about to be applied
     dropped: tuple[str, ...] = ()  # operations dropped in this stage
-    cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # axis → ids of the filters cut in this stage
+    cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # axis key → ids of filters cut in this stage
     history: tuple[Mapping[str, int | float], ...] = ()  # the measurements of the last epoch
     multiplier: float = 0.0  # μ, the weight of the size in the loss
     penalty: float = 0.0  # λ, the weight of the regulariser of α in the loss
@@ -123,7 +124,7 @@ class SearchState:
 
     @property
     def thresholds(self) -> tuple[AxisTensor, AxisTensor, AxisTensor]:
-        """The thresholds of operations, filters and weights."""
+        """The thresholds of operations, of filters and of weights, in this order."""
         return self.operation_thresholds, self.filter_thresholds, self.weight_thresholds
 
     def with_zeros(self, mask: Tensor) -> "SearchState":
@@ -139,7 +140,7 @@ class SearchState:
 
 
 def copy_state(state: SearchState) -> SearchState:
-    """Return the state with copies of its stored tensors, which can be changed in place."""
+    """Return the state with copies of its stored tensors, so that changing them in place leaves ``state`` alone."""
     tensors = axis_tensors(state).items()
     return with_axis_tensors(state, {name: replace(t, values=t.values.detach().clone()) for name, t in tensors})
 
@@ -147,7 +148,8 @@ def copy_state(state: SearchState) -> SearchState:
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
     """Return where operations, filters and weights lie in the network up to ``part`` (−1: in all), and their costs.
 
-    ``axes``: the keys of the axes that have filters; empty: all of the network.
+    ``axes``: keys of the axes whose units are the filters; empty: all of the network. ``part``: an index as from
+    :meth:`SearchSpace.part`.
     """
     is_staged = part >= 0
 
@@ -175,7 +177,7 @@ def iterate_spans(layout: Gates) -> Iterator[tuple[str, tuple[int, int, int]]]:
 
 
 def measure_unmasked(space: SearchSpace, axes: tuple[str, ...], context: Context) -> float:
-    """Return the network's size in ``space.measure``, nothing masked, without earlier stages' classifiers.
+    """Return the network's size in ``space.measure``, nothing masked, without auxiliary classifiers of earlier parts.
 
     ``axes``: as in :func:`build_layout`.
     """
@@ -189,16 +191,19 @@ def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
     return state.layout.levels.size(masks.ops, masks.filters, masks.weights)
 
 
-def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str, Tensor]:
-    """Return name of a node's parameter → its operations' part of ``scale``; with ``keep`` times the parameter."""
+def scale_candidates(context: Context, scale: Tensor, *, multiply: bool) -> dict[str, Tensor]:
+    """Return name of each node's parameter → its operations' entries of ``scale`` (``[operations]``).
+
+    A node is a sum of candidate operations. ``multiply``: the entries are multiplied by the parameter's.
+    """
     nodes = candidate_paths(context.model)
     parts, parameters = scale.split([*map(len, nodes.values())]), context.parameters()
     names = [f"{path}.scale".lstrip(".") for path in nodes]
-    return {name: parameters[name] * part if keep else part for name, part in zip(names, parts, strict=True)}
+    return {name: parameters[name] * part if multiply else part for name, part in zip(names, parts, strict=True)}
 
 
 def rank_evenly(state: SearchState) -> SearchState:
-    """Return the state with κ by a filter's place in its axis: all axes lose the same fraction, the last first."""
+    """Return the state with κ falling along each axis, so that all axes lose the same fraction, last filters first."""
 
     def rank(like: Tensor) -> Tensor:
         n = len(like)

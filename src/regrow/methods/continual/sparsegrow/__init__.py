@@ -141,7 +141,7 @@ def build(settings: Settings) -> Learner[SparseGrowState]:
 
 
 def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boundary) -> SparseGrowState:
-    """Start and end tasks, prepare the gates, and initialise new units; return the new state."""
+    """Hook ``boundary``: start or end a task, prepare gates, initialise new units; in place, and in the new state."""
     set_train_mode(state, context, boundary)
     match boundary.event:
         case Event.TASK_START:
@@ -158,7 +158,7 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
 
 
 def _start(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Return the state at the start of the first task: thresholds 0, and nothing is owned."""
+    """Return the state at the start of the first task: initial sizes of axes, thresholds 0, and no entry is owned."""
     dims = 1 if s.threshold == "dst" else 0  # one threshold per unit, or per weight
     threshold = {}
     for name in context.weights if s.threshold != "none" else ():
@@ -169,7 +169,7 @@ def _start(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowS
 
 
 def _mask(s: Settings, state: SparseGrowState, context: Context) -> Replacements:
-    """Return W ∘ [|W| ≥ t or owned] for each weight W with thresholds; unless they are DST's, write it into W."""
+    """Hook ``parametrize``: W ∘ [|W| ≥ t or owned] in training, returned (DST) or written into W; else nothing."""
     if not context.training:
         return Replacements()
     if s.threshold == "dst":
@@ -185,12 +185,12 @@ def _mask(s: Settings, state: SparseGrowState, context: Context) -> Replacements
 
 
 def _replays_classes(s: Settings, context: Context) -> bool:
-    """Whether examples are replayed, and predictions are made among some classes only."""
+    """Whether examples are replayed in class-incremental learning: ``context.classes`` limits predictions."""
     return bool(s.memory) and context.classes is not None
 
 
 def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: Step) -> Loss:
-    """Return the cross-entropy + α Σ exp(−t), with a larger α for new units, plus the loss on replayed examples."""
+    """Hook ``loss``: cross-entropy + α Σ exp(−t) + that of replayed examples; ``aux``: whether there were any."""
     batch = step.batch
     classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
     loss = F.cross_entropy(mask_classes(context.logits(batch.inputs), classes), batch.labels)
@@ -208,7 +208,7 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
 
 
 def _protect_gradients(state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
-    """Set the gradients of frozen entries to 0, in place."""
+    """Hook ``project``: set the gradients of entries in ``state.frozen`` to 0, in place."""
     for name, (is_frozen, _) in state.frozen.items():
         if (gradient := context.model.get_parameter(name).grad) is not None:
             gradient.masked_fill_(is_frozen, 0.0)
@@ -216,7 +216,7 @@ def _protect_gradients(state: SparseGrowState, context: Context, step: Step) -> 
 
 
 def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
-    """Apply the gates, and restore what momentum and weight decay changed of frozen entries; fill the memory."""
+    """Hook ``after_step``: apply the gates when due, restore frozen entries, both in place, and fill the memory."""
     state = replace(state, steps=state.steps + 1)
     if state.gates and state.steps % s.every == 0:
         gate.apply_gates(state, context)
@@ -235,9 +235,9 @@ def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: 
 
 
 def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
-    """Reset collapsed thresholds, in place; at the start of the late phase, plan to widen axes short of free weights.
+    """Hook ``plan``: at the start of the late phase, widen axes short of free weights; reset collapsed thresholds.
 
-    An axis that ``cap`` does not let grow is left out.
+    An axis that ``cap`` does not let grow is left out. ``None`` without an axis to widen. Resetting is in place.
     """
     if context.plans_applied:  # the hook is called until there is no plan
         return None, state
@@ -264,7 +264,7 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
 
 
 def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
-    """Make new units sparse, projected away from earlier tasks, of the old ones' spread, in place; return the state."""
+    """Make new units of ``plan`` sparse, project them off earlier inputs, scale them, in place; return the state."""
     _, zero_entries = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
     sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(Stream.SPARSITY))
     gate.weigh_new_units(state, context, s.group_norm_damping)
@@ -303,7 +303,7 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
 
 
 def _prepare_gates(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Return the state with the gates of this task, and the owned entries that no gate covers as frozen."""
+    """Return the state with this task's gates (none in the first) and ``frozen``: owned entries without a gate."""
     if not context.number or s.gate == "none":
         return replace(state, frozen={}, gates={})
     factor = s.strength_factor if _replays_classes(s, context) else 1.0
@@ -324,7 +324,7 @@ def _prepare_gates(s: Settings, state: SparseGrowState, context: Context) -> Spa
 
 
 def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Context) -> float:
-    """Return the free fraction of an axis's weights: what its gates let through, or else what no task owns or uses."""
+    """Return how free an axis is: its least :attr:`Gate.free`, or (other gates) the share neither owned nor used."""
     if s.gate == "kronecker":
         return min((state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates), default=1.0)
     shares = []

@@ -25,9 +25,10 @@ from regrow.training.state import derived
 class Gate:
     """A layer's preconditioner (1 + s A ⊗ B)⁻¹: it shrinks weight changes in directions that earlier tasks used.
 
-    The change Δ ``[m, n + 1]`` becomes  Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and
-    eigenvalues λ of both factors. Source: Kao et al., Natural Continual Learning (NeurIPS 2021), without its pull to
-    earlier parameters; factors as in Ritter et al., Online Structured Laplace Approximations (NeurIPS 2018).
+    The change Δ of the weights and the bias (last column), ``[m outputs, n inputs + 1]``, becomes
+    Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and eigenvalues λ of both factors. Source:
+    Kao et al., Natural Continual Learning (NeurIPS 2021), without its pull to earlier parameters; factors as in Ritter
+    et al., Online Structured Laplace Approximations (NeurIPS 2018).
     """
 
     inputs: Tensor  # Q_A, [n + 1, n + 1]
@@ -37,7 +38,7 @@ class Gate:
 
     @classmethod
     def from_factors(cls, inputs: Tensor, outputs: Tensor, strength: float) -> "Gate":
-        """Return the preconditioner for the factors A and B, summed over tasks, and s; 0 leaves all directions free.
+        """Return the preconditioner of A (``inputs``), B (``outputs``), s (``strength``; 0: all directions are free).
 
         >>> gate = Gate.from_factors(torch.diag(torch.tensor([9.0, 0.0])), torch.eye(1), strength=1.0)
         >>> gate.shrink(torch.ones(1, 2)).tolist()
@@ -59,9 +60,10 @@ class Gate:
         return self.outputs @ inside @ self.inputs.T
 
     def project(self, rows: Tensor) -> Tensor:
-        """Return rows of weights and bias projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row, each.
+        """Return rows, ``[units, n + 1]``, projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row.
 
-        The inverse is over the inputs that a row reads (its non-zero entries) and the bias; other entries stay 0.
+        A row has a unit's weights and its bias. The inverse is over the inputs that it reads (its non-zero entries) and
+        the bias; other entries stay 0.
 
         >>> gate = Gate.from_factors(torch.diag(torch.tensor([9.0, 1.0, 0.0])), torch.eye(1), strength=1.0)
         >>> gate.project(torch.tensor([[1.0, 0.0, 2.0]])).round(decimals=3).tolist()
@@ -112,11 +114,11 @@ class SparseGrowState:
 
     @property
     def rows(self) -> dict[str, AxisTensor | None]:
-        """The tensors of the replay memory by name, one example per row; ``None`` while it is empty."""
+        """The memory's tensors by field name, one row per stored example; ``None`` while it is empty."""
         return {"inputs": self.inputs, "labels": self.labels}
 
     def thresholded(self, context: Context) -> Iterator[ThresholdedWeight]:
-        """Yield each weight that has thresholds, which may be changed in place."""
+        """Yield each weight that has thresholds, with these and its mask; the first two may be changed in place."""
         parameters = context.parameters()
         for name in context.weights:
             if name in self.threshold:
@@ -138,7 +140,7 @@ def _find_layers(model: nn.Module) -> dict[str, GatedLayer]:
 
 
 def _get_layer(model: nn.Module, weight: str) -> GatedLayer:
-    """Return the layer that has the weight of a name."""
+    """Return the layer whose weight has the name ``weight``, such as ``body.0.weight``."""
     return cast(GatedLayer, model.get_submodule(weight.rpartition(".")[0]))
 
 
@@ -171,7 +173,8 @@ def measure_factors(
 
     A = E[a aᵀ] over the layer's inputs a (of a convolution: patches), with a 1 appended for the bias, ``[n + 1, n +
     1]``. B = E[g gᵀ] over the gradients g of log p(y) in its outputs, divided by the mean of its diagonal, ``[m, m]``.
-    Labels y are drawn from the network's own predictions, among ``classes``. Source: Martens and Grosse, K-FAC (arXiv
+    Labels y are drawn with ``generator`` from the network's own predictions, among ``classes`` (``[classes]`` bool,
+    ``None``: all). Gradients are cleared, and modes of modules restored. Source: Martens and Grosse, K-FAC (arXiv
     1503.05671); convolutions after Grosse and Martens (arXiv 1602.01407), with means in the place of sums.
 
     >>> net = nn.Sequential(nn.Linear(2, 3))
@@ -217,7 +220,7 @@ def measure_factors(
 
 
 def _input_rows(layer: nn.Module, value: Tensor) -> Tensor:
-    """Return what each output position of a layer reads (of a convolution its patch), ``[positions, n]``."""
+    """Return what each output position of a layer reads of its input ``value``, ``[positions, n]``, such as patches."""
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         value = F.pad(value, [int(p) for p in layer._reversed_padding_repeated_twice], mode=mode)
@@ -227,7 +230,7 @@ def _input_rows(layer: nn.Module, value: Tensor) -> Tensor:
 
 
 def add_factors(state: SparseGrowState, context: Context, samples: int) -> SparseGrowState:
-    """Add the current task's Kronecker factors of every layer to the sums over earlier tasks; return the new state."""
+    """Return the state with the task's Kronecker factors added, from at most ``samples`` of its examples."""
     read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
     train = context.task.train
     examples = train.take(torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples])
@@ -243,7 +246,7 @@ def add_factors(state: SparseGrowState, context: Context, samples: int) -> Spars
 
 
 def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) -> None:
-    """Add values to the sum of a name, or begin it; ``dims``: their :attr:`AxisTensor.dims`."""
+    """Add values to ``sums[name]``, or store them there if it is missing; ``dims``: :attr:`AxisTensor.dims` of them."""
     before = sums.get(name)
     sums[name] = AxisTensor(values if before is None else before.values + values, dims)
 
@@ -251,9 +254,9 @@ def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) ->
 def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> None:
     """Give new units the mean output importance of the others, in place, so that the gate also protects their weights.
 
-    Hidden units that were inactive in all earlier tasks get it too; network outputs do not: a class that no task has
-    had is free. Behind a norm that rescales groups of units (GroupNorm), inputs from new units count ``share`` of the
-    mean: they are active there.
+    Importance is the diagonal of B, in ``state.used``. Hidden units that were inactive in all earlier tasks get it too;
+    network outputs do not: a class that no task has had is free. Behind a norm that rescales groups of units
+    (GroupNorm), inputs from new units count ``share`` of the mean in ``state.read``: they are active there.
     """
     modules = dict(context.model.named_modules())
     norms = {path for path, module in modules.items() if isinstance(module, nn.GroupNorm | _InstanceNorm)}
@@ -273,7 +276,10 @@ def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> N
 
 
 def build_gates(state: SparseGrowState, context: Context, strength: float, damping: float) -> dict[str, Gate]:
-    """Return the gate of every layer that has Kronecker factors, by name of its weight."""
+    """Return weight name → gate of every layer with Kronecker factors; ``strength`` is s of :class:`Gate`.
+
+    ``damping`` is added to the diagonal of hidden layers' B, whose mean is 1, so that unused units are not wholly free.
+    """
     gates = {}
     for name in _gated_weights(state, context):
         bias, used = state.bias[name].values.flatten(), state.used[name].values
@@ -295,7 +301,7 @@ def _gated_weights(state: SparseGrowState, context: Context) -> list[str]:
 
 
 def apply_gates(state: SparseGrowState, context: Context) -> None:
-    """Precondition the change of each gated layer's parameters since the gates were last applied; in place."""
+    """Shrink each gated layer's change since the gates were last applied; it and ``state.last`` change in place."""
     for name, gate in state.gates.items():
         before = state.last[name]
         _write_rows(context.model, name, before + gate.shrink(join_bias(context.model, name) - before))

@@ -88,14 +88,14 @@ def build(settings: Settings) -> Pruner:
     )
 
 
-def _check_budget(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
+def _check_budget(s: Settings, axes: AxisGraph, prunable: Sequence[Axis], budget: Budget) -> None:
     """Raise ValueError if a budget cannot be met, is regular with ``fill=neurons``, or limits time."""
     if budget.measure == Measure.TIME:
         raise ValueError("the time of whole modules is not measured; use a target in params, macs or bytes")
     if budget.regular and s.fill == "neurons":
         raise ValueError("depth with fill=neurons gives blocks different widths; leave out regular, or set fill=none")
     rest, _ = remove_modules(axes, budget, _find_candidates(s, axes, budget))
-    cost, total = _least_cost(s, rest, units, budget), cost_of(axes, budget).total
+    cost, total = _least_cost(s, rest, prunable, budget), cost_of(axes, budget).total
     if cost > budget.limit(total):
         limit = str(budget.target) if budget.target else f"keep {budget.keep:g}"
         setting = "target" if budget.target else "keep"
@@ -108,20 +108,20 @@ def _check_budget(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: B
 
 
 def _choose_modules(s: Settings, task: PruningTask) -> Removal:
-    """Return the modules to drop: in the order of the search, as many as cost the least divergence under the budget."""
+    """Return the modules to drop: the first in the order of removal, as many as diverge least on held-out windows."""
     modules = _find_candidates(s, task.axes, task.budget)
     if not modules:
         note = f"unit={s.unit}: no module can be dropped whole (`regrow.with_branches` says why); only units are cut"
         return Removal(notes=(note,))
     search = DepthSearch(s, task, modules)
-    path = search.order_modules()
-    divergences = search.divergence_by_count(path) if s.fill == "neurons" else {}
+    steps = search.order_modules()
+    divergences = search.divergence_by_count(steps) if s.fill == "neurons" else {}
     search.journal.write()  # so that an interrupted run need not measure again
-    count = len(path)
+    count = len(steps)
     if divergences:
         count = min(divergences, key=lambda number: (divergences[number], number))  # ties: the fewest
-    chosen = tuple(step.module for step in path[:count])
-    remaining = path[count - 1].left if count else 1.0
+    chosen = tuple(step.module for step in steps[:count])
+    remaining = steps[count - 1].left if count else 1.0
     names = f" ({', '.join(chosen)})" if chosen else ""
     share = f"{100 * remaining:.2f} % of {task.budget.measure}"
     notes = [f"modules dropped whole: {count} of {len(modules)}{names}; {share} stays"]
@@ -132,7 +132,7 @@ def _choose_modules(s: Settings, task: PruningTask) -> Removal:
         )
     tables: dict[str, Any] = {
         "unit": s.unit,
-        "path": [asdict(step) for step in path],
+        "path": [asdict(step) for step in steps],
         "counts": [{"modules": number, "divergence": value} for number, value in divergences.items()],
         "measured": len(search.journal.values),
     }
@@ -161,7 +161,7 @@ def find_modules(axes: AxisGraph, unit: str) -> dict[str, Branch]:
 
 
 def _find_candidates(s: Settings, axes: AxisGraph, budget: Budget) -> dict[str, Branch]:
-    """Return the modules that may be dropped, by path: the budget's ``only`` and ``exclude`` let all weights be cut."""
+    """Return path → module that may be dropped: of type ``s.unit``, and the budget lets all its weights be cut."""
 
     def is_allowed(branch: Branch) -> bool:
         names = [name for name in axes.parameters if lies_in(name, branch.module)]
@@ -172,7 +172,7 @@ def _find_candidates(s: Settings, axes: AxisGraph, budget: Budget) -> dict[str, 
 
 
 def _select_neuron_axes(s: Settings, axes: AxisGraph, units: Sequence[Axis]) -> Sequence[Axis]:
-    """Return the axes whose neurons may be cut: those inside MLPs, without attention all; none unless fill=neurons."""
+    """Return those of the axes ``units`` that lie in MLPs, or all without attention; none unless fill=neurons."""
     if s.fill != "neurons":
         return ()
     if not axes.caches:
@@ -182,13 +182,13 @@ def _select_neuron_axes(s: Settings, axes: AxisGraph, units: Sequence[Axis]) -> 
 
 
 def _least_cost(s: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> int:
-    """Return the cost, in the budget's measure, once as many neurons are cut as may be."""
+    """Return a network's cost, in the budget's measure, with as many neurons of the axes ``units`` cut as may be."""
     cut = _select_neuron_axes(s, axes, [axes[axis.key] for axis in units if axis.key in axes.axes])
     return cost_of(axes, budget)({axis.key: min(axis.size, max(axis.least, 1)) for axis in cut})
 
 
 def _score_neurons(s: Settings, task: PruningTask) -> Scores:
-    """Return the weighted input variance of the neurons that may be cut; no scores if none may."""
+    """Return the weighted input variance (WIFV) of each neuron that may be cut; no scores if none may."""
     units, pooled = _select_neuron_axes(s, task.axes, task.units), task.evidence.pooled()
     if not units:
         return Scores({}, "divergence", task.evidence.sources, pooled.tokens)
@@ -205,7 +205,10 @@ class DepthStep:
 
 
 class DepthSearch:
-    """The measurements that the choice of modules needs; made, it runs the dense network on the first batches."""
+    """Measures what dropping ``modules`` (path → module) costs; when created, it runs the dense network.
+
+    Removals are measured on the first windows of each source (``search``), their number on the next (``held_out``).
+    """
 
     def __init__(self, s: Settings, task: PruningTask, modules: Mapping[str, Branch]) -> None:
         self.s, self.task, self.modules = s, task, modules
@@ -224,7 +227,7 @@ class DepthSearch:
             self.search, self.held_out = map(self._with_predictions, (search, held_out))
 
     def _with_predictions(self, batches: Sequence[Batch]) -> list[ReferenceBatch]:
-        """Return batches with the dense network's predictions; raise RefusedError if these are not finite."""
+        """Return each batch with the dense network's predictions on it; raise RefusedError if one is not finite."""
         result = [(batch, Predictions.from_logits(compute_logits(self.task.model, batch))) for batch in batches]
         if not all(bool(dense.probabilities.isfinite().all()) for _, dense in result):
             raise RefusedError(NOT_FINITE)
@@ -241,7 +244,8 @@ class DepthSearch:
     def order_modules(self) -> list[DepthStep]:
         """Return the modules in the order in which they are dropped, until neurons or the last one meet the budget.
 
-        The next one is that whose absence raises the divergence least per unit of what the budget counts.
+        The next one is that whose absence raises the divergence least per unit of what the budget counts. Raise
+        RefusedError if the divergence is not finite without any of them.
         """
         total = cost_of(self.task.axes, self.task.budget).total
         limit = self.task.budget.limit(total)
@@ -271,19 +275,20 @@ class DepthSearch:
             result.append(DepthStep(best, divergence, cost / total))
         return result
 
-    def divergence_by_count(self, path: Sequence[DepthStep]) -> dict[int, float]:
+    def divergence_by_count(self, steps: Sequence[DepthStep]) -> dict[int, float]:
         """Return number of dropped modules → divergence on held-out windows, with neurons cut to the budget.
 
-        Five numbers from none to all are measured, and then those halfway from the best one to its neighbours. Numbers
-        with which the budget cannot be met are left out.
+        ``steps``: the modules in the order of :meth:`order_modules`. Five numbers from none to all are measured, and
+        then those halfway from the best one to its neighbours. Numbers with which the budget cannot be met are left
+        out.
         """
         scores = _score_neurons(self.s, self.task)
         divergences: dict[int, float | None] = {}
-        numbers = {round(i * len(path) / 4) for i in range(5)}
+        numbers = {round(i * len(steps) / 4) for i in range(5)}
         while numbers:
             for number in sorted(numbers):
-                self.task.context.progress(number, len(path) + 1, "judging numbers of modules")
-                divergences[number] = self._divergence_at_budget([step.module for step in path[:number]], scores)
+                self.task.context.progress(number, len(steps) + 1, "judging numbers of modules")
+                divergences[number] = self._divergence_at_budget([step.module for step in steps[:number]], scores)
             measured = {number: inf if value is None else value for number, value in sorted(divergences.items())}
             best = min(measured, key=lambda number: measured[number])
             index = [*measured].index(best)
@@ -295,7 +300,10 @@ class DepthSearch:
         return finite
 
     def _divergence_at_budget(self, dropped: Sequence[str], scores: Scores) -> float | None:
-        """Return the divergence without some modules, with neurons cut to the budget; ``None`` if these are too few."""
+        """Return the divergence on held-out windows without some modules, neurons of low score cut to the budget.
+
+        ``dropped``: paths. ``None`` if too few neurons may be cut for the budget.
+        """
         model, (rest, budget) = self.task.model, remove_modules(self.task.axes, self.task.budget, dropped)
         values = {key: value for key, value in scores.values.items() if key in rest.axes}
         try:
@@ -317,7 +325,10 @@ class DepthSearch:
         batches: Sequence[ReferenceBatch],
         masked: AbstractContextManager[object] | None = None,
     ) -> float:
-        """Return the divergence without some modules, inside ``masked``, in nats per label; recorded under ``key``."""
+        """Return the divergence in nats per label without some modules (paths), measured inside ``masked``.
+
+        ``key``: under which it is recorded, or read if it is there; ``masked``: a context in which units are masked.
+        """
 
         def measure() -> float:
             model = self.task.model

@@ -24,7 +24,7 @@ SECONDS = 30.0  # the longest time between two checkpoints, in seconds
 
 @dataclass(frozen=True)
 class Predictions:
-    """The most probable classes of the dense network at every position; the others together are one more class."""
+    """The dense network's ``CLASSES`` most probable classes per position; all others together are one more class."""
 
     classes: Tensor  # [positions, k] int64
     probabilities: Tensor  # those of these classes, [positions, k]
@@ -36,7 +36,7 @@ class Predictions:
         return cls(classes, probabilities)
 
     def divergence(self, logits: Tensor) -> float:
-        """Return the mean over positions of KL(dense ‖ ``logits``), in nats; at most that over all classes."""
+        """Return KL(dense ‖ ``logits``) in nats, mean over positions, with the others as one class: a lower bound."""
         logits = logits.float()
         log = logits.gather(-1, self.classes) - logits.logsumexp(-1, keepdim=True)
         loss = (self.probabilities * (self.probabilities.clamp_min(1e-30).log() - log)).sum(-1)
@@ -65,7 +65,7 @@ def measure_divergence(model: nn.Module, batches: Sequence[ReferenceBatch]) -> f
 
 @contextmanager
 def drop_modules(model: nn.Module, dropped: Iterable[Branch]) -> Iterator[None]:
-    """Context manager in which placeholders replace the modules of branches; the modules are put back after it."""
+    """Context manager in which a network skips the modules of ``dropped``; placeholders stand in for them meanwhile."""
     placeholders = {path: module for branch in dropped for path, module in branch.placeholders.items()}
     modules = insert_placeholders(model, placeholders)
     try:
@@ -76,10 +76,10 @@ def drop_modules(model: nn.Module, dropped: Iterable[Branch]) -> Iterator[None]:
 
 @dataclass(eq=False)
 class DivergenceJournal:
-    """Divergences by what was dropped, in the checkpoint: an interrupted search reads them again."""
+    """Measured divergences by key, kept in the task's checkpoint file: an interrupted search reads them again."""
 
     task: PruningTask
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)  # key, which names the measurement → divergence in nats
     last_write: float = field(default_factory=time.monotonic)  # in seconds
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class DivergenceJournal:
                 self.values = {}
 
     def get_or_measure(self, key: str, measure: Callable[[], float]) -> float:
-        """Return the recorded divergence, or else measure and record it; infinite if it is NaN."""
+        """Return the divergence recorded under ``key``, or else measure and record it; infinite if it is NaN."""
         if key not in self.values:
             try:
                 value = measure()
@@ -105,7 +105,7 @@ class DivergenceJournal:
         return self.values[key]
 
     def write(self) -> None:
-        """Write the divergences to the checkpoint, if there is one."""
+        """Write the divergences to the checkpoint file, if the task has one."""
         context = self.task.context
         if context.checkpoint is not None:
             write_tensors(context.checkpoint, {}, {**context.checkpoint_header(), "divergences": self.values}, FORMAT)
@@ -113,7 +113,7 @@ class DivergenceJournal:
 
 
 def first_batches(source: Source, tokens: int) -> tuple[list[Batch], list[Batch]]:
-    """Return the first batches of a source, with at most ``tokens`` tokens, and the next, with at most twice as many.
+    """Return (the first batches, of at most ``tokens`` labels together; the next ones, of at most twice as many).
 
     Each part has at least one batch, as far as there are any; the source is not read further than that.
 

@@ -128,9 +128,9 @@ def build(settings: Settings) -> Pruner:
     )
 
 
-def _check_budget(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
+def _check_budget(settings: Settings, axes: AxisGraph, prunable: Sequence[Axis], budget: Budget) -> None:
     """Raise ValueError if units are not neutral when masked, or the budget cuts more than ``settings.most`` of them."""
-    units = scorable_axes(axes, units)
+    units = scorable_axes(axes, prunable)
     if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
         raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
     single = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}  # all units in one module
@@ -222,9 +222,10 @@ class View:
 
 
 def score_views(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[View]:
-    """Return the scores and ranks of units with all sources (view 0), and without each source in turn.
+    """Return a view with all sources (the first), then one without each source in turn, in the order of sources.
 
-    A decision made without a source can be evaluated on that source as an unseen text domain.
+    ``units``: the axes whose units are scored. A decision made without a source can be evaluated on that source as an
+    unseen text domain.
     """
     sums, groups = task.evidence.statistics, make_ranking_spaces(units)
 
@@ -242,14 +243,17 @@ def score_views(task: PruningTask, s: Settings, units: Sequence[Axis]) -> list[V
 
 
 def form_modules(s: Settings, view: View, all_spaces: Sequence[Space]) -> Modules:
-    """Partition the units of each ranking space into modules of similar sensitivity and score, in one view."""
+    """Return the units of each ranking space, divided into modules of similar sensitivity and score in one view."""
     return partition(s.partition, all_spaces, view.scores.values, view.sigma, seed=s.seed)
 
 
 def order_modules(
     task: PruningTask, s: Settings, views: Sequence[View], modules: Modules, trust: Tensor, all_spaces: Sequence[Space]
 ) -> Masks:
-    """Return the order of the units in each module in every view; ``modules`` and ``trust`` are those of view 0."""
+    """Return the order of the units in each module in every view; ``modules`` and ``trust`` are those of view 0.
+
+    ``trust``: :attr:`.modules.Reliability.trust`, ``[modules]``; ``all_spaces``: those that ``modules`` divides.
+    """
     # A source must not influence the modules by which it is judged, as far as these have counterparts without it.
     formed = [modules, *(form_modules(s, view, all_spaces).numbered_as(modules, all_spaces) for view in views[1:])]
     units = [task.axes[key] for key in modules.labels]
@@ -270,7 +274,7 @@ def order_modules(
 
 
 def _allocate_start(how: str, task: PruningTask, s: Settings, view: View) -> Kept:
-    """Return the units of every axis that stay at a start of learning (one of ``STARTS``), by axis key."""
+    """Return axis key → the units that stay where learning starts, by ``how`` (one of ``STARTS``), in one view."""
     base, scores = BASES[s.base], view.scores.values
     allocate = ALLOCATIONS[base.allocation] if how == "base" else uniform
     inside = [task.axes[key] for key in scores]

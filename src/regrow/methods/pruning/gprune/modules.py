@@ -21,7 +21,7 @@ class Modules:
     """A partition of units into modules, in which units compete only with each other."""
 
     labels: Tensors  # axis key → the module index of each unit, [size] int64; every module has at least one unit
-    names: tuple[str, ...]  # "layers.3 sensitive weak"
+    names: tuple[str, ...]  # of the modules, such as "layers.3 sensitive weak"
     spaces: tuple[int, ...]  # the index of each module's ranking space
 
     def __len__(self) -> int:
@@ -34,11 +34,14 @@ class Modules:
         return zeros.index_add(0, torch.cat(list(self.labels.values())), flat) / self.sizes()
 
     def sizes(self) -> Tensor:
-        """Return the number of units of each module, ``[modules]``."""
+        """Return the number of units of each module, ``[modules]`` int64."""
         return torch.bincount(torch.cat(list(self.labels.values())), minlength=len(self))
 
     def numbered_as(self, other: "Modules", all_spaces: Sequence[Space]) -> "Modules":
-        """Return this partition with the module indices of ``other``; a space with other modules is as there."""
+        """Return this partition with modules numbered as those of the same name in ``other``.
+
+        A ranking space whose modules have other names there takes the modules of ``other``.
+        """
         index_by_name = {name: i for i, name in enumerate(other.names)}
         indices = torch.tensor([index_by_name.get(name, -1) for name in self.names])
         labels = dict(other.labels)
@@ -48,13 +51,13 @@ class Modules:
         return Modules(labels, other.names, other.spaces)
 
     def _names_in(self, space: int) -> set[str]:
-        """Return the names of the modules of a ranking space, given by its index."""
+        """Return the names of the modules of the ranking space with the index ``space``."""
         return {name for name, index in zip(self.names, self.spaces, strict=True) if index == space}
 
     def table(self, all_spaces: Sequence[Space], columns: Mapping[str, Tensor]) -> list[Row]:
-        """Return one row per module, as JSON data: its name, space, its label, number of units, and columns of values.
+        """Return one row per module, as JSON data: name, space (first axis), label, number of units, and columns.
 
-        ``columns``: name of a column → its value for each module.
+        ``columns``: name of a column → its value for each module, ``[modules]``.
         """
         spaces = [all_spaces[i] for i in self.spaces]
         return [
@@ -74,7 +77,8 @@ def partition(how: str, all_spaces: Sequence[Space], scores: Tensors, sigma: Ten
 
     ``thresholds``: sensitivity × score, each split at its median over all spaces with the same label (pooled spaces,
     whose units are few: sensitivity alone); ``random``: modules as large as those, of random units; ``layer``: one
-    module per axis. ``sigma``: axis key → sensitivity, how much ranks vary between sources.
+    module per axis. ``scores``, ``sigma``: axis key → score and sensitivity (how much ranks vary between sources) of
+    each unit. ``seed``: of ``random``.
 
     Source: GPrune-LLM (arXiv 2603.13418) states behaviour-consistent modules; how they are formed is ours.
     """
@@ -105,7 +109,10 @@ def partition(how: str, all_spaces: Sequence[Space], scores: Tensors, sigma: Ten
 
 
 def _split_at_medians(space: Space, all_spaces: Sequence[Space], scores: Tensors, sigma: Tensors) -> Tensor:
-    """Return the index in ``_GRID`` (or ``_HALVES``) of each unit of a space, by medians over spaces of its label."""
+    """Return each unit's index in ``_GRID`` (or ``_HALVES``), split at medians over all spaces of the same label.
+
+    ``scores``, ``sigma``: axis key → the values that are split. The result is ``[units of the space]``.
+    """
     alike = [other for other in all_spaces if other.label == space.label]
     sensitive, strong = (
         (space.gather(values) > torch.cat([other.gather(values) for other in alike]).median()).long()
@@ -115,7 +122,7 @@ def _split_at_medians(space: Space, all_spaces: Sequence[Space], scores: Tensors
 
 
 def _merge_small(cells: Tensor, sigma: Tensor) -> Tensor:
-    """Return ``cells``, the smallest merged with the nearest in mean sensitivity until each has ``LEAST`` units."""
+    """Return ``cells`` (a class per unit), small classes merged by mean ``sigma`` until all have ``LEAST`` units."""
     while len(present := cells.unique()) > 1:
         counts = torch.stack([(cells == cell).sum() for cell in present])
         if counts.min() >= LEAST:
@@ -146,7 +153,7 @@ def compute_reliability(
     ``unreliable``: not trusted where U is highest, in at most a fraction ``most`` of the judged units; ``blend``: trust
     1 − U; ``even``: the mean of that everywhere (a control: does it matter which modules?); ``never``: all are trusted,
     ``always``: none; ``reversed``: the most reliable modules are not (a sign check). Modules of pooled spaces have too
-    few units to be judged, and are always trusted.
+    few units to be judged, and are always trusted. ``scores``, ``sigma``: as for :func:`partition`.
 
     Source: GPrune-LLM (arXiv 2603.13418) names both factors; the formula is ours.
     """
@@ -197,7 +204,10 @@ def _scale_to_unit(values: Tensor, labels: Sequence[str]) -> Tensor:
 
 
 def _distrust_highest(u: Tensor, sizes: Tensor, judged: Tensor, max_units: float) -> Tensor:
-    """Return trust 0 for the judged modules with the highest ``u``, of at most ``max_units`` units together, else 1."""
+    """Return trust 0 for judged modules with the highest ``u``, of at most ``max_units`` units in all, and else 1.
+
+    ``u``: unreliability; ``sizes``: numbers of units; ``judged``: bool; all, and the result, are ``[modules]``.
+    """
     trust = torch.ones(len(u), dtype=torch.float64)
     for module in torch.argsort(-u, stable=True).tolist():
         if judged[module]:
@@ -210,23 +220,26 @@ def _distrust_highest(u: Tensor, sizes: Tensor, judged: Tensor, max_units: float
 
 @dataclass(frozen=True)
 class Masks:
-    """Fixed orders of the units in their modules, in one view per ranking (0: all sources; i: all but the i-th)."""
+    """Fixed orders of the units in their modules, for every view (0: all sources; i: all but the i-th)."""
 
     modules: Tensors  # axis key → the module index of each unit, [views, size] int64
     ranks: Tensors  # axis key → the relative rank of each unit in its module, in (0, 1), lowest first, [views, size]
     fills: Tensors  # name of a weight that reads units → the value that replaces each dropped input, [views, C]
     width: Tensor  # the range of relative ranks around the ratio that has a gradient, [modules]
 
-    def margins(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
-        """Return each unit's relative rank minus its module's pruning ratio, by axis key; units below 0 are cut."""
-        return {key: ranks[view] - share[self.modules[key][view]] for key, ranks in self.ranks.items()}
+    def margins(self, ratios: Tensor, view: int = 0) -> dict[str, Tensor]:
+        """Return axis key → each unit's relative rank minus its module's pruning ratio; units below 0 are cut.
 
-    def gates(self, share: Tensor, view: int) -> dict[str, Tensor]:
-        """Return 1 for units that stay and 0 for units that are cut, by axis key, with a gradient to the ratios."""
+        ``ratios``: the fraction of each module's units that is cut, ``[modules]``.
+        """
+        return {key: ranks[view] - ratios[self.modules[key][view]] for key, ranks in self.ranks.items()}
+
+    def gates(self, ratios: Tensor, view: int) -> dict[str, Tensor]:
+        """Return axis key → 1 for units that stay, 0 for cut ones, with a gradient to ``ratios`` (:meth:`margins`)."""
         gates = {}
         for key, ranks in self.ranks.items():
             label = self.modules[key][view]
-            gates[key] = soft_step(ranks[view], share.index_select(0, label), self.width[label]).float()
+            gates[key] = soft_step(ranks[view], ratios.index_select(0, label), self.width[label]).float()
         return gates
 
     def cut_shares(self, kept: Mapping[str, tuple[int, ...]]) -> Tensor:

@@ -42,7 +42,7 @@ class ViewBatch:
 
 @dataclass(frozen=True, eq=False)
 class ModuleShares:
-    """The pruning ratio of each module as a function of trained logits, and the loss at these ratios.
+    """The pruning ratio of each module (the fraction that is cut) from trained logits, and the loss at these ratios.
 
     The loss is KL(dense ‖ masked) in nats per position.
     """
@@ -50,31 +50,32 @@ class ModuleShares:
     settings: "Settings"
     task: PruningTask
     masks: Masks
-    costs: Tensor  # the cost of all units of each module, [views, modules]
-    removed: float  # the cost that must be removed
+    costs: Tensor  # of all units of each module, in the budget's measure, [views, modules]
+    removed: float  # the cost that must be removed, in the same measure
     space_indices: Tensor  # the index of the ranking space of each module, [modules] int64
     # ``id`` of a batch → the batch (so that the id stays its own), the dense network's probabilities, and their mean
     # entropy in nats.
     cache: dict[int, tuple[Batch, Tensor, float]] = field(default_factory=dict, repr=False)
 
-    def initial_tensors(self, share: Tensor) -> AxisTensors:
-        """Return tensors to train from which :meth:`shares` computes the pruning ratios ``share``, ``[modules]``.
+    def initial_tensors(self, ratios: Tensor) -> AxisTensors:
+        """Return tensors to train from which :meth:`shares` computes the pruning ratios ``ratios``, ``[modules]``.
 
-        There is one logit per module, and one more for what the modules of a ranking space have in common.
+        There is one logit per module, and one more for what the modules of a ranking space have in common. Ratios
+        are clamped to 2 and 98 % of the setting ``most``.
         """
-        logits, lr = torch.logit((share / self.settings.most).clamp(0.02, 0.98)), self.settings.lr
+        logits, lr = torch.logit((ratios / self.settings.most).clamp(0.02, 0.98)), self.settings.lr
         shared = logits.new_zeros(int(self.space_indices.max()) + 1)
         return {"logits": as_axis_tensor(logits, lr), "shared": as_axis_tensor(shared, lr)}
 
     def shares(self, tensors: AxisTensors, view: int = 0) -> Tensor:
-        """Return the pruning ratio of each module, ``[modules]``, under the exact budget, with a gradient."""
+        """Return the pruning ratios, ``[modules]``, that meet the exact budget in a view, with a gradient."""
         logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.space_indices)
         return removal_ratios(logits, self.costs[view], self.removed, most=self.settings.most)
 
     def compare(self, batch: Batch, gates: Mapping[str, Tensor], view: int) -> Tensor:
         """Return KL(dense ‖ masked) on a batch in nats per position, a scalar with a gradient to the gates.
 
-        ``gates``: axis key → 1 for units that stay, 0 for those that are cut.
+        ``gates``: axis key → 1 for units that stay, 0 for those that are cut; ``view``: whose means replace cut units.
         """
         moved = batch.to(device_of(self.task.model))
         probabilities, entropy = self._predict_dense(batch, moved)
@@ -99,13 +100,13 @@ class ModuleShares:
             self.cache[id(batch)] = (batch, probabilities, entropy)
         return probabilities, entropy
 
-    def held_out_loss(self, share: Tensor) -> float:
-        """Return the loss on held-out windows at some ratios, mean over sources, with units cut to the budget."""
+    def held_out_loss(self, ratios: Tensor) -> float:
+        """Return the loss on held-out windows at pruning ratios ``[modules]``, mean over sources, cut to the budget."""
         s, task = self.settings, self.task
         losses: list[float] = []
         for view, source in enumerate(task.evidence.data.values(), start=1):  # view 0 is that of all sources
             _, batches = source.held_out(s.held_out)
-            kept = rank(task.axes, self.masks.margins(share, view), task.budget)
+            kept = rank(task.axes, self.masks.margins(ratios, view), task.budget)
             gates = make_gates(task.axes, {key: kept[key] for key in self.masks.ranks})
             with torch.no_grad():
                 batch_losses = [self.compare(batch, gates, view) for batch in batches]
@@ -113,7 +114,7 @@ class ModuleShares:
         return sum(losses) / len(losses)
 
     def draw_batches(self, step: int) -> list[ViewBatch]:
-        """Return the batches of text that a training step uses, each with the view without its source."""
+        """Return the batches of text of training step ``step``, each with the view that leaves out its source."""
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
         return [ViewBatch(batch, i + 1) for i, batch in draw_batches(sources, s.windows, step, s.seed)]
@@ -126,7 +127,8 @@ class ModuleShares:
     def learn(self, state: TrainState[EarlyStopping], starts: Mapping[str, float]) -> TrainState[EarlyStopping]:
         """Train the logits from a state on, and return the last one; the network's own parameters are unchanged.
 
-        ``starts``: name of a start → its held-out loss, for the checkpoint's header.
+        ``starts``: name of a start → its held-out loss, for the checkpoint's header. The checkpoint is written on the
+        way.
         """
         s, task = self.settings, self.task
         every = min(s.every, s.steps)
@@ -162,7 +164,7 @@ class ModuleShares:
 
 
 def read_learning(task: PruningTask) -> tuple[dict[str, float], TrainState[EarlyStopping] | None]:
-    """Return the losses of the starts and the training state from the checkpoint; ``({}, None)`` if there is none."""
+    """Return the starts' losses and the training state from the checkpoint; ``({}, None)`` if it cannot be read."""
     path = task.context.checkpoint
     if path is None or not path.is_file():
         return {}, None
@@ -175,5 +177,5 @@ def read_learning(task: PruningTask) -> tuple[dict[str, float], TrainState[Early
 
 
 def as_axis_tensor(values: Tensor, lr: float | None = None) -> AxisTensor:
-    """Return a vector as a tensor of a learner's state, trained at the learning rate ``lr`` if there is one."""
+    """Return a vector as a tensor of a learner's state, along no axis; ``lr``: its learning rate, or none."""
     return AxisTensor(values.detach(), (len(values),), lr)
