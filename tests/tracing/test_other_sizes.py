@@ -110,3 +110,9 @@ def test_a_function_that_has_cached_the_example_leaves_axes_free() -> None:
     x = torch.randn(3, 4, 7, dtype=torch.float64)
     net(x)
     assert trace(net, x)[KEY].free
+
+
+def test_an_example_of_one_number_has_no_other_size() -> None:
+    net = network(lambda m, x, h: m.b(h))
+    scaled = Wired(lambda m, x: m.net(x * torch.ones(2, 3, 7, dtype=torch.float64)), net=net)
+    assert trace(scaled, torch.tensor(2.0, dtype=torch.float64))["net." + KEY].free

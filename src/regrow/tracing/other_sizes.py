@@ -157,7 +157,7 @@ def _smaller_examples(axes: AxisGraph) -> Iterator[Example]:
     """Yield smaller examples where the batch or a length of tokens is no smaller than a width."""
     main = _main_shape(axes.example)
     narrowest = min((axis.size for axis in axes.free() if axis.size >= LEAST_WIDTH), default=0)
-    lengths = [dims for dims in _length_dims(axes) if len(main) < 4]
+    lengths = [dims for dims in _length_dims(axes) if len(main) < 4] if main else []
     if not main or not narrowest or max(main[0], *(main[d] for dims in lengths for d in dims), 0) < narrowest:
         return
     for dims in (*lengths, ()):
