@@ -68,10 +68,9 @@ class Cell(nn.Module):
     """A cell of two inputs and some nodes; its output concatenates the nodes along channels.
 
     ``before``: the channels of both inputs; ``shrinks``: for each, whether it is pooled to half its height and width,
-    since these are twice those of the other input. ``plan`` holds ``reduce`` (whether the cell halves height and
-    width), ``inputs`` (their widths inside the cell) and ``nodes``: for each its ``width`` and ``ops``, a list of
-    ``[name, source, mid]``, where name and mid are those of :func:`build_operation`. Sources 0 and 1 are the inputs, 2
-    is the first node.
+    since these are twice those of the other. ``plan`` holds ``reduce`` (whether the cell halves height and width),
+    ``inputs`` (their widths inside the cell) and ``nodes``: for each its ``width`` and ``ops``, a list of ``[name,
+    source, mid]``, as of :func:`build_operation`. Sources 0 and 1 are the inputs, 2 is the first node.
     """
 
     def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
@@ -101,8 +100,8 @@ class Cells(StagedNetwork):
     """A network of cells: a stem, cells, and linear classifiers behind the last cell and the end of each stage.
 
     ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (channels), ``stride`` of the stem,
-    ``cells`` (the ``plan`` of each :class:`Cell`), and ``heads``: indices of the cells that a classifier follows,
-    ascending.
+    ``cells`` (the ``plan`` of each :class:`Cell`), and ``heads``: ascending indices of the cells that a classifier
+    follows.
     """
 
     parts_name = "cells"

@@ -17,9 +17,8 @@ from regrow.settings.shared import PRECISION
 def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:
     """Return the torch device of a name; ``auto``: a CUDA GPU if there is one, else the CPU.
 
-    Of several processes that share a run (``ranks``), each gets a GPU of its own
-    (``regrow.distributed.choose_rank_device``). Raises InputError for an unknown name, ResourceError for a device that
-    this machine does not have.
+    Each of several processes (``ranks``) gets a GPU of its own, as ``regrow.distributed.choose_rank_device`` does it.
+    Raises InputError for an unknown name, ResourceError for a device that this machine does not have.
 
     >>> choose_device("cpu")
     device(type='cpu')

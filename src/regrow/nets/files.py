@@ -96,8 +96,7 @@ def read_shards(index: Path) -> dict[str, str]:
 def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
     """Raise ModelError unless weight files are complete, ResourceError unless they fit into memory together.
 
-    ``name``: the model's, in messages; ``itemsize``: bytes of a floating-point number in memory; ``None``: those in the
-    files.
+    ``name``: the model's, in messages; ``itemsize``: bytes of a float in memory; ``None``: those in the files.
     """
     needed = 0
     for file in files:
@@ -107,10 +106,7 @@ def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
 
 
 def check_config(path: Path, name: str) -> dict[str, object]:
-    """Return the content of a ``config.json``; ModelError if a size or number of layers is one that no network has.
-
-    ``name``: the model's, in messages.
-    """
+    """Return the content of a ``config.json``; ModelError, with ``name``, if a size is one that no network has."""
     config = read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is a {type(config).__name__}, not an object; restore it")

@@ -268,7 +268,7 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
 
 
 def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
-    """Call the user's function and return its network, and the example input, ``None`` if it returns none.
+    """Call the user's function and return its network, and its example input or ``None``.
 
     Raises ModelError, with the function's ``name``, if the call fails or returns no network.
     """

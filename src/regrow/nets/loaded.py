@@ -88,10 +88,7 @@ class WeightFile:
         self.status = self._read(handle)
 
     def check(self, handle: int | None = None) -> None:
-        """Raise InputError unless the file is the one that was opened, unchanged; it may get or lose hard links.
-
-        ``handle``: the descriptor of the open file; ``None``: the file now at the path.
-        """
+        """Raise InputError unless the file is the one that was opened, unchanged; it may get or lose hard links."""
         now = self._read(handle)
         # Device, inode, size and content are the same, and a hard link came or went, which changes the inode's time.
         linked = now[:4] == self.status[:4] and now[5] != self.status[5]
@@ -159,10 +156,7 @@ def check_unchanged(files: Iterable[WeightFile]) -> None:
 
 
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
-    """Return token ids of a shape, int64, for a language model, with ``use_cache=False`` if it knows that.
-
-    ``vocabulary``: the number of tokens that the model knows; ids are spread over it, and always the same.
-    """
+    """Return token ids of a shape, int64, spread over ``vocabulary`` (their number), always the same; no cache."""
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
     tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(tuple(shape)).to(device_of(model))
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

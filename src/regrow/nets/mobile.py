@@ -46,8 +46,9 @@ def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Mod
 def build_block(before: int, plan: Mapping[str, Any]) -> Candidates:
     """Build the candidate operations of a block on ``before`` channels.
 
-    ``plan`` has ``width`` (channels out), ``stride`` and ``ops``: a list of [name, channels inside]. The block is called
-    with its input twice: ``skip`` reads the first, bottlenecks the second, so that they share no softmax in a search.
+    ``plan`` has ``width`` (channels out), ``stride`` and ``ops``: a list of [name, channels inside]. The block is
+    called with its input twice: ``skip`` reads the first, bottlenecks the second, so that they share no softmax in a
+    search.
     """
     ops, sources = dict[str, nn.Module](), []
     for name, mid in plan["ops"]:
