@@ -138,8 +138,7 @@ def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
 def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
     """Return an input with its tensors as networks take them, in the floating ``dtype``; SourceError if they cannot be.
 
-    ``name``: that of the argument; one with ``mask`` or ``bias`` in its name may hold −∞. ``dtype`` ``None``: as they
-    are.
+    ``name``: the argument's; one with ``mask`` or ``bias`` in it may hold −∞. ``dtype`` ``None``: as they are.
     """
     match value:
         case np.ndarray():
@@ -163,7 +162,7 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
 def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     """Return labels as losses take them: whole numbers int64, and bool per output float32; SourceError otherwise.
 
-    ``size``: the number of examples; a label without a dimension is taken only if it is 1, and then becomes ``[1]``.
+    ``size``: the number of examples; only if it is 1, labels may lack a dimension for it, and become ``[1]``.
 
     >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
     (tensor([1, 0]), tensor([[1., 1.]]))

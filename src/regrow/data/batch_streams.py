@@ -173,9 +173,8 @@ def join_batches(source: Source, most: int, shards: int = 1) -> Source:
     """Return a source whose consecutive batches are joined to at most ``most`` examples each.
 
     Batches are joined where their inputs have the same shapes, but for the number of examples in the first dimension.
-    With several shards, among which processes share the batches in turn, batch ``i`` of the result joins batches of
-    shard ``i % shards`` alone: the shards hold the same examples as before. Where they would join unevenly, the source
-    stays as it is.
+    ``shards``: the number of processes that take the batches in turn; batch ``i`` of the result joins batches of shard
+    ``i % shards`` alone, so that each keeps its examples. Where they would join unevenly, the source stays as it is.
 
     >>> source = Source("news", [Batch((torch.tensor([[i]]),)) for i in range(5)])
     >>> [batch.args[0].flatten().tolist() for batch in join_batches(source, 2, shards=2)]

@@ -170,7 +170,7 @@ def load_task(
 
     ``train`` and ``test`` are the most examples of each, chosen at random (0: all); ``size`` and ``normalised`` are as
     for :func:`load_image_folder`. Digits and MNIST's files keep their size, and have values 0 to 1. Raises
-    MissingError, a SourceError, if there is no such data set, and SourceError.
+    SourceError; MissingError, a kind of it, if there is no such data set.
     """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")

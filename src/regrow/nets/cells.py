@@ -125,7 +125,7 @@ class Cells(StagedNetwork):
         return head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def required_groups(self) -> list[tuple[str, ...]]:
-        """Return groups of operations (paths), of each of which one must stay: a node's, and an input's readers."""
+        """Return groups of operations (paths), of each of which one must stay: of a node, and of an input's readers."""
         readers: dict[tuple[str, int], list[str]] = {}  # cell, source → operations that read it
         for path, node in self.named_modules():
             for key, source in zip(node.ops, node.sources, strict=True) if isinstance(node, Candidates) else ():
@@ -144,7 +144,7 @@ def supernet_config(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """Return the super-network's configuration for :class:`Cells`: every operation on every edge.
+    """Return the super-network's configuration for :class:`Cells`: every operation from every source to every node.
 
     ``shape``: of an input, ``[C, H, W]``; ``width``: the channels of a node in the first cell; they double where height
     and width are halved, after a third and two thirds of the cells. ``nodes``: their number per cell; ``stride``: of

@@ -57,7 +57,7 @@ def is_possible(shape: Sequence[int]) -> bool:
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files in it."""
+    """Raise InputError unless the settings, tokenizer and weight files of a folder are regular files in it."""
     real = folder.resolve()
     # The hub's cache has links in snapshots/COMMIT to files in blobs/.
     allowed = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
@@ -81,7 +81,7 @@ def check_weight_paths(folder: Path, config: Mapping[str, object], name: str) ->
 
 
 def read_shards(index: Path) -> dict[str, str]:
-    """Return tensor → name of the file beside a shard index that holds it; ModelError if the index is damaged."""
+    """Return tensor → name of the file beside a shard index that holds it; InputError if the index is damaged."""
     data = read_json(index)
     file_of = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
@@ -106,7 +106,10 @@ def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
 
 
 def check_config(path: Path, name: str) -> dict[str, object]:
-    """Return the content of a ``config.json``; ModelError, with ``name``, if a size is one that no network has."""
+    """Return the content of a ``config.json``; InputError if it is damaged, or a size is one that no network has.
+
+    ``name``: the model's, in messages.
+    """
     config = read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is a {type(config).__name__}, not an object; restore it")

@@ -180,7 +180,7 @@ def _to_loaded(model: "PreTrainedModel", location: _Location) -> Loaded:
 
 
 def _class_for(location: _Location) -> Any:
-    """Return the transformers class that a configuration names, else ``AutoModelForCausalLM``; ModelError if unsafe."""
+    """Return the transformers class that config.json names, else ``AutoModelForCausalLM``; ModelError if unsafe."""
     transformers = require_transformers()
     settings, _ = transformers.PretrainedConfig.get_config_dict(location.where, **location.options)
     try:

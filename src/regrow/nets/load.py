@@ -227,7 +227,7 @@ def _load_from_function(name: str, example: Any, pixels: int) -> Loaded:
 
 
 def _to_example(model: nn.Module, example: Example | Sequence[int]) -> Example:
-    """Return an example input, or one of a shape."""
+    """Return an example input as it is, or one that is made for a shape (:func:`shaped_example`)."""
     return example if isinstance(example, Example) else shaped_example(model, example)
 
 
@@ -252,7 +252,7 @@ def import_object(name: str) -> Any:
 
 
 def check_code(recorded: str, needed: bool, code: str) -> None:
-    """Raise ModelError unless the user named a function exactly if the user's own code builds the network of a folder.
+    """Raise ModelError if the user names a function for a folder that needs none, or none for one that needs it.
 
     ``recorded``: the function's name in the folder, or ``""``; ``needed``: whether the folder's network is built by
     such a function; ``code``: what the user named (``--code``), or ``""``.

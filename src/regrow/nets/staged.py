@@ -24,8 +24,9 @@ OPERATION_BYTES = 15_000
 class StagedNetwork(nn.Module):
     """A network of a stem, parts (cells or blocks), and classifiers behind the last part and the end of each stage.
 
-    If ``recomputed`` is set, parts are computed again in the backward pass (gradient checkpointing), to save memory.
-    Subclasses build the stem, the parts, in a ``ModuleList`` that is their attribute ``parts_name``, and the heads.
+    A search in stages runs more parts in each, up to a classifier. If ``recomputed`` is set, parts are computed again
+    in the backward pass (gradient checkpointing), to save memory. Subclasses build the stem, the parts, in a
+    ``ModuleList`` that is their attribute ``parts_name``, and the heads.
     """
 
     parts_name: str  # "cells" or "blocks"
@@ -147,13 +148,13 @@ def explain_description(what: str) -> Iterator[None]:
 
 
 def check_sizes(what: str, sizes: Sequence[object]) -> None:
-    """Raise ModelError unless all sizes are ints from 1 to ``MAX_SIZE``; ``what``: "cells" or "blocks", for it."""
+    """Raise ModelError unless all sizes are ints from 1 to ``MAX_SIZE``; ``what`` (cells, blocks): for its message."""
     if invalid := [size for size in sizes if type(size) is not int or not 0 < size <= MAX_SIZE]:
         raise ModelError(f"a network of {what} has sizes from 1 to {MAX_SIZE}; got {invalid[0]!r:.40}")
 
 
 def heads_fit(config: Mapping[str, Any], parts: int) -> bool:
-    """Whether ``shape`` has three sizes, and ``heads`` are indices of parts, with the last; ``parts``: their number."""
+    """Whether ``shape`` in ``config`` has three sizes, and ``heads`` are indices of ``parts`` parts, the last included."""
     heads = config["heads"]
     exist = all(type(head) is int and 0 <= head < parts for head in heads)
     return len(config["shape"]) == 3 and exist and parts - 1 in heads

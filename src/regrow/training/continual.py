@@ -123,7 +123,7 @@ def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedul
 
 
 def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
-    """Return random batches of indices of ``examples``, at most ``steps``, of 2 or more each; new ones each epoch."""
+    """Return, for an epoch, random batches of indices of the withheld ``examples``, at most ``steps``, of 2 or more."""
     order = torch.randperm(len(examples), generator=context.generator(context.epoch, Stream.HELD_OUT_ORDER))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
@@ -132,7 +132,10 @@ def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> li
 
 
 def _allowed_classes(schedule: TaskSchedule, tasks: Sequence[Task], trained: int, evaluated: int) -> Tensor | None:
-    """Return which classes may be predicted for task ``evaluated`` after ``trained``, ``[classes]`` bool; None: all."""
+    """Return which classes may be predicted for task ``evaluated`` after training task ``trained``, by the scenario.
+
+    ``[classes]`` bool; ``None``: all, as in the scenario ``domain``.
+    """
     match schedule.scenario:
         case "domain":
             return None
@@ -152,7 +155,7 @@ class _TaskObserver(Observer[S]):
     learner: Learner[S]
     schedule: TaskSchedule
     ranks: ProcessRank
-    start: float = field(default_factory=perf_counter)
+    start: float = field(default_factory=perf_counter)  # when the task began, in seconds
 
     def accuracies(self, state: S, context: Context) -> tuple[float, ...]:
         """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``."""
@@ -180,7 +183,10 @@ class _TaskObserver(Observer[S]):
             return scores, context.logits(inputs).nan_to_num(neginf=0.0)
 
     def after_plan(self, state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
-        """Return the row of a change of shape: units, accuracies and more; ``shock``: mean accuracy lost, 0 to 1."""
+        """Return the row of a change of shape: what it adds and removes, and measurements before and after it.
+
+        Accuracies are those on :func:`select_probed_tasks`; ``shock``: how much their mean falls, 0 to 1.
+        """
         probed, after = select_probed_tasks(context.number), self.before_plan(state, context)
         changes = plan.changes.items()
         return {

@@ -129,6 +129,7 @@ class _TaskLog:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind, "task" or "status" → its columns so far
 
     def __call__(self, kind: str, /, **row: Any) -> None:
+        """Record a row of a kind, column → value."""
         if kind in ("task", "status"):
             self.notes[kind] = self.notes.get(kind, {}) | row
         else:

@@ -97,7 +97,10 @@ def protect_entries(context: Context, protected: Mapping[str, Tensor]) -> None:
 
 
 def restore_entries(context: Context, values: Mapping[str, Tensor], protected: Mapping[str, Tensor]) -> None:
-    """Set entries of parameters under bool masks ``protected`` to ``values``, in place; both mappings are by name."""
+    """Set protected entries of parameters back to ``values``, in place.
+
+    Both mappings are by name of a parameter; ``protected``: a bool mask, of its shape, for each name in ``values``.
+    """
     parameters = context.parameters()
     with torch.no_grad():
         for name, value in values.items():

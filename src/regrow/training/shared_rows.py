@@ -21,7 +21,8 @@ from regrow.distributed.parallel import view_bytes
 class SynchronisedBatchNorm(TorchFunctionMode):
     """Context manager in which BatchNorm in training mode normalises by the statistics of all ranks' examples.
 
-    It must last until the backward pass is over, since activation checkpointing runs modules again.
+    It must last until the backward pass is over, since activation checkpointing runs modules again. While ``active`` is
+    false, BatchNorm is as usual.
     """
 
     def __init__(self, active: bool = True) -> None:

@@ -197,8 +197,8 @@ def read_checkpoint(
     """Read a checkpoint, apply its plans to the network, in place, and return network, axes and training state.
 
     ``model`` and ``axes`` are those before the first plan, ``learner`` is the learner's initial state; ``history`` has
-    what was stored elsewhere (``outside``): plans, rows, sizes and events; ``undo``: an empty store, which is filled.
-    Raise StoreError if the file does not fit them.
+    what was stored elsewhere (``outside``): plans, rows, sizes and events; ``None``: nothing was; ``undo``: an empty
+    store, which is filled. Raise StoreError if the file does not fit them.
     """
     try:
         header, tensors = read_tensors(path, FORMAT)
