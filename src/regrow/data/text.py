@@ -304,7 +304,7 @@ def find_bos_tokens(tokenizer: Any) -> list[int]:
 
 
 def find_separator_token(tokenizer: Any) -> int:
-    """Return the id of the token after which a document starts: a window's first one, or a separator; or SourceError."""
+    """Return the id of the token after which a document starts: a window's first, or a separator; or SourceError."""
     named = tokenizer.get_vocab().get("<|endoftext|>")  # chat models may call others their first and last token
     candidates = (*find_bos_tokens(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
     separator = next((token for token in candidates if token is not None), None)

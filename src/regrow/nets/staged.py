@@ -154,7 +154,7 @@ def check_sizes(what: str, sizes: Sequence[object]) -> None:
 
 
 def heads_fit(config: Mapping[str, Any], parts: int) -> bool:
-    """Whether ``shape`` in ``config`` has three sizes, and ``heads`` are indices of ``parts`` parts, the last included."""
+    """Whether ``shape`` in ``config`` has three sizes, and ``heads`` are indices of ``parts`` parts, with the last."""
     heads = config["heads"]
     exist = all(type(head) is int and 0 <= head < parts for head in heads)
     return len(config["shape"]) == 3 and exist and parts - 1 in heads
