@@ -146,7 +146,7 @@ def supernet_config(
 ) -> dict[str, Any]:
     """Return the super-network's configuration for :class:`Cells`: every operation from every source to every node.
 
-    ``shape``: of an input, ``[C, H, W]``; ``width``: the channels of a node in the first cell; they double where height
+    ``shape``: of an input, ``[C, H, W]``; ``width``: the channels of a node in the first cell. They double where height
     and width are halved, after a third and two thirds of the cells. ``nodes``: their number per cell; ``stride``: of
     the stem; ``heads``: indices of cells that a classifier follows, since a stage of the search ends there. The last
     cell has one anyway. Raises ModelError unless there are 1 to 64 cells of 1 to 16 nodes.
@@ -168,8 +168,8 @@ def supernet_config(
 def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
     """Return a configuration with a fraction ``share`` of the operations in its first ``before`` cells.
 
-    As after a stage of a search: each kind of operation keeps this fraction, rounded up and spread evenly over the
-    edges of a cell; each node keeps at least one operation. ``config`` is not changed.
+    As after a stage of a search: each kind of operation keeps this fraction, rounded up and spread evenly over a
+    cell. Each node keeps at least one operation. ``config`` is not changed.
 
     >>> config = thin_config(supernet_config((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
     >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]

@@ -103,7 +103,7 @@ def supernet_config(
     """Return the super-network's configuration for :class:`Mobile`; the defaults are those of the paper.
 
     ``shape``: of an input, ``[C, H, W]``; ``width``: the channels of the first stage, from which all other widths of
-    ``STAGES`` are scaled, in multiples of 4; ``blocks``: their number per stage (the last stage has one); ``stride``:
+    ``STAGES`` are scaled, in multiples of 4. ``blocks``: their number per stage (the last stage has one); ``stride``:
     of the stem; ``heads``: indices of blocks that a classifier follows, since a stage of the search ends there. The
     last block has one anyway. A block that changes the shape of its input has no ``skip``.
 

@@ -241,8 +241,8 @@ def resume_training(
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
     """Return network, axes and training state from which training resumes, or at the start if ``history`` is ``None``.
 
-    All ranks call this; rank 0, which alone reads the run folder, passes its ``history`` (plans, rows, sizes and
-    events; others pass ``None``) and the file ``checkpoint``, which is not read without one. The network is changed in
+    All ranks call this. Rank 0, which alone reads the run folder, passes its ``history`` (plans, rows, sizes and
+    events) and the file ``checkpoint``, which is not read without one; others pass ``None``. The network is changed in
     place. Raise StoreError as :func:`read_checkpoint`.
     """
     if ranks.several:
