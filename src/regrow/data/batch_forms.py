@@ -187,7 +187,7 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
 
 
 def _check_dense(value: Tensor, where: str, what: str) -> Tensor:
-    """Return a tensor without a gradient; SourceError, beginning with ``what``, unless it has numbers and is dense."""
+    """Return a tensor without a gradient; SourceError, about ``what``, unless it has numbers and is dense."""
     if value.device.type == "meta":
         raise SourceError(f"{where}: {what} on the device meta and has no numbers; give it on the CPU")
     if value.layout != torch.strided or value.is_nested:

@@ -279,7 +279,7 @@ def shift_and_flip(images: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, side: int) -> Tensor:
-    """Return images ``[N, C, H, W]``, each with a random square of ``side`` pixels set to 0 (cutout).
+    """Return images ``[N, C, H, W]``, each with a random square, ``side`` pixels wide, set to 0 (cutout).
 
     Its centre lies in the image; ``side`` 0: none. Source: DeVries and Taylor (arXiv 1708.04552).
 

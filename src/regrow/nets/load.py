@@ -73,6 +73,7 @@ def load(
 
     Raises:
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
+        ResourceError: If the weights do not fit into memory, or this machine does not have the device.
     """
     device = choose_device(device)
     try:

@@ -82,7 +82,7 @@ def accuracy_matrix(state: TrainState[S]) -> Matrix:
 def measure_untrained_accuracies(
     model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule, ranks: ProcessRank = SINGLE
 ) -> tuple[float, ...]:
-    """Return the accuracy of a network, before training, on the test examples of each task, 0 to 1; NaN if gone."""
+    """Return the accuracy before training on the test examples of each task, 0 to 1; NaN if its examples are gone."""
     with share_rows(model, ranks):
         observer = _TaskObserver(tasks, PLAIN, schedule, ranks)
         return observer.accuracies(PLAIN.state, Context(model, NO_AXES, tasks[0]))

@@ -113,7 +113,7 @@ class Context:
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The names of parameters whose first dimension no plan resizes: those of the layer that gives the outputs."""
+        """The names of the parameters whose first dimension no plan resizes, such as those of the output layer."""
         return tuple(
             name
             for name in self.parameters()
