@@ -25,7 +25,10 @@ STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 
 
 
 class Bottleneck(nn.Sequential):
-    """Inverted bottleneck: 1 × 1 convolution to ``mid`` channels, depthwise, 1 × 1 to ``after``; BatchNorms, 2 ReLU6."""
+    """Inverted bottleneck: 1 × 1 convolution to ``mid`` channels, depthwise, 1 × 1 to ``after``, with BatchNorms.
+
+    After the first two there is a ReLU6.
+    """
 
     def __init__(self, before: int, mid: int, after: int, kernel: int, stride: int) -> None:
         super().__init__(nn.Conv2d(before, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6())
