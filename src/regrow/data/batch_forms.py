@@ -23,14 +23,14 @@ class ReadOptions:
     """How a user's data are read; raises SourceError for a batch size below 1."""
 
     batch_size: int = 32  # where the data do not come in batches
-    tokenizer: object = None  # without one, text is refused
+    tokenizer: object = None  # of transformers; without one, text is refused
     seq_len: int = 512  # tokens per window of text
     size: int = 224  # height and width of images that are read from files
     # Labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them: they are
     # shifted by one, and made of ``input_ids`` if missing.
     shift: bool = False
     normalised: bool = True  # images from files, as torchvision's pretrained networks expect; else 0 to 1
-    dtype: torch.dtype | None = None  # to which inputs are cast
+    dtype: torch.dtype | None = None  # to which floating-point inputs are cast; ``None``: they keep theirs
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -43,7 +43,8 @@ DEFAULTS = ReadOptions()
 def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
     """Return one batch of a user's loader as inputs and labels, or raise SourceError; ``where`` names it in messages.
 
-    Labels are not checked yet. ``shift``: as in :class:`ReadOptions`.
+    ``item``: a tensor, a tuple whose last part is the labels, or a mapping by name. Labels are not checked yet.
+    ``shift``: as in :class:`ReadOptions`.
 
     >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
     tensor([[   6,    7, -100]])
@@ -73,7 +74,7 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
 
 
 def is_example(item: Any) -> bool:
-    """Whether an item is a single example (input, label) or a dict with a label, rather than a batch."""
+    """Whether an item, (input, label) or a dict, is one example: its label is a number, or ``input_ids`` one row."""
     label = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     if isinstance(item, Mapping):
         label = next((item[key] for key in LABEL_KEYS if key in item), None)
@@ -83,15 +84,16 @@ def is_example(item: Any) -> bool:
 
 
 def is_example_list(data: Any) -> bool:
-    """Whether data are a list of single examples, as :func:`is_example` has them."""
+    """Whether data are a list whose first entry is a single example, by :func:`is_example`."""
     return isinstance(data, list) and bool(data) and is_example(data[0])
 
 
 def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, first: Batch | None = None) -> Batch:
     """Return a batch whose tensors networks and losses can take, or raise SourceError that says what is wrong with it.
 
-    ``first`` is the first batch of the source, with which its labels must agree. Inputs of other floating formats are
-    cast, labels of whole numbers become int64, and no tensor has a gradient.
+    ``where`` names it in messages; ``dtype``: as in :class:`ReadOptions`; ``first``: the first batch of the source,
+    with which its labels must agree; ``None``: this is it. Labels of whole numbers become int64, and no tensor has a
+    gradient.
 
     >>> check_batch(Batch((torch.ones(2, 3).double(),), labels=torch.tensor([0, 1], dtype=torch.int32)), "batch 0",
     ...     torch.float32)
@@ -114,7 +116,7 @@ def check_batch(batch: Batch, where: str, dtype: torch.dtype | None = None, firs
 
 
 def count_examples(inputs: Sequence[Any], where: str) -> int:
-    """Return how many examples a batch has: the length of its first input, 1 if that has none; SourceError if 0."""
+    """Return how many examples a batch has: the length of its first input, 1 if none has one; SourceError if 0."""
     first = next((part for part in inputs if isinstance(part, Tensor | list | tuple)), None)
     if isinstance(first, Tensor) and not first.dim():
         raise SourceError(f"{where}: the input is a single number; give a tensor whose first dimension is the batch")
@@ -136,7 +138,7 @@ def from_array(value: "np.ndarray[Any, Any]", where: str) -> Tensor:
 def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: str = "") -> Any:
     """Return an input with its tensors as networks take them, in the floating ``dtype``; SourceError if they cannot be.
 
-    ``name`` is that of the argument: masks and biases may hold −∞.
+    ``name``: the argument's; one with ``mask`` or ``bias`` in it may hold −∞. ``dtype`` ``None``: as they are.
     """
     match value:
         case np.ndarray():
@@ -160,7 +162,7 @@ def check_input(value: Any, where: str, dtype: torch.dtype | None = None, name: 
 def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
     """Return labels as losses take them: whole numbers int64, and bool per output float32; SourceError otherwise.
 
-    ``size`` is the number of examples: a single label is that of a single example.
+    ``size``: the number of examples; only if it is 1, labels may lack a dimension for it, and become ``[1]``.
 
     >>> check_labels([True, False], "batch 0"), check_labels(torch.ones(1, 2, dtype=torch.bool), "batch 0")
     (tensor([1, 0]), tensor([[1., 1.]]))
@@ -185,7 +187,7 @@ def check_labels(labels: Any, where: str, size: int | None = None) -> Tensor:
 
 
 def _check_dense(value: Tensor, where: str, what: str) -> Tensor:
-    """Return a tensor that training can use, without a gradient; SourceError unless it has numbers and is dense."""
+    """Return a tensor without a gradient; SourceError, about ``what``, unless it has numbers and is dense."""
     if value.device.type == "meta":
         raise SourceError(f"{where}: {what} on the device meta and has no numbers; give it on the CPU")
     if value.layout != torch.strided or value.is_nested:
@@ -197,7 +199,7 @@ def _check_dense(value: Tensor, where: str, what: str) -> Tensor:
 
 
 def _find_nonfinite(value: Tensor, allow_infinity: bool) -> str:
-    """Return ``"NaN"`` or ``"infinity"`` if a tensor holds what it may not, else an empty string."""
+    """Return ``"NaN"``, or ``"infinity"`` unless it is allowed, if a tensor holds any, else an empty string."""
     # A finite sum has finite terms; a sum of finite terms may overflow.
     if not value.is_floating_point() or math.isfinite(float(value.sum())):
         return ""
@@ -207,7 +209,7 @@ def _find_nonfinite(value: Tensor, allow_infinity: bool) -> str:
 
 
 def _label_form(labels: Tensor | None) -> str:
-    """Return what batches of a source must have in common in their labels, in words."""
+    """Return, in words, whether labels are missing, floats or whole numbers; all batches of a source must be alike."""
     if labels is None:
         return "no labels"
     return "labels of floats" if labels.is_floating_point() else "labels of whole numbers"
@@ -223,7 +225,7 @@ def are_labels(value: Any) -> bool:
 def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
     """Return a batch of a mapping; with ``shift``, causal-LM labels are made of ``input_ids`` if missing, and shifted.
 
-    Without ``shift``, whoever reads the batch checks its labels.
+    Labels stand under one of ``LABEL_KEYS``. They are checked here with ``shift``, and else by whoever reads the batch.
     """
     item = {key: _to_tensor(value, where) if key in TOKEN_KEYS else value for key, value in item.items()}
     labels = next((item.pop(key) for key in LABEL_KEYS if key in item), None)
@@ -244,7 +246,7 @@ def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
 
 
 def _to_tensor(value: Any, where: str) -> Any:
-    """Return an array, or lists of numbers as tokenizers return them, as a tensor; anything else as it is."""
+    """Return an array or lists of numbers as a tensor, anything else as it is; SourceError for uneven lists."""
     if isinstance(value, np.ndarray):
         return from_array(value, where)
     first = value

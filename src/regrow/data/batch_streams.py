@@ -28,7 +28,7 @@ class LazyBatches(Sequence[Batch]):
     """Base class of batches that are read when they are asked for; subclasses have ``__iter__`` and ``__len__``."""
 
     def read(self, positions: range) -> Iterable[Batch]:
-        """Return the batches at some positions, in order; by default, those before them are read too."""
+        """Return the batches at ``positions`` (indices from 0), in order; by default, those before are read too."""
         return islice(iter(self), positions.start, positions.stop, positions.step)
 
     def __getitem__(self, index: Any) -> Any:
@@ -48,8 +48,8 @@ class BatchStream(LazyBatches):
     Raises SourceError if a batch cannot be read, or their number is not what it was.
     """
 
-    loader: Iterable[Any]
-    name: str
+    loader: Iterable[Any]  # gives the batches in each pass
+    name: str  # the source's, in messages
     reading: ReadOptions = DEFAULTS
     number: int | None = None  # of batches; ``None``: what the loader says
     checked: bool = False  # the loader is a list of batches that were checked
@@ -82,7 +82,7 @@ class BatchStream(LazyBatches):
         return sum(1 for _ in self.loader) if length is None else length
 
     def _count_error(self, now: str) -> SourceError:
-        """Return the error for a loader that gives another number of batches than when it was first read."""
+        """Return the error for a loader that gives another number of batches (``now``) than when it was first read."""
         counts = f"had {self.number} batches when it was first read, and has {now} now"
         return SourceError(f"source {self.name!r} {counts}; give the same number each time, or a list of batches")
 
@@ -134,7 +134,7 @@ def _hold_in_memory(batches: list[Batch], name: str) -> BatchStream:
 
 
 def find_length(data: Any) -> int | None:
-    """Return the ``len`` of an iterable; ``None`` if it has none."""
+    """Return the ``len`` of an iterable; ``None`` if it has none, or raises an error."""
     try:
         return len(data)
     except Exception:  # whatever a user's __len__ raises
@@ -173,8 +173,8 @@ def join_batches(source: Source, most: int, shards: int = 1) -> Source:
     """Return a source whose consecutive batches are joined to at most ``most`` examples each.
 
     Batches are joined where their inputs have the same shapes, but for the number of examples in the first dimension.
-    With several shards, batch ``i`` of the result holds batches of shard ``i % shards`` alone, so that the shards hold
-    the same examples.
+    ``shards``: the number of processes that take the batches in turn; batch ``i`` of the result joins batches of shard
+    ``i % shards`` alone, so that each keeps its examples. Where they would join unevenly, the source stays as it is.
 
     >>> source = Source("news", [Batch((torch.tensor([[i]]),)) for i in range(5)])
     >>> [batch.args[0].flatten().tolist() for batch in join_batches(source, 2, shards=2)]
@@ -195,7 +195,7 @@ def join_batches(source: Source, most: int, shards: int = 1) -> Source:
 class BatchChain(LazyBatches):
     """The batches of several sources, one source after the other, each read when its batches are asked for."""
 
-    parts: tuple[Sequence[Batch], ...]
+    parts: tuple[Sequence[Batch], ...]  # the batches of each source
 
     def __iter__(self) -> Iterator[Batch]:
         return chain.from_iterable(self.parts)
@@ -204,7 +204,7 @@ class BatchChain(LazyBatches):
         return sum(map(len, self.parts))
 
     def read(self, positions: range) -> Iterator[Batch]:
-        """Yield the batches at some positions, in order; of each source, only what is needed is read."""
+        """Yield the batches at ``positions`` (indices from 0), in order; of each source, only those needed are read."""
         begin = 0
         for part in self.parts:
             inside = [i - begin for i in positions if begin <= i < begin + len(part)]
@@ -228,7 +228,7 @@ def join_sources(sources: Iterable[Source], most: int) -> BatchChain:
 
 
 def _join_alike(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """Yield batches in order, consecutive ones of the same form joined to at most ``most`` examples."""
+    """Yield batches in order, consecutive ones of the same :func:`form_of` joined to at most ``most`` examples."""
     group: list[Batch] = []
     for batch in batches:
         size = sum(map(_count_rows, group)) + _count_rows(batch)
@@ -252,7 +252,7 @@ def _count_rows(batch: Batch) -> int:
 
 
 def form_of(batch: Batch) -> list[Any]:
-    """Return names, dtypes and shapes behind the first dimension, which batches must have in common to be joined."""
+    """Return names, dtypes and shapes without the first dimension, which are equal if two batches can be joined."""
     result: list[Any] = []  # a new object() equals no other: batches with other inputs are not joined
     for key, value in [*enumerate(batch.args), *batch.kwargs.items(), ("labels", batch.labels)]:
         if isinstance(value, Tensor) and value.dim():

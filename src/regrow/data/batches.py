@@ -26,7 +26,9 @@ EXPECTED = (
 
 
 def to_sources(data: Any, reading: ReadOptions = DEFAULTS) -> list[Source]:
-    """Return users' data as named sources: a dict gives one per entry; SourceError if they cannot be read.
+    """Return users' data as named sources: one per entry of a dict, none of ``None``, else one named ``data``.
+
+    Sources in a sequence are returned as they are. SourceError if data cannot be read.
 
     >>> [source.name for source in to_sources({"a": torch.ones(2, 3), "b": torch.ones(2, 3)})]
     ['a', 'b']
@@ -98,7 +100,7 @@ def _check_in_memory(name: str, batches: Sequence[Any], reading: ReadOptions) ->
 
 
 def _is_batch(data: Mapping[Any, Any]) -> bool:
-    """Whether a mapping is a batch: of inputs that are known by name, or tensors with labels; else it names sources."""
+    """Whether a mapping is a batch, by its keys (input and label names) and values; else it names sources."""
     all_tensors = all(isinstance(part, Tensor) for part in data.values())
     if all_tensors and len(data) > 1 and any(key in data for key in LABEL_KEYS):
         return True
@@ -106,7 +108,7 @@ def _is_batch(data: Mapping[Any, Any]) -> bool:
 
 
 def _split_rows(parts: Sequence[Any], name: str, size: int) -> list[tuple[Tensor, ...]]:
-    """Return each tensor or array cut into batches of ``size`` rows; SourceError unless all have as many rows."""
+    """Return, of each tensor or array, its batches of ``size`` rows; SourceError unless all have equally many rows."""
     tensors = [part if isinstance(part, Tensor) else from_array(part, f"source {name!r}") for part in parts]
     if not all(part.dim() for part in tensors):
         raise SourceError(f"source {name!r}: a tensor is a single number; give tensors with an example per row")

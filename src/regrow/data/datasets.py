@@ -40,7 +40,7 @@ class StreamedExamples:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
-        """Yield all examples in batches, as :meth:`regrow.core.tasks.Examples.batches`; ``seed``: of workers, too."""
+        """Yield all examples in batches of ``size``, as :meth:`Examples.batches`; ``seed``: of order and workers."""
         loader = DataLoader(
             self.dataset,
             batch_sampler=[self._positions(part).tolist() for part in batch_indices(len(self), size, seed)],
@@ -68,7 +68,7 @@ class StreamedExamples:
         return labels if labels is None or self.indices is None else labels[self.indices]
 
     def _positions(self, indices: Tensor) -> Tensor:
-        """Return the positions in the data set of examples of this set."""
+        """Return the positions in the data set of the examples at ``indices`` of this set."""
         return indices if self.indices is None else self.indices[indices]
 
     def _join(self, entries: list[Any]) -> Examples:
@@ -87,7 +87,7 @@ class StreamedExamples:
 class LoadedExamples:
     """The examples of batches without indices; their sizes and order are the loader's."""
 
-    stream: Sequence[Batch]
+    stream: Sequence[Batch]  # read anew in each pass
 
     def __len__(self) -> int:
         """Return the number of examples, which takes a pass over them."""
@@ -164,7 +164,7 @@ def join_examples(parts: Iterable[Examples]) -> Examples:
 
 
 def _form(examples: Examples) -> list[Any]:
-    """Return what sets of examples that are joined have in common: the structure and shapes of inputs and labels."""
+    """Return what sets of examples must have in common (==) to be joined: the structure and shapes of their tensors."""
     leaves, structure = tree_flatten((examples.inputs, examples.labels))
     return [structure, *(getattr(leaf, "shape", ())[1:] for leaf in leaves)]
 
@@ -178,7 +178,7 @@ def _make_examples(inputs: Any, labels: Tensor, where: str) -> Examples:
 
 
 def _to_input(value: Any) -> Any:
-    """Return an input as a tensor; bytes become 0 to 1, and images that are no tensors yet (PIL's) ``[C, H, W]``."""
+    """Return an input as a tensor, dicts and tuples as they are; bytes become 0 to 1, PIL's images ``[C, H, W]``."""
     if isinstance(value, dict | tuple):
         return value
     if not isinstance(value, Tensor):
@@ -207,7 +207,7 @@ def _stack_labels(labels: list[Any]) -> Tensor:
 
 
 def _find_targets(dataset: Any) -> Tensor | None:
-    """Return the labels in ``targets`` of a data set, or of that of which it is a subset; ``None`` if it has none."""
+    """Return the labels in ``targets`` of a data set or, of a subset, those of its entries; ``None`` if it has none."""
     inner, indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
     if inner is not None and indices is not None:
         labels = _find_targets(inner)

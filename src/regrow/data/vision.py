@@ -71,7 +71,7 @@ class ImageFileBatches(LazyBatches):
         return self.read(range(len(self)))
 
     def read(self, positions: range) -> Iterator[Batch]:
-        """Yield the batches at some positions."""
+        """Yield the batches at ``positions``, indices from 0."""
         for i in positions:
             indices = range(len(self.dataset))[i * self.batch_size : (i + 1) * self.batch_size]
             rows = [self.dataset[index] for index in indices]
@@ -183,8 +183,8 @@ class ImageRows:
     data: Sequence[Any]  # its rows are mappings
     image_column: str
     label_column: str
-    size: int
-    normalised: bool
+    size: int  # height and width, as by :func:`image_tensor`
+    normalised: bool  # as torchvision's pretrained networks expect; else 0 to 1
 
     def __len__(self) -> int:
         return len(self.data)
@@ -279,9 +279,9 @@ def shift_and_flip(images: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, side: int) -> Tensor:
-    """Return images ``[N, C, H, W]``, each with a random square set to 0 (cutout), whose centre lies in the image.
+    """Return images ``[N, C, H, W]``, each with a random square, ``side`` pixels wide, set to 0 (cutout).
 
-    Source: DeVries and Taylor (arXiv 1708.04552).
+    Its centre lies in the image; ``side`` 0: none. Source: DeVries and Taylor (arXiv 1708.04552).
 
     >>> int((cut_out(torch.ones(1, 1, 8, 8), 4) == 0).sum()) in range(4, 17)
     True
@@ -298,18 +298,18 @@ def cut_out(images: Tensor, side: int) -> Tensor:
 
 
 def check_pixels(file: Path | str, width: int, height: int) -> None:
-    """Raise SourceError unless an image of this size has pixels, and at most ``MAX_PIXELS``."""
+    """Raise SourceError, with ``file``, unless an image of this size has pixels, and at most ``MAX_PIXELS``."""
     if not 0 < width * height <= MAX_PIXELS:
         raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
 
 def _select_half(values: list[Any], half: Half) -> list[Any]:
-    """Return every second value, from the first or the second on, or all."""
+    """Return every second value: from the first on (calibration), from the second on (evaluation), or all."""
     first, step = {Half.CALIBRATION: (0, 2), Half.EVALUATION: (1, 2), Half.WHOLE: (0, 1)}[half]
     return values[first::step]
 
 
 def _check_amounts(name: str, n: int | None, batch_size: int) -> None:
-    """Raise SourceError unless the numbers of images and of images per batch are positive."""
+    """Raise SourceError unless numbers of images (``None``: all) and of images per batch are positive."""
     if (n is not None and n < 1) or batch_size < 1:
         raise SourceError(f"source {name!r}: n and batch_size are at least 1; got n={n}, batch_size={batch_size}")

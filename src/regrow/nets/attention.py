@@ -10,6 +10,7 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention with separate query, key and value layers, for any number and width of heads.
 
+    It has copies of the weights of ``old``, and its sizes, dropout, order of dimensions and mode.
     Source: Vaswani et al., 2017, section 3.2.2.
     """
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended values, and the attention weights if needed, as ``nn.MultiheadAttention`` does."""
+        """Takes and returns what ``nn.MultiheadAttention`` does; ValueError for ``is_causal`` without ``attn_mask``."""
         # is_causal is only a hint for a faster kernel: attn_mask is applied in any case.
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal, and there is no attn_mask; give it")
@@ -103,7 +104,7 @@ def replace_attention(model: nn.Module, names: Container[str] | None = None) -> 
 
 
 def _copy_to_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear layer with copies of a weight and a bias."""
+    """Return a linear layer with copies of a weight ``[out, in]`` and a bias ``[out]``; ``None``: without bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
     linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
@@ -112,7 +113,11 @@ def _copy_to_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
-    """Return one mask, to be added to scores ``[batch, head, query, key]``: the sum of both; ``None`` without any."""
+    """Return one mask, to be added to scores ``[batch, head, query, key]``: the sum of both; ``None`` without any.
+
+    ``attn_mask``: ``[query, key]`` or ``[batch · heads, query, key]``; ``padding``: ``[batch, key]``. True in a bool
+    mask hides a key, and becomes −∞ in ``dtype``; other masks are added as they are.
+    """
     total: Tensor | None = None
     for mask, is_padding in ((attn_mask, False), (padding, True)):
         if mask is None:

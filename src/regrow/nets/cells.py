@@ -21,7 +21,7 @@ MOST_CELLS, MOST_NODES = 64, 16
 
 
 class Pointwise(nn.Sequential):
-    """ReLU → 1 × 1 convolution → BatchNorm, with 2 × 2 average pooling first if the stride is 2."""
+    """ReLU → average pooling, if the stride is 2 → 1 × 1 convolution to ``after`` channels → BatchNorm."""
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
         super().__init__(nn.ReLU())
@@ -31,7 +31,7 @@ class Pointwise(nn.Sequential):
 
 
 class Depthwise(nn.Sequential):
-    """ReLU → depthwise convolution → 1 × 1 convolution → BatchNorm."""
+    """ReLU → depthwise convolution on ``before`` channels → 1 × 1 convolution to ``after`` channels → BatchNorm."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, dilation: int) -> None:
         pad = dilation * (kernel - 1) // 2
@@ -46,8 +46,8 @@ class Depthwise(nn.Sequential):
 def build_operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> nn.Module:
     """Build one of ``OPERATIONS`` from ``before`` to ``after`` channels; ModelError if it cannot change their number.
 
-    Pools, and ``skip`` with stride 1, cannot. ``mid`` are the channels between the two halves of a ``sep``; ``before``
-    if 0.
+    Pools, and ``skip`` with stride 1, cannot. ``stride``: 2 halves height and width. ``mid``: the channels between the
+    two convolutions of a ``sep``; 0: as many as ``before``.
     """
     kernel = int(name[-1]) if name[-1].isdigit() else 3
     if name.startswith("sep"):
@@ -67,10 +67,10 @@ def build_operation(name: str, before: int, after: int, stride: int, mid: int = 
 class Cell(nn.Module):
     """A cell of two inputs and some nodes; its output concatenates the nodes along channels.
 
-    ``before`` has the channels of each input; ``shrinks``, whether it has twice the height and width of the other and
-    is downsampled. ``plan`` holds ``reduce`` (whether the cell halves height and width), ``inputs`` (their widths
-    inside the cell) and ``nodes``: for each its ``width`` and ``ops``, a list of ``[name, source, mid]``. Sources 0 and
-    1 are the inputs, 2 is the first node.
+    ``before``: the channels of both inputs; ``shrinks``: for each, whether it is pooled to half its height and width,
+    since these are twice those of the other. ``plan`` holds ``reduce`` (whether the cell halves height and width),
+    ``inputs`` (their widths inside the cell) and ``nodes``: for each its ``width`` and ``ops``, a list of ``[name,
+    source, mid]``, as of :func:`build_operation`. Sources 0 and 1 are the inputs, 2 is the first node.
     """
 
     def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Cell(nn.Module):
         self.width = sum(widths[2:])
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Outputs ``[N, C, H, W]`` of the last two cells → ``[N, width, H, W]``, or half the height and width."""
+        """Outputs of the last two cells, the older first → ``[N, width, H, W]``; H and W are halved if it reduces."""
         values = [self.inputs[0](first), self.inputs[1](second)]
         for node in self.nodes:
             values.append(node(*values))
@@ -100,7 +100,8 @@ class Cells(StagedNetwork):
     """A network of cells: a stem, cells, and linear classifiers behind the last cell and the end of each stage.
 
     ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (channels), ``stride`` of the stem,
-    ``cells`` as :class:`Cell` takes them, and ``heads``: indices of the cells that a classifier follows, ascending.
+    ``cells`` (the ``plan`` of each :class:`Cell`), and ``heads``: ascending indices of the cells that a classifier
+    follows.
     """
 
     parts_name = "cells"
@@ -124,7 +125,7 @@ class Cells(StagedNetwork):
         return head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def required_groups(self) -> list[tuple[str, ...]]:
-        """Return groups of paths of operations, of each of which one must stay: a node's, and those on an input."""
+        """Return groups of operations (paths), of each of which one must stay: of a node, and of an input's readers."""
         readers: dict[tuple[str, int], list[str]] = {}  # cell, source → operations that read it
         for path, node in self.named_modules():
             for key, source in zip(node.ops, node.sources, strict=True) if isinstance(node, Candidates) else ():
@@ -143,11 +144,12 @@ def supernet_config(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """Return the configuration of the super-network as plain data: every operation on every edge, halving twice.
+    """Return the super-network's configuration for :class:`Cells`: every operation from every source to every node.
 
-    ``width`` are the channels of a node before the first reduction, where they double; ``heads`` are indices of cells
-    that a classifier follows, since a stage of the search ends there. The last cell has one anyway. Raises ModelError
-    for a number of cells or nodes that is not built.
+    ``shape``: of an input, ``[C, H, W]``; ``width``: the channels of a node in the first cell. They double where height
+    and width are halved, after a third and two thirds of the cells. ``nodes``: their number per cell; ``stride``: of
+    the stem; ``heads``: indices of cells that a classifier follows, since a stage of the search ends there. The last
+    cell has one anyway. Raises ModelError unless there are 1 to 64 cells of 1 to 16 nodes.
     """
     if not 0 < cells <= MOST_CELLS or not 0 < nodes <= MOST_NODES:
         sizes = f"1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}"
@@ -164,9 +166,10 @@ def supernet_config(
 
 
 def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
-    """Return a configuration with a fraction of the operations left in its first ``before`` cells, as after a stage.
+    """Return a configuration with a fraction ``share`` of the operations in its first ``before`` cells.
 
-    Each kind of operation keeps this fraction, spread evenly over the edges; each node keeps at least one operation.
+    As after a stage of a search: each kind of operation keeps this fraction, rounded up and spread evenly over a
+    cell. Each node keeps at least one operation. ``config`` is not changed.
 
     >>> config = thin_config(supernet_config((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
     >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]
@@ -187,15 +190,19 @@ def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[st
 
 
 def build_prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """Build the network up to cell ``last``, as a stage of a search runs it: a ``share`` is left before ``first``."""
+    """Build the network of the stage of a search that runs up to cell ``last`` and searches from cell ``first`` on.
+
+    Cells before ``first`` keep a fraction ``share`` of their operations; cell ``last`` is followed by a classifier.
+    """
     heads = sorted({*config["heads"], last})
     return Prefix(Cells(thin_config({**config, "heads": heads}, first, share)), last)
 
 
 def describe_result(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration that builds what is left of a cut network without the operations ``gone`` (paths).
+    """Return the configuration that builds the cut network ``net`` anew, in its present widths.
 
-    It has the last classifier alone. ``config`` is that of the super-network.
+    ``config``: the super-network's; ``gone``: the paths of the operations that were dropped from it. The result has the
+    last classifier alone.
     """
     cells = list[dict[str, Any]]()
     for i, plan in enumerate(config["cells"]):
@@ -216,7 +223,7 @@ def describe_result(net: Cells, config: Mapping[str, Any], gone: Container[str])
 
 
 def check_description(config: Mapping[str, Any]) -> None:
-    """Raise ModelError unless a configuration of :class:`Cells` is valid; builds nothing."""
+    """Raise ModelError unless ``config`` is one that :class:`Cells` can be built from; builds nothing."""
     with staged.explain_description("cells"):
         cells = config["cells"]
         sizes = [*config["shape"], config["classes"], config["stem"], config["stride"]]

@@ -15,9 +15,10 @@ from regrow.settings.shared import PRECISION
 
 
 def choose_device(name: str | torch.device, ranks: ProcessRank = SINGLE) -> torch.device:
-    """Return the torch device of a name (``auto``: a GPU if there is one), or raise an error if there is no such one.
+    """Return the torch device of a name; ``auto``: a CUDA GPU if there is one, else the CPU.
 
-    Of several processes that share a run, each gets a GPU of its own (``regrow.distributed.choose_rank_device``).
+    Each of several processes (``ranks``) gets a GPU of its own, as ``regrow.distributed.choose_rank_device`` does it.
+    Raises InputError for an unknown name, ResourceError for a device that this machine does not have.
 
     >>> choose_device("cpu")
     device(type='cpu')
@@ -44,7 +45,7 @@ def list_devices() -> list[str]:
 
 
 def check_precision(model: nn.Module, precision: str) -> None:
-    """Raise InputError unless a network can compute in a precision: any in float32, float32 weights in bfloat16."""
+    """Raise InputError unless a network can compute in ``"float32"`` (any) or ``"bfloat16"`` (with float32 weights)."""
     if precision not in PRECISION.choices:
         raise InputError(f"precision must be one of {', '.join(PRECISION.choices)}, got {precision!r:.40}")
     if precision == "float32":
@@ -61,7 +62,7 @@ def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
     """Context manager in which a network computes its forward passes in a precision; outputs are float32 again.
 
     Only what runs inside a call of the network is computed so: weights keep their format, and losses, sums and
-    optimizers theirs.
+    optimizers theirs. Raises InputError as :func:`check_precision` does.
 
     >>> net = nn.Linear(2, 2)
     >>> with torch.no_grad(), autocasting(net, "bfloat16"):

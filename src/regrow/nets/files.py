@@ -30,7 +30,7 @@ _BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, 
 
 
 def check_safetensors(file: Path) -> dict[str, int]:
-    """Return dtype (its name in the file) → number of entries; raise ModelError unless the file is complete."""
+    """Return dtype, such as ``BF16`` → number of entries of all its tensors; ModelError unless the file is complete."""
     from safetensors import SafetensorError, safe_open
 
     counts: dict[str, int] = {}
@@ -48,7 +48,7 @@ def check_safetensors(file: Path) -> dict[str, int]:
 
 
 def is_possible(shape: Sequence[int]) -> bool:
-    """Whether a tensor can have a shape: torch makes no empty one whose other sizes exceed any memory, either.
+    """Whether torch can make a tensor of a shape: the product of its sizes, without zeros, is below 2⁵⁹.
 
     >>> is_possible([3, 0]), is_possible([2**59, 2**59, 0])
     (True, False)
@@ -57,7 +57,7 @@ def is_possible(shape: Sequence[int]) -> bool:
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files in it."""
+    """Raise InputError unless the settings, tokenizer and weight files of a folder are regular files in it."""
     real = folder.resolve()
     # The hub's cache has links in snapshots/COMMIT to files in blobs/.
     allowed = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
@@ -71,7 +71,7 @@ def check_regular_files(folder: Path) -> None:
 def check_weight_paths(folder: Path, config: Mapping[str, object], name: str) -> None:
     """Raise ModelError if config.json or a shard index names a weight file by a path, such as ``../x``.
 
-    Whether the file exists is not checked. ``name``: the model's in messages.
+    Whether the file exists is not checked. ``config``: the content of config.json; ``name``: the model's, in messages.
     """
     file = config.get("transformers_weights") or ""
     if not isinstance(file, str) or Path(file).name != file:
@@ -81,7 +81,7 @@ def check_weight_paths(folder: Path, config: Mapping[str, object], name: str) ->
 
 
 def read_shards(index: Path) -> dict[str, str]:
-    """Return tensor → name of the file beside a shard index that holds it; ModelError if the index is damaged."""
+    """Return tensor → name of the file beside a shard index that holds it; InputError if the index is damaged."""
     data = read_json(index)
     file_of = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
@@ -94,9 +94,9 @@ def read_shards(index: Path) -> dict[str, str]:
 
 
 def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
-    """Raise an error unless weight files are complete and fit into memory.
+    """Raise ModelError unless weight files are complete, ResourceError unless they fit into memory together.
 
-    ``itemsize``: bytes of a floating-point number in memory; ``None``: those in the files.
+    ``name``: the model's, in messages; ``itemsize``: bytes of a float in memory; ``None``: those in the files.
     """
     needed = 0
     for file in files:
@@ -106,7 +106,10 @@ def check_weights(files: list[Path], name: str, itemsize: int | None) -> None:
 
 
 def check_config(path: Path, name: str) -> dict[str, object]:
-    """Return the content of a ``config.json``; raise ModelError unless its sizes are ones that a network can have."""
+    """Return the content of a ``config.json``; InputError if it is damaged, or a size is one that no network has.
+
+    ``name``: the model's, in messages.
+    """
     config = read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{name}: config.json is a {type(config).__name__}, not an object; restore it")
@@ -119,7 +122,10 @@ def check_config(path: Path, name: str) -> dict[str, object]:
 
 
 def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
-    """Return tensor → number of entries of a GGUF file; raise an error unless it is complete and fits into memory."""
+    """Return tensor name → number of entries, of a GGUF file; ``name``: the model's, in messages.
+
+    Raises ModelError unless the file is complete, ResourceError unless it fits into memory as float32.
+    """
     import gguf
 
     class CheckedReader(gguf.GGUFReader):
@@ -144,9 +150,10 @@ def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
 
 
 def find_library_class(name: str, modules: str) -> type | None:
-    """Return the class of this name in transformers' modules that match a pattern; ``None`` if there is none.
+    """Return the class of this name in transformers; ``None`` if none of the modules that match has it.
 
-    Names come from files: only transformers' own classes are found, without importing any other module.
+    ``modules``: a regular expression for the module's name below ``transformers``, such as ``MODELS``. Names come from
+    files: only transformers' own classes are found, without importing any other module.
     """
     import transformers
 
@@ -169,7 +176,7 @@ def find_model_class(name: str) -> "type[PreTrainedModel] | None":
 def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> None:
     """Raise ModelError if a setting of a configuration, nested or not, would load code or fetch files.
 
-    ``automatic``: the settings that name code are skipped, since the class that loads it is told to trust none.
+    ``automatic``: settings that name code are skipped, since the caller loads with ``trust_remote_code=False``.
     """
     for key, value in iterate_settings(config):
         if key in _IGNORED and automatic:
@@ -184,7 +191,7 @@ def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> 
 
 
 def check_tokenizer(settings: Mapping[str, object]) -> None:
-    """Raise ModelError unless a tokenizer's settings name a transformers class, if any, and no files elsewhere."""
+    """Raise ModelError if a tokenizer's settings name a class that is none of transformers, or a file elsewhere."""
     name = settings.get("tokenizer_class")
     if name is not None and (not isinstance(name, str) or find_library_class(name, TOKENIZERS) is None):
         raise ModelError(f"'tokenizer_class' is {name!s:.60}, which is no tokenizer of transformers; take it out")
@@ -193,12 +200,12 @@ def check_tokenizer(settings: Mapping[str, object]) -> None:
 
 
 def leads_away(key: str, value: object) -> bool:
-    """Whether a setting of a tokenizer names a file by a path, and so outside its folder."""
+    """Whether a tokenizer's setting (``…_file``) is a path with a slash, and so may lead out of its folder."""
     return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
 
 
 def iterate_settings(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield (name, value) of every setting of a configuration, nested ones too; ModelError if there are too many."""
+    """Yield (key, value) of every setting of a configuration, nested ones too; ModelError if there are too many."""
     waiting: list[Any] = [config]
     for _ in range(_MAX_SETTINGS):
         if not waiting:

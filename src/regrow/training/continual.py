@@ -57,7 +57,8 @@ def learn(
 ) -> Fitted[S]:
     """Train a network on a sequence of tasks, in place, and measure accuracy on all tasks after each one.
 
-    ``state``: that from which an interrupted call resumes. Raise ValueError if the learner cannot train the objective.
+    ``state``: that from which an interrupted call resumes. The result's ``state`` has the accuracies
+    (:func:`accuracy_matrix`). Raise ValueError if the learner cannot train the objective, or a loss is not finite.
     """
     if learner.classes_only and schedule.objective is not CLASSIFICATION:
         raise ValueError(
@@ -74,14 +75,14 @@ def learn(
 
 
 def accuracy_matrix(state: TrainState[S]) -> Matrix:
-    """Return the accuracy matrix of the finished tasks, with the accuracies of the untrained network."""
+    """Return the accuracies, 0 to 1: a row per finished task, a column per task; and those of the untrained network."""
     return Matrix(state.rows, state.before)
 
 
 def measure_untrained_accuracies(
     model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule, ranks: ProcessRank = SINGLE
 ) -> tuple[float, ...]:
-    """Return the accuracy of a network, before training, on the test examples of every task, 0 to 1."""
+    """Return the accuracy before training on the test examples of each task, 0 to 1; NaN if its examples are gone."""
     with share_rows(model, ranks):
         observer = _TaskObserver(tasks, PLAIN, schedule, ranks)
         return observer.accuracies(PLAIN.state, Context(model, NO_AXES, tasks[0]))
@@ -100,7 +101,7 @@ def select_probed_tasks(number: int) -> list[int]:
 
 
 def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedule: TaskSchedule) -> Phase:
-    """Return how task ``number`` is trained; the learner's ``second_share`` of its examples forms the second part."""
+    """Return how task ``number`` is trained; a step also gets a batch of the learner's ``second_share`` of its data."""
     task, share, second = tasks[number], learner.second_share, None
     train: ExampleSet = task.train
     if share:
@@ -122,7 +123,7 @@ def _make_phase(tasks: Sequence[Task], number: int, learner: Learner[S], schedul
 
 
 def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
-    """Return the indices of ``examples`` in random order, split into at most ``steps`` batches of at least 2."""
+    """Return, for an epoch, random batches of indices of the withheld ``examples``, at most ``steps``, of 2 or more."""
     order = torch.randperm(len(examples), generator=context.generator(context.epoch, Stream.HELD_OUT_ORDER))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
@@ -131,7 +132,10 @@ def _split_second_part(context: Context, examples: ExampleSet, steps: int) -> li
 
 
 def _allowed_classes(schedule: TaskSchedule, tasks: Sequence[Task], trained: int, evaluated: int) -> Tensor | None:
-    """Return which classes may be predicted for task ``evaluated`` after training task ``trained``, bool; None: all."""
+    """Return which classes may be predicted for task ``evaluated`` after training task ``trained``, by the scenario.
+
+    ``[classes]`` bool; ``None``: all, as in the scenario ``domain``.
+    """
     match schedule.scenario:
         case "domain":
             return None
@@ -151,7 +155,7 @@ class _TaskObserver(Observer[S]):
     learner: Learner[S]
     schedule: TaskSchedule
     ranks: ProcessRank
-    start: float = field(default_factory=perf_counter)
+    start: float = field(default_factory=perf_counter)  # when the task began, in seconds
 
     def accuracies(self, state: S, context: Context) -> tuple[float, ...]:
         """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``."""
@@ -179,7 +183,10 @@ class _TaskObserver(Observer[S]):
             return scores, context.logits(inputs).nan_to_num(neginf=0.0)
 
     def after_plan(self, state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
-        """Return the row of a change of shape; ``shock`` is the mean accuracy lost, 0 to 1."""
+        """Return the row of a change of shape: what it adds and removes, and measurements before and after it.
+
+        Accuracies are those on :func:`select_probed_tasks`; ``shock``: how much their mean falls, 0 to 1.
+        """
         probed, after = select_probed_tasks(context.number), self.before_plan(state, context)
         changes = plan.changes.items()
         return {
@@ -207,7 +214,10 @@ class _TaskObserver(Observer[S]):
 
 
 def measure_task_sizes(context: Context, method_state: Mapping[str, AxisTensor]) -> dict[str, Any]:
-    """Return a row of sizes after a task: parameters, non-zeros, MACs, widths, bytes of the method's own tensors."""
+    """Return a row of sizes after a task; ``method_state``: the tensors of the learner's state by name.
+
+    Parameters, non-zeros, multiply–accumulates of one example, bytes of these tensors, and the width of each axis.
+    """
     parameters = context.parameters()
     with torch.no_grad(), keep_modes(context.model), FlopCounterMode(display=False) as counter:
         run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)

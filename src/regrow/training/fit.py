@@ -30,7 +30,7 @@ Around = Callable[[Any, Context, int], AbstractContextManager[None]]
 
 
 class Observer(Generic[S]):
-    """The measurements that the loop takes around changes of shape and at the end of tasks; this one takes none."""
+    """The measurements around changes of shape and at the end of tasks; this one takes none. A row: column → value."""
 
     def before_plan(self, state: S, context: Context) -> Any:
         """Return a measurement of the network, right before a plan is applied; :meth:`after_plan` gets it."""
@@ -123,12 +123,13 @@ def fit(
 
 @dataclass
 class _TaskLog:
-    """Routes the rows that a learner logs: to the task's row, to the progress text, or to ``log``."""
+    """Routes a learner's rows by kind: ``task`` to the task's row, ``status`` to the progress, others to ``log``."""
 
     log: Log
-    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind, "task" or "status" → its columns so far
 
     def __call__(self, kind: str, /, **row: Any) -> None:
+        """Record a row of a kind, column → value."""
         if kind in ("task", "status"):
             self.notes[kind] = self.notes.get(kind, {}) | row
         else:
@@ -249,7 +250,7 @@ class _TaskTraining(Generic[S]):
             self.options.checkpoint(replace(self.state, moments=moments), self.context)
 
     def _check_ranks(self, state: S) -> None:
-        """Set buffers to those of rank 0 if ranks share examples; raise ResourceError if their other weights differ."""
+        """Set buffers to rank 0's if ranks share examples; ResourceError if parameters or ``state`` differ by rank."""
         parallel = self.options.parallel
         if parallel.by_rows:
             broadcast_tensors(parallel.ranks, [*self.context.model.buffers()])
@@ -258,9 +259,10 @@ class _TaskTraining(Generic[S]):
 
 
 def finish_training(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
-    """Apply the learner's last plans and write its replacements into the parameters, in place; return result and plans.
+    """Apply the learner's last plans, and write its replacements into the parameters, in place.
 
-    It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
+    Return the result and the plans that were applied. ``context``: of the last task, after its last epoch. It starts
+    with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
     """
     learned, plans = learner.boundary(fitted.state.learner, context, Boundary(Event.RESUME)), []
     while True:

@@ -40,7 +40,7 @@ def freeze(*models: nn.Module) -> Iterator[None]:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Put the BatchNorms of a network in eval mode, so that they use and keep their running statistics."""
+    """Put the BatchNorms of a network in eval mode: they normalise by their running statistics, which stay."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -55,7 +55,7 @@ def train_with_frozen_norms(state: S, context: Context, boundary: Boundary) -> S
 
 
 def copy_parameters(context: Context) -> dict[str, AxisTensor]:
-    """Return a copy of every parameter by name, for a learner's state: it follows plans."""
+    """Return a copy of every parameter by name, for a learner's state: a plan resizes the copies too."""
     return {name: make_tensor(context, name, p.detach().clone()) for name, p in context.parameters().items()}
 
 
@@ -66,7 +66,10 @@ def quadratic_loss(
     importance: Mapping[str, AxisTensor],
     anchor: Mapping[str, AxisTensor],
 ) -> Loss:
-    """Return the task's loss; after the first task + ``strength`` · Σ importance (θ − anchor)² over all parameters."""
+    """Return the task's loss, after the first task plus ``strength`` · Σ importance · (θ − anchor)².
+
+    The sum is over all parameters θ; ``importance`` and ``anchor``: name of a parameter → a tensor of its shape.
+    """
     loss = task_loss(None, context, step).value
     if context.number:
         for name, parameter in context.parameters().items():
@@ -82,9 +85,9 @@ def copy_weights(context: Context) -> dict[str, Tensor]:
 
 
 def protect_entries(context: Context, protected: Mapping[str, Tensor]) -> None:
-    """Set gradients of protected entries to 0, in place; after the first task, parameters without a mask get none.
+    """Set gradients of protected entries to 0, in place; ``protected``: parameter name → bool mask of its shape.
 
-    ``protected``: parameter name → bool mask of its shape.
+    After the first task, parameters without a mask lose their gradient, so that they are not trained.
     """
     for name, parameter in context.parameters().items():
         if name not in protected:
@@ -94,7 +97,10 @@ def protect_entries(context: Context, protected: Mapping[str, Tensor]) -> None:
 
 
 def restore_entries(context: Context, values: Mapping[str, Tensor], protected: Mapping[str, Tensor]) -> None:
-    """Set protected entries of parameters back to ``values``, in place; both mappings are by name of a parameter."""
+    """Set protected entries of parameters back to ``values``, in place.
+
+    Both mappings are by name of a parameter; ``protected``: a bool mask, of its shape, for each name in ``values``.
+    """
     parameters = context.parameters()
     with torch.no_grad():
         for name, value in values.items():
@@ -105,11 +111,11 @@ def restore_entries(context: Context, values: Mapping[str, Tensor], protected: M
 def add_to_replay_memory(
     stored: Mapping[str, AxisTensor | None], seen: int, context: Context, size: int, rows: Mapping[str, Tensor]
 ) -> dict[str, AxisTensor]:
-    """Offer a batch to a replay memory of ``size`` examples by reservoir sampling, in place; return its tensors.
+    """Offer a batch to a replay memory of ``size`` examples, by reservoir sampling; return the memory's tensors.
 
-    ``stored``: the memory's tensors by name, ``None`` while it is empty; ``rows``: those of the batch, by the same
-    names; ``seen``: how many examples have been offered before. Each of these is stored with the same probability.
-    Source: Vitter's algorithm R (ACM TOMS 11, 1985).
+    ``stored``: the memory's tensors by name, changed in place; ``None`` while it is empty: they are made. ``rows``:
+    those of the batch, ``[N, ...]``, by the same names; ``seen``: how many examples have been offered before. Each of
+    these is stored with the same probability. Source: Vitter's algorithm R (ACM TOMS 11, 1985).
     """
     memory = {name: tensor for name, tensor in stored.items() if tensor is not None}
     for name, like in rows.items():
@@ -133,9 +139,10 @@ def add_to_replay_memory(
 def draw_from_replay_memory(
     stored: Mapping[str, AxisTensor | None], seen: int, recalled: int, context: Context, size: int, n: int
 ) -> dict[str, Tensor]:
-    """Return ``n`` random examples of a replay memory, drawn with replacement; none (``{}``) during the first task.
+    """Return up to ``n`` random examples of a replay memory by name of a tensor, drawn with replacement.
 
-    ``stored``, ``seen`` and ``size``: as in :func:`add_to_replay_memory`; ``recalled``: the number of earlier draws.
+    No more than it holds; ``{}`` during the first task. ``stored``, ``seen`` and ``size``: as in
+    :func:`add_to_replay_memory`; ``recalled``: the number of earlier draws.
     """
     filled = min(seen, size)
     if not filled or not context.number:
@@ -151,7 +158,7 @@ AxisTensors = Mapping[str, AxisTensor]  # tensors of a learner by name
 
 @dataclass(frozen=True)
 class Check:
-    """An evaluation on held-out data: after which step, and the loss."""
+    """An evaluation on held-out data, of a training with early stopping."""
 
     step: int  # the number of training steps before it
     held_out: float  # the loss on held-out data
@@ -172,7 +179,7 @@ class EarlyStopping:
 
 
 def trained_parameters(tensors: AxisTensors, context: Context) -> AxisTensors:
-    """Return a copy of the network's parameters that require gradients; the default ``snapshot``."""
+    """Return copies, by name, of the parameters that require gradients: the default ``snapshot``."""
     return {
         name: AxisTensor(parameter.detach().clone(), tuple(parameter.shape))
         for name, parameter in context.parameters().items()
@@ -187,7 +194,8 @@ def with_early_stopping(
 ) -> Learner[EarlyStopping]:
     """Return a learner that is also evaluated on held-out data before the first step and after every epoch.
 
-    It stops nothing: its state keeps the best ``snapshot``. ``evaluate``: (tensors, context) → held-out loss.
+    It stops nothing: its state keeps the best ``snapshot``. ``evaluate``: (learner's tensors, context) → held-out loss;
+    ``snapshot``: (the same) → what to keep. Of ``learner``, only ``loss``, ``boundary`` and ``scheduled`` are used.
     """
 
     def check(state: EarlyStopping, context: Context, step: int) -> EarlyStopping:

@@ -37,7 +37,10 @@ class Event(StrEnum):
 
 
 class Stream(IntEnum):
-    """What a random stream is drawn for; seeded results depend on these numbers. Replay and search share two."""
+    """What a random stream is drawn for, as an argument of :meth:`Context.generator`; results depend on the numbers.
+
+    Replay shares a number with search, and so do earlier tasks with gradient examples.
+    """
 
     STEPS = 1  # dropout and augmentation
     SPARSITY = 2
@@ -63,7 +66,7 @@ class Context:
         model: The network.
         axes: The network's present axes.
         task: The task that is being trained.
-        number: The number of that task, from 0.
+        number: The index of that task in the sequence, from 0.
         epoch: The number of the current pass over its examples, from 0; ``epochs`` after the last one.
         epochs: The number of passes over each task.
         steps: The number of steps per pass.
@@ -73,7 +76,7 @@ class Context:
         eval_task: The number of the task that is being evaluated; ``None`` while training.
         plans_applied: The number of plans that were applied since the last epoch.
         undo: The store of what earlier plans removed from the network, for learners that restore units.
-        log: Records rows of measurements.
+        log: Records a row of measurements: ``log(kind, column=value, …)``.
         objective: What the network is trained for.
     """
 
@@ -105,12 +108,12 @@ class Context:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The names of the weights of convolutions and linear layers; tied ones once."""
+        """The names of the weights of convolutions and linear layers, without biases; tied ones once."""
         return tuple(name for name in self.axes.counted if name not in self.axes.ties)
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The names of the parameters whose first dimension is the network's outputs: no axis of it can be cut."""
+        """The names of the parameters whose first dimension no plan resizes, such as those of the output layer."""
         return tuple(
             name
             for name in self.parameters()
@@ -167,7 +170,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Replacements:
-    """The tensors that replace parameters in the forward pass.
+    """The tensors that replace parameters in the forward pass, such as masked ones.
 
     Args:
         values: Parameter name → the tensor that replaces it.
@@ -323,5 +326,5 @@ def make_tensor(context: Context, name: str, values: Tensor | None = None, lr: f
 
 
 def make_mask(context: Context, name: str) -> AxisTensor:
-    """Return a bool tensor for a learner's state with the axes of the parameter ``name``, ``False`` everywhere."""
+    """Return a bool tensor, ``False`` everywhere, with the axes of the parameter ``name``, so that it follows plans."""
     return make_tensor(context, name, torch.zeros_like(context.model.get_parameter(name), dtype=torch.bool))

@@ -23,7 +23,7 @@ NO_AXES = AxisGraph({}, {}, frozenset())
 Batches = Iterator[tuple[Sequence[Any], Examples | None]]
 
 
-# Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, such as momentum.
+# Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, key such as exp_avg → value.
 Moments = Mapping[str, Mapping[str, Any]]
 
 
@@ -32,7 +32,7 @@ class Schedule(CheckedSettings):
     """Settings of a training: optimizer, learning-rate schedule, gradient clipping, precision and seed."""
 
     optimizer: Annotated[str, OneOf("sgd", "adamw")] = "sgd"  # sgd has momentum 0.9, Nesterov
-    lr: Annotated[float, Range(0, exclusive_minimum=True)] = 0.01
+    lr: Annotated[float, Range(0, exclusive_minimum=True)] = 0.01  # the largest
     weight_decay: float = 0.0
     # cosine: the learning rate falls to 0 over the steps of each task
     decay: Annotated[str, OneOf("constant", "cosine")] = "constant"
@@ -45,7 +45,7 @@ class Schedule(CheckedSettings):
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
     def lr_factor(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step, from 0, of ``steps`` as a fraction of the largest one.
+        """Return the learning rate of a step (from 0; ``steps``: their number) as a fraction of the largest one.
 
         >>> schedule = Schedule(decay="cosine", warm_up=0.1)
         >>> [round(schedule.lr_factor(step, 20), 2) for step in (0, 1, 2, 11, 19)]
@@ -65,16 +65,17 @@ class Phase:
 
     task: Task
     epochs: tuple[int, ...]  # the number of steps of each epoch
-    batches: Callable[[Context], Batches]
+    batches: Callable[[Context], Batches]  # context, whose ``epoch`` tells the epoch → what its steps take
     classes: Tensor | None = None  # the classes among which predictions are made, [classes] bool; None for all
     seeded: bool = True  # whether each epoch first sets the global seed, for Dropout and augmentation
     objective: Objective = CLASSIFICATION
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
-    """Return a phase whose steps take what ``batches`` gives: no task's examples, and no seed for each epoch.
+    """Return a phase called ``name`` whose steps train on what ``batches`` gives, rather than on a task's examples.
 
-    ``epochs``: the number of steps of each epoch; ``batches``: the step, counted over all epochs → its batches.
+    ``epochs``: the number of steps of each epoch; ``batches``: the number of the step, counted over all epochs → its
+    batches. The global seed is not set (``seeded``).
     """
 
     def batches_of(context: Context) -> Batches:
@@ -85,7 +86,10 @@ def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequ
 
 
 class Optimizers:
-    """The optimizer of the network, and that of its learner's tensors if they have their own; empty at first."""
+    """The optimizer of the network, and that of its learner's tensors if they have their own.
+
+    They train nothing before :meth:`register`, which is called again after each change of shape.
+    """
 
     def __init__(self, schedule: Schedule, learner: Learner[Any]) -> None:
         self.scheduled = learner.scheduled
@@ -122,7 +126,10 @@ class Optimizers:
             optimizer.step()
 
     def register(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> None:
-        """Train exactly the parameters that require gradients and the tensors with an lr; drop the state of others."""
+        """Train exactly the parameters that require gradients and the tensors with an lr; drop the state of others.
+
+        Both mappings are by name. Sets ``requires_grad`` of those tensors.
+        """
         self.network.param_groups[0]["params"] = [p for p in parameters.values() if p.requires_grad]
         by_rate: dict[float, list[Tensor]] = {}
         for tensor in tensors.values():
@@ -154,7 +161,7 @@ class Optimizers:
                 state[new[name].values] = {key: resize(value, tensor) for key, value in entries.items()}
 
     def moments(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> Moments:
-        """Return the optimizer state of every trained tensor that has one, by name; its tensors are not copied."""
+        """Return the optimizer state of every trained tensor that has one, by name (:data:`Moments`), not copied."""
         return {
             name: dict(optimizer.state[tensor])
             for name, tensor, optimizer in self._trained(parameters, tensors)

@@ -21,7 +21,8 @@ from regrow.distributed.parallel import view_bytes
 class SynchronisedBatchNorm(TorchFunctionMode):
     """Context manager in which BatchNorm in training mode normalises by the statistics of all ranks' examples.
 
-    It must last until the backward pass is over, since activation checkpointing runs modules again.
+    It must last until the backward pass is over, since activation checkpointing runs modules again. While ``active`` is
+    false, BatchNorm is as usual.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -67,7 +68,7 @@ def _batch_norm(
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks, on each of them, with a gradient."""
+    """Return the sum of a tensor over all ranks, on each of them, in a new tensor with a gradient."""
     total: Tensor = _RankSum.apply(tensor)
     return total
 
@@ -189,11 +190,11 @@ class _RankRandomness:
 
 
 class _GatheredRows(torch.autograd.Function):
-    """The rows of all ranks; the gradient of own rows counts ``size`` times, so that the mean over ranks is right."""
+    """The rows of all ranks; the gradient of own rows is times ``size``, so that the mean over ranks is right."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bounds: Sequence[int], ranks: ProcessRank) -> Tensor:
-        """Return the rows of all ranks, in order; ``bounds``: the first of each, and their number."""
+        """Return the rows of all ranks, in order; ``bounds``: the first row of each rank, then the number of rows."""
         ctx.bounds, ctx.ranks = bounds, ranks
         sizes = [end - start for start, end in pairwise(bounds)]
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))  # all_gather needs equal shapes
@@ -210,5 +211,5 @@ class _GatheredRows(torch.autograd.Function):
 
 
 def _select_rows(value: Any, count: int, rows: slice) -> Any:
-    """Return the given rows of a tensor with ``count`` rows; anything else as it is."""
+    """Return ``value[rows]`` of a tensor with ``count`` rows; anything else as it is."""
     return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value

@@ -46,7 +46,7 @@ _SINGLE, _MAPPING = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], 
 
 
 def derived(make: Callable[[], Any]) -> Any:
-    """Declare a dataclass field of a state that is computed from others: not stored, not resized; ``make``: default."""
+    """Declare a field that a learner computes from others, neither stored nor resized; ``make``: () → its default."""
     return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
 
 
@@ -70,9 +70,9 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
 
 
 def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
-    """Return the state with other tensors, named as by :func:`axis_tensors`; those of mappings may be fewer or more.
+    """Return a copy of a state with other tensors, named as by :func:`axis_tensors`.
 
-    Raise ValueError if a name fits no field, or a single tensor is missing.
+    Those of a mapping may be fewer or more. Raise ValueError if a name fits no field, or a single tensor is missing.
     """
     is_single, _ = _stored_fields(_type(state))
     values: dict[str, Any] = {name: None if single else {} for name, single in is_single.items()}
@@ -106,7 +106,8 @@ def json_values(state: Any) -> dict[str, Any]:
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
     """Return a state with the stored tensors and values that :func:`axis_tensors` and :func:`json_values` returned.
 
-    ``state`` has the type and the derived fields. Raise ValueError if a tensor or value is missing, or does not fit.
+    ``state``: one of the same type, of which the derived fields are kept. Raise ValueError if a tensor or value is
+    missing, or does not fit.
     """
     _, types = _stored_fields(_type(state))
     if missing := [name for name in types if name not in values]:
@@ -116,7 +117,7 @@ def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[s
 
 
 def _type(state: Any) -> Any:
-    """Return the type of a state as ``Any``: mypy takes that of a type variable for unhashable."""
+    """Return ``type(state)`` as ``Any``, since mypy takes the type of a type variable for unhashable."""
     return type(state)
 
 
@@ -157,8 +158,9 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of a network and its training to a safetensors file, atomically.
 
-    ``outside``: plans, rows, sizes and events are stored elsewhere; ``trained_only``: of the network, only parameters
-    that require gradients; ``header``: JSON data that is added to the file's header.
+    ``undo``: the store of removed weights, if the learner has one; ``outside``: plans, rows, sizes and events are
+    stored elsewhere, and not here; ``trained_only``: of the network, only parameters that require gradients;
+    ``header``: JSON data that is added to the file's header.
     """
     tensors = axis_tensors(state.learner)
     weights = _trained_parameters(model) if trained_only else model.state_dict()
@@ -173,7 +175,7 @@ def write_checkpoint(
         fields += ("rows", "sizes", "events")
     record: dict[str, Any] = {
         **(header or {}),
-        "along": {name: [_to_json(tensor.dims), tensor.lr] for name, tensor in tensors.items()},
+        "along": {name: [_dims_to_json(tensor.dims), tensor.lr] for name, tensor in tensors.items()},
         "values": json_values(state.learner),
         "numbers": {name: value for name, value in moments.items() if not isinstance(value, Tensor | None)},
         "course": {name: getattr(state, name) for name in fields},
@@ -195,7 +197,8 @@ def read_checkpoint(
     """Read a checkpoint, apply its plans to the network, in place, and return network, axes and training state.
 
     ``model`` and ``axes`` are those before the first plan, ``learner`` is the learner's initial state; ``history`` has
-    what was stored elsewhere: plans, rows, sizes and events. Raise StoreError if the file does not fit them.
+    what was stored elsewhere (``outside``): plans, rows, sizes and events; ``None``: nothing was; ``undo``: an empty
+    store, which is filled. Raise StoreError if the file does not fit them.
     """
     try:
         header, tensors = read_tensors(path, FORMAT)
@@ -214,7 +217,7 @@ def read_checkpoint(
             removed[name].copy_(value)
         device = device_of(model)
         learner_tensors = {
-            name: AxisTensor(parts["learner"][name].to(device), tuple(map(_from_json, dims)), lr)
+            name: AxisTensor(parts["learner"][name].to(device), tuple(map(_dim_from_json, dims)), lr)
             for name, (dims, lr) in record.along.items()
         }
         moments: dict[str, dict[str, Any]] = {}
@@ -238,8 +241,9 @@ def resume_training(
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
     """Return network, axes and training state from which training resumes, or at the start if ``history`` is ``None``.
 
-    All ranks call this; rank 0, which alone reads the run folder, passes its history and the file ``checkpoint``, which
-    is not read without one. The network is changed in place.
+    All ranks call this. Rank 0, which alone reads the run folder, passes its ``history`` (plans, rows, sizes and
+    events) and the file ``checkpoint``, which is not read without one; others pass ``None``. The network is changed in
+    place. Raise StoreError as :func:`read_checkpoint`.
     """
     if ranks.several:
         sent = history and {**vars(history), "plans": [plan.to_json() for plan in history.plans]}
@@ -254,7 +258,10 @@ def resume_training(
 
 
 def check_checkpoint(path: Path, history: TrainState[None]) -> int:
-    """Return the number of finished tasks of a checkpoint, 0 if there is none; StoreError if ``history`` lacks them."""
+    """Return the number of finished tasks of a checkpoint, 0 if there is no file.
+
+    Raise StoreError if ``history``, the rows and plans stored elsewhere, lacks any that the checkpoint relies on.
+    """
     if not path.is_file():
         return 0
     try:
@@ -270,7 +277,11 @@ def check_checkpoint(path: Path, history: TrainState[None]) -> int:
 
 
 def _stored_progress(record: schemas.CourseHeader, history: TrainState[None] | None, learner: S) -> TrainState[S]:
-    """Return the stored training state with the learner's initial state, and without moments."""
+    """Return the training state in a checkpoint's header, with the learner's state ``learner``, and without moments.
+
+    ``history``: as in :func:`read_checkpoint`; what it has beyond the checkpoint is left out. ValueError if it has
+    less.
+    """
     course = record.course
     state = TrainState(learner, course.number, course.epoch, course.step, before=tuple(course.before))
     if not isinstance(record.plans, int):  # the history is in the checkpoint
@@ -295,25 +306,25 @@ def _damage_error(path: Path, error: Exception) -> StoreError:
     return StoreError(text if text.startswith(str(path)) else f"{path} cannot be used ({text}); restore it")
 
 
-def _to_json(dim: Any) -> Any:
-    """Return a dimension, or several, as JSON data."""
+def _dims_to_json(dim: Any) -> Any:
+    """Return the size of a dimension, an int, axis key, product or sum, or several of them, as JSON data."""
     match dim:
         case Product(parts):
-            return {"product": [_to_json(part) for part in parts]}
+            return {"product": [_dims_to_json(part) for part in parts]}
         case Sum(parts):
-            return {"sum": [_to_json(part) for part in parts]}
+            return {"sum": [_dims_to_json(part) for part in parts]}
         case tuple() | list() | torch.Size():
-            return [_to_json(part) for part in dim]
+            return [_dims_to_json(part) for part in dim]
     return dim
 
 
-def _from_json(data: Any) -> Dim:
-    """Return the dimension that :func:`_to_json` has written; ValueError if it is none."""
+def _dim_from_json(data: Any) -> Dim:
+    """Return the dimension that :func:`_dims_to_json` has written; ValueError if it is none."""
     match data:
         case {"product": [*parts]}:
-            return Product(tuple(map(_from_json, parts)))
+            return Product(tuple(map(_dim_from_json, parts)))
         case {"sum": [*parts]}:
-            return Sum(tuple(map(_from_json, parts)))
+            return Sum(tuple(map(_dim_from_json, parts)))
         case int() | str():
             return data
     raise ValueError(f"not a dimension: {data!s:.60}")

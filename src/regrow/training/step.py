@@ -34,10 +34,10 @@ def compute_gradients(
     precision: str,
     parallel: Parallel,
 ) -> tuple[Step, float]:
-    """Add the gradient of the mean loss over batches to ``.grad``; return the last batch's step and the mean loss.
+    """Add the gradient of the mean loss over ``batches`` to ``.grad``; return the last batch's step and the mean loss.
 
-    Both are over the batches of all ranks. ``index``: the number of the step in its epoch; ``second``: its batch of
-    the second part of the training examples. Raise ValueError if the loss is not finite.
+    Both are over the batches of all ranks. ``index``: the number of the step in its epoch, from 0; ``second``: its
+    batch of the second part of the training examples (``second_share``). Raise ValueError if the loss is not finite.
     """
     device, total, bad_batch = context.device, 0.0, ""
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
@@ -92,9 +92,10 @@ def hold_interrupts() -> Iterator[None]:
 def apply_plan(
     learner: Learner[S], state: S, context: Context, plan: Plan, optimizers: Optimizers | None = None
 ) -> tuple[Context, S]:
-    """Apply a plan to the network, in place, the learner's state and the optimizers' moments; return the new context.
+    """Apply a plan to the network, in place, the learner's state and the optimizers' moments.
 
-    The learner's ``boundary`` hook then gets ``Event.PLAN_APPLIED``; its new state is the second result.
+    Return the new context and the new state, after the learner's ``boundary`` hook for ``Event.PLAN_APPLIED``.
+    ``optimizers``: ``None`` outside training.
     """
     before, old_tensors = context, axis_tensors(state)
     # No optimizer knows the group of what a plan brings back yet.

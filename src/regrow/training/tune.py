@@ -28,9 +28,9 @@ from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
 def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
     """Measure the running statistics of every BatchNorm again, in place; return how many layers have new ones.
 
-    They become plain averages over all batches.
-    Everything but the BatchNorms runs in eval mode; modes and momenta are restored. Statistics of layers that
-    the data do not reach are left, too, and batches with a single value per channel, which have no variance.
+    They become plain averages over all batches. Everything but the BatchNorms runs in eval mode; modes and momenta are
+    restored. Layers that the data do not reach keep their statistics; batches with a single value per channel, which
+    have no variance, are left out.
     """
     layers = find_batch_norms(model)
     if not layers:
@@ -66,19 +66,19 @@ def find_batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def _copy_statistics(layers: Sequence[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:
-    """Return (running mean, variance or count of a layer; a copy of it) for each of these."""
+    """Return (running mean, variance or batch count of a layer, a copy of it), for each of these and each layer."""
     tensors = [x for layer in layers for x in (layer.running_mean, layer.running_var, layer.num_batches_tracked)]
     return [(x, x.clone()) for x in tensors if x is not None]
 
 
 def _restore_statistics(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Set running statistics to their copies, in place."""
+    """Set running statistics to their copies, in place; ``copies``: as of :func:`_copy_statistics`."""
     for tensor, copy in copies:
         tensor.copy_(copy)
 
 
 def _measure_batch(model: nn.Module, layers: Sequence[_BatchNorm], batch: Batch) -> None:
-    """Run a batch, which updates the running statistics; leave them if a layer gets a single value per channel."""
+    """Run a batch, which updates the running statistics of ``layers``; not if one gets a single value per channel."""
     copies = _copy_statistics(layers)
     try:
         batch.run(model)
@@ -113,7 +113,7 @@ def finetune(
 ) -> None:
     """Train a network in place on a source's labels by SGD, with a learning rate that falls as a half cosine.
 
-    Raise ValueError if the source has no batches.
+    ``objective``: ``None``: chosen by the labels. Modes are restored. Raise ValueError if the source has no batches.
     """
     if not len(source):
         raise ValueError(f"source {source.name!r} is empty; give one with batches to train on")
@@ -174,7 +174,8 @@ def train_grown(
 ) -> None:
     """Train a grown network, or its ``new`` entries alone, in place, by AdamW with a rate that falls as a half cosine.
 
-    ``new``: masks of entries, as of :func:`find_added_entries`. Raise InputError if there are no batches.
+    ``new``: masks of entries, as of :func:`find_added_entries`; ``None``: all are trained. ``objective``: ``None``:
+    chosen by the labels. Raise InputError if there are no batches.
     """
     batches = [batch for source in sources for batch in source.batches]
     if not batches:
@@ -217,7 +218,7 @@ def train_grown(
 
 @torch.no_grad()
 def measure_mean_loss(model: nn.Module, sources: Sequence[Source], objective: Objective | None) -> float:
-    """Return the mean of a network's losses on the batches of all sources, in eval mode; there must be a batch."""
+    """Return the mean loss over all batches (one or more) in eval mode; ``objective`` ``None``: by their labels."""
     batches = [batch for source in sources for batch in source.batches]
     objective = objective or choose_objective(None, batches[0])
     device = device_of(model)
