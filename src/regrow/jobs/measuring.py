@@ -182,7 +182,7 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
 
 
 def make_timed_input(axes: AxisGraph, budget: Budget) -> Batch:
-    """Return the input of a timed pass: the traced example, in rows of as many tokens as the target says, if it does."""
+    """Return the input of a timed pass: the traced example, in rows of as many tokens as the target says, if any."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
     return set_row_length(batch, tokens) if tokens else batch

@@ -131,7 +131,7 @@ def find_image_side(sources: Sequence[str]) -> int:
 
 
 def describe_input(loaded: Loaded) -> dict[str, str]:
-    """Return such as ``{"input": "1x3x8x8"}`` for ``run.json``; ``{}`` for text, and if no single shape describes it."""
+    """Return, say, ``{"input": "1x3x8x8"}`` for ``run.json``; ``{}`` for text, and if no single shape describes it."""
     shape = format_shape(loaded.example)
     return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
 
