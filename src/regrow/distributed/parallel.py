@@ -90,7 +90,7 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
 
 
 def broadcast_record(ranks: ProcessRank, record: object = None, source: int = 0) -> Any:
-    """Return the record (JSON data) of rank ``source`` on every rank; others' is ignored. All must call this."""
+    """Return the record (JSON data) of rank ``source`` on every rank, whatever others give; all must call this."""
     if not ranks.several:
         return record
     text = _encode_json(record) if ranks.rank == source else torch.empty(0, dtype=torch.uint8)
@@ -136,8 +136,8 @@ def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
 def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
     """Copy a file of rank 0 to every other rank, and return its path on this one; all must call this.
 
-    ``path``: the file on rank 0, returned there and by a single process. ``folder``: where the others write a copy of
-    the same name, and return its path. If rank 0 has no such file, the paths are the same, and nothing is written.
+    Rank 0 gets ``path`` back; others get the path of a copy of the same name in ``folder``. If rank 0 has no such file,
+    they get that path all the same, and nothing is written.
     """
     if not ranks.several:
         return path
@@ -194,10 +194,7 @@ class Parallel:
     by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """Return this rank's share of the ``batches`` of a step; with ``by_rows``, all of them.
-
-        Raises ValueError if they cannot be shared evenly.
-        """
+        """Return this rank's share of the batches of a step; ``by_rows``: all. ValueError if they cannot be even."""
         if self.by_rows:
             return batches
         if len(batches) % self.ranks.size:

@@ -110,8 +110,7 @@ def _measure_sources(
 ) -> tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]:
     """Return the measurement on each of ``inputs.tests``, in their order.
 
-    ``network``: the network if it is read one block at a time, when it runs on all of them together; ``None``: it is
-    in memory.
+    ``network``: the network if it is read block by block (then it runs on all together); ``None``: it is in memory.
     """
     model, tokenizer, tests = inputs.loaded.model, inputs.loaded.tokenizer, inputs.tests
     rows: list[evaluation.Perplexity | evaluation.Accuracy | Evaluation] = []

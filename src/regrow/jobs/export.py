@@ -47,7 +47,7 @@ class ExportInputs:
 def check_out(settings: Settings, out: Path) -> None:
     """Raise InputError if ``out`` is the model, or a folder for a format of one file; loads nothing.
 
-    For such a format also StoreError if ``out`` is a file with another suffix than the format's, or its folder lacks.
+    For such a format, raise StoreError if ``out`` has no folder, or exists with another suffix or in a model.
     """
     suffix = FORMATS[settings.to].suffix
     if suffix and out.is_dir():

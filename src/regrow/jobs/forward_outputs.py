@@ -83,8 +83,8 @@ def measure_change(before: Results, after: Results) -> tuple[float, float]:
 def measure_relative_change(before: Results, after: Results) -> float:
     """Return the largest relative change of an entry of outputs, a ratio; infinite if their number or a shape differs.
 
-    It is relative to the entry's magnitude, or to ten times the median magnitude of its output before, where that is
-    more: very large entries, such as those of masked classes, hide no change in others.
+    It is relative to the entry's magnitude, or to ten times the median magnitude of its output before if that is more.
+    So very large entries, such as those of masked classes, hide no change in others.
     """
     if [x is None or x.shape for x in before] != [x is None or x.shape for x in after]:
         return torch.inf

@@ -243,7 +243,7 @@ def _make_change_error(change: float, bound: float, dtype: str) -> RefusedError:
 
 
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
-    """Train a network that has grown, in place; log the loss before and after if a folder records the run."""
+    """Train a grown network on the calibration halves, in place; log losses before and after if a folder records it."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
     added = find_added_entries(model, inputs.axes, plan)
 

@@ -59,7 +59,7 @@ class SourceSpecs:
 
 @dataclass(frozen=True)
 class SourceHalves:
-    """The sources of a run: calibration halves, and evaluation halves of the same (if read) and then unseen sources."""
+    """The sources of a run: calibration halves; evaluation halves of the same but generated text, then unseen ones."""
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
@@ -82,7 +82,7 @@ class SourceHalves:
 
 @dataclass(frozen=True)
 class PendingWindows(Sequence[Batch]):
-    """Windows that the model is still to generate: only their number is known."""
+    """Windows that the model is still to generate: only their number is known, and reading one is a RuntimeError."""
 
     length: int
 
@@ -285,7 +285,7 @@ def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mappin
 
 
 def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
-    """Return stored windows, ``[windows, tokens]``; ``None`` if the file is unusable or of another header."""
+    """Return stored windows, ``[windows, tokens]``, -1: not generated; ``None`` if unusable or of another header."""
     try:
         recorded, tensors = read_tensors(path, GENERATED_FORMAT)
     except StoreError:

@@ -163,7 +163,7 @@ class LearningRecord:
 
 
 def describe_matrix(matrix: Matrix) -> dict[str, Any]:
-    """Return ``matrix.record()``; if a score is no share in [0, 1], as ``scores``, with ``None`` in its usual places.
+    """Return ``matrix.record()``; if a score is not in [0, 1], under ``scores``, with ``None`` in its usual places.
 
     >>> describe_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
     [[None]]
@@ -182,7 +182,7 @@ def _are_shares(scores: Sequence[float]) -> bool:
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
-    """Return a learner by its method's name and settings; a setting ``seed`` that is not among them is ``seed``."""
+    """Return a learner by its method's name and settings; ``seed``: its setting of that name, if they give none."""
     entry = find_method(MethodKind.CONTINUAL, method)
     learner: Learner[Any] = entry.create(method, select_method_settings(entry, {"seed": seed}) | dict(settings))
     return learner
@@ -226,7 +226,7 @@ def make_task_specs(settings: Settings, start: Loaded | None = None) -> TaskSpec
 def _read_tasks_of_run(
     settings: Settings, start: Loaded | None, learner: Learner[Any], begun: RunToExtend | None
 ) -> tuple[list[Task], int]:
-    """Return all tasks, and how many outputs they need; ValueError if the network (of weights, or begun) has fewer."""
+    """Return all tasks, and how many outputs they need; ValueError if ``start``, or that of ``begun``, has fewer."""
     specs = make_task_specs(settings, start)
     old = _read_earlier_tasks(begun, specs, settings.method, learner) if begun else read_tasks(specs)
     tasks = old
@@ -248,7 +248,7 @@ def _read_tasks_of_run(
 
 
 def _read_earlier_tasks(begun: RunToExtend, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
-    """Return the tasks that a run has; SourceError if data are missing and it is not ``without_old``, or needs them."""
+    """Return the tasks that a run has, if ``begun.without_old`` finished ones without data; else SourceError."""
     try:
         old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
     except MissingError as error:

@@ -35,10 +35,7 @@ class EvaluationData:
 
 
 def round_column(recoveries: int) -> dict[str, int]:
-    """Return ``{"round": recoveries}``, a column of metrics rows, for the second and later recoveries of a network.
-
-    ``recoveries``: its number, from 1; ``{}`` for the first, and for 0: no recovery.
-    """
+    """Return a column of metrics rows: ``{"round": recoveries}`` from a network's second recovery on, ``{}`` before."""
     return {"round": recoveries} if recoveries > 1 else {}
 
 

@@ -40,8 +40,8 @@ SPARE_BYTES = 2**26
 def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNetwork, MemoryPlan]:
     """Open the network that settings name without its weights; the plan says whether it is read one block at a time.
 
-    The limit is ``invocation.memory``. Raises ResourceError if even that way does not fit, and InputError if a setting
-    needs the whole network in memory, which does not fit, or if the network is no language model.
+    The limit is ``invocation.memory``. Raises ResourceError if even that way does not fit; InputError if the network is
+    no language model, or exceeds the limit while a setting needs all of it in memory.
     """
     spec, pruner, budget = make_model_spec(settings), make_pruner(settings), make_budget(settings)
     opened = _open_language_model(spec.name, spec)
@@ -113,7 +113,7 @@ def _open_language_model(name: str, spec: ModelSpec) -> OpenedNetwork:
 
 
 def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
-    """Return setting or property of a model that needs the whole network in memory → whether it is so here."""
+    """Return what needs the whole network in memory (a setting, such as ``--input``) → whether it does here."""
     return {
         "a model without text": opened.loaded.tokenizer is None,
         "--input": bool(spec.input),
@@ -127,9 +127,9 @@ def check_memory_plan(
 ) -> bool:
     """Announce a memory plan, and return whether the network is read one block at a time.
 
-    If so, caches of this process are limited, and the output recorded with the network is compared. Raises
-    ResourceError if the limit is too low; if it is read so, InputError if any of ``needs`` (words for what needs all
-    in memory → whether it applies) is true, and StoreError if the output differs.
+    If so, caches of this process are limited, and the network's recorded output is compared (StoreError if it differs).
+    ``needs``: words for what rules that out → whether it applies, when InputError is raised. Raises ResourceError if
+    the limit is too low.
     """
     plan.check()
     reason = next((text for text, holds in needs.items() if holds), "")
@@ -166,7 +166,7 @@ def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwo
 
 
 def _predict_recovery_bytes(by: str, model: nn.Module, window: int) -> int:
-    """Return the bytes that a recovery by method ``by`` needs for a cut network, weights included; not sums of refit.
+    """Return the bytes that a recovery ``by`` a method needs for a cut network, with its weights, but no sums of refit.
 
     ``window``: tokens per window.
     """

@@ -47,7 +47,7 @@ def record_parent(
 ) -> None:
     """Record the model that a run starts from, copy it if ``undo``, and begin the ledger with the plans that led to it.
 
-    ``model``: its folder or name; ``outside``: what writes the tensors of a network without numbers. In a resumed run,
+    ``model``: its folder or name; ``outside``: what gives the tensors of a network without numbers. In a resumed run,
     raise StoreError if the model is another now; nothing else is done.
     """
     source, is_saved = Path(model), Path(model, store.SHAPES).is_file()
@@ -140,7 +140,7 @@ def count_parameters(shapes: Shapes) -> int:
 def _write_snapshot(
     source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None
 ) -> dict[str, Any]:
-    """Copy a saved model to ``target``, or write the loaded one, replacing what is there; return its bytes and files.
+    """Copy a saved model to ``target``, replacing what is there; return ``{"bytes": …, "files": …}`` for ``run.json``.
 
     ``source``: the folder of the saved model; ``None``: ``loaded`` is written, with tensors from ``outside``, if any.
     """

@@ -173,7 +173,7 @@ class PruneJob:
         return cut.plan, evidence.notes
 
     def cut(self, plan: Plan) -> tuple[str, ...]:
-        """Apply a plan to the network, reconstruct, train, save and measure it; return notes for the user."""
+        """Apply a plan to the network, reconstruct and train as settings say, save and measure it; return notes."""
         run, settings, network, record = self.run, self.settings, self.inputs.network, self.run.record
         axes, model = self.inputs.axes, network.loaded.model
         before = self._measure(axes, "dense")

@@ -28,7 +28,7 @@ from regrow.store.run_record import convert_settings
 
 
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
-    """Return the settings of a run from ``values``, those in ``run.json``.
+    """Return the settings of a pruning run from ``values``, those in ``run.json``.
 
     ``code``: replaces a function that is named as the model; ModelError if it is empty then: no recorded code is run.
     """
@@ -150,10 +150,7 @@ def with_timing(
 
 
 def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
-    """Raise ValueError unless a method can meet a budget, in a trial with random scores, and has data to measure on.
-
-    Data are counted, not read.
-    """
+    """Raise ValueError unless a method can meet a budget, in a trial with random scores, and has data (here unread)."""
     if _needs_data(pruner):
         if not sources:
             raise ValueError("this method measures on text or images; give it at least one source, like --source news")

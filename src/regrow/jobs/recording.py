@@ -94,10 +94,7 @@ class FolderRecorder:
     write_page: WritePage | None = None  # writes `report.html` at the end; `None`: no page
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``run.json`` of the interrupted run to resume, ``{}`` if there is none; StoreError for another run.
-
-        ``identity``: as in :class:`RunStart`; nothing is written.
-        """
+        """Return ``run.json`` of the interrupted run with this identity, ``{}`` if none; StoreError for another run."""
         interrupted = RunFolder.check(self.out, identity)
         return interrupted.read_record() if interrupted else {}
 
@@ -184,10 +181,7 @@ class Invocation:
     write_page: WritePage | None = None  # writes `report.html`, at the end of the run; `None`: no page
 
     def start_run(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
-        """Return a run, not begun yet, on the network named ``model``; rank 0 records it in the folder ``out``.
-
-        ``undo``: whether a copy of the network is kept there.
-        """
+        """Return a run, not begun yet, on network ``model``; rank 0 records it in ``out``, with a copy if ``undo``."""
         recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}

@@ -110,10 +110,7 @@ def recover_network(
 
 
 def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> None:
-    """Log size and quality of the recovered network, and how far it is from the networks before; write its axes.
-
-    ``number``: of this recovery of the network, from 1.
-    """
+    """Log size and quality after recovery ``number`` (from 1), and differences from the networks before; write axes."""
     loaded, streamed, record = inputs.loaded, inputs.streamed, run.record
     after = trace_loaded(loaded)
     if isinstance(record, RunFolder):
@@ -127,7 +124,7 @@ def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> No
 def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], number: int) -> None:
     """Log the paired differences in log-perplexity, recovered minus pruned and minus dense, of sources both measured.
 
-    ``perplexities``: source → that of the recovered model; others are those of the run's rows. ``number``: as above.
+    ``perplexities``: source → that of the recovered model, after recovery ``number`` (from 1); others are in the run.
     """
     rows = {(row["model"], row["source"]): row for row in record.metrics() if row["what"] == "perplexity"}
     for name, after in perplexities.items():
@@ -163,10 +160,9 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
 def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Recover the model of a finished run, as ``regrow recover`` does, and return the new folder.
 
-    The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
-    are the same, and the measurements of the dense and the pruned model are copied. A run that is predicted to need
-    more memory than it may use is refused if it trains; any other reads the networks one block at a time, with the same
-    result.
+    The dense model is the copy that the pruning run kept, or is loaded as in that run. Sources and evaluation windows
+    are the same; measurements of the dense and the pruned model are copied. A run that is predicted to exceed its
+    memory is refused if it trains; any other reads the networks one block at a time, with the same result.
     """
     source = RunFolder.open(settings.run)
     cut = find_last_cut(source, invocation.code)
@@ -179,10 +175,7 @@ def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
 def open_named(
     settings: Settings, invocation: Invocation, source: RunFolder, cut: LastCut, run: ActiveRun
 ) -> RecoverInputs:
-    """Open the networks before and after ``cut``, one block at a time if they exceed memory, and the data.
-
-    ``source``: the run whose model is recovered; ``cut``: its last cut.
-    """
+    """Open the networks before and after ``cut``, the last of ``source``, by block if they exceed memory, and data."""
     check_same_settings(run.ranks, settings)
     memory, streamed = _open_streamed(settings, source, cut, invocation)
     dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)

@@ -75,8 +75,7 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Fit every layer of ``task.model`` that reads cut units by least squares, in place, or resume that.
 
-    Logs and returns the row of :func:`recover`. ``changed``: settings of ``refit`` other than those of ``regrow prune
-    --reconstruct``.
+    Logs and returns the summary of :func:`recover`. ``changed``: settings of ``refit`` unlike ``prune --reconstruct``.
     """
     settings = {**make_reconstruction_settings([source.name for source in task.sources]), **(changed or {})}
     row = recover(record, task, "refit", settings, name="reconstruction")

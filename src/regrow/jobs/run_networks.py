@@ -62,7 +62,7 @@ class WholeNetwork:
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
         """Apply a plan in place and return the axes afterwards; if a folder records the run, verify the plan first.
 
-        Raises RefusedError, and changes nothing, if the plan does not hold.
+        Raises RefusedError, and changes nothing, if cut and masked network differ there.
         """
         model = self.loaded.model
         if run.record.is_kept:

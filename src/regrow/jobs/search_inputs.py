@@ -78,8 +78,7 @@ def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: 
 def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchData:
     """Return the data of a search, a fifth of the training examples held out at random for validation.
 
-    ``start``: the network with weights, in whose input form data are read; ``None``: it is new. Raises ValueError for
-    too few.
+    ``start``: the network with weights, in whose input form data are read; ``None``: it is new. ValueError for too few.
     """
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
     specs = replace(specs, normalised=names_function(settings.space)).adapt_to(start, settings.seq_len)
@@ -185,7 +184,7 @@ def build_search(
 
 
 def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) -> None:
-    """Measure the running statistics of BatchNorms again, in place, on shuffled training examples of the context."""
+    """Measure BatchNorms' running statistics again, in place, on up to ``MOST_BATCHES`` shuffled training batches."""
     if tune.find_batch_norms(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
@@ -194,7 +193,7 @@ def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) ->
 def measure_times(
     settings: Settings, inputs: SearchInputs, recorded: dict[str, Any] | None, ranks: ProcessRank
 ) -> tuple[Batch | None, Latency | None]:
-    """Return a batch and the times of its pass, ``recorded`` or measured on rank 0; ``None`` twice if none is in ms."""
+    """Return a batch and its pass's times, ``recorded`` or measured on rank 0; ``None``s unless the target is in ms."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.data.search.train, settings.batch_size)

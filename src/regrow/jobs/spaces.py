@@ -132,7 +132,7 @@ def _build_seeded(network_class: type[Cells | Mobile], config: Mapping[str, Any]
 
 
 def choose_stage_ends(parts: int, stages: int) -> tuple[int, ...]:
-    """Return the index of the last part (cell or block) of each stage, for nearly equal stages; ValueError if too many.
+    """Return the index of the last part (cell or block) of each of nearly equal stages; ValueError if too many or 0.
 
     >>> choose_stage_ends(8, 3), choose_stage_ends(6, 1)
     ((2, 4, 7), (5,))
@@ -246,9 +246,9 @@ class MemoryWatch:
         return nullcontext()
 
     def _fit_to_budget(self, state: SearchState, context: Context) -> int:
-        """Return a stage's predicted peak in bytes; if need be, set ``recomputed`` of the network, else raise.
+        """Return a stage's predicted peak in bytes, with the network's ``recomputed`` set if it must, or raise.
 
-        MemoryBudgetError says that the budget is too low even so.
+        MemoryBudgetError says that even so it exceeds the budget.
         """
         net, first = cast(Staged, context.model), first_examples(context.task.train, self.batch_size)
         batch = pack_batch(first.inputs, first.labels)
@@ -269,10 +269,7 @@ class MemoryWatch:
 
     @contextmanager
     def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
-        """Context manager: measure the memory of a step, and keep the row that needs most of the stage's last epoch.
-
-        ``trains``: whether masks are trained in it.
-        """
+        """Context manager: measure a step that ``trains`` masks or not; keep the stage's latest row that needs most."""
         removed = context.undo.contents().values() if context.undo else ()
         live = MemoryCounterMode([*context.model.parameters(), *context.model.buffers(), *removed])
         resident = start_peak_meter(device_of(context.model))

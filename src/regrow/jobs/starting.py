@@ -54,10 +54,7 @@ class TaskSpecs:
     seq_len: int = 256  # tokens per window of text
 
     def adapt_to(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
-        """Return these specs with the form of data that ``start`` takes; for a new network (``None``) as they are.
-
-        ``seq_len``: taken for text only.
-        """
+        """Return these specs with the form of data that ``start`` takes, text of ``seq_len``; ``None``: as they are."""
         if start is None:
             return self
         if start.tokenizer is not None:
@@ -68,8 +65,7 @@ class TaskSpecs:
 def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task] = ()) -> list[Task]:
     """Return the tasks ``before`` and those of the specs; images get the shape of the specs, or of the first task.
 
-    ``recorded``: what :func:`describe_tasks` returned, of which tasks are made whose data are missing; ``None``:
-    MissingError is raised for these.
+    ``recorded``: what :func:`describe_tasks` returned, for tasks whose data are missing; ``None``: MissingError then.
     """
     tasks = [*before]
     for i, spec in enumerate(specs.sequences):
@@ -115,10 +111,7 @@ def _read_text(spec: str, specs: TaskSpecs) -> Task:
 
 
 def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:
-    """Return, per sequence, its tasks as JSON data (name, input shape, classes), in case their data go missing.
-
-    ``tasks``: those of all sequences, in order.
-    """
+    """Return, per sequence, its part of ``tasks`` as JSON data (name, input shape, classes), in case data get lost."""
     records: list[dict[str, object]] = [
         {"name": task.name, "inputs": list(input_shape(task.train)), "classes": list(task.classes)} for task in tasks
     ]
@@ -178,7 +171,7 @@ def load_start_network(
 def find_space_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
     """Return the network with weights that is searched, in float32; ``None`` if its name is that of a search space.
 
-    Arguments and errors are as for :func:`load_start_network`.
+    ``data``: as ``--data`` takes it. Other arguments and errors are as for :func:`load_start_network`.
     """
     if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
         check_code(space, False, invocation.code)
@@ -198,7 +191,7 @@ def _require_image_form(loaded: Loaded) -> tuple[int, ...]:
 
 
 def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
-    """Raise InputError unless a network, run on examples of a task, has an output for each class; sets eval mode."""
+    """Raise InputError unless a network, run on examples of a task, gives ``classes`` outputs or more; set eval."""
     model = loaded.model.eval()
     with torch.no_grad():
         outputs = logits_in(run_network(model, first_examples(task.train, 2).inputs)).shape

@@ -162,7 +162,7 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
 
 
 def _parse_entry(file: WeightFile, name: str, entry: Any, begin: int) -> TensorPlace:
-    """Return the place of a tensor by its header entry; InputError if sizes disagree. ``begin``: the header's end."""
+    """Return the place of a tensor by its header entry; InputError if sizes disagree. ``begin``: behind the header."""
     dtype, shape, (start, stop) = _DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
     if dtype is None or prod(shape) * dtype.itemsize != stop - start or not is_possible(shape):
         raise InputError(f"{name!r:.60} has {stop - start} bytes, and is {entry['dtype']!s:.20} {shape!s:.60}")

@@ -153,9 +153,9 @@ class StreamedCut:
         progress(len(ordered) + 1, len(ordered) + 1, what)
 
     def _cut(self, path: str, names: tuple[str, ...], deviations: list[Deviation]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the cut block ``path`` (``""``: outside the blocks); append to ``deviations`` as above.
+        """Yield (name, tensor) of the cut block ``path`` (``""``: outside the blocks), compared first if it changes.
 
-        ``names``: the stored tensors in it, which must be in memory.
+        ``names``: the stored tensors in it, which must be in memory; its deviation is appended to ``deviations``.
         """
         change, whole = self.change, self.change.tensors
         cut = {*names, *(bias_of(weight) for weight in whole.plan.means if weight in names)}

@@ -110,7 +110,8 @@ class StreamedNetwork:
     def visit(self, batches: Sequence[Batch], names: Collection[str], around: Around) -> None:
         """Run batches block by block, until all the weights ``names`` were read; outputs are dropped.
 
-        ``around``: called with a batch's index and ``id`` → name of those of ``names`` in memory, in each pass.
+        ``around``: called per pass and batch with the batch's index and ``id`` → name of the loaded ones of ``names``;
+        gives the context in which the batch runs.
         """
         for _ in self._run_blocks(self.passes(names), batches, names, around):
             pass
@@ -125,8 +126,8 @@ class StreamedNetwork:
     ) -> None:
         """Run batches block by block as :meth:`visit` does, but those of a pass in threads that take turns.
 
-        ``turns``: of as many runs as batches; ``around`` may call its ``wait``. ``loading``: called with ``id`` → name
-        of those of ``names`` in memory, for the context of a whole pass.
+        ``turns``: of as many runs as batches; ``around`` may call its ``wait``. ``loading``: called per pass with
+        ``id`` → name of the loaded ones of ``names``; gives the context in which all batches run.
         """
         passes = self.passes(names)
         with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):

@@ -54,7 +54,7 @@ class StoredWeights:
             raise self._mismatch(f"holds {surplus!r}")
 
     def _mismatch(self, what: str) -> InputError:
-        """Return the error for a checkpoint unlike the model; ``what``: words for the difference, like ``lacks 'x'``."""
+        """Return the error for a checkpoint unlike the model; ``what``: the difference in words, like ``lacks 'x'``."""
         return InputError(
             f"{self.name}: its checkpoint {what}, unlike the model; a checkpoint whose names are converted is not read "
             "block by block: load it in memory (leave out --memory)"
