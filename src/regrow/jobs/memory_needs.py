@@ -166,9 +166,9 @@ def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwo
 
 
 def _predict_recovery_bytes(by: str, model: nn.Module, window: int) -> int:
-    """Return the bytes that a recovery ``by`` a method needs for a cut network, with its weights, but no sums of refit.
+    """Return the bytes that a recovery ``by`` a method needs for a cut network, its weights included.
 
-    ``window``: tokens per window.
+    ``window``: tokens per window. What refit sums is not included: :func:`_predict_refit_bytes` has it.
     """
     size = _count_weight_bytes(model)
     if by in CLOSED_FORM:

@@ -37,7 +37,7 @@ class Parent:
     """The saved model that a run starts from."""
 
     name: str  # the name of its folder
-    weights: str  # the digest of its weights; empty: it is not saved in a run folder
+    weights_digest: str  # by `digest_weights`; empty: it is not saved in a run folder
     plans: tuple[Plan, ...]  # the plans that led to it
     stages: tuple[dict[str, Any], ...]  # the records of the runs that made it, by `describe_stage`
 
@@ -58,7 +58,7 @@ def record_parent(
         old_files = recorded.get("files", {})
         changed = any(old_files.get(name, record) != record for name, record in files.items())
         if is_saved:
-            changed = recorded["weights"] != parent.weights
+            changed = recorded["weights"] != parent.weights_digest
         if changed:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
@@ -71,7 +71,7 @@ def record_parent(
     folder.update(
         parent={
             "name": parent.name,
-            "weights": parent.weights,
+            "weights": parent.weights_digest,
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "plans": len(parent.plans),
             **({} if is_saved else {"files": files}),

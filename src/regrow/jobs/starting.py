@@ -191,7 +191,7 @@ def _require_image_form(loaded: Loaded) -> tuple[int, ...]:
 
 
 def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
-    """Raise InputError unless a network, run on examples of a task, gives ``classes`` outputs or more; set eval."""
+    """Raise InputError unless a network gives ``classes`` outputs or more on examples of a task; sets eval mode."""
     model = loaded.model.eval()
     with torch.no_grad():
         outputs = logits_in(run_network(model, first_examples(task.train, 2).inputs)).shape

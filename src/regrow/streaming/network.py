@@ -130,7 +130,7 @@ class StreamedNetwork:
         ``id`` → name of the loaded ones of ``names``; gives the context in which all batches run.
         """
         passes = self.passes(names)
-        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names_in(0)):
             for current in range(passes):
                 with self._load_block(current, passes, names) as watched, loading(watched):
                     run = partial(self._run_batch, current, batches, results, around, watched)
@@ -156,7 +156,7 @@ class StreamedNetwork:
         self, passes: int, batches: Sequence[Batch], names: Collection[str], around: Around
     ) -> Iterator[Any]:
         """Run ``passes`` blocks, each on all batches; the pass behind the last block, if wanted, yields the outputs."""
-        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names_in(0)):
             for current in range(passes):
                 with self._load_block(current, passes, names) as watched:
                     for index in range(len(batches)):
@@ -171,15 +171,15 @@ class StreamedNetwork:
 
         def load(index: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with self.resident(block.names, self._names(index + 1)):
+                with self.resident(block.names, self._names_in(index + 1)):
                     return forward(*args, **kwargs)
 
             return run
 
-        with self.resident(self.outer, self._names(0)), self._patch_forwards(load):
+        with self.resident(self.outer, self._names_in(0)), self._patch_forwards(load):
             yield self.model
 
-    def _names(self, index: int) -> tuple[str, ...]:
+    def _names_in(self, index: int) -> tuple[str, ...]:
         """Return the names of the stored tensors of a block, by its index; none behind the last."""
         return self.blocks[index].names if index < len(self.blocks) else ()
 
@@ -190,7 +190,7 @@ class StreamedNetwork:
         The next block is read meanwhile, unless this is the last of the ``passes``. Behind the last block, only weights
         outside the blocks count.
         """
-        with self.resident(self._names(current), self._names(current + 1) if current + 1 < passes else ()):
+        with self.resident(self._names_in(current), self._names_in(current + 1) if current + 1 < passes else ()):
             wanted = {*names} if current < len(self.blocks) else {*names} & {*self.outer}
             parameters = self.model.named_parameters(remove_duplicate=False)
             yield {id(parameter): name for name, parameter in parameters if name in wanted and not parameter.is_meta}

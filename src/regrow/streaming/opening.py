@@ -72,7 +72,7 @@ class OpenedNetwork:
             return
         stored = {place.dtype for place in self.weights.checkpoint.places.values()}
         with self.network().on_demand() as running:
-            check_probe(running, self.probe, stored=stored, cast=self.weights.cast)
+            check_probe(running, self.probe, stored=stored, cast=self.weights.is_cast)
 
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
@@ -98,10 +98,7 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
 
 
 def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNetwork:
-    """Open a model that regrow saved in ``folder``; its tensors begin at cache lines, as copies of those in files do.
-
-    ``name``: what messages call it.
-    """
+    """Open a model that regrow saved (``name`` in errors); tensors begin at cache lines, as copies in memory do."""
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
     places: dict[str, TensorPlace] = {}
     for file in shapes.files:

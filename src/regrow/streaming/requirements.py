@@ -96,7 +96,7 @@ def plan_memory(
     exact = int(8 * FLOAT64_BLOCKS * entries) if what == "pruning" else 0
     running = SPARE_BYTES[what] + 3 * tokens * width * max(item, 4)
     # Loading whole in another dtype maps the files beside the converted weights.
-    mapped = sum(place.bytes for _, place in weights.places()) if weights.cast else 0
+    mapped = sum(place.bytes for _, place in weights.places()) if weights.is_cast else 0
     whole = held + max(running + exact, mapped) + int((WHOLE_COPIES - (what != "pruning")) * sum(size.values()))
     # Behind the last block, the outputs are in memory instead of blocks.
     outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item

@@ -89,7 +89,7 @@ class StoredWeights:
         return key in self.like
 
     @property
-    def cast(self) -> bool:
+    def is_cast(self) -> bool:
         """Whether some tensor has another dtype in the files than in the network."""
         return any(place.dtype != self.like[key].dtype for key, place in self.places())
 
