@@ -345,5 +345,5 @@ def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]
 
 
 def _are_same(ranks: ProcessRank, record: object) -> bool:
-    """Whether all ranks have the same JSON data as rank 0."""
+    """Whether all ranks have the same JSON data as rank 0; all must call this."""
     return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)

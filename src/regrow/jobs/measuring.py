@@ -49,11 +49,12 @@ def measure_network(
     network: StreamedNetwork | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model; return source → perplexity, ``{}`` if none is measured; of text on all ranks.
+    """Log size and quality of a model; return source → perplexity, ``{}`` if none is measured.
 
     ``name``: of the model in the rows; ``network``: the model if it runs one block at a time; ``recoveries``: how many
-    it has had. Loaders that shuffle give the same order each time, and all random state is restored. For objectives
-    that reports have no rows for, only the size is measured. An error is a warning where ``evaluates_on_calibration``.
+    it has had. For text, all ranks must call this. Loaders that shuffle give the same order each time, and all random
+    state is restored. For objectives that reports have no rows for, only the size is measured. An error is a warning
+    where ``data.halves.evaluates_on_calibration``.
     """
     record, objective = run.record, data.objective
     if not record.wants_measurements:

@@ -193,7 +193,7 @@ def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Pr
 
 
 def predict_stage_bytes(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
-    """Predict the peak bytes of a training step on ``batch`` in the current stage, without running the network."""
+    """Predict the peak bytes of a training step on ``batch`` in the current stage, with weights kept to undo cuts."""
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)

@@ -123,7 +123,7 @@ class StreamedCut:
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network as it was written to a folder, to be run one block at a time.
 
-        Results of blocks are kept in the folder ``results``, or in memory.
+        Results of blocks are kept in the folder ``results``; ``None``: in memory.
         """
         written, before = Checkpoint.open(folder).places, self.opened.weights
         changed = self.change.ready.values.keys()
