@@ -56,7 +56,7 @@ SINGLE = ProcessRank()  # a process that works alone
 def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
     """Return the rank of this process from the variables of torchrun or accelerate; ``SINGLE`` without them.
 
-    Raises InputError if they contradict one another.
+    Raises InputError if WORLD_SIZE is neither 1 nor a number above RANK. Without LOCAL_RANK, ``local`` is RANK.
 
     >>> read_ranks({"RANK": "1", "WORLD_SIZE": "4"})
     ProcessRank(rank=1, size=4, local=1)
@@ -74,9 +74,11 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> ProcessRank:
 
 
 def choose_rank_device(name: str, ranks: ProcessRank, gpus: int, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the name of the device of a process: of several processes on GPUs, each gets one of its own.
+    """Return the name of this process's device: of several processes, each gets a GPU of its own, or all the CPU.
 
-    ``name`` is what the user chose, ``gpus`` how many this machine has. Raises InputError or ResourceError.
+    ``name``: what the user chose; returned as it is for a single process. ``gpus``: how many this process can use;
+    ``environment``: its CUDA_VISIBLE_DEVICES may show each process one GPU only, as number 0. Raises InputError for a
+    name other than ``auto``, ``cpu``, ``cuda`` and that of its own GPU, and ResourceError if there are too few GPUs.
 
     >>> choose_rank_device("cuda", ProcessRank(3, 4, local=1), 2), choose_rank_device("auto", ProcessRank(1, 2), 0)
     ('cuda:1', 'cpu')

@@ -32,9 +32,10 @@ _BROKEN = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]|Connection (closed|reset) by peer
 
 @contextmanager
 def connected(ranks: ProcessRank) -> Iterator[None]:
-    """Connect the processes that torchrun has started, inside the ``with`` block; they leave it together.
+    """Context manager: connect the processes that torchrun has started; at the end of the block all wait for all.
 
-    Raises ResourceError if they do not meet, or if one ends early.
+    ``ranks``: of several processes. Their address is read from MASTER_ADDR and MASTER_PORT. Raises ResourceError if
+    they do not meet within ``MEETING_TIMEOUT``, or if one ends early.
     """
     try:
         store, *_ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=MEETING_TIMEOUT))
@@ -66,7 +67,7 @@ MESSAGE_BYTES = 2**28  # the most bytes of a file in one message
 
 
 def send(record: object, tensors: Sequence[Tensor] = ()) -> None:
-    """Send a record (JSON data) and CPU tensors to rank 0, and wait until it receives them (:func:`receive`)."""
+    """Send a record (JSON data) and CPU tensors from another rank to rank 0; waits until it calls :func:`receive`."""
     tensors = [tensor.contiguous() for tensor in tensors]
     forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
     text = _encode_json({"record": record, "tensors": forms})
@@ -75,7 +76,7 @@ def send(record: object, tensors: Sequence[Tensor] = ()) -> None:
 
 
 def receive(rank: int) -> tuple[Any, list[Tensor]]:
-    """Return the next record and tensors that a rank sends to this one, and wait for them."""
+    """Return, on rank 0, the next record and CPU tensors that ``rank`` gives to :func:`send`; waits for them."""
     length = torch.empty(1, dtype=torch.int64)
     dist.recv(length, rank)
     text = torch.empty(int(length), dtype=torch.uint8)
@@ -89,7 +90,7 @@ def receive(rank: int) -> tuple[Any, list[Tensor]]:
 
 
 def broadcast_record(ranks: ProcessRank, record: object = None, source: int = 0) -> Any:
-    """Return the record (JSON data) of rank ``source`` on every rank; all must call this."""
+    """Return the record (JSON data) of rank ``source`` on every rank, whatever others give; all must call this."""
     if not ranks.several:
         return record
     text = _encode_json(record) if ranks.rank == source else torch.empty(0, dtype=torch.uint8)
@@ -102,7 +103,10 @@ def broadcast_record(ranks: ProcessRank, record: object = None, source: int = 0)
 
 
 def gather_rows(ranks: ProcessRank, rows: Sequence[Any]) -> list[Any]:
-    """Return the rows of all ranks, in the order of the items that :meth:`ProcessRank.share` divides; all call this."""
+    """Return on every rank the rows (JSON data) of all; all must call this.
+
+    ``rows``: one per item that :meth:`ProcessRank.share` gave this rank; the result has the order of all items.
+    """
     parts = [broadcast_record(ranks, list(rows), rank) for rank in range(ranks.size)]
     return [parts[i % ranks.size][i // ranks.size] for i in range(sum(map(len, parts)))]
 
@@ -117,7 +121,7 @@ def everywhere(ranks: ProcessRank, holds: bool) -> bool:
 
 
 def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
-    """Set tensors, on any device, to those of rank 0, in place; all ranks must call this."""
+    """Set tensors, on any device, to those of rank 0 (equal in shapes and dtypes), in place; all must call this."""
     if not ranks.several:
         return
     with torch.no_grad():
@@ -130,9 +134,10 @@ def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
 
 
 def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
-    """Return the path of a file of rank 0: the file itself there, a copy in ``folder`` on other ranks; all call this.
+    """Copy a file of rank 0 to every other rank, and return its path on this one; all must call this.
 
-    A file that does not exist is not copied.
+    Rank 0 gets ``path`` back; others get the path of a copy of the same name in ``folder``. If rank 0 has no such file,
+    they get that path all the same, and nothing is written.
     """
     if not ranks.several:
         return path
@@ -152,7 +157,7 @@ def broadcast_file(ranks: ProcessRank, path: Path, folder: Path) -> Path:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of the bytes of a tensor.
+    """Return the CRC-32 of a tensor's bytes, in row-major order; dtype and shape do not count; 0 for an empty one.
 
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
@@ -167,7 +172,7 @@ def _encode_json(record: object) -> Tensor:
 
 
 def view_bytes(tensor: Tensor) -> Tensor:
-    """Return the memory of a contiguous tensor, not a copy, as ``[bytes]`` uint8."""
+    """Return the memory of a contiguous tensor on any device, not a copy, as ``[bytes]`` uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -189,7 +194,7 @@ class Parallel:
     by_rows: bool = False
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """Return the batches of this rank in a step; by rows, all. Raises ValueError if they do not divide evenly."""
+        """Return this rank's share of the batches of a step; ``by_rows``: all. ValueError if they cannot be even."""
         if self.by_rows:
             return batches
         if len(batches) % self.ranks.size:
@@ -202,7 +207,8 @@ class Parallel:
     def reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the gradients of all ranks, in place, and return the sum of their losses; all must call this.
 
-        By rows, gradients are averaged, and the loss is returned as it is, since all ranks have the same.
+        ``parameters``: those without ``requires_grad`` are left out; ``loss``: this rank's. With ``by_rows``, gradients
+        are averaged, and the loss is returned as it is, since all ranks have the same.
         """
         if not self.ranks.several:
             return loss
@@ -215,7 +221,11 @@ class Parallel:
         return float(total)
 
     def check_same(self, what: str, data: object) -> None:
-        """Raise ResourceError on every rank unless all have the same ``data``, named ``what``; all must call this."""
+        """Raise ResourceError on every rank unless all have the same ``data``; all must call this.
+
+        ``what``: words for the data in the message; ``data``: a list of tensors and other values, or one; tensors are
+        compared by checksum, others by ``repr``.
+        """
         if not self.ranks.several:
             return
         parts = data if isinstance(data, list) else [data]
@@ -228,7 +238,7 @@ class Parallel:
             )
 
     def values(self, function: Callable[[T], float], items: Sequence[T]) -> list[float]:
-        """Return ``function`` of each item, in order, on all ranks; each computes its share, and all must call this."""
+        """Return ``function(item)`` of each item, in order, on all ranks; each computes a share, all must call this."""
         size, last = self.ranks.size, len(items) - 1
         # all_gather takes rows of one length: a rank without an item in the last round computes the last one again.
         computed = [function(items[min(first + self.ranks.rank, last)]) for first in range(0, len(items), size)]
@@ -244,7 +254,7 @@ ALONE = Parallel()  # training by a single process
 
 
 def _sum_gradients(parameters: Sequence[Tensor], divisor: int) -> None:
-    """Set gradients to the sum of those of all ranks, divided by ``divisor``; those that no rank has stay ``None``."""
+    """Set ``.grad`` of parameters to the sum over ranks, divided by ``divisor``; ``None`` where no rank has one."""
     present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     if len(present):
         dist.all_reduce(present, dist.ReduceOp.MAX)

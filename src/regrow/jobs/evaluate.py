@@ -40,7 +40,7 @@ class EvaluateInputs:
     """What is evaluated, and on which data."""
 
     loaded: Loaded  # the network; without numbers, if it is read one block at a time
-    tests: tuple[Source, ...]
+    tests: tuple[Source, ...]  # the evaluation halves of the sources
     # What is measured; `None`: the perplexity of text, otherwise the accuracy of classes
     objective: Objective | None = None
     opened: OpenedNetwork | None = None  # the network as it is read one block at a time; `None`: it is in memory
@@ -51,14 +51,14 @@ class EvaluateInputs:
 class EvaluateResult:
     """The result of an evaluation."""
 
-    model: nn.Module
-    sources: tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]
+    model: nn.Module  # the network; without numbers, if it was read one block at a time
+    sources: tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]  # one per source, in their order
     choices: tuple[evaluation.Choices, ...]  # one per file of multiple-choice items
-    speed: Mapping[str, Any] | None
+    speed: Mapping[str, Any] | None  # the row of `evaluation.speed`; `None`: it is not wanted
     memory: Mapping[str, int | None] | None  # limit, prediction and peak in bytes; `None` without a limit
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return the result as JSON data; ``name`` is that of the model in it."""
+        """Return the result as JSON data (results of a custom objective are left out); ``name``: of the model in it."""
         size = evaluation.size(self.model, (), next(self.model.parameters()).dtype)
         result = {
             "model": name,
@@ -74,7 +74,11 @@ class EvaluateResult:
 def evaluate_network(
     settings: Settings, open_inputs: Callable[[], EvaluateInputs], *, progress: Progress = silent
 ) -> EvaluateResult:
-    """Open a network and measure it; raises if its weight files have changed meanwhile."""
+    """Open a network and measure it as the settings say; the network is not changed.
+
+    ``open_inputs``: called once, after the settings are checked. Raises InputError for such a setting, and if the
+    network's weight files have changed meanwhile; ValueError if ``--choices`` needs a tokenizer that it lacks.
+    """
     check_settings(settings)
     opened = open_inputs()
     loaded, plan = opened.loaded, opened.memory
@@ -104,7 +108,10 @@ def evaluate_network(
 def _measure_sources(
     inputs: EvaluateInputs, network: StreamedNetwork | None, progress: Progress
 ) -> tuple[evaluation.Perplexity | evaluation.Accuracy | Evaluation, ...]:
-    """Return the measurement on each source; a network that is read block by block runs on all of them together."""
+    """Return the measurement on each of ``inputs.tests``, in their order.
+
+    ``network``: the network if it is read block by block (then it runs on all together); ``None``: it is in memory.
+    """
     model, tokenizer, tests = inputs.loaded.model, inputs.loaded.tokenizer, inputs.tests
     rows: list[evaluation.Perplexity | evaluation.Accuracy | Evaluation] = []
     walk = network.outputs([batch for test in tests for batch in test]) if network and tests else None
@@ -137,7 +144,7 @@ def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
 
 
 def _read_tests(settings: Settings, loaded: Loaded) -> tuple[Source, ...]:
-    """Return the evaluation halves of the settings' sources, text in batches of their size."""
+    """Return the evaluation halves of the settings' sources, text in batches of the settings' batch size."""
     specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
     tests = read_sources(specs, loaded).evaluation
     return tests if loaded.tokenizer is None else tuple(join_batches(test, settings.batch_size) for test in tests)
@@ -146,7 +153,10 @@ def _read_tests(settings: Settings, loaded: Loaded) -> tuple[Source, ...]:
 def plan_evaluation_memory(
     opened: OpenedNetwork, tests: Sequence[Source], memory: str, settings: Settings
 ) -> MemoryPlan:
-    """Predict the memory of an evaluation from its batches and items; ``memory`` is the limit, such as ``4GiB``."""
+    """Predict the memory of an evaluation from its batches (``tests``) and the multiple-choice items of the settings.
+
+    ``memory``: the limit, such as ``4GiB``; whether it suffices is not checked here.
+    """
     positions = [count_positions(batch) for test in tests for batch in test]
     longest, total = max(positions, default=settings.seq_len * settings.batch_size), sum(positions)
     if settings.choices and opened.loaded.tokenizer is not None:

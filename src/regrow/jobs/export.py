@@ -45,7 +45,10 @@ class ExportInputs:
 
 
 def check_out(settings: Settings, out: Path) -> None:
-    """Raise an error unless ``out`` suits the format and is not the model or a file of another kind; loads nothing."""
+    """Raise InputError if ``out`` is the model, or a folder for a format of one file; loads nothing.
+
+    For such a format, raise StoreError if ``out`` has no folder, or exists with another suffix or in a model.
+    """
     suffix = FORMATS[settings.to].suffix
     if suffix and out.is_dir():
         raise InputError(f"{out} is a folder; name a file, for example {out / f'model{suffix}'}")
@@ -58,7 +61,11 @@ def check_out(settings: Settings, out: Path) -> None:
 def export_network(
     settings: Settings, open_inputs: Callable[[], ExportInputs], out: Path, *, progress: Progress = silent
 ) -> "ExportResult":
-    """Write a network to ``out``, read it back and compare; return what was written; raise an error if it differs."""
+    """Write a network to ``out``, read it back and compare; return what was written.
+
+    ``open_inputs``: called once, after settings and ``out`` are checked. Raises ExportError if the format cannot hold
+    the network, or if what was read back differs.
+    """
     check_settings(settings)
     check_out(settings, out)
     opened = open_inputs()
@@ -72,7 +79,7 @@ def export_network(
 
 
 def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
-    """Open the network that settings name; with ``--memory`` its tensors are read one by one."""
+    """Load the network that settings name; with ``--memory`` without numbers, which ``weights`` reads one by one."""
     from regrow.jobs.models import ModelSpec, attach_origin, load_model
 
     if invocation.memory:
@@ -83,7 +90,10 @@ def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
 
 
 def _open_by_tensor(settings: Settings, invocation: "Invocation") -> ExportInputs:
-    """Open a model whose tensors are read one by one; raise an error if the format or the memory rules that out."""
+    """Open a model without numbers, whose tensors are read one by one, and announce the memory that takes.
+
+    Raises InputError if the format needs all at once, and ResourceError if ``--memory`` is too low.
+    """
     from regrow.jobs.models import attach_origin
     from regrow.streaming.opening import open_network
     from regrow.streaming.requirements import MemoryPlan

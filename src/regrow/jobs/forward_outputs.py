@@ -24,7 +24,10 @@ CACHES = frozenset(("past_key_values", "cache_params", "mems"))
 
 
 def warm_caches(model: nn.Module, example: Example) -> None:
-    """Run a network in eval mode on its example, so that it caches what depends on the input's shape."""
+    """Run a network in eval mode on an example, so that it caches what depends on the input's shape.
+
+    Modes and random state are restored, other changes stay; on the meta device nothing is run.
+    """
     example = cast_example(example, model)
     with in_eval_mode(model), torch.no_grad(), preserve_random_state(), preserve_generators():
         if device_of(model).type != "meta":
@@ -65,9 +68,10 @@ def _comparable_tensors(output: object) -> Iterator[Tensor]:
 
 
 def measure_change(before: Results, after: Results) -> tuple[float, float]:
-    """Return the largest absolute difference of two lists of outputs, and the largest output before.
+    """Return the largest absolute difference of two lists of outputs, and the largest finite magnitude before.
 
-    Outputs of another shape are left out, and integers where there are floating-point ones; infinite if none remain.
+    Outputs are paired by position. Pairs of unequal shapes are left out, and integers where there are floating-point
+    ones; the difference is infinite if none remain, and if one has NaN.
     """
     pairs = [(a, b) for a, b in common_outputs(before, after) if a.shape == b.shape]
     pairs = [(a, b) for a, b in pairs if a.is_floating_point()] or pairs
@@ -77,10 +81,10 @@ def measure_change(before: Results, after: Results) -> tuple[float, float]:
 
 
 def measure_relative_change(before: Results, after: Results) -> float:
-    """Return the largest relative change of an entry of outputs; infinite if their number or a shape differs.
+    """Return the largest relative change of an entry of outputs, a ratio; infinite if their number or a shape differs.
 
-    It is relative to the entry, or to ten times the median of its output where that is more: values of another order,
-    such as those of masked classes, hide nothing.
+    It is relative to the entry's magnitude, or to ten times the median magnitude of its output before if that is more.
+    So very large entries, such as those of masked classes, hide no change in others.
     """
     if [x is None or x.shape for x in before] != [x is None or x.shape for x in after]:
         return torch.inf
@@ -88,7 +92,7 @@ def measure_relative_change(before: Results, after: Results) -> float:
 
 
 def _relative_change(x: Tensor, y: Tensor) -> float:
-    """Return the largest relative change of an entry, as :func:`measure_relative_change` measures it."""
+    """Return the largest relative change from ``x``, before, to ``y``, as in :func:`measure_relative_change`."""
     change = (x - y).abs().masked_fill(x == y, 0.0)
     sizes = x.abs()
     usual = sizes[(sizes > 0) & sizes.isfinite()]
@@ -98,7 +102,10 @@ def _relative_change(x: Tensor, y: Tensor) -> float:
 
 
 def vary_example(example: Example) -> list[Example]:
-    """Return an example, then one of another batch size and one of half the length, where these can be recognised.
+    """Return an example, then one of another batch size, and of token ids one of half the length.
+
+    The batch size is changed if all tensors have the same first dimension, the length if all are integers of one
+    two-dimensional shape.
 
     >>> [tuple(example.args[0].shape) for example in vary_example(Example((torch.ones(3, 8),)))]
     [(3, 8), (1, 8)]
@@ -120,7 +127,7 @@ def vary_example(example: Example) -> list[Example]:
 
 
 def _map_tensors(example: Example, change: Any) -> Example:
-    """Return an example with ``change`` applied to each tensor that has dimensions."""
+    """Return an example with ``change`` (tensor → tensor) applied to each tensor that has dimensions."""
     inputs = example.args, dict(example.kwargs)
     return Example(*tree_map_only(Tensor, lambda x: change(x) if x.dim() else x, inputs))
 
@@ -129,7 +136,7 @@ def _map_tensors(example: Example, change: Any) -> Example:
 class NetworkState:
     """Everything that a growth may change in a network: its structure, tensors, attributes and configurations."""
 
-    contents: Snapshot
+    contents: Snapshot  # modules, parameters and attributes, and what containers hold
     tensors: Sequence[tuple[Tensor, int, Tensor]]  # tensor, its version (torch counts writes), a copy
     fields: Sequence[tuple[object, Mapping[str, object]]]  # object, such as a configuration, and its fields
 
@@ -144,7 +151,7 @@ class NetworkState:
         return cls(Snapshot(model), copies, [(value, _read_fields(value)) for value in objects if _has_fields(value)])
 
     def restore(self) -> None:
-        """Restore the network, in place, bit for bit."""
+        """Restore the network of :meth:`of`, in place, bit for bit."""
         self.contents.restore()
         for holder, fields in self.fields:
             for name in _read_fields(holder).keys() - fields.keys():
@@ -159,18 +166,18 @@ class NetworkState:
 
 
 def _has_fields(value: object) -> bool:
-    """Whether a value is an object with fields of its own, such as a configuration: no tensor, module or container."""
+    """Whether a value has fields, such as a configuration, and is no tensor, module, class, container or function."""
     plain = Tensor | nn.Module | type | Mapping | list | tuple | set
     return not isinstance(value, plain) and not callable(value) and bool(_read_fields(value))
 
 
 def _read_fields(value: object) -> dict[str, object]:
-    """Return the fields of an object, those in slots included."""
+    """Return name → value of the fields of an object, those in ``__slots__`` included."""
     slots = [name for kind in type(value).__mro__ for name in _public_slots(getattr(kind, "__slots__", ()))]
     return {**{n: getattr(value, n) for n in slots if hasattr(value, n)}, **getattr(value, "__dict__", {})}
 
 
 def _public_slots(slots: Any) -> list[str]:
-    """Return the names in the ``__slots__`` of a class, which may be one text, but for ``__dict__`` and the like."""
+    """Return the names in the ``__slots__`` of a class (a string is one name), without those that begin with ``__``."""
     names = [slots] if isinstance(slots, str) else [*slots]
     return [name for name in names if not name.startswith("__")]

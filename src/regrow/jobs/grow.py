@@ -55,7 +55,7 @@ class GrowInputs:
 
     loaded: Loaded
     axes: AxisGraph
-    data: SourceHalves  # trained on the calibration halves
+    data: SourceHalves  # trained on the calibration halves, measured on the evaluation halves
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
     python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
@@ -66,16 +66,16 @@ class GrowResult:
     """The result of a growth run."""
 
     plan: Plan
-    model: nn.Module
+    model: nn.Module  # the network that was given, grown in place
     warnings: tuple[str, ...]  # which axes cannot be widened, and why
 
 
 def grow_network(settings: Settings, open_inputs: Callable[[ActiveRun], GrowInputs], run: ActiveRun) -> GrowResult:
     """Grow a network in place such that its outputs do not change, train it if there are steps, and record the run.
 
-    Mistakes in the settings and inputs raise before anything is written. An interrupted run with the same settings is
-    resumed where the recorder has its folder. If outputs change by more than rounding, the network is restored and
-    RefusedError is raised.
+    ``open_inputs``: called once, after the settings are checked. Mistakes in the settings and inputs raise before
+    anything is written. An interrupted run with the same settings is resumed where the recorder has its folder. If
+    outputs change by more than rounding, the network is restored and RefusedError is raised.
     """
     check_settings(settings)
     identity = {"verb": "grow", "settings": asdict(settings)}
@@ -93,7 +93,7 @@ def grow_network(settings: Settings, open_inputs: Callable[[ActiveRun], GrowInpu
 
 
 def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
-    """Grow the network in place, train it, and save it; measure it before and after."""
+    """Grow the network in place, train it, and save it; measure it before and after. After an error it is restored."""
     loaded, axes, record = inputs.loaded, inputs.axes, run.record
     data = EvaluationData(inputs.data, inputs.objective, settings.precision)
     with run.stage("evaluate"):
@@ -119,7 +119,10 @@ def _grow(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) ->
 
 
 def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[Plan, tuple[str, ...]]:
-    """Return the plan of a growth, and notes on axes that the settings name and that cannot be widened."""
+    """Return the plan of a growth, and notes on axes that the settings name and that cannot be widened, with reasons.
+
+    Nothing is changed. Raises ValueError if the settings ask for no growth, or for an impossible one.
+    """
     settings.check_growth()
     parts, named, blocks = settings.parse_parts(), settings.parse_axes(), settings.parse_stacks()
     fill = Fill(settings.fill, settings.seed)
@@ -151,9 +154,10 @@ def plan_growth(model: nn.Module, axes: AxisGraph, settings: Settings) -> tuple[
 def _grow_checked(
     run: ActiveRun, model: nn.Module, axes: AxisGraph, plan: Plan, *, in_float64: bool
 ) -> tuple[AxisGraph, dict[str, Any]]:
-    """Grow a network in place; return the axes afterwards, and the ``verify`` row; RefusedError if outputs change.
+    """Grow a network in place; return the axes afterwards, and the ``verify`` row of ``metrics.jsonl``.
 
-    ``in_float64``: verify the plan in float64 as well, before it is applied. After an error the model may have grown.
+    ``in_float64``: verify the plan in float64 as well, before it is applied. Raises RefusedError if outputs change;
+    then the model may have grown. On the meta device nothing is compared, and the row is ``{}``.
     """
     if any(x.is_meta for x in model.parameters()):
         _, after = apply(model, axes, plan)
@@ -200,7 +204,8 @@ def _check_stack(
 ) -> None:
     """Raise RefusedError if outputs of a copy with more blocks in one stack change by more than the ratio ``share``.
 
-    The blocks give their input unchanged, so that every operation behind them gets the same numbers.
+    ``path``: that of the stack, a list of like blocks; ``before``: examples and the outputs for each. New blocks give
+    their input unchanged, so that every operation behind them gets the same numbers. ``model`` is not changed.
     """
     deeper = shallow_copy(model)
     try:
@@ -230,7 +235,7 @@ def _run_grown(model: nn.Module, example: Example) -> Results:
 
 
 def _make_change_error(change: float, bound: float, dtype: str) -> RefusedError:
-    """Return the error to raise for a growth that changes outputs by more than the bound."""
+    """Return the error for a growth that changes outputs by ``change``, more than ``bound``, in precision ``dtype``."""
     return RefusedError(
         f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; {AS_BEFORE}, nothing "
         "is saved; please report this"
@@ -238,7 +243,7 @@ def _make_change_error(change: float, bound: float, dtype: str) -> RefusedError:
 
 
 def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -> None:
-    """Train a network that has grown, in place; log the loss before and after if a folder records the run."""
+    """Train a grown network on the calibration halves, in place; log losses before and after if a folder records it."""
     model, sources, record = inputs.loaded.model, inputs.data.calibration, run.record
     added = find_added_entries(model, inputs.axes, plan)
 
@@ -295,7 +300,7 @@ def grow_named(settings: Settings, invocation: Invocation) -> RunFolder:
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> tuple[Plan, tuple[str, ...]]:
-    """Return the plan of the growth that settings name, and notes on axes that cannot be widened; nothing grows."""
+    """Open what settings name; return the plan of a growth, and notes on axes that cannot widen; nothing grows."""
     check_settings(settings)
     opened = open_named(settings, invocation, ActiveRun(progress=invocation.progress))
     return plan_growth(opened.loaded.model, opened.axes, settings)

@@ -41,25 +41,25 @@ COMPARED_EXAMPLES = 256
 
 @dataclass(frozen=True)
 class SourceSpecs:
-    """The sources of a run, and how much of each is used; of images, ``tokens`` count images."""
+    """The sources of a run, and how much of each is used; of image sources, numbers of tokens are those of images."""
 
     eval_tokens: int  # evaluation tokens of each source
-    seq_len: int
+    seq_len: int  # tokens per window of text
     sources: tuple[str, ...] = ()  # for calibration and evaluation, as `--source` takes them
     unseen: tuple[str, ...] = ()  # for evaluation only
     tokens: int = 0  # calibration tokens of each source
-    seed: int = 0
+    seed: int = 0  # of the choice of calibration windows or images, and of generated text
     generated_tokens: int = 0  # calibration tokens of text that the model generates
 
     @property
     def generated_windows(self) -> int:
-        """How many windows of generated text are used."""
+        """How many windows of ``seq_len`` tokens of generated text are used."""
         return count_windows(self.generated_tokens, self.seq_len)
 
 
 @dataclass(frozen=True)
 class SourceHalves:
-    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources."""
+    """The sources of a run: calibration halves; evaluation halves of the same but generated text, then unseen ones."""
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
@@ -76,13 +76,13 @@ class SourceHalves:
 
     @property
     def has_pending_text(self) -> bool:
-        """Whether a source is text that the model is still to generate."""
+        """Whether a calibration source is text that the model is still to generate."""
         return any(isinstance(source.batches, PendingWindows) for source in self.calibration)
 
 
 @dataclass(frozen=True)
 class PendingWindows(Sequence[Batch]):
-    """Windows that the model is still to generate: only their number is known."""
+    """Windows that the model is still to generate: only their number is known, and reading one is a RuntimeError."""
 
     length: int
 
@@ -104,7 +104,7 @@ def count_windows(tokens: int, seq_len: int) -> int:
 
 
 def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
-    """Read the halves of every named source, not of text to be generated; ValueError for data that do not fit."""
+    """Read the halves of every named source, but leave generated text pending; ValueError for data that do not fit."""
     check_evaluation_sources(specs.unseen)
     all_specs = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in all_specs]
@@ -125,7 +125,7 @@ def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
 
 
 def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
-    """Return a half of a source of text or images; ``amount`` is a number of tokens or images."""
+    """Return a half of a source; ``spec``: as ``--source`` takes it; ``amount``: a number of tokens or images."""
     seed = specs.seed if half is Half.CALIBRATION else 0
     if loaded.tokenizer is not None:
         n = count_windows(amount, specs.seq_len)
@@ -156,7 +156,7 @@ def _require_image_shape(loaded: Loaded, spec: str) -> torch.Size:
 
 
 def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str, object]]:
-    """Return the rows of ``run.json`` about the sources: name, origin, and tokens used."""
+    """Return the rows of ``run.json`` about the sources, in the order of ``specs``: name, spec, origin, tokens used."""
     tests, rows = iter(halves.evaluation), []
     for i, spec in enumerate((*specs.sources, *specs.unseen)):
         calibration = halves.calibration[i] if i < len(halves.calibration) else None
@@ -170,7 +170,7 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
 
 
 def _make_generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None = None) -> Source:
-    """Return the source of the text that the model generated, ``tokens``; without them, its windows are pending."""
+    """Return the source of generated text: ``tokens``, ``[windows, tokens]``, or ``None``: its windows are pending."""
     if loaded.tokenizer is None:
         raise InputError(
             f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
@@ -195,10 +195,10 @@ def fill_generated(
     weights: Sequence[float] | None = None,
     run: ActiveRun | None = None,
 ) -> SourceHalves:
-    """Return the halves with the text that the model generates, as far as possible read from run folders.
+    """Return the halves with the text that the model generates, read from run folders as far as these hold it.
 
-    ``folder`` is that of the run, where the text is written, and ``others`` are those of other runs. All ranks call
-    this. ``weights`` has a sum of each parameter of a model without numbers.
+    ``folder``: of the run, where the text is written; ``others``: of other runs. ``weights``: a sum of each parameter,
+    for a model without numbers (which cannot generate); ``run`` ``None``: a single process. All ranks call this.
     """
     run = run or ActiveRun()
     tokens = _make_pending_tokens(specs, loaded)
@@ -233,7 +233,7 @@ def complete_data(
     others: Sequence[Path] = (),
     weights: Sequence[float] | None = None,
 ) -> SourceHalves:
-    """Return the data with generated text, by :func:`fill_generated`, and record the sources of ``specs``, if any."""
+    """Return the data with generated text by :func:`fill_generated`, and record the sources of ``specs``, if any."""
     if specs is None:
         return halves
     if halves.has_pending_text:
@@ -252,9 +252,9 @@ def _make_pending_tokens(specs: SourceSpecs, loaded: Loaded) -> Tensor:
 def check_generated_stored(
     specs: SourceSpecs, loaded: Loaded, folders: Sequence[Path], weights: Sequence[float]
 ) -> None:
-    """Raise InputError unless run folders have all text of a run whose network, read block by block, cannot generate.
+    """Raise InputError unless run folders hold all generated text that ``specs`` ask for.
 
-    ``weights`` has a sum of each parameter of the model, which has no numbers.
+    For a network read block by block, which cannot generate; ``weights`` are the sums of its parameters.
     """
     tokens = _make_pending_tokens(specs, loaded)
     _fill_stored_windows(tokens, folders, _make_header(specs, loaded, weights))
@@ -276,7 +276,7 @@ def _make_header(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | 
 
 
 def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, object]) -> None:
-    """Fill in, in place, the windows that run folders have of the same text, if these have the same length."""
+    """Set windows of ``tokens``, in place, to those of the same length and ``header`` that run folders hold."""
     for folder in folders:
         stored = _read_windows(folder / GENERATED_FILE, header)
         if stored is not None and stored.shape[1] == tokens.shape[1]:
@@ -285,7 +285,7 @@ def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mappin
 
 
 def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
-    """Return stored windows, ``[windows, tokens]``; ``None`` if the file is unusable or of another header."""
+    """Return stored windows, ``[windows, tokens]``, -1: not generated; ``None`` if unusable or of another header."""
     try:
         recorded, tensors = read_tensors(path, GENERATED_FORMAT)
     except StoreError:
@@ -298,7 +298,7 @@ def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
 
 
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
-    """Raise InputError on every rank unless all have the same settings, and the same limit of memory."""
+    """Raise InputError on every rank unless all have the same settings (but paths) and ``memory``, the limit."""
     values = {name: value for name, value in asdict(settings).items() if name not in _PATH_SETTINGS}
     if not _are_same(ranks, fingerprint(Source("", ()), values, memory)):
         raise InputError("the processes have different settings; start all with the same command")
@@ -345,5 +345,5 @@ def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]
 
 
 def _are_same(ranks: ProcessRank, record: object) -> bool:
-    """Whether all ranks have the same JSON data as rank 0."""
+    """Whether all ranks have the same JSON data as rank 0; all must call this."""
     return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)

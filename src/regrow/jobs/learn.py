@@ -53,7 +53,7 @@ class LearnInputs:
 
     loaded: Loaded
     axes: AxisGraph  # without axes if the learner does not use them
-    tasks: Sequence[Task]
+    tasks: Sequence[Task]  # all of the run, in order, earlier ones included
     learner: Learner[Any]
     schedule: TaskSchedule
     checkpoint: Path = Path(CHECKPOINT)  # the file with the state of the training, relative to the run folder
@@ -71,7 +71,7 @@ class RunToExtend:
 
     path: Path  # the folder with its files
     sequences: tuple[str, ...]  # the sequences of tasks that it has
-    finished_tasks: int
+    finished_tasks: int  # how many of its tasks are trained
     without_old: bool  # whether data of finished tasks may be missing
     recorded: object  # what `run.json` records of its tasks
 
@@ -134,20 +134,20 @@ class LearningRecord:
     """Writes what a training has reached to the folder of its run, if it has one: each plan, event and task once."""
 
     record: Record
-    tasks: Sequence[Task]
-    written_plans: int = 0
+    tasks: Sequence[Task]  # all of the run
+    written_plans: int = 0  # how many are written so far, as below
     written_events: int = 0
     written_tasks: int = 0
 
     def resume(self, start: TrainState[Any]) -> None:
-        """Delete plans from the ledger that the checkpoint does not have, and write what the ledger lacks."""
+        """Delete plans from the ledger that the checkpoint's state lacks, and write what the folder lacks of it."""
         if isinstance(self.record, RunFolder):
             self.record.own_ledger.truncate(len(start.plans))
             self.written_plans = len(self.record.own_ledger)
             self.write(start)
 
     def write(self, state: TrainState[Any]) -> None:
-        """Write what is new since the last call."""
+        """Write what ``state``, of the whole training so far, has beyond that of the last call."""
         if not isinstance(self.record, RunFolder):
             return
         for plan in state.plans[self.written_plans :]:
@@ -163,7 +163,7 @@ class LearningRecord:
 
 
 def describe_matrix(matrix: Matrix) -> dict[str, Any]:
-    """Return the scores of all tasks as JSON data; scores that are no shares go to ``scores``, with ``None`` elsewhere.
+    """Return ``matrix.record()``; if a score is not in [0, 1], under ``scores``, with ``None`` in its usual places.
 
     >>> describe_matrix(Matrix(((-0.5,),), (-2.0,)))["matrix"]
     [[None]]
@@ -182,14 +182,14 @@ def _are_shares(scores: Sequence[float]) -> bool:
 
 
 def build_learner(method: str, settings: Mapping[str, object], seed: int) -> Learner[Any]:
-    """Return a learner by its method's name; a method with a seed gets the run's, unless ``settings`` has another."""
+    """Return a learner by its method's name and settings; ``seed``: its setting of that name, if they give none."""
     entry = find_method(MethodKind.CONTINUAL, method)
     learner: Learner[Any] = entry.create(method, select_method_settings(entry, {"seed": seed}) | dict(settings))
     return learner
 
 
 def open_named(settings: Settings, invocation: Invocation, begun: RunToExtend | None, run: ActiveRun) -> LearnInputs:
-    """Open the network and the tasks that settings name; the last tasks are added to the run ``begun``, if any."""
+    """Open the network and tasks that settings name; ``begun``: the run with the first of them, if one is extended."""
     check_same_settings(run.ranks, settings)
     device = choose_device(settings.device, run.ranks)
     learner = build_learner(settings.method, settings.method_settings, settings.seed)
@@ -226,7 +226,7 @@ def make_task_specs(settings: Settings, start: Loaded | None = None) -> TaskSpec
 def _read_tasks_of_run(
     settings: Settings, start: Loaded | None, learner: Learner[Any], begun: RunToExtend | None
 ) -> tuple[list[Task], int]:
-    """Return all tasks, and how many outputs they need; raise ValueError if the network of the run has fewer."""
+    """Return all tasks, and how many outputs they need; ValueError if ``start``, or that of ``begun``, has fewer."""
     specs = make_task_specs(settings, start)
     old = _read_earlier_tasks(begun, specs, settings.method, learner) if begun else read_tasks(specs)
     tasks = old
@@ -248,7 +248,7 @@ def _read_tasks_of_run(
 
 
 def _read_earlier_tasks(begun: RunToExtend, specs: TaskSpecs, method: str, learner: Learner[Any]) -> list[Task]:
-    """Return the tasks of the run, finished ones without data if it is ``without_old``; else MissingError is raised."""
+    """Return the tasks that a run has, if ``begun.without_old`` finished ones without data; else SourceError."""
     try:
         old = read_tasks(replace(specs, sequences=begun.sequences), begun.recorded if begun.without_old else None)
     except MissingError as error:
@@ -277,9 +277,9 @@ def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
 def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: bool = False) -> RunFolder:
     """Train the network of the run in ``invocation.out`` on further tasks, and return its folder; all ranks call this.
 
-    A finished run does not change until they are learned. An interrupted call is resumed when it is repeated; a
-    completed one changes nothing. Data of finished tasks may be missing ``without_old``; the network is then not
-    evaluated on these.
+    ``sequences``: as ``--tasks`` takes them. A finished run does not change until they are learned. An interrupted call
+    is resumed when it is repeated; a completed one changes nothing. With ``without_old``, data of finished tasks may
+    be missing; the network is then not evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
     extension = broadcast_record(ranks, _read_run_to_extend(out, tuple(sequences)) if ranks.leads else None)

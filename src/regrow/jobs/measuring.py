@@ -35,7 +35,7 @@ class EvaluationData:
 
 
 def round_column(recoveries: int) -> dict[str, int]:
-    """Return the column of metrics rows that tells the rows of a second recovery, and of later ones, from earlier."""
+    """Return a column of metrics rows: ``{"round": recoveries}`` from a network's second recovery on, ``{}`` before."""
     return {"round": recoveries} if recoveries > 1 else {}
 
 
@@ -49,11 +49,12 @@ def measure_network(
     network: StreamedNetwork | None = None,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model; return source → perplexity for paired comparison, empty if none is wanted.
+    """Log size and quality of a model; return source → perplexity, ``{}`` if none is measured.
 
-    ``name`` is that of the model in the rows, ``network`` the model if it runs one block at a time; ``recoveries`` is
-    how many it has had. Loaders that shuffle give the same order each time, and all random state is restored. For
-    objectives that reports have no rows for, only the size is measured.
+    ``name``: of the model in the rows; ``network``: the model if it runs one block at a time; ``recoveries``: how many
+    it has had. For text, all ranks must call this. Loaders that shuffle give the same order each time, and all random
+    state is restored. For objectives that reports have no rows for, only the size is measured. An error is a warning
+    where ``data.halves.evaluates_on_calibration``.
     """
     record, objective = run.record, data.objective
     if not record.wants_measurements:
@@ -93,7 +94,10 @@ def _make_row(
     columns: Mapping[str, Any],
     calibration_names: Collection[str],
 ) -> dict[str, Any]:
-    """Return the metrics row of a result: of text its perplexity, of other data the fraction right, or the score."""
+    """Return the metrics row of a result: of text its perplexity, of other data the fraction right, or the score.
+
+    ``columns``: further columns; ``calibration_names``: the sources that are ``seen`` in the row.
+    """
     task = {"task": result.source, **columns}
     if isinstance(result, Evaluation):
         return {**task, "acc": result.score, "acc_se": result.score_error, "n": result.count}
@@ -116,7 +120,7 @@ def _make_row(
 def _evaluate_examples(
     run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, objective: Objective | None
 ) -> Iterator[evaluation.Accuracy | Evaluation]:
-    """Yield the accuracy, or the score of another objective, on each source."""
+    """Yield on each source the accuracy (of classes, and without objective), or the score of another objective."""
     for i, source in enumerate(tests):
         run.progress(i, len(tests), f"evaluating the {name} model on {source.name}")
         labels = [batch.labels for batch in islice(source, 1)]
@@ -130,7 +134,10 @@ def _evaluate_examples(
 def _evaluate_text(
     run: ActiveRun, loaded: Loaded, tests: Sequence[Source], name: str, network: StreamedNetwork | None
 ) -> Iterator[evaluation.Perplexity]:
-    """Yield the perplexity of a language model on each source; ranks share the work, and rank 0 has the result."""
+    """Yield the perplexity of a language model on each source; ranks share the work, and rank 0 has the result.
+
+    ``name``: of the model in progress reports; ``network``: the model if it runs one block at a time, else ``None``.
+    """
     shares = [run.ranks.share(source.batches) for source in tests]
     walk = network.outputs([batch for share in shares for batch in share]) if network and tests else None
     for i, (source, share) in enumerate(zip(tests, shares, strict=True)):
@@ -145,16 +152,20 @@ def log_pairs(
     after: Mapping[str, evaluation.Perplexity],
     columns: Mapping[str, object] | None = None,
 ) -> None:
-    """Log the paired difference in log-perplexity, after minus before, on each source that both have."""
+    """Log the mean difference in log-perplexity, ``after`` minus ``before``, paired by window, of each common source.
+
+    Both are source → perplexity; ``columns``: further columns of the rows.
+    """
     for name in (name for name in before if name in after):
         mean, error = evaluation.paired_difference(before[name], after[name])
         record.log("paired", {"source": name, "delta_nll": mean, "se": error, **(columns or {})})
 
 
 def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
-    """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
+    """Log a row with the size in the budget's measure, before and after a cut, if it is an absolute target or time.
 
-    For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
+    ``model``: the cut network; ``before``, ``after``: axes. For time, in ms, the size after the cut is that of the
+    fastest of several passes, with the prediction beside it.
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
@@ -169,7 +180,7 @@ def log_budget(record: Record, model: nn.Module, before: AxisGraph, after: AxisG
 
 
 def make_timed_input(axes: AxisGraph, budget: Budget) -> Batch:
-    """Return the input of a timed pass: the traced example, its rows as long as the target says, if it does."""
+    """Return the input of a timed pass: the traced example, in rows of as many tokens as the target says, if any."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
     return set_row_length(batch, tokens) if tokens else batch

@@ -40,7 +40,8 @@ SPARE_BYTES = 2**26
 def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNetwork, MemoryPlan]:
     """Open the network that settings name without its weights; the plan says whether it is read one block at a time.
 
-    Raises ResourceError if even that does not fit, and InputError if something needs the whole network in memory.
+    The limit is ``invocation.memory``. Raises ResourceError if even that way does not fit; InputError if the network is
+    no language model, or exceeds the limit while a setting needs all of it in memory.
     """
     spec, pruner, budget = make_model_spec(settings), make_pruner(settings), make_budget(settings)
     opened = _open_language_model(spec.name, spec)
@@ -68,9 +69,9 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
 def open_to_recover(
     settings: RecoverSettings, source: RunFolder, cut: LastCut, invocation: Invocation
 ) -> tuple[OpenedNetwork, OpenedNetwork, MemoryPlan]:
-    """Open the networks before and after a cut without their weights; the plan says whether they are read by block.
+    """Open the networks before and after a cut, without weights; the plan says whether they are read block by block.
 
-    Raises as :func:`open_to_prune` does.
+    ``source``: the run whose model is recovered; ``cut``: its last cut. Raises as :func:`open_to_prune` does.
     """
     spec, count, window = make_model_spec(cut.settings), max(1, len(cut.settings.sources)), cut.settings.seq_len
     dense, small = (
@@ -112,7 +113,7 @@ def _open_language_model(name: str, spec: ModelSpec) -> OpenedNetwork:
 
 
 def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> dict[str, bool]:
-    """Return property of a model or a run that needs the whole network in memory → whether it has that."""
+    """Return what needs the whole network in memory (a setting, such as ``--input``) → whether it does here."""
     return {
         "a model without text": opened.loaded.tokenizer is None,
         "--input": bool(spec.input),
@@ -124,10 +125,11 @@ def list_model_needs(spec: ModelSpec, precision: str, opened: OpenedNetwork) -> 
 def check_memory_plan(
     opened: OpenedNetwork, plan: MemoryPlan, needs: Mapping[str, bool], announce: Callable[[str], None]
 ) -> bool:
-    """Announce a memory plan, and return whether it streams; if so, limit caches and check the recorded output.
+    """Announce a memory plan, and return whether the network is read one block at a time.
 
-    Raises ResourceError if the limit is too low; if it streams, InputError if any of ``needs`` (text → whether it
-    holds) is true, and StoreError if the network's output differs from the recorded one.
+    If so, caches of this process are limited, and the network's recorded output is compared (StoreError if it differs).
+    ``needs``: words for what rules that out → whether it applies, when InputError is raised. Raises ResourceError if
+    the limit is too low.
     """
     plan.check()
     reason = next((text for text, holds in needs.items() if holds), "")
@@ -145,7 +147,10 @@ def check_memory_plan(
 
 
 def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwork) -> int:
-    """Return the bytes that generating text or scoring take besides what the process holds, whichever is more; or 0."""
+    """Return the bytes that generating text or scoring take besides what the process holds, whichever is more.
+
+    The weights of a network in memory are included; 0 if the run neither generates text nor needs gradients or passes.
+    """
     model, window, count = opened.loaded.model, settings.seq_len, len(settings.sources)
     size, needed = _count_weight_bytes(model), []
     if GENERATED in settings.sources:
@@ -161,7 +166,10 @@ def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwo
 
 
 def _predict_recovery_bytes(by: str, model: nn.Module, window: int) -> int:
-    """Return the bytes that a recovery needs for a cut network, its weights included, but for what ``refit`` sums."""
+    """Return the bytes that a recovery ``by`` a method needs for a cut network, its weights included.
+
+    ``window``: tokens per window. What refit sums is not included: :func:`_predict_refit_bytes` has it.
+    """
     size = _count_weight_bytes(model)
     if by in CLOSED_FORM:
         widest = max((p.shape[0] for p in model.parameters() if p.dim() == 2), default=1)
@@ -179,7 +187,11 @@ def _count_weight_bytes(model: nn.Module) -> int:
 
 
 def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = False) -> int:
-    """Return the bytes that training steps on two windows need beside weights, gradients and two moments of AdamW."""
+    """Return the bytes that a training step on two windows needs beside weights, gradients and two moments of AdamW.
+
+    ``window``: tokens per window; ``distils``: whether the loss compares logits with another network's, too. Raises
+    InputError if this cannot be predicted.
+    """
     optimizers: dict[int, torch.optim.Optimizer] = {}
 
     def step(model: nn.Module, batch: Batch) -> None:
@@ -204,9 +216,10 @@ def _predict_activation_bytes(model: nn.Module, window: int, *, distils: bool = 
 
 
 def _predict_refit_bytes(model: nn.Module, tokens: int, window: int, parts: int) -> int:
-    """Return the bytes that refit needs for all positions at one layer, and for its ``parts`` sums of the widest layer.
+    """Return the bytes that refit, least squares layer by layer, needs beside weights.
 
-    At the largest layer that is inputs, outputs and what is added to them; and what one batch needs between two layers.
+    ``tokens``: of all windows, whose inputs, outputs and additions at the largest layer are in memory; ``window``: per
+    window, for what one batch needs between two layers; ``parts``: how many sums of products of the widest layer.
     """
     linear = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     shapes = [parameter.shape for parameter in linear[1:] or linear]

@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelSpec:
     """Which model is loaded, in which precision, and on which device."""
 
-    name: str
+    name: str  # a folder, or what `regrow.nets.load` takes
     dtype: str = ""  # one of `DTYPES`; empty: the stored precision
     device: str = "cpu"
     input: str = ""  # the shape of its input, like `1x3x32x32`; empty: from the run, the model or the sources
@@ -49,9 +49,10 @@ class ModelSpec:
 
 
 def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> Loaded:
-    """Load the model of a run folder, or a model by name; ``code`` is the user's function that builds it.
+    """Load the model of a run folder, or a model by name, in eval mode on its device.
 
-    Raises ModelError if the model is unknown, or a folder needs ``code`` that is not given.
+    ``code``: the user's function that builds it, as ``MODULE:FUNCTION``; empty: none. Raises ModelError if the model is
+    unknown, or a folder needs ``code`` that is not given.
     """
     device, dtype, folder = choose_device(spec.device), DTYPES.get(spec.dtype), Path(spec.name)
     if not (folder / store.SHAPES).is_file():
@@ -88,10 +89,10 @@ def attach_origin(loaded: Loaded) -> torch.nn.Module:
 
 
 def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> tuple[Loaded, AxisGraph]:
-    """Return a model and its axes, without reading its weights where the folder says all shapes.
+    """Return a model and its axes, where possible without reading weights: parameters are then fake tensors.
 
-    The weights of transformers folders, of saved transformers models and of packaged models are not read: parameters
-    are fake tensors. Other models are loaded; arguments and errors are those of :func:`load_model`.
+    That holds for folders of transformers, saved transformers models and packaged models, unless ``code`` or an input
+    shape is given. Other models are loaded; arguments and errors are those of :func:`load_model`.
     """
     if not code and not spec.input and (spec.name in PACKAGED or Path(spec.name).is_dir()):
         with suppress(ValueError):  # what cannot be opened so is loaded, or refused with the reason
@@ -103,17 +104,19 @@ def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") ->
 
 
 def find_input_shape(loaded: Loaded) -> torch.Size:
-    """Return the shape of the first tensor among the positional inputs of a network's example; empty without one."""
+    """Return the shape, batch included, of the first positional tensor of a network's example; empty without one."""
     return next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
 
 
 def trace_loaded(loaded: Loaded) -> AxisGraph:
-    """Return the axes of a network, traced with its example."""
+    """Return the axes of a network, traced with its own example."""
     return trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
 
 
 def find_image_side(sources: Sequence[str]) -> int:
-    """Return the side in pixels of the images of the first source that has square images of one size; 0 if none has.
+    """Return the side in pixels of the images of the first source with square images of one size; 0 if none has.
+
+    ``sources``: as ``--source`` takes them; those that are not ``digits`` or ``NAME=FOLDER`` have none.
 
     >>> find_image_side(["digits"]), find_image_side(["news"])
     (8, 0)
@@ -128,7 +131,7 @@ def find_image_side(sources: Sequence[str]) -> int:
 
 
 def describe_input(loaded: Loaded) -> dict[str, str]:
-    """Return ``{"input": shape}`` for ``run.json``; ``{}`` for text, and if no single shape describes the input."""
+    """Return, say, ``{"input": "1x3x8x8"}`` for ``run.json``; ``{}`` for text, and if no single shape describes it."""
     shape = format_shape(loaded.example)
     return {"input": shape} if loaded.tokenizer is None and shape and "," not in shape else {}
 
@@ -136,7 +139,8 @@ def describe_input(loaded: Loaded) -> dict[str, str]:
 def _find_example(model: nn.Module, origin: Origin, folder: Path, sources: Sequence[str], has_probe: bool) -> Example:
     """Return an example input for the network of a run folder, guessed and logged if need be, or raise ModelError.
 
-    ``has_probe``: whether the folder has the input with which the network was saved.
+    ``sources``: as ``--source`` takes them, for the size of images; ``has_probe``: whether the folder has the input
+    with which the network was saved.
     """
     run = read_run(folder) if (folder / RUN).is_file() else {}
     if (tokenizer := getattr(model, "tokenizer", None)) is not None:

@@ -36,8 +36,8 @@ _REBUILT = ("cells", "mobile")
 class Parent:
     """The saved model that a run starts from."""
 
-    name: str
-    weights: str  # the digest of its weights; empty: it is not saved in a run folder
+    name: str  # the name of its folder
+    weights_digest: str  # by `digest_weights`; empty: it is not saved in a run folder
     plans: tuple[Plan, ...]  # the plans that led to it
     stages: tuple[dict[str, Any], ...]  # the records of the runs that made it, by `describe_stage`
 
@@ -47,7 +47,8 @@ def record_parent(
 ) -> None:
     """Record the model that a run starts from, copy it if ``undo``, and begin the ledger with the plans that led to it.
 
-    In a resumed run, raise StoreError if the model is another now; nothing else is done.
+    ``model``: its folder or name; ``outside``: what gives the tensors of a network without numbers. In a resumed run,
+    raise StoreError if the model is another now; nothing else is done.
     """
     source, is_saved = Path(model), Path(model, store.SHAPES).is_file()
     parent = read_parent(source) if is_saved else Parent(source.name, "", (), ())
@@ -57,7 +58,7 @@ def record_parent(
         old_files = recorded.get("files", {})
         changed = any(old_files.get(name, record) != record for name, record in files.items())
         if is_saved:
-            changed = recorded["weights"] != parent.weights
+            changed = recorded["weights"] != parent.weights_digest
         if changed:
             raise StoreError(f"{model} was changed since this run was started; choose another folder, or delete it")
         return
@@ -70,7 +71,7 @@ def record_parent(
     folder.update(
         parent={
             "name": parent.name,
-            "weights": parent.weights,
+            "weights": parent.weights_digest,
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "plans": len(parent.plans),
             **({} if is_saved else {"files": files}),
@@ -81,7 +82,7 @@ def record_parent(
 
 
 def read_parent(folder: Path) -> Parent:
-    """Return what a run records of the model in a folder that it starts from; StoreError if it is damaged."""
+    """Return what a run records of the saved model in ``folder`` that it starts from; StoreError if it is damaged."""
     shapes = store.read_shapes(folder)
     ledger = Ledger(folder / "ledger.json")
     run = read_run(folder) if (folder / RUN).is_file() else None
@@ -91,7 +92,7 @@ def read_parent(folder: Path) -> Parent:
 
 
 def describe_stage(folder: RunFolder) -> dict[str, Any]:
-    """Return the record of a run whose model is saved, for the ``stages`` of later runs, as JSON data."""
+    """Return a summary of a run whose model is saved, as JSON data, for ``stages`` in ``run.json`` of later runs."""
     shapes = store.read_shapes(folder.path)
     run = folder.read_record()
     plans = folder.own_ledger.plans()
@@ -108,7 +109,7 @@ def describe_stage(folder: RunFolder) -> dict[str, Any]:
 
 
 def describe_plans(plans: Sequence[Plan]) -> str:
-    """Return in words how many units and modules plans cut, added and restored; empty if none.
+    """Return in words how many units and modules plans, all together, cut, added and restored; empty if none.
 
     >>> from regrow.core.plan import Change
     >>> describe_plans([Plan({"fc.weight:0": Change(8, (0, 1, 2), ())})])
@@ -126,7 +127,7 @@ def describe_plans(plans: Sequence[Plan]) -> str:
 
 
 def digest_weights(shapes: Shapes) -> str:
-    """Return the SHA-256, in hexadecimal, of the names and digests of all tensors of a saved model."""
+    """Return the SHA-256, in hexadecimal, of the recorded names and digests of all tensors of a saved model."""
     lines = (f"{name} {stored.sha256}\n" for name, stored in sorted(shapes.tensors.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -139,7 +140,10 @@ def count_parameters(shapes: Shapes) -> int:
 def _write_snapshot(
     source: Path | None, loaded: Loaded, target: Path, outside: OutsideTensors | None
 ) -> dict[str, Any]:
-    """Copy a saved model to ``target``, or write the loaded one, replacing it; return a record of its files."""
+    """Copy a saved model to ``target``, replacing what is there; return ``{"bytes": …, "files": …}`` for ``run.json``.
+
+    ``source``: the folder of the saved model; ``None``: ``loaded`` is written, with tensors from ``outside``, if any.
+    """
     with explain_os_errors(target):
         if target.exists():
             shutil.rmtree(target)
@@ -163,7 +167,7 @@ class Stage:
 
 
 def read_stages(run: Path) -> list[Stage]:
-    """Return the runs that made the network of a finished run folder, the first one first."""
+    """Return the runs that made the network of a finished run folder, from the first to this one."""
     folder = RunFolder.open(run)
     records = [*folder.read_record().get("stages", ()), describe_stage(folder)]
     stages, snapshot = [], folder.path
@@ -174,9 +178,9 @@ def read_stages(run: Path) -> list[Stage]:
 
 
 def undo_run(run: Path, out: Path | None = None) -> Path:
-    """Write what a run started from, bit for bit, to ``out``, or in place of the run itself; return that folder.
+    """Write the model that a run started from, bit for bit, to ``out``, or (``None``) replace the run's folder by it.
 
-    Raises StoreError if the run holds no such copy, the copy is damaged, or ``out`` is not empty.
+    Returns the folder. Raises StoreError if the run holds no such copy, the copy is damaged, or ``out`` is not empty.
     """
     folder = RunFolder.open(run)
     before, snapshot = run / BEFORE, folder.read_record().get("snapshot")

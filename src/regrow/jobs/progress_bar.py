@@ -12,7 +12,7 @@ from regrow.core.progress import Progress, silent
 
 
 class ProgressBar(rich.Progress):
-    """A progress bar with the name of the present work, and below it a line or more on its state, such as the loss."""
+    """A progress bar with the name of the present work, and below it the text of the task's field ``state``, if any."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """Yield the table with the bar, and the lines below it."""
@@ -26,8 +26,8 @@ class ProgressBar(rich.Progress):
 def progress_bar(console: Console) -> Iterator[Progress]:
     """Context manager: show a progress bar with the time left, which is gone after the block.
 
-    Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
-    shown below the bar; a new part before the comma restarts the bar.
+    Yields a function (steps done, steps in all, what is being done) that moves it. The part of the text behind its
+    first comma is shown below the bar; a new part before the comma restarts the clock of the bar.
     """
     with ProgressBar(
         TextColumn("{task.description}", markup=False),
@@ -54,7 +54,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 @contextmanager
 def ensure_progress(progress: Progress) -> Iterator[Progress]:
-    """Context manager: yield ``progress``, or a bar on the error stream if it is ``silent`` and a bar can be seen."""
+    """Context manager: yield ``progress``, or that of a bar on stderr if it is ``silent`` and a bar can be seen."""
     console = Console(stderr=True)
     if progress is not silent or not (console.is_terminal or console.is_jupyter):
         yield progress

@@ -86,10 +86,10 @@ class PruneResult:
 def prune_network(
     settings: Settings, open_inputs: Callable[[ActiveRun], PruneInputs], run: ActiveRun, *, cuts: bool = True
 ) -> PruneResult:
-    """Prune a network, and record the run; mistakes in the settings and inputs raise before anything is written.
+    """Prune a network, in place if it is in memory, and record the run; an interrupted one is resumed from its folder.
 
-    An interrupted run with the same settings is resumed where the recorder has its folder. All processes of the run
-    call this. ``open_inputs`` opens the network and the data. Without ``cuts`` the run ends with the plan.
+    ``open_inputs``: called once, after the settings are checked; mistakes in these and in the inputs raise before
+    anything is written. All processes of the run call this. Without ``cuts`` the run ends with the plan.
     """
     check_settings(settings)
     method, budget = make_pruner(settings), make_budget(settings)
@@ -135,12 +135,15 @@ class PruneJob:
 
     settings: Settings
     method: Pruner
-    budget: Budget
+    budget: Budget  # with the measured times, if it is in milliseconds
     inputs: PruneInputs
-    run: ActiveRun
+    run: ActiveRun  # begun
 
     def plan(self) -> tuple[Plan, tuple[str, ...]]:
-        """Calibrate, choose on rank 0 the units that stay, and return the plan, and notes on the data for the user."""
+        """Measure on the calibration data, choose the units that stay; return the plan, and notes for the user.
+
+        All ranks call this and get the plan that rank 0 makes; notes, about the data, are on rank 0.
+        """
         run, inputs, settings = self.run, self.inputs, self.settings
         model, axes, record = inputs.network.loaded.model, inputs.axes, run.record
         forward = partial(autocasting, model, settings.precision)
@@ -170,7 +173,7 @@ class PruneJob:
         return cut.plan, evidence.notes
 
     def cut(self, plan: Plan) -> tuple[str, ...]:
-        """Apply a plan to the network, reconstruct, train, save and measure it; return notes for the user."""
+        """Apply a plan to the network, reconstruct and train as settings say, save and measure it; return notes."""
         run, settings, network, record = self.run, self.settings, self.inputs.network, self.run.record
         axes, model = self.inputs.axes, network.loaded.model
         before = self._measure(axes, "dense")
@@ -208,7 +211,7 @@ class PruneJob:
             return measure_network(run, network.loaded, axes, data, name, network=network.streamed)
 
     def _tune(self, plan: Plan) -> tuple[str, ...]:
-        """Fine-tune the network in place if the settings say so, measure BatchNorm statistics again; return notes."""
+        """Fine-tune the network in place if the settings say so, remeasure BatchNorms that changed; return notes."""
         settings, loaded, calibration = self.settings, self.inputs.network.loaded, self.inputs.data.calibration
         epochs, seed, progress = settings.finetune, settings.seed, self.run.progress
         with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
@@ -224,7 +227,7 @@ def _calibrate(
 ) -> tuple[Evidence, str]:
     """Measure what a method needs, or resume that; return it, and a digest of what it depends on ("" without a folder).
 
-    The processes of the run share the batches, and rank 0 alone gets the sums.
+    ``units``: the axes that are measured. The ranks share the batches, and rank 0 alone gets the sums.
     """
     network, record, ranks = inputs.network, run.record, run.ranks
     sources, notes = divide_sources(pruner, inputs.data.calibration)
@@ -283,7 +286,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:
-    """Return the plan that a pruning run would make; nothing is cut or recorded."""
+    """Return the plan that a pruning run with these settings would make; nothing is cut or recorded."""
     open_inputs = partial(open_named, settings, invocation)
     return prune_network(settings, open_inputs, ActiveRun(progress=invocation.progress), cuts=False).plan
 

@@ -28,7 +28,10 @@ from regrow.store.run_record import convert_settings
 
 
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
-    """Return the settings in ``run.json``; ``code`` replaces user code that it names, else ModelError is raised."""
+    """Return the settings of a pruning run from ``values``, those in ``run.json``.
+
+    ``code``: replaces a function that is named as the model; ModelError if it is empty then: no recorded code is run.
+    """
     settings = convert_settings(values, Settings)
     if names_function(settings.model):
         check_code(settings.model, True, code)
@@ -43,7 +46,7 @@ def make_model_spec(settings: Settings) -> ModelSpec:
 
 
 def make_source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
-    """Return which sources a run reads and how much of each: ``total`` tokens in all, or as the settings say."""
+    """Return which sources a run reads and how much: ``total`` calibration tokens in all, or (0) as settings say."""
     tokens, generated_tokens = settings.tokens, settings.generated_tokens
     if total:
         tokens = generated_tokens = total // max(1, len(settings.sources))
@@ -52,7 +55,7 @@ def make_source_specs(settings: Settings, total: int = 0) -> SourceSpecs:
 
 
 def make_budget(settings: Settings) -> Budget:
-    """Return the budget of a run: how much may stay, and which axes may be cut."""
+    """Return the budget of a run: how much may stay, and which axes may be cut; times are not measured yet."""
     return Budget(
         1.0 if settings.keep is None else settings.keep,
         only=settings.only,
@@ -65,13 +68,13 @@ def make_budget(settings: Settings) -> Budget:
 
 
 def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
-    """Return a pruning method by name; raise an error if the name or a setting is unknown or out of its range."""
+    """Return a pruning method by name; ValueError if the name or a setting is unknown or out of its range."""
     pruner: Pruner = find_method(MethodKind.PRUNING, method).create(method, settings)
     return pruner
 
 
 def make_pruner(settings: Settings) -> Pruner:
-    """Return the method of a run; one that has a setting ``seed`` gets the run's, unless that is set."""
+    """Return the method of a run; its setting ``seed``, if it has one that is not set, is the run's."""
     fields = getattr(find_method(MethodKind.PRUNING, settings.method).settings, "__dataclass_fields__", {})
     seed = {"seed": settings.seed} if "seed" in fields else {}
     return build_pruner(settings.method, seed | dict(settings.method_settings))
@@ -88,7 +91,7 @@ def collect_evidence(
     objective: Objective | None = None,
     options: CollectionOptions | None = None,
 ) -> Evidence:
-    """Return what a method measures on the sources; a source is split if the method compares more than there are.
+    """Return what a method measures on the sources, which :func:`divide_sources` divides; nothing if it needs no data.
 
     ``batch_size``: examples at a time, where smaller batches can be joined. The rest is as for :func:`collect`.
     """
@@ -109,9 +112,10 @@ def _needs_data(pruner: Pruner) -> bool:
 
 
 def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Source], tuple[str, ...]]:
-    """Return the sources that a method compares, and notes: the longest may be split into interleaved parts for that.
+    """Return the sources that a method compares, and a note for the user if one had to be split, else ``()``.
 
-    Where a method divides a source, that of a loader is read once, so that parts do not overlap if it shuffles.
+    If there are fewer than it compares, the longest is split into interleaved parts, named ``NAME/1`` and so on. Where
+    a method divides data, those of a loader are read once, so that parts do not overlap if it shuffles.
     """
     divided, notes = [*sources], tuple[str, ...]()
     if 0 < len(sources) < pruner.sources:
@@ -135,7 +139,7 @@ def divide_sources(pruner: Pruner, sources: Sequence[Source]) -> tuple[list[Sour
 def with_timing(
     model: nn.Module, axes: AxisGraph, budget: Budget, recorded: Any = None, progress: Progress = silent
 ) -> Budget:
-    """Return the budget; if it is in milliseconds, with its timing: ``recorded``, or measured now on the network."""
+    """Return the budget; one in milliseconds with times, ``recorded`` in ``run.json`` or measured on ``model``."""
     if budget.measure != Measure.TIME:
         return budget
     if recorded:
@@ -146,7 +150,7 @@ def with_timing(
 
 
 def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
-    """Raise ValueError unless a method can meet a budget, in a trial with random scores, and has data to measure on."""
+    """Raise ValueError unless a method can meet a budget, in a trial with random scores, and has data (here unread)."""
     if _needs_data(pruner):
         if not sources:
             raise ValueError("this method measures on text or images; give it at least one source, like --source news")

@@ -87,14 +87,14 @@ Record = RunFolder | Unrecorded
 class FolderRecorder:
     """Makes the folder of a run, or resumes the run in it, and completes it at the end."""
 
-    out: str | Path
+    out: str | Path  # the run folder
     model: str  # the model that the run starts from, by name or as a folder
     command: str  # the command line or call, as users repeat it
     undo: bool = True  # whether the model is copied into the folder before the run
-    write_page: WritePage | None = None
+    write_page: WritePage | None = None  # writes `report.html` at the end; `None`: no page
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``run.json`` of the interrupted run to resume, ``{}`` if there is none; StoreError for another run."""
+        """Return ``run.json`` of the interrupted run with this identity, ``{}`` if none; StoreError for another run."""
         interrupted = RunFolder.check(self.out, identity)
         return interrupted.read_record() if interrupted else {}
 
@@ -121,7 +121,10 @@ class FolderRecorder:
             yield folder
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
-        """Complete ``run.json``, write the page, and move all to the final folder; the network is saved before."""
+        """Complete ``run.json``, write the page, and move all to the final folder, which is returned.
+
+        ``record``: the folder, in which the network must be saved; ``seconds``: stage of the run → time spent.
+        """
         assert isinstance(record, RunFolder)
         return record.finish(self.write_page, seconds=seconds, stage=describe_stage(record))
 
@@ -137,12 +140,12 @@ class ActiveRun:
     recorder: Recorder = UNRECORDED
     ranks: ProcessRank = SINGLE
     progress: Progress = silent
-    record: Record = UNRECORDED
-    seconds: dict[str, float] = field(default_factory=dict)
+    record: Record = UNRECORDED  # that of the recorder, once the run has begun
+    seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds spent in this process
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Context manager: add the seconds that its block takes to those of a stage, and record them."""
+        """Context manager: add the seconds that its block takes to those of stage ``name``, and record them."""
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
@@ -159,7 +162,7 @@ class ActiveRun:
         return self.recorder.finish(self.record, self.seconds)
 
     def record_plan(self, plan: Plan, before: AxisGraph, after: AxisGraph) -> None:
-        """Write the run's one plan to ``ledger.json``, replacing an earlier attempt's, and ``axes.json``."""
+        """Write the run's only plan to ``ledger.json``, replacing an earlier attempt's, and axes to ``axes.json``."""
         if isinstance(self.record, RunFolder):
             self.record.own_ledger.replace(plan)
             self.record.write_axes(before, after)
@@ -178,7 +181,7 @@ class Invocation:
     write_page: WritePage | None = None  # writes `report.html`, at the end of the run; `None`: no page
 
     def start_run(self, settings: "DataclassInstance", model: str, *, undo: bool) -> ActiveRun:
-        """Return a run, not begun yet, on the network of this name; of several processes, rank 0 records it."""
+        """Return a run, not begun yet, on network ``model``; rank 0 records it in ``out``, with a copy if ``undo``."""
         recorder: Recorder = Unrecorded(wants_measurements=True)
         if self.ranks.leads:
             options = {"--code": self.code, "--memory": self.memory, "--out": str(self.out)}
@@ -189,7 +192,7 @@ class Invocation:
 
 
 def describe_difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Return in words the first entry in which two mappings differ, which they must.
+    """Return in words the first entry in which two mappings, which must differ, do so.
 
     >>> describe_difference({"loss": "L1Loss", "data": {"a": "1"}}, {"loss": "L1Loss", "data": {"a": "2"}})
     'data a was 1, here 2'
@@ -202,9 +205,10 @@ def describe_difference(recorded: Mapping[str, Any], present: Mapping[str, Any])
 
 
 def read_history(folder: Record, events: str = "growth") -> TrainState[None]:
-    """Return the plans, accuracies, task rows and rows ``events`` that a run recorded, to complete its checkpoint.
+    """Return the plans, scores, sizes and events that a run recorded, which its checkpoint does not repeat.
 
-    Without a folder there are none. Raises StoreError if rows of tasks are missing.
+    ``events``: the kind of metrics rows that tell of events. Without a folder there are none. Raises StoreError if rows
+    of tasks are missing.
     """
     if not isinstance(folder, RunFolder):
         return TrainState(None)

@@ -50,8 +50,8 @@ class RecoverInputs:
     dense: Loaded  # the network before the cut
     loaded: Loaded  # the network to recover
     axes: AxisGraph  # those before the cut
-    plan: Plan
-    data: SourceHalves
+    plan: Plan  # that of the cut
+    data: SourceHalves  # recovered on the calibration halves, measured on the evaluation halves
     evaluation_precision: str = "float32"  # as in the pruning run, so that measurements can be compared
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
@@ -66,10 +66,10 @@ class RecoverInputs:
 def recover_network(
     settings: Settings, open_inputs: Callable[[ActiveRun], RecoverInputs], run: ActiveRun
 ) -> dict[str, Any]:
-    """Recover a network whose last change of shape was a cut, and record the run; an interrupted one is resumed.
+    """Recover a network after a cut, in place if it is in memory, and record the run; an interrupted one is resumed.
 
     All processes of the run call this, and train together. Returns the method's summary, with ``tokens`` and
-    ``seconds``. Mistakes in the settings and inputs raise before anything is written.
+    ``seconds``. Mistakes in the settings and inputs (``open_inputs`` is called once) raise before anything is written.
     """
     check_settings(settings)
     method = find_method(MethodKind.RECOVERY, settings.by)
@@ -110,7 +110,7 @@ def recover_network(
 
 
 def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> None:
-    """Log size and quality of the recovered network, and how far it is from the networks before; write its axes."""
+    """Log size and quality after recovery ``number`` (from 1), and differences from the networks before; write axes."""
     loaded, streamed, record = inputs.loaded, inputs.streamed, run.record
     after = trace_loaded(loaded)
     if isinstance(record, RunFolder):
@@ -122,7 +122,10 @@ def _measure_recovered(run: ActiveRun, inputs: RecoverInputs, number: int) -> No
 
 
 def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], number: int) -> None:
-    """Log the paired difference in log-perplexity of the recovered model to the pruned and dense ones in the run."""
+    """Log the paired differences in log-perplexity, recovered minus pruned and minus dense, of sources both measured.
+
+    ``perplexities``: source → that of the recovered model, after recovery ``number`` (from 1); others are in the run.
+    """
     rows = {(row["model"], row["source"]): row for row in record.metrics() if row["what"] == "perplexity"}
     for name, after in perplexities.items():
         for model in ("pruned", "dense"):  # a page takes the last: what is left of the damage
@@ -134,7 +137,7 @@ def _log_differences(record: Record, perplexities: Mapping[str, Perplexity], num
 
 
 def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
-    """Log the measurements of the networks before and after the cut; in a call from Python, also the plan."""
+    """Log measurements before and after the cut, ``inputs.rows`` or made now; in a call from Python, also the plan."""
     record = run.record
     if inputs.python_call is not None and isinstance(record, RunFolder) and not len(record.ledger):
         record.ledger.append(inputs.plan)  # the ledger begins with the cut that is made up for
@@ -157,10 +160,9 @@ def _record_cut(run: ActiveRun, inputs: RecoverInputs) -> None:
 def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Recover the model of a finished run, as ``regrow recover`` does, and return the new folder.
 
-    The dense model is the copy that the pruning run kept, or is loaded as in that run; sources and evaluation windows
-    are the same, and the measurements of the dense and the pruned model are copied. A run that is predicted to need
-    more memory than it may use is refused if it trains; any other reads the networks one block at a time, with the same
-    result.
+    The dense model is the copy that the pruning run kept, or is loaded as in that run. Sources and evaluation windows
+    are the same; measurements of the dense and the pruned model are copied. A run that is predicted to exceed its
+    memory is refused if it trains; any other reads the networks one block at a time, with the same result.
     """
     source = RunFolder.open(settings.run)
     cut = find_last_cut(source, invocation.code)
@@ -173,7 +175,7 @@ def recover_named(settings: Settings, invocation: Invocation) -> RunFolder:
 def open_named(
     settings: Settings, invocation: Invocation, source: RunFolder, cut: LastCut, run: ActiveRun
 ) -> RecoverInputs:
-    """Open the networks before and after a run's last cut, one block at a time if they exceed memory, and the data."""
+    """Open the networks before and after ``cut``, the last of ``source``, by block if they exceed memory, and data."""
     check_same_settings(run.ranks, settings)
     memory, streamed = _open_streamed(settings, source, cut, invocation)
     dense, loaded = streamed.models() if streamed else _load_models(source, cut, invocation)
@@ -212,7 +214,7 @@ def _open_streamed(
 
 
 def _complete_settings(settings: Settings, source: RunFolder, cut: LastCut) -> Settings:
-    """Return the settings with their hidden fields, which tell of the pruning run and the recoveries since."""
+    """Return the settings with those fields filled in that tell of the pruning run and the recoveries since."""
     record = cut.folder.read_record()
     recorded = record["settings"]
     pruning, before = recorded, ()
@@ -230,7 +232,7 @@ def _complete_settings(settings: Settings, source: RunFolder, cut: LastCut) -> S
 
 
 def _load_models(source: RunFolder, cut: LastCut, invocation: Invocation) -> tuple[Loaded, Loaded]:
-    """Return the model before the cut and the one to recover; the first is that of ``before/`` if the run has it."""
+    """Return the model before the cut, from ``before/`` if the run has that, and that of ``source``, to recover."""
     spec, ranks, code = make_model_spec(cut.settings), invocation.ranks, invocation.code
     if ranks.several:  # each takes a GPU of its own, whichever the pruning run had
         spec = replace(spec, device=str(choose_device(spec.device.partition(":")[0], ranks)))

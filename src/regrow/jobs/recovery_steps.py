@@ -38,10 +38,10 @@ def recover(
     origin: object = None,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """Recover ``task.model`` in place by a method, or resume that; return its summary, with ``tokens`` and ``seconds``.
+    """Recover ``task.model`` in place by method ``by``, or resume that; return its summary, ``tokens`` and ``seconds``.
 
     ``name`` is that of the checkpoint, and ``origin`` says how the dense network was built: both with a folder only.
-    On all ranks ``task.model`` is afterwards that of rank 0.
+    ``precision``: of passes, but for closed-form methods. On all ranks ``task.model`` is afterwards that of rank 0.
     """
     method: Recovery = find_method(MethodKind.RECOVERY, by).create(by, settings)
     key, spent_seconds = "", 0.0  # in earlier attempts
@@ -73,9 +73,9 @@ def recover(
 def reconstruct(
     task: RecoveryTask, changed: Mapping[str, object] | None = None, record: Record = UNRECORDED
 ) -> dict[str, Any]:
-    """Fit every layer that reads cut units by least squares, in place, or resume that; log and return its row.
+    """Fit every layer of ``task.model`` that reads cut units by least squares, in place, or resume that.
 
-    ``changed`` are settings of ``refit`` that differ from those of ``regrow prune --reconstruct``.
+    Logs and returns the summary of :func:`recover`. ``changed``: settings of ``refit`` unlike ``prune --reconstruct``.
     """
     settings = {**make_reconstruction_settings([source.name for source in task.sources]), **(changed or {})}
     row = recover(record, task, "refit", settings, name="reconstruction")
@@ -96,7 +96,10 @@ class LastCut:
 
 
 def find_last_cut(source: RunFolder, code: str = "") -> LastCut:
-    """Return the cut that a recovery of a finished run makes up for; StoreError if the shape has changed since."""
+    """Return the cut that a recovery of the finished run ``source`` makes up for; StoreError if there is none such.
+
+    ``code``: as for :func:`read_pruning_settings`. Later runs that changed no shape are passed over.
+    """
     folder = source
     while (verb := folder.read_record()["verb"]) not in ("prune", "recover"):
         changed = describe_plans(folder.own_ledger.plans())

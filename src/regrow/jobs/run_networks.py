@@ -41,7 +41,7 @@ STATES_FOLDER = "results"
 
 @dataclass(frozen=True)
 class WholeNetwork:
-    """A network in memory as a pruning run uses it, cut in place; attributes are as in :class:`BlockwiseNetwork`."""
+    """A network in memory as a pruning run uses it; attributes are as in :class:`BlockwiseNetwork`."""
 
     loaded: Loaded
     streamed: ClassVar[None] = None
@@ -49,7 +49,7 @@ class WholeNetwork:
     is_shared: ClassVar[bool] = True
 
     def sum_parameters(self) -> list[float]:
-        """Return a sum of each parameter, in their order, to recognise the weights."""
+        """Return a sum of entries of each parameter, in their order, to recognise the weights."""
         return parameter_sums(self.loaded.model)
 
     def parameters(self) -> Mapping[str, Tensor]:
@@ -62,7 +62,7 @@ class WholeNetwork:
     def cut(self, run: ActiveRun, axes: AxisGraph, plan: Plan) -> AxisGraph:
         """Apply a plan in place and return the axes afterwards; if a folder records the run, verify the plan first.
 
-        Raises RefusedError, and changes nothing, if the plan does not hold.
+        Raises RefusedError, and changes nothing, if cut and masked network differ there.
         """
         model = self.loaded.model
         if run.record.is_kept:
@@ -90,7 +90,7 @@ class WholeNetwork:
 class BlockwiseNetwork:
     """A network whose numbers are in files, pruned one block at a time, with the interface of :class:`WholeNetwork`."""
 
-    opened: OpenedNetwork
+    opened: OpenedNetwork  # the network before the cut
     plan: MemoryPlan
     states_folder: Path | None = None  # for hidden states that memory has no room for; `None`: they are in memory
     streamed_cut: StreamedCut | None = field(default=None, init=False)  # `None`: it is not cut yet
@@ -99,28 +99,28 @@ class BlockwiseNetwork:
 
     @property
     def loaded(self) -> Loaded:
-        """The network without numbers, as it is now: before the cut, or after it."""
+        """The network without numbers, before the cut or, once :meth:`cut` has run, after it."""
         return self.opened.loaded if self.streamed_cut is None else self.streamed_cut.loaded
 
     @property
     def streamed(self) -> StreamedNetwork:
-        """The network as it is now, to be run block by block."""
+        """The network before or after the cut, as :attr:`loaded`, newly opened to be run block by block."""
         if self.streamed_cut is None or self.cut_folder is None:
             return self.opened.network(self.states_folder)
         return self.streamed_cut.network(self.cut_folder, self.states_folder)
 
     @property
     def outside(self) -> OutsideTensors:
-        """The tensors of the network before the cut, for ``store.write_model``."""
+        """What ``store.write_model`` gets the tensors of the network before the cut from."""
         network = self.opened.network()
         return _make_outside(self.opened.weights, self.opened.loaded.model, lambda folder: network.on_demand())
 
     def sum_parameters(self) -> list[float]:
-        """Return a sum of each parameter, in their order, to recognise the weights."""
+        """Return a sum of entries of each parameter before the cut, in their order, to recognise the weights."""
         return self.opened.weights.sums()
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Return the parameters by name, each of which is read from its file at every access."""
+        """Return name → parameter before the cut, each of which is read from its file at every access."""
         return self.opened.weights.parameters()
 
     def use_folder(self, folder: Path) -> None:
@@ -158,8 +158,8 @@ PrunedNetwork = WholeNetwork | BlockwiseNetwork
 class StreamedRecovery:
     """The networks before and after a cut, to be recovered one block at a time."""
 
-    dense: OpenedNetwork
-    cut: OpenedNetwork
+    dense: OpenedNetwork  # before the cut
+    cut: OpenedNetwork  # after it
     plan: MemoryPlan
 
     def models(self) -> tuple[Loaded, Loaded]:
@@ -168,13 +168,13 @@ class StreamedRecovery:
         return dense, replace(dense, model=cut.model, files=(*dense.files, *cut.files))
 
     def open_pair(self, folder: Path) -> StreamedPair:
-        """Return both networks, to be run block by block; deletes hidden states that a killed run left."""
+        """Return both networks, to be run block by block; delete hidden states that a killed run left in ``folder``."""
         results = _recreate_states_folder(folder, self.plan)
         changed = ChangedTensors(folder / statistics.FOLDER / CHANGED_FOLDER)
         return StreamedPair(self.dense.network(results), self.cut.network(results), changed)
 
     def outside(self, model: Loaded, changed: ChangedTensors) -> OutsideTensors:
-        """Return the tensors of the recovered network for ``store.write_model``: changed ones, and those of the cut."""
+        """Return what ``store.write_model`` gets the recovered tensors from: ``changed``, else the files of the cut."""
 
         def running(folder: Path) -> AbstractContextManager[nn.Module]:
             return self._open_saved(model, self.cut.axes, folder).on_demand()
@@ -183,11 +183,11 @@ class StreamedRecovery:
         return _make_outside(self.cut.weights, model.model, running, changed, ahead)
 
     def open_recovered(self, model: Loaded, axes: AxisGraph, folder: Path) -> StreamedNetwork:
-        """Return the recovered network, as it was written to the run folder, to be run one block at a time."""
+        """Return the recovered network, as it was written to ``folder``, to be run one block at a time."""
         return self._open_saved(model, axes, folder, _recreate_states_folder(folder, self.plan))
 
     def _open_saved(self, model: Loaded, axes: AxisGraph, folder: Path, states: Path | None = None) -> StreamedNetwork:
-        """Return a network whose files are in ``folder``, and whose hidden states are kept in ``states``."""
+        """Return a network of the files in ``folder``; hidden states are kept in ``states``, ``None``: in memory."""
         stored = Checkpoint.open(folder).places
         weights = StoredWeights(Checkpoint(stored, stored), model.model, self.cut.weights.name)
         blocks = axes.recording.blocks if axes.recording is not None else ()
@@ -200,7 +200,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _recreate_states_folder(folder: Path, plan: MemoryPlan) -> Path | None:
-    """Return an empty folder for hidden states, deleting one that is there; ``None`` if they are in memory."""
+    """Return an empty folder for hidden states in a run's, deleting what is there; ``None`` if they are in memory."""
     if not plan.on_disk:
         return None
     results = folder / statistics.FOLDER / STATES_FOLDER
@@ -216,9 +216,10 @@ def _make_outside(
     changed: ChangedTensors | None = None,
     ahead: int = AHEAD,
 ) -> OutsideTensors:
-    """Return the tensors of a network without numbers for ``store.write_model``: changed ones, then those of its files.
+    """Return what ``store.write_model`` gets the tensors of ``model``, without numbers, from.
 
-    ``running`` opens the written folder as a network that can run; ``ahead``: the most bytes that wait to be written.
+    They are those in ``changed``, else those of its files (``weights``), else of the model itself. ``running``: opens
+    the written folder as a network that can run; ``ahead``: the most bytes that wait to be written.
     """
 
     def iterate(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:

@@ -60,15 +60,15 @@ SET_BY_RUN = ("target", "measure", "stages", "seed")
 class SearchResult:
     """The network that a search found."""
 
-    model: nn.Module
+    model: nn.Module  # the one that was found, retrained if that was asked for
     axes: AxisGraph  # those of the searched network after all plans
     plans: tuple[Plan, ...]
     measure: str  # what sizes count, such as `params`
-    target: float
-    before: float
-    size: float
+    target: float  # the largest size allowed
+    before: float  # the size of the whole space
+    size: float  # the size that was found
     saved: Mapping[str, float]  # `operations`, `filters` and `weights` → how much of the size each of them saved
-    metric: str
+    metric: str  # what the score is
     score: float  # the score on the validation data; higher is better
     rows: tuple[Mapping[str, Any], ...]  # one per epoch
 
@@ -80,7 +80,7 @@ class SearchResult:
         return format_html([self._table()], self._summary())
 
     def _table(self) -> Table:
-        """Return how much of the size each granularity saved, those that saved nothing left out."""
+        """Return how much of the size removed operations, filters and weights saved; what saved nothing is left out."""
         rows = [(name, format_short(value)) for name, value in self.saved.items() if value]
         return Table("", ("removed", self.measure), rows, (1,))
 
@@ -97,12 +97,12 @@ class SearchRecord:
     record: Record
     watch: MemoryWatch
     rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # kind, values
-    written_plans: int = 0
+    written_plans: int = 0  # how many are written so far, as below
     written_events: int = 0
     written_rows: int = 0
 
     def log(self, kind: str, /, **row: Any) -> None:
-        """Add a row, which :meth:`write` writes with the state that it belongs to; a ``status`` is dropped."""
+        """Keep a row until the next :meth:`write`; one of the kind ``status`` is dropped."""
         if kind != "status":
             self.rows.append((kind, row))
 
@@ -111,7 +111,10 @@ class SearchRecord:
         return tuple(row for name, row in self.rows if name == kind)
 
     def write(self, state: TrainState[Any], *, unfinished: int = 0) -> None:
-        """Write what is new since the last call; ``unfinished`` stages at the end may yet need more memory."""
+        """Write what ``state``, of the whole search so far, and rows have beyond those of the last call.
+
+        Memory is logged per stage, but for the last ``unfinished`` ones, which may yet need more.
+        """
         if isinstance(self.record, RunFolder):
             for plan in state.plans[self.written_plans :]:
                 self.record.own_ledger.append(plan)
@@ -130,8 +133,8 @@ def search_network(
 ) -> SearchResult:
     """Search a network within the target size, train it if there are epochs for that, test it, and record the run.
 
-    The network is changed in place. An interrupted run is resumed. All processes of the run call this, and train
-    together. Mistakes in the settings and inputs raise before anything is written.
+    The network is changed in place; that of the result may be another. An interrupted run is resumed. All processes of
+    the run call this, and train together. Mistakes in the settings and inputs raise before anything is written.
     """
     check_settings(settings)
     identity = {"verb": "search", "settings": asdict(settings)}
@@ -243,7 +246,7 @@ def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: Searc
 
 
 def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
-    """Return a copy of the searched network, trained on all training examples; weights that are 0 stay 0.
+    """Return a copy of the network ``searched``, in eval mode, trained on all training examples; zeros stay 0.
 
     It is re-initialised from the seed unless the settings say ``inherit``. An interrupted training is resumed.
     """

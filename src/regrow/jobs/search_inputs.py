@@ -58,8 +58,8 @@ class SearchData:
 class SearchInputs:
     """What a run searches, and on which data."""
 
-    model: nn.Module
-    origin: Origin
+    model: nn.Module  # the space, or the network whose units are searched
+    origin: Origin  # how to build it again
     axes: AxisGraph
     data: SearchData
     schedule: TaskSchedule
@@ -71,14 +71,14 @@ class SearchInputs:
 
 
 def make_schedule(settings: Settings, objective: Objective, epochs: int, decay: str = "constant") -> TaskSchedule:
-    """Return how to train for ``epochs`` (0 as 1); ``decay``: of the learning rate, ``constant`` or ``cosine``."""
+    """Return how to train for ``epochs`` (at least 1); ``decay``: of the learning rate, ``constant`` or ``cosine``."""
     return replace(make_task_schedule(replace(settings, epochs=max(1, epochs)), objective), decay=decay)
 
 
 def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchData:
     """Return the data of a search, a fifth of the training examples held out at random for validation.
 
-    ``start`` is the network with weights, whose form the data get; ``None``: it is new.
+    ``start``: the network with weights, in whose input form data are read; ``None``: it is new. ValueError for too few.
     """
     specs = TaskSpecs((settings.data,), settings.train, settings.test, seed=settings.seed)
     specs = replace(specs, normalised=names_function(settings.space)).adapt_to(start, settings.seq_len)
@@ -103,14 +103,14 @@ def read_search_data(settings: Settings, start: Loaded | None = None) -> SearchD
 
 
 def trace_examples(model: nn.Module, task: Task, data: SearchData) -> AxisGraph:
-    """Return the axes of a network, traced with two training examples of a task, and the flags of the data."""
+    """Return the axes of a network, traced with two training examples of a task, and with ``data.kwargs`` as flags."""
     return trace(model, move_inputs(first_examples(task.train, 2).inputs, device_of(model)), **data.kwargs)
 
 
 def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
     """Return the measure of a target, and the largest size in it; ValueError unless the space is larger.
 
-    ``table`` has the times of the space, for a target in ms.
+    ``text``: such as ``params=50%``; ``axes``: of the space; ``table``: its times, for a target in ms.
     """
     target = parse_search_target(text)
     measure = target.measure
@@ -128,9 +128,10 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
 def make_search(
     settings: Settings, measure: Measure, derived: Mapping[str, object], prices: Prices | None = None
 ) -> Search:
-    """Return the search method of the settings for a measure, with those of the settings ``derived`` that it has.
+    """Return the search method of the settings for a measure; raise ValueError for settings that it cannot have.
 
-    Zeroed weights count as removed under ``nonzero`` only, so the method does not search them for another measure.
+    ``derived``: settings that follow from the run, of which it takes those that it has; ``prices``: what units and
+    operations cost, ``None``: computed. Single weights are searched under ``nonzero`` only: elsewhere zeros cost, too.
     """
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
@@ -152,8 +153,9 @@ def build_search(
 ) -> Search:
     """Return the search method of a run by :func:`make_search`, with target and stages that follow from its network.
 
-    ``plan`` are the stages that a memory budget needs, ``table`` the times of a pass, and ``augments`` whether the
-    method may augment images. Raises ValueError for a target, epochs or stages that the method cannot have.
+    ``plan``: the stages that a memory budget needs, ``None`` without one; ``table``: the times of a pass, for a target
+    in ms; ``augments``: whether the method may augment images. Raises ValueError for a target, epochs or stages that
+    the method cannot have.
     """
     measure, limit = parse_target(settings.target, axes, table)
     stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
@@ -182,7 +184,7 @@ def build_search(
 
 
 def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) -> None:
-    """Measure the running statistics of a network's BatchNorms again, in place, on shuffled training examples."""
+    """Measure BatchNorms' running statistics again, in place, on up to ``MOST_BATCHES`` shuffled training batches."""
     if tune.find_batch_norms(model):
         examples = context.task.train.batches(batch_size, seed=context.seed)
         tune.recalibrate(model, [(pack_batch(part.inputs) for part in islice(examples, MOST_BATCHES))])
@@ -191,7 +193,7 @@ def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) ->
 def measure_times(
     settings: Settings, inputs: SearchInputs, recorded: dict[str, Any] | None, ranks: ProcessRank
 ) -> tuple[Batch | None, Latency | None]:
-    """Return a batch and the times of a pass, ``recorded`` or measured on rank 0, for a target in ms, else ``None``."""
+    """Return a batch and its pass's times, ``recorded`` or measured on rank 0; ``None``s unless the target is in ms."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.data.search.train, settings.batch_size)

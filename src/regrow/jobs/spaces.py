@@ -47,8 +47,9 @@ def build_space(
 ) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """Return a search space as a network, its origin, and its stages if a memory budget sets them, else ``None``.
 
-    The network has random weights, or is ``start``, the network with weights that is searched. Raises ValueError for
-    stages that the space cannot have, and MemoryBudgetError if no stage fits the budget.
+    The network has random weights of the seed, for inputs and classes of ``task``, or is ``start``, the network with
+    weights that is searched. Raises ValueError for stages that the space cannot have, and MemoryBudgetError if no stage
+    fits the budget.
     """
     space, stages, seed = settings.space, settings.stages, settings.seed
     # cells:WIDTH-CELLS-NODES or mobile:WIDTH-BLOCKS
@@ -101,7 +102,8 @@ def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Modu
 def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., Prefix], parts: int) -> MemoryStages:
     """Return the fewest stages within the memory budget, if need be with recomputation, else raise MemoryBudgetError.
 
-    ``build``: (first part that is complete, last part, share of a stage) → the part of the space that runs then.
+    ``parts``: how many cells or blocks the space has; ``build``: (index of the first one with all its candidates, of
+    the last that runs, the fraction that earlier stages keep) → the network up to there.
     """
     search = make_search(settings, parse_search_target(settings.target).measure, {})
     first, budget = first_examples(task.train, settings.batch_size), parse_bytes(settings.memory)
@@ -123,14 +125,14 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
 
 
 def _build_seeded(network_class: type[Cells | Mobile], config: Mapping[str, Any], seed: int) -> Cells | Mobile:
-    """Return a new network with random weights of a seed; the global random state is unchanged."""
+    """Return ``network_class(config)`` with random weights of a seed; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return network_class(config)
 
 
 def choose_stage_ends(parts: int, stages: int) -> tuple[int, ...]:
-    """Return the last part of each stage, for stages of nearly equal numbers of parts (cells or blocks).
+    """Return the index of the last part (cell or block) of each of nearly equal stages; ValueError if too many or 0.
 
     >>> choose_stage_ends(8, 3), choose_stage_ends(6, 1)
     ((2, 4, 7), (5,))
@@ -158,7 +160,7 @@ def extract_network(model: nn.Module, origin: Origin, *, in_place: bool = False)
 
 
 def rebuild_network(config: Mapping[str, Any], model: Cells | Mobile) -> Cells | Mobile:
-    """Return a new network of a config, in eval mode, with the weights of the searched super-network (``model``)."""
+    """Return a new network of a config, in eval mode, with copies of the weights of the searched ``model``."""
     network = type(model)(config)
     network.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
     names = network.state_dict().keys()
@@ -173,9 +175,10 @@ def rebuild_network(config: Mapping[str, Any], model: Cells | Mobile) -> Cells |
 
 
 def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
-    """Return a function (first part that is complete, last part that runs) → the predicted peak of a stage in bytes.
+    """Return a function (index of the first part with all candidates, of the last that runs) → peak bytes of a stage.
 
-    ``masked`` are the granularities whose masks need memory; ``prefix`` returns the part that runs in a stage.
+    ``masked``: which of operations, filters and weights have masks; ``prefix``: the same arguments → the network that
+    runs in the stage; ``batch``: of a training step.
     """
     step = _make_step()
 
@@ -190,7 +193,7 @@ def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Pr
 
 
 def predict_stage_bytes(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
-    """Predict the peak memory of the current stage in bytes, without running the network."""
+    """Predict the peak bytes of a training step on ``batch`` in the current stage, with weights kept to undo cuts."""
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
@@ -201,12 +204,15 @@ def predict_stage_bytes(search: Search, state: SearchState, context: Context, ba
 
 
 def _make_step() -> Callable[[nn.Module, Batch], Any]:
-    """Return a training step by SGD with momentum, as a search takes them, for :func:`predict_memory`."""
+    """Return a function (network, batch) that takes a step by SGD with momentum, for :func:`predict_memory`."""
     return make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
 def _add_mask_bytes(masked: Collection[str], plain: int, weights: int) -> int:
-    """Return the peak in bytes with masks of granularities over so many ``weights``; ``plain``: that without masks."""
+    """Return the peak bytes of a step with masks; ``plain``: those without; ``weights``: how many entries masks are of.
+
+    ``masked``: which of operations, filters and weights are masked.
+    """
     return int(MASK_FACTOR * plain) + (BYTES_PER_WEIGHT + sum(GRANULARITY_BYTES[name] for name in masked)) * weights
 
 
@@ -224,7 +230,8 @@ class MemoryWatch:
     def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
         """Return a context manager around a training step; of each stage, steps with and without masks are measured.
 
-        At the start of a stage its peak is predicted; MemoryBudgetError is raised if it exceeds the budget.
+        ``step``: its index in the epoch. At the start of a stage after the first its peak is predicted;
+        MemoryBudgetError is raised if it exceeds the budget.
         """
         if not self.budget:
             return nullcontext()
@@ -239,7 +246,10 @@ class MemoryWatch:
         return nullcontext()
 
     def _fit_to_budget(self, state: SearchState, context: Context) -> int:
-        """Return a stage's predicted peak in bytes; turn recomputation on if need be, else raise MemoryBudgetError."""
+        """Return a stage's predicted peak in bytes, with the network's ``recomputed`` set if it must, or raise.
+
+        MemoryBudgetError says that even so it exceeds the budget.
+        """
         net, first = cast(Staged, context.model), first_examples(context.task.train, self.batch_size)
         batch = pack_batch(first.inputs, first.labels)
         needed = predict_stage_bytes(self.search, state, context, batch)
@@ -259,7 +269,7 @@ class MemoryWatch:
 
     @contextmanager
     def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
-        """Context manager: measure the memory of a step, and keep the row of the stage that needs most."""
+        """Context manager: measure a step that ``trains`` masks or not; keep the stage's latest row that needs most."""
         removed = context.undo.contents().values() if context.undo else ()
         live = MemoryCounterMode([*context.model.parameters(), *context.model.buffers(), *removed])
         resident = start_peak_meter(device_of(context.model))

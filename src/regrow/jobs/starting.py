@@ -41,7 +41,7 @@ MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 class TaskSpecs:
     """The sequences of tasks of a run, and how much of their data is used."""
 
-    sequences: tuple[str, ...]
+    sequences: tuple[str, ...]  # as `--tasks` takes them
     train: int = 0  # the number of training examples of each data set; 0: all
     test: int = 0  # the number of test examples; 0: all
     scenario: str = "domain"  # `domain`, `class` or `task`; split tasks are relabelled in the first
@@ -51,10 +51,10 @@ class TaskSpecs:
     normalised: bool = False  # whether images are normalised by the mean and deviation of ImageNet
     # The tokenizer of a language model, whose tasks are text domains; `None`: tasks are of images
     tokenizer: "PreTrainedTokenizerBase | None" = None
-    seq_len: int = 256
+    seq_len: int = 256  # tokens per window of text
 
     def adapt_to(self, start: Loaded | None, seq_len: int) -> "TaskSpecs":
-        """Return these specs with the form of data that ``start`` takes; for a new network (``None``) as they are."""
+        """Return these specs with the form of data that ``start`` takes, text of ``seq_len``; ``None``: as they are."""
         if start is None:
             return self
         if start.tokenizer is not None:
@@ -65,7 +65,7 @@ class TaskSpecs:
 def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task] = ()) -> list[Task]:
     """Return the tasks ``before`` and those of the specs; images get the shape of the specs, or of the first task.
 
-    ``recorded`` is what :func:`describe_tasks` returned: tasks without data are made of it, or MissingError is raised.
+    ``recorded``: what :func:`describe_tasks` returned, for tasks whose data are missing; ``None``: MissingError then.
     """
     tasks = [*before]
     for i, spec in enumerate(specs.sequences):
@@ -82,7 +82,7 @@ def read_tasks(specs: TaskSpecs, recorded: object = None, before: Sequence[Task]
 
 
 def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
-    """Return the tasks of one sequence; SourceError if it has none, MissingError if its data are not there."""
+    """Return the tasks of the sequence ``spec``; SourceError if it has none, MissingError if its data are not there."""
     if specs.tokenizer is not None:
         return [_read_text(spec, specs)]
     transformation, data, n = parse_sequence(spec)
@@ -102,7 +102,7 @@ def _read_sequence(spec: str, specs: TaskSpecs) -> list[Task]:
 
 
 def _read_text(spec: str, specs: TaskSpecs) -> Task:
-    """Return a text domain as a task: windows of its calibration half to train on, of its other half to test on."""
+    """Return the text domain ``spec`` as a task: windows of its calibration half to train on, of the other to test."""
     domain = text(spec)
     read = partial(windows, domain, specs.tokenizer, seq_len=specs.seq_len, seed=specs.seed)
     train = read(n=specs.train or None, half=Half.CALIBRATION)
@@ -111,7 +111,7 @@ def _read_text(spec: str, specs: TaskSpecs) -> Task:
 
 
 def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list[dict[str, object]]]:
-    """Return, per sequence, its tasks as JSON data (name, input shape, classes), in case their data go missing."""
+    """Return, per sequence, its part of ``tasks`` as JSON data (name, input shape, classes), in case data get lost."""
     records: list[dict[str, object]] = [
         {"name": task.name, "inputs": list(input_shape(task.train)), "classes": list(task.classes)} for task in tasks
     ]
@@ -120,7 +120,7 @@ def describe_tasks(sequences: Sequence[str], tasks: Sequence[Task]) -> list[list
 
 
 def _restore_tasks(record: object, count: int) -> list[Task]:
-    """Return the ``count`` tasks of a sequence from an untrusted ``run.json``, without data; StoreError if damaged."""
+    """Return the ``count`` tasks of a sequence, without data, from its untrusted ``record``; StoreError if damaged."""
     tasks = []
     for entry in record if isinstance(record, list) else []:
         match entry:
@@ -134,7 +134,7 @@ def _restore_tasks(record: object, count: int) -> list[Task]:
 
 
 def is_new_network(model: str) -> bool:
-    """Whether a name has the form of a small network's, which is built with random weights.
+    """Whether a name has the form of a small network's, which is built with random weights, and is no file or folder.
 
     >>> is_new_network("mlp:100-100"), is_new_network("resnet18")
     (True, False)
@@ -171,7 +171,7 @@ def load_start_network(
 def find_space_start(space: str, data: str, shape: str, invocation: Invocation) -> Loaded | None:
     """Return the network with weights that is searched, in float32; ``None`` if its name is that of a search space.
 
-    Arguments and errors are as for :func:`load_start_network`.
+    ``data``: as ``--data`` takes it. Other arguments and errors are as for :func:`load_start_network`.
     """
     if not Path(space).exists() and ":" in space and not space.startswith("torchvision:"):
         check_code(space, False, invocation.code)
@@ -180,7 +180,7 @@ def find_space_start(space: str, data: str, shape: str, invocation: Invocation) 
 
 
 def _require_image_form(loaded: Loaded) -> tuple[int, ...]:
-    """Return the shape ``[C, H, W]`` of the images that a network takes; raise InputError if it takes none."""
+    """Return the shape ``[C, H, W]`` of a network's image inputs; InputError unless its input has 4 dimensions."""
     shape = find_input_shape(loaded)
     if len(shape) != 4:
         raise InputError(
@@ -191,7 +191,7 @@ def _require_image_form(loaded: Loaded) -> tuple[int, ...]:
 
 
 def check_outputs(loaded: Loaded, task: Task, classes: int) -> None:
-    """Raise InputError unless a network, run on examples of a task, has an output for each class; sets eval mode."""
+    """Raise InputError unless a network gives ``classes`` outputs or more on examples of a task; sets eval mode."""
     model = loaded.model.eval()
     with torch.no_grad():
         outputs = logits_in(run_network(model, first_examples(task.train, 2).inputs)).shape
@@ -209,6 +209,6 @@ def select_method_settings(entry: MethodEntry, settings: Mapping[str, object]) -
 
 
 def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
-    """Return a schedule whose fields are the settings of a run with the same names, and the objective."""
+    """Return a schedule of the objective, whose other fields are the attributes of the same names of ``settings``."""
     names = [field.name for field in fields(TaskSchedule) if hasattr(settings, field.name)]
     return TaskSchedule(**{name: getattr(settings, name) for name in names}, objective=objective)

@@ -69,10 +69,10 @@ class TensorPlace:
     """Where a tensor lies in a file, and its form."""
 
     file: Path
-    dtype: torch.dtype
+    dtype: torch.dtype  # in the file
     shape: tuple[int, ...]
     start: int  # the position in the file of its first byte
-    bytes: int
+    bytes: int  # how many it takes there
     opened: WeightFile | None = None  # the file as it was when its header was read
 
 
@@ -90,23 +90,24 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a model folder: its single file, or else shards with an index. Raises StoreError."""
+        """Return the checkpoint in a model folder, a file or shards with an index; StoreError if missing or damaged."""
         if (folder / INDEX).exists() and not (folder / SINGLE).is_file():
             return cls(_read_shards(folder))
         return cls(read_places(folder / SINGLE))
 
     def read(self, name: str, pool: BufferPool | None = None, first: int | None = None) -> Tensor:
-        """Return a tensor on the CPU, or its ``first`` entries in row-major order, ``[first]``; in memory of a pool."""
+        """Return a tensor on the CPU by its name; the rest is as in :func:`read_tensor`."""
         return read_tensor(self.places[name], first, aligned=first is None and name in self.aligned, pool=pool)
 
 
 def read_tensor(
     place: TensorPlace, first: int | None = None, *, aligned: bool = False, pool: BufferPool | None = None
 ) -> Tensor:
-    """Return a tensor read into memory of its own, or its ``first`` entries, ``[first]``; StoreError if it fails.
+    """Return a tensor read into memory of its own, or its ``first`` entries in row-major order, at most ``[first]``.
 
     Unless ``aligned``, it lies at the same place within a cache line as in the file, as a memory-mapped tensor does: at
-    another one, kernels may sum in another order.
+    another one, kernels may sum in another order. ``pool``: gives the memory; ``None``: it is new. Raises StoreError if
+    the file cannot be read, and InputError if it was changed since its header was read.
     """
     length = place.bytes if first is None else min(place.bytes, first * place.dtype.itemsize)
     size = length + _CACHE_LINE  # so that the tensor may begin anywhere in the first line
@@ -125,7 +126,7 @@ def read_tensor(
 
 
 def _read_into(view: memoryview, place: TensorPlace, file: FileIO) -> None:
-    """Fill a buffer from where a tensor lies in an open file; raise InputError if the file was changed meanwhile."""
+    """Fill ``view`` from where a tensor lies in its open file; errors as of :func:`read_tensor`."""
     if place.opened:
         place.opened.check(file.fileno())
     done = 0
@@ -161,7 +162,7 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
 
 
 def _parse_entry(file: WeightFile, name: str, entry: Any, begin: int) -> TensorPlace:
-    """Return the place of a tensor by its header entry; numbers ``begin`` behind the header. InputError if invalid."""
+    """Return the place of a tensor by its header entry; InputError if sizes disagree. ``begin``: behind the header."""
     dtype, shape, (start, stop) = _DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
     if dtype is None or prod(shape) * dtype.itemsize != stop - start or not is_possible(shape):
         raise InputError(f"{name!r:.60} has {stop - start} bytes, and is {entry['dtype']!s:.20} {shape!s:.60}")

@@ -40,7 +40,8 @@ def check_streamed_run(
 ) -> None:
     """Raise PlanError unless a network's own forward pass gives what its recorded operations give on the example.
 
-    Outputs that are not equal bit for bit may differ by three times the rounding of the recording.
+    ``recorded``, ``blocks``: the operations, and their division into blocks. Outputs that are not equal bit for bit may
+    differ by three times the rounding of the recording, its distance from the same in float64.
     """
     with network.on_demand() as model, preserve_generators(), in_eval_mode(model), torch.no_grad():
         reseed(0)
@@ -94,9 +95,10 @@ class StreamedCut:
         return frozenset(block.path for block in changed_blocks(self.change))
 
     def write(self, folder: Path, *, progress: Progress = silent) -> list[Deviation]:
-        """Cut the network and write it as ``store.write_model`` does; return how far each changed block deviates.
+        """Cut the network and write it to ``folder`` as ``store.write_model`` does.
 
-        Raises an error if one deviates from the masked block by more than its bound.
+        Returns how far each changed block deviates from the masked one. Raises PlanError if that exceeds its bound, or
+        if the written network's own forward pass differs from the recorded operations.
         """
         deviations: list[Deviation] = []
 
@@ -121,7 +123,7 @@ class StreamedCut:
     def network(self, folder: Path, results: Path | None = None) -> StreamedNetwork:
         """Return the cut network as it was written to a folder, to be run one block at a time.
 
-        Results of blocks are kept in the folder ``results``, or in memory.
+        Results of blocks are kept in the folder ``results``; ``None``: in memory.
         """
         written, before = Checkpoint.open(folder).places, self.opened.weights
         changed = self.change.ready.values.keys()
@@ -133,7 +135,7 @@ class StreamedCut:
         return StreamedNetwork(self.loaded.model, weights, self.change.recording.blocks, results)
 
     def _tensors(self, deviations: list[Deviation], progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the cut network block by block, each after it was compared, and append deviations."""
+        """Yield (name, tensor) of the cut network block by block; append to ``deviations`` when a block is compared."""
         network, what = self.opened.network(), "cutting and checking the blocks"
         for name, held in named_tensors(self.loaded.model).items():
             if not held.kind.carried:
@@ -151,7 +153,10 @@ class StreamedCut:
         progress(len(ordered) + 1, len(ordered) + 1, what)
 
     def _cut(self, path: str, names: tuple[str, ...], deviations: list[Deviation]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) after the cut, of the block ``path``; empty: of what lies outside the blocks."""
+        """Yield (name, tensor) of the cut block ``path`` (``""``: outside the blocks), compared first if it changes.
+
+        ``names``: the stored tensors in it, which must be in memory; its deviation is appended to ``deviations``.
+        """
         change, whole = self.change, self.change.tensors
         cut = {*names, *(bias_of(weight) for weight in whole.plan.means if weight in names)}
         ready = prepare(whole.model, whole.axes, whole.plan, names=cut)
@@ -165,7 +170,10 @@ class StreamedCut:
 
 
 def propose_cut(opened: OpenedNetwork, plan: Plan) -> StreamedCut:
-    """Try a plan on a copy without numbers of a network that is larger than memory; PlanError if it does not apply."""
+    """Try a plan on a copy without numbers of a network that is larger than memory; ``opened`` is not changed.
+
+    Raises PlanError if it does not apply, or does more than cut units.
+    """
     model, axes = opened.loaded.model, opened.axes
     check_plan(model, axes, plan)
     changes = plan.changes.values()

@@ -24,7 +24,7 @@ from regrow.core.turns import Turns
 from regrow.streaming.weights import BlockResults, ReadAhead, StoredWeights
 from regrow.tracing.readings import GraphBlock
 
-# Function of a batch's number and ``id`` of a loaded weight → its name: the context in which the batch runs.
+# Function of a batch's index and the mapping ``id`` of a loaded weight → its name: the context in which the batch runs.
 Around = Callable[[int, Mapping[int, str]], AbstractContextManager[object]]
 
 
@@ -34,7 +34,7 @@ class StreamedBlock:
 
     path: str
     names: tuple[str, ...]  # the stored tensors in it
-    last: int  # the last pass that reads its result
+    last: int  # the index of the last pass that reads its result; of the block that runs in it
     outputs_read: int  # how many of its outputs later operations read
 
 
@@ -43,7 +43,7 @@ WrapForward = Callable[[int, StreamedBlock, Callable[..., Any]], Callable[..., A
 
 
 class _PassEndedError(BaseException):
-    """Raised in a network once the block of the pass is finished; no ``except Exception`` of its code catches it."""
+    """Ends a forward pass once the block of the pass is finished; no ``except Exception`` in the model catches it."""
 
 
 class StreamedNetwork:
@@ -61,6 +61,7 @@ class StreamedNetwork:
         self.blocks = _streamed_blocks(graph, weights)
         self.last_passes = _last_passes(graph)
         inside = {name for block in self.blocks for name in block.names}
+        # The stored tensors outside the blocks
         self.outer = tuple(name for name in weights.stored if name not in inside)
         self.ahead = ReadAhead(weights)
         self._running = threading.local()  # its ``index`` is that of the batch that runs in this thread
@@ -78,7 +79,10 @@ class StreamedNetwork:
 
     @contextmanager
     def resident(self, names: Collection[str], following: Collection[str] = ()) -> Iterator[None]:
-        """Context manager in which stored tensors are in memory; ``following`` are read meanwhile, to be taken next."""
+        """Context manager in which the stored tensors ``names`` are in memory, set in their modules.
+
+        ``following``: those that are needed next, which a thread reads meanwhile.
+        """
         before: dict[str, Any] = {}
         following = frozenset(following)
         try:
@@ -99,12 +103,16 @@ class StreamedNetwork:
             return_memory()
 
     def _put(self, name: str, value: Tensor) -> None:
-        """Set a tensor in every module that holds it."""
+        """Set the stored tensor ``name`` to ``value`` in every module that holds it."""
         for held, leaf in self.places[name]:
             held[leaf] = value
 
     def visit(self, batches: Sequence[Batch], names: Collection[str], around: Around) -> None:
-        """Run batches block by block, as far as the weights ``names`` are read, each in the context ``around``."""
+        """Run batches block by block, until all the weights ``names`` were read; outputs are dropped.
+
+        ``around``: called per pass and batch with the batch's index and ``id`` → name of the loaded ones of ``names``;
+        gives the context in which the batch runs.
+        """
         for _ in self._run_blocks(self.passes(names), batches, names, around):
             pass
 
@@ -116,12 +124,13 @@ class StreamedNetwork:
         turns: Turns,
         loading: Callable[[Mapping[int, str]], AbstractContextManager[object]] = lambda watched: nullcontext(),
     ) -> None:
-        """Run batches block by block as :meth:`visit` does, but in turns, in which they may wait for one another.
+        """Run batches block by block as :meth:`visit` does, but those of a pass in threads that take turns.
 
-        Each pass runs in the context ``loading`` of the ``id`` → name of the loaded weights.
+        ``turns``: of as many runs as batches; ``around`` may call its ``wait``. ``loading``: called per pass with
+        ``id`` → name of the loaded ones of ``names``; gives the context in which all batches run.
         """
         passes = self.passes(names)
-        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names_in(0)):
             for current in range(passes):
                 with self._load_block(current, passes, names) as watched, loading(watched):
                     run = partial(self._run_batch, current, batches, results, around, watched)
@@ -129,7 +138,7 @@ class StreamedNetwork:
                         turns.run(run)
 
     def passes(self, names: Collection[str]) -> int:
-        """Return after how many passes all of some weights were read; 0 without weights."""
+        """Return after how many passes the weights ``names`` were all read; 0 without any."""
         inside = {name: i for i, block in enumerate(self.blocks) for name in block.names}
         last = len(self.blocks)
         return 1 + max((inside.get(name, self.last_passes.get(name, last)) for name in names), default=-1)
@@ -140,14 +149,14 @@ class StreamedNetwork:
         names: Collection[str] = (),
         around: Around = lambda index, watched: nullcontext(),
     ) -> Iterator[Any]:
-        """Yield the network's output for each batch; batches run in the context ``around`` of the weights ``names``."""
+        """Yield the network's output for each batch, in order; ``around`` and ``names`` are as in :meth:`visit`."""
         return self._run_blocks(len(self.blocks) + 1, batches, names, around)
 
     def _run_blocks(
         self, passes: int, batches: Sequence[Batch], names: Collection[str], around: Around
     ) -> Iterator[Any]:
-        """Run each block on all batches and keep its results; the pass behind the last block yields the outputs."""
-        with BlockResults(self.folder) as results, self.resident(self.outer, self._names(0)):
+        """Run ``passes`` blocks, each on all batches; the pass behind the last block, if wanted, yields the outputs."""
+        with BlockResults(self.folder) as results, self.resident(self.outer, self._names_in(0)):
             for current in range(passes):
                 with self._load_block(current, passes, names) as watched:
                     for index in range(len(batches)):
@@ -158,30 +167,30 @@ class StreamedNetwork:
 
     @contextmanager
     def on_demand(self) -> Iterator[nn.Module]:
-        """Context manager in which the network runs as any other: each block is loaded when it is called."""
+        """Context manager that yields the network, which runs as any other: each block is loaded when it is called."""
 
         def load(index: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with self.resident(block.names, self._names(index + 1)):
+                with self.resident(block.names, self._names_in(index + 1)):
                     return forward(*args, **kwargs)
 
             return run
 
-        with self.resident(self.outer, self._names(0)), self._patch_forwards(load):
+        with self.resident(self.outer, self._names_in(0)), self._patch_forwards(load):
             yield self.model
 
-    def _names(self, index: int) -> tuple[str, ...]:
-        """Return the stored tensors of a block; none behind the last."""
+    def _names_in(self, index: int) -> tuple[str, ...]:
+        """Return the names of the stored tensors of a block, by its index; none behind the last."""
         return self.blocks[index].names if index < len(self.blocks) else ()
 
     @contextmanager
     def _load_block(self, current: int, passes: int, names: Collection[str]) -> Iterator[dict[int, str]]:
-        """Context manager in which a block is in memory; gives ``id`` → name of the loaded ones of ``names``.
+        """Context manager in which block ``current`` is in memory; gives ``id`` → name of the loaded ones of ``names``.
 
-        The next block is read meanwhile, unless this is the last of the passes. Behind the last block, only weights
+        The next block is read meanwhile, unless this is the last of the ``passes``. Behind the last block, only weights
         outside the blocks count.
         """
-        with self.resident(self._names(current), self._names(current + 1) if current + 1 < passes else ()):
+        with self.resident(self._names_in(current), self._names_in(current + 1) if current + 1 < passes else ()):
             wanted = {*names} if current < len(self.blocks) else {*names} & {*self.outer}
             parameters = self.model.named_parameters(remove_duplicate=False)
             yield {id(parameter): name for name, parameter in parameters if name in wanted and not parameter.is_meta}
@@ -195,7 +204,10 @@ class StreamedNetwork:
         watched: Mapping[int, str],
         index: int,
     ) -> Any:
-        """Run a batch up to the block of a pass; return the output in the pass behind the last block, else ``None``."""
+        """Run batch ``index`` up to block ``current``; return the output if that is behind the last, else ``None``.
+
+        ``watched``: ``id`` → name of loaded weights, for ``around``. Results that are not read again are dropped.
+        """
         self._running.index = index
         output, batch = None, batches[index]
         with around(index, watched):
@@ -214,7 +226,7 @@ class StreamedNetwork:
         return output
 
     def _forward_wrapper(self, current: int, results: BlockResults) -> WrapForward:
-        """Return what replaces the forward of blocks in a pass: a kept result, or a run that ends the pass."""
+        """Return what replaces blocks' forwards in pass ``current``: a kept result, or a run that ends the pass."""
 
         def wrap(index: int, block: StreamedBlock, forward: Callable[..., Any]) -> Callable[..., Any]:
             def recall(*args: Any, **kwargs: Any) -> Any:
@@ -255,7 +267,7 @@ class StreamedNetwork:
 
 
 def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tuple[StreamedBlock, ...]:
-    """Return the blocks that are modules; raise InputError unless there are several, each with weights of its own."""
+    """Return the blocks that are modules, in order; InputError unless there are several, each with its own weights."""
     modules = [block for block in graph if block.path]
     if len(modules) < 2:
         raise InputError(f"{weights.name} does not consist of blocks that follow one another; load it in memory")
@@ -275,7 +287,7 @@ def _streamed_blocks(graph: Sequence[GraphBlock], weights: StoredWeights) -> tup
 
 
 def _last_passes(graph: Sequence[GraphBlock]) -> dict[str, int]:
-    """Return the pass in which each weight outside the blocks is read last."""
+    """Return name of a weight outside the blocks → index of the pass that reads it last."""
     result: dict[str, int] = {}
     number = 0
     for block in graph:

@@ -62,7 +62,7 @@ class OpenedNetwork:
     probe: Path | None = None  # the file with its recorded output, if it is of a saved model that has one
 
     def network(self, folder: Path | None = None) -> StreamedNetwork:
-        """Return the network, to be run one block at a time; results of blocks are kept in a folder, or in memory."""
+        """Return the network, to be run one block at a time; ``folder``: for results of blocks; ``None``: in memory."""
         graph = self.axes.recording.blocks if self.axes.recording is not None else ()
         return StreamedNetwork(self.loaded.model, self.weights, graph, folder)
 
@@ -72,13 +72,14 @@ class OpenedNetwork:
             return
         stored = {place.dtype for place in self.weights.checkpoint.places.values()}
         with self.network().on_demand() as running:
-            check_probe(running, self.probe, stored=stored, cast=self.weights.cast)
+            check_probe(running, self.probe, stored=stored, cast=self.weights.is_cast)
 
 
 def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
     """Open a transformers folder, a packaged model or a saved one without its weights, and trace it.
 
-    ``dtype``: as for :func:`regrow.nets.load`. Raises InputError if it cannot be read block by block.
+    ``name``: the folder, or that of a packaged model; ``dtype``: as for :func:`regrow.nets.load`. Raises InputError if
+    it cannot be read block by block, and StoreError for damaged files.
     """
     folder = packaged_folder(name, lambda done, total, what: None) if name in PACKAGED else expanded(Path(name))
     if not folder.is_dir():
@@ -97,7 +98,7 @@ def open_network(name: str, dtype: torch.dtype | None = None) -> OpenedNetwork:
 
 
 def _open_saved(folder: Path, name: str, dtype: torch.dtype | None) -> OpenedNetwork:
-    """Open a model that regrow saved; its tensors begin at cache lines, as copies of those in files do."""
+    """Open a model that regrow saved (``name`` in errors); tensors begin at cache lines, as copies in memory do."""
     loaded, shapes = load_saved_skeleton(folder, FakeTensorMode(allow_non_fake_inputs=True), dtype)
     places: dict[str, TensorPlace] = {}
     for file in shapes.files:
@@ -119,7 +120,7 @@ def _trace_loaded(loaded: Loaded) -> AxisGraph:
 
 
 def _check_names_no_weights(folder: Path, name: str) -> None:
-    """Raise InputError if the configuration names a weight file of its own, which transformers would read instead."""
+    """Raise InputError if config.json in a folder names a weight file, which transformers would read instead."""
     path = folder / "config.json"
     file = check_config(path, name).get("transformers_weights") if path.exists() else None
     if file is not None:
@@ -130,9 +131,10 @@ def _check_names_no_weights(folder: Path, name: str) -> None:
 
 
 def load_saved_skeleton(folder: Path, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> tuple[Loaded, Shapes]:
-    """Return the model of a folder that regrow wrote, with fake parameters (made in ``mode``), and its record.
+    """Return the model of a folder that regrow wrote, with fake parameters (made in ``mode``), and its ``shapes.json``.
 
-    Buffers have their numbers. Neither the digests of parameters nor the recorded output are compared.
+    ``dtype``: of floating-point tensors; ``None``: the stored one. Buffers have their numbers. Neither the digests of
+    parameters nor the recorded output are compared. Raises StoreError unless it is a transformers model.
     """
     shapes = read_shapes(folder)
     if shapes.origin.kind != "transformers":

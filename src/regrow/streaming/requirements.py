@@ -70,7 +70,7 @@ class MemoryPlan:
         return {"limit": self.limit, "predicted": self.needed, "peak": read_peak()}
 
     def check(self) -> None:
-        """Raise ResourceError, with an amount that is enough, if the limit suffices neither way."""
+        """Raise ResourceError, with an amount that is enough, if the network is read by block and even that exceeds."""
         if self.streams and self.least > self.limit:
             enough = format_bytes(int(MARGIN * self.least)).replace(" ", "")
             raise ResourceError(
@@ -83,7 +83,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Predict the memory that a run on ``windows`` batches of ``tokens`` tokens needs, whole and block by block.
 
-    ``limit``: bytes; ``what``: ``"pruning"`` or ``"evaluating"``. The plan decides how the run stays within the limit.
+    ``limit``: bytes, which are not checked here; ``what``: ``"pruning"`` or ``"evaluating"``.
     """
     weights, model, held = network.weights, network.model, read_resident()
     size = {name: weights.bytes_of(name) for name in weights.stored}
@@ -96,7 +96,7 @@ def plan_memory(
     exact = int(8 * FLOAT64_BLOCKS * entries) if what == "pruning" else 0
     running = SPARE_BYTES[what] + 3 * tokens * width * max(item, 4)
     # Loading whole in another dtype maps the files beside the converted weights.
-    mapped = sum(place.bytes for _, place in weights.places()) if weights.cast else 0
+    mapped = sum(place.bytes for _, place in weights.places()) if weights.is_cast else 0
     whole = held + max(running + exact, mapped) + int((WHOLE_COPIES - (what != "pruning")) * sum(size.values()))
     # Behind the last block, the outputs are in memory instead of blocks.
     outer, outputs = sum(size[name] for name in network.outer), 2 * tokens * width * item
@@ -107,7 +107,7 @@ def plan_memory(
 
 
 def add_products(plan: MemoryPlan, network: StreamedNetwork, axes: AxisGraph, units: Sequence[Axis]) -> MemoryPlan:
-    """Return the prediction with the sums of products (Gram matrices) of a method that takes them over ``units``."""
+    """Return the plan with the bytes for Gram matrices of the inputs of layers that read the axes ``units``."""
     model = network.model
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     widths = {  # name of a weight → its numbers of inputs and outputs

@@ -54,16 +54,17 @@ class StoredWeights:
             raise self._mismatch(f"holds {surplus!r}")
 
     def _mismatch(self, what: str) -> InputError:
-        """Return the error for a checkpoint whose tensors are not those of the model."""
+        """Return the error for a checkpoint unlike the model; ``what``: the difference in words, like ``lacks 'x'``."""
         return InputError(
             f"{self.name}: its checkpoint {what}, unlike the model; a checkpoint whose names are converted is not read "
             "block by block: load it in memory (leave out --memory)"
         )
 
     def read(self, key: str, pool: BufferPool | None = None) -> Tensor:
-        """Return a tensor on the CPU, in memory of its own or of a pool; it is checked when it is first read.
+        """Return the tensor named ``key`` on the CPU, in the network's dtype; it is checked when it is first read.
 
-        Raises StoreError for another digest, and InputError for a parameter with NaN or infinity.
+        ``pool``: gives the memory; ``None``: it is new. Raises StoreError for another digest, and InputError for a
+        parameter with NaN or infinity.
         """
         stored = self.stored[self.first[key]]
         tensor = self.checkpoint.read(stored, pool)
@@ -88,7 +89,7 @@ class StoredWeights:
         return key in self.like
 
     @property
-    def cast(self) -> bool:
+    def is_cast(self) -> bool:
         """Whether some tensor has another dtype in the files than in the network."""
         return any(place.dtype != self.like[key].dtype for key, place in self.places())
 
@@ -98,7 +99,7 @@ class StoredWeights:
             yield key, self.checkpoint.places[stored]
 
     def parameters(self) -> "StoredParameters":
-        """Return the parameters alone, as a mapping that reads each when it is asked for."""
+        """Return name → parameter, without buffers, as a mapping that reads each when it is asked for."""
         return StoredParameters(self)
 
     def bytes_of(self, key: str) -> int:
@@ -113,14 +114,14 @@ class StoredWeights:
         return place.start % 64 == 0 or place.dtype != like.dtype or stored in self.checkpoint.aligned
 
     def sums(self) -> list[float]:
-        """Return :func:`regrow.store.statistics.parameter_sums`, reading no more than the entries that are summed."""
+        """Return what :func:`regrow.store.statistics.parameter_sums` does, reading only the entries that are summed."""
         keys = (key for key in self.stored if isinstance(self.like[key], nn.Parameter))
         parts = (self.checkpoint.read(self.stored[key], first=4096).to(self.like[key].dtype) for key in keys)
         return [float(part.float().double().sum()) for part in parts]
 
 
 class StoredParameters(Mapping[str, Tensor]):
-    """Mapping of name → parameter of stored weights, each read when it is asked for, into memory of collected ones."""
+    """Mapping of name → parameter of stored weights, read at each access, into memory of garbage-collected ones."""
 
     def __init__(self, weights: StoredWeights) -> None:
         self.weights, self.buffers = weights, BufferPool()
@@ -141,7 +142,7 @@ class StoredParameters(Mapping[str, Tensor]):
 
 
 class ReadAhead:
-    """Reads stored weights before they are needed, in a thread, into memory of those that were collected."""
+    """Reads stored weights before they are needed, in a thread, into memory of those that were garbage-collected."""
 
     def __init__(self, weights: StoredWeights) -> None:
         self.weights, self.buffers = weights, BufferPool()
@@ -149,7 +150,7 @@ class ReadAhead:
         self.started: dict[str, Future[Tensor]] = {}
 
     def start(self, names: Collection[str]) -> None:
-        """Start to read the tensors that are taken next, and return at once; forget others that were started."""
+        """Start to read the tensors ``names``, which are taken next, and return at once; forget other started ones."""
         for name in self.started.keys() - names:
             self.started.pop(name).cancel()
         for name in names:
@@ -168,7 +169,10 @@ class ReadAhead:
 
 
 class BlockResults:
-    """What blocks returned for each batch, in memory or in a temporary folder; after ``drop`` only the forms."""
+    """What blocks returned for each batch, in memory (``folder`` ``None``) or in a new folder within ``folder``.
+
+    After :meth:`drop` only the form of a result is kept; leaving the context deletes all.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = None if folder is None else Path(mkdtemp(prefix="results-", dir=folder))
@@ -218,13 +222,13 @@ class BlockResults:
 
 
 def _versions(value: Any) -> list[int]:
-    """Return how often each tensor in memory was changed in place; those made in inference mode are not counted."""
+    """Return how often each tensor in memory was changed in place; 0 for those made in inference mode."""
     held = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return [0 if tensor.is_inference() else tensor._version for tensor in held]
 
 
 def _drop_numbers(value: Tensor | TensorPlace) -> Tensor:
-    """Return a tensor without numbers in place of a result; its file is deleted."""
+    """Return a tensor on the meta device of the form of a result; if that is in a file, delete it."""
     if isinstance(value, TensorPlace):
         value.file.unlink(missing_ok=True)
     return torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
