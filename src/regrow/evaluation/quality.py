@@ -238,7 +238,8 @@ def evaluate_objective(
 ) -> Evaluation:
     """Return mean loss and score of a network on a source, in eval mode; ValueError if no example has a label.
 
-    ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called.
+    ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called. A
+    network whose ``objective`` is its own loss runs in training mode, but for norms and dropout.
     """
     total = Score()
     batch_losses = list[tuple[float, int]]()  # of each batch: the mean loss, and the number of labelled positions

@@ -24,6 +24,8 @@ def wanda_sp(
 ) -> Scores:
     """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
 
+    Without statistics the factor is 1. ``pool``: see :func:`pool_to_units`.
+
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
     reads = readers(axes, scorable_axes(axes, units))
@@ -37,7 +39,8 @@ def wifv(
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
     It estimates the output energy that is lost if channel j is replaced by its mean. The variance is over positions, as
-    in the paper's code; its text has per-sequence means.
+    in the paper's code; its text has per-sequence means. Without statistics the variance is taken as 1. ``pool``: see
+    :func:`pool_to_units`.
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), code.
     """
@@ -47,7 +50,7 @@ def wifv(
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the output energy of the layers that read them, E[x_j²] · ‖W_j‖₂² per input channel j."""
+    """Score units by the output energy of the layers that read them: Σ over input channels j of E[x_j²] · ‖W_j‖₂²."""
     reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
     return _make_scores("energy", pool_to_units(channels, reads), statistics)
@@ -100,7 +103,10 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 def magnitude(
     weights: Tensors, axes: AxisGraph, statistics: Statistics | None = None, *, units: Units = None
 ) -> Scores:
-    """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp")."""
+    """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp").
+
+    ``statistics`` are not used.
+    """
     values: dict[str, Tensor] = {}
     for reader in readers(axes, scorable_axes(axes, units)):
         norms = column_norms(weights[reader.weight], reader.slot.dim, form="norm")
@@ -123,7 +129,7 @@ def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> S
 
 
 def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
-    """Score units by uniform random numbers in [0, 1), seeded per axis by ``seed`` and its key."""
+    """Score units by uniform random numbers in [0, 1); those of an axis depend on ``seed`` and its key alone."""
     values = {}
     for axis in scorable_axes(axes, units):
         number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
@@ -135,7 +141,7 @@ def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
 class Base:
     """A pruning baseline that another method can wrap: its metric, allocation and protected blocks."""
 
-    metric: Callable[..., Scores]
+    metric: Callable[..., Scores]  # (weights, axes, statistics, *, units) → scores
     need: Need  # what the metric has to be measured from, besides weights
     allocation: str  # its name in :data:`regrow.allocation.ranked.ALLOCATIONS`
     standardised: bool = False  # whether the metric pools channels to comparable scores; others are z-scored per axis
@@ -194,7 +200,10 @@ def _score_channels(
     form: str,
     factor: Callable[[Moments], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return weight → a norm of each input channel (``form`` of ``column_norms``) times ``factor``, ``[C]`` float64."""
+    """Return weight name → score per input channel, ``[C]`` float64: ``column_norms`` of a ``form`` times ``factor``.
+
+    ``factor``: from the running sums of the inputs to a factor per channel; 1 without it or without statistics.
+    """
     channels: dict[str, Tensor] = {}
     for reader in reads:
         if reader.weight in channels:
@@ -210,7 +219,7 @@ def _score_channels(
 
 
 def _make_scores(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
-    """Return values as scores with the metric's name and what they were measured on; ``ValueError`` if not finite."""
+    """Return values (axis key → ``[size]``) as scores of the metric ``name``; ``ValueError`` if one is not finite."""
     if statistics is None:
         return _check_finite(Scores(values, f"{name}/weight-only"))
     return _check_finite(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))
