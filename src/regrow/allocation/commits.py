@@ -29,9 +29,9 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
 
 
 def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
-    """Return masks that remove less: what is nearest to its threshold is put back, up to a network cost of ``allowed``.
+    """Return masks that remove less: operations and filters are put back, up to a network cost of ``allowed``.
 
-    ``bare``: whether operations without parameters may be put back, too. ``masks`` itself is unchanged.
+    Those nearest to their thresholds come first. ``bare``: whether operations without parameters may be put back, too.
     """
     margins = torch.cat(masks.margins)
     eligible = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
@@ -63,10 +63,10 @@ def _set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: fl
 
 
 def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
-    """Return masks with which the network can still be cut to the cost ``target``, by putting operations back.
+    """Return masks with which the cost ``target`` can still be reached, by putting cheap operations back.
 
-    Put back are cheapest operations of needed sets, nearest to their thresholds first, until the target can be reached;
-    none if it never can. ``searched``: see :func:`least_cost`.
+    Put back is the cheapest operation of sets of which one must stay, nearest to its threshold first, until the target
+    can be reached; nothing if it never can. ``searched``: what may be removed, see :func:`least_cost`.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
     can_reach = least_cost(gates, searched) <= target
@@ -89,9 +89,9 @@ def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
 def least_cost(gates: Gates, searched: Collection[str]) -> float:
     """Return the cost of the cheapest network that can still be reached.
 
-    It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
-    searched (``"operations"``, ``"filters"``, ``"weights"``). If needed sets overlap, another choice may cost a little
-    less.
+    It has the cheapest operation of each set of which one must stay, the fewest filters of each axis, and no weight, as
+    far as these are ``searched`` (``"operations"``, ``"filters"``, ``"weights"``). If sets overlap, another choice may
+    cost a little less.
     """
     levels = gates.levels
     ops, weights = gates.alive.float(), None
@@ -106,14 +106,14 @@ def least_cost(gates: Gates, searched: Collection[str]) -> float:
 
 
 def _operation_prices(gates: Gates) -> Tensor:
-    """Return the cost of each operation plus those tied to it, ``[operations]``; ∞ if it is dropped or does not run."""
+    """Return the cost of each operation with those tied to it, ``[operations]``; ∞ if it is dropped or does not run."""
     running = gates.alive & gates.runs
     each = torch.where(running, gates.prices(), 0.0)
     return torch.where(running, torch.zeros_like(each).index_add(0, gates.tied, each)[gates.tied], torch.inf)
 
 
 def _select_cheapest(gates: Gates) -> Tensor:
-    """Return a mask, ``[operations]``: 1 for the cheapest of each needed set, and what is alive but does not run."""
+    """Return a mask, ``[operations]``: 1 for the cheapest of each set of which one must stay, and what does not run."""
     prices = _operation_prices(gates)
     ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
     for needed in gates.needed:
@@ -196,7 +196,7 @@ def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[in
 def _exchange_operations(
     gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float
 ) -> Tensor:
-    """Return the mask of operations once those that a node needs are exchanged for cheaper ones, ``[operations]``.
+    """Return the mask of operations, ``[operations]``, once those that a node needs are exchanged for cheaper ones.
 
     ``before``: the mask of operations that may come back; ``masks``: the present masks of operations and filters;
     ``margin``: how far each operation is above its threshold. Those of the lowest margin are exchanged for the cheapest

@@ -127,7 +127,7 @@ class Gates:
         return result
 
     def prices(self) -> Tensor:
-        """Return the cost of each operation with its parameters, unmasked, as ``levels`` counts it: ``[operations]``."""
+        """Return the cost of each operation with its parameters, unmasked, in the search's unit, ``[operations]``."""
         return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
 
     def mean_node_prices(self) -> Tensor:
@@ -149,10 +149,9 @@ class Gates:
         return values.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, values)[:-1]
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which operations are active (bool), their share of importance in their node, and how many these are.
+        """Return per operation: whether it is active; its share of its node's importance; how many are active there.
 
-        ``alpha``: importance logits, ``[operations]``, as are all results; the share of an operation that is not active
-        is 0, and the number is that of the active operations in its node.
+        ``alpha``: importance logits, ``[operations]``, as are all results; the share is 0 for an operation not active.
         """
         active = (masks.ops.detach() > 0) & self.alive & self.runs
         share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
@@ -174,7 +173,7 @@ class Gates:
         return torch.where(active & among, torch.log1p(count * share), 0.0).sum()
 
     def _protected_operations(self, margin: Tensor) -> Tensor:
-        """Return the best of each needed set that lies below its thresholds, ``[operations]`` bool: it stays."""
+        """Return the best of each set in ``needed`` that is below its thresholds, ``[operations]`` bool: it stays."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for ops in self.needed:
             best = ops.index_select(0, margin.index_select(0, ops).argmax().view(1))

@@ -48,10 +48,10 @@ class TensorLayout:
         """The number of entries."""
         return self.shape.numel()
 
-    def spread(self, line: tuple[int, Tensor] | None, none: int) -> Tensor:
-        """Return each entry's filter index, ``[entries]``, by ``line``: ``makes`` or ``reads``; ``None``: ``none``."""
+    def spread(self, line: tuple[int, Tensor] | None, default: int) -> Tensor:
+        """Return each entry's filter, ``[entries]``, by ``makes`` or ``reads`` (``line``); ``default`` for ``None``."""
         if line is None:
-            return torch.full((self.entries,), none, device=self.price.device)
+            return torch.full((self.entries,), default, device=self.price.device)
         dim, filters = line
         return self.along(dim, filters).expand(self.shape).reshape(-1)
 
@@ -60,7 +60,7 @@ class TensorLayout:
         return values.view([-1 if d == dim else 1 for d in range(len(self.shape))])
 
     def size(self, ops: Tensor, filters: Tensor) -> Tensor:
-        """Return the parameter's cost, ``[]`` float64, under masks (``filters`` float64) with a 1 behind them."""
+        """Return the parameter's cost, ``[]`` float64; both masks end with a 1 for "none", ``filters`` is float64."""
         if self.makes and self.reads and self.makes[0] == self.reads[0]:  # one dimension makes and reads filters
             both = filters.index_select(0, self.makes[1]) * filters.index_select(0, self.reads[1])
             count = both.sum() * (self.entries / max(1, len(both)))

@@ -18,7 +18,7 @@ from regrow.core.scores import Scores, Tensors, rank_order
 
 
 class BudgetError(ValueError):
-    """Raised if a budget cannot be met; ``least`` is what can: a fraction to keep, or an amount of the target's."""
+    """Raised if a budget cannot be met; ``least``: the smallest ``keep``, or value of the target, that can be."""
 
     def __init__(self, message: str, least: float) -> None:
         super().__init__(message)

@@ -26,8 +26,7 @@ def plan_widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping
     """Return how many units each axis gains; raise ``ValueError`` where no axis fits or can be widened.
 
     ``parts``: kind of axes (``mlp``, ``heads``, ``channels``) → by how many units, or percent, each of them grows;
-    ``named``: axis key or pattern → the same, which takes precedence. Sizes are rounded up to the multiples that axes
-    need.
+    ``named``: axis key or pattern → the same, with precedence. Sizes are rounded up to multiples that axes need.
     """
     increases: dict[str, Increase] = {}
     refused: dict[str, str] = {}
@@ -140,7 +139,7 @@ def _find_axes(axes: AxisGraph, name: str) -> list[Axis]:
 
 
 def _select_widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
-    """Return the keys of axes that can be widened (``ValueError`` if none); put others' reasons into ``refused``.
+    """Return the keys of axes that can be widened, and add others' reasons to ``refused``; ``ValueError`` if none can.
 
     ``what`` names the axes in the error.
     """

@@ -68,7 +68,7 @@ def macs(axes: AxisGraph) -> int:
 def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Return the parameters, non-zero parameters, multiply–accumulates per example, and bytes of a network as it is.
 
-    The network is run once on the inputs, in eval mode.
+    The network is run once on the inputs, in eval mode, which is undone.
 
     >>> dense(nn.Linear(3, 2), torch.ones(5, 3))
     {'parameters': 8, 'nonzero': 8, 'macs': 6, 'bytes': 32}
@@ -165,10 +165,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def count_positions(batch: Batch) -> int:
-    """Return how many tokens (integers, ``[batch, tokens]``) or images (floats) the first tensor of a batch holds.
-
-    1 if there is no tensor, or it is a scalar.
-    """
+    """Return the number of tokens (integer ids) or images (floats) in the first tensor of a batch; 1 without one."""
     first = next((value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)), None)
     if first is None or first.dim() == 0:
         return 1

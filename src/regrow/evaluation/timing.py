@@ -143,10 +143,7 @@ def _tied_axes(axes: AxisGraph, axis: Axis) -> list[Axis]:
 
 
 def _find_containers(axes: AxisGraph, axis: Axis) -> list[str]:
-    """Return the paths of the modules that contain all tensors of an axis and its tied axes, the innermost first.
-
-    The last is ``""``, the whole network.
-    """
+    """Return the paths of the modules that hold all tensors of an axis and of axes tied to it, innermost first."""
     paths = [slot.name.split(".")[:-1] for other in _tied_axes(axes, axis) for slot in other.slots]
     shared = 0
     while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:
@@ -155,10 +152,7 @@ def _find_containers(axes: AxisGraph, axis: Axis) -> list[str]:
 
 
 def _record_calls(whole: _Call, paths: Iterable[str]) -> dict[str, _Call]:
-    """Run the network, ``whole``; return path → call, with its first input, of each module in ``paths`` that ran.
-
-    Under ``""`` is ``whole`` itself.
-    """
+    """Run the network; return path → call, with its first input, of ``whole`` ("") and each of ``paths`` that ran."""
     recorded: dict[str, _Call] = {"": whole}
 
     def record(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:

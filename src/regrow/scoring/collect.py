@@ -83,7 +83,7 @@ def collect(
         options: How the data run; ``None``: here, as a whole.
 
     Returns:
-        Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
+        Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU. Empty for no pass.
 
     Raises:
         ValueError: If a source has fewer batches than shards, two have one name, gradients are needed without
@@ -166,8 +166,7 @@ class _Collector:
     def run_blocks(self, todo: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
         """Run the batches of each unfinished (source, shard index), ``todo``, block by block; return their sums.
 
-        ``shards``: how many each source is split into. ``ValueError`` if gradients are asked for, or blocks share a
-        weight.
+        ``shards``: how many each source is split into. ``ValueError`` for gradients, and if blocks share a weight.
         """
         if self.backward:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
@@ -274,7 +273,7 @@ def differentiated_names(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
 
 
 def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iterator[Statistics]:
-    """Yield the sums of all ``count`` batches on rank 0, in their order; other ranks send theirs, ``parts``, alone."""
+    """Yield the sums of all ``count`` batches in order, on rank 0; other ranks send their ``parts`` and yield none."""
     if ranks.leads:
         for number in range(count):
             owner = number % ranks.size
@@ -301,7 +300,7 @@ def _make_input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
 
 
 def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
-    """Raise ValueError unless sources have different names, and can each be split into so many shards."""
+    """Raise ValueError unless sources have different names and at least ``shards`` batches each, 1 or more."""
     if shards < 1:
         raise ValueError(f"a source is split into at least 1 shard; got {shards}")
     names = [source.name for source in sources]

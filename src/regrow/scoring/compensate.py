@@ -77,9 +77,7 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
 
 
 def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
-    """Whether a constant input to the weight ``name`` can be moved exactly into its layer's bias, existing or new.
-
-    ``held``: the result of :func:`find_holders`.
+    """Whether a constant input of the weight ``name`` can move exactly into a bias (``held``: :func:`find_holders`).
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight", find_holders(net)), takes_constant(net, "1.weight", find_holders(net))

@@ -94,8 +94,7 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
 def find_trunk(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
     """Return the module to run for the weights ``names``: without the head, if none of them lies in it; or the model.
 
-    That is transformers' ``base_model``, if it can be called with the inputs of ``batch``; it may leave out weights of
-    its own (an encoder, a head).
+    That is transformers' ``base_model``, if it takes the inputs of ``batch``; it may leave out weights (an encoder).
     """
     base = getattr(model, "base_model", None)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
@@ -133,12 +132,12 @@ class MaskGradients(InputHook):
         self.waiting: Counter[str] = Counter()
 
     def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """Return an equal tensor whose gradient is that of this use alone; a hook on it sums Σ x · ∂L/∂x."""
+        """Return ``value`` as a new tensor whose gradient is that of this use alone; a hook sums Σ x · ∂L/∂x."""
         if not torch.is_grad_enabled() or not value.is_floating_point():
             return value
         use = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
         self._expect(name, use)
-        use.register_hook(partial(self._add_use, name, value.detach(), dim))
+        use.register_hook(partial(self._add_gradient, name, value.detach(), dim))
         return use
 
     def replace_weight(self, name: str, weight: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ class MaskGradients(InputHook):
             return weight
         mask = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
         self._expect(name, mask)
-        mask.register_hook(partial(self._add_use, name, mask.detach(), -1))
+        mask.register_hook(partial(self._add_gradient, name, mask.detach(), -1))
         return weight * mask
 
     def finish(self) -> dict[str, Tensor]:
@@ -164,7 +163,7 @@ class MaskGradients(InputHook):
             self.squares.setdefault(reader.axis, torch.zeros(reader.size, dtype=torch.float64, device=home))
 
     @torch.no_grad()
-    def _add_use(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
+    def _add_gradient(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
         """Add Σ x · ∂L/∂x of one use of the weight ``name`` to its axes; square what is then complete.
 
         ``value``: the input x, ``dim``: its contracted dimension, ``gradient``: ∂L/∂x.
@@ -266,10 +265,7 @@ def draw_labels(
 
 
 def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
-    """Return probabilities − one-hot drawn labels, ``[..., classes]``, the gradient of the loss; 0 if not ``counted``.
-
-    ``counted``: bool, in the shape of the labels.
-    """
+    """Return probabilities − one-hot drawn labels, ``[..., classes]``; 0 where ``counted``, ``[...]`` bool, is false."""
     random = _draw_uniform(batch, counted).flatten()
     rows, valid = logits.reshape(-1, logits.shape[-1]), counted.flatten().to(logits.device)
     gradient = torch.empty_like(rows)

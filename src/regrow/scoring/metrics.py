@@ -24,7 +24,8 @@ def wanda_sp(
 ) -> Scores:
     """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
 
-    Without statistics the factor is 1. ``pool``: see :func:`pool_to_units`.
+    ``weights``: name → parameter; ``units``: the axes; ``pool``: see :func:`pool_to_units`. Without statistics the RMS
+    is taken as 1; ``ValueError`` if they lack a weight.
 
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
@@ -39,8 +40,8 @@ def wifv(
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
     It estimates the output energy that is lost if channel j is replaced by its mean. The variance is over positions, as
-    in the paper's code; its text has per-sequence means. Without statistics the variance is taken as 1. ``pool``: see
-    :func:`pool_to_units`.
+    in the paper's code; its text has per-sequence means. Without statistics it is taken as 1. ``weights``: name →
+    parameter; ``units``: the axes; ``pool``: see :func:`pool_to_units`.
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), code.
     """
@@ -50,7 +51,10 @@ def wifv(
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the output energy of the layers that read them: Σ over input channels j of E[x_j²] · ‖W_j‖₂²."""
+    """Score units by the output energy of the layers that read them: Σ over input channels j of E[x_j²] · ‖W_j‖₂².
+
+    ``weights``: name → parameter; ``units``: the axes, ``axes.units()`` if ``None``.
+    """
     reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
     return _make_scores("energy", pool_to_units(channels, reads), statistics)
@@ -59,7 +63,8 @@ def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: 
 def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by the Fisher information of their masks, ½ · mean over tokens of (Σ x · ∂L/∂x)².
 
-    That is the increase of the loss per token, to second order, if the unit's output were 0. Without data: ‖W_j‖₂².
+    That is the increase of the loss per token, to second order, if the unit's output were 0. Without statistics:
+    ‖W_j‖₂². ``weights``: name → parameter; ``units``: the axes; ``ValueError`` if statistics lack an axis.
 
     Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
     """
@@ -79,8 +84,10 @@ def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
 
-    Σ abs(w · g) over the unit's parameters, with g the gradient of the mean loss. Without statistics: Σ w². Source: Ma
-    et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
+    Σ abs(w · g) over the unit's parameters, with g the gradient of the mean loss. Without statistics: Σ w².
+    ``weights``: name → parameter; ``units``: the axes; ``ValueError`` if statistics lack a gradient.
+
+    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
     """
     values: dict[str, Tensor] = {}
     for axis in scorable_axes(axes, units):
@@ -105,7 +112,7 @@ def magnitude(
 ) -> Scores:
     """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp").
 
-    ``statistics`` are not used.
+    ``weights``: name → parameter; ``units``: the axes; ``statistics`` are not used.
     """
     values: dict[str, Tensor] = {}
     for reader in readers(axes, scorable_axes(axes, units)):
@@ -115,7 +122,10 @@ def magnitude(
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
-    """Score units by Σ, over the matrices that produce them, of (max W + abs(min W)) of the unit's rows."""
+    """Score units by Σ, over the matrices that produce them, of (max W + abs(min W)) of the unit's rows.
+
+    ``weights``: name → parameter; ``units``: the axes, ``axes.units()`` if ``None``.
+    """
     values = {}
     for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
@@ -129,7 +139,7 @@ def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> S
 
 
 def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
-    """Score units by uniform random numbers in [0, 1); those of an axis depend on ``seed`` and its key alone."""
+    """Score units of the axes ``units`` by uniform random numbers in [0, 1), seeded per axis by ``seed`` and key."""
     values = {}
     for axis in scorable_axes(axes, units):
         number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])

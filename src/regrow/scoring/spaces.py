@@ -115,10 +115,7 @@ def select_inner(units: Sequence[Axis]) -> list[Axis]:
 
 
 def map_within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Return axis key → values after ``each``, a function from ``[..., n]`` to the same, was applied to whole spaces.
-
-    ``values``: axis key → ``[..., size]``; n units are in a space.
-    """
+    """Return axis key → values after ``each``, ``[..., n]`` → ``[..., n]``, was applied to the n units of a space."""
     return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}
 
 
@@ -134,8 +131,7 @@ class RankPercentiles:
 def rank_units(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> RankPercentiles:
     """Return the rank percentiles of the units within each ranking space, for each source and each of its shards.
 
-    ``scores``: source → its scores, and the scores of each of its shards; ``ValueError`` unless equally many shards
-    each.
+    ``scores``: source → its scores, and those of each of its shards; ``ValueError`` unless equally many shards each.
     """
     if len({len(shards) for _, shards in scores.values()}) != 1:
         raise ValueError("every source needs equally many shards")
@@ -174,8 +170,8 @@ def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
     ``significant``: with F above the 95 % point of the null; ``share``: the fraction of the variance of a shard's rank
     that is due to the source; ``sigma``, ``sigma_between``, ``sigma_within``: median standard deviations of a unit's
     rank over sources, and of its components; ``spearman``: mean rank correlation between sources, ``spearman_shards``
-    and ``spearman_within`` between shards of different sources and of the same. It takes at least 2 sources of at least
-    2 shards.
+    and ``spearman_within`` between shards of different sources and of the same. It takes 2 sources of 2 shards, or
+    more.
     """
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []

@@ -78,8 +78,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
     """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 
-    ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij). ``groups``: those of a
-    convolution.
+    ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij). ``groups``: of a convolution.
 
     >>> column_norms(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
