@@ -89,8 +89,8 @@ def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
 def least_cost(gates: Gates, searched: Collection[str]) -> float:
     """Return the cost of the cheapest network that can still be reached.
 
-    It has the cheapest operation of each set of which one must stay, the fewest filters of each axis, and no weight, as
-    far as these are ``searched`` (``"operations"``, ``"filters"``, ``"weights"``). If sets overlap, another choice may
+    It has the cheapest operation of each set of which one must stay, the fewest filters of each axis, and no weight,
+    each if it is ``searched`` (``"operations"``, ``"filters"``, ``"weights"``). If sets overlap, another choice may
     cost a little less.
     """
     levels = gates.levels
@@ -238,9 +238,9 @@ def sample_operations(
     """Return the paths of at most ``count`` dropped operations to revive, sampled by the regrowth rule of MGAS's code.
 
     ``dropped``, ``alive``: paths of operations. ``drift`` and ``weight``: path of each one alive → the magnitude of the
-    smoothed gradient of its importance logit, and its importance. For each cell i and kind j, with G the mean drift and
-    A the mean importance over the operations of that kind alive (half of the least in the cell if there is none), both
-    normalised over j: p_ij = (G + A) / 2. A cell's share q_i is the mean of its normalised drift and importance per
+    smoothed gradient of its importance logit, and its importance. For each cell i and kind j, G is the mean drift and A
+    the mean importance over the operations of that kind alive (half of the least in the cell if there is none). Both
+    are normalised over j: p_ij = (G + A) / 2. A cell's share q_i is the mean of its normalised drift and importance per
     operation alive. Each of ``count`` draws picks (i, j) with probability q_i · p_ij and revives one dropped operation
     of kind j in cell i; if there is none, the draw is lost.
 

@@ -43,7 +43,7 @@ def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemorySt
     """Return stages of cells from ``first`` on that each fit ``budget`` bytes; earlier ones take as many as fit.
 
     ``peak``: function of a stage's first cell and the last cell that runs → bytes; ``cells``: how many cells there are.
-    Raises ``MemoryBudgetError`` if a cell by itself does not fit. They are the fewest if the peak grows with the last
+    Raises ``MemoryBudgetError`` if a cell by itself does not fit. Stages are the fewest if the peak grows with the last
     cell. So the last stage has the most room to spare, since later stages depend on an estimate of how small earlier
     cells will be. The caller plans again after each stage, with ``first`` = the next cell. A final phase over all
     cells, all of them small, needs no more memory than the last stage.

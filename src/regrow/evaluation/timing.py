@@ -228,7 +228,7 @@ def _time_call(call: _Call, device: torch.device) -> int:
 
 
 def _make_monotone(curve: dict[int, float]) -> list[tuple[int, float]]:
-    """Return (width, time), narrowest first; a width that is slower than a wider one gets the time of the wider one.
+    """Return (width, time) by ascending width; a width that is slower than a wider one gets the time of the wider one.
 
     >>> _make_monotone({4: 9.0, 3: 10.0, 1: 2.0})
     [(1, 2.0), (3, 9.0), (4, 9.0)]

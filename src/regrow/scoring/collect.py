@@ -39,8 +39,8 @@ class BlockVisits(Protocol):
     ) -> None:
         """Run batches block by block, up to the last block that reads one of the weights ``names``.
 
-        Each run of a batch through a block is within the context manager that ``around`` returns, called with the index
-        of the batch and ``id`` → name of the weights of ``names`` that are loaded.
+        Each run of a batch through a block is within the context manager that ``around`` returns. That is called with
+        the index of the batch, and with ``id`` → name of those of the weights that are loaded.
         """
 
     def passes(self, names: Collection[str]) -> int:

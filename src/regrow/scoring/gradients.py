@@ -265,7 +265,7 @@ def draw_labels(
 
 
 def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
-    """Return probabilities − one-hot drawn labels, ``[..., classes]``; 0 where ``counted``, ``[...]`` bool, is false."""
+    """Return probabilities − one-hot drawn labels, ``[..., classes]``; 0 where not ``counted``, ``[...]`` bool."""
     random = _draw_uniform(batch, counted).flatten()
     rows, valid = logits.reshape(-1, logits.shape[-1]), counted.flatten().to(logits.device)
     gradient = torch.empty_like(rows)

@@ -16,7 +16,7 @@ from regrow.core.scores import Moments, Need, Scores, Statistics, Tensors
 from regrow.scoring.spaces import standardise, z_scores
 from regrow.scoring.weights import Reader, axis_parameters, column_norms, readers, scorable_axes
 
-Units = Sequence[Axis] | None
+Units = Sequence[Axis] | None  # the axes whose units are scored; `None`: `axes.units()`
 
 
 def wanda_sp(
