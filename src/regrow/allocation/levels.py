@@ -171,8 +171,8 @@ class Levels:
     ) -> dict[str, Tensor]:
         """Return name → weight times the scale, in ``filters``, of the filters that it reads; 0 below its threshold.
 
-        ``flat``: all weights, ``[N]``, masked where ``over_by``, how far each is above its threshold, is below 0.
-        ``None``: only weights of ``parameters`` that read filters, without thresholds.
+        ``flat``: all weights, ``[N]``, masked where ``over_by`` (how far each is above its threshold; ``None``: no
+        mask) is below 0. ``flat=None``: only the weights of ``parameters`` that read filters, without a mask.
         """
         scale, result = _append_one(filters), {}
         if flat is not None:

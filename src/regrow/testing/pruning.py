@@ -31,7 +31,7 @@ DOMAINS = 3
 
 
 def make_network(order: Sequence[int] | None = None, *, tied: bool = False) -> tuple[nn.Module, AxisGraph]:
-    """Return a small classifier in float64 with fixed random weights, and its axes.
+    """Return a small classifier in float64 with fixed random weights, and its axes; torch's random seed is set.
 
     ``order``: a permutation of the first layer's units; ``tied``: with two layers more, which share a weight.
     """

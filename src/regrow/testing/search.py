@@ -45,7 +45,7 @@ TASK = make_tasks(1, SIDE)[0]
 
 
 def make_network() -> tuple[Cells, AxisGraph]:
-    """Return the search space as a network with fixed random weights, and its axes with an id of their own."""
+    """Return the search space as a network with fixed random weights, and its axes; torch's random seed is set."""
     axes = replace(_trace_space(), network=uuid4().hex)  # as if it were traced anew
     torch.manual_seed(0)
     return Cells(SPACE), axes
