@@ -13,9 +13,9 @@ from regrow.core.axes.operations import lies_in
 
 
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
-    """Return the paths of operations to drop, and axis key → the positions that stay, for axes that lose filters.
+    """Return what the masks set to 0: paths of operations to drop; axis key → indices of the filters that stay.
 
-    What the present masks set to 0 is removed.
+    Axes that lose no filter, or lie whole in dropped operations, are left out.
     """
     removed = gates.alive & gates.runs & (masks.ops == 0)
     drop = [gates.ops[i] for i in removed.nonzero()[:, 0].tolist()]
@@ -29,9 +29,9 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
 
 
 def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
-    """Return masks that remove less: what is nearest to its threshold is put back, up to a cost of ``allowed``.
+    """Return masks that remove less: operations and filters are put back, up to a network cost of ``allowed``.
 
-    ``bare``: whether operations without parameters are put back, too.
+    Those nearest to their thresholds come first. ``bare``: whether operations without parameters may be put back, too.
     """
     margins = torch.cat(masks.margins)
     eligible = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
@@ -49,7 +49,10 @@ def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = T
 
 
 def _set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
-    """Return copies of the masks of operations and filters with ``value`` at indices into both, operations first."""
+    """Return copies of the masks of operations and filters, set to ``value`` at ``indices``; tied operations follow.
+
+    An index below the number of operations is one of an operation; those after it count filters.
+    """
     ops, filters = masks.ops.clone(), masks.filters.clone()
     for index in indices:
         if index < len(ops):
@@ -60,9 +63,10 @@ def _set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: fl
 
 
 def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
-    """Return masks with which the target can still be reached: cheapest operations of needed sets are put back.
+    """Return masks with which the cost ``target`` can still be reached, by putting cheap operations back.
 
-    Those nearest to their thresholds are put back first, until the target can be reached; none if it never can.
+    Put back is the cheapest operation of sets of which one must stay, nearest to its threshold first, until the target
+    can be reached; nothing if it never can. ``searched``: what may be removed, see :func:`least_cost`.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
     can_reach = least_cost(gates, searched) <= target
@@ -75,7 +79,7 @@ def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Co
 
 
 def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
-    """Return level → the cost that its masks remove: operations, then filters of the rest, then weights of the rest."""
+    """Return the cost that masks remove, by ``"operations"``, then ``"filters"`` and ``"weights"`` of what is left."""
     size, ones = gates.levels.size, torch.ones_like(masks.filters)
     whole, ops, filters = size(gates.alive.float(), ones), size(masks.ops, ones), size(masks.ops, masks.filters)
     weights = size(masks.ops, masks.filters, masks.weights)
@@ -85,9 +89,9 @@ def savings(gates: Gates, masks: GateMasks) -> dict[str, float]:
 def least_cost(gates: Gates, searched: Collection[str]) -> float:
     """Return the cost of the cheapest network that can still be reached.
 
-    It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
-    searched (``"operations"``, ``"filters"``, ``"weights"``). If needed sets overlap, another choice may cost a little
-    less.
+    It has the cheapest operation of each set of which one must stay, the fewest filters of each axis, and no weight,
+    each if it is ``searched`` (``"operations"``, ``"filters"``, ``"weights"``). If sets overlap, another choice may
+    cost a little less.
     """
     levels = gates.levels
     ops, weights = gates.alive.float(), None
@@ -102,14 +106,14 @@ def least_cost(gates: Gates, searched: Collection[str]) -> float:
 
 
 def _operation_prices(gates: Gates) -> Tensor:
-    """Return the cost of each operation with those tied to it, ``[operations]``; ∞ if dropped or not running."""
+    """Return the cost of each operation with those tied to it, ``[operations]``; ∞ if it is dropped or does not run."""
     running = gates.alive & gates.runs
     each = torch.where(running, gates.prices(), 0.0)
     return torch.where(running, torch.zeros_like(each).index_add(0, gates.tied, each)[gates.tied], torch.inf)
 
 
 def _select_cheapest(gates: Gates) -> Tensor:
-    """Return the mask ``[operations]`` of the cheapest operation of each needed set (and of what does not run)."""
+    """Return a mask, ``[operations]``: 1 for the cheapest of each set of which one must stay, and what does not run."""
     prices = _operation_prices(gates)
     ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
     for needed in gates.needed:
@@ -121,12 +125,13 @@ def _select_cheapest(gates: Gates) -> Tensor:
 def fit_to_budget(
     gates: Gates, masks: GateMasks, relative: Tensor | None, target: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Remove the least important of what is still active until the cost meets the target, and no more.
+    """Return masks that also remove the least important of what is active, until the network's cost is ≤ ``target``.
 
-    Returns the masks of operations and filters, and the removed weights, ``[N]`` bool; ``ValueError`` if the target
-    cannot be met. ``relative``: the importance of each weight, ``[N]``. Weights are removed if they are searched and
-    the measure counts only non-zero ones. Otherwise filters are removed, if they are searched, and then operations; if
-    that is not enough, operations that a node needs are exchanged for cheaper ones, the least important first.
+    ``relative``: the importance of each weight, ``[N]``, which is needed if weights are searched. Returns (mask of
+    operations, mask of filters, weights removed, ``[N]`` bool); ``ValueError`` if the target cannot be met. Weights are
+    removed if they are searched and the measure counts only non-zero ones. Otherwise filters are removed, if they are
+    searched, and then operations; if that is not enough, operations that a node needs are exchanged for cheaper ones,
+    the least important first.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
     none = gates.alive.new_zeros(gates.levels.entries)
@@ -166,7 +171,7 @@ def fit_to_budget(
 
 
 def _removable_operations(gates: Gates, ops: Tensor, margin: Tensor) -> list[int]:
-    """Return the indices of operations that can be removed one after the other, least important first."""
+    """Return the indices of operations of mask ``ops`` that can be removed in turn, the lowest ``margin`` first."""
     remaining, order = ops.clone(), []
     for op in margin.argsort(stable=True).tolist():
         if bool(gates.removable(remaining)[op]):
@@ -176,7 +181,7 @@ def _removable_operations(gates: Gates, ops: Tensor, margin: Tensor) -> list[int
 
 
 def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
-    """Return the indices of filters that can be removed one after the other, least important first."""
+    """Return the indices of filters of mask ``filters`` that can be removed in turn, the lowest ``margin`` first."""
     axis = [i for i, (_, size, _) in enumerate(gates.spans) for _ in range(size)]
     active = (filters > 0).tolist()
     spare = [sum(active[base : base + size]) - least for base, size, least in gates.spans]
@@ -191,11 +196,12 @@ def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[in
 def _exchange_operations(
     gates: Gates, before: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float
 ) -> Tensor:
-    """Return the mask of operations once those that a node needs are exchanged for cheaper ones, ``[operations]``.
+    """Return the mask of operations, ``[operations]``, once those that a node needs are exchanged for cheaper ones.
 
-    ``before``: the operations that may come back; ``masks``: the present masks of operations and filters. The least
-    important are exchanged for the cheapest that can replace them, until the target is met or all are the cheapest;
-    then the former operations are put back where they fit, the most important first.
+    ``before``: the mask of operations that may come back; ``masks``: the present masks of operations and filters;
+    ``margin``: how far each operation is above its threshold. Those of the lowest margin are exchanged for the cheapest
+    that can replace them, until the target is met or all are the cheapest; then the former operations are put back
+    where they fit, those of the highest margin first.
     """
     ops, filters, prices = masks[0].clone(), masks[1], _operation_prices(gates)
 
@@ -231,11 +237,12 @@ def sample_operations(
 ) -> list[str]:
     """Return the paths of at most ``count`` dropped operations to revive, sampled by the regrowth rule of MGAS's code.
 
-    ``drift`` and ``weight``: path of an active operation → its drift and its importance. For each cell i and kind j,
-    with G the mean drift and A the mean importance over the active operations of that kind (half of the least in the
-    cell if none is active), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i is the mean of its
-    normalised drift and importance per active operation. Each of ``count`` draws picks (i, j) with probability q_i ·
-    p_ij and revives one dropped operation of kind j in cell i; if there is none, the draw is lost.
+    ``dropped``, ``alive``: paths of operations. ``drift`` and ``weight``: path of each one alive → the magnitude of the
+    smoothed gradient of its importance logit, and its importance. For each cell i and kind j, G is the mean drift and A
+    the mean importance over the operations of that kind alive (half of the least in the cell if there is none). Both
+    are normalised over j: p_ij = (G + A) / 2. A cell's share q_i is the mean of its normalised drift and importance per
+    operation alive. Each of ``count`` draws picks (i, j) with probability q_i · p_ij and revives one dropped operation
+    of kind j in cell i; if there is none, the draw is lost.
 
     Source: the authors' code (train_search.py), read; the normalisations as there.
     """

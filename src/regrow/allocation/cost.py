@@ -19,11 +19,17 @@ Term = Callable[[np.ndarray], int]
 
 
 class Cost:
-    """The cost of a network as a function of the sizes of its axes, in whole steps of its measure.
+    """The cost of a network as a function of the sizes of its axes: an integer, for time in nanoseconds.
 
-    Sizes are also written as a vector, ``[axes + 1]`` int64: in the order of ``index``, with a constant 1 behind them.
-    A key-value cache is that of ``tokens`` tokens. ``compensated`` weights get a bias once an input is dropped; without
-    ``timing``, time raises ``ValueError``.
+    Sizes are also written as a vector, ``[axes + 1]`` int64: ``index`` has each axis's place in it, the last entry is a
+    constant 1; ``present`` are the current sizes.
+
+    Args:
+        axes: The network's axes.
+        measure: What is counted; time raises ``ValueError`` without ``timing``, and so does ``nonzero``.
+        tokens: How many tokens a key-value cache holds.
+        timing: The measured time, for the measure of time.
+        compensated: Names of weights whose layer gets a bias, which counts, once one of their inputs is dropped.
     """
 
     def __init__(
@@ -59,15 +65,16 @@ class Cost:
         return self.at(self.present)
 
     def at(self, vector: np.ndarray) -> int:
-        """Return the cost at the sizes of all axes, as a vector ``[axes + 1]``."""
+        """Return the cost at the sizes of all axes, a vector ``[axes + 1]`` ordered by ``index``, ending with 1."""
         return sum(term(vector) for term in self._terms)
 
 
 def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Dim, ...], int]]) -> Term:
-    """Return the term Σ coefficient · Π sizes, over (dimensions, coefficient); ``index``: axis key → its place.
+    """Return a function from a vector of sizes to Σ coefficient · Π sizes; ``products``: (dimensions, coefficient).
 
-    A convolution between two free axes costs a product of both sizes, so the cost of a unit depends on the other axis;
-    this evaluates the cost of the whole planned network instead of adding up units.
+    ``index``: axis key → its place in the vector. A convolution between two free axes costs a product of both sizes, so
+    a unit's cost depends on the other axis; this takes the cost of the whole planned network instead of adding up
+    units.
     """
     monomials: Monomials = Counter()
     for dims, factor in products:
@@ -82,11 +89,11 @@ def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Di
 
 
 def _time_term(index: Mapping[str, int], timing: Timing) -> Term:
-    """Return the term of nanoseconds of a forward pass: the measured total less what each axis saves at its width.
+    """Return a function from a vector of sizes to nanoseconds per pass: the measured total less what each axis saves.
 
-    Between two measured widths time is interpolated linearly, below the smallest it is constant; axes without a
-    measured curve save nothing. Savings of axes are added up; where two axes meet in one weight, as in consecutive
-    convolutions, the real saving is smaller.
+    ``index``: axis key → its place in the vector. Between two measured widths time is interpolated linearly, below the
+    smallest it is constant; axes without a measured curve save nothing. Savings of axes are added up; where two axes
+    meet in one weight, as in consecutive convolutions, the real saving is smaller.
     """
     savings: dict[str, np.ndarray] = {}
     for name, curve in timing.curves.items():
@@ -100,9 +107,11 @@ def _time_term(index: Mapping[str, int], timing: Timing) -> Term:
 def _bias_term(
     index: Mapping[str, int], present: np.ndarray, axes: AxisGraph, measure: Measure, weights: Iterable[str]
 ) -> Term:
-    """Return the term of biases that bias compensation adds to the layers of ``weights``, in parameters or bytes.
+    """Return a function from a vector of sizes to the parameters, or bytes, of biases that bias compensation adds.
 
-    Dropping an input saves at least as many entries as the bias has, so a smaller network never costs more.
+    ``index``: axis key → its place in the vector; ``present``: the current sizes; ``weights``: names of the weights
+    whose layer gets a bias once an input is dropped. That saves at least as many entries as the bias has, so a smaller
+    network never costs more.
     """
     rows: list[tuple[list[int], int, list[tuple[int, list[int]]]]] = []
     for name in weights:
@@ -123,7 +132,10 @@ def _bias_term(
 
 
 def _counted_products(axes: AxisGraph, measure: Measure, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
-    """Yield (dimensions, integer coefficient) of each product that a measure sums; ``ValueError`` for time, nonzero."""
+    """Yield (dimensions, coefficient) of each product of sizes that a measure sums; ``ValueError`` for time, nonzero.
+
+    The coefficient is 1, or bytes per entry; of a key-value cache, of ``tokens`` tokens.
+    """
     match measure:
         case Measure.MACS:
             yield from ((work.dims, 1) for work in axes.work_per_example())
@@ -168,7 +180,10 @@ def expand_product(dims: Iterable[Dim]) -> Monomials:
 
 
 def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
-    """Return the cost function that a budget limits; raise ``ValueError`` if the network has none of its measure."""
+    """Return the cost function of a budget's measure, with its timing, biases and context (1 token unless given).
+
+    Raise ``ValueError`` for a key-value cache that the network does not have, and as :class:`Cost` does.
+    """
     if budget.measure == Measure.CACHE and not axes.caches:
         raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
     tokens = (budget.target.context if budget.target else 0) or 1
@@ -177,7 +192,7 @@ def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
 
 
 def find_paying_axes(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
-    """Return the axes that can contribute to meeting a budget: allowed by it, and their units cost something."""
+    """Return the axes that a budget lets cut and whose units cost something, with those that must have equal counts."""
     cost, units = cost_of(axes, budget), budget.units(axes)
     paying = [axis for axis in units if cost({axis.key: min(axis.least, axis.size - 1)}) < cost.total]
     keys, counts = {axis.key for axis in paying}, {axis.count for axis in paying if axis.count}
@@ -186,7 +201,7 @@ def find_paying_axes(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
 
 @dataclass(frozen=True)
 class Prices:
-    """The cost of a network in one measure, by what it consists of.
+    """The cost of a network in one measure (milliseconds for time), by what it consists of.
 
     Args:
         entries: Parameter or buffer name → the cost of each of its entries.
@@ -210,11 +225,11 @@ def spread_times(
 ) -> Prices:
     """Return measured times distributed over parameter entries and operations, so that masks can be priced in time.
 
-    ``sums``: path of a sum → paths of its operations; ``ops``, ``layers``: path → its time; ``beside``: path of a sum →
-    its time beside its operations; ``rest``: all other time. A module takes its time in proportion to the
-    multiply–accumulates of its weights, so a layer with half its inputs and half its outputs is assumed to need a
-    quarter; a module without any spreads it evenly over its parameters; an operation without parameters carries it
-    itself. The time of a sum beside its operations is divided equally among them.
+    All times have one unit, that of the result. ``sums``: path of a sum → paths of its operations; ``ops``, ``layers``:
+    path → its time; ``beside``: path of a sum → its time beside its operations; ``rest``: all other time. A module
+    takes its time in proportion to the multiply–accumulates of its weights, so a layer with half its inputs and half
+    its outputs is assumed to need a quarter; a module without any spreads it evenly over its parameters; an operation
+    without parameters carries it itself. The time of a sum beside its operations is divided equally among them.
     """
     sizes, modules = axes.sizes(), {**layers, **ops}
     macs_per_entry = _macs_per_entry(axes, _macs_per_module(axes))
@@ -239,7 +254,10 @@ def spread_times(
 
 
 def prices_in(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
-    """Return the cost per parameter entry and operation (``ops``: paths) in a measure; for time, ``timed`` itself."""
+    """Return the cost per parameter entry and operation (``ops``: paths) in a measure; for time, ``timed`` itself.
+
+    Raise ``ValueError`` for time if ``timed`` is ``None``, and for measures that a search does not count.
+    """
     match measure:
         case Measure.PARAMETERS | Measure.NONZERO:
             return Prices(dict.fromkeys(axes.shapes, 1.0))
@@ -280,7 +298,10 @@ def _macs_per_module(axes: AxisGraph) -> Counter[str]:
 
 
 def _macs_per_entry(axes: AxisGraph, macs: Counter[str]) -> dict[str, float]:
-    """Return parameter name → the multiply–accumulates per example that each of its entries takes part in."""
+    """Return tensor name → multiply–accumulates per example per entry; 0 unless it is the ``weight`` of its module.
+
+    ``macs``: module path → its multiply–accumulates per example.
+    """
     sizes, result = axes.sizes(), dict.fromkeys(axes.shapes, 0.0)
     for name in axes.shapes:
         module, _, leaf = name.rpartition(".")

@@ -15,7 +15,7 @@ INPUTS = 2
 class Edges:
     """Index tables from the operations of a network to its edges and to their entries in α.
 
-    α are the architecture parameters of DARTS, one per operation and one for "none" per edge.
+    α, ``[entries]``, are the architecture parameters of DARTS, one per operation and one for "none" per edge.
 
     Args:
         table: The entries of α on each edge, that of "none" first, ``[edges, most]``; padded with ``entries``.
@@ -54,7 +54,7 @@ class Edges:
         return cls(table, torch.tensor(edge), torch.tensor(column), entries)
 
     def share(self, alpha: Tensor) -> Tensor:
-        """Return the softmax weight of each operation among those of its edge and "none", ``[operations]``."""
+        """Return each operation's softmax of ``alpha``, ``[entries]``, on its edge with "none": ``[operations]``."""
         logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)]).index_select(0, self.table.reshape(-1))
         return logits.view_as(self.table).softmax(1)[self.edge, self.column]
 
@@ -62,7 +62,8 @@ class Edges:
 def select_operations(share: Tensor, edge: Tensor, node: Tensor) -> Tensor:
     """Return which operations a discrete cell keeps, ``[operations]`` bool: the best of each node's best two edges.
 
-    ``share``, ``edge`` and ``node``: of each operation, its softmax weight, edge and node, ``[operations]``.
+    Of each operation, ``[operations]``: ``share``, its softmax weight; ``edge`` and ``node``, the indices of its edge
+    and of the node (sum) that it is added to.
     """
     result, used, room = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), INPUTS)
     edges, nodes = edge.tolist(), node.tolist()

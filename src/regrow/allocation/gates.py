@@ -30,7 +30,8 @@ class GateMasks:
         filter_scale: What each filter's output is multiplied by where it is read, mask included, ``[filters]``; 1 at
             the start.
         over: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not searched.
-        margins: How far operations, ``[operations]``, and filters, ``[filters]``, are above their thresholds.
+        margins: How far the importances of operations, ``[operations]``, and of filters, ``[filters]``, are above their
+            thresholds; 1 where these are not searched.
     """
 
     ops: Tensor
@@ -62,7 +63,7 @@ class Gates:
         single: Whether exactly one operation of that sum is left at the end of the search, ``[operations]`` bool.
         axis: The index in ``keys`` of the axis of each filter, ``[filters]``.
         keys: The axis keys in the order of their thresholds.
-        spans: Per axis: the index of its first filter, how many it has, and how many it must keep.
+        spans: Per axis of ``levels.axes``: the index of its first filter, how many it has, and how many it must keep.
     """
 
     levels: Levels
@@ -83,10 +84,11 @@ class Gates:
         filters: tuple[Tensor, Tensor] | None,
         weights: tuple[Tensor, Tensor, Tensor] | None,
     ) -> GateMasks:
-        """Compare importances with thresholds and return the masks and scales of all three levels.
+        """Compare importances (sigmoids of logits) with thresholds; return the masks and scales of all three levels.
 
-        ``ops``: importance logits and thresholds, ``[operations]``, ``filters``: same, ``[filters]`` and ``[axes]``;
-        ``weights``: values ``[N]``, which are removed for good (bool), and thresholds. ``None``: a level not searched.
+        ``ops``: importance logits and thresholds, ``[operations]`` each. ``filters``: importance logits, ``[filters]``,
+        and thresholds, ``[axes]``. ``weights``: values, ``[N]``; which of them are removed for good, ``[N]`` bool;
+        thresholds, one per operation and a last one for weights in none. ``None``: a level that is not searched.
         """
         ones = self.alive.new_ones(len(self.ops), dtype=torch.float32)
         if ops is None:
@@ -117,7 +119,7 @@ class Gates:
         return self.tied == self.tied[op]
 
     def removable(self, mask: Tensor) -> Tensor:
-        """Return which of the operations that a mask keeps could still be removed, ``[operations]`` bool."""
+        """Return which operations of ``mask`` could be removed next, ``[operations]`` bool: not the last of a set."""
         result = (mask > 0) & self.alive & self.runs
         for ops in self.needed:
             if int((mask[ops] > 0).sum()) <= 1:
@@ -125,11 +127,11 @@ class Gates:
         return result
 
     def prices(self) -> Tensor:
-        """Return the cost of each operation with all parameters in it, unmasked, ``[operations]`` float64."""
+        """Return the cost of each operation with its parameters, unmasked, in the search's unit, ``[operations]``."""
         return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
 
     def mean_node_prices(self) -> Tensor:
-        """Return the mean cost of the operations with parameters in each operation's node, ``[operations]``; or 0."""
+        """Return per operation the mean cost of those with parameters in its node, ``[operations]``; 0 if none."""
         counted = self.alive & ~self.weightless()
         prices = torch.where(counted, self.prices(), 0.0)
         total = torch.zeros_like(prices).index_add(0, self.node, prices)
@@ -147,9 +149,9 @@ class Gates:
         return values.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, values)[:-1]
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which operations are active, their importance's share of their node, and how many are active there.
+        """Return per operation: whether it is active; its share of its node's importance; how many are active there.
 
-        ``alpha``: importance logits. All are ``[operations]``; the share of an operation that is not active is 0.
+        ``alpha``: importance logits, ``[operations]``, as are all results; the share is 0 for an operation not active.
         """
         active = (masks.ops.detach() > 0) & self.alive & self.runs
         share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
@@ -159,11 +161,11 @@ class Gates:
         return active, share / total.index_select(0, self.node), count.index_select(0, self.node)
 
     def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
-        """Return the GOLD-NAS regulariser Σ log(1 + N a / Σ a) over active operations.
+        """Return the GOLD-NAS regulariser, ``[]``: Σ log(1 + N a / Σ a) over active operations.
 
-        a is an operation's importance; N and Σ a are taken over its node. It is greatest where all operations of a node
-        are equally important, and least where one has all importance. ``among`` says which operations are summed over,
-        ``[operations]`` bool: whole nodes.
+        a is an operation's importance (``alpha`` is its logit); N and Σ a are taken over its node. It is greatest where
+        all operations of a node are equally important, and least where one has all importance. ``among`` says which
+        operations are summed over, ``[operations]`` bool: whole nodes.
 
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
@@ -171,7 +173,7 @@ class Gates:
         return torch.where(active & among, torch.log1p(count * share), 0.0).sum()
 
     def _protected_operations(self, margin: Tensor) -> Tensor:
-        """Return the best operation of each needed set all below their thresholds, ``[operations]`` bool: it stays."""
+        """Return the best of each set in ``needed`` that is below its thresholds, ``[operations]`` bool: it stays."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for ops in self.needed:
             best = ops.index_select(0, margin.index_select(0, ops).argmax().view(1))
@@ -200,8 +202,9 @@ def build_gates(
 ) -> Gates:
     """Return which operations, filters and weights may be removed in the running part of a network.
 
-    ``parameters`` are those of that part, ``keys`` the axes that have thresholds, ``needed`` sets of operations of each
-    of which at least one must stay; ``runs`` says whether the operation at a path runs, ``timed`` has measured times.
+    ``parameters``: name → parameter, those of that part. ``keys``: the axes that have thresholds, in their order.
+    ``needed``: sets of paths of operations; one of each must stay. ``runs``: whether the operation at a path runs.
+    ``measure``: what costs count; ``timed``: the measured times, needed if that is time.
     """
     sums, leaders, order = candidate_paths(model), tied_operations(model), {key: i for i, key in enumerate(keys)}
     index = build_levels(axes, parameters, sums, measure, timed)

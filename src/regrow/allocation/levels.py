@@ -1,11 +1,10 @@
 """The three levels of a search (operations, filters, weights) as flat vectors, and the cost under masks.
 
-For every entry of every parameter there is the index of the filter it makes, of the filter it reads, and of the
-operation it lies in. Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of
-``x[i]`` adds up in a varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries
-are priced and masked tensor by tensor instead, unless single weights are searched: the same numbers but for rounding,
-without the vectors. Where there are no gradients, smaller networks with large tensors are priced so too, if prices are
-whole numbers. Thresholds are learned as in Dynamic Sparse Training (Liu et al., ICLR 2020; read in its authors' code).
+Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in a
+varying order, so that runs could not be reproduced. Networks of more than ``ENTRYWISE`` entries are priced and masked
+tensor by tensor, unless single weights are searched: the same numbers but for rounding, without vectors. Without
+gradients, smaller ones with large tensors are priced so too, if prices are whole numbers. Thresholds are learned as in
+Dynamic Sparse Training (Liu et al., ICLR 2020; read in its authors' code).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -31,10 +30,10 @@ class TensorLayout:
     """Which filters and operations the entries of one parameter belong to, and what they cost.
 
     Args:
-        shape: Its shape.
-        makes: The filter that each position of a dimension makes, ``[size]``, and that dimension; ``None``: none.
-        reads: The filter that each position of a dimension reads, ``[size]``, and that dimension; ``None``: none.
-        ops: The operation that each entry lies in, ``[entries]``, or one for all, ``[1]``.
+        shape: The parameter's shape.
+        makes: A dimension, and the index of the filter that each position along it makes, ``[size]``; ``None``: none.
+        reads: A dimension, and the index of the filter that each position along it reads, ``[size]``; ``None``: none.
+        ops: The index of the operation that each entry lies in, ``[entries]``, or one for all, ``[1]``.
         price: The cost of each entry, ``[entries]`` float64, or one for all, ``[1]``.
     """
 
@@ -49,19 +48,19 @@ class TensorLayout:
         """The number of entries."""
         return self.shape.numel()
 
-    def spread(self, line: tuple[int, Tensor] | None, none: int) -> Tensor:
-        """Return the filter of each entry by ``line`` (``makes`` or ``reads``), ``[entries]``; ``none`` without it."""
+    def spread(self, line: tuple[int, Tensor] | None, default: int) -> Tensor:
+        """Return each entry's filter, ``[entries]``, by ``makes`` or ``reads`` (``line``); ``default`` for ``None``."""
         if line is None:
-            return torch.full((self.entries,), none, device=self.price.device)
+            return torch.full((self.entries,), default, device=self.price.device)
         dim, filters = line
         return self.along(dim, filters).expand(self.shape).reshape(-1)
 
     def along(self, dim: int, values: Tensor) -> Tensor:
-        """Return ``values`` of a dimension, ``[size]``, in a shape that broadcasts to the parameter's."""
+        """Return ``values``, one per position of dimension ``dim``, in a shape that broadcasts to the parameter's."""
         return values.view([-1 if d == dim else 1 for d in range(len(self.shape))])
 
     def size(self, ops: Tensor, filters: Tensor) -> Tensor:
-        """Return the cost of the parameter, ``[]`` float64, under masks with a 1 at their end (filters float64)."""
+        """Return the parameter's cost, ``[]`` float64; both masks end with a 1 for "none", ``filters`` is float64."""
         if self.makes and self.reads and self.makes[0] == self.reads[0]:  # one dimension makes and reads filters
             both = filters.index_select(0, self.makes[1]) * filters.index_select(0, self.reads[1])
             count = both.sum() * (self.entries / max(1, len(both)))
@@ -75,7 +74,7 @@ class TensorLayout:
 
 @dataclass(frozen=True)
 class Levels:
-    """Which filter, operation and weight every parameter entry belongs to, and its cost.
+    """Which filter (unit of an axis), operation and weight every parameter entry belongs to, and its cost.
 
     Args:
         weights: Names of the parameters that can be masked: those that read filters, and those in
@@ -170,10 +169,10 @@ class Levels:
     def replace_weights(
         self, parameters: Mapping[str, Tensor], flat: Tensor | None, filters: Tensor, over_by: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return name → weight times the scale of the filters that it reads, 0 below its threshold.
+        """Return name → weight times the scale, in ``filters``, of the filters that it reads; 0 below its threshold.
 
-        ``flat``: all weights, to be masked one by one with ``over_by``, how far each is above its threshold; ``None``:
-        tensor by tensor, only those that read filters.
+        ``flat``: all weights, ``[N]``, masked where ``over_by`` (how far each is above its threshold; ``None``: no
+        mask) is below 0. ``flat=None``: only the weights of ``parameters`` that read filters, without a mask.
         """
         scale, result = _append_one(filters), {}
         if flat is not None:
@@ -191,7 +190,7 @@ class Levels:
         return (_append_one(ops) > 0)[self.ops[:n]] & active[self.makes[:n]] & active[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the network's cost under masks, ``[]``: Σ over entries of price · its operation · filters · itself."""
+        """Return the cost under masks, ``[]``; that of weights, ``[N]``, counts only if the measure is ``nonzero``."""
         op_masks, filter_masks = _append_one(ops), _append_one(filters)
         exact = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
         by_tensor = not self.entrywise or (exact and self.all_entries > _LARGE * len(self.layouts))
@@ -207,7 +206,7 @@ class Levels:
 
 
 def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
-    """Return the tensors that a measure counts, by name: parameters, tied ones once; for bytes buffers too."""
+    """Return name → tensor that a measure counts: parameters, tied ones once; for bytes stored buffers, too."""
     result: dict[str, Tensor] = dict(model.named_parameters())
     if measure == Measure.BYTES:
         stored = model.state_dict().keys()
@@ -216,7 +215,7 @@ def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
 
 
 def check_levels(searched: Collection[str], measure: Measure) -> None:
-    """Raise ValueError if weights are searched under a target that counts zero weights like any other."""
+    """Raise ValueError if ``"weights"`` are searched, but ``measure`` counts zero weights like any other."""
     if "weights" in searched and measure != Measure.NONZERO:
         raise ValueError(
             f"a weight that is 0 counts in {measure} like any other, so weights cannot be searched for such a target; "
@@ -231,9 +230,9 @@ def build_levels(
     measure: Measure,
     timed: Prices | None,
 ) -> Levels:
-    """Return what ties a network's parameter entries to operations, filters and weights, and their costs.
+    """Return what ties a network's ``parameters`` to operations, filters and weights, and what they cost.
 
-    ``candidates``: path of a sum → paths of its operations; ``timed``: measured times, for the measure of time.
+    ``candidates``: path of a sum → paths of its operations; ``timed``: measured times, needed if ``measure`` is time.
     """
     names = [name for name in parameters if name in axes.shapes]
     units = [
@@ -288,12 +287,12 @@ def _concat(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
 
 
 def margin(weight: Tensor, threshold: Tensor) -> Tensor:
-    """Return how far each weight's magnitude is above its threshold, one per output unit or for all: abs(w) − t."""
+    """Return abs(weight) − threshold; ``threshold`` has one entry per output unit (dimension 0), or a single one."""
     return weight.abs() - threshold.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def surrogate(x: Tensor) -> Tensor:
-    """Return the step function's surrogate derivative: 2 − 4 abs(x) for abs(x) ≤ 0.4, 0.4 for ≤ 1, 0 beyond.
+    """Return the surrogate derivative of step(x): 2 − 4 abs(x) for abs(x) ≤ 0.4, 0.4 for abs(x) ≤ 1, 0 beyond.
 
     >>> surrogate(torch.tensor([0.0, 0.25, -0.5, 2.0])).tolist()
     [2.0, 1.0, 0.4000000059604645, 0.0]
@@ -306,8 +305,8 @@ def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
     """Return weights with 0 where their magnitude is below their threshold; they get the dense gradient.
 
     The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
-    get one again. The threshold's is Σ −g · w · surrogate(|w| − t) over the entries that are not owned; those that are
-    (bool, in the shape of the weight) are never masked.
+    get one again. ``threshold`` is that of :func:`margin`; its gradient is Σ −g · w · surrogate(|w| − t) over the
+    entries that are not ``owned``; those that are (bool, in the shape of the weight) are never masked.
 
     >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
     >>> y = apply_threshold(w, t, torch.tensor([[False, False, False]]))

@@ -18,7 +18,7 @@ from regrow.core.scores import Scores, Tensors, rank_order
 
 
 class BudgetError(ValueError):
-    """Raised if a budget cannot be met; ``least`` is the least fraction, or amount in the target's unit, that can."""
+    """Raised if a budget cannot be met; ``least``: the smallest ``keep``, or value of the target, that can be."""
 
     def __init__(self, message: str, least: float) -> None:
         super().__init__(message)
@@ -27,10 +27,14 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """Axes that are cut together, and the sizes to which they may shrink, from their own down.
+    """Axes of equal size that are cut together, in steps, each of which removes their lowest-scored units.
 
-    ``members`` are their indices in a cost, ``orders`` has per axis its units from lowest to highest score, ``values``
-    the mean score of the units that each step to the next size removes, in non-decreasing order.
+    Args:
+        keys: The keys of the axes.
+        members: Their places in a vector of sizes (``Cost.index``).
+        orders: Per axis, the indices of its units from the lowest to the highest score.
+        sizes: The sizes to which they may shrink, descending from their own, ``[steps + 1]``.
+        values: The mean score of the units that each step removes, in non-decreasing order, ``[steps]``.
     """
 
     keys: tuple[str, ...]
@@ -43,9 +47,11 @@ class AxisGroup:
 def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str, tuple[int, ...]]:
     """Return axis key → the units kept: the best of all scored axes in one ranking, so that the cost fits the budget.
 
-    Raises :class:`BudgetError` if it cannot. Units are sorted by score (equal ones by axis key, then unit), the longest
-    affordable tail is found by bisection on the exact cost of the planned network, and what still fits is put back,
-    best first. So the cost is never above the budget, and no step of any axis would fit any more.
+    ``scores``: axis key → a score per unit, ``[size]``; low ones go first. Raises :class:`BudgetError` if the budget
+    cannot be met, ``ValueError`` if scores are not finite or of other sizes. Units are sorted by score (equal ones by
+    axis key, then unit), the longest affordable tail is found by bisection on the exact cost of the planned network,
+    and what still fits is put back, best first. So the cost is never above the budget, and no step of any axis would
+    fit any more.
 
     Axes with the same ``count`` lose their i-th worst units together, at the mean of their scores; if one of them is
     free but not scored, none is cut. In a regular budget so do all axes of one kind, in whatever block; if one of them
@@ -110,7 +116,7 @@ def uniform(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[s
 
 
 def _make_axis_groups(axes: AxisGraph, values: Tensors, budget: Budget, cost: Cost) -> Iterator[AxisGroup]:
-    """Yield the groups of scored axes that are cut together, with their steps; ``ValueError`` if scores do not fit."""
+    """Yield the groups of axes that are cut together; ``ValueError`` if scores (key → ``[size]``) do not fit."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
             raise ValueError(f"the scores of {key!r} do not fit the network: {len(scores)} numbers")
@@ -136,7 +142,10 @@ def _make_axis_groups(axes: AxisGraph, values: Tensors, budget: Budget, cost: Co
 
 
 def _group_keys(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[str]]:
-    """Return the keys of axes that must keep equally many units, by group: scored ones, and others that bind them."""
+    """Return the keys of axes that must keep equally many units, by group: those scored, and others bound to them.
+
+    ``values``: axis key → scores; ``regular``: whether axes of one kind are a group.
+    """
     regular_kinds = {axes[key].kind for key in values} if regular else frozenset()
     group_of: dict[Any, int] = {}
     groups: dict[int, list[str]] = {}
@@ -156,7 +165,7 @@ def _group_keys(axes: AxisGraph, values: Tensors, regular: bool) -> list[list[st
 
 
 def _reachable_sizes(size: int, least: int, round_to: int) -> np.ndarray:
-    """Return the sizes to which an axis may shrink: its own, then the multiples of ``round_to`` below it.
+    """Return an axis's possible sizes, descending: its own, then multiples of ``round_to`` that are ≥ ``least``.
 
     >>> _reachable_sizes(21, 3, 8).tolist(), _reachable_sizes(5, 3, 1).tolist()
     ([21, 16, 8], [5, 4, 3])
@@ -165,7 +174,7 @@ def _reachable_sizes(size: int, least: int, round_to: int) -> np.ndarray:
 
 
 def _make_budget_error(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
-    """Return the error for a budget below ``least``, the smallest cost of ``axes`` scored axes; ``total``: that now."""
+    """Return the error for a budget below ``least``, the least cost of ``axes`` axes; ``total`` is the present one."""
     why = f"{axes} axes keep their least" if axes else "no axis is left to cut: loosen --only, --exclude"
     if axes and budget.regular:
         why += "; axes of one kind are cut in every block or in none"
@@ -187,7 +196,9 @@ ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked"
 def removal_ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
     """Return the fraction that each module removes, ``[modules]``, from learned logits; the budget is met exactly.
 
-    p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.
+    p = most · σ(logits + b), with the shift b such that Σ cost · p = removed. ``logits`` and ``costs`` have one entry
+    per module; ``removed`` is the cost to be removed in all, ``most`` the largest fraction of a module. ``ValueError``
+    if ``removed`` is negative or not below most · Σ cost.
 
     b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
     budget is met at every step of learning and needs no penalty.
@@ -220,8 +231,9 @@ def removal_ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float
 def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
     """Return the cost of all units of each module, ``[modules]``, and the total cost that must be removed.
 
-    ``labels``: axis key → the module of each unit, ``[size]``. A unit's cost is the average over all units that can be
-    removed from its axis alone, which is exact where no two of the axes meet in one weight, as in a transformer.
+    ``labels``: axis key → the index of the module of each unit, ``[size]``; ``modules``: how many there are. A unit's
+    cost is the average over all units that can be removed from its axis alone, which is exact where no two of the axes
+    meet in one weight, as in a transformer.
     """
     cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
     for key, label in labels.items():
@@ -234,9 +246,10 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
 
 
 def soft_step(percentiles: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
-    """Return 1 for units that stay (percentile at least ``share``) and 0 for others, with a sigmoid's gradient.
+    """Return 1 for units that stay (percentile ≥ ``share``, the fraction removed) and 0 for others, differentiably.
 
-    The backward pass uses the slope of σ((percentile − share) / width).
+    The backward pass uses the slope of σ((percentile − share) / width). ``share`` and ``width`` broadcast to
+    ``percentiles``.
     """
     soft = torch.sigmoid((percentiles - share) / width)
     return (percentiles >= share).to(soft) + (soft - soft.detach())

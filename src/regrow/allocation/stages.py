@@ -15,7 +15,7 @@ Peak = Callable[[int, int], int]
 
 
 class MemoryBudgetError(ValueError):
-    """Raised if no stages fit the memory budget; ``least`` bytes suffice, which ``cell`` needs by itself."""
+    """Raised if no stages fit a memory budget: ``cell`` (from 0) by itself needs ``least`` bytes, the least budget."""
 
     def __init__(self, message: str, least: int, cell: int) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """The stages of a search whose memory is limited: the last cell of each, and its peak memory in bytes.
+    """The stages of a search whose memory is limited: ``ends``, the last cell of each (from 0), and its peak in bytes.
 
     ``recomputed``: whether the peaks hold if activations are recomputed in the backward pass; the caller sets it.
     """
@@ -42,7 +42,8 @@ class MemoryStages:
 def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     """Return stages of cells from ``first`` on that each fit ``budget`` bytes; earlier ones take as many as fit.
 
-    Raises ``MemoryBudgetError`` if a cell by itself does not fit. They are the fewest if the peak grows with the last
+    ``peak``: function of a stage's first cell and the last cell that runs → bytes; ``cells``: how many cells there are.
+    Raises ``MemoryBudgetError`` if a cell by itself does not fit. Stages are the fewest if the peak grows with the last
     cell. So the last stage has the most room to spare, since later stages depend on an estimate of how small earlier
     cells will be. The caller plans again after each stage, with ``first`` = the next cell. A final phase over all
     cells, all of them small, needs no more memory than the last stage.

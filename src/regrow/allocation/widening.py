@@ -16,7 +16,7 @@ _NAMES = {"mlp": "MLP", "heads": "attention heads", "channels": "inner channels 
 
 @dataclass(frozen=True)
 class Widening:
-    """Which axes gain units: ``grow``: key → how many; ``refused``: key → why another that was asked for gains none."""
+    """Which axes gain units: ``grow``, key → how many; ``refused``, key → why one that was asked for gains none."""
 
     grow: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -25,8 +25,8 @@ class Widening:
 def plan_widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping[str, Increase]) -> Widening:
     """Return how many units each axis gains; raise ``ValueError`` where no axis fits or can be widened.
 
-    ``parts``: kind of axes (``mlp``, ``heads``, ``channels``) → its increase; ``named``: axis key or pattern → the
-    same. Sizes are rounded up to the multiples that axes need.
+    ``parts``: kind of axes (``mlp``, ``heads``, ``channels``) → by how many units, or percent, each of them grows;
+    ``named``: axis key or pattern → the same, with precedence. Sizes are rounded up to multiples that axes need.
     """
     increases: dict[str, Increase] = {}
     refused: dict[str, str] = {}
@@ -47,10 +47,10 @@ def plan_widening(axes: AxisGraph, parts: Mapping[str, Increase], named: Mapping
 
 
 def classify_axes(axes: AxisGraph) -> dict[str, Part]:
-    """Return axis key → what it is: hidden neurons of an MLP, attention heads, or inner channels of convolutions.
+    """Return axis key → kind, of hidden neurons of an MLP, attention heads and inner channels of convolutions alone.
 
-    An axis to which a residual connection adds is neither. Where convolutions lie in numbered blocks, channels outside
-    of them (the first layer's) do not count.
+    An axis to which a residual connection adds is none of them. Where convolutions lie in numbered blocks, channels
+    outside of them (the first layer's) do not count.
     """
     steps, heads = axes.steps, _find_head_axes(axes)
     readers: dict[int | str, int] = {}  # the first operation that reads a parameter, or the result of an operation
@@ -124,7 +124,10 @@ def _lies_in(axis: Axis, others: Iterable[str], axes: AxisGraph) -> bool:
 
 
 def _find_axes(axes: AxisGraph, name: str) -> list[Axis]:
-    """Return the axis with the key ``name``, or those whose key or tensors' names match it; ``ValueError`` if none."""
+    """Return the axis with the key ``name``, or those whose key or all tensors' names match it; ``ValueError`` if none.
+
+    If some that match can be widened and lie in no other axis, only these.
+    """
     if name in axes.axes:
         return [axes[name]]
     fitting = [a for a in axes if fnmatchcase(a.key, name) or all(matches(slot.name, name) for slot in a.slots)]
@@ -136,7 +139,10 @@ def _find_axes(axes: AxisGraph, name: str) -> list[Axis]:
 
 
 def _select_widenable(fitting: Iterable[Axis], refused: dict[str, str], what: str) -> list[str]:
-    """Return the keys of axes that can be widened (``ValueError`` if none); put others' reasons into ``refused``."""
+    """Return the keys of axes that can be widened, and add others' reasons to ``refused``; ``ValueError`` if none can.
+
+    ``what`` names the axes in the error.
+    """
     keys = []
     for axis in fitting:
         if why := axis.narrow or ("" if axis.free else axis.reason):
@@ -150,11 +156,12 @@ def _select_widenable(fitting: Iterable[Axis], refused: dict[str, str], what: st
 
 
 def plan_insertions(stacks: Mapping[str, Stack], increases: Mapping[str, Increase]) -> dict[str, Insertion]:
-    """Return path of a stack → the copies inserted into it; raise ``ValueError`` if no stack fits.
+    """Return path of a stack of blocks → the copies inserted into it; raise ``ValueError`` if no stack fits.
 
     The blocks that can be copied are divided into as many groups as there are new blocks, and each group is followed by
-    a copy of its last block (block expansion, Wu et al., arXiv 2401.02415). ``increases``: path of a stack, or a
-    pattern of paths (``"*"`` is every stack) → how many blocks it gains; a percentage is one of its present blocks.
+    a copy of its last block (block expansion, Wu et al., arXiv 2401.02415). ``stacks``: path → stack; ``increases``:
+    path of a stack, or a pattern of paths (``"*"`` is every stack) → how many blocks it gains; a percentage is one of
+    its present blocks.
 
     >>> stack = Stack(4, {i: ("last.weight",) for i in range(4)})
     >>> [(copy.position, copy.of) for copy in plan_insertions({"layers": stack}, {"*": Increase(2)})["layers"].copies]
@@ -198,7 +205,8 @@ def plan_growth(
 ) -> dict[str, int]:
     """Return axis key → how many units it gains: ``share`` of its size in ``base``, rounded up to ``multiple``.
 
-    An axis that would give the network more than ``cap`` times the parameters it has at sizes ``base`` is left out.
+    ``exhausted``: the axes that need units, in order; ``base``: axis key → its size at the beginning. An axis is left
+    out if the network would have more than ``cap`` times the parameters that it has at sizes ``base``.
     """
     sizes, names = axes.sizes(), axes.parameters - axes.ties.keys()
     most = cap * axes.count_entries(names, {**sizes, **base})

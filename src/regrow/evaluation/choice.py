@@ -79,7 +79,7 @@ class Choices:
 
 
 def items_in(path: Path, n: int | None = None) -> list[Item]:
-    """Read multiple-choice items from a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them, or all.
+    """Read multiple-choice items (:data:`Item`) from a ``.jsonl`` or ``.jsonl.gz`` file: the first ``n``, or all.
 
     Raises:
         ValueError: If the file cannot be read or has no item, or a line is not an item; names the line.
@@ -110,8 +110,9 @@ def choices(
         model: A causal model, called with tokens ``[batch, tokens]``, that returns logits. Rows are padded on the
             right, which earlier positions do not see.
         tokenizer: A transformers tokenizer.
-        items: The items.
-        task: The name of the task.
+        items: Mappings with ``query``, ``choices`` (texts) and ``gold``, the index of the right one; or with
+            ``context_options``, ``continuation`` and ``gold`` if the beginnings differ.
+        task: The name of the task in the result.
         outputs: Returns the model's output for each batch, in order, if the model is not in memory as a whole;
             ``None``: the model is called.
 
@@ -156,7 +157,10 @@ def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item])
 
 
 def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
-    """Return the tokens of every choice and where its ending begins; beyond ``LONGEST`` tokens the beginning is cut."""
+    """Return, for every choice in order, its tokens and the index at which its ending begins.
+
+    Of more than ``LONGEST`` tokens the first are cut off.
+    """
     bos, rows = find_bos_tokens(tokenizer), list[Row]()
     for number, item in enumerate(items):
         for context, ending in _split_choices(item, f"item {number}"):
@@ -174,7 +178,7 @@ def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
 
 
 def _batch_choices(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], Batch]]:
-    """Return batches of choices padded on the right, each with the indices of its choices among those of all items."""
+    """Return batches of choices with their indices among those of all items; padded right, labels on endings only."""
     # Choices of similar length go together, so that little is computed for padding.
     rows = encode_choices(tokenizer, items)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))

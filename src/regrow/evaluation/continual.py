@@ -24,10 +24,10 @@ METRICS = ("average", "average_along", "learning", "backward_transfer", "forward
 
 @dataclass(frozen=True)
 class Matrix:
-    """The accuracy matrix of a sequence of tasks.
+    """The matrix of accuracies (or other scores) in a sequence of tasks; NaN where there are no examples.
 
     Args:
-        rows: ``R``: per task learned, the accuracy on every task known by then, including later ones.
+        rows: ``R``: row i has the accuracies after learning task i on every task known by then, including later ones.
         before: ``b``: the accuracy on each task before any was learned.
 
     >>> m = Matrix(((0.9, 0.2), (0.6, 0.8)), (0.1, 0.1))
@@ -87,7 +87,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def mean_score(model: nn.Module, examples: ExampleSet, objective: Objective, classes: Tensor | None = None) -> float:
-    """Return a network's mean score in eval mode; classifiers predict only ``classes``, a bool mask (``None``: all)."""
+    """Return a network's mean score by an objective, in eval mode: for classification accuracy; NaN without examples.
+
+    ``classes``: which classes a classifier may predict, ``[classes]`` bool; ``None``: all.
+    """
     total = Score()
     with evaluating(model) as device:
         for batch in examples.batches(BATCH):

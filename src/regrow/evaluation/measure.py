@@ -36,9 +36,13 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
 
     Args:
         model: The network.
-        counted: Names of parameters that are also counted separately (``AxisGraph.counted``).
+        counted: Names of parameters whose entries are also counted separately (``AxisGraph.counted``).
         dtype: The dtype in which floating-point tensors would be stored, so that the bytes of different models can be
             compared. A quantised file is smaller than any of these.
+
+    Returns:
+        ``parameters``: entries of all parameters; ``counted``: those of ``counted``; ``bytes`` of the tensors of the
+        state dict in ``dtype``, integers as they are; the name of the ``dtype``.
 
     Raises:
         KeyError: If a counted name is not a parameter of the model.
@@ -64,7 +68,7 @@ def macs(axes: AxisGraph) -> int:
 def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Return the parameters, non-zero parameters, multiply–accumulates per example, and bytes of a network as it is.
 
-    The network is run once on the inputs, in eval mode.
+    The network is run once on the inputs, in eval mode, which is undone.
 
     >>> dense(nn.Linear(3, 2), torch.ones(5, 3))
     {'parameters': 8, 'nonzero': 8, 'macs': 6, 'bytes': 32}
@@ -113,8 +117,8 @@ def speed(
         progress: Called with (calls done, calls in all, description).
 
     Returns:
-        ``seconds`` of each timed call and their median; ``positions`` (tokens or images) per call, and ``per_second``
-        at the median.
+        ``seconds`` of each timed call and their ``seconds_median``; ``positions`` (tokens or images) per call, and
+        ``per_second`` at the median; the ``model``'s name.
 
     Raises:
         ValueError: If ``repeats`` is not at least 1.
@@ -143,7 +147,7 @@ def speed(
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Context manager: collects garbage, then disables collection, so that none falls into a timed call."""
+    """Context manager: collects garbage, then disables automatic collection, so that none falls into a timed call."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -161,7 +165,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def count_positions(batch: Batch) -> int:
-    """Return how many tokens (integers, ``[batch, tokens]``) or images (floats) the first tensor of a batch holds."""
+    """Return the number of tokens (integer ids) or images (floats) in the first tensor of a batch; 1 without one."""
     first = next((value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)), None)
     if first is None or first.dim() == 0:
         return 1

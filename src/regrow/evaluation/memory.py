@@ -107,7 +107,7 @@ class MemoryCounterMode(TorchDispatchMode):
 
 
 def _subtract_storage(reference: "weakref.ref[MemoryCounterMode]", key: int, _: Any) -> None:
-    """Take a storage that was freed out of a counter, if that still exists."""
+    """Subtract the freed storage ``key`` from the counter that ``reference`` leads to, if that still exists."""
     counter = reference()
     if counter is not None:
         counter.now -= counter._sizes.pop(key)
@@ -198,9 +198,9 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
 
 
 def start_peak_meter(device: torch.device) -> Callable[[], int | None]:
-    """Reset the peak of memory; return a function that returns the most bytes used since beyond those held now.
+    """Reset the peak of memory; return a function that returns the most bytes in use since, less those at the reset.
 
-    On a GPU that is what torch allocated, else resident memory of the process; ``None`` if the system does not report
+    On a GPU these are what torch allocated, else resident memory of the process; ``None`` if the system does not report
     it.
     """
     if device.type == "cuda":

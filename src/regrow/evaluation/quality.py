@@ -105,7 +105,7 @@ def perplexity(
         tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
         outputs: The model's output for each batch of this rank, if the model is not in memory as a whole; ``None``:
             the model is called.
-        ranks: The processes that share the batches; all of them call this function, and rank 0 gets the result.
+        ranks: The processes that share the batches; all of them call this function and get the result.
 
     Raises:
         ValueError: If a batch has no labels, or the source no labelled position.
@@ -167,7 +167,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy in nats of each label (already shifted): float64, in their shape, 0 where ignored."""
+    """Return the cross-entropy in nats of each (already shifted) label: float64, in their shape, 0 where it is −100."""
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
     for rows in (targets != IGNORED).nonzero()[:, 0].split(max(1, _ENTRIES // flat.shape[-1])):
@@ -238,7 +238,8 @@ def evaluate_objective(
 ) -> Evaluation:
     """Return mean loss and score of a network on a source, in eval mode; ValueError if no example has a label.
 
-    ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called.
+    ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called. A
+    network whose ``objective`` is its own loss runs in training mode, but for norms and dropout.
     """
     total = Score()
     batch_losses = list[tuple[float, int]]()  # of each batch: the mean loss, and the number of labelled positions

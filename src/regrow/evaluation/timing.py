@@ -39,7 +39,7 @@ def time_widths(
     repeats: int = 9,
     progress: Progress = silent,
 ) -> Timing:
-    """Measure how long a forward pass takes as a function of axis widths; return times in nanoseconds.
+    """Measure how many nanoseconds a forward pass takes, and how many it saves at smaller widths of each axis.
 
     One axis of each kind is measured: the smallest module that contains all of it is called at several widths, with the
     input that it gets in the network. All of these, and the whole network, are called in alternation; the fastest call
@@ -94,7 +94,7 @@ def time_widths(
 
 
 def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
-    """Return the nanoseconds of the fastest of some passes after a warm-up, with the clock of :func:`time_widths`."""
+    """Return the nanoseconds of the fastest of ``repeats`` passes after a warm-up (clock: :func:`time_widths`)."""
     with evaluating(model) as device:
         batch = batch.to(device)
         (fastest,) = _time_fastest([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)
@@ -125,7 +125,7 @@ def set_row_length(batch: Batch, tokens: int) -> Batch:
 
 @dataclass(frozen=True)
 class _Call:
-    """A module with its inputs, and how many times a pass of the network calls it; calling it runs the module."""
+    """A module with its inputs, its path, and how many ``times`` a pass calls it; calling it runs the module."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -143,7 +143,7 @@ def _tied_axes(axes: AxisGraph, axis: Axis) -> list[Axis]:
 
 
 def _find_containers(axes: AxisGraph, axis: Axis) -> list[str]:
-    """Return the paths of the modules that contain all tensors of an axis and its tied axes, the innermost first."""
+    """Return the paths of the modules that hold all tensors of an axis and of axes tied to it, innermost first."""
     paths = [slot.name.split(".")[:-1] for other in _tied_axes(axes, axis) for slot in other.slots]
     shared = 0
     while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:
@@ -152,7 +152,7 @@ def _find_containers(axes: AxisGraph, axis: Axis) -> list[str]:
 
 
 def _record_calls(whole: _Call, paths: Iterable[str]) -> dict[str, _Call]:
-    """Run the network; return path → call of each module in ``paths`` that ran, with its first input, and the whole."""
+    """Run the network; return path → call, with its first input, of ``whole`` ("") and each of ``paths`` that ran."""
     recorded: dict[str, _Call] = {"": whole}
 
     def record(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -178,7 +178,7 @@ def _choose_widths(axis: Axis, round_to: int) -> list[int]:
 
 
 def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call: _Call) -> _Call:
-    """Return the call of a copy of its module, with an axis at another width; ValueError if that does not run."""
+    """Return the call of a copy of its module with ``axis`` at ``width`` units; ValueError if that does not run."""
     sizes = axes.sizes() | {other.key: width for other in _tied_axes(axes, axis)}
     resized_network, *_ = resize_copy(model, axes, Resizing(sizes))
     copy = resized_network.get_submodule(call.path)
@@ -228,7 +228,7 @@ def _time_call(call: _Call, device: torch.device) -> int:
 
 
 def _make_monotone(curve: dict[int, float]) -> list[tuple[int, float]]:
-    """Return (width, time), narrowest first; a width that is slower than a wider one gets the time of the wider one.
+    """Return (width, time) by ascending width; a width that is slower than a wider one gets the time of the wider one.
 
     >>> _make_monotone({4: 9.0, 3: 10.0, 1: 2.0})
     [(1, 2.0), (3, 9.0), (4, 9.0)]

@@ -37,13 +37,14 @@ class BlockVisits(Protocol):
         names: Collection[str],
         around: Callable[[int, Mapping[int, str]], AbstractContextManager[object]],
     ) -> None:
-        """Run batches block by block, up to the last block that reads weights ``names``, each within ``around``.
+        """Run batches block by block, up to the last block that reads one of the weights ``names``.
 
-        ``around`` is called with the number of the batch and ``id`` of a loaded weight → its name.
+        Each run of a batch through a block is within the context manager that ``around`` returns. That is called with
+        the index of the batch, and with ``id`` → name of those of the weights that are loaded.
         """
 
     def passes(self, names: Collection[str]) -> int:
-        """Return how many blocks each batch runs through, up to the last one that reads weights ``names``."""
+        """Return how many blocks each batch runs through, up to the last that reads one of the weights ``names``."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def collect(
         options: How the data run; ``None``: here, as a whole.
 
     Returns:
-        Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
+        Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU. Empty for no pass.
 
     Raises:
         ValueError: If a source has fewer batches than shards, two have one name, gradients are needed without
@@ -130,9 +131,9 @@ class _Collector:
         self.losses: list[Tensor] = []
 
     def run_whole(self, todo: Sequence[tuple[Source, int]], shards: int, total: int) -> dict[Key, Statistics]:
-        """Run all batches of each unfinished shard (``todo``) through the whole network; return their sums.
+        """Run the batches of each unfinished (source, shard index), ``todo``, through the network; return their sums.
 
-        ``total``: the number of all batches, for the progress.
+        ``shards``: how many each source is split into; ``total``: the number of all batches, for the progress.
         """
         finished = total - sum(len(range(shard, len(source), shards)) for source, shard in todo)
         result = {}
@@ -148,22 +149,25 @@ class _Collector:
         return result
 
     def _add_batches(self, batches: Iterable[Batch], sums: Statistics) -> Iterator[None]:
-        """Measure this rank's share of the batches; rank 0 adds the sums of all; yields after each batch."""
+        """Measure this rank's share of the batches into ``sums``, in place; on rank 0 that of all. Yield after each."""
         ranks = self.options.ranks
         for number, batch in enumerate(batches):
             owner = number % ranks.size
             if owner == ranks.rank and ranks.leads:
-                self._step(batch, sums)
+                self._add_batch(batch, sums)
             elif owner == ranks.rank:
                 part = Statistics(sums.source)
-                self._step(batch, part)
+                self._add_batch(batch, part)
                 _send_statistics(part)
             elif ranks.leads:
                 sums.accumulate(_receive_statistics(owner))
             yield
 
     def run_blocks(self, todo: Sequence[tuple[Source, int]], shards: int, visits: BlockVisits) -> dict[Key, Statistics]:
-        """Run all batches of all unfinished shards (``todo``) through one block after another; return their sums."""
+        """Run the batches of each unfinished (source, shard index), ``todo``, block by block; return their sums.
+
+        ``shards``: how many each source is split into. ``ValueError`` for gradients, and if blocks share a weight.
+        """
         if self.backward:
             raise ValueError("gradients need the whole network in memory; leave out --memory")
         result = {(source.name, shard): Statistics(source.name) for source, shard in todo}
@@ -203,8 +207,8 @@ class _Collector:
             add_parts()
         return {key: self._finish_shard(sums, key[1]) for key, sums in result.items()}
 
-    def _step(self, batch: Batch, statistics: Statistics) -> None:
-        """Run one batch and add its sums to ``statistics``, in place."""
+    def _add_batch(self, batch: Batch, statistics: Statistics) -> None:
+        """Run one batch and add its sums to ``statistics``, in place; the first batch decides whether the head runs."""
         if self.first:
             self.first, self.trunk = False, find_trunk(self.model, batch, self.names)
         moments = self._measure(batch, self.trunk, statistics)
@@ -239,7 +243,7 @@ class _Collector:
         return statistics
 
     def _measure(self, batch: Batch, network: nn.Module, statistics: Statistics) -> dict[str, Moments]:
-        """Run one batch through ``network``; return its input moments, and add its gradients to ``statistics``."""
+        """Run one batch through ``network``; return its input moments, and add gradients to ``statistics`` in place."""
         local, watch = batch.to(self.device), _make_input_sums(self.watched, batch)
         if self.masked:
             masks = MaskGradients(self.ids, self.masked, count_sequences(batch))
@@ -269,7 +273,7 @@ def differentiated_names(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
 
 
 def _gather(parts: Sequence[Statistics], count: int, ranks: ProcessRank) -> Iterator[Statistics]:
-    """Yield the sums of all ``count`` batches on rank 0, in their order; other ranks send ``parts``, and yield none."""
+    """Yield the sums of all ``count`` batches in order, on rank 0; other ranks send their ``parts`` and yield none."""
     if ranks.leads:
         for number in range(count):
             owner = number % ranks.size
@@ -291,12 +295,12 @@ def _receive_statistics(rank: int) -> Statistics:
 
 
 def _make_input_sums(watched: Mapping[int, str], batch: Batch) -> InputSums:
-    """Return the mode that sums the inputs of watched weights (``id`` → name) on a batch, without padding."""
+    """Return a mode that sums the inputs of watched weights (``id`` → name) on a batch, padding left out."""
     return InputSums(watched, count_sequences(batch), visible_positions(batch))
 
 
 def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
-    """Raise ValueError unless sources have different names, and can each be split into so many shards."""
+    """Raise ValueError unless sources have different names and at least ``shards`` batches each, 1 or more."""
     if shards < 1:
         raise ValueError(f"a source is split into at least 1 shard; got {shards}")
     names = [source.name for source in sources]
@@ -311,7 +315,7 @@ def check_sources(sources: Sequence[Source], shards: int = 1) -> None:
 
 
 def count_sequences(batch: Batch) -> int:
-    """Return how many sequences (texts, images) a batch has: the length of its first tensor."""
+    """Return how many sequences (texts, images) a batch has: the length of its first tensor; 1 if it has none."""
     return next((len(value) for value in _input_tensors(batch) if value.dim()), 1)
 
 

@@ -13,10 +13,11 @@ from regrow.scoring.weights import readers
 def means(
     model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]], statistics: Statistics
 ) -> dict[str, dict[int, float]]:
-    """Return the mean of every dropped input (as ``Plan.means``), for the weights whose bias can absorb it exactly.
+    """Return weight name → index of a dropped input → its mean (``Plan.means``), where a bias can absorb it exactly.
 
     b′ = b + Σ over dropped j of W_j · E[x_j], exact for a linear map and for an ungrouped convolution without padding
-    whose weight no other module shares; :func:`note_uncompensated` names the others. ``kept``: axis key → units kept.
+    whose weight no other module shares; :func:`note_uncompensated` names the others. ``kept``: axis key → units kept;
+    ``statistics``: sums of the weights' inputs; weights without any are left out.
 
     Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
     """
@@ -41,7 +42,7 @@ def means(
 
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
-    """Return the weights that read the axes ``units`` and whose layer gets a bias if their inputs are compensated."""
+    """Return the names of weights that read the axes ``units``, and whose layer gets a new bias by compensation."""
     held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
     bare = (name for name in names if getattr(_owner_of(model, name), "bias", 0) is None)
@@ -63,7 +64,7 @@ def find_holders(model: nn.Module) -> Holders:
 
 
 def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
-    """Return the path of another module that holds the parameter ``name``, too; ``None`` if there is none.
+    """Return the path of another module that has the parameter ``name``, or ``None``; ``held``: :func:`find_holders`.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
@@ -76,7 +77,7 @@ def sharing_module(model: nn.Module, name: str, held: Holders) -> str | None:
 
 
 def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
-    """Whether a constant input to the weight ``name`` can be moved exactly into the bias of its layer.
+    """Whether a constant input of the weight ``name`` can move exactly into a bias (``held``: :func:`find_holders`).
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight", find_holders(net)), takes_constant(net, "1.weight", find_holders(net))
@@ -92,13 +93,16 @@ def takes_constant(model: nn.Module, name: str, held: Holders) -> bool:
 
 
 def constant_inputs(model: nn.Module, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return name of a weight → mean inputs ``[channels]``, for weights whose bias can absorb these exactly."""
+    """Return weight name → mean inputs, ``[channels]``, by ``moments``, where the weight's bias can absorb them."""
     held = find_holders(model)
     return {name: value.mean for name, value in moments.items() if takes_constant(model, name, held)}
 
 
 def note_uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
-    """Return one note naming weights that read dropped inputs whose means no bias can absorb; empty if none."""
+    """Return one sentence on the weights that read cut axes but whose bias cannot absorb a mean; ``()`` if none does.
+
+    ``kept``: axis key → units kept, for the axes that are cut.
+    """
     held = find_holders(model)
     names = dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept]))
     left_out = [name for name in names if not takes_constant(model, name, held)]

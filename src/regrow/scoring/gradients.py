@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
 from regrow.core.sources import Batch, logits_in
-from regrow.scoring.watch import Feed, to_rows
+from regrow.scoring.watch import InputHook, to_rows
 from regrow.scoring.weights import Reader
 
 MAX_PROBABILITIES = 1 << 22  # entries of the logits whose probabilities are in memory at a time, in float32
@@ -28,12 +28,12 @@ def add_gradients(
     *,
     count: int | None = None,
 ) -> Tensor:
-    """Run the network on a batch, add the gradient of its *summed* loss to ``sums`` (float32); return the mean loss.
+    """Run the network on a batch, add the gradient of its *summed* loss to ``sums``; return the mean loss, ``[]``.
 
-    ``names``: the parameters; ``count``: how many positions the loss is the mean of, ``batch.size`` unless given. The
-    ``.grad`` of the parameters is as before afterwards. The backward pass runs on the mean, which half precision can
-    hold. Each gradient is added as soon as it is there, and then given back: one parameter's is in memory at a time,
-    beside the sums.
+    ``names``: the parameters; ``sums``: name → float32 gradient so far, added to in place, names that it lacks
+    included; ``count``: how many positions the loss is the mean of, ``batch.size`` unless given. The ``.grad`` of the
+    parameters is as before afterwards. The backward pass runs on the mean, which half precision can hold. Each gradient
+    is added as soon as it is there, and then given back: one parameter's is in memory at a time, beside the sums.
     """
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
@@ -72,7 +72,10 @@ def add_gradients(
 
 @contextmanager
 def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = None) -> Iterator[None]:
-    """Context manager of eval mode, in which only the parameters ``differentiated``, if given, require gradients."""
+    """Context manager of eval mode, which is undone afterwards, as is what ``differentiated`` changes.
+
+    ``differentiated``: names of parameters, which alone require gradients; ``None``: those that already do.
+    """
     modes = {module: module.training for module in model.modules()}
     requirements = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
@@ -91,7 +94,7 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
 def find_trunk(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Module:
     """Return the module to run for the weights ``names``: without the head, if none of them lies in it; or the model.
 
-    That is transformers' ``base_model``, which takes the same inputs, but may leave out weights (an encoder, a head).
+    That is transformers' ``base_model``, if it takes the inputs of ``batch``; it may leave out weights (an encoder).
     """
     base = getattr(model, "base_model", None)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
@@ -104,7 +107,7 @@ def find_trunk(model: nn.Module, batch: Batch, names: Sequence[str]) -> nn.Modul
     return base
 
 
-class MaskGradients(Feed):
+class MaskGradients(InputHook):
     """A torch-function mode that sums the squared gradients of unit masks, as the loss is differentiated.
 
     A mask multiplies a unit wherever a weight reads it. The gradient of the loss with respect to it is Σ x · ∂L/∂x over
@@ -114,6 +117,11 @@ class MaskGradients(Feed):
 
     Only what depends on the first watched input is differentiated. Inside a recurrent layer the gradient is that of the
     whole batch, whose square has the same mean where labels are drawn.
+
+    Args:
+        watched: ``id`` of a weight → its name.
+        reads: Name of a weight → the axes that it reads, and where.
+        sequences: How many sequences the batch has.
     """
 
     def __init__(self, watched: Mapping[int, str], reads: Mapping[str, Sequence[Reader]], sequences: int) -> None:
@@ -124,12 +132,12 @@ class MaskGradients(Feed):
         self.waiting: Counter[str] = Counter()
 
     def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """Return the same input as a new tensor, whose gradient is that of this use alone and is summed by a hook."""
+        """Return ``value`` as a new tensor whose gradient is that of this use alone; a hook sums Σ x · ∂L/∂x."""
         if not torch.is_grad_enabled() or not value.is_floating_point():
             return value
         use = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
         self._expect(name, use)
-        use.register_hook(partial(self._add, name, value.detach(), dim))
+        use.register_hook(partial(self._add_gradient, name, value.detach(), dim))
         return use
 
     def replace_weight(self, name: str, weight: Tensor) -> Tensor:
@@ -138,7 +146,7 @@ class MaskGradients(Feed):
             return weight
         mask = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
         self._expect(name, mask)
-        mask.register_hook(partial(self._add, name, mask.detach(), -1))
+        mask.register_hook(partial(self._add_gradient, name, mask.detach(), -1))
         return weight * mask
 
     def finish(self) -> dict[str, Tensor]:
@@ -148,15 +156,18 @@ class MaskGradients(Feed):
         return self.squares
 
     def _expect(self, name: str, value: Tensor) -> None:
-        """Count a gradient to come for each axis that a weight reads, and begin its sum."""
+        """Count a gradient to come for each axis that the weight ``name`` reads, and begin the axis's sum."""
         for reader in self.reads[name]:
             self.waiting[reader.axis] += 1
             home = "cpu" if value.device.type == "mps" else value.device
             self.squares.setdefault(reader.axis, torch.zeros(reader.size, dtype=torch.float64, device=home))
 
     @torch.no_grad()
-    def _add(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
-        """Add Σ x · ∂L/∂x of one use of a weight's input to its axes; square what is then complete."""
+    def _add_gradient(self, name: str, value: Tensor, dim: int, gradient: Tensor) -> None:
+        """Add Σ x · ∂L/∂x of one use of the weight ``name`` to its axes; square what is then complete.
+
+        ``value``: the input x, ``dim``: its contracted dimension, ``gradient``: ∂L/∂x.
+        """
         sequences = 1 if value.dim() == 1 else self.sequences
         (rows, channels), (slopes, _) = (to_rows(tensor, dim, sequences) for tensor in (value, gradient))
         wide = torch.promote_types(value.dtype, torch.float32)
@@ -173,20 +184,20 @@ class MaskGradients(Feed):
                 self._square(reader.axis)
 
     def _square(self, axis: str) -> None:
-        """Add the squares of an axis's complete gradients to its sum, and forget them."""
+        """Add the squares of an axis's complete gradients to its sum in ``squares``, and delete the gradients."""
         total = self.partial.pop(axis).square().sum((0, 1))
         self.squares[axis] += total.to(self.squares[axis].device, torch.float64)
 
 
 def _sum_by_unit(values: Tensor, where: Tensor) -> Tensor:
-    """Return the sums of values ``[..., channels]`` over each unit's channels ``[size, k]``, ``[..., size]``."""
+    """Return the sums of ``values``, ``[..., channels]``, over the channels ``where``, ``[size, k]``, of each unit."""
     in_order = where.numel() == values.shape[-1] and torch.equal(where.flatten(), torch.arange(where.numel()))
     parts = values.unflatten(-1, where.shape) if in_order else values[..., where.to(values.device)]
     return parts[..., 0] if where.shape[1] == 1 else parts.sum(-1)
 
 
 def _add_uses(first: Tensor, other: Tensor) -> Tensor:
-    """Return the sum of two uses' gradients ``[sequences, positions, size]``, summed over dimensions that differ."""
+    """Return the sum of two uses' gradients, ``[sequences, positions, size]``; unequal dimensions are summed first."""
     for dim in (1, 0):
         if first.shape != other.shape:
             first, other = first.sum(dim, keepdim=True), other.sum(dim, keepdim=True)
@@ -202,10 +213,11 @@ def add_fisher(
     around: AbstractContextManager[object],
     origin: Batch,
 ) -> None:
-    """Run the network on a batch within ``around``; add squared mask gradients to ``sums``, axis key → ``[size]``.
+    """Run the network on a batch, and back; add squared mask gradients to ``sums``, axis key → ``[size]``, in place.
 
-    ``origin`` is the batch before it was moved to the network's device, so that labels are drawn without waiting for
-    it.
+    ``masks``: new ones for this batch; ``around``: a context manager for the forward pass alone. ``origin`` is the
+    batch before it was moved to the network's device, so that labels are drawn without waiting for it. ``ValueError``
+    if the output has no gradient.
     """
     with torch.enable_grad():
         with masks, around:
@@ -227,11 +239,11 @@ def add_fisher(
 def draw_labels(
     output: object, batch: Batch, objective: Objective, origin: Batch | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw labels from a network's predictions; return the logits and the summed loss's gradient in them, or ``None``.
+    """Draw labels from a network's predictions; return the logits, and the summed loss's gradient with respect to them.
 
-    The random numbers of an example depend on its inputs alone; where the first dimension of no input is that of the
-    labels, on all inputs and its index. Nothing is drawn for positions labelled −100, and for losses of one's own.
-    ``origin`` is the batch on the device where it came from.
+    ``None`` for losses of one's own, or labels that do not fit. The random numbers of an example depend on its inputs
+    alone; where the first dimension of no input is that of the labels, on all inputs and its index. At positions
+    labelled −100 the gradient is 0. ``origin`` is the batch on the device where it came from.
     """
     origin = batch if origin is None else origin
     if objective.name in (CLASSIFICATION.name, NEXT_TOKEN.name):
@@ -253,7 +265,7 @@ def draw_labels(
 
 
 def _draw_classes(logits: Tensor, counted: Tensor, batch: Batch) -> Tensor:
-    """Return probabilities − one-hot drawn labels, ``[..., classes]``; 0 at positions that ``counted`` (bool) lacks."""
+    """Return probabilities − one-hot drawn labels, ``[..., classes]``; 0 where not ``counted``, ``[...]`` bool."""
     random = _draw_uniform(batch, counted).flatten()
     rows, valid = logits.reshape(-1, logits.shape[-1]), counted.flatten().to(logits.device)
     gradient = torch.empty_like(rows)

@@ -12,7 +12,7 @@ from regrow.core.axes import Axis, AxisGraph
 from regrow.core.sources import Batch, device_of
 from regrow.scoring.collect import BlockVisits
 from regrow.scoring.gradients import evaluation_mode, find_trunk
-from regrow.scoring.watch import Feed, visible_rows
+from regrow.scoring.watch import InputHook, visible_rows
 from regrow.scoring.weights import Reader, readers
 
 ROWS_PER_SUM = 4096  # the number of rows summed at a time in float32
@@ -48,7 +48,7 @@ class Gram:
         return self.constant + self.total / max(1, self.rows)
 
     def add(self, rows: Tensor) -> None:
-        """Add inputs, ``[rows, k]``, in place."""
+        """Add inputs of the layer, ``[rows, k]`` of any floating dtype, to the sums in place."""
         with torch.autocast(rows.device.type, enabled=False):
             for part in rows.split(ROWS_PER_SUM):
                 part = part.double() if part.dtype == torch.float64 else part.float()
@@ -68,7 +68,10 @@ class Gram:
 
 
 def linear_readers(axes: AxisGraph, units: Sequence[Axis]) -> dict[str, Reader]:
-    """Return weight name → its reader, for linear layers alone in reading an axis of ``units``, and no other axis."""
+    """Return weight name → its reader, for linear layers that read one axis of ``units``, which no other weight reads.
+
+    Layers of more than :data:`MAX_INPUTS` inputs are left out.
+    """
     reads = readers(axes, units)
     readers_of, axes_of = Counter(reader.axis for reader in reads), Counter(reader.weight for reader in reads)
     return {
@@ -91,7 +94,8 @@ def sum_products(
 
     ``widths``: name of a layer's weight → its number of inputs. Positions that an ``attention_mask`` hides are left
     out. In memory the batches run in as few passes as the memory for sums allows, without the head if no layer lies in
-    it; by ``visits``, for a network that does not fit into memory, in one. ``use`` may use up the sums.
+    it; by ``visits``, for a network that does not fit into memory, in one. ``use`` may overwrite the sums. Raises
+    ``ValueError`` if no batch reaches a layer.
     """
     if not widths:
         return
@@ -112,7 +116,7 @@ def sum_products(
         def around(number: int, watched: Mapping[int, str]) -> Iterator[None]:
             if number == 0:
                 finish()
-            with _GramFeed({key: name for key, name in watched.items() if name in widths}, sums, batches[number]):
+            with _GramHook({key: name for key, name in watched.items() if name in widths}, sums, batches[number]):
                 yield
 
         visits.visit(batches, list(widths), around)
@@ -125,12 +129,12 @@ def sum_products(
             with evaluation_mode(model), torch.no_grad():
                 for number, batch in enumerate(batches):
                     local = batch.to(device)
-                    with _GramFeed(watched, sums, batch):
+                    with _GramHook(watched, sums, batch):
                         local.run(run)
                     if number == 0 and run is not model and len(sums) < len(part):  # the trunk leaves some out
                         sums.clear()
                         run = model
-                        with _GramFeed(watched, sums, batch):
+                        with _GramHook(watched, sums, batch):
                             local.run(run)
             finish()
     if todo:
@@ -161,7 +165,7 @@ def _group_layers(widths: Mapping[str, int]) -> list[list[str]]:
     return parts
 
 
-class _GramFeed(Feed):
+class _GramHook(InputHook):
     """Adds the inputs of watched weights on a batch to ``sums``, without padding, and leaves the inputs unchanged."""
 
     def __init__(self, watched: Mapping[int, str], sums: dict[str, Gram], batch: Batch) -> None:

@@ -16,13 +16,16 @@ from regrow.core.scores import Moments, Need, Scores, Statistics, Tensors
 from regrow.scoring.spaces import standardise, z_scores
 from regrow.scoring.weights import Reader, axis_parameters, column_norms, readers, scorable_axes
 
-Units = Sequence[Axis] | None
+Units = Sequence[Axis] | None  # the axes whose units are scored; `None`: `axes.units()`
 
 
 def wanda_sp(
     weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None, pool: str = "sum"
 ) -> Scores:
     """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
+
+    ``weights``: name → parameter; ``units``: the axes; ``pool``: see :func:`pool_to_units`. Without statistics the RMS
+    is taken as 1; ``ValueError`` if they lack a weight.
 
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
@@ -37,7 +40,8 @@ def wifv(
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
     It estimates the output energy that is lost if channel j is replaced by its mean. The variance is over positions, as
-    in the paper's code; its text has per-sequence means.
+    in the paper's code; its text has per-sequence means. Without statistics it is taken as 1. ``weights``: name →
+    parameter; ``units``: the axes; ``pool``: see :func:`pool_to_units`.
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), code.
     """
@@ -47,7 +51,10 @@ def wifv(
 
 
 def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: Units = None) -> Scores:
-    """Score units by the output energy of the layers that read them, E[x_j²] · ‖W_j‖₂² per input channel j."""
+    """Score units by the output energy of the layers that read them: Σ over input channels j of E[x_j²] · ‖W_j‖₂².
+
+    ``weights``: name → parameter; ``units``: the axes, ``axes.units()`` if ``None``.
+    """
     reads = readers(axes, scorable_axes(axes, units))
     channels = _score_channels(weights, reads, statistics, "square", lambda m: m.square / m.count)
     return _make_scores("energy", pool_to_units(channels, reads), statistics)
@@ -56,7 +63,8 @@ def energy(weights: Tensors, axes: AxisGraph, statistics: Statistics, *, units: 
 def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by the Fisher information of their masks, ½ · mean over tokens of (Σ x · ∂L/∂x)².
 
-    That is the increase of the loss per token, to second order, if the unit's output were 0. Without data: ‖W_j‖₂².
+    That is the increase of the loss per token, to second order, if the unit's output were 0. Without statistics:
+    ‖W_j‖₂². ``weights``: name → parameter; ``units``: the axes; ``ValueError`` if statistics lack an axis.
 
     Source: Theis et al., Fisher pruning (arXiv 1801.05787); masks of Transformers: Kwon et al. (arXiv 2204.09656).
     """
@@ -76,8 +84,10 @@ def fisher(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, units: Units = None) -> Scores:
     """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
 
-    Σ abs(w · g) over the unit's parameters, with g the gradient of the mean loss. Without statistics: Σ w². Source: Ma
-    et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
+    Σ abs(w · g) over the unit's parameters, with g the gradient of the mean loss. Without statistics: Σ w².
+    ``weights``: name → parameter; ``units``: the axes; ``ValueError`` if statistics lack a gradient.
+
+    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code ("element1").
     """
     values: dict[str, Tensor] = {}
     for axis in scorable_axes(axes, units):
@@ -100,7 +110,10 @@ def taylor(weights: Tensors, axes: AxisGraph, statistics: Statistics | None, *, 
 def magnitude(
     weights: Tensors, axes: AxisGraph, statistics: Statistics | None = None, *, units: Units = None
 ) -> Scores:
-    """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp")."""
+    """Score units by Σ over their input channels j of ‖W_j‖₂, for all weights that read them (FLAP's "mag-sp").
+
+    ``weights``: name → parameter; ``units``: the axes; ``statistics`` are not used.
+    """
     values: dict[str, Tensor] = {}
     for reader in readers(axes, scorable_axes(axes, units)):
         norms = column_norms(weights[reader.weight], reader.slot.dim, form="norm")
@@ -109,7 +122,10 @@ def magnitude(
 
 
 def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> Scores:
-    """Score units by Σ, over the matrices that produce them, of (max W + abs(min W)) of the unit's rows."""
+    """Score units by Σ, over the matrices that produce them, of (max W + abs(min W)) of the unit's rows.
+
+    ``weights``: name → parameter; ``units``: the axes, ``axes.units()`` if ``None``.
+    """
     values = {}
     for axis in scorable_axes(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
@@ -123,7 +139,7 @@ def peak_to_peak(weights: Tensors, axes: AxisGraph, *, units: Units = None) -> S
 
 
 def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
-    """Score units by uniform random numbers in [0, 1), seeded per axis by ``seed`` and its key."""
+    """Score units of the axes ``units`` by uniform random numbers in [0, 1), seeded per axis by ``seed`` and key."""
     values = {}
     for axis in scorable_axes(axes, units):
         number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
@@ -135,7 +151,7 @@ def random(axes: AxisGraph, *, units: Units = None, seed: int = 0) -> Scores:
 class Base:
     """A pruning baseline that another method can wrap: its metric, allocation and protected blocks."""
 
-    metric: Callable[..., Scores]
+    metric: Callable[..., Scores]  # (weights, axes, statistics, *, units) → scores
     need: Need  # what the metric has to be measured from, besides weights
     allocation: str  # its name in :data:`regrow.allocation.ranked.ALLOCATIONS`
     standardised: bool = False  # whether the metric pools channels to comparable scores; others are z-scored per axis
@@ -194,7 +210,10 @@ def _score_channels(
     form: str,
     factor: Callable[[Moments], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return weight → a norm of each input channel (``form`` of ``column_norms``) times ``factor``, ``[C]`` float64."""
+    """Return weight name → score per input channel, ``[C]`` float64: ``column_norms`` of a ``form`` times ``factor``.
+
+    ``factor``: from the running sums of the inputs to a factor per channel; 1 without it or without statistics.
+    """
     channels: dict[str, Tensor] = {}
     for reader in reads:
         if reader.weight in channels:
@@ -210,7 +229,7 @@ def _score_channels(
 
 
 def _make_scores(name: str, values: Tensors, statistics: Statistics | None) -> Scores:
-    """Return values as scores with the metric's name and what they were measured on; ``ValueError`` if not finite."""
+    """Return values (axis key → ``[size]``) as scores of the metric ``name``; ``ValueError`` if one is not finite."""
     if statistics is None:
         return _check_finite(Scores(values, f"{name}/weight-only"))
     return _check_finite(Scores(values, name, tuple(dict.fromkeys(statistics.source.split("+"))), statistics.tokens))

@@ -20,7 +20,7 @@ OUTER_BLOCKS = (0.125, 0.0625)
 
 
 def standardise(values: Tensor) -> Tensor:
-    """Return z-scores ``[n]``, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
+    """Return z-scores, ``[n]``: (v − mean) / standard deviation (``ddof = 1``); zeros if all are equal or n is 1.
 
     >>> standardise(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [-1.0, 0.0, 1.0]
@@ -54,7 +54,7 @@ class Space:
 
     label: str  # the kind of units, `Axis.label`
     keys: tuple[str, ...]  # the axes, in the order of the network
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # their numbers of units
 
     @property
     def pooled(self) -> bool:
@@ -73,7 +73,8 @@ class Space:
 def make_ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space, ...]:
     """Return the ranking spaces: one per large axis; small axes of one kind are pooled.
 
-    Axes of fewer than :data:`MIN_RANKED_UNITS` units are small; those of a kind are divided, in order, into ``parts``.
+    Axes of fewer than :data:`MIN_RANKED_UNITS` units are small; those of a kind (``Axis.label``) are divided, in order,
+    among ``parts`` spaces.
 
     >>> from regrow.core.axes import Axis
     >>> [space.keys for space in make_ranking_spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
@@ -114,7 +115,7 @@ def select_inner(units: Sequence[Axis]) -> list[Axis]:
 
 
 def map_within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply ``each`` (``[..., n]`` → ``[..., n]``, such as a ranking) to all units of each space; axis key → result."""
+    """Return axis key → values after ``each``, ``[..., n]`` → ``[..., n]``, was applied to the n units of a space."""
     return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}
 
 
@@ -130,7 +131,7 @@ class RankPercentiles:
 def rank_units(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space]) -> RankPercentiles:
     """Return the rank percentiles of the units within each ranking space, for each source and each of its shards.
 
-    ``scores``: source → its scores, and the scores of each of its shards; equally many shards each.
+    ``scores``: source → its scores, and those of each of its shards; ``ValueError`` unless equally many shards each.
     """
     if len({len(shards) for _, shards in scores.values()}) != 1:
         raise ValueError("every source needs equally many shards")
@@ -143,6 +144,8 @@ def rank_units(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Seq
 def sensitivity(ranking: RankPercentiles) -> dict[str, Tensor]:
     """Return how much each unit's rank varies: axis key → its standard deviation over sources, ``[size]`` float64.
 
+    ``ValueError`` for a single source.
+
     Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets.
     """
     if len(ranking.sources) < 2:
@@ -151,7 +154,7 @@ def sensitivity(ranking: RankPercentiles) -> dict[str, Tensor]:
 
 
 def removed_share(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
-    """Return the fraction of flagged units (``flags``: 1, else 0) among those not ``kept``; 0 if none is removed.
+    """Return which fraction of the units that are not ``kept`` is flagged (``flags``: 1, else 0); 0 if all are kept.
 
     >>> removed_share({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
     0.6666666666666666
@@ -163,10 +166,12 @@ def removed_share(flags: Tensors, kept: Mapping[str, Sequence[int]]) -> float:
 def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
-    ``exceeds``: fraction of units with F > 1; ``significant``: with F above the 95 % point of the null, which shuffles
-    shards over sources; ``share``: the fraction of the variance of a shard's rank that is due to the source;
-    ``spearman``: mean rank correlation between sources, ``spearman_shards`` and ``spearman_within`` between shards of
-    different sources and of the same. It takes at least 2 sources of at least 2 shards.
+    ``exceeds``: fraction of units with F > 1, ``exceeds_null`` under the null, which shuffles shards over sources;
+    ``significant``: with F above the 95 % point of the null; ``share``: the fraction of the variance of a shard's rank
+    that is due to the source; ``sigma``, ``sigma_between``, ``sigma_within``: median standard deviations of a unit's
+    rank over sources, and of its components; ``spearman``: mean rank correlation between sources, ``spearman_shards``
+    and ``spearman_within`` between shards of different sources and of the same. It takes 2 sources of 2 shards, or
+    more.
     """
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
@@ -204,7 +209,7 @@ def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
 
 
 def _variance_components(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the variances between and within sources, and F, ``[n]`` each, of values ``[sources, shards ≥ 2, n]``."""
+    """Return the variances between and within sources, and F, ``[n]`` each, of ranks ``[sources, shards ≥ 2, n]``."""
     count = shards.shape[1]
     between = count * shards.mean(1).var(0)
     within = shards.var(1).mean(0)

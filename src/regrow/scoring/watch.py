@@ -22,7 +22,10 @@ Contraction = tuple[Any, Any, int]
 def _rnn_layers(
     func: Function, x: Tensor, state: Any, params: Sequence[Tensor], *options: Any
 ) -> Iterator[Contraction]:
-    """Run each direction of each recurrent layer by itself, and yield its contractions at all time steps."""
+    """Run each direction of each recurrent layer by itself, and yield its contractions at all time steps.
+
+    ``func``: ``torch.lstm`` or the like; the others are its arguments. Packed sequences give none.
+    """
     if not isinstance(params, list | tuple):  # packed sequences: their form is not that of sequences
         return
     has_bias, layers, _, training, bidirectional, batch_first = options
@@ -111,9 +114,10 @@ def find_inputs(
     kwargs: Mapping[str, Any],
     table: Table = CONTRACTIONS,
 ) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield, per watched weight that a call contracts: its name, the input, and the dimension contracted in the input.
+    """Yield, per watched weight that a call contracts: its name, the input, and the input's contracted dimension (< 0).
 
-    An operand is a watched weight (``id`` → name) if it is that tensor or its transpose (``x @ weight.T``).
+    ``func(*args, **kwargs)`` is the call, ``table`` what calls contract. An operand is a watched weight (``id`` → name)
+    if it is that tensor or its transpose (``x @ weight.T``).
     """
     list_contractions = table.get(func)
     for weight, value, dim in list_contractions(*args, **kwargs) if list_contractions else ():
@@ -126,8 +130,11 @@ def find_inputs(
             yield name, value, dim
 
 
-class Feed(TorchFunctionMode, ABC):
-    """A torch-function mode that replaces the inputs with which watched weights (``id`` → name) are contracted."""
+class InputHook(TorchFunctionMode, ABC):
+    """A torch-function mode in which the inputs of watched weights (``id`` → name) pass through :meth:`replace_input`.
+
+    An input is what a linear map, convolution or matrix product contracts with the weight.
+    """
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
@@ -135,7 +142,7 @@ class Feed(TorchFunctionMode, ABC):
 
     @abstractmethod
     def replace_input(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """Return the input to use instead of ``value``, which the weight ``name`` contracts in dimension ``dim``."""
+        """Return the input to use instead of ``value``, whose dimension ``dim`` (< 0) the weight ``name`` contracts."""
 
     def replace_weight(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight to use inside a recurrent layer, whose inputs cannot be replaced; ``ValueError`` here."""
@@ -160,10 +167,12 @@ class Feed(TorchFunctionMode, ABC):
 
 
 class InputSums(TorchFunctionMode):
-    """A torch-function mode that sums the inputs of watched weights (``id`` → name) into ``Moments``.
+    """A torch-function mode that sums the inputs of watched weights into ``sums``, weight name → ``Moments``.
 
-    The rows of an input belong to the sequences in equal, consecutive parts; ``mask`` ``[sequences, tokens]`` is false
-    at positions that do not count (padding).
+    Args:
+        watched: ``id`` of a weight → its name.
+        sequences: How many the batch has; the rows of an input belong to them in equal, consecutive parts.
+        mask: False at positions that do not count (padding), ``[sequences, tokens]``; ``None``: all count.
     """
 
     def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None) -> None:
@@ -177,11 +186,11 @@ class InputSums(TorchFunctionMode):
         if self.watched:
             for name, value, dim in find_inputs(self.watched, func, args, kwargs, _EVERYWHERE):
                 with torch.no_grad():
-                    self._add(name, value.detach(), dim)
+                    self._add_input(name, value.detach(), dim)
         return func(*args, **kwargs)
 
-    def _add(self, name: str, value: Tensor, dim: int) -> None:
-        """Add the sums of an input, contracted along ``dim``, to those of the weight ``name``."""
+    def _add_input(self, name: str, value: Tensor, dim: int) -> None:
+        """Add the sums of an input, contracted along ``dim`` (< 0), to those of the weight ``name``, in place."""
         rows, channels = to_rows(value, dim, self.sequences)
         masked = self.mask is not None and channels == 2 and rows.shape[:2] == self.mask.shape
         moments = _sum_moments(rows, channels, self.mask if masked else None)
@@ -192,7 +201,7 @@ class InputSums(TorchFunctionMode):
 def to_rows(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
     """Return an input as ``[sequences, positions, channels]`` and 2, or ``[sequences, channels, positions]`` and 1.
 
-    ``dim``, counted from the end, is the dimension that is contracted.
+    ``dim``, counted from the end, is the dimension of ``value`` that is contracted: that of the channels.
     """
     if dim != -1:
         return value.reshape(-1, *value.shape[dim:]).flatten(2), 1
@@ -203,9 +212,9 @@ def to_rows(value: Tensor, dim: int, sequences: int) -> tuple[Tensor, int]:
 
 
 def visible_rows(value: Tensor, dim: int, batch: Batch) -> Tensor | None:
-    """Return which positions of an input are no padding, in the order in which it holds them, ``[positions]`` bool.
+    """Return which positions of an input ``value`` are no padding, in its order, ``[positions]`` bool, on the CPU.
 
-    ``None``: nothing is padding, or the input does not have the positions of the batch.
+    ``None``: nothing is padding, or the input does not have the positions of the batch. ``dim``: as of :func:`to_rows`.
 
     >>> batch = Batch((), {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
     >>> visible_rows(torch.zeros(2, 3, 4), -1, batch).tolist()
@@ -254,9 +263,10 @@ def _strip_width(rows: Tensor, channels: int) -> int:
 
 
 def _sum_strip(rows: Tensor, channels: int, step: int, hidden: Tensor | None, reuse: bool) -> tuple[Tensor, Tensor]:
-    """Return float64 sums: of each sequence, ``[sequences, channels]``, and of all squares, ``[channels]``.
+    """Return float64 sums over positions: of each sequence, ``[sequences, channels]``; of all squares, ``[channels]``.
 
-    ``step``: how many sequences are summed at a time; ``hidden``: positions left out; ``reuse``: one buffer for all.
+    ``channels``: the dimension of the channels, 1 or 2; ``step``: how many sequences are summed at a time; ``hidden``:
+    positions left out; ``reuse``: one buffer for all.
     """
     positions = 3 - channels
     home = torch.device("cpu") if rows.device.type == "mps" else rows.device  # which has no float64

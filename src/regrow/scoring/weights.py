@@ -25,7 +25,7 @@ class Reader:
     width: int  # the weight's size in that dimension; a grouped convolution sees `groups × width` channels
 
     def positions(self, channels: int) -> Tensor:
-        """Return the input channels of each unit, ``[size, k]`` int64, of an operation that sees so many."""
+        """Return the input channels of each unit, ``[size, k]`` int64, of an input with ``channels`` channels."""
         inside = self.slot.positions(self.size)
         groups = torch.arange(channels // self.width) * self.width
         return (inside[:, None, :] + groups[None, :, None]).reshape(self.size, -1)
@@ -57,9 +57,9 @@ def scorable_axes(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple
 
 
 def axis_parameters(axes: AxisGraph, axis: Axis, weights: Tensors) -> Iterator[tuple[str, Slot, Tensor]]:
-    """Yield the parameters that an axis runs through, tied ones once: (first name, slot, entries per unit).
+    """Yield (first name, slot, entries per unit) of the parameters that an axis runs through, tied ones once.
 
-    The entries have the shape ``[size, k]``; parameters that ``weights`` lacks are left out.
+    The entries, ``[size, k]``, are indices along the slot's dimension; parameters that ``weights`` lacks are left out.
     """
     seen = set()
     for slot in axis.slots:
@@ -78,7 +78,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
     """Return a norm per input channel of a weight, contracted along ``dim``, ``[groups * weight.shape[dim]]`` float64.
 
-    ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij).
+    ``form``: ``square``: ‖W_j‖²; ``norm``: ‖W_j‖; ``mean``: mean over i of abs(W_ij). ``groups``: of a convolution.
 
     >>> column_norms(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
@@ -91,7 +91,7 @@ def column_norms(weight: Tensor, dim: int, groups: int = 1, *, form: str = "squa
 
 
 def _column_norms(weight: Tensor, dim: int, groups: int, form: str) -> Tensor:
-    """Return :func:`column_norms` of a weight that is in float64 as a whole."""
+    """Return :func:`column_norms` of a weight, of which a float64 copy is made as a whole."""
     wide = weight.detach().to(torch.float64, copy=True)  # worked on in place: an embedding's takes gigabytes
     parts = wide.unflatten(0, (groups, -1)) if groups > 1 else wide[None]
     rest = [d for d in range(1, parts.dim()) if d != dim + 1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
-from regrow.scoring.watch import Feed
+from regrow.scoring.watch import InputHook
 from regrow.scoring.weights import Reader, group_by_weight, readers
 
 
@@ -36,7 +36,7 @@ def make_gates(axes: AxisGraph, kept: Mapping[str, Sequence[int]]) -> dict[str, 
     }
 
 
-class _GateFeed(Feed):
+class _GateFeed(InputHook):
     """Multiplies the inputs of weights by the gates of their channels, or moves them towards fills.
 
     ``watched``: id of a weight → its name; ``reads``: its name → the axes that it consumes; ``gates``, ``fills``: as in

@@ -39,13 +39,13 @@ SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
 
 @dataclass(frozen=True)
 class Subject:
-    """A method and the settings with which the laws run on it."""
+    """A method and the settings with which the laws run on it; settings that are not given have their defaults."""
 
     entry: MethodEntry
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def build(self, **defaults: object) -> Any:
-        """Build the method and return it; its settings go before ``defaults``."""
+        """Build the method and return it, with ``defaults`` for settings that the subject does not give."""
         return self.entry.create("the method", {**defaults, **self.settings})
 
 
@@ -58,7 +58,7 @@ class StoppedError(Exception):
 
 
 def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
-    """Return small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task."""
+    """Return small classification tasks: noisy copies of ``CLASSES`` patterns, ``side`` × ``side``, other ones each."""
     tasks = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -69,14 +69,14 @@ def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
 
 
 def _noisy(patterns: Tensor, size: int, generator: torch.Generator) -> Examples:
-    """Return ``size`` noisy copies of patterns, labelled by their pattern."""
+    """Return ``size`` examples: noisy copies of ``patterns``, ``[CLASSES, 1, side, side]``, labelled by pattern."""
     labels = torch.arange(size) % CLASSES
     noise = torch.randn(size, *patterns.shape[1:], generator=generator)
     return Examples(patterns[labels] + 0.5 * noise, labels)
 
 
 def make_network() -> tuple[nn.Module, AxisGraph]:
-    """Return a small network with new random weights, and its axes."""
+    """Return a small classifier for :func:`make_tasks`, with the same random weights in each call, and its axes."""
     model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
     return model, trace(model, torch.zeros(2, 1, SIDE, SIDE))
 
@@ -124,7 +124,10 @@ def train_in_pieces(
     tasks: Sequence[Task],
     schedule: TaskSchedule,
 ) -> Fitted[Any]:
-    """Return the result of training that stops after each epoch and resumes from its checkpoint in a new network."""
+    """Return the result of training that stops after each epoch and resumes from its checkpoint in a new network.
+
+    ``build`` and ``make_network`` are called anew for each piece.
+    """
     (model, axes), undo, state = make_network(), UndoStore(), None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
@@ -143,7 +146,7 @@ def train_in_pieces(
 
 
 def assert_same_training(whole: Fitted[Any], resumed: Fitted[Any]) -> None:
-    """Raise an ``AssertionError`` unless training in pieces gave the bits that training without stops gave."""
+    """Raise an ``AssertionError`` unless two trainings have equal weights, accuracies and state values, bit for bit."""
     where = "resumed after every epoch"
     assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), where)
     assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
@@ -160,7 +163,7 @@ def check_stored_state(subject: Subject) -> None:
 
 
 def check_external_plans(subject: Subject) -> None:
-    """Law: the learner's state follows a cut and a growth that it did not plan itself, and training goes on."""
+    """Law: the learner's state follows a cut and a growth that it did not plan itself; weights then stay finite."""
     learner, tasks = subject.build(), make_tasks()
     fitted = _fit(learner, tasks[:1])
     context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner

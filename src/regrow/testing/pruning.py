@@ -31,7 +31,7 @@ DOMAINS = 3
 
 
 def make_network(order: Sequence[int] | None = None, *, tied: bool = False) -> tuple[nn.Module, AxisGraph]:
-    """Return a small classifier in float64 with fixed random weights, and its axes.
+    """Return a small classifier in float64 with fixed random weights, and its axes; torch's random seed is set.
 
     ``order``: a permutation of the first layer's units; ``tied``: with two layers more, which share a weight.
     """
@@ -67,8 +67,8 @@ def make_sources() -> list[Source]:
     return sources
 
 
-def _cut(subject: Subject, model: nn.Module, axes: AxisGraph, keep: float = 0.5) -> PlannedCut:
-    """Return what the method would cut to keep a fraction of the weights; the network stays unchanged."""
+def _plan(subject: Subject, model: nn.Module, axes: AxisGraph, keep: float = 0.5) -> PlannedCut:
+    """Return what the method would cut to keep the fraction ``keep`` of the weights; the network stays unchanged."""
     pruner: Pruner = subject.build()
     return plan_cut(pruner, model, axes, Budget(keep), collect_evidence(model, axes, pruner, make_sources()))
 
@@ -88,7 +88,7 @@ def check_budget(subject: Subject) -> None:
     cost, sizes = Cost(axes), axes.sizes()
     unit = max(cost.total - cost({**sizes, axis.key: axis.size - 1}) for axis in axes.units()) / cost.total
     for keep in KEEPS:
-        share = cost(_cut(subject, model, axes, keep).plan.sizes(axes)) / cost.total
+        share = cost(_plan(subject, model, axes, keep).plan.sizes(axes)) / cost.total
         assert share <= keep, f"keep {keep:g}: {share:.4f} stays"
         assert share > keep - unit, f"keep {keep:g}: only {share:.4f} stays, and a unit costs {unit:.4f} at most"
 
@@ -97,7 +97,7 @@ def check_seed(subject: Subject) -> None:
     """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network."""
     model, axes = make_network()
     before = copy.deepcopy(model.state_dict())
-    first, second = (_cut(subject, model, axes).plan for _ in range(2))
+    first, second = (_plan(subject, model, axes).plan for _ in range(2))
     assert first == second, "two plans with the same seed differ"
     assert read_plan(json.loads(first.to_json())) == first, "the plan does not survive JSON"
     assert_equal_tensors(model.state_dict(), before, "planning changed the network")
@@ -108,7 +108,7 @@ def check_cut(subject: Subject) -> None:
     model, axes = make_network()
     inputs = torch.randn(5, INPUTS, dtype=torch.float64)
     for keep in KEEPS:
-        plan = _cut(subject, model, axes, keep).plan
+        plan = _plan(subject, model, axes, keep).plan
         plan.check(axes)
         result = verify(model, axes, plan, Example((inputs,)))
         assert result.ok, f"keep {keep:g}: {result}"
@@ -120,7 +120,7 @@ def check_scores(subject: Subject) -> None:
     """Law: every axis that may be cut is scored, one finite number per unit, also where two layers share a weight."""
     for tied in (False, True):
         model, axes = make_network(tied=tied)
-        values = _cut(subject, model, axes).scores.values
+        values = _plan(subject, model, axes).scores.values
         for axis in axes.units():
             assert axis.key in values, f"the axis {axis.key} has no scores"
             scores = values[axis.key]
@@ -131,7 +131,7 @@ def check_scores(subject: Subject) -> None:
 def check_compensation(subject: Subject) -> None:
     """Law: compensation, if there is any, moves the network's mean outputs closer to those of the dense network."""
     model, axes = make_network()
-    plan = _cut(subject, model, axes).plan
+    plan = _plan(subject, model, axes).plan
     if not plan.means:
         return
     inputs = torch.cat([batch.args[0] for source in make_sources() for batch in source])
@@ -147,7 +147,7 @@ def check_compensation(subject: Subject) -> None:
 def check_permutation(subject: Subject) -> None:
     """Law: permuting the units of a network permutes the plan."""
     order = torch.randperm(WIDTHS[0], generator=torch.Generator().manual_seed(1)).tolist()
-    plans = [_cut(subject, *make_network(units)).plan for units in (None, order)]
+    plans = [_plan(subject, *make_network(units)).plan for units in (None, order)]
     key = "0.weight:0"
     kept, permuted = ([*plan.changes[key].keep] if key in plan.changes else [*range(WIDTHS[0])] for plan in plans)
     assert sorted(order[unit] for unit in permuted) == sorted(kept), "other units are kept of a permuted network"
@@ -165,7 +165,10 @@ LAWS: Mapping[str, Law] = {
 
 
 def make_task(checkpoint: Path | None = None, progress: Progress = silent) -> RecoveryTask:
-    """Return a small classifier of which a third of the units was cut, and inputs with the dense one's classes."""
+    """Return a small classifier of which a third of the units was cut, and inputs with the dense one's classes.
+
+    ``checkpoint``: a file in which the method stores its progress; ``progress`` is called as it goes on.
+    """
     model, axes = make_network()
     keep = {axis.key: [*range(axis.size * 2 // 3)] for axis in axes.units()}
     plan, dense = Plan.keeping(axes, keep), copy.deepcopy(model)

@@ -45,7 +45,7 @@ TASK = make_tasks(1, SIDE)[0]
 
 
 def make_network() -> tuple[Cells, AxisGraph]:
-    """Return the space as a network with fixed random weights, and its axes as of a new trace."""
+    """Return the search space as a network with fixed random weights, and its axes; torch's random seed is set."""
     axes = replace(_trace_space(), network=uuid4().hex)  # as if it were traced anew
     torch.manual_seed(0)
     return Cells(SPACE), axes
@@ -58,12 +58,12 @@ def _trace_space() -> AxisGraph:
 
 
 def _measure_of(subject: Subject) -> str:
-    """Return the measure in the method's settings, ``params`` unless given."""
+    """Return the measure that the method's settings name, ``params`` if none."""
     return str(subject.settings.get("measure", "params"))
 
 
 def _build(subject: Subject) -> Search:
-    """Build the method for the space, with the target of its measure, and return it."""
+    """Return the method, built for the search space with the target in ``TARGETS`` of its measure."""
     search: Search = subject.build(target=TARGETS[_measure_of(subject)], measure="params", stages=(1,))
     return search
 
