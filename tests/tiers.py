@@ -32,7 +32,11 @@ class Tier:
 
 
 TIERS = {"fast": Tier(0.1, 0.1, 0.05), "usual": Tier(2, 10), "all": Tier(inf, inf)}
-WEIGHTS = {"tests/test_laws.py::test_every_law_holds": 25, "tests/cli/test_modes.py::test_modes": 10}
+WEIGHTS = {
+    "tests/test_laws.py::test_every_law_holds": 30,
+    "tests/test_fuzz.py::test_a_random_network_is_cut_exactly": 15,
+    "tests/cli/test_modes.py::test_modes": 10,
+}
 """Functions whose cases are many different networks or runs: multiples of a tier's seconds."""
 
 

@@ -120,6 +120,15 @@ def test_newborn_units_get_the_spread_of_the_old_and_the_statistics_of_the_data(
     assert torch.allclose(model[2].running_var[5:].double(), out.var((0, 2, 3))[5:], rtol=1e-5)
 
 
+def test_a_newborn_unit_that_the_data_leave_silent_is_negated_and_no_other() -> None:
+    model, axes, plan, batches = grown("relu", 2)
+    (new,) = new_units(model, axes, plan).values()
+    with torch.no_grad():
+        model[0].bias[new] = torch.tensor([-100.0, 100.0])
+    fit_new_units(model, axes, plan, batches)
+    assert bool((model[0].bias[new] > 0).all())
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_no_newborn_unit_is_dead(name: str) -> None:
     model, axes, plan, batches = grown(name)
