@@ -118,7 +118,7 @@ class TaskRow(msgspec.Struct, frozen=True):
 
     name: str
     task: Count  # the index of the task, from 0
-    accuracy: Annotated[list[Share | None], msgspec.Meta(min_length=1)]  # per task, after learning this one
+    accuracy: Annotated[list[Share | None], msgspec.Meta(min_length=1)]  # per task, after this one; None: no data
     parameters: Count  # of the network after learning it
     nonzero: Count | None = None  # those that are not 0
     macs: Count | None = None  # of one example
@@ -144,7 +144,7 @@ class MatrixRow(msgspec.Struct, frozen=True):
     """The accuracy matrix of a sequence of tasks, with average accuracy, forgetting and transfer."""
 
     tasks: list[str]  # their names, in the order of learning
-    matrix: list[list[Share | None]]  # matrix[i][j]: the accuracy on task j after learning task i
+    matrix: list[list[Share | None]]  # matrix[i][j]: accuracy on task j after learning task i; None: no data
     before: list[Share | None]  # the accuracy on each task before any was learned
     average: Figure  # over all tasks, after the last one
     average_along: Figure  # during learning: over the tasks learned by then, averaged over all points in time
@@ -254,7 +254,7 @@ class Metrics:
 
     @cached_property
     def _keys(self) -> set[str | None]:
-        """The keys of all rows of the file."""
+        """The keys, by :func:`_key`, of all rows of the file."""
         counts: Counter[str] = Counter()
         keys = set()
         for _, row in self._iterate_rows():

@@ -133,8 +133,8 @@ def write_model(
         shapes = write_weights(((name, tensors[name]) for name in shapes.tensors), shapes, folder)
         record = _write_probe(net, shapes, example, folder)
     else:
-        shapes = write_weights(outside.each(shapes), shapes, folder, ahead=outside.ahead)
-        with outside.running(folder) as running:
+        shapes = write_weights(outside.read(shapes), shapes, folder, ahead=outside.ahead)
+        with outside.open_written(folder) as running:
             record = _write_probe(running, shapes, example, folder, outside.aligned)
     if not record.header:
         _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", record.reason)

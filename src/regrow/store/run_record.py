@@ -82,7 +82,7 @@ def check_same_run(path: Path, run: Mapping[str, Any], identity: Mapping[str, An
 
 
 def find_changed_setting(old: Mapping[str, object], new: Mapping[str, object]) -> tuple[str, str, str] | None:
-    """Return (name, old, new value) of the first setting that differs, or None; values are JSON, cut to 60 letters."""
+    """Return (name, old, new value) of the first differing setting, or None; values are JSON, cut to 60 characters."""
     for name in {**new, **old}:
         was, now = (json.dumps(values.get(name), sort_keys=True) for values in (old, new))
         if was != now:

@@ -71,7 +71,7 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-    """Return (source, shard) → statistics that an interrupted calibration finished, for ``collect(done=…)``.
+    """Return (source, shard) → statistics of an interrupted calibration, for ``done`` of ``scoring.collect``.
 
     ``run``: as for :func:`save_statistics`; ``keys``: name of a source → its :func:`fingerprint`; ``shards``: into how
     many parts each source is divided. Files that are missing, damaged or of another key are left out.

@@ -33,8 +33,8 @@ _MAX_HEADER_BYTES = 2**28
 class OutsideTensors:
     """Functions that give the tensors of a network that is larger than memory, and run it once they are written."""
 
-    each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]  # yields (name, tensor) of the recorded ones, in any order
-    running: Callable[[Path], AbstractContextManager[nn.Module]]  # gives the network whose weights lie in the folder
+    read: Callable[[Shapes], Iterable[tuple[str, Tensor]]]  # gives (name, tensor) of each recorded one, in any order
+    open_written: Callable[[Path], AbstractContextManager[nn.Module]]  # gives the network of a folder, ready to run
     aligned: bool = False  # whether each would begin at a cache line if the network were in memory
     ahead: int = AHEAD  # the most bytes of tensors that wait to be written while the next ones are made
 

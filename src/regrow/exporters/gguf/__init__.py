@@ -267,7 +267,7 @@ def _explain_types(entries: Sequence[GgufTensor], type: str) -> list[str]:
 
 
 def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
-    """Return numbers in a GGUF type: F32 and F16 as floats, other types as bytes, one row per row; ``gguf``: module."""
+    """Return numbers in a GGUF type: F32 and F16 as floats, other types as the bytes of each row; ``gguf``: module."""
     with np.errstate(over="ignore"):
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
 
