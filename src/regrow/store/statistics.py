@@ -22,7 +22,7 @@ FORMAT = "regrow-statistics/3"
 class StatisticsHeader(msgspec.Struct, frozen=True):
     """The header of a file with the calibration statistics (core.scores.Statistics) of one shard of a source.
 
-    A shard is the part of a source's batches that one process reads.
+    Shards are the disjoint parts into which a source's batches are divided: batch i is in part i % their number.
     """
 
     source: str  # the name of the source
@@ -61,7 +61,7 @@ def fingerprint(source: Source, *settings: object) -> str:
 def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
     """Write the statistics of one shard of a source into the folder ``statistics`` of a run, replacing older ones.
 
-    ``run``: the folder of its files; ``shard``: index of the part of the source; ``key``: its :func:`fingerprint`.
+    ``run``: the folder of its files; ``shard``: index of the part of its batches; ``key``: its :func:`fingerprint`.
     """
     path = run / FOLDER / shard_file_name(source, shard)
     with explain_os_errors(path.parent):
