@@ -38,18 +38,19 @@ class CheckError(ExportError, RefusedError):
 class ExportResult:
     """The result of an export: where it is, its size, and how it compared with the network."""
 
-    path: Path
+    path: Path  # the file or folder
     bytes: int  # of all files
-    checked: Results = field(default_factory=dict)  # results of reading it back, by name
+    checked: Results = field(default_factory=dict)  # what was compared when it was read back → result
     notes: tuple[str, ...] = ()  # what a user of the file must know
-    memory: Mapping[str, int | None] = field(default_factory=dict)  # limit, prediction and peak, if memory was limited
+    memory: Mapping[str, int | None] = field(default_factory=dict)  # limit, prediction, peak: bytes, if limited
 
 
 @contextmanager
 def export_folder(out: Path) -> Iterator[Path]:
-    """Context manager: a temporary folder that replaces ``out`` if the block succeeds; files besides the model stay.
+    """Context manager: yields a temporary folder that replaces ``out`` if the block succeeds.
 
-    Raises StoreError unless ``out`` is new, empty, or holds a model that regrow wrote, and no run.
+    Files in ``out`` that belong to no model are linked into it, unless the block wrote files of these names. Raises
+    StoreError unless ``out`` is new, empty, or holds a model that regrow wrote, and no run.
     """
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; name a folder")
@@ -63,16 +64,17 @@ def export_folder(out: Path) -> Iterator[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of the files directly in a folder."""
+    """Return the size in bytes of the files directly in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def compare_outputs(
     model: nn.Module, rebuilt: nn.Module, example: Example, subject: str, tolerance: float = ROUNDING
 ) -> float:
-    """Return the largest output difference; CheckError beyond ``tolerance`` times the largest output of ``model``.
+    """Return the largest absolute output difference of two networks on ``example``.
 
-    ``subject`` names the rebuilt network in the error.
+    Raises CheckError if it is more than ``tolerance`` times the largest output of ``model``, and ExportError if a
+    network does not take the example. ``subject``: what the error calls the rebuilt network.
     """
     ours, theirs = (_run(net, example) for net in (model, rebuilt))
     difference = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)

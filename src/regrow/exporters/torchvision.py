@@ -19,7 +19,11 @@ FILES = ("load_regrow.py", "reshape_regrow.py")
 
 
 def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> ExportResult:
-    """Write a folder whose ``load_regrow.load()`` builds the network without regrow; build it, and compare outputs."""
+    """Write a folder whose ``load_regrow.load()`` builds the network without regrow; build it, and compare outputs.
+
+    ``model``: with a torchvision ``origin``; ``out``: as for :func:`export_folder`. Raises ExportError if it cannot be
+    rebuilt so, CheckError if outputs differ; ``out`` then stays as it was.
+    """
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin) or origin.kind != "torchvision":
         raise ExportError("this is no torchvision network; export it to onnx")
@@ -44,7 +48,7 @@ def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> Export
 
 
 def _build(folder: Path) -> nn.Module:
-    """Build the network with the files just written, in this process; the state of imports is restored."""
+    """Return what ``load_regrow.load()`` of a folder builds, in this process; ``sys.path`` and modules are restored."""
     names = [file.removesuffix(".py") for file in FILES]
     path, bytecode = [*sys.path], sys.dont_write_bytecode
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # of another export

@@ -42,7 +42,12 @@ CONVERSION = 0.2  # the allowed output difference, relative to the largest outpu
 def write(
     model: nn.Module, out: Path, *, dtype: str = "", example: Example | None = None, progress: Progress = silent
 ) -> ExportResult:
-    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare outputs on the example."""
+    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare outputs on the example.
+
+    ``out``: as for :func:`export_folder`; ``dtype``: of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``;
+    empty: as they are; ``example``: ``None``: one that suits the model. Raises ExportError if transformers cannot build
+    the network, CheckError if outputs differ; ``out`` then stays as it was.
+    """
     origin = getattr(model, "origin", None)
     origin = origin if isinstance(origin, Origin) else origin_of(model, type(model).__name__)
     if origin.kind != "transformers":
@@ -76,8 +81,8 @@ def write(
 def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     """Return a copy of the network as a plain model of its family with other settings; ``None`` if no settings fit.
 
-    The network built from those settings is compared with ``model``, tensor by tensor; biases that it has in addition
-    become zeros.
+    ``origin``: how to build the unchanged family. The network built from the settings is compared with ``model`` by the
+    names and shapes of tensors and by its numbers, and gets the weights; biases that it has in addition become zeros.
     """
     try:
         settings = _family_settings(model, decoder_layers(model), origin)
@@ -109,7 +114,7 @@ def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:
 
 
 def _numbers_agree(fresh: nn.Module, model: nn.Module, original: nn.Module) -> bool:
-    """Whether modules of two networks have equal numbers; integers that are those of ``original`` are not compared."""
+    """Whether attributes of ``fresh`` have the numbers of ``model``; integers as in ``original`` are not compared."""
     fresh_numbers, before = find_numbers(fresh), find_numbers(original)
     return all(
         fresh_numbers.get(path) == number
@@ -119,7 +124,7 @@ def _numbers_agree(fresh: nn.Module, model: nn.Module, original: nn.Module) -> b
 
 
 def _family_settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin) -> dict[str, Any] | None:
-    """Return the ``config.json`` that gives the family the network's widths; ``None`` if layers differ or lack one."""
+    """Return ``origin.config`` with the network's widths; ``None`` if layers differ in them or lack a part."""
     widths = {(layer.heads, layer.kv_heads, layer.head_dim, layer.width) for layer in layers}
     common = next(iter(widths), ())
     if len(widths) != 1 or 0 in common:
@@ -137,9 +142,9 @@ def _family_settings(model: Any, layers: Iterable[DecoderLayer], origin: Origin)
 
 
 def _load(folder: Path, has_code: bool, attention: str) -> Any:
-    """Load the folder with transformers' Auto class, in eval mode; ``attention`` is its attention implementation.
+    """Return the network in a folder as transformers' Auto class loads it, in eval mode.
 
-    With ``has_code``, the code of this export is run; no other is.
+    ``has_code``: the folder has code of this export, which is run; ``attention``: the attention implementation to use.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]

@@ -21,13 +21,14 @@ from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 
 class LockedError(StoreError):
-    """Raised if another process is writing to the folder."""
+    """Raised if another process holds the lock of a folder, since it is writing there."""
 
 
 class FolderLock:
     """An exclusive lock on a folder, made by :func:`lock`, held until it is released or the process ends.
 
-    ``handle`` is the descriptor of the open folder; ``None``: the file system has no locks, and nothing is locked.
+    ``handle``: the descriptor of the open folder, closed at the release; ``None``: the file system has no locks, and
+    nothing is locked. A ``with`` block releases the lock at its end.
     """
 
     def __init__(self, handle: int | None) -> None:
@@ -47,7 +48,10 @@ class FolderLock:
 
 
 def lock(folder: Path) -> FolderLock:
-    """Lock an existing folder exclusively, or raise LockedError if another process holds its lock."""
+    """Lock an existing folder exclusively, without waiting; raise LockedError if another process holds its lock.
+
+    Raises OSError if it cannot be opened. On a file system without locks, the result locks nothing.
+    """
     while True:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -76,7 +80,10 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file; it replaces ``path`` when the block ends without an error."""
+    """Context manager: yields an empty temporary file's path; the file replaces ``path`` if the block succeeds.
+
+    The folder of ``path`` must exist. Raises StoreError instead of OSError, for errors in the block too.
+    """
     path = Path(path)
     with explain_os_errors(path), stage_folder(path) as stage:
         temporary = stage / path.name
@@ -91,7 +98,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes to a file atomically: it has all of the new content or all of the old.
+    """Write bytes to a file, which need not exist; it has all of the new content or, after StoreError, all of the old.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "note.txt"
@@ -104,12 +111,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in UTF-8 to a file atomically: it has all of the new content or all of the old."""
+    """Write text in UTF-8 to a file, as :func:`write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk (fsync)."""
+    """Flush a file's content, or a folder's list of names, to the disk (fsync); raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -119,9 +126,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def stage_folder(path: Path) -> Iterator[Path]:
-    """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted when the block ends.
+    """Context manager: yields a new, locked folder beside ``path`` for unfinished files; it is deleted at the end.
 
-    Staging folders that killed processes left behind are deleted first.
+    ``path``: the file or folder that is being made; it need not exist, the folder around it must. What killed processes
+    left beside it is deleted first.
     """
     sweep(path)
     while True:
@@ -138,7 +146,7 @@ def stage_folder(path: Path) -> Iterator[Path]:
 
 
 def find_leftovers(path: Path) -> list[Path]:
-    """Return the folders beside ``path`` with unfinished or replaced files of it, sorted; of live processes too."""
+    """Return the temporary folders beside ``path`` with new or replaced files of it, sorted; also those in use."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
     return sorted(
@@ -147,7 +155,7 @@ def find_leftovers(path: Path) -> list[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Delete the folders that :func:`find_leftovers` finds beside ``path``, unless a live process has locked them."""
+    """Delete what :func:`find_leftovers` returns, except what a live process has locked or, without locks, may use."""
     for leftover in find_leftovers(path):
         with contextlib.suppress(LockedError, FileNotFoundError), lock(leftover) as owner:
             if owner.handle is not None:  # without locks, a live process may own it
@@ -162,10 +170,11 @@ _RECORDS = ("run.json", "shapes.json", "config.json")
 
 
 def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = ()) -> Path:
-    """Return the path that an output file would take, links followed; raise StoreError if it may not be written.
+    """Return ``path`` with symbolic links followed; raise StoreError if no output file may be written there.
 
-    ``suffixes`` are those that an existing file may have; ``inputs`` are files or names of models that the command
-    reads. Nothing is opened or changed.
+    ``suffixes``: what the name of an existing file may end in, such as ``(".html", ".htm")``; the error names the first
+    one. ``inputs``: files that the command reads, which it may not replace; names of models among them do no harm.
+    Nothing is opened or changed.
     """
     target = Path(os.path.realpath(path))
     with explain_os_errors(path):
@@ -187,12 +196,12 @@ def check_output(path: Path, suffixes: Sequence[str], inputs: Iterable[str | Pat
 
 
 def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
-    """Write text in UTF-8 atomically to a file that the user names; raise StoreError as :func:`check_output` does."""
+    """Write text in UTF-8 atomically to a file that the user names, if :func:`check_output` allows it."""
     write_text(check_output(path, suffixes), text)
 
 
 def _is_same_file(status: os.stat_result, name: str | Path) -> bool:
-    """Whether a path leads to the file of this status; ``False`` if it leads nowhere, as the name of a model does."""
+    """Whether ``name`` is a path to the file with this ``os.stat`` result; ``False`` if there is no such path."""
     with contextlib.suppress(OSError, ValueError):
         return os.path.samestat(status, os.stat(name))  # noqa: PTH116 (any text)
     return False

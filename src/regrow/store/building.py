@@ -34,16 +34,17 @@ from regrow.store.tensors import dtype_name
 from regrow.tracing.branches import find_placeholders, insert_placeholders
 from regrow.tracing.stacks import StackError, find_insertions, insert_copies
 
-Builder = Callable[[], Any]
+Builder = Callable[[], Any]  # returns the unchanged architecture: a network, or (network, example input)
 _OTHER_CODE = "it was built by other code or settings, or shapes.json was changed"
 
 
 def describe_network(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
-    """Return the record of a network, still without files and digests.
+    """Return the record of how ``model`` differs from ``fresh``, still without files and digests.
 
-    ``fresh`` is its newly built architecture, changed here in place (blocks are inserted and dropped as in ``model``);
-    ``None``: there is none, and everything is listed. ``dtype`` is that in which floating-point weights are stored;
-    ``None``: their own. Raises StoreError if the record could not be loaded again.
+    ``fresh``: its newly built architecture, changed here in place (blocks are inserted and dropped as in ``model``);
+    ``None``: there is none, and everything is listed. ``origin``: how to build the architecture, for the record.
+    ``dtype``: that in which floating-point weights are stored; ``None``: their own. Raises StoreError if the record
+    could not be loaded again.
     """
     placeholders, inserted = find_placeholders(model), find_insertions(model)
     if fresh is not None:
@@ -85,7 +86,8 @@ def describe_network(model: nn.Module, fresh: nn.Module | None, origin: Origin, 
 def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
     """Return name → tensor, of plain attributes that a newly built network lacks or has with other numbers.
 
-    Raises StoreError if a list or mapping of a module holds such a tensor: it would not be stored.
+    ``fresh``: that network; ``None``: there is none, and every plain attribute is returned. Otherwise raises StoreError
+    if a list or mapping of a module holds such a tensor, which would not be stored.
     """
     names = {id(held.tensor): name for name, held in named_tensors(model).items()}
     if fresh is None:
@@ -109,7 +111,7 @@ def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str
 
 
 def _stored_dtype(name: str, held: HeldTensor, dtype: torch.dtype | None) -> str:
-    """Return the name of the dtype in which a tensor is stored; raise StoreError if it has no numbers to store."""
+    """Return the name of the dtype for storing a tensor (its own, or ``dtype`` if floating-point), or StoreError."""
     tensor = held.tensor
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise StoreError(f"{name!r} is on the meta device or sparse and has no numbers to save; load the model first")
@@ -122,7 +124,10 @@ def _stored_dtype(name: str, held: HeldTensor, dtype: torch.dtype | None) -> str
 
 
 def check_fits(fresh: nn.Module, shapes: Shapes) -> None:
-    """Raise StoreError unless a newly built network, with its modules dropped, fits the record."""
+    """Raise StoreError unless a newly built network has a place for every tensor and number of a record.
+
+    ``fresh``: that network, in which recorded copies of blocks are inserted and dropped modules replaced already.
+    """
     present, modules = named_tensors(fresh), dict(fresh.named_modules(remove_duplicate=False))
     recorded = dict(shapes.tensors)
     for name, first in shapes.ties.items():
@@ -159,7 +164,7 @@ def check_fits(fresh: nn.Module, shapes: Shapes) -> None:
 
 
 def _is_like(held: HeldTensor, stored: StoredTensor, compared: bool) -> bool:
-    """Whether a newly built tensor has the recorded kind and rank and, if the record was compared, the old shape."""
+    """Whether a newly built tensor has the recorded kind and rank and, if the record is ``compared``, its old shape."""
     shape = tuple(held.tensor.shape)
     if held.kind is not stored.kind or stored.added or len(shape) != len(stored.shape):
         return False
@@ -167,7 +172,7 @@ def _is_like(held: HeldTensor, stored: StoredTensor, compared: bool) -> bool:
 
 
 def _takes_attribute(module: nn.Module, leaf: str) -> bool:
-    """Whether a tensor may be assigned to a plain attribute of this name."""
+    """Whether a tensor may be set as the plain attribute ``leaf``: a free name, or that of a tensor or ``None``."""
     taken = (*module._parameters, *module._buffers, *module._modules, *MODULE_VARS)
     if not leaf.isidentifier() or leaf.startswith("__") or leaf in taken:
         return False
@@ -177,7 +182,10 @@ def _takes_attribute(module: nn.Module, leaf: str) -> bool:
 
 
 def _check_number(place: str, value: Number, old: Number | None) -> None:
-    """Raise StoreError unless an attribute may be set to a recorded value; ``old``: that of a newly built network."""
+    """Raise StoreError unless an attribute may be set to a recorded value.
+
+    ``place``: ``module:attribute``, for the error; ``old``: its value as newly built; ``None``: it has none (an error).
+    """
     news, olds = (v if isinstance(v, tuple) else (v,) for v in (value, 0 if old is None else old))
     alike = old is not None and isinstance(value, tuple) == isinstance(old, tuple) and len(news) == len(olds)
     if not alike or not all(map(_may_become, olds, news)):
@@ -185,7 +193,7 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
 
 
 def _may_become(old: float, new: float) -> bool:
-    """Whether a number may have changed so: finite stays finite, and a size stays from 0 to 2^31 - 1."""
+    """Whether a number may change from ``old`` to ``new``: finite stays finite, a size stays from 0 to 2^31 - 1."""
     finite = math.isfinite(new) or not math.isfinite(old)
     negative = isinstance(old, int) and old > 0 > new
     return finite and not negative and not abs(old) < SIZE_LIMIT <= abs(new)
@@ -196,7 +204,8 @@ def _insert_and_drop(
 ) -> None:
     """Insert recorded copies of blocks into a newly built network, then replace dropped modules, in place.
 
-    Raises StoreError if the network has no such blocks or modules.
+    ``inserted``: path of a stack of blocks → insertions into it, in order; ``placeholders``: path of a module → what
+    replaces it. Raises StoreError if the network has no such blocks or modules.
     """
     try:
         for path, insertions in inserted.items():
@@ -217,7 +226,7 @@ def build_checked(
 ) -> nn.Module:
     """Return the recorded architecture with blocks inserted and dropped, or raise StoreError unless it fits the record.
 
-    Its tensors still have the shapes of a new network. ``model``: as for :func:`regrow.store.load`.
+    Its tensors still have the shapes of a new network. Arguments are those of :func:`build_network`.
     """
     try:
         net = build_network(folder, shapes, model, dtype)
@@ -235,7 +244,10 @@ def build_network(
 ) -> nn.Module:
     """Return the architecture of a record before any change: newly built, or the network that the caller passes.
 
-    Raises StoreError or ModelError if it cannot be built or building it would run or fetch what a file names.
+    ``folder``: the model folder, whose ``config.json`` must agree with the record; ``model``: the network or the
+    function that builds it, as for :func:`regrow.store.load`; ``dtype``: that in which a transformers model is built;
+    ``None``: as recorded. Raises StoreError or ModelError if it cannot be built or building it would run or fetch what
+    a file names.
     """
     origin = shapes.origin
     if origin.kind == "transformers":
@@ -267,7 +279,10 @@ def build_network(
 
 
 def build_fresh(origin: Origin) -> nn.Module | None:
-    """Build the unchanged architecture, to compare a network with; ``None`` if no function to build it is known."""
+    """Build the unchanged architecture, to compare a network with, or raise StoreError.
+
+    ``None`` if it is the user's own code, and no function that builds it is known in this process, or it fails.
+    """
     # A user's own code is called only if the function was passed in this process; a recorded name is never imported.
     if origin.kind == "callable" and origin.builder is None:
         return None

@@ -19,7 +19,7 @@ Record = TypeVar("Record")
 def convert(data: object, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
     """Convert JSON data to a record of type ``kind`` without coercion, or raise StoreError that names the field.
 
-    ``where`` is the file's name in the error, ``remedy`` its last words.
+    ``where``: what the error begins with, such as the file's path; ``remedy``: its last words.
 
     >>> convert({"names": ["a"]}, dict[str, list[int]], "run.json")
     Traceback (most recent call last):
@@ -53,7 +53,10 @@ def check_fields(data: object, written: object) -> None:
 
 
 def check_format(data: object, expected: str, where: str | Path, remedy: str = "run it again") -> None:
-    """Raise StoreError unless the ``format`` of JSON data is the expected one, which this version reads."""
+    """Raise StoreError unless the entry ``format`` of JSON data is ``expected``, such as ``"regrow-run/2"``.
+
+    ``where``: the file's path for the error; ``remedy``: what the user can do instead of restoring it.
+    """
     written = data.get("format") if isinstance(data, Mapping) else None
     if written != expected:
         raise StoreError(
@@ -62,7 +65,7 @@ def check_format(data: object, expected: str, where: str | Path, remedy: str = "
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Return the data of a JSON file that may be hostile; ``None`` if it does not exist. Raises StoreError."""
+    """Return the data of a JSON file that may be hostile, or ``None`` if missing; StoreError if invalid or too long."""
     try:
         return limits.read_json(path, max_bytes) if path.exists() else None
     except InputError as error:
@@ -70,7 +73,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
+    """Return a copy of JSON data with null for NaN and infinity, which JSON lacks, string keys, and lists for tuples.
 
     >>> replace_nonfinite({"loss": float("nan"), "steps": (1, 2)})
     {'loss': None, 'steps': [1, 2]}
@@ -90,7 +93,7 @@ _BYTES_PER_UNIT = 150  # bytes of memory that each unit number takes while a pla
 
 
 def to_intervals(numbers: Sequence[Any]) -> list[Any]:
-    """Return numbers with runs of three or more consecutive ones as ``[first, last]``; other lists as they are.
+    """Return whole numbers with runs of three or more in a row as ``[first, last]``; lists of other things as they are.
 
     >>> to_intervals([0, 1, 2, 3, 7, 8, 11])
     [[0, 3], 7, 8, 11]
@@ -105,7 +108,7 @@ def to_intervals(numbers: Sequence[Any]) -> list[Any]:
 
 
 def from_intervals(entries: Sequence[Any]) -> list[Any]:
-    """Expand intervals ``[first, last]`` into numbers: the inverse of :func:`to_intervals`.
+    """Expand intervals ``[first, last]`` into numbers, the inverse of :func:`to_intervals`; other entries stay.
 
     >>> from_intervals([[0, 3], 7, 8, 11])
     [0, 1, 2, 3, 7, 8, 11]
@@ -117,16 +120,17 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
 
 
 def shorten_plan(plan: Any) -> Any:
-    """Replace the unit numbers of a plan (JSON data) by intervals, in place, and return it; other data stay as is."""
+    """Write the lists of unit numbers in a plan (JSON data) as :func:`to_intervals`, in place, and return the plan."""
     for change, name in _unit_lists(plan):
         change[name] = to_intervals(change[name])
     return plan
 
 
 def expand_plans(plans: list[Any], length: int) -> list[Any]:
-    """Undo :func:`shorten_plan` in the plans of a ledger of ``length`` bytes, in place, and return them.
+    """Undo :func:`shorten_plan` in the plans of a ledger, in place, and return them.
 
-    Raises StoreError if intervals name more units than a file of this length should, and ResourceError without memory.
+    ``length``: the size of the ledger's file in bytes. Raises StoreError if intervals name more units than a file of
+    this size should, and ResourceError if the memory does not suffice for them.
     """
     lists = [row for plan in plans for row in _unit_lists(plan)]
     numbers = sum(_interval_length(entry) for change, name in lists for entry in change[name])
@@ -139,7 +143,7 @@ def expand_plans(plans: list[Any], length: int) -> list[Any]:
 
 
 def _unit_lists(plan: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (change, field) of every list of unit numbers in a plan, which may be no plan at all."""
+    """Yield (change, field) so that ``change[field]`` is each list of unit numbers; none if ``plan`` is no plan."""
     changes = plan.get("changes") if isinstance(plan, dict) else None
     for change in changes.values() if isinstance(changes, dict) else ():
         if isinstance(change, dict):

@@ -16,7 +16,7 @@ class StoreError(ValueError):
 
 
 def check_readable(path: Path) -> None:
-    """Raise StoreError unless a path names a regular file that may be read."""
+    """Raise StoreError unless a path leads to a regular file, possibly through symbolic links."""
     try:
         check_regular(path)
     except InputError as error:
@@ -25,7 +25,7 @@ def check_readable(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn operating-system errors in the block into a one-line StoreError about ``path``, with a remedy."""
+    """Context manager: turns operating-system errors into a one-line StoreError that names ``path``, with a remedy."""
     try:
         yield
     except Exception as error:
@@ -48,7 +48,7 @@ def _find_errno(error: Exception) -> int | None:
 
 
 def _explain_errno(error: Exception) -> str:
-    """Return what an operating-system error means for the user, and the remedy."""
+    """Return what an operating-system error of writing means for the user, and the remedy, in one line."""
     number = _find_errno(error)
     match number:
         case errno.ENOSPC | errno.EDQUOT:

@@ -29,10 +29,13 @@ _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
 @dataclass(frozen=True)
 class Ledger:
-    """The file ``ledger.json``: every plan that was applied to a network, in order; ``len`` is their number."""
+    """The file ``ledger.json``: every plan that was applied to a network, in order; ``len`` is their number.
+
+    The first ``skip`` plans of the file belong to earlier runs: methods neither return, count nor change them.
+    """
 
     path: Path  # it need not exist yet
-    skip: int = 0  # how many plans at the head of the file belong to earlier runs; they are neither read nor removed
+    skip: int = 0
 
     def plans(self) -> tuple[Plan, ...]:
         """Return the plans in the order in which they were applied; empty if there is no file. Raises StoreError."""
@@ -46,7 +49,7 @@ class Ledger:
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
-        """Write a plan to the end of the file, atomically; it is on the disk when this returns."""
+        """Write a plan to the end of the file, made if missing, atomically; it is on the disk when this returns."""
         line = _format_plan(json.loads(plan.to_json()))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         # The plans before it are not parsed again if the file has the layout that is written here.
@@ -56,7 +59,7 @@ class Ledger:
             self._write([*map(_format_plan, self._entries()), line])
 
     def replace(self, plan: Plan) -> None:
-        """Make a plan the only one of the run, in place of those of a stopped attempt; unchanged if it is there."""
+        """Make a plan the only one, in place of those of a stopped attempt; nothing is written if it is already."""
         if list(map(_format_plan, self._entries()[self.skip :])) != [_format_plan(json.loads(plan.to_json()))]:
             self.truncate(0)
             self.append(plan)
@@ -70,7 +73,7 @@ class Ledger:
             self._write(map(_format_plan, entries[:count]))
 
     def _write(self, lines: Iterable[str]) -> None:
-        """Write the whole file atomically, with a line per plan."""
+        """Write the whole file atomically; ``lines``: each plan as JSON text."""
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:
@@ -110,8 +113,9 @@ def replay(
 ) -> tuple[nn.Module, AxisGraph]:
     """Apply plans one after the other, in place, and return the model and its axes afterwards.
 
-    The model must be as the one that the plans were made for. A plan that restores units restores those that the plans
-    before it cut, with the weights that this model has.
+    ``model``, ``axes``: the network that the first plan was made for, and its trace. ``undo``: keeps removed weights,
+    with which a later plan restores units; ``None``: one for this call alone. Raises PlanError for a plan that does not
+    fit.
     """
     plans = list(plans)
     restores = any(plan.back or any(change.restore for change in plan.changes.values()) for plan in plans)
@@ -123,6 +127,6 @@ def replay(
 
 
 def with_branches_of(plans: Iterable[Plan], model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes; if plans drop modules that they do not name, with all modules that can be dropped."""
+    """Return the axes; if a plan drops a module that is not in ``axes.branches``, with all droppable ones in there."""
     unknown = any(path not in axes.branches for plan in plans for path in plan.drop)
     return with_branches(model, axes) if unknown else axes

@@ -26,16 +26,16 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]  # a fraction
 class MetricsRow(msgspec.Struct, frozen=True):
     """A line of ``metrics.jsonl``, with its kind in ``what``."""
 
-    what: str
+    what: str  # a key of ROW_KINDS, or another kind
 
 
 class SizeRow(msgspec.Struct, frozen=True):
     """The size of a model: parameters, multiply–accumulates of one example, bytes."""
 
     model: str  # which model of the run: "dense", "cut" (before its layers are fitted), "pruned", "recovered"
-    params_all: Count
+    params_all: Count  # all parameters
     params_counted: Count  # the weights of which keep is a fraction (AxisGraph.counted)
-    macs: Count
+    macs: Count  # of the traced example
     bytes: Count  # bytes of the weights on disk in dtype
     dtype: str = ""  # the dtype in which bytes are counted
 
@@ -43,9 +43,9 @@ class SizeRow(msgspec.Struct, frozen=True):
 class PerplexityRow(msgspec.Struct, frozen=True):
     """The perplexity of a model on a source, with the negative log-likelihood (``nll``) and standard error."""
 
-    model: str
-    source: str
-    ppl: Figure
+    model: str  # as in SizeRow
+    source: str  # the name of the source
+    ppl: Figure  # exp(nll)
     nll: Figure  # the mean negative log-likelihood, in nats per token
     seen: bool = False  # whether importance was measured on this source
     se: Figure = None  # the standard error of nll
@@ -57,11 +57,11 @@ class PerplexityRow(msgspec.Struct, frozen=True):
 class ChoiceRow(msgspec.Struct, frozen=True):
     """The accuracy of a model on a multiple-choice task or a source, with its standard error."""
 
-    model: str
-    task: str
+    model: str  # as in SizeRow
+    task: str  # the name of the task or source
     acc: Share  # the accuracy, 0 to 1
-    n: Count
-    acc_se: Figure = None
+    n: Count  # the number of questions or images
+    acc_se: Figure = None  # the standard error of acc
 
 
 class PairedRow(msgspec.Struct, frozen=True):
@@ -69,25 +69,25 @@ class PairedRow(msgspec.Struct, frozen=True):
 
     source: str
     delta_nll: Figure  # the mean difference (second model − first), in nats per token
-    se: Figure = None
+    se: Figure = None  # the standard error of delta_nll
     of: list[str] = []  # the two models; dense and pruned if empty
 
 
 class VerifyRow(msgspec.Struct, frozen=True):
     """The largest difference between the outputs of the masked and the cut model, and its allowed bound."""
 
-    max_abs_diff: Figure
-    bound: Figure
-    ok: bool = True
-    dtype: str = ""
+    max_abs_diff: Figure  # absolute
+    bound: Figure  # the largest difference that is allowed
+    ok: bool = True  # whether the check passed
+    dtype: str = ""  # the dtype in which both were run
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
     """The quantity that a budget limits: requested, before the cut, after it, and predicted."""
 
-    measure: str
-    context: Count  # the tokens in the key-value cache, if that is counted
-    asked: Figure
+    measure: str  # what is counted, as a core.amounts.Measure: "params", "ms" and others
+    context: Count  # the tokens in the key-value cache, or of a timed row; 0 if the target names none
+    asked: Figure  # the budget, in units of the measure
     before: Figure
     after: Figure
     predicted: Figure = None  # the milliseconds that the plan predicted, if time is counted; after is then measured
@@ -99,8 +99,8 @@ class RecoveryRow(msgspec.Struct, frozen=True):
     by: str  # the method
     tokens: Count
     seconds: Seconds
-    round: Count = 1
-    note: str = ""
+    round: Count = 1  # the number of the recovery since the cut, from 1
+    note: str = ""  # a remark for readers of the results
 
 
 class ReconstructionRow(msgspec.Struct, frozen=True):
@@ -109,8 +109,8 @@ class ReconstructionRow(msgspec.Struct, frozen=True):
     tokens: Count
     seconds: Seconds
     layers: list[dict[str, Any]] = []  # per layer weight, the errors before, after and seen, ridge and shrinkage
-    left_out: dict[str, str] = {}  # name of a layer that was not fitted → why
-    note: str = ""
+    left_out: dict[str, str] = {}  # name of a layer weight that was not fitted → why
+    note: str = ""  # a remark for readers of the results
 
 
 class TaskRow(msgspec.Struct, frozen=True):
@@ -118,11 +118,11 @@ class TaskRow(msgspec.Struct, frozen=True):
 
     name: str
     task: Count  # the index of the task, from 0
-    accuracy: Annotated[list[Share | None], msgspec.Meta(min_length=1)]
-    parameters: Count
+    accuracy: Annotated[list[Share | None], msgspec.Meta(min_length=1)]  # per task, after this one; None: no data
+    parameters: Count  # of the network after learning it
     nonzero: Count | None = None  # those that are not 0
-    macs: Count | None = None
-    seconds: Figure = None
+    macs: Count | None = None  # of one example
+    seconds: Figure = None  # the time that learning it took
 
     def __post_init__(self) -> None:
         if len(self.accuracy) <= self.task:
@@ -130,26 +130,26 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class CommitRow(msgspec.Struct, frozen=True):
-    """A change of shape during training, of kind ``commit`` or ``growth``."""
+    """A change of a network's shape in training: ``commit`` (of a search) or ``growth`` (of continual learning)."""
 
     task: Count  # the index of the task during which the shape changed
     epoch: Count  # the epoch after which it changed
     grown: dict[str, Count] = {}  # axis key → units added
     cut: dict[str, Count] = {}  # axis key → units removed
-    dropped: list[str] = []  # paths of modules
+    dropped: list[str] = []  # paths of modules that were dropped whole
     back: list[str] = []  # paths of modules that were restored
 
 
 class MatrixRow(msgspec.Struct, frozen=True):
     """The accuracy matrix of a sequence of tasks, with average accuracy, forgetting and transfer."""
 
-    tasks: list[str]
-    matrix: list[list[Share | None]]  # matrix[i][j]: the accuracy on task j after learning task i
+    tasks: list[str]  # their names, in the order of learning
+    matrix: list[list[Share | None]]  # matrix[i][j]: accuracy on task j after learning task i; None: no data
     before: list[Share | None]  # the accuracy on each task before any was learned
     average: Figure  # over all tasks, after the last one
     average_along: Figure  # during learning: over the tasks learned by then, averaged over all points in time
     learning: Figure  # on each task just after it was learned
-    forgetting: Figure
+    forgetting: Figure  # this and the next two as in evaluation.continual.Matrix
     backward_transfer: Figure
     forward_transfer: Figure
 
@@ -161,13 +161,13 @@ class MatrixRow(msgspec.Struct, frozen=True):
 class MissingTasksRow(msgspec.Struct, frozen=True):
     """Tasks whose data are no longer available."""
 
-    tasks: list[str]
+    tasks: list[str]  # their names
 
 
 class LevelsRow(msgspec.Struct, frozen=True):
     """The cost that each level of a search (operations, filters, weights) removed."""
 
-    saved: dict[str, Number]  # level → cost
+    saved: dict[str, Number]  # level → cost, in units of the search's measure
 
 
 class SearchResultRow(msgspec.Struct, frozen=True):
@@ -175,16 +175,16 @@ class SearchResultRow(msgspec.Struct, frozen=True):
 
     accuracy: Share
     parameters: Count
-    nonzero: Count
-    macs: Count
-    bytes: Count
+    nonzero: Count  # parameters that are not 0
+    macs: Count  # of one example
+    bytes: Count  # of parameters and buffers
 
 
 class TestRow(msgspec.Struct, frozen=True):
     """The test accuracy at the end of a search, and the number of examples."""
 
     accuracy: Share
-    images: Count
+    images: Count  # the number of test examples
 
 
 # Kind of measurement (``what``) → the schema of its rows, and the fields that, with the kind, identify a row of a run;
@@ -221,7 +221,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {what: fields for what, (_, fields) in ROW
 class Metrics:
     """The rows of a ``metrics.jsonl`` file, which need not exist; adding a row writes the whole file again, atomically.
 
-    One object writes a file: the keys of its rows are read once.
+    The keys in the file are read once, so only one object at a time may add rows to it.
     """
 
     path: Path
@@ -229,16 +229,17 @@ class Metrics:
     def rows(self) -> list[dict[str, Any]]:
         """Return every row, in order; raise StoreError if one does not have the schema of its kind."""
         rows = []
-        for where, row in self._lines():
+        for where, row in self._iterate_rows():
             if row["what"] in ROW_KINDS:
                 convert(row, ROW_KINDS[row["what"]][0], where, "restore it or delete that line")
             rows.append(row)
         return rows
 
     def add(self, row: Mapping[str, object], number: int | None = None) -> bool:
-        """Append a row with a kind ``what`` and sync it to the disk; ``False``: a row with its key was there.
+        """Append a row, its kind in ``row["what"]``, and sync it to the disk; ``False``: a row with its key was there.
 
-        ``number`` counts the rows of its kind in a run, from 0; it identifies those that no fields identify.
+        ``number``: how many rows of its kind the run had before; it is the key of kinds that no fields identify, and
+        with ``None`` their rows may repeat. NaN and infinity become null.
         """
         plain = replace_nonfinite(row)
         key = _key(plain, number)
@@ -253,16 +254,16 @@ class Metrics:
 
     @cached_property
     def _keys(self) -> set[str | None]:
-        """The keys of all rows of the file."""
+        """The keys, by :func:`_key`, of all rows of the file."""
         counts: Counter[str] = Counter()
         keys = set()
-        for _, row in self._lines():
+        for _, row in self._iterate_rows():
             keys.add(_key(row, counts[row["what"]]))
             counts[row["what"]] += 1
         return keys
 
-    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each row with its file and line for messages; raise StoreError for a line that is no measurement."""
+    def _iterate_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (``FILE: line N`` for messages, row) of each line; raise StoreError for one that is no measurement."""
         for number, line in enumerate(self._read().split(b"\n"), 1):
             where = f"{self.path}: line {number}"
             if line.strip():
@@ -285,7 +286,7 @@ class Metrics:
 
 
 def _key(row: Mapping[str, object], number: int | None) -> str | None:
-    """Return the key that identifies a row; ``None`` for kinds that may repeat."""
+    """Return the key that identifies a row, as JSON text; ``None`` if it may repeat. ``number``: as for ``add``."""
     what = str(row.get("what"))
     if what in KEYS:
         return json.dumps([what, *(row.get(name) for name in KEYS[what])])

@@ -105,10 +105,11 @@ def write_model(
     example: Example | Tensor | None = None,
     outside: OutsideTensors | None = None,
 ) -> None:
-    """Write the files of a model into an unfinished folder, replacing those of another model.
+    """Write the files of a model into a folder, made if missing, replacing those of another model.
 
     Each file is written atomically, but not all of them together; use :func:`save` for a finished folder. Arguments
-    are those of :func:`save`; with ``outside``, ``model`` has no numbers, and its tensors are read from there.
+    and errors are those of :func:`save`. ``outside``: where the tensors are read if ``model`` has no numbers, since the
+    network is larger than memory.
     """
     net, loaded = (model.model, model) if isinstance(model, Loaded) else (model, None)
     if loaded is not None:
@@ -132,8 +133,8 @@ def write_model(
         shapes = write_weights(((name, tensors[name]) for name in shapes.tensors), shapes, folder)
         record = _write_probe(net, shapes, example, folder)
     else:
-        shapes = write_weights(outside.each(shapes), shapes, folder, ahead=outside.ahead)
-        with outside.running(folder) as running:
+        shapes = write_weights(outside.read(shapes), shapes, folder, ahead=outside.ahead)
+        with outside.open_written(folder) as running:
             record = _write_probe(running, shapes, example, folder, outside.aligned)
     if not record.header:
         _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", record.reason)
@@ -147,7 +148,10 @@ def write_model(
 
 
 def link_other_files(old: Path, new: Path) -> None:
-    """Hard-link or copy the files of an old folder that do not belong to its model into the new folder."""
+    """Hard-link, or else copy, all that is not part of a model from ``old`` to ``new``; files in ``new`` stay.
+
+    ``old`` need not exist.
+    """
     if old.is_dir():
         link_tree(old, new, skip={path.name for path in _model_files(old)})
 
@@ -191,7 +195,7 @@ def _load(
     *,
     check: bool,
 ) -> nn.Module:
-    """Load a saved network as :func:`load` does, from a folder that is not replaced meanwhile."""
+    """Load a saved network as :func:`load` does; the folder may not be replaced by another meanwhile."""
     shapes = read_shapes(folder, check=check)
     net = build_checked(folder, shapes, model, dtype)
     tensors = read_weights(folder, shapes, check=check)
@@ -218,7 +222,7 @@ def _load(
 
 
 def attach_origin(net: nn.Module, origin: Origin, tokenizer: Any | None) -> None:
-    """Set ``origin`` and ``tokenizer`` as attributes of a loaded network, unless it has attributes of these names."""
+    """Set ``origin`` and, if there is one, ``tokenizer`` as attributes of a network, unless it has such attributes."""
     for name, value in (("origin", origin), ("tokenizer", tokenizer)):
         if value is not None and not hasattr(net, name):
             setattr(net, name, value)
@@ -251,7 +255,8 @@ def _write_probe(
 ) -> ProbeRecord:
     """Write ``probe.st``, an input and the network's output for it; return its record, or one with the reason why not.
 
-    ``aligned``: as for :func:`regrow.store.probe.write_probe`.
+    ``shapes``: the record of the network, for the dtypes in which it is stored; ``example``: the input; ``None``: one
+    that suits the architecture; ``aligned``: as for :func:`regrow.store.probe.write_probe`.
     """
     try:
         example = Example((example,)) if isinstance(example, Tensor) else example or example_for(net, shapes.origin)

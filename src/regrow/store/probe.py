@@ -33,19 +33,16 @@ _MAX_BYTES, _MAX_PATTERN = 2**28, 2**26  # of the file; numbers of an input that
 
 
 class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``probe.st``: an input, in which a tensor is ``{"tensor": number}``, and digests of the output.
-
-    ``patterns`` has dtype and shape of tensors that a fixed pattern replaces; ``exact``: outputs must be bit-equal.
-    """
+    """The header of ``probe.st``: the arguments of a forward pass, and digests of the outputs for them."""
 
     format: str
-    names: list[str]
-    sha256: str
-    inputs: tuple[Any, Any]
-    patterns: list[tuple[str, Shape] | None]
-    outputs: list[str]
-    exact: bool
-    conditions: dict[str, str]
+    names: list[str]  # of the tensors in the file: i0, i1, … are inputs, o0, o1, … samples of outputs
+    sha256: str  # of the tensors in the file
+    inputs: tuple[Any, Any]  # positional and named arguments; in place of a tensor {"tensor": its number}
+    patterns: list[tuple[str, Shape] | None]  # per input tensor: dtype and shape if a fixed pattern replaces it
+    outputs: list[str]  # the digest of each output tensor
+    exact: bool  # whether a loaded network must give the same bits under the same conditions
+    conditions: dict[str, str]  # by read_conditions
 
 
 class UnprobedError(ValueError):
@@ -55,8 +52,9 @@ class UnprobedError(ValueError):
 def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, aligned: bool | None) -> None:
     """Run a network on an input, and write the input, digests of the outputs and samples of them to a file.
 
-    ``cast``: some weights are stored in another dtype than they have here. ``aligned``: whether all begin at a cache
-    line; ``None``: looked up here. Raises UnprobedError if the network or the format does not take the input.
+    ``cast``: whether some weights are stored in another dtype than they have here. ``aligned``: whether the memory of
+    each weight begins at a cache line, which can change the last bits; ``None``: looked up here. Raises UnprobedError
+    if the network or the format does not take the input, and nothing is written.
     """
     inputs: list[Tensor] = []
     structure = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
@@ -87,7 +85,9 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool, a
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], cast: bool = False) -> None:
     """Raise StoreError unless a loaded network gives the output that was recorded when it was saved.
 
-    ``stored``: the dtypes of its weights in the files. ``cast``: they were converted to another one when loaded.
+    ``path``: the file of :func:`write_probe`; ``stored``: the dtypes of the weights in the files; ``cast``: whether
+    they were converted to another one when loaded. Under other conditions (:func:`read_conditions`), or if weights were
+    cast, outputs may differ by rounding.
     """
     header, inputs, before = _read_probe(path)
     if cast or not header.exact:  # the weights have, or were stored in, another dtype than the recorded input
@@ -118,7 +118,7 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], 
 
 
 def read_example(path: Path, model: nn.Module) -> Example:
-    """Return the input that was recorded when a network was saved, in the network's dtype."""
+    """Return the input in a file of :func:`write_probe`, in the dtype of ``model``; StoreError if it is damaged."""
     header, inputs, _ = _read_probe(path)
     try:
         args, kwargs = _from_json(header.inputs, _cast_inputs(inputs, model))
@@ -128,7 +128,7 @@ def read_example(path: Path, model: nn.Module) -> Example:
 
 
 def _cast_inputs(inputs: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """Return inputs, the floating-point ones in the dtype of the network's first such parameter."""
+    """Return inputs, the floating-point ones in the dtype of the first floating-point parameter of ``model``."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
@@ -137,10 +137,11 @@ _REMEDY = "build it with the code and versions it was saved with, or load it wit
 
 
 def sample_outputs(model: nn.Module, structure: object, inputs: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
-    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
+    """Run a network in eval mode with a fixed random seed; return, per output tensor, its SHA-256 and a sample.
 
-    ``structure`` is the JSON data of its arguments, of which ``inputs`` are the tensors. A sample is at most
-    :data:`MAX_SAMPLES` numbers of an output, evenly spaced, in float64. The network is left as it was.
+    ``structure``: the arguments by :func:`_to_json`, of which ``inputs`` are the tensors. A sample is at most
+    :data:`MAX_SAMPLES` numbers of an output, evenly spaced, in float64. The network is left as it was. Its own
+    errors pass; ValueError if it gives no tensor.
     """
     device = device_of(model)
     args, kwargs = _from_json(structure, [x.to(device) for x in inputs])
@@ -160,7 +161,7 @@ def sample_outputs(model: nn.Module, structure: object, inputs: Sequence[Tensor]
 
 @contextmanager
 def _preserve_modules(model: nn.Module) -> Iterator[None]:
-    """Restore, when the block ends, all attributes of modules, and the numbers of buffers of up to 2^20 entries.
+    """Context manager: restores, at its end, attributes of modules, and the numbers of buffers of up to 2^20 entries.
 
     What modules reach besides is left alone: a network that is read block by block keeps what it has read.
     """
@@ -181,7 +182,7 @@ def _preserve_modules(model: nn.Module) -> Iterator[None]:
 
 
 def read_conditions() -> dict[str, str]:
-    """Return what the last bits of an output depend on besides network and input: torch, threads, CPU, precision."""
+    """Return name → value of what the last bits of an output depend on, such as torch's version and the threads."""
     return {
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
@@ -216,7 +217,7 @@ def _read_probe(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
-    """Return arguments as JSON data, tensors as indices in ``tensors``, where they are appended; or UnprobedError."""
+    """Return an argument as JSON data, tensors as indices in ``tensors``, where they are added; or UnprobedError."""
     match value:
         case Tensor():
             tensors.append(value.detach())
@@ -232,7 +233,7 @@ def _to_json(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _from_json(structure: Any, tensors: Sequence[Tensor]) -> Any:
-    """Undo :func:`_to_json`; a pair of converted values gives a pair. Raises ValueError for anything else."""
+    """Undo :func:`_to_json`; a list of two converted values gives a pair. Raises ValueError for anything else."""
     match structure:
         case {"tensor": int(i)} if 0 <= i < len(tensors):
             return tensors[i]
@@ -250,7 +251,7 @@ def _from_json(structure: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _make_pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of numbers from -1 to 1 that are the same on every machine; ValueError if it is too large."""
+    """Return a tensor of numbers from -1 to 1, the same on every machine; ValueError beyond 2^26 numbers."""
     count = prod(shape)
     if not 0 <= count <= _MAX_PATTERN:
         raise ValueError(f"a tensor of {count} numbers")
@@ -259,7 +260,7 @@ def _make_pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Return the largest absolute difference of two rows of tensors; NaN equals NaN, and infinity equals infinity."""
+    """Return the largest absolute difference of two rows of tensors, pair by pair; NaN equals NaN, infinity itself."""
     result = 0.0
     for x, y in zip(a, b, strict=True):
         different = ~((x == y) | (x.isnan() & y.isnan()))
@@ -269,13 +270,13 @@ def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _coarsest_epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
-    """Return the machine epsilon of the coarsest dtype that a network has or was stored in."""
+    """Return the machine epsilon of the coarsest dtype of the parameters of ``model`` and among ``stored``."""
     dtypes = {dtype for dtype in (*stored, *(p.dtype for p in model.parameters())) if dtype.is_floating_point}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
 def _measure_rounding(model: nn.Module, structure: Any, inputs: Sequence[Tensor], samples: Sequence[Tensor]) -> float:
-    """Return the largest difference of a network's sampled outputs to those in float64; 0 if it does not run so."""
+    """Return the largest difference of ``samples`` (by :func:`sample_outputs`) to a run in float64; 0 if that fails."""
     try:
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
         _, exact = sample_outputs(copy.deepcopy(model).double(), structure, wide)

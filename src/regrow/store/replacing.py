@@ -27,9 +27,10 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def replace_folder(folder: Path, owner: FolderLock | None = None) -> Iterator[Path]:
-    """Yield a new, empty folder that replaces ``folder`` as a whole when the block ends without an error.
+    """Context manager: yields a new, empty folder that replaces ``folder`` as a whole if the block succeeds.
 
-    ``owner`` is the caller's lock on ``folder``; without one, it is locked here. Raises StoreError if it cannot be.
+    ``folder`` need not exist; nothing of an old one stays. ``owner``: the caller's lock on it; ``None``: an existing
+    folder is locked here. Raises StoreError if it cannot be replaced, and LockedError if another process writes to it.
     """
     target = folder.resolve()
     check_replaceable(folder)
@@ -70,7 +71,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Rename the new folder to ``folder`` if a killed process has moved only the old one away; else do nothing."""
+    """Complete a replacement of ``folder`` by its last rename if a process was killed before it; else do nothing."""
     target = folder.resolve()
     for stage in [] if target.exists() else find_leftovers(target):
         new = stage / target.name
@@ -80,15 +81,16 @@ def settle(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Complete the replacement of a folder that a killed process left half done, and delete its temporary folders."""
+    """Complete a replacement of ``folder`` that a killed process left half done; delete its temporary folders."""
     settle(folder)
     sweep(folder.resolve())
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = ()) -> None:
-    """Hard-link the files of a folder and of those in it into another one, or copy them where links are not supported.
+    """Hard-link all files of ``source``, at any depth, into ``target``; copy them where links are not supported.
 
-    Existing files, unfinished ones, and the names ``skip`` at the top are left out.
+    ``target`` must exist; files in it stay. Temporary folders of unfinished work are left out, and so are files and
+    folders directly in ``source`` that ``skip`` names.
     """
     for path in sorted(source.iterdir()):
         copied = target / path.name
@@ -102,7 +104,10 @@ def link_tree(source: Path, target: Path, skip: Collection[str] = ()) -> None:
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
-    """Return what ``read`` returns, which reads several files of a folder; called again if the folder was replaced."""
+    """Return what ``read`` returns from files of ``folder``, all of one version.
+
+    It is called again, and an error of it ignored, if the folder was replaced while it ran.
+    """
     while True:
         settle(folder)
         before = _identity(folder)
@@ -117,7 +122,7 @@ def read_whole(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return the device and inode of a folder, by which a replaced one differs; ``None`` if it is not there."""
+    """Return (device, inode) of a folder, by which one that replaces it differs; ``None`` if there is none."""
     try:
         status = folder.stat()
     except OSError:
@@ -126,7 +131,10 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; an existing target takes the name of ``new``, or else that and ``_REPLACED``."""
+    """Rename ``new`` to ``target``; an existing one takes the name of ``new`` (plus ``.replaced`` if not atomically).
+
+    Raises LockedError if another process made a target that was not there.
+    """
     if not target.exists():
         try:
             new.rename(target)
@@ -146,7 +154,7 @@ def _exchange(new: Path, target: Path) -> None:
 
 
 def _exchange_atomically(new: Path, target: Path) -> bool:
-    """Exchange two names atomically, and return whether the system and the file system support it."""
+    """Exchange the names of two folders atomically; ``False``: it is not supported, and nothing was done."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -170,10 +178,10 @@ def _sync_tree(folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
-    """Copy the files of a folder, and of those in it, into an existing folder.
+    """Copy the files of ``source``, at any depth, into ``target``, which must exist and be empty.
 
-    Unfinished files, and symbolic links that lead elsewhere than to a file beside them, are left out. With ``link``,
-    files that have no other hard link are linked instead.
+    Unfinished work, and symbolic links that lead elsewhere than to a file beside them, are left out. ``link``: files
+    without another hard link are hard-linked instead.
     """
     for path in sorted(source.iterdir()):
         name = path.name
@@ -191,7 +199,7 @@ def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
 
 
 def record_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return path in a folder → ``bytes`` and ``sha256`` of every file in it but pages, as JSON data."""
+    """Return path in ``folder`` → ``{"bytes": …, "sha256": …}``, for every file at any depth but ``report.html``."""
     records: dict[str, dict[str, Any]] = {}
     for path in _files(folder):
         if path.name != PAGE:
@@ -203,9 +211,9 @@ def record_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_recorded_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]], shown: Path) -> None:
-    """Raise StoreError unless a folder holds the files of :func:`record_files`, unchanged, and no others but pages.
+    """Raise StoreError unless a folder holds the ``recorded`` files, unchanged, and no others but ``report.html``.
 
-    ``shown`` is the path of the folder in messages.
+    ``recorded``: what :func:`record_files` returned; ``shown``: the folder's path in errors.
     """
     present = record_files(folder)
     for name, expected in recorded.items():
@@ -218,12 +226,12 @@ def check_recorded_files(folder: Path, recorded: Mapping[str, Mapping[str, Any]]
 
 
 def count_bytes(folder: Path) -> int:
-    """Return the size of the regular files in a folder and in those in it, without links and unfinished work."""
+    """Return the size in bytes of a folder's regular files at any depth, without links and unfinished work."""
     return sum(path.stat().st_size for path in _files(folder))
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the regular files in a folder and in those in it, without links and unfinished work, by name."""
+    """Yield the regular files of a folder at any depth, sorted by name, without links and unfinished work."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name == WORK or LEFTOVER.fullmatch(path.name):
             continue

@@ -35,7 +35,7 @@ class RunFolder:
         resumed: Whether an earlier process had started this run.
         out: The folder that the finished run will have; ``None`` for a folder that is only read.
         owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
-        inputs: The files that the run reads, which :meth:`finish` compares with what they were.
+        inputs: The files of weights that the run reads, which the caller adds: :meth:`finish` raises if one changed.
     """
 
     path: Path
@@ -58,8 +58,9 @@ class RunFolder:
     ) -> "RunFolder":
         """Start a run in a new or empty folder and lock it, or resume the same run if it was interrupted.
 
-        The run is the same if ``verb``, ``settings`` and ``defaults`` (if given) are. Raises StoreError if the folder
-        holds anything else, and LockedError if another process writes to it.
+        The run is the same if ``verb`` (the command, such as ``"prune"``), ``settings`` and ``defaults`` (of the
+        method; compared if given) are. ``command``: what users repeat to resume. Raises StoreError if the folder holds
+        anything else, and LockedError if another process writes to it.
         """
         out = Path(out)
         identity: dict[str, Any] = {"verb": verb, "settings": settings}
@@ -83,8 +84,8 @@ class RunFolder:
     def check(cls, out: str | Path, identity: Mapping[str, Any]) -> "RunFolder | None":
         """Return the interrupted run that :meth:`create` would resume, for reading; ``None``: it would start a new one.
 
-        Raises StoreError where :meth:`create` would. ``identity``: verb, settings and defaults by name. What killed
-        processes left beside the folder is deleted; nothing else is changed.
+        Raises StoreError where :meth:`create` would. ``identity``: ``verb``, ``settings`` and perhaps ``defaults`` of
+        :meth:`create` by name. What killed processes left beside the folder is deleted; nothing else is changed.
         """
         out = Path(out)
         check_replaceable(out)
@@ -98,7 +99,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, out: str | Path) -> "RunFolder":
-        """Lock and open the run in a folder for writing; a finished one does not change until :meth:`finish`."""
+        """Lock the run in a folder and open it for writing; a finished one is copied and stays until :meth:`finish`."""
         out = Path(out)
         check_replaceable(out)
         with explain_os_errors(out):
@@ -126,7 +127,7 @@ class RunFolder:
 
     @classmethod
     def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
-        """Open the unfinished run in a folder for reading; ``None`` if there is none."""
+        """Open the unfinished run in a folder for reading; ``None`` if there is none (finished ones do not count)."""
         area = run_record.find_unfinished(Path(path))
         return cls(area) if area else None
 
@@ -138,19 +139,20 @@ class RunFolder:
             self.owner.release()
 
     def read_record(self) -> dict[str, Any]:
-        """Return the content of ``run.json``."""
+        """Return the content of ``run.json``, whose fields are those of :class:`regrow.store.schemas.RunJson`."""
         return run_record.read_run(self.path)
 
     def update(self, **fields: object) -> None:
-        """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed."""
+        """Set fields of ``run.json`` to JSON data, such as ``notes``, on disk; a field set to ``None`` is removed."""
         run = {**self.read_record(), **fields}
         self.write(run_record.RUN, {name: value for name, value in run.items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
-        """Complete the run and return its final folder, which its files replace atomically; its lock is released.
+        """Complete the run: move its files into its final folder at once, release the lock, return that folder to read.
 
-        ``write_page`` writes the report page before that; ``fields`` are set in ``run.json``. Raises InputError if a
-        file that the run has read was changed meanwhile.
+        ``write_page``: called before with the folder of the files, to write the report page; ``fields``: further ones
+        to set in ``run.json``. Raises InputError if a file that the run has read was changed meanwhile, and ValueError
+        if this object was opened for reading.
         """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
@@ -166,12 +168,12 @@ class RunFolder:
 
     @property
     def ledger(self) -> Ledger:
-        """Every plan applied to the network, in order: those of the runs that this one started from, then its own."""
+        """``ledger.json``: every plan applied to the network, in order: those of earlier runs on it, then its own."""
         return Ledger(self.path / "ledger.json")
 
     @property
     def own_ledger(self) -> Ledger:
-        """The plans of this run alone, behind those of the runs that it started from."""
+        """``ledger.json`` with the plans of this run alone; those of earlier runs on the network are skipped."""
         return Ledger(self.path / "ledger.json", int((self.read_record().get("parent") or {}).get("plans", 0)))
 
     def log(
@@ -179,16 +181,17 @@ class RunFolder:
     ) -> None:
         """Append a measurement of kind ``what`` to ``metrics.jsonl`` and sync it, unless one with its key is there.
 
-        Its fields are ``row`` and ``values``; ``number``: as for :meth:`regrow.store.metrics.Metrics.add`.
+        Its columns are those of ``row`` and ``values``, which wins; ``number``: its number among the rows of its kind,
+        for kinds that no columns identify (:meth:`regrow.store.metrics.Metrics.add`).
         """
         self._metrics.add({"what": what, **(row or {}), **values}, number)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return every measurement of ``metrics.jsonl``, in order."""
+        """Return every row of ``metrics.jsonl``, in order; raise StoreError if the file is damaged."""
         return self._metrics.rows()
 
     def last(self, what: str) -> dict[str, Any]:
-        """Return the last measurement of the kind ``what``, or raise StoreError if there is none."""
+        """Return the last row of the kind ``what`` in ``metrics.jsonl``, or raise StoreError if there is none."""
         if not (rows := [row for row in self.metrics() if row["what"] == what]):
             raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
         return rows[-1]
@@ -199,7 +202,7 @@ class RunFolder:
         return Metrics(self.path / "metrics.jsonl")
 
     def write_axes(self, before: AxisGraph, after: AxisGraph) -> None:
-        """Write ``axes.json``: the axes of the model before and after the run."""
+        """Write ``axes.json``: one row per axis of the model ``before`` and ``after`` the run."""
         rows = {"before": before, "after": after}
         self.write("axes.json", {name: [asdict(row) for row in axes.inventory()] for name, axes in rows.items()})
 

@@ -30,7 +30,7 @@ FORMAT = "regrow-run/2"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return the content of the ``run.json`` in a folder, or raise StoreError if it is missing or damaged."""
+    """Return the content of ``run.json`` directly in a folder, or raise StoreError if it is missing or damaged."""
     run: dict[str, Any] | None = read_json(folder / RUN)
     if run is None:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
@@ -40,7 +40,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
-    """Return the recorded settings of a run as the dataclass ``kind`` of its command, or raise StoreError."""
+    """Return a run's recorded settings as its command's dataclass ``kind``; StoreError or InputError if invalid."""
     known = {field.name for field in fields(kind)}
     if differing := min(known ^ values.keys(), default=""):
         what = "unknown here" if differing in values else "missing"
@@ -51,7 +51,7 @@ def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Sett
 
 
 def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
-    """Raise StoreError if a run got its data from Python, so that no command line can read them again."""
+    """Raise StoreError if ``run``, the ``run.json`` of ``path``, has data from Python, which no command can read."""
     if run.get("python") is not None:
         raise StoreError(
             f"{path} was written by regrow.{run.get('verb')} in Python with data that no file names; call that again, "
@@ -60,7 +60,10 @@ def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
 
 
 def check_same_run(path: Path, run: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise StoreError unless a run record has this verb, these settings and defaults, and is not finished."""
+    """Raise StoreError unless ``run``, a ``run.json``, is that of ``identity`` and not finished; ``path``: its folder.
+
+    ``identity``: ``verb``, ``settings`` and perhaps ``defaults``, which are compared if given.
+    """
     if run["verb"] != identity["verb"]:
         raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
     if difference := find_changed_setting(run["settings"], identity["settings"]):
@@ -79,7 +82,7 @@ def check_same_run(path: Path, run: Mapping[str, Any], identity: Mapping[str, An
 
 
 def find_changed_setting(old: Mapping[str, object], new: Mapping[str, object]) -> tuple[str, str, str] | None:
-    """Return name, old and new value, as JSON cut to 60 characters, of the first setting that differs, if any."""
+    """Return (name, old, new value) of the first differing setting, or None; values are JSON, cut to 60 characters."""
     for name in {**new, **old}:
         was, now = (json.dumps(values.get(name), sort_keys=True) for values in (old, new))
         if was != now:
@@ -88,13 +91,16 @@ def find_changed_setting(old: Mapping[str, object], new: Mapping[str, object]) -
 
 
 def find_unfinished(out: Path) -> Path | None:
-    """Return the working area of an unfinished run in ``out``, or ``None``; StoreError if a folder of it is a link."""
+    """Return the working area (``out/.work``) of an unfinished run, or ``None``; StoreError if links are in it."""
     check_area(out / WORK)
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
 def is_resumable(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a folder holds this run, unfinished; ``False`` if it is empty or missing, StoreError for all else."""
+    """Whether a folder holds this run, unfinished; ``False`` if it is empty or missing, StoreError for all else.
+
+    ``identity``: ``verb``, ``settings`` and perhaps ``defaults`` of the run, by name.
+    """
     if not out.is_dir():
         return False
     names = {path.name for path in out.iterdir() if not LEFTOVER.fullmatch(path.name)}
@@ -112,7 +118,7 @@ def is_resumable(out: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def check_area(area: Path) -> None:
-    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it."""
+    """Raise StoreError if a working area, which need not exist, or a folder in it, is a link or no folder."""
     inside = (Path(root) / name for root, names, _ in os.walk(area) for name in names)
     for path in (area, *inside):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -120,7 +126,7 @@ def check_area(area: Path) -> None:
 
 
 def recreate_area(out: Path) -> Path:
-    """Create an empty working area in a folder, deleting one that is there, and return its path."""
+    """Create an empty working area (``out/.work``), deleting one that is there, and return its path."""
     area = out / WORK
     with explain_os_errors(out):
         if area.exists():
@@ -130,7 +136,7 @@ def recreate_area(out: Path) -> Path:
 
 
 def copy_into_area(out: Path) -> None:
-    """Replace the working area in a folder by one with the files of its finished run, which can be changed there."""
+    """Replace the working area (``out/.work``) by one with the files of the finished run in ``out``, to be changed."""
     area = recreate_area(out)
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN})
@@ -142,7 +148,7 @@ PACKAGES = ("regrow", "torch", "transformers", "tokenizers", "torchvision", "saf
 
 
 def versions() -> dict[str, str]:
-    """Return name → version, of Python and of those of ``PACKAGES`` that are installed.
+    """Return name → version, of Python and of the packages in ``PACKAGES`` that are installed.
 
     >>> sorted({"python", "torch", "regrow"} & versions().keys())
     ['python', 'regrow', 'torch']

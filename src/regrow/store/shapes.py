@@ -36,12 +36,12 @@ Number = Int64 | float | Annotated[tuple[Int64, ...], msgspec.Meta(max_length=64
 
 
 class TensorKind(StrEnum):
-    """Where a module holds a stored tensor; a derived buffer is one that the state dict leaves out."""
+    """Where a module holds a stored tensor."""
 
     PARAMETER = "parameter"
-    BUFFER = "buffer"
-    DERIVED = "derived"
-    ATTRIBUTE = "attribute"
+    BUFFER = "buffer"  # in the state dict
+    DERIVED = "derived"  # a buffer that the state dict leaves out (persistent=False)
+    ATTRIBUTE = "attribute"  # a plain attribute, such as self.scale = torch.ones(2)
 
     @property
     def carried(self) -> bool:
@@ -52,7 +52,7 @@ class TensorKind(StrEnum):
 class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The record of one stored tensor: dtype, shape, kind, and its shape in a newly built network if that differs."""
 
-    dtype: DType
+    dtype: DType  # such as "float32"
     shape: Shape
     kind: TensorKind = TensorKind.PARAMETER
     trains: bool = True  # whether a parameter requires gradients
@@ -69,7 +69,7 @@ class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The size of a safetensors file in bytes, and the SHA-256 of its header; each tensor has a digest of its own."""
 
-    bytes: Count = 0
+    bytes: Count = 0  # of the whole file
     header: Digest | Literal[""] = ""
     sha256: str = ""  # of the whole file, which earlier versions wrote; it is not compared
 
@@ -77,22 +77,22 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 class ProbeRecord(FileRecord, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The record of ``probe.st``, or the reason why there is none."""
 
-    reason: str = ""
+    reason: str = ""  # empty if there is one
 
 
 @dataclass(frozen=True)
 class Shapes:
     """The record of a saved network: how to build its architecture, and every difference from it."""
 
-    origin: Origin
+    origin: Origin  # how to build the architecture
     tensors: Mapping[str, StoredTensor]  # tied tensors under their first name alone
-    attributes: Mapping[AttributeName, Number] = field(default_factory=dict)  # where they differ
+    attributes: Mapping[AttributeName, Number] = field(default_factory=dict)  # numbers that differ, by place
     ties: Mapping[str, str] = field(default_factory=dict)  # further name of a tied tensor → its first name
     dropped: tuple[str, ...] = ()  # tensors that a newly built network has and this one lacks
     # Whether a newly built network was there to compare with; if not, everything is listed, without a ``was``.
     compared: bool = True
-    files: Mapping[FileName, FileRecord] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[FileName, FileRecord] = field(default_factory=dict)  # the files of weights
+    versions: Mapping[str, str] = field(default_factory=dict)  # package → version that wrote them
     # Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
     probe: ProbeRecord = field(default_factory=ProbeRecord)
@@ -100,7 +100,7 @@ class Shapes:
     inserted: Mapping[str, tuple[Insertion, ...]] = field(default_factory=dict)
 
     def to_data(self) -> dict[str, Any]:
-        """Return the record as JSON data, without its digest."""
+        """Return the record as the JSON data of ``shapes.json``, without its digest."""
         parts = {
             "versions": self.versions,
             "compared": self.compared,
@@ -117,14 +117,14 @@ class Shapes:
         return {"format": FORMAT, "origin": origin, **msgspec.to_builtins(parts)}
 
     def to_json(self) -> str:
-        """Return the record as JSON text, one line per entry, with the digest of its content."""
+        """Return the record as the text of ``shapes.json``, one line per entry, with the digest of its content."""
         data = self.to_data()
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_to_lines(value)}" for key, value in data.items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
-        """Return the record of JSON text from anybody, or raise StoreError; ``check`` compares its digest, too."""
+        """Return the record in a ``shapes.json``, or raise StoreError if invalid; ``check``: compare its digest too."""
         try:
             data = parse_json(text, "it")
         except InputError as error:
@@ -153,7 +153,7 @@ class Shapes:
 
 
 def content_digest(data: Any) -> str:
-    """Return the SHA-256 of a record's JSON with sorted keys and no spaces, leaving out ``sha256`` itself.
+    """Return the SHA-256, in hexadecimal, of a mapping as JSON, whatever its order, without the entry ``sha256``.
 
     >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})
     True

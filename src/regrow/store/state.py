@@ -29,7 +29,7 @@ class HeldTensor:
 
 
 def named_tensors(model: nn.Module) -> dict[str, HeldTensor]:
-    """Return name → tensor, for every parameter and buffer; one with several names is under each of them."""
+    """Return name → tensor and kind, for every parameter and buffer; one with several names is under each of them."""
     result: dict[str, HeldTensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
@@ -44,7 +44,7 @@ def named_tensors(model: nn.Module) -> dict[str, HeldTensor]:
 
 
 def find_ties(tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
-    """Return further name → first name, of tensors that are the same object or memory (tied ones).
+    """Return further name → first name, of tied tensors (the same object or memory); derived buffers are left out.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
@@ -66,7 +66,7 @@ def find_ties(tensors: Mapping[str, HeldTensor]) -> dict[str, str]:
 
 
 def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return dotted name → tensor, for every tensor that a module holds as a plain attribute.
+    """Return dotted name → tensor, for every tensor that a module holds as a plain attribute, outside its buffers.
 
     >>> net = nn.Linear(2, 2)
     >>> net.scale = torch.ones(2)
@@ -77,7 +77,7 @@ def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def container_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return ``attribute[key]`` → tensor, for every tensor inside a list, tuple or dict that a module holds.
+    """Return ``dotted.attribute[key]`` → tensor, for every tensor in a list, tuple or dict that a module holds.
 
     >>> net = nn.Linear(2, 2)
     >>> net.anchors = [torch.ones(2)]
@@ -99,14 +99,14 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _own_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of the attributes of modules that not every module has."""
+    """Yield (dotted name, value) of modules' own attributes: those that a bare ``nn.Module`` does not have."""
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         yield from ((dot + name, value) for name, value in vars(module).items() if name not in MODULE_VARS)
 
 
 def _tensors_in(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield ([key] or [key][key]…, tensor) of a list, tuple or dict, and of up to ``depth`` levels of those in it."""
+    """Yield (``[key]`` or ``[key][key]``…, tensor) of a list, tuple or dict, and of ``depth`` levels of those in it."""
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in parts:
         if isinstance(part, Tensor):
@@ -116,7 +116,7 @@ def _tensors_in(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Replace tensors by ``id`` → new tensor, in place, wherever modules hold them outside parameters and buffers."""
+    """Replace tensors that modules hold outside parameters and buffers, in place; ``new``: ``id(old)`` → new tensor."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             held = () if name in MODULE_VARS else _tensors_in([value], _MAX_DEPTH + 1)
@@ -125,7 +125,7 @@ def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
 
 
 def _replace(value: Any, new: Mapping[int, Tensor]) -> Any:
-    """Return a value with tensors replaced by ``id`` → new tensor; lists and dicts are changed in place."""
+    """Return a value with each tensor replaced by ``new[id(tensor)]``, if any; lists and dicts change in place."""
     match value:
         case Tensor():
             return new.get(id(value), value)
@@ -139,7 +139,9 @@ def _replace(value: Any, new: Mapping[int, Tensor]) -> Any:
 
 
 def find_numbers(model: nn.Module) -> dict[str, Number]:
-    """Return ``module:attribute`` → value, of every module attribute that is a number or a list or tuple of integers.
+    """Return ``module:attribute`` → value, of each module attribute that is a number or a list or tuple of integers.
+
+    Numbers of heads, groups and experts in a module's configuration are ``module:config.name``.
 
     >>> find_numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
     (3,)
@@ -148,7 +150,7 @@ def find_numbers(model: nn.Module) -> dict[str, Number]:
 
 
 def settable_numbers(model: nn.Module) -> dict[str, Number | None]:
-    """Return :func:`find_numbers` and the attributes that are ``None``, which a number may replace (an epsilon).
+    """Return what :func:`find_numbers` does, and attributes that are ``None``: a number may replace them (an epsilon).
 
     >>> settable_numbers(nn.RMSNorm(3))
     {':normalized_shape': (3,), ':eps': None}
@@ -176,14 +178,14 @@ def same_number(a: Number | None, b: Number | None) -> bool:
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, on whatever devices."""
+    """Whether two tensors have equal shape, dtype and bits, on whatever devices; ``False`` on the meta device."""
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
         return False
     return torch.equal(as_bytes(a), as_bytes(b))
 
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
-    """Give a newly built network the recorded tensors and numbers, in place; it was checked against the record."""
+    """Give a newly built network that fits ``shapes`` its tensors (name → tensor, uncopied) and numbers, in place."""
     before = {name: held.tensor for name, held in named_tensors(model).items()}
     new = {name: tensors[name] for name in shapes.tensors}
     for name, stored in shapes.tensors.items():

@@ -20,24 +20,29 @@ FORMAT = "regrow-statistics/3"
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):
-    """The header of a file with the calibration statistics of one shard of a source."""
+    """The header of a file with the calibration statistics (core.scores.Statistics) of one shard of a source.
 
-    source: str
-    shard: Count
-    key: str
-    tokens: Count
-    moments: dict[str, Count]
-    gradients: list[str]
-    fisher: list[str]
+    Shards are the disjoint parts into which a source's batches are divided: batch i is in part i % their number.
+    """
+
+    source: str  # the name of the source
+    shard: Count  # its index, from 0
+    key: str  # the fingerprint of batches and settings
+    tokens: Count  # labelled positions seen
+    moments: dict[str, Count]  # name of a weight → positions of its input seen
+    gradients: list[str]  # names of parameters with a gradient
+    fisher: list[str]  # keys of axes with squared gradients
 
 
 def shard_file_name(source: str, shard: int) -> str:
-    """Return the file name for a shard of a source: a hash, since names of sources are not safe on every disk."""
+    """Return the file name for the ``shard``-th part of a source; the source's name goes into it as a hash."""
     return f"{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{shard}.safetensors"
 
 
 def fingerprint(source: Source, *settings: object) -> str:
-    """Return the SHA-256 of the batches of a source, which are all read, and of the settings.
+    """Return the SHA-256, in hexadecimal, of the batches of a source, which are all read, and of the settings.
+
+    The random state of the source's generators is left as it was.
 
     >>> import torch
     >>> from regrow.core.sources import Batch
@@ -54,7 +59,10 @@ def fingerprint(source: Source, *settings: object) -> str:
 
 
 def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-    """Write the statistics of one shard of a source below a run folder; ``key`` is the :func:`fingerprint`."""
+    """Write the statistics of one shard of a source into the folder ``statistics`` of a run, replacing older ones.
+
+    ``run``: the folder of its files; ``shard``: index of the part of its batches; ``key``: its :func:`fingerprint`.
+    """
     path = run / FOLDER / shard_file_name(source, shard)
     with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
@@ -63,10 +71,10 @@ def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, 
 
 
 def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-    """Return (source, shard) → statistics that an interrupted calibration finished, for ``collect(done=…)``.
+    """Return (source, shard) → statistics of an interrupted calibration, for ``done`` of ``scoring.collect``.
 
-    ``keys``: name of a source → its :func:`fingerprint`. Files that are damaged or of another source, shard or key are
-    left out.
+    ``run``: as for :func:`save_statistics`; ``keys``: name of a source → its :func:`fingerprint`; ``shards``: into how
+    many parts each source is divided. Files that are missing, damaged or of another key are left out.
     """
     finished = {}
     for source, key in keys.items():
@@ -83,5 +91,5 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
 
 
 def parameter_sums(model: nn.Module) -> list[float]:
-    """Return the sum of the first 4096 entries of each parameter, by which different weights are told apart cheaply."""
+    """Return the sum of the first 4096 entries of each parameter, in their order: a cheap check for changed weights."""
     return [float(p.detach().flatten()[:4096].float().double().sum()) for p in model.parameters()]

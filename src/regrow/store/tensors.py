@@ -47,7 +47,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 class TensorFile:
     """A safetensors file that is being written, its tensors one by one in any order; to be closed by ``with``.
 
-    ``entries``: name → dtype and shape of every tensor. Raises ValueError for a dtype that the format lacks.
+    ``entries``: name → dtype and shape of every tensor; ``metadata``: the strings in its header. The constructor opens
+    the file and writes the header; it raises ValueError for a dtype that the format lacks.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TensorFile:
         self._write(0, memoryview(self.header))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor in its place in the file; ValueError unless it has the bytes that the header says."""
+        """Write a tensor in its place in the file; ValueError unless it has as many bytes as its entry says."""
         begin, end = self.places[name]
         if tensor.nbytes != end - begin:
             raise ValueError(f"{name} has {tensor.nbytes} bytes, not the {end - begin} in the header")
@@ -80,7 +81,7 @@ class TensorFile:
             self._write(len(self.header) + begin, memoryview(as_bytes(tensor).numpy().data))
 
     def _write(self, start: int, view: memoryview) -> None:
-        """Write bytes from a position in the file on."""
+        """Write bytes at a position in the file, in bytes from its begin."""
         self.file.seek(start)
         while view:  # an unbuffered file may write a part of them
             view = view[self.file.write(view) :]
@@ -93,7 +94,7 @@ class TensorFile:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor's entries in row-major order, as a one-dimensional CPU tensor.
+    """Return the bytes of a tensor's entries in row-major order, as a one-dimensional uint8 tensor on the CPU.
 
     >>> as_bytes(torch.ones(1, 2)[:, 0])
     tensor([  0,   0, 128,  63], dtype=torch.uint8)
@@ -104,7 +105,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], format_name: str) -> None:
-    """Write named tensors and a JSON header, with its format and their digest, to one file atomically."""
+    """Write named tensors and a JSON header to one safetensors file, atomically; raises StoreError.
+
+    The header gets the entries ``format`` (``format_name``, such as ``regrow-probe/1``), ``names`` and ``sha256``.
+    """
     names = list(tensors)
     # The file format restricts names: tensors are numbered.
     numbered = {f"t{i}": tensor.detach() for i, tensor in enumerate(to_host(list(tensors.values())))}
@@ -116,14 +120,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_header(path: Path, *formats: str) -> dict[str, Any]:
-    """Return the header of a file of :func:`write_tensors`, of one of some formats; StoreError if it is damaged."""
+    """Return the header of a file by :func:`write_tensors`; StoreError if damaged, missing or not of ``formats``."""
     with _explain_read_errors(path), safe_open(path, framework="pt") as content:
         return _parse_header(content, formats)
 
 
 def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
-    """Return the header of an interrupted stage's checkpoint, with this key; else delete the file and return ``{}``.
+    """Return the header of a checkpoint by :func:`write_tensors`; ``{}`` if it was not made for ``key``: it is deleted.
 
+    ``key``: a digest of all that the interrupted work depends on, in the header as ``key``; ``formats``: those allowed.
     The file's folder is made if it is missing.
     """
     with explain_os_errors(path.parent):
@@ -139,7 +144,7 @@ def open_checkpoint(path: Path, key: str, *formats: str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors of a file of :func:`write_tensors`; StoreError unless format and digest are right."""
+    """Return (header, name → tensor) of a file of :func:`write_tensors`; StoreError unless format and digest fit."""
     with _explain_read_errors(path):
         with safe_open(path, framework="pt") as content:
             header = _parse_header(content, (format_name,))
@@ -153,7 +158,7 @@ def read_tensors(path: Path, format_name: str) -> tuple[dict[str, Any], dict[str
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and numbers of tensors, independent of their order."""
+    """Return the SHA-256, in hexadecimal, of names, dtypes, shapes and numbers of tensors, whatever their order."""
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         add_to_digest(hasher, (name, tensors[name]))
@@ -161,7 +166,10 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def add_to_digest(hasher: Any, value: Any) -> None:
-    """Feed a value into a digest unambiguously: with its type, shape or length."""
+    """Feed a value into ``hasher``, an object of hashlib, unambiguously: with its type, shape or length.
+
+    Takes tensors, strings, numbers, and mappings and iterables of these; of other objects, their ``repr``.
+    """
     match value:
         case Tensor():
             hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
@@ -180,7 +188,7 @@ def add_to_digest(hasher: Any, value: Any) -> None:
 
 
 def _parse_header(file: Any, formats: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON header in the metadata of an open safetensors file; ValueError if it is damaged."""
+    """Return the JSON header in an open safetensors file; ValueError if it is damaged or of none of ``formats``."""
     header = json.loads((file.metadata() or {}).get("regrow", "null"))
     if not isinstance(header, dict) or header.get("format") not in formats:
         check_format(header, formats[0], "it")
@@ -194,7 +202,7 @@ def _parse_header(file: Any, formats: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def _explain_read_errors(path: Path) -> Iterator[None]:
-    """Turn every error of reading a file in the block into a StoreError of one line with a remedy."""
+    """Context manager: turns every error of reading the file ``path`` into a StoreError of one line with a remedy."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

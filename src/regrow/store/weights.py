@@ -33,17 +33,19 @@ _MAX_HEADER_BYTES = 2**28
 class OutsideTensors:
     """Functions that give the tensors of a network that is larger than memory, and run it once they are written."""
 
-    each: Callable[[Shapes], Iterable[tuple[str, Tensor]]]  # yields (name, tensor) of the recorded ones, in any order
-    running: Callable[[Path], AbstractContextManager[nn.Module]]  # the network of the written files, which can be run
-    aligned: bool = False  # whether they would all begin at a cache line if the network were in memory
+    read: Callable[[Shapes], Iterable[tuple[str, Tensor]]]  # gives (name, tensor) of each recorded one, in any order
+    open_written: Callable[[Path], AbstractContextManager[nn.Module]]  # gives the network of a folder, ready to run
+    aligned: bool = False  # whether each would begin at a cache line if the network were in memory
     ahead: int = AHEAD  # the most bytes of tensors that wait to be written while the next ones are made
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, folder: Path, *, ahead: int = AHEAD) -> Shapes:
-    """Write every recorded tensor, given in any order, and return the record with the digests of tensors and headers.
+    """Write every recorded tensor to files in a folder, and return the record with digests of tensors and files.
 
-    A model's own go to ``model.safetensors``, others to ``buffers.safetensors``. Raises StoreError for parameters that
-    would hold NaN or infinity. ``ahead``: as for :class:`TensorWriter`.
+    ``tensors``: (name, tensor) of each in ``shapes.tensors``, in any order; they are cast to the recorded dtype.
+    Parameters and buffers of the state dict go to ``model.safetensors`` (or shards with an index), others to
+    ``buffers.safetensors``. ``ahead``: as for :class:`TensorWriter`. Raises StoreError for parameters that would hold
+    NaN or infinity.
     """
     files = _assign_files(shapes)
     open_files: dict[str, TensorFile] = {}
@@ -97,8 +99,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Return name → tensor, of every recorded one of some kinds; raise StoreError unless all files fit the record.
 
-    Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results. ``check``
-    compares digests, too.
+    ``check``: whether digests are compared, too. Each tensor is a copy with its own storage on the CPU, in the stored
+    dtype: the alignment of a memory-mapped one could change results.
     """
     result: dict[str, Tensor] = {}
     stored: set[str] = set()
@@ -121,7 +123,7 @@ def read_weights(
 
 
 def require_file(folder: Path, name: str) -> Path:
-    """Return the path of a regular file in a folder, or raise StoreError if it is missing or leads elsewhere."""
+    """Return the path of a regular file in a folder; StoreError if it is missing or a link to outside the folder."""
     path = folder / name
     if not path.is_file():
         raise StoreError(f"{path} is missing; copy the folder again")
@@ -132,7 +134,7 @@ def require_file(folder: Path, name: str) -> Path:
 
 
 def describe_file(path: Path) -> FileRecord:
-    """Return the record of a safetensors file: its size in bytes, and the SHA-256 of its header."""
+    """Return the record of a safetensors file, its size and its header's digest; raise StoreError if unreadable."""
     with explain_os_errors(path), path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
@@ -140,7 +142,7 @@ def describe_file(path: Path) -> FileRecord:
 
 
 def digest_tensor(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's bytes in row-major order.
+    """Return the SHA-256, in hexadecimal, of a tensor's bytes in row-major order.
 
     >>> digest_tensor(torch.zeros(2))[:8]
     'af5570f5'
@@ -159,7 +161,7 @@ def check_file(path: Path, expected: FileRecord, *, digests: bool = True) -> Non
 
 
 def _copy_checked(path: Path, name: str, tensor: Tensor, stored: StoredTensor, check: bool) -> Tensor:
-    """Return a copy of a tensor, or raise StoreError unless it has the recorded form, finite numbers and digest."""
+    """Return a copy of a tensor; StoreError unless form, finiteness and, if ``check``, digest are those recorded."""
     if tuple(tensor.shape) != stored.shape or tensor.dtype != DTYPES[stored.dtype]:
         raise StoreError(
             f"{path}: {name!r} is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
@@ -176,9 +178,10 @@ def _copy_checked(path: Path, name: str, tensor: Tensor, stored: StoredTensor, c
 
 
 class TensorWriter:
-    """Writes tensors to their files in a thread, and takes their digests in another one.
+    """Writes tensors to their files in a thread, and takes their digests in another one; a ``with`` block ends both.
 
-    ``files``: name of a tensor → its file. At most ``ahead`` bytes of tensors wait, besides one that is larger.
+    ``files``: name of a tensor → its open file; ``ahead``: how many bytes of tensors may wait to be written, besides
+    one tensor that is larger.
     """
 
     def __init__(self, files: Mapping[str, TensorFile], ahead: int) -> None:
@@ -189,7 +192,10 @@ class TensorWriter:
         self.pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Queue a tensor, which must not change any more; waits for room in the queue, and raises earlier errors."""
+        """Queue a tensor, which must not change any more; waits for room in the queue, and raises earlier errors.
+
+        ``tensor``: on the CPU, contiguous, in the dtype of its entry in the file.
+        """
         while self.waiting:
             sizes = sorted([tensor.nbytes, *(size for size, _ in self.waiting)])
             # One tensor larger than ``ahead`` is let through: the first block is cut while the embedding is written.
@@ -228,5 +234,5 @@ class TensorWriter:
             self.unflushed = 0
 
     def _digest(self, name: str, data: Tensor) -> None:
-        """Take the SHA-256 of a tensor's bytes."""
+        """Store the SHA-256 of a tensor's bytes (:func:`as_bytes`) in ``digests``."""
         self.digests[name] = hashlib.sha256(data.numpy().data).hexdigest()

@@ -53,11 +53,11 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: str
-    read: Callable[[], Tensor]
+    type: str  # "F32", "F16", "BF16" or "Q8_0"
+    read: Callable[[], Tensor]  # returns the numbers, with rows in llama.cpp's order
 
     def read_floats(self) -> Floats:
-        """Read the tensor as a float32 array."""
+        """Read the tensor as a float32 array of its shape."""
         return np.ascontiguousarray(self.read().detach().to("cpu", torch.float32).numpy())
 
 
@@ -71,9 +71,10 @@ def write(
 ) -> ExportResult:
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
-    ``weights``: name → parameter, where the network has none of their numbers. Only one tensor at a time is held in
-    float32. Norms and biases are always stored in float32. Matrices whose row length does not fit the type (Q8_0:
-    multiples of 32) are stored in F16. Raise ExportError if llama.cpp cannot run the network.
+    ``dtype``: of matrices (``"f32"``, ``"bf16"``, ``"f16"``, ``"q8_0"``); ``weights``: name → parameter, if the network
+    has none of their numbers. Only one tensor at a time is held in float32. Norms and biases are stored in float32,
+    matrices whose row length does not fit the type (Q8_0: multiples of 32) in F16. Raise ExportError if llama.cpp
+    cannot run the network, CheckError if the file differs from it; ``out`` then stays as it was.
     """
     try:
         import gguf
@@ -98,7 +99,7 @@ def write(
 
 
 def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTensor]:
-    """Yield every tensor of the file, in order; ``read`` returns the numbers of a tensor of the network."""
+    """Yield every tensor of the file, in order; ``type``: of matrices; ``read``: tensor of the network → numbers."""
     width, embedding = len(decoder.norm), decoder.embedding
 
     def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor]) -> GgufTensor:
@@ -137,7 +138,11 @@ def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTenso
 
 
 def _read_permuted(decoder: Decoder, layer: DecoderLayer, path: str, read: Read, tensor: Tensor) -> Tensor:
-    """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1."""
+    """Return a weight or bias with its rows in llama.cpp's order: pair i of a query or key head is rows 2i, 2i + 1.
+
+    ``path``: of its linear layer in ``layer``; query weights are also multiplied by :func:`query_scale`; others than
+    queries and keys keep their order. ``read``: tensor of the network → numbers.
+    """
     rows = read(tensor)
     rows = rows.float() if rows.dim() == 1 else rows  # biases are stored so
     if path == ATTENTION_LAYERS[0] and (scale := query_scale(layer, decoder.scale)) != 1:
@@ -154,7 +159,7 @@ def _write_file(
     entries: Sequence[GgufTensor],
     progress: Progress,
 ) -> None:
-    """Write the file, metadata and then each tensor; raise ExportError if a number exceeds the range of its type."""
+    """Write metadata, ``vocabulary`` and each tensor; raise ExportError if a number exceeds the range of its type."""
     (main, _), *_ = Counter(entry.type for entry in entries if len(entry.shape) == 2).most_common(1)
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
         writer.add_type("model")
@@ -191,7 +196,7 @@ def _write_file(
 
 
 def _count_units(decoder: Decoder) -> dict[str, int | list[int]]:
-    """Return the heads and widths by GGUF's key: one number for ``llama``, a list with one per layer for ``deci``."""
+    """Return GGUF's key → heads or MLP width: one number for ``llama``, a list with one per layer for ``deci``."""
     per_layer = {
         "head_count": [layer.heads for layer in decoder.layers],
         "head_count_kv": [layer.kv_heads for layer in decoder.layers],
@@ -201,7 +206,7 @@ def _count_units(decoder: Decoder) -> dict[str, int | list[int]]:
 
 
 def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufTensor], progress: Progress) -> Results:
-    """Read a file back and compare it, tensor by tensor; return the results by name, or raise ExportError."""
+    """Read a file back and compare it with ``entries``; return what was compared → result, or raise ExportError."""
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:  # buffered writes may fail without a word on a full disk
@@ -247,13 +252,13 @@ def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufT
 
 
 def _round_to(values: Floats, type: str) -> Floats:
-    """Return numbers rounded to a floating-point GGUF type by torch, in float32."""
+    """Return numbers rounded by torch to a GGUF type (F32, F16 or BF16), as float32."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return torch.from_numpy(values).to(dtypes[type]).float().numpy()
 
 
 def _explain_types(entries: Sequence[GgufTensor], type: str) -> list[str]:
-    """Return a note on matrices that are stored in another type than requested, if there are any."""
+    """Return a note for the user if matrices are stored in another type than ``type``, the requested one; else []."""
     matrices = [entry.type for entry in entries if len(entry.shape) == 2]
     if not (wider := len(matrices) - matrices.count(type)):
         return []
@@ -262,13 +267,13 @@ def _explain_types(entries: Sequence[GgufTensor], type: str) -> list[str]:
 
 
 def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
-    """Return a tensor in a GGUF type: F32 and F16 as floats, other types as bytes with the same number of rows."""
+    """Return numbers in a GGUF type: F32 and F16 as floats, other types as the bytes of each row; ``gguf``: module."""
     with np.errstate(over="ignore"):
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
 
 
 def allowed_error(values: Floats, type: str) -> Floats | None:
-    """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
+    """Return the largest allowed quantisation error of each number; ``None``: the type must round exactly.
 
     With the largest magnitude m in a block, Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
     adds an error of 2⁻¹¹ m, or 127 · 2⁻²⁵ if it is subnormal.

@@ -55,18 +55,18 @@ WHOLE_WORDS = {"llama-bpe"}  # rules for which llama.cpp keeps a word that is a 
 class Decoder:
     """A Llama-like network described in llama.cpp's terms."""
 
-    name: str
+    name: str  # what the file calls the model
     embedding: Tensor  # [vocabulary, width]
     norm: Tensor  # the gain of the last norm, [width]
     head: Tensor  # [vocabulary, width]; the embedding itself if they are tied
     layers: Sequence[DecoderLayer]  # with their sizes in the file: where the network has no part, that of one of zeros
-    head_dim: int
-    scale: float  # of rotations: see query_scale
+    head_dim: int  # channels of each head
+    scale: float  # by which rotary embeddings multiply queries times keys, see query_scale
     epsilon: float  # of all norms
     base: float  # of the rotary frequencies
     factors: Tensor | None  # what the usual rotary frequencies are divided by, [head_dim / 2]; None: they are the usual
     context: int  # the longest text in tokens
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a user of the file must know
 
     @property
     def architecture(self) -> str:
@@ -130,7 +130,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
 
 
 def _check_supported(net: Any) -> None:
-    """Raise ExportError unless the network's class was compared with llama.cpp and all its parts exist there."""
+    """Raise ExportError unless llama.cpp has all parts of the network, and its class was compared (``CHECKED``)."""
     name = type(net).__name__
     for path, _ in (*net.named_parameters(), *net.named_buffers()):
         module = path.rpartition(".")[0]
@@ -148,16 +148,16 @@ def _check_supported(net: Any) -> None:
 
 
 def query_scale(layer: DecoderLayer, rotary: float) -> float:
-    """Return the factor by which queries are multiplied for llama.cpp, which divides scores by √d; near 1 it is 1.
+    """Return what queries are multiplied by for llama.cpp, which divides attention scores by √d; near 1 it is 1.
 
-    ``rotary`` is the scale of rotations, of query and key together.
+    ``rotary``: by what the network's rotary embedding scales the product of query and key (:attr:`Decoder.scale`).
     """
     scale = rotary * (float(cast(Any, layer.module).self_attn.scaling) * math.sqrt(layer.head_dim))
     return scale if abs(scale - 1) > 1e-6 else 1.0
 
 
 def _fit_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
-    """Return layer ``i`` with its sizes in the file; ``None`` if it does nothing; ExportError if unlike Llama's."""
+    """Return layer number ``i`` as the file has it; ``None`` if it does nothing; ExportError if unlike Llama's."""
     module = layer.module
     if isinstance(module, PlaceholderModule) and module.placeholder.gives == "input":
         return None
@@ -181,7 +181,7 @@ def _fit_layer(i: int, layer: DecoderLayer) -> DecoderLayer | None:
 
 
 def _common_epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
-    """Return the epsilon of all norms; raise ExportError if they differ, since a file has one for all."""
+    """Return the epsilon of all norms (of ``layers``, and the last); ExportError if they differ: a file has one."""
     norms = [net.model.norm]
     for layer in layers:
         parts = zip(NORMS, (ATTENTION_LAYERS, MLP_LAYERS), strict=True)
@@ -196,8 +196,8 @@ def _common_epsilon(net: Any, layers: Sequence[DecoderLayer]) -> float:
 def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any], list[str]]:
     """Convert a tokenizer of transformers to GGUF's metadata; raise ExportError if llama.cpp would split otherwise.
 
-    Returned are the arguments of ``gguf.GGUFWriter.add_KEY`` by ``KEY``, in the order of the file, and notes for the
-    user. ``rows`` is the number of rows of the embedding.
+    Returned are: ``KEY`` → argument of ``gguf.GGUFWriter.add_KEY``, in the order of the file; and notes for the user.
+    ``tokenizer``: ``None``: the file gets no vocabulary. ``rows``: the number of rows of the embedding.
     """
     if tokenizer is None:
         note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
@@ -238,7 +238,7 @@ def describe_tokenizer(tokenizer: Any | None, rows: int) -> tuple[dict[str, Any]
 
 
 def _list_tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Return the texts and GGUF types of all tokens by embedding row; a row without a token is marked unused."""
+    """Return (texts, GGUF types) of the tokens in a ``tokenizer.json``, one per embedding row; or raise ExportError."""
     tokens = {number: (text, NORMAL) for text, number in data["model"]["vocab"].items()}
     for token in data["added_tokens"]:
         tokens[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
@@ -252,7 +252,7 @@ def _list_tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[in
 
 
 def _find_rule(data: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of the rule that splits text before merges; ExportError if no known rule is the same."""
+    """Return llama.cpp's name of the rule by which a ``tokenizer.json`` splits text; ExportError if it has none."""
     splitting = data.get("pre_tokenizer")
     rule = RULES.get(tuple(map(_describe_step, _flatten_steps(splitting))), "")
     if not rule:
@@ -273,7 +273,7 @@ def _flatten_steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _describe_step(step: Mapping[str, Any]) -> str:
-    """Return a step of a pre-tokenizer in the words of the keys of ``RULES``; of other types ``"? TYPE"``."""
+    """Return a step of a pre-tokenizer as the keys of ``RULES`` write it; ``"? TYPE"`` for one that is in none."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return "words" if step.get("use_regex", True) else "bytes"
@@ -285,7 +285,7 @@ def _describe_step(step: Mapping[str, Any]) -> str:
 
 
 def _find_added_tokens(tokenizer: Any) -> tuple[bool, bool]:
-    """Return whether the tokenizer adds BOS before text, and EOS after it; raise ExportError if it adds others."""
+    """Return (adds BOS before text, adds EOS after it) of a tokenizer; raise ExportError if it adds others."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]

@@ -52,12 +52,12 @@ DYNAMIC = ((BATCH, SEQUENCE), (BATCH,), ())  # sets of sizes that are tried as d
 
 @dataclass(frozen=True)
 class _CheckedFile:
-    """A file in its temporary place, opened and compared, and the sizes that it fixes."""
+    """An ONNX file in its temporary place, opened and compared with torch."""
 
-    session: OnnxSession
-    results: Results  # of the comparison
+    session: OnnxSession  # the opened file
+    results: Results  # what was compared → result
     fixed: Mapping[str, int]  # name of a size that is not dynamic → its value
-    notes: list[str]
+    notes: list[str]  # what a user of the file must know
 
 
 def write(
@@ -70,7 +70,9 @@ def write(
 ) -> ExportResult:
     """Write a network as ONNX in ``"float32"`` or ``"int8"``, and compare its outputs in onnxruntime and in torch.
 
-    Raise ExportError if the network cannot be written, or the outputs differ; ``out`` then stays as it was.
+    ``out``: a path that ends in ``.onnx``; large weights are written beside it, as ``NAME.data``. ``example``: an input
+    of the network; ``None``: noise in a guessed shape. Raise ExportError if the network cannot be written, or the
+    outputs differ; ``out`` then stays as it was.
     """
     out = Path(out)
     total_steps = 5 if dtype == "int8" else 4
@@ -125,7 +127,7 @@ def _choose_example(model: nn.Module, example: Example | None) -> Example:
 
 
 def _export_and_compare(call: ExportedCall, path: Path, progress: Progress, total_steps: int) -> _CheckedFile:
-    """Write a file with as many dynamic sizes as possible, and compare it; raise ExportError if no attempt succeeds."""
+    """Write ``path``, in a new folder, with as many dynamic sizes as possible, and compare it; or raise ExportError."""
     path.parent.mkdir()
     all_sizes = sizes_of(call, label_sizes(call, DYNAMIC[0]))
     reasons: dict[str, str] = {}  # name of a size → why it cannot be dynamic
@@ -152,7 +154,7 @@ def _export_and_compare(call: ExportedCall, path: Path, progress: Progress, tota
 
 
 def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
-    """Export the network to ``path`` by torch, with the labelled sizes dynamic."""
+    """Export the network to ``path`` by torch, with the sizes in ``labels`` dynamic; torch's errors pass."""
     # A size of 1 would be taken for a constant.
     inputs = resize_inputs(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
     shapes = tuple(dict.fromkeys(labels[name], torch.export.Dim.DYNAMIC) or None for name in inputs)
@@ -178,7 +180,10 @@ def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
 
 
 def _compare(session: OnnxSession, labels: Labels) -> Results:
-    """Return the differences to torch, at the example and at other sizes; raise ExportError if one is too large."""
+    """Return ``max_abs_diff`` to torch, at the example and at other sizes, and ``largest_output`` of torch there.
+
+    Raises ExportError if a difference is more than ``TOLERANCE`` times the largest output.
+    """
     results: Results = {}
     for where, inputs in [("", session.call.inputs), *_other_inputs(session.call, labels)]:
         worst, largest = session.compare(inputs)
@@ -203,7 +208,7 @@ def _other_inputs(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dic
 
 
 def _describe_signature(call: ExportedCall, labels: Labels) -> str:
-    """Return a note for the user on the inputs and outputs of the file, with their sizes."""
+    """Return a note for the user on the file's inputs, with sizes and dtypes, and its outputs."""
     takes = []
     for name, tensor in call.inputs.items():
         sizes = ", ".join(labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
@@ -212,7 +217,7 @@ def _describe_signature(call: ExportedCall, labels: Labels) -> str:
 
 
 def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Results:
-    """Return what 8 bits cost: the comparisons with torch, under names with ``int8``; no difference is too large."""
+    """Return what an int8 file costs, named ``int8_…``: comparisons with torch, without a limit."""
     worst, _ = session.compare(session.call.inputs)
     results: Results = {"int8_max_abs_diff": worst}
     predictions = compare_predictions(session, tokenizer, lengths) if session.call.text else {}
@@ -224,7 +229,7 @@ def _compare_int8(session: OnnxSession, tokenizer: Any, lengths: Mapping[str, in
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager: suppresses warnings and log lines of exporters, since results are compared afterwards."""
+    """Context manager: suppresses warnings, and log lines up to warnings, of the whole process."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -235,16 +240,16 @@ def _quiet() -> Iterator[None]:
 
 
 def unused_name(out: Path) -> str:
-    """Return ``out``'s name, with a number if needed, so that ``NAME.data``, for large weights, is free beside it."""
+    """Return ``out``'s name, or that and ``.N``, such that no file ``NAME.data``, for large weights, is beside it."""
     names = (f"{out.name}.{n}" if n else out.name for n in count())
     return next(name for name in names if not os.path.lexists(out.with_name(f"{name}.data")))
 
 
 def place_file(path: Path, out: Path) -> int:
-    """Move a new ONNX file, and the weights beside it if any, into place; return their size in bytes.
+    """Move an ONNX file from ``path`` to ``out``, with ``NAME.data`` beside it, if any; return their size in bytes.
 
-    Weights come first, under their unused name, so that the old file stays whole until the new one replaces it; then
-    the weights of the old one are deleted.
+    Weights come first, under a name from :func:`unused_name`, so that the old file stays whole until the new one
+    replaces it; then the weights of the old one are deleted.
     """
     weights, old_weights = path.with_name(f"{path.name}.data"), _find_weights(out)
     size = path.stat().st_size
@@ -262,7 +267,7 @@ def place_file(path: Path, out: Path) -> int:
 
 
 def _find_weights(out: Path) -> list[Path]:
-    """Return the files of weights that an export put beside an ONNX file; none if that does not exist or is damaged."""
+    """Return the ``.data`` files of an ONNX file that an export wrote; none if it does not exist or is damaged."""
     import onnx
 
     names: set[str] = set()

@@ -37,13 +37,16 @@ class ExportedCall:
 
     run: nn.Module  # takes the inputs in their order and returns a tuple of tensors
     inputs: Mapping[str, Tensor]  # name → the example's tensor
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # their names, in order
     text: bool = False  # whether it is a language model that predicts the next token
-    max_length: int = 0  # of a sequence; 0 if unknown
+    max_length: int = 0  # the most tokens of a sequence; 0 if unknown
 
 
 class Flat(nn.Module):  # exporters write the name of the class into the file
-    """Wraps a network so that it takes and returns tensors alone; its other arguments are those of an example."""
+    """Wraps a network so that it takes and returns tensors alone; its other arguments are those of an example.
+
+    ``leaves``, ``spec``: the example's (args, kwargs), flattened by ``torch.utils._pytree``.
+    """
 
     def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class Flat(nn.Module):  # exporters write the name of the class into the file
         self.indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors of the network's output as a tuple."""
+        """Return the tensors of the network's output; ``tensors``: those of the example's arguments, in their order."""
         return tuple(self.run_named(tensors).values())
 
     def run_named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
 
 
 def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
-    """Return input → dimension → name of each size that can be dynamic, of those whose names are in ``dynamic``.
+    """Return input → dimension → name of its size, for each that can be dynamic and whose name is in ``dynamic``.
 
     >>> label_sizes(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}
@@ -124,14 +127,14 @@ def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
 
 
 def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
-    """Return the name of each dynamic size → its value in the example."""
+    """Return name of a dynamic size → its value in the example."""
     return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
 
 
 def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the example's inputs at other sizes; entries are repeated, and then differ along the batch.
 
-    ``sizes`` has new values of dynamic sizes by name; sizes that are not named stay. The last row of a new
+    ``labels``: which sizes are dynamic; ``sizes``: name of such a size → new value; others stay. The last row of a new
     ``attention_mask`` hides its last third.
     """
     result = {}
@@ -150,7 +153,7 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
 
 
 def _vary(row: Tensor, number: int) -> Tensor:
-    """Return row ``number`` of a batch, made different from the others: floats are scaled, integers rolled."""
+    """Return ``row`` made different from rows of other ``number``: floats scaled, integers rolled; as it is for 0."""
     if not number or row.dtype == torch.bool:
         return row
     if row.is_floating_point():
@@ -159,7 +162,7 @@ def _vary(row: Tensor, number: int) -> Tensor:
 
 
 def _name_argument(path: tuple[Any, ...], names: list[str]) -> str:
-    """Return an input's name by its path in (args, kwargs): ``(0, 1, …)`` is the second argument, ``(1, "x", …)`` x."""
+    """Return an input's name by its path in (args, kwargs): ``(0, 1, …)`` is ``names[1]``, ``(1, "x", …)`` is x."""
     args_or_kwargs, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
     if args_or_kwargs == 0:
         first = names[first] if first < len(names) else f"input_{first}"
@@ -167,7 +170,7 @@ def _name_argument(path: tuple[Any, ...], names: list[str]) -> str:
 
 
 class OnnxSession:
-    """An ONNX file opened in onnxruntime on the CPU, with the call of the network from which it was written."""
+    """An ONNX file opened in onnxruntime on the CPU, and the call from which it was written; ExportError if damaged."""
 
     def __init__(self, path: Path, call: ExportedCall) -> None:
         import onnxruntime
@@ -183,7 +186,7 @@ class OnnxSession:
         self.input_names = {entry.name for entry in self.session.get_inputs()}
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the file in onnxruntime; return its outputs in the order of the call's; raise ExportError if it fails."""
+        """Run the file in onnxruntime on name → tensor; return outputs as ``call.outputs`` has them; or ExportError."""
         arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items() if name in self.input_names}
         try:
             return [torch.from_numpy(output) for output in self.session.run(list(self.call.outputs), arrays)]
@@ -191,14 +194,15 @@ class OnnxSession:
             raise ExportError(f"onnxruntime fails on the file ({str(error)[:200]})") from None
 
     def run_torch(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the network in torch, without gradients; return its outputs in the order of the call's."""
+        """Run the network in torch without gradients on ``inputs``; return outputs as ``call.outputs`` has them."""
         with torch.no_grad():
             return [*self.call.run(*inputs.values())]
 
     def compare(self, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Return the largest output difference between file and network, and the network's largest finite output.
+        """Return (largest difference of outputs between file and network, largest finite output of the network).
 
-        Positions that an ``attention_mask`` hides (padding) do not count.
+        Both are absolute; positions that an ``attention_mask`` hides (padding) do not count. Raises ExportError if the
+        file fails or its outputs have other shapes.
         """
         gaps, sizes = [0.0], [0.0]
         mask = inputs.get("attention_mask")
@@ -216,10 +220,10 @@ class OnnxSession:
 
 
 def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mapping[str, int]) -> Results:
-    """Return next tokens compared and different, and nats per token, of file and network on text.
+    """Return how many predicted tokens file and network were compared in and differ in, and the nats per token of both.
 
-    ``lengths``: the batch size and window length, where the file fixes them. Without a tokenizer, random tokens of the
-    example are the text, and nats are left out.
+    ``tokenizer``: of transformers; ``None``: random tokens of the example are the text, and nats are left out.
+    ``lengths``: ``batch`` and ``sequence`` → size, where the file fixes them.
     """
     tokens, differ, nats = 0, 0, torch.zeros(2, dtype=torch.float64)
     batches, text_name = _read_batches(session.call, tokenizer, lengths)
@@ -238,7 +242,7 @@ def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mappin
 
 
 def _read_batches(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
-    """Return batches of tokens, ``[batch, tokens]``, for a comparison, and the name of their text."""
+    """Return (batches of token ids, ``[batch, tokens]``; name of their text) for :func:`compare_predictions`."""
     batch = lengths.get(BATCH, 1)
     length = lengths.get(SEQUENCE, min(PREDICTED_TOKENS, call.max_length or PREDICTED_TOKENS))
     n = max(2, PREDICTED_WINDOWS // batch) * batch
@@ -257,9 +261,10 @@ def _largest(values: Tensor) -> float:
 
 
 def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
-    """Write an ONNX file to ``to`` with linear layers in int8; return a note for the user that says how many.
+    """Write the ONNX file ``path`` to ``to`` with linear layers in int8; return a note for the user that says how many.
 
-    Weights of more than ``largest`` bytes go to a file beside it. Raise ExportError if no layer can be quantised.
+    The folder of ``to`` is made here. ``call``: the call that the file was written from; ``largest``: weights of more
+    bytes go to a file beside ``to``. Raise ExportError if no layer can be quantised.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -296,7 +301,7 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
 
 
 def _outlier_ratios(call: ExportedCall) -> dict[str, float]:
-    """Return path of each linear layer → largest magnitude in its input over the mean magnitude, on the example."""
+    """Return path of a linear layer in ``call.run`` → largest over mean magnitude of its input, on the example."""
     result: dict[str, float] = {}
 
     def measure(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:

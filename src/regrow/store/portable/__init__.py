@@ -45,16 +45,17 @@ _PREFIX = """
 
 
 def is_changed(shapes: Shapes) -> bool:
-    """Whether a recorded network differs from what its architecture's configuration builds."""
+    """Whether a recorded network differs in more than its weights from what its architecture's configuration builds."""
     if any(stored.was is not None or stored.added or not stored.kind.carried for stored in shapes.tensors.values()):
         return True
     return bool(shapes.dropped or shapes.attributes or shapes.placeholders or shapes.inserted)
 
 
 def record_changes(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds.
+    """Return, as JSON data for ``reshape_regrow.reshape``, how a network differs from what its configuration builds.
 
-    ``None`` if it differs in ways that ``reshape_regrow`` does not know.
+    ``shapes``: the network's record. ``None`` if it differs in ways that ``reshape_regrow`` does not know: inserted
+    blocks, opened attention, tensors as plain attributes, many derived buffers, or modules that give ``None``.
     """
     tensors = named_tensors(model)
     derived = {name: stored for name, stored in shapes.tensors.items() if stored.kind is TensorKind.DERIVED}
@@ -85,7 +86,7 @@ def record_changes(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
-    """Write ``config.json`` and, if entries in it suffice to rebuild a changed network, the code that does it."""
+    """Write ``config.json``, and for a changed network code that rebuilds it by entries there, if that is possible."""
     changes = config_entries(model, shapes) if is_changed(shapes) else None
     if changes is None:
         write_configuration(shapes.origin, model, folder)
@@ -95,9 +96,10 @@ def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
 
 
 def config_entries(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration.
+    """Return what ``config.json`` of a changed transformers model gets besides its configuration, as JSON data.
 
-    ``None`` if transformers has no Auto class for it, or its changes cannot be written there.
+    The entries are ``regrow`` (:func:`record_changes`) and ``auto_map`` (Auto class → class in the modelling file).
+    ``None`` if transformers has no Auto class for it, or :func:`record_changes` returns ``None``.
     """
     reference = shapes.origin.reference
     references = dict.fromkeys(_auto_class_names(reference), reference)
@@ -111,7 +113,7 @@ def config_entries(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def class_name(reference: str) -> str:
-    """Return the name of the class that the modelling file defines for an architecture class.
+    """Return the name of the class that the modelling file defines for a class of transformers.
 
     >>> class_name("LlamaForCausalLM")
     'RegrownLlamaForCausalLM'
@@ -120,9 +122,9 @@ def class_name(reference: str) -> str:
 
 
 def find_inner_model(model: nn.Module) -> tuple[str, str] | None:
-    """Return class name and name prefix of the model below the head, which ``AutoModel`` builds; ``None``: no such one.
+    """Return (class name, prefix) of the model below the head, which ``AutoModel`` builds; ``None``: no such one.
 
-    The prefix is that of its tensors' names in the whole network, such as ``model.``.
+    The prefix is what its tensors' names begin with in the whole network, such as ``model.``.
     """
     path = getattr(model, "base_model_prefix", "")
     base = getattr(model, path, None) if path else None
@@ -131,7 +133,7 @@ def find_inner_model(model: nn.Module) -> tuple[str, str] | None:
 
 
 def write_code(model: nn.Module, reference: str, folder: Path) -> None:
-    """Write ``modeling_regrow.py`` (subclasses of the architecture's classes) and ``reshape_regrow.py``."""
+    """Write ``reshape_regrow.py`` and ``modeling_regrow.py``, with a subclass of transformers' class ``reference``."""
     classes = {reference: ""}  # class of transformers → prefix of its tensors' names
     if inner := find_inner_model(model):
         classes |= dict([inner])
@@ -146,12 +148,12 @@ def write_code(model: nn.Module, reference: str, folder: Path) -> None:
 
 
 def read_template(name: str) -> str:
-    """Return the text of a file that is copied into model folders."""
+    """Return the text of a file of this package that model folders get, such as ``reshape_regrow.py``."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _auto_class_names(reference: str) -> list[str]:
-    """Return the Auto classes of transformers whose models include the given class."""
+    """Return the names of transformers' Auto classes, sorted, that can build the class named ``reference``."""
     from transformers.models.auto import modeling_auto
 
     require_transformers()
@@ -166,7 +168,7 @@ def _auto_class_names(reference: str) -> list[str]:
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
-    """Return the origin of a transformers model with its present depth, dtype and attention implementation."""
+    """Return a copy of ``origin`` with the present depth and attention implementation of ``model``, and ``dtype``."""
     config = {**origin.config, "dtype": dtype_name(dtype)}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention in ATTENTION:
@@ -176,7 +178,7 @@ def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
 
 
 def _with_depth(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings ``config`` with those of ``now`` that count layers or have an entry for each."""
+    """Return a copy of ``config``; settings that count layers or have an entry for each are taken from ``now``."""
     changed = {
         name: _with_depth(value, now[name]) if isinstance(value, dict) else now[name]
         for name, value in config.items()
@@ -190,7 +192,9 @@ def write_configuration(
 ) -> None:
     """Write ``config.json`` (of the architecture before any cut) and, if the model has one, ``generation_config.json``.
 
-    ``changes`` are further entries; ``architecture`` replaces the class name. Raises StoreError.
+    ``origin``: what builds the architecture; ``model``: the transformers model, for its generation settings;
+    ``changes``: further entries (:func:`config_entries`); ``architecture``: the class name that the file has in place
+    of ``origin.reference``. Raises StoreError if transformers cannot make the configuration.
     """
     settings = dict(origin.config)
     settings.pop("attn_implementation", None)
@@ -212,7 +216,7 @@ def write_configuration(
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, without paths of this machine."""
+    """Write a transformers tokenizer's files into a folder, without paths of this machine; raises StoreError."""
     with (
         explain_os_errors(folder),
         stage_folder(folder / "tokenizer") as stage,
@@ -236,7 +240,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """Load the tokenizer of a model folder, or return ``None`` if it has none; no code in it is run."""
+    """Load the tokenizer of a model folder; ``None`` if it has none, StoreError if it is damaged; no code is run."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
@@ -249,9 +253,9 @@ def read_tokenizer(folder: Path) -> Any | None:
 
 
 def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
-    """Raise StoreError unless a recorded configuration is safe to build and agrees with ``config.json``.
+    """Raise StoreError unless the configuration in ``origin`` is safe to build and agrees with ``config.json``.
 
-    ``tensors`` is how many are stored: a configuration of more layers is damaged.
+    ``folder``: the model folder; ``tensors``: how many tensors it stores: a configuration of more layers is damaged.
     """
     try:
         check_settings(origin.config)
@@ -284,7 +288,7 @@ def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterat
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether the model's class is one of transformers' own."""
+    """Whether the model's class is one of transformers' own and has a configuration."""
     return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
 
 

@@ -19,7 +19,7 @@ from reshape_regrow import finish, reshape  # noqa: E402
 
 
 def load() -> nn.Module:
-    """Load the network with its weights, in eval mode; its ``state_dict`` is that of ``model.safetensors``."""
+    """Load the network of this file's folder, with weights, in eval mode; names are those of ``model.safetensors``."""
     made = json.loads((HERE / "network.json").read_text(encoding="utf-8"))
     net = get_model(made["builder"], weights=None, **made["settings"])
     reshape(net, made["regrow"])

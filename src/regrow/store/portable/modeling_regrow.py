@@ -12,11 +12,11 @@ from .reshape_regrow import finish, reshape
 
 
 def part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the recorded differences of a module within the network, by its own names.
+    """Return the recorded differences of a module within the network, under the names that tensors have in it.
 
     Args:
-        record: The differences of the whole network.
-        prefix: What names in the module start with, dot included; empty for the whole network.
+        record: The differences of the whole network, as described in ``reshape_regrow.py``.
+        prefix: What names in the module start with, dot included, such as ``model.``; empty for the whole network.
     """
     depth = len(prefix)
     within = {
@@ -33,7 +33,7 @@ def part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 class Regrown:
-    """The widths that ``config.json`` records, for a class of transformers: ``class New(Regrown, Original)``."""
+    """Gives a class of transformers the widths that ``config.json`` records: ``class New(Regrown, Original)``."""
 
     # What the names of this model start with in the files; empty for the whole network.
     prefix = ""
@@ -45,7 +45,7 @@ class Regrown:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as usual, and raise ValueError unless every tensor came from the file in its recorded shape."""
+        """Load as transformers does; raise ValueError unless every tensor came from the file in its recorded shape."""
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ValueError("ignore_mismatched_sizes would put random numbers where sizes differ; leave it out")
         told = kwargs.pop("output_loading_info", False)

@@ -1,6 +1,10 @@
 """Reshape a newly built network to the one whose weights were saved: tensor shapes, numbers, dropped modules.
 
 Written by regrow beside the weights. Needs torch alone. Licence: Apache-2.0.
+
+A record of differences, in ``config.json`` or ``network.json``, has: ``tensors`` (name → shape), ``dropped`` (names of
+tensors that the network lacks), ``attributes`` (``module:attribute`` → number), ``stands`` (path of a dropped module →
+what replaces it) and ``derived`` (name of a buffer outside the state dict → dtype, shape and numbers).
 """
 
 import copy
@@ -11,7 +15,14 @@ from torch import nn
 
 
 class Dropped(nn.Module):
-    """Replaces a dropped module: it returns zeros or its own input, in the form of the module's output."""
+    """Replaces a dropped module: it returns zeros or its own input, in the form of the module's output.
+
+    Args:
+        stand: What it returns. ``gives``: ``"zero"`` (zeros in the shape of an argument) or ``"input"`` (the argument);
+            ``takes``: position or name of that argument; ``of``: length of the output tuple, 0 for a tensor; ``at``:
+            index in the tuple, whose other entries are ``None``.
+        of: The module that is replaced; its attributes that are numbers, strings or bools are copied.
+    """
 
     def __init__(self, stand: dict[str, Any], of: nn.Module) -> None:
         super().__init__()
@@ -29,11 +40,11 @@ class Dropped(nn.Module):
 
 
 def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a tensor, and the tensor's own name.
+    """Return the module that holds a tensor or module, and the attribute's name in it.
 
     Args:
         model: The network.
-        name: The tensor's dotted name.
+        name: The dotted name of the tensor or module.
     """
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
@@ -44,7 +55,7 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
 
     Args:
         model: The newly built network; changed in place.
-        record: The recorded differences, as in ``network.json`` or ``config.json``.
+        record: The recorded differences, as described at the top of this file.
     """
     for path, stand in record["stands"].items():
         module, leaf = place(model, path)
@@ -70,11 +81,11 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def finish(model: nn.Module, record: dict[str, Any]) -> None:
-    """Raise ValueError unless every tensor has its recorded shape, and set the derived buffers.
+    """Raise ValueError unless every tensor has its recorded shape, then set the derived buffers, in place.
 
     Args:
-        model: The network with its weights loaded.
-        record: The recorded differences.
+        model: The network after :func:`reshape`, with its weights loaded.
+        record: The recorded differences, as for :func:`reshape`.
     """
     there = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, shape in record["tensors"].items():
