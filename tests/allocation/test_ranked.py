@@ -245,3 +245,22 @@ def test_forty_six_thousand_units_take_well_under_a_second() -> None:
     cost = Cost(net)
     left = 0.8 * cost.total - cost({key: len(units) for key, units in kept.items()})
     assert 0 <= left < 3 * d
+
+
+def test_an_axis_of_as_many_units_as_sizes_are_rounded_to_stays_whole() -> None:
+    _, axes = lm(kv=3, rep=2, size=4, ff=8)
+    scores = {key: score - 9 if "gate" in key else score for key, score in drawn(axes, 0).items()}
+    kept = rank(axes, scores, Budget(0.7, round_to=8))
+    assert {len(units) for key, units in kept.items() if "gate" in key} == {8}
+
+
+def test_what_is_left_of_a_budget_goes_to_the_best_removed_unit() -> None:
+    """A group of heads costs as much as eight neurons: once it is cut, one of the two neurons before it fits again."""
+    _, axes = lm()
+    first, second, heads = (f"decoder.blocks.{name}.weight:0" for name in ("0.gate", "1.gate", "0.q"))
+    scores = {axis.key: torch.full((axis.size,), 100.0, dtype=torch.float64) for axis in axes.free()}
+    scores[first][0], scores[second][0], scores[heads][0] = 1.0, 1.5, 3.0
+    cost = Cost(axes)
+    one = cost.total - cost({first: axes[first].size - 1})
+    kept = rank(axes, scores, Budget((cost.total - cost.total + cost({heads: 2}) - one / 2) / cost.total))
+    assert len(kept[heads]) == 2 and 0 not in kept[first] and 0 in kept[second]

@@ -37,6 +37,11 @@ def test_a_folder_names_no_code_and_the_command_line_does(regrow: Run) -> None:
     assert code == 0 and settings_of("two") == settings_of("run"), err
     code, _, err = regrow("prune", "toys:classifier", "--config", "run", "--target", "params=70%", "--out", "three")
     assert code == 0 and (settings_of("three")["keep"], settings_of("three")["target"]) == (None, "params=70%"), err
+    record = json.loads(Path("run", "run.json").read_text())
+    record["settings"]["method"] = "toys:pruner"
+    Path("run", "run.json").write_text(json.dumps(record))
+    code, _, err = regrow("prune", "toys:classifier", "--config", "run", "--out", "four")
+    assert code == 2 and "--method is 'toys:pruner', which names code" in err and not Path("four").exists()
 
 
 def test_what_is_no_run_is_refused(regrow: Run) -> None:

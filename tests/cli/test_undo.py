@@ -156,6 +156,7 @@ def test_a_copy_shares_no_file_with_a_run(chain: Run) -> None:
 
     assert {links for _, links in files()} == {1}
     undo_run(Path("two"), Path("new"))
+    assert {links for _, links in files()} == {1}
     undo_run(Path("two"))
     assert {links for _, links in files()} == {1}
     with Path("one/model.safetensors").open("r+b") as file:  # as a program that writes in place

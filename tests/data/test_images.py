@@ -101,3 +101,4 @@ def test_digits() -> None:
     big = digits(n=5, size=28, channels=3, seed=1)
     assert big.batches[0].args[0].shape == (5, 3, 28, 28)
     assert torch.equal(big.batches[0].args[0], digits(n=5, size=28, channels=3, seed=1).batches[0].args[0])
+    assert not torch.equal(big.batches[0].args[0], digits(n=5, size=28, channels=3, seed=2).batches[0].args[0])

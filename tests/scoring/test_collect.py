@@ -1,5 +1,7 @@
 """What the pass over a source sees, against what stored activations say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from regrow.evaluation.memory import MemoryCounterMode
 from regrow.scoring import watch
 from regrow.scoring.collect import CollectionOptions, collect
 from regrow.scoring.gradients import add_gradients
+from regrow.store.statistics import read_finished_shards, save_statistics
 
 ACTIVATIONS = {Need.ACTIVATIONS}
 
@@ -260,3 +263,15 @@ def test_sums_of_a_part_of_the_channels_at_a_time_are_those_of_all_at_once(
         torch.set_num_threads(before)
     for one, other in zip(parts, whole, strict=True):
         assert torch.equal(one.total, other.total) and torch.equal(one.square, other.square)
+
+
+def test_gradients_of_shards_are_added() -> None:
+    parts = [Statistics("a", 1, {}, {"w": torch.full((2,), float(i))}, {}) for i in (1, 2, 4)]
+    assert merge_statistics(parts).gradients["w"].tolist() == [7, 7]
+    assert parts[0].gradients["w"].tolist() == [1, 1]
+
+
+def test_a_finished_shard_is_taken_over_for_its_own_fingerprint_alone(tmp_path: Path) -> None:
+    save_statistics(tmp_path, "a", 0, Statistics("a", 3, {}, {"w": torch.ones(2)}, {}), key="these settings")
+    assert [*read_finished_shards(tmp_path, {"a": "these settings"})] == [("a", 0)]
+    assert read_finished_shards(tmp_path, {"a": "other settings"}) == {}

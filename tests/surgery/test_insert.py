@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import laws
 from regrow import Plan, UndoStore, apply, grow, load, save, trace, verify
 from regrow.allocation.widening import plan_insertions
 from regrow.core.amounts import Increase
@@ -209,3 +210,24 @@ def test_hostile_records_of_insertions_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(changed | {"sha256": content_digest(changed)}))
         with pytest.raises(StoreError, match=line):
             load(tmp_path / "saved", model=lambda: convolutional()[0])
+
+
+class Averaging(nn.Module):
+    """Blocks whose outputs are averaged: a further block changes the mean although it gives its input unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*(Residual(nn.Identity()) for _ in range(3)))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x := block(x) for block in self.blocks]
+        return self.head((sum(states) / len(states)).mean((2, 3)))
+
+
+def test_blocks_are_refused_where_the_network_does_more_than_run_them_in_turn() -> None:
+    net, x = Averaging().eval(), torch.randn(2, 6, 5, 5)
+    axes = trace(net, x)
+    with laws.untouched(net), pytest.raises(PlanError, match="does more with its blocks"):
+        apply(net, axes, planned(net, axes))

@@ -1,10 +1,13 @@
 """Integers that restate a dimension follow a cut; others of the same names stay."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import regrow
+from regrow.tracing.attributes import set_attribute
 
 
 class InOut(nn.Module):
@@ -56,3 +59,11 @@ def test_a_number_of_another_value_is_no_size() -> None:
         assert (layer.num_features, layer.num_embeddings, layer.normalized_shape) == (2, 99, (1, 2))
     assert (model[0].out_features, model[2].in_features) == (6, 6)
     assert model[2](torch.randn(2, 6), short=True).shape == (2, 2)
+
+
+def test_a_configuration_that_layers_share_is_copied_before_it_changes() -> None:
+    config = SimpleNamespace(num_heads=4)
+    first, second = nn.Module(), nn.Module()
+    first.config = second.config = config
+    set_attribute(first, "config.num_heads", 3)
+    assert (first.config.num_heads, second.config.num_heads, config.num_heads) == (3, 4, 4)

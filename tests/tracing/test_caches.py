@@ -94,3 +94,14 @@ def test_attention_over_other_things_than_tokens_is_no_cache() -> None:
     args, kwargs = pictures.example()
     assert trace(pictures.build(), *args, **kwargs).caches == ()
     assert trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4)).caches == ()
+
+
+def test_queries_are_cut_with_the_keys_that_are_repeated_for_them() -> None:
+    model, by_hand = lm()
+    axes = trace(model, TOKENS)
+    for key in (f"decoder.blocks.{i}.q.weight:0" for i in range(2)):
+        (axis,) = (axis for axis in axes.free() if axis.size == 3 and any(slot.name == key[:-2] for slot in axis.slots))
+        layout, expected = (
+            {(slot.name, slot.dim, slot.inner) for slot in slots} for slots in (axis.slots, by_hand[key].slots)
+        )
+        assert layout == expected

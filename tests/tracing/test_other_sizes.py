@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow import Plan, apply, trace, verify
 from regrow.core.axes import Example
 from regrow.core.plan import PlanError
+from regrow.tracing.trial import plan_small_cuts
 from zoo import Wired, randomise
 
 WIDTH = 12
@@ -116,3 +117,28 @@ def test_an_example_of_one_number_has_no_other_size() -> None:
     net = network(lambda m, x, h: m.b(h))
     scaled = Wired(lambda m, x: m.net(x * torch.ones(2, 3, 7, dtype=torch.float64)), net=net)
     assert trace(scaled, torch.tensor(2.0, dtype=torch.float64))["net." + KEY].free
+
+
+def test_a_batch_is_tried_that_is_larger_than_the_widest_axis() -> None:
+    """Not only than the narrowest one."""
+    net = Wired(
+        lambda m, x: m.d(m.c(m.b(flipped(m.a(x).relu(), len(x)))).relu()),
+        a=nn.Linear(7, WIDTH),
+        b=nn.Linear(WIDTH, 5),
+        c=nn.Linear(5, 4),
+        d=nn.Linear(4, 3),
+    )
+    axes = trace(randomise(net).double().eval(), torch.randn(2, 3, 7, dtype=torch.float64))
+    assert not axes[KEY].free and axes["c.weight:0"].free
+
+
+def flipped(h: Tensor, batch: int) -> Tensor:
+    """Units in another order where the batch is as large as their number."""
+    return h if batch < width(h) else h.flip(-1)
+
+
+def test_trial_cuts_take_different_numbers_of_units() -> None:
+    """Two axes of one size that a network mixes up would still fit each other if they lost as many."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    axes = trace(net, torch.randn(2, 3))
+    assert sorted(plan_small_cuts(axes, [*axes.free()]).values()) == [3, 3, 6, 7]

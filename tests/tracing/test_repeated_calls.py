@@ -223,3 +223,28 @@ def test_blocks_that_draw_random_numbers_draw_each_by_themselves(kind: type[Drop
         recordings.append(text(capture(Net(kind), Example((torch.ones(1, 6),)), tracer=tracer)))
     assert recordings[0] == recordings[1]
     assert 0 < sum("sigmoid" in str(row) for row in recordings[0]) < 10
+
+
+def test_a_block_runs_again_once_what_its_functions_read_has_changed() -> None:
+    """The network counts in a variable of a function that all blocks call: no attribute of a block shows it."""
+    seen = {"blocks": 0}
+
+    class Scaled(Block):
+        def extra(self, x: Tensor) -> Tensor:
+            return self.scale(x)
+
+    def scale(x: Tensor) -> Tensor:
+        return x * seen["blocks"]
+
+    class Counting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for i, block in enumerate(self.blocks):
+                seen["blocks"] = i + 1
+                x = block(x)
+            return self.head(x)
+
+    net, example = Counting(Scaled), Example((torch.ones(1, 6),))
+    for block in net.blocks:
+        block.scale = scale
+    whole = capture(net, example, tracer=Tracer.PLAIN)
+    assert text(capture(net, example)) == text(whole)

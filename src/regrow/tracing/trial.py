@@ -48,7 +48,7 @@ def plan_deep_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
     return sizes
 
 
-def _plan_small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
+def plan_small_cuts(axes: AxisGraph, cut: Sequence[Axis]) -> dict[str, int]:
     """Return axis key → size in a trial where the axes in ``cut`` lose 1, 2 or 3 times the least they can, in turn."""
     sizes = axes.sizes()
     turns: dict[str, int] = {}
@@ -101,7 +101,7 @@ def _try_cuts(model: nn.Module, axes: AxisGraph, cut: Sequence[Axis]) -> dict[st
     """
     if not cut:
         return {}
-    sizes = _plan_small_cuts(axes, cut)
+    sizes = plan_small_cuts(axes, cut)
     problem = "it cannot lose what an axis of the same count must lose with it"
     if all(size > 0 for size in sizes.values()):
         try:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
@@ -20,7 +21,9 @@ from regrow.store.run_record import convert_settings
 from regrow.surgery.gate import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
+from regrow.training.hooks import add_to_replay_memory
 from regrow.training.learner import Boundary, Context, Event, Step, task_loss
+from regrow.training.schedule import NO_AXES
 from regrow.training.state import axis_tensors
 
 
@@ -128,3 +131,31 @@ def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
 def test_a_setting_that_cannot_be_is_refused(method: str, given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given))):
         LEARNERS[method].create(method, given)
+
+
+def test_synaptic_intelligence_holds_the_weights_that_lowered_the_loss() -> None:
+    """The importances, times the squared way, add up to about what the loss fell by."""
+    given = {"strength": 0.0, "damping": 1e-3}
+    net, state, _ = learned("si", given, TWO[:1], epochs=60, batch_size=200, optimizer="sgd", lr=0.02)
+    start, _ = small("mlp:16", (1, 8, 8), 10)
+    ways = {name: p.detach() - dict(start.named_parameters())[name].detach() for name, p in net.named_parameters()}
+    fall = sum(float((state.weight[name].values * (way.square() + 1e-3)).sum()) for name, way in ways.items())
+    examples = TWO[0].train
+    with torch.no_grad():
+        losses = [float(cross_entropy(m(examples.inputs), examples.labels)) for m in (start, net)]
+    assert losses[0] - losses[1] > 0.5 and fall == pytest.approx(losses[0] - losses[1], rel=0.5)
+
+
+def test_elastic_weight_consolidation_adds_up_the_importance_of_tasks() -> None:
+    after = [learned("ewc", {"strength": 0.0, "decay": 1.0}, TWO[:n])[1].fisher for n in (1, 2)]
+    last = learned("ewc", {"strength": 0.0, "decay": 0.0}, TWO)[1].fisher
+    for name, total in after[1].items():
+        torch.testing.assert_close(total.values, after[0][name].values + last[name].values)
+
+
+def test_a_replay_memory_is_a_fair_sample_of_all_examples() -> None:
+    context = Context(torch.nn.Identity(), NO_AXES, TWO[0], 0, seed=0)
+    memory: dict[str, Any] = {}
+    for seen in range(0, 2000, 10):
+        memory = add_to_replay_memory(memory, seen, context, 100, {"ids": torch.arange(seen, seen + 10).float()})
+    assert abs(float(memory["ids"].values.mean()) - 1000) < 250  # four standard deviations; the last 100: 1950
