@@ -327,6 +327,14 @@ def test_it_is_refused_in_one_line(kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+class Fourier(nn.Module):
+    """An operation that no rule reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The real part of the Fourier transform."""
+        return torch.fft.fft(x).real
+
+
 FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "old weight_norm": (lambda: altered(lambda m: weight_norm(m[2])), "0.weight:0", "_weight_norm"),
     "old spectral_norm": (lambda: altered(lambda m: spectral_norm(m[2])), "0.weight:0", "a spectral norm of 2 divides"),
@@ -335,6 +343,7 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "0.weight:0",
         "a spectral norm of 2 divides",
     ),
+    "no rule": (lambda: nn.Sequential(nn.Linear(4, 8), Fourier(), nn.Linear(8, 3)), "0.weight:0", "matters to fft_fft"),
     "shared memory": (sharing, "0.weight:0", ""),
     "shared memory, seen": (sharing, "2.weight:0", "it shares memory with "),
 }

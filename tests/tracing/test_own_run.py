@@ -1,6 +1,7 @@
 """What the network's own forward pass may change, and what a comparison with it must see or allow."""
 
 import copy
+import sys
 from itertools import count
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import laws
 from regrow import Plan, apply, trace, verify
-from regrow.core.axes import Example
+from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Tracer
 from regrow.core.plan import PlanError
 from regrow.tracing.capture import TraceError, capture
@@ -123,3 +124,15 @@ def test_a_refused_change_leaves_network_and_optimizer_as_they_were(monkeypatch:
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == group == [id(p) for p in net.parameters()]
     left = optimizer.state_dict()["state"]
     assert all(torch.equal(left[i]["exp_avg"], state["state"][i]["exp_avg"]) for i in left)
+
+
+def test_a_change_that_fails_its_last_comparison_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: nn.Module, axes: AxisGraph) -> AxisGraph:
+        assert model.one.weight.shape == (3, 4)  # it is cut by now
+        raise PlanError("the network does not run as recorded")
+
+    net = mlp()
+    axes = trace(net, X)
+    monkeypatch.setattr(sys.modules["regrow.surgery.apply"], "check_own_run", refuse)
+    with laws.untouched(net), pytest.raises(PlanError, match="as recorded"):
+        apply(net, axes, Plan.keeping(axes, {"one.weight:0": range(3)}))
