@@ -62,8 +62,7 @@ def prune(
             a dict of such by name. Methods that score by weights need none.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction of the weights of linear layers and convolutions that stays (of a language model:
-            without embeddings and output layer); ``None``: 0.8.
+        keep: The fraction of the weights that stays, of linear layers and convolutions; ``None``: 0.8.
         target: The largest allowed size, instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``,
             ``"bytes=200M"``, ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share
             of what the network has, ``"params=70%"``.
@@ -76,11 +75,9 @@ def prune(
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16.
         axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
-        only: Patterns of tensor names, such as ``"mlp"`` or ``"layers.1*"``; only axes all of whose tensors match one
-            are cut; empty: all.
+        only: Patterns of tensor names, such as ``"mlp"``: axes are cut if all their tensors match one; empty: all.
         exclude: Patterns of tensor names; axes with a tensor that matches one are left uncut.
-        marks: Only axes with one of these marks are cut. ``"neutral"``: the cut equals setting units to 0; the others
-            are in :class:`regrow.core.axes.Mark`.
+        marks: Marks of the axes that are cut (:class:`regrow.core.axes.Mark`); neutral: a cut equals units set to 0.
         round_to: Widths are multiples of this number where an axis has that many units.
         regular: Whether every block gets the same widths; which units stay is still chosen per block.
         settings: Settings of the method that differ from its defaults.
@@ -89,8 +86,7 @@ def prune(
         progress: Called with (batches done, batches in all, what is being done).
 
     Returns:
-        The network, smaller, and the plan of the cut, as :func:`regrow.apply` takes it. Warnings are issued for a
-        source that was split, since the method compares several, and for BatchNorms that no data measure again.
+        The network, smaller, and the plan of the cut. Warnings tell of split sources and of stale BatchNorms.
 
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.

@@ -79,7 +79,7 @@ def compare_outputs(
     ours, theirs = (_run(net, example) for net in (model, rebuilt))
     difference = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
     largest = max((float(a.abs().max()) for a in ours if a.numel()), default=0.0)
-    if difference > tolerance * largest:
+    if not difference <= tolerance * largest:
         raise CheckError(f"{subject} answers otherwise, by {difference:.3g}; please report it")
     return difference
 

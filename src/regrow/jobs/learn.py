@@ -277,9 +277,9 @@ def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
 def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: bool = False) -> RunFolder:
     """Train the network of the run in ``invocation.out`` on further tasks, and return its folder; all ranks call this.
 
-    ``sequences``: as ``--tasks`` takes them. A finished run does not change until they are learned. An interrupted call
-    is resumed when it is repeated; a completed one changes nothing. With ``without_old``, data of finished tasks may
-    be missing; the network is then not evaluated on these.
+    ``sequences``: as ``--task`` takes them; none: the interrupted run is resumed. A finished run does not change until
+    they are learned. An interrupted call is resumed when it is repeated; a completed one changes nothing. With
+    ``without_old``, data of finished tasks may be missing; the network is then not evaluated on these.
     """
     out, ranks = Path(invocation.out), invocation.ranks
     extension = broadcast_record(ranks, _read_run_to_extend(out, tuple(sequences)) if ranks.leads else None)
@@ -290,7 +290,8 @@ def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: boo
     folder = RunFolder.open_unfinished(out) or RunFolder(out)
     old = convert_settings(record["settings"], Settings)
     settings = replace(old, tasks=(*old.tasks, *added))
-    # Defaults of this version may differ from those with which the run was begun.
+    # Defaults of this version may differ from those with which the run was begun. The learner is built with the old
+    # ones; run.json keeps the settings as they were given.
     complete = replace(settings, method_settings={**record["defaults"], **old.method_settings})
     begun = RunToExtend(folder.path, old.tasks, finished_tasks, without_old, record.get("sequence"))
     run = invocation.start_run(settings, old.model, undo=False)

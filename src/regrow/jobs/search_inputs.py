@@ -198,5 +198,6 @@ def measure_times(
         return None, None
     first = first_examples(inputs.data.search.train, settings.batch_size)
     batch = pack_batch(first.inputs).to(device_of(inputs.model))
-    table = None if recorded or not ranks.leads else asdict(measure_latency(inputs.model, batch))
-    return batch, Latency(**broadcast_record(ranks, recorded or table))
+    if ranks.leads and not recorded:
+        recorded = asdict(measure_latency(inputs.model, batch))
+    return batch, Latency(**broadcast_record(ranks, recorded))

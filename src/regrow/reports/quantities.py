@@ -27,9 +27,11 @@ def significant(value: float | None) -> str:
     """
     if value is None:
         return NONE
+    if not math.isfinite(value):
+        return str(value)
     if value and not 1e-3 <= abs(value) < 1e7:
         return power(value)
-    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    decimals = 2 - int(f"{value:.2e}".partition("e")[2])  # of the rounded number: 9.999 is 10.0
     return f"{value:,.{max(0, decimals)}f}"
 
 

@@ -208,13 +208,17 @@ class _Collector:
         return {key: self._finish_shard(sums, key[1]) for key, sums in result.items()}
 
     def _add_batch(self, batch: Batch, statistics: Statistics) -> None:
-        """Run one batch and add its sums to ``statistics``, in place; the first batch decides whether the head runs."""
+        """Run one batch and add its sums to ``statistics``, in place.
+
+        The first batch finds the trunk, which leaves out the head; the whole network takes its place for good once a
+        batch shows that it reads more of the watched weights.
+        """
         if self.first:
             self.first, self.trunk = False, find_trunk(self.model, batch, self.names)
         moments = self._measure(batch, self.trunk, statistics)
         if self.trunk is not self.model and len(moments) < len(self.watched):
             # The trunk may leave out weights that the whole network uses (an encoder, a head).
-            whole = self._measure(batch, self.model, statistics)
+            whole = self._measure(batch, self.model, statistics)  # no gradients are added twice: they need the whole
             if len(whole) > len(moments):
                 self.trunk, moments = self.model, whole
         statistics.accumulate(Statistics(statistics.source, _count_positions(batch), moments))

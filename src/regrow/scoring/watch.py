@@ -133,7 +133,8 @@ def find_inputs(
 class InputHook(TorchFunctionMode, ABC):
     """A torch-function mode in which the inputs of watched weights (``id`` → name) pass through :meth:`replace_input`.
 
-    An input is what a linear map, convolution or matrix product contracts with the weight.
+    An input is what a linear map, convolution or matrix product contracts with the weight. Recurrent layers show none:
+    they call :meth:`replace_weight`, which raises ValueError unless a subclass overrides it.
     """
 
     def __init__(self, watched: Mapping[int, str]) -> None:

@@ -83,7 +83,7 @@ def save(
             disk is full.
     """
     if not isinstance(model, nn.Module | Loaded):
-        raise StoreError(f"got a {type(folder).__name__} as the folder; write save(model, folder)")
+        raise StoreError(f"got a {type(model).__name__} as the model; write save(model, folder)")
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / SHAPES).exists():
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")

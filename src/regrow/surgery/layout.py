@@ -231,11 +231,11 @@ def _fill(
     if bool(layout.is_random.any()) and (Role.PRODUCES in roles or Role.CONSUMES in roles):
         new = layout.is_random.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
-        if old.is_meta or bool(old.any()):
+        if old.is_meta or bool(old.any()):  # meta tensors have no numbers to ask
             values = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)].to(part.dtype)
         else:  # a layer that starts at 0
             values = torch.randn(part.shape, generator=generator, dtype=torch.float32).to(part)
-            values = values * (part.shape[dim] / part.numel()) ** 0.5
+            values = values * (part.shape[dim] / part.numel()) ** 0.5  # 1 / √(weights of a unit)
         tensor = tensor.index_copy(dim, new, values)
     factor = torch.ones(len(layout), dtype=torch.float64)
     factor = factor * layout.inward if Role.PRODUCES in roles or Role.SHIFTS in roles else factor

@@ -302,7 +302,7 @@ class _Pair:
 def _exact_loader(
     load: GetTensor, tensors: PlannedTensors, computed: Container[str], exact: Mapping[str, Tensor]
 ) -> GetTensor:
-    """Return ``load``, but with computed tensors in unrounded float64: those in ``exact``, or computed anew."""
+    """Return ``load``, but in float64 what the plan computes (names) is unrounded: from ``exact``, or computed anew."""
 
     def load_exact(name: str, double: bool) -> Tensor:
         if not double or name not in computed:
@@ -317,6 +317,7 @@ def _parameter_free(
 ) -> list[Node]:
     """Return the operations that depend on no parameter (by name) and read nothing that ``writers`` write in place."""
     dependent: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
+    # A tensor that is written in place may not be computed once for all, before or after the write.
     dependent |= {node for origin, writes in writers.items() for node in (origin, *writes)}
     result = []
     for node in recorded.graph.nodes:

@@ -94,7 +94,10 @@ class _Probe:
 
     @cached_property
     def enlarged_axes(self) -> AxisGraph:
-        """The axes on the traced example with batch size and lengths of 3 or more; as traced if that fails."""
+        """The axes on the traced example with a batch, and lengths in which ``other`` differs, of 3 or more.
+
+        They are those of ``axes`` or ``other`` themselves if these fit; as traced if the larger example fails.
+        """
         example, main, other = self.axes.example, _main_shape(self.axes.example), _main_shape(self.other.example)
         lengths = [d for dims in _length_dims(self.axes) for d in dims if main[d] != other[d]]
         if main[0] < 3 or any(main[d] < 3 for d in lengths):

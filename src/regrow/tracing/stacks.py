@@ -56,7 +56,8 @@ def insert_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
     old = list(stack)
     copies = {copy.position: _copy_block(model, old[copy.of], copy.zeros) for copy in insertion.copies}
     modules = [copies.get(i, old[of]) for i, of in enumerate(insertion.sources)]
-    if not _rearrange(model, path, modules, insertion.sources):
+    configuration_tells = _rearrange(model, path, modules, insertion.sources)
+    if not configuration_tells:
         setattr(stack, INSERTIONS, (*getattr(stack, INSERTIONS, ()), insertion))
 
 
@@ -145,7 +146,10 @@ def _modules_outside(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_shareable(value: object) -> bool:
-    """Whether an attribute is an object, such as a configuration, that copies of a block share if blocks do."""
+    """Whether an attribute is an object such as a configuration, not data, a tensor, a module or a function.
+
+    A copied block shares it with the block if the blocks of the stack share it.
+    """
     plain = (int, float, bool, str, bytes, type, dict, list, tuple, set, Tensor, nn.Module)
     return value is not None and not isinstance(value, plain) and not callable(value)
 

@@ -158,7 +158,7 @@ class Walk:
                     d.freeze(expr, why)
 
     def why(self, node: Node) -> str:
-        """Return why an operation freezes or marks a dimension, as a clause for users."""
+        """Return the reason for which an operation freezes a dimension, or marks it, as a clause for users."""
         return f"the number or order of its units matters to {op_name(node)} in {module_of(node) or 'the model'}"
 
     def unify(self, node: Node, a: Expr, b: Expr) -> None:

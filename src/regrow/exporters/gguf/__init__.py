@@ -211,7 +211,7 @@ def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufT
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:  # buffered writes may fail without a word on a full disk
         problem = f"the file cannot be read back ({error}); the disk may be full: free some space, and write it again"
-        raise ExportError(problem) from OSError(errno.EIO, os.strerror(errno.EIO))
+        raise ExportError(problem) from OSError(errno.EIO, os.strerror(errno.EIO))  # which gives the exit code
     for key, number in _count_units(decoder).items():
         field = f"attention.{key}" if key.startswith("head") else key
         if (stored := reader.get_field(f"{decoder.architecture}.{field}").contents()) != number:
@@ -221,7 +221,7 @@ def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufT
         raise ExportError("the file holds other tensors than were written; write it again")
     worst, squares, squared_errors = 0.0, 0.0, 0.0
     for i, entry in enumerate(entries):
-        progress(len(entries) + i, 2 * len(entries), f"checking {entry.name}")
+        progress(len(entries) + i, 2 * len(entries), f"checking {entry.name}")  # the first half was writing
         tensor = tensors[entry.name]
         if tuple(tensor.shape[::-1]) != entry.shape or tensor.tensor_type.name != entry.type:
             raise ExportError(f"{entry.name} is {tensor.shape[::-1]} in {tensor.tensor_type.name}; write it again")
@@ -233,7 +233,7 @@ def _check_file(gguf: Any, path: Path, decoder: Decoder, entries: Sequence[GgufT
             back = gguf.quants.dequantize(np.ascontiguousarray(data[start : start + step]), tensor.tensor_type)
             difference = np.abs(part - back)
             limit = allowed_error(part, entry.type)
-            wrong = back != _round_to(part, entry.type) if limit is None else difference > limit
+            wrong = back != _round_to(part, entry.type) if limit is None else ~(difference <= limit)
             if wrong.any():
                 raise CheckError(f"{entry.name} is off by up to {difference.max():.3g} in the file; write it again")
             worst = max(worst, float(difference.max(initial=0)))

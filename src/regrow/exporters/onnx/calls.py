@@ -110,7 +110,10 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
 
 
 def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:
-    """Return input → dimension → name of its size, for each that can be dynamic and whose name is in ``dynamic``.
+    """Return input → dimension → name of its size, for the sizes that ``dynamic`` names (``batch``, ``sequence``).
+
+    Dimension 0 is the batch if it has one size in all inputs. Dimension 1 of an integer matrix is the sequence; in
+    inputs of a decoder it is called ``decoder sequence``.
 
     >>> label_sizes(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}

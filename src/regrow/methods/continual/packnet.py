@@ -42,7 +42,7 @@ class PackNetState:
     # The number of the task that owns each entry, from 1; 0 for free entries.
     owner: Mapping[str, AxisTensor] = field(default_factory=dict)
     pruned: bool = False  # whether the current task has pruned already
-    before: Mapping[str, Tensor] = derived(dict)  # the weights before the step
+    before: Mapping[str, Tensor] = derived(dict)  # the weights before the step, to restore owned entries; not stored
 
 
 def build(settings: Settings) -> Learner[PackNetState]:

@@ -179,7 +179,10 @@ class _OwnTarget:
     work: RefitWork
 
     def rows(self, number: int, layer: Layer, call: LayerCall) -> Rows:
-        """Return the cut layer's inputs, the dense layer's output as target, and target − the cut layer's output."""
+        """Return the cut layer's inputs, the dense layer's output as target, and target − the cut layer's output.
+
+        ``call``: that of the dense layer; ``number``, the batch, is not needed here.
+        """
         target = _to_rows(call.output, call.output.dim() + call.dim, layer.rows)
         inputs = self._input_rows(layer, call)
         return inputs, target, target - self._output_rows(layer, inputs)

@@ -126,7 +126,7 @@ class Search(ABC):
     def parametrize(self, state: SearchState, context: Context) -> Replacements:
         """Hook ``parametrize``: parameters under masks; ``aux``: the masks, with gradients in epochs that train."""
         parameters, levels = context.parameters(), state.layout.levels
-        with nullcontext() if context.training else torch.no_grad():
+        with nullcontext() if context.training else torch.no_grad():  # weights get gradients without masks, too
             entrywise = levels.entrywise or "weights" in self.space.granularities
             flat = levels.flat(parameters) if entrywise else None
             masks = self.masks(state, context, flat, context.training and self.trains(state, context))

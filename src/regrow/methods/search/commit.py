@@ -140,10 +140,10 @@ def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
     They are sampled as in MG-DARTS, by the size of ``state.drift`` and by α.
     """
     layout, count = state.layout, int(share * len(state.dropped))
-    running = [(path, alive) for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs]
-    dead, alive = [path for path, alive in running if not alive], [path for path, alive in running if alive]
-    drifts = [] if state.drift is None else state.drift.values.abs().tolist()
-    drift = dict(zip(layout.ops, drifts, strict=True))
+    is_alive = {path: alive for path, alive, runs in zip(layout.ops, layout.alive, layout.runs, strict=True) if runs}
+    dead, alive = [path for path in is_alive if not is_alive[path]], [path for path in is_alive if is_alive[path]]
+    assert state.drift is not None  # set where a task starts
+    drift = dict(zip(layout.ops, state.drift.values.abs().tolist(), strict=True))
     weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
     generator = context.generator(context.epoch, Stream.RETURNING_OPERATIONS)
     back = sample_operations(dead, alive, drift, weight, count, generator) if dead else []

@@ -152,6 +152,6 @@ def choose_operations(state: SearchState) -> Tensor:
 
 
 def _scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
-    """Return name of each node's parameter → scales of its operations, softmax(α) per edge; 0 for dropped ones."""
+    """Return name of each node's parameter ``scale`` → one number per operation, softmax(α) per edge; 0: dropped."""
     share = state.edges.share(state.alpha.values) * state.layout.alive
     return scale_candidates(context, share, multiply=False)

@@ -243,15 +243,15 @@ class Mgas(Search):
     def plan(self, state: SearchState, context: Context) -> Commit:
         """Hook ``plan``: cut what is masked; at the end of a stage also restore a part, and start the next stage.
 
-        Steps that were taken before at this boundary are skipped (``state.turn`` counts them).
+        A plan ends the call, and the loop calls again; ``state.turn`` counts the steps taken at this boundary.
         """
         if context.epoch == context.epochs:
             return self.finalize(state, context, self.s.target)
         first, end = self.stage_bounds(context, state.stage)
-        epochs, is_over = context.epoch - first - self.s.warm, context.epoch == end
-        steps = [self._cut] if is_over or (epochs > 0 and epochs % self.s.every == 0) else []
+        trained, is_over = context.epoch - first - self.s.warm, context.epoch == end  # trained: since the warm-up
+        steps = [self._cut] if is_over or (trained > 0 and trained % self.s.every == 0) else []
         if is_over:
-            steps += [partial(commit.plan_revival, self.s.regrow), self._restore]
+            steps += [partial(commit.plan_revival, self.s.regrow), self._restore_filters]
         for turn in range(state.turn, len(steps)):
             plan, state = steps[turn](replace(state, turn=turn + 1), context)
             if plan:
@@ -263,10 +263,13 @@ class Mgas(Search):
         return None, state
 
     def _cut(self, state: SearchState, context: Context) -> Commit:
-        """Return the plan that removes what is masked, down to the allowed size, and the new state."""
+        """Return the plan that removes masked things as far as the size is above the allowed one, and the new state.
+
+        The plan is ``None`` if there is nothing to remove.
+        """
         return commit.plan_masked_cut(self, state, context, self.masks(state, context), self.s.target)
 
-    def _restore(self, state: SearchState, context: Context) -> Commit:
+    def _restore_filters(self, state: SearchState, context: Context) -> Commit:
         """Return the plan that restores filters, and the state in which some zeroed weights may train again."""
         state = commit.release_weights(self, self.s.regrow_weights, state, context)
         return commit.plan_restoration(self, self.s.regrow_filters, state, context)

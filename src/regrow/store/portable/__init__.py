@@ -243,9 +243,9 @@ def read_tokenizer(folder: Path) -> Any | None:
     """Load the tokenizer of a model folder; ``None`` if it has none, StoreError if it is damaged; no code is run."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
+    auto_class = require_transformers().AutoTokenizer
     try:
         check_tokenizer(json.loads(require_file(folder, "tokenizer_config.json").read_text(encoding="utf-8")))
-        auto_class = require_transformers().AutoTokenizer
         with quiet():
             return auto_class.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:

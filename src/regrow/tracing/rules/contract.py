@@ -71,16 +71,16 @@ def einsum(w: Walk, node: Node) -> Dims:
     for letter, expr in exprs.items():
         holders = {i: tensor for i, tensor in enumerate(tensors) if letter in terms[i]}
         summed = letter not in result and d.size(expr) > 1
+        # A letter of several operands that stays multiplies them entry by entry.
         role = Role.SCALES if len(holders) > 1 else Role.PRODUCES
         if summed:
             role = Role.CONSUMES
         for i, tensor in holders.items():
             w.add_role(tensor, terms[i].index(letter), role)
         if summed:
-            first = min(holders.values(), key=lambda tensor: bool(w.source(tensor)))  # a computed one, if there is one
-            others = [w.source(tensor) for tensor in holders.values() if tensor is not first]
-            dim = terms[tensors.index(first)].index(letter)
-            w.add_reading(node, first, dim, weight=next(filter(None, others), ""))
+            first = min(holders, key=lambda i: bool(w.source(tensors[i])))  # a computed one, if there is one
+            others = [w.source(tensor) for i, tensor in holders.items() if i != first]
+            w.add_reading(node, tensors[first], terms[first].index(letter), weight=next(filter(None, others), ""))
     w.add_contraction(node, tensors if len(tensors) > 1 else (), tuple(exprs.values()))
     return tuple(exprs[letter] for letter in result)
 

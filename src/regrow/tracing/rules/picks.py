@@ -72,6 +72,7 @@ def index_put(w: Walk, node: Node) -> Dims:
     indices = operands_in(entries)
     # a mask covers as many dimensions as it has
     extra = sum(len(w.of(index)) - 1 for index in indices if index.meta["val"].dtype in (torch.bool, torch.uint8))
+    # With an entry of None (a slice before an index) all dimensions count as indexed.
     covered = len(entries) + extra if len(indices) == len(entries) else len(dims)
     tied = min(len(dims) - covered, len(written))
     index_dims = (expr for index in indices for expr in w.of(index))
@@ -192,6 +193,7 @@ def _only_counted(positions: Node) -> bool:
     for user in positions.users:
         name = op_name(user)
         if name == "sort":
+            # Result 0 are the sorted positions; 1, their order, only orders rows.
             is_harmless = all(_only_counted(result) for result in user.users if result.args[1] == 0)
         elif name in _RESHAPES:
             is_harmless = _only_counted(user)

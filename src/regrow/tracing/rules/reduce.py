@@ -112,12 +112,12 @@ def softmax(w: Walk, node: Node) -> Dims:
 
 
 def extreme(w: Walk, node: Node) -> Value:
-    """Rule for maxima and minima: dropped units count as ∓∞; freezes the dimension if the positions found are used."""
-    if len(node.args) > 1 and isinstance(node.args[1], Node):
+    """Rule for maxima, minima and logsumexp: dropped units count as ∓∞; freezes the dimension if positions are used."""
+    if len(node.args) > 1 and isinstance(node.args[1], Node):  # max(x, y) of two tensors
         return pointwise(w, node)
     over, dims = _reduced_dims(w, node), w.first(node)
     fill = inf if op_name(node) in ("amin", "min") else -inf
-    several = isinstance(shapes_of(node), list)
+    several = isinstance(shapes_of(node), list)  # values, and their positions
     if several and any(user.args[1] == 1 and user.users for user in node.users):
         w.freeze(node, (dims[i] for i in over))
     for i in over:

@@ -82,9 +82,9 @@ def squeeze(w: Walk, node: Node) -> Dims:
 def concatenate(w: Walk, node: Node) -> Dims:
     """Rule for ``cat``: the joined dimension is the sum of its parts; the others are tied."""
     operands = operands_in(node.args[0])
-    parts = [operand for operand in operands if shape_of(operand) != (0,)] or operands
+    parts = [operand for operand in operands if shape_of(operand) != (0,)] or operands  # torch skips empty vectors
     axis = dim_index(node, 1, len(shape_of(parts[0])))
-    dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
+    dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]  # an empty cache ties nothing
     out = list(dims[0])
     for other in dims[1:]:
         for i, expr in enumerate(other):

@@ -108,7 +108,11 @@ def _check_budget(s: Settings, axes: AxisGraph, prunable: Sequence[Axis], budget
 
 
 def _choose_modules(s: Settings, task: PruningTask) -> Removal:
-    """Return the modules to drop: the first in the order of removal, as many as diverge least on held-out windows."""
+    """Return the modules to drop: the first that :meth:`DepthSearch.order_modules` removes.
+
+    ``fill=neurons``: as many as diverge least on held-out windows once neurons are cut to the budget; else as many as
+    the budget needs. None, with a note, where no module can be dropped.
+    """
     modules = _find_candidates(s, task.axes, task.budget)
     if not modules:
         note = f"unit={s.unit}: no module can be dropped whole (`regrow.with_branches` says why); only units are cut"

@@ -22,7 +22,8 @@ class Modules:
 
     labels: Tensors  # axis key → the module index of each unit, [size] int64; every module has at least one unit
     names: tuple[str, ...]  # of the modules, such as "layers.3 sensitive weak"
-    spaces: tuple[int, ...]  # the index of each module's ranking space
+    # The index of each module's ranking space (scoring.spaces: units ranked against each other), of those given
+    spaces: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.names)

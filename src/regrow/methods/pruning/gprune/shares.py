@@ -114,7 +114,10 @@ class ModuleShares:
         return sum(losses) / len(losses)
 
     def draw_batches(self, step: int) -> list[ViewBatch]:
-        """Return the batches of text of training step ``step``, each with the view that leaves out its source."""
+        """Return the batches of training step ``step``: ``windows`` of them, from the sources' training parts in turn.
+
+        Each comes with the view (scores and ranks without one source; the first: of all) that leaves out its source.
+        """
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
         return [ViewBatch(batch, i + 1) for i, batch in draw_batches(sources, s.windows, step, s.seed)]
