@@ -89,7 +89,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
 
 def test_a_value_error_is_the_users_only_where_regrow_raises_it() -> None:
     with pytest.raises(ValueError) as slip:
-        quantities.significant(math.nan)  # which has no logarithm that can be rounded
+        quantities.power(math.nan)  # which has no exponent
     assert boundary.classify_failure(slip.value).traced
     with pytest.raises(ModelError) as meant:
         __import__("regrow.nets", fromlist=["load"]).load("")
