@@ -17,7 +17,7 @@ from regrow.data import SourceError, streams, text
 from regrow.data.streams import read_images
 from regrow.data.vision import image_tensor, images, open_image
 from regrow.evaluation import items_in
-from regrow.nets.files import check_safetensors, read_gguf_sizes
+from regrow.nets.files import check_safetensors, parsed_gguf
 from regrow.store import metrics
 from regrow.store.ledger import Ledger
 from regrow.store.run_record import read_run
@@ -184,7 +184,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
         "run.json": lambda path: read_run(path.parent),
         "metrics.jsonl": lambda path: metrics.Metrics(path).rows(),
         "ledger.json": lambda path: Ledger(path).plans(),
-        "m.gguf": lambda path: read_gguf_sizes(path, "m"),
+        "m.gguf": lambda path: parsed_gguf(path, "m").__enter__(),
         "model.safetensors": check_safetensors,
     }
     for name, read in readers.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regrow.nets.files import read_gguf_sizes
+from regrow.nets.files import parsed_gguf
 from regrow.nets.loaded import ModelError
 
 gguf = pytest.importorskip("gguf", reason="needs regrow[llm]")
@@ -39,6 +39,6 @@ DAMAGED = {
 def test_a_damaged_file_is_refused_in_a_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match="m: no whole GGUF file") as caught:
-        read_gguf_sizes(path, "m")
+    with pytest.raises(ModelError, match="m: no whole GGUF file") as caught, parsed_gguf(path, "m"):
+        pass
     assert "\n" not in str(caught.value)

@@ -1,5 +1,8 @@
 """Error types by who can fix the problem; every other error of regrow is a ``ValueError`` about an argument."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Raised for a file or setting that cannot be used; its one line has the problem, the value and the remedy."""
@@ -21,3 +24,17 @@ def first_line(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
+@contextmanager
+def keep_interrupts() -> Iterator[None]:
+    """Context manager that raises Ctrl-C again if a library has put another error in its place while it unwound."""
+    try:
+        yield
+    except Exception as error:
+        first: BaseException | None = error
+        while first is not None and not isinstance(first, KeyboardInterrupt):
+            first = first.__context__
+        if first is not None:
+            raise first from None
+        raise

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,10 +123,12 @@ def check_config(path: Path, name: str) -> dict[str, object]:
     return config
 
 
-def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
-    """Return tensor name → number of entries, of a GGUF file; ``name``: the model's, in messages.
+@contextmanager
+def parsed_gguf(path: Path, name: str) -> Iterator[dict[str, int]]:
+    """Context manager in which ``gguf`` opens a file without parsing it again; gives tensor → number of entries.
 
-    Raises ModelError unless the file is complete, ResourceError unless it fits into memory as float32.
+    Parsing takes seconds, and transformers opens the file five times. ``name``: the model's, in messages. Raises
+    ModelError unless the file is complete, ResourceError unless it fits into memory as float32.
     """
     import gguf
 
@@ -139,14 +143,20 @@ def read_gguf_sizes(path: Path, name: str) -> dict[str, int]:
 
     check_regular(path)
     try:
-        tensors = CheckedReader(path).tensors
-        if impossible := [tensor.name for tensor in tensors if not is_possible(tensor.shape.tolist())]:
+        reader = CheckedReader(path)
+        if impossible := [tensor.name for tensor in reader.tensors if not is_possible(tensor.shape.tolist())]:
             raise ValueError(f"no memory holds the tensor {impossible[0]!r:.60}")
     except Exception as error:  # a damaged header may raise anything
         raise ModelError(f"{name}: no whole GGUF file ({first_line(error)}); download it again") from None
-    sizes = {tensor.name: int(tensor.n_elements) for tensor in tensors}
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     check_memory(4 * sum(sizes.values()), f"loading {name} as float32", "take a smaller model")
-    return sizes
+    original = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lambda file, *mode: reader if Path(file).samefile(path) else original[0](file, *mode)
+    gguf.get_tensor_name_map = cache(original[1])
+    try:
+        yield sizes
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = original
 
 
 def find_library_class(name: str, modules: str) -> type | None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from regrow.core.axes import Example
-from regrow.core.errors import first_line
+from regrow.core.errors import first_line, keep_interrupts
 from regrow.nets.files import (
     check_config,
     check_regular_files,
@@ -27,7 +27,7 @@ from regrow.nets.files import (
     check_weight_paths,
     check_weights,
     find_model_class,
-    read_gguf_sizes,
+    parsed_gguf,
 )
 from regrow.nets.loaded import PIXELS, Loaded, ModelError, Origin, image_example, missing_package, text_example
 
@@ -75,8 +75,7 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     """Load a model from a GGUF file, with quantised weights converted to dense ones; ``dtype`` ``None``: float32."""
     for package in ("gguf", "accelerate"):
         _require(package)
-    sizes = read_gguf_sizes(path, name)
-    with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
+    with tempfile.TemporaryDirectory(prefix="regrow-") as folder, parsed_gguf(path, name) as sizes:
         # transformers takes a folder, and would read configurations and tokenizers that happen to lie beside the file.
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
         loaded = _load(_Location(folder, name, {"gguf_file": "model.gguf"}), dtype or torch.float32)
@@ -116,11 +115,9 @@ def build_transformers(origin: Origin) -> nn.Module:
     check_settings(settings)
     try:
         config = transformers.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
-        with quiet(), no_init_weights():
+        with keep_interrupts(), quiet(), no_init_weights():
             model = cast(Any, architecture)._from_config(config)
     except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # it met no_init_weights, whose end then fails
-            raise error.__context__ from None
         raise ModelError(f"cannot build {origin.reference} from its configuration: {first_line(error)}") from None
     model.tie_weights()  # which initialisation would do
     return model.eval()

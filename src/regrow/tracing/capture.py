@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from regrow.core.axes import Decision, Example
 from regrow.core.axes.operations import Tracer
-from regrow.core.errors import first_line
+from regrow.core.errors import first_line, keep_interrupts
 from regrow.tracing.interception import RecordableCalls, as_exporting, follow_modules, without_garbage_collection
 from regrow.tracing.meta_copy import fake_copy, leaves_in, map_tensors
 from regrow.tracing.model_state import OutputError, copy_tensor, describe_state, preserve_state, select_state, state_of
@@ -159,7 +159,7 @@ _EXAMPLE_TYPES = frozenset((int, float, bool, str, type(None), torch.dtype, torc
 def _record_by_export(model: nn.Module, example: Example) -> Capture:
     """Record a model by ``torch.export``; raises if the run changes the model's state or data decide a size."""
     before = describe_state(model)
-    with tracing(TracingContext(_make_refusing_mode())), preserve_state(model):
+    with keep_interrupts(), tracing(TracingContext(_make_refusing_mode())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
         if describe_state(model) != before:
             raise _CachedStateError(_READS_CACHED)
@@ -293,7 +293,7 @@ def record_run(
         """Run the network once with a new recorder, and return that."""
         inputs = [copy_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(inputs, spec)
-        with follow_modules(model) as running:
+        with keep_interrupts(), follow_modules(model) as running:
             recorder = Recorder(answers, orders, running, fake)
             with torch._C.DisableTorchFunction():
                 for name, tensor in select_state(model, names).items():
