@@ -12,7 +12,7 @@ from regrow.cli.learn import learn, search
 from regrow.cli.networks import apply, export, grow, show
 from regrow.cli.prune import prune, recover
 from regrow.cli.screen import escape_controls, print_failure, set_up_terminal
-from regrow.core.process_memory import limit_arenas
+from regrow.core.process_memory import limit_arenas, share_cores
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b
@@ -43,6 +43,7 @@ for verb in VERBS:
 def run_command(words: list[str]) -> int:
     """Run the command in ``words``, print a failure in one line, and return an exit code of ``boundary.EXIT_CODES``."""
     limit_arenas()
+    share_cores()
     set_up_terminal()
     try:
         code = regrow.main(words, prog_name="regrow", standalone_mode=False)

@@ -1,6 +1,7 @@
 """The memory of this process as the system counts it, and the freed memory that the C library keeps."""
 
 import ctypes
+import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -50,6 +51,18 @@ def set_mmap_threshold(size_bytes: int, kept_bytes: int = 0) -> None:
     _call_c_library("mallopt", _MMAP_THRESHOLD, size_bytes)
     if kept_bytes:
         _call_c_library("mallopt", _TRIM_THRESHOLD, kept_bytes)
+
+
+def share_cores() -> None:
+    """Let torch's threads sleep while they wait, not spin, and start no more than the control group's quota allows.
+
+    It has an effect before torch is loaded; environment variables of the user's stay.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with suppress(OSError, ValueError):  # no control group, or no quota ("max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split())
+        if quota < period * (os.cpu_count() or 1):
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, quota // period)))
 
 
 def limit_arenas() -> None:

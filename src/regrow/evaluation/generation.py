@@ -17,7 +17,7 @@ from regrow.core.sources import Batch, Source, device_of
 from regrow.data.text import find_bos_tokens, find_separator_token, token_windows
 from regrow.tracing.meta_copy import copy_model
 
-ROWS, ROWS_ON_CPU = 128, 32  # windows that are generated at a time: a step reads all weights, whatever their number
+ROWS, ROWS_ON_CPU = 128, 64  # windows that are generated at a time: a step reads all weights, whatever their number
 # After how many tokens of each window the result is stored, or after half of it if that is more. An interrupted call
 # resumes there. The network reads the tokens so far once more after each of these stretches, so they are few.
 STRETCH = 256
