@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 CHUNK = 8192  # the number of rows summed at a time
 EXACT = 1e-2  # if a candidate ridge is below this, sums are computed in float64
+MIXTURES = 64  # the number of random mixtures of the outputs on which candidates are compared
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Sums:
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def mixed(self) -> "Sums":
+        """Return the sums for :data:`MIXTURES` random mixtures of the outputs, in float32; energies are of all."""
+        size = self.cross.shape[1], MIXTURES
+        mixtures = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / MIXTURES**0.5
+        return replace(self, gram=self.gram.float(), cross=(self.cross @ mixtures.to(self.cross.device)).float())
 
     def relative(self, energy: float) -> float:
         """Return an energy of residuals (a sum of squares) divided by that of the target."""
@@ -128,22 +135,45 @@ class RidgeCandidates:
     # is held out.
     left_out: bool = False
 
+    @property
+    def fast(self) -> bool:
+        """Whether float32 is precise enough: every ridge is large, and what was left out decides between them."""
+        return self.left_out and min(self.ridges) >= EXACT
+
     def sum_rows(self, inputs: Tensor, target: Tensor, residual: Tensor, onto: Sums | None) -> Sums:
         """Return :meth:`Sums.over_rows` of rows, added to ``onto``, in the precision that the candidates need."""
-        return Sums.over_rows(inputs, residual, target, fast=self.left_out and min(self.ridges) >= EXACT, onto=onto)
+        return Sums.over_rows(inputs, residual, target, fast=self.fast, onto=onto)
 
     def choose(self, parts: Sequence[Sums], *, bias: bool) -> Choice:
         """Choose ridge and shrinkage by the error on parts that are not fitted; return the change fitted to all.
 
         ``parts``: the sums of each part of the data; ``bias``: whether the last input is the constant 1 of a bias.
         error(ridge, shrinkage) = mean over judged parts m of |r − Dᵀ x|² / |target|², with D fitted to the others
+
+        Where :attr:`fast` holds, the choice is made on random mixtures of the outputs, and the error is that of all.
         """
+        chosen = self
+        if self.fast and parts[0].cross.shape[1] > MIXTURES and len(self.ridges) * len(self.shrinkages) > 1:
+            _, (ridge, shrinkage) = self._find_best([part.mixed() for part in parts], bias=bias)
+            chosen = replace(self, ridges=(ridge,), shrinkages=(shrinkage,))
+        after, (ridge, shrinkage) = chosen._find_best(parts, bias=bias)
+        judged = parts if self.left_out else parts[1:]
+        before = math.fsum(held.relative(held.residual_energy) for held in judged) / len(judged)
+        if not after < before:
+            return Choice(None, 0.0, 0.0, before, before, before)
+        total = reduce(add, parts)
+        change = solve_ridge(total, ridge)
+        if shrinkage != 1:
+            change = torch.lerp(_bias_change(total, bias), change, shrinkage)
+        seen = [part.relative(part.energy_after(change)) for part in parts] if self.left_out else [math.nan]
+        return Choice(change, ridge, shrinkage, before, after, math.fsum(seen) / len(seen))
+
+    def _find_best(self, parts: Sequence[Sums], *, bias: bool) -> tuple[float, tuple[float, float]]:
+        """Return the lowest mean error on parts that are not fitted, and its ridge and shrinkage."""
         errors: dict[tuple[float, float], list[float]] = {}
-        errors_before = []
         for m, held in enumerate(parts):
             if not self.left_out and not m:  # the first of two parts is fitted
                 continue
-            errors_before.append(held.relative(held.residual_energy))
             fit = reduce(add, [*parts[:m], *parts[m + 1 :]])
             start = _bias_change(fit, bias)
             for ridge in self.ridges:
@@ -151,16 +181,8 @@ class RidgeCandidates:
                 for shrinkage, energy in _energies_after(held, start, change, self.shrinkages).items():
                     errors.setdefault((ridge, shrinkage), []).append(held.relative(energy))
         losses = {key: math.fsum(values) / len(values) for key, values in errors.items()}
-        before, best = math.fsum(errors_before) / len(errors_before), min(losses, key=lambda key: losses[key])
-        choice = Choice(None, 0.0, 0.0, before, before, before)
-        if losses[best] < before:
-            (ridge, shrinkage), total = best, reduce(add, parts)
-            change = solve_ridge(total, ridge)
-            if shrinkage != 1:
-                change = torch.lerp(_bias_change(total, bias), change, shrinkage)
-            seen = [part.relative(part.energy_after(change)) for part in parts] if self.left_out else [math.nan]
-            choice = Choice(change, ridge, shrinkage, before, losses[best], math.fsum(seen) / len(seen))
-        return choice
+        best = min(losses, key=lambda key: losses[key])
+        return losses[best], best
 
     def record(self, name: str, choice: Choice) -> dict[str, Any]:
         """Return the record of the layer of weight ``name``: errors before and after, ridge, and more, as JSON data."""
