@@ -12,7 +12,7 @@ from regrow.core.axes import Mark
 from regrow.core.change import Change
 from regrow.core.plan import Plan
 from regrow.core.tables import MAX_ROWS
-from regrow.evaluation.quality import Evaluation
+from regrow.evaluation.scores import Evaluation
 
 
 def test_a_unit_costs_what_the_network_costs_less_without_it() -> None:

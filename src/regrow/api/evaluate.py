@@ -7,7 +7,7 @@ from regrow.api.call import Call
 from regrow.api.inputs import DeviceLike, LossLike, ModelLike
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.evaluation.quality import Evaluation
+from regrow.evaluation.scores import Evaluation, Evaluations
 from regrow.jobs.evaluate import EvaluateInputs, evaluate_network, plan_evaluation_memory
 from regrow.jobs.memory_needs import check_memory_plan
 from regrow.settings.evaluate import Settings
@@ -24,7 +24,7 @@ def evaluate(
     precision: str = "float32",
     memory: str = "",
     progress: Progress = silent,
-) -> dict[str, Evaluation]:
+) -> Evaluations:
     """Measure the loss and the score of a network on each source, with standard errors.
 
     Args:
@@ -56,7 +56,7 @@ def evaluate(
     call = Call(model, data, None, None, loss, tokenizer, batch_size, device, precision)
     settings = Settings(call.name, precision=precision)
     result = evaluate_network(settings, partial(_open_inputs, call, settings, memory, progress), progress=progress)
-    return {row.source: row for row in result.sources if isinstance(row, Evaluation)}
+    return Evaluations({row.source: row for row in result.sources if isinstance(row, Evaluation)})
 
 
 def _open_inputs(call: Call, settings: Settings, memory: str, progress: Progress) -> EvaluateInputs:

@@ -10,7 +10,7 @@ import msgspec
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.change import MOST_NEW_UNITS, Change, Fill, Insertion, PlanError, find_growth_problem, sort_units
-from regrow.core.tables import Table, format_html
+from regrow.core.tables import Table, format_html, format_text
 
 __all__ = ["MOST_NEW_UNITS", "Change", "Fill", "Plan", "PlanError"]
 
@@ -21,7 +21,7 @@ Origin = Mapping[str, object]
 NONE: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A set of changes to a network: units cut, added or restored per axis, and whole modules dropped or restored.
 
@@ -74,12 +74,31 @@ class Plan:
                 }
             )
 
-    def _repr_html_(self) -> str:
-        """Return the changes as an HTML table, for notebooks."""
+    def _tables(self) -> list[Table]:
+        """Return the changes as tables: of axes, and of whole modules."""
         rows = [(key, c.size, c.after, len(c.dropped), c.after - len(c.keep)) for key, c in self.changes.items()]
         modules = [*((path, "dropped") for path in self.drop), *((path, "restored") for path in self.back)]
+        modules += [(path, f"{len(insertion.copies)} blocks added") for path, insertion in self.insert.items()]
         axes = Table("", ("axis", "units", "after", "removed", "added"), rows, (1, 2, 3, 4))
-        return format_html([axes, Table("", ("module", "change"), modules)], str(self.origin.get("method", "")))
+        return [axes, Table("", ("module", "change"), modules)]
+
+    @property
+    def _note(self) -> str:
+        """The sum of the changes, in a line."""
+        changes = self.changes.values()
+        before, after = sum(change.size for change in changes), sum(change.after for change in changes)
+        made_by = f", by {self.origin['method']}" if "method" in self.origin else ""
+        return f"{len(self.changes)} axes: {before:,} units become {after:,}{made_by}"
+
+    def __str__(self) -> str:
+        """Return the changes as a table, of at most 30 lines; :meth:`to_json` has every unit."""
+        return format_text(self._tables(), self._note)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the changes as an HTML table, for notebooks."""
+        return format_html(self._tables(), self._note)
 
     @classmethod
     def keeping(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 # The largest number of rows that are shown of all tables together; the rest are counted
-MAX_ROWS = 40
+MAX_ROWS = 22
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,15 @@
 """Quality of a network on a source, with standard errors: perplexity, accuracy, and loss and score of any objective."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from regrow.core.objectives import IGNORED, NEXT_TOKEN, OWN, Objective, Score
-from regrow.core.progress import Progress, silent
+from regrow.core.objectives import IGNORED
 from regrow.core.sources import Source, logits_in
-from regrow.core.tables import Table, format_html
 from regrow.distributed import SINGLE, ProcessRank
 from regrow.distributed.parallel import gather_rows
 from regrow.evaluation.measure import evaluating
@@ -194,93 +189,6 @@ def share_error(share: float, n: int) -> float:
     0.05
     """
     return math.sqrt(share * (1 - share) / n)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss and score of a network on a source."""
-
-    source: str  # the name of the source
-    objective: str  # the name of the objective
-    loss: float  # the mean loss per labelled position (of text: nats per token)
-    loss_error: float  # the standard error of the loss over batches, or windows of text; NaN for a single one
-    metric: str  # the name of the score
-    score: float  # the mean score per labelled position; higher is better
-    score_error: float  # the standard error of the score
-    count: int  # the number of labelled positions
-
-    @property
-    def perplexity(self) -> float | None:
-        """The perplexity of a language model, e^loss, at most e^700; ``None`` for other objectives."""
-        return math.exp(min(self.loss, 700.0)) if self.objective == NEXT_TOKEN.name else None
-
-    def __str__(self) -> str:
-        loss = f"loss {self.loss:.4g}" + ("" if math.isnan(self.loss_error) else f" ± {self.loss_error:.2g}")
-        perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity:.4g}"
-        score = f", {self.metric} {self.score:.4g} ± {self.score_error:.2g}" if self.objective != "own" else ""
-        return f"{self.source}: {loss}{perplexity}{score} ({self.count:,} examples)"
-
-    def _repr_html_(self) -> str:
-        """Return the measurements as an HTML table, for notebooks."""
-        rows = [("loss", f"{self.loss:.4g}", f"{self.loss_error:.2g}")]
-        rows += [] if self.perplexity is None else [("perplexity", f"{self.perplexity:.4g}", "")]
-        rows += [] if self.objective == OWN.name else [(self.metric, f"{self.score:.4g}", f"{self.score_error:.2g}")]
-        return format_html([Table(self.source, ("", "mean", "± se"), rows, (1, 2))], f"{self.count:,} examples")
-
-
-def evaluate_objective(
-    model: nn.Module,
-    source: Source,
-    objective: Objective,
-    *,
-    outputs: Iterator[Any] | None = None,
-    progress: Progress = silent,
-) -> Evaluation:
-    """Return mean loss and score of a network on a source, in eval mode; ValueError if no example has a label.
-
-    ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called. A
-    network whose ``objective`` is its own loss runs in training mode, but for norms and dropout.
-    """
-    total = Score()
-    batch_losses = list[tuple[float, int]]()  # of each batch: the mean loss, and the number of labelled positions
-    windows = list[tuple[float, int]]()  # of each window of text: the summed loss, and the labelled positions
-    measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
-    with evaluating(model) as device:
-        if objective is OWN:  # such a network returns its losses in training mode only
-            for module in model.modules():
-                module.training = not isinstance(module, _BatchNorm | _DropoutNd)
-        for done, batch in enumerate(source, start=1):
-            batch = batch.to(device)
-            output = batch.run(model) if outputs is None else next(outputs)
-            if n := batch.size:  # of a batch without a label there is no mean
-                batch_losses.append((float(measured.compute_loss(output, batch)), n))
-                total += objective.compute_score(output, batch)
-            progress(done, len(source), f"evaluating on {source.name}")
-    count = sum(n for _, n in batch_losses)
-    if not count:
-        raise ValueError(f"source {source.name!r} has no labelled example; give one with labels")
-    mean = sum(loss * n for loss, n in batch_losses) / count
-    k = len(batch_losses)
-    squares = sum(((loss - mean) * n) ** 2 for loss, n in batch_losses)
-    error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
-    if windows:
-        text = Perplexity(source.name, tuple(loss for loss, _ in windows), tuple(n for _, n in windows))
-        mean, error = text.mean, text.error
-    return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
-
-
-def _window_loss(windows: list[tuple[float, int]], output: object, labels: object) -> Tensor:
-    """Return the mean loss of a batch of text; append (Σ loss, labelled positions) of each window to ``windows``."""
-    logits = logits_in(output)
-    assert isinstance(labels, Tensor)
-    if logits.shape[:-1] != labels.shape:
-        logits = logits.movedim(1, -1)
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}")
-    sums = torch.atleast_2d(token_losses(logits, labels)).flatten(1).sum(-1)
-    counts = torch.atleast_2d(labels != IGNORED).flatten(1).sum(-1)
-    windows += zip(sums.tolist(), counts.tolist(), strict=True)
-    return sums.sum() / counts.sum()
 
 
 @dataclass(frozen=True)

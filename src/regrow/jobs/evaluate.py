@@ -20,7 +20,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
 from regrow.evaluation.choice import CHOICE_TOKENS, count_choice_tokens
-from regrow.evaluation.quality import Evaluation, evaluate_objective
+from regrow.evaluation.scores import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.memory_needs import check_memory_plan, list_model_needs
 from regrow.jobs.models import DTYPES, ModelSpec, load_model

@@ -16,7 +16,7 @@ from regrow.core.budget import Budget
 from regrow.core.errors import first_line
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
-from regrow.evaluation.quality import Evaluation, evaluate_objective
+from regrow.evaluation.scores import Evaluation, evaluate_objective
 from regrow.evaluation.timing import fastest_pass, set_row_length
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.recording import ActiveRun, Record

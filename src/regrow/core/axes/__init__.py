@@ -140,7 +140,7 @@ class AxisGraph:
         return len(self.axes)
 
     def __str__(self) -> str:
-        """Return the tables of ``regrow show`` as text: what can be cut, and what is frozen; at most about 40 rows."""
+        """Return the tables of ``regrow show`` as text: what can be cut, and what is frozen; at most 30 lines."""
         return format_text(self.tables(), self._note)
 
     def _repr_html_(self) -> str:
