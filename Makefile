@@ -23,12 +23,16 @@ test test-all test-fast: export PYTHONDONTWRITEBYTECODE =
 .PHONY: demo test test-all test-fast check bench format tree clean
 
 demo: demo/report.html
+	@$(BIN)/regrow chat smollm2-135m demo --longest 60 --prompt "What is a river?" \
+		--prompt "Why is the sky blue?" --prompt "Write a sentence about a dog."
 	@echo "Look at it: demo/report.html  (make clean forgets it)"
+	@echo "Chat:    $(BIN)/regrow chat demo"
+	@echo "Serve:   $(BIN)/regrow export demo --to gguf --dtype q8_0 --out demo.gguf, then llama-server -m demo.gguf"
+	@echo "Recover: $(BIN)/regrow recover demo --by distil --out demo-recovered"
 
 # The page is written last: a run that was stopped is taken up where it was.
 demo/report.html: | $(VENV)/demo.stamp
-	$(BIN)/regrow prune smollm2-135m --method fisher --only mlp --keep 0.8 --reconstruct --source generated \
-		--source news --source code --source manual --source talk --out demo
+	$(BIN)/regrow prune smollm2-135m --smaller 10% --out demo
 
 # The parts are chosen by tests/tiers.py, from the seconds in tests/durations.json.
 test: $(VENV)/dev.stamp

@@ -22,8 +22,8 @@ from regrow.store.run_record import versions
 
 OUT = Path(__file__).parent / "results" / "command_memory.jsonl"
 DATA = "--source news --eval-tokens 512 --seq-len 256"
-PRUNE = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --dtype float32 --out cut"
-LEARN = f"prune smollm2-135m --keep 0.8 --tokens 1024 {DATA} --no-undo --memory 64GiB"
+PRUNE = f"prune smollm2-135m --method flap --keep 0.8 --tokens 1024 {DATA} --dtype float32 --out cut"
+LEARN = f"prune smollm2-135m --method flap --keep 0.8 --tokens 1024 {DATA} --no-undo --memory 64GiB"
 COMMANDS = {
     "evaluate, whole": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 64GiB",
     "evaluate, one block": f"evaluate smollm2-135m {DATA} --dtype float32 --memory 1GiB",

@@ -76,7 +76,7 @@ def check_functions(device: torch.device) -> None:
             row["same_units"] = sum(same) / sum(len(one.keep) for one in plans[0].changes.values())
     dense = llama(SMALL, device, torch.float32)
     axes = regrow.trace(dense, input_ids=tokens(SMALL[-1], 16).to(device))
-    small, plan = regrow.prune(copy.deepcopy(dense), sources[:1], keep=0.7)
+    small, plan = regrow.prune(copy.deepcopy(dense), sources[:1], method="flap", keep=0.7)
     with step("verify", device) as row:
         row["ok"] = regrow.verify(dense, axes, plan).ok
     for by in RECOVERIES:
@@ -126,7 +126,7 @@ def measure_run(device: torch.device, shape: tuple[int, ...]) -> None:
             torch.cuda.set_sync_debug_mode("default")
             row["waits"] = len(waits)
     with step("prune", device, method="flap"):
-        regrow.prune(model, source, axes=axes, keep=0.8, only=("mlp",))
+        regrow.prune(model, source, method="flap", axes=axes, keep=0.8, only=("mlp",))
 
 
 def llama(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Module:

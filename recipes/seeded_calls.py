@@ -39,7 +39,7 @@ def python_prune(out: str) -> None:
 
 def python_prune_text(out: str) -> None:
     """Prune a language model."""
-    regrow.prune("llama", {"a": [ids(0)], "b": [ids(1)]}, keep=0.7, out=out)
+    regrow.prune("llama", {"a": [ids(0)], "b": [ids(1)]}, method="flap", keep=0.7, out=out)
 
 
 def python_grow(out: str) -> None:
@@ -65,7 +65,7 @@ def python_search(out: str) -> None:
 def python_recover(out: str) -> None:
     """Recover a network that was pruned without a folder."""
     dense, example = toy()
-    model, plan = regrow.prune(toy()[0], digits(0, 256), keep=0.6, example=example)
+    model, plan = regrow.prune(toy()[0], digits(0, 256), method="flap", keep=0.6, example=example)
     print(sorted(without_times(regrow.recover(model, dense, plan, digits(0, 256), by="distil", out=out)).items()))
 
 

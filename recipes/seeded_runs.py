@@ -49,7 +49,7 @@ SEARCH = (
 SHORT = f"{SEARCH.replace('--epochs 8 --retrain 2', '--epochs 4 --retrain 1')} mgas --set warm=1 --set every=1"
 GPRUNE = f"prune toys:classifier --method gprune --set steps=6 --set every=2 --keep 0.6 {TEXT} --finetune 2"
 WORDS = "--source news --source code --tokens 256 --eval-tokens 128 --seq-len 64"
-LLAMA = f"prune llama --keep 0.7 {WORDS}"
+LLAMA = f"prune llama --method flap --keep 0.7 {WORDS}"
 REFIT = "--tokens 512 --by"
 RUNS = {
     "prune flap": f"prune toys:classifier --method flap --keep 0.6 {TEXT}",
@@ -66,12 +66,14 @@ RUNS = {
     "prune reconstruct, images": f"prune toys:residual --method magnitude --keep 0.6 {TEXT} --reconstruct",
     "grow channels": f"grow 'prune flap' --channels +25% --code toys:classifier {TEXT.replace('--tokens 896 ', '')}",
     "grow blocks": "grow toys:residual --blocks +1 --mlp +4 --on digits --tokens 256 --steps 4 --train all",
+    "prune, by default": f"prune toys:residual --target macs=60% {TEXT}",
     "undo": "undo 'grow channels'",
     "evaluate images": f"evaluate 'prune flap' --source digits --eval-tokens 64 {CODE}",
     "prune flap, text": LLAMA,
     "prune flap, streamed": f"{LLAMA} --memory LEAST",
     "prune flap, two ranks": LLAMA,
     "prune flap, streamed by two ranks": f"{LLAMA} --memory LEAST",
+    "prune text, by default": f"prune llama --keep 0.7 {WORDS} --precision float32",
     "prune obs": f"{LLAMA} --method obs",
     "prune obs, streamed": f"{LLAMA} --method obs --memory LEAST",
     "prune reconstruct": f"{LLAMA} --method wanda_sp --reconstruct",

@@ -243,7 +243,7 @@ def test_a_device_by_name(device):
     small, _ = regrow.prune(Net(), DATA, method="magnitude", keep=0.6, device="acc")
     assert next(small.parameters()).device == device
     with pytest.raises(ResourceError, match="cuda:7 is not available"):
-        regrow.prune(Net(), DATA, device="cuda:7")
+        regrow.prune(Net(), DATA, keep=0.5, device="cuda:7")
 
 
 def test_the_pretend_accelerator_refuses_mixed_devices(device):

@@ -53,7 +53,7 @@ MODEL = _json(
 WEIGHTS = (*m.BYTES, m.header)
 
 COMMANDS: tuple[Command, ...] = (
-    Command(f"prune {TOY} --keep 0.7 --out out", options=(
+    Command(f"prune {TOY} --method flap --keep 0.7 --out out", options=(
         "--method", "--keep", "--target", "--only", "--exclude", "--mark", "--round", "--set", "--tokens",
         "--seed", "--dtype", "--device", "--finetune", "--source", "--unseen",
         "--out", "--seq-len", "--eval-tokens", "MODEL")),
@@ -148,7 +148,7 @@ def prepare(run: Callable[[list[str]], int]) -> int:
                 path.write_bytes(gzip.compress(data) if packed else data)
     for words in (
         f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out run",
-        f"prune {TOY} --keep 0.7 --dry-run plan.json",
+        f"prune {TOY} --method flap --keep 0.7 --dry-run plan.json",
         f"{LEARN} --classes 10 --out learned",
         "export llama --to gguf --out m.gguf",
     ):

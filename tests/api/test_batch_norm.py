@@ -58,7 +58,10 @@ def test_without_data_one_warning_says_so(trained: nn.Sequential) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         regrow.prune(
-            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), method="magnitude", example=torch.ones(1, 4)
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+            method="magnitude",
+            keep=0.7,
+            example=torch.ones(1, 4),
         )
 
 

@@ -273,6 +273,8 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
     words = (
         "prune",
         str(tiny_language_model),
+        "--method",
+        "flap",
         "--keep",
         "0.7",
         "--source",

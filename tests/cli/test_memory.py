@@ -13,7 +13,20 @@ from regrow.streaming.network import StreamedNetwork
 from regrow.streaming.opening import open_network
 from regrow.streaming.weights import BlockResults
 
-SOURCE = ("--keep", "0.7", "--source", "news", "--tokens", "64", "--eval-tokens", "64", "--seq-len", "32")
+SOURCE = (
+    "--method",
+    "flap",
+    "--keep",
+    "0.7",
+    "--source",
+    "news",
+    "--tokens",
+    "64",
+    "--eval-tokens",
+    "64",
+    "--seq-len",
+    "32",
+)
 pytestmark = pytest.mark.usefixtures("no_figures")
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "config.json", "probe.st", "axes.json")
 
@@ -242,7 +255,7 @@ def test_the_sums_of_obs_count(regrow, tiny_language_model, monkeypatch, whole, 
     ],
 )
 def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, streams, words, match):
-    code, _, error = regrow("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--out", "run")
+    code, _, error = regrow("prune", str(tiny_language_model), *SOURCE, *words, "--memory", "64GiB", "--out", "run")
     assert code
     assert match in error
     assert "needs the whole network in memory" in error
@@ -259,7 +272,7 @@ def test_what_needs_the_whole_network_is_refused(regrow, tiny_language_model, st
 )
 def test_gradients_count(regrow, tiny_language_model, monkeypatch, words, match):
     monkeypatch.setattr(memory_needs, "SPARE_BYTES", 2**37)
-    command = ("prune", str(tiny_language_model), *words, *SOURCE, "--memory", "64GiB", "--dry-run", "plan.json")
+    command = ("prune", str(tiny_language_model), *SOURCE, *words, "--memory", "64GiB", "--dry-run", "plan.json")
     code, said, error = regrow(*command)
     if match:
         assert code

@@ -55,10 +55,10 @@ MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 """A command and a mode that it does not have → the words by which the command refuses it, if it has them."""
 COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "prune text": ("prune", "llama", "--keep", "0.7", *WORDS),
-    "prune images": ("prune", "toys:residual", "--target", "macs=60%", *DIGITS),
+    "prune text": ("prune", "llama", "--method", "flap", "--keep", "0.7", *WORDS),
+    "prune images": ("prune", "toys:residual", "--method", "flap", "--target", "macs=60%", *DIGITS),
     "prune obs": ("prune", "llama", "--keep", "0.7", "--method", "obs", *WORDS),
-    "prune reconstruct": ("prune", "llama", "--keep", "0.7", "--reconstruct", *WORDS),
+    "prune reconstruct": ("prune", "llama", "--method", "flap", "--keep", "0.7", "--reconstruct", *WORDS),
     "grow text": ("grow", "llama", "--mlp", "+25%", "--blocks", "+1", *WORDS[:4], *WORDS[6:]),
     "grow images": ("grow", "toys:residual", "--mlp", "+4", "--on", *DIGITS[1:], "--steps", "3"),
     "recover refit": ("recover", "pruned", "--by", "refit", "--tokens", "512"),
@@ -152,7 +152,7 @@ def python_prune(name: str, out: Path, memory: str) -> None:
     words = COMMANDS[name]
     halves = read(words)
     settings: dict[str, Any] = {"keep": 0.7} if words[1] == "llama" else {"target": "macs=60%"}
-    settings |= {"method": "obs"} if name.endswith("obs") else {}
+    settings |= {"method": "obs" if name.endswith("obs") else "flap"}
     regrow.prune(
         words[1],
         halves.calibration,

@@ -137,13 +137,16 @@ def test_learn(model: str, method: str) -> None:
 
 def test_prune_of_a_language_model(tiny_language_model: Path) -> None:
     given: dict[str, Any] = {"sources": ("news", "code"), "tokens": 512, "eval_tokens": 256, "seq_len": 64}
-    command = prune.prune_named(PruneSettings(str(tiny_language_model), keep=0.7, **given), Invocation("command"))
+    command = prune.prune_named(
+        PruneSettings(str(tiny_language_model), "flap", keep=0.7, **given), Invocation("command")
+    )
     loaded = load_model(ModelSpec(str(tiny_language_model)))
     halves = read_sources(SourceSpecs(256, 64, ("news", "code"), (), 512), loaded)
     model, _ = regrow.prune(
         loaded.model,
         halves.calibration,
         validation=halves.evaluation,
+        method="flap",
         keep=0.7,
         example=loaded.example,
         tokenizer=loaded.tokenizer,

@@ -98,7 +98,7 @@ def test_recorded_settings_are_read_and_gone_on_with() -> None:
     assert budget.target is None and not budget.regular and budget.keep == 0.7
     new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
     assert read_pruning_settings(json.loads(json.dumps(asdict(new)))) == new
-    again = "regrow prune m --method flap --target kv_cache=5M@64 --regular --round 8 --out o"
+    again = "regrow prune m --target kv_cache=5M@64 --regular --round 8 --out o"
     assert format_command_line(new, "--out", "o") == again
     assert make_budget(new).measure == "kv_cache" and new.keep is None
 

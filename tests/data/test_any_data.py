@@ -168,7 +168,7 @@ def test_a_refusal_names_the_batch(command, name, words):
 def test_a_network_that_is_traced_on_the_data_names_the_batch(command, name):
     data = INPUTS[name][0]()
     calls = {
-        "prune": lambda: regrow.prune(net(), data),
+        "prune": lambda: regrow.prune(net(), data, keep=0.5),
         "grow": lambda: regrow.grow(net(), mlp="+25%", data=data, steps=1),
         "recover": lambda: regrow.recover(copy.deepcopy(SMALL), NET, PLAN, data),
         "learn": lambda: regrow.learn(net(), [data], epochs=1),

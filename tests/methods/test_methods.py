@@ -118,7 +118,7 @@ def test_an_unknown_method_suggests_the_nearest() -> None:
         find_method(MethodKind.PRUNING, "wanda-ps")
     with pytest.raises(ValueError, match="no method 'zzz'; the methods are"):
         find_method(MethodKind.PRUNING, "zzz")
-    with pytest.raises(ValueError, match="one of uniform, ranked, got"):
+    with pytest.raises(ValueError, match="one of uniform, ranked, measured, got"):
         proposed("flap", allocation="best")
 
 

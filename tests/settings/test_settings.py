@@ -11,7 +11,7 @@ def test_a_size_is_recorded_in_one_way() -> None:
     target = prune.Settings("m", target="params=70%")
     assert prune.Settings("m", smaller=0.3) == target
     assert (target.keep, target.smaller) == (None, None)
-    assert format_command_line(target) == "regrow prune m --method flap --target params=70%"
+    assert format_command_line(target) == "regrow prune m --target params=70%"
     assert search.Settings("cells:4-2-1", "digits", smaller=0.8).target == "params=20%"
     with pytest.raises(InputError, match="--smaller must be between 0 and 1, got 30; for example --smaller 30%"):
         prune.Settings("m", smaller=30)

@@ -40,7 +40,7 @@ def test_only_what_differs_from_the_defaults_is_written() -> None:
         format_command_line(learn.Settings(("digits",)))
         == "regrow learn digits --model mlp:100-100 --method sparsegrow"
     )
-    assert format_command_line(prune.Settings("m", keep=0.5)) == "regrow prune m --method flap --keep 0.5"
+    assert format_command_line(prune.Settings("m", keep=0.5)) == "regrow prune m --keep 0.5"
 
 
 def test_settings_need_no_torch() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from regrow.api.call import Call
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike
 from regrow.core.amounts import parse_share
 from regrow.core.axes import AxisGraph, Mark
 from regrow.core.errors import InputError
@@ -25,7 +25,7 @@ from regrow.jobs.prune import PruneInputs, prune_network
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import WholeNetwork
 from regrow.methods.recovery.refit_work import check_lengths
-from regrow.settings.prune import Settings
+from regrow.settings.prune import Settings, choose_defaults
 
 
 def prune(
@@ -33,7 +33,7 @@ def prune(
     data: Any = None,
     *,
     validation: Any = None,
-    method: str = "flap",
+    method: str = "",
     keep: float | None = None,
     target: str = "",
     smaller: str | float | None = None,
@@ -47,10 +47,10 @@ def prune(
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
     marks: Iterable[Mark] = (Mark.NEUTRAL,),
-    round_to: int = 1,
+    round_to: int | None = None,
     regular: bool = False,
     settings: Mapping[str, Any] | None = None,
-    reconstruct: bool = False,
+    reconstruct: bool | None = None,
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
@@ -61,8 +61,8 @@ def prune(
         data: Data to measure importance on: a ``DataLoader``, tensors (inputs, labels), a data set, a path, strings, or
             a dict of such by name. Methods that score by weights need none.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
-        method: One of ``regrow.methods.METHODS``.
-        keep: The fraction of the weights that stays, of linear layers and convolutions; ``None``: 0.8.
+        method: One of ``regrow.methods.METHODS``; empty: chosen by the kind of network, with what is left open below.
+        keep: The fraction of the weights of linear layers and convolutions. This, ``target`` or ``smaller`` is needed.
         target: The largest allowed size, instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``,
             ``"bytes=200M"``, ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share
             of what the network has, ``"params=70%"``.
@@ -78,7 +78,7 @@ def prune(
         only: Patterns of tensor names, such as ``"mlp"``: axes are cut if all their tensors match one; empty: all.
         exclude: Patterns of tensor names; axes with a tensor that matches one are left uncut.
         marks: Marks of the axes that are cut (:class:`regrow.core.axes.Mark`); neutral: a cut equals units set to 0.
-        round_to: Widths are multiples of this number where an axis has that many units.
+        round_to: Widths are multiples of this number where an axis has that many units; ``None``: 1.
         regular: Whether every block gets the same widths; which units stay is still chosen per block.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
@@ -104,36 +104,52 @@ def prune(
     config = replace(config, marks=tuple(sorted(map(str, marks))), round_to=round_to, regular=regular)
     config = replace(_with_size(config, keep, target, smaller), precision=precision, reconstruct=reconstruct)
     with ensure_progress(progress) as bar:
-        result = prune_network(config, partial(_open_inputs, call, reconstruct), call.start_run("prune", bar))
+        result = prune_network(config, partial(_open_inputs, call, config), call.start_run("prune", bar))
     for line in result.warnings:
         warnings.warn(line, stacklevel=2)
     return result.loaded.model, result.plan
 
 
 def _with_size(config: Settings, keep: float | None, target: str, smaller: str | float | None) -> Settings:
-    """Return a copy of the settings with the size, given in one of three ways (none: keep 0.8); InputError for more."""
+    """Return a copy of the settings with the size, given in one of three ways; InputError for none or several."""
     sizes = {"keep": keep, "target": target or None, "smaller": smaller}
     arguments = [f"{name}={value}" for name, value in sizes.items() if value is not None]
     if len(arguments) > 1:
         got = " and ".join(arguments)
         raise InputError(f"keep, target and smaller exclude each other, got {got}; give one of them")
+    if not arguments:
+        raise InputError("say how much stays: keep=0.8 of the weights, smaller='20%' or target='params=100M'")
     share = None if smaller is None else parse_share(str(smaller))
-    return replace(config, keep=keep if arguments else 0.8, target=target, smaller=share)
+    return replace(config, keep=keep, target=target, smaller=share)
 
 
-def _open_inputs(call: Call, reconstruct: bool, run: ActiveRun) -> PruneInputs:
-    """Load the network if it is named, trace it unless its axes are given, and read the data.
+def _find_kind(inputs: Inputs) -> str:
+    """Return the kind of network and data, of ``RECOMMENDED``."""
+    if inputs.loaded.tokenizer is not None:
+        return "text"
+    if not inputs.sources:
+        return "no data"
+    return "examples" if inputs.sources[0].batches[0].labels is not None else "examples without labels"
 
-    ``reconstruct``: layers are fitted after the cut, so that sources with batches of unequal lengths are refused.
-    """
+
+def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
+    """Load the network if it is named, trace it unless its axes are given, read the data, and choose what is open."""
     inputs = call.read(run.progress)
+    reconstruct = config.reconstruct
+    config = choose_defaults(config, _find_kind(inputs))
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
-    if reconstruct:
+    if config.reconstruct:
         with preserve_random_state(generator for source in inputs.sources for generator in source.generators):
-            check_lengths(chain.from_iterable(inputs.sources))
+            try:
+                check_lengths(chain.from_iterable(inputs.sources))
+            except ValueError:
+                if reconstruct:  # asked for
+                    raise
+                config = replace(config, reconstruct=False)
     network = WholeNetwork(inputs.for_saving())
     return PruneInputs(
+        config,
         network,
         axes,
         SourceHalves(inputs.sources, inputs.tests),

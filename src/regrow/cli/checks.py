@@ -50,7 +50,7 @@ def check_command_line(command: str, options: Mapping[str, Any]) -> None:
                     raise InputError(problem)
     if settings and command == "recover":
         check_name(MethodKind.RECOVERY, values["by"], list(values["recovery_settings"]))
-    elif settings and command in METHOD_KINDS:
+    elif settings and command in METHOD_KINDS and values["method"]:
         check_name(METHOD_KINDS[command], values["method"], list(values["method_settings"]))
     if command == "methods" and values["name"]:
         check_name(None, values["name"])

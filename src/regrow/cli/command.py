@@ -171,9 +171,14 @@ def _make_parameters(settings_class: type["DataclassInstance"]) -> list[click.Pa
     return [
         PositionalArgument(field)
         if field.setting.argument
-        else GroupedOption([field.option, field.name], **_describe_option(field))
+        else GroupedOption([_declare_option(field), field.name], **_describe_option(field))
         for field in list_options(settings_class)
     ]
+
+
+def _declare_option(field: DeclaredSetting) -> str:
+    """Return the name of a setting's option; where it may be left open, of a switch that turns it on or off."""
+    return f"{field.option}/--{field.negated}" if field.type is bool and field.default is None else field.option
 
 
 def _take_settings(settings_class: type["DataclassInstance"], context: click.Context) -> "DataclassInstance | None":
@@ -191,7 +196,7 @@ def _take_settings(settings_class: type["DataclassInstance"], context: click.Con
         options.append(field.option)
         if field.is_mapping:
             value = parse_pairs(value, field.option)
-        elif field.type is bool:
+        elif field.type is bool and field.default is not None:
             value = not field.default
         stated[field.name] = value
     config = context.params.pop("config", None)
@@ -236,7 +241,8 @@ def _describe_option(field: DeclaredSetting) -> dict[str, Any]:
     elif not (field.is_mapping or field.type is bool or setting.exclusive_group or default in (None, "")):
         text += f"  [default: {default}]"
     if field.type is bool:
-        return {"is_flag": True, "help": text, "heading": setting.group}
+        left_open = {"default": None} if field.default is None else {}
+        return {"is_flag": True, "help": text, "heading": setting.group, **left_open}
     multiple = field.is_repeated or field.is_mapping
     choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[field.type]
     return {

@@ -58,7 +58,7 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
 @click.command(cls=Verb, epilog=EPILOG)
 @click.argument("model")
 @click.argument("other", required=False)
-@click.option("--prompt", help="Print the answer to this one message, and exit.")
+@click.option("--prompt", "prompts", multiple=True, help="Print the answer to this message, and exit. Repeatable.")
 @click.option("--longest", default=256, show_default=True, type=click.IntRange(min=1), help="Most tokens of an answer.")
 @click.option(
     "--temperature",
@@ -70,7 +70,7 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
 @command.dtype
 @command.device
 def chat(
-    model: str, other: str | None, prompt: str | None, longest: int, temperature: float, dtype: str, device: str
+    model: str, other: str | None, prompts: tuple[str, ...], longest: int, temperature: float, dtype: str, device: str
 ) -> None:
     """Chat with MODEL, or with MODEL and OTHER, which both answer each message.
 
@@ -91,8 +91,12 @@ def chat(
         if loaded.tokenizer is None:
             raise click.UsageError(f"{name} {_NO_TOKENIZER}")
     history: list[list[dict[str, str]]] = [[] for _ in models]
-    for question in [prompt] if prompt is not None else _ask_questions():
+    for question in prompts or _ask_questions():
+        if len(prompts) > 1:
+            say(f"you › {question}")
         for name, loaded, messages in zip(names, models, history, strict=True):
+            if prompts:  # each is a conversation of its own
+                messages.clear()
             messages.append({"role": "user", "content": question})
             pieces = reply(loaded.model, loaded.tokenizer, messages, longest=longest, temperature=temperature)
             messages.append({"role": "assistant", "content": say_pieces(name, pieces)})

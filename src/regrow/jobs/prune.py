@@ -47,10 +47,10 @@ from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_droppable_modules
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
-from regrow.nets.devices import autocasting, check_precision
+from regrow.nets.devices import autocasting, check_precision, choose_precision
 from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
-from regrow.settings.prune import Settings, make_reconstruction_settings
+from regrow.settings.prune import Settings, choose_defaults, describe_choice, make_reconstruction_settings
 from regrow.store import statistics
 from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
@@ -65,6 +65,7 @@ from regrow.training.state import FORMAT
 class PruneInputs:
     """What a run prunes, and on which data."""
 
+    settings: Settings  # with all that was left open chosen
     network: PrunedNetwork
     axes: AxisGraph
     data: SourceHalves  # calibrated on one half, and evaluated on the other
@@ -92,22 +93,26 @@ def prune_network(
     anything is written. All processes of the run call this. Without ``cuts`` the run ends with the plan.
     """
     check_settings(settings)
+    make_budget(settings)
+    if settings.method:
+        make_pruner(settings)  # raises for what it does not know, before anything is loaded
+    recorded = run.recorder.check({"verb": "prune", "asked": asdict(settings)})
+    reset_peak()
+    opened = open_inputs(run)
+    asked, settings, network, data = settings, opened.settings, opened.network, opened.data
     method, budget = make_pruner(settings), make_budget(settings)
+    model = network.loaded.model
+    check_precision(model, settings.precision)
+    if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
+        if asked.reconstruct:
+            problem = f"reconstruct fits on data of which it holds a part out, and there are {batches} batches"
+            raise InputError(f"{problem}; give more data")
+        settings = replace(settings, reconstruct=False)
     defaults = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     if settings.reconstruct:
         fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | make_reconstruction_settings(settings.sources)
         defaults |= {f"reconstruct {name}": value for name, value in fit.items()}
-    identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults}
-    recorded = run.recorder.check(identity)
-    reset_peak()
-    opened = open_inputs(run)
-    network, data = opened.network, opened.data
-    model = network.loaded.model
-    check_precision(model, settings.precision)
-    if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
-        raise InputError(
-            f"reconstruct fits on data of which it holds a part out, and there are {batches} batches; give more data"
-        )
+    identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults, "asked": asdict(asked)}
     axes = with_droppable_modules(method, model, opened.axes)
     check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
     with run.stage("time"):
@@ -118,7 +123,10 @@ def prune_network(
         network.use_folder(record.path)
         data = complete_data(run, data, opened.specs, network.loaded)
         record.update(timing=budget.timing.record() if budget.timing else None)
-        job = PruneJob(settings, method, budget, replace(opened, axes=axes, data=data), run)
+        if choice := describe_choice(asked, settings):
+            record.update(notes=[*network.loaded.notes, choice])
+        opened = replace(opened, settings=settings, axes=axes, data=data)
+        job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct))
         plan, notes = job.plan()
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
             notes += job.cut(plan)
@@ -138,6 +146,7 @@ class PruneJob:
     budget: Budget  # with the measured times, if it is in milliseconds
     inputs: PruneInputs
     run: ActiveRun  # begun
+    must_fit: bool  # whether layers that cannot be reconstructed are an error, since the user asked for it
 
     def plan(self) -> tuple[Plan, tuple[str, ...]]:
         """Measure on the calibration data, choose the units that stay; return the plan, and notes for the user.
@@ -166,7 +175,7 @@ class PruneJob:
                 objective = inputs.objective
                 cut = plan_cut(self.method, model, axes, self.budget, evidence, objective=objective, context=context)
             if cut.plan.notes:
-                record.update(notes=[*inputs.network.loaded.notes, *cut.plan.notes])
+                record.update(notes=[*record.read_record().get("notes", ()), *cut.plan.notes])
             if cut.findings and isinstance(record, RunFolder):
                 record.write("findings.json", {"method": settings.method, **cut.findings})
         broadcast_record(run.ranks, cut.plan.to_json())
@@ -178,16 +187,23 @@ class PruneJob:
         axes, model = self.inputs.axes, network.loaded.model
         before = self._measure(axes, "dense")
         unreconstructed: dict[str, evaluation.Perplexity] = {}
+        fit_notes: tuple[str, ...] = ()
         # Weights are shared: a cut makes new ones, which alone are fitted. Vectors are copied: biases are fitted.
         dense = copy_model(model, lambda x: x if x.dim() > 1 else x.detach().clone()) if settings.reconstruct else None
         after = network.cut(run, axes, plan)
         run.record_plan(plan, axes, after)
         if dense is not None:
-            unreconstructed = self._measure(after, "cut")
+            if self.must_fit:  # the user wants to see what it gains
+                unreconstructed = self._measure(after, "cut")
             sources = self.inputs.data.calibration
             with run.stage("reconstruct"):
-                reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
-        notes = self._tune(plan)
+                try:
+                    reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
+                except ValueError as error:
+                    if self.must_fit:
+                        raise
+                    fit_notes = (f"layers were not reconstructed: {error}",)
+        notes = (*fit_notes, *self._tune(plan))
         if record.is_kept:
             with run.stage("save"):
                 network.save(record)
@@ -265,6 +281,8 @@ def _calibrate(
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:
     """Open the network, one block at a time if it exceeds ``--memory``, trace it, and open the data of the settings."""
     check_same_settings(run.ranks, settings, invocation.memory)
+    if invocation.memory or run.ranks.several:
+        settings = choose_defaults(settings, "text, in parts")
     if settings.reconstruct and (invocation.memory or run.ranks.several):
         raise InputError(
             "--reconstruct runs in one process without --memory; leave it out, and use `regrow recover RUN --by refit`"
@@ -278,11 +296,15 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
             network, axes = BlockwiseNetwork(opened, memory), opened.axes
         else:
             network = WholeNetwork(load_model(make_model_spec(settings), invocation.progress, invocation.code))
+            kind = "text" if network.loaded.tokenizer is not None else "examples" if settings.sources else "no data"
+            if kind == "text" and not (settings.method or settings.precision or settings.target.startswith("ms")):
+                settings = replace(settings, precision=choose_precision(network.loaded.model))
+            settings = choose_defaults(settings, kind)
         specs = make_source_specs(settings)
         data = read_sources(specs, network.loaded)
     with run.stage("trace"):
         axes = trace_loaded(network.loaded) if axes is None else axes
-    return PruneInputs(network, axes, data, specs, memory=memory)
+    return PruneInputs(settings, network, axes, data, specs, memory=memory)
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:

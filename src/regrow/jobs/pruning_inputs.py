@@ -61,7 +61,7 @@ def make_budget(settings: Settings) -> Budget:
         only=settings.only,
         exclude=settings.exclude,
         marks=frozenset(map(Mark, settings.marks)),
-        round_to=settings.round_to,
+        round_to=settings.round_to or 1,
         regular=settings.regular,
         target=Target.parse(settings.target) if settings.target else None,
     )

@@ -57,6 +57,12 @@ def check_precision(model: nn.Module, precision: str) -> None:
         raise InputError(f"{problem}; leave it out, or load them with --dtype float32")
 
 
+def choose_precision(model: nn.Module) -> str:
+    """Return ``"bfloat16"`` for weights of float32 on a processor with matrix units for it, else ``"float32"``."""
+    is_fast = device_of(model).type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if is_fast and {p.dtype for p in model.parameters()} == {torch.float32} else "float32"
+
+
 @contextmanager
 def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
     """Context manager in which a network computes its forward passes in a precision; outputs are float32 again.

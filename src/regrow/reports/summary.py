@@ -35,6 +35,8 @@ RECONSTRUCTED = ("gprune", "sparsegrow", "mgas", "gold_nas")
 OVERSHOT = 0.8
 # The fraction by which a measured time may exceed its target without a warning.
 TIMING_ERROR = 0.01
+# From which factor of perplexity, or which loss of accuracy, on a network is said to be much worse.
+POOR_PERPLEXITY, POOR_ACCURACY = 1.25, 0.05
 # The largest change of a logit at a commit of a search that is not reported.
 MOVED = 1e-3
 
@@ -111,11 +113,12 @@ def _summarise_change(run: Run) -> Summary:
         remark += f"; predicted {q.amount(budget.predicted, measure)}" if budget.predicted else ""
         figures.append(SummaryRow(label, q.amount(budget.after, measure), q.amount(budget.before, measure), remark))
     _, quality = mean_perplexities(run.quality)
-    ratios = list[str]()
+    ratios, is_poor = list[str](), False
     for seen, text in ((True, "seen text"), (False, "unseen text")):
         first, last = mean_perplexities([row for row in run.quality if row.seen is seen])
         if last is not None:
             ratio = q.factor(last / first) if first else ""
+            is_poor = is_poor or (first is not None and last > POOR_PERPLEXITY * first)
             figures.append(SummaryRow(f"Perplexity, {text}", q.significant(last), q.significant(first), ratio))
             ratios += [f"{ratio} on {text}"] if ratio else []
     if ratios:
@@ -123,6 +126,7 @@ def _summarise_change(run: Run) -> Summary:
     if tasks := [row for row in run.quality if row.seen is None and row.lost is not None]:
         first, last = q.mean([row.value("before") for row in tasks]), q.mean([row.after for row in tasks])
         remark = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0].name
+        is_poor = is_poor or (first or 0.0) - (last or 0.0) > POOR_ACCURACY
         figures.append(SummaryRow("Accuracy", q.percent(last), q.percent(first), remark))
         if quality is None:
             quality = last
@@ -132,6 +136,7 @@ def _summarise_change(run: Run) -> Summary:
     elif quality is None:
         sentence += " The loss in quality was not measured."
     alarms = [describe_proof(run)] if is_broken(run) else []
+    alarms += ["it answers much worse than before: train it with the command below, or cut less"] if is_poor else []
     size = after.params_all if after else None
     return Summary(sentence, figures, _describe_training(run), size, quality, alarms)
 

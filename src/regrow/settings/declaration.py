@@ -70,6 +70,11 @@ class DeclaredSetting:
         return self.setting.option or f"--{self.name.replace('_', '-')}"
 
     @property
+    def negated(self) -> str:
+        """The name, without dashes, of the option that turns a switch off: ``no-reconstruct``."""
+        return f"no-{self.option.removeprefix('--')}"
+
+    @property
     def is_required(self) -> bool:
         """Whether the setting has no default and must be given."""
         return self.default is MISSING

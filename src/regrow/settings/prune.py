@@ -1,8 +1,8 @@
 """The settings of ``regrow prune``."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from regrow.core.amounts import Target
 from regrow.core.errors import InputError
@@ -10,6 +10,7 @@ from regrow.core.names import GENERATED
 from regrow.settings import shared
 from regrow.settings.constraints import OPEN_UNIT, Range
 from regrow.settings.declaration import MAX_COUNT, SEED, Setting, list_declared
+from regrow.settings.words import format_command_line
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"
 
@@ -32,6 +33,22 @@ def make_reconstruction_settings(sources: Collection[str]) -> dict[str, object]:
     }
 
 
+# Kind of model and data → what is chosen for it where no method is named.
+RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
+    "text": {
+        "method": "flap",
+        "method_settings": {"allocation": "measured"},
+        "sources": ("news", "code", "manual", "talk"),
+        "round_to": 32,
+        "reconstruct": True,
+    },
+    "text, in parts": {"method": "flap", "sources": ("news", "code", "manual", "talk"), "round_to": 32},
+    "examples": {"method": "fisher", "reconstruct": True},
+    "examples without labels": {"method": "flap", "reconstruct": True},
+    "no data": {"method": "magnitude"},
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of ``regrow prune``: everything that a pruning run depends on; ``run.json`` stores exactly this."""
@@ -43,9 +60,10 @@ class Settings:
         argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
     method: Annotated[str, Setting(
-        "The pruning method; `regrow methods` lists all.",
-        code=True, always_shown=True,
-    )] = "flap"
+        "The pruning method, with its own defaults; `regrow methods` lists all. Without it, method, sources, --round "
+        "and --reconstruct are chosen by the kind of model, and the run says how.",
+        code=True, always_shown=True, example="flap",
+    )] = ""
     method_settings: shared.MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
@@ -91,17 +109,18 @@ class Settings:
         "width. Repeatable: --mark neutral --mark folded cuts both.",
         option="--mark", group=WHERE, choices=("neutral", "competed", "folded", "restated"),
     )] = ("neutral",)
-    round_to: Annotated[int, Setting(
-        "Make widths multiples of this number (8, 64) where an axis has that many units; the budget still holds.",
+    round_to: Annotated[int | None, Setting(
+        "Make widths multiples of this number (8, 64) where an axis has that many units; the budget still holds. "
+        "Without --method, 32 in language models: quantised files store rows of other lengths in 16 bits.",
         option="--round", group=AMOUNT, range=Range(1, 2**20), example="8",
-    )] = 1
+    )] = None
     seed: Annotated[int, Setting(
         "Random seed of the text windows and of the method; the same seed gives the same plan.",
         group=DATA, range=SEED,
     )] = 0
     dtype: shared.Dtype = ""
     device: shared.Device = "cpu"
-    precision: shared.ForwardPrecision = "float32"
+    precision: shared.ForwardPrecision = ""
     input: shared.Input = ""
     tokens: Annotated[int, Setting(
         "Tokens (image models: images) per source to calibrate on; of generated text: --generated-tokens.",
@@ -122,16 +141,19 @@ class Settings:
         "Epochs of fine-tuning after pruning (image models).",
         group=AFTER, range=Range(0, 10**6), example="1",
     )] = 0
-    reconstruct: Annotated[bool, Setting(
-        "After the cut, fit every layer that reads cut units to its dense output by least squares; the ridge is judged "
-        "on each source in turn, left out of the fit (of a single source: on held-out text).",
+    reconstruct: Annotated[bool | None, Setting(
+        "After the cut, fit every layer that reads cut units to its dense output by least squares; its strength is "
+        "cross-validated over the sources (of a single one: on held-out text). On without --method.",
         group=AFTER,
-    )] = False
+    )] = None
     undo: shared.Undo = True
     # fmt: on
 
     def __post_init__(self) -> None:
         """Restate ``smaller`` as the target that is recorded, and check it."""
+        if self.method_settings and not self.method:
+            names = ", ".join(self.method_settings)
+            raise InputError(f"{names} is a setting of a method, and none is named; name it, such as --method flap")
         target, unit = self.target, ""
         if self.smaller is not None:
             list_declared(Settings)["smaller"].check(self.smaller)
@@ -144,3 +166,19 @@ class Settings:
             for name, value in (("target", target), ("keep", None), ("smaller", None)):
                 object.__setattr__(self, name, value)
         shared.check_formats(self.precision, dtype=self.dtype, measure=unit)
+
+
+def choose_defaults(settings: Settings, kind: str) -> Settings:
+    """Return settings with what was left open: nothing is added to a named method; else ``RECOMMENDED`` of a kind."""
+    chosen = {} if settings.method else RECOMMENDED[kind]
+    defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", **chosen}
+    left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
+    return replace(settings, **left_open)
+
+
+def describe_choice(asked: Settings, chosen: Settings) -> str:
+    """Return what was chosen where no method was named, as options; empty: one was."""
+    if asked.method:
+        return ""
+    words = format_command_line(replace(chosen, model="", keep=asked.keep, target=asked.target)).split()[2:]
+    return f"chosen: {' '.join(words)}"

@@ -70,7 +70,7 @@ def check_formats(precision: str, *, dtype: str = "", measure: str = "") -> None
     ``precision``: the format of forward passes, ``float32`` (always allowed) or ``bfloat16``; ``dtype``: the format in
     which weights are loaded, empty: as stored; ``measure``: what the target limits, such as ``"ms"``; empty: no target.
     """
-    if precision == "float32":
+    if precision in ("", "float32"):
         return
     if dtype not in ("", "float32"):
         raise InputError(

@@ -44,7 +44,7 @@ def _words(field: DeclaredSetting, value: Any) -> Iterator[str]:
         for name, part in value.items():
             yield from (field.option, f"{name}={part if isinstance(part, str) else json.dumps(part)}")
     elif field.type is bool:
-        yield field.option
+        yield field.option if value or field.default is not None else f"--{field.negated}"
     else:
         for part in value if field.is_repeated else (value,):
             yield from (str(part),) if field.setting.argument else (field.option, str(part))

@@ -54,18 +54,20 @@ class RunFolder:
         verb: str,
         settings: Mapping[str, object],
         defaults: Mapping[str, object] | None = None,
+        asked: Mapping[str, object] | None = None,
         command: str = "",
     ) -> "RunFolder":
         """Start a run in a new or empty folder and lock it, or resume the same run if it was interrupted.
 
         The run is the same if ``verb`` (the command, such as ``"prune"``), ``settings`` and ``defaults`` (of the
-        method; compared if given) are. ``command``: what users repeat to resume. Raises StoreError if the folder holds
+        method; compared if given) are; with ``asked``, the settings as they were given, these are compared instead of
+        ``settings``. ``command``: what users repeat to resume. Raises StoreError if the folder holds
         anything else, and LockedError if another process writes to it.
         """
         out = Path(out)
         identity: dict[str, Any] = {"verb": verb, "settings": settings}
-        if defaults is not None:
-            identity["defaults"] = defaults
+        identity |= {} if defaults is None else {"defaults": defaults}
+        identity |= {} if asked is None else {"asked": asked}
         cls.check(out, identity)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)

@@ -62,15 +62,16 @@ def check_repeatable(path: Path, run: Mapping[str, Any]) -> None:
 def check_same_run(path: Path, run: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raise StoreError unless ``run``, a ``run.json``, is that of ``identity`` and not finished; ``path``: its folder.
 
-    ``identity``: ``verb``, ``settings`` and perhaps ``defaults``, which are compared if given.
+    ``identity``: ``verb``, ``settings`` or ``asked``, and perhaps ``defaults``, which are compared if given.
     """
     if run["verb"] != identity["verb"]:
         raise StoreError(f"{path} holds a run of {run['verb']!r}; choose another folder, or delete it")
-    if difference := find_changed_setting(run["settings"], identity["settings"]):
-        name, was, now = difference
-        raise StoreError(
-            f"{path} holds another run ({name} was {was}, here {now}); choose another folder, or delete it"
-        )
+    for kind in ("asked", "settings"):
+        if kind in identity and (difference := find_changed_setting(run.get(kind) or identity[kind], identity[kind])):
+            name, was, now = difference
+            raise StoreError(
+                f"{path} holds another run ({name} was {was}, here {now}); choose another folder, or delete it"
+            )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
     if difference := find_changed_setting(run["defaults"], identity.get("defaults", run["defaults"])):

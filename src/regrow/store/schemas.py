@@ -81,6 +81,7 @@ class RunJson(msgspec.Struct, frozen=True):
     versions: dict[str, str]  # package → version
     started: str  # time in UTC, ISO format
     finished: str | None = None  # the same; None: the run is not finished
+    asked: dict[str, Any] | None = None  # the settings as they were given, if the run chooses what was left open
     notes: list[str] = []  # what readers of the results must know
     sources: list[SourceJson] = []
     seconds: dict[str, float] = {}  # part of the work → time that it took

@@ -19,8 +19,8 @@ from regrow.core.budget import Budget
 from regrow.core.sources import Batch, Source
 from regrow.jobs.pruning_inputs import collect_evidence
 from regrow.methods import MethodKind, find_method
-from regrow.methods.pruning import fisher
-from regrow.methods.pruning.fisher import ALL, INNER, RANKED
+from regrow.methods.pruning import measured
+from regrow.methods.pruning.measured import ALL, INNER, RANKED
 from regrow.methods.pruning.pruner import PlannedCut, plan_cut
 from regrow.scoring import spaces
 
@@ -122,7 +122,7 @@ def test_batches_without_labels_are_left_out_and_without_a_loss_the_first_blocks
     some = Source("a", [*none[:-1], batches[-1]])
     losses = cut(model, some, "fisher", MLP, axes, **MEASURED).findings["starts"]
     assert all(math.isfinite(loss) for loss in losses.values())
-    monkeypatch.setattr(fisher, "_compare_losses", lambda *given: {})
+    monkeypatch.setattr(measured, "_compare_losses", lambda *given: {})
     found = cut(model, some, "fisher", MLP, axes, **MEASURED)
     assert not found.findings and {key.split(".")[2] for key in found.plan.changes} == {"1"}
     assert "allocations were not compared: no batch has labels and a finite loss" in found.plan.origin["notes"]

@@ -1,0 +1,99 @@
+"""What is chosen where no method is named: the run says so, and a named method is left as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import regrow as package
+from cli.conftest import Run
+from regrow.core.errors import InputError
+from regrow.settings.prune import RECOMMENDED, Settings, choose_defaults
+
+SMALL = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
+
+
+def record(folder: str) -> dict[str, Any]:
+    return json.loads(Path(folder, "run.json").read_text())
+
+
+def test_a_language_model_gets_the_recommended_method_text_and_repair(regrow: Run, tiny_language_model: Path) -> None:
+    model = str(tiny_language_model)
+    code, out, err = regrow("prune", model, "--keep", "0.8", *SMALL, "--out", "run")
+    assert code == 0, err
+    run = record("run")
+    chosen = {name: run["settings"][name] for name in RECOMMENDED["text"]}
+    assert chosen == json.loads(json.dumps(RECOMMENDED["text"]))
+    assert run["asked"]["method"] == "" and run["settings"]["precision"] in ("float32", "bfloat16")
+    assert "note: chosen: --method flap --set allocation=measured" in " ".join(out.split())
+    code, _, err = regrow("prune", model, "--keep", "0.8", *SMALL, "--out", "run")
+    assert code == 2 and "holds this very run, finished" in err
+    code, _, err = regrow("prune", "--config", "run", model, "--out", "again")  # says what was chosen
+    assert code == 0, err
+    assert record("again")["settings"] == run["settings"]
+    assert Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
+
+
+def test_one_block_at_a_time_takes_what_runs_so(regrow: Run, tiny_language_model: Path) -> None:
+    words = ("prune", str(tiny_language_model), "--keep", "0.8", *SMALL, "--memory", "2GiB")
+    code, _, err = regrow(*words, "--out", "run")
+    assert code == 0, err
+    settings = record("run")["settings"]
+    assert (settings["method"], settings["method_settings"], settings["reconstruct"]) == ("flap", {}, False)
+
+
+def test_images_are_fitted_and_a_named_method_is_left_as_it_is(regrow: Run) -> None:
+    code, _, err = regrow("prune", "toys:classifier", "--keep", "0.6", "--source", "digits", "--out", "chosen")
+    assert code == 0, err
+    assert record("chosen")["settings"]["reconstruct"] is True
+    words = ("prune", "toys:classifier", "--keep", "0.6", "--source", "digits")
+    assert regrow(*words, "--method", "fisher", "--out", "named")[0] == 0
+    assert record("named")["settings"]["reconstruct"] is False and record("named")["settings"]["round_to"] == 1
+    assert regrow(*words, "--no-reconstruct", "--out", "plain")[0] == 0
+    assert record("plain")["settings"]["reconstruct"] is False
+    assert "--no-reconstruct" in record("plain")["command"]
+
+
+def test_what_is_stated_stays() -> None:
+    chosen = choose_defaults(Settings("m", keep=0.9, round_to=8, sources=("talk",)), "text")
+    assert (chosen.round_to, chosen.sources, chosen.reconstruct) == (8, ("talk",), True)
+    with pytest.raises(InputError, match="compensate is a setting of a method, and none is named"):
+        Settings("m", keep=0.9, method_settings={"compensate": False})
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+INPUTS, LABELS = torch.randn(64, 6), torch.randint(3, (64,))
+
+
+@pytest.mark.parametrize(
+    ("data", "method"),
+    [((INPUTS, LABELS), "fisher"), (INPUTS, "flap"), (None, "magnitude")],
+    ids=["labels", "no", "none"],
+)
+def test_python_chooses_by_the_data(data: Any, method: str) -> None:
+    _, plan = package.prune(network(), data, keep=0.5, example=INPUTS[:2])
+    assert plan.origin["method"] == method
+
+
+def test_python_wants_a_size_too() -> None:
+    with pytest.raises(InputError, match=r"say how much stays: keep=0\.8"):
+        package.prune(network(), (INPUTS, LABELS))
+
+
+def test_a_plan_and_evaluations_are_printed_in_a_screen() -> None:
+    net = nn.Sequential(*(layer for _ in range(60) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 3))
+    inputs = torch.randn(32, 8)
+    axes = package.trace(net, inputs)
+    plan = package.Plan.keeping(axes, {axis.key: range(4) for axis in axes.free()})
+    scores = package.evaluate(net, {f"set {i}": (inputs, torch.randint(3, (32,))) for i in range(40)})
+    for shown in (plan, axes, scores):
+        assert str(shown).count("\n") < 30 and "more" in str(shown)
+        assert "<table>" in shown._repr_html_()
+    assert repr(plan) == str(plan) and len(repr(scores)) < 3000
