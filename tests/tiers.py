@@ -31,10 +31,10 @@ class Tier:
     unlisted: float = 0.0
 
 
-TIERS = {"fast": Tier(0.1, 0.1, 0.05), "usual": Tier(2, 10), "all": Tier(inf, inf)}
+TIERS = {"fast": Tier(0.1, 0.1, 0.05), "usual": Tier(1.5, 10), "all": Tier(inf, inf)}
 WEIGHTS = {
-    "tests/test_laws.py::test_every_law_holds": 30,
-    "tests/test_fuzz.py::test_a_random_network_is_cut_exactly": 15,
+    "tests/test_laws.py::test_every_law_holds": 40,
+    "tests/test_fuzz.py::test_a_random_network_is_cut_exactly": 10,
     "tests/cli/test_modes.py::test_modes": 10,
 }
 """Functions whose cases are many different networks or runs: multiples of a tier's seconds."""

@@ -20,9 +20,16 @@ def test_a_size_is_recorded_in_one_way() -> None:
 
 
 def test_the_command_line_counts() -> None:
-    recorded = {"model": "m", "keep": 0.5, "target": "", "method_settings": {"a": 1, "b": 2}, "seed": 3}
+    recorded = {
+        "model": "m",
+        "method": "flap",
+        "keep": 0.5,
+        "target": "",
+        "method_settings": {"a": 1, "b": 2},
+        "seed": 3,
+    }
     built = build_settings(prune.Settings, {"target": "bytes=2M", "method_settings": {"b": 4}}, recorded)
-    assert built == prune.Settings("m", target="bytes=2M", method_settings={"a": 1, "b": 4}, seed=3)
+    assert built == prune.Settings("m", "flap", target="bytes=2M", method_settings={"a": 1, "b": 4}, seed=3)
     assert build_settings(prune.Settings, {"seed": 4}, recorded).keep == 0.5
     with pytest.raises(InputError, match=r"say how much stays, by one of --keep 0\.8, --target .* or --smaller 30%"):
         build_settings(prune.Settings, {"model": "m"}, {})
