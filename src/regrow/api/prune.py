@@ -129,14 +129,17 @@ def _find_kind(inputs: Inputs) -> str:
         return "text"
     if not inputs.sources:
         return "no data"
-    return "examples" if inputs.sources[0].batches[0].labels is not None else "examples without labels"
+    source = inputs.sources[0]
+    with preserve_random_state(source.generators):  # a loader may shuffle
+        is_labelled = source.batches[0].labels is not None
+    return "examples" if is_labelled else "examples without labels"
 
 
 def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
     """Load the network if it is named, trace it unless its axes are given, read the data, and choose what is open."""
     inputs = call.read(run.progress)
     reconstruct = config.reconstruct
-    config = choose_defaults(config, _find_kind(inputs))
+    config = choose_defaults(config, "" if config.method else _find_kind(inputs))
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
     if config.reconstruct:

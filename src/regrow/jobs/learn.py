@@ -290,8 +290,7 @@ def extend(invocation: Invocation, sequences: Sequence[str], *, without_old: boo
     folder = RunFolder.open_unfinished(out) or RunFolder(out)
     old = convert_settings(record["settings"], Settings)
     settings = replace(old, tasks=(*old.tasks, *added))
-    # Defaults of this version may differ from those with which the run was begun. The learner is built with the old
-    # ones; run.json keeps the settings as they were given.
+    # The learner is built with the defaults with which the run was begun; run.json keeps the settings as given.
     complete = replace(settings, method_settings={**record["defaults"], **old.method_settings})
     begun = RunToExtend(folder.path, old.tasks, finished_tasks, without_old, record.get("sequence"))
     run = invocation.start_run(settings, old.model, undo=False)

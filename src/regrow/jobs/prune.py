@@ -11,7 +11,7 @@ import torch
 from regrow import evaluation
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
-from regrow.core.errors import InputError
+from regrow.core.errors import InputError, RefusedError, ResourceError
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
@@ -52,6 +52,7 @@ from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import Settings, choose_defaults, describe_choice, make_reconstruction_settings
 from regrow.store import statistics
+from regrow.store.errors import StoreError
 from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
 from regrow.store.tensors import open_checkpoint
@@ -199,8 +200,8 @@ class PruneJob:
             with run.stage("reconstruct"):
                 try:
                     reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
-                except ValueError as error:
-                    if self.must_fit:
+                except ValueError as error:  # not of a full disk, say, which must not change a result
+                    if self.must_fit or isinstance(error, StoreError | ResourceError | RefusedError):
                         raise
                     fit_notes = (f"layers were not reconstructed: {error}",)
         notes = (*fit_notes, *self._tune(plan))
@@ -281,8 +282,10 @@ def _calibrate(
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:
     """Open the network, one block at a time if it exceeds ``--memory``, trace it, and open the data of the settings."""
     check_same_settings(run.ranks, settings, invocation.memory)
-    if invocation.memory or run.ranks.several:
+    if invocation.memory:
         settings = choose_defaults(settings, "text, in parts")
+    elif run.ranks.several and settings.reconstruct is None:
+        settings = replace(settings, reconstruct=False, precision=settings.precision or "float32")
     if settings.reconstruct and (invocation.memory or run.ranks.several):
         raise InputError(
             "--reconstruct runs in one process without --memory; leave it out, and use `regrow recover RUN --by refit`"
