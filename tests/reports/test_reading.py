@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from regrow.reports import ReportError, read_runs, to_html
-from regrow.reports.comparison import find_differences
+from regrow.reports.comparison import compare, find_differences
 from regrow.reports.summary import describe_proof, mean_perplexities, next_command, quality_table, summarise
 from regrow.store.metrics import VerifyRow
 from reports.folders import GROUPS, KINDS, LAYERS, NEURONS, ODD, mlp, rows_of, write_rows, write_run
@@ -210,6 +210,14 @@ def test_compared_runs_have_names_of_their_own_and_the_settings_that_differ(tmp_
     runs = read_runs(folders)
     assert [run.name for run in runs] == ["run #1", "run #2", "run #3"]
     assert find_differences(runs) == {"method": ["flap", "flap", "random"], "seed": ["0", "1", "0"]}
+    compared = compare(runs)
+    assert len(compared.averages) == 1
+    assert compared.averages[0].startswith("run #1, run #2: perplexity ")
+    assert not any("differ in" in alarm for alarm in compared.alarms)
+    edit(folders[1] / "run.json", lambda run: run["settings"].update(tokens=99))
+    compared = compare(read_runs(folders))
+    assert not compared.averages
+    assert any("differ in tokens, too" in alarm for alarm in compared.alarms)
 
 
 def test_a_setting_of_one_run_may_be_the_default_of_another(tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 
 from hand import conv, mlp
 from regrow.core.sources import Batch, Source
+from regrow.training.schedule import Schedule
 from regrow.training.tune import finetune, recalibrate
 
 
@@ -41,7 +42,13 @@ def test_finetuning_learns_and_repeats() -> None:
         model, _ = conv()
         model.eval()
         before, rows = loss(model), []
-        finetune(model, pictures(), epochs=6, lr=0.1, seed=3, progress=lambda *row: rows.append(row))
+        finetune(
+            model,
+            [pictures()],
+            epochs=6,
+            schedule=Schedule(lr=0.1, decay="cosine", clip=1.0, seed=3),
+            progress=lambda *row: rows.append(row),
+        )
         assert not model.training and loss(model) < 0.8 * before
         return rows, model[0].weight.detach()
 
@@ -53,7 +60,7 @@ def test_finetuning_learns_and_repeats() -> None:
 def test_what_cannot_be_trained_on_is_refused() -> None:
     model, _ = conv()
     with pytest.raises(ValueError, match="there are no labels"):
-        finetune(model, Source("u", [Batch((torch.randn(2, 3, 5, 5),))]))
+        finetune(model, [Source("u", [Batch((torch.randn(2, 3, 5, 5),))])])
     model[3].bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="smaller learning rate"):
-        finetune(model, pictures())
+        finetune(model, [pictures()])

@@ -15,17 +15,25 @@ from regrow.api.inputs import (
     Inputs,
     LossLike,
     ModelLike,
+    Precision,
     choose_reading,
     explain_no_network,
     find_side,
     require_weights,
-    to_example,
 )
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, device_of, generators_of, move_inputs, preserve_random_state, seed_generators
+from regrow.core.sources import (
+    Source,
+    device_of,
+    generators_of,
+    move_inputs,
+    preserve_random_state,
+    seed_generators,
+    to_example,
+)
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources
 from regrow.jobs.models import ModelSpec, attach_origin, load_model
@@ -51,7 +59,7 @@ class Call:
     tokenizer: Any = None
     batch_size: int = 32
     device: DeviceLike = None
-    precision: str = "float32"
+    precision: Precision = "float32"
     axes: AxisGraph | None = None  # the network's, if known; their example then replaces ``example``
     out: str | Path | None = None  # the run folder to write; None: nothing is written
     generators: tuple[Generator, ...] = ()  # the random generators of the loaders in the data (``with_generators``)
@@ -85,7 +93,7 @@ class Call:
         model = model if device is None else model.to(device)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         example = self.example if self.axes is None else self.axes.example
-        known_example = known_example if example is None else to_example(example)
+        known_example = known_example if example is None else to_example(example, model)
         guess = known_example or guess_example(model)
         side = find_side(guess.args if guess else ())
         reading = choose_reading(model, tokenizer, self.batch_size, side)

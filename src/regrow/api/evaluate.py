@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from regrow.api.call import Call
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, Precision
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
 from regrow.evaluation.scores import Evaluation, Evaluations
@@ -21,7 +21,7 @@ def evaluate(
     tokenizer: Any = None,
     batch_size: int = 32,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     memory: str = "",
     progress: Progress = silent,
 ) -> Evaluations:

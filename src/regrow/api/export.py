@@ -2,21 +2,30 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from regrow.api.inputs import ModelLike, to_example
+from regrow.api.inputs import ModelLike
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
+from regrow.core.sources import to_example
 from regrow.exporters import ExportResult
 from regrow.jobs.export import ExportInputs, export_network, open_named
 from regrow.jobs.recording import Invocation
 from regrow.settings.export import Settings
 
+Format = Literal["transformers", "gguf", "onnx", "torchvision"]
+
 
 def export(
-    model: ModelLike, out: str | Path, *, format: str, dtype: str = "", example: Any = None, progress: Progress = silent
+    model: ModelLike,
+    out: str | Path,
+    *,
+    format: Format,
+    dtype: str = "",
+    example: Any = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Write a network in a format of other tools, read it back, and compare it with the network.
 
@@ -56,6 +65,6 @@ def export(
         opened = (
             ExportInputs(model) if isinstance(model, nn.Module) else open_named(settings, Invocation(progress=progress))
         )
-        return opened if example is None else replace(opened, example=to_example(example))
+        return opened if example is None else replace(opened, example=to_example(example, opened.model))
 
     return export_network(settings, inputs, Path(out), progress=progress)

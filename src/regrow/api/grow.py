@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from regrow.api.call import Call
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, Precision
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
@@ -45,7 +45,7 @@ def grow(
     batch_size: int = 32,
     example: Any = None,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     axes: AxisGraph | None = None,
     out: str | Path | None = None,
     progress: Progress = silent,

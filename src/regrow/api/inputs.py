@@ -1,16 +1,17 @@
 """Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
-from regrow.core.objectives import LossFunction, Objective
+from regrow.core.objectives import IGNORED, LossFunction, Objective
 from regrow.core.sources import Batch, Source, device_of
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import INPUT_KEYS
@@ -23,6 +24,8 @@ ModelLike = nn.Module | str | Path
 DeviceLike = str | torch.device | None
 # A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels.
 LossLike = str | LossFunction | Objective | None
+# In what forward passes compute matrix products and convolutions.
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,20 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
     normalised = not isinstance(origin, Origin) or origin.normalised_images
     formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtype = formats.pop() if len(formats) == 1 else None
-    return ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype)
+    seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    decoder_inputs = partial(_shift_right, model) if seq2seq else None
+    return ReadOptions(
+        batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype, decoder_inputs=decoder_inputs
+    )
+
+
+def _shift_right(model: Any, labels: Tensor) -> Tensor:
+    """Return the decoder's input for the tokens it is to predict, ``[sequences, tokens]``, as transformers makes it."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return cast(Tensor, model.prepare_decoder_input_ids_from_labels(labels))
+    shifted = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == IGNORED, model.config.pad_token_id)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted
 
 
 def find_side(inputs: Sequence[object]) -> int:
@@ -110,32 +126,3 @@ def explain_no_network(model: object, data: object) -> str:
     elif isinstance(data, nn.Module):
         got += "; the network comes first, then the data"
     return f"model must be a torch.nn.Module, a model's name or a run folder, {got}"
-
-
-def to_example(example: Any) -> Example:
-    """Convert an example input: a tensor, a tuple or list of inputs, a dict of inputs by name, or a batch.
-
-    Raise InputError for anything else, ``None`` and tuples of integers (sizes) included. Tensors are not copied.
-
-    >>> import torch
-    >>> to_example({"x": torch.ones(1)}).kwargs
-    {'x': tensor([1.])}
-    """
-    match example:
-        case Example():
-            return example
-        case Batch():
-            return Example(example.args, example.kwargs)
-        case Tensor():
-            return Example((example,))
-        case tuple() | list() if example and all(isinstance(size, int) for size in example):
-            sizes = ", ".join(map(str, example))
-            raise InputError(f"example must hold tensors, got sizes; write torch.ones({sizes})")
-        case tuple() | list():
-            return Example(tuple(example))
-    if isinstance(example, Mapping):
-        return Example((), {str(name): value for name, value in example.items()})
-    raise InputError(
-        f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "
-        "for example torch.ones(1, 3, 224, 224)"
-    )

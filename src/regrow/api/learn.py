@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from regrow.api.call import Call, describe_argument
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, require_weights
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision, choose_reading, require_weights
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
@@ -30,12 +30,13 @@ from regrow.jobs.starting import make_task_schedule
 from regrow.settings.learn import Settings
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.store.statistics import parameter_sums
-from regrow.training.continual import TaskSchedule, accuracy_matrix
-from regrow.training.schedule import NO_AXES
+from regrow.training.continual import accuracy_matrix
+from regrow.training.schedule import NO_AXES, Schedule
 from regrow.training.state import CHECKPOINT
 
 # ``"sgd"``, ``"adamw"``, or a function (parameter groups) → optimizer.
-OptimizerLike = str | Callable[[Any], torch.optim.Optimizer]
+OptimizerLike = Literal["sgd", "adamw"] | Callable[[Any], torch.optim.Optimizer]
+AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def learn(
     *,
     method: str = "sparsegrow",
     settings: Mapping[str, Any] | None = None,
-    scenario: str = "domain",
+    scenario: Literal["domain", "class", "task"] = "domain",
     loss: LossLike = None,
     epochs: int = 5,
     batch_size: int = 64,
@@ -94,7 +95,7 @@ def learn(
     lr: float = 0.01,
     weight_decay: float = 0.0,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     seed: int = 0,
     example: Any = None,
     axes: AxisGraph | None = None,
@@ -198,7 +199,7 @@ def find_objective(model: nn.Module, loss: LossLike, batch: Batch) -> Objective:
     return objective
 
 
-def with_optimizer(schedule: TaskSchedule, optimizer: OptimizerLike) -> TaskSchedule:
+def with_optimizer(schedule: AnySchedule, optimizer: OptimizerLike) -> AnySchedule:
     """Return a copy of the schedule with an optimizer, given by name or as a function (parameter groups) → optimizer.
 
     Raise InputError for anything else. Names are not checked here.

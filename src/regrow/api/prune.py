@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from regrow.api.call import Call
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision
 from regrow.core.amounts import parse_share
 from regrow.core.axes import AxisGraph, Mark
 from regrow.core.errors import InputError
@@ -42,7 +42,7 @@ def prune(
     tokenizer: Any = None,
     batch_size: int = 32,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     axes: AxisGraph | None = None,
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),

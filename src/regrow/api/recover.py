@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from regrow.api.call import Call, digest_repr
-from regrow.api.inputs import DeviceLike, LossLike, ModelLike
+from regrow.api.inputs import DeviceLike, LossLike, ModelLike, Precision
+from regrow.api.learn import OptimizerLike, with_optimizer
 from regrow.core.axes import AxisGraph
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
@@ -27,6 +28,7 @@ from regrow.store.building import describe_origin
 from regrow.store.ledger import with_branches_of
 from regrow.store.statistics import parameter_sums
 from regrow.training import tune
+from regrow.training.schedule import Schedule
 
 
 def recover(
@@ -42,7 +44,7 @@ def recover(
     tokenizer: Any = None,
     batch_size: int = 4,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     seed: int = 0,
     axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -146,26 +148,33 @@ def finetune(
     data: Any,
     *,
     epochs: int = 1,
+    optimizer: OptimizerLike = "sgd",
     lr: float = 0.01,
     weight_decay: float = 1e-4,
+    decay: Literal["cosine", "constant"] = "cosine",
+    warm_up: float = 0.0,
     loss: LossLike = None,
     tokenizer: Any = None,
     batch_size: int = 32,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     seed: int = 0,
     recalibrate: bool = False,
     progress: Progress = silent,
 ) -> nn.Module:
-    """Train a network by SGD with Nesterov momentum 0.9, with a learning rate that falls as a half cosine.
+    """Train a network on all of the data, at a learning rate that falls as a half cosine.
 
     Args:
         model: The network, changed in place and left in the mode it was in; or a model's name or a run folder.
         data: The training data, as for :func:`regrow.prune`, with labels; or batches for a network that returns its
             own loss, as detection models do.
-        epochs: Passes over each source of the data; several are trained on one after the other.
-        lr: The first learning rate, of each source.
+        epochs: Passes over the data, in which several sets are mixed; loaders among them come one after the other.
+        optimizer: ``"sgd"``, with Nesterov momentum 0.9; ``"adamw"``, for transformers, with a rate such as 1e-4; or a
+            function from parameter groups to an optimizer, which replaces ``lr`` and ``weight_decay``.
+        lr: The largest learning rate.
         weight_decay: Weight decay.
+        decay: ``"cosine"``: the learning rate falls to 0 over all steps; ``"constant"``: it does not.
+        warm_up: The fraction of the steps over which the learning rate first rises to ``lr``.
         loss: The loss, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
@@ -196,10 +205,13 @@ def finetune(
         raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
     if not any(p.requires_grad for p in inputs.model.parameters()):
         raise InputError("no parameter of the network has requires_grad; set it for what is to be trained")
-    train = partial(tune.finetune, inputs.model, epochs=epochs, lr=lr, weight_decay=weight_decay, seed=seed)
+    schedule = Schedule("sgd", lr, weight_decay, decay, warm_up, clip=1.0, seed=seed)
+    schedule = with_optimizer(schedule, optimizer)
     with torch.enable_grad(), autocasting(inputs.model, precision):
-        for source in inputs.sources:
-            train(source, objective=inputs.objective, progress=progress)
+        objective = inputs.objective
+        tune.finetune(
+            inputs.model, inputs.sources, epochs=epochs, schedule=schedule, objective=objective, progress=progress
+        )
         if recalibrate:
             tune.recalibrate(inputs.model, inputs.sources)
     return inputs.model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from regrow.api.call import Call, describe_argument
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, choose_reading, find_side
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision, choose_reading, find_side
 from regrow.api.learn import OptimizerLike, find_objective, first_batch, with_optimizer
 from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
@@ -43,7 +43,7 @@ def search(
     lr: float = 0.01,
     weight_decay: float = 0.0,
     device: DeviceLike = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     seed: int = 0,
     example: Any = None,
     axes: AxisGraph | None = None,

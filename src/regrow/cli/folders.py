@@ -46,6 +46,8 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     else:
         compared = comparison.compare(records)
         print_table(compared.table.title, compared.table.columns, compared.table.rows)
+        for line in compared.averages:
+            say(line)
         for alarm in compared.alarms:
             say(f"note: {alarm}")
     say(f"page: {out}")

@@ -1,5 +1,6 @@
 """Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
 
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from regrow.core.axes import Example
 from regrow.core.errors import InputError, first_line
 
 R = TypeVar("R")
 # The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 
 
@@ -113,6 +116,36 @@ class Source:
     def tokens(self) -> int:
         """The number of labelled positions of all batches (tokens of text, or images); reads them all."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def to_example(example: object, model: nn.Module) -> Example:
+    """Convert an example input: a tensor, a tuple or list of inputs, a dict of inputs by name, or a batch.
+
+    Labels in a dict are left out unless ``model`` takes them. Raise InputError for anything else, ``None`` and tuples
+    of integers (sizes) included. Tensors are not copied.
+
+    >>> to_example({"input": torch.ones(1), "labels": torch.ones(1)}, nn.ReLU()).kwargs
+    {'input': tensor([1.])}
+    """
+    match example:
+        case Example():
+            return example
+        case Batch():
+            return Example(example.args, example.kwargs)
+        case Tensor():
+            return Example((example,))
+        case tuple() | list() if example and all(isinstance(size, int) for size in example):
+            sizes = ", ".join(map(str, example))
+            raise InputError(f"example must hold tensors, got sizes; write torch.ones({sizes})")
+        case tuple() | list():
+            return Example(tuple(example))
+    if isinstance(example, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        return Example((), {str(key): x for key, x in example.items() if key in taken or key not in LABEL_KEYS})
+    raise InputError(
+        f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "
+        "for example torch.ones(1, 3, 224, 224)"
+    )
 
 
 def visible_positions(batch: Batch) -> Tensor | None:

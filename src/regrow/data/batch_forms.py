@@ -1,7 +1,7 @@
 """One batch of a user's data: split into inputs and labels, checked, and cast to what networks and losses take."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from regrow.core.errors import first_line
 from regrow.core.objectives import IGNORED
-from regrow.core.sources import Batch, describe
+from regrow.core.sources import LABEL_KEYS, Batch, describe
 from regrow.data.halves import SourceError
 
-LABEL_KEYS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
 TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", *LABEL_KEYS)  # tokenizers return lists under these keys
 
 
@@ -29,6 +28,8 @@ class ReadOptions:
     # Labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them: they are
     # shifted by one, and made of ``input_ids`` if missing.
     shift: bool = False
+    # Labels → ``decoder_input_ids`` of batches without them, for encoder-decoder models of transformers.
+    decoder_inputs: Callable[[Tensor], Tensor] | None = None
     normalised: bool = True  # images from files, as torchvision's pretrained networks expect; else 0 to 1
     dtype: torch.dtype | None = None  # to which floating-point inputs are cast; ``None``: they keep theirs
 
@@ -40,13 +41,13 @@ class ReadOptions:
 DEFAULTS = ReadOptions()
 
 
-def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
+def to_batch(item: Any, where: str = "the batch", reading: ReadOptions = DEFAULTS) -> Batch:
     """Return one batch of a user's loader as inputs and labels, or raise SourceError; ``where`` names it in messages.
 
     ``item``: a tensor, a tuple whose last part is the labels, or a mapping by name. Labels are not checked yet.
-    ``shift``: as in :class:`ReadOptions`.
+    Of ``reading``, ``shift`` and ``decoder_inputs`` count.
 
-    >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, shift=True).labels
+    >>> to_batch({"input_ids": torch.tensor([[5, 6, 7]])}, reading=ReadOptions(shift=True)).labels
     tensor([[   6,    7, -100]])
     """
     if isinstance(item, Batch):
@@ -54,10 +55,10 @@ def to_batch(item: Any, where: str = "the batch", shift: bool = False) -> Batch:
     if isinstance(item, Tensor | np.ndarray):
         return Batch((item,))
     if isinstance(item, Mapping):
-        return _mapping_batch({str(key): value for key, value in item.items()}, where, shift)
+        return _mapping_batch({str(key): value for key, value in item.items()}, where, reading)
     if isinstance(item, tuple | list) and item:
         if len(item) == 1:
-            return to_batch(item[0], where, shift)
+            return to_batch(item[0], where, reading)
         *inputs, last = item
         if isinstance(last, Sequence) and last and isinstance(last[0], Mapping):
             return Batch((*inputs, last))  # detection: the network takes its targets as an input
@@ -222,15 +223,19 @@ def are_labels(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
 
 
-def _mapping_batch(item: dict[str, Any], where: str, shift: bool) -> Batch:
-    """Return a batch of a mapping; with ``shift``, causal-LM labels are made of ``input_ids`` if missing, and shifted.
+def _mapping_batch(item: dict[str, Any], where: str, reading: ReadOptions) -> Batch:
+    """Return a batch of a mapping, with inputs that transformers makes of labels, or labels that it makes of inputs.
 
-    Labels stand under one of ``LABEL_KEYS``. They are checked here with ``shift``, and else by whoever reads the batch.
+    Labels stand under one of ``LABEL_KEYS``. They are checked here in these cases, else by whoever reads the batch.
     """
     item = {key: _to_tensor(value, where) if key in TOKEN_KEYS else value for key, value in item.items()}
     labels = next((item.pop(key) for key in LABEL_KEYS if key in item), None)
     ids = item.get("input_ids")
-    if not shift or not isinstance(ids, Tensor):
+    labels = _to_tensor(labels, where)
+    if reading.decoder_inputs is not None and getattr(labels, "ndim", 0) == 2 and "decoder_input_ids" not in item:
+        labels = check_labels(labels, where)
+        item["decoder_input_ids"] = reading.decoder_inputs(labels)
+    if not reading.shift or not isinstance(ids, Tensor):
         return Batch((), item, labels)
     if ids.dim() != 2:
         raise SourceError(f"{where}: input_ids have shape {list(ids.shape)}; give [sequences, tokens] in each batch")

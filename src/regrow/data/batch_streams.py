@@ -63,7 +63,7 @@ class BatchStream(LazyBatches):
             if i == self.number:
                 raise self._count_error(f"more than {i}")
             where = f"source {self.name!r}, batch {i}"
-            batch = check_batch(to_batch(item, where, self.reading.shift), where, self.reading.dtype, first)
+            batch = check_batch(to_batch(item, where, self.reading), where, self.reading.dtype, first)
             first = first or batch
             if not isinstance(self.loader, list | tuple | DataLoader):  # which may use its tensors again
                 args, kwargs, labels = tree_map_only(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regrow.core.sources import Batch, Source
-from regrow.data.batch_forms import DEFAULTS, LABEL_KEYS, ReadOptions, from_array, is_example_list
+from regrow.core.sources import LABEL_KEYS, Batch, Source
+from regrow.data.batch_forms import DEFAULTS, ReadOptions, from_array, is_example_list
 from regrow.data.batch_streams import BatchStream, read_stream
 from regrow.data.halves import Half, SourceError
 from regrow.data.text import Text, chat_text, load_files, text, windows

@@ -16,6 +16,7 @@ from regrow.core.budget import Budget
 from regrow.core.errors import first_line
 from regrow.core.objectives import CLASSIFICATION, MULTI_LABEL, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, Source, preserve_random_state, seed_generators
+from regrow.data.batch_streams import join_batches
 from regrow.evaluation.scores import Evaluation, evaluate_objective
 from regrow.evaluation.timing import fastest_pass, set_row_length
 from regrow.jobs.inputs import SourceHalves
@@ -32,6 +33,7 @@ class EvaluationData:
     halves: SourceHalves  # networks are evaluated on the evaluation halves
     objective: Objective | None = None  # what networks are trained for; `None`: text with a tokenizer, else classes
     precision: str = "float32"  # the precision of forward passes
+    windows: int = 1  # how many windows of text run at a time
 
 
 def round_column(recoveries: int) -> dict[str, int]:
@@ -71,7 +73,8 @@ def measure_network(
         seed_generators(generators)
         results: Iterable[evaluation.Perplexity | evaluation.Accuracy | Evaluation]
         if objective is NEXT_TOKEN or (objective is None and loaded.tokenizer is not None):
-            results = _evaluate_text(run, loaded, tests, name, network)
+            joined = [join_batches(test, data.windows) for test in tests]
+            results = _evaluate_text(run, loaded, joined, name, network)
         else:
             results = _evaluate_examples(run, loaded, tests, name, objective)
         try:

@@ -48,7 +48,9 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
     network, window, sources = opened.network(), settings.seq_len, len(settings.sources)
     calibrated = sources * count_windows(settings.tokens, window)
     windows = max(calibrated, (sources + len(settings.unseen)) * count_windows(settings.eval_tokens, window))
-    size = max(settings.batch_size, min(MAX_BATCH_WINDOWS, windows)) if pruner.products else settings.batch_size
+    size = settings.batch_size or 1
+    if pruner.products:
+        size = max(size, min(MAX_BATCH_WINDOWS, windows))
     batches = -(-windows // size)  # rounded up
     plan = plan_memory(network, parse_bytes(invocation.memory), batches, window * size)
     if pruner.products:
@@ -161,7 +163,7 @@ def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwo
         summed = sums * sum(4 * model.get_parameter(name).numel() for name in names)
         needed.append(2 * size + summed + _predict_activation_bytes(model, window))
     elif Need.FISHER in pruner.needs or pruner.runs_network:
-        needed.append(2 * size + settings.batch_size * _predict_activation_bytes(model, window))
+        needed.append(2 * size + (settings.batch_size or 1) * _predict_activation_bytes(model, window))
     return SPARE_BYTES + max(needed) if needed else 0
 
 

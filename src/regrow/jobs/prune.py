@@ -158,7 +158,7 @@ class PruneJob:
         model, axes, record = inputs.network.loaded.model, inputs.axes, run.record
         forward = partial(autocasting, model, settings.precision)
         with run.stage("calibrate"), torch.enable_grad(), forward():  # a caller in Python may have gradients off
-            evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size)
+            evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size or 1)
         if not run.ranks.leads:
             return read_plan(json.loads(broadcast_record(run.ranks))), ()
         checkpoint = record.path / "statistics" / "learned.safetensors" if record.is_kept else None
@@ -199,7 +199,8 @@ class PruneJob:
             sources = self.inputs.data.calibration
             with run.stage("reconstruct"):
                 try:
-                    reconstruct(RecoveryTask(model, dense, axes, plan, sources, progress=run.progress), record=record)
+                    task = RecoveryTask(model, dense, axes, plan, sources, progress=run.progress)
+                    reconstruct(task, record=record, precision=settings.precision)
                 except ValueError as error:  # not of a full disk, say, which must not change a result
                     if self.must_fit or isinstance(error, StoreError | ResourceError | RefusedError):
                         raise
@@ -223,7 +224,8 @@ class PruneJob:
             if not run.ranks.leads:
                 return {}
             run = replace(run, ranks=SINGLE)
-        data = EvaluationData(inputs.data, inputs.objective, self.settings.precision)
+        settings = self.settings
+        data = EvaluationData(inputs.data, inputs.objective, settings.precision, settings.batch_size or 1)
         with self.run.stage("evaluate"):
             return measure_network(run, network.loaded, axes, data, name, network=network.streamed)
 
@@ -233,8 +235,8 @@ class PruneJob:
         epochs, seed, progress = settings.finetune, settings.seed, self.run.progress
         with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
             if epochs and loaded.tokenizer is None:
-                for source in calibration:
-                    tune.finetune(loaded.model, source, epochs=epochs, seed=seed, progress=progress)
+                schedule = replace(tune.FINETUNING, seed=seed)
+                tune.finetune(loaded.model, calibration, epochs=epochs, schedule=schedule, progress=progress)
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
 

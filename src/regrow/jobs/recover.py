@@ -36,7 +36,7 @@ from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
 from regrow.settings.declaration import check_settings
-from regrow.settings.recover import Settings
+from regrow.settings.recover import CLOSED_FORM, Settings
 from regrow.store.ledger import with_branches_of
 from regrow.store.run_folder import RunFolder
 from regrow.streaming.requirements import MemoryPlan
@@ -95,7 +95,8 @@ def recover_network(
             task = replace(task, objective=opened.objective, streamed=pair)
             task = replace(task, progress=run.progress, parallel=Parallel(run.ranks))
             origin, number = dense.origin.record(), len(settings.before) + 1
-            summary = recover(record, task, settings.by, settings.recovery_settings, origin=origin, precision=precision)
+            passes = "float32" if settings.by in CLOSED_FORM else precision
+            summary = recover(record, task, settings.by, settings.recovery_settings, origin=origin, precision=passes)
             record.log("recovery", {"by": settings.by, **summary, **round_column(number)})
         if record.is_kept:
             outside = streamed.outside(loaded, pair.changed) if streamed and pair else None

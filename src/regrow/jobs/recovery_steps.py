@@ -18,7 +18,6 @@ from regrow.methods.recovery import Recovery, RecoveryTask
 from regrow.nets import ModelError
 from regrow.nets.devices import autocasting
 from regrow.settings.prune import Settings, make_reconstruction_settings
-from regrow.settings.recover import CLOSED_FORM
 from regrow.settings.recover import Settings as RecoverSettings
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder
@@ -41,7 +40,7 @@ def recover(
     """Recover ``task.model`` in place by method ``by``, or resume that; return its summary, ``tokens`` and ``seconds``.
 
     ``name`` is that of the checkpoint, and ``origin`` says how the dense network was built: both with a folder only.
-    ``precision``: of passes, but for closed-form methods. On all ranks ``task.model`` is afterwards that of rank 0.
+    ``precision``: of forward passes. On all ranks ``task.model`` is afterwards that of rank 0.
     """
     method: Recovery = find_method(MethodKind.RECOVERY, by).create(by, settings)
     key, spent_seconds = "", 0.0  # in earlier attempts
@@ -63,7 +62,6 @@ def recover(
     def header() -> dict[str, object]:
         return {"key": key, "seconds": spent_seconds + time.perf_counter() - start}
 
-    precision = "float32" if by in CLOSED_FORM else precision
     with autocasting(task.model, precision), autocasting(task.dense, precision):
         summary = method(replace(task, header=header))
     seconds = round(spent_seconds + time.perf_counter() - start, 1)
@@ -71,14 +69,18 @@ def recover(
 
 
 def reconstruct(
-    task: RecoveryTask, changed: Mapping[str, object] | None = None, record: Record = UNRECORDED
+    task: RecoveryTask,
+    changed: Mapping[str, object] | None = None,
+    record: Record = UNRECORDED,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Fit every layer of ``task.model`` that reads cut units by least squares, in place, or resume that.
 
-    Logs and returns the summary of :func:`recover`. ``changed``: settings of ``refit`` unlike ``prune --reconstruct``.
+    Logs and returns the summary of :func:`recover`. ``changed``: settings of ``refit`` unlike ``prune --reconstruct``;
+    ``precision``: of forward passes; sums are in float32 at least.
     """
     settings = {**make_reconstruction_settings([source.name for source in task.sources]), **(changed or {})}
-    row = recover(record, task, "refit", settings, name="reconstruction")
+    row = recover(record, task, "refit", settings, name="reconstruction", precision=precision)
     record.log("reconstruction", row)
     if "note" in row:
         record.update(notes=[*record.read_record().get("notes", ()), f"reconstruction: {row['note']}"])

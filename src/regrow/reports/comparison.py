@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import mean, stdev
 
 from regrow.reports import quantities as q
 from regrow.reports.figures import Drawing, draw_front
@@ -10,6 +11,8 @@ from regrow.reports.summary import Summary, SummaryTable, summarise
 
 # Settings in which runs must agree, or their quality cannot be compared.
 EVALUATION = ("tasks", "data", "scenario", "train", "test", "validation", "eval_tokens", "seq_len")
+# Settings of a command in which compared runs are meant to differ.
+COMPARED = ("method", "seed", "keep", "target", "run", "out")
 # Text domains and tasks that a headline names.
 MAX_NAMES = 8
 
@@ -21,6 +24,7 @@ class Comparison:
     headline: str
     table: SummaryTable  # a row per run, with the settings in which they differ
     alarms: list[str]  # warnings: sentences
+    averages: list[str]  # of runs that differ in their seed alone: sentences
     runs: list[Run]  # with the quality on what all runs were evaluated on alone
     summaries: list[Summary]  # one per run, in the same order
 
@@ -54,11 +58,15 @@ def compare(runs: Sequence[Run]) -> Comparison:
         alarms.append(f"The runs differ in {', '.join(unfair)}: their quality cannot be compared.")
     elif len({_evaluated_tasks(run) for run in runs}) > 1:
         alarms.append("The runs differ in tasks or in what was evaluated: their quality cannot be compared.")
+    declared = {name for run in runs for name in run.file.settings}
+    if others := [name for name in differences if name in declared and name not in (*COMPARED, *EVALUATION)]:
+        alarms.append(f"The runs differ in {', '.join(others)}, too: what one gains may come from that.")
     alarms += [f"{run.name}: {alarm}" for run, summary in zip(runs, summaries, strict=True) for alarm in summary.alarms]
     if any(len(set(seen)) > 1 for seen in seen_in.values()):
         alarms.append("The runs were calibrated on different text: a domain that any of them did not see is unseen.")
     table = _tabulate(headline, runs, summaries, differences)
-    return Comparison(headline=headline, table=table, alarms=alarms, runs=compared, summaries=summaries)
+    averages = _average_seeds(compared, summaries, differences)
+    return Comparison(headline, table, alarms, averages, compared, summaries)
 
 
 def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -67,6 +75,24 @@ def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     columns = {name: [table[name] for table in tables] for name in shared}
     return {name: values for name, values in columns.items() if len(set(values)) > 1 and name != "run"}
+
+
+def _average_seeds(runs: Sequence[Run], summaries: Sequence[Summary], differences: dict[str, list[str]]) -> list[str]:
+    """Return the mean and standard deviation of the quality of runs that differ in nothing but their seed."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    others = [values for name, values in differences.items() if name != "seed"]
+    for i, _ in enumerate(runs):
+        groups.setdefault(tuple(values[i] for values in others), []).append(i)
+    lines = []
+    for members in groups.values():
+        values = [value for i in members if (value := summaries[i].quality) is not None]
+        if len(values) > 1:
+            is_text = any(row.seen is not None for i in members for row in runs[i].quality)
+            scale, what = (1, "perplexity") if is_text else (100, "accuracy in %")
+            names = ", ".join(runs[i].name for i in members)
+            figures = f"{scale * mean(values):.4g} ± {scale * stdev(values):.2g}"
+            lines.append(f"{names}: {what} {figures} (mean and standard deviation of {len(values)} seeds)")
+    return lines
 
 
 def _tabulate(

@@ -41,6 +41,7 @@ RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
         "sources": ("news", "code", "manual", "talk"),
         "round_to": 32,
         "reconstruct": True,
+        "batch_size": 4,
     },
     "text, in parts": {"method": "flap", "sources": ("news", "code", "manual", "talk"), "round_to": 32},
     "examples": {"method": "fisher", "reconstruct": True},
@@ -130,11 +131,11 @@ class Settings:
         "Tokens of --source generated.",
         group=DATA, range=Range(1, MAX_COUNT),
     )] = 12288
-    batch_size: Annotated[int, Setting(
-        "Windows of text (image models: images) that calibration runs at a time; 8 is faster than 1 and takes more "
-        "memory. Methods that need gradients of weights run one at a time.",
+    batch_size: Annotated[int | None, Setting(
+        "Windows of text (image models: images) that run at a time; more are faster and take more memory. Methods that "
+        "need gradients of weights run one at a time. Without --method, 4 windows of text; else 1.",
         group=DATA, range=Range(1, 2**16), example="8",
-    )] = 1
+    )] = None
     eval_tokens: shared.EvalTokens = 2048
     seq_len: shared.SeqLen = 256
     finetune: Annotated[int, Setting(
@@ -171,7 +172,7 @@ class Settings:
 def choose_defaults(settings: Settings, kind: str) -> Settings:
     """Return settings with what was left open: nothing is added to a named method; else ``RECOMMENDED`` of a kind."""
     chosen = {} if settings.method else RECOMMENDED[kind]
-    defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", **chosen}
+    defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "batch_size": 1, **chosen}
     left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
     return replace(settings, **left_open)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.core.axes import Example
 from regrow.core.errors import InputError
 from regrow.core.limits import read_text
+from regrow.core.sources import to_example
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.loaded import check_unchanged
 from regrow.store import probe
@@ -57,7 +58,7 @@ def save(
     origin: Origin | None = None,
     tokenizer: Any | None = None,
     dtype: torch.dtype | None = None,
-    example: Example | Tensor | None = None,
+    example: Any = None,
 ) -> Path:
     """Write a model folder atomically: it holds all of the new model, or is unchanged.
 
@@ -70,8 +71,9 @@ def save(
             ``model=``.
         tokenizer: The tokenizer to save, if ``model`` does not bring one.
         dtype: The dtype in which floating-point weights are stored; unchanged if ``None``.
-        example: An input that is stored with the network's output for it, so that loading can check the output. By
-            default the one of ``model``, or one that suits the architecture.
+        example: An input that is stored with the network's output for it, so that loading can check the output: a
+            tensor, a tuple of inputs, a dict of inputs by name, or an ``Example``. By default the one of ``model``, or
+            one that suits the architecture.
 
     Returns:
         The folder.
@@ -89,6 +91,8 @@ def save(
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
     if (folder / WORK).exists():
         raise StoreError(f"{folder} holds a run that is not finished; choose another folder")
+    if example is not None:
+        example = to_example(example, model.model if isinstance(model, Loaded) else model)
     with replace_folder(folder) as new:
         write_model(model, new, origin=origin, tokenizer=tokenizer, dtype=dtype, example=example)
         link_other_files(folder, new)
@@ -102,7 +106,7 @@ def write_model(
     origin: Origin | None = None,
     tokenizer: Any | None = None,
     dtype: torch.dtype | None = None,
-    example: Example | Tensor | None = None,
+    example: Example | None = None,
     outside: OutsideTensors | None = None,
 ) -> None:
     """Write the files of a model into a folder, made if missing, replacing those of another model.
@@ -251,7 +255,7 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
 
 
 def _write_probe(
-    net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path, aligned: bool | None = None
+    net: nn.Module, shapes: Shapes, example: Example | None, folder: Path, aligned: bool | None = None
 ) -> ProbeRecord:
     """Write ``probe.st``, an input and the network's output for it; return its record, or one with the reason why not.
 
@@ -259,7 +263,7 @@ def _write_probe(
     that suits the architecture; ``aligned``: as for :func:`regrow.store.probe.write_probe`.
     """
     try:
-        example = Example((example,)) if isinstance(example, Tensor) else example or example_for(net, shapes.origin)
+        example = example or example_for(net, shapes.origin)
         if example is None:
             raise probe.UnprobedError("no example input is known")
         held = named_tensors(net)

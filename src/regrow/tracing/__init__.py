@@ -1,7 +1,10 @@
 """Trace networks: find which tensor dimensions belong together (the axes) by running the network on an example."""
 
+import inspect
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.axes.operations import Tracer
 from regrow.core.errors import first_line
+from regrow.core.sources import Batch, to_example
 from regrow.tracing.branches import list_candidates, with_branches
 from regrow.tracing.capture import Capture, TraceError, capture, complete_example, holds_numbers
 from regrow.tracing.graph import assemble
@@ -40,7 +44,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
 
     Args:
         model: Any network that runs. It is traced in evaluation mode.
-        *args: Positional inputs, as for ``model(...)``.
+        *args: Positional inputs, as for ``model(...)``; or a single dict of inputs by name, whose labels are left out
+            unless the network takes them.
         **kwargs: Inputs by name.
 
     Returns:
@@ -59,7 +64,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     _check_traceable(model)
     with preserve_state(model, entries=True), without_garbage_collection():
         try:
-            return _trace(model, complete_example(model, args, kwargs))
+            return _trace(model, complete_example(model, *_read_call(model, args, kwargs)))
         except TraceError as error:
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
                 raise
@@ -70,6 +75,19 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
         except Exception as error:
             problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
             raise TraceError(f"{problem}; please report this: it is a fault of regrow") from error
+
+
+def _read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """Return positional and named inputs; a single dict or batch holds inputs by name if ``forward`` takes these."""
+    if len(args) != 1 or kwargs or not isinstance(args[0], Mapping | Batch | Example):
+        return args, kwargs
+    example = to_example(args[0], model)
+    parameters = inspect.signature(model.forward).parameters
+    if all(name in parameters for name in example.kwargs) or Parameter.VAR_KEYWORD in {
+        p.kind for p in parameters.values()
+    }:
+        return example.args, example.kwargs
+    return args, kwargs
 
 
 def _trace(model: nn.Module, example: Example) -> AxisGraph:

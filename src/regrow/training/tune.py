@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from regrow.tracing.capture import in_eval_mode, keep_modes
 from regrow.training.fit import FitOptions, fit
 from regrow.training.learner import PLAIN, Boundary, Context, Loss, NoState, Step, set_train_mode
 from regrow.training.schedule import NO_AXES, Phase, Schedule, source_phase
+
+FINETUNING = Schedule("sgd", 0.01, 1e-4, "cosine", clip=1.0)
 
 
 def recalibrate(model: nn.Module, sources: Iterable[Iterable[Batch]]) -> int:
@@ -102,30 +105,33 @@ def recalibrate_changed(model: nn.Module, plan: Plan, sources: Sequence[Source])
 
 def finetune(
     model: nn.Module,
-    source: Source,
+    sources: Sequence[Source],
     *,
     epochs: int = 1,
-    lr: float = 0.01,
-    weight_decay: float = 1e-4,
-    seed: int = 0,
+    schedule: Schedule = FINETUNING,
     objective: Objective | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Train a network in place on a source's labels by SGD, with a learning rate that falls as a half cosine.
+    """Train a network in place on the labels of all sources together.
 
-    ``objective``: ``None``: chosen by the labels. Modes are restored. Raise ValueError if the source has no batches.
+    Batches in memory come in a new random order in each epoch; with a user's loader among the sources, these are read
+    one after the other. ``objective``: ``None``: chosen by the labels. Modes are restored. Raise ValueError if a source
+    has no batches.
     """
-    if not len(source):
-        raise ValueError(f"source {source.name!r} is empty; give one with batches to train on")
-    learner = replace(PLAIN, loss=_make_loss_hook(objective or choose_objective(None, source.batches[0])))
-    if isinstance(source.batches, BatchStream):  # a user's loader is read from its start in every epoch
-        task, steps = Task.of_gone("fine-tuning", (), (0,)), (len(source),) * epochs
-        phase = Phase(task, steps, lambda context: (([batch], None) for batch in source), seeded=False)
+    if empty := next((source for source in sources if not len(source)), None):
+        raise ValueError(f"source {empty.name!r} is empty; give one with batches to train on")
+    learner = replace(PLAIN, loss=_make_loss_hook(objective or choose_objective(None, sources[0].batches[0])))
+    steps = sum(map(len, sources))
+    if any(isinstance(source.batches, BatchStream) for source in sources):  # read from its start in every epoch
+        task = Task.of_gone("fine-tuning", (), (0,))
+        read = chain.from_iterable
+        phase = Phase(
+            task, (steps,) * epochs, lambda context: (([batch], None) for batch in read(sources)), seeded=False
+        )
     else:
-        order = _shuffle_batches(len(source), epochs, seed)
-        phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
-    schedule = Schedule("sgd", lr, weight_decay, "cosine", clip=1.0, seed=seed)
-    torch.manual_seed(seed)
+        batches, order = [*chain.from_iterable(sources)], _shuffle_batches(steps, epochs, schedule.seed)
+        phase = source_phase("fine-tuning", [steps] * epochs, lambda step: [batches[order[step]]])
+    torch.manual_seed(schedule.seed)
     with keep_modes(model):
         fit(model, NO_AXES, [phase], learner, schedule, options=FitOptions(progress=progress))
 

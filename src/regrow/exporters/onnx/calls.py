@@ -106,7 +106,8 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
         raise ExportError(f"{problem}; give one that it takes") from None
     if not outputs:
         raise ExportError("the network gives no tensor for the example; nothing can be written")
-    return ExportedCall(run, inputs, tuple(outputs), tokens is not None and "logits" in outputs, max_length)
+    text = tokens is not None and "logits" in outputs and outputs["logits"].shape[:-1] == tokens.shape
+    return ExportedCall(run, inputs, tuple(outputs), text, max_length)
 
 
 def label_sizes(call: ExportedCall, dynamic: tuple[str, ...]) -> Labels:

@@ -134,10 +134,11 @@ def refit_layers(work: RefitWork, target: str, added: Sequence[str]) -> None:
             """Refit a layer once all batches have reached it, unless an interrupted call had; update its output."""
             layer = work.layers[call.name]
             work.reach(layer)
-            if layer.name in work.unsolved:
-                _add_rows(work, number, layer, call, fitted.rows(number, layer, call))
-            turns.wait(number)
-            work.finish(layer)
+            with torch.autocast(call.output.device.type, enabled=False):  # sums keep their precision
+                if layer.name in work.unsolved:
+                    _add_rows(work, number, layer, call, fitted.rows(number, layer, call))
+                turns.wait(number)
+                work.finish(layer)
             fitted.put(layer, call)
 
         @contextmanager
