@@ -37,6 +37,25 @@ def test_a_language_model_gets_the_recommended_method_text_and_repair(regrow: Ru
     assert Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
+def test_more_time_trains_a_language_model_after_the_cut(regrow: Run, tiny_language_model: Path) -> None:
+    words = ("prune", str(tiny_language_model), "--keep", "0.8", *SMALL, "--method", "magnitude", "--source", "talk")
+    for name, extra in (("plain", ()), ("taught", ("--distil", "2048"))):
+        code, _, err = regrow(*words, *extra, "--out", name)
+        assert code == 0, err
+    rows = [json.loads(line) for line in Path("taught/metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["what"] == "distillation"]
+    assert 1024 < row["tokens"] <= 2048 and row["steps"] >= 1
+    assert Path("taught/model.safetensors").read_bytes() != Path("plain/model.safetensors").read_bytes()
+    assert "trained on" in Path("taught/report.html").read_text()
+    taught, dense = package.load("taught"), package.load("taught/before")
+    assert sum(p.numel() for p in taught.parameters()) < sum(p.numel() for p in dense.parameters())
+    assert choose_defaults(Settings("m", time="hour"), "text").distil == 2**18
+    code, _, err = regrow(*words, "--time", "hour", "--memory", "2GiB", "--out", "refused")
+    assert code == 2 and "--time hour runs in one process without --memory" in err
+    with pytest.raises(InputError, match="--distil trains language models"):
+        choose_defaults(Settings("m", distil=5), "examples")
+
+
 def test_one_block_at_a_time_takes_what_runs_so(regrow: Run, tiny_language_model: Path) -> None:
     words = ("prune", str(tiny_language_model), "--keep", "0.8", *SMALL, "--memory", "2GiB")
     code, _, err = regrow(*words, "--out", "run")

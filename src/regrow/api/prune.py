@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from regrow.core.axes import AxisGraph, Mark
 from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import preserve_random_state
+from regrow.core.sources import Source, preserve_random_state
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.prune import PruneInputs, prune_network
@@ -51,6 +51,7 @@ def prune(
     regular: bool = False,
     settings: Mapping[str, Any] | None = None,
     reconstruct: bool | None = None,
+    time: Literal["minutes", "hour", "night"] = "minutes",
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
@@ -82,6 +83,7 @@ def prune(
         regular: Whether every block gets the same widths; which units stay is still chosen per block.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
+        time: How long a cut language model is trained to predict what it predicted before, in tokens of the data.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
 
@@ -102,7 +104,7 @@ def prune(
     call = call.with_generators(data=data, validation=validation)
     config = Settings(call.name, method, dict(settings or {}), only=tuple(only), exclude=tuple(exclude))
     config = replace(config, marks=tuple(sorted(map(str, marks))), round_to=round_to, regular=regular)
-    config = replace(_with_size(config, keep, target, smaller), precision=precision, reconstruct=reconstruct)
+    config = replace(_with_size(config, keep, target, smaller), precision=precision, reconstruct=reconstruct, time=time)
     with ensure_progress(progress) as bar:
         result = prune_network(config, partial(_open_inputs, call, config), call.start_run("prune", bar))
     for line in result.warnings:
@@ -135,11 +137,17 @@ def _find_kind(inputs: Inputs) -> str:
     return "examples" if is_labelled else "examples without labels"
 
 
+def _take_tokens(source: Source, tokens: int) -> Source:
+    """Return the first batches of a source, of this many tokens."""
+    totals = accumulate(batch.size for batch in source)
+    return replace(source, batches=[batch for batch, total in zip(source, totals, strict=False) if total <= tokens])
+
+
 def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
     """Load the network if it is named, trace it unless its axes are given, read the data, and choose what is open."""
     inputs = call.read(run.progress)
     reconstruct = config.reconstruct
-    config = choose_defaults(config, "" if config.method else _find_kind(inputs))
+    config = choose_defaults(config, _find_kind(inputs))
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
     if config.reconstruct:
@@ -150,12 +158,16 @@ def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
                 if reconstruct:  # asked for
                     raise
                 config = replace(config, reconstruct=False)
+    taught_on: tuple[Source, ...] = ()
+    if config.distil:
+        taught_on = tuple(_take_tokens(source, config.distil // len(inputs.sources)) for source in inputs.sources)
     network = WholeNetwork(inputs.for_saving())
     return PruneInputs(
         config,
         network,
         axes,
         SourceHalves(inputs.sources, inputs.tests),
+        taught_on=taught_on,
         objective=inputs.objective,
         python_call=call.describe_inputs(inputs, network.sum_parameters),
     )

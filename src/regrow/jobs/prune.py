@@ -7,16 +7,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from regrow import evaluation
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.errors import InputError, RefusedError, ResourceError
+from regrow.core.names import GENERATED
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
 from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Source
+from regrow.data.batch_streams import join_batches
 from regrow.distributed import SINGLE
 from regrow.distributed.parallel import broadcast_record
 from regrow.jobs.inputs import (
@@ -41,7 +44,7 @@ from regrow.jobs.pruning_inputs import (
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
-from regrow.jobs.recovery_steps import reconstruct
+from regrow.jobs.recovery_steps import reconstruct, recover
 from regrow.jobs.run_networks import BlockwiseNetwork, PrunedNetwork, WholeNetwork
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objective, plan_cut, with_droppable_modules
@@ -50,7 +53,13 @@ from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision, choose_precision
 from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
-from regrow.settings.prune import Settings, choose_defaults, describe_choice, make_reconstruction_settings
+from regrow.settings.prune import (
+    Settings,
+    choose_defaults,
+    describe_choice,
+    make_distillation_settings,
+    make_reconstruction_settings,
+)
 from regrow.store import statistics
 from regrow.store.errors import StoreError
 from regrow.store.ledger import read_plan
@@ -71,6 +80,7 @@ class PruneInputs:
     axes: AxisGraph
     data: SourceHalves  # calibrated on one half, and evaluated on the other
     specs: SourceSpecs | None = None  # the sources of the data; `None`: they have no names
+    taught_on: Sequence[Source] = ()  # the data on which the cut network is trained, if settings say so
     objective: Objective | None = None  # what the network is trained for; `None`: what fits the labels
     python_call: dict[str, object] | None = None  # what the result depends on besides settings, for a call from Python
     memory: MemoryPlan | None = None  # how the run stays within a limit of memory; `None`: there is none
@@ -190,10 +200,13 @@ class PruneJob:
         unreconstructed: dict[str, evaluation.Perplexity] = {}
         fit_notes: tuple[str, ...] = ()
         # Weights are shared: a cut makes new ones, which alone are fitted. Vectors are copied: biases are fitted.
-        dense = copy_model(model, lambda x: x if x.dim() > 1 else x.detach().clone()) if settings.reconstruct else None
+        # Training changes all.
+        dense = None
+        if settings.reconstruct or settings.distil:
+            dense = copy_model(model, lambda x: x if x.dim() > 1 and not settings.distil else x.detach().clone())
         after = network.cut(run, axes, plan)
         run.record_plan(plan, axes, after)
-        if dense is not None:
+        if dense is not None and settings.reconstruct:
             if self.must_fit:  # the user wants to see what it gains
                 unreconstructed = self._measure(after, "cut")
             sources = self.inputs.data.calibration
@@ -205,6 +218,8 @@ class PruneJob:
                     if self.must_fit or isinstance(error, StoreError | ResourceError | RefusedError):
                         raise
                     fit_notes = (f"layers were not reconstructed: {error}",)
+        if dense is not None and settings.distil:
+            self._distil(dense, plan)
         notes = (*fit_notes, *self._tune(plan))
         if record.is_kept:
             with run.stage("save"):
@@ -216,6 +231,18 @@ class PruneJob:
         if notes:
             record.update(notes=[*record.read_record().get("notes", ()), *notes])
         return notes
+
+    def _distil(self, dense: nn.Module, plan: Plan) -> None:
+        """Train the cut network in place to predict what the network before the cut predicts, or resume that."""
+        run, settings, loaded = self.run, self.settings, self.inputs.network.loaded
+        size = settings.batch_size or 1
+        joined = [join_batches(source, size) for source in self.inputs.taught_on]
+        task = RecoveryTask(loaded.model, dense, self.inputs.axes, plan, joined, settings.seed)
+        task = replace(task, objective=self.inputs.objective, progress=run.progress)
+        values, origin = make_distillation_settings(size), loaded.origin.record()
+        with run.stage("distil"):
+            row = recover(run.record, task, "distil", values, origin=origin, precision=settings.precision)
+        run.record.log("distillation", row)
 
     def _measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
         """Log size and quality of the network in its present state, as model ``name``; return source → perplexity."""
@@ -288,6 +315,11 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
         settings = choose_defaults(settings, "text, in parts")
     elif run.ranks.several and settings.reconstruct is None:
         settings = replace(settings, reconstruct=False, precision=settings.precision or "float32")
+    if (settings.distil or settings.time != "minutes") and (invocation.memory or run.ranks.several):
+        option = "--distil" if settings.distil else f"--time {settings.time}"
+        raise InputError(
+            f"{option} runs in one process without --memory; use `regrow recover RUN --by distil` after it"
+        )
     if settings.reconstruct and (invocation.memory or run.ranks.several):
         raise InputError(
             "--reconstruct runs in one process without --memory; leave it out, and use `regrow recover RUN --by refit`"
@@ -307,9 +339,17 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
             settings = choose_defaults(settings, kind)
         specs = make_source_specs(settings)
         data = read_sources(specs, network.loaded)
+        taught_on: Sequence[Source] = ()
+        if settings.distil:
+            written = replace(settings, sources=tuple(name for name in settings.sources if name != GENERATED))
+            if not written.sources:
+                raise InputError(
+                    "--distil trains on text of sources that are not generated; give one, like --source news"
+                )
+            taught_on = read_sources(make_source_specs(written, settings.distil), network.loaded).calibration
     with run.stage("trace"):
         axes = trace_loaded(network.loaded) if axes is None else axes
-    return PruneInputs(settings, network, axes, data, specs, memory=memory)
+    return PruneInputs(settings, network, axes, data, specs, taught_on, memory=memory)
 
 
 def plan_named(settings: Settings, invocation: Invocation) -> Plan:

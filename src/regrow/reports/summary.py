@@ -19,7 +19,15 @@ from regrow.reports.records import (
     StageMemoryRow,
     TrainingRow,
 )
-from regrow.store.metrics import BudgetRow, MissingTasksRow, ReconstructionRow, RecoveryRow, TestRow, VerifyRow
+from regrow.store.metrics import (
+    BudgetRow,
+    DistillationRow,
+    MissingTasksRow,
+    ReconstructionRow,
+    RecoveryRow,
+    TestRow,
+    VerifyRow,
+)
 
 # What a target counts → its name on pages, where that is not the one of the command line.
 MEASURES = {
@@ -146,6 +154,8 @@ def _describe_training(run: Run) -> list[str]:
     lines = []
     if fit := run.last_of(ReconstructionRow):
         lines.append(f"After the cut, {len(fit.layers)} layers were fitted by least squares on {fit.tokens:,} tokens.")
+    if taught := run.last_of(DistillationRow):
+        lines.append(f"Then it was trained on {taught.tokens:,} tokens to predict what the model before the cut does.")
     lines += [f"Recovered by {row.by} on {row.tokens:,} tokens." for row in run.rows_of(RecoveryRow)]
     if row := run.last_of(TrainingRow):
         losses = f"from {q.significant(row.loss_before)} to {q.significant(row.loss_after)}"

@@ -50,6 +50,15 @@ RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def make_distillation_settings(batch_size: int) -> dict[str, object]:
+    """Return the settings of the recovery ``distil`` after a cut: 8 windows, in batches of this many, make a step."""
+    return {"passes": 1, "windows": max(1, 8 // batch_size)}
+
+
+# ``--time`` → tokens of text on which a cut language model is trained.
+DISTILLED_TOKENS = {"minutes": 0, "hour": 2**18, "night": 2**21}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of ``regrow prune``: everything that a pruning run depends on; ``run.json`` stores exactly this."""
@@ -147,6 +156,16 @@ class Settings:
         "cross-validated over the sources (of a single one: on held-out text). On without --method.",
         group=AFTER,
     )] = None
+    time: Annotated[str, Setting(
+        "How much work goes into the result, in fixed amounts: for language models --distil 0, 262144 or 2097152. The "
+        "names hold for 135M parameters on two CPU cores.",
+        group=AFTER, choices=tuple(DISTILLED_TOKENS),
+    )] = "minutes"
+    distil: Annotated[int | None, Setting(
+        "Tokens of the sources, over all together, on which the cut language model is trained to predict what the "
+        "model before the cut predicts. It takes about six times the memory of the model.",
+        group=AFTER, range=Range(0, MAX_COUNT),
+    )] = None
     undo: shared.Undo = True
     # fmt: on
 
@@ -172,7 +191,12 @@ class Settings:
 def choose_defaults(settings: Settings, kind: str) -> Settings:
     """Return settings with what was left open: nothing is added to a named method; else ``RECOMMENDED`` of a kind."""
     chosen = {} if settings.method else RECOMMENDED[kind]
+    tokens = DISTILLED_TOKENS[settings.time]
+    if not kind.startswith("text") and (tokens or settings.distil):
+        option = "--distil" if settings.distil else f"--time {settings.time}"
+        raise InputError(f"{option} trains language models; leave it out, and train after the cut, as by --finetune")
     defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "batch_size": 1, **chosen}
+    defaults["distil"] = tokens
     left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
     return replace(settings, **left_open)
 

@@ -113,6 +113,14 @@ class ReconstructionRow(msgspec.Struct, frozen=True):
     note: str = ""  # a remark for readers of the results
 
 
+class DistillationRow(msgspec.Struct, frozen=True):
+    """The training of a cut model on what the model before the cut predicts: tokens, seconds and steps."""
+
+    tokens: Count
+    seconds: Seconds
+    steps: Count
+
+
 class TaskRow(msgspec.Struct, frozen=True):
     """A task that was learned: its index, and the accuracy on every task known by then."""
 
@@ -193,6 +201,7 @@ ROW_KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "budget": (BudgetRow, ()),
     "choice": (ChoiceRow, ("model", "task", "round")),
     "commit": (CommitRow, None),
+    "distillation": (DistillationRow, ()),
     "epoch": (MetricsRow, ("epoch",)),
     "found": (SearchResultRow, ()),
     "gone": (MissingTasksRow, ("tasks",)),
