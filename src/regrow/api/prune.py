@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision
 from regrow.core.amounts import parse_share
 from regrow.core.axes import AxisGraph, Mark
 from regrow.core.errors import InputError
+from regrow.core.objectives import NEXT_TOKEN
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, preserve_random_state
@@ -83,7 +84,8 @@ def prune(
         regular: Whether every block gets the same widths; which units stay is still chosen per block.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
-        time: How long a cut language model is trained to predict what it predicted before, in tokens of the data.
+        time: ``"hour"``, ``"night"``: a cut language model is trained to predict what it predicted before, on 262,144
+            or 2,097,152 tokens of the data (if there are so many).
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
 
@@ -127,7 +129,7 @@ def _with_size(config: Settings, keep: float | None, target: str, smaller: str |
 
 def _find_kind(inputs: Inputs) -> str:
     """Return the kind of network and data, of ``RECOMMENDED``."""
-    if inputs.loaded.tokenizer is not None:
+    if inputs.loaded.tokenizer is not None or inputs.objective is NEXT_TOKEN:
         return "text"
     if not inputs.sources:
         return "no data"
@@ -139,15 +141,21 @@ def _find_kind(inputs: Inputs) -> str:
 
 def _take_tokens(source: Source, tokens: int) -> Source:
     """Return the first batches of a source, of this many tokens."""
-    totals = accumulate(batch.size for batch in source)
-    return replace(source, batches=[batch for batch, total in zip(source, totals, strict=False) if total <= tokens])
+    batches, total = [], 0
+    with preserve_random_state(source.generators):
+        for batch in source:
+            total += batch.size
+            if total > tokens:
+                break
+            batches.append(batch)
+    return replace(source, batches=batches)
 
 
 def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
     """Load the network if it is named, trace it unless its axes are given, read the data, and choose what is open."""
     inputs = call.read(run.progress)
     reconstruct = config.reconstruct
-    config = choose_defaults(config, _find_kind(inputs))
+    config = replace(choose_defaults(config, _find_kind(inputs)), sources=())
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
     if config.reconstruct:

@@ -17,8 +17,9 @@ from regrow.core.errors import InputError, first_line
 
 R = TypeVar("R")
 # The errors that networks and losses raise where inputs do not fit them; subclasses do not count (lack of memory)
-LABEL_KEYS = ("labels", "label", "target", "targets", "y")  # keys under which a batch or a row may hold its labels
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+# The keys under which a batch or a row may hold its labels
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Source:
 def to_example(example: object, model: nn.Module) -> Example:
     """Convert an example input: a tensor, a tuple or list of inputs, a dict of inputs by name, or a batch.
 
-    Labels in a dict are left out unless ``model`` takes them. Raise InputError for anything else, ``None`` and tuples
+    Labels in a dict are left out unless ``model`` takes them; of transformers, only encoder-decoder models need them to
+    run. Raise InputError for anything else, ``None`` and tuples
     of integers (sizes) included. Tensors are not copied.
 
     >>> to_example({"input": torch.ones(1), "labels": torch.ones(1)}, nn.ReLU()).kwargs
@@ -140,7 +142,9 @@ def to_example(example: object, model: nn.Module) -> Example:
         case tuple() | list():
             return Example(tuple(example))
     if isinstance(example, Mapping):
-        taken = inspect.signature(model.forward).parameters
+        config = getattr(model, "config", None)
+        is_plain = config is not None and not getattr(config, "is_encoder_decoder", False)
+        taken = set() if is_plain else {*inspect.signature(model.forward).parameters}
         return Example((), {str(key): x for key, x in example.items() if key in taken or key not in LABEL_KEYS})
     raise InputError(
         f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "

@@ -232,7 +232,8 @@ def _mapping_batch(item: dict[str, Any], where: str, reading: ReadOptions) -> Ba
     labels = next((item.pop(key) for key in LABEL_KEYS if key in item), None)
     ids = item.get("input_ids")
     labels = _to_tensor(labels, where)
-    if reading.decoder_inputs is not None and getattr(labels, "ndim", 0) == 2 and "decoder_input_ids" not in item:
+    given = "decoder_input_ids" in item or not isinstance(labels, Tensor) or labels.is_floating_point()
+    if reading.decoder_inputs is not None and not given and labels.dim() == 2:
         labels = check_labels(labels, where)
         item["decoder_input_ids"] = reading.decoder_inputs(labels)
     if not reading.shift or not isinstance(ids, Tensor):

@@ -174,13 +174,14 @@ def join_batches(source: Source, most: int, shards: int = 1) -> Source:
 
     Batches are joined where their inputs have the same shapes, but for the number of examples in the first dimension.
     ``shards``: the number of processes that take the batches in turn; batch ``i`` of the result joins batches of shard
-    ``i % shards`` alone, so that each keeps its examples. Where they would join unevenly, the source stays as it is.
+    ``i % shards`` alone, so that each keeps its examples. Where they would join unevenly, the source stays as it is; as
+    does a user's loader, which may not fit into memory.
 
     >>> source = Source("news", [Batch((torch.tensor([[i]]),)) for i in range(5)])
     >>> [batch.args[0].flatten().tolist() for batch in join_batches(source, 2, shards=2)]
     [[0, 2], [1, 3], [4]]
     """
-    if most <= 1:
+    if most <= 1 or isinstance(source.batches, BatchStream):
         return source
     batches = list(source)
     parts = [list(_join_alike(batches[shard::shards], most)) for shard in range(shards)]

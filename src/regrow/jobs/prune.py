@@ -123,6 +123,11 @@ def prune_network(
     if settings.reconstruct:
         fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | make_reconstruction_settings(settings.sources)
         defaults |= {f"reconstruct {name}": value for name, value in fit.items()}
+    if settings.distil:
+        values = make_distillation_settings(settings.batch_size or 1)
+        values = find_method(MethodKind.RECOVERY, "distil").defaults({}) | values
+        defaults |= {f"distil {name}": value for name, value in values.items()}
+        opened = replace(opened, taught_on=[_join_windows(source, settings) for source in opened.taught_on])
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults, "asked": asdict(asked)}
     axes = with_droppable_modules(method, model, opened.axes)
     check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
@@ -235,12 +240,10 @@ class PruneJob:
     def _distil(self, dense: nn.Module, plan: Plan) -> None:
         """Train the cut network in place to predict what the network before the cut predicts, or resume that."""
         run, settings, loaded = self.run, self.settings, self.inputs.network.loaded
-        size = settings.batch_size or 1
-        joined = [join_batches(source, size) for source in self.inputs.taught_on]
-        task = RecoveryTask(loaded.model, dense, self.inputs.axes, plan, joined, settings.seed)
+        task = RecoveryTask(loaded.model, dense, self.inputs.axes, plan, self.inputs.taught_on, settings.seed)
         task = replace(task, objective=self.inputs.objective, progress=run.progress)
-        values, origin = make_distillation_settings(size), loaded.origin.record()
-        with run.stage("distil"):
+        values, origin = make_distillation_settings(settings.batch_size or 1), loaded.origin.record()
+        with run.stage("distil"), torch.enable_grad():
             row = recover(run.record, task, "distil", values, origin=origin, precision=settings.precision)
         run.record.log("distillation", row)
 
@@ -261,11 +264,21 @@ class PruneJob:
         settings, loaded, calibration = self.settings, self.inputs.network.loaded, self.inputs.data.calibration
         epochs, seed, progress = settings.finetune, settings.seed, self.run.progress
         with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
-            if epochs and loaded.tokenizer is None:
+            if epochs and calibration and loaded.tokenizer is None:
                 schedule = replace(tune.FINETUNING, seed=seed)
                 tune.finetune(loaded.model, calibration, epochs=epochs, schedule=schedule, progress=progress)
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
+
+
+def _join_windows(source: Source, settings: Settings) -> Source:
+    """Return a source to distil on with its batches joined; InputError if it has too little text, or no labels."""
+    joined = join_batches(source, settings.batch_size or 1)
+    joined = joined if len(joined) > 1 else source
+    if len(joined) < 2 or joined.batches[0].labels is None:
+        problem = f"source {source.name!r} has too little text with labels for distil={settings.distil:,} tokens"
+        raise InputError(f"{problem}; give more tokens or text, or leave distil and time out")
+    return joined
 
 
 def _calibrate(
@@ -316,7 +329,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
     elif run.ranks.several and settings.reconstruct is None:
         settings = replace(settings, reconstruct=False, precision=settings.precision or "float32")
     if (settings.distil or settings.time != "minutes") and (invocation.memory or run.ranks.several):
-        option = "--distil" if settings.distil else f"--time {settings.time}"
+        option = "--distil" if settings.time == "minutes" else f"--time {settings.time}"
         raise InputError(
             f"{option} runs in one process without --memory; use `regrow recover RUN --by distil` after it"
         )

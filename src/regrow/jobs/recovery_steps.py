@@ -63,7 +63,7 @@ def recover(
         return {"key": key, "seconds": spent_seconds + time.perf_counter() - start}
 
     with autocasting(task.model, precision), autocasting(task.dense, precision):
-        summary = method(replace(task, header=header))
+        summary = method(replace(task, header=header, precision=precision))
     seconds = round(spent_seconds + time.perf_counter() - start, 1)
     return {"tokens": sum(source.tokens for source in task.sources), "seconds": seconds, **summary}
 

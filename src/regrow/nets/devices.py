@@ -1,8 +1,9 @@
 """The device on which a network runs, and the precision of its forward passes."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +80,19 @@ def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
     if precision == "float32":
         yield
         return
-    entered: list[torch.autocast] = []
+    local = threading.local()  # batches of a recovery run in threads, each of which leaves what it has entered
+
+    def entered() -> list[torch.autocast]:
+        local.entered = getattr(local, "entered", [])
+        return cast(list[torch.autocast], local.entered)
 
     def enter(module: nn.Module, args: Any) -> None:
         # No cache of cast weights: a recovery changes them within a pass.
-        entered.append(torch.autocast(device_of(model).type, torch.bfloat16, cache_enabled=False))
-        entered[-1].__enter__()
+        entered().append(torch.autocast(device_of(model).type, torch.bfloat16, cache_enabled=False))
+        entered()[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        entered.pop().__exit__(None, None, None)
+        entered().pop().__exit__(None, None, None)
         return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, output)
 
     # Gradients for scores run the model below the head of a transformers model by itself.
@@ -97,7 +102,7 @@ def autocasting(model: nn.Module, precision: str) -> Iterator[None]:
     try:
         yield
     finally:
-        while entered:  # an interrupt runs no hooks
-            entered.pop().__exit__(None, None, None)
+        while entered():  # an interrupt runs no hooks
+            entered().pop().__exit__(None, None, None)
         for hook in hooks:
             hook.remove()

@@ -12,7 +12,7 @@ from regrow.reports.summary import Summary, SummaryTable, summarise
 # Settings in which runs must agree, or their quality cannot be compared.
 EVALUATION = ("tasks", "data", "scenario", "train", "test", "validation", "eval_tokens", "seq_len")
 # Settings of a command in which compared runs are meant to differ.
-COMPARED = ("method", "seed", "keep", "target", "run", "out")
+COMPARED = ("method", "by", "before", "seed", "keep", "target", "run", "out")
 # Text domains and tasks that a headline names.
 MAX_NAMES = 8
 
@@ -65,7 +65,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     if any(len(set(seen)) > 1 for seen in seen_in.values()):
         alarms.append("The runs were calibrated on different text: a domain that any of them did not see is unseen.")
     table = _tabulate(headline, runs, summaries, differences)
-    averages = _average_seeds(compared, summaries, differences)
+    averages = _average_seeds(compared, summaries)
     return Comparison(headline, table, alarms, averages, compared, summaries)
 
 
@@ -77,21 +77,23 @@ def find_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: values for name, values in columns.items() if len(set(values)) > 1 and name != "run"}
 
 
-def _average_seeds(runs: Sequence[Run], summaries: Sequence[Summary], differences: dict[str, list[str]]) -> list[str]:
+def _average_seeds(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
     """Return the mean and standard deviation of the quality of runs that differ in nothing but their seed."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    others = [values for name, values in differences.items() if name != "seed"]
-    for i, _ in enumerate(runs):
-        groups.setdefault(tuple(values[i] for values in others), []).append(i)
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for i, run in enumerate(runs):
+        values = run.defaults | run.settings | {"model": run.model}
+        groups.setdefault(tuple(sorted((k, x) for k, x in values.items() if k not in ("seed", "run"))), []).append(i)
     lines = []
     for members in groups.values():
-        values = [value for i in members if (value := summaries[i].quality) is not None]
-        if len(values) > 1:
+        if len({runs[i].settings.get("seed") for i in members}) < len(members):
+            continue  # the same run twice
+        results = [value for i in members if (value := summaries[i].quality) is not None]
+        if len(results) > 1:
             is_text = any(row.seen is not None for i in members for row in runs[i].quality)
             scale, what = (1, "perplexity") if is_text else (100, "accuracy in %")
             names = ", ".join(runs[i].name for i in members)
-            figures = f"{scale * mean(values):.4g} ± {scale * stdev(values):.2g}"
-            lines.append(f"{names}: {what} {figures} (mean and standard deviation of {len(values)} seeds)")
+            figures = f"{scale * mean(results):.4g} ± {scale * stdev(results):.2g}"
+            lines.append(f"{names}: {what} {figures} (mean and standard deviation of {len(results)} seeds)")
     return lines
 
 

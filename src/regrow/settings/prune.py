@@ -193,10 +193,9 @@ def choose_defaults(settings: Settings, kind: str) -> Settings:
     chosen = {} if settings.method else RECOMMENDED[kind]
     tokens = DISTILLED_TOKENS[settings.time]
     if not kind.startswith("text") and (tokens or settings.distil):
-        option = "--distil" if settings.distil else f"--time {settings.time}"
+        option = "--distil" if settings.time == "minutes" else f"--time {settings.time}"
         raise InputError(f"{option} trains language models; leave it out, and train after the cut, as by --finetune")
-    defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "batch_size": 1, **chosen}
-    defaults["distil"] = tokens
+    defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "distil": tokens or None, **chosen}
     left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
     return replace(settings, **left_open)
 

@@ -82,12 +82,13 @@ def _read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if len(args) != 1 or kwargs or not isinstance(args[0], Mapping | Batch | Example):
         return args, kwargs
     example = to_example(args[0], model)
-    parameters = inspect.signature(model.forward).parameters
-    if all(name in parameters for name in example.kwargs) or Parameter.VAR_KEYWORD in {
-        p.kind for p in parameters.values()
-    }:
-        return example.args, example.kwargs
-    return args, kwargs
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*example.args, **example.kwargs)
+    except TypeError:  # it takes the dict itself
+        return args, kwargs
+    takes_any = any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
+    return (args, kwargs) if takes_any or not example.kwargs else (example.args, example.kwargs)
 
 
 def _trace(model: nn.Module, example: Example) -> AxisGraph:

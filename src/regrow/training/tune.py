@@ -17,7 +17,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.core.tasks import Task
-from regrow.data.batch_streams import BatchStream
+from regrow.data.batch_streams import BatchChain, BatchStream
 from regrow.surgery.insert import make_rename
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.tracing.capture import in_eval_mode, keep_modes
@@ -129,7 +129,8 @@ def finetune(
             task, (steps,) * epochs, lambda context: (([batch], None) for batch in read(sources)), seeded=False
         )
     else:
-        batches, order = [*chain.from_iterable(sources)], _shuffle_batches(steps, epochs, schedule.seed)
+        batches = BatchChain(tuple(source.batches for source in sources))
+        order = _shuffle_batches(steps, epochs, schedule.seed)
         phase = source_phase("fine-tuning", [steps] * epochs, lambda step: [batches[order[step]]])
     torch.manual_seed(schedule.seed)
     with keep_modes(model):

@@ -104,6 +104,7 @@ class RecoveryTask:
         progress: Called with (steps done, steps in all, what is being done).
         objective: What the network is trained for; ``None``: what fits the labels.
         parallel: The processes that train together; all of them have the same task, and rank 0 writes the file.
+        precision: Of forward passes, ``"float32"`` (that of the weights) or ``"bfloat16"``.
         streamed: The two networks one block at a time, where they are larger than memory: ``model`` and ``dense`` have
             no numbers then, and ``model`` is not changed, but for biases that it gets.
     """
@@ -119,6 +120,7 @@ class RecoveryTask:
     progress: Progress = silent
     objective: Objective | None = None
     parallel: Parallel = ALONE
+    precision: str = "float32"
     streamed: StreamedPair | None = None
 
     def compute_loss(self, output: object, batch: Batch) -> Tensor:

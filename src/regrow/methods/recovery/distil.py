@@ -56,6 +56,7 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     parameters = dict(task.model.named_parameters())
     with freeze(task.model, task.dense), use_float32(task.model):
         summary = fit_recovery(task, parameters, partial(_compute_loss, settings=settings), settings)
+        task.model.zero_grad()
     return {**summary, "trained": sum(p.numel() for p in parameters.values())}
 
 

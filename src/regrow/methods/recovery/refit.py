@@ -214,10 +214,11 @@ def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch
     if not work.layers:
         return ""
     hybrid, cut = compute_outputs(work, batch)
+    is_half = work.task.precision != "float32"
     for a, b in zip(tree_leaves(hybrid), tree_leaves(cut), strict=False):
         if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape:
             error = float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
-            largest = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) else 1)
+            largest = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) or is_half else 1)
             if not error <= largest:  # NaN, too
                 return (
                     "the network differs from the dense one in more than the layers that read what was cut (by "
