@@ -10,7 +10,8 @@ import pytest
 
 from regrow.reports import ReportError, read_runs, to_html
 from regrow.reports.comparison import compare, find_differences
-from regrow.reports.summary import describe_proof, mean_perplexities, next_command, quality_table, summarise
+from regrow.reports.records import mean_perplexities
+from regrow.reports.summary import describe_proof, next_command, quality_table, summarise
 from regrow.store.metrics import VerifyRow
 from reports.folders import GROUPS, KINDS, LAYERS, NEURONS, ODD, mlp, rows_of, write_rows, write_run
 

@@ -27,8 +27,7 @@ class GateMasks:
         ops: The mask of operations, ``[operations]``.
         filters: The mask of filters, ``[filters]``.
         op_scale: What the output of each operation is multiplied by, mask included, ``[operations]``; 1 at the start.
-        filter_scale: What each filter's output is multiplied by where it is read, mask included, ``[filters]``; 1 at
-            the start.
+        filter_scale: What each filter's output is multiplied by where it is read, ``[filters]``; at first 1.
         over: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not searched.
         margins: How far the importances of operations, ``[operations]``, and of filters, ``[filters]``, are above their
             thresholds; 1 where these are not searched.

@@ -50,8 +50,7 @@ def rank(axes: AxisGraph, scores: Scores | Tensors, budget: Budget) -> dict[str,
     ``scores``: axis key → a score per unit, ``[size]``; low ones go first. Raises :class:`BudgetError` if the budget
     cannot be met, ``ValueError`` if scores are not finite or of other sizes. Units are sorted by score (equal ones by
     axis key, then unit), the longest affordable tail is found by bisection on the exact cost of the planned network,
-    and what still fits is put back, best first. So the cost is never above the budget, and no step of any axis would
-    fit any more.
+    and what still fits is put back, best first. So the cost is within the budget, and no step of any axis would fit.
 
     Axes with the same ``count`` lose their i-th worst units together, at the mean of their scores; if one of them is
     free but not scored, none is cut. In a regular budget so do all axes of one kind, in whatever block; if one of them

@@ -133,8 +133,7 @@ class Call:
     def describe_inputs(self, inputs: Inputs, weights: Callable[[], Sequence[float]]) -> dict[str, object] | None:
         """Return digests of data and weights for ``run.json``, as :meth:`describe_data`; ``None`` without a folder.
 
-        ``inputs``: what :meth:`read` returned; ``weights`` returns a sum of each parameter, and is called only with a
-        folder.
+        ``inputs``: from :meth:`read`; ``weights`` returns a sum of each parameter, and is called only with a folder.
         """
         tests = () if inputs.evaluates_on_calibration else inputs.tests
         validation = (replace(test, name=f"validation {test.name}") for test in tests)

@@ -41,8 +41,7 @@ def evaluate(
         progress: Called with (batches done, batches in all, what is being done).
 
     Returns:
-        Name of the source → its evaluation: accuracy for classes, perplexity and token accuracy for text, squared error
-        for values.
+        Name of the source → its evaluation: accuracy of classes, perplexity of text, squared error of values.
 
     Raises:
         ValueError: If there are no data, or the loss cannot be computed.

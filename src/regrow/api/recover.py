@@ -59,8 +59,7 @@ def recover(
         plan: The plan of the cut, as :func:`regrow.prune` returned it.
         data: The data to learn from, as for :func:`regrow.prune`; the last part of each source is held out
             (an eighth; the setting ``held_out``).
-        validation: With ``out``: labelled data on which the quality of all three networks is measured; ``None``: it is
-            not.
+        validation: With ``out``: labelled data on which all three networks are measured; ``None``: none is.
         by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``lora``, ``distil``.
         example: The input with which the dense network is traced; ``None``: the first batch.
         loss: The loss of methods that train, as for :func:`regrow.prune`.

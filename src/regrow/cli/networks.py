@@ -44,8 +44,7 @@ Examples
 def show(model: str, everything: bool, code: str, dtype: str, input: str) -> None:
     """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen.
 
-    Of a run folder, the runs that made its network are listed too, with what each changed and the copy of the model
-    before it.
+    Of a run folder, the runs that made its network are listed too, with what each changed and where its copy is.
     """
     from regrow.jobs.models import ModelSpec, trace_model
     from regrow.nets.loaded import format_shape

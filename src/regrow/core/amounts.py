@@ -122,8 +122,7 @@ class Target:
             masked, multiply–accumulates of one example, bytes of the file in the dtype as loaded, bytes of the cache of
             keys and values of one sequence, or milliseconds of a forward pass on this device.
         amount: The limit, in units of the measure; 0 where a share is given.
-        context: The number of tokens for which it holds, of key-value cache and time alone; 0: that of the traced
-            example.
+        context: The number of tokens for which a key-value cache or time holds; 0: that of the traced example.
         share: The limit as a fraction of what the unpruned network has, in (0, 1]; 0 where an amount is given.
 
     Raises:

@@ -52,8 +52,7 @@ class Budget:
         round_to: Units left per axis are a multiple of this, as far as an axis has that many.
         regular: Whether axes with the same role in several blocks keep equally many units, each axis its own best.
         target: An upper limit on a measure, in its units or as a share, instead of a fraction.
-        compensated: Weights of layers without a bias, which get one once an input is dropped (bias compensation); it
-            counts.
+        compensated: Weights of layers without a bias, which get one (it counts) once an input is dropped.
         timing: The measured time of the network, where milliseconds are limited (``evaluation.timing.time_widths``).
     """
 

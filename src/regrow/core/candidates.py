@@ -20,8 +20,7 @@ class Candidates(nn.Module):
     Args:
         ops: Name → candidate module; each takes one tensor, and all return the same shape.
         sources: For each candidate, in order, the index of the input that it takes; the first input unless given.
-        tied: Group name: equally named candidates in ``Candidates`` of one group are kept or dropped together; empty:
-            on their own.
+        tied: Group name: candidates of one name and group are kept or dropped together; empty: on their own.
         single: Whether a search keeps exactly one candidate, rather than any number.
 
     >>> mixed = Candidates({"wide": nn.Upsample(scale_factor=1), "same": nn.Identity()})

@@ -90,8 +90,7 @@ class BatchStream(LazyBatches):
 def read_stream(data: Iterable[Any], name: str, reading: ReadOptions) -> BatchStream:
     """Return the batches of an iterable, after reading it once to count and check them; SourceError if it fails.
 
-    Of a ``DataLoader`` that torch counts, only the first batch is read here. An iterable that can be read only once is
-    kept in memory.
+    Of a ``DataLoader`` that torch counts, only the first batch is read here. What can be read only once is kept.
     """
     claimed = find_length(data)
     if isinstance(data, DataLoader) and _is_counted(data):

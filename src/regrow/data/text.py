@@ -108,8 +108,7 @@ TEXT_DOMAINS = {"news": load_news, "code": load_code, "manual": load_manual, "ta
 def load_files(name: str, path: Path) -> Text:
     """Load a user's text under a name: a file, or a folder of files; SourceError if it cannot be read or is empty.
 
-    Each line of a ``.jsonl`` is a document (``"text"``) or a chat (``"messages"`` with ``role`` and ``content``); files
-    may be gzipped.
+    Lines of a ``.jsonl`` are documents (``"text"``) or chats (``"messages"``); files may be gzipped.
     """
     try:
         path = expanded(path)

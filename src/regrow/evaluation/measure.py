@@ -75,8 +75,7 @@ def dense(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     Args:
         model: The network.
-        inputs: Examples, ``[N, …]``, or several such tensors in a tuple or by name; multiply–accumulates are counted
-            for one.
+        inputs: Examples, ``[N, …]``, or several such tensors in a tuple or by name; costs are those of one.
 
     Returns:
         ``parameters``: stored entries, tied ones once; ``nonzero``: those that are not 0; ``macs`` of dense kernels;

@@ -200,8 +200,7 @@ def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, ste
 def start_peak_meter(device: torch.device) -> Callable[[], int | None]:
     """Reset the peak of memory; return a function that returns the most bytes in use since, less those at the reset.
 
-    On a GPU these are what torch allocated, else resident memory of the process; ``None`` if the system does not report
-    it.
+    On a GPU these are what torch allocated, else resident memory of the process; ``None`` if it is not known.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

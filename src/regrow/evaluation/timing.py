@@ -51,8 +51,7 @@ def time_widths(
         axes: Its axes.
         units: The axes that may be cut.
         batch: The inputs of the pass.
-        round_to: Measured widths are multiples of this where possible; without rounding they are odd, like those of
-            most plans.
+        round_to: Measured widths are multiples of this where possible; without rounding, odd, as in most plans.
         repeats: The number of timed calls of each, after a warm-up call.
         progress: Called with (rounds done, rounds in all, description).
 

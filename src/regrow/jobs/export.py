@@ -1,7 +1,6 @@
 """Export a network, whether named on the command line or given in Python, to a format of other tools.
 
-Packages that take long to import are imported by the functions that need them: the command line checks its words with
-this module.
+Functions import packages that take long to import: the command line checks its words with this module.
 """
 
 import importlib

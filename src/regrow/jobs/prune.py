@@ -10,16 +10,14 @@ import torch
 from torch import nn
 
 from regrow import evaluation
-from regrow.core.axes import Axis, AxisGraph
+from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.errors import InputError, RefusedError, ResourceError
 from regrow.core.names import GENERATED
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
-from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Source
-from regrow.data.batch_streams import join_batches
 from regrow.distributed import SINGLE
 from regrow.distributed.parallel import broadcast_record
 from regrow.jobs.inputs import (
@@ -34,9 +32,9 @@ from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure
 from regrow.jobs.memory_needs import open_to_prune
 from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning_inputs import (
+    calibrate,
     check_pruning,
-    collect_evidence,
-    divide_sources,
+    join_windows,
     make_budget,
     make_model_spec,
     make_pruner,
@@ -51,7 +49,6 @@ from regrow.methods.pruning.pruner import Pruner, PruningContext, check_objectiv
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision, choose_precision
-from regrow.scoring.collect import CollectionOptions
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import (
     Settings,
@@ -60,7 +57,6 @@ from regrow.settings.prune import (
     make_distillation_settings,
     make_reconstruction_settings,
 )
-from regrow.store import statistics
 from regrow.store.errors import StoreError
 from regrow.store.ledger import read_plan
 from regrow.store.run_folder import RunFolder
@@ -127,7 +123,7 @@ def prune_network(
         values = make_distillation_settings(settings.batch_size or 1)
         values = find_method(MethodKind.RECOVERY, "distil").defaults({}) | values
         defaults |= {f"distil {name}": value for name, value in values.items()}
-        opened = replace(opened, taught_on=[_join_windows(source, settings) for source in opened.taught_on])
+        opened = replace(opened, taught_on=[join_windows(source, settings) for source in opened.taught_on])
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults, "asked": asdict(asked)}
     axes = with_droppable_modules(method, model, opened.axes)
     check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
@@ -173,7 +169,9 @@ class PruneJob:
         model, axes, record = inputs.network.loaded.model, inputs.axes, run.record
         forward = partial(autocasting, model, settings.precision)
         with run.stage("calibrate"), torch.enable_grad(), forward():  # a caller in Python may have gradients off
-            evidence, key = _calibrate(run, inputs, self.method, self.budget.units(axes), settings.batch_size or 1)
+            sources, objective = inputs.data.calibration, inputs.objective
+            units, size = self.budget.units(axes), settings.batch_size or 1
+            evidence, key = calibrate(run, inputs.network, sources, axes, self.method, units, size, objective)
         if not run.ranks.leads:
             return read_plan(json.loads(broadcast_record(run.ranks))), ()
         checkpoint = record.path / "statistics" / "learned.safetensors" if record.is_kept else None
@@ -269,56 +267,6 @@ class PruneJob:
                 tune.finetune(loaded.model, calibration, epochs=epochs, schedule=schedule, progress=progress)
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
-
-
-def _join_windows(source: Source, settings: Settings) -> Source:
-    """Return a source to distil on with its batches joined; InputError if it has too little text, or no labels."""
-    joined = join_batches(source, settings.batch_size or 1)
-    joined = joined if len(joined) > 1 else source
-    if len(joined) < 2 or joined.batches[0].labels is None:
-        problem = f"source {source.name!r} has too little text with labels for distil={settings.distil:,} tokens"
-        raise InputError(f"{problem}; give more tokens or text, or leave distil and time out")
-    return joined
-
-
-def _calibrate(
-    run: ActiveRun, inputs: PruneInputs, pruner: Pruner, units: Sequence[Axis], batch_size: int
-) -> tuple[Evidence, str]:
-    """Measure what a method needs, or resume that; return it, and a digest of what it depends on ("" without a folder).
-
-    ``units``: the axes that are measured. The ranks share the batches, and rank 0 alone gets the sums.
-    """
-    network, record, ranks = inputs.network, run.record, run.ranks
-    sources, notes = divide_sources(pruner, inputs.data.calibration)
-    keys: dict[str, str] = {}
-    done: dict[tuple[str, int], Statistics] = {}
-    if record.is_kept:
-        needs, measured = sorted({*pruner.needs} - {Need.WEIGHTS}), [axis.key for axis in units]
-        origin, sums = str(network.loaded.origin.record()), network.sum_parameters()
-        keys = {
-            source.name: statistics.fingerprint(source, pruner.shards, needs, origin, sums, batch_size, measured)
-            for source in sources
-        }
-        done = statistics.read_finished_shards(record.path, keys, pruner.shards)
-
-    def save_shard(source: str, shard: int, sums: Statistics) -> None:
-        if record.is_kept:
-            statistics.save_statistics(record.path, source, shard, sums, key=keys[source])
-
-    finished = broadcast_record(ranks, [[*key] for key in done])
-    if not ranks.leads:  # empty sums: such a rank only needs to know what not to measure
-        done = {(source, shard): Statistics(source) for source, shard in finished}
-    evidence = collect_evidence(
-        network.loaded.model,
-        inputs.axes,
-        pruner,
-        sources,
-        batch_size=batch_size,
-        units=units,
-        objective=inputs.objective,
-        options=CollectionOptions(network.streamed, ranks, done, save_shard, run.progress),
-    )
-    return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.is_kept else ""
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:

@@ -9,21 +9,26 @@ from torch import nn
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
+from regrow.core.errors import InputError
 from regrow.core.names import names_function
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
-from regrow.core.scores import Evidence, Need
+from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Source
 from regrow.data.batch_streams import join_batches
+from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation.timing import time_widths
 from regrow.jobs.inputs import SourceSpecs
 from regrow.jobs.measuring import make_timed_input
 from regrow.jobs.models import ModelSpec
+from regrow.jobs.recording import ActiveRun
+from regrow.jobs.run_networks import PrunedNetwork
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.nets.load import check_code
 from regrow.scoring.collect import CollectionOptions, check_sources, collect
 from regrow.settings.prune import Settings
+from regrow.store import statistics
 from regrow.store.run_record import convert_settings
 
 
@@ -159,3 +164,60 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
         divided, _ = divide_sources(pruner, counted)
         check_sources(divided, pruner.shards)
     check_pruner(pruner, axes, budget)
+
+
+def join_windows(source: Source, settings: Settings) -> Source:
+    """Return a source to distil on with its batches joined; InputError if it has too little text, or no labels."""
+    joined = join_batches(source, settings.batch_size or 1)
+    joined = joined if len(joined) > 1 else source
+    if len(joined) < 2 or joined.batches[0].labels is None:
+        problem = f"source {source.name!r} has too little text with labels for distil={settings.distil:,} tokens"
+        raise InputError(f"{problem}; give more tokens or text, or leave distil and time out")
+    return joined
+
+
+def calibrate(
+    run: ActiveRun,
+    network: PrunedNetwork,
+    sources: Sequence[Source],
+    axes: AxisGraph,
+    pruner: Pruner,
+    units: Sequence[Axis],
+    batch_size: int,
+    objective: Objective | None,
+) -> tuple[Evidence, str]:
+    """Measure what a method needs, or resume that; return it, and a digest of what it depends on ("" without a folder).
+
+    ``units``: the axes that are measured. The ranks share the batches, and rank 0 alone gets the sums.
+    """
+    record, ranks = run.record, run.ranks
+    sources, notes = divide_sources(pruner, sources)
+    keys: dict[str, str] = {}
+    done: dict[tuple[str, int], Statistics] = {}
+    if record.is_kept:
+        needs, measured = sorted({*pruner.needs} - {Need.WEIGHTS}), [axis.key for axis in units]
+        origin, sums = str(network.loaded.origin.record()), network.sum_parameters()
+        keys = {
+            source.name: statistics.fingerprint(source, pruner.shards, needs, origin, sums, batch_size, measured)
+            for source in sources
+        }
+        done = statistics.read_finished_shards(record.path, keys, pruner.shards)
+
+    def save_shard(source: str, shard: int, sums: Statistics) -> None:
+        if record.is_kept:
+            statistics.save_statistics(record.path, source, shard, sums, key=keys[source])
+
+    finished = broadcast_record(ranks, [[*key] for key in done])
+    if not ranks.leads:  # empty sums: such a rank only needs to know what not to measure
+        done = {(source, shard): Statistics(source) for source, shard in finished}
+    evidence = collect_evidence(
+        network.loaded.model,
+        axes,
+        pruner,
+        sources,
+        batch_size=batch_size,
+        units=units,
+        objective=objective,
+        options=CollectionOptions(network.streamed, ranks, done, save_shard, run.progress),
+    )
+    return replace(evidence, notes=notes), statistics.fingerprint(Source("", ()), keys) if record.is_kept else ""

@@ -1,7 +1,9 @@
 """What pages read of run folders, as typed records: rows of ``metrics.jsonl``, and whole runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import geometric_mean
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -235,3 +237,16 @@ class Run:
     def stages(self) -> list[StageJson]:
         """The runs that made the network, in order, this one last; empty if it is the only one."""
         return [*self.file.stages, *filter(None, [self.file.stage])] if self.file.stages else []
+
+
+def mean_perplexities(rows: Sequence[Quality]) -> tuple[float | None, float | None]:
+    """Return geometric mean perplexities (before, after) over text domains, over those with both if any has both."""
+    rows = [row for row in rows if row.seen is not None and row.after is not None]
+    rows = [row for row in rows if row.value("before") is not None] or rows
+    return _average([row.value("before") for row in rows]), _average([row.after for row in rows])
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    """Return the geometric mean of the values (above 0) that are not ``None``; ``None`` if there is none."""
+    known = [value for value in values if value is not None]
+    return geometric_mean(known) if known else None

@@ -18,6 +18,7 @@ from regrow.reports.records import (
     SearchTotals,
     StageMemoryRow,
     TrainingRow,
+    mean_perplexities,
 )
 from regrow.store.metrics import (
     BudgetRow,
@@ -337,13 +338,6 @@ def is_broken(run: Run) -> bool:
     return any((row.max_abs_diff or 0) > row.bound for row in run.rows_of(VerifyRow) if row.bound is not None)
 
 
-def mean_perplexities(rows: Sequence[Quality]) -> tuple[float | None, float | None]:
-    """Return geometric mean perplexities (before, after) over text domains, over those with both if any has both."""
-    rows = [row for row in rows if row.seen is not None and row.after is not None]
-    rows = [row for row in rows if row.value("before") is not None] or rows
-    return _geometric_mean([row.value("before") for row in rows]), _geometric_mean([row.after for row in rows])
-
-
 def _describe_change(row: Quality) -> str:
     """Return the change as text: ratio of perplexities ± half its 95 % interval, or points of accuracy; else a dash."""
     if row.seen is None or row.lost is None:
@@ -351,9 +345,3 @@ def _describe_change(row: Quality) -> str:
     ratio = math.exp(max(-60.0, min(60.0, row.lost)))
     error = row.paired and row.paired.se
     return q.factor(ratio) + (f" ± {q.significant(1.96 * ratio * error)}" if error else "")
-
-
-def _geometric_mean(values: Sequence[float | None]) -> float | None:
-    """Return the geometric mean of the values (above 0) that are not ``None``; ``None`` if there is none."""
-    logs = [math.log(value) for value in values if value is not None]
-    return math.exp(sum(logs) / len(logs)) if logs else None

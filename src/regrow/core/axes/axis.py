@@ -300,8 +300,7 @@ class AxisTensor:
 
     Args:
         values: The tensor, such as a mask, an anchor or learned thresholds. Entries that a plan adds are 0 (``False``).
-        dims: Its dimensions, as in ``AxisGraph.shapes``: axis keys, or plain numbers for dimensions that no plan
-            changes.
+        dims: Its dimensions, as in ``AxisGraph.shapes``: axis keys, or numbers where no plan changes them.
         lr: Learning rate of a tensor that is trained; ``None``: it is not trained.
     """
 

@@ -1,8 +1,7 @@
 """Describe a Llama-like network and its tokenizer in llama.cpp's terms, and reject what llama.cpp would do differently.
 
 llama.cpp does not read the rule by which a tokenizer splits text; it knows rules by name. The rules here were compared
-with it. Any other is rejected, since a file that splits text in another way than its network learnt gives bad text and
-no error.
+with it. Any other is rejected, since a file that splits text in another way gives bad text and no error.
 """
 
 import json

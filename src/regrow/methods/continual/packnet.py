@@ -2,8 +2,7 @@
 
 Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the fraction
 ``prune`` of its weights with the smallest |w| is freed, and the others are trained further; biases and norms are frozen
-after the first task. With ``use_task_id``, task k is evaluated with the weights of tasks up to k; otherwise with all
-weights.
+after the first task. With ``use_task_id``, task k is evaluated with the weights of tasks up to k; else with all.
 """
 
 from collections.abc import Mapping

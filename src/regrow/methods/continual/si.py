@@ -24,8 +24,7 @@ class Settings(CheckedSettings):
 
     Args:
         strength: c, the strength of the penalty.
-        damping: ξ, added to the squared distance moved, so that parameters that hardly moved do not get a large
-            importance.
+        damping: ξ, added to the squared distance moved, so that parameters that hardly moved matter little.
     """
 
     strength: NonNegative = 0.1

@@ -27,8 +27,7 @@ class Settings(CheckedSettings):
             of each axis; ``measured`` (ours): of this ranking and the same fraction of each axis, with and without the
             first and last blocks (hidden neurons of MLPs alone if there are any), the one with the lowest loss of the
             masked network on 512 labels of each source.
-        compensate: Whether the mean of dropped inputs is added to the biases of the layers that read them (original:
-            on).
+        compensate: Whether the mean of dropped inputs is added to biases of layers that read them (original: on).
     """
 
     allocation: Annotated[str, OneOf("uniform", "ranked", "measured")] = "ranked"

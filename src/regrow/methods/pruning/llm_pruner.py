@@ -20,8 +20,7 @@ class Settings(CheckedSettings):
 
     Args:
         allocation: ``uniform``: the same fraction of each axis (original); ``ranked``: one ranking of z-scores.
-        compensate: Whether the mean of dropped inputs is added to the biases of the layers that read them (original:
-            off).
+        compensate: Whether the mean of dropped inputs is added to biases of layers that read them (original: off).
         prune_outer: Whether the first eighth and the last sixteenth of the blocks are pruned, too (original: not).
     """
 

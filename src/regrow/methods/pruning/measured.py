@@ -30,8 +30,7 @@ def compare_allocations(
 ) -> Pruner:
     """Return the pruner that takes the one of several allocations under which the masked network has the lowest loss.
 
-    ``pruner``: the same with an equal fraction of each axis; ``score``, ``comparable``: return scores in an axis, and
-    between axes.
+    ``pruner``: the same with an equal fraction of each axis; ``score``, ``comparable``: scores in and between axes.
     """
 
     def rank_measured(task: PruningTask) -> Ranking:

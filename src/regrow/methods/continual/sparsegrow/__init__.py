@@ -89,8 +89,7 @@ class Settings(CheckedSettings):
             inputs; the gate assumes this fraction of the mean second moment for them.
         samples: The number of examples of each task on which the gate is estimated.
         every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
-        project_new_units: Whether, under that gate, new units are projected away from the inputs that earlier tasks fed
-            their layer.
+        project_new_units: Whether, under that gate, new units are projected away from the inputs of earlier tasks.
         memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
         strength_factor: With a memory, in class-incremental learning, the factor on the gate's strength, which then
             leaves the output layer alone: old classes must give way to new ones, and the memory limits how far. 1: the

@@ -283,8 +283,7 @@ class DepthSearch:
         """Return number of dropped modules → divergence on held-out windows, with neurons cut to the budget.
 
         ``steps``: the modules in the order of :meth:`order_modules`. Five numbers from none to all are measured, and
-        then those halfway from the best one to its neighbours. Numbers with which the budget cannot be met are left
-        out.
+        then those halfway from the best one to its neighbours. Numbers that cannot meet the budget are left out.
         """
         scores = _score_neurons(self.s, self.task)
         divergences: dict[int, float | None] = {}

@@ -130,8 +130,7 @@ class ModuleShares:
     def learn(self, state: TrainState[EarlyStopping], starts: Mapping[str, float]) -> TrainState[EarlyStopping]:
         """Train the logits from a state on, and return the last one; the network's own parameters are unchanged.
 
-        ``starts``: name of a start → its held-out loss, for the checkpoint's header. The checkpoint is written on the
-        way.
+        ``starts``: name of a start → its held-out loss, for the header of the checkpoint that is written.
         """
         s, task = self.settings, self.task
         every = min(s.every, s.steps)
