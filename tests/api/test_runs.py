@@ -245,14 +245,14 @@ def test_two_examples_of_named_inputs_are_kept() -> None:
 def test_warnings_point_to_the_call(out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from regrow.jobs import grow, prune
 
-    note, widen, measure = ("beware",), grow.plan_growth, prune._calibrate
+    note, widen, measure = ("beware",), grow.plan_growth, prune.calibrate
     monkeypatch.setattr(grow, "plan_growth", lambda *args: (widen(*args)[0], note))
 
     def calibrate(*args: Any, **options: Any) -> tuple[Any, str]:
         evidence, key = measure(*args, **options)
         return replace(evidence, notes=note), key
 
-    monkeypatch.setattr(prune, "_calibrate", calibrate)
+    monkeypatch.setattr(prune, "calibrate", calibrate)
     for call in (partial(regrow.grow, mlp="+4", example=INPUTS), partial(regrow.prune, data=INPUTS, keep=0.5)):
         with pytest.warns(UserWarning, match="beware") as seen:
             call(net(), out=out and f"{out}-{call.func.__name__}")

@@ -34,7 +34,7 @@ def test_windows_are_stored_and_used_again(
     """A killed run resumes with its windows; a recovery takes those of the pruning run, and generates more."""
     command = ("prune", str(tiny_language_model), "--keep", "0.8", *WORDS, "--reconstruct", "--out", "one")
     with monkeypatch.context() as patch:
-        patch.setattr("regrow.jobs.prune._calibrate", stop)
+        patch.setattr("regrow.jobs.prune.calibrate", stop)
         assert regrow(*command)[0] == 130
     first = tokens(str(find_unfinished(Path("one"))))
     assert first.shape == (4, 32) and first.min() >= 0

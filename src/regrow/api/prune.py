@@ -60,8 +60,7 @@ def prune(
 
     Args:
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
-        data: Data to measure importance on: a ``DataLoader``, tensors (inputs, labels), a data set, a path, strings, or
-            a dict of such by name. Methods that score by weights need none.
+        data: Data to measure importance on: a ``DataLoader``, tensors, a data set, a path, strings, or a dict of such.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
         method: One of ``regrow.methods.METHODS``; empty: chosen by the kind of network, with what is left open below.
         keep: The fraction of the weights of linear layers and convolutions. This, ``target`` or ``smaller`` is needed.
@@ -70,8 +69,7 @@ def prune(
             of what the network has, ``"params=70%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
-        loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or a
-            name such as ``"next-token"``; ``None``: what fits the labels.
+        loss: A function (what the network returned, labels) → scalar, or ``"next-token"``, …; ``None``: by the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
@@ -84,8 +82,7 @@ def prune(
         regular: Whether every block gets the same widths; which units stay is still chosen per block.
         settings: Settings of the method that differ from its defaults.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
-        time: ``"hour"``, ``"night"``: a cut language model is trained to predict what it predicted before, on 262,144
-            or 2,097,152 tokens of the data (if there are so many).
+        time: ``"hour"``, ``"night"``: a cut language model is taught by the uncut one, on 2¹⁸ or 2²¹ tokens of data.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
 
