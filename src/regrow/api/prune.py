@@ -53,6 +53,7 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     reconstruct: bool | None = None,
     time: Literal["minutes", "hour", "night"] = "minutes",
+    seed: int = 0,
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
@@ -62,11 +63,10 @@ def prune(
         model: The network, changed in place; or a model's name or a run folder, which is loaded.
         data: Data to measure importance on: a ``DataLoader``, tensors, a data set, a path, strings, or a dict of such.
         validation: With ``out``: labelled data on which quality is measured before and after; ``None``: ``data``.
-        method: One of ``regrow.methods.METHODS``; empty: chosen by the kind of network, with what is left open below.
+        method: One of ``regrow.methods.METHODS``; empty: chosen by the kind of network and data.
         keep: The fraction of the weights of linear layers and convolutions. This, ``target`` or ``smaller`` is needed.
-        target: The largest allowed size, instead of a fraction: ``"params=100M"`` (all parameters), ``"macs=2G"``,
-            ``"bytes=200M"``, ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device; or a share
-            of what the network has, ``"params=70%"``.
+        target: The largest allowed size: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
+            ``"kv_cache=50M@4096"``, ``"ms=120"`` (the example's pass on this device), or a share, ``"params=70%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
         example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
         loss: A function (what the network returned, labels) → scalar, or ``"next-token"``, …; ``None``: by the labels.
@@ -74,15 +74,16 @@ def prune(
         batch_size: Examples per batch, where the data do not come in batches.
         device: The device to run on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"`` computes the matrix products and convolutions of forward passes in bfloat16.
-        axes: The network's axes, if they are known (:func:`regrow.trace`); the network is then not traced.
+        axes: The network's axes, if they are known; it is then not traced.
         only: Patterns of tensor names, such as ``"mlp"``: axes are cut if all their tensors match one; empty: all.
         exclude: Patterns of tensor names; axes with a tensor that matches one are left uncut.
         marks: Marks of the axes that are cut (:class:`regrow.core.axes.Mark`); neutral: a cut equals units set to 0.
         round_to: Widths are multiples of this number where an axis has that many units; ``None``: 1.
-        regular: Whether every block gets the same widths; which units stay is still chosen per block.
-        settings: Settings of the method that differ from its defaults.
+        regular: Whether every block gets the same widths.
+        settings: Settings of the method.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
         time: ``"hour"``, ``"night"``: a cut language model is taught by the uncut one, on 2¹⁸ or 2²¹ tokens of data.
+        seed: The random seed of methods that draw, and of training.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
 
@@ -102,7 +103,7 @@ def prune(
     call = Call(model, data, validation, example, loss, tokenizer, batch_size, device, precision, axes, out)
     call = call.with_generators(data=data, validation=validation)
     config = Settings(call.name, method, dict(settings or {}), only=tuple(only), exclude=tuple(exclude))
-    config = replace(config, marks=tuple(sorted(map(str, marks))), round_to=round_to, regular=regular)
+    config = replace(config, marks=tuple(sorted(map(str, marks))), round_to=round_to, regular=regular, seed=seed)
     config = replace(_with_size(config, keep, target, smaller), precision=precision, reconstruct=reconstruct, time=time)
     with ensure_progress(progress) as bar:
         result = prune_network(config, partial(_open_inputs, call, config), call.start_run("prune", bar))

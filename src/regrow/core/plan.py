@@ -88,7 +88,8 @@ class Plan:
         changes = self.changes.values()
         before, after = sum(change.size for change in changes), sum(change.after for change in changes)
         made_by = f", by {self.origin['method']}" if "method" in self.origin else ""
-        return f"{len(self.changes)} axes: {before:,} units become {after:,}{made_by}"
+        chosen = f"; {self.origin['chosen']}" if "chosen" in self.origin else ""
+        return f"{len(self.changes)} axes: {before:,} units become {after:,}{made_by}{chosen}"
 
     def __str__(self) -> str:
         """Return the changes as a table, of at most 30 lines; :meth:`to_json` has every unit."""

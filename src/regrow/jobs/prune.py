@@ -135,10 +135,11 @@ def prune_network(
         network.use_folder(record.path)
         data = complete_data(run, data, opened.specs, network.loaded)
         record.update(timing=budget.timing.record() if budget.timing else None)
-        if choice := describe_choice(asked, settings):
+        choice = describe_choice(asked, settings)
+        if choice:
             record.update(notes=[*network.loaded.notes, choice])
         opened = replace(opened, settings=settings, axes=axes, data=data)
-        job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct))
+        job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct), choice=choice)
         plan, notes = job.plan()
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
             notes += job.cut(plan)
@@ -159,6 +160,7 @@ class PruneJob:
     inputs: PruneInputs
     run: ActiveRun  # begun
     must_fit: bool  # whether layers that cannot be reconstructed are an error, since the user asked for it
+    choice: str  # what was chosen for the user, as options; empty: nothing
 
     def plan(self) -> tuple[Plan, tuple[str, ...]]:
         """Measure on the calibration data, choose the units that stay; return the plan, and notes for the user.
@@ -192,8 +194,9 @@ class PruneJob:
                 record.update(notes=[*record.read_record().get("notes", ()), *cut.plan.notes])
             if cut.findings and isinstance(record, RunFolder):
                 record.write("findings.json", {"method": settings.method, **cut.findings})
-        broadcast_record(run.ranks, cut.plan.to_json())
-        return cut.plan, evidence.notes
+        plan = replace(cut.plan, origin={**cut.plan.origin, "chosen": self.choice}) if self.choice else cut.plan
+        broadcast_record(run.ranks, plan.to_json())
+        return plan, evidence.notes
 
     def cut(self, plan: Plan) -> tuple[str, ...]:
         """Apply a plan to the network, reconstruct and train as settings say, save and measure it; return notes."""
@@ -211,7 +214,9 @@ class PruneJob:
         run.record_plan(plan, axes, after)
         if dense is not None and settings.reconstruct:
             if self.must_fit:  # the user wants to see what it gains
-                unreconstructed = self._measure(after, "cut")
+                with tune.keep_statistics(model):
+                    tune.recalibrate_changed(model, plan, self.inputs.data.calibration)
+                    unreconstructed = self._measure(after, "cut")
             sources = self.inputs.data.calibration
             with run.stage("reconstruct"):
                 try:

@@ -145,19 +145,19 @@ def _summarise_change(run: Run) -> Summary:
     elif quality is None:
         sentence += " The loss in quality was not measured."
     alarms = [describe_proof(run)] if is_broken(run) else []
-    alarms += ["it answers much worse than before: train it with the command below, or cut less"] if is_poor else []
+    alarms += ["it answers much worse than before: train it, or cut less"] if is_poor else []
     size = after.params_all if after else None
     return Summary(sentence, figures, _describe_training(run), size, quality, alarms)
 
 
 def _describe_training(run: Run) -> list[str]:
     """Return sentences on what followed a cut or a growth, if anything: least squares, recovery, training."""
-    lines = []
+    lines, unit = [], "tokens" if any(row.seen is not None for row in run.quality) else "examples"
     if fit := run.last_of(ReconstructionRow):
-        lines.append(f"After the cut, {len(fit.layers)} layers were fitted by least squares on {fit.tokens:,} tokens.")
+        lines.append(f"After the cut, {len(fit.layers)} layers were fitted by least squares on {fit.tokens:,} {unit}.")
     if taught := run.last_of(DistillationRow):
         lines.append(f"Then it was trained on {taught.tokens:,} tokens to predict what the model before the cut does.")
-    lines += [f"Recovered by {row.by} on {row.tokens:,} tokens." for row in run.rows_of(RecoveryRow)]
+    lines += [f"Recovered by {row.by} on {row.tokens:,} {unit}." for row in run.rows_of(RecoveryRow)]
     if row := run.last_of(TrainingRow):
         losses = f"from {q.significant(row.loss_before)} to {q.significant(row.loss_after)}"
         lines.append(f"Trained {row.train} parameters for {row.steps:,} steps; loss on the training data {losses}.")
@@ -297,7 +297,9 @@ def quality_table(run: Run) -> SummaryTable:
         cells.append(_describe_change(row))
         rows.append([*cells, q.percent(row.recovered)] if recovered else cells)
     heads = ["", *models.values(), "Change", *(["Loss recovered"] if recovered else [])]
-    return SummaryTable("Perplexity of text, accuracy on tasks", heads, rows)
+    kinds = {"accuracy" if row.seen is None else "perplexity" for row in run.quality}
+    title = kinds.pop().capitalize() if len(kinds) == 1 else "Perplexity of text, accuracy on tasks"
+    return SummaryTable(title, heads, rows)
 
 
 def accuracy_table(run: Run) -> SummaryTable:

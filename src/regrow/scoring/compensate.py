@@ -109,8 +109,8 @@ def note_uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Ite
     if not left_out:
         return ()
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    why = "it is exact only for unshared weights of linear layers and of convolutions without groups and padding"
-    return (f"no bias compensation for {left_out[0]}{more}: {why}",)
+    why = "padding, groups or shared weights, with which it is not exact"
+    return (f"no bias compensation for {left_out[0]}{more}, which have {why}",)
 
 
 def _owner_of(model: nn.Module, name: str) -> nn.Module:

@@ -1,6 +1,7 @@
 """Training after a change of shape: BatchNorm recalibration, fine-tuning, and training of what a growth has added."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -66,6 +67,16 @@ def find_batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorms of a network that keep running statistics, in the order of its modules."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
+
+
+@contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """Context manager after which the running statistics of BatchNorms are what they were."""
+    copies = _copy_statistics(find_batch_norms(model))
+    try:
+        yield
+    finally:
+        _restore_statistics(copies)
 
 
 def _copy_statistics(layers: Sequence[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:

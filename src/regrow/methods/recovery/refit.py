@@ -157,7 +157,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     if no_stream and not problem:
         notes.append("no fitted layer's output is added to a residual stream directly, so target=own")
     if settings.choose_on == "left_out_source" and not left_out_source:
-        notes.append("there is one source alone, so the ridge was chosen on its held-out part")
+        notes.append("there is one set of data, so the strength of the fit was chosen on a part held out of it")
     summary: dict[str, object] = {"layers": work.records, "left_out": left_out, "target": target}
     if notes:
         summary["note"] = "; ".join(notes)
