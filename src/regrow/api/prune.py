@@ -77,7 +77,7 @@ def prune(
         axes: The network's axes, if they are known; it is then not traced.
         only: Patterns of tensor names, such as ``"mlp"``: axes are cut if all their tensors match one; empty: all.
         exclude: Patterns of tensor names; axes with a tensor that matches one are left uncut.
-        marks: Marks of the axes that are cut (:class:`regrow.core.axes.Mark`); neutral: a cut equals units set to 0.
+        marks: Marks of the axes that are cut; neutral: a cut equals units set to 0.
         round_to: Widths are multiples of this number where an axis has that many units; ``None``: 1.
         regular: Whether every block gets the same widths.
         settings: Settings of the method.
@@ -94,8 +94,7 @@ def prune(
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> net, plan = prune(net, (torch.randn(64, 4), torch.randint(2, (64,))), method="llm_pruner", keep=0.5)
-    >>> net[0].out_features
+    >>> prune(net, (torch.randn(64, 4), torch.randint(2, (64,))), method="llm_pruner", keep=0.5)[0][0].out_features
     4
     """
     if torch.is_inference_mode_enabled():

@@ -18,7 +18,7 @@ _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CO
 EPILOG = f"""\b
 Start with
   regrow show smollm2-135m                     which axes can be cut, and what one unit costs
-  regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
+  regrow prune smollm2-135m --smaller 10% --out RUN
   regrow evaluate RUN --source news            perplexity of the pruned model
   regrow chat smollm2-135m RUN                 chat with the original and the pruned model, in turn
   regrow export RUN --to gguf --out m.gguf     a file for llama.cpp; also for transformers and onnxruntime

@@ -49,6 +49,8 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
         say(f"{row['task']}: accuracy {whole}, length-normalised {by_length} (n = {row['items']})")
     for row in result["accuracy"]:
         say(f"{row['source']}: accuracy {row['accuracy']:.3f} ± {row['error']:.3f} ({row['images']} images)")
+    if not (rows or result["choices"] or result["accuracy"] or result["speed"]):
+        say("note: quality was not measured; name a source, for example --source manual or --source mine=FILE")
     if speed := result["speed"]:
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
     if memory:

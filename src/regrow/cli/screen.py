@@ -110,20 +110,23 @@ def show_progress() -> Iterator[Progress]:
 
 
 def _plain_progress() -> Progress:
-    """Return a function that prints progress as lines: each new text, and every ``LINE_SECONDS`` seconds."""
-    last, began, last_text = 0.0, time.monotonic(), ""
+    """Return a function that prints progress as lines: each new task, each tenth, and every ``LINE_SECONDS`` seconds.
+
+    The task is told by the first word of the text and the number of steps; the time left, by the steps seen.
+    """
+    last, began, first, tenth, task = 0.0, time.monotonic(), 0, -1, ("", 0)
 
     def update(done: int, total: int, what: str) -> None:
-        nonlocal last, began, last_text
+        nonlocal last, began, first, tenth, task
         now = time.monotonic()
-        if what.split(",")[0] != last_text.split(",")[0]:
-            began, last_text = now, what
-        elif now - last < LINE_SECONDS and done < total:
+        if task != (what.split(" ")[0], total) or done < first:
+            task, began, first, tenth = (what.split(" ")[0], total), now, done, -1
+        if 10 * done // max(1, total) == tenth and now - last < LINE_SECONDS:
             return
-        last = now
+        last, tenth = now, 10 * done // max(1, total)
         remaining = ""
-        if 0 < done < total and now - began > 1:
-            remaining = f", about {(now - began) / done * (total - done):.0f} s left"
+        if first < done < total and now - began > 1:
+            remaining = f", about {(now - began) / (done - first) * (total - done):.0f} s left"
         sys.stderr.write(f"{escape_controls(what)}: {done}/{total}{remaining}\n")
         sys.stderr.flush()
 

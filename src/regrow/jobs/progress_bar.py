@@ -45,7 +45,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
             nonlocal current
             what, _, state = what.partition(", ")
             if what != current:
-                progress.reset(task)
+                progress.reset(task, completed=done)  # those that a resumed run has done tell no speed
             current = what
             progress.update(task, description=what, completed=done, total=max(total, 1), state=state)
 

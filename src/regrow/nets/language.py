@@ -248,6 +248,8 @@ def _explain_load_error(error: Exception) -> str:
     if "trust_remote_code" in text:
         remedy = "if you trust it, build the model in a function of your own and name that: pkg.mod:fn"
         return f"it brings its own Python code, which is not run; {remedy}"
+    if "`deci`" in text:
+        return "a GGUF file of layers of several widths is for llama.cpp alone; name the run that it was made of"
     if "mismatch" in text:
         return "its weights have other shapes than config.json says; a folder made by regrow opens with regrow.load"
     return f"{' '.join(str(error).split())[:200]}; its files are damaged or do not belong together: download them again"
